@@ -1,0 +1,87 @@
+"""LoRA with torch's own matrix products: one call per segment and slice, on any device.
+
+Scalings are Python floats known on the CPU, so nothing here waits for the device. They multiply in B's product, where
+the library applies them in float32 before its only rounding. After PEFT's `adapter_names` forward and SGLang's
+torch-native backend. Letters as in `stack.py`, T rows.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ranklet.kernels.batch import LoraBatch, Segment
+from ranklet.kernels.stack import EmbeddingStack, LinearStack
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, batch: LoraBatch) -> Tensor:
+    """Base projection plus each segment's LoRA.
+
+    Semantics: `y[t] = W x[t] + bias + s * B A x[t]`, with A, B, s of row t's adapter.
+
+    Args:
+        x: [T, K].
+        weight: [N, K].
+        bias: [N] or None.
+
+    Returns:
+        [T, N], freshly allocated.
+    """
+    y = functional.linear(x, weight, bias)
+    for segment in batch.segments:
+        _add_segment(y, x, stack, segment)
+    return y
+
+
+def _add_segment(y: Tensor, x: Tensor, stack: LinearStack, segment: Segment) -> None:
+    meta = stack.meta[segment.slot]
+    if not any(meta.ranks):
+        return
+    rows = slice(segment.start, segment.stop)
+    hidden = shrink(x[rows], stack, segment.slot)
+    column = position = 0
+    for width, rank, scaling in zip(stack.widths, meta.ranks, meta.scalings, strict=True):
+        if rank:
+            b = stack.b[segment.slot, column : column + width, :rank]
+            y[rows, column : column + width].addmm_(hidden[:, position : position + rank], b.t(), alpha=scaling)
+            position += rank
+        column += width
+
+
+def shrink(x: Tensor, stack: LinearStack, slot: int) -> Tensor:
+    """`A x` of one adapter, its targeted slices side by side without padding.
+
+    Args:
+        x: [T, K].
+
+    Returns:
+        [T, sum of the slices' ranks].
+    """
+    ranks = stack.meta[slot].ranks
+    a = stack.a[slot]
+    if all(rank == stack.rank for rank in ranks):
+        return torch.mm(x, a.t())
+    parts = [torch.mm(x, a[i * stack.rank : i * stack.rank + rank].t()) for i, rank in enumerate(ranks) if rank]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def embedding(ids: Tensor, table: Tensor, stack: EmbeddingStack, batch: LoraBatch) -> Tensor:
+    """Token embedding plus each segment's LoRA.
+
+    Semantics: `y[t] = table[ids[t]] + s * B A[ids[t]]`.
+
+    Args:
+        ids: [T] integers in [0, V).
+        table: [V, N].
+
+    Returns:
+        [T, N], freshly allocated.
+    """
+    y = functional.embedding(ids, table)
+    for segment in batch.segments:
+        meta = stack.meta[segment.slot]
+        rank = meta.ranks[0]
+        if rank:
+            rows = slice(segment.start, segment.stop)
+            hidden = functional.embedding(ids[rows], stack.a[segment.slot])[:, :rank]
+            y[rows].addmm_(hidden, stack.b[segment.slot, :, :rank].t(), alpha=meta.scalings[0])
+    return y

@@ -1,0 +1,125 @@
+"""What a model folder's `config.json` says of the decoder, or why it cannot be served."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ranklet.replicas.errors import ModelError
+
+FAMILIES = ("Qwen3", "Qwen2", "Llama", "Mistral")
+ARCHITECTURES = tuple(f"{family}{head}" for family in FAMILIES for head in ("Model", "ForCausalLM"))
+# Rotary variants whose frequencies do not depend on the length of the prompt.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a decoder of the Qwen3, Qwen2, Llama or Mistral family."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    eps: float
+    qk_norm: bool
+    windows: tuple[int | None, ...]  # per layer: how many tokens back it sees, itself included; None: all
+    max_position: int
+
+    def module_dims(self) -> dict[str, tuple[int, int]]:
+        """(input width, output width) of each linear module that LoRA may target."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (self.hidden, query),
+            "k_proj": (self.hidden, key),
+            "v_proj": (self.hidden, key),
+            "o_proj": (query, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+        }
+
+
+def read_config(model_dir: Path) -> Any:
+    """The folder's transformers config.
+
+    Raises:
+        ModelError: no such folder, or no readable config in it.
+    """
+    if not (model_dir / "config.json").is_file():
+        raise ModelError(f"model_dir: expected a folder with config.json and safetensors, got {str(model_dir)!r}")
+    try:
+        return AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{model_dir / 'config.json'}: cannot be read as a transformers config: {error}") from error
+
+
+def read_architecture(config: Any) -> Architecture:
+    """The decoder that a config describes.
+
+    Raises:
+        ModelError: the architecture, or something in it, is not one that ranklet runs; the message names it.
+    """
+    names = config.architectures or ["(none)"]
+    if names[0] not in ARCHITECTURES:
+        raise ModelError(f"architectures: expected one of {', '.join(ARCHITECTURES)}, got {names[0]}")
+    if config.hidden_act != "silu":
+        raise ModelError(f"hidden_act: expected silu, got {config.hidden_act}")
+    if getattr(config, "quantization_config", None):
+        raise ModelError("quantization_config: expected an unquantised model; serve the bf16 or float32 weights")
+    if getattr(config, "is_causal", True) is False:
+        raise ModelError("is_causal: expected a causal decoder, got false (bidirectional models are not supported)")
+    rope = rope_type(config)
+    if rope not in ROPE_TYPES:
+        raise ModelError(f"rope_parameters: expected rope_type to be one of {', '.join(ROPE_TYPES)}, got {rope}")
+    heads = config.num_attention_heads
+    return Architecture(
+        name=names[0],
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        intermediate=config.intermediate_size,
+        vocab=config.vocab_size,
+        eps=config.rms_norm_eps,
+        qk_norm=names[0].startswith("Qwen3"),
+        windows=_windows(config),
+        max_position=config.max_position_embeddings,
+    )
+
+
+def _windows(config: Any) -> tuple[int | None, ...]:
+    window: int | None = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:  # Mistral slides in every layer, Llama in none
+        return (window,) * int(config.num_hidden_layers)
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def rope_type(config: Any) -> str:
+    """The rotary variant a config asks for."""
+    return str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
+
+
+def rotary_tables(config: Any, architecture: Architecture, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position, float32 [length, head_dim / 2] each.
+
+    The frequencies are transformers' own, so that every variant agrees with it.
+    """
+    if rope_type(config) == "default":
+        theta = config.rope_parameters["rope_theta"]
+        exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32) / architecture.head_dim
+        frequencies, factor = 1.0 / (theta**exponents), 1.0
+    else:
+        frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type(config)](config, torch.device("cpu"))
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies.float())
+    return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)

@@ -1,0 +1,91 @@
+"""Causal attention inside each request of a packed batch, behind one interface.
+
+Letters: T tokens, Q query heads, G key heads, D head width, B requests.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Where each request of a packed batch begins and ends."""
+
+    lengths: tuple[int, ...]
+    offsets: Tensor  # int32 [B + 1] on the device: the running sum of lengths, from 0
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+
+def attend(qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int, window: int | None) -> Tensor:
+    """Grouped-query causal attention; no token sees another request.
+
+    Args:
+        qkv: [T, (Q + 2 G) * D], already normed and rotated.
+        spans: the requests' places among the T tokens.
+        heads: (Q, G).
+        window: how many tokens back a token sees, itself included; None for all.
+
+    Returns:
+        [T, Q * D].
+    """
+    tokens, (queries, keys) = qkv.shape[0], heads
+    q, k, v = qkv.view(tokens, queries + 2 * keys, head_dim).split((queries, keys, keys), dim=1)
+    if window is not None and window >= spans.longest:
+        window = None
+    if qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(q, k, v, spans, window).reshape(tokens, queries * head_dim)
+    return _by_request(q, k, v, spans.lengths, window).reshape(tokens, queries * head_dim)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: int | None) -> Tensor:
+    options = dict(_VARLEN_OPTIONS)
+    if "window_size" in options:
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    elif window is not None:
+        return _by_request(q, k, v, spans.lengths, window)
+    longest = spans.longest
+    out = varlen_attn(q, k, v, spans.offsets, spans.offsets, longest, longest, **options)
+    assert isinstance(out, Tensor)  # a tuple only when auxiliary outputs are asked for
+    return out
+
+
+def _varlen_options() -> dict[str, Any]:
+    """How this torch spells a causal grouped-query call: 2.11 and later differ in their keywords."""
+    known = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
+
+
+_VARLEN_OPTIONS = _varlen_options()
+
+
+def _by_request(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:
+    out = torch.empty_like(q)
+    start = 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        one, two, three = (part[rows].transpose(0, 1).unsqueeze(0) for part in (q, k, v))
+        banded = window is not None and length > window
+        mask = _band(length, window, q.device) if banded and window is not None else None
+        attended = functional.scaled_dot_product_attention(
+            one, two, three, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        out[rows] = attended.squeeze(0).transpose(0, 1)
+        start += length
+    return out
+
+
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    place = torch.arange(length, device=device)
+    back = place[:, None] - place[None, :]
+    return (back >= 0) & (back < window)

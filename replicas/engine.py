@@ -1,0 +1,332 @@
+"""One base model on one device, answering for many adapters at once.
+
+Two threads: *step* plans the next batch and launches it, *answer* waits for the device and hands out vectors. On CUDA a
+second batch may be launched while the first computes, so that the device never waits for Python. Loads run on the
+loader's threads. One lock guards the queue and the slot table; nothing slow happens under it.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Condition, Thread
+from time import perf_counter
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ranklet.replicas.adapters import Expectation
+from ranklet.replicas.admission import Limits
+from ranklet.replicas.architecture import read_architecture, read_config
+from ranklet.replicas.call import Answer, Call, Prompt, Ticket
+from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.device import pick_device, pick_dtype
+from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unavailable
+from ranklet.replicas.loader import Loader, LoadOutcome
+from ranklet.replicas.model import Decoder
+from ranklet.replicas.pool import AdapterPool
+from ranklet.replicas.pooling import read_pooling
+from ranklet.replicas.reference import AdapterRef
+from ranklet.replicas.residency import AdapterInfo, Residency
+from ranklet.replicas.scheduler import Round, Scheduler
+from ranklet.replicas.slots import SlotTable
+from ranklet.replicas.stats import BatchRecord, Listener, LoadRecord, Snapshot
+from ranklet.replicas.step import Running, Stepper
+
+_MAX_FAILED_BATCHES = 3  # in a row: then the engine calls itself unhealthy, and is replaced
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A batch between launch and answer."""
+
+    prompts: list[Prompt]
+    running: Running
+
+
+class Engine:
+    """Serves embeddings of one base model and its adapters from one device.
+
+    Raises:
+        ModelError: the model folder cannot be served; the message says why.
+    """
+
+    def __init__(self, config: EngineConfig, listener: Listener | None = None) -> None:
+        self.config = config
+        self._listener = listener or Listener()
+        device, dtype = pick_device(config), pick_dtype(config)
+        settings = read_config(config.model_dir)
+        architecture = read_architecture(settings)
+        pooling = read_pooling(config.model_dir)
+        limits = (config.max_model_len, pooling.max_tokens, architecture.max_position, config.max_batch_tokens)
+        longest = min(limit for limit in limits if limit is not None)
+        self.limits = Limits(longest, architecture.hidden, architecture.vocab)
+        self.device, self.dtype = device, dtype
+        model = Decoder(architecture, settings, config.model_dir, longest, device, dtype)
+        self._pool = AdapterPool(architecture, config.slots, config.max_rank, config.lora_modules, device, dtype)
+        bases = (config.model_dir.resolve().name, *config.base_aliases)
+        expected = Expectation(architecture, config.max_rank, config.lora_modules, bases, model.embedding)
+        self._loader = Loader(self._pool, expected, config.host_cache_bytes)
+        table = SlotTable(config.slots)
+        self._residency = Residency(table, self._loader, self._loaded, self._listener.evicted)
+        self._stepper = Stepper(model, self._pool, pooling, config.backend)
+        self._normalize = pooling.normalize
+        self._depth = 2 if device.type == "cuda" else 1
+        self._scheduler: Scheduler[Prompt] = Scheduler(
+            max_tokens=config.max_batch_tokens, max_requests=config.max_batch_requests,
+            max_adapters=config.adapters_per_batch, max_demand=config.slots,
+        )  # fmt: skip
+        self._wake = Condition()
+        self._flights: deque[_Flight] = deque()
+        self._failed_batches = 0
+        self._stopping = False
+        self._stepping = True  # until the step thread has launched its last batch
+        self._threads = [Thread(target=run, name=f"ranklet-{run.__name__}", daemon=True) for run in self._loops()]
+
+    def _loops(self) -> tuple[Callable[[], None], Callable[[], None]]:
+        return self._step_loop, self._answer_loop
+
+    # What callers use, from any thread
+
+    def start(self) -> None:
+        """Begin to serve."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Finish what is on the device, refuse what waits with `Unavailable`, and end the threads."""
+        with self._wake:
+            self._stopping = True
+            waiting = self._scheduler.waiting()
+            self._scheduler.remove(waiting)
+            asked = list(self._residency.asked.values())
+            self._wake.notify_all()
+        error = Unavailable("this replica is shutting down; send the request again")
+        for work in waiting:
+            work.call.fail(error)
+        for future in asked:
+            future.set_exception(error)
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+        self._loader.stop()
+
+    def submit(
+        self, prompts: Sequence[NDArray[np.int32]], adapter: AdapterRef | None, dimensions: int | None,
+        done: Callable[[Answer | RankletError], None],
+    ) -> Ticket:  # fmt: skip
+        """Queue prompts for one adapter; returns at once.
+
+        Args:
+            prompts: int32 [length] each, at least one.
+            adapter: None for the base model.
+            dimensions: how many leading values to keep of each vector; None for all.
+            done: called once, on a thread of the engine, with the answer or the refusal.
+
+        Raises:
+            InvalidRequest: a prompt is empty or too long, a token id or `dimensions` is out of range.
+            Saturated: too many tokens wait already.
+            Unavailable: the engine is stopping.
+        """
+        width = self.limits.check(prompts, dimensions)
+        tokens = sum(len(prompt) for prompt in prompts)
+        arrived_s = perf_counter()
+        with self._wake:
+            self._admit(tokens, adapter)
+            tier = None if adapter is None else self._residency.tier(adapter)
+            shortened = self._normalize and width < self.limits.hidden
+            call = Call(len(prompts), width, shortened=shortened, tier=tier, tokens=tokens, done=done)
+            call.works = [Prompt(p, adapter, arrived_s, call=call, index=i) for i, p in enumerate(prompts)]
+            for work in call.works:
+                self._scheduler.add(work)
+            self._wake.notify_all()
+        if tier is not None:
+            self._listener.tier_hit(tier)
+        return Ticket(call)
+
+    def load(self, adapter: AdapterRef) -> AdapterInfo:
+        """Verify an adapter and bring it into a slot; blocks until it is there.
+
+        Raises:
+            AdapterNotFound, InvalidAdapter: as for a request that names it.
+            Unavailable: the engine is stopping.
+        """
+        with self._wake:
+            self._admit(0, adapter)
+            future = self._residency.ask(adapter)
+            self._wake.notify_all()
+        return future.result()
+
+    def snapshot(self) -> Snapshot:
+        """What is resident, waiting and running now."""
+        with self._wake:
+            waiting, flights = self._scheduler.waiting(), list(self._flights)
+            running = [work for flight in flights for work in flight.prompts]
+            return Snapshot(
+                resident=tuple(ref.name for ref in self._residency.table.resident()),
+                hosted=tuple(ref.name for ref in self._loader.host.refs()),
+                waiting_requests=len(waiting),
+                waiting_tokens=self._scheduler.waiting_tokens,
+                running_requests=len(running),
+                waiting_adapters=_names(waiting),
+                running_adapters=_names(running),
+                slots=self.config.slots,
+                pool_bytes=self._pool.nbytes,
+                host_bytes=self._loader.host.nbytes,
+            )
+
+    def healthy(self) -> bool:
+        """Whether the engine can still answer: its threads live and its last batches did not all fail."""
+        return all(thread.is_alive() for thread in self._threads) and self._failed_batches < _MAX_FAILED_BATCHES
+
+    # Admission
+
+    def _admit(self, tokens: int, adapter: AdapterRef | None) -> None:
+        if self._stopping:
+            raise Unavailable("this replica is shutting down; send the request again")
+        refusal = None if adapter is None else self._residency.refusal(adapter)
+        if refusal is not None:
+            raise refusal
+        waiting, limit = self._scheduler.waiting_tokens, self.config.max_waiting_tokens
+        if waiting and waiting + tokens > limit:
+            raise Saturated(f"this replica has {waiting} tokens waiting, its limit is {limit}; try again later")
+
+    # The step thread
+
+    def _step_loop(self) -> None:
+        while True:
+            with self._wake:
+                proposal = self._next()
+                while proposal is None:
+                    if self._stopping:
+                        self._stepping = False
+                        self._wake.notify_all()
+                        return
+                    self._wake.wait()
+                    proposal = self._next()
+                self._scheduler.commit(proposal)
+                slots = self._residency.acquire(_adapters(proposal.batch))
+            if proposal.cancelled:
+                self._listener.cancelled(len(proposal.cancelled))
+            if proposal.batch:
+                self._launch(proposal.batch, slots)
+
+    def _next(self) -> Round[Prompt] | None:
+        """The batch to launch now, if any; starts the loads that waiting prompts need."""
+        proposal = self._scheduler.propose(self._residency.usable)
+        self._residency.bring(proposal.demand)
+        if not self._flights:
+            return proposal if proposal.batch or proposal.cancelled else None
+        # Behind a running batch only one worth its launch: a small one would shut out what arrives meanwhile.
+        worth = proposal.tokens * 2 >= self.config.max_batch_tokens
+        worth = worth or len(proposal.batch) * 2 >= self.config.max_batch_requests
+        return proposal if worth and len(self._flights) < self._depth else None
+
+    def _launch(self, prompts: list[Prompt], slots: list[int | None]) -> None:
+        try:
+            running = self._stepper.launch([work.tokens for work in prompts], slots)
+        except Exception as error:  # one batch fails, the engine goes on
+            self._failed(prompts, error)
+            return
+        with self._wake:
+            self._flights.append(_Flight(prompts, running))
+            self._wake.notify_all()
+
+    # The answer thread
+
+    def _answer_loop(self) -> None:
+        while True:
+            with self._wake:
+                while not self._flights:
+                    if not self._stepping:
+                        return
+                    self._wake.wait()
+                flight = self._flights[0]
+            try:
+                vectors = flight.running.wait()
+            except Exception as error:
+                self._land(flight)
+                self._failed(flight.prompts, error, acquired=False)
+                continue
+            finished_s = perf_counter()
+            self._land(flight)
+            self._failed_batches = 0
+            self._answer(flight, vectors, finished_s)
+
+    def _land(self, flight: _Flight) -> None:
+        with self._wake:
+            self._flights.remove(flight)
+            self._residency.release(_adapters(flight.prompts))
+            self._wake.notify_all()
+
+    def _answer(self, flight: _Flight, vectors: NDArray[np.float32], finished_s: float) -> None:
+        running = flight.running
+        compute_s = finished_s - running.launched_s
+        for work, vector in zip(flight.prompts, vectors, strict=True):
+            if not np.isfinite(vector).all():
+                work.call.fail(InternalError("the answer to this prompt is not finite; the adapter may overflow"))
+                continue
+            work.call.complete(
+                work.index, vector, backend=running.backend, queue_s=running.launched_s - work.arrived_s,
+                compute_s=compute_s,
+            )  # fmt: skip
+        self._listener.batch(_record(flight, compute_s))
+
+    def _failed(self, prompts: list[Prompt], error: Exception, *, acquired: bool = True) -> None:
+        """Try the prompts of a failed batch one by one, so that only the one at fault fails."""
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        again = [work for work in prompts if not work.solo] if len(prompts) > 1 else []
+        with self._wake:
+            if acquired:
+                self._residency.release(_adapters(prompts))
+            for work in again:
+                work.solo = True
+            self._scheduler.put_back(again)
+            self._wake.notify_all()
+        if not again:
+            self._failed_batches += 1
+            for work in prompts:
+                work.call.fail(InternalError(f"the engine failed on this prompt: {type(error).__name__}: {error}"))
+
+    # The loader's threads
+
+    def _loaded(self, outcome: LoadOutcome) -> None:
+        ref, error = outcome.ref, outcome.error
+        lost: list[Prompt] = []
+        with self._wake:
+            asked, info = self._residency.settle(outcome)
+            if error is not None:
+                lost = [work for work in self._scheduler.waiting() if work.adapter == ref]
+                self._scheduler.remove(lost)
+            self._wake.notify_all()
+        record = LoadRecord(
+            ref.name, info.rank if info else 0, outcome.tier, outcome.seconds, error.code if error else None
+        )
+        self._listener.load(record)
+        if error is not None:
+            for work in lost:
+                work.call.fail(error)
+        if asked is not None and error is not None:
+            asked.set_exception(error)
+        elif asked is not None and info is not None:
+            asked.set_result(info)
+
+
+def _adapters(prompts: list[Prompt]) -> list[AdapterRef | None]:
+    return [work.adapter for work in prompts]
+
+
+def _names(prompts: list[Prompt]) -> tuple[str, ...]:
+    return tuple(sorted({work.adapter.name for work in prompts if work.adapter is not None}))
+
+
+def _record(flight: _Flight, compute_s: float) -> BatchRecord:
+    requests: dict[str, int] = {}
+    tokens: dict[str, int] = {}
+    for work in flight.prompts:
+        name = work.adapter.name if work.adapter else ""
+        requests[name] = requests.get(name, 0) + 1
+        tokens[name] = tokens.get(name, 0) + len(work.tokens)
+    waits = [flight.running.launched_s - work.arrived_s for work in flight.prompts]
+    return BatchRecord(requests, tokens, flight.running.backend, waits, compute_s)

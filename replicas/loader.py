@@ -1,0 +1,102 @@
+"""Bringing adapters from disk through the host cache into slots, on threads of its own."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Lock
+from time import perf_counter
+
+from ranklet.replicas.adapters import Expectation, read_adapter
+from ranklet.replicas.errors import InternalError, RankletError
+from ranklet.replicas.pool import AdapterPool, PackedAdapter, pack
+from ranklet.replicas.reference import AdapterRef
+
+_THREADS = 2  # one reads the disk while the other copies to the device
+
+
+class HostCache:
+    """Packed adapters in host memory, least recently used out first, within a byte budget. Thread-safe."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._entries: OrderedDict[AdapterRef, PackedAdapter] = OrderedDict()
+        self._lock = Lock()
+        self.nbytes = 0
+
+    def get(self, key: AdapterRef) -> PackedAdapter | None:
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+            return self._entries.get(key)
+
+    def put(self, key: AdapterRef, packed: PackedAdapter) -> None:
+        """Keep an adapter, making room; one larger than the whole budget is not kept."""
+        with self._lock:
+            if key in self._entries or packed.nbytes > self._max_bytes:
+                return
+            while self.nbytes + packed.nbytes > self._max_bytes:
+                self.nbytes -= self._entries.popitem(last=False)[1].nbytes
+            self._entries[key] = packed
+            self.nbytes += packed.nbytes
+
+    def drop(self, key: AdapterRef) -> None:
+        with self._lock:
+            packed = self._entries.pop(key, None)
+            self.nbytes -= packed.nbytes if packed else 0
+
+    def refs(self) -> tuple[AdapterRef, ...]:
+        with self._lock:
+            return tuple(self._entries)
+
+    def __contains__(self, key: AdapterRef) -> bool:
+        return key in self._entries
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOutcome:
+    """What became of one load. `tier` is where the adapter was found: host or disk."""
+
+    ref: AdapterRef
+    tier: str
+    seconds: float
+    packed: PackedAdapter | None  # None if it was refused: then `error` says why
+    error: RankletError | None = None
+
+
+class Loader:
+    """Loads adapters into reserved slots without holding up any batch."""
+
+    def __init__(self, pool: AdapterPool, expected: Expectation, host_cache_bytes: int) -> None:
+        self.host = HostCache(host_cache_bytes)
+        self._pool = pool
+        self._expected = expected
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="ranklet-load")
+
+    def start(self, ref: AdapterRef, slot: int, done: Callable[[LoadOutcome], None]) -> None:
+        """Load an adapter into a slot; `done` is called on a loader thread, whatever happens."""
+        self._threads.submit(self._run, ref, slot, done)
+
+    def _run(self, ref: AdapterRef, slot: int, done: Callable[[LoadOutcome], None]) -> None:
+        began = perf_counter()
+        packed = self.host.get(ref)
+        tier = "host" if packed is not None else "disk"
+        error: RankletError | None = None
+        try:
+            if packed is None:
+                packed = self._read(ref)
+                self.host.put(ref, packed)
+            self._pool.load(slot, packed)
+        except RankletError as refused:
+            error = refused
+        except Exception as defect:  # a load must never take its thread, or the engine, with it
+            error = InternalError(f"adapter {ref.name!r}: loading failed: {type(defect).__name__}: {defect}")
+        done(LoadOutcome(ref, tier, perf_counter() - began, packed if error is None else None, error))
+
+    def _read(self, ref: AdapterRef) -> PackedAdapter:
+        adapter = read_adapter(ref, self._expected)
+        return pack(adapter, self._pool.dtype, pinned=self._pool.device.type == "cuda")
+
+    def stop(self) -> None:
+        """Finish the loads under way and start no more."""
+        self._threads.shutdown(cancel_futures=True)

@@ -1,0 +1,136 @@
+"""The decoder: packed tokens in, hidden states out, every LoRA of the batch applied on the way.
+
+Letters: T tokens of the batch end to end, H hidden width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ranklet.kernels import dispatch, fused
+from ranklet.kernels.batch import LoraBatch
+from ranklet.kernels.stack import EmbeddingStack, LinearStack
+from ranklet.replicas.architecture import Architecture, rotary_tables
+from ranklet.replicas.attention import Spans, attend
+from ranklet.replicas.weights import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One batch on the device."""
+
+    ids: Tensor  # int32 [T]
+    positions: Tensor  # int32 [T], from 0 in each request
+    spans: Spans
+    lora: LoraBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Stacks:
+    """The LoRA slots of one layer; None where the pool has no room for a projection."""
+
+    qkv: LinearStack | None = None
+    o: LinearStack | None = None
+    gate_up: LinearStack | None = None
+    down: LinearStack | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A linear projection, several modules packed into one weight."""
+
+    weight: Tensor  # [N, K]
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor, stack: LinearStack | None, lora: LoraBatch) -> Tensor:
+        return dispatch.linear(x, self.weight, self.bias, stack, lora)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer's weights."""
+
+    input_norm: Tensor
+    qkv: Projection
+    qk_norms: tuple[Tensor, Tensor] | None
+    o: Projection
+    post_norm: Tensor
+    gate_up: Projection
+    down: Projection
+    window: int | None
+
+
+class Decoder:
+    """A Qwen3, Qwen2, Llama or Mistral decoder without its head."""
+
+    def __init__(
+        self, architecture: Architecture, config: Any, model_dir: Path, max_len: int, device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.architecture = architecture
+        self.device = device
+        self.dtype = dtype
+        with Checkpoint(model_dir, device, dtype) as checkpoint:
+            self.embedding = checkpoint.take("embed_tokens.weight", (architecture.vocab, architecture.hidden))
+            self.layers = [_read_layer(checkpoint, architecture, i) for i in range(architecture.layers)]
+            self.norm = checkpoint.take("norm.weight", (architecture.hidden,))
+            checkpoint.finish()
+        self._cos, self._sin = rotary_tables(config, architecture, max_len, device)
+
+    def forward(self, tokens: Tokens, stacks: Sequence[Stacks], embedding: EmbeddingStack | None) -> Tensor:
+        """Hidden states before the final norm: [T, H]."""
+        residual = dispatch.embedding(tokens.ids, self.embedding, embedding, tokens.lora)
+        normed = fused.rms_norm(residual, self.layers[0].input_norm, self.architecture.eps)
+        for i, layer in enumerate(self.layers):
+            delta = self._attention(layer, normed, tokens, stacks[i])
+            normed = fused.add_rms_norm(delta, residual, layer.post_norm, self.architecture.eps)
+            gate_up = layer.gate_up(normed, stacks[i].gate_up, tokens.lora)
+            delta = layer.down(fused.silu_mul(gate_up), stacks[i].down, tokens.lora)
+            if i + 1 == len(self.layers):
+                return residual + delta
+            normed = fused.add_rms_norm(delta, residual, self.layers[i + 1].input_norm, self.architecture.eps)
+        raise AssertionError("a decoder has at least one layer")
+
+    def _attention(self, layer: Layer, normed: Tensor, tokens: Tokens, stacks: Stacks) -> Tensor:
+        shape = self.architecture
+        qkv = layer.qkv(normed, stacks.qkv, tokens.lora)
+        fused.qk_norm_rope_(
+            qkv, layer.qk_norms, self._cos, self._sin, tokens.positions,
+            query_heads=shape.heads, key_heads=shape.kv_heads, eps=shape.eps,
+        )  # fmt: skip
+        attended = attend(qkv, tokens.spans, (shape.heads, shape.kv_heads), shape.head_dim, layer.window)
+        return layer.o(attended, stacks.o, tokens.lora)
+
+    def final_norm(self, rows: Tensor) -> Tensor:
+        """The final norm, on the rows that pooling kept: [R, H] -> [R, H]."""
+        return fused.rms_norm(rows, self.norm, self.architecture.eps)
+
+
+def _read_layer(checkpoint: Checkpoint, shape: Architecture, index: int) -> Layer:
+    prefix = f"layers.{index}."
+
+    def packed(group: str, *names: str) -> Projection:
+        dims = [(shape.module_dims()[name][1], shape.module_dims()[name][0]) for name in names]
+        return Projection(*checkpoint.take_packed([f"{prefix}{group}.{name}" for name in names], dims))
+
+    norms = None
+    if shape.qk_norm:
+        width = (shape.head_dim,)
+        norms = (
+            checkpoint.take(f"{prefix}self_attn.q_norm.weight", width),
+            checkpoint.take(f"{prefix}self_attn.k_norm.weight", width),
+        )
+    return Layer(
+        input_norm=checkpoint.take(f"{prefix}input_layernorm.weight", (shape.hidden,)),
+        qkv=packed("self_attn", "q_proj", "k_proj", "v_proj"),
+        qk_norms=norms,
+        o=packed("self_attn", "o_proj"),
+        post_norm=checkpoint.take(f"{prefix}post_attention_layernorm.weight", (shape.hidden,)),
+        gate_up=packed("mlp", "gate_proj", "up_proj"),
+        down=packed("mlp", "down_proj"),
+        window=shape.windows[index],
+    )

@@ -1,0 +1,192 @@
+"""`adapter_config.json`, as PEFT 0.21 reads it: every field is honoured, harmless, or refused by name.
+
+The matching rules are PEFT's own (`check_target_module_exists`, `get_pattern_key`), so that a folder means here what it
+meant where it was trained.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+# They shape training, or describe the file; a forward pass does not depend on them.
+_HARMLESS = {
+    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "megatron_core",
+    "loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+}  # fmt: skip
+_HONOURED = {
+    "peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias",
+}  # fmt: skip
+# These initialisations leave the base weights as they were; the others (pissa, olora, loftq, ...) change them.
+_PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The part of an adapter's config that its forward pass depends on."""
+
+    fields: dict[str, Any]
+
+    def targets(self, module: str) -> bool:
+        """Whether the config puts LoRA on the module of this full name."""
+        excluded, wanted = self.fields.get("exclude_modules"), self.fields.get("target_modules")
+        if _names(excluded, module):
+            return False
+        if isinstance(wanted, str):
+            # "all-linear" is every linear layer but the output head
+            return not module.endswith(("embed_tokens", "lm_head")) if wanted == "all-linear" else _full(wanted, module)
+        return _names(wanted, module) and self._in_layers(module)
+
+    def _in_layers(self, module: str) -> bool:
+        wanted = self.fields.get("layers_to_transform")
+        if wanted is None or wanted == []:
+            return True
+        patterns = self.fields.get("layers_pattern") or []
+        shapes = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in ([patterns] if isinstance(patterns, str) else patterns)]
+        found = next(filter(None, (re.match(shape, module) for shape in shapes or [r".*?\.[^.]*\.(\d+)\."])), None)
+        return found is not None and int(found.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
+
+    def rank(self, module: str) -> int:
+        """The rank of one module, `rank_pattern` applied."""
+        return int(_by_pattern(self.fields.get("rank_pattern"), module, self.fields["r"]))
+
+    def scaling(self, module: str) -> float:
+        """What B A x is multiplied by: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
+        alpha = float(_by_pattern(self.fields.get("alpha_pattern"), module, self.fields.get("lora_alpha", 8)))
+        rank = self.rank(module)
+        return alpha / math.sqrt(rank) if self.fields.get("use_rslora") else alpha / rank
+
+
+def _names(wanted: Any, module: str) -> bool:
+    if not wanted:
+        return False
+    if isinstance(wanted, str):
+        return _full(wanted, module)
+    return any(module == name or module.endswith(f".{name}") for name in wanted)
+
+
+def _full(pattern: str, module: str) -> bool:
+    return re.fullmatch(pattern, module) is not None
+
+
+def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def read_peft_config(path: Path, bases: Sequence[str]) -> tuple[PeftConfig | None, list[str]]:
+    """An adapter's config and every reason to refuse it.
+
+    Args:
+        path: the `adapter_config.json`.
+        bases: names (fnmatch patterns) that the served base model goes by.
+
+    Returns:
+        The config (None if it cannot be used at all) and the findings; no findings means it is good.
+    """
+    if not path.is_file():
+        return None, [f"{path.name}: expected the config that PEFT saves beside the weights; it is missing"]
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return None, [f"{path.name}: expected JSON, got: {error}"]
+    if not isinstance(fields, dict):
+        return None, [f"{path.name}: expected a JSON object, got {type(fields).__name__}"]
+    findings = [*_wrong_types(fields), *_bad_patterns(fields)]
+    if not findings:
+        findings = [*_unsupported(fields), *_wrong_base(fields.get("base_model_name_or_path"), bases)]
+        return PeftConfig(fields), findings
+    return None, findings
+
+
+def _wrong_types(fields: dict[str, Any]) -> list[str]:
+    findings = []
+    if not _is_count(fields.get("r", 8)):
+        findings.append(f"r: expected a whole number of at least 1, got {fields.get('r')!r}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        value = fields.get(name) or {}
+        good = _is_count if name == "rank_pattern" else _is_number
+        if not isinstance(value, dict) or not all(good(item) for item in value.values()):
+            findings.append(f"{name}: expected an object of numbers by module pattern, got {value!r}")
+    if not _is_number(fields.get("lora_alpha", 8)):
+        findings.append(f"lora_alpha: expected a number, got {fields.get('lora_alpha')!r}")
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = fields.get(name)
+        if not (value is None or isinstance(value, str) or _is_list(value, str)):
+            findings.append(f"{name}: expected a list of names or a pattern, got {value!r}")
+    layers = fields.get("layers_to_transform")
+    if not (layers is None or isinstance(layers, int) or _is_list(layers, int)):
+        findings.append(f"layers_to_transform: expected layer numbers, got {layers!r}")
+    if not fields.get("target_modules"):
+        findings.append(f"target_modules: expected at least one module, got {fields.get('target_modules')!r}")
+    fields.setdefault("r", 8)
+    return findings
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _bad_patterns(fields: dict[str, Any]) -> list[str]:
+    patterns = [value for name in ("target_modules", "exclude_modules") if isinstance(value := fields.get(name), str)]
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns += list(fields[name]) if isinstance(fields.get(name), dict) else []
+    layers = fields.get("layers_pattern") or []
+    patterns += [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, list) else []
+    findings = []
+    for pattern in patterns:
+        try:
+            re.compile(str(pattern))
+        except re.error as error:
+            findings.append(f"pattern {pattern!r}: expected a regular expression, got: {error}")
+    return findings
+
+
+def _unsupported(fields: dict[str, Any]) -> list[str]:
+    findings = []
+    if fields.get("peft_type", "LORA") != "LORA":
+        findings.append(f"peft_type: expected LORA, got {fields['peft_type']!r}")
+    if fields.get("bias", "none") != "none":
+        findings.append(f"bias: expected 'none', got {fields['bias']!r}; train without biases")
+    if fields.get("init_lora_weights", True) not in _PLAIN_INIT:
+        findings.append(
+            f"init_lora_weights: {fields['init_lora_weights']!r} changes the base weights; "
+            "save the adapter with PEFT's path_initial_model_for_weight_conversion"
+        )
+    for name, value in fields.items():
+        if name not in _HARMLESS and name not in _HONOURED and value not in (None, False, [], {}, ""):
+            findings.append(f"{name}: not supported, got {value!r}; train without it")
+    return findings
+
+
+def _wrong_base(named: Any, bases: Sequence[str]) -> list[str]:
+    if not isinstance(named, str) or not named:
+        return []  # PEFT leaves it empty for models built in memory; shapes are checked all the same
+    short = _short_name(named)
+    if any(fnmatch(short.lower(), _short_name(base).lower()) for base in bases):
+        return []
+    served = ", ".join(bases)
+    finding = f"base_model_name_or_path: expected the served base ({served}), got {named!r}; if it is the same model, "
+    return [finding + "add that name to the base's aliases"]
+
+
+def _short_name(name: str) -> str:
+    """The last part of a hub id or path; of a hub cache's snapshot, the model's."""
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    cached = [part for part in parts if part.startswith("models--")]
+    return cached[-1].rsplit("--", 1)[-1] if cached else parts[-1] if parts else name

@@ -1,0 +1,189 @@
+"""The device memory that adapters live in: a fixed number of slots, each with room for the largest adapter.
+
+Letters: S slots, R the pool's rank (a multiple of 16), K input width, N output width, V vocabulary. All of a slot lies
+in one run of memory: `load` zeroes the run and then copies the adapter in, so that nothing of the last tenant can be
+left behind a smaller rank.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ranklet.kernels.stack import EmbeddingStack, LinearStack, SlotMeta
+from ranklet.replicas.adapters import EMBEDDING, Adapter, Place
+from ranklet.replicas.architecture import Architecture
+from ranklet.replicas.model import Stacks
+
+PACKS = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Where one matrix of an adapter stands in its flat buffer."""
+
+    place: Place
+    side: str
+    offset: int
+    shape: tuple[int, int]
+
+    def view(self, flat: Tensor) -> Tensor:
+        return flat[self.offset : self.offset + self.shape[0] * self.shape[1]].view(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedAdapter:
+    """A verified adapter ready to be copied to a slot: one flat buffer, pinned where there is a GPU."""
+
+    adapter_rank: int
+    flat: Tensor
+    pieces: tuple[Piece, ...]
+    scalings: dict[Place, float]
+    modules: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.flat.numel() * self.flat.element_size()
+
+
+def pack(adapter: Adapter, dtype: torch.dtype, *, pinned: bool) -> PackedAdapter:
+    """Lay an adapter out end to end in the pool's dtype; the embedding's A transposed, so that a token is a row."""
+    matrices: list[tuple[Place, str, Tensor]] = []
+    for place, weight in adapter.weights.items():
+        matrices += [(place, "a", weight.a.t() if place[0] == EMBEDDING else weight.a), (place, "b", weight.b)]
+    flat = torch.empty(sum(m.numel() for _, _, m in matrices), dtype=dtype, pin_memory=pinned)
+    pieces, offset = [], 0
+    for place, side, matrix in matrices:
+        piece = Piece(place, side, offset, (matrix.shape[0], matrix.shape[1]))
+        piece.view(flat).copy_(matrix)
+        pieces.append(piece)
+        offset += matrix.numel()
+    scalings = {place: weight.scaling for place, weight in adapter.weights.items()}
+    modules = tuple(sorted({name for _, name in adapter.weights}))
+    return PackedAdapter(adapter.rank, flat, tuple(pieces), scalings, modules)
+
+
+def padded_rank(rank: int) -> int:
+    """The rank a slot keeps for adapters of up to this rank: matrix units take 16 at a time."""
+    return -(-rank // 16) * 16
+
+
+@dataclass
+class AdapterPool:
+    """All slots of one device.
+
+    Attributes:
+        layers: per decoder layer the stacks that the model reads.
+        embedding: the token embedding's stack, None if `modules` leaves it out.
+    """
+
+    architecture: Architecture
+    slots: int
+    max_rank: int
+    modules: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype
+    layers: list[Stacks] = field(init=False)
+    embedding: EmbeddingStack | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.rank = padded_rank(self.max_rank)
+        self._stacks: dict[tuple[int, str], LinearStack] = {}
+        self._data = torch.zeros((self.slots, self._slot_elements()), dtype=self.dtype, device=self.device)
+        self._carve()
+        self._stream: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    @property
+    def nbytes(self) -> int:
+        return self._data.numel() * self._data.element_size()
+
+    def _packs(self) -> dict[str, tuple[str, ...]]:
+        return {pack: names for pack, names in PACKS.items() if set(names) & set(self.modules)}
+
+    def _pack_shape(self, names: tuple[str, ...]) -> tuple[int, tuple[int, ...]]:
+        dims = [self.architecture.module_dims()[name] for name in names]
+        return dims[0][0], tuple(out for _, out in dims)
+
+    def _slot_elements(self) -> int:
+        shape, total = self.architecture, 0
+        for names in self._packs().values():
+            wide, widths = self._pack_shape(names)
+            total += self.rank * (len(widths) * wide + sum(widths)) * shape.layers
+        return total + (self.rank * (shape.vocab + shape.hidden) if "embed_tokens" in self.modules else 0)
+
+    def _carve(self) -> None:
+        offset = 0
+
+        def take(rows: int, columns: int) -> Tensor:
+            nonlocal offset
+            start, offset = offset, offset + rows * columns
+            return self._data[:, start:offset].view(self.slots, rows, columns)
+
+        for layer in range(self.architecture.layers):
+            for pack_name, names in self._packs().items():
+                wide, widths = self._pack_shape(names)
+                a, b = take(len(widths) * self.rank, wide), take(sum(widths), self.rank)
+                self._stacks[layer, pack_name] = LinearStack(a, b, widths)
+        self.layers = [
+            Stacks(**{name: self._stacks[layer, name] for name in self._packs()})
+            for layer in range(self.architecture.layers)
+        ]
+        if "embed_tokens" in self.modules:
+            a, b = take(self.architecture.vocab, self.rank), take(self.architecture.hidden, self.rank)
+            self.embedding = EmbeddingStack(a, b)
+
+    def load(self, slot: int, packed: PackedAdapter) -> None:
+        """Copy an adapter into a slot that no batch uses; returns when it is there.
+
+        It runs on a stream of its own: batches on other slots go on.
+        """
+        if self._stream is None:
+            self._write(slot, packed, packed.flat)
+            return
+        with torch.cuda.stream(self._stream):
+            self._write(slot, packed, packed.flat.to(self.device, non_blocking=True))
+            done = self._stream.record_event()
+        done.synchronize()
+
+    def _write(self, slot: int, packed: PackedAdapter, flat: Tensor) -> None:
+        self._data[slot].zero_()
+        targets = [self._target(slot, piece) for piece in packed.pieces]
+        torch._foreach_copy_(targets, [piece.view(flat) for piece in packed.pieces])
+        self._describe(slot, packed)
+
+    def _target(self, slot: int, piece: Piece) -> Tensor:
+        layer, name = piece.place
+        if layer == EMBEDDING:
+            assert self.embedding is not None  # verification refuses adapters the pool has no room for
+            side = self.embedding.a if piece.side == "a" else self.embedding.b
+            return side[slot, :, : piece.shape[1]]
+        pack_name, index = _slice_of(name)
+        stack = self._stacks[layer, pack_name]
+        if piece.side == "a":
+            return stack.a[slot, index * self.rank : index * self.rank + piece.shape[0]]
+        column = sum(stack.widths[:index])
+        return stack.b[slot, column : column + stack.widths[index], : piece.shape[1]]
+
+    def _describe(self, slot: int, packed: PackedAdapter) -> None:
+        ranks = {piece.place: piece.shape[1] for piece in packed.pieces if piece.side == "b"}
+        for (layer, pack_name), stack in self._stacks.items():
+            places = [(layer, name) for name in PACKS[pack_name]]
+            stack.meta[slot] = _meta(places, ranks, packed)
+        if self.embedding is not None:
+            self.embedding.meta[slot] = _meta([(EMBEDDING, "embed_tokens")], ranks, packed)
+
+
+def _meta(places: list[Place], ranks: dict[Place, int], packed: PackedAdapter) -> SlotMeta:
+    return SlotMeta(
+        tuple(ranks.get(place, 0) for place in places), tuple(packed.scalings.get(place, 0.0) for place in places)
+    )
+
+
+def _slice_of(name: str) -> tuple[str, int]:
+    return next((pack_name, names.index(name)) for pack_name, names in PACKS.items() if name in names)

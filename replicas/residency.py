@@ -1,0 +1,105 @@
+"""Which adapters are in a slot, on their way to one, or refused. Every method is called under the engine's lock."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from ranklet.replicas.errors import InvalidAdapter, RankletError
+from ranklet.replicas.loader import Loader, LoadOutcome
+from ranklet.replicas.reference import AdapterRef
+from ranklet.replicas.slots import SlotTable
+
+_REMEMBERED_REFUSALS = 256
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """An adapter that is verified and in a slot."""
+
+    name: str
+    revision: str
+    rank: int
+    modules: tuple[str, ...]
+    bytes: int
+
+
+@dataclass
+class Residency:
+    """The slots of one device and the loads that fill them.
+
+    Attributes:
+        loaded: called on a loader thread, without the lock, when a load has ended; it must call `settle` with it.
+        evicted: called with the name of an adapter that lost its slot.
+    """
+
+    table: SlotTable
+    loader: Loader
+    loaded: Callable[[LoadOutcome], None]
+    evicted: Callable[[str], None]
+    asked: dict[AdapterRef, Future[AdapterInfo]] = field(default_factory=dict)  # loads that no prompt waits for
+    _info: dict[AdapterRef, AdapterInfo] = field(default_factory=dict)
+    _refused: OrderedDict[AdapterRef, RankletError] = field(default_factory=OrderedDict)
+
+    def usable(self, ref: AdapterRef) -> bool:
+        """Whether a batch may use the adapter now."""
+        return self.table.usable(ref) is not None
+
+    def refusal(self, ref: AdapterRef) -> RankletError | None:
+        """Why this revision was refused, if it was: its files are not read again for every request."""
+        return self._refused.get(ref)
+
+    def tier(self, ref: AdapterRef) -> str:
+        """Where the adapter is now: gpu, host or disk."""
+        if self.usable(ref):
+            return "gpu"
+        return "host" if ref in self.loader.host else "disk"
+
+    def acquire(self, refs: Sequence[AdapterRef | None]) -> list[int | None]:
+        """The slots of a batch's adapters, each held until `release`."""
+        return [None if ref is None else self.table.acquire(ref) for ref in refs]
+
+    def release(self, refs: Sequence[AdapterRef | None]) -> None:
+        """Undo `acquire`."""
+        for ref in refs:
+            if ref is not None:
+                self.table.release(ref)
+
+    def ask(self, ref: AdapterRef) -> Future[AdapterInfo]:
+        """Want an adapter in a slot, ahead of those that prompts wait for."""
+        if self.usable(ref):
+            known: Future[AdapterInfo] = Future()
+            known.set_result(self._info[ref])
+            return known
+        return self.asked.setdefault(ref, Future())
+
+    def bring(self, demand: Sequence[AdapterRef]) -> None:
+        """Start the loads that `demand` (oldest first) and `ask` need; older adapters are never evicted for younger."""
+        wanted = [*self.asked, *demand]
+        for i, ref in enumerate(wanted):
+            if self.table.holds(ref):
+                continue
+            place = self.table.reserve(ref, wanted[:i])
+            if place is None:
+                self.table.retire(wanted[:i])
+                return
+            slot, evicted = place
+            if evicted is not None:
+                del self._info[evicted]
+                self.evicted(evicted.name)
+            self.loader.start(ref, slot, self.loaded)
+
+    def settle(self, outcome: LoadOutcome) -> tuple[Future[AdapterInfo] | None, AdapterInfo | None]:
+        """Enter a finished load; returns who asked for it and what they get (None: `outcome.error`)."""
+        ref, packed, error = outcome.ref, outcome.packed, outcome.error
+        asked = self.asked.pop(ref, None)
+        if packed is not None:
+            self.table.loaded(ref)
+            self._info[ref] = AdapterInfo(ref.name, ref.revision, packed.adapter_rank, packed.modules, packed.nbytes)
+            return asked, self._info[ref]
+        self.table.failed(ref)
+        if isinstance(error, InvalidAdapter):
+            self._refused[ref] = error
+            while len(self._refused) > _REMEMBERED_REFUSALS:
+                self._refused.popitem(last=False)
+        return asked, None

@@ -1,0 +1,68 @@
+"""What an engine tells the outside: records pushed to a `Listener`, and a snapshot polled from it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BatchRecord:
+    """One batch that ran. Times in seconds."""
+
+    requests_by_adapter: dict[str, int]  # "" is the base model
+    tokens_by_adapter: dict[str, int]
+    backend: str
+    queue_waits_s: list[float]
+    compute_s: float
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.tokens_by_adapter.values())
+
+    @property
+    def adapters(self) -> int:
+        return sum(1 for name in self.requests_by_adapter if name)
+
+
+@dataclass(frozen=True)
+class LoadRecord:
+    """One adapter brought into a slot (or refused: `error` set). `tier` is where it was found: host or disk."""
+
+    adapter: str
+    rank: int
+    tier: str
+    seconds: float
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An engine at one moment; cheap enough to take several times a second."""
+
+    resident: tuple[str, ...]  # adapter names ready in a slot, most recently used last
+    hosted: tuple[str, ...]  # adapter names in the host cache
+    waiting_requests: int
+    waiting_tokens: int
+    running_requests: int
+    waiting_adapters: tuple[str, ...]
+    running_adapters: tuple[str, ...]
+    slots: int
+    pool_bytes: int
+    host_bytes: int
+
+
+class Listener:
+    """Receives an engine's records, on the engine's threads: methods must be quick and must not raise."""
+
+    def batch(self, record: BatchRecord) -> None:
+        """A batch was answered."""
+
+    def load(self, record: LoadRecord) -> None:
+        """An adapter was loaded into a slot, or refused."""
+
+    def evicted(self, adapter: str) -> None:
+        """An adapter lost its slot to another."""
+
+    def tier_hit(self, tier: str) -> None:
+        """A request arrived for an adapter found in `tier`: gpu, host or disk."""
+
+    def cancelled(self, requests: int) -> None:
+        """Requests were dropped before they reached the device, because their client had gone."""

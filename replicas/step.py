@@ -1,0 +1,92 @@
+"""One batch through the model: laid out on the CPU, launched on the device, its vectors fetched.
+
+Letters: T tokens, B prompts, H hidden width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ranklet.kernels import dispatch
+from ranklet.kernels.batch import plan
+from ranklet.replicas.attention import Spans
+from ranklet.replicas.model import Decoder, Tokens
+from ranklet.replicas.pool import AdapterPool
+from ranklet.replicas.pooling import Pooling
+
+
+@dataclass(slots=True)
+class Running:
+    """A batch on the device. `vectors` may be read after `wait`."""
+
+    order: list[int]  # row i of `vectors` belongs to prompt order[i]
+    backend: str
+    vectors: Tensor  # float32 [B, H] on the host
+    launched_s: float
+    event: Any
+
+    def wait(self) -> NDArray[np.float32]:
+        """Block until the device is done: float32 [B, H], in the prompts' own order."""
+        if self.event is not None:
+            self.event.synchronize()
+        out: NDArray[np.float32] = np.empty(self.vectors.shape, dtype=np.float32)
+        out[self.order] = self.vectors.numpy()
+        return out
+
+
+class Stepper:
+    """Runs batches of one model on one device."""
+
+    def __init__(self, model: Decoder, pool: AdapterPool, pooling: Pooling, backend: str) -> None:
+        self._model = model
+        self._pool = pool
+        self._pooling = pooling
+        self._backend = backend
+        self._cuda = model.device.type == "cuda"
+        self._count = np.arange(1, dtype=np.int32)
+
+    @torch.inference_mode()
+    def launch(self, prompts: Sequence[NDArray[np.int32]], slots: Sequence[int | None]) -> Running:
+        """Start a batch; on CUDA it returns while the device works.
+
+        Args:
+            prompts: int32 [length] each.
+            slots: the pool slot of each prompt's adapter, None for the base.
+        """
+        launched_s = perf_counter()
+        order, lora = plan([len(prompt) for prompt in prompts], slots)
+        lora = dispatch.choose(lora, self._backend)
+        ids, positions, spans = self._lay_out([prompts[i] for i in order])
+        states = self._model.forward(Tokens(ids, positions, spans, lora), self._pool.layers, self._pool.embedding)
+        rows = self._model.final_norm(self._pooling.rows(states, spans))
+        vectors = self._pooling.vectors(rows, spans)
+        host, event = self._to_host(vectors)
+        return Running(order, lora.backend, host, launched_s, event)
+
+    def _lay_out(self, prompts: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor, Spans]:
+        """Ids, positions and offsets in one buffer, so that they travel to the device in one copy."""
+        lengths = tuple(len(prompt) for prompt in prompts)
+        tokens = sum(lengths)
+        if len(self._count) < max(lengths):
+            self._count = np.arange(max(lengths), dtype=np.int32)
+        buffer = torch.empty(2 * tokens + len(lengths) + 1, dtype=torch.int32, pin_memory=self._cuda)
+        view = buffer.numpy()
+        np.concatenate(prompts, out=view[:tokens])
+        np.concatenate([self._count[:length] for length in lengths], out=view[tokens : 2 * tokens])
+        view[2 * tokens :] = (0, *accumulate(lengths))
+        moved = buffer.to(self._model.device, non_blocking=True)
+        return moved[:tokens], moved[tokens : 2 * tokens], Spans(lengths, moved[2 * tokens :])
+
+    def _to_host(self, vectors: Tensor) -> tuple[Tensor, Any]:
+        if not self._cuda:
+            return vectors, None
+        host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
+        host.copy_(vectors, non_blocking=True)
+        return host, torch.cuda.current_stream().record_event()

@@ -1,0 +1,99 @@
+"""A base model's safetensors, sharded or not, read straight onto the device."""
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ranklet.replicas.errors import ModelError
+
+# Left unread on purpose: the language model's head, and buffers that old checkpoints carry.
+_IGNORED = ("lm_head.weight", "rotary_emb.inv_freq")
+
+
+class Checkpoint:
+    """The tensors of a model folder, named without the `model.` that causal-LM checkpoints put before them."""
+
+    def __init__(self, model_dir: Path, device: torch.device, dtype: torch.dtype) -> None:
+        self._dir = model_dir
+        self._device = device
+        self._dtype = dtype
+        self._open = ExitStack()
+        self._files: dict[str, tuple[Any, str]] = {}
+        self._left: set[str] = set()
+
+    def __enter__(self) -> Self:
+        for path in self._shards():
+            try:
+                file = self._open.enter_context(safe_open(path, framework="pt", device="cpu"))
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"{path}: expected a safetensors file, got: {error}") from error
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                self._files[key.removeprefix("model.")] = (file, key)
+        self._left = {key for key in self._files if not key.endswith(_IGNORED)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def _shards(self) -> list[Path]:
+        index = self._dir / "model.safetensors.index.json"
+        if index.is_file():
+            return [self._dir / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        single = self._dir / "model.safetensors"
+        if not single.is_file():
+            raise ModelError(f"{self._dir}: expected model.safetensors or model.safetensors.index.json, got neither")
+        return [single]
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor, of exactly this shape.
+
+        Raises:
+            ModelError: it is missing or has another shape.
+        """
+        out = torch.empty(shape, dtype=self._dtype, device=self._device)
+        self._read(name, out)
+        return out
+
+    def take_packed(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
+        """Several linear modules as one: weights [sum of N, K] and biases [sum of N], None if they have none."""
+        rows = [shape[0] for shape in shapes]
+        weight = torch.empty((sum(rows), shapes[0][1]), dtype=self._dtype, device=self._device)
+        bias = None
+        if any(f"{name}.bias" in self._files for name in names):
+            bias = torch.zeros(sum(rows), dtype=self._dtype, device=self._device)
+        start = 0
+        for name, count in zip(names, rows, strict=True):
+            self._read(f"{name}.weight", weight[start : start + count])
+            if bias is not None and f"{name}.bias" in self._files:
+                self._read(f"{name}.bias", bias[start : start + count])
+            start += count
+        return weight, bias
+
+    def _read(self, name: str, out: Tensor) -> None:
+        if name not in self._files:
+            raise ModelError(f"{self._dir}: expected a tensor {name}, the checkpoint has none")
+        file, key = self._files[name]
+        tensor = file.get_tensor(key)
+        if tuple(tensor.shape) != tuple(out.shape):
+            raise ModelError(f"{self._dir}: {key}: expected shape {list(out.shape)}, got {list(tensor.shape)}")
+        out.copy_(tensor)
+        self._left.discard(name)
+
+    def finish(self) -> None:
+        """Check that every tensor was used: one that was not would change the model's answers.
+
+        Raises:
+            ModelError: tensors are left; the message names some.
+        """
+        if self._left:
+            some = ", ".join(sorted(self._left)[:5])
+            raise ModelError(f"{self._dir}: {len(self._left)} tensors that this architecture does not use: {some}")
