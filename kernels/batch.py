@@ -23,18 +23,32 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class LoraBatch:
-    """The LoRA side of one batch: disjoint segments, at most one per slot, in row order.
+    """The LoRA side of one batch: segments end to end from row 0, at most one per slot.
 
-    Rows outside every segment use the base model alone and cost nothing.
+    The rows behind the last segment use the base model alone and cost nothing.
+
+    Raises:
+        ValueError: the segments leave a gap, overlap, or end beyond the rows.
     """
 
     segments: tuple[Segment, ...]
     rows: int
     backend: str = "none"
 
+    def __post_init__(self) -> None:
+        ends = [0, *(segment.stop for segment in self.segments)]
+        starts = [*(segment.start for segment in self.segments), min(self.rows, ends[-1])]
+        if starts != ends:
+            raise ValueError(f"segments: expected runs end to end within {self.rows} rows, got {self.segments}")
+
     @property
     def adapters(self) -> int:
         return len(self.segments)
+
+    @property
+    def lora_rows(self) -> int:
+        """How many rows, from 0, have an adapter."""
+        return self.segments[-1].stop if self.segments else 0
 
 
 def plan(lengths: Sequence[int], slots: Sequence[int | None]) -> tuple[list[int], LoraBatch]:

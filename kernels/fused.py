@@ -19,7 +19,7 @@ def _rms_norm_kernel(x, residual, weight, out, eps, H: tl.constexpr, BLOCK: tl.c
     value = tl.load(x + row + columns, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         value += tl.load(residual + row + columns, mask=mask, other=0.0).to(tl.float32)
-        # The norm sees what the residual stream holds, its rounding included, as the eager model does.
+        # The norm sees what the residual stream holds, its rounding included.
         value = value.to(residual.dtype.element_ty).to(tl.float32)
         tl.store(residual + row + columns, value.to(residual.dtype.element_ty), mask=mask)
     scale = tl.rsqrt(tl.sum(value * value, 0) / H + eps)
@@ -28,20 +28,29 @@ def _rms_norm_kernel(x, residual, weight, out, eps, H: tl.constexpr, BLOCK: tl.c
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Semantics: `x / sqrt(mean(x^2) + eps) * weight`, by row. x [T, H], weight [H] -> [T, H]."""
+    """Semantics: `x / sqrt(mean(x^2) + eps) * weight`, by row. x [T, H], weight [H] -> [T, H] in weight's dtype."""
     if not x.is_cuda:
-        return functional.rms_norm(x, (x.shape[-1],), weight, eps)
-    out = torch.empty_like(x)
+        return functional.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(weight.dtype)
+    out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     _launch_rms_norm(x, x, weight, out, eps, add=False)
     return out
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Semantics: `residual += x` in place, then its RMS norm. x, residual [T, H], weight [H] -> [T, H]."""
+    """Semantics: `residual += x` in place, then its RMS norm.
+
+    Args:
+        x: [T, H].
+        residual: [T, H]; float32 keeps what many bf16 layers would round away.
+        weight: [H].
+
+    Returns:
+        [T, H] in weight's dtype.
+    """
     if not x.is_cuda:
         residual += x
         return rms_norm(residual, weight, eps)
-    out = torch.empty_like(x)
+    out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     _launch_rms_norm(x, residual, weight, out, eps, add=True)
     return out
 

@@ -1,7 +1,7 @@
 """LoRA with torch's own matrix products: one call per segment and slice, on any device.
 
 Scalings are Python floats known on the CPU, so nothing here waits for the device. They multiply in B's product, where
-the library applies them in float32 before its only rounding. After PEFT's `adapter_names` forward and SGLang's
+the library applies them in float32. After PEFT's `adapter_names` forward and SGLang's
 torch-native backend. Letters as in `stack.py`, T rows.
 """
 
@@ -16,7 +16,8 @@ from ranklet.kernels.stack import EmbeddingStack, LinearStack
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, batch: LoraBatch) -> Tensor:
     """Base projection plus each segment's LoRA.
 
-    Semantics: `y[t] = W x[t] + bias + s * B A x[t]`, with A, B, s of row t's adapter.
+    Semantics: `y[t] = W x[t] + bias + s * B A x[t]`, with A, B, s of row t's adapter. LoRA is written first and the base
+    product accumulates onto it, so that the sum is rounded once and y is not read by a pass of its own.
 
     Args:
         x: [T, K].
@@ -26,24 +27,34 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, b
     Returns:
         [T, N], freshly allocated.
     """
-    y = functional.linear(x, weight, bias)
+    if not any(any(stack.meta[segment.slot].ranks) for segment in batch.segments):
+        return functional.linear(x, weight, bias)
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     for segment in batch.segments:
-        _add_segment(y, x, stack, segment)
+        expand_(y, x, stack, segment)
+    end = batch.lora_rows
+    if bias is not None:
+        y[:end] += bias
+    y[:end].addmm_(x[:end], weight.t())
+    if end < batch.rows:
+        y[end:] = functional.linear(x[end:], weight, bias)
     return y
 
 
-def _add_segment(y: Tensor, x: Tensor, stack: LinearStack, segment: Segment) -> None:
+def expand_(y: Tensor, x: Tensor, stack: LinearStack, segment: Segment) -> None:
+    """Write `s * B A x` of one segment's rows to y [T, N], zeros where a slice is not targeted."""
     meta = stack.meta[segment.slot]
-    if not any(meta.ranks):
-        return
     rows = slice(segment.start, segment.stop)
     hidden = shrink(x[rows], stack, segment.slot)
     column = position = 0
     for width, rank, scaling in zip(stack.widths, meta.ranks, meta.scalings, strict=True):
+        out = y[rows, column : column + width]
         if rank:
             b = stack.b[segment.slot, column : column + width, :rank]
-            y[rows, column : column + width].addmm_(hidden[:, position : position + rank], b.t(), alpha=scaling)
-            position += rank
+            out.addmm_(hidden[:, position : position + rank], b.t(), beta=0, alpha=scaling)
+        else:
+            out.zero_()
+        position += rank
         column += width
 
 
@@ -57,6 +68,8 @@ def shrink(x: Tensor, stack: LinearStack, slot: int) -> Tensor:
         [T, sum of the slices' ranks].
     """
     ranks = stack.meta[slot].ranks
+    if not any(ranks):
+        return x[:, :0]
     a = stack.a[slot]
     if all(rank == stack.rank for rank in ranks):
         return torch.mm(x, a.t())

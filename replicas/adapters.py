@@ -21,11 +21,13 @@ from ranklet.replicas.reference import CONFIG_FILE, WEIGHTS_FILE, AdapterRef
 # `base_model.model.` from PEFT, `model.` from causal-LM wrappers, `0.auto_model.` from sentence-transformers, or none.
 _KEY = re.compile(
     r"(?P<prefix>(?:(?:base_model|model|auto_model|\d+)\.)*?)"
-    r"(?P<module>(?:layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.)?(?P<name>[a-z]+_proj|embed_tokens))"
+    r"(?P<module>(?:layers\.(?P<layer>\d+)\.(?:self_attn\.(?=[qkvo]_)|mlp\.(?=gate_|up_|down_)))?"
+    r"(?P<name>[a-z]+_proj|embed_tokens))"
     r"\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.weight)?"
 )
 # PEFT saves the base's own embedding beside an adapter that targets it, or whose vocabulary it believes resized.
 _BASE_COPY = re.compile(r"(?:(?:base_model|model|auto_model|\d+)\.)*(?:embed_tokens|lm_head)(?:\.base_layer)?\.weight")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MAX_SHOWN = 12
 Place = tuple[int, str]  # (layer, module); the embedding's layer is EMBEDDING
 EMBEDDING = -1
@@ -105,13 +107,22 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     if not path.is_file():
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in folder.glob(pattern))
         if pickles:
-            return {}, [f"{pickles[0]}: pickle files are never read; save with safe_serialization=True"]
+            return {}, [f"{pickles[0]}: pickle is never read; expected {path.name} (PEFT: safe_serialization=True)"]
         return {}, [f"{path.name}: expected the weights that PEFT saves; the file is missing"]
     try:
+        _read_through(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, []  # noqa: SIM118 - safe_open is no mapping
     except (OSError, SafetensorError, ValueError) as error:
         return {}, [f"{path.name}: expected a whole safetensors file, got: {error}"]
+
+
+def _read_through(path: Path) -> None:
+    """Bring a file into the page cache: `safe_open` holds the GIL, so every batch would wait for a slow disk."""
+    buffer = bytearray(1 << 20)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
 
 
 def _match(
@@ -193,6 +204,7 @@ def _fits(
     place: Place, module: str, sides: dict[str, Tensor], config: PeftConfig, expected: Expectation, findings: list[str]
 ) -> bool:
     before = len(findings)
+    served = str(expected.embedding.dtype).removeprefix("torch.")
     rank = config.rank(module)
     if rank > expected.max_rank:
         findings.append(f"{module}: expected a rank of at most {expected.max_rank} (engine.max_rank), got {rank}")
@@ -202,10 +214,10 @@ def _fits(
             findings.append(f"{module}: expected lora_A and lora_B, lora_{side} is missing")
         elif tuple(tensor.shape) != shape:
             findings.append(f"{module}: lora_{side}: expected shape {list(shape)}, got {list(tensor.shape)}")
-        elif not tensor.is_floating_point():
-            findings.append(f"{module}: lora_{side}: expected floating-point numbers, got {tensor.dtype}")
-        elif not bool(torch.isfinite(tensor).all()):
-            findings.append(f"{module}: lora_{side}: expected finite numbers, got NaN or infinity")
+        elif tensor.dtype not in _DTYPES:
+            findings.append(f"{module}: lora_{side}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+        elif not bool(torch.isfinite(tensor.to(expected.embedding.dtype)).all()):
+            findings.append(f"{module}: lora_{side}: expected numbers finite in {served}, got NaN or infinity")
     return len(findings) == before
 
 

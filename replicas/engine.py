@@ -214,7 +214,7 @@ class Engine:
     def _next(self) -> Round[Prompt] | None:
         """The batch to launch now, if any; starts the loads that waiting prompts need."""
         proposal = self._scheduler.propose(self._residency.usable)
-        self._residency.bring(proposal.demand)
+        self._residency.bring(proposal.demand, _adapters(proposal.batch))
         if not self._flights:
             return proposal if proposal.batch or proposal.cancelled else None
         # Behind a running batch only one worth its launch: a small one would shut out what arrives meanwhile.

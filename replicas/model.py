@@ -1,5 +1,8 @@
 """The decoder: packed tokens in, hidden states out, every LoRA of the batch applied on the way.
 
+The residual stream is float32 whatever the weights' dtype: in bf16 its rounding alone takes the cosine to a float32
+model below 0.9999 at 28 layers (0.99983, against 0.99993), for 2 % of the time.
+
 Letters: T tokens of the batch end to end, H hidden width.
 """
 
@@ -82,8 +85,8 @@ class Decoder:
         self._cos, self._sin = rotary_tables(config, architecture, max_len, device)
 
     def forward(self, tokens: Tokens, stacks: Sequence[Stacks], embedding: EmbeddingStack | None) -> Tensor:
-        """Hidden states before the final norm: [T, H]."""
-        residual = dispatch.embedding(tokens.ids, self.embedding, embedding, tokens.lora)
+        """Hidden states before the final norm: float32 [T, H]."""
+        residual = dispatch.embedding(tokens.ids, self.embedding, embedding, tokens.lora).float()
         normed = fused.rms_norm(residual, self.layers[0].input_norm, self.architecture.eps)
         for i, layer in enumerate(self.layers):
             delta = self._attention(layer, normed, tokens, stacks[i])
@@ -91,7 +94,7 @@ class Decoder:
             gate_up = layer.gate_up(normed, stacks[i].gate_up, tokens.lora)
             delta = layer.down(fused.silu_mul(gate_up), stacks[i].down, tokens.lora)
             if i + 1 == len(self.layers):
-                return residual + delta
+                return residual.add_(delta)
             normed = fused.add_rms_norm(delta, residual, self.layers[i + 1].input_norm, self.architecture.eps)
         raise AssertionError("a decoder has at least one layer")
 
@@ -106,7 +109,7 @@ class Decoder:
         return layer.o(attended, stacks.o, tokens.lora)
 
     def final_norm(self, rows: Tensor) -> Tensor:
-        """The final norm, on the rows that pooling kept: [R, H] -> [R, H]."""
+        """The final norm, on the rows that pooling kept: float32 [R, H] -> [R, H]."""
         return fused.rms_norm(rows, self.norm, self.architecture.eps)
 
 

@@ -24,6 +24,7 @@ _HONOURED = {
 }  # fmt: skip
 # These initialisations leave the base weights as they were; the others (pissa, olora, loftq, ...) change them.
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
+_FLOAT32_MAX = 3.4028234e38
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,18 @@ class PeftConfig:
         if isinstance(wanted, str):
             # "all-linear" is every linear layer but the output head
             return not module.endswith(("embed_tokens", "lm_head")) if wanted == "all-linear" else _full(wanted, module)
-        return _names(wanted, module) and self._in_layers(module)
+        # a module named in full is targeted whatever its layer
+        return module in (wanted or ()) or (_names(wanted, module) and self._in_layers(module))
 
     def _in_layers(self, module: str) -> bool:
         wanted = self.fields.get("layers_to_transform")
         if wanted is None or wanted == []:
             return True
         patterns = self.fields.get("layers_pattern") or []
-        shapes = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in ([patterns] if isinstance(patterns, str) else patterns)]
-        found = next(filter(None, (re.match(shape, module) for shape in shapes or [r".*?\.[^.]*\.(\d+)\."])), None)
-        return found is not None and int(found.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
+        shapes = [_layer_shape(pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
+        shapes = shapes or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+        found = next(filter(None, (re.match(shape, module) for shape in shapes)), None)
+        return found is not None and int(found["idx"]) in ([wanted] if isinstance(wanted, int) else wanted)
 
     def rank(self, module: str) -> int:
         """The rank of one module, `rank_pattern` applied."""
@@ -76,9 +79,17 @@ def _full(pattern: str, module: str) -> bool:
 
 def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(_suffix_shape(pattern), module):
             return value
     return default
+
+
+def _suffix_shape(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _layer_shape(pattern: str) -> str:
+    return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
 
 
 def read_peft_config(path: Path, bases: Sequence[str]) -> tuple[PeftConfig | None, list[str]]:
@@ -135,7 +146,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _FLOAT32_MAX
 
 
 def _is_list(value: Any, kind: type) -> bool:
@@ -143,15 +154,18 @@ def _is_list(value: Any, kind: type) -> bool:
 
 
 def _bad_patterns(fields: dict[str, Any]) -> list[str]:
-    patterns = [value for name in ("target_modules", "exclude_modules") if isinstance(value := fields.get(name), str)]
+    whole = [value for name in ("target_modules", "exclude_modules") if isinstance(value := fields.get(name), str)]
+    shapes = {pattern: pattern for pattern in whole}
     for name in ("rank_pattern", "alpha_pattern"):
-        patterns += list(fields[name]) if isinstance(fields.get(name), dict) else []
+        named = fields[name] if isinstance(fields.get(name), dict) else {}
+        shapes |= {pattern: _suffix_shape(pattern) for pattern in named}
     layers = fields.get("layers_pattern") or []
-    patterns += [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, list) else []
+    listed = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, list) else []
+    shapes |= {str(pattern): _layer_shape(str(pattern)) for pattern in listed}
     findings = []
-    for pattern in patterns:
+    for pattern, shape in shapes.items():
         try:
-            re.compile(str(pattern))
+            re.compile(shape)
         except re.error as error:
             findings.append(f"pattern {pattern!r}: expected a regular expression, got: {error}")
     return findings
@@ -175,9 +189,9 @@ def _unsupported(fields: dict[str, Any]) -> list[str]:
 
 
 def _wrong_base(named: Any, bases: Sequence[str]) -> list[str]:
-    if not isinstance(named, str) or not named:
+    if named is None or named == "":
         return []  # PEFT leaves it empty for models built in memory; shapes are checked all the same
-    short = _short_name(named)
+    short = _short_name(str(named))
     if any(fnmatch(short.lower(), _short_name(base).lower()) for base in bases):
         return []
     served = ", ".join(bases)

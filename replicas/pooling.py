@@ -50,7 +50,7 @@ def read_pooling(model_dir: Path) -> Pooling:
     listed = model_dir / "modules.json"
     if not listed.is_file():
         return Pooling()
-    modules = {module["type"].rsplit(".", 1)[-1]: module for module in json.loads(listed.read_text())}
+    modules = {module["type"].rsplit(".", 1)[-1]: module for module in _read_json(listed, list)}
     unknown = sorted(set(modules) - {"Transformer", "Pooling", "Normalize"})
     if unknown:
         raise ModelError(f"{listed}: expected Transformer, Pooling, Normalize; got also {', '.join(unknown)}")
@@ -58,14 +58,24 @@ def read_pooling(model_dir: Path) -> Pooling:
     if "Pooling" in modules:
         mode = _mode(model_dir / modules["Pooling"]["path"] / "config.json")
     limits = model_dir / modules.get("Transformer", {"path": ""})["path"] / "sentence_bert_config.json"
-    limit = json.loads(limits.read_text()).get("max_seq_length") if limits.is_file() else None
+    limit = _read_json(limits, dict).get("max_seq_length") if limits.is_file() else None
     return Pooling(mode=mode, normalize="Normalize" in modules, max_tokens=limit)
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: expected JSON, got: {error}") from error
+    if not isinstance(content, kind):
+        raise ModelError(f"{path}: expected a JSON {kind.__name__}, got {type(content).__name__}")
+    return content
 
 
 def _mode(path: Path) -> str:
     if not path.is_file():
         raise ModelError(f"{path}: expected the pooling's config, which modules.json names; it is missing")
-    config: dict[str, Any] = json.loads(path.read_text())
+    config: dict[str, Any] = _read_json(path, dict)
     flags = [name for name, on in config.items() if name.startswith("pooling_mode_") and on]
     asked = config.get("pooling_mode") or flags
     names = [asked] if isinstance(asked, str) else list(asked)

@@ -1,7 +1,7 @@
 """Which adapters are in a slot, on their way to one, or refused. Every method is called under the engine's lock."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -47,7 +47,9 @@ class Residency:
 
     def refusal(self, ref: AdapterRef) -> RankletError | None:
         """Why this revision was refused, if it was: its files are not read again for every request."""
-        return self._refused.get(ref)
+        error = self._refused.get(ref)
+        # Raised again for each request, it would gather their frames, and the prompts in them, for ever.
+        return error and error.with_traceback(None)
 
     def tier(self, ref: AdapterRef) -> str:
         """Where the adapter is now: gpu, host or disk."""
@@ -67,19 +69,25 @@ class Residency:
 
     def ask(self, ref: AdapterRef) -> Future[AdapterInfo]:
         """Want an adapter in a slot, ahead of those that prompts wait for."""
-        if self.usable(ref):
+        if ref in self._info:  # retiring ones too: no load would end that could answer
             known: Future[AdapterInfo] = Future()
             known.set_result(self._info[ref])
             return known
         return self.asked.setdefault(ref, Future())
 
-    def bring(self, demand: Sequence[AdapterRef]) -> None:
-        """Start the loads that `demand` (oldest first) and `ask` need; older adapters are never evicted for younger."""
+    def bring(self, demand: Sequence[AdapterRef], using: Collection[AdapterRef | None] = ()) -> None:
+        """Start the loads that `demand` (oldest first) and `ask` need; older adapters are never evicted for younger.
+
+        Args:
+            using: adapters of a batch that is about to `acquire` them; none of them is evicted.
+        """
+        proposed = {ref for ref in using if ref is not None}
         wanted = [*self.asked, *demand]
         for i, ref in enumerate(wanted):
             if self.table.holds(ref):
+                self.table.revive(ref)  # those before it have their slots: it need not leave
                 continue
-            place = self.table.reserve(ref, wanted[:i])
+            place = self.table.reserve(ref, proposed.union(wanted[:i]))
             if place is None:
                 self.table.retire(wanted[:i])
                 return

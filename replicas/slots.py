@@ -1,7 +1,7 @@
 """Which adapter has which slot: states, references, pins and LRU eviction. Bookkeeping only, no tensors, no locks.
 
 A slot is free, loading, or ready. A ready slot that batches still use can be marked retiring: it takes no new work, and
-is evicted when its last reference goes. A slot with references or a pin is never evicted.
+is evicted when its last reference goes, unless it is revived first. A slot with references or a pin is never evicted.
 """
 
 from collections import OrderedDict
@@ -101,6 +101,11 @@ class SlotTable:
                 slot.retiring = True
                 return True
         return False
+
+    def revive(self, key: AdapterRef) -> None:
+        """Undo `retire`, if the adapter has a slot: nobody before it needs the room any more."""
+        if key in self._by_key:
+            self._by_key[key].retiring = False
 
     def loaded(self, key: AdapterRef) -> None:
         """The adapter's weights are in its slot."""

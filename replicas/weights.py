@@ -47,7 +47,11 @@ class Checkpoint:
     def _shards(self) -> list[Path]:
         index = self._dir / "model.safetensors.index.json"
         if index.is_file():
-            return [self._dir / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            try:
+                names = set(json.loads(index.read_text())["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ModelError(f"{index}: expected a weight_map of tensors to files, got: {error!r}") from error
+            return [self._dir / name for name in sorted(names)]
         single = self._dir / "model.safetensors"
         if not single.is_file():
             raise ModelError(f"{self._dir}: expected model.safetensors or model.safetensors.index.json, got neither")

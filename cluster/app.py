@@ -1,0 +1,53 @@
+"""The application: gateways in front of engine replicas. `deploy/*.yaml` name this builder as their import_path."""
+
+import logging
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+
+from ranklet.cluster.config import AppArgs
+from ranklet.cluster.datapath import DataPath
+from ranklet.cluster.gateway import Gateway
+from ranklet.cluster.replica import Replica
+
+# A path and not the class: Ray would pickle a class, and then change it on every node at every release.
+ROUTER = "ranklet.routing.router:AdapterRouter"
+# Serve's own limits are kept out of the way: a full replica makes its router poll (25 ms to 0.5 s), a full gateway
+# answers in plain text. What is refused is up to engine.max_waiting_tokens and limits.max_in_flight_requests.
+_ONGOING = 1000
+_QUEUED = 20_000
+_RESIDENCY_PERIOD_S = 0.5
+_COMMON: dict[str, Any] = {
+    "num_replicas": 1,
+    "ray_actor_options": {"num_cpus": 1},
+    "health_check_period_s": 1,  # a dead process is replaced after about two seconds
+    "health_check_timeout_s": 10,
+    "graceful_shutdown_wait_loop_s": 0.5,
+    "graceful_shutdown_timeout_s": 20,
+}
+
+logger = logging.getLogger("ray.serve")
+
+
+def build(args: AppArgs) -> Application:
+    """One base model, its adapters, and the HTTP API in front. Any option of a deployment can be set in YAML instead.
+
+    Raises:
+        ValidationError: see `AppArgs`.
+    """
+    args = args.resolved()
+    logger.info("ranklet serves %s; %s", args.base_names[0], DataPath.here().said())
+    router = RequestRouterConfig.model_validate(
+        {"request_router_class": ROUTER, "request_routing_stats_period_s": _RESIDENCY_PERIOD_S}
+    )
+    replica = serve.deployment(
+        name="Replica",
+        max_ongoing_requests=_ONGOING,
+        max_queued_requests=_QUEUED,
+        request_router_config=router,
+        **_COMMON,
+    )(Replica)
+    gateway = serve.deployment(name="Gateway", max_ongoing_requests=_QUEUED, **_COMMON)(Gateway)
+    return gateway.bind(args, replica.bind(args))

@@ -1,0 +1,78 @@
+"""`ranklet`: a cluster on this machine, up and down."""
+
+import argparse
+import getpass
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ranklet.cluster.datapath import versions
+from ranklet.cluster.local import ClusterError, LocalCluster
+from ranklet.cluster.rayhead import authentication
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the `ranklet` command; returns the exit status."""
+    asked = _parser().parse_args(arguments)
+    try:
+        return int(asked.run(asked))
+    except (ClusterError, ValueError, OSError) as error:
+        print(f"ranklet: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ranklet", description="Many LoRA adapters of one base model, over Ray Serve."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    up = commands.add_parser("up", help="start Ray on this machine, deploy a configuration, wait until it answers")
+    up.add_argument("config", type=Path, metavar="CONFIG", help="for instance deploy/local.yaml")
+    up.add_argument(
+        "--proxy", choices=("haproxy", "serve"), default="haproxy", help="what takes HTTP (default: haproxy)"
+    )
+    up.add_argument("--port", type=int, help="HTTP port instead of the configuration's; 0 takes a free one")
+    up.add_argument("--timeout-s", type=float, default=180.0, help="how long to wait (default: %(default)s)")
+    up.set_defaults(run=_up)
+    down = commands.add_parser("down", help="stop what `ranklet up` started, and nothing else")
+    down.set_defaults(run=_down)
+    for command in (up, down):
+        command.add_argument(
+            "--temp-dir", type=Path, default=_default_temp_dir(), help="Ray's sessions and logs (default: %(default)s)"
+        )
+    version = commands.add_parser("version", help="installed versions")
+    version.set_defaults(run=_version)
+    return parser
+
+
+def _default_temp_dir() -> Path:
+    return Path(tempfile.gettempdir()) / f"ranklet-{getpass.getuser()}"
+
+
+def _up(asked: argparse.Namespace) -> int:
+    cluster = LocalCluster(
+        asked.temp_dir,
+        proxy=asked.proxy,
+        http_port=asked.port,
+        report=lambda line: print(f"ranklet: {line}", flush=True),
+    )
+    state = cluster.start(asked.config, asked.timeout_s)
+    settings = " ".join(f"{name}={value}" for name, value in authentication(asked.temp_dir.absolute()).items())
+    print(f"ranklet: logs in {state.temp_dir}/session_latest/logs/serve; Serve's own view of it:")
+    print(f"  {settings} serve status -a {state.dashboard}")
+    return 0
+
+
+def _down(asked: argparse.Namespace) -> int:
+    cluster = LocalCluster(asked.temp_dir, report=lambda line: print(f"ranklet: {line}", flush=True))
+    running = cluster.state
+    cluster.stop()
+    print(f"ranklet: stopped {running.base_url}")
+    return 0
+
+
+def _version(asked: argparse.Namespace) -> int:
+    for name, value in versions().items():
+        print(f"{name} {value}")
+    return 0

@@ -1,0 +1,146 @@
+"""Calls from a gateway to the replicas: split, send, retry once elsewhere, join; cancelled when the client goes."""
+
+import asyncio
+import contextlib
+import contextvars
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+from ray.exceptions import RayActorError, RayError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
+from ray.serve.handle import DeploymentHandle
+
+from ranklet.cluster.answers import Embeddings, join
+from ranklet.cluster.message import EmbedCall, EmbedRefusal, EmbedReply, pack, split
+from ranklet.cluster.registry import Known
+from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unavailable
+
+_CONTROL_TIMEOUT_S = 5.0
+# The replica, or the way to it, is gone. Embedding twice does no harm, so the call may be repeated.
+_GONE = (RayActorError, TaskCancelledError, RequestCancelledError)
+
+
+class Replicas:
+    """The engine replicas of this application, as one gateway reaches them."""
+
+    def __init__(self, handle: "DeploymentHandle[Any]", timeout_s: float, retried: Callable[[], None]) -> None:
+        self._handle = handle
+        self._timeout_s = timeout_s
+        self._retried = retried
+
+    async def embed(
+        self, adapter: Known | None, prompts: Sequence[NDArray[np.int32]], dimensions: int | None, hidden: int
+    ) -> Embeddings:
+        """Vectors for `prompts` (int32 [length] each), in order.
+
+        Raises:
+            RankletError: what the replica refused, Unavailable when none answered in time or two failed, Saturated.
+        """
+        name, path = (adapter.name, str(adapter.path)) if adapter else (None, None)
+        calls = [pack(name, path, part, dimensions) for part in split(prompts, 4 * hidden)]
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return join(await self._all(calls))
+        except TimeoutError:
+            raise Unavailable(
+                f"expected an answer within {self._timeout_s:g} s (limits.request_timeout_s), got none; the cluster is "
+                "overloaded or its replicas are starting. Try again"
+            ) from None
+
+    async def describe(self) -> dict[str, Any]:
+        """What one healthy replica says of itself.
+
+        Raises:
+            Unavailable: none answered.
+        """
+        try:
+            async with asyncio.timeout(_CONTROL_TIMEOUT_S):
+                description: dict[str, Any] = await self._handle.options(method_name="describe").remote()
+                return description
+        except (RayError, RayServeException, grpc.RpcError, TimeoutError) as error:
+            raise Unavailable(f"expected an answer from a replica, got {_said(error)}") from error
+
+    async def describe_all(self) -> list[dict[str, Any]]:
+        """What each live replica says of itself; those that do not answer are left out."""
+        return await everyone(self._handle)
+
+    async def _all(self, calls: Sequence[EmbedCall]) -> list[EmbedReply]:
+        if len(calls) == 1:
+            return [await self._call(calls[0])]
+        # Ray 2.60 tells calls that wait for a replica apart by the id of the HTTP request they serve: of two under one
+        # id, the second waits for ever. In an empty context each gets an id of its own.
+        loop = asyncio.get_running_loop()
+        tasks = [loop.create_task(self._call(call), context=contextvars.Context()) for call in calls]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:  # after one refusal, the rest would be work for nobody
+                task.cancel()
+
+    async def _call(self, call: EmbedCall) -> EmbedReply:
+        try:
+            return await self._attempt(call, avoid=None)
+        except _RepeatableError as failure:
+            self._retried()
+            try:
+                return await self._attempt(call, avoid=failure.replica)
+            except _RepeatableError as second:
+                raise second.error from failure
+
+    async def _attempt(self, call: EmbedCall, avoid: str | None) -> EmbedReply:
+        handle = self._handle.options(method_name="embed", multiplexed_model_id=call.adapter or "")
+        response = handle.remote(call, avoid=avoid)
+        try:
+            result: EmbedReply | EmbedRefusal = await response
+        except asyncio.CancelledError:
+            response.cancel()  # type: ignore[no-untyped-call]
+            raise
+        except Exception as error:
+            raise _translated(error) from error
+        if isinstance(result, EmbedReply):
+            return result
+        refused = result.error()
+        raise _RepeatableError(refused, result.replica) if isinstance(refused, Unavailable) else refused
+
+
+class _RepeatableError(Exception):
+    """A call that another replica may answer; `error` is what to say if none does."""
+
+    def __init__(self, error: RankletError, replica: str | None) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.replica = replica
+
+
+def _translated(error: Exception) -> Exception:
+    """Ray's failures in ranklet's words."""
+    if isinstance(error, BackPressureError):
+        return Saturated(
+            "expected room in the queue of the replicas, got none (max_queued_requests). Try again shortly"
+        )
+    if isinstance(error, _GONE) or (isinstance(error, grpc.aio.AioRpcError) and error.code() in _GONE_CODES):
+        return _RepeatableError(
+            Unavailable("the replica that had the request died, and so did the next. Try again"), None
+        )
+    if isinstance(error, DeploymentUnavailableError):
+        return Unavailable("expected a replica, but none is up (deployment unhealthy). Look at `serve status`")
+    return InternalError(f"the replica failed in an unexpected way: {_said(error)}")
+
+
+_GONE_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+
+async def everyone(handle: "DeploymentHandle[Any]") -> list[dict[str, Any]]:
+    """`describe()` of all live replicas of a deployment; silence, death and a missing deployment give fewer entries."""
+    with contextlib.suppress(RayError, RayServeException, grpc.RpcError, TimeoutError):
+        answers = handle.broadcast("describe").results_async(timeout_s=_CONTROL_TIMEOUT_S, return_exceptions=True)
+        return [answer for answer in await answers if isinstance(answer, dict)]
+    return []
+
+
+def _said(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[-1] if text else 'no message'}"[:300]

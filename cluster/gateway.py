@@ -1,0 +1,213 @@
+"""The HTTP ingress: stateless, as many as CPU cores allow. Parses and tokenises, asks a replica, answers."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import orjson
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from ranklet.cluster.answers import model_card, render
+from ranklet.cluster.body import read_body
+from ranklet.cluster.config import AdapterList, AppArgs
+from ranklet.cluster.datapath import DataPath, versions
+from ranklet.cluster.downstream import Replicas, everyone
+from ranklet.cluster.exporter import Exporter
+from ranklet.cluster.intake import take_in
+from ranklet.cluster.metrics import GatewayMetrics
+from ranklet.cluster.naming import Names
+from ranklet.cluster.refusals import on_error, on_http_error, refuse, status_of
+from ranklet.cluster.registry import Known, Registry
+from ranklet.replicas.admission import Limits
+from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unavailable
+from ranklet.replicas.tokenizer import PromptTokenizer
+
+T = TypeVar("T")
+
+_TOKENISERS = 4  # threads; the tokenizer itself runs outside the GIL
+_RENDER_INLINE_BYTES = 1 << 20  # larger answers are rendered on a thread
+_CLIENT_GONE = 499
+_UNRESOLVED = "unknown"  # label of requests refused before their adapter was known
+
+logger = logging.getLogger("ray.serve")
+
+app = FastAPI(title="ranklet", docs_url=None, redoc_url=None, openapi_url=None)
+app.add_exception_handler(HTTPException, on_http_error)
+app.add_exception_handler(RankletError, on_error)
+app.add_exception_handler(Exception, on_error)
+
+
+@dataclass
+class _Outcome:
+    """What a request's metrics need to know, filled in as it becomes known."""
+
+    label: str = _UNRESOLVED
+    status: int = 200
+    code: str = ""
+
+
+def _target_group(said: dict[str, Any]) -> dict[str, Any]:
+    labels = {"role": said["role"], "replica": said["id"], "rank": str(said.get("rank", ""))}
+    return {"targets": [said["metrics"]], "labels": {name: value for name, value in labels.items() if value}}
+
+
+def _json(content: Any) -> Response:
+    return Response(orjson.dumps(content), media_type="application/json")
+
+
+# Helpers of the routes stand above: Serve pickles the app, routes and all, at the moment this decorator runs.
+@serve.ingress(app)
+class Gateway:
+    """One gateway process. Holds caches, no state: any gateway answers any request."""
+
+    def __init__(self, args: AppArgs, replica: "DeploymentHandle[Any]") -> None:
+        context = serve.get_replica_context()
+        self._id = context.replica_id.unique_id
+        self._here = (context.deployment, context.app_name)
+        self._args = args
+        self._names = Names(args.base_names, Registry(args.adapters_dir, args.adapters))
+        self._tokenizer = PromptTokenizer(args.base.model_dir)
+        self._threads = ThreadPoolExecutor(_TOKENISERS, thread_name_prefix="intake")
+        self._metrics = GatewayMetrics(args.metrics.top_adapters)
+        self._replicas = Replicas(replica, args.limits.request_timeout_s, self._metrics.retries.inc)
+        self._engine_limits: Limits | None = None
+        self._in_flight = 0
+        self._target = Exporter.start(self._metrics.registry, args.metrics).target
+        logger.info("gateway %s: %s; metrics on %s", self._id, DataPath.here().said(), self._target)
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """`user_config: {adapters: ...}`: adapters on top of the configured ones, changed without a restart."""
+        added = AdapterList.model_validate(user_config).adapters
+        self._names.registry.change({name: path.absolute() for name, path in added.items()})
+
+    @app.post("/v1/embeddings")
+    async def embeddings(self, request: Request) -> Response:
+        """OpenAI's embeddings API."""
+        started_s = time.perf_counter()
+        outcome = _Outcome()
+        try:
+            response = await self._embed(request, outcome)
+        except RankletError as error:
+            response, outcome.status, outcome.code = refuse(error), status_of(error), error.code
+        except ClientDisconnect:
+            self._metrics.client_gone.inc()
+            return Response(status_code=_CLIENT_GONE)  # for Ray's log: nobody reads it
+        except asyncio.CancelledError:
+            self._metrics.client_gone.inc()
+            raise
+        except Exception as error:
+            response, outcome.status, outcome.code = await on_error(request, error), 500, InternalError.code
+        self._metrics.answered(outcome.label, outcome.status, outcome.code, time.perf_counter() - started_s)
+        return response
+
+    async def _embed(self, request: Request, outcome: _Outcome) -> Response:
+        body = await read_body(request, self._args.limits.max_body_bytes)
+        with self._admitted():
+            limits = await self._limits()
+            max_texts = self._args.limits.max_texts_per_request
+            intake = await self._on_thread(partial(take_in, body, self._names, self._tokenizer, max_texts, limits))
+            adapter, wanted = intake.adapter, intake.request
+            outcome.label = self._metrics.labels.of(adapter.name if adapter else None)
+            answer = await self._replicas.embed(adapter, intake.prompts, wanted.dimensions, limits.hidden)
+            model = wanted.model or (adapter.name if adapter else self._names.base)
+            rendering = partial(render, answer, model, wanted.encoding_format)
+            large = answer.vectors.nbytes > _RENDER_INLINE_BYTES
+            content = await self._on_thread(rendering) if large else rendering()
+        return Response(content, headers=answer.headers, media_type="application/json")
+
+    @contextlib.contextmanager
+    def _admitted(self) -> Iterator[None]:
+        """Raises Saturated when this gateway has as many requests as it may."""
+        limit = self._args.limits.max_in_flight_requests
+        if self._in_flight >= limit:
+            raise Saturated(
+                f"expected fewer than {limit} requests in this gateway (limits.max_in_flight_requests). Try again"
+            )
+        self._in_flight += 1
+        self._metrics.in_flight.set(self._in_flight)
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            self._metrics.in_flight.set(self._in_flight)
+
+    async def _on_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def _limits(self) -> Limits:
+        """Raises Unavailable when no replica has answered yet."""
+        if self._engine_limits is None:
+            said = await self._replicas.describe()
+            self._engine_limits = Limits(**said["limits"])
+        return self._engine_limits
+
+    @app.get("/v1/models")
+    async def models(self) -> Response:
+        """The base and every adapter, as OpenAI's cards."""
+        registry, max_len = self._names.registry, await self._max_model_len()
+        cards = [self._card(None, max_len)]
+        for name in await self._on_thread(registry.names):
+            with contextlib.suppress(RankletError):  # listed by the configuration, but not there
+                cards.append(self._card(registry.find(name), max_len))
+        return _json({"object": "list", "data": cards})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(self, name: str) -> Response:
+        """One card, by any name that `model` may be; 404 with near names otherwise."""
+        return _json(self._card(self._names.resolve(name), await self._max_model_len()))
+
+    def _card(self, adapter: Known | None, max_model_len: int | None) -> dict[str, Any]:
+        folder = adapter.path if adapter else self._args.base.model_dir
+        return model_card(
+            adapter.name if adapter else self._names.base,
+            base=self._names.base if adapter else None,
+            root=str(folder),
+            created_s=int(folder.stat().st_mtime),
+            max_model_len=max_model_len,
+        )
+
+    async def _max_model_len(self) -> int | None:
+        with contextlib.suppress(Unavailable):
+            return (await self._limits()).max_model_len
+        return None
+
+    @app.get("/health")
+    async def health(self) -> Response:
+        """This process is up."""
+        return _json({"status": "ok"})
+
+    @app.get("/ready")
+    async def ready(self) -> Response:
+        """A replica answers and its engine is healthy; 503 otherwise."""
+        said = await self._replicas.describe()
+        if not said["healthy"]:
+            raise Unavailable(f"expected a healthy engine; the one of replica {said['id']} has stopped")
+        return _json({"status": "ready", "replica": said["id"]})
+
+    @app.get("/version")
+    async def version(self) -> Response:
+        """Versions, and the data path this request came by."""
+        return _json(versions())
+
+    @app.get("/metrics/targets")
+    async def metrics_targets(self) -> Response:
+        """Prometheus `http_sd`: the exporters of all live gateways and replicas."""
+        gateways = everyone(serve.get_deployment_handle(*self._here))
+        found = [said for group in await asyncio.gather(gateways, self._replicas.describe_all()) for said in group]
+        return _json([_target_group(said) for said in found or [await self.describe()] if said["metrics"]])
+
+    async def describe(self) -> dict[str, Any]:
+        """This gateway for its siblings."""
+        return {"role": "gateway", "id": self._id, "pid": os.getpid(), "metrics": self._target}

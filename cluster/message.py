@@ -1,0 +1,114 @@
+"""What travels between gateway and replica: token ids and vectors as bytes, refusals as data.
+
+Exceptions do not travel. Ray would wrap them, log them as failures of the replica, and pickle their tracebacks.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ranklet.replicas.errors import (
+    AdapterNotFound,
+    InternalError,
+    InvalidAdapter,
+    InvalidRequest,
+    RankletError,
+    Saturated,
+    Unavailable,
+    UnknownModel,
+)
+
+# Serve's gRPC transport refuses messages above 4 MiB; half of it leaves room. Fewer prompts per call than a large
+# request has let several replicas share it.
+MAX_MESSAGE_BYTES = 2 << 20
+MAX_MESSAGE_PROMPTS = 512
+
+_BY_CODE: dict[str, type[RankletError]] = {
+    kind.code: kind for kind in (InvalidRequest, UnknownModel, AdapterNotFound, Unavailable, InternalError)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedCall:
+    """Prompts of one request, all for one adapter."""
+
+    adapter: str | None  # None: the base model
+    path: str | None  # the adapter's folder
+    tokens: bytes  # int32 [sum of lengths]
+    lengths: bytes  # int32 [prompts]
+    dimensions: int | None
+
+    def prompts(self) -> list[NDArray[np.int32]]:
+        """int32 [length] each; views of the message."""
+        ends = np.cumsum(np.frombuffer(self.lengths, dtype=np.int32))
+        return np.split(np.frombuffer(self.tokens, dtype=np.int32), ends[:-1])
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedReply:
+    """The vectors of one call, in its order. Times in seconds."""
+
+    vectors: bytes  # float32 [prompts, dimensions]
+    dimensions: int
+    prompt_tokens: int
+    tier: str | None
+    backend: str
+    replica: str
+    queue_s: float
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedRefusal:
+    """A refusal as data; `error()` gives the exception back."""
+
+    code: str
+    message: str
+    replica: str
+    param: str | None = None
+    findings: tuple[str, ...] = ()
+    adapter: str = ""
+    retry_after_s: float = 1.0
+
+    @classmethod
+    def of(cls, error: RankletError, replica: str, adapter: str) -> "EmbedRefusal":
+        return cls(
+            code=error.code,
+            message=error.message,
+            replica=replica,
+            param=error.param,
+            findings=getattr(error, "findings", ()),
+            adapter=adapter,
+            retry_after_s=getattr(error, "retry_after_s", 1.0),
+        )
+
+    def error(self) -> RankletError:
+        if self.code == InvalidAdapter.code:
+            return InvalidAdapter(self.adapter, self.findings)
+        if self.code == Saturated.code:
+            return Saturated(self.message, retry_after_s=self.retry_after_s)
+        return _BY_CODE.get(self.code, InternalError)(self.message, param=self.param)
+
+
+def pack(
+    adapter: str | None, path: str | None, prompts: Sequence[NDArray[np.int32]], dimensions: int | None
+) -> EmbedCall:
+    """`prompts`: int32 [length] each."""
+    lengths = np.fromiter((len(prompt) for prompt in prompts), dtype=np.int32, count=len(prompts))
+    tokens = np.ascontiguousarray(np.concatenate(prompts), dtype=np.int32)
+    return EmbedCall(adapter, path, tokens.tobytes(), lengths.tobytes(), dimensions)
+
+
+def split(prompts: Sequence[NDArray[np.int32]], vector_bytes: int) -> Iterator[Sequence[NDArray[np.int32]]]:
+    """`prompts` in order, cut so that no call or reply exceeds the limits of a message; one prompt at least in each."""
+    start = size = 0
+    for index, prompt in enumerate(prompts):
+        cost = max(4 * len(prompt), vector_bytes)
+        full = size + cost > MAX_MESSAGE_BYTES or index - start == MAX_MESSAGE_PROMPTS
+        if index > start and full:
+            yield prompts[start:index]
+            start, size = index, 0
+        size += cost
+    yield prompts[start:]

@@ -1,0 +1,100 @@
+"""Every refusal as HTTP: one table from exceptions to status codes, and one error body.
+
+Refusals of HTTP itself join the tree of `ranklet.replicas.errors`:
+RankletError
+├── BodyTooLarge        the body exceeds limits.max_body_bytes         413 body_too_large
+└── NoRoute             no such path, or not with this method          404 not_found, 405 method_not_allowed
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ranklet.replicas.errors import (
+    AdapterNotFound,
+    InternalError,
+    InvalidAdapter,
+    InvalidRequest,
+    ModelError,
+    RankletError,
+    Saturated,
+    Unavailable,
+    UnknownModel,
+)
+
+logger = logging.getLogger("ray.serve")
+
+
+class BodyTooLarge(RankletError):  # noqa: N818  # named as its siblings in replicas/errors.py
+    """The request's body is larger than the gateway accepts."""
+
+    code = "body_too_large"
+
+
+class NoRoute(RankletError):  # noqa: N818
+    """HTTP has no answer for this path and method."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = "method_not_allowed" if status == 405 else "not_found"
+
+
+STATUS: Mapping[type[RankletError], int] = {
+    InvalidRequest: 400,
+    InvalidAdapter: 400,
+    UnknownModel: 404,
+    AdapterNotFound: 404,
+    BodyTooLarge: 413,
+    Saturated: 503,
+    Unavailable: 503,
+    ModelError: 500,
+    InternalError: 500,
+}
+
+
+def status_of(error: RankletError) -> int:
+    """The HTTP status of a refusal; 500 for what is not in the table."""
+    if isinstance(error, NoRoute):
+        return error.status
+    return next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
+
+
+def body_of(error: RankletError) -> dict[str, Any]:
+    """`{"error": {"message", "type", "param", "code"}}`, as OpenAI's clients read it."""
+    kind = "invalid_request_error" if status_of(error) < 500 else "server_error"
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def refuse(error: RankletError, headers: Mapping[str, str] | None = None) -> Response:
+    """The answer to a refused request; 503 says when to come back."""
+    status = status_of(error)
+    sent = dict(headers or {})
+    if status == 503:
+        sent["retry-after"] = str(max(1, math.ceil(getattr(error, "retry_after_s", 1.0))))
+    return Response(orjson.dumps(body_of(error)), status, sent, media_type="application/json")
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals (no route, wrong method) in our error body."""
+    status, headers = (error.status_code, error.headers) if isinstance(error, HTTPException) else (500, None)
+    reason = {404: "does not exist", 405: f"does not take {request.method}"}.get(status, f"failed with {status}")
+    message = (
+        f"{request.method} {request.url.path}: this path {reason}. Embeddings are asked for with POST /v1/embeddings"
+    )
+    return refuse(NoRoute(message, status), headers)
+
+
+async def on_error(request: Request, error: Exception) -> Response:
+    """Refusals by the table; anything else is a defect, told without its insides and logged with them."""
+    if isinstance(error, RankletError):
+        return refuse(error)
+    request_id = request.headers.get("x-request-id", "")
+    logger.error("%s %s (%s) failed", request.method, request.url.path, request_id, exc_info=error)
+    return refuse(InternalError(f"ranklet failed in an unexpected way. Its log says more at x-request-id {request_id}"))

@@ -1,0 +1,124 @@
+"""What the answer must be: transformers and PEFT in float32, one text at a time, no padding, no batch."""
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tests.assets.adapters import load_base, quiet
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = str | Sequence[int] | np.ndarray
+
+
+def reference_embedding(
+    model_dir: Path,
+    adapter_dir: Path | None,
+    prompts: Sequence[Prompt],
+    *,
+    dimensions: int | None = None,
+) -> np.ndarray:
+    """The embeddings transformers and PEFT give. float32 [prompts, dimensions or hidden].
+
+    Args:
+        prompts: texts (tokenised with the special tokens the folder's tokenizer adds), or token ids taken as they are.
+        dimensions: cut to so many, then normalise again.
+
+    Raises:
+        ValueError: PEFT left keys of the adapter unused, or weights of it unfilled.
+    """
+    import torch
+
+    model_dir = Path(model_dir)
+    decoder = _decoder(model_dir, adapter_dir and Path(adapter_dir), _stamp(model_dir), _stamp(adapter_dir))
+    mode, normalize = pooling_of(model_dir)
+    rows = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            ids = encode(model_dir, prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+            states = decoder(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]  # [tokens, hidden]
+            vector = _pool(states, mode)[: dimensions or states.shape[-1]]
+            rows.append(torch.nn.functional.normalize(vector, dim=0) if normalize or dimensions else vector)
+    return np.asarray(torch.stack(rows).numpy(), dtype=np.float32)
+
+
+def cosine(left: np.ndarray, right: np.ndarray) -> float:
+    """Cosine of two vectors, computed in float64."""
+    a, b = np.asarray(left, np.float64), np.asarray(right, np.float64)
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def encode(model_dir: Path, text: str) -> list[int]:
+    """Token ids of one text, special tokens as the folder's own tokenizer adds them."""
+    ids: list[int] = _tokenizer(Path(model_dir))(text)["input_ids"]
+    return ids
+
+
+def pooling_of(model_dir: Path) -> tuple[str, bool]:
+    """(last | mean | cls, normalise?) as the folder's sentence-transformers files say; (last, True) without them."""
+    modules = model_dir / "modules.json"
+    if not modules.exists():
+        return "last", True
+    kinds = [module["type"].rsplit(".", 1)[-1] for module in json.loads(modules.read_text())]
+    said = json.loads((model_dir / "1_Pooling" / "config.json").read_text())
+    if "pooling_mode" in said:
+        mode = {"lasttoken": "last", "mean": "mean", "cls": "cls"}[said["pooling_mode"]]
+    else:
+        flags = {"pooling_mode_lasttoken": "last", "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+        mode = next(flags[key] for key in flags if said.get(key))
+    return mode, "Normalize" in kinds
+
+
+def _pool(states: "torch.Tensor", mode: str) -> "torch.Tensor":
+    return {"last": states[-1], "cls": states[0], "mean": states.mean(dim=0)}[mode]
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(model_dir: Path) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(model_dir))
+
+
+@lru_cache(maxsize=12)
+def _decoder(model_dir: Path, adapter_dir: Path | None, *stamps: int) -> "nn.Module":
+    if adapter_dir is None:
+        with quiet():
+            return load_base(model_dir, "bare").eval()
+    from safetensors import safe_open
+
+    with safe_open(str(adapter_dir / "adapter_model.safetensors"), framework="pt") as file:
+        keys = set(file.keys())
+    causal = any(key.startswith("base_model.model.model.") for key in keys)
+    with quiet():
+        model = load_base(model_dir, "causal" if causal else "bare")
+        _attach(model, adapter_dir)
+    decoder: nn.Module = model.get_submodule("model") if causal else model
+    return decoder.eval()
+
+
+def _attach(model: "nn.Module", adapter_dir: Path) -> None:
+    """Put the adapter's layers into `model`, in place, refusing what PEFT would only warn of."""
+    from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    config = PeftConfig.from_pretrained(str(adapter_dir))
+    config.inference_mode = True
+    wrapped: PeftModel = get_peft_model(model, config)
+    result: Any = set_peft_model_state_dict(wrapped, load_file(adapter_dir / "adapter_model.safetensors"))
+    unfilled = [key for key in result.missing_keys if "lora_" in key]
+    if result.unexpected_keys or unfilled:
+        raise ValueError(f"{adapter_dir}: PEFT left unused {result.unexpected_keys} and unfilled {unfilled}")
+
+
+def _stamp(folder: Path | None) -> int:
+    """Changes when the weights of a folder are written again, so that the cache is not stale."""
+    files = Path(folder).glob("*.safetensors") if folder else ()
+    return max((file.stat().st_mtime_ns for file in files), default=0)

@@ -1,0 +1,70 @@
+"""A real byte-level BPE tokenizer, small, of the same make as Qwen3-Embedding's: its post-processor appends EOS."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.assets.corpus import TEXTS
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from tokenizers.processors import PostProcessor
+
+EOS = "<|endoftext|>"
+CHAT_EOS = "<|im_end|>"  # what Qwen names eos_token, though the post-processor appends EOS: both must not be mixed up
+BOS = "<|begin_of_text|>"
+
+
+def save_tokenizer(
+    folder: Path, *, vocab_size: int, max_length: int, append_eos: bool = True, bos: bool = False
+) -> int:
+    """Train on the corpus and write what `AutoTokenizer` reads. Returns the number of tokens it knows.
+
+    Args:
+        folder: where tokenizer.json and tokenizer_config.json go.
+        vocab_size: upper bound; the corpus is small, so the tokenizer may end below it.
+        max_length: tokens a prompt may have, as the tokenizer states it.
+        append_eos: end every sequence with EOS, as Qwen3-Embedding does.
+        bos: begin every sequence with BOS, as Llama does.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[EOS, CHAT_EOS, *([BOS] if bos else [])],
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.post_processor = _post_processor(tokenizer, append_eos=append_eos, bos=bos)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=CHAT_EOS,
+        pad_token=EOS,
+        bos_token=BOS if bos else None,
+        padding_side="left",
+        model_max_length=max_length,
+    ).save_pretrained(folder)
+    return int(tokenizer.get_vocab_size())
+
+
+def _post_processor(tokenizer: "Tokenizer", *, append_eos: bool, bos: bool) -> "PostProcessor":
+    from tokenizers import processors
+
+    byte_level = processors.ByteLevel(trim_offsets=False)
+    used = [token for token, wanted in ((BOS, bos), (EOS, append_eos)) if wanted]
+    if not used:
+        return byte_level
+    template = " ".join([*([BOS] if bos else []), "$A", *([EOS] if append_eos else [])])
+    ids = [(token, tokenizer.token_to_id(token)) for token in used]
+    return processors.Sequence([byte_level, processors.TemplateProcessing(single=template, special_tokens=ids)])

@@ -1,0 +1,98 @@
+"""The engine alone, no server: tokens a second through submit() on one GPU, and fidelity in its own dtype.
+
+usage: python -m tests.bench.engine [--layers 28] [--adapters 4 64] [--out FOLDER]
+"""
+
+import argparse
+import tempfile
+import threading
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from ranklet.replicas.call import Answer
+from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.engine import Engine
+from ranklet.replicas.errors import RankletError
+from ranklet.replicas.reference import AdapterRef, revision_of
+from tests.bench import report
+from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model
+
+LENGTHS = {6144: 5, 512: 60, 128: 240}  # prompts of this length that fill one batch of 30,720 tokens
+
+
+def refs(paths: list[Path]) -> list[AdapterRef]:
+    """The adapters as the engine wants them."""
+    return [AdapterRef(path.name, str(path), revision_of(path)) for path in paths]
+
+
+def embed(engine: Engine, prompts: list[np.ndarray], adapters: list[AdapterRef | None]) -> list[Answer]:
+    """Submit every prompt as a request of its own, all at once, and wait for all answers."""
+    answers: list[Any] = [None] * len(prompts)
+    left = threading.Semaphore(0)
+
+    def finish(i: int, answer: Answer | RankletError) -> None:
+        answers[i] = answer
+        left.release()
+
+    for i, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
+        engine.submit([prompt], adapter, None, lambda answer, i=i: finish(i, answer))  # type: ignore[misc]
+    for _ in prompts:
+        left.acquire()
+    failed = [answer for answer in answers if isinstance(answer, RankletError)]
+    if failed:
+        raise failed[0]
+    return answers
+
+
+def throughput(engine: Engine, adapters: list[AdapterRef | None], length: int, batches: int) -> dict[str, Any]:
+    """Tokens a second for `batches` full batches of prompts of one length, adapters taken in turn."""
+    rng = np.random.default_rng(length)
+    count = LENGTHS[length] * batches
+    prompts = [rng.integers(0, engine.limits.vocab, length, dtype=np.int32) for _ in range(count)]
+    chosen = [adapters[i % len(adapters)] for i in range(count)]
+    embed(engine, prompts[: LENGTHS[length] * 2], chosen[: LENGTHS[length] * 2])
+    began = perf_counter()
+    answers = embed(engine, prompts, chosen)
+    seconds = perf_counter() - began
+    return {
+        "prompts": f"{count} x {length}", "adapters": len({a for a in chosen if a}), "backend": answers[-1].backend,
+        "tokens_per_s": round(count * length / seconds),
+        "batch_ms": float(np.median([answer.compute_s for answer in answers]) * 1e3),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
+    parser.add_argument("--adapters", type=int, nargs="+", default=[4, 64])
+    parser.add_argument("--batches", type=int, default=24)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
+    parser.add_argument("--name", default="engine-h200")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = write_model(folder / "model", layers=options.layers)
+        made = refs(write_adapters(folder / "adapters", max(options.adapters), layers=options.layers))
+        config = EngineConfig(
+            model_dir=model, slots=len(made), max_batch_tokens=30_720, max_rank=64, backend=options.backend,
+            lora_modules=("q_proj", "k_proj", "v_proj", "o_proj"), host_cache_bytes=16 << 30,
+        )  # fmt: skip
+        engine = Engine(config)
+        engine.start()
+        for ref in track(made, description="loading adapters"):
+            engine.load(ref)
+        rows = []
+        for length in track(LENGTHS, description="measuring"):
+            rows.append(throughput(engine, [None], length, options.batches))
+            rows += [throughput(engine, list(made[:count]), length, options.batches) for count in options.adapters]
+        engine.stop()
+    report.save(options.name, rows, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""One real cluster for the room, as in deploy/local.yaml: Ray, HAProxy, a gateway, two engine replicas on the CPU."""
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+with warnings.catch_warnings():  # Ray 2.60 uses a pydantic feature that warns while it is imported
+    warnings.simplefilter("ignore")
+    import ray.serve  # noqa: F401
+
+from ranklet.cluster.local import LocalCluster
+from tests.cluster.service import Service, local_configuration
+
+
+@pytest.fixture(scope="session")
+def service(model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The application, up. Its adapters' folder is a copy, so tests may drop folders into it."""
+    folder = tmp_path_factory.mktemp("cluster")
+    adapters = folder / "adapters"
+    shutil.copytree(adapters_dir, adapters)
+    content = local_configuration(model_dir, adapters)
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(content))
+    with LocalCluster(http_port=0, report=print) as cluster:
+        state = cluster.start(config)
+        content["http_options"]["port"] = int(state.base_url.rpartition(":")[2])
+        service = Service(cluster, model_dir, adapters, content)
+        yield service
+        service.http.close()

@@ -1,0 +1,101 @@
+"""Load with a death in the middle, every answer judged. Shared by the tests of both data paths."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.cluster.service import BASE, Service, Vectors, eventually, vectors_of
+
+LOAD_S = 6.0
+WORKERS = 8
+MODELS = (BASE, "legal-v2", "medical", "support-rs", "finance-mlp")
+LONG_TEXT = "a long text about nothing in particular " * 25
+TEXTS = [f"text number {number}" for number in range(8)]
+
+
+def kill_under_load(service: Service, victim: int) -> Counter[str]:
+    """SIGKILL one of the replicas while all models are asked; counts answers that were right, wrong or refused.
+
+    A connection that is lost raises: it would be a lost request.
+    """
+    expected = {model: service.embed(model, TEXTS) for model in MODELS}
+    processes = list(service.processes("Replica").values())
+    stop = threading.Event()
+    seen: Counter[str] = Counter()
+
+    def ask(worker: int) -> None:
+        with httpx.Client(base_url=service.url, timeout=60, trust_env=False) as client:
+            turn = worker
+            while not stop.is_set():
+                model, text = MODELS[turn % len(MODELS)], turn % len(TEXTS)
+                body = {"model": model, "input": TEXTS[text], "encoding_format": "base64"}
+                seen[_judged(client.post("/v1/embeddings", json=body), expected[model][text])] += 1
+                turn += WORKERS
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        running = [pool.submit(ask, worker) for worker in range(WORKERS)]
+        time.sleep(LOAD_S / 3)
+        os.kill(processes[victim], signal.SIGKILL)
+        time.sleep(LOAD_S * 2 / 3)
+        stop.set()
+        for worker in running:
+            worker.result(timeout=90)
+    return seen
+
+
+def _judged(answer: httpx.Response, expected: Vectors) -> str:
+    if answer.status_code == 503:
+        assert int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["code"] in ("unavailable", "saturated")
+        return "refused"
+    assert answer.status_code == 200, answer.text
+    return "right" if np.abs(vectors_of(answer)[0] - expected).max() < 1e-5 else "wrong"
+
+
+def kill_with_the_request(service: Service) -> None:
+    """SIGKILL the replica that works on a long request; another must answer it, and rightly."""
+    texts = [f"{number} {LONG_TEXT}" for number in range(400)]
+    home = service.post("legal-v2", "where").headers["x-ranklet-replica"]
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(service.post, "legal-v2", texts, encoding_format="base64")
+        time.sleep(0.7)
+        assert not asked.done(), "too fast for this test: make the texts longer"
+        os.kill(service.processes("Replica")[home], signal.SIGKILL)
+        answer = asked.result()
+    assert answer.status_code == 200, answer.text
+    assert home not in answer.headers["x-ranklet-replica"]
+    sampled = service.expected("legal-v2", [texts[0], texts[399]])
+    assert np.abs(vectors_of(answer)[[0, 399]] - sampled).max() < 1e-5
+
+
+def wait_for_recovery(service: Service) -> None:
+    """Both replicas run again, under the ranks of before."""
+    eventually("two replicas with their ranks", lambda: sorted(_ranks(service)) == ["0", "1"])
+
+
+def _ranks(service: Service) -> list[str]:
+    return [group["labels"]["rank"] for group in service.targets() if group["labels"]["role"] == "replica"]
+
+
+def leave_early(service: Service) -> None:
+    """A client hangs up on a long request: its prompts must never reach the device."""
+    texts = [f"{number} {LONG_TEXT}" for number in range(1500)]
+    gone = service.samples("gateway")["ranklet_client_gone_total"]
+    before = service.samples("replica")
+    with contextlib.suppress(httpx.ReadTimeout), httpx.Client(base_url=service.url, trust_env=False) as client:
+        client.post("/v1/embeddings", json={"model": "legal-v2", "input": texts}, timeout=httpx.Timeout(30, read=1.5))
+        pytest.fail("too fast for this test: make the texts longer")
+    eventually("the gateway noticed", lambda: service.samples("gateway")["ranklet_client_gone_total"] == gone + 1, 10)
+    eventually("nothing waits", lambda: service.samples("replica")["ranklet_waiting_prompts"] == 0, 10)
+    after = service.samples("replica")
+    assert after["ranklet_cancelled_prompts_total"] - before["ranklet_cancelled_prompts_total"] > 500
+    assert after["ranklet_prompts_total"] - before["ranklet_prompts_total"] < 1000
+    assert service.samples("gateway")["ranklet_requests_in_flight"] == 0

@@ -1,0 +1,124 @@
+"""The running application as tests see it: real HTTP, the real openai client, and Ray's own view of its processes."""
+
+import base64
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import openai
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from ranklet.cluster.local import LocalCluster
+from tests.assets.oracle import Prompt, reference_embedding
+
+ROOT = Path(__file__).parents[2]
+BASE = "demo-base"
+PATIENCE_S = 60.0
+_ALIVE = ("RUNNING", "UPDATING")
+
+Vectors = npt.NDArray[np.float32]
+
+
+@dataclass
+class Service:
+    """One cluster with its model, and an adapters' folder that tests may write into."""
+
+    cluster: LocalCluster
+    model_dir: Path
+    adapters: Path
+    content: dict[str, Any]
+    http: httpx.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.http = httpx.Client(base_url=self.cluster.state.base_url, timeout=100, trust_env=False)
+
+    @property
+    def url(self) -> str:
+        return self.cluster.state.base_url
+
+    def openai(self) -> openai.OpenAI:
+        """The official client; use it as a context manager."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=100)
+
+    def post(self, model: str | None, given: Any, **fields: Any) -> httpx.Response:
+        named = {} if model is None else {"model": model}
+        return self.http.post("/v1/embeddings", json={**named, "input": given, **fields})
+
+    def embed(self, model: str | None, given: Any, **fields: Any) -> Vectors:
+        """float32 [prompts, dimensions]; fails the test unless the answer is 200."""
+        answer = self.post(model, given, **{"encoding_format": "base64", **fields})
+        assert answer.status_code == 200, answer.text
+        return vectors_of(answer)
+
+    def expected(self, adapter: str | None, prompts: list[Prompt], dimensions: int | None = None) -> Vectors:
+        """What transformers and PEFT say."""
+        folder = self.adapters / adapter if adapter else None
+        return reference_embedding(self.model_dir, folder, prompts, dimensions=dimensions)
+
+    def processes(self, deployment: str) -> dict[str, int]:
+        """Serve's replicas of a deployment that run: id to process id."""
+        applications = self.cluster.applications()
+        assert applications is not None, "Serve's REST API does not answer"
+        replicas = applications["ranklet"]["deployments"][deployment]["replicas"]
+        return {replica["replica_id"]: replica["pid"] for replica in replicas if replica["state"] in _ALIVE}
+
+    def targets(self) -> list[dict[str, Any]]:
+        """What Prometheus would scrape."""
+        groups: list[dict[str, Any]] = self.http.get("/metrics/targets").raise_for_status().json()
+        return groups
+
+    def samples(self, role: str, **labels: str) -> Mapping[str, float]:
+        """Samples of all processes of a role whose labels include `labels`, summed by name."""
+        summed: dict[str, float] = {}
+        for group in self.targets():
+            if group["labels"]["role"] != role:
+                continue
+            text = httpx.get(f"http://{group['targets'][0]}/metrics", timeout=30, trust_env=False).text
+            for family in text_string_to_metric_families(text):
+                for sample in family.samples:
+                    if labels.items() <= sample.labels.items():
+                        summed[sample.name] = summed.get(sample.name, 0.0) + sample.value
+        return summed
+
+    def deploy(self, user_config: Mapping[str, Any]) -> None:
+        """`serve deploy` of the same configuration with another user_config of the gateway."""
+        gateway, *others = self.content["applications"][0]["deployments"]
+        assert gateway["name"] == "Gateway"
+        application = {
+            **self.content["applications"][0],
+            "deployments": [{**gateway, "user_config": user_config}, *others],
+        }
+        self.cluster.deploy({**self.content, "applications": [application]})
+
+
+def local_configuration(model_dir: Path, adapters: Path) -> dict[str, Any]:
+    """deploy/local.yaml, with the tests' model and adapters."""
+    content: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "local.yaml").read_text())
+    arguments = content["applications"][0]["args"]
+    arguments["base"]["model_dir"], arguments["adapters_dir"] = str(model_dir), str(adapters)
+    return content
+
+
+def vectors_of(answer: httpx.Response) -> Vectors:
+    """float32 [prompts, dimensions] of an answer in base64."""
+    rows = [np.frombuffer(base64.b64decode(entry["embedding"]), "<f4") for entry in answer.json()["data"]]
+    return np.stack(rows)
+
+
+def assert_close(vectors: npt.ArrayLike, expected: npt.ArrayLike) -> None:
+    """Equal to what float32 on a CPU can differ by when sums are ordered otherwise."""
+    np.testing.assert_allclose(np.asarray(vectors), np.asarray(expected), rtol=0.0, atol=1e-5)
+
+
+def eventually(what: str, check: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+    """Waits until `check` holds; fails the test when it never does."""
+    deadline_s = time.monotonic() + patience_s
+    while not check():
+        assert time.monotonic() < deadline_s, f"did not happen within {patience_s:g} s: {what}"
+        time.sleep(0.2)

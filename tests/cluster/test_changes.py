@@ -1,0 +1,62 @@
+"""Adapters come and change while the application runs; its processes stay."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from numpy.testing import assert_array_equal
+
+from tests.assets.oracle import Prompt
+from tests.cluster.service import BASE, Service, assert_close, eventually
+
+TEXT = "The tenant shall give notice."
+TEXTS: list[Prompt] = [TEXT]
+
+
+def test_a_folder_dropped_in_is_served_at_once(service: Service) -> None:
+    assert service.post("dropped-in", TEXT).status_code == 404
+    shutil.copytree(service.adapters / "legal-v2", service.adapters / "dropped-in")
+    assert_array_equal(service.embed("dropped-in", TEXT), service.embed("legal-v2", TEXT))
+    assert "dropped-in" in service.http.get("/v1/models").text
+    shutil.rmtree(service.adapters / "dropped-in")
+    assert service.post("dropped-in", TEXT).status_code == 404
+
+
+def test_a_folder_that_changes_is_served_anew(service: Service) -> None:
+    folder = service.adapters / "changing"
+    shutil.copytree(service.adapters / "legal-v2", folder)
+    old = service.embed("changing", TEXT)
+    shutil.copytree(service.adapters / "medical", folder, dirs_exist_ok=True)
+    new = service.embed("medical", TEXT)
+    eventually("the new revision is served", lambda: bool((service.embed("changing", TEXT) == new).all()), 10)
+    assert not (old == new).all()
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("form", ["map", "list"])
+def test_user_config_changes_the_list_without_a_restart(service: Service, adapters_dir: Path, form: str) -> None:
+    before = {name: service.processes(name) for name in ("Gateway", "Replica")}
+    name, path = f"from-user-config-{form}", str(adapters_dir / "support-rs")
+    service.deploy({"adapters": {name: path} if form == "map" else [{"name": name, "path": path}]})
+    eventually("the new adapter is served", lambda: service.post(name, TEXT).status_code == 200, 20)
+    assert_close(service.embed(f"{BASE}:{name}", TEXT), service.expected("support-rs", TEXTS))
+    assert name in service.http.get("/v1/models").text
+    service.deploy({"adapters": {}})
+    eventually("it is gone again", lambda: service.post(name, TEXT).status_code == 404, 20)
+    assert {name: service.processes(name) for name in ("Gateway", "Replica")} == before
+
+
+def test_wrong_entries_of_user_config_are_refused_by_request_and_the_rest_is_served(
+    service: Service, adapters_dir: Path
+) -> None:
+    good = str(adapters_dir / "support-rs")
+    service.deploy({"adapters": {"good": good, "up": f"{good}/../legal-v2", "gone": f"{good}-gone", "a/b": good}})
+    eventually("the good one is served", lambda: service.post("good", TEXT).status_code == 200, 20)
+    said = {name: service.post(name, TEXT) for name in ("up", "gone", "a/b")}
+    codes = {name: (answer.status_code, answer.json()["error"]["code"]) for name, answer in said.items()}
+    assert codes == {
+        "up": (400, "invalid_adapter"),
+        "gone": (404, "adapter_not_found"),
+        "a/b": (400, "invalid_adapter"),
+    }
+    service.deploy({"adapters": {}})

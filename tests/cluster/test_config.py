@@ -1,0 +1,93 @@
+"""The operator's side: what a configuration may say, and that the shipped ones say it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+from ray.serve.schema import ServeDeploySchema
+
+from ranklet.cluster.app import ROUTER, build
+from ranklet.cluster.config import AdapterList, AppArgs
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+BASE: dict[str, Any] = {"base": {"model_dir": "/models/base"}}
+
+
+def args(**fields: Any) -> AppArgs:
+    return AppArgs.model_validate({**BASE, **fields})
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "local.yaml"])
+def test_the_shipped_files_suit_ray_and_the_builder(file: str) -> None:
+    content = yaml.safe_load((DEPLOY / file).read_text())
+    schema = ServeDeploySchema.model_validate(content)
+    application = schema.applications[0]
+    assert application.import_path == "ranklet.cluster.app:build"
+    built = build(AppArgs.model_validate(application.args))
+    names = {built._bound_deployment.name, *(app._bound_deployment.name for app in _bound_in(built))}
+    assert {deployment.name for deployment in application.deployments} == names == {"Gateway", "Replica"}
+
+
+def _bound_in(application: Any) -> list[Any]:
+    return [value for value in application._bound_deployment.init_args if hasattr(value, "_bound_deployment")]
+
+
+def test_the_comments_of_the_shipped_file_are_true() -> None:
+    """What is commented out may be commented in."""
+    lines = (DEPLOY / "config.yaml").read_text().splitlines()
+    start = next(index for index, line in enumerate(lines) if "# request_router_config:" in line)
+    block = yaml.safe_load("\n".join(line.replace("# ", "", 1) for line in lines[start:]))
+    assert block["request_router_config"]["request_router_class"] == ROUTER
+    assert block["request_router_config"]["request_router_kwargs"] == {"balance": 1.25, "free_in_flight": 16}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"adapter_dir": "/a"}, "did you mean 'adapters_dir'"),
+        ({"base": {"model_dir": "/m", "alias": ["x"]}}, "did you mean 'aliases'"),
+        ({"engine": {"slot": 4}}, "did you mean 'slots'"),
+        ({"engine": {"model_dir": "/m"}}, "base.model_dir"),
+        ({"engine": {"slots": "many"}}, "slots"),
+        ({"engine": {"slots": 0}}, "slots: expected at least 1"),
+        ({"engine": {"backend": "magic"}}, "backend"),
+        ({"limits": {"max_body": 5}}, "did you mean 'max_body_bytes'"),
+        ({"limits": {"max_body_bytes": 0}}, "max_body_bytes"),
+        ({"metrics": {"port": 1}}, "first_port"),
+        ({"adapters": ["a"]}, "list of {name, path}"),
+        ({"adapters": [{"name": "a"}]}, "list of {name, path}"),
+        ({"base": {}}, "model_dir"),
+    ],
+)
+def test_wrong_settings_are_refused_with_a_remedy(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        args(**fields)
+
+
+def test_engine_settings_reach_the_engine() -> None:
+    config = args(
+        engine={"slots": 3, "dtype": "float32"}, base={"model_dir": "/m/x", "aliases": ["org/x"]}
+    ).engine_config()
+    assert (config.slots, config.dtype, config.model_dir) == (3, "float32", Path("/m/x"))
+    assert {"x", "org/x"} <= set(config.base_aliases)
+
+
+def test_adapters_may_be_a_map_or_a_list() -> None:
+    listed = AdapterList.model_validate({"adapters": [{"name": "a", "path": "/x"}]})
+    assert listed == AdapterList.model_validate({"adapters": {"a": "/x"}})
+    assert AdapterList.model_validate({}).adapters == {}
+
+
+def test_relative_paths_start_at_the_working_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    resolved = args(base={"model_dir": "m"}, adapters_dir="a", adapters={"x": "b/x"}).resolved()
+    assert resolved.base.model_dir == tmp_path / "m"
+    assert resolved.adapters_dir == tmp_path / "a"
+    assert resolved.adapters == {"x": tmp_path / "b" / "x"}
+
+
+def test_the_base_is_called_by_its_folder_unless_told_otherwise() -> None:
+    assert args().base_names == ("base",)
+    assert args(base={"model_dir": "/m/b", "name": "n", "aliases": ["o"]}).base_names == ("n", "o")

@@ -1,0 +1,76 @@
+"""The local cluster's small parts: ports, processes, and refusals that need no cluster."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ranklet.cluster import cli
+from ranklet.cluster.local import ClusterError, LocalCluster, attached
+from ranklet.cluster.ports import free_block, free_ports
+from ranklet.cluster.processes import end, started_at
+from tests.cluster.service import Service
+
+SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
+STUBBORN = [
+    sys.executable,
+    "-c",
+    "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(60)",
+]
+
+
+def test_ports_are_free_and_distinct() -> None:
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+    first = free_block(16)
+    for port in (*ports, *range(first, first + 16)):
+        with socket.socket() as sock:
+            sock.bind(("", port))
+
+
+@pytest.mark.parametrize("command", [SLEEP, STUBBORN])
+def test_a_process_is_ended_and_collected(command: list[str]) -> None:
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        began = started_at(process.pid)
+        assert began is not None
+        end(process.pid, began, timeout_s=0.5)
+        assert started_at(process.pid) is None
+
+
+def test_another_process_with_the_same_id_is_left_alone() -> None:
+    with subprocess.Popen(SLEEP, stdout=subprocess.PIPE) as process:
+        end(process.pid, "at another time")
+        assert process.poll() is None
+        process.kill()
+
+
+def test_a_long_temp_dir_is_refused_before_ray_would_fail(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at most 40 characters"):
+        LocalCluster(tmp_path / ("x" * 40))
+
+
+def test_down_without_a_cluster_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["down", "--temp-dir", "/tmp/ranklet-none"]) == 1
+    assert "no cluster" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["version"]) == 0
+    assert "ray 2.60" in capsys.readouterr().out
+
+
+def test_a_second_start_in_the_same_folder_is_refused(service: Service, tmp_path: Path) -> None:
+    assert attached(service.cluster.temp_dir) == service.cluster.state
+    with pytest.raises(ClusterError, match="already"):
+        LocalCluster(service.cluster.temp_dir).start(tmp_path / "any.yaml")
+
+
+def test_gateways_and_routers_import_without_torch() -> None:
+    imported = "ranklet.cluster.gateway, ranklet.cluster.app, ranklet.routing.router"
+    code = f"import sys, {imported}; print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "False"

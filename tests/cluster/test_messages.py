@@ -1,0 +1,147 @@
+"""What crosses process borders arrives as it was sent: input, prompts, refusals, vectors."""
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+
+from ranklet.cluster import message
+from ranklet.cluster.answers import join, render
+from ranklet.cluster.labels import BASE, OTHER, AdapterLabels
+from ranklet.cluster.message import EmbedRefusal, EmbedReply, pack, split
+from ranklet.cluster.protocol import parse_input, parse_request
+from ranklet.cluster.refusals import BodyTooLarge, body_of, refuse, status_of
+from ranklet.replicas.errors import (
+    AdapterNotFound,
+    InternalError,
+    InvalidAdapter,
+    InvalidRequest,
+    RankletError,
+    Saturated,
+    Unavailable,
+    UnknownModel,
+)
+
+TOKEN_LISTS = st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=40), min_size=1, max_size=20)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(TOKEN_LISTS)
+def test_prompts_survive_the_message(prompts: list[list[int]]) -> None:
+    call = pickle.loads(pickle.dumps(pack("a", "/a", parse_input(prompts, 100), 64)))  # type: ignore[arg-type]
+    assert [prompt.tolist() for prompt in call.prompts()] == prompts
+    assert (call.adapter, call.path, call.dimensions) == ("a", "/a", 64)
+
+
+@given(TOKEN_LISTS, st.integers(4, 400), st.integers(1, 6))
+def test_parts_keep_order_and_limits(prompts: list[list[int]], vector_bytes: int, most: int) -> None:
+    arrays = [np.array(prompt, np.int32) for prompt in prompts]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(message, "MAX_MESSAGE_BYTES", 200)
+        patch.setattr(message, "MAX_MESSAGE_PROMPTS", most)
+        parts = list(split(arrays, vector_bytes))
+    assert [prompt.tolist() for part in parts for prompt in part] == prompts
+    assert all(1 <= len(part) <= most for part in parts)
+    assert all(len(part) == 1 or 4 * sum(map(len, part)) <= 200 for part in parts)
+    assert all(len(part) == 1 or vector_bytes * len(part) <= 200 for part in parts)
+
+
+def refusal(parse: Callable[[], Any]) -> InvalidRequest | None:
+    """How `parse` refused its input, None when it took it; anything else it raises fails the test."""
+    try:
+        parse()
+    except InvalidRequest as error:
+        return error
+    return None
+
+
+@given(JSON)
+def test_any_input_is_taken_or_refused_by_name(value: Any) -> None:
+    error = refusal(lambda: parse_input(value, 10))
+    if error is not None:
+        assert error.param == "input"
+        assert len(error.message) < 300
+
+
+@given(st.binary() | JSON.filter(lambda value: _fits(value)).map(orjson.dumps))
+def test_any_body_is_taken_or_refused_by_name(body: bytes) -> None:
+    error = refusal(lambda: parse_request(body))
+    assert error is None or error.param
+
+
+def _fits(value: Any) -> bool:
+    try:
+        orjson.dumps(value)
+    except TypeError:  # integers beyond 64 bits
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (InvalidRequest("m", param="input"), 400),
+        (UnknownModel("m", param="model"), 404),
+        (AdapterNotFound("m", param="model"), 404),
+        (InvalidAdapter("a", ["one", "two"]), 400),
+        (Saturated("m", retry_after_s=2.5), 503),
+        (Unavailable("m"), 503),
+        (InternalError("m"), 500),
+    ],
+)
+def test_refusals_come_out_of_the_message_as_they_went_in(error: RankletError, status: int) -> None:
+    sent = pickle.loads(pickle.dumps(EmbedRefusal.of(error, "replica", "a")))
+    came = sent.error()
+    assert type(came) is type(error)
+    assert body_of(came) == body_of(error)
+    assert status_of(came) == status
+    assert ("retry-after" in refuse(came).headers) == (status == 503)
+
+
+def test_saturation_says_when_to_come_back() -> None:
+    assert refuse(EmbedRefusal.of(Saturated("m", retry_after_s=2.5), "r", "").error()).headers["retry-after"] == "3"
+    assert status_of(BodyTooLarge("m")) == 413
+    assert status_of(RankletError("of a kind that is not in the table")) == 500
+
+
+def test_replies_are_joined_in_order() -> None:
+    rows = np.arange(12, dtype=np.float32).reshape(3, 4)
+    parts = [(rows[:2], 5, "gpu", "r1"), (rows[2:], 7, "disk", "r2")]
+    replies = [
+        EmbedReply(part.tobytes(), 4, tokens, tier, "native", name, 0.0, 0.0) for part, tokens, tier, name in parts
+    ]
+    answer = join(replies)
+    assert_array_equal(answer.vectors, rows)
+    assert answer.headers == {"x-ranklet-replica": "r1,r2", "x-ranklet-tier": "gpu,disk", "x-ranklet-backend": "native"}
+    body = orjson.loads(render(answer, "m", "float"))
+    assert [entry["embedding"] for entry in body["data"]] == rows.tolist()
+    assert body["usage"] == {"prompt_tokens": 12, "total_tokens": 12}
+
+
+@given(st.lists(st.text("abcdef", min_size=1, max_size=2), max_size=300), st.integers(1, 4))
+def test_labels_stay_few(adapters: list[str], limit: int) -> None:
+    dropped: list[str] = []
+    labels = AdapterLabels(limit, dropped.append)
+    given_out = {labels.of(adapter) for adapter in adapters}
+    assert len(given_out - {OTHER} - set(dropped)) <= limit
+    assert labels.of(None) == labels.of("") == BASE
+
+
+def test_a_busy_newcomer_takes_the_seat_of_a_quiet_adapter() -> None:
+    dropped: list[str] = []
+    labels = AdapterLabels(1, dropped.append)
+    assert labels.of("quiet") == "quiet"
+    assert labels.of("busy") == OTHER
+    assert labels.of("busy", 1000) == "busy"
+    assert dropped == ["quiet"]
+    assert labels.of("quiet") == OTHER

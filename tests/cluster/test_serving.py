@@ -1,0 +1,136 @@
+"""Right answers over the real path: HTTP, HAProxy, gateway, router, replica, engine."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+
+from ranklet.cluster.message import MAX_MESSAGE_PROMPTS
+from tests.assets.make import AdapterSpec
+from tests.assets.oracle import Prompt, cosine, encode
+from tests.cluster.service import BASE, Service, assert_close
+
+TEXTS: list[Prompt] = [
+    "The tenant shall give notice three months before the end of the lease.",
+    "A patient with a history of asthma.",
+    "def parse(text): return text.split()",
+    "größer als zwei, 三个, и четыре",
+]
+
+
+@pytest.fixture(scope="module")
+def names(adapter_specs: list[AdapterSpec]) -> list[str]:
+    return [spec.name for spec in adapter_specs]
+
+
+def test_the_base_and_every_adapter_agree_with_transformers_and_peft(service: Service, names: list[str]) -> None:
+    base = service.embed(BASE, TEXTS)
+    assert_close(base, service.expected(None, TEXTS))
+    for name in names:
+        vectors = service.embed(name, TEXTS)
+        assert_close(vectors, service.expected(name, TEXTS))
+        assert cosine(vectors[0], base[0]) < 0.999, f"{name} answers like the base model"
+
+
+def test_the_openai_client_gets_the_same_in_both_encodings(service: Service, names: list[str]) -> None:
+    with service.openai() as client:
+        encoded = client.embeddings.create(model=names[0], input=[str(text) for text in TEXTS])
+        plain = client.embeddings.create(model=names[0], input=str(TEXTS[1]), encoding_format="float")
+    expected = service.expected(names[0], TEXTS)
+    assert_close([entry.embedding for entry in encoded.data], expected)
+    assert_close(plain.data[0].embedding, expected[1])
+    assert [entry.index for entry in encoded.data] == [0, 1, 2, 3]
+    tokens = sum(len(encode(service.model_dir, str(text))) for text in TEXTS)
+    assert (encoded.usage.prompt_tokens, encoded.usage.total_tokens) == (tokens, tokens)
+    assert encoded.model == names[0]
+
+
+def test_the_adapter_may_be_named_in_three_ways(service: Service) -> None:
+    expected = service.expected("medical", TEXTS[:1])
+    assert_close(service.embed("medical", TEXTS[0]), expected)
+    assert_close(service.embed(f"{BASE}:medical", TEXTS[0]), expected)
+    assert_close(service.embed(BASE, TEXTS[0], lora_path="medical"), expected)
+    assert_close(service.embed(None, TEXTS[0], lora_path="medical"), expected)
+
+
+def test_token_ids_are_taken_as_they_are(service: Service) -> None:
+    ids = [encode(service.model_dir, str(text)) for text in TEXTS[:3]]
+    expected = service.expected("legal-v2", TEXTS[:3])
+    assert_close(service.embed("legal-v2", ids), expected)
+    assert_close(service.embed("legal-v2", ids[1]), expected[1:2])
+
+
+def test_dimensions_cut_and_normalise(service: Service) -> None:
+    vectors = service.embed("legal-v2", TEXTS, dimensions=48)
+    assert vectors.shape == (4, 48)
+    assert_close(vectors, service.expected("legal-v2", TEXTS, dimensions=48))
+    assert_close(np.linalg.norm(vectors, axis=1), np.ones(4))
+
+
+async def test_mixed_adapters_at_once_each_get_their_own_answer(service: Service, names: list[str]) -> None:
+    expected = {name: service.expected(name, TEXTS) for name in names} | {BASE: service.expected(None, TEXTS)}
+    jobs = [(list(expected)[number % 7], number % 4) for number in range(140)]
+    async with httpx.AsyncClient(base_url=service.url, timeout=60, trust_env=False) as client:
+        answers = await asyncio.gather(
+            *(client.post("/v1/embeddings", json={"model": model, "input": TEXTS[text]}) for model, text in jobs)
+        )
+    for (model, text), answer in zip(jobs, answers, strict=True):
+        assert answer.status_code == 200
+        assert_close(answer.json()["data"][0]["embedding"], expected[model][text])
+
+
+def test_a_large_request_is_split_and_joined_in_order(service: Service) -> None:
+    texts: list[Prompt] = [f"paragraph number {number} about leases" for number in range(2048)]
+    assert len(texts) > 2 * MAX_MESSAGE_PROMPTS
+    vectors = service.embed("medical", texts)
+    assert vectors.shape == (2048, 128)
+    sampled = [0, 1, 1023, 2047]
+    assert_close(vectors[sampled], service.expected("medical", [texts[index] for index in sampled]))
+
+
+def test_an_adapter_stays_where_it_is(service: Service, names: list[str]) -> None:
+    for name in names:
+        service.embed(name, TEXTS[0])
+        answers = [service.post(name, TEXTS[0]) for _ in range(10)]
+        assert len({answer.headers["x-ranklet-replica"] for answer in answers}) == 1
+        assert {answer.headers["x-ranklet-tier"] for answer in answers} == {"gpu"}
+        assert {answer.headers["x-ranklet-backend"] for answer in answers} == {"native"}
+
+
+def test_answer_headers(service: Service) -> None:
+    told = service.http.post("/v1/embeddings", json={"model": BASE, "input": "a"}, headers={"x-request-id": "mine-1"})
+    assert told.headers["x-request-id"] == "mine-1"
+    assert told.headers["x-ranklet-replica"] in str(service.processes("Replica"))
+    assert told.headers["x-ranklet-backend"] == "none"
+    assert "x-ranklet-tier" not in told.headers
+    assert service.post(BASE, "a").headers["x-request-id"]
+
+
+def test_models_are_listed_as_cards(service: Service, names: list[str]) -> None:
+    with service.openai() as client:
+        cards = {card.id: card.model_dump() for card in client.models.list()}
+        one = client.models.retrieve("legal-v2").model_dump()
+    assert set(cards) >= {BASE, *names}
+    assert cards["legal-v2"] == one
+    assert one["parent"] == BASE
+    assert one["root"].endswith("legal-v2")
+    assert one["max_model_len"] == 4096
+    assert cards[BASE]["parent"] is None
+    assert service.http.get(f"/v1/models/{BASE}:legal-v2").json()["id"] == "legal-v2"
+
+
+def test_probes_and_versions(service: Service) -> None:
+    assert service.http.get("/health").json() == {"status": "ok"}
+    assert service.http.get("/ready").json()["status"] == "ready"
+    assert service.http.get("/-/healthz").text == "success"
+    versions = service.http.get("/version").json()
+    assert versions["ray"].startswith("2.60.")
+    assert (versions["data_path"], versions["throughput_optimized"]) == ("haproxy", True)
+
+
+def test_many_clients_at_once(service: Service) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda number: service.post(BASE, f"text {number}").status_code, range(200)))
+    assert set(answers) == {200}

@@ -1,0 +1,108 @@
+"""`make demo`: a small model and six adapters, served by Ray Serve on this machine, and checked against PEFT.
+
+Exits with 1 if any answer is not the reference's.
+"""
+
+import argparse
+import signal
+import socket
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from ranklet.cluster.local import ClusterError, LocalCluster
+from tests.assets.cache import is_made, make_once
+from tests.demo import show
+from tests.demo.ask import Question, Vectors, answers, questions, reference
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "deploy" / "local.yaml"
+WORST_COSINE = 0.999999
+
+
+class Progress:
+    """One line a step, with the seconds since the start."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._started_s = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        self._console.print(
+            f"[dim]{time.monotonic() - self._started_s:5.1f} s[/]  {escape(line)}", highlight=False, soft_wrap=True
+        )
+
+
+def main() -> int:
+    """Runs the demo. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.demo", description=__doc__)
+    parser.add_argument("--keep", action="store_true", help="leave the server running until Ctrl-C")
+    parser.add_argument("--port", type=int, help="of the HTTP API; default: as deploy/local.yaml says, or a free one")
+    options = parser.parse_args()
+    console = Console()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        return run(console, port=options.port, keep=options.keep)
+    except KeyboardInterrupt:
+        console.print("stopped before the end")
+        return 130
+    except ClusterError as error:
+        console.print(f"[red]the cluster did not start:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 1
+
+
+def run(console: Console, *, port: int | None, keep: bool) -> int:
+    """Assets, cluster, questions, table. The reference is computed while the cluster starts."""
+    say = Progress(console)
+    if not is_made(ROOT / ".demo"):
+        say("writing a model (Qwen3, 4 layers) and six adapters saved by PEFT into .demo")
+    make_once(ROOT / ".demo")
+    asked = questions(ROOT / ".demo")
+    with ThreadPoolExecutor(1) as aside, LocalCluster(directory=ROOT, http_port=_port(port), report=say) as cluster:
+        expected: Future[Vectors] = aside.submit(reference, ROOT / ".demo" / "model", asked)
+        url = cluster.start(CONFIG).base_url
+        worst = _compare(console, say, url, asked, expected)
+        if keep:
+            console.print("Ctrl-C stops it")
+            with suppress(KeyboardInterrupt):
+                signal.pause()
+    return 0 if worst >= WORST_COSINE else 1
+
+
+def _compare(console: Console, say: Progress, url: str, asked: list[Question], expected: "Future[Vectors]") -> float:
+    say("asking for embeddings with the openai client")
+    rows = answers(url, asked)
+    say("comparing with transformers + PEFT")
+    worst = show.table(console, rows, expected.result())
+    show.banner(console, url, asked)
+    if worst < WORST_COSINE:
+        console.print(f"[red]expected every cosine to be at least {WORST_COSINE}, the lowest is {worst:.9f}[/]")
+    return worst
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Once: a second Ctrl-C must not cut short the end of the cluster."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _port(asked: int | None) -> int | None:
+    """The port asked for; else None (the configuration's) if it is free, and 0 (any) if not."""
+    if asked is not None:
+        return asked
+    http = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["http_options"]
+    with socket.socket() as probe:
+        return 0 if probe.connect_ex((http["host"], http["port"])) == 0 else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

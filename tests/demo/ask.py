@@ -1,0 +1,77 @@
+"""What the demo asks, and what it gets: over HTTP with the official client, and from the reference."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from openai import OpenAI
+
+from tests.assets.corpus import SENTENCES
+from tests.assets.make import AdapterSpec, adapter_specs
+
+Vectors = dict[str, np.ndarray]  # by model, float32 [texts, hidden]
+
+BASE_MODEL = "demo-base"  # as deploy/local.yaml names it
+
+
+@dataclass(frozen=True)
+class Question:
+    """One model, the base or an adapter of it, and the texts asked of it, one request each."""
+
+    model: str
+    texts: tuple[str, ...]
+    adapter: AdapterSpec | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came back for one question."""
+
+    question: Question
+    vectors: np.ndarray  # float32 [texts, hidden]
+    tiers: tuple[str, ...]  # where the adapter was at each request, without repeats
+    backend: str
+    first_s: float  # the first request may load the adapter
+    then_s: float  # median of the rest
+
+
+def questions(folder: Path) -> list[Question]:
+    """The base model, then each adapter with texts of its own field."""
+    asked = [Question(BASE_MODEL, SENTENCES["general"], None)]
+    for spec in adapter_specs(folder / "adapters"):
+        asked.append(Question(spec.name, SENTENCES[spec.name.split("-")[0]], spec))
+    return asked
+
+
+def answers(url: str, asked: list[Question]) -> list[Row]:
+    """Asks each question over HTTP, one text a request, so that the latency is that of one text."""
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        return [_answer(client, question) for question in asked]
+
+
+def _answer(client: OpenAI, question: Question) -> Row:
+    vectors, seconds, tiers, backend = [], [], [], ""
+    for text in question.texts:
+        started_s = time.perf_counter()
+        raw = client.embeddings.with_raw_response.create(model=question.model, input=text)
+        vectors.append(np.asarray(raw.parse().data[0].embedding, np.float32))
+        seconds.append(time.perf_counter() - started_s)
+        tiers.append(raw.headers.get("x-ranklet-tier") or "")
+        backend = raw.headers.get("x-ranklet-backend", "")
+    return Row(
+        question=question,
+        vectors=np.stack(vectors),
+        tiers=tuple(dict.fromkeys(tier for tier in tiers if tier)),
+        backend=backend,
+        first_s=seconds[0],
+        then_s=float(np.median(seconds[1:])),
+    )
+
+
+def reference(model_dir: Path, asked: list[Question]) -> Vectors:
+    """The same from transformers and PEFT."""
+    from tests.assets.oracle import reference_embedding
+
+    paths = {question.model: question.adapter.path if question.adapter else None for question in asked}
+    return {question.model: reference_embedding(model_dir, paths[question.model], question.texts) for question in asked}

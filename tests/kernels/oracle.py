@@ -1,0 +1,104 @@
+"""LoRA written out row by row in float64, and stacks filled with random adapters to hold it against."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ranklet.kernels.stack import EmbeddingStack, LinearStack, SlotMeta
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One slice of one adapter."""
+
+    a: Tensor  # [r, K]; of the embedding [r, V]
+    b: Tensor  # [N, r]
+    scaling: float
+
+
+Adapters = dict[int, list[Lora]]  # by slot, one entry a slice; rank 0 where a slice is not targeted
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Sequence[int | None], adapters: Adapters) -> Tensor:
+    """`W x + bias + s B A x` of every row's own adapter, float64 [T, N]."""
+    y = x.double() @ weight.double().t() + (0.0 if bias is None else bias.double())
+    for t, slot in enumerate(rows):
+        if slot is not None:
+            y[t] += torch.cat(
+                [lora.scaling * (lora.b.double() @ (lora.a.double() @ x[t].double())) for lora in adapters[slot]]
+            )
+    return y
+
+
+def embedding(ids: Tensor, table: Tensor, rows: Sequence[int | None], adapters: Adapters) -> Tensor:
+    """`table[id] + s B A[:, id]` of every row's own adapter, float64 [T, N]."""
+    y = table.double()[ids]
+    for t, slot in enumerate(rows):
+        if slot is not None:
+            (lora,) = adapters[slot]
+            y[t] += lora.scaling * (lora.b.double() @ lora.a.double()[:, ids[t]])
+    return y
+
+
+def random_adapters(
+    ranks: Mapping[int, Sequence[int]],
+    wide: int,
+    widths: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Adapters:
+    """Adapters whose change is about as large as a base output of size 1; `ranks` by slot, one a slice."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(rows: int, columns: int, std: float) -> Tensor:
+        return (std * torch.randn(rows, columns, generator=generator)).to(dtype)
+
+    return {
+        slot: [
+            Lora(draw(rank, wide, wide**-0.5), draw(width, rank, max(rank, 1) ** -0.5), 0.5 + 0.25 * slot)
+            for rank, width in zip(by_slice, widths, strict=True)
+        ]
+        for slot, by_slice in ranks.items()
+    }
+
+
+def linear_stack(
+    adapters: Adapters, slots: int, rank: int, wide: int, widths: Sequence[int], *, stale: float, device: str = "cpu"
+) -> LinearStack:
+    """A stack that holds `adapters`; whatever none of them covers is `stale`, as an earlier tenant may have left it."""
+    dtype = next((lora.a.dtype for loras in adapters.values() for lora in loras), torch.float32)
+    a = torch.full((slots, len(widths) * rank, wide), stale, dtype=dtype, device=device)
+    b = torch.full((slots, sum(widths), rank), stale, dtype=dtype, device=device)
+    stack = LinearStack(a, b, tuple(widths))
+    for slot, loras in adapters.items():
+        column = 0
+        for index, (lora, width) in enumerate(zip(loras, widths, strict=True)):
+            found = lora.a.shape[0]
+            a[slot, index * rank : index * rank + found] = lora.a.to(device)
+            b[slot, column : column + width, :found] = lora.b.to(device)
+            column += width
+        stack.meta[slot] = _meta(loras)
+    return stack
+
+
+def embedding_stack(
+    adapters: Adapters, slots: int, rank: int, vocab: int, width: int, *, stale: float, device: str = "cpu"
+) -> EmbeddingStack:
+    """The same for the token embedding."""
+    dtype = next((loras[0].a.dtype for loras in adapters.values()), torch.float32)
+    a = torch.full((slots, vocab, rank), stale, dtype=dtype, device=device)
+    b = torch.full((slots, width, rank), stale, dtype=dtype, device=device)
+    stack = EmbeddingStack(a, b)
+    for slot, (lora,) in adapters.items():
+        found = lora.a.shape[0]
+        a[slot, :, :found] = lora.a.t().to(device)
+        b[slot, :, :found] = lora.b.to(device)
+        stack.meta[slot] = _meta([lora])
+    return stack
+
+
+def _meta(loras: Sequence[Lora]) -> SlotMeta:
+    return SlotMeta(tuple(lora.a.shape[0] for lora in loras), tuple(lora.scaling for lora in loras))

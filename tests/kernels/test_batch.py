@@ -1,0 +1,77 @@
+"""The plan of a batch: nothing lost, each adapter's rows together, the base outside."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ranklet.kernels.batch import LoraBatch, Segment, plan
+from tests.kernels.workloads import MIXES, Mix, assign
+
+requests = st.lists(st.tuples(st.integers(0, 9), st.none() | st.integers(0, 5)), max_size=40)
+
+
+def rows_in_order(lengths: list[int], slots: list[int | None], order: list[int]) -> list[int | None]:
+    """The slot of every row of the batch as it is laid out."""
+    return [slots[i] for i in order for _ in range(lengths[i])]
+
+
+@given(requests)
+def test_a_plan_covers_each_adapters_rows_and_nothing_else(made: list[tuple[int, int | None]]) -> None:
+    lengths, slots = [length for length, _ in made], [slot for _, slot in made]
+    order, batch = plan(lengths, slots)
+    assert sorted(order) == list(range(len(made)))
+    rows = rows_in_order(lengths, slots, order)
+    assert batch.rows == len(rows)
+    covered: list[int | None] = [None] * batch.rows
+    for segment in batch.segments:
+        assert 0 <= segment.start < segment.stop <= batch.rows
+        for row in range(segment.start, segment.stop):
+            assert covered[row] is None, "segments overlap"
+            covered[row] = segment.slot
+    assert covered == rows
+
+
+@given(requests)
+def test_one_segment_an_adapter_in_row_order(made: list[tuple[int, int | None]]) -> None:
+    _, batch = plan([length for length, _ in made], [slot for _, slot in made])
+    assert len({segment.slot for segment in batch.segments}) == batch.adapters == len(batch.segments)
+    starts = [segment.start for segment in batch.segments]
+    assert starts == sorted(starts)
+    assert sum(segment.rows for segment in batch.segments) == sum(length for length, slot in made if slot is not None)
+
+
+@given(requests)
+def test_arrival_order_is_kept_inside_an_adapter(made: list[tuple[int, int | None]]) -> None:
+    order, _ = plan([length for length, _ in made], [slot for _, slot in made])
+    for slot in {slot for _, slot in made}:
+        inside = [i for i in order if made[i][1] == slot]
+        assert inside == sorted(inside)
+
+
+def test_slot_zero_is_not_taken_for_the_base() -> None:
+    order, batch = plan([2, 3, 1], [None, 0, None])
+    assert order == [1, 0, 2]
+    assert batch == LoraBatch((Segment(0, 0, 3),), rows=6)
+
+
+def test_an_adapter_whose_requests_are_all_empty_has_no_segment() -> None:
+    assert plan([0, 4], [1, 2])[1].segments == (Segment(2, 0, 4),)
+
+
+def test_nothing_to_plan() -> None:
+    assert plan([], []) == ([], LoraBatch((), rows=0))
+
+
+def adapters_of(mix: Mix) -> list[int]:
+    made = assign(mix, requests=200, adapters=50)
+    assert len(made) == 200
+    assert set(made) <= set(range(50))
+    return made
+
+
+def test_the_mixes_are_what_their_names_say() -> None:
+    counts = {mix: sorted((adapters_of(mix).count(a) for a in range(50)), reverse=True) for mix in MIXES}
+    assert counts["distinct"] == [4] * 50
+    assert counts["identical"][:2] == [200, 0]
+    assert counts["skewed"][0] > 2 * counts["uniform"][0]
+    assert counts["uniform"][-1] < counts["uniform"][0] < 20
+    assert assign("distinct", 5, 9) == [0, 1, 2, 3, 4]

@@ -1,0 +1,26 @@
+"""A stack knows its rank and starts with slots that change nothing."""
+
+import torch
+
+from ranklet.kernels.batch import LoraBatch, Segment
+from ranklet.kernels.native import embedding, linear
+from ranklet.kernels.stack import EmbeddingStack, LinearStack
+
+
+def test_a_fresh_slot_changes_nothing_whatever_its_memory_holds() -> None:
+    batch = LoraBatch((Segment(1, 0, 3),), rows=3)
+    x, weight = torch.randn(3, 6), torch.randn(10, 6)
+    stack = LinearStack(torch.full((2, 2 * 16, 6), float("nan")), torch.full((2, 10, 16), float("nan")), (7, 3))
+    assert stack.rank == 16
+    assert [len(meta.ranks) for meta in stack.meta] == [2, 2]
+    assert torch.equal(linear(x, weight, None, stack, batch), x @ weight.t())
+    ids, table = torch.tensor([4, 0, 2]), torch.randn(5, 10)
+    empty = EmbeddingStack(torch.full((2, 5, 32), float("nan")), torch.full((2, 10, 32), float("nan")))
+    assert empty.rank == 32
+    assert torch.equal(embedding(ids, table, empty, batch), table[ids])
+
+
+def test_slots_do_not_share_their_metadata() -> None:
+    stack = LinearStack(torch.zeros(3, 16, 4), torch.zeros(3, 4, 16), (4,))
+    stack.meta[0].ranks = (5,)
+    assert [meta.ranks for meta in stack.meta] == [(5,), (0,), (0,)]

@@ -1,0 +1,56 @@
+"""Asking an engine, and holding its answers against the oracle's."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ranklet.replicas.call import Answer
+from ranklet.replicas.engine import Engine
+from ranklet.replicas.errors import RankletError
+from ranklet.replicas.reference import AdapterRef, revision_of
+from tests.assets.oracle import cosine, encode
+
+PATIENCE_S = 60.0  # how long a test waits for what must come
+
+
+def ref(folder: Path, name: str | None = None) -> AdapterRef:
+    """The adapter in a folder as it is now."""
+    return AdapterRef(name or folder.name, str(folder), revision_of(folder))
+
+
+def prompts(model_dir: Path, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+    return [np.asarray(encode(model_dir, text), dtype=np.int32) for text in texts]
+
+
+def submit(
+    engine: Engine, asked: Sequence[NDArray[np.int32]], adapter: AdapterRef | None = None, dimensions: int | None = None
+) -> Future[Answer]:
+    """Queue a request; a second call of `done` raises in the engine and fails the test that sees its thread die."""
+    future: Future[Answer] = Future()
+
+    def done(result: Answer | RankletError) -> None:
+        if isinstance(result, RankletError):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+    engine.submit(asked, adapter, dimensions, done)
+    return future
+
+
+def ask(
+    engine: Engine, asked: Sequence[NDArray[np.int32]], adapter: AdapterRef | None = None, dimensions: int | None = None
+) -> Answer:
+    return submit(engine, asked, adapter, dimensions).result(PATIENCE_S)
+
+
+def assert_same(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> None:
+    """What the project promises of float32: cosine >= 0.999999, no entry off by more than 1e-5."""
+    assert ours.shape == theirs.shape
+    assert ours.dtype == np.float32
+    for index, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+        assert cosine(our, their) >= 0.999999, f"row {index}"
+        assert np.abs(our - their).max() <= 1e-5, f"row {index}"

@@ -1,0 +1,62 @@
+"""Fixtures of the engine tests: one running engine, and what a pool or a verification needs without one."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ranklet.replicas.adapters import Expectation
+from ranklet.replicas.architecture import Architecture, read_architecture, read_config
+from ranklet.replicas.config import LORA_MODULES, EngineConfig
+from ranklet.replicas.engine import Engine
+from ranklet.replicas.pool import AdapterPool
+from ranklet.replicas.stats import Listener
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def architecture(model_dir: Path) -> Architecture:
+    return read_architecture(read_config(model_dir))
+
+
+@pytest.fixture(scope="session")
+def expectation(model_dir: Path, architecture: Architecture) -> Expectation:
+    table = load_file(model_dir / "model.safetensors")["model.embed_tokens.weight"]
+    return Expectation(architecture, 64, LORA_MODULES, ("model",), table)
+
+
+@pytest.fixture
+def make_pool(architecture: Architecture) -> Callable[[], AdapterPool]:
+    """Makes pools of two slots on the CPU."""
+    return lambda: AdapterPool(architecture, 2, 64, LORA_MODULES, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def engine(model_dir: Path) -> Iterator[Engine]:
+    """An engine with a slot for each of the six adapters and more."""
+    running = Engine(EngineConfig(model_dir, slots=8, max_batch_tokens=4096, max_model_len=1024))
+    running.start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def make_engine(model_dir: Path) -> Iterator[Callable[..., Engine]]:
+    """Makes engines, not started, that are stopped after the test; takes a listener and EngineConfig's fields."""
+    made: list[Engine] = []
+
+    def make(folder: Path = model_dir, listener: Listener | None = None, **fields: Any) -> Engine:
+        config = EngineConfig(folder, **{"slots": 2, "max_batch_tokens": 4096, **fields})
+        made.append(Engine(config, listener))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.stop()

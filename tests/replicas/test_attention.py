@@ -1,0 +1,82 @@
+"""Packed attention against a float64 loop over requests, and no request sees another."""
+
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from ranklet.replicas.attention import Spans, attend
+
+
+def spans(lengths: list[int], device: str = "cpu") -> Spans:
+    return Spans(tuple(lengths), torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device))
+
+
+def attend64(qkv: Tensor, lengths: list[int], heads: tuple[int, int], width: int, window: int | None) -> Tensor:
+    query, key = heads
+    q, k, v = qkv.double().view(-1, query + 2 * key, width).split((query, key, key), dim=1)
+    out = torch.empty(q.shape, dtype=torch.float64)
+    start = 0
+    for length in lengths:
+        for t in range(length):
+            first = max(0, t + 1 - (window or length))
+            seen = slice(start + first, start + t + 1)
+            for head in range(query):
+                scores = k[seen, head * key // query] @ q[start + t, head] / width**0.5
+                out[start + t, head] = scores.softmax(0) @ v[seen, head * key // query]
+        start += length
+    return out.view(len(qkv), -1)
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    st.sampled_from([(1, 1), (4, 2), (6, 1), (3, 3)]),
+    st.sampled_from([2, 6, 16]),
+    st.none() | st.integers(1, 12),
+)
+def test_attention_is_causal_grouped_and_windowed(
+    lengths: list[int], heads: tuple[int, int], width: int, window: int | None
+) -> None:
+    qkv = torch.randn(sum(lengths), (heads[0] + 2 * heads[1]) * width)
+    ours = attend(qkv, spans(lengths), heads, width, window)
+    assert_close(ours.double(), attend64(qkv, lengths, heads, width, window), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_no_request_reads_another(window: int | None) -> None:
+    lengths, heads, width = [5, 1, 7, 4], (4, 2), 8
+    qkv = torch.randn(17, (4 + 4) * width)
+    before = attend(qkv, spans(lengths), heads, width, window)
+    for index, (start, length) in enumerate(zip([0, 5, 6, 13], lengths, strict=True)):
+        spoilt = qkv.clone()
+        spoilt[start : start + length] = float("nan")
+        after = attend(spoilt, spans(lengths), heads, width, window)
+        others = [t for t in range(17) if not start <= t < start + length]
+        assert torch.equal(after[others], before[others]), f"request {index} leaks"
+        assert after[start : start + length].isnan().all()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_no_token_reads_a_later_one(window: int | None) -> None:
+    qkv = torch.randn(6, 3 * 8)
+    before = attend(qkv, spans([6]), (1, 1), 8, window)
+    qkv[4:] = 100.0
+    after = attend(qkv, spans([6]), (1, 1), 8, window)
+    assert_close(after[:4], before[:4])
+    assert not torch.allclose(after[4:], before[4:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("window", "heads", "width"), [(None, (16, 8), 128), (None, (4, 4), 64), (30, (8, 2), 64)])
+def test_attention_on_cuda(dtype: torch.dtype, window: int | None, heads: tuple[int, int], width: int) -> None:
+    lengths = [70, 1, 129, 33]
+    qkv = torch.randn(sum(lengths), (heads[0] + 2 * heads[1]) * width).to(dtype)
+    ours = attend(qkv.cuda(), spans(lengths, "cuda"), heads, width, window).cpu()
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    assert_close(ours.double(), attend64(qkv, lengths, heads, width, window), rtol=tolerance, atol=tolerance)

@@ -1,0 +1,40 @@
+"""Settings out of range are refused where they are made, by name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ranklet.replicas.config import EngineConfig
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"slots": 0}, "slots: expected at least 1, got 0"),
+        ({"max_rank": -1}, "max_rank"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens"),
+        ({"max_batch_requests": 0}, "max_batch_requests"),
+        ({"max_waiting_tokens": 0}, "max_waiting_tokens"),
+        ({"max_adapters_per_batch": 0}, "max_adapters_per_batch"),
+        ({"max_model_len": 0}, "max_model_len"),
+        ({"max_model_len": 9, "max_batch_tokens": 8}, "max_batch_tokens (8)"),
+        ({"host_cache_bytes": -1}, "host_cache_bytes"),
+        ({"backend": "cuda"}, "backend: expected one of auto, native"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"lora_modules": ("q_proj", "lm_head")}, "lm_head"),
+    ],
+)
+def test_out_of_range(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 - the message is looked at below
+        EngineConfig(Path("model"), **fields)
+    assert says in str(refused.value)
+
+
+def test_a_path_may_be_a_string_as_yaml_has_it() -> None:
+    assert EngineConfig("model").model_dir == Path("model")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("slots", "asked", "mixed"), [(8, None, 8), (8, 3, 3), (2, 5, 2)])
+def test_adapters_per_batch_never_exceed_the_slots(slots: int, asked: int | None, mixed: int) -> None:
+    assert EngineConfig(Path("m"), slots=slots, max_adapters_per_batch=asked).adapters_per_batch == mixed
