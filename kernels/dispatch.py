@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn import functional
 
-from ranklet.kernels import native
+from ranklet.kernels import csgmv, native
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
 
@@ -21,14 +21,15 @@ class Backend(Protocol):
     def embedding(self, ids: Tensor, table: Tensor, stack: EmbeddingStack, batch: LoraBatch) -> Tensor: ...
 
 
-BACKENDS: dict[str, Backend] = {"native": native}
+BACKENDS: dict[str, Backend] = {"native": native, "csgmv": csgmv}
 
 
-def choose(batch: LoraBatch, override: str = "auto") -> LoraBatch:
+def choose(batch: LoraBatch, override: str = "auto", *, cuda: bool = False) -> LoraBatch:
     """The batch with its backend set: "none" when no row has an adapter, else the override or the fastest."""
     if not batch.segments:
         return replace(batch, backend="none")
-    return replace(batch, backend="native" if override == "auto" else override)
+    fastest = "csgmv" if cuda else "native"
+    return replace(batch, backend=fastest if override == "auto" else override)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack | None, batch: LoraBatch) -> Tensor:

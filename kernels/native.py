@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from ranklet.kernels.batch import LoraBatch, Segment
+from ranklet.kernels.recut import check_rows
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, batch: LoraBatch) -> Tensor:
     """Base projection plus each segment's LoRA.
 
-    Semantics: `y[t] = W x[t] + bias + s * B A x[t]`, with A, B, s of row t's adapter. LoRA is written first and the base
-    product accumulates onto it, so that the sum is rounded once and y is not read by a pass of its own.
+    Semantics: `y[t] = W x[t] + bias + s * B A x[t]`, with A, B, s of row t's adapter. LoRA is written first and the
+    base product accumulates onto it, so that the sum is rounded once and y is not read by a pass of its own.
 
     Args:
         x: [T, K].
@@ -26,7 +27,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, b
 
     Returns:
         [T, N], freshly allocated.
+
+    Raises:
+        ValueError: the batch is of other rows than x.
     """
+    check_rows(x, batch)
     if not any(any(stack.meta[segment.slot].ranks) for segment in batch.segments):
         return functional.linear(x, weight, bias)
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)

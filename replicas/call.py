@@ -1,5 +1,6 @@
 """One request to an engine: its prompts, gathered again from whichever batches they ran in."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -8,6 +9,8 @@ from numpy.typing import NDArray
 
 from ranklet.replicas.errors import RankletError
 from ranklet.replicas.scheduler import Work
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,17 @@ class Call:
 
     def _finish(self, result: Answer | RankletError) -> None:
         done, self._done = self._done, None
-        if done is not None:
+        if done is None:
+            return
+        try:
             done(result)
+        except Exception:  # the caller's defect must not end the thread that answers everyone
+            logger.exception("the callback of a request failed")
+
+    @property
+    def open(self) -> bool:
+        """Whether nobody has been answered yet."""
+        return self._done is not None
 
 
 @dataclass(frozen=True, slots=True)

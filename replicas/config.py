@@ -5,7 +5,7 @@ from pathlib import Path
 
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_MODULES = (*LINEAR_MODULES, "embed_tokens")
-BACKENDS = ("auto", "native")
+BACKENDS = ("auto", "native", "csgmv")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -5,9 +5,9 @@ second batch may be launched while the first computes, so that the device never 
 loader's threads. One lock guards the queue and the slot table; nothing slow happens under it.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from threading import Condition, Thread
 from time import perf_counter
 
@@ -22,6 +22,7 @@ from ranklet.replicas.call import Answer, Call, Prompt, Ticket
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.device import pick_device, pick_dtype
 from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unavailable
+from ranklet.replicas.flight import Flight, adapters_of, names_of, requests_of
 from ranklet.replicas.loader import Loader, LoadOutcome
 from ranklet.replicas.model import Decoder
 from ranklet.replicas.pool import AdapterPool
@@ -30,18 +31,12 @@ from ranklet.replicas.reference import AdapterRef
 from ranklet.replicas.residency import AdapterInfo, Residency
 from ranklet.replicas.scheduler import Round, Scheduler
 from ranklet.replicas.slots import SlotTable
-from ranklet.replicas.stats import BatchRecord, Listener, LoadRecord, Snapshot
-from ranklet.replicas.step import Running, Stepper
+from ranklet.replicas.stats import Listener, LoadRecord, Snapshot
+from ranklet.replicas.step import Stepper
 
-_MAX_FAILED_BATCHES = 3  # in a row: then the engine calls itself unhealthy, and is replaced
+_PROBE = np.zeros(1, dtype=np.int32)
 
-
-@dataclass(slots=True)
-class _Flight:
-    """A batch between launch and answer."""
-
-    prompts: list[Prompt]
-    running: Running
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -77,8 +72,10 @@ class Engine:
             max_adapters=config.adapters_per_batch, max_demand=config.slots,
         )  # fmt: skip
         self._wake = Condition()
-        self._flights: deque[_Flight] = deque()
-        self._failed_batches = 0
+        self._flights: deque[Flight] = deque()
+        self._launching: list[Prompt] = []  # on the CPU, where a launch is the whole computation
+        self._suspect = False  # a prompt failed even alone: is it the prompt, or the device?
+        self._broken = False  # the device
         self._stopping = False
         self._stepping = True  # until the step thread has launched its last batch
         self._threads = [Thread(target=run, name=f"ranklet-{run.__name__}", daemon=True) for run in self._loops()]
@@ -97,19 +94,25 @@ class Engine:
         """Finish what is on the device, refuse what waits with `Unavailable`, and end the threads."""
         with self._wake:
             self._stopping = True
+            self._wake.notify_all()
+        self._refuse_waiting()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+        self._loader.stop()
+        self._refuse_waiting()  # what a batch that failed meanwhile has put back
+
+    def _refuse_waiting(self) -> None:
+        with self._wake:
             waiting = self._scheduler.waiting()
             self._scheduler.remove(waiting)
             asked = list(self._residency.asked.values())
-            self._wake.notify_all()
+            self._residency.asked.clear()
         error = Unavailable("this replica is shutting down; send the request again")
         for work in waiting:
             work.call.fail(error)
         for future in asked:
             future.set_exception(error)
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
-        self._loader.stop()
 
     def submit(
         self, prompts: Sequence[NDArray[np.int32]], adapter: AdapterRef | None, dimensions: int | None,
@@ -160,24 +163,24 @@ class Engine:
     def snapshot(self) -> Snapshot:
         """What is resident, waiting and running now."""
         with self._wake:
-            waiting, flights = self._scheduler.waiting(), list(self._flights)
-            running = [work for flight in flights for work in flight.prompts]
+            waiting = self._scheduler.waiting()
+            running = [*self._launching, *(work for flight in self._flights for work in flight.prompts)]
             return Snapshot(
                 resident=tuple(ref.name for ref in self._residency.table.resident()),
                 hosted=tuple(ref.name for ref in self._loader.host.refs()),
-                waiting_requests=len(waiting),
+                waiting_requests=requests_of(waiting),
                 waiting_tokens=self._scheduler.waiting_tokens,
-                running_requests=len(running),
-                waiting_adapters=_names(waiting),
-                running_adapters=_names(running),
+                running_requests=requests_of(running),
+                waiting_adapters=names_of(waiting),
+                running_adapters=names_of(running),
                 slots=self.config.slots,
                 pool_bytes=self._pool.nbytes,
                 host_bytes=self._loader.host.nbytes,
             )
 
     def healthy(self) -> bool:
-        """Whether the engine can still answer: its threads live and its last batches did not all fail."""
-        return all(thread.is_alive() for thread in self._threads) and self._failed_batches < _MAX_FAILED_BATCHES
+        """Whether the engine can still answer: its threads live and its device computes."""
+        return all(thread.is_alive() for thread in self._threads) and not self._broken
 
     # Admission
 
@@ -194,27 +197,52 @@ class Engine:
     # The step thread
 
     def _step_loop(self) -> None:
-        while True:
+        try:
+            while self._step():
+                pass
+        except Exception:
+            logger.exception("the step thread failed; this engine is unhealthy from now on")
+        finally:
             with self._wake:
+                self._stepping, self._stopping = False, True
+                self._wake.notify_all()
+            self._refuse_waiting()
+
+    def _step(self) -> bool:
+        """Launch the next batch, waiting for one if need be; False when the engine stops."""
+        with self._wake:
+            proposal = self._next()
+            while proposal is None and not self._suspect:
+                if self._stopping:
+                    return False
+                self._wake.wait()
                 proposal = self._next()
-                while proposal is None:
-                    if self._stopping:
-                        self._stepping = False
-                        self._wake.notify_all()
-                        return
-                    self._wake.wait()
-                    proposal = self._next()
+            if proposal is None:
+                self._suspect = False
+            else:
                 self._scheduler.commit(proposal)
-                slots = self._residency.acquire(_adapters(proposal.batch))
-            if proposal.cancelled:
-                self._listener.cancelled(len(proposal.cancelled))
-            if proposal.batch:
-                self._launch(proposal.batch, slots)
+                slots = self._residency.acquire(adapters_of(proposal.batch))
+                self._launching = proposal.batch
+        if proposal is None:
+            self._probe()
+            return True
+        self._listener.cancelled(sum(work.call.open for work in proposal.cancelled))
+        if proposal.batch:
+            self._launch(proposal.batch, slots)
+        return True
+
+    def _probe(self) -> None:
+        """A base prompt of one token tells a broken device from a prompt that cannot be computed."""
+        try:
+            self._stepper.launch([_PROBE], [None]).wait()
+        except Exception:
+            logger.exception("the device no longer computes; this engine is unhealthy from now on")
+            self._broken = True
 
     def _next(self) -> Round[Prompt] | None:
         """The batch to launch now, if any; starts the loads that waiting prompts need."""
         proposal = self._scheduler.propose(self._residency.usable)
-        self._residency.bring(proposal.demand, _adapters(proposal.batch))
+        self._residency.bring(proposal.demand, adapters_of(proposal.batch))
         if not self._flights:
             return proposal if proposal.batch or proposal.cancelled else None
         # Behind a running batch only one worth its launch: a small one would shut out what arrives meanwhile.
@@ -229,7 +257,8 @@ class Engine:
             self._failed(prompts, error)
             return
         with self._wake:
-            self._flights.append(_Flight(prompts, running))
+            self._launching = []
+            self._flights.append(Flight(prompts, running))
             self._wake.notify_all()
 
     # The answer thread
@@ -250,27 +279,15 @@ class Engine:
                 continue
             finished_s = perf_counter()
             self._land(flight)
-            self._failed_batches = 0
-            self._answer(flight, vectors, finished_s)
+            compute_s = finished_s - flight.running.launched_s
+            flight.answer(vectors, compute_s)
+            self._listener.batch(flight.record(compute_s))
 
-    def _land(self, flight: _Flight) -> None:
+    def _land(self, flight: Flight) -> None:
         with self._wake:
             self._flights.remove(flight)
-            self._residency.release(_adapters(flight.prompts))
+            self._residency.release(adapters_of(flight.prompts))
             self._wake.notify_all()
-
-    def _answer(self, flight: _Flight, vectors: NDArray[np.float32], finished_s: float) -> None:
-        running = flight.running
-        compute_s = finished_s - running.launched_s
-        for work, vector in zip(flight.prompts, vectors, strict=True):
-            if not np.isfinite(vector).all():
-                work.call.fail(InternalError("the answer to this prompt is not finite; the adapter may overflow"))
-                continue
-            work.call.complete(
-                work.index, vector, backend=running.backend, queue_s=running.launched_s - work.arrived_s,
-                compute_s=compute_s,
-            )  # fmt: skip
-        self._listener.batch(_record(flight, compute_s))
 
     def _failed(self, prompts: list[Prompt], error: Exception, *, acquired: bool = True) -> None:
         """Try the prompts of a failed batch one by one, so that only the one at fault fails."""
@@ -279,13 +296,15 @@ class Engine:
         again = [work for work in prompts if not work.solo] if len(prompts) > 1 else []
         with self._wake:
             if acquired:
-                self._residency.release(_adapters(prompts))
+                self._residency.release(adapters_of(prompts))
+            self._launching = []
+            self._suspect = not again
             for work in again:
                 work.solo = True
             self._scheduler.put_back(again)
             self._wake.notify_all()
         if not again:
-            self._failed_batches += 1
+            logger.error("a prompt failed", exc_info=error)
             for work in prompts:
                 work.call.fail(InternalError(f"the engine failed on this prompt: {type(error).__name__}: {error}"))
 
@@ -311,22 +330,3 @@ class Engine:
             asked.set_exception(error)
         elif asked is not None and info is not None:
             asked.set_result(info)
-
-
-def _adapters(prompts: list[Prompt]) -> list[AdapterRef | None]:
-    return [work.adapter for work in prompts]
-
-
-def _names(prompts: list[Prompt]) -> tuple[str, ...]:
-    return tuple(sorted({work.adapter.name for work in prompts if work.adapter is not None}))
-
-
-def _record(flight: _Flight, compute_s: float) -> BatchRecord:
-    requests: dict[str, int] = {}
-    tokens: dict[str, int] = {}
-    for work in flight.prompts:
-        name = work.adapter.name if work.adapter else ""
-        requests[name] = requests.get(name, 0) + 1
-        tokens[name] = tokens.get(name, 0) + len(work.tokens)
-    waits = [flight.running.launched_s - work.arrived_s for work in flight.prompts]
-    return BatchRecord(requests, tokens, flight.running.backend, waits, compute_s)

@@ -96,6 +96,9 @@ class AdapterPool:
         self.rank = padded_rank(self.max_rank)
         self._stacks: dict[tuple[int, str], LinearStack] = {}
         self._data = torch.zeros((self.slots, self._slot_elements()), dtype=self.dtype, device=self.device)
+        slices = (self.slots, self._slot_slices())
+        self._ranks = torch.zeros(slices, dtype=torch.int32, device=self.device)
+        self._scalings = torch.zeros(slices, dtype=torch.float32, device=self.device)
         self._carve()
         self._stream: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -117,26 +120,35 @@ class AdapterPool:
             total += self.rank * (len(widths) * wide + sum(widths)) * shape.layers
         return total + (self.rank * (shape.vocab + shape.hidden) if "embed_tokens" in self.modules else 0)
 
+    def _slot_slices(self) -> int:
+        slices = sum(len(names) for names in self._packs().values()) * self.architecture.layers
+        return slices + ("embed_tokens" in self.modules)
+
     def _carve(self) -> None:
-        offset = 0
+        offset = column = 0
 
         def take(rows: int, columns: int) -> Tensor:
             nonlocal offset
             start, offset = offset, offset + rows * columns
             return self._data[:, start:offset].view(self.slots, rows, columns)
 
+        def metadata(slices: int) -> tuple[Tensor, Tensor]:
+            nonlocal column
+            start, column = column, column + slices
+            return self._ranks[:, start:column], self._scalings[:, start:column]
+
         for layer in range(self.architecture.layers):
             for pack_name, names in self._packs().items():
                 wide, widths = self._pack_shape(names)
                 a, b = take(len(widths) * self.rank, wide), take(sum(widths), self.rank)
-                self._stacks[layer, pack_name] = LinearStack(a, b, widths)
+                self._stacks[layer, pack_name] = LinearStack(a, b, widths, *metadata(len(widths)))
         self.layers = [
             Stacks(**{name: self._stacks[layer, name] for name in self._packs()})
             for layer in range(self.architecture.layers)
         ]
         if "embed_tokens" in self.modules:
             a, b = take(self.architecture.vocab, self.rank), take(self.architecture.hidden, self.rank)
-            self.embedding = EmbeddingStack(a, b)
+            self.embedding = EmbeddingStack(a, b, *metadata(1))
 
     def load(self, slot: int, packed: PackedAdapter) -> None:
         """Copy an adapter into a slot that no batch uses; returns when it is there.
@@ -172,11 +184,16 @@ class AdapterPool:
 
     def _describe(self, slot: int, packed: PackedAdapter) -> None:
         ranks = {piece.place: piece.shape[1] for piece in packed.pieces if piece.side == "b"}
+        metas = []
         for (layer, pack_name), stack in self._stacks.items():
-            places = [(layer, name) for name in PACKS[pack_name]]
-            stack.meta[slot] = _meta(places, ranks, packed)
+            stack.meta[slot] = _meta([(layer, name) for name in PACKS[pack_name]], ranks, packed)
+            metas.append(stack.meta[slot])
         if self.embedding is not None:
             self.embedding.meta[slot] = _meta([(EMBEDDING, "embed_tokens")], ranks, packed)
+            metas.append(self.embedding.meta[slot])
+        # One copy for all projections: the stacks' tables are columns of these.
+        self._ranks[slot] = torch.tensor([rank for meta in metas for rank in meta.ranks], dtype=torch.int32)
+        self._scalings[slot] = torch.tensor([scaling for meta in metas for scaling in meta.scalings])
 
 
 def _meta(places: list[Place], ranks: dict[Place, int], packed: PackedAdapter) -> SlotMeta:

@@ -4,7 +4,7 @@ Letters: T tokens, B prompts, H hidden width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from time import perf_counter
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ranklet.kernels import dispatch
-from ranklet.kernels.batch import plan
+from ranklet.kernels.batch import LoraBatch, cut, plan
 from ranklet.replicas.attention import Spans
 from ranklet.replicas.model import Decoder, Tokens
 from ranklet.replicas.pool import AdapterPool
@@ -62,27 +62,32 @@ class Stepper:
         """
         launched_s = perf_counter()
         order, lora = plan([len(prompt) for prompt in prompts], slots)
-        lora = dispatch.choose(lora, self._backend)
-        ids, positions, spans = self._lay_out([prompts[i] for i in order])
+        lora = dispatch.choose(lora, self._backend, cuda=self._cuda)
+        ids, positions, spans, lora = self._lay_out([prompts[i] for i in order], lora)
         states = self._model.forward(Tokens(ids, positions, spans, lora), self._pool.layers, self._pool.embedding)
         rows = self._model.final_norm(self._pooling.rows(states, spans))
         vectors = self._pooling.vectors(rows, spans)
         host, event = self._to_host(vectors)
         return Running(order, lora.backend, host, launched_s, event)
 
-    def _lay_out(self, prompts: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor, Spans]:
-        """Ids, positions and offsets in one buffer, so that they travel to the device in one copy."""
+    def _lay_out(
+        self, prompts: Sequence[NDArray[np.int32]], lora: LoraBatch
+    ) -> tuple[Tensor, Tensor, Spans, LoraBatch]:
+        """Ids, positions, offsets and tile tables in one buffer, so that they travel to the device in one copy."""
         lengths = tuple(len(prompt) for prompt in prompts)
-        tokens = sum(lengths)
         if len(self._count) < max(lengths):
             self._count = np.arange(max(lengths), dtype=np.int32)
-        buffer = torch.empty(2 * tokens + len(lengths) + 1, dtype=torch.int32, pin_memory=self._cuda)
-        view = buffer.numpy()
-        np.concatenate(prompts, out=view[:tokens])
-        np.concatenate([self._count[:length] for length in lengths], out=view[tokens : 2 * tokens])
-        view[2 * tokens :] = (0, *accumulate(lengths))
+        positions = [self._count[:length] for length in lengths]
+        tiles = cut(lora) if lora.backend == "csgmv" else ()
+        parts = (*prompts, *positions, np.array((0, *accumulate(lengths)), dtype=np.int32))
+        parts = (*parts, *(kind.table.reshape(-1) for kind in tiles))
+        buffer = torch.empty(sum(map(len, parts)), dtype=torch.int32, pin_memory=self._cuda)
+        np.concatenate(parts, out=buffer.numpy())
         moved = buffer.to(self._model.device, non_blocking=True)
-        return moved[:tokens], moved[tokens : 2 * tokens], Spans(lengths, moved[2 * tokens :])
+        sizes = (sum(lengths), sum(lengths), len(lengths) + 1, *(kind.table.size for kind in tiles))
+        ids, places, offsets, *tables = moved.split(sizes)
+        placed = tuple(replace(kind, device=table) for kind, table in zip(tiles, tables, strict=True))
+        return ids, places, Spans(lengths, offsets), replace(lora, tiles=placed)
 
     def _to_host(self, vectors: Tensor) -> tuple[Tensor, Any]:
         if not self._cuda:

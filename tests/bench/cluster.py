@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import httpx
+import aiohttp
 import numpy as np
 import torch
 import yaml
@@ -48,22 +48,27 @@ def configuration(folder: Path, replicas: int, gateways: int, slots: int) -> dic
 
 
 async def drive(url: str, adapters: list[str], requests: int, tokens: int, concurrency: int) -> list[dict[str, Any]]:
-    """Send requests that name adapters uniformly at random; what each answer's headers and status said."""
+    """Send requests that name adapters uniformly at random; what each answer's headers and status said.
+
+    The client is aiohttp's: httpx, though kinder to use, spends 10 ms a request on 64 connections.
+    """
     rng = np.random.default_rng(0)
     names = rng.choice(adapters, requests)
     prompts = rng.integers(0, QWEN3_EMBEDDING_06B.vocab, (64, tokens)).tolist()
     limit = asyncio.Semaphore(concurrency)
-    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=concurrency)) as client:
+    pool = aiohttp.TCPConnector(limit=concurrency)
+    async with aiohttp.ClientSession(connector=pool, timeout=aiohttp.ClientTimeout(total=120)) as client:
 
         async def ask(i: int) -> dict[str, Any]:
             body = {"model": str(names[i]), "input": prompts[i % 64], "encoding_format": "base64"}
             async with limit:
                 began = perf_counter()
-                answer = await client.post(f"{url}/v1/embeddings", json=body)
+                async with client.post(f"{url}/v1/embeddings", json=body) as answer:
+                    said = await answer.json()
                 seconds = perf_counter() - began
-            vector = np.frombuffer(base64.b64decode(answer.json()["data"][0]["embedding"]), np.float32)
+            vector = np.frombuffer(base64.b64decode(said["data"][0]["embedding"]), np.float32)
             return {
-                "status": answer.status_code, "replica": answer.headers["x-ranklet-replica"], "adapter": str(names[i]),
+                "status": answer.status, "replica": answer.headers["x-ranklet-replica"], "adapter": str(names[i]),
                 "tier": answer.headers["x-ranklet-tier"], "seconds": seconds, "prompt": i % 64, "vector": vector,
             }  # fmt: skip
 

@@ -80,7 +80,7 @@ def linear_stack(
             a[slot, index * rank : index * rank + found] = lora.a.to(device)
             b[slot, column : column + width, :found] = lora.b.to(device)
             column += width
-        stack.meta[slot] = _meta(loras)
+        stack.describe(slot, _meta(loras))
     return stack
 
 
@@ -96,7 +96,7 @@ def embedding_stack(
         found = lora.a.shape[0]
         a[slot, :, :found] = lora.a.t().to(device)
         b[slot, :, :found] = lora.b.to(device)
-        stack.meta[slot] = _meta([lora])
+        stack.describe(slot, _meta([lora]))
     return stack
 
 

@@ -28,10 +28,9 @@ def test_a_batch_with_adapters_gets_a_backend_that_exists(override: str) -> None
     assert (chosen.segments, chosen.rows) == ((Segment(0, 0, 4),), 9)
 
 
-@pytest.mark.parametrize("backend", dispatch.BACKENDS)
-def test_every_backend_gives_the_oracles_rows(backend: str) -> None:
+def test_a_chosen_backend_gives_the_oracles_rows() -> None:
     _, batch = plan([2, 1, 3], [1, 0, None])
-    batch = dispatch.choose(batch, backend)
+    batch = dispatch.choose(batch, "native")
     rows = [0, 1, 1, None, None, None]
     x, weight, ids, table = (
         torch.randn(6, WIDE),

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from ranklet.kernels import native
 from ranklet.kernels.batch import plan
+from ranklet.kernels.stack import SlotMeta
 from tests.kernels import oracle
 from tests.kernels.workloads import MIXES, Mix, assign
 
@@ -161,8 +162,8 @@ def test_scalings_multiply_once_a_slice() -> None:
     rows, x, weight = Rows([4], [2]), torch.randn(4, WIDE), torch.zeros(sum(QKV), WIDE)
     _, batch = plan(rows.lengths, rows.slots)
     stack = oracle.linear_stack(LINEAR, SLOTS, RANK, WIDE, QKV, stale=NAN)
-    stack.meta[2].scalings = (1.0, 1.0, 1.0)
+    stack.describe(2, SlotMeta(RANKS[2], (1.0, 1.0, 1.0)))
     once = native.linear(x, weight, None, stack, batch)
-    stack.meta[2].scalings = (1.0, 2.0, math.pi)
+    stack.describe(2, SlotMeta(RANKS[2], (1.0, 2.0, math.pi)))
     factors = torch.tensor([1.0] * 24 + [2.0] * 8 + [math.pi] * 8)
     assert_close(native.linear(x, weight, None, stack, batch), once * factors)

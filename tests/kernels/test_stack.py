@@ -4,7 +4,7 @@ import torch
 
 from ranklet.kernels.batch import LoraBatch, Segment
 from ranklet.kernels.native import embedding, linear
-from ranklet.kernels.stack import EmbeddingStack, LinearStack
+from ranklet.kernels.stack import EmbeddingStack, LinearStack, SlotMeta
 
 
 def test_a_fresh_slot_changes_nothing_whatever_its_memory_holds() -> None:
@@ -22,5 +22,7 @@ def test_a_fresh_slot_changes_nothing_whatever_its_memory_holds() -> None:
 
 def test_slots_do_not_share_their_metadata() -> None:
     stack = LinearStack(torch.zeros(3, 16, 4), torch.zeros(3, 4, 16), (4,))
-    stack.meta[0].ranks = (5,)
-    assert [meta.ranks for meta in stack.meta] == [(5,), (0,), (0,)]
+    stack.describe(1, SlotMeta((5,), (0.25,)))
+    assert [meta.ranks for meta in stack.meta] == [(0,), (5,), (0,)]
+    assert stack.ranks.tolist() == [[0], [5], [0]]
+    assert stack.scalings.tolist() == [[0.0], [0.25], [0.0]]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ranklet.kernels import native
+from ranklet.kernels import fused, native
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.stack import LinearStack
 from ranklet.replicas.call import Answer
@@ -179,7 +179,7 @@ def test_more_adapters_than_slots_under_many_threads(
     make_engine: MakeEngine, adapter_specs: list[AdapterSpec], tokens: Prompts, expected: Expected
 ) -> None:
     diary = Diary()
-    engine = make_engine(listener=diary, slots=2, max_batch_requests=7, host_cache_bytes=1_500_000)
+    engine = make_engine(listener=diary, slots=2, max_batch_requests=7, host_cache_bytes=3_000_000)
     engine.start()
     refs: list[AdapterRef | None] = [None, *(ref(spec.path) for spec in adapter_specs)]
     draw = np.random.default_rng(2)
@@ -199,7 +199,7 @@ def test_more_adapters_than_slots_under_many_threads(
     shot = engine.snapshot()
     assert (shot.waiting_requests, shot.waiting_tokens) == (0, 0)
     assert len(shot.resident) == 2
-    assert shot.host_bytes <= 1_500_000
+    assert shot.host_bytes <= 3_000_000
     assert max(record.adapters for record in diary.batches) <= 2
 
 
@@ -412,21 +412,57 @@ def test_a_failed_batch_fails_only_the_prompt_at_fault(
     assert_same(ask(engine, tokens, bad).vectors, expected[bad.name])
 
 
-def test_an_engine_that_only_fails_calls_itself_unhealthy(
-    make_engine: MakeEngine, adapter_specs: list[AdapterSpec], tokens: Prompts
+def test_an_adapter_that_always_fails_leaves_the_engine_healthy(
+    make_engine: MakeEngine, adapter_specs: list[AdapterSpec], tokens: Prompts, expected: Expected
 ) -> None:
     engine = make_engine()
     engine.start()
     bad = ref(adapter_specs[0].path)
     engine.load(bad)
     with failing_slot(engine._residency.table.usable(bad) or 0):
-        assert engine.healthy()
-        for _ in range(3):
+        for _ in range(4):
             with pytest.raises(InternalError):
                 ask(engine, tokens[:1], bad)
-        assert not engine.healthy()
-    ask(engine, tokens[:1], bad)
+        assert_same(ask(engine, tokens, None).vectors, expected[None])
+        assert engine.healthy()
+
+
+def test_a_device_that_computes_nothing_makes_the_engine_unhealthy(make_engine: MakeEngine, tokens: Prompts) -> None:
+    engine = make_engine()
+    engine.start()
+
+    def dead(*_: object) -> torch.Tensor:
+        raise RuntimeError("device lost")
+
     assert engine.healthy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "rms_norm", dead)
+        with pytest.raises(InternalError, match="device lost"):
+            ask(engine, tokens[:1], None)
+        deadline_s = monotonic() + PATIENCE_S
+        while engine.healthy() and monotonic() < deadline_s:
+            sleep(0.01)
+    assert not engine.healthy()
+
+
+def test_a_callback_that_raises_harms_nobody_else(make_engine: MakeEngine, tokens: Prompts, expected: Expected) -> None:
+    engine = make_engine()
+    engine.start()
+
+    def careless(_: object) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    engine.submit(tokens[:1], None, None, careless)
+    assert_same(ask(engine, tokens, None).vectors, expected[None])
+    assert engine.healthy()
+
+
+def test_stopping_twice_is_harmless(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.start()
+    engine.stop()
+    engine.stop()
+    assert not engine.healthy()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -49,6 +49,8 @@ number_patterns = st.dictionaries(
     st.none() | st.integers(0, 3) | st.lists(st.integers(0, 12), max_size=3),
     st.sampled_from([None, [], "layers", ["blocks", "layers"], "(?:lay)ers", "(lay)ers", "h"]),
 )
+@example("model.layers.1.mlp.up_proj", ["model.layers.1.mlp.up_proj"], None, [0], None)  # in full: whatever its layer
+@example("model.layers.1.mlp.up_proj", ["up_proj"], None, [1], "(lay)ers")
 def test_targets_are_pefts(module: str, wanted: Any, excluded: Any, layers: Any, layers_pattern: Any) -> None:
     if isinstance(wanted, str):
         layers = layers_pattern = None  # PEFT refuses to combine them

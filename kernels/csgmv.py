@@ -1,0 +1,290 @@
+"""Chunked segmented LoRA in Triton: each adapter's rows cut into tiles, one launch for all adapters.
+
+Where it pays, long segments get base and LoRA from one product (`gemm.py`); all others add to the base product with
+`expand`. Letters as in `stack.py`, T rows. After SGLang's csgmv and Punica's SGMV.
+"""
+
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+from ranklet.kernels import gemm
+from ranklet.kernels import tiles as tuned
+from ranklet.kernels.batch import LoraBatch, Tiles
+from ranklet.kernels.recut import check_rows
+from ranklet.kernels.stack import EmbeddingStack, LinearStack
+from ranklet.kernels.tiles import ExpandTile, FusedTile, Key, Op, ShrinkTile
+
+T = TypeVar("T", ShrinkTile, ExpandTile, FusedTile)
+
+
+@triton.jit
+def _shrink_kernel(
+    x, a, h, tiles, ranks, scalings, meta_stride, K, x_stride, a_slot_stride, h_stride, h_split_stride,
+    R: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    start = tl.load(tiles + tile * 3)
+    stop = tl.load(tiles + tile * 3 + 1)
+    slot = tl.load(tiles + tile * 3 + 2)
+    if start >= stop:
+        return
+    rows = start + tl.arange(0, BLOCK_M)
+    in_rows = (rows < stop)[:, None]
+    r = tl.arange(0, BLOCK_R)
+    ks = tl.arange(0, BLOCK_K)
+    x_at = x + rows.to(tl.int64)[:, None] * x_stride + ks[None, :]
+    a_at = a + slot.to(tl.int64) * a_slot_stride + r[None, :] * K + ks[:, None]
+    rank0 = tl.load(ranks + slot * meta_stride)
+    rank1 = tl.load(ranks + slot * meta_stride + 1) if SLICES > 1 else 0
+    rank2 = tl.load(ranks + slot * meta_stride + 2) if SLICES > 2 else 0
+    acc0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    acc1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    acc2 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    share = tl.cdiv(tl.cdiv(K, SPLIT), BLOCK_K) * BLOCK_K
+    low = split * share
+    for k in tl.range(low, tl.minimum(low + share, K), BLOCK_K, num_stages=STAGES):
+        in_x = in_rows if EVEN_K else in_rows & (k + ks < K)[None, :]
+        in_k = (k + ks < K)[:, None]
+        xs = tl.load(x_at + k, mask=in_x, other=0.0)
+        acc0 = tl.dot(
+            xs, tl.load(a_at + k, mask=in_k & (r < rank0)[None, :], other=0.0), acc0, input_precision=PRECISION
+        )
+        if SLICES > 1:
+            acc1 = tl.dot(
+                xs,
+                tl.load(a_at + R * K + k, mask=in_k & (r < rank1)[None, :], other=0.0),
+                acc1,
+                input_precision=PRECISION,
+            )
+        if SLICES > 2:
+            acc2 = tl.dot(
+                xs,
+                tl.load(a_at + 2 * R * K + k, mask=in_k & (r < rank2)[None, :], other=0.0),
+                acc2,
+                input_precision=PRECISION,
+            )
+    out = h + split * h_split_stride + rows.to(tl.int64)[:, None] * h_stride + r[None, :]
+    mask = in_rows & (r < R)[None, :]
+    scale = scalings + slot * meta_stride
+    tl.store(out, (acc0 * tl.load(scale)).to(h.dtype.element_ty), mask=mask)
+    if SLICES > 1:
+        tl.store(out + R, (acc1 * tl.load(scale + 1)).to(h.dtype.element_ty), mask=mask)
+    if SLICES > 2:
+        tl.store(out + 2 * R, (acc2 * tl.load(scale + 2)).to(h.dtype.element_ty), mask=mask)
+
+
+def shrink(x: Tensor, h: Tensor, stack: LinearStack, tiles: Tiles, tile: ShrinkTile) -> None:
+    """Write `s * A x` of the tiles' rows, slices side by side.
+
+    Semantics: `h[p, t, i*R + j] = s_i * sum over part p of K of A[slot(t), i*R + j, k] x[t, k]`, parts as many as
+    `tile.split`; their sum is the product.
+
+    Args:
+        x: [T, K], rows contiguous.
+        h: [split, T, slices * R]; float32 if split > 1. Rows of no tile are left alone.
+    """
+    assert tiles.device is not None
+    wide, block_k = x.shape[1], min(tile.block_k, triton.next_power_of_2(x.shape[1]))
+    _shrink_kernel[(len(tiles.table), tile.split)](
+        x, stack.a, h, tiles.device, stack.ranks, stack.scalings, stack.ranks.stride(0), wide,
+        x.stride(0), stack.a.stride(0), h.stride(1), h.stride(0),
+        R=stack.rank, SLICES=len(stack.widths), BLOCK_M=tiles.height, BLOCK_R=triton.next_power_of_2(stack.rank),
+        BLOCK_K=block_k, SPLIT=tile.split, EVEN_K=wide % (block_k * tile.split) == 0, STAGES=tile.stages,
+        PRECISION=_precision(x), num_warps=tile.warps,
+    )  # fmt: skip
+
+
+@triton.jit
+def _expand_kernel(
+    h, b, y, tiles, ranks, meta_stride, h_stride, h_split_stride, b_slot_stride, y_stride,
+    R: tl.constexpr, SLICES: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    start = tl.load(tiles + tile * 3)
+    stop = tl.load(tiles + tile * 3 + 1)
+    slot = tl.load(tiles + tile * 3 + 2)
+    if start >= stop:
+        return
+    PROGRAMS0: tl.constexpr = (W0 + BLOCK_N * LOOP - 1) // (BLOCK_N * LOOP)
+    PROGRAMS1: tl.constexpr = (W1 + BLOCK_N * LOOP - 1) // (BLOCK_N * LOOP)
+    program = tl.program_id(1)
+    piece = 0
+    first = 0
+    width = W0
+    if SLICES > 1 and program >= PROGRAMS0:
+        piece = 1
+        first = W0
+        width = W1
+        program -= PROGRAMS0
+        if SLICES > 2 and program >= PROGRAMS1:
+            piece = 2
+            first = W0 + W1
+            width = W2
+            program -= PROGRAMS1
+    rank = tl.load(ranks + slot * meta_stride + piece)
+    if rank == 0:
+        return
+    rows = start + tl.arange(0, BLOCK_M)
+    in_rows = (rows < stop)[:, None]
+    r = tl.arange(0, BLOCK_R)
+    h_at = h + rows.to(tl.int64)[:, None] * h_stride + piece * R + r[None, :]
+    in_h = in_rows & (r < rank)[None, :]
+    hidden = tl.load(h_at, mask=in_h, other=0.0)
+    for part in tl.static_range(1, SPLIT):
+        hidden += tl.load(h_at + part * h_split_stride, mask=in_h, other=0.0)
+    hidden = hidden.to(b.dtype.element_ty)
+    b_at = b + slot.to(tl.int64) * b_slot_stride + r[:, None]
+    for j in tl.range(0, LOOP, num_stages=STAGES):
+        columns = (program * LOOP + j) * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_columns = (columns < width)[None, :]
+        weight = tl.load(b_at + (first + columns)[None, :] * R, mask=in_columns & (r < rank)[:, None], other=0.0)
+        y_at = y + rows.to(tl.int64)[:, None] * y_stride + (first + columns)[None, :]
+        before = tl.load(y_at, mask=in_rows & in_columns, other=0.0)
+        after = tl.dot(hidden, weight, input_precision=PRECISION) + before.to(tl.float32)
+        tl.store(y_at, after.to(y.dtype.element_ty), mask=in_rows & in_columns)
+
+
+def expand(h: Tensor, y: Tensor, stack: LinearStack, tiles: Tiles, tile: ExpandTile) -> None:
+    """Add the adapters' output to the base's, in float32 before one rounding.
+
+    Semantics: in place `y[t, n] += sum over j of B[slot(t), n, j] h[t, slice(n)*R + j]`.
+
+    Args:
+        h: [split, T, slices * R], as `shrink` wrote it.
+        y: [T, N].
+    """
+    assert tiles.device is not None
+    w0, w1, w2 = (*stack.widths, 0, 0)[:3]
+    block_n = min(tile.block_n, triton.next_power_of_2(max(stack.widths)))
+    programs = sum(triton.cdiv(width, block_n * tile.loop) for width in stack.widths)
+    _expand_kernel[(len(tiles.table), programs)](
+        h, stack.b, y, tiles.device, stack.ranks, stack.ranks.stride(0),
+        h.stride(1), h.stride(0), stack.b.stride(0), y.stride(0),
+        R=stack.rank, SLICES=len(stack.widths), W0=w0, W1=w1, W2=w2, BLOCK_M=tiles.height,
+        BLOCK_R=triton.next_power_of_2(stack.rank), BLOCK_N=block_n, LOOP=tile.loop, SPLIT=h.shape[0],
+        STAGES=tile.stages, PRECISION=_precision(y), num_warps=tile.warps,
+    )  # fmt: skip
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, batch: LoraBatch) -> Tensor:
+    """Base projection plus each segment's LoRA; as `native.linear`.
+
+    The batch must carry its tiles (`LoraBatch.placed`). Slots must be zero beyond their adapter's rank, as the pool
+    keeps them: the product of long segments reads whole rows of B.
+
+    Raises:
+        ValueError: the batch is of other rows, or has segments but no tiles.
+    """
+    check_rows(x, batch)
+    if not any(any(stack.meta[segment.slot].ranks) for segment in batch.segments):
+        return functional.linear(x, weight, bias)
+    if not batch.tiles:
+        raise ValueError("batch: expected tiles for its segments, got none; call LoraBatch.placed")
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    added = list(batch.tiles)
+    done = 0
+    if added and _takes_gemm(x, stack, added[0]):
+        tiles = added.pop(0)  # the long segments, which stand first
+        gemm.gemm(x, weight, bias, _shrunk(x, stack, tiles, split=False), y, stack, tiles, _gemm_tile(x, stack, tiles))
+        done = int(tiles.table[:, 1].max())
+    _base(x[done:], weight, bias, y[done:])
+    for tiles in added:
+        expand(_shrunk(x, stack, tiles, split=True), y, stack, tiles, _tile(ExpandTile, "expand", x, stack, tiles))
+    return y
+
+
+def _takes_gemm(x: Tensor, stack: LinearStack, tiles: Tiles) -> bool:
+    return tiles.height == gemm.HEIGHT and gemm.can_fuse(x, stack, _gemm_tile(x, stack, tiles))
+
+
+def _gemm_tile(x: Tensor, stack: LinearStack, tiles: Tiles) -> FusedTile:
+    return _tile(FusedTile, "fused", x, stack, tiles)
+
+
+def _base(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if x.shape[0] == 0:
+        return
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _shrunk(x: Tensor, stack: LinearStack, tiles: Tiles, *, split: bool) -> Tensor:
+    tile = _tile(ShrinkTile, "shrink", x, stack, tiles)
+    if not split:
+        tile = replace(tile, split=1)
+    dtype = x.dtype if tile.split == 1 else torch.float32
+    h = torch.empty((tile.split, x.shape[0], len(stack.widths) * stack.rank), dtype=dtype, device=x.device)
+    shrink(x, h, stack, tiles, tile)
+    return h
+
+
+def _tile(kind: type[T], op: Op, x: Tensor, stack: LinearStack, tiles: Tiles) -> T:
+    found = tuned.table(x.device.index).find(Key(op, x.shape[1], stack.widths, stack.rank, tiles.height, x.shape[0]))
+    assert isinstance(found, kind)
+    return found
+
+
+@triton.jit
+def _embedding_kernel(
+    ids, a, b, y, tiles, ranks, scalings, meta_stride, a_slot_stride, b_slot_stride, y_stride, N,
+    R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    start = tl.load(tiles + tile * 3)
+    stop = tl.load(tiles + tile * 3 + 1)
+    slot = tl.load(tiles + tile * 3 + 2)
+    rank = tl.load(ranks + slot * meta_stride)
+    if (start >= stop) | (rank == 0):
+        return
+    rows = start + tl.arange(0, BLOCK_M)
+    in_rows = rows < stop
+    r = tl.arange(0, BLOCK_R)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_columns = (columns < N)[None, :]
+    token = tl.load(ids + rows, mask=in_rows, other=0).to(tl.int64)
+    a_at = a + slot.to(tl.int64) * a_slot_stride + token[:, None] * R + r[None, :]
+    hidden = tl.load(a_at, mask=in_rows[:, None] & (r < rank)[None, :], other=0.0)
+    b_at = b + slot.to(tl.int64) * b_slot_stride + columns[None, :] * R + r[:, None]
+    weight = tl.load(b_at, mask=in_columns & (r < rank)[:, None], other=0.0)
+    y_at = y + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
+    mask = in_rows[:, None] & in_columns
+    delta = tl.dot(hidden, weight, input_precision=PRECISION) * tl.load(scalings + slot * meta_stride)
+    after = tl.load(y_at, mask=mask, other=0.0).to(tl.float32) + delta
+    tl.store(y_at, after.to(y.dtype.element_ty), mask=mask)
+
+
+_EMBEDDING_BLOCK_N = 128
+
+
+def embedding(ids: Tensor, table: Tensor, stack: EmbeddingStack, batch: LoraBatch) -> Tensor:
+    """Token embedding plus each segment's LoRA; as `native.embedding`, one row of A read per token."""
+    y = functional.embedding(ids, table)
+    width = y.shape[1]
+    for tiles in batch.tiles:
+        if len(tiles.table) == 0 or not any(stack.meta[segment.slot].ranks[0] for segment in batch.segments):
+            continue
+        assert tiles.device is not None
+        block_n = min(_EMBEDDING_BLOCK_N, triton.next_power_of_2(width))
+        _embedding_kernel[(len(tiles.table), triton.cdiv(width, block_n))](
+            ids, stack.a, stack.b, y, tiles.device, stack.ranks, stack.scalings, stack.ranks.stride(0),
+            stack.a.stride(0), stack.b.stride(0), y.stride(0), width, R=stack.rank, BLOCK_M=tiles.height,
+            BLOCK_R=triton.next_power_of_2(stack.rank), BLOCK_N=block_n, PRECISION=_precision(y), num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+def _precision(x: Tensor) -> str:
+    """Triton multiplies float32 as TF32 unless told; an adapter's answer would then be off by 3e-4."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"

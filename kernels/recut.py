@@ -1,0 +1,102 @@
+"""The plan of a batch cut anew, for a projection that sees only some of the batch's rows: `lm_head`.
+
+Generation keeps a few rows of each request (pruned logits) and may call the head on chunks of those. Each such call
+needs a batch that names exactly its rows: the full one would put adapters on wrong rows without a word. What a backend
+worked out for the full batch (its tiles) is not carried over, only which backend it is. Segments keep their order, so a
+long one may come to stand behind one that was cut short.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ranklet.kernels.batch import LoraBatch, Segment
+
+
+def check_rows(x: Tensor, batch: LoraBatch) -> None:
+    """Refuse an input whose rows are not the batch's.
+
+    Args:
+        x: [T, ...].
+
+    Raises:
+        ValueError: T is not `batch.rows`.
+    """
+    if x.shape[0] != batch.rows:
+        raise ValueError(
+            f"rows: expected {batch.rows}, as the batch is planned, got {x.shape[0]}; "
+            "recut the batch for the rows that are passed (ranklet.kernels.recut)"
+        )
+
+
+def select(batch: LoraBatch, rows: NDArray[np.integer]) -> LoraBatch:
+    """The batch of some rows: row i of its input is row `rows[i]` of the full one.
+
+    Args:
+        rows: int [kept], increasing, each in [0, batch.rows).
+
+    Raises:
+        ValueError: a row is out of range, or the rows do not increase (each segment must stay one run).
+    """
+    if rows.size and not (rows[0] >= 0 and rows[-1] < batch.rows and bool((rows[1:] > rows[:-1]).all())):
+        raise ValueError(f"rows: expected increasing indices in [0, {batch.rows}), got {rows}")
+    stops = np.searchsorted(rows, [segment.stop for segment in batch.segments])
+    return _cut(batch, [segment.slot for segment in batch.segments], stops.tolist(), rows.size)
+
+
+def recut(batch: LoraBatch, kept_per_request: Sequence[int], rows_per_request: Sequence[int]) -> LoraBatch:
+    """The batch when each request keeps some of its rows, whichever they are, in the order they had.
+
+    Args:
+        kept_per_request: how many rows are kept of each request, requests as they are laid out in the batch.
+        rows_per_request: how many it had.
+
+    Raises:
+        ValueError: the counts contradict each other or the batch.
+    """
+    kept, rows = np.asarray(kept_per_request, dtype=np.int64), np.asarray(rows_per_request, dtype=np.int64)
+    if kept.shape != rows.shape or (kept < 0).any() or (kept > rows).any():
+        raise ValueError(
+            f"kept rows: expected from 0 to all of each request's {rows_per_request}, got {kept_per_request}"
+        )
+    ends = np.concatenate(([0], rows.cumsum()))
+    kept_ends = np.concatenate(([0], kept.cumsum()))
+    stops = np.array([segment.stop for segment in batch.segments], dtype=np.int64)
+    at = np.searchsorted(ends, stops)
+    if ends[-1] != batch.rows or (ends[at] != stops).any():
+        raise ValueError(
+            f"rows of the requests: expected {batch.rows} in all and segments {batch.segments} that end where requests "
+            f"do, got {rows_per_request}; pass the requests in the order that `plan` gave"
+        )
+    return _cut(batch, [segment.slot for segment in batch.segments], kept_ends[at].tolist(), int(kept_ends[-1]))
+
+
+def chunk(batch: LoraBatch, start: int, stop: int) -> LoraBatch:
+    """The batch of rows [start, stop): O(segments in it), so that cutting all of a batch into chunks stays linear.
+
+    Raises:
+        ValueError: the range does not lie in the batch.
+    """
+    if not 0 <= start <= stop <= batch.rows:
+        raise ValueError(f"chunk: expected a range in [0, {batch.rows}], got [{start}, {stop})")
+    first = bisect_right(batch.segments, start, key=lambda segment: segment.stop)
+    slots, stops = [], []
+    for segment in batch.segments[first:]:
+        if segment.start >= stop:
+            break
+        slots.append(segment.slot)
+        stops.append(min(segment.stop, stop) - start)
+    return _cut(batch, slots, stops, stop - start)
+
+
+def _cut(batch: LoraBatch, slots: Iterable[int], stops: Iterable[int], rows: int) -> LoraBatch:
+    """Segments end to end from row 0 that stop where told, those without rows left out."""
+    segments, start = [], 0
+    for slot, stop in zip(slots, stops, strict=True):
+        if stop > start:
+            segments.append(Segment(slot, start, stop))
+        start = stop
+    return LoraBatch(segments=tuple(segments), rows=rows, backend=batch.backend if segments else "none")

@@ -1,0 +1,149 @@
+"""Launch numbers as data: tile shapes by operation, projection, rank, tile height and rows.
+
+A table is one JSON file per GPU under `tuned/`, written by `tune.py`. What it has not measured takes its nearest entry,
+and a GPU without a table takes the defaults below, which hold on any GPU with 100 KB of shared memory.
+"""
+
+import json
+import logging
+import math
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import triton
+
+TUNED = Path(__file__).parent / "tuned"
+Op = Literal["shrink", "expand", "fused"]
+
+logger = logging.getLogger(__name__)
+
+
+class Key(NamedTuple):
+    """What a launch number is tuned for."""
+
+    op: Op
+    wide: int  # K, the projection's input
+    widths: tuple[int, ...]  # output columns of its slices
+    rank: int
+    height: int  # rows of a tile
+    rows: int  # of the whole batch
+
+
+@dataclass(frozen=True, slots=True)
+class ShrinkTile:
+    """Of `shrink`: columns of x a step, programs that share a row tile, and what Triton needs."""
+
+    block_k: int
+    split: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandTile:
+    """Of `expand`: output columns a step, steps a program, and what Triton needs."""
+
+    block_n: int
+    loop: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class FusedTile:
+    """Of the base product with LoRA in it: its block, how many row tiles run side by side, and what Triton needs."""
+
+    block_n: int
+    block_k: int
+    group: int
+    halves: int  # 2: the output is stored in two halves, which frees shared memory for one more stage
+    warps: int
+    stages: int
+
+
+Tile = ShrinkTile | ExpandTile | FusedTile
+KINDS: dict[str, type[ShrinkTile] | type[ExpandTile] | type[FusedTile]] = {
+    "shrink": ShrinkTile,
+    "expand": ExpandTile,
+    "fused": FusedTile,
+}
+
+
+def default(key: Key) -> Tile:
+    """A sane tile for any GPU."""
+    if key.op == "shrink":
+        few = key.height <= 32
+        return ShrinkTile(block_k=128 if few else 64, split=2 if few else 1, warps=4, stages=3)
+    if key.op == "expand":
+        return ExpandTile(block_n=128, loop=4, warps=4, stages=2)
+    return FusedTile(block_n=128, block_k=64, group=8, halves=1, warps=8, stages=3)
+
+
+class TileTable:
+    """The measured tiles of one GPU."""
+
+    def __init__(self, entries: dict[Key, Tile], source: str) -> None:
+        self._entries = entries
+        self._source = source
+        self._found: dict[Key, Tile] = {}
+
+    def find(self, key: Key) -> Tile:
+        """The tile for a launch: measured, else of the nearest measured launch, else the default."""
+        if key not in self._found:
+            self._found[key] = self._look_up(key)
+        return self._found[key]
+
+    def _look_up(self, key: Key) -> Tile:
+        near = [known for known in self._entries if known.op == key.op and len(known.widths) == len(key.widths)]
+        if not near:
+            return default(key)
+        nearest = min(near, key=lambda known: _distance(known, key))
+        if _distance(nearest, key) > _NEAR:
+            logger.info("%s has no tile for %s; taking that of %s", self._source, key, nearest)
+        return self._entries[nearest]
+
+
+_NEAR = 2.0  # two of rows, rank or widths off by a factor of e: near enough not to be worth a line
+
+
+def _distance(a: Key, b: Key) -> float:
+    """How unlike two launches are, in natural logarithms; another tile height weighs most."""
+    pairs = ((a.wide, b.wide), (sum(a.widths), sum(b.widths)), (a.rank, b.rank), (a.rows, b.rows))
+    return sum(abs(math.log(max(x, 1) / max(y, 1))) for x, y in pairs) + 4 * abs(math.log(a.height / b.height))
+
+
+@cache
+def table(device_index: int | None) -> TileTable:
+    """The table of a CUDA device (None: the CPU interpreter's, which is empty)."""
+    if device_index is None:
+        return TileTable({}, "the interpreter")
+    name = torch.cuda.get_device_name(device_index)
+    path = TUNED / f"{file_name(name)}.json"
+    if not path.is_file():
+        logger.info("no tuned tiles for %s (%s); taking the defaults. `ranklet tune` measures them", name, path.name)
+        return TileTable({}, name)
+    content = json.loads(path.read_text())
+    if content["triton"] != triton.__version__:
+        logger.info("%s was tuned with Triton %s, this is %s", path.name, content["triton"], triton.__version__)
+    return TileTable(dict(_parse(entry) for entry in content["tiles"]), path.name)
+
+
+def file_name(gpu: str) -> str:
+    """A GPU's name as part of a file's."""
+    return gpu.replace(" ", "_").replace("/", "-")
+
+
+def _parse(entry: dict[str, Any]) -> tuple[Key, Tile]:
+    key = Key(entry["op"], entry["k"], tuple(entry["widths"]), entry["rank"], entry["height"], entry["rows"])
+    return key, KINDS[key.op](**entry["tile"])
+
+
+def entry_of(key: Key, tile: Tile, ms: float) -> dict[str, Any]:
+    """A measured tile as a table holds it. `ms`: median milliseconds of the launch."""
+    return {
+        "op": key.op, "k": key.wide, "widths": list(key.widths), "rank": key.rank, "height": key.height,
+        "rows": key.rows, "tile": asdict(tile), "ms": round(ms, 5),
+    }  # fmt: skip

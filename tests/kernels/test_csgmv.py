@@ -1,0 +1,137 @@
+"""The Triton backend against LoRA in float64: through the interpreter on the CPU, compiled on a GPU.
+
+bfloat16 is checked on the GPU alone: the interpreter's bfloat16 `tl.dot` returns garbage.
+"""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ranklet.kernels import csgmv, gemm, native
+from ranklet.kernels.batch import plan
+from ranklet.kernels.tiles import FusedTile
+from tests.kernels import oracle
+from tests.kernels.workloads import MIXES, Mix, assign
+
+NAN = float("nan")
+RANKS = {0: (1, 1, 1), 1: (3, 0, 8), 2: (8, 8, 8), 3: (40, 64, 40), 4: (64, 64, 64), 5: (0, 0, 0)}
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+
+
+def by_row(lengths: list[int], slots: list[int | None]) -> list[int | None]:
+    order, _ = plan(lengths, slots)
+    return [slots[i] for i in order for _ in range(lengths[i])]
+
+
+def check(
+    lengths: list[int], slots: list[int | None], *, wide: int = 40, widths: tuple[int, ...] = (24, 8, 8),
+    dtype: torch.dtype = torch.float32, bias: bool = False, stale: float = NAN,
+) -> None:  # fmt: skip
+    _, batch = plan(lengths, slots)
+    ranks = {slot: of[: len(widths)] for slot, of in RANKS.items()}
+    adapters = oracle.random_adapters(ranks, wide, widths, dtype=dtype)
+    x = torch.randn(batch.rows, wide).to(dtype)
+    weight = (torch.randn(sum(widths), wide) * wide**-0.5).to(dtype)
+    offset = torch.randn(sum(widths)).to(dtype) if bias else None
+    stack = oracle.linear_stack(adapters, 6, 64, wide, widths, stale=stale, device=DEVICE)
+    on = [None if t is None else t.to(DEVICE) for t in (x, weight, offset)]
+    assert on[0] is not None
+    assert on[1] is not None
+    y = csgmv.linear(on[0], on[1], on[2], stack, batch.placed(torch.device(DEVICE))).cpu()
+    wanted = oracle.linear(x, weight, offset, by_row(lengths, slots), adapters)
+    assert_close(y.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    if batch.rows:
+        assert (y.double() - wanted).norm() <= 3e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mix", MIXES)
+def test_the_four_mixes(mix: Mix, dtype: torch.dtype) -> None:
+    check([1 + 7 * (i % 6) for i in range(14)], [*assign(mix, 12, 5), None, None], dtype=dtype, bias=True)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "slots"),
+    [
+        ([], []),
+        ([0, 0, 2], [1, None, 2]),
+        ([1], [3]),
+        ([1] * 6, [4, 3, 2, 1, 0, None]),
+        ([3, 2], [None, None]),
+        ([7], [5]),
+        ([33, 70, 5], [1, 3, 5]),  # tall tiles, and an adapter that targets nothing
+        ([200, 3, 40], [4, 2, None]),  # tall and short tiles in one batch
+    ],
+    ids=["nothing", "empty runs", "one row", "a row each", "base only", "not targeted", "tall", "mixed heights"],
+)
+def test_ugly_shapes(lengths: list[int], slots: list[int | None]) -> None:
+    check(lengths, slots)
+    check(lengths, slots, widths=(24,), bias=True)
+    check(lengths, slots, wide=72, widths=(40, 136))
+
+
+def test_a_thousand_adapters_of_one_row() -> None:
+    slots = 1000
+    lora = oracle.random_adapters(dict.fromkeys(range(slots), (4,)), 32, (16,))
+    stack = oracle.linear_stack(lora, slots, 16, 32, (16,), stale=NAN, device=DEVICE)
+    _, batch = plan([1] * slots, list(range(slots)))
+    x, weight = torch.randn(slots, 32), torch.randn(16, 32)
+    y = csgmv.linear(x.to(DEVICE), weight.to(DEVICE), None, stack, batch.placed(torch.device(DEVICE))).cpu()
+    wanted = oracle.linear(x, weight, None, list(range(slots)), lora)  # scalings here go up to 250
+    assert ((y.double() - wanted).norm(dim=1) <= 1e-5 * wanted.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32])
+@pytest.mark.parametrize("bias", [False, True])
+def test_long_segments_take_one_product(dtype: torch.dtype, bias: bool) -> None:
+    wide, widths = 128, (256, 128, 128)
+    lengths, slots = [150, 129, 7, 20], [4, 3, 2, None]
+    stack = oracle.linear_stack({}, 6, 64, wide, widths, stale=0.0, device=DEVICE)
+    x = torch.empty(306, wide, dtype=dtype, device=DEVICE)
+    assert gemm.can_fuse(x, stack, FusedTile(128, 64, 8, 1, 8, 3)) == (
+        DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
+    )
+    check(lengths, slots, wide=wide, widths=widths, dtype=dtype, bias=bias, stale=0.0)
+    check(lengths, slots, wide=wide, widths=widths[:1], dtype=dtype, bias=bias, stale=0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding(dtype: torch.dtype) -> None:
+    adapters = oracle.random_adapters({0: (8,), 1: (64,), 2: (3,), 3: (0,)}, 500, (136,), dtype=dtype)
+    lengths, slots = [5, 60, 1, 4, 9], [0, 1, 2, 3, None]
+    _, batch = plan(lengths, slots)
+    ids, table = torch.randint(500, (batch.rows,), dtype=torch.int32), torch.randn(500, 136).to(dtype)
+    stack = oracle.embedding_stack(adapters, 4, 64, 500, 136, stale=NAN, device=DEVICE)
+    placed = batch.placed(torch.device(DEVICE))
+    y = csgmv.embedding(ids.to(DEVICE), table.to(DEVICE), stack, placed).cpu()
+    wanted = oracle.embedding(ids, table, by_row(lengths, slots), adapters)
+    assert_close(y.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_two_ranks_and_two_dtypes_in_one_process() -> None:
+    for dtype in (DTYPES[0], DTYPES[-1], DTYPES[0]):
+        for rank in (16, 64, 16):
+            adapters = oracle.random_adapters({0: (rank,)}, 48, (32,), dtype=dtype)
+            stack = oracle.linear_stack(adapters, 1, rank, 48, (32,), stale=NAN, device=DEVICE)
+            _, batch = plan([9], [0])
+            x, weight = torch.randn(9, 48).to(dtype), torch.randn(32, 48).to(dtype)
+            y = csgmv.linear(x.to(DEVICE), weight.to(DEVICE), None, stack, batch.placed(torch.device(DEVICE))).cpu()
+            wanted = oracle.linear(x, weight, None, [0] * 9, adapters)
+            assert (y.double() - wanted).norm() <= 3e-3 * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mix", MIXES)
+def test_the_backends_agree(mix: Mix) -> None:
+    wide, widths, dtype = 1024, (512, 256, 256), torch.bfloat16
+    adapters = oracle.random_adapters(dict.fromkeys(range(8), (64, 64, 64)), wide, widths, dtype=dtype)
+    stack = oracle.linear_stack(adapters, 8, 64, wide, widths, stale=0.0, device="cuda")
+    _, batch = plan([40 + 97 * (i % 5) for i in range(12)], [*assign(mix, 11, 8), None])
+    x = torch.randn(batch.rows, wide, device="cuda").to(dtype)
+    weight = (torch.randn(sum(widths), wide, device="cuda") * wide**-0.5).to(dtype)
+    placed = batch.placed(torch.device("cuda"))
+    ours, torchs = (backend.linear(x, weight, None, stack, placed).float() for backend in (csgmv, native))
+    ulp = 2.0 ** (torch.floor(torch.log2(torch.maximum(ours.abs(), torch.tensor(1.0, device="cuda")))) - 7)
+    assert ((ours - torchs).abs() <= 2 * ulp).all()
