@@ -1,4 +1,4 @@
-"""`ranklet`: a cluster on this machine, up and down."""
+"""`ranklet`: a cluster on this machine, up and down; its kernels, tuned."""
 
 import argparse
 import getpass
@@ -41,6 +41,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--temp-dir", type=Path, default=_default_temp_dir(), help="Ray's sessions and logs (default: %(default)s)"
         )
+    tune = commands.add_parser("tune", help="measure a model's kernels on this machine's GPU, once per model and GPU")
+    tune.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="a folder with the model's config.json")
+    tune.add_argument("--rank", type=int, default=64, help="the rank of adapters, as max_rank (default: %(default)s)")
+    tune.add_argument("--ranks", type=int, nargs="+", default=[], help="more ranks")
+    tune.add_argument("--rows", type=int, nargs="+", default=[], help="batches of these many rows only")
+    tune.add_argument("--gpu-table", type=Path, metavar="PATH", help="the table (default: the GPU's, with the kernels)")
+    tune.add_argument("--no-crossovers", action="store_true", help="do not time the backends against each other")
+    tune.set_defaults(run=_tune)
     version = commands.add_parser("version", help="installed versions")
     version.set_defaults(run=_version)
     return parser
@@ -69,6 +77,17 @@ def _down(asked: argparse.Namespace) -> int:
     running = cluster.state
     cluster.stop()
     print(f"ranklet: stopped {running.base_url}")
+    return 0
+
+
+def _tune(asked: argparse.Namespace) -> int:
+    from ranklet.kernels.tune import tune  # torch and Triton take seconds, which `up` and `down` need not wait
+    from ranklet.replicas.architecture import read_architecture, read_config
+
+    dims = read_architecture(read_config(asked.model)).module_dims()
+    ranks = sorted({asked.rank, *asked.ranks})
+    path = tune(dims, ranks, path=asked.gpu_table, rows=asked.rows, crossovers=not asked.no_crossovers)
+    print(f"ranklet: wrote {path}")
     return 0
 
 

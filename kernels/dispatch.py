@@ -1,18 +1,25 @@
-"""Which backend serves a batch, and the two calls the model makes whatever the answer is."""
+"""Which backend serves a batch, and the two calls the model makes whatever the answer is.
 
-from dataclasses import replace
+The choice is a pure function of the batch's rows and adapters, the layer's dimensions, and what was measured on the GPU
+(`crossover.py`). Where nothing was measured, a cost model decides: bytes and operations against two ceilings.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
 from torch.nn import functional
 
-from ranklet.kernels import csgmv, native
+from ranklet.kernels import csgmv, merged, native
 from ranklet.kernels.batch import LoraBatch
+from ranklet.kernels.crossover import Crossover
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
 
 
 class Backend(Protocol):
-    """What each backend module offers; shapes as in `native.py`."""
+    """What each backend offers; shapes as in `native.py`."""
 
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, batch: LoraBatch
@@ -21,15 +28,91 @@ class Backend(Protocol):
     def embedding(self, ids: Tensor, table: Tensor, stack: EmbeddingStack, batch: LoraBatch) -> Tensor: ...
 
 
-BACKENDS: dict[str, Backend] = {"native": native, "csgmv": csgmv}
+# A process serves one engine; an engine with a budget for kept copies puts its own `Merged` here.
+BACKENDS: dict[str, Backend] = {"native": native, "csgmv": csgmv, "merged": merged.MERGED}
 
 
-def choose(batch: LoraBatch, override: str = "auto", *, cuda: bool = False) -> LoraBatch:
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What a choice depends on besides the batch."""
+
+    projections: tuple[tuple[int, tuple[int, ...]], ...]  # input width and slices' output widths of each with LoRA
+    rank: int  # of the pool
+    cuda: bool
+    measured: tuple[Crossover, ...] = ()
+
+    @property
+    def hidden(self) -> int:
+        return self.projections[0][0] if self.projections else 1
+
+
+def choose(batch: LoraBatch, layer: Layer, override: str = "auto") -> LoraBatch:
     """The batch with its backend set: "none" when no row has an adapter, else the override or the fastest."""
     if not batch.segments:
         return replace(batch, backend="none")
-    fastest = "csgmv" if cuda else "native"
-    return replace(batch, backend=fastest if override == "auto" else override)
+    return replace(batch, backend=fastest(batch, layer) if override == "auto" else override)
+
+
+def fastest(batch: LoraBatch, layer: Layer) -> str:
+    """The name of the backend that should take least time for the batch."""
+    if not layer.cuda:
+        return "native"  # csgmv is for GPUs, and a CPU gains nothing from fewer launches
+    costs = _measured(batch, layer) or modelled([segment.rows for segment in batch.segments], layer)
+    return min(costs, key=costs.__getitem__)
+
+
+_ALIKE = 0.7  # widths within a factor of two belong to the same measurements
+
+
+def _measured(batch: LoraBatch, layer: Layer) -> dict[str, float]:
+    """Milliseconds by backend of the measured batch nearest to this one; empty if none is of such a layer."""
+    scope = "attention" if len(layer.projections) <= 2 else "layer"
+    here = (batch.lora_rows, batch.adapters, layer.rank, layer.hidden)
+
+    def distance(known: Crossover) -> float:
+        there = (known.rows, known.adapters, known.rank, known.hidden)
+        return sum(abs(math.log(a / b)) for a, b in zip(here, there, strict=True))
+
+    near = [
+        known for known in layer.measured
+        if known.scope == scope and abs(math.log(known.hidden / layer.hidden)) < _ALIKE
+    ]  # fmt: skip
+    if not near:
+        return {}
+    return {name: ms for name, ms in min(near, key=distance).ms.items() if name in BACKENDS}
+
+
+# Of a Hopper card; choices depend on their ratios alone, which change little from one data-centre GPU to the next.
+_BYTES_PER_S = 4e12
+_FLOPS = 6.5e14
+_LAUNCH_S = 6e-6
+_ELEMENT_BYTES = 2
+_FUSED_LOSS = 0.1  # how much slower than cuBLAS the fused product is
+
+
+def modelled(rows: Sequence[int], layer: Layer) -> dict[str, float]:
+    """Estimated seconds by backend for one layer's LoRA, given the rows of each adapter."""
+    costs = dict.fromkeys(("native", "csgmv", "merged"), 0.0)
+    for wide, widths in layer.projections:
+        out, slices, total = sum(widths), len(widths), sum(rows)
+        base = _time(total * (wide + out) + wide * out, 2.0 * total * wide * out)
+        shrink = [_time(n * (wide + slices * layer.rank), 2.0 * n * wide * slices * layer.rank) for n in rows]
+        expand = [_time(2 * n * out + out * layer.rank, 2.0 * n * out * layer.rank) for n in rows]
+        weights = len(rows) * layer.rank * (slices * wide + out)
+        costs["native"] += base + sum(
+            max(a, _LAUNCH_S) + max(b, slices * _LAUNCH_S) for a, b in zip(shrink, expand, strict=True)
+        )
+        added = min(sum(expand), _FUSED_LOSS * base + _time(0, 2.0 * total * out * layer.rank))
+        costs["csgmv"] += base + sum(shrink) + added + _time(weights, 0.0) + 2 * _LAUNCH_S
+        merge = max(_time(3 * wide * out, 2.0 * wide * out * layer.rank), (1 + slices) * _LAUNCH_S)
+        costs["merged"] += sum(
+            merge + max(_time(n * (wide + out) + wide * out, 2.0 * n * wide * out), _LAUNCH_S) for n in rows
+        )
+    return costs
+
+
+def _time(elements: float, operations: float) -> float:
+    return max(elements * _ELEMENT_BYTES / _BYTES_PER_S, operations / _FLOPS)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack | None, batch: LoraBatch) -> Tensor:

@@ -240,13 +240,14 @@ class Merged:
 
 def merge(out: Tensor, weight: Tensor, stack: LinearStack, slot: int) -> None:
     """Write `W' = W + s * B A` of one slot to out [N, K]; slices that are not targeted stay W."""
-    out.copy_(weight)
     meta, column = stack.meta[slot], 0
     for index, (width, rank) in enumerate(zip(stack.widths, meta.ranks, strict=True)):
+        rows = slice(column, column + width)
         if rank:
             a = stack.a[slot, index * stack.rank : index * stack.rank + rank]
-            b = stack.b[slot, column : column + width, :rank]
-            out[column : column + width].addmm_(b, a, alpha=meta.scalings[index])
+            torch.addmm(weight[rows], stack.b[slot, rows, :rank], a, alpha=meta.scalings[index], out=out[rows])
+        else:
+            out[rows] = weight[rows]
         column += width
 
 

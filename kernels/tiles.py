@@ -7,7 +7,7 @@ and a GPU without a table takes the defaults below, which hold on any GPU with 1
 import json
 import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,6 +30,7 @@ class Key(NamedTuple):
     rank: int
     height: int  # rows of a tile
     rows: int  # of the whole batch
+    itemsize: int = 2  # bytes of an element; tables are tuned for 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class FusedTile:
     halves: int  # 2: the output is stored in two halves, which frees shared memory for one more stage
     warps: int
     stages: int
+    pays: bool = True  # False: cuBLAS's base product and `expand` are faster
 
 
 Tile = ShrinkTile | ExpandTile | FusedTile
@@ -85,9 +87,10 @@ def default(key: Key) -> Tile:
 class TileTable:
     """The measured tiles of one GPU."""
 
-    def __init__(self, entries: dict[Key, Tile], source: str) -> None:
+    def __init__(self, entries: dict[Key, Tile], source: str, shared_bytes: int = 99 << 10) -> None:
         self._entries = entries
         self._source = source
+        self._shared_bytes = shared_bytes  # what one program may use of the GPU's shared memory
         self._found: dict[Key, Tile] = {}
 
     def find(self, key: Key) -> Tile:
@@ -97,13 +100,45 @@ class TileTable:
         return self._found[key]
 
     def _look_up(self, key: Key) -> Tile:
+        if key in self._entries:
+            return self._entries[key]
         near = [known for known in self._entries if known.op == key.op and len(known.widths) == len(key.widths)]
         if not near:
-            return default(key)
+            return fitted(default(key), key, self._shared_bytes)
         nearest = min(near, key=lambda known: _distance(known, key))
         if _distance(nearest, key) > _NEAR:
             logger.info("%s has no tile for %s; taking that of %s", self._source, key, nearest)
-        return self._entries[nearest]
+        return fitted(self._entries[nearest], key, self._shared_bytes)
+
+
+def fitted(tile: Tile, key: Key, shared_bytes: int) -> Tile:
+    """The tile with as many stages as shared memory holds for this launch, and steps cut in half where none fits."""
+    while _shared_bytes(tile, key) > shared_bytes:
+        if tile.stages > 1:
+            tile = replace(tile, stages=tile.stages - 1)
+        elif isinstance(tile, ExpandTile) and tile.block_n > _LEAST_STEP:
+            tile = replace(tile, block_n=tile.block_n // 2)
+        elif not isinstance(tile, ExpandTile) and tile.block_k > _LEAST_STEP:
+            tile = replace(tile, block_k=tile.block_k // 2)
+        else:
+            return tile
+    return tile
+
+
+_LEAST_STEP = 32
+
+
+def _shared_bytes(tile: Tile, key: Key) -> int:
+    """Shared memory of one program: operands of every stage, and what is loaded once."""
+    rank = 1 << (key.rank - 1).bit_length()
+    if isinstance(tile, ShrinkTile):
+        elements = tile.stages * tile.block_k * (key.height + len(key.widths) * rank)
+    elif isinstance(tile, ExpandTile):
+        elements = key.height * rank + tile.stages * tile.block_n * (key.height + rank)
+    else:
+        once = key.height * (tile.block_n // tile.halves)
+        elements = once + tile.stages * tile.block_k * (key.height + tile.block_n)
+    return elements * key.itemsize
 
 
 _NEAR = 2.0  # two of rows, rank or widths off by a factor of e: near enough not to be worth a line
@@ -120,20 +155,21 @@ def table(device_index: int | None) -> TileTable:
     """The table of a CUDA device (None: the CPU interpreter's, which is empty)."""
     if device_index is None:
         return TileTable({}, "the interpreter")
-    name = torch.cuda.get_device_name(device_index)
-    path = TUNED / f"{file_name(name)}.json"
+    properties = torch.cuda.get_device_properties(device_index)
+    path = path_for(properties.name)
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
     if not path.is_file():
-        logger.info("no tuned tiles for %s (%s); taking the defaults. `ranklet tune` measures them", name, path.name)
-        return TileTable({}, name)
+        logger.info("no %s: taking default tiles. `ranklet tune` measures this GPU", path.name)
+        return TileTable({}, properties.name, shared_bytes)
     content = json.loads(path.read_text())
     if content["triton"] != triton.__version__:
         logger.info("%s was tuned with Triton %s, this is %s", path.name, content["triton"], triton.__version__)
-    return TileTable(dict(_parse(entry) for entry in content["tiles"]), path.name)
+    return TileTable(dict(_parse(entry) for entry in content["tiles"]), path.name, shared_bytes)
 
 
-def file_name(gpu: str) -> str:
-    """A GPU's name as part of a file's."""
-    return gpu.replace(" ", "_").replace("/", "-")
+def path_for(gpu: str) -> Path:
+    """The file with what was measured on a GPU of this name."""
+    return TUNED / f"{gpu.replace(' ', '_').replace('/', '-')}.json"
 
 
 def _parse(entry: dict[str, Any]) -> tuple[Key, Tile]:

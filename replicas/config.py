@@ -5,7 +5,7 @@ from pathlib import Path
 
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_MODULES = (*LINEAR_MODULES, "embed_tokens")
-BACKENDS = ("auto", "native", "csgmv")
+BACKENDS = ("auto", "native", "csgmv", "merged")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -29,6 +29,7 @@ class EngineConfig:
     max_model_len: int | None = None  # None: what the model says, at most max_batch_tokens
     max_waiting_tokens: int = 4_000_000  # beyond it requests are refused with 503
     host_cache_bytes: int = 4 << 30
+    merged_bytes: int = 0  # device memory for merged weights of adapters that dominate traffic
     backend: str = "auto"
     base_aliases: tuple[str, ...] = field(default=())  # names (fnmatch patterns) adapters may call this base by
 
@@ -46,8 +47,9 @@ class EngineConfig:
                 f"max_model_len: expected at most max_batch_tokens ({self.max_batch_tokens}), since a prompt runs in "
                 f"one batch; got {self.max_model_len}. Raise max_batch_tokens or lower max_model_len"
             )
-        if self.host_cache_bytes < 0:
-            raise ValueError(f"host_cache_bytes: expected at least 0, got {self.host_cache_bytes}")
+        for name in ("host_cache_bytes", "merged_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {self.backend!r}")
         if self.dtype not in DTYPES:

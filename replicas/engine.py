@@ -64,7 +64,7 @@ class Engine:
         self._loader = Loader(self._pool, expected, config.host_cache_bytes)
         table = SlotTable(config.slots)
         self._residency = Residency(table, self._loader, self._loaded, self._listener.evicted)
-        self._stepper = Stepper(model, self._pool, pooling, config.backend)
+        self._stepper = Stepper(model, self._pool, pooling, config.backend, config.merged_bytes)
         self._normalize = pooling.normalize
         self._depth = 2 if device.type == "cuda" else 1
         self._scheduler: Scheduler[Prompt] = Scheduler(
@@ -292,7 +292,7 @@ class Engine:
     def _failed(self, prompts: list[Prompt], error: Exception, *, acquired: bool = True) -> None:
         """Try the prompts of a failed batch one by one, so that only the one at fault fails."""
         if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
+            self._stepper.shed()
         again = [work for work in prompts if not work.solo] if len(prompts) > 1 else []
         with self._wake:
             if acquired:

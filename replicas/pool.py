@@ -106,6 +106,11 @@ class AdapterPool:
     def nbytes(self) -> int:
         return self._data.numel() * self._data.element_size()
 
+    @property
+    def projections(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """Input width and slices' output widths of each projection of a layer that has slots."""
+        return tuple(self._pack_shape(names) for names in self._packs().values())
+
     def _packs(self) -> dict[str, tuple[str, ...]]:
         return {pack: names for pack, names in PACKS.items() if set(names) & set(self.modules)}
 

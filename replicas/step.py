@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ranklet.kernels import dispatch
 from ranklet.kernels.batch import LoraBatch, cut, plan
+from ranklet.kernels.crossover import crossovers
+from ranklet.kernels.merged import Merged
 from ranklet.replicas.attention import Spans
 from ranklet.replicas.model import Decoder, Tokens
 from ranklet.replicas.pool import AdapterPool
@@ -44,12 +46,15 @@ class Running:
 class Stepper:
     """Runs batches of one model on one device."""
 
-    def __init__(self, model: Decoder, pool: AdapterPool, pooling: Pooling, backend: str) -> None:
+    def __init__(self, model: Decoder, pool: AdapterPool, pooling: Pooling, backend: str, merged_bytes: int) -> None:
         self._model = model
         self._pool = pool
         self._pooling = pooling
         self._backend = backend
         self._cuda = model.device.type == "cuda"
+        self._layer = dispatch.Layer(pool.projections, pool.rank, self._cuda, crossovers(model.device.index))
+        self._merged = Merged(merged_bytes)
+        dispatch.BACKENDS["merged"] = self._merged
         self._count = np.arange(1, dtype=np.int32)
 
     @torch.inference_mode()
@@ -62,7 +67,8 @@ class Stepper:
         """
         launched_s = perf_counter()
         order, lora = plan([len(prompt) for prompt in prompts], slots)
-        lora = dispatch.choose(lora, self._backend, cuda=self._cuda)
+        lora = dispatch.choose(lora, self._layer, self._backend)
+        self._merged.observe(lora)
         ids, positions, spans, lora = self._lay_out([prompts[i] for i in order], lora)
         states = self._model.forward(Tokens(ids, positions, spans, lora), self._pool.layers, self._pool.embedding)
         rows = self._model.final_norm(self._pooling.rows(states, spans))
@@ -88,6 +94,12 @@ class Stepper:
         ids, places, offsets, *tables = moved.split(sizes)
         placed = tuple(replace(kind, device=table) for kind, table in zip(tiles, tables, strict=True))
         return ids, places, Spans(lengths, offsets), replace(lora, tiles=placed)
+
+    def shed(self) -> None:
+        """Give back device memory that is only there for speed."""
+        self._merged.drop()
+        if self._cuda:
+            torch.cuda.empty_cache()
 
     def _to_host(self, vectors: Tensor) -> tuple[Tensor, Any]:
         if not self._cuda:

@@ -1,5 +1,7 @@
 """Which backend a batch gets, and that the two calls follow it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional
@@ -7,22 +9,24 @@ from torch.testing import assert_close
 
 from ranklet.kernels import dispatch
 from ranklet.kernels.batch import LoraBatch, Segment, plan
+from ranklet.kernels.crossover import Crossover
 from tests.kernels import oracle
 
 WIDE, WIDTHS, VOCAB = 12, (8, 4), 30
 NAN = float("nan")
+CPU = dispatch.Layer(((WIDE, WIDTHS),), rank=16, cuda=False)
 LINEAR = oracle.random_adapters({0: (3, 5), 1: (16, 16)}, WIDE, WIDTHS)
 EMBEDDING = oracle.random_adapters({0: (3,), 1: (16,)}, VOCAB, (12,))
 
 
 def test_a_batch_without_adapters_needs_no_backend() -> None:
     for override in ("auto", "native"):
-        assert dispatch.choose(plan([3, 2], [None, None])[1], override).backend == "none"
+        assert dispatch.choose(plan([3, 2], [None, None])[1], CPU, override).backend == "none"
 
 
 @pytest.mark.parametrize("override", ["auto", *dispatch.BACKENDS])
 def test_a_batch_with_adapters_gets_a_backend_that_exists(override: str) -> None:
-    chosen = dispatch.choose(LoraBatch((Segment(0, 0, 4),), rows=9), override)
+    chosen = dispatch.choose(LoraBatch((Segment(0, 0, 4),), rows=9), CPU, override)
     assert chosen.backend in dispatch.BACKENDS
     assert override in ("auto", chosen.backend)
     assert (chosen.segments, chosen.rows) == ((Segment(0, 0, 4),), 9)
@@ -30,7 +34,7 @@ def test_a_batch_with_adapters_gets_a_backend_that_exists(override: str) -> None
 
 def test_a_chosen_backend_gives_the_oracles_rows() -> None:
     _, batch = plan([2, 1, 3], [1, 0, None])
-    batch = dispatch.choose(batch, "native")
+    batch = dispatch.choose(batch, CPU, "native")
     rows = [0, 1, 1, None, None, None]
     x, weight, ids, table = (
         torch.randn(6, WIDE),
@@ -46,7 +50,7 @@ def test_a_chosen_backend_gives_the_oracles_rows() -> None:
 
 
 def test_the_base_alone_reads_no_stack() -> None:
-    batch = dispatch.choose(plan([4], [None])[1])
+    batch = dispatch.choose(plan([4], [None])[1], CPU)
     x, weight, bias = torch.randn(4, WIDE), torch.randn(12, WIDE), torch.randn(12)
     poisoned = oracle.linear_stack({}, 2, 16, WIDE, WIDTHS, stale=NAN)
     assert torch.equal(dispatch.linear(x, weight, bias, poisoned, batch), functional.linear(x, weight, bias))
@@ -56,7 +60,7 @@ def test_the_base_alone_reads_no_stack() -> None:
 
 
 def test_a_projection_without_room_in_the_pool_is_the_base() -> None:
-    batch = dispatch.choose(LoraBatch((Segment(0, 0, 4),), rows=4))
+    batch = dispatch.choose(LoraBatch((Segment(0, 0, 4),), rows=4), CPU)
     x, weight, ids, table = (
         torch.randn(4, WIDE),
         torch.randn(12, WIDE),
@@ -65,3 +69,33 @@ def test_a_projection_without_room_in_the_pool_is_the_base() -> None:
     )
     assert torch.equal(dispatch.linear(x, weight, None, None, batch), functional.linear(x, weight))
     assert torch.equal(dispatch.embedding(ids, table, None, batch), table[ids])
+
+
+QWEN = ((1024, (2048, 1024, 1024)), (2048, (1024,)))
+GPU = dispatch.Layer(QWEN, rank=64, cuda=True)
+
+
+def evenly(adapters: int, rows: int) -> LoraBatch:
+    return plan([rows // adapters] * adapters, list(range(adapters)))[1]
+
+
+@pytest.mark.parametrize(
+    ("adapters", "rows", "best"),
+    [(1, 30_720, "merged"), (4, 30_720, "merged"), (64, 30_720, "csgmv"), (256, 4096, "csgmv"), (32, 256, "csgmv")],
+)
+def test_the_cost_model_knows_the_h200s_crossovers(adapters: int, rows: int, best: str) -> None:
+    assert dispatch.choose(evenly(adapters, rows), GPU).backend == best
+
+
+def test_measurements_outweigh_the_model() -> None:
+    measured = tuple(
+        Crossover(rows, adapters, 64, 1024, "attention", {"base": 0.1, "native": 0.3, "csgmv": csgmv, "merged": 0.2})
+        for rows, adapters, csgmv in ((30_720, 4, 0.5), (30_720, 64, 0.15), (256, 4, 0.1))
+    )
+    layer = replace(GPU, measured=measured)
+    assert dispatch.choose(evenly(5, 25_000), layer).backend == "merged"
+    assert dispatch.choose(evenly(50, 25_000), layer).backend == "csgmv"
+    other = replace(layer, projections=((8192, (8192, 1024, 1024)), (8192, (8192,))))
+    assert dispatch.fastest(evenly(5, 25_000), other) == dispatch.fastest(
+        evenly(5, 25_000), replace(other, measured=())
+    )

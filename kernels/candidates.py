@@ -1,0 +1,69 @@
+"""The launch numbers worth trying on an operation, and the workloads they are tried on.
+
+Few of each: on an H200 the best of 24 to 60 were always among these or within 2 % of one of them.
+"""
+
+from ranklet.kernels.batch import Tiles, cut
+from ranklet.kernels.tiles import ExpandTile, FusedTile, Op, ShrinkTile, Tile
+from ranklet.kernels.workloads import Workload
+
+FEW_ROWS = 1024  # batches below leave a GPU empty unless the parts of K run side by side
+_HEIGHT_OF_FUSED = 128
+
+WORKLOADS = (
+    Workload("distinct", 256, 1, 32),
+    Workload("skewed", 256, 1, 32),
+    Workload("identical", 256, 1, 1),
+    Workload("distinct", 256, 16, 256),
+    Workload("distinct", 128, 32, 128),
+    Workload("uniform", 64, 64, 64),
+    Workload("distinct", 64, 64, 64),
+    Workload("identical", 8, 512, 1),
+    Workload("distinct", 16, 256, 16),
+    Workload("distinct", 64, 480, 64),
+    Workload("skewed", 60, 512, 32),
+    Workload("distinct", 4, 7680, 4),
+)
+
+
+def cases(workloads: tuple[Workload, ...] = WORKLOADS) -> dict[tuple[int, int], list[Tiles]]:
+    """The workloads' tiles by what tables tell apart: tile height, and rows of the whole batch."""
+    found: dict[tuple[int, int], list[Tiles]] = {}
+    for workload in workloads:
+        batch = workload.batch()
+        for tiles in cut(batch):
+            found.setdefault((tiles.height, batch.rows), []).append(tiles)
+    return found
+
+
+def candidates(op: Op, height: int, rows: int) -> tuple[Tile, ...]:
+    """What to try, the safest first; nothing for an operation that has no use for such tiles."""
+    if op == "shrink":
+        return _shrink(height, rows)
+    if op == "expand":
+        return _EXPAND_SHORT if height <= 32 else _EXPAND_TALL
+    return _FUSED if height == _HEIGHT_OF_FUSED else ()
+
+
+def _shrink(height: int, rows: int) -> tuple[ShrinkTile, ...]:
+    if height > 32 and rows > FEW_ROWS:
+        more = (ShrinkTile(64, 2, 4, 3),) if height == 64 else ()
+        return (*_SHRINK_TALL, *more)
+    parts = (1, 2, 4) if rows <= FEW_ROWS else (1, 2)
+    block_k = 128 if height <= 32 else 64
+    split = tuple(ShrinkTile(block_k, split, 4, 3) for split in parts)
+    return (*split, ShrinkTile(128, 1, 4, 2), ShrinkTile(128, 1, 8, 2), ShrinkTile(64, 1, 4, 4))
+
+
+_SHRINK_TALL = (ShrinkTile(64, 1, 4, 3), ShrinkTile(64, 1, 4, 4), ShrinkTile(64, 1, 8, 3), ShrinkTile(128, 1, 8, 2))
+_EXPAND_SHORT = (
+    ExpandTile(128, 1, 4, 1), ExpandTile(128, 4, 4, 2), ExpandTile(64, 1, 4, 1), ExpandTile(64, 8, 4, 2),
+    ExpandTile(256, 1, 4, 1), ExpandTile(128, 8, 4, 2),
+)  # fmt: skip
+_EXPAND_TALL = (
+    ExpandTile(64, 1, 4, 1), ExpandTile(64, 1, 8, 1), ExpandTile(128, 4, 8, 2), ExpandTile(128, 8, 8, 2),
+)  # fmt: skip
+_FUSED = (
+    FusedTile(128, 64, 8, 1, 8, 3), FusedTile(256, 64, 8, 1, 8, 3), FusedTile(256, 64, 8, 2, 8, 4),
+    FusedTile(128, 64, 8, 2, 4, 3), FusedTile(256, 64, 16, 1, 8, 3),
+)  # fmt: skip

@@ -1,0 +1,128 @@
+"""Projections with random weights and adapters, and the clocks to time them with: what tuner and benchmarks share.
+
+Letters as in `stack.py`, T rows.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.testing import do_bench
+
+from ranklet.kernels.batch import Segment
+from ranklet.kernels.stack import LinearStack, SlotMeta
+
+PACKS = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+SCALING = 1.5
+
+
+class Projection(NamedTuple):
+    """A packed linear projection: its input width and the output columns of its slices."""
+
+    name: str
+    wide: int
+    widths: tuple[int, ...]
+
+
+def projections(dims: Mapping[str, tuple[int, int]]) -> tuple[Projection, ...]:
+    """A decoder layer's packed projections.
+
+    Args:
+        dims: (input width, output width) by module, as a model's `Architecture.module_dims` gives them.
+    """
+    return tuple(
+        Projection(name, dims[modules[0]][0], tuple(dims[module][1] for module in modules))
+        for name, modules in PACKS.items()
+    )
+
+
+def pool_rank(rank: int) -> int:
+    """The rank of the pool that holds adapters of this rank: padded to 16."""
+    return -(-rank // 16) * 16
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One projection with random weights, every slot filled with a random adapter."""
+
+    projection: Projection
+    weight: Tensor  # [N, K]
+    stack: LinearStack
+
+
+def probe(projection: Projection, rank: int, slots: int, *, device: torch.device, dtype: torch.dtype) -> Probe:
+    """Weights such that the base's output has size 1, and LoRA's about as much; zero beyond the adapters' rank."""
+    wide, widths = projection.wide, projection.widths
+    padded, slices = pool_rank(rank), len(widths)
+
+    def draw(std: float, *size: int) -> Tensor:
+        return torch.randn(*size, device=device, dtype=dtype).mul_(std)
+
+    a = draw(wide**-0.5, slots, slices * padded, wide)
+    b = draw(rank**-0.5, slots, sum(widths), padded)
+    a.view(slots, slices, padded, wide)[:, :, rank:] = 0
+    b[:, :, rank:] = 0
+    ranks = torch.full((slots, slices), rank, dtype=torch.int32, device=device)
+    stack = LinearStack(a, b, widths, ranks, torch.full((slots, slices), SCALING, device=device))
+    stack.meta[:] = [SlotMeta((rank,) * slices, (SCALING,) * slices) for _ in range(slots)]
+    return Probe(projection, draw(wide**-0.5, sum(widths), wide), stack)
+
+
+def shrunk(x: Tensor, stack: LinearStack, segment: Segment) -> Tensor:
+    """`s A x` of a segment's rows in float32: [rows, slices * R]."""
+    return SCALING * (x[segment.start : segment.stop].float() @ stack.a[segment.slot].float().t())
+
+
+def expanded(h: Tensor, stack: LinearStack, slot: int) -> Tensor:
+    """`B h` in float32, h [rows, slices * R] -> [rows, N]."""
+    pieces = h.float().split(stack.rank, dim=1)
+    weights = stack.b[slot].float().split(stack.widths)
+    return torch.cat([piece @ weight.t() for piece, weight in zip(pieces, weights, strict=True)], dim=1)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """Norm of the error over the norm of what is wanted; NaN if anything found is NaN."""
+    return float((found.float() - wanted).norm() / wanted.norm())
+
+
+def gpu_ms(call: Callable[[], object], *, rep_ms: int = 8) -> float:
+    """Median time on the GPU with the L2 cache cleared before each call; on the CPU, wall time."""
+    if torch.cuda.is_available():
+        return float(do_bench(call, warmup=2, rep=rep_ms, return_mode="median"))
+    return wall_ms(call)
+
+
+def wall_ms(call: Callable[[], object], *, budget_ms: float = 20.0) -> float:
+    """Time of one of several calls back to back, as an engine makes them: the CPU's share shows where it is the larger.
+
+    The median of three rounds, which together take about `budget_ms`.
+    """
+    call()
+    once = _round_ms(call, 1)
+    calls = max(1, min(20, int(budget_ms / 3 / once)))
+    if once > budget_ms:
+        return once
+    return median(_round_ms(call, calls) for _ in range(3))
+
+
+def _round_ms(call: Callable[[], object], calls: int) -> float:
+    _synchronize()
+    began = perf_counter()
+    for _ in range(calls):
+        call()
+    _synchronize()
+    return (perf_counter() - began) * 1e3 / calls
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

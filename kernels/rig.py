@@ -1,0 +1,141 @@
+"""One projection on one GPU, set up so that any launch of it can be made, checked and timed.
+
+Letters as in `stack.py`, T rows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ranklet.kernels import csgmv, gemm
+from ranklet.kernels.batch import Segment, Tiles
+from ranklet.kernels.candidates import candidates, cases
+from ranklet.kernels.probe import Projection, expanded, gpu_ms, probe, relative_error, shrunk
+from ranklet.kernels.tiles import ExpandTile, Key, Op, ShrinkTile, Tile
+from ranklet.kernels.workloads import Workload
+
+_MOST_PARTS = 4  # the largest `ShrinkTile.split` among the candidates
+
+
+class Rig:
+    """Buffers for the largest of the workloads, whose tiles are in `cases` by (height, rows).
+
+    Args:
+        rank: the pool's; every adapter has it in full.
+    """
+
+    def __init__(
+        self, projection: Projection, rank: int, workloads: tuple[Workload, ...], device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        made = cases(workloads)
+        self.cases = {key: [_placed(tiles, device) for tiles in found] for key, found in made.items()}
+        rows = max(rows for _, rows in made)
+        slots = 1 + max(int(tiles.table[:, 2].max()) for found in made.values() for tiles in found)
+        self.probe = probe(projection, rank, slots, device=device, dtype=dtype)
+        self.rank = rank
+        hidden = len(projection.widths) * rank
+        self.x = torch.randn(rows, projection.wide, device=device, dtype=dtype)
+        self.y = torch.randn(rows, sum(projection.widths), device=device, dtype=dtype)
+        self.h = torch.randn(rows, hidden, device=device, dtype=dtype)
+        self.parts = torch.zeros(_MOST_PARTS, rows, hidden, device=device)
+        self._parts_ms: dict[tuple[int, int, int], float] = {}
+
+    def can_take(self, tile: Tile) -> bool:
+        """Whether the operation exists on this device for this projection."""
+        return isinstance(tile, ShrinkTile | ExpandTile) or gemm.can_fuse(self.x, self.probe.stack, tile)
+
+    def launch(self, tile: Tile, tiles: Tiles, rows: int, *, parts: int = 1) -> Tensor:
+        """Start the operation a tile belongs to on a batch of so many rows, and return what it writes.
+
+        Args:
+            parts: of h, as `expand` reads it.
+        """
+        stack, y = self.probe.stack, self.y[:rows]
+        if isinstance(tile, ShrinkTile):
+            out = self._hidden(rows, tile.split)
+            csgmv.shrink(self.x[:rows], out, stack, tiles, tile)
+            return out
+        if isinstance(tile, ExpandTile):
+            csgmv.expand(self._hidden(rows, parts), y, stack, tiles, tile)
+        else:
+            gemm.gemm(self.x[:rows], self.probe.weight, None, self._hidden(rows, 1), y, stack, tiles, tile)
+        return y
+
+    def time_ms(self, tile: Tile, key: Key) -> float:
+        """Time of a launch summed over the workloads that share a key; of a split one, with what `expand` pays."""
+        spent = sum(gpu_ms(partial(self.launch, tile, tiles, key.rows)) for tiles in self._tiles(key))
+        if isinstance(tile, ShrinkTile) and tile.split > 1:
+            asked = (key.height, key.rows, tile.split)
+            if asked not in self._parts_ms:
+                self._parts_ms[asked] = self._time_parts_ms(key, tile.split)
+            spent += self._parts_ms[asked]
+        return spent
+
+    def _time_parts_ms(self, key: Key, parts: int) -> float:
+        """How much longer `expand` takes if h comes in parts."""
+        expand = candidates("expand", key.height, key.rows)[0]
+        added = 0.0
+        for tiles in self._tiles(key):
+            whole, more = (gpu_ms(partial(self.launch, expand, tiles, key.rows, parts=n)) for n in (1, parts))
+            added += more - whole
+        return max(0.0, added)
+
+    def base_ms(self, key: Key) -> float:
+        """Time of the base product of the same rows, summed likewise."""
+        weight = self.probe.weight.t()
+        ranges = [slice(*_range(tiles)) for tiles in self._tiles(key)]
+        return sum(gpu_ms(partial(torch.mm, self.x[rows], weight, out=self.y[rows])) for rows in ranges)
+
+    def error(self, tile: Tile, key: Key, wanted: Tensor) -> float:
+        """Relative error of a launch, its output poisoned before; `wanted` as `reference` gives it."""
+        tiles = self._tiles(key)[0]
+        low, high = _range(tiles)
+        if isinstance(tile, ShrinkTile):
+            self._hidden(key.rows, tile.split).fill_(torch.nan)
+            return relative_error(self.launch(tile, tiles, key.rows)[:, low:high].float().sum(0), wanted)
+        # `expand` adds to what is there, hence zeros; the fused product must write all of it.
+        self.y.fill_(0.0 if isinstance(tile, ExpandTile) else torch.nan)
+        return relative_error(self.launch(tile, tiles, key.rows)[low:high], wanted)
+
+    def reference(self, key: Key) -> Tensor:
+        """What the operation must write for the key's first workload, in float32 by torch: its rows of h or y."""
+        tiles = self._tiles(key)[0]
+        stack = self.probe.stack
+        if key.op == "shrink":
+            return torch.cat([shrunk(self.x, stack, segment) for segment in _segments(tiles)])
+        added = [expanded(self.h[s.start : s.stop], stack, s.slot) for s in _segments(tiles)]
+        if key.op == "expand":
+            return torch.cat(added)
+        low, high = _range(tiles)
+        return torch.addmm(torch.cat(added), self.x[low:high].float(), self.probe.weight.float().t())
+
+    def keys(self, op: Op) -> Iterator[Key]:
+        """The keys of one operation, one for each tile height and number of rows."""
+        wide, widths = self.probe.projection.wide, self.probe.projection.widths
+        yield from (Key(op, wide, widths, self.rank, height, rows) for height, rows in sorted(self.cases))
+
+    def _tiles(self, key: Key) -> list[Tiles]:
+        return self.cases[key.height, key.rows]
+
+    def _hidden(self, rows: int, parts: int) -> Tensor:
+        return self.h[None, :rows] if parts == 1 else self.parts[:parts, :rows]
+
+
+def _placed(tiles: Tiles, device: torch.device) -> Tiles:
+    return replace(tiles, device=torch.from_numpy(tiles.table).to(device))
+
+
+def _range(tiles: Tiles) -> tuple[int, int]:
+    return int(tiles.table[:, 0].min()), int(tiles.table[:, 1].max())
+
+
+def _segments(tiles: Tiles) -> list[Segment]:
+    """The segments that were cut into these tiles, in order of their rows."""
+    ends: dict[int, tuple[int, int]] = {}
+    for start, stop, slot in tiles.table.tolist():
+        ends[slot] = (ends[slot][0] if slot in ends else start, stop)
+    return [Segment(slot, start, stop) for slot, (start, stop) in ends.items()]

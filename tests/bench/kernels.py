@@ -1,0 +1,207 @@
+"""What LoRA adds to the base projections: the numbers that the kernels were built for, and dispatch's choices.
+
+Parts: few (4 adapters), many (64), short (256 adapters of 16 rows), decode, plan, error, grid. Without a GPU, or with
+--tiny, the shapes are tiny: a smoke test.
+
+usage: python -m tests.bench.kernels [--parts few many ...] [--ranks 8 64] [--scope layer] [--tiny] [--out FOLDER]
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ranklet.kernels.batch import LoraBatch, cut, plan
+from ranklet.kernels.probe import Projection, expanded, gpu_ms, projections, relative_error, shrunk
+from ranklet.kernels.race import BACKENDS, SCOPES, Layer, compile_batches
+from ranklet.kernels.workloads import even
+from tests.bench import grid, report
+from tests.bench.shapes import QWEN3_EMBEDDING_06B, Shape
+
+TINY = Shape(layers=1, hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=64, vocab=64)
+ROUNDS = 5
+REP_MS = 20
+ATTENTION, ALL = SCOPES["attention"], SCOPES["layer"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The machine's side of a run: what shapes, which backends."""
+
+    projections: tuple[Projection, ...]
+    device: torch.device
+    dtype: torch.dtype
+    backends: tuple[str, ...]
+    divisor: int  # of all rows
+
+    def layer(self, rank: int, adapters: int, rows: int) -> Layer:
+        return Layer(self.projections, rank, adapters, rows, device=self.device, dtype=self.dtype)
+
+    def batch(self, rows: int, adapters: int) -> tuple[int, int]:
+        """A batch of the issue at this machine's size."""
+        adapters = max(1, adapters // self.divisor)
+        return max(adapters, rows // self.divisor), adapters
+
+
+def setting(*, tiny: bool) -> Setting:
+    """The real shapes on a GPU; tiny ones on the CPU, csgmv only where Triton interprets."""
+    if torch.cuda.is_available() and not tiny:
+        real = projections(QWEN3_EMBEDDING_06B.dims())
+        return Setting(real, torch.device("cuda"), torch.bfloat16, tuple(BACKENDS), 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    runs = device.type == "cuda" or triton.knobs.runtime.interpret
+    backends = tuple(name for name in BACKENDS if name != "csgmv" or runs)
+    return Setting(projections(TINY.dims()), device, torch.float16, backends, 64)
+
+
+def graphed(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as one CUDA graph; itself on the CPU."""
+    if not torch.cuda.is_available():
+        return call
+    call()  # compiles, and allocates what must outlive the graph
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def added_ms(layer: Layer, backend: str, batch: LoraBatch, names: Sequence[str]) -> tuple[float, float]:
+    """What LoRA adds to the base projections, and these alone: medians of interleaved rounds, each a CUDA graph."""
+    base, lora = (graphed(lambda name=name: layer.run(name, batch, names)) for name in ("base", backend))  # type: ignore[misc]
+    rounds = [(gpu_ms(base, rep_ms=REP_MS), gpu_ms(lora, rep_ms=REP_MS)) for _ in range(ROUNDS)]
+    return median(with_lora - without for without, with_lora in rounds), median(without for without, _ in rounds)
+
+
+def row(part: str, what: str, measured: float, must: float | None, unit: str, base: float | None = None) -> dict[str, Any]:
+    """One number of the result."""
+    reached = "" if must is None else "yes" if measured <= must else "no"
+    return {
+        "part": part, "what": what, "measured": measured, "must reach": must, "reached": reached, "unit": unit,
+        "base": base,
+    }  # fmt: skip
+
+
+def few(on: Setting) -> Iterator[dict[str, Any]]:
+    """Few adapters, long prompts: every backend, and the best of them."""
+    rows, adapters = on.batch(30_720, 4)
+    layer, batch = on.layer(64, adapters, rows), even(rows, adapters).placed(on.device)
+    found = {backend: added_ms(layer, backend, batch, ATTENTION) for backend in on.backends}
+    best = min(found, key=lambda name: found[name][0])
+    for backend, (added, base) in found.items():
+        must = 0.12 if backend == best else None
+        yield row("few", f"{adapters} x {rows // adapters} qkv + o, {backend}", added, must, "ms", base)
+
+
+def many(on: Setting) -> Iterator[dict[str, Any]]:
+    """Many adapters, prompts of some hundred tokens."""
+    targets = {"qkv": 0.18, "o": 0.085, "gate_up": 0.24, "down": 0.10}
+    yield from _csgmv(on, "many", *on.batch(30_720, 64), targets)
+
+
+def short(on: Setting) -> Iterator[dict[str, Any]]:
+    """An adapter for each short prompt."""
+    yield from _csgmv(on, "short", *on.batch(4096, 256), {"qkv": 0.08, "o": 0.045})
+
+
+def _csgmv(on: Setting, part: str, rows: int, adapters: int, targets: dict[str, float]) -> Iterator[dict[str, Any]]:
+    layer, batch = on.layer(64, adapters, rows), even(rows, adapters).placed(on.device)
+    for name, must in targets.items():
+        added, base = added_ms(layer, _tiled(on), batch, (name,))
+        yield row(part, f"{adapters} x {rows // adapters} {name}, {_tiled(on)}", added, must, "ms", base)
+
+
+def decode(on: Setting) -> Iterator[dict[str, Any]]:
+    """256 requests of one row, all four projections in one graph."""
+    for count, must in ((32, 0.07), (8, 0.05)):
+        rows, adapters = on.batch(256, count)
+        layer, batch = on.layer(64, adapters, rows), even(rows, adapters).placed(on.device)
+        added, base = added_ms(layer, _tiled(on), batch, ALL)
+        yield row("decode", f"{rows} x 1 of {adapters} adapters, all four, {_tiled(on)}", added, must, "ms", base)
+
+
+def _tiled(on: Setting) -> str:
+    return "csgmv" if "csgmv" in on.backends else on.backends[0]
+
+
+def planning(on: Setting) -> Iterator[dict[str, Any]]:
+    """CPU time of `plan` and `cut` for 256 requests."""
+    for adapters in (1, 8, 32, 256):
+        lengths, slots = [16] * 256, [i % adapters for i in range(256)]
+        times = []
+        for _ in range(300):
+            began = perf_counter()
+            cut(plan(lengths, slots)[1])
+            times.append((perf_counter() - began) * 1e6)
+        yield row("plan", f"256 requests, {adapters} adapters", median(times), 60.0, "us")
+
+
+def error(on: Setting) -> Iterator[dict[str, Any]]:
+    """Each backend against float32, and against each other in units of the last place."""
+    rows, adapters = on.batch(4096, 24)
+    batch = plan([rows // 64 or 1] * 64, [i * i % (adapters + 1) - 1 if i * i % (adapters + 1) else None for i in range(64)])[1]
+    batch = batch.placed(on.device)
+    for rank in (8, 64):
+        layer = on.layer(rank, adapters, batch.rows)
+        found = {backend: layer.run(backend, batch, ALL) for backend in on.backends}
+        wanted = [_float32(layer, batch, name) for name in ALL]
+        for backend, made in found.items():
+            worst = max(relative_error(y, exact) for y, exact in zip(made, wanted, strict=True))
+            yield row("error", f"{backend} of float32, rank {rank}", worst, 3e-3, "relative")
+        for one, other in combinations(found, 2):
+            ulps = max(_ulps(a, b) for a, b in zip(found[one], found[other], strict=True))
+            yield row("error", f"{one} of {other}, rank {rank}", ulps, 2.0, "ulps")
+
+
+def _float32(layer: Layer, batch: LoraBatch, name: str) -> Tensor:
+    x, made = layer.input(name, batch.rows), layer.probes[name]
+    y = x.float() @ made.weight.float().t()
+    for s in batch.segments:
+        y[s.start : s.stop] += expanded(shrunk(x, made.stack, s), made.stack, s.slot)
+    return y
+
+
+def _ulps(a: Tensor, b: Tensor) -> float:
+    """The largest difference in units of the last place of outputs of size 1 or more."""
+    size = torch.maximum(a.abs(), b.abs()).float().clamp(min=1.0)
+    ulp = torch.exp2(torch.floor(torch.log2(size))) * torch.finfo(a.dtype).eps
+    return float(((a.float() - b.float()).abs() / ulp).max())
+
+
+PARTS: dict[str, Callable[[Setting], Iterator[dict[str, Any]]]] = {
+    "few": few, "many": many, "short": short, "decode": decode, "plan": planning, "error": error,
+}  # fmt: skip
+BATCHES = {"few": [(30_720, 4)], "many": [(30_720, 64)], "short": [(4096, 256)], "decode": [(256, 32), (256, 8)]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "grid"], default=[*PARTS, "grid"])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64], help="of the grid")
+    parser.add_argument("--scope", choices=SCOPES, default="layer", help="of the grid")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
+    parser.add_argument("--name", default="kernels-h200")
+    options = parser.parse_args()
+    on = setting(tiny=options.tiny)
+    batches = [batch for part in options.parts for batch in BATCHES.get(part, [])]
+    if on.divisor == 1 and batches:
+        compile_batches(on.projections, (64,), batches)
+    rows = [made for part in options.parts if part in PARTS for made in PARTS[part](on)]
+    if rows:
+        report.save(options.name, rows, options.out)
+    if "grid" in options.parts:
+        sizes = grid.SIZES if on.divisor == 1 else grid.TINY_SIZES
+        grid.run(on.layer, on.backends, options.ranks, options.scope, sizes, options.out, f"{options.name}-grid")
+
+
+if __name__ == "__main__":
+    main()

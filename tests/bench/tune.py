@@ -1,0 +1,29 @@
+"""The tuner on the shapes whose tables are shipped, without their models.
+
+usage: python -m tests.bench.tune [--shapes qwen3-embedding-0.6b llama-3.1-8b] [--ranks 8 16 32 64] [--out PATH]
+"""
+
+import argparse
+from pathlib import Path
+
+from ranklet.kernels.tune import tune
+from tests.bench.shapes import LLAMA_31_8B, QWEN3_EMBEDDING_06B
+
+SHAPES = {"qwen3-embedding-0.6b": QWEN3_EMBEDDING_06B, "llama-3.1-8b": LLAMA_31_8B}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--rows", type=int, nargs="+", default=[])
+    parser.add_argument("--no-crossovers", action="store_true")
+    parser.add_argument("--out", type=Path, help="the table (default: the GPU's, with the kernels)")
+    options = parser.parse_args()
+    for name in options.shapes:
+        dims, crossovers = SHAPES[name].dims(), not options.no_crossovers
+        print(name, tune(dims, options.ranks, path=options.out, rows=options.rows, crossovers=crossovers))
+
+
+if __name__ == "__main__":
+    main()
