@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
             "--temp-dir", type=Path, default=_default_temp_dir(), help="Ray's sessions and logs (default: %(default)s)"
         )
     tune = commands.add_parser("tune", help="measure a model's kernels on this machine's GPU, once per model and GPU")
-    tune.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="a folder with the model's config.json")
+    tune.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="where config.json is")
     tune.add_argument("--rank", type=int, default=64, help="the rank of adapters, as max_rank (default: %(default)s)")
     tune.add_argument("--ranks", type=int, nargs="+", default=[], help="more ranks")
     tune.add_argument("--rows", type=int, nargs="+", default=[], help="batches of these many rows only")

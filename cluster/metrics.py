@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from ranklet.cluster.labels import AdapterLabels
 from ranklet.replicas.stats import BatchRecord, Listener, LoadRecord, Snapshot
+from ranklet.routing import tally
 
 _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TOKENS = (16, 64, 256, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
@@ -36,6 +37,7 @@ class GatewayMetrics:
         self.retries = counter("ranklet_retries_total", "Calls repeated on another replica")
         self.client_gone = counter("ranklet_client_gone_total", "Requests whose client left before the answer")
         self.labels = AdapterLabels(top_adapters, self._forget)
+        self.registry.register(_Choices())
 
     def answered(self, adapter: str, status: int, code: str, seconds: float) -> None:
         """`adapter` is a label value; `code` the error's code, "" for success."""
@@ -45,6 +47,20 @@ class GatewayMetrics:
     def _forget(self, adapter: str) -> None:
         for metric in (self.requests, self.seconds):
             metric.remove_by_labels({"adapter": adapter})
+
+
+class _Choices(Collector):
+    """What this gateway's router chose, read at each scrape."""
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        seen = tally.current()
+        hits = "Requests sent to a replica that had said it holds their adapter"
+        yield CounterMetricFamily("ranklet_affinity_hits", hits, seen.hits)
+        yield CounterMetricFamily("ranklet_affinity_misses", "Requests sent to one that had not", seen.misses)
+        spills = CounterMetricFamily("ranklet_spills", "Requests sent elsewhere than home, and why", labels=["reason"])
+        for reason in ("load", "resident", "retry"):
+            spills.add_metric([reason], seen.spills[reason])
+        yield spills
 
 
 class ReplicaMetrics(Listener):
@@ -115,9 +131,9 @@ class _EngineGauges(Collector):
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         now = self._snapshot()
-        yield GaugeMetricFamily("ranklet_waiting_prompts", "Prompts waiting for a batch", now.waiting_requests)
+        yield GaugeMetricFamily("ranklet_waiting_requests", "Requests waiting for a batch", now.waiting_requests)
         yield GaugeMetricFamily("ranklet_waiting_tokens", "Tokens waiting for a batch", now.waiting_tokens)
-        yield GaugeMetricFamily("ranklet_running_prompts", "Prompts in a running batch", now.running_requests)
+        yield GaugeMetricFamily("ranklet_running_requests", "Requests in a running batch", now.running_requests)
         pools = GaugeMetricFamily("ranklet_pool_bytes", "Memory of the adapter pools", labels=["pool"])
         pools.add_metric(["gpu"], now.pool_bytes)
         pools.add_metric(["host"], now.host_bytes)

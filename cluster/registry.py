@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, UnknownModel
+from ranklet.replicas.reference import CONFIG_FILE
 
-CONFIG_FILE = "adapter_config.json"
 MAX_NAME_CHARACTERS = 200
 _FORBIDDEN = re.compile(r"[/\\:\x00-\x1f\x7f]")
 

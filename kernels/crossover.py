@@ -23,7 +23,7 @@ class Crossover:
 
     rows: int
     adapters: int
-    rank: int  # of every adapter
+    rank: int  # of every adapter; the pool's is this padded to 16
     hidden: int  # input width of the model's qkv
     scope: Scope  # attention: qkv and o; layer: gate_up and down too
     ms: Mapping[str, float]

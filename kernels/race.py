@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,17 +11,16 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
 
-from ranklet.kernels import csgmv, merged, native
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.compiling import compile_all
 from ranklet.kernels.crossover import Crossover, Scope, crossovers, entry_of
+from ranklet.kernels.dispatch import BACKENDS
 from ranklet.kernels.probe import Probe, Projection, probe, wall_ms
 from ranklet.kernels.workloads import even
 
 ADAPTERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ROWS = (256, 1024, 3072, 7680, 15_360, 30_720)
 SCOPES: dict[Scope, tuple[str, ...]] = {"attention": ("qkv", "o"), "layer": ("qkv", "o", "gate_up", "down")}
-BACKENDS: dict[str, ModuleType] = {"native": native, "csgmv": csgmv, "merged": merged}
 
 
 class Layer:
@@ -76,7 +74,7 @@ def warm(job: Warmth) -> None:
     if asked not in _held:
         _held.clear()
         torch.cuda.empty_cache()
-        _held[asked] = Layer(job.projections, job.rank, job.slots, job.most_rows, device=torch.device("cuda"))
+        _held[asked] = Layer(job.projections, job.rank, job.slots, job.most_rows, device=torch.device("cuda", 0))
     layer = _held[asked]
     layer.run("csgmv", even(job.rows, job.adapters).placed(layer.device), list(layer.probes))
 
@@ -110,7 +108,7 @@ def measure(
     compile_batches(projections, ranks, points(ROWS, ADAPTERS), workers)
     entries = []
     for rank in ranks:
-        layer = Layer(projections, rank, max(ADAPTERS), max(ROWS), device=torch.device("cuda"))
+        layer = Layer(projections, rank, max(ADAPTERS), max(ROWS), device=torch.device("cuda", 0))
         grid = [(t, n, scope) for t, n in points(ROWS, ADAPTERS) for scope in SCOPES]
         for t, n, scope in track(grid, f"backends at rank {rank}", console=Console(stderr=True)):
             ms: Mapping[str, float] = times_ms(layer, t, n, scope, ("base", *BACKENDS))

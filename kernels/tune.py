@@ -81,15 +81,16 @@ def tune(
     pools = tuple(sorted({pool_rank(rank) for rank in ranks}))
     plan = Plan(projections(dims), pools, workloads, torch.device("cuda"), torch.bfloat16)
     path = path or path_for(torch.cuda.get_device_name())
-    write(path, tiles=tune_tiles(plan, workers=workers))
+    for entries in tune_tiles(plan, workers=workers):
+        write(path, tiles=entries)
     table.cache_clear()
     if crossovers:
         write(path, crossovers=race.measure(plan.projections, sorted({min(ranks), max(ranks)}), workers=workers))
     return path
 
 
-def tune_tiles(plan: Plan, *, workers: int | None = None) -> list[dict[str, Any]]:
-    """The fastest right tile of every launch, as a table's entries."""
+def tune_tiles(plan: Plan, *, workers: int | None = None) -> Iterator[list[dict[str, Any]]]:
+    """The fastest right tile of every launch, as a table's entries, by projection and rank."""
     console = Console(stderr=True)
     jobs = list(_jobs(plan))
     attempts = compile_all(_compile, jobs, workers=workers)
@@ -97,10 +98,8 @@ def tune_tiles(plan: Plan, *, workers: int | None = None) -> list[dict[str, Any]
     fits = {job for job, done in compiled if done}
     console.print(f"{len(fits)} of {len(jobs)} candidates fit this GPU")
     rigs = [(projection, rank) for projection in plan.projections for rank in plan.ranks]
-    entries = []
     for projection, rank in track(rigs, "timing", console=console):
-        entries += list(_best(_rig(plan, projection, rank), plan, fits, console.print))
-    return entries
+        yield list(_best(_rig(plan, projection, rank), plan, fits, console.print))
 
 
 def _jobs(plan: Plan) -> Iterator[Job]:

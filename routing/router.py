@@ -12,7 +12,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from ranklet.routing import affinity
+from ranklet.routing import affinity, tally
 from ranklet.routing.view import ReplicaView
 
 RESIDENT = "resident"  # key of a replica's routing stats: names of the adapters in its slots
@@ -69,6 +69,8 @@ class AdapterRouter(RequestRouter):
         avoid = pending.kwargs.get(AVOID)
         if avoid:
             order.sort(key=lambda index: views[index].id == avoid)  # stable: last, the others keep their order
+        if order and pending.metadata.multiplexed_model_id:
+            tally.current().count(views, order[0], pending.metadata.multiplexed_model_id, self._policy)
         return [candidates[index] for index in order]
 
     def _current(self, replica: RunningReplica) -> ReplicaView:

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.progress import track
 
 from ranklet.kernels import dispatch
-from ranklet.kernels.crossover import Scope
-from ranklet.kernels.race import SCOPES, Layer, compile_batches, points, times_ms
+from ranklet.kernels.crossover import Scope, crossovers
+from ranklet.kernels.probe import pool_rank
+from ranklet.kernels.race import SCOPES, Layer, points, times_ms
 from ranklet.kernels.workloads import even
 from tests.bench import plot, report
 
@@ -33,7 +34,11 @@ TINY_SIZES = Sizes((1, 4), (1, 16, 64))
 
 def picked(layer: Layer, rows: int, adapters: int, scope: Scope) -> str:
     """The backend that dispatch takes for the batch."""
-    return dispatch.choose(even(rows, adapters), cuda=layer.device.type == "cuda").backend
+    shape = dispatch.Layer(
+        projections=tuple((p.wide, p.widths) for p in (layer.probes[name].projection for name in SCOPES[scope])),
+        rank=pool_rank(layer.rank), cuda=layer.device.type == "cuda", measured=crossovers(layer.device.index),
+    )  # fmt: skip
+    return dispatch.choose(even(rows, adapters), shape).backend
 
 
 def measured(layer: Layer, rows: int, adapters: int, scope: Scope, backends: Sequence[str]) -> dict[str, Any]:
@@ -63,8 +68,6 @@ def run(
     batches = points(sizes.rows, sizes.adapters)
     for rank in ranks:
         layer = make(rank, max(sizes.adapters), max(sizes.rows))
-        if layer.device.type == "cuda":
-            compile_batches([p.projection for p in layer.probes.values()], (rank,), batches)
         for t, n in track(batches, f"{' + '.join(SCOPES[scope])} at rank {rank}", console=Console(stderr=True)):
             rows.append(measured(layer, t, n, scope, backends))
     path = report.save(name, rows, out)

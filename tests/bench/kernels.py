@@ -20,8 +20,9 @@ import triton
 from torch import Tensor
 
 from ranklet.kernels.batch import LoraBatch, cut, plan
+from ranklet.kernels.dispatch import BACKENDS
 from ranklet.kernels.probe import Projection, expanded, gpu_ms, projections, relative_error, shrunk
-from ranklet.kernels.race import BACKENDS, SCOPES, Layer, compile_batches
+from ranklet.kernels.race import SCOPES, Layer, compile_batches, points
 from ranklet.kernels.workloads import even
 from tests.bench import grid, report
 from tests.bench.shapes import QWEN3_EMBEDDING_06B, Shape
@@ -40,7 +41,7 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
     backends: tuple[str, ...]
-    divisor: int  # of all rows
+    divisor: int  # of all rows and adapters; the targets hold for 1
 
     def layer(self, rank: int, adapters: int, rows: int) -> Layer:
         return Layer(self.projections, rank, adapters, rows, device=self.device, dtype=self.dtype)
@@ -55,8 +56,8 @@ def setting(*, tiny: bool) -> Setting:
     """The real shapes on a GPU; tiny ones on the CPU, csgmv only where Triton interprets."""
     if torch.cuda.is_available() and not tiny:
         real = projections(QWEN3_EMBEDDING_06B.dims())
-        return Setting(real, torch.device("cuda"), torch.bfloat16, tuple(BACKENDS), 1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return Setting(real, torch.device("cuda", 0), torch.bfloat16, tuple(BACKENDS), 1)
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     runs = device.type == "cuda" or triton.knobs.runtime.interpret
     backends = tuple(name for name in BACKENDS if name != "csgmv" or runs)
     return Setting(projections(TINY.dims()), device, torch.float16, backends, 64)
@@ -81,12 +82,12 @@ def added_ms(layer: Layer, backend: str, batch: LoraBatch, names: Sequence[str])
     return median(with_lora - without for without, with_lora in rounds), median(without for without, _ in rounds)
 
 
-def row(part: str, what: str, measured: float, must: float | None, unit: str, base: float | None = None) -> dict[str, Any]:
+def row(part: str, what: str, measured: float, must: float | None, unit: str, base: float = 0.0) -> dict[str, Any]:
     """One number of the result."""
     reached = "" if must is None else "yes" if measured <= must else "no"
     return {
         "part": part, "what": what, "measured": measured, "must reach": must, "reached": reached, "unit": unit,
-        "base": base,
+        "base": base or None,
     }  # fmt: skip
 
 
@@ -97,7 +98,7 @@ def few(on: Setting) -> Iterator[dict[str, Any]]:
     found = {backend: added_ms(layer, backend, batch, ATTENTION) for backend in on.backends}
     best = min(found, key=lambda name: found[name][0])
     for backend, (added, base) in found.items():
-        must = 0.12 if backend == best else None
+        must = 0.12 if backend == best and on.divisor == 1 else None
         yield row("few", f"{adapters} x {rows // adapters} qkv + o, {backend}", added, must, "ms", base)
 
 
@@ -116,7 +117,8 @@ def _csgmv(on: Setting, part: str, rows: int, adapters: int, targets: dict[str, 
     layer, batch = on.layer(64, adapters, rows), even(rows, adapters).placed(on.device)
     for name, must in targets.items():
         added, base = added_ms(layer, _tiled(on), batch, (name,))
-        yield row(part, f"{adapters} x {rows // adapters} {name}, {_tiled(on)}", added, must, "ms", base)
+        what = f"{adapters} x {rows // adapters} {name}, {_tiled(on)}"
+        yield row(part, what, added, must if on.divisor == 1 else None, "ms", base)
 
 
 def decode(on: Setting) -> Iterator[dict[str, Any]]:
@@ -125,7 +127,8 @@ def decode(on: Setting) -> Iterator[dict[str, Any]]:
         rows, adapters = on.batch(256, count)
         layer, batch = on.layer(64, adapters, rows), even(rows, adapters).placed(on.device)
         added, base = added_ms(layer, _tiled(on), batch, ALL)
-        yield row("decode", f"{rows} x 1 of {adapters} adapters, all four, {_tiled(on)}", added, must, "ms", base)
+        what = f"{rows} x 1 of {adapters} adapters, all four, {_tiled(on)}"
+        yield row("decode", what, added, must if on.divisor == 1 else None, "ms", base)
 
 
 def _tiled(on: Setting) -> str:
@@ -146,19 +149,20 @@ def planning(on: Setting) -> Iterator[dict[str, Any]]:
 
 def error(on: Setting) -> Iterator[dict[str, Any]]:
     """Each backend against float32, and against each other in units of the last place."""
-    rows, adapters = on.batch(4096, 24)
-    batch = plan([rows // 64 or 1] * 64, [i * i % (adapters + 1) - 1 if i * i % (adapters + 1) else None for i in range(64)])[1]
-    batch = batch.placed(on.device)
+    lengths = [(1, 20, 50, 185)[i % 4] for i in range(64)]  # adapter i has requests of one length: all tile heights
+    batch = plan(lengths, [None, *(i % 24 for i in range(1, 64))])[1].placed(on.device)
     for rank in (8, 64):
-        layer = on.layer(rank, adapters, batch.rows)
+        layer = on.layer(rank, 24, batch.rows)
         found = {backend: layer.run(backend, batch, ALL) for backend in on.backends}
         wanted = [_float32(layer, batch, name) for name in ALL]
         for backend, made in found.items():
             worst = max(relative_error(y, exact) for y, exact in zip(made, wanted, strict=True))
             yield row("error", f"{backend} of float32, rank {rank}", worst, 3e-3, "relative")
         for one, other in combinations(found, 2):
-            ulps = max(_ulps(a, b) for a, b in zip(found[one], found[other], strict=True))
-            yield row("error", f"{one} of {other}, rank {rank}", ulps, 2.0, "ulps")
+            ulps = [_ulps(a, b) for a, b in zip(found[one], found[other], strict=True)]
+            what = f"{one} of {other}, rank {rank}"
+            yield row("error", f"{what}, all but a thousandth", max(typical for typical, _ in ulps), 2.0, "ulps")
+            yield row("error", f"{what}, the largest", max(largest for _, largest in ulps), 2.0, "ulps")
 
 
 def _float32(layer: Layer, batch: LoraBatch, name: str) -> Tensor:
@@ -169,17 +173,21 @@ def _float32(layer: Layer, batch: LoraBatch, name: str) -> Tensor:
     return y
 
 
-def _ulps(a: Tensor, b: Tensor) -> float:
-    """The largest difference in units of the last place of outputs of size 1 or more."""
+def _ulps(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Differences in units of the last place of outputs of size 1 or more: the 99.9th percentile, and the largest."""
     size = torch.maximum(a.abs(), b.abs()).float().clamp(min=1.0)
     ulp = torch.exp2(torch.floor(torch.log2(size))) * torch.finfo(a.dtype).eps
-    return float(((a.float() - b.float()).abs() / ulp).max())
+    off = ((a.float() - b.float()).abs() / ulp).flatten()
+    return float(off.kthvalue(max(1, off.numel() * 999 // 1000)).values), float(off.max())
 
 
 PARTS: dict[str, Callable[[Setting], Iterator[dict[str, Any]]]] = {
     "few": few, "many": many, "short": short, "decode": decode, "plan": planning, "error": error,
 }  # fmt: skip
-BATCHES = {"few": [(30_720, 4)], "many": [(30_720, 64)], "short": [(4096, 256)], "decode": [(256, 32), (256, 8)]}
+BATCHES = {  # (rows, adapters): what csgmv compiles for
+    "few": [(30_720, 4)], "many": [(30_720, 64)], "short": [(4096, 256)], "decode": [(256, 32), (256, 8)],
+    "error": [(4096, 24), (4096, 256)], "grid": points(grid.SIZES.rows, grid.SIZES.adapters),
+}  # fmt: skip
 
 
 def main() -> None:
@@ -192,9 +200,9 @@ def main() -> None:
     parser.add_argument("--name", default="kernels-h200")
     options = parser.parse_args()
     on = setting(tiny=options.tiny)
-    batches = [batch for part in options.parts for batch in BATCHES.get(part, [])]
+    batches = sorted({batch for part in options.parts for batch in BATCHES.get(part, [])}, reverse=True)
     if on.divisor == 1 and batches:
-        compile_batches(on.projections, (64,), batches)
+        compile_batches(on.projections, sorted({64, *options.ranks}), batches)
     rows = [made for part in options.parts if part in PARTS for made in PARTS[part](on)]
     if rows:
         report.save(options.name, rows, options.out)

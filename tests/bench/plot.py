@@ -28,7 +28,7 @@ def draw(result: Path) -> Path | None:
     for panel, rank in zip(panels[0], ranks, strict=True):
         _panel(panel, [row for row in rows if row["rank"] == rank])
         panel.set_title(f"rank {rank}")
-    known = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
+    known = [_square(0, 0, color=colour) for colour in COLOURS.values()]
     figure.legend(known, list(COLOURS), loc="outside lower center", ncols=len(COLOURS))
     where = ", ".join(content["environment"]["gpus"]) or "CPU"
     figure.suptitle(f"Fastest backend, its time in ms; below it how far dispatch's choice is behind ({where})")

@@ -94,7 +94,7 @@ def leave_early(service: Service) -> None:
         client.post("/v1/embeddings", json={"model": "legal-v2", "input": texts}, timeout=httpx.Timeout(30, read=1.5))
         pytest.fail("too fast for this test: make the texts longer")
     eventually("the gateway noticed", lambda: service.samples("gateway")["ranklet_client_gone_total"] == gone + 1, 10)
-    eventually("nothing waits", lambda: service.samples("replica")["ranklet_waiting_prompts"] == 0, 10)
+    eventually("nothing waits", lambda: service.samples("replica")["ranklet_waiting_requests"] == 0, 10)
     after = service.samples("replica")
     assert after["ranklet_cancelled_prompts_total"] - before["ranklet_cancelled_prompts_total"] > 500
     assert after["ranklet_prompts_total"] - before["ranklet_prompts_total"] < 1000

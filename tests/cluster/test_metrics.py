@@ -32,6 +32,17 @@ def test_requests_prompts_and_tokens_are_counted(service: Service) -> None:
     assert grown(1, "ranklet_tokens_total") == 4 * sum(len(encode(service.model_dir, text)) for text in texts)
 
 
+def test_the_router_says_how_it_chose(service: Service) -> None:
+    service.embed("medical", ["a"])
+    before = service.samples("gateway")
+    for _ in range(5):
+        service.embed("medical", ["a"])
+    after = service.samples("gateway")
+    names = ("ranklet_affinity_hits_total", "ranklet_affinity_misses_total")
+    assert sum(after[name] - before[name] for name in names) == 5
+    assert after["ranklet_spills_total"] >= before["ranklet_spills_total"]
+
+
 def test_refusals_are_counted_by_status_and_code(service: Service) -> None:
     labels = {"status": "404", "code": "model_not_found", "adapter": "unknown"}
     before = service.samples("gateway", **labels).get("ranklet_requests_total", 0.0)
@@ -47,7 +58,7 @@ def test_batches_add_up(service: Service) -> None:
     assert samples["ranklet_batches_total"] == samples["ranklet_batch_tokens_count"]
     assert samples["ranklet_batch_tokens_sum"] == samples["ranklet_tokens_total"]
     assert samples["ranklet_queue_wait_seconds_count"] == samples["ranklet_prompts_total"]
-    assert samples["ranklet_waiting_prompts"] == 0
+    assert samples["ranklet_waiting_requests"] == 0
     assert samples["ranklet_pool_bytes"] > 0
 
 

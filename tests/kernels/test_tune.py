@@ -19,10 +19,10 @@ from ranklet.kernels.tiles import KINDS, ShrinkTile
 from ranklet.kernels.workloads import Workload, even
 from tests.bench.shapes import QWEN3_EMBEDDING_06B
 
-CPU = torch.device("cpu")
+CPU, DEVICE = torch.device("cpu"), torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = tune.Plan(
     (Projection("gate_up", 128, (256, 256)),), (16,), (Workload("distinct", 4, 3, 2), Workload("identical", 2, 70, 1)),
-    CPU, torch.float16,
+    DEVICE, torch.float16,
 )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def test_a_probe_is_zero_beyond_its_rank() -> None:
 
 
 def test_the_best_of_each_launch_is_written(tmp_path: Path) -> None:
-    entries = tune.tune_tiles(TINY, workers=0)
+    (entries,) = tune.tune_tiles(TINY, workers=0)
     assert {(e["op"], e["height"], e["rows"]) for e in entries} == {
         ("shrink", 16, 12), ("expand", 16, 12), ("shrink", 128, 140), ("expand", 128, 140), ("fused", 128, 140),
     }  # fmt: skip
@@ -94,7 +94,7 @@ def test_a_wrong_candidate_is_dropped_and_named(
 
     monkeypatch.setattr(csgmv, "shrink", wrong)
     plan = replace(TINY, workloads=TINY.workloads[:1])
-    entries = tune.tune_tiles(plan, workers=0)
+    (entries,) = tune.tune_tiles(plan, workers=0)
     assert next(e for e in entries if e["op"] == "shrink")["tile"]["block_k"] == 128
     said = " ".join(capsys.readouterr().err.split())
     assert "dropped: ShrinkTile(block_k=64" in said
