@@ -3,10 +3,9 @@
 Letters: T rows (tokens) of a batch, S slots of the adapter pool.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby, takewhile
-from typing import Self
+from typing import NamedTuple, Self, overload
 
 import numpy as np
 import torch
@@ -18,8 +17,7 @@ SHORT_HEIGHTS = (16, 32)
 TALL_HEIGHTS = (64, 128)
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A run of rows [start, stop) that all use the adapter in `slot`."""
 
     slot: int
@@ -29,6 +27,46 @@ class Segment:
     @property
     def rows(self) -> int:
         return self.stop - self.start
+
+
+class Segments(Sequence[Segment]):
+    """Segments kept as one array, so that planning hundreds makes no object for each; equal to a tuple of the same."""
+
+    def __init__(self, runs: NDArray[np.int32]) -> None:
+        self.runs = runs  # [segments, 3]: first row, end row, slot
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def __iter__(self) -> Iterator[Segment]:
+        for start, stop, slot in self.runs.tolist():
+            yield Segment(slot, start, stop)
+
+    @overload
+    def __getitem__(self, index: int) -> Segment: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Segment, ...]: ...
+    def __getitem__(self, index: int | slice) -> Segment | tuple[Segment, ...]:
+        if isinstance(index, slice):
+            return tuple(Segments(self.runs[index]))
+        start, stop, slot = self.runs[index].tolist()
+        return Segment(slot, start, stop)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
+def runs_of(segments: Sequence[Segment]) -> NDArray[np.int32]:
+    """Segments as an array [segments, 3]: first row, end row, slot."""
+    if isinstance(segments, Segments):
+        return segments.runs
+    return np.array([(s.start, s.stop, s.slot) for s in segments], dtype=np.int32).reshape(-1, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +89,16 @@ class LoraBatch:
         ValueError: the segments leave a gap, overlap, or end beyond the rows.
     """
 
-    segments: tuple[Segment, ...]
+    segments: Sequence[Segment]
     rows: int
     backend: str = "none"
     tiles: tuple[Tiles, ...] = field(default=(), compare=False)  # filled in for backends that need them
 
     def __post_init__(self) -> None:
-        ends = [0, *(segment.stop for segment in self.segments)]
-        starts = [*(segment.start for segment in self.segments), min(self.rows, ends[-1])]
-        if starts != ends:
+        runs = runs_of(self.segments)
+        ends = runs[:, 1]
+        joined = len(runs) == 0 or (runs[0, 0] == 0 and ends[-1] <= self.rows and (runs[1:, 0] == ends[:-1]).all())
+        if not joined:
             raise ValueError(f"segments: expected runs end to end within {self.rows} rows, got {self.segments}")
 
     @property
@@ -90,19 +129,19 @@ def plan(lengths: Sequence[int], slots: Sequence[int | None]) -> tuple[list[int]
         The order to lay the requests out in (adapters with many rows first, base-only requests last, arrival order kept
         inside an adapter), and the batch whose segments fit that layout.
     """
-    rows: dict[int | None, int] = {}
-    for length, slot in zip(lengths, slots, strict=True):
-        rows[slot] = rows.get(slot, 0) + length
-    rank = {slot: (slot is None, rows[slot] <= SHORT_ROWS, slot or 0) for slot in rows}
-    order = sorted(range(len(lengths)), key=lambda i: rank[slots[i]])
-    segments = []
-    start = 0
-    for slot, _ in groupby(order, key=lambda i: slots[i]):
-        stop = start + rows[slot]
-        if slot is not None and stop > start:
-            segments.append(Segment(slot, start, stop))
-        start = stop
-    return order, LoraBatch(tuple(segments), rows=start)
+    count = np.asarray(lengths, dtype=np.int64)
+    slot = np.array([-1 if one is None else one for one in slots], dtype=np.int64)
+    if not len(slot):
+        return [], LoraBatch((), rows=0)
+    rows = np.bincount(slot + 1, weights=count).astype(np.int64)  # by slot + 1
+    late = np.where(rows <= SHORT_ROWS, len(rows), 0)
+    late[0] = 2 * len(rows)  # the base
+    order = np.argsort(late[slot + 1] + slot, kind="stable")
+    used = np.flatnonzero(rows[1:])
+    used = used[np.argsort(late[used + 1], kind="stable")]
+    stops = np.cumsum(rows[used + 1])
+    runs = np.stack((stops - rows[used + 1], stops, used), axis=1).astype(np.int32)
+    return order.tolist(), LoraBatch(Segments(runs), rows=int(count.sum()))
 
 
 def cut(batch: LoraBatch, capacity: int | None = None) -> tuple[Tiles, ...]:
@@ -114,16 +153,16 @@ def cut(batch: LoraBatch, capacity: int | None = None) -> tuple[Tiles, ...]:
     Args:
         capacity: pad each kind with empty tiles up to this many, so that a CUDA graph can replay other batches.
     """
-    tall = list(takewhile(lambda segment: segment.rows > SHORT_ROWS, batch.segments))
-    short = batch.segments[len(tall) :]
-    kinds = ((tall, TALL_HEIGHTS), (short, SHORT_HEIGHTS))
-    return tuple(_cut(segments, heights, capacity) for segments, heights in kinds if segments)
+    runs = runs_of(batch.segments)
+    short = runs[:, 1] - runs[:, 0] <= SHORT_ROWS
+    tall = int(short.argmax()) if short.any() else len(runs)
+    kinds = ((runs[:tall], TALL_HEIGHTS), (runs[tall:], SHORT_HEIGHTS))
+    return tuple(_cut(found, heights, capacity) for found, heights in kinds if len(found))
 
 
-def _cut(segments: Sequence[Segment], heights: Sequence[int], capacity: int | None) -> Tiles:
-    runs = np.array([(segment.start, segment.stop, segment.slot) for segment in segments], dtype=np.int32)
+def _cut(runs: NDArray[np.int32], heights: Sequence[int], capacity: int | None) -> Tiles:
     rows = runs[:, 1] - runs[:, 0]
-    typical = float(np.median(rows))
+    typical = np.sort(rows)[len(rows) // 2]
     height = next((height for height in heights if typical <= height), heights[-1])
     counts = -(-rows // height)
     table = np.zeros((max(int(counts.sum()), capacity or 0), 3), dtype=np.int32)

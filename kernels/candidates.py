@@ -49,7 +49,7 @@ def _shrink(height: int, rows: int) -> tuple[ShrinkTile, ...]:
     if height > 32 and rows > FEW_ROWS:
         more = (ShrinkTile(64, 2, 4, 3),) if height == 64 else ()
         return (*_SHRINK_TALL, *more)
-    parts = (1, 2, 4) if rows <= FEW_ROWS else (1, 2)
+    parts = (1, 2, 4) if rows <= FEW_ROWS or height <= 32 else (1, 2)
     block_k = 128 if height <= 32 else 64
     split = tuple(ShrinkTile(block_k, split, 4, 3) for split in parts)
     return (*split, ShrinkTile(128, 1, 4, 2), ShrinkTile(128, 1, 8, 2), ShrinkTile(64, 1, 4, 4))
@@ -58,7 +58,7 @@ def _shrink(height: int, rows: int) -> tuple[ShrinkTile, ...]:
 _SHRINK_TALL = (ShrinkTile(64, 1, 4, 3), ShrinkTile(64, 1, 4, 4), ShrinkTile(64, 1, 8, 3), ShrinkTile(128, 1, 8, 2))
 _EXPAND_SHORT = (
     ExpandTile(128, 1, 4, 1), ExpandTile(128, 4, 4, 2), ExpandTile(64, 1, 4, 1), ExpandTile(64, 8, 4, 2),
-    ExpandTile(256, 1, 4, 1), ExpandTile(128, 8, 4, 2),
+    ExpandTile(256, 1, 4, 1), ExpandTile(128, 8, 4, 2), ExpandTile(256, 4, 4, 2), ExpandTile(128, 4, 4, 3),
 )  # fmt: skip
 _EXPAND_TALL = (
     ExpandTile(64, 1, 4, 1), ExpandTile(64, 1, 8, 1), ExpandTile(128, 4, 8, 2), ExpandTile(128, 8, 8, 2),

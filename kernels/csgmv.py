@@ -204,7 +204,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, b
 
 
 def _takes_gemm(x: Tensor, stack: LinearStack, tiles: Tiles) -> bool:
-    return tiles.height == gemm.HEIGHT and gemm.can_fuse(x, stack, _gemm_tile(x, stack, tiles))
+    tile = _gemm_tile(x, stack, tiles)
+    return tiles.height == gemm.HEIGHT and tile.pays and gemm.can_fuse(x, stack, tile)
 
 
 def _gemm_tile(x: Tensor, stack: LinearStack, tiles: Tiles) -> FusedTile:
@@ -231,7 +232,9 @@ def _shrunk(x: Tensor, stack: LinearStack, tiles: Tiles, *, split: bool) -> Tens
 
 
 def _tile(kind: type[T], op: Op, x: Tensor, stack: LinearStack, tiles: Tiles) -> T:
-    found = tuned.table(x.device.index).find(Key(op, x.shape[1], stack.widths, stack.rank, tiles.height, x.shape[0]))
+    found = tuned.table(x.device.index).find(
+        Key(op, x.shape[1], stack.widths, stack.rank, tiles.height, x.shape[0], itemsize=x.element_size())
+    )
     assert isinstance(found, kind)
     return found
 

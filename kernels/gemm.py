@@ -17,7 +17,7 @@ from ranklet.kernels.tiles import FusedTile
 HEIGHT = 128  # rows of the tiles it takes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _gemm_kernel(
     x_tma, w_tma, h_tma, b_tma, y_tma, y, bias, tiles, count, N, y_stride,
     K: tl.constexpr, R: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -72,9 +72,9 @@ def gemm(
     assert tiles.device is not None
     wide, rank, height, block_n = x.shape[1], stack.rank, tiles.height, tile.block_n
     width = weight.shape[0]
-    programs = min(_processors(x), len(tiles.table) * triton.cdiv(width, block_n))
+    programs = _processors(x)
     w0, w1 = (*stack.widths, width)[:2]
-    _gemm_kernel[(programs,)](
+    _gemm_kernel[(min(programs, len(tiles.table) * triton.cdiv(width, block_n)),)](
         TensorDescriptor.from_tensor(x, [height, tile.block_k]),
         TensorDescriptor.from_tensor(weight, [block_n, tile.block_k]),
         TensorDescriptor.from_tensor(h[0], [height, rank]),
