@@ -38,7 +38,7 @@ def picked(layer: Layer, rows: int, adapters: int, scope: Scope) -> str:
         projections=tuple((p.wide, p.widths) for p in (layer.probes[name].projection for name in SCOPES[scope])),
         rank=pool_rank(layer.rank), cuda=layer.device.type == "cuda", measured=crossovers(layer.device.index),
     )  # fmt: skip
-    return dispatch.choose(even(rows, adapters), shape).backend
+    return dispatch.choose(even(rows, adapters), shape, "fastest").backend
 
 
 def measured(layer: Layer, rows: int, adapters: int, scope: Scope, backends: Sequence[str]) -> dict[str, Any]:
