@@ -130,18 +130,22 @@ def plan(lengths: Sequence[int], slots: Sequence[int | None]) -> tuple[list[int]
         inside an adapter), and the batch whose segments fit that layout.
     """
     count = np.asarray(lengths, dtype=np.int64)
-    slot = np.array([-1 if one is None else one for one in slots], dtype=np.int64)
-    if not len(slot):
+    if not len(count):
         return [], LoraBatch((), rows=0)
-    rows = np.bincount(slot + 1, weights=count).astype(np.int64)  # by slot + 1
-    late = np.where(rows <= SHORT_ROWS, len(rows), 0)
-    late[0] = 2 * len(rows)  # the base
-    order = np.argsort(late[slot + 1] + slot, kind="stable")
-    used = np.flatnonzero(rows[1:])
-    used = used[np.argsort(late[used + 1], kind="stable")]
-    stops = np.cumsum(rows[used + 1])
-    runs = np.stack((stops - rows[used + 1], stops, used), axis=1).astype(np.int32)
-    return order.tolist(), LoraBatch(Segments(runs), rows=int(count.sum()))
+    # Places: 0 is the base, 1 + slot an adapter; numpy reads a list of numbers faster than Python replaces its Nones.
+    place = np.array([0 if one is None else one + 1 for one in slots] if None in slots else slots, dtype=np.int64)
+    place += None not in slots
+    rows = np.bincount(place, weights=count)
+    late = (rows <= SHORT_ROWS) * len(rows)  # sorts short segments behind all long ones
+    late[0] = 2 * len(rows)
+    order = (late[place] + place).argsort(kind="stable")
+    used = rows[1:].nonzero()[0] + 1
+    used = used[late[used].argsort(kind="stable")]
+    runs = np.empty((len(used), 3), dtype=np.int32)
+    runs[:, 1] = stops = rows[used].cumsum()
+    runs[:, 0] = stops - rows[used]
+    runs[:, 2] = used - 1
+    return order.tolist(), LoraBatch(Segments(runs), rows=int(rows.sum()))
 
 
 def cut(batch: LoraBatch, capacity: int | None = None) -> tuple[Tiles, ...]:
@@ -165,10 +169,14 @@ def _cut(runs: NDArray[np.int32], heights: Sequence[int], capacity: int | None) 
     typical = np.sort(rows)[len(rows) // 2]
     height = next((height for height in heights if typical <= height), heights[-1])
     counts = -(-rows // height)
-    table = np.zeros((max(int(counts.sum()), capacity or 0), 3), dtype=np.int32)
-    used = table[: counts.sum()]
-    used[:] = np.repeat(runs, counts, axis=0)
-    first = np.repeat(np.cumsum(counts) - counts, counts)  # index of the first tile of each tile's segment
-    used[:, 0] += (np.arange(len(used)) - first) * height
+    ends = counts.cumsum()
+    tiles = int(ends[-1])
+    table = np.zeros((max(tiles, capacity or 0), 3), dtype=np.int32)
+    if tiles == len(runs):  # a tile each
+        table[:tiles] = runs
+        return Tiles(height, table)
+    used = table[:tiles]
+    used[:] = runs.repeat(counts, axis=0)
+    used[:, 0] += (np.arange(tiles) - (ends - counts).repeat(counts)) * height
     np.minimum(used[:, 1], used[:, 0] + height, out=used[:, 1])
     return Tiles(height, table)

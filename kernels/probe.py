@@ -14,14 +14,8 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from ranklet.kernels.batch import Segment
-from ranklet.kernels.stack import LinearStack, SlotMeta
+from ranklet.kernels.stack import PACKS, LinearStack, SlotMeta
 
-PACKS = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}
 SCALING = 1.5
 _LEAST_REPEATS = 6
 

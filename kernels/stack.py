@@ -10,6 +10,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+# Which modules of a decoder layer are packed into one projection, as its slices in this order.
+PACKS = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class SlotMeta:

@@ -80,6 +80,9 @@ def read_architecture(config: Any) -> Architecture:
     rope = rope_type(config)
     if rope not in ROPE_TYPES:
         raise ModelError(f"rope_parameters: expected rope_type to be one of {', '.join(ROPE_TYPES)}, got {rope}")
+    rotated = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+    if rotated != 1.0:
+        raise ModelError(f"rope_parameters: expected partial_rotary_factor 1, got {rotated}")
     heads = config.num_attention_heads
     return Architecture(
         name=names[0],

@@ -11,17 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ranklet.kernels.stack import EmbeddingStack, LinearStack, SlotMeta
+from ranklet.kernels.stack import PACKS, EmbeddingStack, LinearStack, SlotMeta
 from ranklet.replicas.adapters import EMBEDDING, Adapter, Place
 from ranklet.replicas.architecture import Architecture
 from ranklet.replicas.model import Stacks
-
-PACKS = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,18 +25,22 @@ class PromptTokenizer:
         self._backend.no_padding()
         self._backend.no_truncation()  # a prompt that is too long is an error, never cut in silence
         self._prefix = _default_prompt(model_dir)
+        self._lower = bool(_json(model_dir / "sentence_bert_config.json").get("do_lower_case"))
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Token ids of each text, int32 [length], special tokens as the tokenizer's post-processor adds them."""
         prompts = [self._prefix + text for text in texts] if self._prefix else list(texts)
+        prompts = [prompt.lower() for prompt in prompts] if self._lower else prompts
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in self._backend.encode_batch_fast(prompts)]
 
 
 def _default_prompt(model_dir: Path) -> str:
     """The prompt that sentence-transformers would put before every text, if the folder names one."""
-    path = model_dir / "config_sentence_transformers.json"
-    if not path.is_file():
-        return ""
-    config = json.loads(path.read_text())
+    config = _json(model_dir / "config_sentence_transformers.json")
     name = config.get("default_prompt_name")
     return str((config.get("prompts") or {}).get(name) or "") if name else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return content

@@ -78,6 +78,10 @@ def test_windows_by_layer(kind: str, fields: dict[str, Any], windows: tuple[int 
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"is_causal": False}, "is_causal"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
     ],
 )
 def test_what_ranklet_does_not_run_is_refused_by_name(fields: dict[str, Any], says: str) -> None:

@@ -101,7 +101,7 @@ def read(folder: Path, bases: tuple[str, ...] = ("model",), **fields: Any) -> tu
         ("Qwen/Qwen3-Embedding-8B", ("local", "Qwen3-Embedding-*")),
         ("Qwen/Qwen3-Embedding-0.6B", ("/srv/Qwen3-Embedding-0.6B", "Qwen/Qwen3-Embedding-0.6B")),
         (
-            "/root/.cache/huggingface/hub/models--Qwen--Qwen3-Embedding-0.6B/snapshots/c54f2e6e80b2d7b7de06f51cec4959f6b3e03418",
+            "/home/ann/.cache/huggingface/hub/models--Qwen--Qwen3-Embedding-0.6B/snapshots/c54f2e6e80b2d7b7de06f51cec4959f6b3e03418",
             ("Qwen3-Embedding-0.6B",),
         ),
         ("", ("base",)),

@@ -1,6 +1,7 @@
 """Token ids are the folder's own, as transformers and sentence-transformers give them."""
 
 import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,6 +64,17 @@ def test_the_folders_default_prompt_comes_first(tmp_path: Path, model_dir: Path)
     tokenizer = PromptTokenizer(tmp_path)
     (ids,) = tokenizer.encode(["who?"])
     assert list(ids) == AutoTokenizer.from_pretrained(str(tmp_path))("Query: who?")["input_ids"]
+
+
+def test_a_folder_that_lowers_its_texts(tmp_path: Path, model_dir: Path) -> None:
+    folder = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    settings_file = folder / "sentence_bert_config.json"
+    said = json.loads(settings_file.read_text()) if settings_file.exists() else {}
+    settings_file.write_text(json.dumps(said | {"do_lower_case": True}))
+    theirs = SentenceTransformer(str(folder), device="cpu").preprocess(["The COURT Ruled"])["input_ids"][0].tolist()
+    (ours,) = PromptTokenizer(folder).encode(["The COURT Ruled"])
+    assert list(ours) == theirs
+    assert list(ours) == list(PromptTokenizer(model_dir).encode(["the court ruled"])[0])
 
 
 def test_several_threads_at_once(pair: Pair) -> None:
