@@ -110,7 +110,7 @@ class LocalCluster:
         content = self._configuration(config)
         try:
             deadline_s = time.monotonic() + timeout_s
-            self._start_ray(content["http_options"]["port"], deadline_s)
+            self._start_ray_twice(content["http_options"]["port"], deadline_s)
             self.deploy(content)
             self._wait("the application", self._is_running, deadline_s)
             self._wait("an answer of a replica", lambda: _get(f"{self.state.base_url}/ready") is not None, deadline_s)
@@ -157,12 +157,26 @@ class LocalCluster:
         self.stop(keep_logs=error is not None)
 
     def _configuration(self, config: Path) -> dict[str, Any]:
-        content: dict[str, Any] = yaml.safe_load(config.read_text())
+        try:
+            content: dict[str, Any] = yaml.safe_load(config.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{config}: expected YAML, got: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{config}: expected a map like deploy/local.yaml's, got {type(content).__name__}")
         http = content.setdefault("http_options", {})
         http.setdefault("port", 8000)
         if self._http_port is not None:
             http["port"] = self._http_port or free_ports(1)[0]
         return content
+
+    def _start_ray_twice(self, http_port: int, deadline_s: float) -> None:
+        """Ray gives its own processes 30 s to come up, too little on a machine that is busy for the moment."""
+        try:
+            self._start_ray(http_port, deadline_s)
+        except ClusterError:
+            self._report("Ray did not come up; trying once more")
+            self.stop(keep_logs=True)
+            self._start_ray(http_port, deadline_s)
 
     def _start_ray(self, http_port: int, deadline_s: float) -> None:
         self._report(f"starting Ray, {'HAProxy' if self._proxy == 'haproxy' else 'its own proxy'} in front")

@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,17 @@ def test_a_long_temp_dir_is_refused_before_ray_would_fail(tmp_path: Path) -> Non
 def test_down_without_a_cluster_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["down", "--temp-dir", "/tmp/ranklet-none"]) == 1
     assert "no cluster" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("content", "says"), [("- a\n- b\n", "expected a map"), ("a: [", "expected YAML")])
+def test_a_configuration_of_another_form_is_refused(
+    content: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(content)
+    with tempfile.TemporaryDirectory(prefix="r-") as folder:
+        assert cli.main(["up", str(config), "--temp-dir", folder]) == 1
+    assert says in capsys.readouterr().err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
