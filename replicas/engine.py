@@ -211,7 +211,7 @@ class Engine:
     def _step(self) -> bool:
         """Launch the next batch, waiting for one if need be; False when the engine stops."""
         with self._wake:
-            proposal = self._next()
+            proposal = None if self._suspect else self._next()
             while proposal is None and not self._suspect:
                 if self._stopping:
                     return False
