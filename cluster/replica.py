@@ -136,12 +136,12 @@ class Replica:
             "pid": os.getpid(),
             "metrics": self._target,
             "limits": dataclasses.asdict(self._engine.limits),
-            "resident": list(self._engine.snapshot().resident),
+            "resident": list(self._engine.resident()),
         }
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Residency for the router. No counters or times: each change is broadcast to every gateway."""
-        return {"resident": sorted(self._engine.snapshot().resident)}
+        return {"resident": sorted(self._engine.resident())}
 
     async def record_replica_metadata(self) -> dict[str, Any]:
         """The rank, which a replacement of this replica gets again."""

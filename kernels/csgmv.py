@@ -193,9 +193,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, b
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     added = list(batch.tiles)
     done = 0
-    if added and _takes_gemm(x, stack, added[0]):
+    tile = _gemm_tile(x, stack, added[0])
+    if tile is not None:
         tiles = added.pop(0)  # the long segments, which stand first
-        gemm.gemm(x, weight, bias, _shrunk(x, stack, tiles, split=False), y, stack, tiles, _gemm_tile(x, stack, tiles))
+        gemm.gemm(x, weight, bias, _shrunk(x, stack, tiles, split=False), y, stack, tiles, tile)
         done = int(tiles.table[:, 1].max())
     _base(x[done:], weight, bias, y[done:])
     for tiles in added:
@@ -203,13 +204,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, b
     return y
 
 
-def _takes_gemm(x: Tensor, stack: LinearStack, tiles: Tiles) -> bool:
-    tile = _gemm_tile(x, stack, tiles)
-    return tiles.height == gemm.HEIGHT and tile.pays and gemm.can_fuse(x, stack, tile)
-
-
-def _gemm_tile(x: Tensor, stack: LinearStack, tiles: Tiles) -> FusedTile:
-    return _tile(FusedTile, "fused", x, stack, tiles)
+def _gemm_tile(x: Tensor, stack: LinearStack, tiles: Tiles) -> FusedTile | None:
+    """How to make base and LoRA in one product, None where that is not possible or does not pay."""
+    if tiles.height != gemm.HEIGHT:
+        return None
+    tile = _tile(FusedTile, "fused", x, stack, tiles)
+    return tile if tile.pays and gemm.can_fuse(x, stack, tile) else None
 
 
 def _base(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

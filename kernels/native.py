@@ -18,7 +18,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, b
     """Base projection plus each segment's LoRA.
 
     Semantics: `y[t] = W x[t] + bias + s * B A x[t]`, with A, B, s of row t's adapter. LoRA is written first and the
-    base product accumulates onto it, so that the sum is rounded once and y is not read by a pass of its own.
+    base product accumulates onto it: y is not read by a pass of its own, and on the CPU the sum is rounded once. cuBLAS
+    rounds a 16-bit product before it adds what is there.
 
     Args:
         x: [T, K].

@@ -59,7 +59,7 @@ class Engine:
         self.device, self.dtype = device, dtype
         model = Decoder(architecture, settings, config.model_dir, longest, device, dtype)
         self._pool = AdapterPool(architecture, config.slots, config.max_rank, config.lora_modules, device, dtype)
-        bases = (config.model_dir.resolve().name, *config.base_aliases)
+        bases = tuple(dict.fromkeys((config.model_dir.resolve().name, *config.base_aliases)))
         expected = Expectation(architecture, config.max_rank, config.lora_modules, bases, model.embedding)
         self._loader = Loader(self._pool, expected, config.host_cache_bytes)
         table = SlotTable(config.slots)
@@ -160,13 +160,18 @@ class Engine:
             self._wake.notify_all()
         return future.result()
 
+    def resident(self) -> tuple[str, ...]:
+        """Names of the adapters ready in a slot, most recently used last; cheaper than a snapshot of a long queue."""
+        with self._wake:
+            return tuple(ref.name for ref in self._residency.table.resident())
+
     def snapshot(self) -> Snapshot:
         """What is resident, waiting and running now."""
         with self._wake:
             waiting = self._scheduler.waiting()
             running = [*self._launching, *(work for flight in self._flights for work in flight.prompts)]
             return Snapshot(
-                resident=tuple(ref.name for ref in self._residency.table.resident()),
+                resident=self.resident(),
                 hosted=tuple(ref.name for ref in self._loader.host.refs()),
                 waiting_requests=requests_of(waiting),
                 waiting_tokens=self._scheduler.waiting_tokens,

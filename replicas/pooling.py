@@ -1,6 +1,5 @@
 """From token states to one vector a prompt, as the folder's sentence-transformers files say."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch.nn import functional
 
 from ranklet.replicas.attention import Spans
 from ranklet.replicas.errors import ModelError
+from ranklet.replicas.folder import read_json, read_settings
 
 MODES = {"lasttoken": "last", "mean": "mean", "cls": "cls"}
 _FLAGS = {"pooling_mode_lasttoken": "last", "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
@@ -50,7 +50,7 @@ def read_pooling(model_dir: Path) -> Pooling:
     listed = model_dir / "modules.json"
     if not listed.is_file():
         return Pooling()
-    modules = {module["type"].rsplit(".", 1)[-1]: module for module in _read_json(listed, list)}
+    modules = {module["type"].rsplit(".", 1)[-1]: module for module in read_json(listed, list)}
     unknown = sorted(set(modules) - {"Transformer", "Pooling", "Normalize"})
     if unknown:
         raise ModelError(f"{listed}: expected Transformer, Pooling, Normalize; got also {', '.join(unknown)}")
@@ -58,24 +58,14 @@ def read_pooling(model_dir: Path) -> Pooling:
     if "Pooling" in modules:
         mode = _mode(model_dir / modules["Pooling"]["path"] / "config.json")
     limits = model_dir / modules.get("Transformer", {"path": ""})["path"] / "sentence_bert_config.json"
-    limit = _read_json(limits, dict).get("max_seq_length") if limits.is_file() else None
+    limit = read_settings(limits).get("max_seq_length")
     return Pooling(mode=mode, normalize="Normalize" in modules, max_tokens=limit)
-
-
-def _read_json(path: Path, kind: type) -> Any:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: expected JSON, got: {error}") from error
-    if not isinstance(content, kind):
-        raise ModelError(f"{path}: expected a JSON {kind.__name__}, got {type(content).__name__}")
-    return content
 
 
 def _mode(path: Path) -> str:
     if not path.is_file():
         raise ModelError(f"{path}: expected the pooling's config, which modules.json names; it is missing")
-    config: dict[str, Any] = _read_json(path, dict)
+    config: dict[str, Any] = read_json(path, dict)
     flags = [name for name, on in config.items() if name.startswith("pooling_mode_") and on]
     asked = config.get("pooling_mode") or flags
     names = [asked] if isinstance(asked, str) else list(asked)

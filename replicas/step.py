@@ -52,7 +52,7 @@ class Stepper:
         self._pooling = pooling
         self._backend = backend
         self._cuda = model.device.type == "cuda"
-        self._layer = dispatch.Layer(pool.projections, pool.rank, self._cuda, crossovers(model.device.index))
+        self._layer = dispatch.Layer(pool.projections, pool.rank, self._cuda, crossovers(model.embedding.device.index))
         self._merged = Merged(merged_bytes)
         dispatch.BACKENDS["merged"] = self._merged
         self._count = np.arange(1, dtype=np.int32)

@@ -1,6 +1,5 @@
 """Texts to token ids, exactly as the model folder's own tokenizer does it."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.replicas.errors import ModelError
+from ranklet.replicas.folder import read_settings
 
 
 class PromptTokenizer:
@@ -25,7 +25,7 @@ class PromptTokenizer:
         self._backend.no_padding()
         self._backend.no_truncation()  # a prompt that is too long is an error, never cut in silence
         self._prefix = _default_prompt(model_dir)
-        self._lower = bool(_json(model_dir / "sentence_bert_config.json").get("do_lower_case"))
+        self._lower = bool(read_settings(model_dir / "sentence_bert_config.json").get("do_lower_case"))
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Token ids of each text, int32 [length], special tokens as the tokenizer's post-processor adds them."""
@@ -36,11 +36,6 @@ class PromptTokenizer:
 
 def _default_prompt(model_dir: Path) -> str:
     """The prompt that sentence-transformers would put before every text, if the folder names one."""
-    config = _json(model_dir / "config_sentence_transformers.json")
+    config = read_settings(model_dir / "config_sentence_transformers.json")
     name = config.get("default_prompt_name")
     return str((config.get("prompts") or {}).get(name) or "") if name else ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return content

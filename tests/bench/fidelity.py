@@ -16,7 +16,7 @@ from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine import Engine
 from tests.bench import report
 from tests.bench.engine import embed, refs
-from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model
+from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model
 
 LENGTHS = (1, 17, 130, 512, 1000, 2048)
 
@@ -50,7 +50,7 @@ def main() -> None:
         model = write_model(folder / "model", layers=options.layers)
         paths: list[Path] = []
         for rank in (8, 16, 64):
-            modules = tuple(QWEN3_EMBEDDING_06B.dims()) if rank == 16 else ("q_proj", "k_proj", "v_proj", "o_proj")
+            modules = tuple(QWEN3_EMBEDDING_06B.module_dims()) if rank == 16 else ATTENTION
             made = write_adapters(folder / f"r{rank}", 1, layers=options.layers, rank=rank, modules=modules)
             paths += [path.rename(folder / f"rank{rank}") for path in made]
         rng = np.random.default_rng(7)

@@ -25,9 +25,9 @@ from ranklet.kernels.probe import Projection, expanded, gpu_ms, projections, rel
 from ranklet.kernels.race import SCOPES, Layer, compile_batches, points
 from ranklet.kernels.workloads import even
 from tests.bench import grid, report
-from tests.bench.shapes import QWEN3_EMBEDDING_06B, Shape
+from tests.bench.shapes import QWEN3_EMBEDDING_06B, decoder
 
-TINY = Shape(layers=1, hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=64, vocab=64)
+TINY = decoder("Qwen3Model", layers=1, hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=64, vocab=64)
 ROUNDS = 5
 REP_MS = 20
 ATTENTION, ALL = SCOPES["attention"], SCOPES["layer"]
@@ -55,12 +55,12 @@ class Setting:
 def setting(*, tiny: bool) -> Setting:
     """The real shapes on a GPU; tiny ones on the CPU, csgmv only where Triton interprets."""
     if torch.cuda.is_available() and not tiny:
-        real = projections(QWEN3_EMBEDDING_06B.dims())
+        real = projections(QWEN3_EMBEDDING_06B.module_dims())
         return Setting(real, torch.device("cuda", 0), torch.bfloat16, tuple(BACKENDS), 1)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     runs = device.type == "cuda" or triton.knobs.runtime.interpret
     backends = tuple(name for name in BACKENDS if name != "csgmv" or runs)
-    return Setting(projections(TINY.dims()), device, torch.float16, backends, 64)
+    return Setting(projections(TINY.module_dims()), device, torch.float16, backends, 64)
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], object]:

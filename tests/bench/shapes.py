@@ -2,40 +2,33 @@
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from ranklet.replicas.architecture import Architecture
+
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A decoder's dimensions."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-
-    def dims(self) -> dict[str, tuple[int, int]]:
-        """(input width, output width) by module."""
-        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "q_proj": (self.hidden, query), "k_proj": (self.hidden, key), "v_proj": (self.hidden, key),
-            "o_proj": (query, self.hidden), "gate_proj": (self.hidden, self.intermediate),
-            "up_proj": (self.hidden, self.intermediate), "down_proj": (self.intermediate, self.hidden),
-        }  # fmt: skip
+def decoder(
+    name: str, *, layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int
+) -> Architecture:
+    """A decoder's dimensions; the rest as Qwen3-Embedding has it."""
+    return Architecture(
+        name, layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, eps=1e-6,
+        qk_norm=name.startswith("Qwen3"), windows=(None,) * layers, max_position=32_768,
+    )  # fmt: skip
 
 
-QWEN3_EMBEDDING_06B = Shape(28, 1024, 16, 8, 128, 3072, 151_669)
-LLAMA_31_8B = Shape(32, 4096, 32, 8, 128, 14336, 128_256)
+QWEN3_EMBEDDING_06B = decoder(
+    "Qwen3Model", layers=28, hidden=1024, heads=16, kv_heads=8, head_dim=128, intermediate=3072, vocab=151_669
+)
+LLAMA_31_8B = decoder(
+    "LlamaModel", layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, intermediate=14_336, vocab=128_256
+)
 
 
 def module_path(layer: int, name: str) -> str:
@@ -44,7 +37,9 @@ def module_path(layer: int, name: str) -> str:
     return f"layers.{layer}.{group}.{name}"
 
 
-def write_model(folder: Path, shape: Shape = QWEN3_EMBEDDING_06B, *, layers: int | None = None, seed: int = 0) -> Path:
+def write_model(
+    folder: Path, shape: Architecture = QWEN3_EMBEDDING_06B, *, layers: int | None = None, seed: int = 0
+) -> Path:
     """A Qwen3 folder of this shape: random bf16 weights of the usual scale (std 1/sqrt(width)), norms near one."""
     folder.mkdir(parents=True, exist_ok=True)
     layers = layers or shape.layers
@@ -70,7 +65,7 @@ def write_model(folder: Path, shape: Shape = QWEN3_EMBEDDING_06B, *, layers: int
         "norm.weight": near_one(shape.hidden),
     }
     for layer in range(layers):
-        for name, (wide, out) in shape.dims().items():
+        for name, (wide, out) in shape.module_dims().items():
             tensors[f"{module_path(layer, name)}.weight"] = normal(out, wide, std=1 / math.sqrt(wide))
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"layers.{layer}.{name}.weight"] = near_one(shape.hidden)
@@ -81,7 +76,7 @@ def write_model(folder: Path, shape: Shape = QWEN3_EMBEDDING_06B, *, layers: int
 
 
 def write_adapters(
-    folder: Path, count: int, *, shape: Shape = QWEN3_EMBEDDING_06B, layers: int | None = None, rank: int = 64,
+    folder: Path, count: int, *, shape: Architecture = QWEN3_EMBEDDING_06B, layers: int | None = None, rank: int = 64,
     modules: tuple[str, ...] = ATTENTION,
 ) -> list[Path]:  # fmt: skip
     """PEFT folders `folder/ad000` ...: random weights, LoRA's output about a tenth of the base's."""
@@ -102,12 +97,14 @@ def write_adapters(
     return made
 
 
-def _lora_tensors(shape: Shape, layers: int, rank: int, modules: tuple[str, ...], seed: int) -> dict[str, torch.Tensor]:
+def _lora_tensors(
+    shape: Architecture, layers: int, rank: int, modules: tuple[str, ...], seed: int
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(1000 + seed)
     tensors = {}
     for layer in range(layers):
         for name in modules:
-            wide, out = shape.dims()[name]
+            wide, out = shape.module_dims()[name]
             key = f"base_model.model.{module_path(layer, name)}"
             for side, size, std in (
                 ("A", (rank, wide), 1 / math.sqrt(wide)),

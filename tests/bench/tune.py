@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the table (default: the GPU's, with the kernels)")
     options = parser.parse_args()
     for name in options.shapes:
-        dims, crossovers = SHAPES[name].dims(), not options.no_crossovers
+        dims, crossovers = SHAPES[name].module_dims(), not options.no_crossovers
         print(name, tune(dims, options.ranks, path=options.out, rows=options.rows, crossovers=crossovers))
 
 

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from ranklet.kernels import csgmv, gemm
 from ranklet.kernels.batch import plan
 from ranklet.kernels.tiles import FusedTile
+from ranklet.kernels.workloads import MIXES, Mix, assign
 from tests.kernels import oracle
-from tests.kernels.workloads import MIXES, Mix, assign
 
 NAN = float("nan")
 RANKS = {0: (1, 1, 1), 1: (3, 0, 8), 2: (8, 8, 8), 3: (40, 64, 40), 4: (64, 64, 64), 5: (0, 0, 0)}

@@ -15,8 +15,8 @@ from ranklet.kernels import merged, native
 from ranklet.kernels.batch import LoraBatch, Segment, plan
 from ranklet.kernels.merged import KeptMerges, Merged
 from ranklet.kernels.stack import LinearStack, SlotMeta
+from ranklet.kernels.workloads import MIXES, Mix, assign
 from tests.kernels import oracle
-from tests.kernels.workloads import MIXES, Mix, assign
 
 NAN = float("nan")
 WIDE, SLOTS, RANK = 40, 6, 64

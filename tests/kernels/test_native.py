@@ -15,8 +15,8 @@ from torch.testing import assert_close
 from ranklet.kernels import native
 from ranklet.kernels.batch import plan
 from ranklet.kernels.stack import SlotMeta
+from ranklet.kernels.workloads import MIXES, Mix, assign
 from tests.kernels import oracle
-from tests.kernels.workloads import MIXES, Mix, assign
 
 NAN = float("nan")
 WIDE, VOCAB, SLOTS, RANK = 40, 50, 6, 64

@@ -32,7 +32,7 @@ def halve(x: float) -> float:
 
 
 def test_a_layer_has_four_projections() -> None:
-    found = {p.name: (p.wide, p.widths) for p in projections(QWEN3_EMBEDDING_06B.dims())}
+    found = {p.name: (p.wide, p.widths) for p in projections(QWEN3_EMBEDDING_06B.module_dims())}
     assert found == {
         "qkv": (1024, (2048, 1024, 1024)), "o": (2048, (1024,)), "gate_up": (1024, (3072, 3072)),
         "down": (3072, (1024,)),
@@ -123,4 +123,4 @@ def test_processes_say_in_order_which_jobs_worked() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_no_gpu_is_said_plainly() -> None:
     with pytest.raises(ValueError, match="expected a CUDA device"):
-        tune.tune(QWEN3_EMBEDDING_06B.dims(), [64])
+        tune.tune(QWEN3_EMBEDDING_06B.module_dims(), [64])

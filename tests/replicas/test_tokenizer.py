@@ -77,6 +77,14 @@ def test_a_folder_that_lowers_its_texts(tmp_path: Path, model_dir: Path) -> None
     assert list(ours) == list(PromptTokenizer(model_dir).encode(["the court ruled"])[0])
 
 
+@pytest.mark.parametrize("name", ["config_sentence_transformers.json", "sentence_bert_config.json"])
+def test_a_broken_settings_file_is_named(name: str, tmp_path: Path, model_dir: Path) -> None:
+    folder = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    (folder / name).write_text("{")
+    with pytest.raises(ModelError, match=name):
+        PromptTokenizer(folder)
+
+
 def test_several_threads_at_once(pair: Pair) -> None:
     encode: Callable[[str], list[int]] = lambda text: list(pair[0].encode([text])[0])  # noqa: E731 - typed for map
     with ThreadPoolExecutor(4) as threads:
