@@ -15,6 +15,7 @@ from torch import Tensor
 SHORT_ROWS = 32  # adapters with no more rows than this are cut into short tiles, the others into tall ones
 SHORT_HEIGHTS = (16, 32)
 TALL_HEIGHTS = (64, 128)
+BLOCK_ROWS = 128
 
 
 class Segment(NamedTuple):
@@ -71,11 +72,32 @@ def runs_of(segments: Sequence[Segment]) -> NDArray[np.int32]:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Segments cut into runs of at most `height` rows; a tile never spans two adapters."""
+    """Segments that stand together, cut into tiles of at most `height` rows, each of one adapter.
+
+    Their rows are also cut into blocks of `BLOCK_ROWS`, wherever segments end, for products that work so. No blocks:
+    padded for a CUDA graph.
+    """
 
     height: int
     table: NDArray[np.int32]  # [tiles, 3]: first row, end row, slot; an empty tile is (0, 0, 0)
-    device: Tensor | None = None  # the same, where the kernels read it
+    runs: NDArray[np.int32]  # [segments, 3]: the same of the segments
+    blocks: NDArray[np.int32]  # [blocks, 2]: first and end segment that have rows in it, as rows of `runs`
+    device: tuple[Tensor, Tensor, Tensor] | None = None  # table, runs and blocks where the kernels read them
+
+    @property
+    def arrays(self) -> tuple[NDArray[np.int32], ...]:
+        """What the kernels read."""
+        return self.table, self.runs, self.blocks
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """First and end row."""
+        return int(self.runs[0, 0]), int(self.runs[-1, 1])
+
+    def on(self, device: torch.device) -> Self:
+        """The same, with its arrays copied to a device."""
+        table, runs, blocks = (torch.from_numpy(array).to(device) for array in self.arrays)
+        return replace(self, device=(table, runs, blocks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +134,7 @@ class LoraBatch:
 
     def placed(self, device: torch.device) -> Self:
         """The batch cut into tiles, with their tables on a device (engines send them along with the token ids)."""
-        made = (replace(tiles, device=torch.from_numpy(tiles.table).to(device)) for tiles in cut(self))
-        return replace(self, tiles=tuple(made))
+        return replace(self, tiles=tuple(tiles.on(device) for tiles in cut(self)))
 
 
 def plan(lengths: Sequence[int], slots: Sequence[int | None]) -> tuple[list[int], LoraBatch]:
@@ -171,12 +192,20 @@ def _cut(runs: NDArray[np.int32], heights: Sequence[int], capacity: int | None) 
     counts = -(-rows // height)
     ends = counts.cumsum()
     tiles = int(ends[-1])
+    blocks = np.empty((0, 2), dtype=np.int32) if capacity else _blocks(runs)
+    if tiles == len(runs) and not capacity:  # a tile each
+        return Tiles(height, runs, runs, blocks)
     table = np.zeros((max(tiles, capacity or 0), 3), dtype=np.int32)
-    if tiles == len(runs):  # a tile each
-        table[:tiles] = runs
-        return Tiles(height, table)
     used = table[:tiles]
     used[:] = runs.repeat(counts, axis=0)
     used[:, 0] += (np.arange(tiles) - (ends - counts).repeat(counts)) * height
     np.minimum(used[:, 1], used[:, 0] + height, out=used[:, 1])
-    return Tiles(height, table)
+    return Tiles(height, table, runs, blocks)
+
+
+def _blocks(runs: NDArray[np.int32]) -> NDArray[np.int32]:
+    starts = np.arange(runs[0, 0], runs[-1, 1], BLOCK_ROWS, dtype=np.int32)
+    blocks = np.empty((len(starts), 2), dtype=np.int32)
+    blocks[:, 0] = runs[:, 1].searchsorted(starts, "right")
+    blocks[:, 1] = runs[:, 0].searchsorted(starts + (BLOCK_ROWS - 1), "right")
+    return blocks

@@ -8,7 +8,6 @@ from ranklet.kernels.tiles import ExpandTile, FusedTile, Op, ShrinkTile, Tile
 from ranklet.kernels.workloads import Workload
 
 FEW_ROWS = 1024  # batches below leave a GPU empty unless the parts of K run side by side
-_HEIGHT_OF_FUSED = 128
 
 WORKLOADS = (
     Workload("distinct", 256, 1, 32),
@@ -42,7 +41,7 @@ def candidates(op: Op, height: int, rows: int) -> tuple[Tile, ...]:
         return _shrink(height, rows)
     if op == "expand":
         return _EXPAND_SHORT if height <= 32 else _EXPAND_TALL
-    return _FUSED if height == _HEIGHT_OF_FUSED else ()
+    return _FUSED if rows > FEW_ROWS else ()
 
 
 def _shrink(height: int, rows: int) -> tuple[ShrinkTile, ...]:

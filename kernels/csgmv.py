@@ -1,11 +1,12 @@
 """Chunked segmented LoRA in Triton: each adapter's rows cut into tiles, one launch for all adapters.
 
-Where it pays, long segments get base and LoRA from one product (`gemm.py`); all others add to the base product with
-`expand`. Letters as in `stack.py`, T rows. After SGLang's csgmv and Punica's SGMV.
+Where it pays, segments get base and LoRA from one product (`gemm.py`); all others add to the base product with `expand`.
+In small batches `expand` is launched while `shrink` still runs (CUDA's programmatic dependent launch): it fetches B
+meanwhile, and waits before it reads what `shrink` writes. Letters as in `stack.py`, T rows. After SGLang's csgmv and Punica's SGMV.
 """
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -23,12 +24,15 @@ from ranklet.kernels.tiles import ExpandTile, FusedTile, Key, Op, ShrinkTile
 T = TypeVar("T", ShrinkTile, ExpandTile, FusedTile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tiles"])
 def _shrink_kernel(
     x, a, h, tiles, ranks, scalings, meta_stride, K, x_stride, a_slot_stride, h_stride, h_split_stride,
     R: tl.constexpr, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     split = tl.program_id(1)
     start = tl.load(tiles + tile * 3)
@@ -94,20 +98,20 @@ def shrink(x: Tensor, h: Tensor, stack: LinearStack, tiles: Tiles, tile: ShrinkT
     assert tiles.device is not None
     wide, block_k = x.shape[1], min(tile.block_k, triton.next_power_of_2(x.shape[1]))
     _shrink_kernel[(len(tiles.table), tile.split)](
-        x, stack.a, h, tiles.device, stack.ranks, stack.scalings, stack.ranks.stride(0), wide,
+        x, stack.a, h, tiles.device[0], stack.ranks, stack.scalings, stack.ranks.stride(0), wide,
         x.stride(0), stack.a.stride(0), h.stride(1), h.stride(0),
         R=stack.rank, SLICES=len(stack.widths), BLOCK_M=tiles.height, BLOCK_R=triton.next_power_of_2(stack.rank),
         BLOCK_K=block_k, SPLIT=tile.split, EVEN_K=wide % (block_k * tile.split) == 0, STAGES=tile.stages,
-        PRECISION=_precision(x), num_warps=tile.warps,
+        PRECISION=_precision(x), num_warps=tile.warps, **_launch(x, tile),
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tiles"])
 def _expand_kernel(
     h, b, y, tiles, ranks, meta_stride, h_stride, h_split_stride, b_slot_stride, y_stride,
     R: tl.constexpr, SLICES: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     start = tl.load(tiles + tile * 3)
@@ -137,17 +141,26 @@ def _expand_kernel(
     rows = start + tl.arange(0, BLOCK_M)
     in_rows = (rows < stop)[:, None]
     r = tl.arange(0, BLOCK_R)
+    in_rank = (r < rank)[:, None]
+    b_at = b + slot.to(tl.int64) * b_slot_stride + r[:, None]
+    columns = program * LOOP * BLOCK_N + tl.arange(0, BLOCK_N)
+    if LOOP == 1:
+        fetched = tl.load(b_at + (first + columns)[None, :] * R, mask=(columns < width)[None, :] & in_rank, other=0.0)
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
     h_at = h + rows.to(tl.int64)[:, None] * h_stride + piece * R + r[None, :]
     in_h = in_rows & (r < rank)[None, :]
     hidden = tl.load(h_at, mask=in_h, other=0.0)
     for part in tl.static_range(1, SPLIT):
         hidden += tl.load(h_at + part * h_split_stride, mask=in_h, other=0.0)
     hidden = hidden.to(b.dtype.element_ty)
-    b_at = b + slot.to(tl.int64) * b_slot_stride + r[:, None]
     for j in tl.range(0, LOOP, num_stages=STAGES):
         columns = (program * LOOP + j) * BLOCK_N + tl.arange(0, BLOCK_N)
         in_columns = (columns < width)[None, :]
-        weight = tl.load(b_at + (first + columns)[None, :] * R, mask=in_columns & (r < rank)[:, None], other=0.0)
+        if LOOP == 1:
+            weight = fetched
+        else:
+            weight = tl.load(b_at + (first + columns)[None, :] * R, mask=in_columns & in_rank, other=0.0)
         y_at = y + rows.to(tl.int64)[:, None] * y_stride + (first + columns)[None, :]
         before = tl.load(y_at, mask=in_rows & in_columns, other=0.0)
         after = tl.dot(hidden, weight, input_precision=PRECISION) + before.to(tl.float32)
@@ -168,11 +181,11 @@ def expand(h: Tensor, y: Tensor, stack: LinearStack, tiles: Tiles, tile: ExpandT
     block_n = min(tile.block_n, triton.next_power_of_2(max(stack.widths)))
     programs = sum(triton.cdiv(width, block_n * tile.loop) for width in stack.widths)
     _expand_kernel[(len(tiles.table), programs)](
-        h, stack.b, y, tiles.device, stack.ranks, stack.ranks.stride(0),
+        h, stack.b, y, tiles.device[0], stack.ranks, stack.ranks.stride(0),
         h.stride(1), h.stride(0), stack.b.stride(0), y.stride(0),
         R=stack.rank, SLICES=len(stack.widths), W0=w0, W1=w1, W2=w2, BLOCK_M=tiles.height,
         BLOCK_R=triton.next_power_of_2(stack.rank), BLOCK_N=block_n, LOOP=tile.loop, SPLIT=h.shape[0],
-        STAGES=tile.stages, PRECISION=_precision(y), num_warps=tile.warps,
+        STAGES=tile.stages, PRECISION=_precision(y), num_warps=tile.warps, **_launch(y, tile),
     )  # fmt: skip
 
 
@@ -191,25 +204,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, b
     if not batch.tiles:
         raise ValueError("batch: expected tiles for its segments, got none; call LoraBatch.placed")
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-    added = list(batch.tiles)
-    done = 0
-    tile = _gemm_tile(x, stack, added[0])
-    if tile is not None:
-        tiles = added.pop(0)  # the long segments, which stand first
-        gemm.gemm(x, weight, bias, _shrunk(x, stack, tiles, split=False), y, stack, tiles, tile)
-        done = int(tiles.table[:, 1].max())
+    added, done = [], 0
+    for tiles in batch.tiles:
+        tile = _fused(x, stack, tiles)
+        if tile and not added:
+            gemm.gemm(x, weight, bias, _shrunk(x, stack, tiles, split=False), y, stack, tiles, tile)
+            done = tiles.rows[1]
+        else:
+            added.append(tiles)
     _base(x[done:], weight, bias, y[done:])
     for tiles in added:
         expand(_shrunk(x, stack, tiles, split=True), y, stack, tiles, _tile(ExpandTile, "expand", x, stack, tiles))
     return y
 
 
-def _gemm_tile(x: Tensor, stack: LinearStack, tiles: Tiles) -> FusedTile | None:
+def _fused(x: Tensor, stack: LinearStack, tiles: Tiles) -> FusedTile | None:
     """How to make base and LoRA in one product, None where that is not possible or does not pay."""
-    if tiles.height != gemm.HEIGHT:
-        return None
     tile = _tile(FusedTile, "fused", x, stack, tiles)
-    return tile if tile.pays and gemm.can_fuse(x, stack, tile) else None
+    return tile if tile.pays and gemm.can_fuse(x, stack, tiles, tile) else None
 
 
 def _base(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -239,7 +251,7 @@ def _tile(kind: type[T], op: Op, x: Tensor, stack: LinearStack, tiles: Tiles) ->
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tiles", "ids"])
 def _embedding_kernel(
     ids, a, b, y, tiles, ranks, scalings, meta_stride, a_slot_stride, b_slot_stride, y_stride, N,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -281,11 +293,20 @@ def embedding(ids: Tensor, table: Tensor, stack: EmbeddingStack, batch: LoraBatc
         assert tiles.device is not None
         block_n = min(_EMBEDDING_BLOCK_N, triton.next_power_of_2(width))
         _embedding_kernel[(len(tiles.table), triton.cdiv(width, block_n))](
-            ids, stack.a, stack.b, y, tiles.device, stack.ranks, stack.scalings, stack.ranks.stride(0),
+            ids, stack.a, stack.b, y, tiles.device[0], stack.ranks, stack.scalings, stack.ranks.stride(0),
             stack.a.stride(0), stack.b.stride(0), y.stride(0), width, R=stack.rank, BLOCK_M=tiles.height,
             BLOCK_R=triton.next_power_of_2(stack.rank), BLOCK_N=block_n, PRECISION=_precision(y), num_warps=4,
         )  # fmt: skip
     return y
+
+
+_CHAINED_ROWS = 1024  # with more, `expand` does not wait for a launch
+
+
+def _launch(x: Tensor, tile: ShrinkTile | ExpandTile) -> dict[str, Any]:
+    """What a launch takes besides its shape."""
+    chained = x.shape[0] <= _CHAINED_ROWS and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    return {"CHAINED": chained, "launch_pdl": chained, "maxnreg": tile.registers or None}
 
 
 def _precision(x: Tensor) -> str:

@@ -1,7 +1,8 @@
 """The base product with LoRA in its accumulator: y is written once, and rounded once.
 
-For tall tiles on Hopper and later, where a pass over y costs more than a base product somewhat slower than cuBLAS's.
-Letters as in `stack.py`, T rows. After Triton's persistent matmul tutorial.
+A block of rows may belong to several adapters: after the base product each adds its own, the rows of others masked. It
+pays on Hopper and later, where a pass over y costs more than a base product somewhat slower than cuBLAS's. Letters as
+in `stack.py`, T rows. After Triton's persistent matmul tutorial.
 """
 
 import torch
@@ -10,19 +11,21 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ranklet.kernels.batch import Tiles
+from ranklet.kernels.batch import BLOCK_ROWS, Tiles
 from ranklet.kernels.stack import LinearStack
 from ranklet.kernels.tiles import FusedTile
 
-HEIGHT = 128  # rows of the tiles it takes
+_MOST_STEPS = 0.75  # of the base product's steps over K: with more for LoRA, a pass of its own is cheaper
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(
+    do_not_specialize=["count", "begin", "end"], do_not_specialize_on_alignment=["runs", "blocks", "begin", "end"]
+)
 def _gemm_kernel(
-    x_tma, w_tma, h_tma, b_tma, y_tma, y, bias, tiles, count, N, y_stride,
+    x_tma, w_tma, b_tma, y_tma, h, y, bias, runs, blocks, count, begin, end, N, y_stride, h_stride,
     K: tl.constexpr, R: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr,
-    BIAS: tl.constexpr, STAGES: tl.constexpr,
+    BIAS: tl.constexpr, STAGES: tl.constexpr, LORA_STAGES: tl.constexpr,
 ):  # fmt: skip
     columns_of_blocks = tl.cdiv(N, BLOCK_N)
     per_group = GROUP * columns_of_blocks
@@ -30,20 +33,23 @@ def _gemm_kernel(
         # Blocks of a group share rows of x and columns of W, which then come from the L2 cache.
         above = block // per_group * GROUP
         height = tl.minimum(count - above, GROUP)
-        tile = above + block % per_group % height
+        row_block = above + block % per_group % height
         first = block % per_group // height * BLOCK_N
-        start = tl.load(tiles + tile * 3)
-        stop = tl.load(tiles + tile * 3 + 1)
-        slot = tl.load(tiles + tile * 3 + 2)
+        start = begin + row_block * BLOCK_M
         piece = (first >= W0).to(tl.int32) + (first >= W0 + W1).to(tl.int32)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             acc = tl.dot(x_tma.load([start, k]), w_tma.load([first, k]).T, acc)
-        lora_b = tl.reshape(b_tma.load([slot, first, 0]), (BLOCK_N, R))
-        acc = tl.dot(h_tma.load([start, piece * R]), lora_b.T, acc)
+        rows = start + tl.arange(0, BLOCK_M)
+        h_at = h + rows.to(tl.int64)[:, None] * h_stride + piece * R + tl.arange(0, R)[None, :]
+        for run in tl.range(tl.load(blocks + row_block * 2), tl.load(blocks + row_block * 2 + 1), num_stages=LORA_STAGES):
+            own = (rows >= tl.load(runs + run * 3)) & (rows < tl.load(runs + run * 3 + 1))
+            hidden = tl.load(h_at, mask=own[:, None], other=0.0)
+            lora_b = tl.reshape(b_tma.load([tl.load(runs + run * 3 + 2), first, 0]), (BLOCK_N, R))
+            acc = tl.dot(hidden, lora_b.T, acc)
         if BIAS:
             acc += tl.load(bias + first + tl.arange(0, BLOCK_N)).to(tl.float32)[None, :]
-        if stop - start == BLOCK_M:
+        if start + BLOCK_M <= end:
             if HALVES == 1:
                 y_tma.store([start, first], acc.to(y.dtype.element_ty))
             else:
@@ -51,10 +57,9 @@ def _gemm_kernel(
                 left, right = tl.split(halves)
                 y_tma.store([start, first], left.to(y.dtype.element_ty))
                 y_tma.store([start, first + BLOCK_N // 2], right.to(y.dtype.element_ty))
-        else:  # the last tile of a segment: the rows below it are another adapter's
-            rows = start + tl.arange(0, BLOCK_M)
+        else:  # the last block: the rows below are not its own
             at = y + rows.to(tl.int64)[:, None] * y_stride + (first + tl.arange(0, BLOCK_N))[None, :]
-            tl.store(at, acc.to(y.dtype.element_ty), mask=(rows < stop)[:, None])
+            tl.store(at, acc.to(y.dtype.element_ty), mask=(rows < end)[:, None])
 
 
 def gemm(
@@ -70,25 +75,29 @@ def gemm(
         y: [T, N]. Rows of no tile are left alone.
     """
     assert tiles.device is not None
-    wide, rank, height, block_n = x.shape[1], stack.rank, tiles.height, tile.block_n
+    wide, rank, block_n = x.shape[1], stack.rank, tile.block_n
     width = weight.shape[0]
     programs = _processors(x)
     w0, w1 = (*stack.widths, width)[:2]
-    _gemm_kernel[(min(programs, len(tiles.table) * triton.cdiv(width, block_n)),)](
-        TensorDescriptor.from_tensor(x, [height, tile.block_k]),
+    _, runs, blocks = tiles.device
+    _gemm_kernel[(min(programs, len(tiles.blocks) * triton.cdiv(width, block_n)),)](
+        TensorDescriptor.from_tensor(x, [BLOCK_ROWS, tile.block_k]),
         TensorDescriptor.from_tensor(weight, [block_n, tile.block_k]),
-        TensorDescriptor.from_tensor(h[0], [height, rank]),
         TensorDescriptor.from_tensor(stack.b, [1, block_n, rank]),
-        TensorDescriptor.from_tensor(y, [height, block_n // tile.halves]),
-        y, weight if bias is None else bias, tiles.device, len(tiles.table), width, y.stride(0),
-        K=wide, R=rank, W0=w0, W1=w1, PROGRAMS=programs, BLOCK_M=height, BLOCK_N=block_n, BLOCK_K=tile.block_k,
-        GROUP=tile.group, HALVES=tile.halves, BIAS=bias is not None, STAGES=tile.stages, num_warps=tile.warps,
-        num_stages=tile.stages,
+        TensorDescriptor.from_tensor(y, [BLOCK_ROWS, block_n // tile.halves]),
+        h, y, weight if bias is None else bias, runs, blocks, len(tiles.blocks), *tiles.rows, width, y.stride(0),
+        h.stride(1), K=wide, R=rank, W0=w0, W1=w1, PROGRAMS=programs, BLOCK_M=BLOCK_ROWS, BLOCK_N=block_n,
+        BLOCK_K=tile.block_k, GROUP=tile.group, HALVES=tile.halves, BIAS=bias is not None, STAGES=tile.stages,
+        LORA_STAGES=LORA_STAGES, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
+LORA_STAGES = 1
 
-def can_fuse(x: Tensor, stack: LinearStack, tile: FusedTile) -> bool:
-    """Whether `gemm` takes this projection: Hopper or later, 16-bit, and slices of whole blocks."""
+def can_fuse(x: Tensor, stack: LinearStack, tiles: Tiles, tile: FusedTile) -> bool:
+    """Whether `gemm` takes this projection: Hopper or later, 16-bit, slices of whole blocks, not too many adapters."""
+    steps = len(tiles.runs) + len(tiles.blocks) - 1  # at most: a run adds one to each block it touches
+    if len(tiles.blocks) == 0 or steps * stack.rank > _MOST_STEPS * x.shape[1] * len(tiles.blocks):
+        return False
     if x.dtype not in (torch.bfloat16, torch.float16) or x.shape[1] % tile.block_k or x.stride(0) % 8:
         return False
     if stack.rank not in (16, 32, 64, 128) or any(width % tile.block_n for width in stack.widths):

@@ -1,25 +1,25 @@
 """LoRA by merging: `W' = W + s * B A` of each adapter into a scratch weight, then one plain GEMM over its rows.
 
-It costs a pass over W per adapter and nothing per row, so it wins with few adapters and many rows. On the CPU the sum
-is formed in float32 and W' rounded to the weight's dtype once; cuBLAS rounds B A before it adds W. Error relative to
-float64 (norm of the error over norm of y, CPU): 2.4e-3 in bfloat16, 3e-4 in float16, of which rounding y itself is
-1.7e-3 and 2.1e-4; it does not grow with K or rank.
+It costs a pass over W per adapter and nothing per row, so it wins with few adapters and many rows. The sum is formed in
+float32 and W' rounded to the weight's dtype once. Error relative to float64 (norm of the error over norm of y, CPU):
+2.4e-3 in bfloat16, 3e-4 in float16, of which rounding y itself is 1.7e-3 and 2.1e-4; it does not grow with K or rank.
 
 Adapters that dominate traffic keep their merged weights within a byte budget. Letters as in `stack.py`, T rows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ranklet.kernels import native
+from ranklet.kernels import merge, native
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.recut import check_rows
 from ranklet.kernels.stack import EmbeddingStack, LinearStack, SlotMeta
 
+_SCRATCH_BYTES = 64 << 20  # of weights merged at once, unless one alone is larger
 _NEGLIGIBLE = 0.01  # of a batch's LoRA rows: fewer are not counted, which keeps batches of many adapters cheap
 
 
@@ -112,7 +112,7 @@ class KeptMerges:
         if slot not in self._dominating or not self._make_room(slot, weight.nbytes):
             return None
         try:
-            merged = _empty(weight)
+            merged = _empty(weight)[0]
         except torch.OutOfMemoryError:
             self.drop()
             return None
@@ -166,13 +166,12 @@ class Merged:
     """The backend: scratch weights it uses again for each shape, and the copies it keeps. One thread, one stream.
 
     Args:
-        budget_bytes: for kept copies, on top of the scratch weights (two of each shape of projection).
+        budget_bytes: for kept copies, on top of the scratch weights (for each shape of projection `merge.AT_ONCE`, or 64 MiB if that is less).
     """
 
     def __init__(self, budget_bytes: int = 0) -> None:
         self.kept = KeptMerges(budget_bytes)
-        self._scratch: dict[tuple[torch.device, torch.dtype, torch.Size], list[Tensor]] = {}
-        self._turn = 0
+        self._scratch: dict[tuple[torch.device, torch.dtype, torch.Size], Tensor] = {}
 
     def observe(self, batch: LoraBatch) -> None:
         """Count a batch, whatever its backend; to be called once per batch, before its forward."""
@@ -204,52 +203,65 @@ class Merged:
         if not any(slot is not None for slot, _, _ in runs):
             return functional.linear(x, weight, bias)
         y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-        for slot, start, stop in runs:
-            w = weight if slot is None else self._merged(weight, stack, slot)
-            if bias is None:
-                torch.mm(x[start:stop], w.t(), out=y[start:stop])
-            else:
-                torch.addmm(bias, x[start:stop], w.t(), out=y[start:stop])
+        at_once = max(1, min(merge.AT_ONCE, _SCRATCH_BYTES // weight.nbytes))
+        for first in range(0, len(runs), at_once):
+            some = runs[first : first + at_once]
+            merges = self._merges(weight, stack, [slot for slot, _, _ in some if slot is not None])
+            for slot, start, stop in some:
+                w = weight if slot is None else merges[slot]
+                if bias is None:
+                    torch.mm(x[start:stop], w.t(), out=y[start:stop])
+                else:
+                    torch.addmm(bias, x[start:stop], w.t(), out=y[start:stop])
         return y
 
     def embedding(self, ids: Tensor, table: Tensor, stack: EmbeddingStack, batch: LoraBatch) -> Tensor:
         """As `native.embedding`: a lookup reads few rows of the table, so merging all of them never pays."""
         return native.embedding(ids, table, stack, batch)
 
-    def _merged(self, weight: Tensor, stack: LinearStack, slot: int) -> Tensor:
-        meta = stack.meta[slot]
-        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-            kept = None  # a graph would replay the copy after it is gone
-        else:
-            kept = self.kept.find(slot, weight, meta)
-            if kept is None:
-                kept = self.kept.add(slot, weight, meta, lambda out: merge(out, weight, stack, slot))
-        if kept is not None:
-            return kept
-        scratch = self._next_scratch(weight)
-        merge(scratch, weight, stack, slot)
-        return scratch
+    def _merges(self, weight: Tensor, stack: LinearStack, slots: Sequence[int]) -> dict[int, Tensor]:
+        """W' of each slot: kept copies as they are, the others in scratch, where the next call overwrites them."""
+        merges: dict[int, Tensor] = {}
+        if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph would outlive a kept copy
+            for slot in slots:
+                kept = self.kept.find(slot, weight, stack.meta[slot])
+                if kept is None:
+                    kept = self.kept.add(
+                        slot, weight, stack.meta[slot], lambda out, slot=slot: _merge(out[None], weight, stack, [slot])
+                    )
+                if kept is not None:
+                    merges[slot] = kept
+        fresh = [slot for slot in dict.fromkeys(slots) if slot not in merges]
+        if fresh:
+            scratch = self._scratch_for(weight, len(fresh))
+            _merge(scratch, weight, stack, fresh)
+            merges.update(zip(fresh, scratch, strict=False))
+        return merges
 
-    def _next_scratch(self, weight: Tensor) -> Tensor:
-        """Two take turns, so that a merge need not wait for the product that still reads the last one."""
+    def _scratch_for(self, weight: Tensor, count: int) -> Tensor:
         key = (weight.device, weight.dtype, weight.shape)
-        if key not in self._scratch:
-            self._scratch[key] = [_empty(weight), _empty(weight)]
-        self._turn ^= 1
-        return self._scratch[key][self._turn]
+        if key not in self._scratch or len(self._scratch[key]) < count:
+            self._scratch.pop(key, None)
+            self._scratch[key] = _empty(weight, count)
+        return self._scratch[key]
 
 
-def merge(out: Tensor, weight: Tensor, stack: LinearStack, slot: int) -> None:
-    """Write `W' = W + s * B A` of one slot to out [N, K]; slices that are not targeted stay W."""
-    meta, column = stack.meta[slot], 0
-    for index, (width, rank) in enumerate(zip(stack.widths, meta.ranks, strict=True)):
-        rows = slice(column, column + width)
-        if rank:
-            a = stack.a[slot, index * stack.rank : index * stack.rank + rank]
-            torch.addmm(weight[rows], stack.b[slot, rows, :rank], a, alpha=meta.scalings[index], out=out[rows])
-        else:
-            out[rows] = weight[rows]
-        column += width
+def _merge(out: Tensor, weight: Tensor, stack: LinearStack, slots: Sequence[int]) -> None:
+    """Write `W' = W + s * B A` of slots[i] to out[i] [N, K]; slices that are not targeted stay W."""
+    if weight.is_cuda:
+        merge.merge(out, weight, stack, slots)
+        return
+    for merged, slot in zip(out, slots, strict=False):
+        meta, column = stack.meta[slot], 0
+        for index, (width, rank) in enumerate(zip(stack.widths, meta.ranks, strict=True)):
+            rows = slice(column, column + width)
+            if rank:
+                a = stack.a[slot, index * stack.rank : index * stack.rank + rank]
+                b = stack.b[slot, rows, :rank]
+                torch.addmm(weight[rows], b, a, alpha=meta.scalings[index], out=merged[rows])
+            else:
+                merged[rows] = weight[rows]
+            column += width
 
 
 def _runs(stack: LinearStack, batch: LoraBatch) -> list[tuple[int | None, int, int]]:
@@ -269,10 +281,10 @@ def _append(runs: list[tuple[int | None, int, int]], slot: int | None, start: in
         runs.append((slot, start, stop))
 
 
-def _empty(weight: Tensor) -> Tensor:
-    """An ordinary tensor even in inference mode: scratch outlives it, and is written again outside."""
+def _empty(weight: Tensor, count: int = 1) -> Tensor:
+    """[count, N, K], an ordinary tensor even in inference mode: scratch outlives it, and is written again outside."""
     with torch.inference_mode(False):
-        return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        return torch.empty((count, *weight.shape), dtype=weight.dtype, device=weight.device)
 
 
 MERGED = Merged()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ranklet.kernels import csgmv, gemm
-from ranklet.kernels.batch import Segment, Tiles
+from ranklet.kernels.batch import Segments, Tiles
 from ranklet.kernels.candidates import candidates, cases
 from ranklet.kernels.probe import Projection, expanded, gpu_ms, probe, relative_error, shrunk
 from ranklet.kernels.tiles import ExpandTile, Key, Op, ShrinkTile, Tile
@@ -32,7 +32,7 @@ class Rig:
         dtype: torch.dtype,
     ) -> None:  # fmt: skip
         made = cases(workloads)
-        self.cases = {key: [_placed(tiles, device) for tiles in found] for key, found in made.items()}
+        self.cases = {key: [tiles.on(device) for tiles in found] for key, found in made.items()}
         rows = max(rows for _, rows in made)
         slots = 1 + max(int(tiles.table[:, 2].max()) for found in made.values() for tiles in found)
         self.probe = probe(projection, rank, slots, device=device, dtype=dtype)
@@ -44,9 +44,11 @@ class Rig:
         self.parts = torch.zeros(_MOST_PARTS, rows, hidden, device=device)
         self._parts_ms: dict[tuple[int, int, int], float] = {}
 
-    def can_take(self, tile: Tile) -> bool:
-        """Whether the operation exists on this device for this projection."""
-        return isinstance(tile, ShrinkTile | ExpandTile) or gemm.can_fuse(self.x, self.probe.stack, tile)
+    def can_take(self, tile: Tile, key: Key) -> bool:
+        """Whether the operation exists on this device for this projection and these batches."""
+        if isinstance(tile, ShrinkTile | ExpandTile):
+            return True
+        return all(gemm.can_fuse(self.x, self.probe.stack, tiles, tile) for tiles in self._tiles(key))
 
     def launch(self, tile: Tile, tiles: Tiles, rows: int, *, parts: int = 1) -> Tensor:
         """Start the operation a tile belongs to on a batch of so many rows, and return what it writes.
@@ -87,13 +89,13 @@ class Rig:
     def base_ms(self, key: Key) -> float:
         """Time of the base product of the same rows, summed likewise."""
         weight = self.probe.weight.t()
-        ranges = [slice(*_range(tiles)) for tiles in self._tiles(key)]
+        ranges = [slice(*tiles.rows) for tiles in self._tiles(key)]
         return sum(gpu_ms(partial(torch.mm, self.x[rows], weight, out=self.y[rows])) for rows in ranges)
 
     def error(self, tile: Tile, key: Key, wanted: Tensor) -> float:
         """Relative error of a launch, its output poisoned before; `wanted` as `reference` gives it."""
         tiles = self._tiles(key)[0]
-        low, high = _range(tiles)
+        low, high = tiles.rows
         if isinstance(tile, ShrinkTile):
             self._hidden(key.rows, tile.split).fill_(torch.nan)
             return relative_error(self.launch(tile, tiles, key.rows)[:, low:high].float().sum(0), wanted)
@@ -106,11 +108,11 @@ class Rig:
         tiles = self._tiles(key)[0]
         stack = self.probe.stack
         if key.op == "shrink":
-            return torch.cat([shrunk(self.x, stack, segment) for segment in _segments(tiles)])
-        added = [expanded(self.h[s.start : s.stop], stack, s.slot) for s in _segments(tiles)]
+            return torch.cat([shrunk(self.x, stack, segment) for segment in Segments(tiles.runs)])
+        added = [expanded(self.h[s.start : s.stop], stack, s.slot) for s in Segments(tiles.runs)]
         if key.op == "expand":
             return torch.cat(added)
-        low, high = _range(tiles)
+        low, high = tiles.rows
         return torch.addmm(torch.cat(added), self.x[low:high].float(), self.probe.weight.float().t())
 
     def keys(self, op: Op) -> Iterator[Key]:
@@ -123,19 +125,3 @@ class Rig:
 
     def _hidden(self, rows: int, parts: int) -> Tensor:
         return self.h[None, :rows] if parts == 1 else self.parts[:parts, :rows]
-
-
-def _placed(tiles: Tiles, device: torch.device) -> Tiles:
-    return replace(tiles, device=torch.from_numpy(tiles.table).to(device))
-
-
-def _range(tiles: Tiles) -> tuple[int, int]:
-    return int(tiles.table[:, 0].min()), int(tiles.table[:, 1].max())
-
-
-def _segments(tiles: Tiles) -> list[Segment]:
-    """The segments that were cut into these tiles, in order of their rows."""
-    ends: dict[int, tuple[int, int]] = {}
-    for start, stop, slot in tiles.table.tolist():
-        ends[slot] = (ends[slot][0] if slot in ends else start, stop)
-    return [Segment(slot, start, stop) for slot, (start, stop) in ends.items()]

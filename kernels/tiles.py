@@ -41,6 +41,7 @@ class ShrinkTile:
     split: int
     warps: int
     stages: int
+    registers: int = 0  # the most a thread may use; 0: as many as it likes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class ExpandTile:
     loop: int
     warps: int
     stages: int
+    registers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,9 @@ KINDS: dict[str, type[ShrinkTile] | type[ExpandTile] | type[FusedTile]] = {
 }
 
 
+_TALL = 64
+
+
 def default(key: Key) -> Tile:
     """A sane tile for any GPU."""
     if key.op == "shrink":
@@ -81,7 +86,7 @@ def default(key: Key) -> Tile:
         return ShrinkTile(block_k=128 if few else 64, split=2 if few else 1, warps=4, stages=3)
     if key.op == "expand":
         return ExpandTile(block_n=128, loop=4, warps=4, stages=2)
-    return FusedTile(block_n=128, block_k=64, group=8, halves=1, warps=8, stages=3)
+    return FusedTile(block_n=128, block_k=64, group=8, halves=1, warps=8, stages=3, pays=key.height >= _TALL)
 
 
 class TileTable:

@@ -130,10 +130,10 @@ def _rig(plan: Plan, projection: Projection, rank: int) -> Rig:
 
 def _compile(job: Job) -> None:
     rig = _rig(job.plan, job.projection, job.rank)
-    if not rig.can_take(job.tile):
-        raise ValueError(f"{job.projection.name}: not a projection for {job.tile}")
-    for (height, rows), found in rig.cases.items():
-        if height == job.height and job.tile in candidates(job.op, height, rows):
+    for key in rig.keys(job.op):
+        height, rows = key.height, key.rows
+        found = rig.cases[height, rows]
+        if height == job.height and job.tile in candidates(job.op, height, rows) and rig.can_take(job.tile, key):
             for tiles in found:
                 rig.launch(job.tile, tiles, rows)
             if isinstance(job.tile, ShrinkTile) and job.tile.split > 1:
@@ -146,7 +146,7 @@ def _best(rig: Rig, plan: Plan, fits: set[Job], say: Callable[[str], None]) -> I
         for key in rig.keys(op):
             tried = candidates(op, key.height, key.rows)
             jobs = {tile: Job(plan, rig.probe.projection, rig.rank, op, key.height, tile) for tile in tried}
-            fit = [tile for tile, job in jobs.items() if job in fits and rig.can_take(tile)]
+            fit = [tile for tile, job in jobs.items() if job in fits and rig.can_take(tile, key)]
             times = {tile: rig.time_ms(tile, key) for tile in _right(rig, key, fit, say)}
             if not times:
                 continue

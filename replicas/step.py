@@ -86,13 +86,14 @@ class Stepper:
         positions = [self._count[:length] for length in lengths]
         tiles = cut(lora) if lora.backend == "csgmv" else ()
         parts = (*prompts, *positions, np.array((0, *accumulate(lengths)), dtype=np.int32))
-        parts = (*parts, *(kind.table.reshape(-1) for kind in tiles))
+        tables = [array for kind in tiles for array in kind.arrays]
+        parts = (*parts, *(array.reshape(-1) for array in tables))
         buffer = torch.empty(sum(map(len, parts)), dtype=torch.int32, pin_memory=self._cuda)
         np.concatenate(parts, out=buffer.numpy())
         moved = buffer.to(self._model.device, non_blocking=True)
-        sizes = (sum(lengths), sum(lengths), len(lengths) + 1, *(kind.table.size for kind in tiles))
-        ids, places, offsets, *tables = moved.split(sizes)
-        placed = tuple(replace(kind, device=table) for kind, table in zip(tiles, tables, strict=True))
+        sizes = (sum(lengths), sum(lengths), len(lengths) + 1, *(array.size for array in tables))
+        ids, places, offsets, *moved_tables = moved.split(sizes)
+        placed = tuple(replace(kind, device=moved_tables[3 * i : 3 * i + 3]) for i, kind in enumerate(tiles))
         return ids, places, Spans(lengths, offsets), replace(lora, tiles=placed)
 
     def shed(self) -> None:

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ranklet.kernels.batch import LoraBatch, Segment, plan
+from ranklet.kernels.batch import BLOCK_ROWS, LoraBatch, Segment, Segments, cut, plan
 from ranklet.kernels.workloads import MIXES, Mix, assign
 
 requests = st.lists(st.tuples(st.integers(0, 9), st.none() | st.integers(0, 5)), max_size=40)
@@ -45,6 +45,24 @@ def test_arrival_order_is_kept_inside_an_adapter(made: list[tuple[int, int | Non
     for slot in {slot for _, slot in made}:
         inside = [i for i in order if made[i][1] == slot]
         assert inside == sorted(inside)
+
+
+@given(requests, st.integers(1, 90))
+def test_tiles_and_blocks_cover_each_segment(made: list[tuple[int, int | None]], times: int) -> None:
+    _, batch = plan([length * times for length, _ in made], [slot for _, slot in made])
+    kinds = cut(batch)
+    assert [tuple(segment) for tiles in kinds for segment in Segments(tiles.runs)] == [*map(tuple, batch.segments)]
+    for tiles in kinds:
+        slots = {row: slot for start, stop, slot in tiles.table.tolist() for row in range(start, stop)}
+        begin, end = tiles.rows
+        assert slots == {
+            row: segment.slot for segment in Segments(tiles.runs) for row in range(segment.start, segment.stop)
+        }
+        assert all(stop - start <= tiles.height for start, stop, _ in tiles.table.tolist())
+        assert len(tiles.blocks) == -(-(end - begin) // BLOCK_ROWS)
+        for block, (first, last) in enumerate(tiles.blocks.tolist()):
+            rows = range(begin + block * BLOCK_ROWS, min(begin + (block + 1) * BLOCK_ROWS, end))
+            assert {slots[row] for row in rows} == {segment.slot for segment in Segments(tiles.runs[first:last])}
 
 
 def test_slot_zero_is_not_taken_for_the_base() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from ranklet.kernels import csgmv, gemm
-from ranklet.kernels.batch import plan
+from ranklet.kernels.batch import cut, plan
 from ranklet.kernels.tiles import FusedTile
 from ranklet.kernels.workloads import MIXES, Mix, assign
 from tests.kernels import oracle
@@ -85,16 +85,40 @@ def test_a_thousand_adapters_of_one_row() -> None:
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32])
 @pytest.mark.parametrize("bias", [False, True])
-def test_long_segments_take_one_product(dtype: torch.dtype, bias: bool) -> None:
-    wide, widths = 128, (256, 128, 128)
-    lengths, slots = [150, 129, 7, 20], [4, 3, 2, None]
-    stack = oracle.linear_stack({}, 6, 64, wide, widths, stale=0.0, device=DEVICE)
-    x = torch.empty(306, wide, dtype=dtype, device=DEVICE)
-    assert gemm.can_fuse(x, stack, FusedTile(128, 64, 8, 1, 8, 3)) == (
-        DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
-    )
+@pytest.mark.parametrize(
+    ("lengths", "slots"),
+    [([150, 129, 7, 20], [4, 3, 2, None]), ([33, 70, 128, 64, 5], [1, 3, 5, 4, 2]), ([13] * 10, [0, 1, 2, 3, 4] * 2)],
+    ids=["long, short and base", "blocks of several segments", "short ones alone"],
+)
+def test_base_and_lora_from_one_product(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], slots: list[int | None], dtype: torch.dtype, bias: bool
+) -> None:
+    wide, widths, taken = 512, (256, 128, 128), []
+    tile, product = FusedTile(128, 64, 8, 1, 8, 3), gemm.gemm
+    monkeypatch.setattr(csgmv, "_fused", lambda *_: tile)
+    monkeypatch.setattr(gemm, "gemm", lambda *given: (taken.append(given[6].height), product(*given)))
     check(lengths, slots, wide=wide, widths=widths, dtype=dtype, bias=bias, stale=0.0)
     check(lengths, slots, wide=wide, widths=widths[:1], dtype=dtype, bias=bias, stale=0.0)
+    expected = [tiles.height for tiles in cut(plan(lengths, slots)[1])] * 2
+    assert taken == expected
+
+
+def test_what_the_product_does_not_take() -> None:
+    tile = FusedTile(128, 64, 8, 1, 8, 3)
+    hopper = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
+    for wide, widths, dtype, segments, takes in (
+        (512, (256, 128), torch.float16, 4, hopper),
+        (512, (256, 128), torch.float16, 64, False),  # too many adapters in a block
+        (512, (256, 100), torch.float16, 4, False),
+        (500, (256, 128), torch.float16, 4, False),
+        (512, (256, 128), torch.float32, 4, False),
+    ):
+        stack = oracle.linear_stack({}, 6, 64, wide, widths, stale=0.0, device=DEVICE)
+        x = torch.empty(128, wide, dtype=dtype, device=DEVICE)
+        (tiles,) = cut(plan([128 // segments] * segments, list(range(segments)))[1])
+        assert gemm.can_fuse(x, stack, tiles, tile) == takes
+        (padded,) = cut(plan([128 // segments] * segments, list(range(segments)))[1], capacity=200)
+        assert not gemm.can_fuse(x, stack, padded, tile)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

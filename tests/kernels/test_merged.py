@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
 
-from ranklet.kernels import merged, native
+from ranklet.kernels import merge, merged, native
 from ranklet.kernels.batch import LoraBatch, Segment, plan
 from ranklet.kernels.merged import KeptMerges, Merged
 from ranklet.kernels.stack import LinearStack, SlotMeta
@@ -124,14 +124,14 @@ def test_scratch_made_in_inference_mode_serves_outside_of_it() -> None:
     with torch.inference_mode():
         inside = backend.linear(x, weight, None, stack, one(2))
     assert torch.equal(backend.linear(x, weight, None, stack, one(2)), inside)
-    assert torch.equal(backend.linear(x, weight, None, stack, one(2)), inside)  # the other scratch
 
 
-def test_two_scratch_weights_take_turns() -> None:
-    backend, weight = Merged(), torch.randn(sum(QKV), WIDE)
-    places = [backend._next_scratch(weight).data_ptr() for _ in range(4)]
-    assert places[:2] == places[2:]
-    assert places[0] != places[1] != weight.data_ptr()
+def test_scratch_holds_as_many_as_a_launch_merges_and_no_more() -> None:
+    backend, x, weight, stack = Merged(), torch.randn(5, WIDE), torch.randn(sum(QKV), WIDE), stack_of(LINEAR)
+    for slots, held in (([0, 1], 2), ([3], 2), ([4, 3, 2, 1, 0], merge.AT_ONCE)):
+        _, batch = plan([1] * len(slots), slots)
+        backend.linear(x[: batch.rows], weight, None, stack, batch)
+        assert [len(scratch) for scratch in backend._scratch.values()] == [held]
 
 
 def test_scalings_multiply_once_a_slice() -> None:
@@ -338,11 +338,11 @@ def test_a_copy_that_finds_no_memory_drops_the_others(monkeypatch: pytest.Monkey
     run(backend, first, stack, LINEAR, one(2))
     refused, make = [], merged._empty
 
-    def full_device(weight: Tensor) -> Tensor:
+    def full_device(weight: Tensor, count: int = 1) -> Tensor:
         if backend.kept.held_bytes:
             refused.append(weight)
             raise torch.OutOfMemoryError("the device is full")
-        return make(weight)
+        return make(weight, count)
 
     monkeypatch.setattr(merged, "_empty", full_device)
     run(backend, second, stack, LINEAR, one(2))

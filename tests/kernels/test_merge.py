@@ -1,0 +1,53 @@
+"""The merge kernel against the sum written out in float64: every slot of a launch, ragged widths, ranks below the pool's."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ranklet.kernels import merge
+from tests.kernels import oracle
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+RANKS = {0: (1, 1, 1), 1: (3, 0, 8), 2: (8, 8, 8), 3: (40, 64, 40), 4: (64, 64, 64), 5: (0, 0, 0)}
+NAN = float("nan")
+
+
+def check(slots: list[int], wide: int, widths: tuple[int, ...], dtype: torch.dtype, rank: int = 64) -> None:
+    ranks = {slot: of[: len(widths)] for slot, of in RANKS.items() if max(of) <= rank}
+    adapters = oracle.random_adapters(ranks, wide, widths, dtype=dtype)
+    stack = oracle.linear_stack(adapters, 6, rank, wide, widths, stale=NAN, device=DEVICE)
+    weight = torch.randn(sum(widths), wide).to(dtype)
+    out = torch.full((len(slots) + 1, *weight.shape), NAN, dtype=dtype, device=DEVICE)
+    merge.merge(out, weight.to(DEVICE), stack, slots)
+    for slot, merged in zip(slots, out.cpu(), strict=False):
+        wanted = oracle.linear(torch.eye(wide), weight, None, [slot] * wide, adapters).t()
+        assert_close(merged.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert out[len(slots)].isnan().all(), "no more than the slots asked for"
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
+    ids=["float32", "float16", "bfloat16"],
+)
+@pytest.mark.parametrize(
+    ("slots", "wide", "widths"),
+    [
+        ([4], 128, (64, 64, 64)),
+        ([3, 0, 5, 1], 40, (24, 8, 8)),
+        ([1, 4], 200, (72, 136)),
+        ([2, 1, 0], 130, (100,)),
+    ],
+    ids=["whole blocks", "narrow, one not targeted", "two slices", "one slice"],
+)
+def test_merges(slots: list[int], wide: int, widths: tuple[int, ...], dtype: torch.dtype) -> None:
+    check(slots, wide, widths, dtype)
+
+
+@pytest.mark.gpu
+def test_two_ranks_and_two_dtypes_in_one_process() -> None:
+    for _ in range(2):
+        for rank in (16, 64):
+            for dtype in TOLERANCE:
+                check([0, 2], 1024, (256, 128, 128), dtype, rank)
