@@ -54,15 +54,19 @@ def _shrink(height: int, rows: int) -> tuple[ShrinkTile, ...]:
     return (*split, ShrinkTile(128, 1, 4, 2), ShrinkTile(128, 1, 8, 2), ShrinkTile(64, 1, 4, 4))
 
 
-_SHRINK_TALL = (ShrinkTile(64, 1, 4, 3), ShrinkTile(64, 1, 4, 4), ShrinkTile(64, 1, 8, 3), ShrinkTile(128, 1, 8, 2))
+_SHRINK_TALL = (
+    ShrinkTile(64, 1, 4, 3), ShrinkTile(64, 1, 4, 4), ShrinkTile(64, 1, 8, 3), ShrinkTile(64, 1, 8, 4),
+    ShrinkTile(128, 1, 8, 2), ShrinkTile(64, 1, 8, 3, registers=128),
+)  # fmt: skip
 _EXPAND_SHORT = (
     ExpandTile(128, 1, 4, 1), ExpandTile(128, 4, 4, 2), ExpandTile(64, 1, 4, 1), ExpandTile(64, 8, 4, 2),
     ExpandTile(256, 1, 4, 1), ExpandTile(128, 8, 4, 2), ExpandTile(256, 4, 4, 2), ExpandTile(128, 4, 4, 3),
+    ExpandTile(64, 1, 4, 1, registers=64), ExpandTile(64, 4, 4, 3, registers=64),
 )  # fmt: skip
 _EXPAND_TALL = (
     ExpandTile(64, 1, 4, 1), ExpandTile(64, 1, 8, 1), ExpandTile(128, 4, 8, 2), ExpandTile(128, 8, 8, 2),
 )  # fmt: skip
 _FUSED = (
     FusedTile(128, 64, 8, 1, 8, 3), FusedTile(256, 64, 8, 1, 8, 3), FusedTile(256, 64, 8, 2, 8, 4),
-    FusedTile(128, 64, 8, 2, 4, 3), FusedTile(256, 64, 16, 1, 8, 3),
+    FusedTile(128, 64, 8, 2, 4, 3), FusedTile(256, 64, 16, 1, 8, 3), FusedTile(256, 64, 8, 2, 8, 3),
 )  # fmt: skip

@@ -1,12 +1,12 @@
 """Chunked segmented LoRA in Triton: each adapter's rows cut into tiles, one launch for all adapters.
 
-Where it pays, segments get base and LoRA from one product (`gemm.py`); all others add to the base product with `expand`.
-In small batches `expand` is launched while `shrink` still runs (CUDA's programmatic dependent launch): it fetches B
-meanwhile, and waits before it reads what `shrink` writes. Letters as in `stack.py`, T rows. After SGLang's csgmv and Punica's SGMV.
+Where it pays, segments get base and LoRA from one product (`gemm.py`); the others add to the base product with
+`expand`. What follows `shrink` starts while it still runs (CUDA's programmatic dependent launch) and waits only before
+it reads h. Letters as in `stack.py`, T rows. After SGLang's csgmv and Punica's SGMV.
 """
 
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import triton
@@ -85,7 +85,7 @@ def _shrink_kernel(
         tl.store(out + 2 * R, (acc2 * tl.load(scale + 2)).to(h.dtype.element_ty), mask=mask)
 
 
-def shrink(x: Tensor, h: Tensor, stack: LinearStack, tiles: Tiles, tile: ShrinkTile) -> None:
+def shrink(x: Tensor, h: Tensor, stack: LinearStack, tiles: Tiles, tile: ShrinkTile, *, chained: bool = False) -> None:
     """Write `s * A x` of the tiles' rows, slices side by side.
 
     Semantics: `h[p, t, i*R + j] = s_i * sum over part p of K of A[slot(t), i*R + j, k] x[t, k]`, parts as many as
@@ -94,6 +94,7 @@ def shrink(x: Tensor, h: Tensor, stack: LinearStack, tiles: Tiles, tile: ShrinkT
     Args:
         x: [T, K], rows contiguous.
         h: [split, T, slices * R]; float32 if split > 1. Rows of no tile are left alone.
+        chained: the next launch may start before this one ends; it must wait itself.
     """
     assert tiles.device is not None
     wide, block_k = x.shape[1], min(tile.block_k, triton.next_power_of_2(x.shape[1]))
@@ -102,7 +103,8 @@ def shrink(x: Tensor, h: Tensor, stack: LinearStack, tiles: Tiles, tile: ShrinkT
         x.stride(0), stack.a.stride(0), h.stride(1), h.stride(0),
         R=stack.rank, SLICES=len(stack.widths), BLOCK_M=tiles.height, BLOCK_R=triton.next_power_of_2(stack.rank),
         BLOCK_K=block_k, SPLIT=tile.split, EVEN_K=wide % (block_k * tile.split) == 0, STAGES=tile.stages,
-        PRECISION=_precision(x), num_warps=tile.warps, **_launch(x, tile),
+        PRECISION=_precision(x), CHAINED=chained,
+        num_warps=tile.warps, launch_pdl=chained, maxnreg=tile.registers or None,
     )  # fmt: skip
 
 
@@ -167,7 +169,7 @@ def _expand_kernel(
         tl.store(y_at, after.to(y.dtype.element_ty), mask=in_rows & in_columns)
 
 
-def expand(h: Tensor, y: Tensor, stack: LinearStack, tiles: Tiles, tile: ExpandTile) -> None:
+def expand(h: Tensor, y: Tensor, stack: LinearStack, tiles: Tiles, tile: ExpandTile, *, chained: bool = False) -> None:
     """Add the adapters' output to the base's, in float32 before one rounding.
 
     Semantics: in place `y[t, n] += sum over j of B[slot(t), n, j] h[t, slice(n)*R + j]`.
@@ -175,6 +177,7 @@ def expand(h: Tensor, y: Tensor, stack: LinearStack, tiles: Tiles, tile: ExpandT
     Args:
         h: [split, T, slices * R], as `shrink` wrote it.
         y: [T, N].
+        chained: `h` comes from a chained `shrink` right before.
     """
     assert tiles.device is not None
     w0, w1, w2 = (*stack.widths, 0, 0)[:3]
@@ -185,7 +188,8 @@ def expand(h: Tensor, y: Tensor, stack: LinearStack, tiles: Tiles, tile: ExpandT
         h.stride(1), h.stride(0), stack.b.stride(0), y.stride(0),
         R=stack.rank, SLICES=len(stack.widths), W0=w0, W1=w1, W2=w2, BLOCK_M=tiles.height,
         BLOCK_R=triton.next_power_of_2(stack.rank), BLOCK_N=block_n, LOOP=tile.loop, SPLIT=h.shape[0],
-        STAGES=tile.stages, PRECISION=_precision(y), num_warps=tile.warps, **_launch(y, tile),
+        STAGES=tile.stages, PRECISION=_precision(y), CHAINED=chained,
+        num_warps=tile.warps, launch_pdl=chained, maxnreg=tile.registers or None,
     )  # fmt: skip
 
 
@@ -204,17 +208,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, b
     if not batch.tiles:
         raise ValueError("batch: expected tiles for its segments, got none; call LoraBatch.placed")
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-    added, done = [], 0
+    added: list[Tiles] = []
+    done = 0
     for tiles in batch.tiles:
         tile = _fused(x, stack, tiles)
         if tile and not added:
-            gemm.gemm(x, weight, bias, _shrunk(x, stack, tiles, split=False), y, stack, tiles, tile)
+            chained = _can_chain(x)
+            h = _shrunk(x, stack, tiles, split=False, chained=chained)
+            gemm.gemm(x, weight, bias, h, y, stack, tiles, tile, chained=chained)
             done = tiles.rows[1]
         else:
             added.append(tiles)
     _base(x[done:], weight, bias, y[done:])
+    chained = len(x) <= _CHAINED_ROWS and _can_chain(x)
     for tiles in added:
-        expand(_shrunk(x, stack, tiles, split=True), y, stack, tiles, _tile(ExpandTile, "expand", x, stack, tiles))
+        h = _shrunk(x, stack, tiles, split=True, chained=chained)
+        expand(h, y, stack, tiles, _tile(ExpandTile, "expand", x, stack, tiles), chained=chained)
     return y
 
 
@@ -233,13 +242,13 @@ def _base(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _shrunk(x: Tensor, stack: LinearStack, tiles: Tiles, *, split: bool) -> Tensor:
+def _shrunk(x: Tensor, stack: LinearStack, tiles: Tiles, *, split: bool, chained: bool) -> Tensor:
     tile = _tile(ShrinkTile, "shrink", x, stack, tiles)
     if not split:
         tile = replace(tile, split=1)
     dtype = x.dtype if tile.split == 1 else torch.float32
     h = torch.empty((tile.split, x.shape[0], len(stack.widths) * stack.rank), dtype=dtype, device=x.device)
-    shrink(x, h, stack, tiles, tile)
+    shrink(x, h, stack, tiles, tile, chained=chained)
     return h
 
 
@@ -300,13 +309,11 @@ def embedding(ids: Tensor, table: Tensor, stack: EmbeddingStack, batch: LoraBatc
     return y
 
 
-_CHAINED_ROWS = 1024  # with more, `expand` does not wait for a launch
+_CHAINED_ROWS = 1024  # `expand` of more takes the multiprocessors from a `shrink` that still runs
 
 
-def _launch(x: Tensor, tile: ShrinkTile | ExpandTile) -> dict[str, Any]:
-    """What a launch takes besides its shape."""
-    chained = x.shape[0] <= _CHAINED_ROWS and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
-    return {"CHAINED": chained, "launch_pdl": chained, "maxnreg": tile.registers or None}
+def _can_chain(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
 def _precision(x: Tensor) -> str:

@@ -1,14 +1,13 @@
 """Which backend serves a batch, and the two calls the model makes whatever the answer is.
 
-"auto" keeps to the backend that rounds an output once; "fastest" takes whichever of the three should need least time, a
-pure function of the batch's rows and adapters, the layer's dimensions, and what was measured on the GPU
-(`crossover.py`). Where nothing was measured, a cost model decides: bytes and operations against two ceilings.
+"auto" takes the one that should need least time: a pure function of the batch's rows and adapters, the layer's
+dimensions, and what was measured on the GPU (`crossover.py`). Where nothing was measured, a cost model decides: bytes
+and operations against two ceilings.
 
-The two differ on a GPU in 16 bits: there cuBLAS rounds a product before it adds it to what is there, so `native` and
-`merged` round twice, and a 28-layer model's cosine to float32 falls from 0.9999 to 0.9998.
+On a GPU it leaves out `native`: cuBLAS rounds a 16-bit product before it adds it to what is there, so outputs would be
+rounded twice, and a 28-layer model's cosine to float32 fall from 0.9999 to 0.9998.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -18,7 +17,7 @@ from torch.nn import functional
 
 from ranklet.kernels import csgmv, merged, native
 from ranklet.kernels.batch import LoraBatch
-from ranklet.kernels.crossover import Crossover
+from ranklet.kernels.crossover import Scope, Surface
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
 
 
@@ -43,53 +42,36 @@ class Layer:
     projections: tuple[tuple[int, tuple[int, ...]], ...]  # input width and slices' output widths of each with LoRA
     rank: int  # of the pool
     cuda: bool
-    measured: tuple[Crossover, ...] = ()
+    measured: Surface | None = None
 
-    @property
-    def hidden(self) -> int:
-        return self.projections[0][0] if self.projections else 1
+
+def scope_of(projections: Sequence[object]) -> Scope:
+    """The measurements that fit a layer with LoRA on these projections."""
+    return "attention" if len(projections) <= 2 else "layer"
 
 
 def choose(batch: LoraBatch, layer: Layer, override: str = "auto") -> LoraBatch:
     """The batch with its backend set: "none" when no row has an adapter.
 
     Args:
-        override: "auto", "fastest", or a backend's name.
+        override: "auto" or a backend's name.
     """
     if not batch.segments:
         return replace(batch, backend="none")
-    if override == "auto":
-        return replace(batch, backend="csgmv" if layer.cuda else "native")
-    return replace(batch, backend=fastest(batch, layer) if override == "fastest" else override)
+    return replace(batch, backend=_fastest(batch, layer) if override == "auto" else override)
 
 
-def fastest(batch: LoraBatch, layer: Layer) -> str:
-    """The name of the backend that should take least time for the batch."""
+def _fastest(batch: LoraBatch, layer: Layer) -> str:
     if not layer.cuda:
         return "native"  # csgmv is for GPUs, and a CPU gains nothing from fewer launches
-    costs = _measured(batch, layer) or modelled([segment.rows for segment in batch.segments], layer)
-    return min(costs, key=costs.__getitem__)
+    if layer.measured is not None:
+        costs = layer.measured.ms(batch.lora_rows, batch.adapters, layer.rank)
+    else:
+        costs = modelled([segment.rows for segment in batch.segments], layer)
+    return min(_ROUNDING_ONCE, key=costs.__getitem__)
 
 
-_ALIKE = 0.7  # widths within a factor of two belong to the same measurements
-
-
-def _measured(batch: LoraBatch, layer: Layer) -> dict[str, float]:
-    """Milliseconds by backend of the measured batch nearest to this one; empty if none is of such a layer."""
-    scope = "attention" if len(layer.projections) <= 2 else "layer"
-    here = (batch.lora_rows, batch.adapters, layer.rank, layer.hidden)
-
-    def distance(known: Crossover) -> float:
-        there = (known.rows, known.adapters, known.rank, known.hidden)
-        return sum(abs(math.log(a / b)) for a, b in zip(here, there, strict=True))
-
-    near = [
-        known for known in layer.measured
-        if known.scope == scope and abs(math.log(known.hidden / layer.hidden)) < _ALIKE
-    ]  # fmt: skip
-    if not near:
-        return {}
-    return {name: ms for name, ms in min(near, key=distance).ms.items() if name in BACKENDS}
+_ROUNDING_ONCE = ("csgmv", "merged")
 
 
 # Of a Hopper card; choices depend on their ratios alone, which change little from one data-centre GPU to the next.

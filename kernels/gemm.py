@@ -15,6 +15,8 @@ from ranklet.kernels.batch import BLOCK_ROWS, Tiles
 from ranklet.kernels.stack import LinearStack
 from ranklet.kernels.tiles import FusedTile
 
+_LORA_STAGES = 2
+_LEAST_BLOCKS = 8  # with fewer, cuBLAS splits K and this does not
 _MOST_STEPS = 0.75  # of the base product's steps over K: with more for LoRA, a pass of its own is cheaper
 
 
@@ -25,7 +27,7 @@ def _gemm_kernel(
     x_tma, w_tma, b_tma, y_tma, h, y, bias, runs, blocks, count, begin, end, N, y_stride, h_stride,
     K: tl.constexpr, R: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr,
-    BIAS: tl.constexpr, STAGES: tl.constexpr, LORA_STAGES: tl.constexpr,
+    BIAS: tl.constexpr, STAGES: tl.constexpr, LORA_STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     columns_of_blocks = tl.cdiv(N, BLOCK_N)
     per_group = GROUP * columns_of_blocks
@@ -40,9 +42,13 @@ def _gemm_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             acc = tl.dot(x_tma.load([start, k]), w_tma.load([first, k]).T, acc)
+        if CHAINED:
+            tl.extra.cuda.gdc_wait()
         rows = start + tl.arange(0, BLOCK_M)
         h_at = h + rows.to(tl.int64)[:, None] * h_stride + piece * R + tl.arange(0, R)[None, :]
-        for run in tl.range(tl.load(blocks + row_block * 2), tl.load(blocks + row_block * 2 + 1), num_stages=LORA_STAGES):
+        for run in tl.range(
+            tl.load(blocks + row_block * 2), tl.load(blocks + row_block * 2 + 1), num_stages=LORA_STAGES
+        ):
             own = (rows >= tl.load(runs + run * 3)) & (rows < tl.load(runs + run * 3 + 1))
             hidden = tl.load(h_at, mask=own[:, None], other=0.0)
             lora_b = tl.reshape(b_tma.load([tl.load(runs + run * 3 + 2), first, 0]), (BLOCK_N, R))
@@ -64,7 +70,7 @@ def _gemm_kernel(
 
 def gemm(
     x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, y: Tensor, stack: LinearStack, tiles: Tiles,
-    tile: FusedTile,
+    tile: FusedTile, *, chained: bool = False,
 ) -> None:  # fmt: skip
     """Write base product and adapters' output of the tiles' rows, in one accumulator with one rounding.
 
@@ -73,6 +79,7 @@ def gemm(
     Args:
         x: [T, K]; weight: [N, K]; bias: [N] or None; h: [1, T, slices * R] in x's dtype.
         y: [T, N]. Rows of no tile are left alone.
+        chained: `h` comes from a chained `shrink` right before.
     """
     assert tiles.device is not None
     wide, rank, block_n = x.shape[1], stack.rank, tile.block_n
@@ -88,15 +95,15 @@ def gemm(
         h, y, weight if bias is None else bias, runs, blocks, len(tiles.blocks), *tiles.rows, width, y.stride(0),
         h.stride(1), K=wide, R=rank, W0=w0, W1=w1, PROGRAMS=programs, BLOCK_M=BLOCK_ROWS, BLOCK_N=block_n,
         BLOCK_K=tile.block_k, GROUP=tile.group, HALVES=tile.halves, BIAS=bias is not None, STAGES=tile.stages,
-        LORA_STAGES=LORA_STAGES, num_warps=tile.warps, num_stages=tile.stages,
+        LORA_STAGES=_LORA_STAGES, CHAINED=chained, num_warps=tile.warps,
+        num_stages=tile.stages, launch_pdl=chained,
     )  # fmt: skip
 
-LORA_STAGES = 1
 
 def can_fuse(x: Tensor, stack: LinearStack, tiles: Tiles, tile: FusedTile) -> bool:
-    """Whether `gemm` takes this projection: Hopper or later, 16-bit, slices of whole blocks, not too many adapters."""
+    """Whether `gemm` takes this: Hopper or later, 16 bits, slices of whole blocks, many rows, not too many adapters."""
     steps = len(tiles.runs) + len(tiles.blocks) - 1  # at most: a run adds one to each block it touches
-    if len(tiles.blocks) == 0 or steps * stack.rank > _MOST_STEPS * x.shape[1] * len(tiles.blocks):
+    if len(tiles.blocks) < _LEAST_BLOCKS or steps * stack.rank > _MOST_STEPS * x.shape[1] * len(tiles.blocks):
         return False
     if x.dtype not in (torch.bfloat16, torch.float16) or x.shape[1] % tile.block_k or x.stride(0) % 8:
         return False

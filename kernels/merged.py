@@ -166,7 +166,8 @@ class Merged:
     """The backend: scratch weights it uses again for each shape, and the copies it keeps. One thread, one stream.
 
     Args:
-        budget_bytes: for kept copies, on top of the scratch weights (for each shape of projection `merge.AT_ONCE`, or 64 MiB if that is less).
+        budget_bytes: for kept copies, on top of the scratch weights (of each shape of projection as many as one launch
+            merges, or 64 MiB of them if that is less).
     """
 
     def __init__(self, budget_bytes: int = 0) -> None:
@@ -224,11 +225,7 @@ class Merged:
         merges: dict[int, Tensor] = {}
         if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph would outlive a kept copy
             for slot in slots:
-                kept = self.kept.find(slot, weight, stack.meta[slot])
-                if kept is None:
-                    kept = self.kept.add(
-                        slot, weight, stack.meta[slot], lambda out, slot=slot: _merge(out[None], weight, stack, [slot])
-                    )
+                kept = self._kept(weight, stack, slot)
                 if kept is not None:
                     merges[slot] = kept
         fresh = [slot for slot in dict.fromkeys(slots) if slot not in merges]
@@ -237,6 +234,13 @@ class Merged:
             _merge(scratch, weight, stack, fresh)
             merges.update(zip(fresh, scratch, strict=False))
         return merges
+
+    def _kept(self, weight: Tensor, stack: LinearStack, slot: int) -> Tensor | None:
+        meta = stack.meta[slot]
+        kept = self.kept.find(slot, weight, meta)
+        if kept is None:
+            kept = self.kept.add(slot, weight, meta, lambda out: _merge(out[None], weight, stack, [slot]))
+        return kept
 
     def _scratch_for(self, weight: Tensor, count: int) -> Tensor:
         key = (weight.device, weight.dtype, weight.shape)

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from ranklet.kernels.batch import Segment
-from ranklet.kernels.stack import PACKS, LinearStack, SlotMeta
+from ranklet.kernels.stack import PACKS, LinearStack, SlotMeta, padded_rank
 
 SCALING = 1.5
 _LEAST_REPEATS = 6
@@ -40,11 +40,6 @@ def projections(dims: Mapping[str, tuple[int, int]]) -> tuple[Projection, ...]:
     )
 
 
-def pool_rank(rank: int) -> int:
-    """The rank of the pool that holds adapters of this rank: padded to 16."""
-    return -(-rank // 16) * 16
-
-
 @dataclass(frozen=True, slots=True)
 class Probe:
     """One projection with random weights, every slot filled with a random adapter."""
@@ -57,7 +52,7 @@ class Probe:
 def probe(projection: Projection, rank: int, slots: int, *, device: torch.device, dtype: torch.dtype) -> Probe:
     """Weights such that the base's output has size 1, and LoRA's about as much; zero beyond the adapters' rank."""
     wide, widths = projection.wide, projection.widths
-    padded, slices = pool_rank(rank), len(widths)
+    padded, slices = padded_rank(rank), len(widths)
 
     def draw(std: float, *size: int) -> Tensor:
         return torch.randn(*size, device=device, dtype=dtype).mul_(std)

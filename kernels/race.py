@@ -19,7 +19,7 @@ from ranklet.kernels.probe import Probe, Projection, probe, wall_ms
 from ranklet.kernels.workloads import even
 
 ADAPTERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-ROWS = (256, 1024, 3072, 7680, 15_360, 30_720)
+ROWS = (16, 64, 256, 1024, 3072, 7680, 15_360, 30_720)
 SCOPES: dict[Scope, tuple[str, ...]] = {"attention": ("qkv", "o"), "layer": ("qkv", "o", "gate_up", "down")}
 
 

@@ -4,7 +4,6 @@ Letters as in `stack.py`, T rows.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch

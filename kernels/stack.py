@@ -19,6 +19,11 @@ PACKS = {
 }
 
 
+def padded_rank(rank: int) -> int:
+    """The rank a slot keeps for adapters of up to this rank: matrix units take 16 at a time."""
+    return -(-rank // 16) * 16
+
+
 @dataclass(frozen=True, slots=True)
 class SlotMeta:
     """What is known on the CPU of one slot: per slice its rank (0: not targeted) and its scaling."""

@@ -20,8 +20,9 @@ from rich.progress import track
 from ranklet.kernels import race
 from ranklet.kernels.candidates import WORKLOADS, candidates, cases
 from ranklet.kernels.compiling import compile_all
-from ranklet.kernels.probe import Projection, pool_rank, projections
+from ranklet.kernels.probe import Projection, projections
 from ranklet.kernels.rig import Rig
+from ranklet.kernels.stack import padded_rank
 from ranklet.kernels.tiles import FusedTile, Key, Op, ShrinkTile, Tile, entry_of, path_for, table
 from ranklet.kernels.workloads import Workload
 
@@ -78,7 +79,7 @@ def tune(
     if not workloads:
         known = sorted({w.requests * w.length_tokens for w in WORKLOADS})
         raise ValueError(f"--rows: expected some of {known}, got {list(rows)}")
-    pools = tuple(sorted({pool_rank(rank) for rank in ranks}))
+    pools = tuple(sorted({padded_rank(rank) for rank in ranks}))
     plan = Plan(projections(dims), pools, workloads, torch.device("cuda"), torch.bfloat16)
     path = path or path_for(torch.cuda.get_device_name())
     for entries in tune_tiles(plan, workers=workers):

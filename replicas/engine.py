@@ -86,7 +86,8 @@ class Engine:
     # What callers use, from any thread
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Begin to serve. On a GPU it compiles the kernels first, minutes where nothing was compiled before."""
+        self._stepper.warm(self.limits.max_model_len, self.config.max_batch_tokens)
         for thread in self._threads:
             thread.start()
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ranklet.kernels.stack import PACKS, EmbeddingStack, LinearStack, SlotMeta
+from ranklet.kernels.stack import PACKS, EmbeddingStack, LinearStack, SlotMeta, padded_rank
 from ranklet.replicas.adapters import EMBEDDING, Adapter, Place
 from ranklet.replicas.architecture import Architecture
 from ranklet.replicas.model import Stacks
@@ -62,11 +62,6 @@ def pack(adapter: Adapter, dtype: torch.dtype, *, pinned: bool) -> PackedAdapter
     return PackedAdapter(adapter.rank, flat, tuple(pieces), scalings, modules)
 
 
-def padded_rank(rank: int) -> int:
-    """The rank a slot keeps for adapters of up to this rank: matrix units take 16 at a time."""
-    return -(-rank // 16) * 16
-
-
 @dataclass
 class AdapterPool:
     """All slots of one device.
@@ -103,6 +98,10 @@ class AdapterPool:
     def projections(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """Input width and slices' output widths of each projection of a layer that has slots."""
         return tuple(self._pack_shape(names) for names in self._packs().values())
+
+    def stacks_of_one_layer(self) -> list[LinearStack]:
+        """A stack of each projection."""
+        return [self._stacks[0, pack] for pack in self._packs()]
 
     def _packs(self) -> dict[str, tuple[str, ...]]:
         return {pack: names for pack, names in PACKS.items() if set(names) & set(self.modules)}

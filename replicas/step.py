@@ -3,6 +3,7 @@
 Letters: T tokens, B prompts, H hidden width.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -16,12 +17,15 @@ from torch import Tensor
 
 from ranklet.kernels import dispatch
 from ranklet.kernels.batch import LoraBatch, cut, plan
-from ranklet.kernels.crossover import crossovers
+from ranklet.kernels.crossover import crossovers, surface
 from ranklet.kernels.merged import Merged
+from ranklet.kernels.warm import warm
 from ranklet.replicas.attention import Spans
 from ranklet.replicas.model import Decoder, Tokens
 from ranklet.replicas.pool import AdapterPool
 from ranklet.replicas.pooling import Pooling
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -52,10 +56,24 @@ class Stepper:
         self._pooling = pooling
         self._backend = backend
         self._cuda = model.device.type == "cuda"
-        self._layer = dispatch.Layer(pool.projections, pool.rank, self._cuda, crossovers(model.embedding.device.index))
+        known = crossovers(model.embedding.device.index)
+        projections, hidden = pool.projections, pool.architecture.hidden
+        measured = surface(known, dispatch.scope_of(projections), hidden)
+        self._layer = dispatch.Layer(projections, pool.rank, self._cuda, measured)
         self._merged = Merged(merged_bytes)
         dispatch.BACKENDS["merged"] = self._merged
         self._count = np.arange(1, dtype=np.int32)
+
+    def warm(self, longest: int, max_tokens: int) -> None:
+        """Compile and load what prompts and batches of up to so many tokens need, so that no request waits for it."""
+        if not self._cuda:
+            return
+        began_s = perf_counter()
+        warm(self._pool.stacks_of_one_layer(), max_tokens)
+        long = [np.zeros(longest, dtype=np.int32)] * max(1, max_tokens // longest)
+        for prompts in ([np.zeros(1, dtype=np.int32)], long):
+            self.launch(prompts, [None] * len(prompts)).wait()
+        logger.info("kernels are warm after %.1f s", perf_counter() - began_s)
 
     @torch.inference_mode()
     def launch(self, prompts: Sequence[NDArray[np.int32]], slots: Sequence[int | None]) -> Running:

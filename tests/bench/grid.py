@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import track
 
 from ranklet.kernels import dispatch
-from ranklet.kernels.crossover import Scope, crossovers
-from ranklet.kernels.probe import pool_rank
+from ranklet.kernels.crossover import Scope, crossovers, surface
 from ranklet.kernels.race import SCOPES, Layer, points, times_ms
+from ranklet.kernels.stack import padded_rank
 from ranklet.kernels.workloads import even
 from tests.bench import plot, report
 
@@ -34,11 +34,10 @@ TINY_SIZES = Sizes((1, 4), (1, 16, 64))
 
 def picked(layer: Layer, rows: int, adapters: int, scope: Scope) -> str:
     """The backend that dispatch takes for the batch."""
-    shape = dispatch.Layer(
-        projections=tuple((p.wide, p.widths) for p in (layer.probes[name].projection for name in SCOPES[scope])),
-        rank=pool_rank(layer.rank), cuda=layer.device.type == "cuda", measured=crossovers(layer.device.index),
-    )  # fmt: skip
-    return dispatch.choose(even(rows, adapters), shape, "fastest").backend
+    projections = tuple((p.wide, p.widths) for p in (layer.probes[name].projection for name in SCOPES[scope]))
+    known = surface(crossovers(layer.device.index), scope, layer.hidden)
+    shape = dispatch.Layer(projections, padded_rank(layer.rank), layer.device.type == "cuda", known)
+    return dispatch.choose(even(rows, adapters), shape).backend
 
 
 def measured(layer: Layer, rows: int, adapters: int, scope: Scope, backends: Sequence[str]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 bfloat16 is checked on the GPU alone: the interpreter's bfloat16 `tl.dot` returns garbage.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -93,10 +95,15 @@ def test_a_thousand_adapters_of_one_row() -> None:
 def test_base_and_lora_from_one_product(
     monkeypatch: pytest.MonkeyPatch, lengths: list[int], slots: list[int | None], dtype: torch.dtype, bias: bool
 ) -> None:
-    wide, widths, taken = 512, (256, 128, 128), []
-    tile, product = FusedTile(128, 64, 8, 1, 8, 3), gemm.gemm
+    wide, widths = 512, (256, 128, 128)
+    tile, product, taken = FusedTile(128, 64, 8, 1, 8, 3), gemm.gemm, []
+
+    def counted(*given: Any, **how: Any) -> None:
+        taken.append(given[6].height)
+        product(*given, **how)
+
     monkeypatch.setattr(csgmv, "_fused", lambda *_: tile)
-    monkeypatch.setattr(gemm, "gemm", lambda *given: (taken.append(given[6].height), product(*given)))
+    monkeypatch.setattr(gemm, "gemm", counted)
     check(lengths, slots, wide=wide, widths=widths, dtype=dtype, bias=bias, stale=0.0)
     check(lengths, slots, wide=wide, widths=widths[:1], dtype=dtype, bias=bias, stale=0.0)
     expected = [tiles.height for tiles in cut(plan(lengths, slots)[1])] * 2
@@ -108,16 +115,19 @@ def test_what_the_product_does_not_take() -> None:
     hopper = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
     for wide, widths, dtype, segments, takes in (
         (512, (256, 128), torch.float16, 4, hopper),
-        (512, (256, 128), torch.float16, 64, False),  # too many adapters in a block
+        (512, (256, 128), torch.float16, 512, False),  # too many adapters in a block
+        (512, (256, 128), torch.float16, 0, False),  # few rows
         (512, (256, 100), torch.float16, 4, False),
         (500, (256, 128), torch.float16, 4, False),
         (512, (256, 128), torch.float32, 4, False),
     ):
         stack = oracle.linear_stack({}, 6, 64, wide, widths, stale=0.0, device=DEVICE)
         x = torch.empty(128, wide, dtype=dtype, device=DEVICE)
-        (tiles,) = cut(plan([128 // segments] * segments, list(range(segments)))[1])
+        lengths = [1024 // segments] * segments if segments else [512]
+        _, batch = plan(lengths, list(range(len(lengths))))
+        (tiles,) = cut(batch)
         assert gemm.can_fuse(x, stack, tiles, tile) == takes
-        (padded,) = cut(plan([128 // segments] * segments, list(range(segments)))[1], capacity=200)
+        (padded,) = cut(batch, capacity=2000)
         assert not gemm.can_fuse(x, stack, padded, tile)
 
 

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from ranklet.kernels import dispatch
 from ranklet.kernels.batch import LoraBatch, Segment, plan
-from ranklet.kernels.crossover import Crossover
+from ranklet.kernels.crossover import Crossover, surface
 from tests.kernels import oracle
 
 WIDE, WIDTHS, VOCAB = 12, (8, 4), 30
@@ -20,15 +20,15 @@ EMBEDDING = oracle.random_adapters({0: (3,), 1: (16,)}, VOCAB, (12,))
 
 
 def test_a_batch_without_adapters_needs_no_backend() -> None:
-    for override in ("auto", "fastest", "native"):
+    for override in ("auto", "native"):
         assert dispatch.choose(plan([3, 2], [None, None])[1], CPU, override).backend == "none"
 
 
-@pytest.mark.parametrize("override", ["auto", "fastest", *dispatch.BACKENDS])
+@pytest.mark.parametrize("override", ["auto", *dispatch.BACKENDS])
 def test_a_batch_with_adapters_gets_a_backend_that_exists(override: str) -> None:
     chosen = dispatch.choose(LoraBatch((Segment(0, 0, 4),), rows=9), CPU, override)
     assert chosen.backend in dispatch.BACKENDS
-    assert override in ("auto", "fastest", chosen.backend)
+    assert override in ("auto", chosen.backend)
     assert (chosen.segments, chosen.rows) == ((Segment(0, 0, 4),), 9)
 
 
@@ -84,19 +84,36 @@ def evenly(adapters: int, rows: int) -> LoraBatch:
     [(1, 30_720, "merged"), (4, 30_720, "merged"), (64, 30_720, "csgmv"), (256, 4096, "csgmv"), (32, 256, "csgmv")],
 )
 def test_the_cost_model_knows_the_h200s_crossovers(adapters: int, rows: int, best: str) -> None:
-    assert dispatch.choose(evenly(adapters, rows), GPU, "fastest").backend == best
-    assert dispatch.choose(evenly(adapters, rows), GPU).backend == "csgmv", "auto rounds once"
+    assert dispatch.choose(evenly(adapters, rows), GPU).backend == best
+
+
+def crossover(rows: int, adapters: int, csgmv: float, merged: float, rank: int = 64, hidden: int = 1024) -> Crossover:
+    return Crossover(
+        rows, adapters, rank, hidden, "attention", {"base": 0.01, "native": 0.01, "csgmv": csgmv, "merged": merged}
+    )
+
+
+MEASURED = [
+    crossover(256, 4, 0.1, 0.2), crossover(30_720, 4, 0.5, 0.2), crossover(30_720, 64, 0.15, 0.9),
+    crossover(30_720, 4, 0.1, 0.2, rank=16), crossover(30_720, 4, 9.0, 9.0, hidden=8192),
+]  # fmt: skip
 
 
 def test_measurements_outweigh_the_model() -> None:
-    measured = tuple(
-        Crossover(rows, adapters, 64, 1024, "attention", {"base": 0.1, "native": 0.3, "csgmv": csgmv, "merged": 0.2})
-        for rows, adapters, csgmv in ((30_720, 4, 0.5), (30_720, 64, 0.15), (256, 4, 0.1))
-    )
-    layer = replace(GPU, measured=measured)
-    assert dispatch.choose(evenly(5, 25_000), layer, "fastest").backend == "merged"
-    assert dispatch.choose(evenly(50, 25_000), layer, "fastest").backend == "csgmv"
-    other = replace(layer, projections=((8192, (8192, 1024, 1024)), (8192, (8192,))))
-    assert dispatch.fastest(evenly(5, 25_000), other) == dispatch.fastest(
-        evenly(5, 25_000), replace(other, measured=())
-    )
+    layer = replace(GPU, measured=surface(MEASURED, "attention", 1024))
+    assert dispatch.choose(evenly(5, 25_000), layer).backend == "merged", "native is faster, but rounds twice"
+    assert dispatch.choose(evenly(50, 25_000), layer).backend == "csgmv"
+    assert dispatch.choose(evenly(5, 25_000), replace(layer, rank=16)).backend == "csgmv"
+
+
+def test_straight_lines_between_what_was_measured() -> None:
+    found = surface(MEASURED, "attention", 1500)
+    assert found is not None
+    assert found.ms(30_720, 4, 64)["csgmv"] == pytest.approx(0.5)
+    assert found.ms(30_720, 16, 64)["csgmv"] == pytest.approx((0.5 * 0.15) ** 0.5), "halfway, in logarithms"
+    assert found.ms(2804, 4, 64)["csgmv"] == pytest.approx((0.1 * 0.5) ** 0.5, rel=1e-3)
+    assert found.ms(30_720, 4, 32)["csgmv"] == pytest.approx((0.1 * 0.5) ** 0.5)
+    assert found.ms(1, 1, 8)["csgmv"] == 0.1, "the edge"
+    assert found.ms(10**6, 999, 200) == found.ms(30_720, 64, 64)
+    assert surface(MEASURED, "layer", 1024) is None
+    assert surface(MEASURED, "attention", 400) is None

@@ -1,4 +1,4 @@
-"""The merge kernel against the sum written out in float64: every slot of a launch, ragged widths, ranks below the pool's."""
+"""The merge kernel against the sum in float64: every slot of a launch, ragged widths, ranks below the pool's."""
 
 import pytest
 import torch

@@ -13,8 +13,8 @@ from ranklet.kernels.batch import Tiles
 from ranklet.kernels.candidates import FEW_ROWS, WORKLOADS, candidates, cases
 from ranklet.kernels.compiling import compile_all
 from ranklet.kernels.crossover import Crossover, _parse, entry_of
-from ranklet.kernels.probe import Projection, pool_rank, probe, projections
-from ranklet.kernels.stack import LinearStack
+from ranklet.kernels.probe import Projection, probe, projections
+from ranklet.kernels.stack import LinearStack, padded_rank
 from ranklet.kernels.tiles import KINDS, ShrinkTile
 from ranklet.kernels.workloads import Workload, even
 from tests.bench.shapes import QWEN3_EMBEDDING_06B
@@ -53,7 +53,7 @@ def test_every_height_is_tuned_and_every_candidate_is_of_its_kind() -> None:
 def test_rows_are_shared_evenly() -> None:
     batch = even(11, 4)
     assert sorted(segment.rows for segment in batch.segments) == [2, 3, 3, 3]
-    assert [pool_rank(rank) for rank in (1, 8, 16, 17, 64)] == [16, 16, 16, 32, 64]
+    assert [padded_rank(rank) for rank in (1, 8, 16, 17, 64)] == [16, 16, 16, 32, 64]
 
 
 def test_a_probe_is_zero_beyond_its_rank() -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ranklet.kernels.stack import PACKS
+from ranklet.kernels.stack import PACKS, padded_rank
 from ranklet.replicas.adapters import EMBEDDING, Adapter, Expectation, read_adapter
 from ranklet.replicas.architecture import Architecture
 from ranklet.replicas.config import LORA_MODULES
-from ranklet.replicas.pool import AdapterPool, pack, padded_rank
+from ranklet.replicas.pool import AdapterPool, pack
 from tests.assets.adapters import save_adapter
 from tests.assets.make import AdapterSpec
 from tests.replicas.asking import ref

@@ -1,0 +1,53 @@
+"""After the warm-up no batch finds a kernel that is not compiled."""
+
+import random
+
+import pytest
+import torch
+
+from ranklet.kernels import csgmv, gemm
+from ranklet.kernels.batch import cut, plan
+from ranklet.kernels.probe import Projection, probe
+from ranklet.kernels.stack import LinearStack
+from ranklet.kernels.warm import batches, warm
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KERNELS = (csgmv._shrink_kernel, csgmv._expand_kernel, gemm._gemm_kernel)
+
+
+@pytest.mark.parametrize("slots", [1, 8, 300])
+def test_batches_have_tiles_of_every_height_the_slots_allow(slots: int) -> None:
+    found = list(batches(slots, 30_000))
+    assert len(found) <= 20
+    assert all(1 <= batch.adapters <= slots and batch.lora_rows <= batch.rows for batch in found)
+    for rows in (4096, 30_000):
+        assert [tiles.height for batch in found if batch.rows == rows for tiles in cut(batch)] == [16, 32, 64, 128]
+
+
+def test_it_leaves_the_stacks_alone() -> None:
+    stack = probe(Projection("o", 32, (16,)), 8, 3, device=DEVICE, dtype=torch.float16).stack
+    tensors, meta = (stack.a, stack.b, stack.ranks, stack.scalings), list(stack.meta)
+    before = [tensor.clone() for tensor in tensors]
+    assert warm([stack], 64) == len(list(batches(3, 64)))
+    assert all(torch.equal(tensor, was) for tensor, was in zip(tensors, before, strict=True))
+    assert stack.meta == meta
+
+
+@pytest.mark.gpu
+def test_nothing_is_left_to_compile() -> None:
+    slots, most_rows = 64, 8192
+    probes = [
+        probe(p, 64, slots, device=DEVICE, dtype=torch.bfloat16)
+        for p in (Projection("qkv", 1024, (2048, 1024, 1024)), Projection("down", 3072, (1024,)))
+    ]
+    warm([LinearStack(p.stack.a, p.stack.b, p.stack.widths) for p in probes], most_rows)
+    compiled = [len(kernel.device_caches[0][0]) for kernel in KERNELS]
+    draw = random.Random(0)
+    for _ in range(40):
+        longest = draw.choice((1, 20, 100, 900))
+        lengths = [draw.randint(1, longest) for _ in range(draw.randint(1, most_rows // longest // 2))][:512]
+        _, batch = plan(lengths, [draw.choice((None, *range(slots))) for _ in lengths])
+        for p in probes:
+            x = torch.randn(batch.rows, p.projection.wide, device=DEVICE, dtype=torch.bfloat16)
+            csgmv.linear(x, p.weight, None, p.stack, batch.placed(DEVICE))
+    assert [len(kernel.device_caches[0][0]) for kernel in KERNELS] == compiled
