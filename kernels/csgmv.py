@@ -209,18 +209,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, b
         raise ValueError("batch: expected tiles for its segments, got none; call LoraBatch.placed")
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     added: list[Tiles] = []
-    done = 0
+    done, chained = 0, can_chain(x)
     for tiles in batch.tiles:
         tile = _fused(x, stack, tiles)
         if tile and not added:
-            chained = _can_chain(x)
             h = _shrunk(x, stack, tiles, split=False, chained=chained)
             gemm.gemm(x, weight, bias, h, y, stack, tiles, tile, chained=chained)
             done = tiles.rows[1]
         else:
             added.append(tiles)
     _base(x[done:], weight, bias, y[done:])
-    chained = len(x) <= _CHAINED_ROWS and _can_chain(x)
     for tiles in added:
         h = _shrunk(x, stack, tiles, split=True, chained=chained)
         expand(h, y, stack, tiles, _tile(ExpandTile, "expand", x, stack, tiles), chained=chained)
@@ -309,10 +307,8 @@ def embedding(ids: Tensor, table: Tensor, stack: EmbeddingStack, batch: LoraBatc
     return y
 
 
-_CHAINED_ROWS = 1024  # `expand` of more takes the multiprocessors from a `shrink` that still runs
-
-
-def _can_chain(x: Tensor) -> bool:
+def can_chain(x: Tensor) -> bool:
+    """Whether this GPU can start a launch before the last one ends."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 

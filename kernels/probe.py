@@ -84,6 +84,18 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found.float() - wanted).norm() / wanted.norm())
 
 
+def graphed(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as one CUDA graph; itself on the CPU."""
+    if not torch.cuda.is_available():
+        return call
+    call()  # compiles, and allocates what must outlive the graph
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def gpu_ms(call: Callable[[], object], *, rep_ms: int = 8) -> float:
     """Median time on the GPU with the L2 cache cleared before each call; on the CPU, wall time."""
     if not torch.cuda.is_available():

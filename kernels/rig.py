@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ranklet.kernels import csgmv, gemm
 from ranklet.kernels.batch import Segments, Tiles
-from ranklet.kernels.candidates import candidates, cases
-from ranklet.kernels.probe import Projection, expanded, gpu_ms, probe, relative_error, shrunk
-from ranklet.kernels.tiles import ExpandTile, Key, Op, ShrinkTile, Tile
+from ranklet.kernels.candidates import FEW_ROWS, candidates, cases
+from ranklet.kernels.probe import Projection, expanded, gpu_ms, graphed, probe, relative_error, shrunk
+from ranklet.kernels.tiles import ExpandTile, FusedTile, Key, Op, ShrinkTile, Tile
 from ranklet.kernels.workloads import Workload
 
 _MOST_PARTS = 4  # the largest `ShrinkTile.split` among the candidates
@@ -41,7 +41,6 @@ class Rig:
         self.y = torch.randn(rows, sum(projection.widths), device=device, dtype=dtype)
         self.h = torch.randn(rows, hidden, device=device, dtype=dtype)
         self.parts = torch.zeros(_MOST_PARTS, rows, hidden, device=device)
-        self._parts_ms: dict[tuple[int, int, int], float] = {}
 
     def can_take(self, tile: Tile, key: Key) -> bool:
         """Whether the operation exists on this device for this projection and these batches."""
@@ -49,41 +48,41 @@ class Rig:
             return True
         return all(gemm.can_fuse(self.x, self.probe.stack, tiles, tile) for tiles in self._tiles(key))
 
-    def launch(self, tile: Tile, tiles: Tiles, rows: int, *, parts: int = 1) -> Tensor:
+    def launch(self, tile: Tile, tiles: Tiles, rows: int, *, parts: int = 1, chained: bool = False) -> Tensor:
         """Start the operation a tile belongs to on a batch of so many rows, and return what it writes.
 
         Args:
             parts: of h, as `expand` reads it.
+            chained: as in `csgmv`.
         """
         stack, y = self.probe.stack, self.y[:rows]
         if isinstance(tile, ShrinkTile):
             out = self._hidden(rows, tile.split)
-            csgmv.shrink(self.x[:rows], out, stack, tiles, tile)
+            csgmv.shrink(self.x[:rows], out, stack, tiles, tile, chained=chained)
             return out
         if isinstance(tile, ExpandTile):
-            csgmv.expand(self._hidden(rows, parts), y, stack, tiles, tile)
+            csgmv.expand(self._hidden(rows, parts), y, stack, tiles, tile, chained=chained)
         else:
             gemm.gemm(self.x[:rows], self.probe.weight, None, self._hidden(rows, 1), y, stack, tiles, tile)
         return y
 
     def time_ms(self, tile: Tile, key: Key) -> float:
-        """Time of a launch summed over the workloads that share a key; of a split one, with what `expand` pays."""
-        spent = sum(gpu_ms(partial(self.launch, tile, tiles, key.rows)) for tiles in self._tiles(key))
-        if isinstance(tile, ShrinkTile) and tile.split > 1:
-            asked = (key.height, key.rows, tile.split)
-            if asked not in self._parts_ms:
-                self._parts_ms[asked] = self._time_parts_ms(key, tile.split)
-            spent += self._parts_ms[asked]
-        return spent
+        """Time of a launch summed over the workloads that share a key.
 
-    def _time_parts_ms(self, key: Key, parts: int) -> float:
-        """How much longer `expand` takes if h comes in parts."""
-        expand = candidates("expand", key.height, key.rows)[0]
-        added = 0.0
-        for tiles in self._tiles(key):
-            whole, more = (gpu_ms(partial(self.launch, expand, tiles, key.rows, parts=n)) for n in (1, parts))
-            added += more - whole
-        return max(0.0, added)
+        In small batches `shrink` and `expand` overlap and one pays for how the other works: they are timed as a pair.
+        """
+        if isinstance(tile, FusedTile) or key.rows > FEW_ROWS:
+            return sum(gpu_ms(graphed(partial(self.launch, tile, tiles, key.rows))) for tiles in self._tiles(key))
+        return sum(gpu_ms(graphed(partial(self._pair, tile, key, tiles))) for tiles in self._tiles(key))
+
+    def _pair(self, tile: ShrinkTile | ExpandTile, key: Key, tiles: Tiles) -> None:
+        """`shrink` and `expand`, one with this tile and the other with its first candidate."""
+        pair = [candidates(op, key.height, key.rows)[0] for op in ("shrink", "expand")]
+        pair[isinstance(tile, ExpandTile)] = tile
+        assert isinstance(pair[0], ShrinkTile)
+        chained = csgmv.can_chain(self.x)
+        self.launch(pair[0], tiles, key.rows, chained=chained)
+        self.launch(pair[1], tiles, key.rows, parts=pair[0].split, chained=chained)
 
     def base_ms(self, key: Key) -> float:
         """Time of the base product of the same rows, summed likewise."""

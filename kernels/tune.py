@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.progress import track
 
 from ranklet.kernels import race
-from ranklet.kernels.candidates import WORKLOADS, candidates, cases
+from ranklet.kernels.candidates import FEW_ROWS, WORKLOADS, candidates, cases
 from ranklet.kernels.compiling import compile_all
 from ranklet.kernels.probe import Projection, projections
 from ranklet.kernels.rig import Rig
 from ranklet.kernels.stack import padded_rank
-from ranklet.kernels.tiles import FusedTile, Key, Op, ShrinkTile, Tile, entry_of, path_for, table
+from ranklet.kernels.tiles import FusedTile, Key, Op, Tile, entry_of, path_for, table
 from ranklet.kernels.workloads import Workload
 
 TOLERANCE = 3e-3  # relative error against float32
@@ -137,8 +137,8 @@ def _compile(job: Job) -> None:
         if height == job.height and job.tile in candidates(job.op, height, rows) and rig.can_take(job.tile, key):
             for tiles in found:
                 rig.launch(job.tile, tiles, rows)
-            if isinstance(job.tile, ShrinkTile) and job.tile.split > 1:
-                rig.launch(candidates("expand", height, rows)[0], found[0], rows, parts=job.tile.split)
+            if not isinstance(job.tile, FusedTile) and rows <= FEW_ROWS:
+                rig.time_ms(job.tile, key)
 
 
 def _best(rig: Rig, plan: Plan, fits: set[Job], say: Callable[[str], None]) -> Iterator[dict[str, Any]]:

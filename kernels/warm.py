@@ -18,12 +18,18 @@ _BATCH_ROWS = (1, 256, 1024, 4096)  # sizes that tables of tiles tell apart
 
 
 def batches(slots: int, most_rows: int) -> Iterator[LoraBatch]:
-    """Batches that between them launch every kernel, the largest first; rows that slots do not suffice for are base."""
+    """Batches that between them launch every kernel, the largest first.
+
+    Of each size one with as many adapters as it can hold, the rest base rows, and one with a few adapters' rows among
+    base rows, too few for one product of base and LoRA.
+    """
     for rows in sorted({min(rows, most_rows) for rows in (*_BATCH_ROWS, most_rows)}, reverse=True):
         for height in HEIGHTS:
             adapters = max(1, min(slots, rows // height))
             used = rows if height == HEIGHTS[-1] else min(rows, adapters * height)
             yield replace(even(used, adapters), rows=rows)
+            if rows > height:
+                yield replace(even(height, 1), rows=rows)
 
 
 @torch.inference_mode()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_MODULES = (*LINEAR_MODULES, "embed_tokens")
-BACKENDS = ("auto", "native", "csgmv", "merged")
+BACKENDS = ("auto", "fastest", "native", "csgmv", "merged")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -30,7 +30,7 @@ class EngineConfig:
     max_waiting_tokens: int = 4_000_000  # beyond it requests are refused with 503
     host_cache_bytes: int = 4 << 30
     merged_bytes: int = 0  # device memory for merged weights of adapters that dominate traffic
-    backend: str = "auto"  # of LoRA: whichever should be fastest for a batch, see kernels/dispatch.py
+    backend: str = "auto"  # of LoRA; "fastest" may give up a little accuracy for speed, see kernels/dispatch.py
     base_aliases: tuple[str, ...] = field(default=())  # names (fnmatch patterns) adapters may call this base by
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ def picked(layer: Layer, rows: int, adapters: int, scope: Scope) -> str:
     projections = tuple((p.wide, p.widths) for p in (layer.probes[name].projection for name in SCOPES[scope]))
     known = surface(crossovers(layer.device.index), scope, layer.hidden)
     shape = dispatch.Layer(projections, padded_rank(layer.rank), layer.device.type == "cuda", known)
-    return dispatch.choose(even(rows, adapters), shape).backend
+    return dispatch.choose(even(rows, adapters), shape, "fastest").backend
 
 
 def measured(layer: Layer, rows: int, adapters: int, scope: Scope, backends: Sequence[str]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ranklet.kernels.batch import LoraBatch, cut, plan
 from ranklet.kernels.dispatch import BACKENDS
-from ranklet.kernels.probe import Projection, expanded, gpu_ms, projections, relative_error, shrunk
+from ranklet.kernels.probe import Projection, expanded, gpu_ms, graphed, projections, relative_error, shrunk
 from ranklet.kernels.race import SCOPES, Layer, compile_batches, points
 from ranklet.kernels.workloads import even
 from tests.bench import grid, report
@@ -61,18 +61,6 @@ def setting(*, tiny: bool) -> Setting:
     runs = device.type == "cuda" or triton.knobs.runtime.interpret
     backends = tuple(name for name in BACKENDS if name != "csgmv" or runs)
     return Setting(projections(TINY.module_dims()), device, torch.float16, backends, 64)
-
-
-def graphed(call: Callable[[], object]) -> Callable[[], object]:
-    """The call as one CUDA graph; itself on the CPU."""
-    if not torch.cuda.is_available():
-        return call
-    call()  # compiles, and allocates what must outlive the graph
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def added_ms(layer: Layer, backend: str, batch: LoraBatch, names: Sequence[str]) -> tuple[float, float]:

@@ -20,15 +20,15 @@ EMBEDDING = oracle.random_adapters({0: (3,), 1: (16,)}, VOCAB, (12,))
 
 
 def test_a_batch_without_adapters_needs_no_backend() -> None:
-    for override in ("auto", "native"):
+    for override in ("auto", "fastest", "native"):
         assert dispatch.choose(plan([3, 2], [None, None])[1], CPU, override).backend == "none"
 
 
-@pytest.mark.parametrize("override", ["auto", *dispatch.BACKENDS])
+@pytest.mark.parametrize("override", ["auto", "fastest", *dispatch.BACKENDS])
 def test_a_batch_with_adapters_gets_a_backend_that_exists(override: str) -> None:
     chosen = dispatch.choose(LoraBatch((Segment(0, 0, 4),), rows=9), CPU, override)
     assert chosen.backend in dispatch.BACKENDS
-    assert override in ("auto", chosen.backend)
+    assert override in ("auto", "fastest", chosen.backend)
     assert (chosen.segments, chosen.rows) == ((Segment(0, 0, 4),), 9)
 
 
@@ -84,12 +84,13 @@ def evenly(adapters: int, rows: int) -> LoraBatch:
     [(1, 30_720, "merged"), (4, 30_720, "merged"), (64, 30_720, "csgmv"), (256, 4096, "csgmv"), (32, 256, "csgmv")],
 )
 def test_the_cost_model_knows_the_h200s_crossovers(adapters: int, rows: int, best: str) -> None:
-    assert dispatch.choose(evenly(adapters, rows), GPU).backend == best
+    assert dispatch.choose(evenly(adapters, rows), GPU, "fastest").backend == best
+    assert dispatch.choose(evenly(adapters, rows), GPU).backend == "csgmv", "auto rounds once"
 
 
 def crossover(rows: int, adapters: int, csgmv: float, merged: float, rank: int = 64, hidden: int = 1024) -> Crossover:
     return Crossover(
-        rows, adapters, rank, hidden, "attention", {"base": 0.01, "native": 0.01, "csgmv": csgmv, "merged": merged}
+        rows, adapters, rank, hidden, "attention", {"base": 0.01, "native": 9.0, "csgmv": csgmv, "merged": merged}
     )
 
 
@@ -101,9 +102,9 @@ MEASURED = [
 
 def test_measurements_outweigh_the_model() -> None:
     layer = replace(GPU, measured=surface(MEASURED, "attention", 1024))
-    assert dispatch.choose(evenly(5, 25_000), layer).backend == "merged", "native is faster, but rounds twice"
-    assert dispatch.choose(evenly(50, 25_000), layer).backend == "csgmv"
-    assert dispatch.choose(evenly(5, 25_000), replace(layer, rank=16)).backend == "csgmv"
+    assert dispatch.fastest(evenly(5, 25_000), layer) == "merged"
+    assert dispatch.fastest(evenly(50, 25_000), layer) == "csgmv"
+    assert dispatch.fastest(evenly(5, 25_000), replace(layer, rank=16)) == "csgmv"
 
 
 def test_straight_lines_between_what_was_measured() -> None:

@@ -87,8 +87,8 @@ def test_a_wrong_candidate_is_dropped_and_named(
 ) -> None:
     right = csgmv.shrink
 
-    def wrong(x: Tensor, h: Tensor, stack: LinearStack, tiles: Tiles, tile: ShrinkTile) -> None:
-        right(x, h, stack, tiles, tile)
+    def wrong(x: Tensor, h: Tensor, stack: LinearStack, tiles: Tiles, tile: ShrinkTile, *, chained: bool) -> None:
+        right(x, h, stack, tiles, tile, chained=chained)
         if tile.block_k == 64:
             h[0, 0] = 0
 

@@ -20,7 +20,7 @@ from ranklet.replicas.config import EngineConfig
         ({"max_model_len": 0}, "max_model_len"),
         ({"max_model_len": 9, "max_batch_tokens": 8}, "max_batch_tokens (8)"),
         ({"host_cache_bytes": -1}, "host_cache_bytes"),
-        ({"backend": "cuda"}, "backend: expected one of auto, native"),
+        ({"backend": "cuda"}, "backend: expected one of auto, fastest, native"),
         ({"dtype": "int8"}, "dtype"),
         ({"lora_modules": ("q_proj", "lm_head")}, "lm_head"),
     ],
