@@ -154,8 +154,10 @@ def plan(lengths: Sequence[int], slots: Sequence[int | None]) -> tuple[list[int]
     if not len(count):
         return [], LoraBatch((), rows=0)
     # Places: 0 is the base, 1 + slot an adapter; numpy reads a list of numbers faster than Python replaces its Nones.
-    place = np.array([0 if one is None else one + 1 for one in slots] if None in slots else slots, dtype=np.int64)
-    place += None not in slots
+    if None in slots:
+        place = np.array([0 if one is None else one + 1 for one in slots], dtype=np.int64)
+    else:
+        place = np.array(slots, dtype=np.int64) + 1
     rows = np.bincount(place, weights=count)
     late = (rows <= SHORT_ROWS) * len(rows)  # sorts short segments behind all long ones
     late[0] = 2 * len(rows)
@@ -192,15 +194,16 @@ def _cut(runs: NDArray[np.int32], heights: Sequence[int], capacity: int | None) 
     counts = -(-rows // height)
     ends = counts.cumsum()
     tiles = int(ends[-1])
-    blocks = np.empty((0, 2), dtype=np.int32) if capacity else _blocks(runs)
-    if tiles == len(runs) and not capacity:  # a tile each
-        return Tiles(height, runs, runs, blocks)
-    table = np.zeros((max(tiles, capacity or 0), 3), dtype=np.int32)
-    used = table[:tiles]
-    used[:] = runs.repeat(counts, axis=0)
-    used[:, 0] += (np.arange(tiles) - (ends - counts).repeat(counts)) * height
-    np.minimum(used[:, 1], used[:, 0] + height, out=used[:, 1])
-    return Tiles(height, table, runs, blocks)
+    if tiles == len(runs):  # a tile each
+        table = runs
+    else:
+        table = runs.repeat(counts, axis=0)
+        table[:, 0] += (np.arange(tiles) - (ends - counts).repeat(counts)) * height
+        np.minimum(table[:, 1], table[:, 0] + height, out=table[:, 1])
+    if capacity is None:
+        return Tiles(height, table, runs, _blocks(runs))
+    padding = np.zeros((max(0, capacity - tiles), 3), dtype=np.int32)
+    return Tiles(height, np.concatenate((table, padding)), runs, np.empty((0, 2), dtype=np.int32))
 
 
 def _blocks(runs: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -16,7 +16,7 @@ from ranklet.kernels.stack import LinearStack
 from ranklet.kernels.tiles import FusedTile
 
 _LORA_STAGES = 2
-_LEAST_BLOCKS = 8  # with fewer, cuBLAS splits K and this does not
+_LEAST_ROWS = 1024  # up to so many, cuBLAS splits K and this does not
 _MOST_STEPS = 0.75  # of the base product's steps over K: with more for LoRA, a pass of its own is cheaper
 
 
@@ -103,7 +103,9 @@ def gemm(
 def can_fuse(x: Tensor, stack: LinearStack, tiles: Tiles, tile: FusedTile) -> bool:
     """Whether `gemm` takes this: Hopper or later, 16 bits, slices of whole blocks, many rows, not too many adapters."""
     steps = len(tiles.runs) + len(tiles.blocks) - 1  # at most: a run adds one to each block it touches
-    if len(tiles.blocks) < _LEAST_BLOCKS or steps * stack.rank > _MOST_STEPS * x.shape[1] * len(tiles.blocks):
+    if len(tiles.blocks) * BLOCK_ROWS <= _LEAST_ROWS or steps * stack.rank > _MOST_STEPS * x.shape[1] * len(
+        tiles.blocks
+    ):
         return False
     if x.dtype not in (torch.bfloat16, torch.float16) or x.shape[1] % tile.block_k or x.stride(0) % 8:
         return False

@@ -148,7 +148,8 @@ def _best(rig: Rig, plan: Plan, fits: set[Job], say: Callable[[str], None]) -> I
             tried = candidates(op, key.height, key.rows)
             jobs = {tile: Job(plan, rig.probe.projection, rig.rank, op, key.height, tile) for tile in tried}
             fit = [tile for tile, job in jobs.items() if job in fits and rig.can_take(tile, key)]
-            times = {tile: rig.time_ms(tile, key) for tile in _right(rig, key, fit, say)}
+            right = list(_right(rig, key, fit, say))  # all of them first: timing overwrites what they are checked with
+            times = {tile: rig.time_ms(tile, key) for tile in right}
             if not times:
                 continue
             best = min(times, key=times.__getitem__)
