@@ -11,6 +11,8 @@ FEW_ROWS = 1024  # batches below leave a GPU empty unless the parts of K run sid
 
 WORKLOADS = (
     Workload("distinct", 256, 1, 32),
+    Workload("distinct", 256, 1, 8),
+    Workload("distinct", 256, 1, 4),
     Workload("skewed", 256, 1, 32),
     Workload("identical", 256, 1, 1),
     Workload("distinct", 256, 16, 256),

@@ -69,18 +69,20 @@ class Rig:
     def time_ms(self, tile: Tile, key: Key) -> float:
         """Time of a launch summed over the workloads that share a key.
 
-        In small batches `shrink` and `expand` overlap and one pays for how the other works: they are timed as a pair.
+        In small batches the launches of a projection overlap, and one pays for how the other works: they are timed
+        together.
         """
         if isinstance(tile, FusedTile) or key.rows > FEW_ROWS:
             return sum(gpu_ms(graphed(partial(self.launch, tile, tiles, key.rows))) for tiles in self._tiles(key))
         return sum(gpu_ms(graphed(partial(self._pair, tile, key, tiles))) for tiles in self._tiles(key))
 
     def _pair(self, tile: ShrinkTile | ExpandTile, key: Key, tiles: Tiles) -> None:
-        """`shrink` and `expand`, one with this tile and the other with its first candidate."""
+        """The base product, `shrink` and `expand`, one with this tile and the other with its first candidate."""
         pair = [candidates(op, key.height, key.rows)[0] for op in ("shrink", "expand")]
         pair[isinstance(tile, ExpandTile)] = tile
         assert isinstance(pair[0], ShrinkTile)
         chained = csgmv.can_chain(self.x)
+        torch.mm(self.x[: key.rows], self.probe.weight.t(), out=self.y[: key.rows])
         self.launch(pair[0], tiles, key.rows, chained=chained)
         self.launch(pair[1], tiles, key.rows, parts=pair[0].split, chained=chained)
 
