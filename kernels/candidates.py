@@ -53,7 +53,8 @@ def _shrink(height: int, rows: int) -> tuple[ShrinkTile, ...]:
     parts = (1, 2, 4) if rows <= FEW_ROWS or height <= 32 else (1, 2)
     block_k = 128 if height <= 32 else 64
     split = tuple(ShrinkTile(block_k, split, 4, 3) for split in parts)
-    return (*split, ShrinkTile(128, 1, 4, 2), ShrinkTile(128, 1, 8, 2), ShrinkTile(64, 1, 4, 4))
+    wide = (ShrinkTile(256, 4, 8, 3),) if rows <= FEW_ROWS else ()
+    return (*split, *wide, ShrinkTile(128, 1, 4, 2), ShrinkTile(128, 1, 8, 2), ShrinkTile(64, 1, 4, 4))
 
 
 _SHRINK_TALL = (

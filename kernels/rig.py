@@ -16,7 +16,7 @@ from ranklet.kernels.probe import Projection, expanded, gpu_ms, graphed, probe, 
 from ranklet.kernels.tiles import ExpandTile, FusedTile, Key, Op, ShrinkTile, Tile
 from ranklet.kernels.workloads import Workload
 
-_MOST_PARTS = 4  # the largest `ShrinkTile.split` among the candidates
+MOST_PARTS = 4  # the largest `ShrinkTile.split` among the candidates
 
 
 class Rig:
@@ -40,7 +40,8 @@ class Rig:
         self.x = torch.randn(rows, projection.wide, device=device, dtype=dtype)
         self.y = torch.randn(rows, sum(projection.widths), device=device, dtype=dtype)
         self.h = torch.randn(rows, hidden, device=device, dtype=dtype)
-        self.parts = torch.zeros(_MOST_PARTS, rows, hidden, device=device)
+        self.parts = torch.zeros(MOST_PARTS, rows, hidden, device=device)
+        self.chosen: dict[tuple[int, int], Tile] = {}  # for `shrink`, by tile height and rows of the batch
 
     def can_take(self, tile: Tile, key: Key) -> bool:
         """Whether the operation exists on this device for this projection and these batches."""
@@ -77,9 +78,12 @@ class Rig:
         return sum(gpu_ms(graphed(partial(self._pair, tile, key, tiles))) for tiles in self._tiles(key))
 
     def _pair(self, tile: ShrinkTile | ExpandTile, key: Key, tiles: Tiles) -> None:
-        """The base product, `shrink` and `expand`, one with this tile and the other with its first candidate."""
+        """The base product, `shrink` and `expand`: the tile with the other's choice, or first candidate."""
         pair = [candidates(op, key.height, key.rows)[0] for op in ("shrink", "expand")]
-        pair[isinstance(tile, ExpandTile)] = tile
+        if isinstance(tile, ExpandTile):
+            pair = [self.chosen.get((key.height, key.rows), pair[0]), tile]
+        else:
+            pair[0] = tile
         assert isinstance(pair[0], ShrinkTile)
         chained = csgmv.can_chain(self.x)
         torch.mm(self.x[: key.rows], self.probe.weight.t(), out=self.y[: key.rows])

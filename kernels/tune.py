@@ -20,10 +20,11 @@ from rich.progress import track
 from ranklet.kernels import race
 from ranklet.kernels.candidates import FEW_ROWS, WORKLOADS, candidates, cases
 from ranklet.kernels.compiling import compile_all
+from ranklet.kernels.csgmv import can_chain
 from ranklet.kernels.probe import Projection, projections
-from ranklet.kernels.rig import Rig
+from ranklet.kernels.rig import MOST_PARTS, Rig
 from ranklet.kernels.stack import padded_rank
-from ranklet.kernels.tiles import FusedTile, Key, Op, Tile, entry_of, path_for, table
+from ranklet.kernels.tiles import ExpandTile, FusedTile, Key, Op, Tile, entry_of, path_for, table
 from ranklet.kernels.workloads import Workload
 
 TOLERANCE = 3e-3  # relative error against float32
@@ -138,6 +139,8 @@ def _compile(job: Job) -> None:
             for tiles in found:
                 rig.launch(job.tile, tiles, rows)
             if not isinstance(job.tile, FusedTile) and rows <= FEW_ROWS:
+                for parts in (1, 2, MOST_PARTS) if isinstance(job.tile, ExpandTile) else ():
+                    rig.launch(job.tile, found[0], rows, parts=parts, chained=can_chain(rig.x))
                 rig.time_ms(job.tile, key)
 
 
@@ -153,7 +156,9 @@ def _best(rig: Rig, plan: Plan, fits: set[Job], say: Callable[[str], None]) -> I
             if not times:
                 continue
             best = min(times, key=times.__getitem__)
-            if op == "expand":
+            if op == "shrink":
+                rig.chosen[key.height, key.rows] = best
+            elif op == "expand":
                 expand_ms[key.height, key.rows] = times[best]
             if isinstance(best, FusedTile):
                 unfused_ms = rig.base_ms(key) + expand_ms.get((key.height, key.rows), float("inf"))

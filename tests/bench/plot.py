@@ -24,8 +24,12 @@ def draw(result: Path) -> Path | None:
     content = json.loads(result.read_text())
     rows: list[dict[str, Any]] = content["rows"]
     ranks = sorted({row["rank"] for row in rows})
-    figure, panels = pyplot.subplots(1, len(ranks), figsize=(8 * len(ranks), 5), squeeze=False, layout="constrained")
-    for panel, rank in zip(panels[0], ranks, strict=True):
+    across = min(2, len(ranks))
+    down = -(-len(ranks) // across)
+    figure, panels = pyplot.subplots(down, across, figsize=(8 * across, 5 * down), squeeze=False, layout="constrained")
+    for panel in panels.flat[len(ranks) :]:
+        panel.remove()
+    for panel, rank in zip(panels.flat, ranks, strict=False):
         _panel(panel, [row for row in rows if row["rank"] == rank])
         panel.set_title(f"rank {rank}")
     known = [_square(0, 0, color=colour) for colour in COLOURS.values()]
