@@ -7,6 +7,7 @@ meant where it was trained.
 import json
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -161,11 +162,13 @@ def _bad_patterns(fields: dict[str, Any]) -> list[str]:
         shapes |= {pattern: _suffix_shape(pattern) for pattern in named}
     layers = fields.get("layers_pattern") or []
     listed = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, list) else []
-    shapes |= {str(pattern): _layer_shape(str(pattern)) for pattern in listed}
+    shapes |= {pattern: _layer_shape(pattern) for pattern in listed if isinstance(pattern, str)}
     findings = []
     for pattern, shape in shapes.items():
         try:
-            re.compile(shape)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # "[[": what it may mean in a later Python
+                re.compile(shape)
         except re.error as error:
             findings.append(f"pattern {pattern!r}: expected a regular expression, got: {error}")
     return findings

@@ -62,6 +62,13 @@ def pack(adapter: Adapter, dtype: torch.dtype, *, pinned: bool) -> PackedAdapter
     return PackedAdapter(adapter.rank, flat, tuple(pieces), scalings, modules)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Tenant:
+    """What a slot holds since its last load; equal to itself alone."""
+
+    places: frozenset[Place]
+
+
 @dataclass
 class AdapterPool:
     """All slots of one device.
@@ -69,6 +76,7 @@ class AdapterPool:
     Attributes:
         layers: per decoder layer the stacks that the model reads.
         embedding: the token embedding's stack, None if `modules` leaves it out.
+        tenants: who is in each slot.
     """
 
     architecture: Architecture
@@ -79,10 +87,12 @@ class AdapterPool:
     dtype: torch.dtype
     layers: list[Stacks] = field(init=False)
     embedding: EmbeddingStack | None = field(init=False, default=None)
+    tenants: list[Tenant] = field(init=False)
 
     def __post_init__(self) -> None:
         self.rank = padded_rank(self.max_rank)
         self._stacks: dict[tuple[int, str], LinearStack] = {}
+        self.tenants = [Tenant(frozenset())] * self.slots
         self._data = torch.zeros((self.slots, self._slot_elements()), dtype=self.dtype, device=self.device)
         slices = (self.slots, self._slot_slices())
         self._ranks = torch.zeros(slices, dtype=torch.int32, device=self.device)
@@ -165,6 +175,7 @@ class AdapterPool:
         targets = [self._target(slot, piece) for piece in packed.pieces]
         torch._foreach_copy_(targets, [piece.view(flat) for piece in packed.pieces])
         self._describe(slot, packed)
+        self.tenants[slot] = Tenant(frozenset(packed.scalings))
 
     def _target(self, slot: int, piece: Piece) -> Tensor:
         layer, name = piece.place

@@ -35,7 +35,8 @@ class Pooling:
         pooled = rows.float()
         if self.mode == "mean":
             lengths = spans.offsets.diff()
-            owner = torch.repeat_interleave(torch.arange(len(spans.lengths), device=rows.device), lengths)
+            requests = torch.arange(len(spans.lengths), device=rows.device)
+            owner = torch.repeat_interleave(requests, lengths, output_size=rows.shape[0])
             sums = pooled.new_zeros(len(spans.lengths), pooled.shape[1]).index_add_(0, owner, pooled)
             pooled = sums / lengths[:, None]
         return functional.normalize(pooled, dim=1) if self.normalize else pooled

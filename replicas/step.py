@@ -4,8 +4,9 @@ Letters: T tokens, B prompts, H hidden width.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from time import perf_counter
 from typing import Any
@@ -24,8 +25,21 @@ from ranklet.replicas.attention import Spans
 from ranklet.replicas.model import Decoder, Tokens
 from ranklet.replicas.pool import AdapterPool
 from ranklet.replicas.pooling import Pooling
+from ranklet.replicas.replay import Replays
 
 logger = logging.getLogger(__name__)
+
+
+_REPLAYED_TOKENS = 2048  # larger batches keep the device busy longer than Python takes to launch them
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """A batch as it travels: `buffer` holds ids, positions, offsets, and the tiles' arrays."""
+
+    lengths: tuple[int, ...]
+    lora: LoraBatch
+    buffer: Tensor  # int32, pinned where there is a GPU
 
 
 @dataclass(slots=True)
@@ -63,6 +77,7 @@ class Stepper:
         self._merged = Merged(merged_bytes)
         dispatch.BACKENDS["merged"] = self._merged
         self._count = np.arange(1, dtype=np.int32)
+        self._replays = Replays(model.device) if self._cuda else None
 
     def warm(self, longest: int, max_tokens: int) -> None:
         """Compile and load what prompts and batches of up to so many tokens need, so that no request waits for it."""
@@ -87,16 +102,16 @@ class Stepper:
         order, lora = plan([len(prompt) for prompt in prompts], slots)
         lora = dispatch.choose(lora, self._layer, self._backend)
         self._merged.observe(lora)
-        ids, positions, spans, lora = self._lay_out([prompts[i] for i in order], lora)
-        states = self._model.forward(Tokens(ids, positions, spans, lora), self._pool.layers, self._pool.embedding)
-        rows = self._model.final_norm(self._pooling.rows(states, spans))
-        vectors = self._pooling.vectors(rows, spans)
+        layout = self._lay_out([prompts[i] for i in order], lora)
+        shape = self._shape(layout) if self._replays is not None and lora.rows <= _REPLAYED_TOKENS else None
+        if shape is None or self._replays is None:
+            vectors = self._forward(layout, layout.buffer.to(self._model.device, non_blocking=True))
+        else:
+            vectors = self._replays.run(shape, layout.buffer, partial(self._forward, layout))
         host, event = self._to_host(vectors)
         return Running(order, lora.backend, host, launched_s, event)
 
-    def _lay_out(
-        self, prompts: Sequence[NDArray[np.int32]], lora: LoraBatch
-    ) -> tuple[Tensor, Tensor, Spans, LoraBatch]:
+    def _lay_out(self, prompts: Sequence[NDArray[np.int32]], lora: LoraBatch) -> _Layout:
         """Ids, positions, offsets and tile tables in one buffer, so that they travel to the device in one copy."""
         lengths = tuple(len(prompt) for prompt in prompts)
         if len(self._count) < max(lengths):
@@ -104,19 +119,43 @@ class Stepper:
         positions = [self._count[:length] for length in lengths]
         tiles = cut(lora) if lora.backend == "csgmv" else ()
         parts = (*prompts, *positions, np.array((0, *accumulate(lengths)), dtype=np.int32))
-        tables = [array for kind in tiles for array in kind.arrays]
-        parts = (*parts, *(array.reshape(-1) for array in tables))
+        parts = (*parts, *(array.reshape(-1) for kind in tiles for array in kind.arrays))
         buffer = torch.empty(sum(map(len, parts)), dtype=torch.int32, pin_memory=self._cuda)
         np.concatenate(parts, out=buffer.numpy())
-        moved = buffer.to(self._model.device, non_blocking=True)
+        return _Layout(lengths, replace(lora, tiles=tiles), buffer)
+
+    def _forward(self, layout: _Layout, moved: Tensor) -> Tensor:
+        """The batch's vectors, float32 [B, H], from its buffer on the device."""
+        lengths, lora = layout.lengths, layout.lora
+        tables = [array for kind in lora.tiles for array in kind.arrays]
         sizes = (sum(lengths), sum(lengths), len(lengths) + 1, *(array.size for array in tables))
         ids, places, offsets, *moved_tables = moved.split(sizes)
-        placed = tuple(replace(kind, device=moved_tables[3 * i : 3 * i + 3]) for i, kind in enumerate(tiles))
-        return ids, places, Spans(lengths, offsets), replace(lora, tiles=placed)
+        placed = tuple(replace(kind, device=moved_tables[3 * i : 3 * i + 3]) for i, kind in enumerate(lora.tiles))
+        tokens = Tokens(ids, places, Spans(lengths, offsets), replace(lora, tiles=placed))
+        states = self._model.forward(tokens, self._pool.layers, self._pool.embedding)
+        rows = self._model.final_norm(self._pooling.rows(states, tokens.spans))
+        return self._pooling.vectors(rows, tokens.spans)
+
+    def _shape(self, layout: _Layout) -> Hashable | None:
+        """What the launches of a batch depend on besides device memory, None where they depend on too much.
+
+        `csgmv` reads slots and ranks on the device: any adapters with LoRA in the same places will do. `native` bakes
+        them in: the same adapters in the same slots. `merged` keeps copies and scratch that come and go.
+        """
+        lora = layout.lora
+        tenants = [self._pool.tenants[segment.slot] for segment in lora.segments]
+        if lora.backend == "csgmv":
+            tiles = tuple((k.height, k.rows, len(k.table), len(k.runs), len(k.blocks)) for k in lora.tiles)
+            return layout.lengths, tiles, frozenset().union(*(tenant.places for tenant in tenants))
+        if lora.backend == "native":
+            return layout.lengths, tuple(lora.segments), tuple(tenants)
+        return (layout.lengths, "none") if lora.backend == "none" else None
 
     def shed(self) -> None:
         """Give back device memory that is only there for speed."""
         self._merged.drop()
+        if self._replays is not None:
+            self._replays.clear()
         if self._cuda:
             torch.cuda.empty_cache()
 

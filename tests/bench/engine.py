@@ -1,4 +1,4 @@
-"""The engine alone, no server: tokens a second through submit() on one GPU, and fidelity in its own dtype.
+"""The engine without a server: tokens a second through submit() on one GPU, and how long one prompt at a time takes.
 
 usage: python -m tests.bench.engine [--layers 28] [--adapters 4 64] [--out FOLDER]
 """
@@ -21,6 +21,7 @@ from ranklet.replicas.reference import AdapterRef, revision_of
 from tests.bench import report
 from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model
 
+_WARM, _ALONE = 8, 200
 LENGTHS = {6144: 5, 512: 60, 128: 240}  # prompts of this length that fill one batch of 30,720 tokens
 
 
@@ -65,6 +66,21 @@ def throughput(engine: Engine, adapters: list[AdapterRef | None], length: int, b
     }  # fmt: skip
 
 
+def alone(engine: Engine, adapters: list[AdapterRef | None], tokens: int) -> dict[str, Any]:
+    """Milliseconds from submit to vector, one prompt at a time, adapters taken in turn; the first few do not count."""
+    times = []
+    for i in range(_WARM + _ALONE):
+        prompt = np.full(tokens, 1 + i, dtype=np.int32)
+        began = perf_counter()
+        embed(engine, [prompt], [adapters[i % len(adapters)]])
+        times.append((perf_counter() - began) * 1e3)
+    counted = times[_WARM:]
+    return {
+        "prompt tokens": tokens, "adapters": len(adapters), "p50_ms": float(np.median(counted)),
+        "p99_ms": float(np.percentile(counted, 99)), "first_ms": times[0],
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
@@ -90,8 +106,10 @@ def main() -> None:
         for length in track(LENGTHS, description="measuring"):
             rows.append(throughput(engine, [None], length, options.batches))
             rows += [throughput(engine, list(made[:count]), length, options.batches) for count in options.adapters]
+        single = [alone(engine, list(made[: options.adapters[0]]), tokens) for tokens in (1, 16, 128, 512, 2048)]
         engine.stop()
     report.save(options.name, rows, options.out)
+    report.save(f"{options.name}-alone", single, options.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""CUDA graphs of batches that come again: the same vectors, whoever sits in the slots by then."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.engine import Engine
+from ranklet.replicas.reference import AdapterRef
+from ranklet.replicas.step import Running
+from tests.bench.shapes import decoder, write_adapters, write_model
+from tests.replicas.asking import ask, ref
+
+pytestmark = pytest.mark.gpu
+SHAPE = decoder("Qwen3Model", layers=3, hidden=256, heads=4, kv_heads=2, head_dim=64, intermediate=512, vocab=1000)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("replay")
+    write_model(made / "model", SHAPE)
+    write_adapters(made / "some", 3, shape=SHAPE, rank=16)
+    write_adapters(made / "more", 3, shape=SHAPE, rank=64, modules=("q_proj", "down_proj"))
+    return made
+
+
+@pytest.fixture(params=["csgmv", "native"])
+def engine(folder: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    running = Engine(EngineConfig(folder / "model", slots=2, backend=request.param, max_batch_tokens=4096))
+    running.start()
+    yield running
+    running.stop()
+
+
+def draw(*lengths: int) -> list[NDArray[np.int32]]:
+    return [np.random.default_rng(length).integers(0, 1000, length, dtype=np.int32) for length in lengths]
+
+
+def adapters(folder: Path) -> list[AdapterRef | None]:
+    return [None, *(ref(path, f"{path.parent.name}-{path.name}") for path in sorted(folder.glob("*/ad*")))]
+
+
+def test_a_shape_that_comes_again_is_replayed_with_the_same_answer(folder: Path, engine: Engine) -> None:
+    """Six adapters take turns in two slots, so a graph meets other tenants than it was captured with."""
+    first: dict[tuple[AdapterRef | None, tuple[int, ...]], NDArray[np.float32]] = {}
+    for turn in range(4):
+        for adapter in adapters(folder):
+            for lengths in ((7,), (300, 5, 16)):
+                vectors = ask(engine, draw(*lengths), adapter).vectors
+                wanted = first.setdefault((adapter, lengths), vectors)
+                np.testing.assert_allclose(vectors, wanted, atol=2e-3, err_msg=f"turn {turn}, {adapter}, {lengths}")
+    replays, again = engine._stepper._replays, adapters(folder)[1]
+    assert replays is not None
+    held = len(replays)
+    assert held >= (4 if engine.config.backend == "csgmv" else 2), "native's graphs are for one load of an adapter"
+    for _ in range(4):
+        np.testing.assert_allclose(ask(engine, draw(7), again).vectors, first[again, (7,)], atol=2e-3)
+    assert len(replays) == held + (engine.config.backend == "native")
+    distinct = [vectors[0] for (_, lengths), vectors in first.items() if lengths == (7,)]
+    assert all(np.abs(a - b).max() > 1e-2 for i, a in enumerate(distinct) for b in distinct[:i])
+
+
+def test_two_replays_in_flight_do_not_mix(folder: Path, engine: Engine) -> None:
+    stepper = engine._stepper
+    prompts = [draw(9), [np.full(9, 3, dtype=np.int32)]]
+    for _ in range(4):
+        alone = [stepper.launch(one, [None]).wait() for one in prompts]
+    running: list[Running] = [stepper.launch(one, [None]) for one in prompts * 3]
+    for i, one in enumerate(running):
+        assert torch.equal(torch.from_numpy(one.wait()), torch.from_numpy(alone[i % 2]))
+
+
+def test_large_batches_and_shed_ones_are_launched(folder: Path, engine: Engine) -> None:
+    stepper = engine._stepper
+    assert stepper._replays is not None
+    for _ in range(4):
+        ask(engine, draw(3000), None)
+    assert len(stepper._replays) == 0
+    for _ in range(4):
+        kept = ask(engine, draw(12), None).vectors
+    assert len(stepper._replays) == 1
+    stepper.shed()
+    assert len(stepper._replays) == 0
+    np.testing.assert_allclose(ask(engine, draw(12), None).vectors, kept, atol=2e-3)
