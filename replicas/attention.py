@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
+from ranklet.replicas import ragged
+from ranklet.replicas.ragged import Padded
+
 
 @dataclass(frozen=True, slots=True)
 class Spans:
@@ -20,6 +23,7 @@ class Spans:
 
     lengths: tuple[int, ...]
     offsets: Tensor  # int32 [B + 1] on the device: the running sum of lengths, from 0
+    padded: Padded | None = None  # the same for cuDNN, where it is the faster
 
     @property
     def longest(self) -> int:
@@ -42,6 +46,10 @@ def attend(qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int, win
     q, k, v = qkv.view(tokens, queries + 2 * keys, head_dim).split((queries, keys, keys), dim=1)
     if window is not None and window >= spans.longest:
         window = None
+    if spans.padded is not None and window is None:
+        out = ragged.attend(qkv, spans.padded, spans.longest, heads, head_dim)
+        if out is not None:
+            return out
     if qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16):
         return _varlen(q, k, v, spans, window).reshape(tokens, queries * head_dim)
     return _by_request(q, k, v, spans.lengths, window).reshape(tokens, queries * head_dim)

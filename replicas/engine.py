@@ -87,7 +87,8 @@ class Engine:
 
     def start(self) -> None:
         """Begin to serve. On a GPU it compiles the kernels first, minutes where nothing was compiled before."""
-        self._stepper.warm(self.limits.max_model_len, self.config.max_batch_tokens)
+        config = self.config
+        self._stepper.warm(self.limits.max_model_len, config.max_batch_tokens, config.max_batch_requests)
         for thread in self._threads:
             thread.start()
 

@@ -21,6 +21,7 @@ from ranklet.kernels.batch import LoraBatch, cut, plan
 from ranklet.kernels.crossover import crossovers, surface
 from ranklet.kernels.merged import Merged
 from ranklet.kernels.warm import warm
+from ranklet.replicas import ragged
 from ranklet.replicas.attention import Spans
 from ranklet.replicas.model import Decoder, Tokens
 from ranklet.replicas.pool import AdapterPool
@@ -77,14 +78,19 @@ class Stepper:
         self._merged = Merged(merged_bytes)
         dispatch.BACKENDS["merged"] = self._merged
         self._count = np.arange(1, dtype=np.int32)
+        self._ragged = ragged.available(model.device) and model.dtype in (torch.bfloat16, torch.float16)
         self._replays = Replays(model.device) if self._cuda else None
 
-    def warm(self, longest: int, max_tokens: int) -> None:
+    def warm(self, longest: int, max_tokens: int, max_requests: int) -> None:
         """Compile and load what prompts and batches of up to so many tokens need, so that no request waits for it."""
         if not self._cuda:
             return
         began_s = perf_counter()
         warm(self._pool.stacks_of_one_layer(), max_tokens)
+        if self._ragged:
+            shape, model = self._model.architecture, self._model
+            heads = (shape.heads, shape.kv_heads)
+            ragged.warm(model.device, max_requests, longest, heads, shape.head_dim, model.dtype)
         long = [np.zeros(longest, dtype=np.int32)] * max(1, max_tokens // longest)
         for prompts in ([np.zeros(1, dtype=np.int32)], long):
             self.launch(prompts, [None] * len(prompts)).wait()
@@ -131,7 +137,10 @@ class Stepper:
         sizes = (sum(lengths), sum(lengths), len(lengths) + 1, *(array.size for array in tables))
         ids, places, offsets, *moved_tables = moved.split(sizes)
         placed = tuple(replace(kind, device=moved_tables[3 * i : 3 * i + 3]) for i, kind in enumerate(lora.tiles))
-        tokens = Tokens(ids, places, Spans(lengths, offsets), replace(lora, tiles=placed))
+        shape, padded = self._model.architecture, None
+        if self._ragged and max(lengths) >= ragged.LEAST_LONGEST:
+            padded = ragged.pad(offsets, len(lengths), (shape.heads, shape.kv_heads), shape.head_dim)
+        tokens = Tokens(ids, places, Spans(lengths, offsets, padded), replace(lora, tiles=placed))
         states = self._model.forward(tokens, self._pool.layers, self._pool.embedding)
         rows = self._model.final_norm(self._pooling.rows(states, tokens.spans))
         return self._pooling.vectors(rows, tokens.spans)

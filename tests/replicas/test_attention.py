@@ -1,5 +1,6 @@
 """Packed attention against a float64 loop over requests, and no request sees another."""
 
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+from ranklet.replicas import ragged
 from ranklet.replicas.attention import Spans, attend
 
 
@@ -80,3 +82,28 @@ def test_attention_on_cuda(dtype: torch.dtype, window: int | None, heads: tuple[
     ours = attend(qkv.cuda(), spans(lengths, "cuda"), heads, width, window).cpu()
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
     assert_close(ours.double(), attend64(qkv, lengths, heads, width, window), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "lengths",
+    [[6144] * 5, [300], [1, 2000, 17, 300, 1, 700], [129] * 33, [32_768, 1, 200]],
+    ids=["even", "one", "uneven", "many", "from 1 to 32,768"],
+)
+@pytest.mark.parametrize(("heads", "width"), [((16, 8), 128), ((32, 8), 64), ((6, 6), 128)])
+def test_cudnn_agrees_with_varlen(lengths: list[int], heads: tuple[int, int], width: int) -> None:
+    """On every length, with other requests' rows poisoned as far as that can be told."""
+    pytest.importorskip("cudnn")
+    at, device = spans(lengths, "cuda"), torch.device("cuda", 0)
+    assert ragged.available(device)
+    qkv = torch.randn(sum(lengths), (heads[0] + 2 * heads[1]) * width, device=device, dtype=torch.bfloat16)
+    padded = replace(at, padded=ragged.pad(at.offsets, len(lengths), heads, width))
+    expected = attend(qkv, at, heads, width, None).float()
+    ours = attend(qkv, padded, heads, width, None)
+    assert (ours.float() - expected).norm() <= 4e-3 * expected.norm()
+    for start, length in zip(at.offsets.tolist(), lengths, strict=False):
+        rows = slice(start, start + length)
+        assert (ours[rows].float() - expected[rows]).norm() <= 6e-3 * expected[rows].norm()
+    spoilt = qkv.clone()
+    spoilt[: lengths[0]] = float("nan")
+    assert torch.equal(attend(spoilt, padded, heads, width, None)[lengths[0] :], ours[lengths[0] :])
