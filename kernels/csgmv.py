@@ -17,6 +17,7 @@ from torch.nn import functional
 from ranklet.kernels import gemm
 from ranklet.kernels import tiles as tuned
 from ranklet.kernels.batch import LoraBatch, Tiles
+from ranklet.kernels.launch import is_hopper, precision_of, programs_of, slice_of, widths_of
 from ranklet.kernels.recut import check_rows
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
 from ranklet.kernels.tiles import ExpandTile, FusedTile, Key, Op, ShrinkTile
@@ -103,7 +104,7 @@ def shrink(x: Tensor, h: Tensor, stack: LinearStack, tiles: Tiles, tile: ShrinkT
         x.stride(0), stack.a.stride(0), h.stride(1), h.stride(0),
         R=stack.rank, SLICES=len(stack.widths), BLOCK_M=tiles.height, BLOCK_R=triton.next_power_of_2(stack.rank),
         BLOCK_K=block_k, SPLIT=tile.split, EVEN_K=wide % (block_k * tile.split) == 0, STAGES=tile.stages,
-        PRECISION=_precision(x), CHAINED=chained,
+        PRECISION=precision_of(x), CHAINED=chained,
         num_warps=tile.warps, launch_pdl=chained, maxnreg=tile.registers or None,
     )  # fmt: skip
 
@@ -121,22 +122,7 @@ def _expand_kernel(
     slot = tl.load(tiles + tile * 3 + 2)
     if start >= stop:
         return
-    PROGRAMS0: tl.constexpr = (W0 + BLOCK_N * LOOP - 1) // (BLOCK_N * LOOP)
-    PROGRAMS1: tl.constexpr = (W1 + BLOCK_N * LOOP - 1) // (BLOCK_N * LOOP)
-    program = tl.program_id(1)
-    piece = 0
-    first = 0
-    width = W0
-    if SLICES > 1 and program >= PROGRAMS0:
-        piece = 1
-        first = W0
-        width = W1
-        program -= PROGRAMS0
-        if SLICES > 2 and program >= PROGRAMS1:
-            piece = 2
-            first = W0 + W1
-            width = W2
-            program -= PROGRAMS1
+    piece, first, width, program = slice_of(tl.program_id(1), SLICES, W0, W1, W2, BLOCK_N * LOOP)
     rank = tl.load(ranks + slot * meta_stride + piece)
     if rank == 0:
         return
@@ -180,15 +166,14 @@ def expand(h: Tensor, y: Tensor, stack: LinearStack, tiles: Tiles, tile: ExpandT
         chained: `h` comes from a chained `shrink` right before.
     """
     assert tiles.device is not None
-    w0, w1, w2 = (*stack.widths, 0, 0)[:3]
     block_n = min(tile.block_n, triton.next_power_of_2(max(stack.widths)))
-    programs = sum(triton.cdiv(width, block_n * tile.loop) for width in stack.widths)
+    programs = programs_of(stack, block_n * tile.loop)
     _expand_kernel[(len(tiles.table), programs)](
         h, stack.b, y, tiles.device[0], stack.ranks, stack.ranks.stride(0),
         h.stride(1), h.stride(0), stack.b.stride(0), y.stride(0),
-        R=stack.rank, SLICES=len(stack.widths), W0=w0, W1=w1, W2=w2, BLOCK_M=tiles.height,
+        R=stack.rank, **widths_of(stack), BLOCK_M=tiles.height,
         BLOCK_R=triton.next_power_of_2(stack.rank), BLOCK_N=block_n, LOOP=tile.loop, SPLIT=h.shape[0],
-        STAGES=tile.stages, PRECISION=_precision(y), CHAINED=chained,
+        STAGES=tile.stages, PRECISION=precision_of(y), CHAINED=chained,
         num_warps=tile.warps, launch_pdl=chained, maxnreg=tile.registers or None,
     )  # fmt: skip
 
@@ -209,7 +194,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, b
         raise ValueError("batch: expected tiles for its segments, got none; call LoraBatch.placed")
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     added: list[Tiles] = []
-    done, chained = 0, can_chain(x)
+    done, chained = 0, is_hopper(x.device)
     for tiles in batch.tiles:
         tile = _fused(x, stack, tiles)
         if tile and not added:
@@ -302,16 +287,6 @@ def embedding(ids: Tensor, table: Tensor, stack: EmbeddingStack, batch: LoraBatc
         _embedding_kernel[(len(tiles.table), triton.cdiv(width, block_n))](
             ids, stack.a, stack.b, y, tiles.device[0], stack.ranks, stack.scalings, stack.ranks.stride(0),
             stack.a.stride(0), stack.b.stride(0), y.stride(0), width, R=stack.rank, BLOCK_M=tiles.height,
-            BLOCK_R=triton.next_power_of_2(stack.rank), BLOCK_N=block_n, PRECISION=_precision(y), num_warps=4,
+            BLOCK_R=triton.next_power_of_2(stack.rank), BLOCK_N=block_n, PRECISION=precision_of(y), num_warps=4,
         )  # fmt: skip
     return y
-
-
-def can_chain(x: Tensor) -> bool:
-    """Whether this GPU can start a launch before the last one ends."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
-
-
-def _precision(x: Tensor) -> str:
-    """Triton multiplies float32 as TF32 unless told; an adapter's answer would then be off by 3e-4."""
-    return "ieee" if x.dtype == torch.float32 else "tf32"

@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ranklet.kernels.batch import BLOCK_ROWS, Tiles
+from ranklet.kernels.launch import is_hopper
 from ranklet.kernels.stack import LinearStack
 from ranklet.kernels.tiles import FusedTile
 
@@ -111,7 +112,7 @@ def can_fuse(x: Tensor, stack: LinearStack, tiles: Tiles, tile: FusedTile) -> bo
         return False
     if stack.rank not in (16, 32, 64, 128) or any(width % tile.block_n for width in stack.widths):
         return False
-    return not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] >= 9
+    return not x.is_cuda or is_hopper(x.device)
 
 
 def _processors(x: Tensor) -> int:

@@ -5,11 +5,11 @@ Letters as in `stack.py`.
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ranklet.kernels.launch import precision_of, programs_of, slice_of, widths_of
 from ranklet.kernels.stack import LinearStack
 
 AT_ONCE = 4  # adapters of one launch: their slots are plain arguments, so that nothing need travel to the device
@@ -25,22 +25,7 @@ def _merge_kernel(
 ):  # fmt: skip
     which = tl.program_id(2)
     slot = tl.where(which == 0, slot0, tl.where(which == 1, slot1, tl.where(which == 2, slot2, slot3)))
-    program = tl.program_id(1)
-    PROGRAMS0: tl.constexpr = (W0 + BLOCK_N - 1) // BLOCK_N
-    PROGRAMS1: tl.constexpr = (W1 + BLOCK_N - 1) // BLOCK_N
-    piece = 0
-    first = 0
-    width = W0
-    if SLICES > 1 and program >= PROGRAMS0:
-        piece = 1
-        first = W0
-        width = W1
-        program -= PROGRAMS0
-        if SLICES > 2 and program >= PROGRAMS1:
-            piece = 2
-            first = W0 + W1
-            width = W2
-            program -= PROGRAMS1
+    piece, first, width, program = slice_of(tl.program_id(1), SLICES, W0, W1, W2, BLOCK_N)
     rank = tl.load(ranks + slot * meta_stride + piece)
     scaling = tl.load(scalings + slot * meta_stride + piece)
     n = program * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -67,12 +52,10 @@ def merge(out: Tensor, weight: Tensor, stack: LinearStack, slots: Sequence[int])
         slots: at most `AT_ONCE`.
     """
     wide = weight.shape[1]
-    w0, w1, w2 = (*stack.widths, 0, 0)[:3]
-    programs = sum(triton.cdiv(width, _BLOCK_N) for width in stack.widths)
-    _merge_kernel[(triton.cdiv(wide, _BLOCK_K), programs, len(slots))](
+    _merge_kernel[(triton.cdiv(wide, _BLOCK_K), programs_of(stack, _BLOCK_N), len(slots))](
         weight, stack.a, stack.b, out, stack.ranks, stack.scalings, *(*slots, 0, 0, 0)[:AT_ONCE],
         stack.ranks.stride(0), wide, weight.stride(0), stack.a.stride(0), stack.b.stride(0), out.stride(0),
-        R=stack.rank, SLICES=len(stack.widths), W0=w0, W1=w1, W2=w2, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K,
-        BLOCK_R=triton.next_power_of_2(stack.rank), PRECISION="ieee" if weight.dtype == torch.float32 else "tf32",
+        R=stack.rank, **widths_of(stack), BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K,
+        BLOCK_R=triton.next_power_of_2(stack.rank), PRECISION=precision_of(weight),
         num_warps=_WARPS,
     )  # fmt: skip

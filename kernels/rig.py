@@ -12,6 +12,7 @@ from torch import Tensor
 from ranklet.kernels import csgmv, gemm
 from ranklet.kernels.batch import Segments, Tiles
 from ranklet.kernels.candidates import FEW_ROWS, candidates, cases
+from ranklet.kernels.launch import is_hopper
 from ranklet.kernels.probe import Projection, expanded, gpu_ms, graphed, probe, relative_error, shrunk
 from ranklet.kernels.tiles import ExpandTile, FusedTile, Key, Op, ShrinkTile, Tile
 from ranklet.kernels.workloads import Workload
@@ -85,7 +86,7 @@ class Rig:
         else:
             pair[0] = tile
         assert isinstance(pair[0], ShrinkTile)
-        chained = csgmv.can_chain(self.x)
+        chained = is_hopper(self.x.device)
         torch.mm(self.x[: key.rows], self.probe.weight.t(), out=self.y[: key.rows])
         self.launch(pair[0], tiles, key.rows, chained=chained)
         self.launch(pair[1], tiles, key.rows, parts=pair[0].split, chained=chained)

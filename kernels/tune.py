@@ -20,7 +20,7 @@ from rich.progress import track
 from ranklet.kernels import race
 from ranklet.kernels.candidates import FEW_ROWS, WORKLOADS, candidates, cases
 from ranklet.kernels.compiling import compile_all
-from ranklet.kernels.csgmv import can_chain
+from ranklet.kernels.launch import is_hopper
 from ranklet.kernels.probe import Projection, projections
 from ranklet.kernels.rig import MOST_PARTS, Rig
 from ranklet.kernels.stack import padded_rank
@@ -140,7 +140,7 @@ def _compile(job: Job) -> None:
                 rig.launch(job.tile, tiles, rows)
             if not isinstance(job.tile, FusedTile) and rows <= FEW_ROWS:
                 for parts in (1, 2, MOST_PARTS) if isinstance(job.tile, ExpandTile) else ():
-                    rig.launch(job.tile, found[0], rows, parts=parts, chained=can_chain(rig.x))
+                    rig.launch(job.tile, found[0], rows, parts=parts, chained=is_hopper(rig.x.device))
                 rig.time_ms(job.tile, key)
 
 

@@ -86,7 +86,7 @@ class Engine:
     # What callers use, from any thread
 
     def start(self) -> None:
-        """Begin to serve. On a GPU it compiles the kernels first, minutes where nothing was compiled before."""
+        """Begin to serve. On a GPU it compiles the kernels first: some 20 s where nothing was compiled before."""
         config = self.config
         self._stepper.warm(self.limits.max_model_len, config.max_batch_tokens, config.max_batch_requests)
         for thread in self._threads:

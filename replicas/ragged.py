@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ranklet.kernels.launch import is_hopper
+
 logger = logging.getLogger(__name__)
 
 LEAST_LONGEST = 128  # with shorter requests torch's varlen kernel is faster
@@ -55,7 +57,7 @@ class _Graph:
 
 def available(device: torch.device) -> bool:
     """Whether cuDNN's frontend is installed and the GPU is one where it is worth it (Hopper or later)."""
-    return device.type == "cuda" and _module() is not None and torch.cuda.get_device_capability(device)[0] >= 9
+    return is_hopper(device) and _module() is not None
 
 
 @cache

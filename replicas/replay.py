@@ -4,6 +4,7 @@ A small batch is over on the device long before Python has launched its hundreds
 """
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -39,8 +40,7 @@ class Replays:
         self._device = device
         self._most = most
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
-        self._sightings: OrderedDict[Hashable, int] = OrderedDict()
-        self._refused: set[Hashable] = set()
+        self._sightings: OrderedDict[Hashable, float] = OrderedDict()  # of shapes without a graph
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -74,10 +74,12 @@ class Replays:
 
     def _is_due(self, shape: Hashable) -> bool:
         count = self._sightings.pop(shape, 0) + 1
+        if count > _SIGHTINGS:
+            return True
         self._sightings[shape] = count
         if len(self._sightings) > _REMEMBERED:
-            self._refused.discard(self._sightings.popitem(last=False)[0])
-        return count > _SIGHTINGS and shape not in self._refused
+            self._sightings.popitem(last=False)
+        return False
 
     def _capture(self, shape: Hashable, inputs: Tensor, forward: Callable[[Tensor], Tensor]) -> _Graph | None:
         main, graph = torch.cuda.current_stream(self._device), torch.cuda.CUDAGraph()
@@ -95,7 +97,7 @@ class Replays:
                     graph.capture_end()
         except Exception:  # some kernel cannot be captured: such batches are launched one kernel at a time
             logger.warning("no CUDA graph of a batch", exc_info=True)
-            self._refused.add(shape)
+            self._sightings[shape] = -math.inf
             return None
         main.wait_stream(self._stream)
         self._graphs[shape] = _Graph(graph, static, outputs)

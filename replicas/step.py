@@ -30,7 +30,6 @@ from ranklet.replicas.replay import Replays
 
 logger = logging.getLogger(__name__)
 
-
 _REPLAYED_TOKENS = 2048  # larger batches keep the device busy longer than Python takes to launch them
 
 
@@ -86,7 +85,8 @@ class Stepper:
         if not self._cuda:
             return
         began_s = perf_counter()
-        warm(self._pool.stacks_of_one_layer(), max_tokens)
+        if self._backend != "native":
+            warm(self._pool.stacks_of_one_layer(), max_tokens)
         if self._ragged:
             shape, model = self._model.architecture, self._model
             heads = (shape.heads, shape.kv_heads)

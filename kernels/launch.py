@@ -1,0 +1,55 @@
+"""What the launches of several kernels have in common."""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ranklet.kernels.stack import LinearStack
+
+
+@triton.jit
+def slice_of(
+    program, SLICES: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The slice that a program works on, its first column, its width, and which block of its columns."""
+    PROGRAMS0: tl.constexpr = (W0 + BLOCK - 1) // BLOCK
+    PROGRAMS1: tl.constexpr = (W1 + BLOCK - 1) // BLOCK
+    piece = 0
+    first = 0
+    width = W0
+    if SLICES > 1 and program >= PROGRAMS0:
+        piece = 1
+        first = W0
+        width = W1
+        program -= PROGRAMS0
+        if SLICES > 2 and program >= PROGRAMS1:
+            piece = 2
+            first = W0 + W1
+            width = W2
+            program -= PROGRAMS1
+    return piece, first, width, program
+
+
+def programs_of(stack: LinearStack, block: int) -> int:
+    """How many programs cover a projection's output if each takes so many columns of one slice."""
+    return sum(triton.cdiv(width, block) for width in stack.widths)
+
+
+def widths_of(stack: LinearStack) -> dict[str, int]:
+    """The slices as `slice_of` wants them."""
+    w0, w1, w2 = (*stack.widths, 0, 0)[:3]
+    return {"SLICES": len(stack.widths), "W0": w0, "W1": w1, "W2": w2}
+
+
+def precision_of(x: Tensor) -> str:
+    """Triton multiplies float32 as TF32 unless told; an adapter's answer would then be off by 3e-4."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether it is a GPU with TMA and programmatic dependent launch: Hopper or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
