@@ -171,6 +171,17 @@ def plan(lengths: Sequence[int], slots: Sequence[int | None]) -> tuple[list[int]
     return order.tolist(), LoraBatch(Segments(runs), rows=int(rows.sum()))
 
 
+def one_each(batch: LoraBatch, lengths: Sequence[int]) -> LoraBatch:
+    """The batch with one row of each request instead of all, in the same order.
+
+    Args:
+        lengths: rows of each request, at least one, in the batch's order.
+    """
+    runs = runs_of(batch.segments).copy()
+    runs[:, :2] = np.cumsum((0, *lengths)).searchsorted(runs[:, :2])
+    return replace(batch, segments=Segments(runs), rows=len(lengths), tiles=())
+
+
 def cut(batch: LoraBatch, capacity: int | None = None) -> tuple[Tiles, ...]:
     """The batch's segments as tiles: tall ones for the long segments that stand first, short ones for the rest.
 

@@ -19,6 +19,7 @@ from ranklet.kernels import tiles as tuned
 from ranklet.kernels.batch import LoraBatch, Tiles
 from ranklet.kernels.launch import is_hopper, precision_of, programs_of, slice_of, widths_of
 from ranklet.kernels.recut import check_rows
+from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
 from ranklet.kernels.tiles import ExpandTile, FusedTile, Key, Op, ShrinkTile
 
@@ -178,8 +179,10 @@ def expand(h: Tensor, y: Tensor, stack: LinearStack, tiles: Tiles, tile: ExpandT
     )  # fmt: skip
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, batch: LoraBatch) -> Tensor:
-    """Base projection plus each segment's LoRA; as `native.linear`.
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, batch: LoraBatch, rotary: Rotary | None = None
+) -> Tensor:
+    """Base projection plus each segment's LoRA, then `rotary` if given; as `native.linear`.
 
     The batch must carry its tiles (`LoraBatch.placed`). Slots must be zero beyond their adapter's rank, as the pool
     keeps them: the product of long segments reads whole rows of B.
@@ -188,25 +191,33 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, b
         ValueError: the batch is of other rows, or has segments but no tiles.
     """
     check_rows(x, batch)
-    if not any(any(stack.meta[segment.slot].ranks) for segment in batch.segments):
-        return functional.linear(x, weight, bias)
+    if not stack.holds_any(segment.slot for segment in batch.segments):
+        return gemm.base(x, weight, bias, rotary)
     if not batch.tiles:
         raise ValueError("batch: expected tiles for its segments, got none; call LoraBatch.placed")
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     added: list[Tiles] = []
-    done, chained = 0, is_hopper(x.device)
+    done = turned = 0  # rows that have base and LoRA; of these, rows that have had their rotation too
+    chained = is_hopper(x.device)
     for tiles in batch.tiles:
         tile = _fused(x, stack, tiles)
         if tile and not added:
             h = _shrunk(x, stack, tiles, split=False, chained=chained)
-            gemm.gemm(x, weight, bias, h, y, stack, tiles, tile, chained=chained)
+            turns = rotary if rotary and turned == done and gemm.can_rotate(tile, rotary) else None
+            gemm.gemm(x, weight, bias, h, y, stack, tiles, tile, turns, chained=chained)
             done = tiles.rows[1]
+            turned = done if turns else turned
         else:
             added.append(tiles)
-    _base(x[done:], weight, bias, y[done:])
+    if rotary and turned == done and not added:
+        gemm.base(x[done:], weight, bias, rotary.below(done), out=y[done:])
+        return y
+    gemm.base(x[done:], weight, bias, out=y[done:])
     for tiles in added:
         h = _shrunk(x, stack, tiles, split=True, chained=chained)
         expand(h, y, stack, tiles, _tile(ExpandTile, "expand", x, stack, tiles), chained=chained)
+    if rotary:
+        rotary.below(turned).apply_(y[turned:])
     return y
 
 
@@ -214,15 +225,6 @@ def _fused(x: Tensor, stack: LinearStack, tiles: Tiles) -> FusedTile | None:
     """How to make base and LoRA in one product, None where that is not possible or does not pay."""
     tile = _tile(FusedTile, "fused", x, stack, tiles)
     return tile if tile.pays and gemm.can_fuse(x, stack, tiles, tile) else None
-
-
-def _base(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if x.shape[0] == 0:
-        return
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
 
 
 def _shrunk(x: Tensor, stack: LinearStack, tiles: Tiles, *, split: bool, chained: bool) -> Tensor:

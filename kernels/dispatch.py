@@ -1,4 +1,4 @@
-"""Which backend serves a batch, and the two calls the model makes whatever the answer is.
+"""Which backend serves a batch, and the calls the model makes whatever the answer is.
 
 "fastest" takes the one that should need least time: a pure function of the batch's rows and adapters, the layer's
 dimensions, and what was measured on the GPU (`crossover.py`). Where nothing was measured, a cost model decides: bytes
@@ -15,9 +15,10 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn import functional
 
-from ranklet.kernels import csgmv, merged, native
+from ranklet.kernels import csgmv, fused, gemm, merged, mlp, native
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.crossover import Scope, Surface
+from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
 
 
@@ -112,6 +113,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack | 
     if stack is None or batch.backend == "none":
         return functional.linear(x, weight, bias)
     return BACKENDS[batch.backend].linear(x, weight, bias, stack, batch)
+
+
+def rotated(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack | None, batch: LoraBatch, rotary: Rotary
+) -> Tensor:
+    """`linear` of the packed queries, keys and values, and what becomes of queries and keys after it."""
+    if stack is None or batch.backend == "none":
+        return gemm.base(x, weight, bias, rotary)
+    if batch.backend == "csgmv":
+        return csgmv.linear(x, weight, bias, stack, batch, rotary)
+    return rotary.apply_(linear(x, weight, bias, stack, batch))
+
+
+def gated(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack | None, batch: LoraBatch) -> Tensor:
+    """`linear` of the packed gate and up, and `silu(gate) * up` of it: x [T, K], weight [2 N, K] -> [T, N]."""
+    adapted = stack is not None and stack.holds_any(segment.slot for segment in batch.segments)
+    if not adapted and bias is None and mlp.can_gate(x, weight):
+        return mlp.gated(x, weight)
+    return fused.silu_mul(linear(x, weight, bias, stack, batch))
 
 
 def embedding(ids: Tensor, table: Tensor, stack: EmbeddingStack | None, batch: LoraBatch) -> Tensor:

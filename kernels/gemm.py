@@ -1,9 +1,13 @@
 """The base product with LoRA in its accumulator: y is written once, and rounded once.
 
 A block of rows may belong to several adapters: after the base product each adds its own, the rows of others masked. It
-pays on Hopper and later, where a pass over y costs more than a base product somewhat slower than cuBLAS's. Letters as
-in `stack.py`, T rows. After Triton's persistent matmul tutorial.
+pays on Hopper and later, where a pass over y costs more than a base product somewhat slower than cuBLAS's. For the same
+reason queries and keys may be normed and rotated here, with LoRA or without. Letters as in `stack.py`, T rows. After
+Triton's persistent matmul tutorial.
 """
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,23 +16,50 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ranklet.kernels.batch import BLOCK_ROWS, Tiles
-from ranklet.kernels.launch import is_hopper
+from ranklet.kernels.launch import is_hopper, processors_of
+from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.stack import LinearStack
-from ranklet.kernels.tiles import FusedTile
+from ranklet.kernels.tiles import FusedTile, Key, table
 
 _LORA_STAGES = 2
 _LEAST_ROWS = 1024  # up to so many, cuBLAS splits K and this does not
 _MOST_STEPS = 0.75  # of the base product's steps over K: with more for LoRA, a pass of its own is cheaper
 
 
+@triton.jit
+def _store_head(
+    head, y_tma, y, first, start, end, rows, y_stride, weight, c, s, eps,
+    HALF: tl.constexpr, NORM: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """A query or key head [BLOCK_M, 2 * HALF], normed and rotated, into y's columns from `first` on."""
+    low, high = tl.split(tl.permute(tl.reshape(head, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    columns = tl.arange(0, HALF)
+    if NORM:
+        scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[:, None]
+        low = low * scale * tl.load(weight + columns).to(tl.float32)[None, :]
+        high = high * scale * tl.load(weight + HALF + columns).to(tl.float32)[None, :]
+    turned_low = (low * c - high * s).to(y.dtype.element_ty)
+    turned_high = (high * c + low * s).to(y.dtype.element_ty)
+    if start + BLOCK_M <= end:
+        y_tma.store([start, first], turned_low)
+        y_tma.store([start, first + HALF], turned_high)
+    else:
+        at = y + rows.to(tl.int64)[:, None] * y_stride + (first + columns)[None, :]
+        tl.store(at, turned_low, mask=(rows < end)[:, None])
+        tl.store(at + HALF, turned_high, mask=(rows < end)[:, None])
+
+
 @triton.jit(
-    do_not_specialize=["count", "begin", "end"], do_not_specialize_on_alignment=["runs", "blocks", "begin", "end"]
+    do_not_specialize=["count", "begin", "end"],
+    do_not_specialize_on_alignment=["runs", "blocks", "begin", "end", "positions"],
 )
 def _gemm_kernel(
-    x_tma, w_tma, b_tma, y_tma, h, y, bias, runs, blocks, count, begin, end, N, y_stride, h_stride,
+    x_tma, w_tma, b_tma, y_tma, y_half_tma, h, y, bias, runs, blocks, count, begin, end, N, y_stride, h_stride,
+    q_weight, k_weight, cos, sin, positions, eps,
     K: tl.constexpr, R: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr,
-    BIAS: tl.constexpr, STAGES: tl.constexpr, LORA_STAGES: tl.constexpr, CHAINED: tl.constexpr,
+    BIAS: tl.constexpr, LORA: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr,
+    LORA_STAGES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     columns_of_blocks = tl.cdiv(N, BLOCK_N)
     per_group = GROUP * columns_of_blocks
@@ -43,20 +74,41 @@ def _gemm_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             acc = tl.dot(x_tma.load([start, k]), w_tma.load([first, k]).T, acc)
+        rows = start + tl.arange(0, BLOCK_M)
         if CHAINED:
             tl.extra.cuda.gdc_wait()
-        rows = start + tl.arange(0, BLOCK_M)
-        h_at = h + rows.to(tl.int64)[:, None] * h_stride + piece * R + tl.arange(0, R)[None, :]
-        for run in tl.range(
-            tl.load(blocks + row_block * 2), tl.load(blocks + row_block * 2 + 1), num_stages=LORA_STAGES
-        ):
-            own = (rows >= tl.load(runs + run * 3)) & (rows < tl.load(runs + run * 3 + 1))
-            hidden = tl.load(h_at, mask=own[:, None], other=0.0)
-            lora_b = tl.reshape(b_tma.load([tl.load(runs + run * 3 + 2), first, 0]), (BLOCK_N, R))
-            acc = tl.dot(hidden, lora_b.T, acc)
+        if LORA:
+            h_at = h + rows.to(tl.int64)[:, None] * h_stride + piece * R + tl.arange(0, R)[None, :]
+            for run in tl.range(
+                tl.load(blocks + row_block * 2), tl.load(blocks + row_block * 2 + 1), num_stages=LORA_STAGES
+            ):
+                own = (rows >= tl.load(runs + run * 3)) & (rows < tl.load(runs + run * 3 + 1))
+                hidden = tl.load(h_at, mask=own[:, None], other=0.0)
+                lora_b = tl.reshape(b_tma.load([tl.load(runs + run * 3 + 2), first, 0]), (BLOCK_N, R))
+                acc = tl.dot(hidden, lora_b.T, acc)
         if BIAS:
             acc += tl.load(bias + first + tl.arange(0, BLOCK_N)).to(tl.float32)[None, :]
-        if start + BLOCK_M <= end:
+        if HALF > 0 and piece < 2:
+            angles = tl.load(positions + rows, mask=rows < end, other=0).to(tl.int64)[:, None] * HALF
+            c = tl.load(cos + angles + tl.arange(0, HALF)[None, :])
+            s = tl.load(sin + angles + tl.arange(0, HALF)[None, :])
+            weight = q_weight
+            if piece == 1:
+                weight = k_weight
+            if BLOCK_N == 2 * HALF:
+                _store_head(
+                    acc, y_half_tma, y, first, start, end, rows, y_stride, weight, c, s, eps, HALF, NORM, BLOCK_M
+                )
+            else:
+                left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, 2 * HALF)), (0, 2, 1)))
+                _store_head(
+                    left, y_half_tma, y, first, start, end, rows, y_stride, weight, c, s, eps, HALF, NORM, BLOCK_M
+                )
+                _store_head(
+                    right, y_half_tma, y, first + 2 * HALF, start, end, rows, y_stride, weight, c, s, eps, HALF, NORM,
+                    BLOCK_M,
+                )  # fmt: skip
+        elif start + BLOCK_M <= end:
             if HALVES == 1:
                 y_tma.store([start, first], acc.to(y.dtype.element_ty))
             else:
@@ -71,7 +123,7 @@ def _gemm_kernel(
 
 def gemm(
     x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, y: Tensor, stack: LinearStack, tiles: Tiles,
-    tile: FusedTile, *, chained: bool = False,
+    tile: FusedTile, rotary: Rotary | None = None, *, chained: bool = False,
 ) -> None:  # fmt: skip
     """Write base product and adapters' output of the tiles' rows, in one accumulator with one rounding.
 
@@ -80,40 +132,105 @@ def gemm(
     Args:
         x: [T, K]; weight: [N, K]; bias: [N] or None; h: [1, T, slices * R] in x's dtype.
         y: [T, N]. Rows of no tile are left alone.
+        rotary: what becomes of queries and keys on the way (`can_rotate`); y is a packed projection then.
         chained: `h` comes from a chained `shrink` right before.
     """
     assert tiles.device is not None
-    wide, rank, block_n = x.shape[1], stack.rank, tile.block_n
-    width = weight.shape[0]
-    programs = _processors(x)
-    w0, w1 = (*stack.widths, width)[:2]
-    _, runs, blocks = tiles.device
-    _gemm_kernel[(min(programs, len(tiles.blocks) * triton.cdiv(width, block_n)),)](
-        TensorDescriptor.from_tensor(x, [BLOCK_ROWS, tile.block_k]),
-        TensorDescriptor.from_tensor(weight, [block_n, tile.block_k]),
-        TensorDescriptor.from_tensor(stack.b, [1, block_n, rank]),
-        TensorDescriptor.from_tensor(y, [BLOCK_ROWS, block_n // tile.halves]),
-        h, y, weight if bias is None else bias, runs, blocks, len(tiles.blocks), *tiles.rows, width, y.stride(0),
-        h.stride(1), K=wide, R=rank, W0=w0, W1=w1, PROGRAMS=programs, BLOCK_M=BLOCK_ROWS, BLOCK_N=block_n,
-        BLOCK_K=tile.block_k, GROUP=tile.group, HALVES=tile.halves, BIAS=bias is not None, STAGES=tile.stages,
-        LORA_STAGES=_LORA_STAGES, CHAINED=chained, num_warps=tile.warps,
-        num_stages=tile.stages, launch_pdl=chained,
+    b_tma = TensorDescriptor.from_tensor(stack.b, [1, tile.block_n, stack.rank])
+    lora = _Lora(b_tma, h, *tiles.device[1:], stack.rank)
+    widths = (*stack.widths, weight.shape[0])[:2]
+    _launch(x, weight, bias, y, tile, (len(tiles.blocks), *tiles.rows), widths, rotary, lora, chained=chained)
+
+
+def base(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rotary: Rotary | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """The product without LoRA, then `rotary` if given: x [T, K], weight [N, K] -> [T, N]."""
+    if out is None:
+        out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    if x.shape[0] == 0:
+        return out
+    if rotary and _can_rotate_plain(x, weight, rotary):
+        _rotated(x, weight, bias, out, rotary)
+        return out
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+    return rotary.apply_(out) if rotary else out
+
+
+def _rotated(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, rotary: Rotary) -> None:
+    rows = x.shape[0]
+    blocks = triton.cdiv(rows, BLOCK_ROWS)
+    _launch(x, weight, bias, y, _plain(x, rotary), (blocks, 0, rows), rotary.widths, rotary, None)
+
+
+class _Lora(NamedTuple):
+    b_tma: Any
+    h: Tensor
+    runs: Tensor
+    blocks: Tensor
+    rank: int
+
+
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, tile: FusedTile, blocks_and_rows: tuple[int, int, int],
+    widths: Sequence[int], rotary: Rotary | None, lora: _Lora | None, *, chained: bool = False,
+) -> None:  # fmt: skip
+    """What is not there is stood in for by some tensor: the kernel does not touch it."""
+    block_n, programs = tile.block_n, processors_of(x.device)
+    w_tma = TensorDescriptor.from_tensor(weight, [block_n, tile.block_k])
+    y_tma = TensorDescriptor.from_tensor(y, [BLOCK_ROWS, block_n // tile.halves])
+    b_tma, h, runs, blocks, rank = lora or _Lora(w_tma, x, x, x, 0)
+    half, y_half_tma, turn = 0, y_tma, (x, x, x, x, x, 0.0)
+    if rotary is not None:
+        half, y_half_tma = rotary.half, TensorDescriptor.from_tensor(y, [BLOCK_ROWS, rotary.half])
+        turn = (*(rotary.norms or (x, x)), rotary.cos, rotary.sin, rotary.positions, rotary.eps)
+    _gemm_kernel[(min(programs, blocks_and_rows[0] * triton.cdiv(weight.shape[0], block_n)),)](
+        TensorDescriptor.from_tensor(x, [BLOCK_ROWS, tile.block_k]), w_tma, b_tma, y_tma, y_half_tma, h, y,
+        weight if bias is None else bias, runs, blocks, *blocks_and_rows, weight.shape[0], y.stride(0), h.stride(-2),
+        *turn, K=x.shape[1], R=rank, W0=widths[0], W1=widths[1], PROGRAMS=programs, BLOCK_M=BLOCK_ROWS,
+        BLOCK_N=block_n, BLOCK_K=tile.block_k, GROUP=tile.group, HALVES=tile.halves, BIAS=bias is not None,
+        LORA=lora is not None, HALF=half, NORM=rotary is not None and rotary.norms is not None, STAGES=tile.stages,
+        LORA_STAGES=_LORA_STAGES, CHAINED=chained, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=chained,
     )  # fmt: skip
 
 
 def can_fuse(x: Tensor, stack: LinearStack, tiles: Tiles, tile: FusedTile) -> bool:
     """Whether `gemm` takes this: Hopper or later, 16 bits, slices of whole blocks, many rows, not too many adapters."""
     steps = len(tiles.runs) + len(tiles.blocks) - 1  # at most: a run adds one to each block it touches
-    if len(tiles.blocks) * BLOCK_ROWS <= _LEAST_ROWS or steps * stack.rank > _MOST_STEPS * x.shape[1] * len(
-        tiles.blocks
-    ):
+    if steps * stack.rank > _MOST_STEPS * x.shape[1] * len(tiles.blocks) or stack.rank not in (16, 32, 64, 128):
         return False
-    if x.dtype not in (torch.bfloat16, torch.float16) or x.shape[1] % tile.block_k or x.stride(0) % 8:
+    if x.is_cuda and not is_hopper(x.device):
         return False
-    if stack.rank not in (16, 32, 64, 128) or any(width % tile.block_n for width in stack.widths):
-        return False
-    return not x.is_cuda or is_hopper(x.device)
+    return _suits(x, len(tiles.blocks) * BLOCK_ROWS, tile) and not any(width % tile.block_n for width in stack.widths)
 
 
-def _processors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+def can_rotate(tile: FusedTile, rotary: Rotary) -> bool:
+    """Whether a block of this tile holds one whole head or two, of 64 or 128 columns."""
+    if rotary.half not in (32, 64) or tile.block_n not in (2 * rotary.half, 4 * rotary.half):
+        return False
+    return not any(width % tile.block_n for width in rotary.widths)
+
+
+def _can_rotate_plain(x: Tensor, weight: Tensor, rotary: Rotary) -> bool:
+    if not is_hopper(x.device):
+        return False
+    tile = _plain(x, rotary)
+    return _suits(x, x.shape[0], tile) and weight.shape[0] % tile.block_n == 0 and can_rotate(tile, rotary)
+
+
+def _suits(x: Tensor, rows: int, tile: FusedTile) -> bool:
+    return (
+        rows > _LEAST_ROWS
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and x.shape[1] % tile.block_k == 0
+        and x.stride(0) % 8 == 0
+    )
+
+
+def _plain(x: Tensor, rotary: Rotary) -> FusedTile:
+    found = table(x.device.index).find(Key("rotated", x.shape[1], rotary.widths, 0, BLOCK_ROWS, x.shape[0]))
+    assert isinstance(found, FusedTile)
+    return found

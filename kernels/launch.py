@@ -53,3 +53,9 @@ def precision_of(x: Tensor) -> str:
 def is_hopper(device: torch.device) -> bool:
     """Whether it is a GPU with TMA and programmatic dependent launch: Hopper or later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@cache
+def processors_of(device: torch.device) -> int:
+    """A GPU's multiprocessors; a few for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

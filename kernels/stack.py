@@ -5,6 +5,7 @@ N output width, V vocabulary. A projection may be several slices packed side by 
 R rows of its own in A and its own columns of the output.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +53,10 @@ class LinearStack:
     def describe(self, slot: int, meta: SlotMeta) -> None:
         """Say what is in a slot."""
         _describe(self, slot, meta)
+
+    def holds_any(self, slots: Iterable[int]) -> bool:
+        """Whether any adapter in these slots has LoRA on this projection."""
+        return any(any(self.meta[slot].ranks) for slot in slots)
 
     @property
     def rank(self) -> int:

@@ -16,7 +16,7 @@ import torch
 import triton
 
 TUNED = Path(__file__).parent / "tuned"
-Op = Literal["shrink", "expand", "fused"]
+Op = Literal["shrink", "expand", "fused", "rotated", "gated"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,8 @@ KINDS: dict[str, type[ShrinkTile] | type[ExpandTile] | type[FusedTile]] = {
     "shrink": ShrinkTile,
     "expand": ExpandTile,
     "fused": FusedTile,
+    "rotated": FusedTile,
+    "gated": FusedTile,
 }
 
 
@@ -86,7 +88,16 @@ def default(key: Key) -> Tile:
         return ShrinkTile(block_k=128 if few else 64, split=2 if few else 1, warps=4, stages=3)
     if key.op == "expand":
         return ExpandTile(block_n=128, loop=4, warps=4, stages=2)
+    if key.op in _WHOLE:
+        return _WHOLE[key.op]
     return FusedTile(block_n=128, block_k=64, group=8, halves=1, warps=8, stages=3, pays=key.height >= _TALL)
+
+
+# Products of the base alone that do the next step too. Of 20 tiles each these were the fastest on an H200.
+_WHOLE = {
+    "rotated": FusedTile(block_n=256, block_k=64, group=16, halves=2, warps=8, stages=3),
+    "gated": FusedTile(block_n=128, block_k=64, group=8, halves=1, warps=8, stages=3),
+}
 
 
 class TileTable:

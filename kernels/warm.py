@@ -10,7 +10,8 @@ import torch
 
 from ranklet.kernels import csgmv, merge
 from ranklet.kernels.batch import SHORT_HEIGHTS, TALL_HEIGHTS, LoraBatch
-from ranklet.kernels.stack import LinearStack, SlotMeta
+from ranklet.kernels.rotary import Rotary
+from ranklet.kernels.stack import PACKS, LinearStack, SlotMeta
 from ranklet.kernels.workloads import even
 
 HEIGHTS = (*SHORT_HEIGHTS, *TALL_HEIGHTS)
@@ -33,11 +34,12 @@ def batches(slots: int, most_rows: int) -> Iterator[LoraBatch]:
 
 
 @torch.inference_mode()
-def warm(stacks: Sequence[LinearStack], most_rows: int) -> int:
+def warm(stacks: Sequence[LinearStack], most_rows: int, rotary: Rotary | None = None) -> int:
     """Launch what `csgmv` and `merged` launch on batches of up to so many rows, once each; the results are thrown away.
 
     Args:
         stacks: one of each projection; nothing is written to them, and what is in their slots does not matter.
+        rotary: of `most_rows` positions; goes with the packed queries, keys and values.
 
     Returns:
         How many batches of projections were run.
@@ -50,8 +52,9 @@ def warm(stacks: Sequence[LinearStack], most_rows: int) -> int:
         full.meta = [SlotMeta((stack.rank,) * slices, (1.0,) * slices)] * slots
         weight = torch.zeros(sum(stack.widths), wide, dtype=dtype, device=device)
         x = torch.zeros(most_rows, wide, dtype=dtype, device=device)
+        turned = rotary if slices == len(PACKS["qkv"]) else None
         for batch in batches(slots, most_rows):
-            csgmv.linear(x[: batch.rows], weight, None, full, batch.placed(device))
+            csgmv.linear(x[: batch.rows], weight, None, full, batch.placed(device), turned)
             done += 1
         merge.merge(torch.empty(1, *weight.shape, dtype=dtype, device=device), weight, full, [0])
     return done

@@ -55,8 +55,26 @@ def attend(qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int, win
     return _by_request(q, k, v, spans.lengths, window).reshape(tokens, queries * head_dim)
 
 
+def attend_last(qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int, window: int | None) -> Tensor:
+    """`attend` for the last token of each request alone: [B, Q * D]."""
+    tokens, (queries, keys), last = qkv.shape[0], heads, spans.offsets[1:] - 1
+    if window is not None and window < spans.longest:
+        return attend(qkv, spans, heads, head_dim, window)[last]
+    q, k, v = qkv.view(tokens, queries + 2 * keys, head_dim).split((queries, keys, keys), dim=1)
+    if qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16):
+        one_each = torch.arange(len(last) + 1, dtype=torch.int32, device=qkv.device)
+        out = varlen_attn(q[last], k, v, one_each, spans.offsets, 1, spans.longest, **_WHOLE)
+        assert isinstance(out, Tensor)
+    else:
+        grouped, by_request = queries != keys, ((part.transpose(0, 1).split(spans.lengths, 1)) for part in (k, v))
+        requests = zip(q[last].unsqueeze(2), *by_request, strict=True)
+        attended = [functional.scaled_dot_product_attention(a, b, c, enable_gqa=grouped) for a, b, c in requests]
+        out = torch.stack(attended)
+    return out.reshape(len(last), queries * head_dim)
+
+
 def _varlen(q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: int | None) -> Tensor:
-    options = dict(_VARLEN_OPTIONS)
+    options = dict(_CAUSAL)
     if "window_size" in options:
         options["window_size"] = (-1 if window is None else window - 1, 0)
     elif window is not None:
@@ -67,14 +85,16 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: int | None) -
     return out
 
 
-def _varlen_options() -> dict[str, Any]:
-    """How this torch spells a causal grouped-query call: 2.11 and later differ in their keywords."""
+def _varlen_options(*, causal: bool) -> dict[str, Any]:
+    """How this torch spells a grouped-query call: 2.11 and later differ in their keywords."""
     known = inspect.signature(varlen_attn).parameters
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
+    seen: dict[str, Any] = (
+        {"window_size": (-1, 0 if causal else -1)} if "window_size" in known else {"is_causal": causal}
+    )
+    return seen | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
-_VARLEN_OPTIONS = _varlen_options()
+_CAUSAL, _WHOLE = _varlen_options(causal=True), _varlen_options(causal=False)
 
 
 def _by_request(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:

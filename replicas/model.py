@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ranklet.kernels import dispatch, fused
 from ranklet.kernels.batch import LoraBatch
+from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
 from ranklet.replicas.architecture import Architecture, rotary_tables
-from ranklet.replicas.attention import Spans, attend
+from ranklet.replicas.attention import Spans, attend, attend_last
 from ranklet.replicas.weights import Checkpoint
 
 
@@ -30,6 +31,7 @@ class Tokens:
     positions: Tensor  # int32 [T], from 0 in each request
     spans: Spans
     lora: LoraBatch
+    last: LoraBatch | None = None  # of one row a request: the last token's state is all that is asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,14 @@ class Projection:
 
     def __call__(self, x: Tensor, stack: LinearStack | None, lora: LoraBatch) -> Tensor:
         return dispatch.linear(x, self.weight, self.bias, stack, lora)
+
+    def rotated(self, x: Tensor, stack: LinearStack | None, lora: LoraBatch, rotary: Rotary) -> Tensor:
+        """The same for queries, keys and values, then `rotary`."""
+        return dispatch.rotated(x, self.weight, self.bias, stack, lora, rotary)
+
+    def gated(self, x: Tensor, stack: LinearStack | None, lora: LoraBatch) -> Tensor:
+        """The same for gate and up, then `silu(gate) * up`."""
+        return dispatch.gated(x, self.weight, self.bias, stack, lora)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,28 +95,39 @@ class Decoder:
         self._cos, self._sin = rotary_tables(config, architecture, max_len, device)
 
     def forward(self, tokens: Tokens, stacks: Sequence[Stacks], embedding: EmbeddingStack | None) -> Tensor:
-        """Hidden states before the final norm: float32 [T, H]."""
+        """Hidden states before the final norm: float32 [T, H], of the last token of each request if `tokens.last`.
+
+        Then the last layer computes what these need and no more: every key and value, but one query a request.
+        """
         residual = dispatch.embedding(tokens.ids, self.embedding, embedding, tokens.lora).float()
         normed = fused.rms_norm(residual, self.layers[0].input_norm, self.architecture.eps)
+        lora = tokens.lora
         for i, layer in enumerate(self.layers):
-            delta = self._attention(layer, normed, tokens, stacks[i])
+            narrow = tokens.last if i + 1 == len(self.layers) else None
+            attended = self._attention(layer, normed, tokens, stacks[i].qkv, last=narrow is not None)
+            if narrow is not None:
+                residual, lora = residual[tokens.spans.offsets[1:] - 1], narrow
+            delta = layer.o(attended, stacks[i].o, lora)
             normed = fused.add_rms_norm(delta, residual, layer.post_norm, self.architecture.eps)
-            gate_up = layer.gate_up(normed, stacks[i].gate_up, tokens.lora)
-            delta = layer.down(fused.silu_mul(gate_up), stacks[i].down, tokens.lora)
+            gated = layer.gate_up.gated(normed, stacks[i].gate_up, lora)
+            delta = layer.down(gated, stacks[i].down, lora)
             if i + 1 == len(self.layers):
                 return residual.add_(delta)
             normed = fused.add_rms_norm(delta, residual, self.layers[i + 1].input_norm, self.architecture.eps)
         raise AssertionError("a decoder has at least one layer")
 
-    def _attention(self, layer: Layer, normed: Tensor, tokens: Tokens, stacks: Stacks) -> Tensor:
+    def _attention(
+        self, layer: Layer, normed: Tensor, tokens: Tokens, stack: LinearStack | None, *, last: bool
+    ) -> Tensor:
+        shape, rotary = self.architecture, self.rotary(layer, tokens.positions)
+        qkv = layer.qkv.rotated(normed, stack, tokens.lora, rotary)
+        how = attend_last if last else attend
+        return how(qkv, tokens.spans, (shape.heads, shape.kv_heads), shape.head_dim, layer.window)
+
+    def rotary(self, layer: Layer, positions: Tensor) -> Rotary:
+        """What a layer does to queries and keys at these positions, int32 [T]."""
         shape = self.architecture
-        qkv = layer.qkv(normed, stacks.qkv, tokens.lora)
-        fused.qk_norm_rope_(
-            qkv, layer.qk_norms, self._cos, self._sin, tokens.positions,
-            query_heads=shape.heads, key_heads=shape.kv_heads, eps=shape.eps,
-        )  # fmt: skip
-        attended = attend(qkv, tokens.spans, (shape.heads, shape.kv_heads), shape.head_dim, layer.window)
-        return layer.o(attended, stacks.o, tokens.lora)
+        return Rotary(layer.qk_norms, self._cos, self._sin, positions, shape.heads, shape.kv_heads, shape.eps)
 
     def final_norm(self, rows: Tensor) -> Tensor:
         """The final norm, on the rows that pooling kept: float32 [R, H] -> [R, H]."""

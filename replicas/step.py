@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ranklet.kernels import dispatch
-from ranklet.kernels.batch import LoraBatch, cut, plan
+from ranklet.kernels.batch import LoraBatch, cut, one_each, plan
 from ranklet.kernels.crossover import crossovers, surface
 from ranklet.kernels.merged import Merged
 from ranklet.kernels.warm import warm
@@ -39,6 +39,7 @@ class _Layout:
 
     lengths: tuple[int, ...]
     lora: LoraBatch
+    last: LoraBatch | None  # of the prompts' last tokens, where pooling reads no others
     buffer: Tensor  # int32, pinned where there is a GPU
 
 
@@ -86,7 +87,9 @@ class Stepper:
             return
         began_s = perf_counter()
         if self._backend != "native":
-            warm(self._pool.stacks_of_one_layer(), max_tokens)
+            places = torch.zeros(max_tokens, dtype=torch.int32, device=self._model.device)
+            rotary = self._model.rotary(self._model.layers[0], places)
+            warm(self._pool.stacks_of_one_layer(), max_tokens, rotary)
         if self._ragged:
             shape, model = self._model.architecture, self._model
             heads = (shape.heads, shape.kv_heads)
@@ -123,26 +126,35 @@ class Stepper:
         if len(self._count) < max(lengths):
             self._count = np.arange(max(lengths), dtype=np.int32)
         positions = [self._count[:length] for length in lengths]
-        tiles = cut(lora) if lora.backend == "csgmv" else ()
+        lora = _cut(lora)
+        last = _cut(self._last(lora, lengths)) if self._pooling.mode == "last" else None
         parts = (*prompts, *positions, np.array((0, *accumulate(lengths)), dtype=np.int32))
-        parts = (*parts, *(array.reshape(-1) for kind in tiles for array in kind.arrays))
+        tables = [array for batch in (lora, last) if batch for kind in batch.tiles for array in kind.arrays]
+        parts = (*parts, *(array.reshape(-1) for array in tables))
         buffer = torch.empty(sum(map(len, parts)), dtype=torch.int32, pin_memory=self._cuda)
         np.concatenate(parts, out=buffer.numpy())
-        return _Layout(lengths, replace(lora, tiles=tiles), buffer)
+        return _Layout(lengths, lora, last, buffer)
+
+    def _last(self, lora: LoraBatch, lengths: Sequence[int]) -> LoraBatch:
+        """The batch of the prompts' last tokens; weights are not merged for so few rows."""
+        last = one_each(lora, lengths)
+        return dispatch.choose(last, self._layer) if lora.backend == "merged" else last
 
     def _forward(self, layout: _Layout, moved: Tensor) -> Tensor:
         """The batch's vectors, float32 [B, H], from its buffer on the device."""
         lengths, lora = layout.lengths, layout.lora
-        tables = [array for kind in lora.tiles for array in kind.arrays]
-        sizes = (sum(lengths), sum(lengths), len(lengths) + 1, *(array.size for array in tables))
-        ids, places, offsets, *moved_tables = moved.split(sizes)
-        placed = tuple(replace(kind, device=moved_tables[3 * i : 3 * i + 3]) for i, kind in enumerate(lora.tiles))
+        kinds = [*lora.tiles, *(layout.last.tiles if layout.last else ())]
+        sizes = (sum(lengths), sum(lengths), len(lengths) + 1, *(array.size for kind in kinds for array in kind.arrays))
+        ids, places, offsets, *tables = moved.split(sizes)
+        placed = [replace(kind, device=tables[3 * i : 3 * i + 3]) for i, kind in enumerate(kinds)]
+        whole = replace(lora, tiles=tuple(placed[: len(lora.tiles)]))
+        last = layout.last and replace(layout.last, tiles=tuple(placed[len(lora.tiles) :]))
         shape, padded = self._model.architecture, None
         if self._ragged and max(lengths) >= ragged.LEAST_LONGEST:
             padded = ragged.pad(offsets, len(lengths), (shape.heads, shape.kv_heads), shape.head_dim)
-        tokens = Tokens(ids, places, Spans(lengths, offsets, padded), replace(lora, tiles=placed))
+        tokens = Tokens(ids, places, Spans(lengths, offsets, padded), whole, last)
         states = self._model.forward(tokens, self._pool.layers, self._pool.embedding)
-        rows = self._model.final_norm(self._pooling.rows(states, tokens.spans))
+        rows = self._model.final_norm(states if last else self._pooling.rows(states, tokens.spans))
         return self._pooling.vectors(rows, tokens.spans)
 
     def _shape(self, layout: _Layout) -> Hashable | None:
@@ -154,7 +166,8 @@ class Stepper:
         lora = layout.lora
         tenants = [self._pool.tenants[segment.slot] for segment in lora.segments]
         if lora.backend == "csgmv":
-            tiles = tuple((k.height, k.rows, len(k.table), len(k.runs), len(k.blocks)) for k in lora.tiles)
+            kinds = [*lora.tiles, *(layout.last.tiles if layout.last else ())]
+            tiles = tuple((k.height, k.rows, len(k.table), len(k.runs), len(k.blocks)) for k in kinds)
             return layout.lengths, tiles, frozenset().union(*(tenant.places for tenant in tenants))
         if lora.backend == "native":
             return layout.lengths, tuple(lora.segments), tuple(tenants)
@@ -174,3 +187,7 @@ class Stepper:
         host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
         host.copy_(vectors, non_blocking=True)
         return host, torch.cuda.current_stream().record_event()
+
+
+def _cut(batch: LoraBatch) -> LoraBatch:
+    return replace(batch, tiles=cut(batch)) if batch.backend == "csgmv" else batch

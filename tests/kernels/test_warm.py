@@ -5,14 +5,15 @@ import random
 import pytest
 import torch
 
-from ranklet.kernels import csgmv, gemm
+from ranklet.kernels import csgmv, gemm, rotary
 from ranklet.kernels.batch import cut, plan
 from ranklet.kernels.probe import Projection, probe
+from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.stack import LinearStack
 from ranklet.kernels.warm import batches, warm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-KERNELS = (csgmv._shrink_kernel, csgmv._expand_kernel, gemm._gemm_kernel)
+KERNELS = (csgmv._shrink_kernel, csgmv._expand_kernel, gemm._gemm_kernel, rotary._rotary_kernel)
 
 
 @pytest.mark.parametrize("slots", [1, 8, 300])
@@ -42,7 +43,9 @@ def test_nothing_is_left_to_compile() -> None:
         probe(p, 64, slots, device=DEVICE, dtype=torch.bfloat16)
         for p in (Projection("qkv", 1024, (2048, 1024, 1024)), Projection("down", 3072, (1024,)))
     ]
-    warm([LinearStack(p.stack.a, p.stack.b, p.stack.widths) for p in probes], most_rows)
+    places = torch.zeros(most_rows, dtype=torch.int32, device=DEVICE)
+    turned = Rotary(None, torch.ones(64, 64, device=DEVICE), torch.ones(64, 64, device=DEVICE), places, 16, 8, 1e-6)
+    warm([LinearStack(p.stack.a, p.stack.b, p.stack.widths) for p in probes], most_rows, turned)
     compiled = [set(kernel.device_caches[0][0]) for kernel in KERNELS]
     draw = random.Random(0)
     for _ in range(40):
@@ -51,6 +54,7 @@ def test_nothing_is_left_to_compile() -> None:
         _, batch = plan(lengths, [draw.choice((None, *range(slots))) for _ in lengths])
         for p in probes:
             x = torch.randn(batch.rows, p.projection.wide, device=DEVICE, dtype=torch.bfloat16)
-            csgmv.linear(x, p.weight, None, p.stack, batch.placed(DEVICE))
+            at = turned.below(most_rows - batch.rows) if p.projection.name == "qkv" else None
+            csgmv.linear(x, p.weight, None, p.stack, batch.placed(DEVICE), at)
     found = [set(kernel.device_caches[0][0]) for kernel in KERNELS]
     assert [more - known for more, known in zip(found, compiled, strict=True)] == [set()] * len(KERNELS)

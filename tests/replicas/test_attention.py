@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ranklet.replicas import ragged
-from ranklet.replicas.attention import Spans, attend
+from ranklet.replicas.attention import Spans, attend, attend_last
 
 
 def spans(lengths: list[int], device: str = "cpu") -> Spans:
@@ -47,6 +47,8 @@ def test_attention_is_causal_grouped_and_windowed(
     qkv = torch.randn(sum(lengths), (heads[0] + 2 * heads[1]) * width)
     ours = attend(qkv, spans(lengths), heads, width, window)
     assert_close(ours.double(), attend64(qkv, lengths, heads, width, window), rtol=1e-5, atol=1e-5)
+    last = attend_last(qkv, spans(lengths), heads, width, window)
+    assert_close(last, ours[spans(lengths).offsets[1:] - 1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -79,9 +81,13 @@ def test_no_token_reads_a_later_one(window: int | None) -> None:
 def test_attention_on_cuda(dtype: torch.dtype, window: int | None, heads: tuple[int, int], width: int) -> None:
     lengths = [70, 1, 129, 33]
     qkv = torch.randn(sum(lengths), (heads[0] + 2 * heads[1]) * width).to(dtype)
-    ours = attend(qkv.cuda(), spans(lengths, "cuda"), heads, width, window).cpu()
+    at = spans(lengths, "cuda")
+    ours = attend(qkv.cuda(), at, heads, width, window).cpu()
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
-    assert_close(ours.double(), attend64(qkv, lengths, heads, width, window), rtol=tolerance, atol=tolerance)
+    expected = attend64(qkv, lengths, heads, width, window)
+    assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
+    last = attend_last(qkv.cuda(), at, heads, width, window).cpu()
+    assert_close(last.double(), expected[at.offsets[1:].cpu() - 1], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,112 @@
+"""Query and key heads normed and rotated in place: what a decoder does between its first product and attention.
+
+Letters: T rows, D head width, Q query heads, G key heads. Arithmetic is float32 inside, whatever the dtype. `gemm.py`
+does the same, where it can, before a row of the product leaves its registers.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+
+@triton.jit(do_not_specialize_on_alignment=["positions"])
+def _rotary_kernel(
+    qkv, q_weight, k_weight, cos, sin, positions, eps, row_stride,
+    Q: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0)
+    position = tl.load(positions + token).to(tl.int64)
+    heads = tl.arange(0, BLOCK_HEADS)[:, None]
+    columns = tl.arange(0, BLOCK_HALF)[None, :]
+    mask = (heads < HEADS) & (columns < HALF)
+    first = qkv + token.to(tl.int64) * row_stride + heads * (2 * HALF) + columns
+    low = tl.load(first, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(first + HALF, mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        mean = (tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF)
+        scale = tl.rsqrt(mean + eps)[:, None]
+        is_query = heads < Q
+        in_head = columns < HALF
+        weight_low = tl.where(
+            is_query, tl.load(q_weight + columns, mask=in_head), tl.load(k_weight + columns, mask=in_head)
+        )
+        weight_high = tl.where(
+            is_query, tl.load(q_weight + HALF + columns, mask=in_head), tl.load(k_weight + HALF + columns, mask=in_head)
+        )
+        low = low * scale * weight_low.to(tl.float32)
+        high = high * scale * weight_high.to(tl.float32)
+    c = tl.load(cos + position * HALF + columns, mask=columns < HALF, other=0.0)
+    s = tl.load(sin + position * HALF + columns, mask=columns < HALF, other=0.0)
+    tl.store(first, (low * c - high * s).to(qkv.dtype.element_ty), mask=mask)
+    tl.store(first + HALF, (high * c + low * s).to(qkv.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """RMS norm by head, if the model has it, then rotation by position.
+
+    Semantics: with halves (l, h) of each head, `l' = l cos - h sin`, `h' = h cos + l sin`.
+
+    Attributes:
+        norms: weights of the query and the key norm, each [D]; None for models without them.
+        cos, sin: float32 [positions known, D / 2].
+        positions: integers [T].
+    """
+
+    norms: tuple[Tensor, Tensor] | None
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+    query_heads: int
+    key_heads: int
+    eps: float
+
+    @property
+    def half(self) -> int:
+        """Half a head's width."""
+        return self.cos.shape[1]
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Columns of the queries and of the keys."""
+        return self.query_heads * 2 * self.half, self.key_heads * 2 * self.half
+
+    def below(self, row: int) -> "Rotary":
+        """The same for the rows from `row` on."""
+        return replace(self, positions=self.positions[row:])
+
+    def apply_(self, qkv: Tensor) -> Tensor:
+        """In place on the query and key heads of a packed projection; returns it.
+
+        Args:
+            qkv: [T, (Q + 2 G) * D], rows contiguous; value heads are left alone.
+        """
+        if not qkv.is_cuda:
+            _apply_torch(qkv, self)
+        elif qkv.shape[0]:
+            q_weight, k_weight = self.norms or (self.cos, self.cos)
+            heads = self.query_heads + self.key_heads
+            _rotary_kernel[(qkv.shape[0],)](
+                qkv, q_weight, k_weight, self.cos, self.sin, self.positions, self.eps, qkv.stride(0),
+                Q=self.query_heads, HEADS=heads, HALF=self.half, BLOCK_HEADS=triton.next_power_of_2(heads),
+                BLOCK_HALF=triton.next_power_of_2(self.half), NORM=self.norms is not None, num_warps=4,
+            )  # fmt: skip
+        return qkv
+
+
+def _apply_torch(qkv: Tensor, rotary: Rotary) -> None:
+    half, heads = rotary.half, rotary.query_heads + rotary.key_heads
+    view = qkv[:, : heads * 2 * half].view(-1, heads, 2 * half)
+    value = view.float()
+    if rotary.norms is not None:
+        queries, keys = rotary.norms
+        weights = torch.stack([queries] * rotary.query_heads + [keys] * rotary.key_heads).float()
+        value = functional.rms_norm(value, (2 * half,), None, rotary.eps) * weights
+    low, high = value[..., :half], value[..., half:]
+    cos, sin = rotary.cos[rotary.positions][:, None], rotary.sin[rotary.positions][:, None]
+    view.copy_(torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1))

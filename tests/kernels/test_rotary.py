@@ -1,0 +1,143 @@
+"""Norm and rotation of queries and keys: alone, and on the way out of the product, against float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
+
+from ranklet.kernels import csgmv, gemm, rotary
+from ranklet.kernels.batch import plan
+from ranklet.kernels.rotary import Rotary
+from ranklet.kernels.tiles import FusedTile
+from tests.kernels import oracle
+
+EPS = 1e-6
+HEADS = [(1, 4, 2, 48), (6, 3, 1, 6), (5, 2, 2, 64), (3, 1, 1, 2), (0, 4, 2, 48)]  # tokens, Q, G, head width
+DTYPES = [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def norm64(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.double()
+    return wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+
+
+def rotary64(qkv: Tensor, turned: Rotary) -> Tensor:
+    """Head by head in float64; angles of position p are p / 100**(i / half)."""
+    query, key, half, norms = turned.query_heads, turned.key_heads, turned.half, turned.norms
+    out, width = qkv.double().clone(), 2 * half
+    angle = turned.positions.double()[:, None] / 100 ** (torch.arange(half, dtype=torch.float64) / half)
+    for head in range(query + key):
+        place = slice(head * width, (head + 1) * width)
+        value = out[:, place]
+        if norms is not None:
+            value = norm64(value, norms[0 if head < query else 1])
+        low, high = value[:, :half], value[:, half:]
+        out[:, place] = torch.cat([low * angle.cos() - high * angle.sin(), high * angle.cos() + low * angle.sin()], 1)
+    return out
+
+
+def tables(half: int, known: int = 40) -> tuple[Tensor, Tensor]:
+    angle = torch.arange(known).double()[:, None] / 100 ** (torch.arange(half, dtype=torch.float64) / half)
+    return angle.cos().float(), angle.sin().float()
+
+
+def turn(shape: tuple[int, int, int, int], dtype: torch.dtype, *, normed: bool) -> Rotary:
+    tokens, query, key, width = shape
+    norms = ((1 + 0.2 * torch.randn(width)).to(dtype), (1 + 0.2 * torch.randn(width)).to(dtype)) if normed else None
+    return Rotary(norms, *tables(width // 2), torch.randint(40, (tokens,), dtype=torch.int32), query, key, EPS)
+
+
+def on(device: torch.device, turned: Rotary) -> Rotary:
+    norms = turned.norms and (turned.norms[0].to(device), turned.norms[1].to(device))
+    cos, sin, positions = (tensor.to(device) for tensor in (turned.cos, turned.sin, turned.positions))
+    return Rotary(norms, cos, sin, positions, turned.query_heads, turned.key_heads, EPS)
+
+
+def test_it_is_transformers_own() -> None:
+    config = Qwen3Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=48)
+    embedding = Qwen3RotaryEmbedding(config)
+    q_norm, k_norm = Qwen3RMSNorm(48, eps=EPS), Qwen3RMSNorm(48, eps=EPS)
+    for norm in (q_norm, k_norm):
+        norm.weight.data.copy_(1 + 0.2 * torch.randn(48))
+    qkv, positions = torch.randn(7, (4 + 2 * 2) * 48), torch.tensor([0, 1, 2, 3, 0, 1, 900])
+    cos, sin = embedding(qkv, positions[None])
+    q, k, v = qkv.view(1, 7, 8, 48).split((4, 2, 2), dim=2)
+    q, k = apply_rotary_pos_emb(q_norm(q).transpose(1, 2), k_norm(k).transpose(1, 2), cos, sin)
+    expected = torch.cat([q.transpose(1, 2), k.transpose(1, 2), v], dim=2).view(7, -1).detach()
+    angle = torch.outer(torch.arange(901).float(), embedding.inv_freq)
+    norms = (q_norm.weight.detach(), k_norm.weight.detach())
+    Rotary(norms, angle.cos(), angle.sin(), positions, 4, 2, EPS).apply_(qkv)
+    assert_close(qkv, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [*HEADS, (300, 16, 8, 128)])
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_in_place(shape: tuple[int, int, int, int], normed: bool, dtype: torch.dtype, tolerance: float) -> None:
+    tokens, query, key, width = shape
+    turned, qkv = turn(shape, dtype, normed=normed), torch.randn(tokens, (query + 2 * key) * width).to(dtype)
+    expected = rotary64(qkv, turned)
+    out = on(DEVICE, turned).apply_(qkv.clone().to(DEVICE)).cpu()
+    assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(out[:, (query + key) * width :], qkv[:, (query + key) * width :]), "values are left alone"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled there")
+@pytest.mark.parametrize("shape", HEADS[:-1])
+@pytest.mark.parametrize("normed", [True, False])
+def test_the_interpreted_kernel(shape: tuple[int, int, int, int], normed: bool) -> None:
+    (tokens, query, key, width), turned = shape, turn(shape, torch.float32, normed=normed)
+    qkv = torch.randn(tokens, (query + 2 * key) * width)
+    expected, heads, half = rotary64(qkv, turned), query + key, turned.half
+    rotary._rotary_kernel[(tokens,)](
+        qkv, *(turned.norms or (turned.cos, turned.cos)), turned.cos, turned.sin, turned.positions, EPS, qkv.stride(0),
+        Q=query, HEADS=heads, HALF=half, BLOCK_HEADS=1 << (heads - 1).bit_length(),
+        BLOCK_HALF=1 << (half - 1).bit_length(), NORM=normed,
+    )  # fmt: skip
+    assert_close(qkv.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("lengths", "slots"),
+    [([129, 7, 20], [1, 0, None]), ([150], [1]), ([60, 7], [1, 0]), ([70, 68], [None, None])],
+    ids=["long, short and base", "long", "added later", "base"],
+)
+def test_on_the_way_out_of_the_product(
+    monkeypatch: pytest.MonkeyPatch, width: int, normed: bool, bias: bool, lengths: list[int], slots: list[int | None]
+) -> None:
+    """Whichever rows are made by the fused product, by the plain one, or added to later."""
+    query, key, wide, dtype = 512 // width, 256 // width, 128, torch.float16
+    widths = (512, 256, 256)
+    order, batch = plan(lengths, slots)
+    tile = FusedTile(256 if width == 128 else 128, 64, 8, 2 if width == 128 else 1, 8, 3)
+    monkeypatch.setattr(csgmv, "_fused", lambda x, stack, tiles: tile if tiles.height == 128 else None)
+    monkeypatch.setattr(gemm, "_can_rotate_plain", lambda *_: True)
+    monkeypatch.setattr(gemm, "_plain", lambda *_: tile)
+    launch, launched = gemm._launch, []
+
+    def counted(*given: Any, **how: Any) -> None:
+        launched.append(given[7])
+        launch(*given, **how)
+
+    monkeypatch.setattr(gemm, "_launch", counted)
+    adapters = oracle.random_adapters({0: (8, 8, 8), 1: (16, 0, 16)}, wide, widths, dtype=dtype)
+    stack = oracle.linear_stack(adapters, 2, 16, wide, widths, stale=0.0, device=str(DEVICE))
+    x, weight = torch.randn(batch.rows, wide).to(dtype), (torch.randn(sum(widths), wide) * wide**-0.5).to(dtype)
+    offset = torch.randn(sum(widths)).to(dtype) if bias else None
+    turned = turn((batch.rows, query, key, width), dtype, normed=normed)
+    rows = [slots[i] for i in order for _ in range(lengths[i])]
+    wanted = rotary64(oracle.linear(x, weight, offset, rows, adapters), turned)
+    placed = batch.placed(DEVICE)
+    given = (x.to(DEVICE), weight.to(DEVICE), None if offset is None else offset.to(DEVICE), stack, placed)
+    out = csgmv.linear(*given, on(DEVICE, turned)).cpu().double()
+    assert (len(launched), all(launched)) == (0 if lengths == [60, 7] else 1, True)
+    assert_close(out, wanted, rtol=3e-3, atol=3e-3 * float(wanted.abs().max()))
+    assert (out - wanted).norm() <= 3e-3 * wanted.norm()
