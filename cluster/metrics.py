@@ -74,7 +74,10 @@ class ReplicaMetrics(Listener):
         self.tokens = counter("ranklet_tokens_total", "Prompt tokens embedded", ["adapter"])
         self.batches = counter("ranklet_batches_total", "Batches run, by LoRA backend", ["backend"])
         self.queue_wait = histogram("ranklet_queue_wait_seconds", "Wait of a prompt for its batch", buckets=_LATENCY_S)
-        self.compute = histogram("ranklet_batch_compute_seconds", "Time a batch takes", ["backend"], buckets=_LATENCY_S)
+        self.compute = histogram(
+            "ranklet_batch_compute_seconds", "Time a batch has the device", ["backend"], buckets=_LATENCY_S
+        )
+        self.busy = counter("ranklet_device_busy_seconds_total", "Time the device computed: its rate is the busy share")
         self.batch_tokens = histogram("ranklet_batch_tokens", "Tokens of a batch", buckets=_TOKENS)
         self.batch_adapters = histogram("ranklet_batch_adapters", "Adapters mixed in a batch", buckets=_ADAPTERS)
         self.tier_hits = counter("ranklet_tier_hits_total", "Where a request found its adapter", ["tier"])
@@ -92,6 +95,7 @@ class ReplicaMetrics(Listener):
             self.tokens.labels(label).inc(record.tokens_by_adapter.get(adapter, 0))
         self.batches.labels(record.backend).inc()
         self.compute.labels(record.backend).observe(record.compute_s)
+        self.busy.inc(record.compute_s)
         self.batch_tokens.observe(record.tokens)
         self.batch_adapters.observe(record.adapters)
         for wait_s in record.queue_waits_s:

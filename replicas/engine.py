@@ -25,6 +25,7 @@ from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unav
 from ranklet.replicas.flight import Flight, adapters_of, names_of, requests_of
 from ranklet.replicas.loader import Loader, LoadOutcome
 from ranklet.replicas.model import Decoder
+from ranklet.replicas.pace import Pace
 from ranklet.replicas.pool import AdapterPool
 from ranklet.replicas.pooling import read_pooling
 from ranklet.replicas.reference import AdapterRef
@@ -35,6 +36,7 @@ from ranklet.replicas.stats import Listener, LoadRecord, Snapshot
 from ranklet.replicas.step import Stepper
 
 _PROBE = np.zeros(1, dtype=np.int32)
+_LEAD_S = 0.004  # from the decision to launch until the device has its first work, and what a forecast may be off by
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ class Engine:
         self._stepper = Stepper(model, self._pool, pooling, config.backend, config.merged_bytes)
         self._normalize = pooling.normalize
         self._depth = 2 if device.type == "cuda" else 1
+        self._pace = Pace()
         self._scheduler: Scheduler[Prompt] = Scheduler(
             max_tokens=config.max_batch_tokens, max_requests=config.max_batch_requests,
             max_adapters=config.adapters_per_batch, max_demand=config.slots,
@@ -222,7 +225,7 @@ class Engine:
             while proposal is None and not self._suspect:
                 if self._stopping:
                     return False
-                self._wake.wait()
+                self._wake.wait(self._patience_s())
                 proposal = self._next()
             if proposal is None:
                 self._suspect = False
@@ -252,10 +255,22 @@ class Engine:
         self._residency.bring(proposal.demand, adapters_of(proposal.batch))
         if not self._flights:
             return proposal if proposal.batch or proposal.cancelled else None
-        # Behind a running batch only one worth its launch: a small one would shut out what arrives meanwhile.
+        if not proposal.batch or len(self._flights) == self._depth:
+            return None
+        # Behind a running batch at once if it is worth its launch. A small one would shut out what arrives meanwhile:
+        # it goes just before the device is free.
         worth = proposal.tokens * 2 >= self.config.max_batch_tokens
         worth = worth or len(proposal.batch) * 2 >= self.config.max_batch_requests
-        return proposal if worth and len(self._flights) < self._depth else None
+        return proposal if worth or self._due_in_s() <= 0 else None
+
+    def _due_in_s(self) -> float:
+        return self._pace.free_s - _LEAD_S - perf_counter()
+
+    def _patience_s(self) -> float | None:
+        """How long to wait for news: until a small batch is due that may go behind the one that runs."""
+        may_follow = 0 < len(self._flights) < self._depth and len(self._scheduler) > 0
+        due_s = self._due_in_s() if may_follow else 0.0
+        return due_s if due_s > 0 else None
 
     def _launch(self, prompts: list[Prompt], slots: list[int | None]) -> None:
         try:
@@ -265,7 +280,9 @@ class Engine:
             return
         with self._wake:
             self._launching = []
-            self._flights.append(Flight(prompts, running))
+            flight = Flight(prompts, running)
+            self._flights.append(flight)
+            self._pace.launched(flight.tokens, running.launched_s)
             self._wake.notify_all()
 
     # The answer thread
@@ -281,18 +298,22 @@ class Engine:
             try:
                 vectors = flight.running.wait()
             except Exception as error:
-                self._land(flight)
+                self._land(flight, perf_counter(), None)
                 self._failed(flight.prompts, error, acquired=False)
                 continue
-            finished_s = perf_counter()
-            self._land(flight)
-            compute_s = finished_s - flight.running.launched_s
-            flight.answer(vectors, compute_s)
-            self._listener.batch(flight.record(compute_s))
+            finished_s, compute_s = perf_counter(), flight.running.device_s()
+            self._land(flight, finished_s, compute_s)
+            began_s = finished_s - compute_s
+            flight.answer(vectors, began_s, compute_s)
+            self._listener.batch(flight.record(began_s, compute_s))
 
-    def _land(self, flight: Flight) -> None:
+    def _land(self, flight: Flight, finished_s: float, compute_s: float | None) -> None:
         with self._wake:
             self._flights.remove(flight)
+            if compute_s is None:
+                self._pace.lost()
+            else:
+                self._pace.landed(compute_s, finished_s)
             self._residency.release(adapters_of(flight.prompts))
             self._wake.notify_all()
 

@@ -20,23 +20,27 @@ class Flight:
     prompts: list[Prompt]
     running: Running
 
-    def answer(self, vectors: NDArray[np.float32], compute_s: float) -> None:
+    @property
+    def tokens(self) -> int:
+        return sum(len(work.tokens) for work in self.prompts)
+
+    def answer(self, vectors: NDArray[np.float32], began_s: float, compute_s: float) -> None:
         """Hand each prompt its vector; one that is not finite fails its own request alone.
 
         Args:
             vectors: [prompts, hidden].
+            began_s: when the device began with the batch.
         """
-        running = self.running
-        for work, vector in zip(self.prompts, vectors, strict=True):
-            if np.isfinite(vector).all():
-                waited_s = running.launched_s - work.arrived_s
-                work.call.complete(
-                    work.index, vector, backend=running.backend, queue_s=waited_s, compute_s=compute_s
-                )  # fmt: skip
+        backend = self.running.backend
+        finite: list[bool] = np.isfinite(vectors).all(axis=1).tolist()
+        for work, vector, sound in zip(self.prompts, vectors, finite, strict=True):
+            if sound:
+                waited_s = max(0.0, began_s - work.arrived_s)
+                work.call.complete(work.index, vector, backend=backend, queue_s=waited_s, compute_s=compute_s)
             else:
                 work.call.fail(InternalError("the answer to this prompt is not finite; the adapter may overflow"))
 
-    def record(self, compute_s: float) -> BatchRecord:
+    def record(self, began_s: float, compute_s: float) -> BatchRecord:
         """What statistics say of it."""
         requests: dict[str, int] = {}
         tokens: dict[str, int] = {}
@@ -44,7 +48,7 @@ class Flight:
             name = work.adapter.name if work.adapter else ""
             requests[name] = requests.get(name, 0) + 1
             tokens[name] = tokens.get(name, 0) + len(work.tokens)
-        waits = [self.running.launched_s - work.arrived_s for work in self.prompts]
+        waits = [max(0.0, began_s - work.arrived_s) for work in self.prompts]
         return BatchRecord(requests, tokens, self.running.backend, waits, compute_s)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BatchRecord:
-    """One batch that ran. Times in seconds."""
+    """One batch that ran. Times in seconds; `compute_s` is how long it had the device, which runs one at a time."""
 
     requests_by_adapter: dict[str, int]  # "" is the base model
     tokens_by_adapter: dict[str, int]

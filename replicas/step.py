@@ -51,15 +51,20 @@ class Running:
     backend: str
     vectors: Tensor  # float32 [B, H] on the host
     launched_s: float
-    event: Any
+    took_s: float  # launching; on the CPU that is the whole computation
+    events: tuple[Any, Any] | None  # of CUDA, before the batch and behind it
 
     def wait(self) -> NDArray[np.float32]:
         """Block until the device is done: float32 [B, H], in the prompts' own order."""
-        if self.event is not None:
-            self.event.synchronize()
+        if self.events is not None:
+            self.events[1].synchronize()
         out: NDArray[np.float32] = np.empty(self.vectors.shape, dtype=np.float32)
         out[self.order] = self.vectors.numpy()
         return out
+
+    def device_s(self) -> float:
+        """How long the batch had the device; after `wait`."""
+        return self.took_s if self.events is None else float(self.events[0].elapsed_time(self.events[1])) * 1e-3
 
 
 class Stepper:
@@ -112,13 +117,16 @@ class Stepper:
         lora = dispatch.choose(lora, self._layer, self._backend)
         self._merged.observe(lora)
         layout = self._lay_out([prompts[i] for i in order], lora)
+        began = self._mark()
         shape = self._shape(layout) if self._replays is not None and lora.rows <= _REPLAYED_TOKENS else None
         if shape is None or self._replays is None:
             vectors = self._forward(layout, layout.buffer.to(self._model.device, non_blocking=True))
         else:
             vectors = self._replays.run(shape, layout.buffer, partial(self._forward, layout))
-        host, event = self._to_host(vectors)
-        return Running(order, lora.backend, host, launched_s, event)
+        host = self._to_host(vectors)
+        ended = self._mark()
+        events = (began, ended) if self._cuda else None
+        return Running(order, lora.backend, host, launched_s, perf_counter() - launched_s, events)
 
     def _lay_out(self, prompts: Sequence[NDArray[np.int32]], lora: LoraBatch) -> _Layout:
         """Ids, positions, offsets and tile tables in one buffer, so that they travel to the device in one copy."""
@@ -181,12 +189,16 @@ class Stepper:
         if self._cuda:
             torch.cuda.empty_cache()
 
-    def _to_host(self, vectors: Tensor) -> tuple[Tensor, Any]:
+    def _to_host(self, vectors: Tensor) -> Tensor:
         if not self._cuda:
-            return vectors, None
+            return vectors
         host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
         host.copy_(vectors, non_blocking=True)
-        return host, torch.cuda.current_stream().record_event()
+        return host
+
+    def _mark(self) -> Any:
+        """An event at this place of the stream; None on the CPU."""
+        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)) if self._cuda else None
 
 
 def _cut(batch: LoraBatch) -> LoraBatch:

@@ -1,0 +1,35 @@
+"""When the device will be free, told from what batches of like size took. Pure: no clock, no device."""
+
+from collections import deque
+
+
+class Pace:
+    """Follows the batches on a device, which runs them one after the other. Times in seconds, of one clock."""
+
+    def __init__(self) -> None:
+        self._rates: dict[int, float] = {}  # seconds a token, by the batch's power of two
+        self._running: deque[int] = deque()  # tokens of the batches launched and not landed
+        self.free_s = 0.0  # when the device should be done with all of them
+
+    def launched(self, tokens: int, now_s: float) -> None:
+        """A batch was put behind those that run."""
+        self._running.append(tokens)
+        self.free_s = max(self.free_s, now_s) + self.expected_s(tokens)
+
+    def landed(self, took_s: float, now_s: float) -> None:
+        """The oldest batch is done; it had the device for `took_s`."""
+        tokens = self._running.popleft()
+        size, rate = tokens.bit_length(), took_s / tokens
+        self._rates[size] = 0.5 * (self._rates.get(size, rate) + rate)
+        self.free_s = now_s + sum(map(self.expected_s, self._running))
+
+    def lost(self) -> None:
+        """The oldest batch failed."""
+        self._running.popleft()
+
+    def expected_s(self, tokens: int) -> float:
+        """How long a batch should take: 0 until one has landed."""
+        if not self._rates:
+            return 0.0
+        size = tokens.bit_length()
+        return tokens * self._rates[min(self._rates, key=lambda known: abs(known - size))]

@@ -1,0 +1,54 @@
+"""What the device is expected to do, from what it did."""
+
+import pytest
+
+from ranklet.replicas.pace import Pace
+
+
+def test_nothing_is_expected_before_a_batch_has_landed() -> None:
+    pace = Pace()
+    pace.launched(1000, 5.0)
+    assert (pace.free_s, pace.expected_s(1000)) == (5.0, 0.0)
+
+
+def test_batches_run_one_after_the_other() -> None:
+    pace = Pace()
+    pace.launched(1000, 5.0)
+    pace.landed(0.1, 5.1)
+    pace.launched(1000, 6.0)
+    pace.launched(800, 6.01)
+    assert pace.free_s == pytest.approx(6.18)
+    pace.landed(0.1, 6.12)  # 20 ms late, and so is the next
+    assert pace.free_s == pytest.approx(6.2)
+    pace.landed(0.08, 6.2)
+    assert pace.free_s == pytest.approx(6.2)
+
+
+def test_each_size_has_its_own_rate_and_unknown_sizes_take_the_nearest() -> None:
+    pace = Pace()
+    for tokens, took_s in ((100, 0.01), (10_000, 0.1)):
+        pace.launched(tokens, 0.0)
+        pace.landed(took_s, 0.0)
+    assert pace.expected_s(90) == pytest.approx(0.009)
+    assert pace.expected_s(9000) == pytest.approx(0.09)
+    assert pace.expected_s(30_000) == pytest.approx(0.3)
+    assert pace.expected_s(1) == pytest.approx(0.0001)
+
+
+def test_it_follows_a_device_that_slows_down() -> None:
+    pace = Pace()
+    for took_s in (0.1, *(0.2,) * 8):
+        pace.launched(1000, 0.0)
+        pace.landed(took_s, 0.0)
+    assert pace.expected_s(1000) == pytest.approx(0.2, rel=0.01)
+
+
+def test_a_batch_that_failed_is_not_waited_for() -> None:
+    pace = Pace()
+    pace.launched(1000, 0.0)
+    pace.landed(0.1, 0.1)
+    pace.launched(1000, 0.2)
+    pace.launched(500, 0.2)
+    pace.lost()
+    pace.landed(0.05, 0.3)
+    assert pace.free_s == pytest.approx(0.3)
