@@ -32,7 +32,7 @@ class Flight:
             began_s: when the device began with the batch.
         """
         backend = self.running.backend
-        finite = [bool(sound) for sound in np.isfinite(vectors).all(axis=1)]
+        finite: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(vectors), axis=1)
         for work, vector, sound in zip(self.prompts, vectors, finite, strict=True):
             if sound:
                 waited_s = max(0.0, began_s - work.arrived_s)
