@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ranklet.kernels.batch import BLOCK_ROWS, LoraBatch, Segment, Segments, cut, plan
-from ranklet.kernels.workloads import MIXES, Mix, assign
+from ranklet.kernels.mixes import MIXES, Mix, assign
 
 requests = st.lists(st.tuples(st.integers(0, 9), st.none() | st.integers(0, 5)), max_size=40)
 

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from ranklet.kernels import csgmv, gemm
 from ranklet.kernels.batch import cut, plan
+from ranklet.kernels.mixes import MIXES, Mix, assign
 from ranklet.kernels.tiles import FusedTile
-from ranklet.kernels.workloads import MIXES, Mix, assign
 from tests.kernels import oracle
 
 NAN = float("nan")

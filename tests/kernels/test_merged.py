@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from ranklet.kernels import merge, merged, native
 from ranklet.kernels.batch import LoraBatch, Segment, plan
 from ranklet.kernels.merged import KeptMerges, Merged
+from ranklet.kernels.mixes import MIXES, Mix, assign
 from ranklet.kernels.stack import LinearStack, SlotMeta
-from ranklet.kernels.workloads import MIXES, Mix, assign
 from tests.kernels import oracle
 
 NAN = float("nan")

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 
 from ranklet.kernels import native
 from ranklet.kernels.batch import plan
+from ranklet.kernels.mixes import MIXES, Mix, assign
 from ranklet.kernels.stack import SlotMeta
-from ranklet.kernels.workloads import MIXES, Mix, assign
 from tests.kernels import oracle
 
 NAN = float("nan")

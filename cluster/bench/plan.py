@@ -1,0 +1,83 @@
+"""What `ranklet bench` is asked to send, checked before anything is sent."""
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ranklet.kernels.mixes import MIXES, exponent
+
+
+def _processes() -> int:
+    return max(1, min(8, len(os.sched_getaffinity(0)) // 4))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run against one server that speaks OpenAI's embeddings API.
+
+    Raises:
+        ValueError: a field is out of range; the message names its flag, what was expected and what came.
+    """
+
+    base_url: str = "http://127.0.0.1:8000"
+    endpoint: str = "/v1/embeddings"
+    api_key: str = field(default="", repr=False)
+    model: str | None = None  # the base's name; None: the server's first model without a parent
+    adapters: tuple[str, ...] = ()  # names, or fnmatch patterns of the names that /v1/models lists; none: the base
+    adapter_as: str = "model"  # the field that names the adapter; "lora_path" for SGLang
+    adapter_distribution: str = "uniform"
+    dataset: str = "random"
+    path: Path | None = None  # of dataset "file": a text a line, or JSON lines with "text" or "input"
+    input_len: int = 512  # tokens
+    range_ratio: float = 1.0  # lengths are uniform in [range_ratio * input_len, input_len], as in SGLang's benchmark
+    vocab: int = 10_000  # random token ids are below it
+    as_text: bool = False  # random words instead of token ids: the server's tokenizer works too
+    num_prompts: int = 1000
+    batch_size: int = 1  # prompts a request
+    request_rate: float = math.inf  # requests a second, Poisson; infinite: all at once
+    max_concurrency: int | None = None
+    encoding_format: str = "base64"
+    seed: int = 0
+    warmup: int = 8  # requests before the clock starts
+    timeout_s: float = 300.0
+    processes: int = field(default_factory=_processes)
+
+    def __post_init__(self) -> None:
+        for name in ("input_len", "vocab", "num_prompts", "batch_size", "processes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{_flag(name)}: expected at least 1, got {getattr(self, name)}")
+        if self.warmup < 0:
+            raise ValueError(f"--warmup: expected at least 0, got {self.warmup}")
+        if not 0 < self.range_ratio <= 1:
+            raise ValueError(f"--range-ratio: expected a number above 0, at most 1, got {self.range_ratio}")
+        if not self.request_rate > 0:
+            raise ValueError(f"--request-rate: expected more than 0 requests a second, or inf; got {self.request_rate}")
+        if self.max_concurrency is not None and self.max_concurrency < self.processes:
+            raise ValueError(
+                f"--max-concurrency: expected at least one a process ({self.processes}), got {self.max_concurrency}. "
+                "Lower --processes"
+            )
+        for name, known in (
+            ("dataset", ("random", "file")), ("adapter_as", ("model", "lora_path")),
+            ("encoding_format", ("base64", "float")),
+        ):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise ValueError(f"{_flag(name)}: expected {' or '.join(known)}, got {getattr(self, name)!r}")
+        if (self.dataset == "file") != (self.path is not None):
+            raise ValueError("--dataset file: expected --path FILE with it, and --path only with it")
+        if self.adapter_distribution not in MIXES:
+            try:
+                exponent(self.adapter_distribution)
+            except ValueError as error:
+                raise ValueError(f"--adapter-distribution: {error}") from None
+        if not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(f"--base-url: expected http://... or https://..., got {self.base_url!r}")
+
+    @property
+    def url(self) -> str:
+        return self.base_url.rstrip("/") + "/" + self.endpoint.lstrip("/")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,141 @@
+"""From the socket to the vector: one replica on one GPU behind gateways and HAProxy, driven by `ranklet bench`.
+
+usage: python -m tests.bench.http [--gateways 6] [--repeats 3] [--backend auto]
+
+Run `python -m tests.bench.engine` with the same --out before it, and its rows are set beside these.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+from rich.progress import track
+
+from ranklet.cluster.bench.outcome import Outcome
+from ranklet.cluster.bench.plan import Plan
+from ranklet.cluster.bench.run import bench
+from ranklet.cluster.local import LocalCluster
+from tests.assets.tokenizer import save_tokenizer
+from tests.bench import report
+from tests.bench.cluster import configuration
+from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model
+
+_BUSY = "ranklet_device_busy_seconds_total"
+
+
+def plans(url: str, processes: int) -> dict[str, Plan]:
+    """The rows; every request at once, but for the last."""
+    few, all_of_them = ("ad00[0-3]",), ("ad*",)
+    common = {"base_url": url, "vocab": QWEN3_EMBEDDING_06B.vocab, "processes": processes}
+    long = Plan(**common, num_prompts=120, input_len=6144, adapter_distribution="distinct")
+    short = dataclasses.replace(long, num_prompts=1200, input_len=512)
+    texts = dataclasses.replace(long, num_prompts=20_000, input_len=128, range_ratio=0.125, batch_size=32)
+    poisson = dataclasses.replace(long, adapters=few, request_rate=45.0)
+    return {
+        "120 x 6144, base": long,
+        "120 x 6144, 4 adapters": dataclasses.replace(long, adapters=few),
+        "120 x 6144, 64 adapters": dataclasses.replace(long, adapters=all_of_them),
+        "1200 x 512, base": short,
+        "1200 x 512, 4 adapters": dataclasses.replace(short, adapters=few),
+        "1200 x 512, 64 adapters": dataclasses.replace(short, adapters=all_of_them),
+        "20000 x 16-128, 32 a call, 64 adapters": dataclasses.replace(texts, adapters=all_of_them),
+        "120 x 6144, 4 adapters, Poisson 45/s": poisson,
+        "900 x 6144, 4 adapters, Poisson 45/s": dataclasses.replace(poisson, num_prompts=900),
+    }
+
+
+def busy_s(url: str) -> float:
+    """Seconds that the replicas' devices have computed since they started."""
+    with urllib.request.urlopen(f"{url}/metrics/targets", timeout=30) as answer:
+        targets = [group["targets"][0] for group in json.load(answer) if group["labels"]["role"] == "replica"]
+    total = 0.0
+    for target in targets:
+        with urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as answer:
+            found = re.search(rf"^{_BUSY} (\S+)$", answer.read().decode(), re.MULTILINE)
+        total += float(found[1]) if found else math.nan
+    return total
+
+
+def measured(url: str, plan: Plan, repeats: int) -> Iterator[tuple[Outcome, float]]:
+    """Each run, and the share of it that the device computed."""
+    for seed in range(repeats):
+        before = busy_s(url)
+        found = bench(dataclasses.replace(plan, seed=seed))
+        yield found, (busy_s(url) - before) / found.seconds
+
+
+def row(name: str, runs: list[tuple[Outcome, float]], engine: dict[str, float]) -> dict[str, Any]:
+    """One line of the result: the median run's rate, every run's beside it."""
+    rates = sorted(round(found.overall.tokens_per_s) for found, _ in runs)
+    alone = engine.get(name.split(" x ")[1].split(",")[0] + name.partition(",")[2].split(",")[0])
+    last = runs[-1][0]
+    return {
+        "work": name, "tokens_per_s": median(rates), "runs": "/".join(map(str, rates)),
+        "p50_ms": median(found.overall.p50_ms for found, _ in runs),
+        "p99_ms": median(found.overall.p99_ms for found, _ in runs),
+        "failed": sum(found.overall.requests - found.overall.answered for found, _ in runs),
+        "device busy": median(share for _, share in runs),
+        "of the engine alone": median(rates) / alone if alone and "Poisson" not in name else "",
+        "client, busiest core": max(found.client.busiest for found, _ in runs), "client processes": last.client.processes,
+    }  # fmt: skip
+
+
+def engine_rates(path: Path) -> dict[str, float]:
+    """Tokens a second of the engine alone, by "length" + " N adapters"; empty where it was not measured."""
+    if not path.is_file():
+        return {}
+    rows = json.loads(path.read_text())["rows"]
+    label = {0: " base"}
+    return {
+        r["prompts"].split(" x ")[1] + label.get(r["adapters"], f" {r['adapters']} adapters"): r["tokens_per_s"]
+        for r in rows
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gateways", type=int, default=6)
+    parser.add_argument("--processes", type=int, default=4, help="of the load client")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
+    parser.add_argument("--name", default="http-h200")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_model(folder / "model", layers=options.layers)
+        save_tokenizer(folder / "model", vocab_size=1024, max_length=32_768)
+        write_adapters(folder / "adapters", 64, layers=options.layers)
+        asked = configuration(folder, 1, options.gateways, 64)
+        asked["applications"][0]["args"]["engine"]["backend"] = options.backend
+        path = folder / "config.yaml"
+        path.write_text(yaml.safe_dump(asked))
+        cluster = LocalCluster(http_port=0, report=print)
+        url = cluster.start(path, timeout_s=300).base_url
+        try:
+            work = {name: plan for name, plan in plans(url, options.processes).items() if options.only in name}
+            everyone = dataclasses.replace(plans(url, options.processes)["1200 x 512, 64 adapters"], num_prompts=512)
+            bench(everyone)  # loads the adapters
+            engine = engine_rates(options.out / "engine-h200.json")
+            rows = [
+                row(name, list(measured(url, plan, options.repeats)), engine)
+                for name, plan in track(work.items(), "measuring")
+            ]
+        finally:
+            cluster.stop()
+    report.save(options.name, rows, options.out)
+
+
+if __name__ == "__main__":
+    main()
