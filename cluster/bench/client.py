@@ -5,6 +5,7 @@ Imports neither torch nor Ray; what it does besides sending is kept small, and w
 
 import asyncio
 import base64
+import contextlib
 import math
 import time
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from ranklet.cluster.bench.requests import Asked
 
 OK = "ok"
 _START_IN_S = 0.05
+_TOLD_EVERY_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +54,18 @@ class Log:
     busy: float = 0.0  # the share of a core that the process used while it ran
 
 
-def work(share: Share, connection: Connection, progress: Any, index: int) -> None:
-    """Entry point of a process: says that it is ready, is told the starting time, answers with its log."""
-    connection.send(None)
-    begin_s = connection.recv()
+def serve(connection: Connection) -> None:
+    """Entry point of a process: takes its share, says that it is ready, is told the starting time.
+
+    While it runs it tells how many requests were answered, several times a second; in the end it hands over its log.
+    """
+    share: Share = connection.recv()
+    connection.send(0)
+    begin_s: float = connection.recv()
     log = Log()
-    try:
-        asyncio.run(_run(share, begin_s, log, progress, index))
-    except KeyboardInterrupt:
-        pass
-    finally:
-        connection.send(log)
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_run(share, begin_s, log, connection))
+    connection.send(log)
 
 
 def starting_time() -> float:
@@ -70,7 +73,7 @@ def starting_time() -> float:
     return time.perf_counter() + _START_IN_S
 
 
-async def _run(share: Share, begin_s: float, log: Log, progress: Any, index: int) -> None:
+async def _run(share: Share, begin_s: float, log: Log, connection: Connection) -> None:
     limit = asyncio.Semaphore(share.concurrency or len(share.asked))
     timeout = aiohttp.ClientTimeout(total=share.timeout_s)
     connector = aiohttp.TCPConnector(limit=0)
@@ -85,14 +88,21 @@ async def _run(share: Share, begin_s: float, log: Log, progress: Any, index: int
                 outcome, tokens = await _ask(session, share.url, asked)
                 done_s = time.perf_counter()
             log.records.append(Record(due_s, sent_s, done_s, tokens, asked.prompts, asked.label, outcome))
-            progress[index] += 1
 
         await asyncio.sleep(max(0.0, begin_s - time.perf_counter()))
         cpu_s, wall_s = time.process_time(), time.perf_counter()
+        telling = asyncio.create_task(_tell(log, connection))
         try:
             await asyncio.gather(*(send(asked) for asked in share.asked))
         finally:
+            telling.cancel()
             log.busy = (time.process_time() - cpu_s) / max(time.perf_counter() - wall_s, 1e-9)
+
+
+async def _tell(log: Log, connection: Connection) -> None:
+    while True:
+        await asyncio.sleep(_TOLD_EVERY_S)
+        connection.send(len(log.records))
 
 
 async def _ask(session: aiohttp.ClientSession, url: str, asked: Asked) -> tuple[str, int]:

@@ -5,18 +5,21 @@ import contextlib
 import fnmatch
 import json
 import math
-import multiprocessing
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from ranklet.cluster.bench.client import Log, Share, first_answer, starting_time, work
+from ranklet.cluster.bench import worker
+from ranklet.cluster.bench.client import Log, Share, first_answer, starting_time
 from ranklet.cluster.bench.outcome import Outcome, outcome
 from ranklet.cluster.bench.plan import Plan
 from ranklet.cluster.bench.requests import draw
 
-_POLL_S = 0.1
 _PATTERN = frozenset("*?[")
 
 
@@ -52,29 +55,43 @@ def _concurrency(plan: Plan, processes: int, index: int) -> int | None:
 
 
 def _run(shares: list[Share], total: int, progress: Callable[[int, int], None]) -> list[Log]:
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy the parent's threads' locks
-    done = spawn.Array("q", len(shares), lock=False)
-    pipes = [spawn.Pipe() for _ in shares]
-    workers = [
-        spawn.Process(target=work, args=(share, theirs, done, i), daemon=True)
-        for i, (share, (_, theirs)) in enumerate(zip(shares, pipes, strict=True))
-    ]
-    for worker in workers:
-        worker.start()
-    ours = [pipe for pipe, _ in pipes]
-    for pipe in ours:
-        pipe.recv()
-    begin_s = starting_time()
-    for pipe in ours:
-        pipe.send(begin_s)
-    with contextlib.suppress(KeyboardInterrupt):  # the processes got it too, and send what they have
-        while not all(pipe.poll(_POLL_S) for pipe in ours):
-            progress(sum(done), total)
-    logs: list[Log] = [pipe.recv() for pipe in ours]
-    progress(sum(done), total)
-    for worker in workers:
-        worker.join()
-    return logs
+    with contextlib.ExitStack() as stack:
+        ours = [stack.enter_context(_started(share, stack)) for share in shares]
+        for pipe in ours:
+            _received(pipe)
+        begin_s = starting_time()
+        for pipe in ours:
+            pipe.send(begin_s)
+        done, logs = dict.fromkeys(ours, 0), dict[Connection, Log]()
+        while len(logs) < len(ours):
+            with contextlib.suppress(KeyboardInterrupt):  # the processes got it too, and send what they have
+                wait([pipe for pipe in ours if pipe not in logs])
+                for pipe in ours:
+                    if pipe in logs or not pipe.poll():
+                        continue
+                    said = _received(pipe)
+                    if isinstance(said, Log):
+                        logs[pipe] = said
+                    done[pipe] = len(said.records) if isinstance(said, Log) else said
+                progress(sum(done.values()), total)
+        return list(logs.values())
+
+
+def _received(pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise ValueError("a process of the load client ended early; what it said is above") from None
+
+
+def _started(share: Share, stack: contextlib.ExitStack) -> Connection:
+    """A process of its own program: multiprocessing's would import the caller's main module, torch and all."""
+    ours, theirs = Pipe()
+    with theirs:
+        command = [sys.executable, "-m", worker.__name__, str(theirs.fileno())]
+        stack.enter_context(subprocess.Popen(command, pass_fds=(theirs.fileno(),)))
+    ours.send(share)
+    return ours
 
 
 def targets(plan: Plan) -> tuple[str, list[str]]:

@@ -35,8 +35,10 @@ _BUSY = "ranklet_device_busy_seconds_total"
 def plans(url: str, processes: int) -> dict[str, Plan]:
     """The rows; every request at once, but for the last."""
     few, all_of_them = ("ad00[0-3]",), ("ad*",)
-    common = {"base_url": url, "vocab": QWEN3_EMBEDDING_06B.vocab, "processes": processes}
-    long = Plan(**common, num_prompts=120, input_len=6144, adapter_distribution="distinct")
+    long = Plan(
+        base_url=url, vocab=QWEN3_EMBEDDING_06B.vocab, processes=processes, num_prompts=120, input_len=6144,
+        adapter_distribution="distinct",
+    )  # fmt: skip
     short = dataclasses.replace(long, num_prompts=1200, input_len=512)
     texts = dataclasses.replace(long, num_prompts=20_000, input_len=128, range_ratio=0.125, batch_size=32)
     poisson = dataclasses.replace(long, adapters=few, request_rate=45.0)
@@ -85,7 +87,8 @@ def row(name: str, runs: list[tuple[Outcome, float]], engine: dict[str, float]) 
         "failed": sum(found.overall.requests - found.overall.answered for found, _ in runs),
         "device busy": median(share for _, share in runs),
         "of the engine alone": median(rates) / alone if alone and "Poisson" not in name else "",
-        "client, busiest core": max(found.client.busiest for found, _ in runs), "client processes": last.client.processes,
+        "client, busiest core": max(found.client.busiest for found, _ in runs),
+        "client processes": last.client.processes,
     }  # fmt: skip
 
 
