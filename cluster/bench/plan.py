@@ -39,7 +39,7 @@ class Plan:
     max_concurrency: int | None = None
     encoding_format: str = "base64"
     seed: int = 0
-    warmup: int = 8  # requests before the clock starts
+    warmup: int = 8  # requests before the clock starts; the first one's answer is looked at closely
     timeout_s: float = 300.0
     processes: int = field(default_factory=_processes)
 

@@ -38,7 +38,7 @@ def bench(plan: Plan, progress: Callable[[int, int], None] = lambda done, of: No
     headers = {"content-type": "application/json"}
     if plan.api_key:
         headers["authorization"] = f"Bearer {plan.api_key}"
-    asyncio.run(first_answer(plan.url, headers, asked[: max(1, plan.warmup)], plan.timeout_s))
+    asyncio.run(first_answer(plan.url, headers, asked[: plan.warmup], plan.timeout_s))
     processes = min(plan.processes, len(asked))
     open_loop = math.isfinite(plan.request_rate) and plan.max_concurrency is None
     shares = [

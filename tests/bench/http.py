@@ -37,7 +37,7 @@ def plans(url: str, processes: int) -> dict[str, Plan]:
     few, all_of_them = ("ad00[0-3]",), ("ad*",)
     long = Plan(
         base_url=url, vocab=QWEN3_EMBEDDING_06B.vocab, processes=processes, num_prompts=120, input_len=6144,
-        adapter_distribution="distinct",
+        adapter_distribution="distinct", warmup=0,
     )  # fmt: skip
     short = dataclasses.replace(long, num_prompts=1200, input_len=512)
     texts = dataclasses.replace(long, num_prompts=20_000, input_len=128, range_ratio=0.125, batch_size=32)
