@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from ranklet.cluster.labels import AdapterLabels
+from ranklet.replicas.errors import RankletError
 from ranklet.replicas.stats import BatchRecord, Listener, LoadRecord, Snapshot
 from ranklet.routing import tally
 
@@ -134,7 +135,10 @@ class _EngineGauges(Collector):
         self._labels = labels
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        now = self._snapshot()
+        try:
+            now = self._snapshot()
+        except (RankletError, TimeoutError):  # an engine that has ended or hangs has no gauges; the counters stay
+            return
         yield GaugeMetricFamily("ranklet_waiting_requests", "Requests waiting for a batch", now.waiting_requests)
         yield GaugeMetricFamily("ranklet_waiting_tokens", "Tokens waiting for a batch", now.waiting_tokens)
         yield GaugeMetricFamily("ranklet_running_requests", "Requests in a running batch", now.running_requests)

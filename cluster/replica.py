@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray import serve
 
@@ -14,11 +14,10 @@ from ranklet.cluster.config import AdapterList, AppArgs
 from ranklet.cluster.exporter import Exporter
 from ranklet.cluster.message import EmbedCall, EmbedRefusal, EmbedReply
 from ranklet.cluster.metrics import ReplicaMetrics
+from ranklet.replicas.call import Answer
 from ranklet.replicas.errors import InternalError, RankletError
+from ranklet.replicas.process import EngineProcess
 from ranklet.replicas.reference import AdapterRef, revision_of
-
-if TYPE_CHECKING:  # the engine imports torch, which gateways and the builder must not pay for
-    from ranklet.replicas.call import Answer
 
 _REVISION_HOLDS_S = 1.0  # how long a folder's revision is believed before its files are looked at again
 
@@ -26,16 +25,14 @@ logger = logging.getLogger("ray.serve")
 
 
 class Replica:
-    """Answers `EmbedCall`s with one engine on one device. The device is used on the engine's own threads alone."""
+    """Answers `EmbedCall`s with one engine on one device, which has a process of its own."""
 
     def __init__(self, args: AppArgs) -> None:
-        from ranklet.replicas.engine import Engine
-
         context = serve.get_replica_context()
         self._id = context.replica_id.unique_id
         self._rank = context.rank.rank if context.rank else 0
         metrics = ReplicaMetrics(args.metrics.top_adapters)
-        self._engine = Engine(args.engine_config(), metrics)
+        self._engine = EngineProcess(args.engine_config(), metrics)
         self._engine.start()
         metrics.watch(self._engine.snapshot)
         self._target = Exporter.start(metrics.registry, args.metrics).target
@@ -59,12 +56,12 @@ class Replica:
             logger.exception("embed failed")
             return EmbedRefusal.of(InternalError(f"the replica failed: {type(error).__name__}: {error}"), self._id, "")
 
-    async def _answer(self, call: EmbedCall) -> "Answer":
+    async def _answer(self, call: EmbedCall) -> Answer:
         adapter = await self._reference(call.adapter, call.path) if call.adapter and call.path else None
         loop = asyncio.get_running_loop()
         settled: asyncio.Future[Answer] = loop.create_future()
 
-        def settle(result: "Answer | RankletError") -> None:
+        def settle(result: Answer | RankletError) -> None:
             if settled.done():  # cancelled meanwhile
                 return
             if isinstance(result, RankletError):
@@ -72,7 +69,7 @@ class Replica:
             else:
                 settled.set_result(result)
 
-        def done(result: "Answer | RankletError") -> None:
+        def done(result: Answer | RankletError) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended with this process
                 loop.call_soon_threadsafe(settle, result)
 

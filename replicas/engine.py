@@ -28,8 +28,8 @@ from ranklet.replicas.model import Decoder
 from ranklet.replicas.pace import Pace
 from ranklet.replicas.pool import AdapterPool
 from ranklet.replicas.pooling import read_pooling
-from ranklet.replicas.reference import AdapterRef
-from ranklet.replicas.residency import AdapterInfo, Residency
+from ranklet.replicas.reference import AdapterInfo, AdapterRef
+from ranklet.replicas.residency import Residency
 from ranklet.replicas.scheduler import Round, Scheduler
 from ranklet.replicas.slots import SlotTable
 from ranklet.replicas.stats import Listener, LoadRecord, Snapshot

@@ -12,6 +12,7 @@ RankletError
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class RankletError(Exception):
@@ -23,6 +24,16 @@ class RankletError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self.args, vars(self))
+
+
+def _again(kind: type[RankletError], args: tuple[Any, ...], state: dict[str, Any]) -> RankletError:
+    """A refusal from another process, whatever its own arguments were."""
+    error = kind.__new__(kind, *args)
+    vars(error).update(state)
+    return error
 
 
 class InvalidRequest(RankletError):

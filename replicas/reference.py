@@ -19,6 +19,17 @@ class AdapterRef:
     revision: str
 
 
+@dataclass(frozen=True)
+class AdapterInfo:
+    """An adapter that is verified and in a slot."""
+
+    name: str
+    revision: str
+    rank: int
+    modules: tuple[str, ...]
+    bytes: int
+
+
 def revision_of(path: str | Path) -> str:
     """A short fingerprint of an adapter folder that changes when its files do; reads no weights.
 

@@ -7,21 +7,10 @@ from dataclasses import dataclass, field
 
 from ranklet.replicas.errors import InvalidAdapter, RankletError
 from ranklet.replicas.loader import Loader, LoadOutcome
-from ranklet.replicas.reference import AdapterRef
+from ranklet.replicas.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.slots import SlotTable
 
 _REMEMBERED_REFUSALS = 256
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """An adapter that is verified and in a slot."""
-
-    name: str
-    revision: str
-    rank: int
-    modules: tuple[str, ...]
-    bytes: int
 
 
 @dataclass

@@ -11,8 +11,8 @@ from ranklet.replicas.adapters import Expectation
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter
 from ranklet.replicas.loader import Loader, LoadOutcome
 from ranklet.replicas.pool import AdapterPool
-from ranklet.replicas.reference import AdapterRef
-from ranklet.replicas.residency import AdapterInfo, Residency
+from ranklet.replicas.reference import AdapterInfo, AdapterRef
+from ranklet.replicas.residency import Residency
 from ranklet.replicas.slots import SlotTable
 from tests.assets.broken import edit_config, sound
 from tests.assets.make import AdapterSpec
