@@ -74,25 +74,20 @@ def runs_of(segments: Sequence[Segment]) -> NDArray[np.int32]:
 class Tiles:
     """Segments that stand together, cut into tiles of at most `height` rows, each of one adapter.
 
-    Their rows are also cut into blocks of `BLOCK_ROWS`, wherever segments end, for products that work so. No blocks:
-    padded for a CUDA graph.
+    Their rows are also cut into blocks of `BLOCK_ROWS`, wherever segments end, for products that work so.
     """
 
     height: int
     table: NDArray[np.int32]  # [tiles, 3]: first row, end row, slot; an empty tile is (0, 0, 0)
     runs: NDArray[np.int32]  # [segments, 3]: the same of the segments
     blocks: NDArray[np.int32]  # [blocks, 2]: first and end segment that have rows in it, as rows of `runs`
+    rows: tuple[int, int]  # first and end row of the blocks
     device: tuple[Tensor, Tensor, Tensor] | None = None  # table, runs and blocks where the kernels read them
 
     @property
     def arrays(self) -> tuple[NDArray[np.int32], ...]:
         """What the kernels read."""
         return self.table, self.runs, self.blocks
-
-    @property
-    def rows(self) -> tuple[int, int]:
-        """First and end row."""
-        return int(self.runs[0, 0]), int(self.runs[-1, 1])
 
     def on(self, device: torch.device) -> Self:
         """The same, with its arrays copied to a device."""
@@ -182,23 +177,25 @@ def one_each(batch: LoraBatch, lengths: Sequence[int]) -> LoraBatch:
     return replace(batch, segments=Segments(runs), rows=len(lengths), tiles=())
 
 
-def cut(batch: LoraBatch, capacity: int | None = None) -> tuple[Tiles, ...]:
+def cut(batch: LoraBatch, *, padded: bool = False) -> tuple[Tiles, ...]:
     """The batch's segments as tiles: tall ones for the long segments that stand first, short ones for the rest.
 
     Kinds without a segment are left out. The height of a kind is the smallest that covers its typical segment: a launch
     has one height.
 
     Args:
-        capacity: pad each kind with empty tiles up to this many, so that a CUDA graph can replay other batches.
+        padded: so that a CUDA graph can replay other batches of so many rows: tables are as long as the next power of
+            two, and the first kind's blocks are of all the batch's rows, where it has no segments of the base alone.
     """
     runs = runs_of(batch.segments)
     short = runs[:, 1] - runs[:, 0] <= SHORT_ROWS
     tall = int(short.argmax()) if short.any() else len(runs)
     kinds = ((runs[:tall], TALL_HEIGHTS), (runs[tall:], SHORT_HEIGHTS))
-    return tuple(_cut(found, heights, capacity) for found, heights in kinds if len(found))
+    tiles = tuple(_cut(found, heights) for found, heights in kinds if len(found))
+    return tuple(_padded(kind, batch.rows if i == 0 else 0) for i, kind in enumerate(tiles)) if padded else tiles
 
 
-def _cut(runs: NDArray[np.int32], heights: Sequence[int], capacity: int | None) -> Tiles:
+def _cut(runs: NDArray[np.int32], heights: Sequence[int]) -> Tiles:
     rows = runs[:, 1] - runs[:, 0]
     typical = np.sort(rows)[len(rows) // 2]
     height = next((height for height in heights if typical <= height), heights[-1])
@@ -211,14 +208,25 @@ def _cut(runs: NDArray[np.int32], heights: Sequence[int], capacity: int | None) 
         table = runs.repeat(counts, axis=0)
         table[:, 0] += (np.arange(tiles) - (ends - counts).repeat(counts)) * height
         np.minimum(table[:, 1], table[:, 0] + height, out=table[:, 1])
-    if capacity is None:
-        return Tiles(height, table, runs, _blocks(runs))
-    padding = np.zeros((max(0, capacity - tiles), 3), dtype=np.int32)
-    return Tiles(height, np.concatenate((table, padding)), runs, np.empty((0, 2), dtype=np.int32))
+    span = (int(runs[0, 0]), int(runs[-1, 1]))
+    return Tiles(height, table, runs, _blocks(runs, span), span)
 
 
-def _blocks(runs: NDArray[np.int32]) -> NDArray[np.int32]:
-    starts = np.arange(runs[0, 0], runs[-1, 1], BLOCK_ROWS, dtype=np.int32)
+def _padded(tiles: Tiles, rows: int) -> Tiles:
+    table, runs = (
+        np.concatenate((found, np.zeros((power_of_two(len(found)) - len(found), 3), dtype=np.int32)))
+        for found in (tiles.table, tiles.runs)
+    )
+    return Tiles(tiles.height, table, runs, _blocks(tiles.runs, (0, rows)), (0, rows))
+
+
+def power_of_two(count: int) -> int:
+    """The next power of two; 1 for 0."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def _blocks(runs: NDArray[np.int32], rows: tuple[int, int]) -> NDArray[np.int32]:
+    starts = np.arange(*rows, BLOCK_ROWS, dtype=np.int32)
     blocks = np.empty((len(starts), 2), dtype=np.int32)
     blocks[:, 0] = runs[:, 1].searchsorted(starts, "right")
     blocks[:, 1] = runs[:, 0].searchsorted(starts + (BLOCK_ROWS - 1), "right")

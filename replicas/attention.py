@@ -23,11 +23,8 @@ class Spans:
 
     lengths: tuple[int, ...]
     offsets: Tensor  # int32 [B + 1] on the device: the running sum of lengths, from 0
-    padded: Padded | None = None  # the same for cuDNN, where it is the faster
-
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
+    longest: int  # length, or more
+    padded: Padded | None = None  # the places for cuDNN, where it is the faster
 
 
 def attend(qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int, window: int | None) -> Tensor:

@@ -28,7 +28,9 @@ class Pooling:
         """The states that pooling reads: [T, H] -> [B, H] for last and cls, all of them for mean."""
         if self.mode == "last":
             return states[spans.offsets[1:] - 1]
-        return states[spans.offsets[:-1]] if self.mode == "cls" else states
+        if self.mode == "cls":  # an empty prompt, of a padded batch, may begin behind the last row
+            return states[spans.offsets[:-1].clamp(max=states.shape[0] - 1)]
+        return states
 
     def vectors(self, rows: Tensor, spans: Spans) -> Tensor:
         """What `rows` returned, after the final norm -> float32 [B, H], of length 1 if the folder normalises."""

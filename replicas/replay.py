@@ -36,7 +36,7 @@ class Replays:
         most: graphs that are kept.
     """
 
-    def __init__(self, device: torch.device, most: int = 64) -> None:
+    def __init__(self, device: torch.device, most: int = 256) -> None:
         self._device = device
         self._most = most
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()

@@ -23,6 +23,7 @@ from ranklet.kernels.merged import Merged
 from ranklet.kernels.warm import warm
 from ranklet.replicas import ragged
 from ranklet.replicas.attention import Spans
+from ranklet.replicas.bucket import Bucket
 from ranklet.replicas.model import Decoder, Tokens
 from ranklet.replicas.pool import AdapterPool
 from ranklet.replicas.pooling import Pooling
@@ -30,7 +31,7 @@ from ranklet.replicas.replay import Replays
 
 logger = logging.getLogger(__name__)
 
-_REPLAYED_TOKENS = 2048  # larger batches keep the device busy longer than Python takes to launch them
+_REPLAYED_TOKENS = 8192  # larger batches keep the device busy longer than Python takes to launch them
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class _Layout:
     """A batch as it travels: `buffer` holds ids, positions, offsets, and the tiles' arrays."""
 
     lengths: tuple[int, ...]
+    longest: int
     lora: LoraBatch
     last: LoraBatch | None  # of the prompts' last tokens, where pooling reads no others
     buffer: Tensor  # int32, pinned where there is a GPU
@@ -116,32 +118,41 @@ class Stepper:
         order, lora = plan([len(prompt) for prompt in prompts], slots)
         lora = dispatch.choose(lora, self._layer, self._backend)
         self._merged.observe(lora)
-        layout = self._lay_out([prompts[i] for i in order], lora)
+        small = self._replays is not None and lora.rows <= _REPLAYED_TOKENS
+        layout = self._lay_out([prompts[i] for i in order], lora, padded=small and lora.backend in ("csgmv", "none"))
         began = self._mark()
-        shape = self._shape(layout) if self._replays is not None and lora.rows <= _REPLAYED_TOKENS else None
+        shape = self._shape(layout) if small else None
         if shape is None or self._replays is None:
             vectors = self._forward(layout, layout.buffer.to(self._model.device, non_blocking=True))
         else:
             vectors = self._replays.run(shape, layout.buffer, partial(self._forward, layout))
-        host = self._to_host(vectors)
+        host = self._to_host(vectors[: len(prompts)])
         ended = self._mark()
         events = (began, ended) if self._cuda else None
         return Running(order, lora.backend, host, launched_s, perf_counter() - launched_s, events)
 
-    def _lay_out(self, prompts: Sequence[NDArray[np.int32]], lora: LoraBatch) -> _Layout:
-        """Ids, positions, offsets and tile tables in one buffer, so that they travel to the device in one copy."""
+    def _lay_out(self, prompts: Sequence[NDArray[np.int32]], lora: LoraBatch, *, padded: bool = False) -> _Layout:
+        """Ids, positions, offsets and tile tables in one buffer, so that they travel to the device in one copy.
+
+        Padded, it is laid out as every batch of its bucket is, prompts that nobody asked for behind the others.
+        """
         lengths = tuple(len(prompt) for prompt in prompts)
-        if len(self._count) < max(lengths):
-            self._count = np.arange(max(lengths), dtype=np.int32)
+        longest, asked = max(lengths), sum(lengths)
+        if padded:
+            bucket = Bucket.of(lengths)
+            lengths, longest, lora = bucket.filled(lengths), bucket.longest, replace(lora, rows=bucket.tokens)
+        if len(self._count) < longest:
+            self._count = np.arange(longest, dtype=np.int32)
         positions = [self._count[:length] for length in lengths]
-        lora = _cut(lora)
-        last = _cut(self._last(lora, lengths)) if self._pooling.mode == "last" else None
-        parts = (*prompts, *positions, np.array((0, *accumulate(lengths)), dtype=np.int32))
+        lora = _cut(lora, padded)
+        last = _cut(self._last(lora, lengths), padded) if self._pooling.mode == "last" else None
+        parts = (*prompts, np.zeros(lora.rows - asked, dtype=np.int32), *positions)
+        parts = (*parts, np.array((0, *accumulate(lengths)), dtype=np.int32))
         tables = [array for batch in (lora, last) if batch for kind in batch.tiles for array in kind.arrays]
         parts = (*parts, *(array.reshape(-1) for array in tables))
         buffer = torch.empty(sum(map(len, parts)), dtype=torch.int32, pin_memory=self._cuda)
         np.concatenate(parts, out=buffer.numpy())
-        return _Layout(lengths, lora, last, buffer)
+        return _Layout(lengths, longest, lora, last, buffer)
 
     def _last(self, lora: LoraBatch, lengths: Sequence[int]) -> LoraBatch:
         """The batch of the prompts' last tokens; weights are not merged for so few rows."""
@@ -158,9 +169,9 @@ class Stepper:
         whole = replace(lora, tiles=tuple(placed[: len(lora.tiles)]))
         last = layout.last and replace(layout.last, tiles=tuple(placed[len(lora.tiles) :]))
         shape, padded = self._model.architecture, None
-        if self._ragged and max(lengths) >= ragged.LEAST_LONGEST:
+        if self._ragged and layout.longest >= ragged.LEAST_LONGEST:
             padded = ragged.pad(offsets, len(lengths), (shape.heads, shape.kv_heads), shape.head_dim)
-        tokens = Tokens(ids, places, Spans(lengths, offsets, padded), whole, last)
+        tokens = Tokens(ids, places, Spans(lengths, offsets, layout.longest, padded), whole, last)
         states = self._model.forward(tokens, self._pool.layers, self._pool.embedding)
         rows = self._model.final_norm(states if last else self._pooling.rows(states, tokens.spans))
         return self._pooling.vectors(rows, tokens.spans)
@@ -168,18 +179,20 @@ class Stepper:
     def _shape(self, layout: _Layout) -> Hashable | None:
         """What the launches of a batch depend on besides device memory, None where they depend on too much.
 
-        `csgmv` reads slots and ranks on the device: any adapters with LoRA in the same places will do. `native` bakes
-        them in: the same adapters in the same slots. `merged` keeps copies and scratch that come and go.
+        `csgmv` reads lengths, slots and ranks on the device: any batch of the bucket will do whose adapters have LoRA
+        in the same places. `native` bakes them in: the same adapters in the same slots. `merged` keeps copies and
+        scratch that come and go.
         """
         lora = layout.lora
+        bucket = (lora.rows, len(layout.lengths), layout.longest)
         tenants = [self._pool.tenants[segment.slot] for segment in lora.segments]
         if lora.backend == "csgmv":
             kinds = [*lora.tiles, *(layout.last.tiles if layout.last else ())]
             tiles = tuple((k.height, k.rows, len(k.table), len(k.runs), len(k.blocks)) for k in kinds)
-            return layout.lengths, tiles, frozenset().union(*(tenant.places for tenant in tenants))
+            return bucket, tiles, frozenset().union(*(tenant.places for tenant in tenants))
         if lora.backend == "native":
             return layout.lengths, tuple(lora.segments), tuple(tenants)
-        return (layout.lengths, "none") if lora.backend == "none" else None
+        return bucket if lora.backend == "none" else None
 
     def shed(self) -> None:
         """Give back device memory that is only there for speed."""
@@ -201,5 +214,5 @@ class Stepper:
         return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)) if self._cuda else None
 
 
-def _cut(batch: LoraBatch) -> LoraBatch:
-    return replace(batch, tiles=cut(batch)) if batch.backend == "csgmv" else batch
+def _cut(batch: LoraBatch, padded: bool) -> LoraBatch:
+    return replace(batch, tiles=cut(batch, padded=padded)) if batch.backend == "csgmv" else batch

@@ -15,7 +15,8 @@ from ranklet.replicas.attention import Spans, attend, attend_last
 
 
 def spans(lengths: list[int], device: str = "cpu") -> Spans:
-    return Spans(tuple(lengths), torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device))
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return Spans(tuple(lengths), offsets, max(lengths))
 
 
 def attend64(qkv: Tensor, lengths: list[int], heads: tuple[int, int], width: int, window: int | None) -> Tensor:

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["csgmv", "native"])
 def engine(folder: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
-    running = Engine(EngineConfig(folder / "model", slots=2, backend=request.param, max_batch_tokens=4096))
+    running = Engine(EngineConfig(folder / "model", slots=2, backend=request.param, max_batch_tokens=10_000))
     running.start()
     yield running
     running.stop()
@@ -74,11 +74,38 @@ def test_two_replays_in_flight_do_not_mix(folder: Path, engine: Engine) -> None:
         assert torch.equal(torch.from_numpy(one.wait()), torch.from_numpy(alone[i % 2]))
 
 
+def test_one_graph_serves_a_bucket(folder: Path) -> None:
+    """Batches of other lengths, other numbers of prompts and other adapters, replayed or not: the same vectors."""
+    some = adapters(folder)[1:3]
+    running, plain = (Engine(EngineConfig(folder / "model", slots=2, backend="csgmv")) for _ in range(2))
+    plain._stepper._replays = None
+    for one in (running, plain):
+        one.start()
+        for adapter in some:
+            assert adapter is not None
+            one.load(adapter)
+    rng = np.random.default_rng(0)
+    for turn in range(60):
+        total = int(rng.choice((30, 250, 1400, 6000)))
+        cuts = sorted(set(rng.integers(1, total, rng.integers(0, 9)).tolist()))
+        lengths = np.diff([0, *cuts, total]).tolist()
+        prompts = [rng.integers(0, 1000, length, dtype=np.int32) for length in lengths]
+        slots = [(None, 0, 1)[int(rng.integers(3))] for _ in lengths]
+        ours, wanted = (one._stepper.launch(prompts, slots).wait() for one in (running, plain))
+        cosines = (ours * wanted).sum(1)
+        assert cosines.min() >= 0.9999, f"turn {turn}: {lengths} {slots}: {cosines.min()}"
+    replays = running._stepper._replays
+    assert replays is not None
+    assert 4 <= len(replays) <= 40
+    for one in (running, plain):
+        one.stop()
+
+
 def test_large_batches_and_shed_ones_are_launched(folder: Path, engine: Engine) -> None:
     stepper = engine._stepper
     assert stepper._replays is not None
     for _ in range(4):
-        ask(engine, draw(3000), None)
+        ask(engine, draw(9000), None)
     assert len(stepper._replays) == 0
     for _ in range(4):
         kept = ask(engine, draw(12), None).vectors
