@@ -1,4 +1,4 @@
-"""`ranklet`: a cluster on this machine, up and down; load for it; its kernels, tuned."""
+"""`ranklet`: a cluster on this machine, up and down; load for it; where its time goes; its kernels, tuned."""
 
 import argparse
 import getpass
@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from ranklet.cluster import profiling
 from ranklet.cluster.bench import command as bench
 from ranklet.cluster.datapath import versions
 from ranklet.cluster.local import ClusterError, LocalCluster
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
             "--temp-dir", type=Path, default=_default_temp_dir(), help="Ray's sessions and logs (default: %(default)s)"
         )
     bench.add(commands)
+    profiling.add(commands)
     tune = commands.add_parser("tune", help="measure a model's kernels on this machine's GPU, once per model and GPU")
     tune.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="where config.json is")
     tune.add_argument("--rank", type=int, default=64, help="the rank of adapters, as max_rank (default: %(default)s)")

@@ -58,7 +58,7 @@ class Engine:
         limits = (config.max_model_len, pooling.max_tokens, architecture.max_position, config.max_batch_tokens)
         longest = min(limit for limit in limits if limit is not None)
         self.limits = Limits(longest, architecture.hidden, architecture.vocab)
-        self.device, self.dtype = device, dtype
+        self.architecture, self.device, self.dtype = architecture, device, dtype
         model = Decoder(architecture, settings, config.model_dir, longest, device, dtype)
         self._pool = AdapterPool(architecture, config.slots, config.max_rank, config.lora_modules, device, dtype)
         bases = tuple(dict.fromkeys((config.model_dir.resolve().name, *config.base_aliases)))
@@ -66,7 +66,8 @@ class Engine:
         self._loader = Loader(self._pool, expected, config.host_cache_bytes)
         table = SlotTable(config.slots)
         self._residency = Residency(table, self._loader, self._loaded, self._listener.evicted)
-        self._stepper = Stepper(model, self._pool, pooling, config.backend, config.merged_bytes)
+        self.pools_last = pooling.mode == "last"
+        self.stepper = Stepper(model, self._pool, pooling, config.backend, config.merged_bytes)
         self._normalize = pooling.normalize
         self._depth = 2 if device.type == "cuda" else 1
         self._pace = Pace()
@@ -91,7 +92,7 @@ class Engine:
     def start(self) -> None:
         """Begin to serve. On a GPU it compiles the kernels first: some 20 s where nothing was compiled before."""
         config = self.config
-        self._stepper.warm(self.limits.max_model_len, config.max_batch_tokens, config.max_batch_requests)
+        self.stepper.warm(self.limits.max_model_len, config.max_batch_tokens, config.max_batch_requests)
         for thread in self._threads:
             thread.start()
 
@@ -170,6 +171,11 @@ class Engine:
         with self._wake:
             return tuple(ref.name for ref in self._residency.table.resident())
 
+    def slot_of(self, adapter: AdapterRef) -> int | None:
+        """The slot an adapter is ready in, None if it is in none."""
+        with self._wake:
+            return self._residency.table.usable(adapter)
+
     def snapshot(self) -> Snapshot:
         """What is resident, waiting and running now."""
         with self._wake:
@@ -244,14 +250,14 @@ class Engine:
     def _probe(self) -> None:
         """A base prompt of one token tells a broken device from a prompt that cannot be computed."""
         try:
-            self._stepper.launch([_PROBE], [None]).wait()
+            self.stepper.launch([_PROBE], [None]).wait()
         except Exception:
             logger.exception("the device no longer computes; this engine is unhealthy from now on")
             self._broken = True
 
     def _next(self) -> Round[Prompt] | None:
         """The batch to launch now, if any; starts the loads that waiting prompts need."""
-        proposal = self._scheduler.propose(self._residency.usable)
+        proposal = self._scheduler.propose(self._residency.usable, self._enough())
         self._residency.bring(proposal.demand, adapters_of(proposal.batch))
         if not self._flights:
             return proposal if proposal.batch or proposal.cancelled else None
@@ -262,6 +268,11 @@ class Engine:
         worth = proposal.tokens * 2 >= self.config.max_batch_tokens
         worth = worth or len(proposal.batch) * 2 >= self.config.max_batch_requests
         return proposal if worth or self._due_in_s() <= 0 else None
+
+    def _enough(self) -> int | None:
+        """Where to close the next batch: early while the queue is short and larger batches are no faster a token."""
+        backlog = self._scheduler.waiting_tokens > self.config.max_batch_tokens
+        return None if backlog else self._pace.enough()
 
     def _due_in_s(self) -> float:
         return self._pace.free_s - _LEAD_S - perf_counter()
@@ -274,7 +285,7 @@ class Engine:
 
     def _launch(self, prompts: list[Prompt], slots: list[int | None]) -> None:
         try:
-            running = self._stepper.launch([work.tokens for work in prompts], slots)
+            running = self.stepper.launch([work.tokens for work in prompts], slots)
         except Exception as error:  # one batch fails, the engine goes on
             self._failed(prompts, error)
             return
@@ -320,7 +331,7 @@ class Engine:
     def _failed(self, prompts: list[Prompt], error: Exception, *, acquired: bool = True) -> None:
         """Try the prompts of a failed batch one by one, so that only the one at fault fails."""
         if isinstance(error, torch.OutOfMemoryError):
-            self._stepper.shed()
+            self.stepper.shed()
         again = [work for work in prompts if not work.solo] if len(prompts) > 1 else []
         with self._wake:
             if acquired:

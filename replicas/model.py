@@ -6,7 +6,7 @@ model below 0.9999 at 28 layers (0.99983, against 0.99993), for 2 % of the time.
 Letters: T tokens of the batch end to end, H hidden width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,12 @@ from ranklet.kernels.stack import EmbeddingStack, LinearStack
 from ranklet.replicas.architecture import Architecture, rotary_tables
 from ranklet.replicas.attention import Spans, attend, attend_last
 from ranklet.replicas.weights import Checkpoint
+
+Mark = Callable[[str], None]
+
+
+def unmarked(stage: str) -> None:
+    """Nobody asked where the time goes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,35 +100,44 @@ class Decoder:
             checkpoint.finish()
         self._cos, self._sin = rotary_tables(config, architecture, max_len, device)
 
-    def forward(self, tokens: Tokens, stacks: Sequence[Stacks], embedding: EmbeddingStack | None) -> Tensor:
+    def forward(
+        self, tokens: Tokens, stacks: Sequence[Stacks], embedding: EmbeddingStack | None, mark: Mark = unmarked
+    ) -> Tensor:
         """Hidden states before the final norm: float32 [T, H], of the last token of each request if `tokens.last`.
 
         Then the last layer computes what these need and no more: every key and value, but one query a request.
+        `mark` is called behind each stage of each layer, with its name.
         """
         residual = dispatch.embedding(tokens.ids, self.embedding, embedding, tokens.lora).float()
+        mark("embed")
         normed = fused.rms_norm(residual, self.layers[0].input_norm, self.architecture.eps)
+        mark("norm")
         lora = tokens.lora
         for i, layer in enumerate(self.layers):
             narrow = tokens.last if i + 1 == len(self.layers) else None
-            attended = self._attention(layer, normed, tokens, stacks[i].qkv, last=narrow is not None)
+            qkv = layer.qkv.rotated(normed, stacks[i].qkv, tokens.lora, self.rotary(layer, tokens.positions))
+            mark("qkv")
+            attended = self._attend(qkv, tokens.spans, layer.window, last=narrow is not None)
+            mark("attention")
             if narrow is not None:
                 residual, lora = residual[tokens.spans.offsets[1:] - 1], narrow
             delta = layer.o(attended, stacks[i].o, lora)
+            mark("o")
             normed = fused.add_rms_norm(delta, residual, layer.post_norm, self.architecture.eps)
+            mark("norm")
             gated = layer.gate_up.gated(normed, stacks[i].gate_up, lora)
+            mark("gate_up")
             delta = layer.down(gated, stacks[i].down, lora)
+            mark("down")
             if i + 1 == len(self.layers):
                 return residual.add_(delta)
             normed = fused.add_rms_norm(delta, residual, self.layers[i + 1].input_norm, self.architecture.eps)
+            mark("norm")
         raise AssertionError("a decoder has at least one layer")
 
-    def _attention(
-        self, layer: Layer, normed: Tensor, tokens: Tokens, stack: LinearStack | None, *, last: bool
-    ) -> Tensor:
-        shape, rotary = self.architecture, self.rotary(layer, tokens.positions)
-        qkv = layer.qkv.rotated(normed, stack, tokens.lora, rotary)
-        how = attend_last if last else attend
-        return how(qkv, tokens.spans, (shape.heads, shape.kv_heads), shape.head_dim, layer.window)
+    def _attend(self, qkv: Tensor, spans: Spans, window: int | None, *, last: bool) -> Tensor:
+        shape, how = self.architecture, attend_last if last else attend
+        return how(qkv, spans, (shape.heads, shape.kv_heads), shape.head_dim, window)
 
     def rotary(self, layer: Layer, positions: Tensor) -> Rotary:
         """What a layer does to queries and keys at these positions, int32 [T]."""

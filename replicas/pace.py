@@ -2,6 +2,8 @@
 
 from collections import deque
 
+_SAME = 1.05  # rates that differ by less are the same
+
 
 class Pace:
     """Follows the batches on a device, which runs them one after the other. Times in seconds, of one clock."""
@@ -26,6 +28,17 @@ class Pace:
     def lost(self) -> None:
         """The oldest batch failed."""
         self._running.popleft()
+
+    def enough(self) -> int | None:
+        """Tokens from which larger batches were not faster a token; None where that is not known.
+
+        Two such batches one after the other take no longer than both in one, and the first is done in half the time.
+        """
+        for size in sorted(self._rates):
+            larger = [rate for known, rate in self._rates.items() if known > size]
+            if larger and self._rates[size] <= _SAME * min(larger):
+                return 1 << (size - 1)
+        return None
 
     def expected_s(self, tokens: int) -> float:
         """How long a batch should take: 0 until one has landed."""

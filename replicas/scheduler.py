@@ -82,8 +82,9 @@ class Scheduler(Generic[W]):
         """The queue, oldest first."""
         return list(self._waiting)
 
-    def propose(self, usable: Callable[[AdapterRef], bool]) -> Round[W]:
-        """The next batch, given which adapters are ready in a slot."""
+    def propose(self, usable: Callable[[AdapterRef], bool], enough: int | None = None) -> Round[W]:
+        """The next batch, given which adapters are ready in a slot; closed when it has `enough` tokens."""
+        most = min(enough or self._max_tokens, self._max_tokens)
         found: Round[W] = Round()
         adapters: set[AdapterRef] = set()
         demand: dict[AdapterRef, bool] = {}
@@ -102,7 +103,7 @@ class Scheduler(Generic[W]):
                 found.tokens += len(work.tokens)
                 if work.adapter is not None:
                     adapters.add(work.adapter)
-                full = work.solo or len(found.batch) == self._max_requests or found.tokens == self._max_tokens
+                full = work.solo or len(found.batch) == self._max_requests or found.tokens >= most
             elif ready:
                 found.passed.append(work)
                 full = work.passed_over >= PATIENCE

@@ -24,7 +24,7 @@ from ranklet.kernels.warm import warm
 from ranklet.replicas import ragged
 from ranklet.replicas.attention import Spans
 from ranklet.replicas.bucket import Bucket
-from ranklet.replicas.model import Decoder, Tokens
+from ranklet.replicas.model import Decoder, Mark, Tokens, unmarked
 from ranklet.replicas.pool import AdapterPool
 from ranklet.replicas.pooling import Pooling
 from ranklet.replicas.replay import Replays
@@ -107,23 +107,27 @@ class Stepper:
         logger.info("kernels are warm after %.1f s", perf_counter() - began_s)
 
     @torch.inference_mode()
-    def launch(self, prompts: Sequence[NDArray[np.int32]], slots: Sequence[int | None]) -> Running:
+    def launch(
+        self, prompts: Sequence[NDArray[np.int32]], slots: Sequence[int | None], mark: Mark | None = None
+    ) -> Running:
         """Start a batch; on CUDA it returns while the device works.
 
         Args:
             prompts: int32 [length] each.
             slots: the pool slot of each prompt's adapter, None for the base.
+            mark: see `Decoder.forward`; a marked batch is never replayed.
         """
         launched_s = perf_counter()
         order, lora = plan([len(prompt) for prompt in prompts], slots)
         lora = dispatch.choose(lora, self._layer, self._backend)
         self._merged.observe(lora)
-        small = self._replays is not None and lora.rows <= _REPLAYED_TOKENS
+        small = self._replays is not None and lora.rows <= _REPLAYED_TOKENS and mark is None
         layout = self._lay_out([prompts[i] for i in order], lora, padded=small and lora.backend in ("csgmv", "none"))
         began = self._mark()
         shape = self._shape(layout) if small else None
         if shape is None or self._replays is None:
-            vectors = self._forward(layout, layout.buffer.to(self._model.device, non_blocking=True))
+            moved = layout.buffer.to(self._model.device, non_blocking=True)
+            vectors = self._forward(layout, moved, mark or unmarked)
         else:
             vectors = self._replays.run(shape, layout.buffer, partial(self._forward, layout))
         host = self._to_host(vectors[: len(prompts)])
@@ -159,7 +163,7 @@ class Stepper:
         last = one_each(lora, lengths)
         return dispatch.choose(last, self._layer) if lora.backend == "merged" else last
 
-    def _forward(self, layout: _Layout, moved: Tensor) -> Tensor:
+    def _forward(self, layout: _Layout, moved: Tensor, mark: Mark = unmarked) -> Tensor:
         """The batch's vectors, float32 [B, H], from its buffer on the device."""
         lengths, lora = layout.lengths, layout.lora
         kinds = [*lora.tiles, *(layout.last.tiles if layout.last else ())]
@@ -172,9 +176,12 @@ class Stepper:
         if self._ragged and layout.longest >= ragged.LEAST_LONGEST:
             padded = ragged.pad(offsets, len(lengths), (shape.heads, shape.kv_heads), shape.head_dim)
         tokens = Tokens(ids, places, Spans(lengths, offsets, layout.longest, padded), whole, last)
-        states = self._model.forward(tokens, self._pool.layers, self._pool.embedding)
+        mark("begin")
+        states = self._model.forward(tokens, self._pool.layers, self._pool.embedding, mark)
         rows = self._model.final_norm(states if last else self._pooling.rows(states, tokens.spans))
-        return self._pooling.vectors(rows, tokens.spans)
+        vectors = self._pooling.vectors(rows, tokens.spans)
+        mark("pool")
+        return vectors
 
     def _shape(self, layout: _Layout) -> Hashable | None:
         """What the launches of a batch depend on besides device memory, None where they depend on too much.

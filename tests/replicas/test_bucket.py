@@ -44,7 +44,7 @@ def test_padding_changes_no_vector(
     pooling: str, backend: str, lengths: list[int], padded_engines: Callable[[str], tuple[Engine, list[int]]]
 ) -> None:
     engine, slots = padded_engines(pooling)
-    stepper = engine._stepper
+    stepper = engine.stepper
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, engine.limits.vocab, length, dtype=np.int32) for length in lengths]
     chosen = [None if backend == "none" else (None, *slots)[(i + 1) % 3] for i in range(len(lengths))]
@@ -87,7 +87,7 @@ def _engine(folder: Path, pooling: str, adapters: list[Path]) -> tuple[Engine, l
     slots = []
     for path in adapters:
         engine.load(ref(path))
-        slot = engine._residency.table.usable(ref(path))
+        slot = engine.slot_of(ref(path))
         assert slot is not None
         slots.append(slot)
     engine.stop()

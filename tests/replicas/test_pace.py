@@ -35,6 +35,21 @@ def test_each_size_has_its_own_rate_and_unknown_sizes_take_the_nearest() -> None
     assert pace.expected_s(1) == pytest.approx(0.0001)
 
 
+def test_enough_is_where_larger_batches_gain_nothing() -> None:
+    pace = Pace()
+    assert pace.enough() is None
+    for tokens, took_s, expected in (
+        (6000, 0.0200, None),  # nobody knows about larger ones
+        (100, 0.0030, None),  # slow a token, and 6000 gain
+        (30_000, 0.0980, 4096),  # two per cent faster than 6000
+        (30_000, 0.0600, None),
+    ):
+        for _ in range(8):
+            pace.launched(tokens, 0.0)
+            pace.landed(took_s, 0.0)
+        assert pace.enough() == expected
+
+
 def test_it_follows_a_device_that_slows_down() -> None:
     pace = Pace()
     for took_s in (0.1, *(0.2,) * 8):

@@ -53,7 +53,7 @@ def test_a_shape_that_comes_again_is_replayed_with_the_same_answer(folder: Path,
                 vectors = ask(engine, draw(*lengths), adapter).vectors
                 wanted = first.setdefault((adapter, lengths), vectors)
                 np.testing.assert_allclose(vectors, wanted, atol=2e-3, err_msg=f"turn {turn}, {adapter}, {lengths}")
-    replays, again = engine._stepper._replays, adapters(folder)[1]
+    replays, again = engine.stepper._replays, adapters(folder)[1]
     assert replays is not None
     held = len(replays)
     assert held >= (4 if engine.config.backend == "csgmv" else 2), "native's graphs are for one load of an adapter"
@@ -65,7 +65,7 @@ def test_a_shape_that_comes_again_is_replayed_with_the_same_answer(folder: Path,
 
 
 def test_two_replays_in_flight_do_not_mix(folder: Path, engine: Engine) -> None:
-    stepper = engine._stepper
+    stepper = engine.stepper
     prompts = [draw(9), [np.full(9, 3, dtype=np.int32)]]
     for _ in range(4):
         alone = [stepper.launch(one, [None]).wait() for one in prompts]
@@ -78,7 +78,7 @@ def test_one_graph_serves_a_bucket(folder: Path) -> None:
     """Batches of other lengths, other numbers of prompts and other adapters, replayed or not: the same vectors."""
     some = adapters(folder)[1:3]
     running, plain = (Engine(EngineConfig(folder / "model", slots=2, backend="csgmv")) for _ in range(2))
-    plain._stepper._replays = None
+    plain.stepper._replays = None
     for one in (running, plain):
         one.start()
         for adapter in some:
@@ -91,10 +91,10 @@ def test_one_graph_serves_a_bucket(folder: Path) -> None:
         lengths = np.diff([0, *cuts, total]).tolist()
         prompts = [rng.integers(0, 1000, length, dtype=np.int32) for length in lengths]
         slots = [(None, 0, 1)[int(rng.integers(3))] for _ in lengths]
-        ours, wanted = (one._stepper.launch(prompts, slots).wait() for one in (running, plain))
+        ours, wanted = (one.stepper.launch(prompts, slots).wait() for one in (running, plain))
         cosines = (ours * wanted).sum(1)
         assert cosines.min() >= 0.9999, f"turn {turn}: {lengths} {slots}: {cosines.min()}"
-    replays = running._stepper._replays
+    replays = running.stepper._replays
     assert replays is not None
     assert 4 <= len(replays) <= 40
     for one in (running, plain):
@@ -102,7 +102,7 @@ def test_one_graph_serves_a_bucket(folder: Path) -> None:
 
 
 def test_large_batches_and_shed_ones_are_launched(folder: Path, engine: Engine) -> None:
-    stepper = engine._stepper
+    stepper = engine.stepper
     assert stepper._replays is not None
     for _ in range(4):
         ask(engine, draw(9000), None)

@@ -49,6 +49,18 @@ limits = st.builds(Limits, requests=st.integers(1, 6), adapters=st.integers(1, 4
 residents = st.frozensets(st.sampled_from(REFS))
 
 
+@given(queues, limits, st.integers(1, MAX_TOKENS + 5))
+def test_a_batch_is_closed_when_it_has_enough(queue: list[Work], limit: Limits, enough: int) -> None:
+    scheduler = limit.scheduler()
+    for each in queue:
+        scheduler.add(each)
+    whole, early = scheduler.propose(lambda _: True), scheduler.propose(lambda _: True, enough)
+    assert early.batch == whole.batch[: len(early.batch)]
+    assert early.batch or not whole.batch
+    assert early.tokens >= min(enough, whole.tokens)
+    assert not early.batch or early.tokens - len(early.batch[-1].tokens) < enough
+
+
 @given(queues, limits, residents)
 def test_a_batch_keeps_every_budget(queue: list[Work], limit: Limits, resident: frozenset[AdapterRef]) -> None:
     scheduler = limit.scheduler()

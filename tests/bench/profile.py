@@ -1,0 +1,47 @@
+"""Each stage of a batch beside its floor, at the real sizes: what `ranklet profile` prints.
+
+usage: python -m tests.bench.profile [--layers 28]
+"""
+
+import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from ranklet.cluster.profiling import lengths_of, show
+from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.profile import profile
+from tests.bench import report
+from tests.bench.engine import refs
+from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
+    parser.add_argument("--prompts", nargs="+", default=["5x6144", "60x512", "1x6144"])
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
+    parser.add_argument("--name", default="profile-h200")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = write_model(folder / "model", layers=options.layers)
+        made = refs(write_adapters(folder / "adapters", 4, layers=options.layers))
+        config = EngineConfig(model, slots=4, max_batch_tokens=30_720, lora_modules=ATTENTION)
+        for group in options.prompts:
+            found = profile(config, made, lengths_of([group]))
+            show(found, Console(width=120))
+            whole = {"stage": "whole batch", "ms": found.base_ms, "lora_ms": found.lora_ms - found.base_ms}
+            whole |= {"floor_ms": found.floor_ms, "launch_ms": found.launch_ms}
+            for stage in (*map(dataclasses.asdict, found.stages), whole):
+                stage["stage"] = stage.pop("name", "whole batch")
+                columns = ("stage", "ms", "floor_ms", "bound", "lora_ms", "lora_floor_ms", "launch_ms")
+                rows.append({"prompts": group} | {column: stage.get(column, "") for column in columns})
+    report.save(options.name, rows, options.out)
+
+
+if __name__ == "__main__":
+    main()
