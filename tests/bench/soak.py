@@ -1,0 +1,194 @@
+"""Minutes at saturation over HTTP: every answer is held against the one that the same prompt got alone.
+
+Prompts of 1 to 8192 tokens, one to four a request, more adapters than slots. Memory is read once a minute: of the GPU,
+and of the cluster's processes by what they are.
+
+usage: python -m tests.bench.soak [--minutes 6] [--adapters 80] [--slots 64]
+"""
+
+import argparse
+import asyncio
+import base64
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import orjson
+import torch
+import yaml
+from numpy.typing import NDArray
+
+from ranklet.cluster.local import LocalCluster
+from ranklet.kernels.mixes import assign
+from tests.assets.tokenizer import save_tokenizer
+from tests.bench import report
+from tests.bench.cluster import configuration
+from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model
+
+_PROMPTS_EACH = 6
+_KINDS = {
+    "ray::Replica": "replica actor",
+    "ranklet.replicas.worker": "engine",
+    "ray::": "gateways",
+    "haproxy": "haproxy",
+}
+
+
+@dataclass
+class Tally:
+    """What came back."""
+
+    least: float = 1.0
+    cosines: list[float] = field(default_factory=list)
+    tokens: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+
+
+class Prompts:
+    """Every prompt of every adapter, and what it got alone."""
+
+    def __init__(self, adapters: list[str], longest: int, vocab: int) -> None:
+        rng = np.random.default_rng(0)
+        self.names = ["base", *adapters]
+        lengths = np.exp(rng.uniform(0, np.log(longest), len(self.names) * _PROMPTS_EACH)).astype(int).clip(1, longest)
+        self.tokens = [rng.integers(0, vocab, length).tolist() for length in lengths.tolist()]
+        self.alone: list[NDArray[np.float32]] = []
+
+    def body(self, name: int, chosen: list[int]) -> bytes:
+        """The request for some of an adapter's prompts."""
+        given = [self.tokens[name * _PROMPTS_EACH + i] for i in chosen]
+        return orjson.dumps({"model": self.names[name], "input": given, "encoding_format": "base64"})
+
+
+async def ask(client: aiohttp.ClientSession, url: str, body: bytes) -> tuple[str, list[NDArray[np.float32]]]:
+    """The error's code, "" if there was none, and the vectors."""
+    try:
+        async with client.post(f"{url}/v1/embeddings", data=body) as answer:
+            said = orjson.loads(await answer.read())
+    except (aiohttp.ClientError, TimeoutError) as error:
+        return type(error).__name__, []
+    if answer.status != 200:
+        return str(said["error"]["code"]), []
+    return "", [np.frombuffer(base64.b64decode(entry["embedding"]), np.float32) for entry in said["data"]]
+
+
+async def soak(
+    url: str, prompts: Prompts, minutes: float, concurrency: int, pid: int
+) -> tuple[Tally, list[dict[str, Any]]]:
+    """Ask each prompt alone, then all of them at once for so long; what came, and the memory at each minute."""
+    tally, memory = Tally(), []
+    headers = {"content-type": "application/json"}
+    timeout = aiohttp.ClientTimeout(total=120)
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), headers=headers, timeout=timeout
+    ) as client:
+        for name in range(len(prompts.names)):
+            for i in range(_PROMPTS_EACH):
+                failed, vectors = await ask(client, url, prompts.body(name, [i]))
+                assert not failed, failed
+                prompts.alone.append(vectors[0])
+        names = assign("zipf:0.8", 1 << 20, len(prompts.names), seed=1)
+        turns = iter(range(1 << 30))
+        until_s = time.monotonic() + minutes * 60
+
+        async def worker(seed: int) -> None:
+            rng = np.random.default_rng(seed)
+            while time.monotonic() < until_s:
+                name = names[next(turns) % len(names)]
+                chosen = rng.choice(_PROMPTS_EACH, rng.integers(1, 5), replace=False).tolist()
+                failed, vectors = await ask(client, url, prompts.body(name, chosen))
+                if failed:
+                    tally.failures[failed] += 1
+                for i, vector in zip(chosen, vectors, strict=False):
+                    at = name * _PROMPTS_EACH + i
+                    tally.cosines.append(float(vector @ prompts.alone[at]))
+                    tally.tokens += len(prompts.tokens[at])
+
+        async def watch() -> None:
+            while time.monotonic() < until_s:
+                await asyncio.sleep(min(60.0, max(0.1, until_s - time.monotonic())))
+                memory.append(await asyncio.to_thread(used, pid))
+
+        await asyncio.gather(watch(), *(worker(seed) for seed in range(concurrency)))
+    return tally, memory
+
+
+def used(pid: int) -> dict[str, Any]:
+    """Megabytes: of the GPU, and resident by kind of process below `pid`."""
+    found: dict[str, Any] = {}
+    if torch.cuda.is_available():
+        asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        found["gpu"] = int(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[0])
+    for below in _below(pid):
+        try:
+            command = (below / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            pages = int((below / "statm").read_text().split()[1])
+        except OSError:  # it has just ended
+            continue
+        kind = next((kind for mark, kind in _KINDS.items() if mark in command), "ray's own")
+        found[kind] = found.get(kind, 0) + pages * 4096 // 1_000_000
+    return found
+
+
+def _below(pid: int) -> list[Path]:
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        parents.setdefault(parent, []).append(int(entry.name))
+    found, left = [], [pid]
+    while left:
+        one = left.pop()
+        found.append(Path(f"/proc/{one}"))
+        left += parents.get(one, [])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=6.0)
+    parser.add_argument("--adapters", type=int, default=80)
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--longest", type=int, default=8192)
+    parser.add_argument("--gateways", type=int, default=4)
+    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
+    parser.add_argument("--name", default="soak-h200")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_model(folder / "model", layers=options.layers)
+        save_tokenizer(folder / "model", vocab_size=1024, max_length=32_768)
+        made = write_adapters(folder / "adapters", options.adapters, layers=options.layers)
+        path = folder / "config.yaml"
+        path.write_text(yaml.safe_dump(configuration(folder, 1, options.gateways, options.slots)))
+        cluster = LocalCluster(http_port=0, report=print)
+        state = cluster.start(path, timeout_s=300)
+        prompts = Prompts([one.name for one in made], options.longest, QWEN3_EMBEDDING_06B.vocab)
+        try:
+            asked = soak(state.base_url, prompts, options.minutes, options.concurrency, state.pid)
+            tally, memory = asyncio.run(asked)
+        finally:
+            cluster.stop()
+    cosines = np.array(tally.cosines)
+    rows: list[dict[str, Any]] = [{
+        "minute": "all", "answers": len(cosines), "failed": dict(tally.failures),
+        "least cosine": f"{cosines.min():.6f}", "below 0.9999": int((cosines < 0.9999).sum()),
+        "median cosine": f"{np.median(cosines):.7f}", "tokens_per_s": round(tally.tokens / (options.minutes * 60)),
+        "MB": "",
+    }]  # fmt: skip
+    rows += [dict.fromkeys(rows[0], "") | {"minute": i + 1, "MB": found} for i, found in enumerate(memory)]
+    report.save(options.name, rows, options.out)
+
+
+if __name__ == "__main__":
+    main()
