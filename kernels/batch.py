@@ -184,15 +184,16 @@ def cut(batch: LoraBatch, *, padded: bool = False) -> tuple[Tiles, ...]:
     has one height.
 
     Args:
-        padded: so that a CUDA graph can replay other batches of so many rows: tables are as long as the next power of
-            two, and the first kind's blocks are of all the batch's rows, where it has no segments of the base alone.
+        padded: so that a CUDA graph can replay other batches of so many rows: one kind, tables as long as the next
+            power of two, blocks of all the batch's rows, those without an adapter too.
     """
     runs = runs_of(batch.segments)
+    if padded:
+        return (_padded(_cut(runs, (*SHORT_HEIGHTS, *TALL_HEIGHTS)), batch.rows),) if len(runs) else ()
     short = runs[:, 1] - runs[:, 0] <= SHORT_ROWS
     tall = int(short.argmax()) if short.any() else len(runs)
     kinds = ((runs[:tall], TALL_HEIGHTS), (runs[tall:], SHORT_HEIGHTS))
-    tiles = tuple(_cut(found, heights) for found, heights in kinds if len(found))
-    return tuple(_padded(kind, batch.rows if i == 0 else 0) for i, kind in enumerate(tiles)) if padded else tiles
+    return tuple(_cut(found, heights) for found, heights in kinds if len(found))
 
 
 def _cut(runs: NDArray[np.int32], heights: Sequence[int]) -> Tiles:

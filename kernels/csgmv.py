@@ -110,9 +110,9 @@ def shrink(x: Tensor, h: Tensor, stack: LinearStack, tiles: Tiles, tile: ShrinkT
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=["tiles"])
+@triton.jit(do_not_specialize=["first_row"], do_not_specialize_on_alignment=["tiles"])
 def _expand_kernel(
-    h, b, y, tiles, ranks, meta_stride, h_stride, h_split_stride, b_slot_stride, y_stride,
+    h, b, y, tiles, ranks, meta_stride, h_stride, h_split_stride, b_slot_stride, y_stride, first_row,
     R: tl.constexpr, SLICES: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
@@ -150,20 +150,23 @@ def _expand_kernel(
             weight = fetched
         else:
             weight = tl.load(b_at + (first + columns)[None, :] * R, mask=in_columns & in_rank, other=0.0)
-        y_at = y + rows.to(tl.int64)[:, None] * y_stride + (first + columns)[None, :]
+        y_at = y + (rows - first_row).to(tl.int64)[:, None] * y_stride + (first + columns)[None, :]
         before = tl.load(y_at, mask=in_rows & in_columns, other=0.0)
         after = tl.dot(hidden, weight, input_precision=PRECISION) + before.to(tl.float32)
         tl.store(y_at, after.to(y.dtype.element_ty), mask=in_rows & in_columns)
 
 
-def expand(h: Tensor, y: Tensor, stack: LinearStack, tiles: Tiles, tile: ExpandTile, *, chained: bool = False) -> None:
+def expand(
+    h: Tensor, y: Tensor, stack: LinearStack, tiles: Tiles, tile: ExpandTile, *, first_row: int = 0,
+    chained: bool = False,
+) -> None:  # fmt: skip
     """Add the adapters' output to the base's, in float32 before one rounding.
 
     Semantics: in place `y[t, n] += sum over j of B[slot(t), n, j] h[t, slice(n)*R + j]`.
 
     Args:
         h: [split, T, slices * R], as `shrink` wrote it.
-        y: [T, N].
+        y: [T - first_row, N], the batch's rows from `first_row` on; float32 rounds nothing.
         chained: `h` comes from a chained `shrink` right before.
     """
     assert tiles.device is not None
@@ -171,10 +174,10 @@ def expand(h: Tensor, y: Tensor, stack: LinearStack, tiles: Tiles, tile: ExpandT
     programs = programs_of(stack, block_n * tile.loop)
     _expand_kernel[(len(tiles.table), programs)](
         h, stack.b, y, tiles.device[0], stack.ranks, stack.ranks.stride(0),
-        h.stride(1), h.stride(0), stack.b.stride(0), y.stride(0),
+        h.stride(1), h.stride(0), stack.b.stride(0), y.stride(0), first_row,
         R=stack.rank, **widths_of(stack), BLOCK_M=tiles.height,
         BLOCK_R=triton.next_power_of_2(stack.rank), BLOCK_N=block_n, LOOP=tile.loop, SPLIT=h.shape[0],
-        STAGES=tile.stages, PRECISION=precision_of(y), CHAINED=chained,
+        STAGES=tile.stages, PRECISION=precision_of(stack.b), CHAINED=chained,
         num_warps=tile.warps, launch_pdl=chained, maxnreg=tile.registers or None,
     )  # fmt: skip
 
@@ -197,27 +200,34 @@ def linear(
         raise ValueError("batch: expected tiles for its segments, got none; call LoraBatch.placed")
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     added: list[Tiles] = []
-    done = turned = 0  # rows that have base and LoRA; of these, rows that have had their rotation too
+    done = turned = 0  # rows that have base and LoRA; as many if all of them were rotated on the way
     chained = is_hopper(x.device)
     for tiles in batch.tiles:
         tile = _fused(x, stack, tiles)
-        if tile and not added:
+        turns = rotary if tile and rotary and gemm.can_rotate(tile, rotary) else None
+        if tile and not added and (done == 0 or bool(turns) == bool(turned)):
             h = _shrunk(x, stack, tiles, split=False, chained=chained)
-            turns = rotary if rotary and turned == done and gemm.can_rotate(tile, rotary) else None
             gemm.gemm(x, weight, bias, h, y, stack, tiles, tile, turns, chained=chained)
             done = tiles.rows[1]
-            turned = done if turns else turned
+            turned = done if turns else 0
         else:
             added.append(tiles)
-    if rotary and turned == done and not added:
-        gemm.base(x[done:], weight, bias, rotary.below(done), out=y[done:])
+    if rotary and turned < done:
+        rotary.of(0, done).apply_(y[:done])
+    rest = rotary and rotary.of(done)
+    if not added:
+        gemm.base(x[done:], weight, bias, rest, out=y[done:])
         return y
-    gemm.base(x[done:], weight, bias, out=y[done:])
+    widen = gemm.may_widen(x[done:])
+    below = gemm.widened(x[done:], weight, bias) if widen else gemm.base(x[done:], weight, bias, out=y[done:])
     for tiles in added:
         h = _shrunk(x, stack, tiles, split=True, chained=chained)
-        expand(h, y, stack, tiles, _tile(ExpandTile, "expand", x, stack, tiles), chained=chained)
-    if rotary:
-        rotary.below(turned).apply_(y[turned:])
+        how = _tile(ExpandTile, "expand", x, stack, tiles)
+        expand(h, below, stack, tiles, how, first_row=done, chained=chained)
+    if rest:
+        rest.write(below, y[done:])
+    elif widen:
+        y[done:] = below
     return y
 
 

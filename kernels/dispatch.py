@@ -131,6 +131,8 @@ def gated(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack | N
     adapted = stack is not None and stack.holds_any(segment.slot for segment in batch.segments)
     if not adapted and bias is None and mlp.can_gate(x, weight):
         return mlp.gated(x, weight)
+    if not adapted and gemm.may_widen(x):
+        return fused.silu_mul(gemm.widened(x, weight, bias), x.dtype)
     return fused.silu_mul(linear(x, weight, bias, stack, batch))
 
 

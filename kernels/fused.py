@@ -74,12 +74,12 @@ def _silu_mul_kernel(gate_up, out, H: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + row * H + columns, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=mask)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """Semantics: `silu(gate) * up`. gate_up [T, 2 H], gate first -> [T, H]."""
+def silu_mul(gate_up: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Semantics: `silu(gate) * up`. gate_up [T, 2 H], gate first -> [T, H] in its own dtype unless another is given."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     if not gate_up.is_cuda:
-        return functional.silu(gate_up[:, :width]) * gate_up[:, width:]
-    out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
+        return (functional.silu(gate_up[:, :width]) * gate_up[:, width:]).to(dtype or gate_up.dtype)
+    out = torch.empty((rows, width), dtype=dtype or gate_up.dtype, device=gate_up.device)
     if rows:
         block = min(1024, triton.next_power_of_2(width))
         _silu_mul_kernel[(rows, triton.cdiv(width, block))](gate_up, out, H=width, BLOCK=block, num_warps=4)

@@ -23,6 +23,7 @@ from ranklet.kernels.tiles import FusedTile, Key, table
 
 _LORA_STAGES = 2
 _LEAST_ROWS = 1024  # up to so many, cuBLAS splits K and this does not
+_WIDENED_ROWS = 8192  # with more, twice the bytes between two steps are too many
 _MOST_STEPS = 0.75  # of the base product's steps over K: with more for LoRA, a pass of its own is cheaper
 
 
@@ -152,12 +153,31 @@ def base(
         return out
     if rotary and _can_rotate_plain(x, weight, rotary):
         _rotated(x, weight, bias, out, rotary)
-        return out
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
+    elif rotary and may_widen(x):
+        rotary.write(widened(x, weight, bias), out)
     else:
-        torch.addmm(bias, x, weight.t(), out=out)
-    return rotary.apply_(out) if rotary else out
+        if bias is None:
+            torch.mm(x, weight.t(), out=out)
+        else:
+            torch.addmm(bias, x, weight.t(), out=out)
+        if rotary:
+            rotary.apply_(out)
+    return out
+
+
+def may_widen(x: Tensor) -> bool:
+    """Whether a product should stay float32 for what follows it, rather than be rounded twice.
+
+    The products that do the next step too round once. Small batches, which they are not for, must round as often, or a
+    prompt would get another vector alone than among many: at 28 layers with a cosine down to 0.9998.
+    """
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.shape[0] <= _WIDENED_ROWS
+
+
+def widened(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product without LoRA in float32: x [T, K], weight [N, K] -> [T, N]."""
+    wide = torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return wide if bias is None else wide.add_(bias)
 
 
 def _rotated(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, rotary: Rotary) -> None:

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 @triton.jit(do_not_specialize_on_alignment=["positions"])
 def _rotary_kernel(
-    qkv, q_weight, k_weight, cos, sin, positions, eps, row_stride,
-    Q: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    qkv, out, q_weight, k_weight, cos, sin, positions, eps, row_stride,
+    Q: tl.constexpr, TURNED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
@@ -24,9 +24,9 @@ def _rotary_kernel(
     heads = tl.arange(0, BLOCK_HEADS)[:, None]
     columns = tl.arange(0, BLOCK_HALF)[None, :]
     mask = (heads < HEADS) & (columns < HALF)
-    first = qkv + token.to(tl.int64) * row_stride + heads * (2 * HALF) + columns
-    low = tl.load(first, mask=mask, other=0.0).to(tl.float32)
-    high = tl.load(first + HALF, mask=mask, other=0.0).to(tl.float32)
+    at = token.to(tl.int64) * row_stride + heads * (2 * HALF) + columns
+    low = tl.load(qkv + at, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(qkv + at + HALF, mask=mask, other=0.0).to(tl.float32)
     if NORM:
         mean = (tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF)
         scale = tl.rsqrt(mean + eps)[:, None]
@@ -38,12 +38,15 @@ def _rotary_kernel(
         weight_high = tl.where(
             is_query, tl.load(q_weight + HALF + columns, mask=in_head), tl.load(k_weight + HALF + columns, mask=in_head)
         )
-        low = low * scale * weight_low.to(tl.float32)
-        high = high * scale * weight_high.to(tl.float32)
+        is_value = heads >= TURNED
+        low = tl.where(is_value, low, low * scale * weight_low.to(tl.float32))
+        high = tl.where(is_value, high, high * scale * weight_high.to(tl.float32))
     c = tl.load(cos + position * HALF + columns, mask=columns < HALF, other=0.0)
     s = tl.load(sin + position * HALF + columns, mask=columns < HALF, other=0.0)
-    tl.store(first, (low * c - high * s).to(qkv.dtype.element_ty), mask=mask)
-    tl.store(first + HALF, (high * c + low * s).to(qkv.dtype.element_ty), mask=mask)
+    c = tl.where(heads < TURNED, c, 1.0)
+    s = tl.where(heads < TURNED, s, 0.0)
+    tl.store(out + at, (low * c - high * s).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + at + HALF, (high * c + low * s).to(out.dtype.element_ty), mask=mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +79,9 @@ class Rotary:
         """Columns of the queries and of the keys."""
         return self.query_heads * 2 * self.half, self.key_heads * 2 * self.half
 
-    def below(self, row: int) -> "Rotary":
-        """The same for the rows from `row` on."""
-        return replace(self, positions=self.positions[row:])
+    def of(self, begin: int, end: int | None = None) -> "Rotary":
+        """The same for some of the rows."""
+        return replace(self, positions=self.positions[begin:end])
 
     def apply_(self, qkv: Tensor) -> Tensor:
         """In place on the query and key heads of a packed projection; returns it.
@@ -89,14 +92,29 @@ class Rotary:
         if not qkv.is_cuda:
             _apply_torch(qkv, self)
         elif qkv.shape[0]:
-            q_weight, k_weight = self.norms or (self.cos, self.cos)
-            heads = self.query_heads + self.key_heads
-            _rotary_kernel[(qkv.shape[0],)](
-                qkv, q_weight, k_weight, self.cos, self.sin, self.positions, self.eps, qkv.stride(0),
-                Q=self.query_heads, HEADS=heads, HALF=self.half, BLOCK_HEADS=triton.next_power_of_2(heads),
-                BLOCK_HALF=triton.next_power_of_2(self.half), NORM=self.norms is not None, num_warps=4,
-            )  # fmt: skip
+            self._launch(qkv, qkv, self.query_heads + self.key_heads)
         return qkv
+
+    def write(self, qkv: Tensor, out: Tensor) -> None:
+        """The same into `out`, value heads copied: what is float32 in `qkv` is rounded once.
+
+        Args:
+            qkv: [T, (Q + 2 G) * D], rows contiguous; out: the same shape and strides.
+        """
+        if not qkv.is_cuda:
+            out.copy_(self.apply_(qkv))
+        elif qkv.shape[0]:
+            self._launch(qkv, out, self.query_heads + 2 * self.key_heads)
+
+    def _launch(self, qkv: Tensor, out: Tensor, heads: int) -> None:
+        assert qkv.stride() == out.stride()
+        q_weight, k_weight = self.norms or (self.cos, self.cos)
+        _rotary_kernel[(qkv.shape[0],)](
+            qkv, out, q_weight, k_weight, self.cos, self.sin, self.positions, self.eps, qkv.stride(0),
+            Q=self.query_heads, TURNED=self.query_heads + self.key_heads, HEADS=heads, HALF=self.half,
+            BLOCK_HEADS=triton.next_power_of_2(heads), BLOCK_HALF=triton.next_power_of_2(self.half),
+            NORM=self.norms is not None, num_warps=4,
+        )  # fmt: skip
 
 
 def _apply_torch(qkv: Tensor, rotary: Rotary) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ranklet.kernels.batch import power_of_two
 
-_LEAST_LONGEST = 64
+_LEAST_LONGEST = 128
 _LEAST_TOKENS = 16
 
 

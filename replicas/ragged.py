@@ -18,7 +18,7 @@ from ranklet.kernels.launch import is_hopper
 
 logger = logging.getLogger(__name__)
 
-LEAST_LONGEST = 128  # with shorter requests torch's varlen kernel is faster
+LEAST_LONGEST = 128  # of a graph; shorter requests take the same
 _INT32_MAX = 2**31 - 1
 
 

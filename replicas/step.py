@@ -173,7 +173,7 @@ class Stepper:
         whole = replace(lora, tiles=tuple(placed[: len(lora.tiles)]))
         last = layout.last and replace(layout.last, tiles=tuple(placed[len(lora.tiles) :]))
         shape, padded = self._model.architecture, None
-        if self._ragged and layout.longest >= ragged.LEAST_LONGEST:
+        if self._ragged:
             padded = ragged.pad(offsets, len(lengths), (shape.heads, shape.kv_heads), shape.head_dim)
         tokens = Tokens(ids, places, Spans(lengths, offsets, layout.longest, padded), whole, last)
         mark("begin")

@@ -82,6 +82,9 @@ def test_in_place(shape: tuple[int, int, int, int], normed: bool, dtype: torch.d
     tokens, query, key, width = shape
     turned, qkv = turn(shape, dtype, normed=normed), torch.randn(tokens, (query + 2 * key) * width).to(dtype)
     expected = rotary64(qkv, turned)
+    exact = torch.empty_like(qkv, device=DEVICE)
+    on(DEVICE, turned).write(qkv.float().clone().to(DEVICE), exact)
+    assert_close(exact.cpu().double(), expected, rtol=tolerance / 2, atol=tolerance / 2)
     out = on(DEVICE, turned).apply_(qkv.clone().to(DEVICE)).cpu()
     assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(out[:, (query + key) * width :], qkv[:, (query + key) * width :]), "values are left alone"
@@ -94,12 +97,13 @@ def test_the_interpreted_kernel(shape: tuple[int, int, int, int], normed: bool) 
     (tokens, query, key, width), turned = shape, turn(shape, torch.float32, normed=normed)
     qkv = torch.randn(tokens, (query + 2 * key) * width)
     expected, heads, half = rotary64(qkv, turned), query + key, turned.half
-    rotary._rotary_kernel[(tokens,)](
-        qkv, *(turned.norms or (turned.cos, turned.cos)), turned.cos, turned.sin, turned.positions, EPS, qkv.stride(0),
-        Q=query, HEADS=heads, HALF=half, BLOCK_HEADS=1 << (heads - 1).bit_length(),
-        BLOCK_HALF=1 << (half - 1).bit_length(), NORM=normed,
-    )  # fmt: skip
-    assert_close(qkv.double(), expected, rtol=1e-5, atol=1e-5)
+    for target, written in ((qkv.clone().fill_(float("nan")), heads + key), (qkv, heads)):
+        rotary._rotary_kernel[(tokens,)](
+            qkv, target, *(turned.norms or (turned.cos, turned.cos)), turned.cos, turned.sin, turned.positions, EPS,
+            qkv.stride(0), Q=query, TURNED=heads, HEADS=written, HALF=half,
+            BLOCK_HEADS=1 << (written - 1).bit_length(), BLOCK_HALF=1 << (half - 1).bit_length(), NORM=normed,
+        )  # fmt: skip
+        assert_close(target.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [64, 128])

@@ -54,7 +54,7 @@ def test_nothing_is_left_to_compile() -> None:
         _, batch = plan(lengths, [draw.choice((None, *range(slots))) for _ in lengths])
         for p in probes:
             x = torch.randn(batch.rows, p.projection.wide, device=DEVICE, dtype=torch.bfloat16)
-            at = turned.below(most_rows - batch.rows) if p.projection.name == "qkv" else None
+            at = turned.of(most_rows - batch.rows) if p.projection.name == "qkv" else None
             csgmv.linear(x, p.weight, None, p.stack, batch.placed(DEVICE), at)
     found = [set(kernel.device_caches[0][0]) for kernel in KERNELS]
     assert [more - known for more, known in zip(found, compiled, strict=True)] == [set()] * len(KERNELS)
