@@ -99,3 +99,7 @@ def _version(asked: argparse.Namespace) -> int:
     for name, value in versions().items():
         print(f"{name} {value}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

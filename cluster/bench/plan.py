@@ -8,8 +8,13 @@ from pathlib import Path
 from ranklet.kernels.mixes import MIXES, exponent
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _processes() -> int:
-    return max(1, min(8, len(os.sched_getaffinity(0)) // 4))
+    return max(1, min(8, cores() // 4))
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Plan:
     adapter_as: str = "model"  # the field that names the adapter; "lora_path" for SGLang
     adapter_distribution: str = "uniform"
     dataset: str = "random"
-    path: Path | None = None  # of dataset "file": a text a line, or JSON lines with "text" or "input"
+    path: Path | None = None  # of dataset "file": a text a line, or JSON lines with "text" or "input", and "model"
     input_len: int = 512  # tokens
     range_ratio: float = 1.0  # lengths are uniform in [range_ratio * input_len, input_len], as in SGLang's benchmark
     vocab: int = 10_000  # random token ids are below it
@@ -39,31 +44,31 @@ class Plan:
     max_concurrency: int | None = None
     encoding_format: str = "base64"
     seed: int = 0
-    warmup: int = 8  # requests before the clock starts; the first one's answer is looked at closely
+    warmup: int = 8  # requests before the clock starts, to all adapters in turn; their answers are looked at closely
     timeout_s: float = 300.0
-    processes: int = field(default_factory=_processes)
+    processes: int = field(default_factory=_processes)  # fewer where requests or concurrency do not suffice
 
     def __post_init__(self) -> None:
         for name in ("input_len", "vocab", "num_prompts", "batch_size", "processes"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{_flag(name)}: expected at least 1, got {getattr(self, name)}")
-        if self.warmup < 0:
-            raise ValueError(f"--warmup: expected at least 0, got {self.warmup}")
+                raise ValueError(f"{flag(name)}: expected at least 1, got {getattr(self, name)}")
+        for name in ("warmup", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{flag(name)}: expected at least 0, got {getattr(self, name)}")
         if not 0 < self.range_ratio <= 1:
             raise ValueError(f"--range-ratio: expected a number above 0, at most 1, got {self.range_ratio}")
         if not self.request_rate > 0:
             raise ValueError(f"--request-rate: expected more than 0 requests a second, or inf; got {self.request_rate}")
-        if self.max_concurrency is not None and self.max_concurrency < self.processes:
-            raise ValueError(
-                f"--max-concurrency: expected at least one a process ({self.processes}), got {self.max_concurrency}. "
-                "Lower --processes"
-            )
+        if not self.timeout_s > 0:
+            raise ValueError(f"--timeout-s: expected more than 0 seconds, got {self.timeout_s}")
+        if self.max_concurrency is not None and self.max_concurrency < 1:
+            raise ValueError(f"--max-concurrency: expected at least 1, got {self.max_concurrency}")
         for name, known in (
             ("dataset", ("random", "file")), ("adapter_as", ("model", "lora_path")),
             ("encoding_format", ("base64", "float")),
         ):  # fmt: skip
             if getattr(self, name) not in known:
-                raise ValueError(f"{_flag(name)}: expected {' or '.join(known)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{flag(name)}: expected {' or '.join(known)}, got {getattr(self, name)!r}")
         if (self.dataset == "file") != (self.path is not None):
             raise ValueError("--dataset file: expected --path FILE with it, and --path only with it")
         if self.adapter_distribution not in MIXES:
@@ -79,5 +84,6 @@ class Plan:
         return self.base_url.rstrip("/") + "/" + self.endpoint.lstrip("/")
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def flag(field: str) -> str:
+    """What the command line calls a field of the plan."""
+    return "--vocab-size" if field == "vocab" else "--" + field.replace("_", "-")

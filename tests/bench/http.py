@@ -1,6 +1,6 @@
 """From the socket to the vector: one replica on one GPU behind gateways and HAProxy, driven by `ranklet bench`.
 
-usage: python -m tests.bench.http [--gateways 6] [--repeats 3] [--backend auto]
+usage: python -m tests.bench.http [--gateways 8] [--repeats 3] [--backend auto]
 
 Run `python -m tests.bench.engine` with the same --out before it, and its rows are set beside these.
 """
@@ -106,7 +106,7 @@ def engine_rates(path: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gateways", type=int, default=6)
+    parser.add_argument("--gateways", type=int, default=8)
     parser.add_argument("--processes", type=int, default=4, help="of the load client")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--backend", default="auto")

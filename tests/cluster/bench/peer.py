@@ -1,0 +1,95 @@
+"""A small server with OpenAI's embeddings API, in a thread; it answers by the model's name, well or badly."""
+
+import asyncio
+import base64
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from aiohttp import web
+
+GOOD, BAD = ("good-1", "good-2"), ("busy", "gone", "few", "hole", "plain")
+ERRORS = {"busy": "quota", "gone": "ServerDisconnectedError", "few": "bad_answer", "plain": "500"}
+BASE = "the-base"
+
+
+@dataclass
+class Peer:
+    """What came, and how many of them at once."""
+
+    slow_s: float = 0.0
+    port: int = 0
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    keys: set[str | None] = field(default_factory=set)
+    now: int = 0
+    most_at_once: int = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def embed(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.asked.append(body)
+        self.keys.add(request.headers.get("authorization"))
+        self.now += 1
+        self.most_at_once = max(self.most_at_once, self.now)
+        await asyncio.sleep(self.slow_s)
+        self.now -= 1
+        name = body.get("lora_path") or body["model"]
+        given = body["input"]
+        prompts = given if isinstance(given[0], (list, str)) and isinstance(given, list) else [given]
+        if name == "busy":
+            return web.json_response({"error": {"message": "too much", "code": "quota"}}, status=429)
+        if name == "plain":
+            return web.Response(text="oops", status=500)
+        if name == "gone":
+            assert request.transport is not None
+            request.transport.close()
+        vectors = [np.array([len(prompt), 1, np.nan if name == "hole" else 0], np.float32) for prompt in prompts]
+        coded = body["encoding_format"] == "base64"
+        data = [
+            {"index": i, "embedding": base64.b64encode(v.tobytes()).decode() if coded else v.tolist()}
+            for i, v in enumerate(vectors[name == "few" :])
+        ]
+        tokens = sum(map(len, prompts))
+        return web.json_response({"data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+
+    async def models(self, request: web.Request) -> web.Response:
+        adapters = [{"id": name, "parent": BASE} for name in (*GOOD, *BAD)]
+        return web.json_response({"data": [{"id": BASE, "parent": None}, *adapters]})
+
+    async def version(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": "1.2"})
+
+
+@contextlib.contextmanager
+def running(slow_s: float = 0.0) -> Iterator[Peer]:
+    """A peer on a free port of the loopback."""
+    peer, up, loop, stop = Peer(slow_s), threading.Event(), asyncio.new_event_loop(), asyncio.Event()
+
+    async def serve() -> None:
+        app = web.Application(client_max_size=1 << 28)
+        app.router.add_post("/v1/embeddings", peer.embed)
+        app.router.add_get("/v1/models", peer.models)
+        app.router.add_get("/version", peer.version)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        peer.port = runner.addresses[0][1]
+        up.set()
+        await stop.wait()
+        await runner.cleanup()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    try:
+        assert up.wait(10)
+        yield peer
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(10)
+        loop.close()

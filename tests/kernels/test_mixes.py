@@ -1,0 +1,35 @@
+"""Mixes by exponent: what zipf:ALPHA means, and what is refused."""
+
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from ranklet.kernels.mixes import assign, exponent
+
+
+def test_zipf_falls_with_the_rank_to_the_power_of_alpha() -> None:
+    counts = Counter(assign("zipf:1", 100_000, 10))
+    for rank in range(1, 10):
+        assert counts[0] / counts[rank] == pytest.approx(rank + 1, rel=0.1)
+
+
+def test_skewed_and_uniform_are_two_of_its_kind() -> None:
+    assert assign("skewed", 500, 9, seed=3) == assign("zipf:1.5", 500, 9, seed=3)
+    assert assign("uniform", 500, 9, seed=3) == assign("zipf:0", 500, 9, seed=3)
+    assert assign("zipf:1", 500, 9, seed=3) != assign("zipf:1", 500, 9, seed=4)
+
+
+@pytest.mark.parametrize("mix", ["zipf", "zipf:", "zipf:a", "zipf:-1", "zipf:nan", "zipf:inf", "normal", ""])
+def test_what_is_no_mix(mix: str) -> None:
+    with pytest.raises(ValueError, match="zipf:ALPHA"):
+        exponent(mix)
+    with pytest.raises(ValueError, match="zipf:ALPHA"):
+        assign(mix, 3, 3)
+
+
+def test_mixes_import_no_torch() -> None:
+    probe = "import sys, ranklet.kernels.mixes; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True, timeout=30)
+    assert done.stdout.strip() == "False"
