@@ -110,6 +110,7 @@ class LoraBatch:
     rows: int
     backend: str = "none"
     tiles: tuple[Tiles, ...] = field(default=(), compare=False)  # filled in for backends that need them
+    padded: bool = False  # the tiles are of `cut(padded=True)`: what is launched must not depend on the segments
 
     def __post_init__(self) -> None:
         runs = runs_of(self.segments)
@@ -184,12 +185,13 @@ def cut(batch: LoraBatch, *, padded: bool = False) -> tuple[Tiles, ...]:
     has one height.
 
     Args:
-        padded: so that a CUDA graph can replay other batches of so many rows: one kind, tables as long as the next
-            power of two, blocks of all the batch's rows, those without an adapter too.
+        padded: so that a CUDA graph can replay other batches of so many rows: one kind whose height and tables' lengths
+            follow from the rows and the next power of four of the adapters alone, blocks of all the batch's rows,
+            those without an adapter too.
     """
     runs = runs_of(batch.segments)
     if padded:
-        return (_padded(_cut(runs, (*SHORT_HEIGHTS, *TALL_HEIGHTS)), batch.rows),) if len(runs) else ()
+        return (_padded(runs, batch.rows),) if len(runs) else ()
     short = runs[:, 1] - runs[:, 0] <= SHORT_ROWS
     tall = int(short.argmax()) if short.any() else len(runs)
     kinds = ((runs[:tall], TALL_HEIGHTS), (runs[tall:], SHORT_HEIGHTS))
@@ -200,30 +202,42 @@ def _cut(runs: NDArray[np.int32], heights: Sequence[int]) -> Tiles:
     rows = runs[:, 1] - runs[:, 0]
     typical = np.sort(rows)[len(rows) // 2]
     height = next((height for height in heights if typical <= height), heights[-1])
-    counts = -(-rows // height)
+    span = (int(runs[0, 0]), int(runs[-1, 1]))
+    return Tiles(height, _table(runs, height), runs, _blocks(runs, span), span)
+
+
+def _table(runs: NDArray[np.int32], height: int) -> NDArray[np.int32]:
+    counts = -(-(runs[:, 1] - runs[:, 0]) // height)
     ends = counts.cumsum()
     tiles = int(ends[-1])
     if tiles == len(runs):  # a tile each
-        table = runs
-    else:
-        table = runs.repeat(counts, axis=0)
-        table[:, 0] += (np.arange(tiles) - (ends - counts).repeat(counts)) * height
-        np.minimum(table[:, 1], table[:, 0] + height, out=table[:, 1])
-    span = (int(runs[0, 0]), int(runs[-1, 1]))
-    return Tiles(height, table, runs, _blocks(runs, span), span)
+        return runs
+    table = runs.repeat(counts, axis=0)
+    table[:, 0] += (np.arange(tiles) - (ends - counts).repeat(counts)) * height
+    np.minimum(table[:, 1], table[:, 0] + height, out=table[:, 1])
+    return table
 
 
-def _padded(tiles: Tiles, rows: int) -> Tiles:
-    table, runs = (
-        np.concatenate((found, np.zeros((power_of_two(len(found)) - len(found), 3), dtype=np.int32)))
-        for found in (tiles.table, tiles.runs)
-    )
-    return Tiles(tiles.height, table, runs, _blocks(tiles.runs, (0, rows)), (0, rows))
+def _padded(runs: NDArray[np.int32], rows: int) -> Tiles:
+    adapters, heights = power_of_four(len(runs)), (*SHORT_HEIGHTS, *TALL_HEIGHTS)
+    height = next((height for height in heights if rows <= height * adapters), heights[-1])
+    most = rows // height + adapters  # an adapter has one tile, at most, that is not full
+    table, padded = _filled(_table(runs, height), most), _filled(runs, adapters)
+    return Tiles(height, table, padded, _blocks(runs, (0, rows)), (0, rows))
+
+
+def _filled(table: NDArray[np.int32], length: int) -> NDArray[np.int32]:
+    return np.concatenate((table, np.zeros((length - len(table), 3), dtype=np.int32)))
 
 
 def power_of_two(count: int) -> int:
     """The next power of two; 1 for 0."""
     return 1 << max(count - 1, 0).bit_length()
+
+
+def power_of_four(count: int) -> int:
+    """The next power of four; 1 for 0."""
+    return 1 << (max(count - 1, 0).bit_length() + 1) // 2 * 2
 
 
 def _blocks(runs: NDArray[np.int32], rows: tuple[int, int]) -> NDArray[np.int32]:

@@ -112,10 +112,10 @@ def shrink(x: Tensor, h: Tensor, stack: LinearStack, tiles: Tiles, tile: ShrinkT
 
 @triton.jit(do_not_specialize=["first_row"], do_not_specialize_on_alignment=["tiles"])
 def _expand_kernel(
-    h, b, y, tiles, ranks, meta_stride, h_stride, h_split_stride, b_slot_stride, y_stride, first_row,
+    h, b, y, out, tiles, ranks, meta_stride, h_stride, h_split_stride, b_slot_stride, y_stride, first_row,
     R: tl.constexpr, SLICES: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr, MOVED: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     start = tl.load(tiles + tile * 3)
@@ -125,7 +125,7 @@ def _expand_kernel(
         return
     piece, first, width, program = slice_of(tl.program_id(1), SLICES, W0, W1, W2, BLOCK_N * LOOP)
     rank = tl.load(ranks + slot * meta_stride + piece)
-    if rank == 0:
+    if rank == 0 and not MOVED:
         return
     rows = start + tl.arange(0, BLOCK_M)
     in_rows = (rows < stop)[:, None]
@@ -150,34 +150,36 @@ def _expand_kernel(
             weight = fetched
         else:
             weight = tl.load(b_at + (first + columns)[None, :] * R, mask=in_columns & in_rank, other=0.0)
-        y_at = y + (rows - first_row).to(tl.int64)[:, None] * y_stride + (first + columns)[None, :]
-        before = tl.load(y_at, mask=in_rows & in_columns, other=0.0)
+        at = (rows - first_row).to(tl.int64)[:, None] * y_stride + (first + columns)[None, :]
+        before = tl.load(y + at, mask=in_rows & in_columns, other=0.0)
         after = tl.dot(hidden, weight, input_precision=PRECISION) + before.to(tl.float32)
-        tl.store(y_at, after.to(y.dtype.element_ty), mask=in_rows & in_columns)
+        tl.store(out + at, after.to(out.dtype.element_ty), mask=in_rows & in_columns)
 
 
 def expand(
-    h: Tensor, y: Tensor, stack: LinearStack, tiles: Tiles, tile: ExpandTile, *, first_row: int = 0,
-    chained: bool = False,
+    h: Tensor, y: Tensor, stack: LinearStack, tiles: Tiles, tile: ExpandTile, *, out: Tensor | None = None,
+    first_row: int = 0, chained: bool = False,
 ) -> None:  # fmt: skip
     """Add the adapters' output to the base's, in float32 before one rounding.
 
-    Semantics: in place `y[t, n] += sum over j of B[slot(t), n, j] h[t, slice(n)*R + j]`.
+    Semantics: `y[t, n] += sum over j of B[slot(t), n, j] h[t, slice(n)*R + j]`, in place or into `out`.
 
     Args:
         h: [split, T, slices * R], as `shrink` wrote it.
         y: [T - first_row, N], the batch's rows from `first_row` on; float32 rounds nothing.
+        out: as y but for its dtype; every row of a tile is written.
         chained: `h` comes from a chained `shrink` right before.
     """
     assert tiles.device is not None
+    moved = out is not None and out is not y
     block_n = min(tile.block_n, triton.next_power_of_2(max(stack.widths)))
     programs = programs_of(stack, block_n * tile.loop)
     _expand_kernel[(len(tiles.table), programs)](
-        h, stack.b, y, tiles.device[0], stack.ranks, stack.ranks.stride(0),
+        h, stack.b, y, out if moved else y, tiles.device[0], stack.ranks, stack.ranks.stride(0),
         h.stride(1), h.stride(0), stack.b.stride(0), y.stride(0), first_row,
         R=stack.rank, **widths_of(stack), BLOCK_M=tiles.height,
         BLOCK_R=triton.next_power_of_2(stack.rank), BLOCK_N=block_n, LOOP=tile.loop, SPLIT=h.shape[0],
-        STAGES=tile.stages, PRECISION=precision_of(stack.b), CHAINED=chained,
+        STAGES=tile.stages, PRECISION=precision_of(stack.b), CHAINED=chained, MOVED=moved,
         num_warps=tile.warps, launch_pdl=chained, maxnreg=tile.registers or None,
     )  # fmt: skip
 
@@ -220,13 +222,16 @@ def linear(
         return y
     widen = gemm.may_widen(x[done:])
     below = gemm.widened(x[done:], weight, bias) if widen else gemm.base(x[done:], weight, bias, out=y[done:])
+    out = y[done:] if widen and not rest and not batch.padded else None  # the adapters' rows: no pass of its own
     for tiles in added:
         h = _shrunk(x, stack, tiles, split=True, chained=chained)
         how = _tile(ExpandTile, "expand", x, stack, tiles)
-        expand(h, below, stack, tiles, how, first_row=done, chained=chained)
+        expand(h, below, stack, tiles, how, out=out, first_row=done, chained=chained)
     if rest:
         rest.write(below, y[done:])
-    elif widen:
+    elif out is not None and batch.lora_rows < batch.rows:
+        y[batch.lora_rows :] = below[batch.lora_rows - done :]
+    elif widen and out is None:
         y[done:] = below
     return y
 

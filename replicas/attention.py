@@ -27,6 +27,12 @@ class Spans:
     padded: Padded | None = None  # the places for cuDNN, where it is the faster
 
 
+def reads_offsets_alone(device: torch.device, dtype: torch.dtype, windows: Sequence[int | None]) -> bool:
+    """Whether attention launches the same for other lengths, which it reads on the device."""
+    slides = any(window is not None for window in windows)
+    return device.type == "cuda" and dtype in _HALVES and (not slides or "window_size" in _CAUSAL)
+
+
 def attend(qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int, window: int | None) -> Tensor:
     """Grouped-query causal attention; no token sees another request.
 
@@ -47,7 +53,7 @@ def attend(qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int, win
         out = ragged.attend(qkv, spans.padded, spans.longest, heads, head_dim)
         if out is not None:
             return out
-    if qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16):
+    if qkv.is_cuda and qkv.dtype in _HALVES:
         return _varlen(q, k, v, spans, window).reshape(tokens, queries * head_dim)
     return _by_request(q, k, v, spans.lengths, window).reshape(tokens, queries * head_dim)
 
@@ -58,7 +64,7 @@ def attend_last(qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int
     if window is not None and window < spans.longest:
         return attend(qkv, spans, heads, head_dim, window)[last]
     q, k, v = qkv.view(tokens, queries + 2 * keys, head_dim).split((queries, keys, keys), dim=1)
-    if qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16):
+    if qkv.is_cuda and qkv.dtype in _HALVES:
         one_each = torch.arange(len(last) + 1, dtype=torch.int32, device=qkv.device)
         out = varlen_attn(q[last], k, v, one_each, spans.offsets, 1, spans.longest, **_WHOLE)
         assert isinstance(out, Tensor)
@@ -91,6 +97,7 @@ def _varlen_options(*, causal: bool) -> dict[str, Any]:
     return seen | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
+_HALVES = (torch.bfloat16, torch.float16)  # what torch's varlen kernel takes
 _CAUSAL, _WHOLE = _varlen_options(causal=True), _varlen_options(causal=False)
 
 

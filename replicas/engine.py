@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ranklet.replicas.adapters import Expectation
+from ranklet.replicas.adapters import Expectation, Place
 from ranklet.replicas.admission import Limits
 from ranklet.replicas.architecture import read_architecture, read_config
 from ranklet.replicas.call import Answer, Call, Prompt, Ticket
@@ -175,6 +175,10 @@ class Engine:
         """The slot an adapter is ready in, None if it is in none."""
         with self._wake:
             return self._residency.table.usable(adapter)
+
+    def ranks_in(self, slot: int) -> dict[Place, int]:
+        """The rank of each module that the adapter in a slot targets."""
+        return self._pool.ranks(slot)
 
     def snapshot(self) -> Snapshot:
         """What is resident, waiting and running now."""

@@ -113,6 +113,18 @@ class AdapterPool:
         """A stack of each projection."""
         return [self._stacks[0, pack] for pack in self._packs()]
 
+    def ranks(self, slot: int) -> dict[Place, int]:
+        """The rank of each module that the slot's adapter targets."""
+        found = {
+            (layer, name): rank
+            for (layer, pack_name), stack in self._stacks.items()
+            for name, rank in zip(PACKS[pack_name], stack.meta[slot].ranks, strict=True)
+            if rank
+        }
+        if self.embedding is not None and any(self.embedding.meta[slot].ranks):
+            found[EMBEDDING, "embed_tokens"] = self.embedding.meta[slot].ranks[0]
+        return found
+
     def _packs(self) -> dict[str, tuple[str, ...]]:
         return {pack: names for pack, names in PACKS.items() if set(names) & set(self.modules)}
 

@@ -1,23 +1,28 @@
 """Where a batch's time goes: each stage's time on the device beside the least that it could take."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
+from ranklet.replicas.clock import Clock, seconds
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine import Engine
+from ranklet.replicas.model import unmarked
 from ranklet.replicas.reference import AdapterRef
-from ranklet.replicas.stages import STAGES, Ceilings, Cost, Shape, costs, lora_costs
+from ranklet.replicas.stages import Adapted, Ceilings, Cost, Shape, costs, lora_costs
+from ranklet.replicas.step import Stepper
 
 _WARM = 3
-_SQUARE = {"cuda": 8192, "cpu": 768}  # of the product that shows the ceiling
+# Rows, depth, columns. The best of them is the ceiling: on an H200 a decoder's wide first product outruns a square one.
+_PRODUCTS = {"cuda": ((8192, 8192, 8192), (32_768, 1024, 4096)), "cpu": ((768, 768, 768),)}
 _COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
+_IDLE = 0.8  # of a batch's time on the device: if Python takes longer to launch it, the device waits for Python
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,11 @@ class Stage:
     floor_ms: float
     bound: str  # by compute or memory
     lora_ms: float  # what LoRA adds
-    lora_floor_ms: float
+    lora_floor_ms: float  # what it must add to the floor
+
+    @property
+    def gap_ms(self) -> float:
+        return self.ms + self.lora_ms - self.floor_ms - self.lora_floor_ms
 
 
 @dataclass(frozen=True)
@@ -43,8 +52,9 @@ class Profile:
     backend: str
     stages: tuple[Stage, ...]
     base_ms: float  # the whole batch without LoRA, unmarked
-    lora_ms: float  # the whole batch as asked
-    launch_ms: float  # of Python, for the batch as asked, launched kernel by kernel
+    lora_ms: float  # the whole batch as asked, as it is served: a small one is replayed from a CUDA graph
+    eager_ms: float  # the same launched kernel by kernel, as the stages are
+    launch_ms: float  # of Python, for that
     ceilings: Ceilings
     device: str
 
@@ -52,36 +62,53 @@ class Profile:
     def floor_ms(self) -> float:
         return sum(stage.floor_ms + stage.lora_floor_ms for stage in self.stages)
 
+    @property
+    def launch_bound(self) -> bool:
+        """Whether the device waits for Python between kernels, and so the stages' times hold waiting too."""
+        return self.device != "cpu" and self.launch_ms > _IDLE * self.eager_ms
+
 
 @dataclass
-class _Clock:
-    """Times between marks, by stage: of the device where there is one, else of the CPU."""
+class _Runs:
+    """One batch, run again and again. Times in milliseconds."""
 
-    cuda: bool
-    _marks: list[tuple[str, Any]] = field(default_factory=list)
+    stepper: Stepper
+    device: torch.device
+    prompts: Sequence[NDArray[np.int32]]
+    slots: Sequence[int | None]
+    backend: str = "none"
+    served: list[float] = field(default_factory=list)
+    eager: list[float] = field(default_factory=list)
+    launching: list[float] = field(default_factory=list)
+    _stages: list[dict[str, list[float]]] = field(default_factory=list)
 
-    def mark(self, stage: str) -> None:
-        now: Any = time.perf_counter()
-        if self.cuda:
-            now = torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
-        self._marks.append((stage, now))
+    def warm(self) -> None:
+        running = self.stepper.launch(self.prompts, self.slots)
+        running.wait()
+        self.backend = running.backend
 
-    def read(self) -> dict[str, list[float]]:
-        """Milliseconds of each call of each stage."""
-        found: dict[str, list[float]] = {}
-        for (_, before), (stage, after) in zip(self._marks, self._marks[1:], strict=False):
-            ms = before.elapsed_time(after) if self.cuda else (after - before) * 1e3
-            found.setdefault(stage, []).append(ms)
-        return found
+    def time(self) -> None:
+        """Once as it is served, once kernel by kernel, once with marks."""
+        clock = Clock(self.device)
+        served = self.stepper.launch(self.prompts, self.slots)
+        served.wait()
+        eager = self.stepper.launch(self.prompts, self.slots, unmarked)  # any mark keeps CUDA graphs out of it
+        eager.wait()
+        self.stepper.launch(self.prompts, self.slots, clock.mark).wait()
+        self.served.append(served.device_s() * 1e3)
+        self.eager.append(eager.device_s() * 1e3)
+        self.launching.append(eager.took_s * 1e3)
+        self._stages.append(clock.read())
 
+    def calls(self) -> dict[str, int]:
+        """How often each stage ran."""
+        return {name: len(times) for name, times in self._stages[0].items()}
 
-@dataclass(frozen=True)
-class _Timing:
-    ms: dict[str, float]  # by stage
-    calls: dict[str, int]
-    whole_ms: float
-    launch_ms: float
-    backend: str
+    def stages(self) -> dict[str, float]:
+        """Each stage's time: the median of each call, all calls added up."""
+        return {
+            name: sum(map(median, zip(*(one[name] for one in self._stages), strict=True))) for name in self._stages[0]
+        }
 
 
 def profile(config: EngineConfig, adapters: Sequence[AdapterRef], lengths: Sequence[int], repeats: int = 5) -> Profile:
@@ -90,79 +117,82 @@ def profile(config: EngineConfig, adapters: Sequence[AdapterRef], lengths: Seque
     Raises:
         ModelError: the model folder cannot be served.
         InvalidAdapter, AdapterNotFound: an adapter cannot.
-        ValueError: the batch is larger than the settings allow.
+        ValueError: the batch is larger than the settings or the model allow.
     """
-    if sum(lengths) > config.max_batch_tokens:
-        raise ValueError(f"expected at most {config.max_batch_tokens} tokens (max_batch_tokens), got {sum(lengths)}")
+    if not lengths or min(lengths) < 1:
+        raise ValueError("expected at least one prompt, of at least one token")
+    _fits("prompts (max_batch_requests)", len(lengths), config.max_batch_requests)
+    _fits("tokens (max_batch_tokens)", sum(lengths), config.max_batch_tokens)
+    _fits("adapters (slots)", len(set(adapters)), config.slots)
     engine = Engine(config)
-    engine.start()
     try:
-        infos = [engine.load(adapter) for adapter in adapters]
+        _fits("tokens a prompt (the model's own limit, or max_model_len)", max(lengths), engine.limits.max_model_len)
+        engine.start()
+        for adapter in adapters:
+            engine.load(adapter)
     finally:
         engine.stop()
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, engine.limits.vocab, length, dtype=np.int32) for length in lengths]
     taken = [engine.slot_of(adapter) for adapter in adapters] or [None]
     slots = [taken[i % len(taken)] for i in range(len(lengths))]
-    base = _timed(engine, prompts, [None] * len(prompts), repeats)
-    lora = _timed(engine, prompts, slots, repeats) if adapters else base
-    batch = Shape(
-        lengths, engine.pools_last, torch.empty((), dtype=engine.dtype).element_size(), len(set(slots) - {None}),
-        sum(lengths) if adapters else 0, {module: info.rank for info in infos for module in info.modules},
-    )  # fmt: skip
+    base = _Runs(engine.stepper, engine.device, prompts, [None] * len(prompts))
+    lora = _Runs(engine.stepper, engine.device, prompts, slots) if adapters else base
+    _run([base, lora] if adapters else [base], repeats)
+    size = torch.empty((), dtype=engine.dtype).element_size()
+    adapted = _adapted(engine, lengths, slots)
+    batch = Shape(lengths, engine.pools_last, size, adapted, merged=lora.backend == "merged")
     ceilings = measure(engine.device, engine.dtype)
-    floors, more = costs(engine.architecture, batch), lora_costs(engine.architecture, batch)
-    stages = tuple(
-        Stage(
-            name, base.calls[name], base.ms[name], floors[name].floor_s(ceilings) * 1e3, floors[name].bound(ceilings),
-            lora.ms[name] - base.ms[name], more.get(name, Cost()).floor_s(ceilings) * 1e3,
-        )
-        for name in STAGES
-    )  # fmt: skip
     return Profile(
-        sum(lengths), len(lengths), batch.adapters, lora.backend, stages, base.whole_ms, lora.whole_ms, lora.launch_ms,
-        ceilings, torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu",
+        sum(lengths), len(lengths), len(adapted), lora.backend, _stages(engine, batch, base, lora, ceilings),
+        median(base.served), median(lora.served), median(lora.eager), median(lora.launching), ceilings,
+        torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu",
     )  # fmt: skip
 
 
-def _timed(engine: Engine, prompts: Sequence[NDArray[np.int32]], slots: Sequence[int | None], repeats: int) -> _Timing:
-    stepper = engine.stepper
+def _fits(what: str, got: int, most: int) -> None:
+    if got > most:
+        raise ValueError(f"expected at most {most} {what}, got {got}")
+
+
+def _adapted(engine: Engine, lengths: Sequence[int], slots: Sequence[int | None]) -> list[Adapted]:
+    found = []
+    for slot in dict.fromkeys(slots):
+        if slot is not None:
+            own = [length for length, taken in zip(lengths, slots, strict=True) if taken == slot]
+            found.append(Adapted(sum(own), len(own), engine.ranks_in(slot)))
+    return found
+
+
+def _run(batches: Sequence[_Runs], repeats: int) -> None:
+    """In turns, so that a machine that slows down does so for each."""
     for _ in range(_WARM):
-        backend = stepper.launch(prompts, slots).backend
-    wholes, launches, seen = [], [], []
+        for batch in batches:
+            batch.warm()
     for _ in range(repeats):
-        running = stepper.launch(prompts, slots)
-        running.wait()
-        wholes.append(running.device_s() * 1e3)
-        clock = _Clock(engine.device.type == "cuda")
-        marked = stepper.launch(prompts, slots, clock.mark)
-        marked.wait()
-        launches.append(marked.took_s * 1e3)
-        seen.append(clock.read())
-    ms = {name: sum(map(median, zip(*(one[name] for one in seen), strict=True))) for name in seen[0]}
-    calls = {name: len(times) for name, times in seen[0].items()}
-    return _Timing(ms, calls, median(wholes), median(launches), backend)
+        for batch in batches:
+            batch.time()
+
+
+def _stages(engine: Engine, batch: Shape, base: _Runs, lora: _Runs, ceilings: Ceilings) -> tuple[Stage, ...]:
+    """Every stage that the model marked; one without a floor would be a KeyError."""
+    floors, more = costs(engine.architecture, batch), lora_costs(engine.architecture, batch)
+    calls, with_lora, stages = base.calls(), lora.stages(), []
+    for name, ms in base.stages().items():
+        together = floors[name] + more.get(name, Cost())
+        floor_s = floors[name].floor_s(ceilings)
+        added_s = together.floor_s(ceilings) - floor_s
+        bound = together.bound(ceilings)
+        stages.append(Stage(name, calls[name], ms, floor_s * 1e3, bound, with_lora[name] - ms, added_s * 1e3))
+    return tuple(stages)
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """What this device does with a large matrix product, and with a large copy."""
-    side = _SQUARE[device.type]
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    """What this device does with the better of some large matrix products, and with a large copy."""
+    rates = []
+    for rows, deep, columns in _PRODUCTS[device.type]:
+        a, b = torch.randn(rows, deep, device=device).to(dtype), torch.randn(columns, deep, device=device).to(dtype)
+        rates.append(2.0 * rows * deep * columns / seconds(partial(functional.linear, a, b), device))
     source = torch.empty(_COPIED_BYTES[device.type], dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
-    product_s = _seconds(lambda: torch.mm(a, b), device)
-    copy_s = _seconds(lambda: target.copy_(source), device)
-    return Ceilings(2.0 * side**3 / product_s, 2.0 * source.numel() / copy_s)
-
-
-def _seconds(call: Any, device: torch.device, repeats: int = 10) -> float:
-    times = []
-    for _ in range(repeats):
-        clock = _Clock(device.type == "cuda")
-        clock.mark("begin")
-        call()
-        clock.mark("call")
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(clock.read()["call"][0] * 1e-3)
-    return median(times[2:])
+    return Ceilings(max(rates), 2.0 * source.numel() / seconds(lambda: target.copy_(source), device))

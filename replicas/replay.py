@@ -29,7 +29,8 @@ class _Graph:
 class Replays:
     """Graphs by shape, the least recently used dropped first. One thread, one stream.
 
-    All share one pool of memory: what one returns holds until the next is replayed.
+    All share one pool of memory: what one returns holds until the next is replayed. A capture takes as long as some
+    launches, for which other batches wait, and may enlarge the pool: `tests/bench/buckets.py` measures both.
 
     Args:
         device: of the batches.

@@ -22,7 +22,7 @@ from ranklet.kernels.crossover import crossovers, surface
 from ranklet.kernels.merged import Merged
 from ranklet.kernels.warm import warm
 from ranklet.replicas import ragged
-from ranklet.replicas.attention import Spans
+from ranklet.replicas.attention import Spans, reads_offsets_alone
 from ranklet.replicas.bucket import Bucket
 from ranklet.replicas.model import Decoder, Mark, Tokens, unmarked
 from ranklet.replicas.pool import AdapterPool
@@ -87,6 +87,7 @@ class Stepper:
         self._count = np.arange(1, dtype=np.int32)
         self._ragged = ragged.available(model.device) and model.dtype in (torch.bfloat16, torch.float16)
         self._replays = Replays(model.device) if self._cuda else None
+        self._rounds = reads_offsets_alone(model.device, model.dtype, model.architecture.windows)
 
     def warm(self, longest: int, max_tokens: int, max_requests: int) -> None:
         """Compile and load what prompts and batches of up to so many tokens need, so that no request waits for it."""
@@ -122,7 +123,8 @@ class Stepper:
         lora = dispatch.choose(lora, self._layer, self._backend)
         self._merged.observe(lora)
         small = self._replays is not None and lora.rows <= _REPLAYED_TOKENS and mark is None
-        layout = self._lay_out([prompts[i] for i in order], lora, padded=small and lora.backend in ("csgmv", "none"))
+        padded = small and self._rounds and lora.backend in ("csgmv", "none")
+        layout = self._lay_out([prompts[i] for i in order], lora, padded=padded)
         began = self._mark()
         shape = self._shape(layout) if small else None
         if shape is None or self._replays is None:
@@ -147,11 +149,11 @@ class Stepper:
             lengths, longest, lora = bucket.filled(lengths), bucket.longest, replace(lora, rows=bucket.tokens)
         if len(self._count) < longest:
             self._count = np.arange(longest, dtype=np.int32)
-        positions = [self._count[:length] for length in lengths]
+        positions = [self._count[: len(prompt)] for prompt in prompts]
         lora = _cut(lora, padded)
         last = _cut(self._last(lora, lengths), padded) if self._pooling.mode == "last" else None
-        parts = (*prompts, np.zeros(lora.rows - asked, dtype=np.int32), *positions)
-        parts = (*parts, np.array((0, *accumulate(lengths)), dtype=np.int32))
+        nothing = np.zeros(lora.rows - asked, dtype=np.int32)  # positions too: a filler may be too long for the model
+        parts = (*prompts, nothing, *positions, nothing, np.array((0, *accumulate(lengths)), dtype=np.int32))
         tables = [array for batch in (lora, last) if batch for kind in batch.tiles for array in kind.arrays]
         parts = (*parts, *(array.reshape(-1) for array in tables))
         buffer = torch.empty(sum(map(len, parts)), dtype=torch.int32, pin_memory=self._cuda)
@@ -188,10 +190,10 @@ class Stepper:
 
         `csgmv` reads lengths, slots and ranks on the device: any batch of the bucket will do whose adapters have LoRA
         in the same places. `native` bakes them in: the same adapters in the same slots. `merged` keeps copies and
-        scratch that come and go.
+        scratch that come and go. Where attention reads lengths on the host, they must be the same too.
         """
         lora = layout.lora
-        bucket = (lora.rows, len(layout.lengths), layout.longest)
+        bucket = (lora.rows, len(layout.lengths), layout.longest) if self._rounds else layout.lengths
         tenants = [self._pool.tenants[segment.slot] for segment in lora.segments]
         if lora.backend == "csgmv":
             kinds = [*lora.tiles, *(layout.last.tiles if layout.last else ())]
@@ -222,4 +224,4 @@ class Stepper:
 
 
 def _cut(batch: LoraBatch, padded: bool) -> LoraBatch:
-    return replace(batch, tiles=cut(batch, padded=padded)) if batch.backend == "csgmv" else batch
+    return replace(batch, tiles=cut(batch, padded=padded), padded=padded) if batch.backend == "csgmv" else batch

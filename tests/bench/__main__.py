@@ -1,8 +1,8 @@
 """`make bench`: every benchmark that this machine can run, one after the other.
 
 With a GPU at the real sizes, results in tests/bench/results. Without one the engine's throughput says nothing and is
-left out, and the others run small, their results thrown away. The cluster's own, `python -m tests.bench.cluster`, wants
-a GPU for each replica and is run by itself.
+left out, and the others run small, their results thrown away. Those that start a cluster are run by themselves:
+`python -m tests.bench.http` and `soak` want one GPU, `cluster` one for each replica.
 """
 
 import subprocess
@@ -12,7 +12,9 @@ import tempfile
 import torch
 from rich.console import Console
 
-GPU: dict[str, list[str]] = {"engine": [], "fidelity": ["--backends", "native", "csgmv", "merged"], "kernels": []}
+GPU: dict[str, list[str]] = {
+    "engine": [], "fidelity": ["--backends", "native", "csgmv", "merged"], "kernels": [], "profile": [], "buckets": [],
+}  # fmt: skip
 CPU = {"fidelity": ["--layers", "1"], "kernels": ["--tiny"]}
 
 

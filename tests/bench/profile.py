@@ -36,9 +36,20 @@ def main() -> None:
             show(found, Console(width=120))
             whole = {"stage": "whole batch", "ms": found.base_ms, "lora_ms": found.lora_ms - found.base_ms}
             whole |= {"floor_ms": found.floor_ms, "launch_ms": found.launch_ms}
+            whole |= {"TFLOP/s": found.ceilings.operations_per_s / 1e12, "TB/s": found.ceilings.bytes_per_s / 1e12}
             for stage in (*map(dataclasses.asdict, found.stages), whole):
                 stage["stage"] = stage.pop("name", "whole batch")
-                columns = ("stage", "ms", "floor_ms", "bound", "lora_ms", "lora_floor_ms", "launch_ms")
+                columns = (
+                    "stage",
+                    "ms",
+                    "floor_ms",
+                    "bound",
+                    "lora_ms",
+                    "lora_floor_ms",
+                    "launch_ms",
+                    "TFLOP/s",
+                    "TB/s",
+                )
                 rows.append({"prompts": group} | {column: stage.get(column, "") for column in columns})
     report.save(options.name, rows, options.out)
 

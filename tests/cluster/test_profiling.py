@@ -30,11 +30,27 @@ def test_it_prints_and_writes_every_stage(
         (["--prompts", "0x3"], "expected COUNTxTOKENS"),
         (["--repeats", "0"], "--repeats: expected at least 1"),
         (["--adapters", "/nowhere"], "does not exist"),
+        (["--adapters-dir", "/nowhere"], "--adapters-dir: expected a folder of PEFT folders"),
+        (["--distinct", "1"], "--distinct: expected 0 to 0"),
+        (["--device", "gpu"], "--device: expected cuda, cuda:0, cpu or auto"),
+        (["--device", "cpu", "--backend", "csgmv"], "csgmv needs a GPU"),
+        (["--prompts", "1x5000"], "at most 4096 tokens a prompt"),
+        (["--rank", "0"], "max_rank: expected at least 1"),
+        (["--out", "/nowhere/out.json"], "--out: expected a file in a folder that exists"),
     ],
 )
 def test_what_it_refuses(given: list[str], said: str, model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["profile", "--model", str(model_dir), *given]) == 1
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("distinct", "adapters"), [("2", 2), ("0", 0)])
+def test_it_takes_so_many_adapters_of_a_folder(
+    distinct: str, adapters: int, model_dir: Path, adapters_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--adapters-dir", str(adapters_dir), "--distinct", distinct, "--prompts", "3x9", "--repeats", "1"]
+    assert main(["profile", "--model", str(model_dir), *given]) == 0
+    assert f"27 tokens, 3 prompts, {adapters} adapters" in capsys.readouterr().out
 
 
 def test_groups_of_prompts() -> None:

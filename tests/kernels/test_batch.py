@@ -1,9 +1,11 @@
 """The plan of a batch: nothing lost, each adapter's rows together, the base outside."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ranklet.kernels.batch import BLOCK_ROWS, LoraBatch, Segment, Segments, cut, plan
+from ranklet.kernels.batch import BLOCK_ROWS, LoraBatch, Segment, Segments, cut, plan, power_of_four
 from ranklet.kernels.mixes import MIXES, Mix, assign
 
 requests = st.lists(st.tuples(st.integers(0, 9), st.none() | st.integers(0, 5)), max_size=40)
@@ -63,6 +65,33 @@ def test_tiles_and_blocks_cover_each_segment(made: list[tuple[int, int | None]],
         for block, (first, last) in enumerate(tiles.blocks.tolist()):
             rows = range(begin + block * BLOCK_ROWS, min(begin + (block + 1) * BLOCK_ROWS, end))
             assert {slots[row] for row in rows} == {segment.slot for segment in Segments(tiles.runs[first:last])}
+
+
+@given(requests, st.integers(1, 90), st.integers(0, 500))
+def test_padded_tiles_are_laid_out_by_rows_and_adapters_alone(
+    made: list[tuple[int, int | None]], times: int, more: int
+) -> None:
+    _, batch = plan([length * times for length, _ in made], [slot for _, slot in made])
+    batch = replace(batch, rows=batch.rows + more)
+    if not batch.segments:
+        assert cut(batch, padded=True) == ()
+        return
+    (tiles,) = cut(batch, padded=True)
+    adapters = power_of_four(batch.adapters)
+    assert (len(tiles.table), len(tiles.runs)) == (batch.rows // tiles.height + adapters, adapters)
+    assert (tiles.rows, len(tiles.blocks)) == ((0, batch.rows), -(-batch.rows // BLOCK_ROWS))
+    (one,) = cut(LoraBatch((Segment(0, 0, batch.rows),), batch.rows), padded=True)
+    assert adapters > 1 or one.height == tiles.height
+    covered = [(row, slot) for start, stop, slot in tiles.table.tolist() for row in range(start, stop)]
+    assert covered == [(row, segment.slot) for segment in batch.segments for row in range(segment.start, segment.stop)]
+    assert all(stop - start <= tiles.height for start, stop, _ in tiles.table.tolist())
+    for block, (first, last) in enumerate(tiles.blocks.tolist()):
+        rows = range(block * BLOCK_ROWS, (block + 1) * BLOCK_ROWS)
+        assert {slot for row, slot in covered if row in rows} == {s.slot for s in Segments(tiles.runs[first:last])}
+
+
+def test_powers_of_four() -> None:
+    assert [power_of_four(count) for count in (0, 1, 2, 4, 5, 16, 17)] == [1, 1, 4, 4, 16, 16, 64]
 
 
 def test_slot_zero_is_not_taken_for_the_base() -> None:

@@ -3,6 +3,7 @@
 bfloat16 is checked on the GPU alone: the interpreter's bfloat16 `tl.dot` returns garbage.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,6 +109,37 @@ def test_base_and_lora_from_one_product(
     check(lengths, slots, wide=wide, widths=widths[:1], dtype=dtype, bias=bias, stale=0.0)
     expected = [tiles.height for tiles in cut(plan(lengths, slots)[1])] * 2
     assert taken == expected
+
+
+@pytest.mark.parametrize(
+    ("lengths", "slots"),
+    [([7, 20, 3], [1, 3, None]), ([33, 70, 5], [1, 3, 5]), ([6, 2], [4, 2]), ([200, 3, 40], [4, 2, None])],
+    ids=["with base rows", "not targeted", "adapters alone", "mixed heights"],
+)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_base_product_kept_in_float32_is_rounded_once(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], slots: list[int | None], padded: bool, bias: bool
+) -> None:
+    def widened(x: torch.Tensor, weight: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
+        wide = x.float() @ weight.float().t()
+        return wide if offset is None else wide + offset
+
+    monkeypatch.setattr(gemm, "may_widen", lambda x: True)
+    monkeypatch.setattr(gemm, "widened", widened)
+    monkeypatch.setattr(csgmv, "_fused", lambda *_: None)
+    dtype, wide, widths = torch.float16, 40, (24, 8, 8)
+    _, batch = plan(lengths, slots)
+    adapters = oracle.random_adapters(RANKS, wide, widths, dtype=dtype)
+    stack = oracle.linear_stack(adapters, 6, 64, wide, widths, stale=NAN, device=DEVICE)
+    x, weight = torch.randn(batch.rows, wide).to(dtype), (torch.randn(sum(widths), wide) * wide**-0.5).to(dtype)
+    offset = torch.randn(sum(widths)).to(dtype) if bias else None
+    tiles = tuple(kind.on(torch.device(DEVICE)) for kind in cut(batch, padded=padded))
+    given = (x.to(DEVICE), weight.to(DEVICE), None if offset is None else offset.to(DEVICE), stack)
+    y = csgmv.linear(*given, replace(batch, tiles=tiles, padded=padded)).cpu()
+    assert y.dtype == dtype
+    wanted = oracle.linear(x, weight, offset, by_row(lengths, slots), adapters)
+    assert (y.double() - wanted).norm() <= 6e-4 * wanted.norm()
 
 
 def test_what_the_product_does_not_take() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ranklet.replicas import ragged
-from ranklet.replicas.attention import Spans, attend, attend_last
+from ranklet.replicas.attention import Spans, attend, attend_last, reads_offsets_alone
 
 
 def spans(lengths: list[int], device: str = "cpu") -> Spans:
@@ -74,6 +74,14 @@ def test_no_token_reads_a_later_one(window: int | None) -> None:
     after = attend(qkv, spans([6]), (1, 1), 8, window)
     assert_close(after[:4], before[:4])
     assert not torch.allclose(after[4:], before[4:])
+
+
+def test_only_packed_kernels_read_lengths_on_the_device() -> None:
+    cuda = torch.device("cuda", 0)
+    assert reads_offsets_alone(cuda, torch.bfloat16, (None, None))
+    assert reads_offsets_alone(cuda, torch.float16, (None,))
+    assert not reads_offsets_alone(cuda, torch.float32, (None,))
+    assert not reads_offsets_alone(torch.device("cpu"), torch.bfloat16, (None,))
 
 
 @pytest.mark.gpu

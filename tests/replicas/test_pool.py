@@ -71,6 +71,7 @@ def test_a_slot_says_on_the_cpu_what_it_holds(make_pool: MakePool, adapters: dic
     pool = make_pool()
     for adapter in adapters.values():
         pool.load(0, pack(adapter, torch.float32, pinned=False))
+        assert pool.ranks(0) == {place: weight.rank for place, weight in adapter.weights.items()}
         for layer, stacks in enumerate(pool.layers):
             for name, modules in PACKS.items():
                 meta = getattr(stacks, name).meta[0]

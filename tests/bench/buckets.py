@@ -1,0 +1,113 @@
+"""What rounding small batches up costs the device and saves the CPU, and how often random batches meet a CUDA graph.
+
+usage: python -m tests.bench.buckets [--layers 28] [--turns 1500] [--out FOLDER]
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.engine import Engine
+from ranklet.replicas.step import Stepper
+from tests.bench import report
+from tests.bench.engine import refs
+from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model
+
+_BATCHES = ("1x16", "1x300", "1x520", "1x1100", "4x200", "5x60", "9x100", "33x30", "20x100", "5x500", "9x500", "7x1100")
+_GRAPHED = 3  # launches until there is a graph
+_REPEATS = 20
+
+
+def fixed(stepper: Stepper, batch: str, slots: list[int | None]) -> dict[str, Any]:
+    """One batch launched kernel by kernel, replayed from a graph of its own lengths, and from its bucket's. Medians."""
+    count, length = map(int, batch.split("x"))
+    prompts = [np.full(length, i, dtype=np.int32) for i in range(count)]
+    taken = [slots[i % len(slots)] for i in range(count)]
+    row: dict[str, Any] = {"batch": batch, "adapters": sum(slot is not None for slot in slots)}
+    replays, rounds = stepper._replays, stepper._rounds
+    assert replays is not None
+    for how, graphs, rounded in (("launched", None, False), ("exact", replays, False), ("bucket", replays, rounds)):
+        stepper._replays, stepper._rounds = graphs, rounded
+        for _ in range(_GRAPHED):
+            stepper.launch(prompts, taken).wait()
+        runs, took_s = [], []
+        for _ in range(_REPEATS):
+            began_s = perf_counter()
+            running = stepper.launch(prompts, taken)
+            running.wait()
+            took_s.append(perf_counter() - began_s)
+            runs.append(running)
+        row[f"{how}_ms"] = round(median(took_s) * 1e3, 3)
+        row[f"{how}_device_ms"] = round(median(running.device_s() for running in runs) * 1e3, 3)
+    stepper._replays, stepper._rounds = replays, rounds
+    return row
+
+
+def traffic(stepper: Stepper, slots: list[int | None], turns: int, most: int, *, graphs: bool) -> dict[str, Any]:
+    """Random batches of up to so many prompts, one at a time. Memory: what the device's allocator took meanwhile."""
+    rng, replays = np.random.default_rng(most), stepper._replays
+    assert replays is not None
+    replays.clear()
+    torch.cuda.empty_cache()
+    before_bytes = torch.cuda.memory_reserved()
+    took_s, capture_s = [], []
+    for _ in range(turns):
+        lengths = np.clip(rng.lognormal(np.log(200), 0.8, rng.integers(1, most + 1)), 1, 2000).astype(int)
+        lengths = lengths[: max(1, int((lengths.cumsum() <= 8192).sum()))]
+        prompts = [rng.integers(0, 1000, length, dtype=np.int32) for length in lengths]
+        taken = [slots[int(rng.integers(len(slots)))] for _ in prompts]
+        stepper._replays, held, began_s = replays if graphs else None, len(replays), perf_counter()
+        running = stepper.launch(prompts, taken)
+        running.wait()
+        took_s.append(perf_counter() - began_s)
+        if len(replays) > held:
+            capture_s.append(running.took_s)
+    stepper._replays, late_s = replays, sorted(took_s[turns // 2 :])
+    return {
+        "batch": f"up to {most} prompts", "graphs": len(replays) if graphs else 0,
+        "ms": round(sum(took_s) / turns * 1e3, 3), "later_ms": round(sum(late_s) / len(late_s) * 1e3, 3),
+        "later_p50_ms": round(median(late_s) * 1e3, 3), "later_p99_ms": round(late_s[len(late_s) * 99 // 100] * 1e3, 3),
+        "capture_ms": round(median(capture_s) * 1e3, 3) if capture_s else "",
+        "reserved_mib": (torch.cuda.memory_reserved() - before_bytes) >> 20,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
+    parser.add_argument("--turns", type=int, default=1500)
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
+    parser.add_argument("--name", default="buckets-h200")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = write_model(folder / "model", layers=options.layers)
+        made = refs(write_adapters(folder / "adapters", 8, layers=options.layers))
+        engine = Engine(EngineConfig(model, slots=8, lora_modules=ATTENTION))
+        engine.start()
+        try:
+            for adapter in made:
+                engine.load(adapter)
+        finally:
+            engine.stop()
+        base: list[int | None] = [None]
+        slots = [engine.slot_of(adapter) for adapter in made]
+        batches = [fixed(engine.stepper, batch, taken) for taken in (base, slots) for batch in _BATCHES]
+        mixed = [
+            traffic(engine.stepper, [*base, *slots], options.turns, most, graphs=graphs)
+            for most in (1, 8, 32)
+            for graphs in (False, True)
+        ]
+    report.save(f"{options.name}-fixed", batches, options.out)
+    report.save(f"{options.name}-traffic", mixed, options.out)
+
+
+if __name__ == "__main__":
+    main()
