@@ -91,8 +91,8 @@ class Replicas:
                 raise second.error from failure
 
     async def _attempt(self, call: EmbedCall, avoid: str | None) -> EmbedReply:
-        handle = self._handle.options(method_name="embed", multiplexed_model_id=call.adapter or "")
-        response = handle.remote(call, avoid=avoid)
+        # Not as a multiplexed model id: Ray 2.60 keeps every call that has one, unless its own multiplexing routes it.
+        response = self._handle.options(method_name="embed").remote(call, adapter=call.adapter, avoid=avoid)
         try:
             result: EmbedReply | EmbedRefusal = await response
         except asyncio.CancelledError:

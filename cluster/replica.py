@@ -42,11 +42,13 @@ class Replica:
             "replica %s (rank %d) serves %s, metrics on %s", self._id, self._rank, args.base_names[0], self._target
         )
 
-    async def embed(self, call: EmbedCall, avoid: str | None = None) -> EmbedReply | EmbedRefusal:
+    async def embed(
+        self, call: EmbedCall, adapter: str | None = None, avoid: str | None = None
+    ) -> EmbedReply | EmbedRefusal:
         """The vectors of a call, or why not. Cancelled, it drops what has not reached the device.
 
         Args:
-            avoid: read by the router, not here.
+            adapter, avoid: read by the router, not here.
         """
         try:
             return self._reply(await self._answer(call))

@@ -17,6 +17,7 @@ from ranklet.routing.view import ReplicaView
 
 RESIDENT = "resident"  # key of a replica's routing stats: names of the adapters in its slots
 RANK = "rank"  # key of a replica's metadata
+ADAPTER = "adapter"  # keyword argument of a call: the adapter's name, None for the base
 AVOID = "avoid"  # keyword argument of a call: id of the replica that has just failed it
 _LOGGED_FAILURES = 100  # one full traceback per so many
 
@@ -65,12 +66,13 @@ class AdapterRouter(RequestRouter):
         if pending is None:
             return candidates
         views = [self._current(replica) for replica in candidates]
-        order = affinity.prefer(views, pending.metadata.multiplexed_model_id, self._policy, next(self._turns))
+        adapter = pending.kwargs.get(ADAPTER)
+        order = affinity.prefer(views, adapter, self._policy, next(self._turns))
         avoid = pending.kwargs.get(AVOID)
         if avoid:
             order.sort(key=lambda index: views[index].id == avoid)  # stable: last, the others keep their order
-        if order and pending.metadata.multiplexed_model_id:
-            tally.current().count(views, order[0], pending.metadata.multiplexed_model_id, self._policy)
+        if order and adapter:
+            tally.current().count(views, order[0], adapter, self._policy)
         return [candidates[index] for index in order]
 
     def _current(self, replica: RunningReplica) -> ReplicaView:

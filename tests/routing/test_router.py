@@ -29,8 +29,8 @@ def stated(rank: int, *resident: str) -> Stated:
 
 
 def pending(adapter: str, **kwargs: Any) -> Any:
-    metadata = SimpleNamespace(multiplexed_model_id=adapter)
-    return SimpleNamespace(metadata=metadata, kwargs=kwargs, routing_context=SimpleNamespace(should_backoff=False))
+    asked = {"adapter": adapter, **kwargs}
+    return SimpleNamespace(kwargs=asked, routing_context=SimpleNamespace(should_backoff=False))
 
 
 @pytest.fixture
