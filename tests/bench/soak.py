@@ -33,11 +33,9 @@ from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model
 
 _PROMPTS_EACH = 6
 _KINDS = {
-    "ray::Replica": "replica actor",
-    "ranklet.replicas.worker": "engine",
-    "ray::": "gateways",
+    ":Replica": "replica actor", ":Gateway": "gateways", "ray::": "ray's actors", "ranklet.replicas.worker": "engine",
     "haproxy": "haproxy",
-}
+}  # fmt: skip
 
 
 @dataclass
