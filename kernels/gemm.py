@@ -224,7 +224,7 @@ def can_fuse(x: Tensor, stack: LinearStack, tiles: Tiles, tile: FusedTile) -> bo
         return False
     if x.is_cuda and not is_hopper(x.device):
         return False
-    return _suits(x, len(tiles.blocks) * BLOCK_ROWS, tile) and not any(width % tile.block_n for width in stack.widths)
+    return suits(x, len(tiles.blocks) * BLOCK_ROWS, tile) and not any(width % tile.block_n for width in stack.widths)
 
 
 def can_rotate(tile: FusedTile, rotary: Rotary) -> bool:
@@ -238,10 +238,11 @@ def _can_rotate_plain(x: Tensor, weight: Tensor, rotary: Rotary) -> bool:
     if not is_hopper(x.device):
         return False
     tile = _plain(x, rotary)
-    return _suits(x, x.shape[0], tile) and weight.shape[0] % tile.block_n == 0 and can_rotate(tile, rotary)
+    return suits(x, x.shape[0], tile) and weight.shape[0] % tile.block_n == 0 and can_rotate(tile, rotary)
 
 
-def _suits(x: Tensor, rows: int, tile: FusedTile) -> bool:
+def suits(x: Tensor, rows: int, tile: FusedTile) -> bool:
+    """What every product of this kind asks of x: many rows, 16 bits, whole steps over K, rows that TMA can read."""
     return (
         rows > _LEAST_ROWS
         and x.dtype in (torch.bfloat16, torch.float16)

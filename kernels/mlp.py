@@ -11,10 +11,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ranklet.kernels.batch import BLOCK_ROWS
+from ranklet.kernels.gemm import suits
 from ranklet.kernels.launch import is_hopper, processors_of
 from ranklet.kernels.tiles import FusedTile, Key, table
-
-_LEAST_ROWS = 1024  # up to so many, cuBLAS splits K and this does not
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -65,10 +64,10 @@ def gated(x: Tensor, weight: Tensor) -> Tensor:
 
 def can_gate(x: Tensor, weight: Tensor) -> bool:
     """Whether `gated` takes this and gains by it: Hopper or later, 16 bits, whole blocks, many rows."""
-    if not is_hopper(x.device) or x.shape[0] <= _LEAST_ROWS or x.dtype not in (torch.bfloat16, torch.float16):
+    if not is_hopper(x.device):
         return False
     tile = _tile(x, weight)
-    return weight.shape[0] // 2 % tile.block_n == 0 and x.shape[1] % tile.block_k == 0 and weight.is_contiguous()
+    return suits(x, x.shape[0], tile) and weight.shape[0] // 2 % tile.block_n == 0 and weight.is_contiguous()
 
 
 def _tile(x: Tensor, weight: Tensor) -> FusedTile:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ranklet.kernels.batch import power_of_four, power_of_two
+from ranklet.replicas.ragged import LEAST_LONGEST
 
-_LEAST_LONGEST = 128
 _LEAST_TOKENS = 16
 _COARSE_TOKENS = 1024  # up to so many, a replay saves more than a quarter of the tokens costs
 
@@ -25,7 +25,7 @@ class Bucket:
     @classmethod
     def of(cls, lengths: Sequence[int]) -> "Bucket":
         """The bucket of prompts of these lengths, each at least 1."""
-        asked, longest = sum(lengths), power_of_two(max(*lengths, _LEAST_LONGEST))
+        asked, longest = sum(lengths), power_of_two(max(*lengths, LEAST_LONGEST))
         tokens = _rounded(asked)
         fillers = -(-(tokens - asked) // longest)
         return cls(tokens, 2 * power_of_four(-(-(len(lengths) + fillers) // 2)), longest)

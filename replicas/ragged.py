@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ranklet.kernels.batch import power_of_two
 from ranklet.kernels.launch import is_hopper
 
 logger = logging.getLogger(__name__)
@@ -73,13 +74,9 @@ def _module() -> Any:
 def pad(offsets: Tensor, requests: int, heads: tuple[int, int], width: int) -> Padded:
     """Spans' offsets [B + 1] with requests of length 0 behind them, up to a power of two."""
     queries, keys = heads
-    missing = _bucket(requests, 1) - requests
+    missing = power_of_two(requests) - requests
     padded = torch.cat((offsets, offsets[-1:].expand(missing))) if missing else offsets
     return Padded(padded * ((queries + 2 * keys) * width), padded * (queries * width), padded.diff())
-
-
-def _bucket(value: int, least: int) -> int:
-    return max(least, 1 << (value - 1).bit_length())
 
 
 def warm(
@@ -88,9 +85,9 @@ def warm(
     """Build and run the graphs of all batches of up to so many requests and tokens a request: some 40 ms each."""
     queries, keys = heads
     qkv = torch.zeros(1, (queries + 2 * keys) * width, dtype=dtype, device=device)
-    for powers in range(_bucket(requests, 1).bit_length()):
+    for powers in range(power_of_two(requests).bit_length()):
         nothing = torch.zeros((1 << powers) + 1, dtype=torch.int32, device=device)
-        for more in range((_bucket(longest, LEAST_LONGEST) // LEAST_LONGEST).bit_length()):
+        for more in range((power_of_two(max(longest, LEAST_LONGEST)) // LEAST_LONGEST).bit_length()):
             attend(qkv, Padded(nothing, nothing, nothing[1:]), LEAST_LONGEST << more, heads, width)
 
 
@@ -108,7 +105,7 @@ def attend(qkv: Tensor, padded: Padded, longest: int, heads: tuple[int, int], wi
     tokens, row = qkv.shape
     if tokens * row > _INT32_MAX:
         return None
-    shape = Shape(len(padded.lengths), _bucket(longest, LEAST_LONGEST), queries, keys, width, qkv.dtype)
+    shape = Shape(len(padded.lengths), power_of_two(max(longest, LEAST_LONGEST)), queries, keys, width, qkv.dtype)
     engine = _engine(qkv.device)
     graph = engine.graph(shape)
     if graph is None:

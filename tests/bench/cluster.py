@@ -6,8 +6,10 @@ usage: python -m tests.bench.cluster [--replicas 2] [--gateways 4] [--adapters 1
 import argparse
 import asyncio
 import base64
+import contextlib
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 import yaml
 
-from ranklet.cluster.local import LocalCluster
+from ranklet.cluster.local import LocalCluster, State
 from tests.assets.tokenizer import save_tokenizer
 from tests.bench import report
 from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model
@@ -45,6 +47,26 @@ def configuration(folder: Path, replicas: int, gateways: int, slots: int) -> dic
             ],
         }],
     }  # fmt: skip
+
+
+@contextlib.contextmanager
+def served(
+    folder: Path, layers: int, adapters: int, *, replicas: int = 1, gateways: int, slots: int, backend: str = "auto"
+) -> Iterator[tuple[State, list[str]]]:
+    """A cluster of random weights at the real widths, and its adapters' names; stopped in the end."""
+    write_model(folder / "model", layers=layers)
+    save_tokenizer(folder / "model", vocab_size=1024, max_length=32_768)
+    made = write_adapters(folder / "adapters", adapters, layers=layers)
+    asked = configuration(folder, replicas, gateways, slots)
+    asked["applications"][0]["args"]["engine"]["backend"] = backend
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(asked))
+    cluster = LocalCluster(http_port=0, report=print)
+    state = cluster.start(path, timeout_s=300)
+    try:
+        yield state, [one.name for one in made]
+    finally:
+        cluster.stop()
 
 
 async def drive(url: str, adapters: list[str], requests: int, tokens: int, concurrency: int) -> list[dict[str, Any]]:
@@ -109,24 +131,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     parser.add_argument("--name", default="cluster-2xh200")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        write_model(folder / "model", layers=options.layers)
-        save_tokenizer(folder / "model", vocab_size=1024, max_length=32_768)
-        made = write_adapters(folder / "adapters", options.adapters, layers=options.layers)
-        path = folder / "config.yaml"
-        path.write_text(yaml.safe_dump(configuration(folder, options.replicas, options.gateways, options.slots)))
-        cluster = LocalCluster(http_port=0, report=print)
-        url = cluster.start(path, timeout_s=300).base_url
-        try:
-            rows = []
-            for label in ("cold", "steady", "steady again"):
-                began = perf_counter()
-                drawn = drive(url, [p.name for p in made], options.requests, options.tokens, options.concurrency)
-                answers = asyncio.run(drawn)
-                rows.append(summary(answers, perf_counter() - began, options.tokens, label))
-        finally:
-            cluster.stop()
+    shape = {"replicas": options.replicas, "gateways": options.gateways, "slots": options.slots}
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        served(Path(scratch), options.layers, options.adapters, **shape) as (state, names),
+    ):
+        rows = []
+        for label in ("cold", "steady", "steady again"):
+            began = perf_counter()
+            drawn = drive(state.base_url, names, options.requests, options.tokens, options.concurrency)
+            answers = asyncio.run(drawn)
+            rows.append(summary(answers, perf_counter() - began, options.tokens, label))
     report.save(options.name, rows, options.out)
 
 

@@ -17,17 +17,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
 from rich.progress import track
 
 from ranklet.cluster.bench.outcome import Outcome
 from ranklet.cluster.bench.plan import Plan
 from ranklet.cluster.bench.run import bench
-from ranklet.cluster.local import LocalCluster
-from tests.assets.tokenizer import save_tokenizer
 from tests.bench import report
-from tests.bench.cluster import configuration
-from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model
+from tests.bench.cluster import served
+from tests.bench.shapes import QWEN3_EMBEDDING_06B
 
 _BUSY = "ranklet_device_busy_seconds_total"
 
@@ -115,28 +112,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     parser.add_argument("--name", default="http-h200")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        write_model(folder / "model", layers=options.layers)
-        save_tokenizer(folder / "model", vocab_size=1024, max_length=32_768)
-        write_adapters(folder / "adapters", 64, layers=options.layers)
-        asked = configuration(folder, 1, options.gateways, 64)
-        asked["applications"][0]["args"]["engine"]["backend"] = options.backend
-        path = folder / "config.yaml"
-        path.write_text(yaml.safe_dump(asked))
-        cluster = LocalCluster(http_port=0, report=print)
-        url = cluster.start(path, timeout_s=300).base_url
-        try:
-            work = {name: plan for name, plan in plans(url, options.processes).items() if options.only in name}
-            everyone = dataclasses.replace(plans(url, options.processes)["1200 x 512, 64 adapters"], num_prompts=512)
-            bench(everyone)  # loads the adapters
-            engine = engine_rates(options.out / "engine-h200.json")
-            rows = [
-                row(name, list(measured(url, plan, options.repeats)), engine)
-                for name, plan in track(work.items(), "measuring")
-            ]
-        finally:
-            cluster.stop()
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        served(
+            Path(scratch), options.layers, 64, gateways=options.gateways, slots=64, backend=options.backend
+        ) as (state, _),
+    ):  # fmt: skip
+        url, every = state.base_url, plans(state.base_url, options.processes)
+        bench(dataclasses.replace(every["1200 x 512, 64 adapters"], num_prompts=512))  # loads the adapters
+        engine = engine_rates(options.out / "engine-h200.json")
+        work = {name: plan for name, plan in every.items() if options.only in name}
+        rows = [
+            row(name, list(measured(url, plan, options.repeats)), engine)
+            for name, plan in track(work.items(), "measuring")
+        ]
     report.save(options.name, rows, options.out)
 
 

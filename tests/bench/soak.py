@@ -21,15 +21,12 @@ import aiohttp
 import numpy as np
 import orjson
 import torch
-import yaml
 from numpy.typing import NDArray
 
-from ranklet.cluster.local import LocalCluster
 from ranklet.kernels.mixes import assign
-from tests.assets.tokenizer import save_tokenizer
 from tests.bench import report
-from tests.bench.cluster import configuration
-from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model
+from tests.bench.cluster import served
+from tests.bench.shapes import QWEN3_EMBEDDING_06B
 
 _PROMPTS_EACH = 6
 _KINDS = {
@@ -42,7 +39,6 @@ _KINDS = {
 class Tally:
     """What came back."""
 
-    least: float = 1.0
     cosines: list[float] = field(default_factory=list)
     tokens: int = 0
     failures: Counter[str] = field(default_factory=Counter)
@@ -162,21 +158,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     parser.add_argument("--name", default="soak-h200")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        write_model(folder / "model", layers=options.layers)
-        save_tokenizer(folder / "model", vocab_size=1024, max_length=32_768)
-        made = write_adapters(folder / "adapters", options.adapters, layers=options.layers)
-        path = folder / "config.yaml"
-        path.write_text(yaml.safe_dump(configuration(folder, 1, options.gateways, options.slots)))
-        cluster = LocalCluster(http_port=0, report=print)
-        state = cluster.start(path, timeout_s=300)
-        prompts = Prompts([one.name for one in made], options.longest, QWEN3_EMBEDDING_06B.vocab)
-        try:
-            asked = soak(state.base_url, prompts, options.minutes, options.concurrency, state.pid)
-            tally, memory = asyncio.run(asked)
-        finally:
-            cluster.stop()
+    shape = {"gateways": options.gateways, "slots": options.slots}
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        served(Path(scratch), options.layers, options.adapters, **shape) as (state, names),
+    ):
+        prompts = Prompts(names, options.longest, QWEN3_EMBEDDING_06B.vocab)
+        asked = soak(state.base_url, prompts, options.minutes, options.concurrency, state.pid)
+        tally, memory = asyncio.run(asked)
     cosines = np.array(tally.cosines)
     rows: list[dict[str, Any]] = [{
         "minute": "all", "answers": len(cosines), "failed": dict(tally.failures),

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ranklet.replicas.call import Answer
 from ranklet.replicas.engine import Engine
 from ranklet.replicas.errors import RankletError
+from ranklet.replicas.process import EngineProcess
 from ranklet.replicas.reference import AdapterRef, revision_of
 from tests.assets.oracle import cosine, encode
 
@@ -26,8 +27,9 @@ def prompts(model_dir: Path, texts: Sequence[str]) -> list[NDArray[np.int32]]:
 
 
 def submit(
-    engine: Engine, asked: Sequence[NDArray[np.int32]], adapter: AdapterRef | None = None, dimensions: int | None = None
-) -> Future[Answer]:
+    engine: Engine | EngineProcess, asked: Sequence[NDArray[np.int32]], adapter: AdapterRef | None = None,
+    dimensions: int | None = None,
+) -> Future[Answer]:  # fmt: skip
     """Queue a request; a second call of `done` raises in the engine and fails the test that sees its thread die."""
     future: Future[Answer] = Future()
 

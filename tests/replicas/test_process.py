@@ -7,23 +7,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from ranklet.replicas.call import Answer
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine import Engine
 from ranklet.replicas.errors import InvalidAdapter, InvalidRequest, ModelError, RankletError, Saturated, Unavailable
 from ranklet.replicas.process import EngineProcess
-from ranklet.replicas.reference import AdapterRef
 from ranklet.replicas.stats import BatchRecord, Listener
 from tests.assets.make import AdapterSpec
-from tests.replicas.asking import PATIENCE_S, ask, ref
+from tests.replicas.asking import PATIENCE_S, ask, ref, submit
 
 PROMPTS = [np.arange(1, length, dtype=np.int32) for length in (5, 40, 9)]
 
@@ -53,22 +49,6 @@ def remote(model_dir: Path) -> Iterator[EngineProcess]:
     made.stop()
 
 
-def submit(
-    engine: EngineProcess, prompts: list[NDArray[np.int32]] = PROMPTS, adapter: AdapterRef | None = None,
-    dimensions: int | None = None,
-) -> "Future[Answer]":  # fmt: skip
-    future: Future[Answer] = Future()
-
-    def done(result: Answer | RankletError) -> None:
-        if isinstance(result, RankletError):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
-
-    engine.submit(prompts, adapter, dimensions, done)
-    return future
-
-
 def until(happened: Any) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not happened():
@@ -80,7 +60,7 @@ def test_answers_are_those_of_an_engine_here(
     remote: EngineProcess, engine: Engine, adapter_specs: list[AdapterSpec]
 ) -> None:
     for adapter in (None, ref(adapter_specs[0].path)):
-        ours, theirs = submit(remote, adapter=adapter).result(PATIENCE_S), ask(engine, PROMPTS, adapter)
+        ours, theirs = submit(remote, PROMPTS, adapter).result(PATIENCE_S), ask(engine, PROMPTS, adapter)
         np.testing.assert_allclose(ours.vectors, theirs.vectors, atol=1e-5)
         assert (ours.prompt_tokens, ours.backend) == (theirs.prompt_tokens, theirs.backend)
     assert ours.compute_s > 0
@@ -99,10 +79,10 @@ def test_loads_show_and_snapshots_come(remote: EngineProcess, adapter_specs: lis
 
 def test_refusals_come_as_they_are(remote: EngineProcess, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="dimensions: expected"):
-        submit(remote, dimensions=10**6).result(PATIENCE_S)
+        submit(remote, PROMPTS, dimensions=10**6).result(PATIENCE_S)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InvalidAdapter) as refused:
-        submit(remote, adapter=ref(tmp_path)).result(PATIENCE_S)
+        submit(remote, PROMPTS, ref(tmp_path)).result(PATIENCE_S)
     assert refused.value.findings
     assert refused.value.param == "model"
     with pytest.raises(InvalidAdapter):
@@ -125,23 +105,23 @@ def test_a_cancelled_request_is_dropped_and_forgotten(remote: EngineProcess) -> 
     ticket = remote.submit(long, None, None, lambda result: pytest.fail("cancelled requests are not answered"))
     ticket.cancel()
     first.result(PATIENCE_S)
-    submit(remote).result(PATIENCE_S)
+    submit(remote, PROMPTS).result(PATIENCE_S)
     assert remote._waiting == {}
 
 
 def test_who_waits_when_it_dies_is_told(model_dir: Path) -> None:
     engine = EngineProcess(EngineConfig(model_dir))
     engine.start()
-    submit(engine).result(PATIENCE_S)
+    submit(engine, PROMPTS).result(PATIENCE_S)
     until(engine.healthy)
     os.kill(engine.pid, signal.SIGSTOP)
-    waiting = submit(engine)
+    waiting = submit(engine, PROMPTS)
     os.kill(engine.pid, signal.SIGKILL)
     with pytest.raises(Unavailable, match="has ended"):
         waiting.result(PATIENCE_S)
     assert not engine.healthy()
     with pytest.raises(Unavailable):
-        submit(engine).result(PATIENCE_S)
+        submit(engine, PROMPTS).result(PATIENCE_S)
     engine.stop()
 
 
