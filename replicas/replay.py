@@ -43,7 +43,7 @@ class Replays:
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._sightings: OrderedDict[Hashable, float] = OrderedDict()  # of shapes without a graph
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -88,6 +88,8 @@ class Replays:
         if len(self._graphs) >= self._most:
             main.synchronize()  # the graph to drop may be running
             self._graphs.popitem(last=False)
+        if not self._graphs:  # torch gives a pool up with its last graph, and then refuses to capture into it
+            self._pool = torch.cuda.graph_pool_handle()
         self._stream.wait_stream(main)
         try:
             with torch.cuda.stream(self._stream):
