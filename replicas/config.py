@@ -29,6 +29,7 @@ class EngineConfig:
     max_model_len: int | None = None  # None: what the model says, at most max_batch_tokens
     max_waiting_tokens: int = 4_000_000  # beyond it requests are refused with 503
     host_cache_bytes: int = 4 << 30
+    load_timeout_s: float = 8.0  # requests wait so long for an adapter on its way; then they are told to come back
     merged_bytes: int = 0  # device memory for merged weights of adapters that dominate traffic
     backend: str = "auto"  # of LoRA; "fastest" may give up a little accuracy for speed, see kernels/dispatch.py
     base_aliases: tuple[str, ...] = field(default=())  # names (fnmatch patterns) adapters may call this base by
@@ -47,6 +48,8 @@ class EngineConfig:
                 f"max_model_len: expected at most max_batch_tokens ({self.max_batch_tokens}), since a prompt runs in "
                 f"one batch; got {self.max_model_len}. Raise max_batch_tokens or lower max_model_len"
             )
+        if not self.load_timeout_s > 0:
+            raise ValueError(f"load_timeout_s: expected more than 0, got {self.load_timeout_s}")
         for name in ("host_cache_bytes", "merged_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")

@@ -21,7 +21,7 @@ from ranklet.replicas.architecture import read_architecture, read_config
 from ranklet.replicas.call import Answer, Call, Prompt, Ticket
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.device import pick_device, pick_dtype
-from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unavailable
+from ranklet.replicas.errors import InternalError, RankletError, Saturated, StillLoading, Unavailable
 from ranklet.replicas.flight import Flight, adapters_of, names_of, requests_of
 from ranklet.replicas.loader import Loader, LoadOutcome
 from ranklet.replicas.model import Decoder
@@ -37,6 +37,7 @@ from ranklet.replicas.step import Stepper
 
 _PROBE = np.zeros(1, dtype=np.int32)
 _LEAD_S = 0.004  # from the decision to launch until the device has its first work, and what a forecast may be off by
+_HUNG_S = 30.0  # a batch is on the device for so long: it will not come back
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +172,42 @@ class Engine:
         with self._wake:
             return tuple(ref.name for ref in self._residency.table.resident())
 
+    def coming(self) -> tuple[str, ...]:
+        """Names of the adapters on their way to a slot."""
+        with self._wake:
+            return tuple(ref.name for ref in self._residency.coming())
+
+    def hosted(self) -> tuple[str, ...]:
+        """Names of the adapters in the host cache."""
+        return tuple(ref.name for ref in self._loader.host.refs())
+
+    def taken(self) -> int:
+        """Slots with an adapter on its way to it, or one that was used of late."""
+        with self._wake:
+            return self._residency.taken()
+
+    def stuck_s(self) -> float:
+        """How long the oldest batch has been on the device, 0 without one or where that says nothing (CPU)."""
+        with self._wake:
+            launched_s = self._flights[0].running.launched_s if self._flights and self._depth > 1 else None
+        return 0.0 if launched_s is None else perf_counter() - launched_s
+
+    def expire(self) -> None:
+        """Refuse what has waited too long for an adapter on its way; whoever runs the engine calls it now and then."""
+        limit_s = self.config.load_timeout_s
+        with self._wake:
+            overdue = self._residency.overdue(limit_s)
+            lost = [work for work in self._scheduler.waiting() if work.adapter in overdue] if overdue else []
+            self._scheduler.remove(lost)
+        for work in lost:
+            assert work.adapter is not None
+            work.call.fail(
+                StillLoading(
+                    f"adapter {work.adapter.name!r}: expected it within {limit_s:g} s (engine.load_timeout_s), but its "
+                    "files are still being read. Try again"
+                )
+            )
+
     def slot_of(self, adapter: AdapterRef) -> int | None:
         """The slot an adapter is ready in, None if it is in none."""
         with self._wake:
@@ -187,7 +224,7 @@ class Engine:
             running = [*self._launching, *(work for flight in self._flights for work in flight.prompts)]
             return Snapshot(
                 resident=self.resident(),
-                hosted=tuple(ref.name for ref in self._loader.host.refs()),
+                hosted=self.hosted(),
                 waiting_requests=requests_of(waiting),
                 waiting_tokens=self._scheduler.waiting_tokens,
                 running_requests=requests_of(running),
@@ -200,7 +237,7 @@ class Engine:
 
     def healthy(self) -> bool:
         """Whether the engine can still answer: its threads live and its device computes."""
-        return all(thread.is_alive() for thread in self._threads) and not self._broken
+        return all(thread.is_alive() for thread in self._threads) and not self._broken and self.stuck_s() < _HUNG_S
 
     # Admission
 

@@ -7,6 +7,7 @@ RankletError
 ├── AdapterNotFound     a registered adapter's folder is gone          404 adapter_not_found
 ├── Saturated           too much waits already; come back later        503 saturated
 ├── Unavailable         nothing here can answer now (dying, draining)  503 unavailable
+├── StillLoading        the adapter's files take longer than the wait  503 adapter_loading
 ├── ModelError          the base model folder cannot be served         (start-up only)
 └── InternalError       a defect of ranklet, or the device failed      500 internal_error
 """
@@ -79,6 +80,12 @@ class Unavailable(RankletError):
     """No engine can answer now; the same request may succeed shortly, or elsewhere."""
 
     code = "unavailable"
+
+
+class StillLoading(RankletError):
+    """The adapter is on its way and takes longer than a request may wait; the load goes on."""
+
+    code = "adapter_loading"
 
 
 class ModelError(RankletError):

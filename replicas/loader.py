@@ -12,7 +12,8 @@ from ranklet.replicas.errors import InternalError, RankletError
 from ranklet.replicas.pool import AdapterPool, PackedAdapter, pack
 from ranklet.replicas.reference import AdapterRef
 
-_THREADS = 2  # one reads the disk while the other copies to the device
+_READERS = 8  # loads from disk at once: a folder that hangs takes one of them, and holds up no other load
+_COPIERS = 2  # loads from the host cache, which never wait for a disk
 
 
 class HostCache:
@@ -71,11 +72,13 @@ class Loader:
         self.host = HostCache(host_cache_bytes)
         self._pool = pool
         self._expected = expected
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="ranklet-load")
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="ranklet-read")
+        self._copiers = ThreadPoolExecutor(_COPIERS, thread_name_prefix="ranklet-copy")
 
     def start(self, ref: AdapterRef, slot: int, done: Callable[[LoadOutcome], None]) -> None:
         """Load an adapter into a slot; `done` is called on a loader thread, whatever happens."""
-        self._threads.submit(self._run, ref, slot, done)
+        threads = self._copiers if ref in self.host else self._readers
+        threads.submit(self._run, ref, slot, done)
 
     def _run(self, ref: AdapterRef, slot: int, done: Callable[[LoadOutcome], None]) -> None:
         began = perf_counter()
@@ -99,4 +102,5 @@ class Loader:
 
     def stop(self) -> None:
         """Finish the loads under way and start no more."""
-        self._threads.shutdown(cancel_futures=True)
+        for threads in (self._copiers, self._readers):
+            threads.shutdown(cancel_futures=True)

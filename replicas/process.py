@@ -28,7 +28,8 @@ from ranklet.replicas.stats import Listener, Snapshot
 from ranklet.replicas.wire import Call, Cancel, News, Outbox, Reply, State
 
 _PROGRAM = "ranklet.replicas.worker"
-_SILENCE_S = 30.0  # without a sign of life for so long it counts as hung
+_SILENCE_S = 10.0  # without a sign of life for so long it counts as hung
+_PAUSE_S = 2.0  # and is not at work after so long, or with a batch that long on the device
 _SNAPSHOT_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 30.0
 
@@ -123,6 +124,23 @@ class EngineProcess:
     def healthy(self) -> bool:
         """Whether the process lives, was heard of lately, and calls its engine healthy."""
         return not self._gone and self._state.healthy and monotonic() - self._heard_s < _SILENCE_S
+
+    def coming(self) -> tuple[str, ...]:
+        """As `Engine.coming`, as of the last news."""
+        return self._state.coming
+
+    def hosted(self) -> tuple[str, ...]:
+        """As `Engine.hosted`, as of the last news."""
+        return self._state.hosted
+
+    def taken(self) -> int:
+        """As `Engine.taken`, as of the last news."""
+        return self._state.taken
+
+    def at_work(self) -> bool:
+        """Whether it would answer soon: healthy, heard of just now, and no batch hangs."""
+        paused = monotonic() - self._heard_s > _PAUSE_S or self._state.stuck_s > _PAUSE_S
+        return self.healthy() and not paused
 
     def _ask(self, method: str, *arguments: Any) -> "Future[Any]":
         future: Future[Any] = Future()

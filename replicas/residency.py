@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from time import monotonic
 
 from ranklet.replicas.errors import InvalidAdapter, RankletError
 from ranklet.replicas.loader import Loader, LoadOutcome
@@ -11,6 +12,7 @@ from ranklet.replicas.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.slots import SlotTable
 
 _REMEMBERED_REFUSALS = 256
+LATELY_S = 30.0
 
 
 @dataclass
@@ -27,6 +29,8 @@ class Residency:
     loaded: Callable[[LoadOutcome], None]
     evicted: Callable[[str], None]
     asked: dict[AdapterRef, Future[AdapterInfo]] = field(default_factory=dict)  # loads that no prompt waits for
+    _began: dict[AdapterRef, float] = field(default_factory=dict)  # loads under way, since when
+    _used: dict[AdapterRef, float] = field(default_factory=dict)  # those in a slot, when last
     _info: dict[AdapterRef, AdapterInfo] = field(default_factory=dict)
     _refused: OrderedDict[AdapterRef, RankletError] = field(default_factory=OrderedDict)
 
@@ -46,8 +50,18 @@ class Residency:
             return "gpu"
         return "host" if ref in self.loader.host else "disk"
 
+    def coming(self) -> tuple[AdapterRef, ...]:
+        """Adapters on their way to a slot."""
+        return tuple(self._began)
+
+    def taken(self) -> int:
+        """Slots with an adapter on its way, or one that was used of late; the others cost nobody anything to evict."""
+        now_s = monotonic()
+        return len(self._began) + sum(now_s - since_s < LATELY_S for since_s in self._used.values())
+
     def acquire(self, refs: Sequence[AdapterRef | None]) -> list[int | None]:
         """The slots of a batch's adapters, each held until `release`."""
+        self._used.update(dict.fromkeys((ref for ref in refs if ref is not None), monotonic()))
         return [None if ref is None else self.table.acquire(ref) for ref in refs]
 
     def release(self, refs: Sequence[AdapterRef | None]) -> None:
@@ -83,15 +97,24 @@ class Residency:
             slot, evicted = place
             if evicted is not None:
                 del self._info[evicted]
+                self._used.pop(evicted, None)
                 self.evicted(evicted.name)
+            self._began[ref] = monotonic()
             self.loader.start(ref, slot, self.loaded)
+
+    def overdue(self, after_s: float) -> frozenset[AdapterRef]:
+        """Adapters that have been on their way for longer."""
+        now_s = monotonic()
+        return frozenset(ref for ref, since_s in self._began.items() if now_s - since_s > after_s)
 
     def settle(self, outcome: LoadOutcome) -> tuple[Future[AdapterInfo] | None, AdapterInfo | None]:
         """Enter a finished load; returns who asked for it and what they get (None: `outcome.error`)."""
         ref, packed, error = outcome.ref, outcome.packed, outcome.error
         asked = self.asked.pop(ref, None)
+        self._began.pop(ref, None)
         if packed is not None:
             self.table.loaded(ref)
+            self._used[ref] = monotonic()
             self._info[ref] = AdapterInfo(ref.name, ref.revision, packed.adapter_rank, packed.modules, packed.nbytes)
             return asked, self._info[ref]
         self.table.failed(ref)

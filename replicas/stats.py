@@ -66,3 +66,30 @@ class Listener:
 
     def cancelled(self, requests: int) -> None:
         """Requests were dropped before they reached the device, because their client had gone."""
+
+
+class Listeners(Listener):
+    """Passes everything on to several, in order."""
+
+    def __init__(self, *listeners: Listener) -> None:
+        self._listeners = listeners
+
+    def batch(self, record: BatchRecord) -> None:
+        for listener in self._listeners:
+            listener.batch(record)
+
+    def load(self, record: LoadRecord) -> None:
+        for listener in self._listeners:
+            listener.load(record)
+
+    def evicted(self, adapter: str) -> None:
+        for listener in self._listeners:
+            listener.evicted(adapter)
+
+    def tier_hit(self, tier: str) -> None:
+        for listener in self._listeners:
+            listener.tier_hit(tier)
+
+    def cancelled(self, requests: int) -> None:
+        for listener in self._listeners:
+            listener.cancelled(requests)

@@ -48,6 +48,10 @@ class State:
 
     healthy: bool
     resident: tuple[str, ...]
+    coming: tuple[str, ...] = ()
+    hosted: tuple[str, ...] = ()
+    taken: int = 0
+    stuck_s: float = 0.0  # how long the batch on the device has been there
 
 
 class Outbox:

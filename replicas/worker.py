@@ -125,10 +125,13 @@ class Worker:
     def tell(self) -> None:
         """Say how the engine is."""
         if self._engine is not None:
-            self._outbox.put(State(self._engine.healthy(), self._engine.resident()))
+            engine = self._engine
+            held = engine.resident(), engine.coming(), engine.hosted(), engine.taken()
+            self._outbox.put(State(engine.healthy(), *held, engine.stuck_s()))
 
     def _beat(self) -> None:
         while not self._stopped.wait(_BEAT_S):
+            self._made.expire()
             self.tell()
 
 

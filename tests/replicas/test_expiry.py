@@ -1,0 +1,36 @@
+"""An adapter whose files hang: its requests are told to come back, the others go on."""
+
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+
+from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.engine import Engine
+from ranklet.replicas.errors import StillLoading
+from tests.assets.hanging import hanging
+from tests.replicas.asking import PATIENCE_S, ask, ref, submit
+
+
+def test_requests_do_not_wait_for_a_disk_that_hangs(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
+    stuck = tmp_path / "stuck"
+    shutil.copytree(adapters_dir / "legal-v2", stuck)
+    engine = Engine(EngineConfig(model_dir, slots=2, load_timeout_s=0.2))
+    engine.start()
+    prompt = [np.arange(1, 9, dtype=np.int32)]
+    medical = ref(adapters_dir / "medical")
+    with hanging(stuck / "adapter_model.safetensors"):
+        waiting = submit(engine, prompt, ref(stuck))
+        assert ask(engine, prompt, medical).vectors.shape == (1, 128)
+        assert engine.coming() == ("stuck",)
+        assert engine.taken() == 2
+        assert not waiting.done()
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not waiting.done():
+            assert time.monotonic() < deadline_s
+            engine.expire()
+        assert isinstance(waiting.exception(), StillLoading)
+        assert ask(engine, prompt, medical).tier == "gpu"
+    assert ask(engine, prompt, ref(stuck)).vectors.shape == (1, 128), "the load has gone on"
+    engine.stop()
