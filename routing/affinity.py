@@ -1,81 +1,312 @@
-"""Which replica should answer: rendezvous order over ranks, bounded load, residency. Pure: no Ray, no clock, no state.
+"""Which replica should answer a request: the one that costs least. Pure: no Ray, no clock of its own.
 
-An adapter's home is the first rank of its rendezvous order (highest random weight), so every gateway agrees on it
-without talking to the others, and a lost replica moves only its own adapters. A home that carries more than `balance`
-times the mean load is passed over, as in "Consistent Hashing with Bounded Loads" (Mirrokni and others, 2016),
-except that a replica with few requests in flight never is: at low load an adapter stays on one replica.
+The cost of a replica, in seconds: the wait that is expected there, what it takes to bring the adapter (nothing where it
+is in a slot; more where another must leave for it), and the work that padding its rank to the pool's adds. An adapter
+has as many homes as its traffic is worth, the first of its rendezvous order, and leaves them only where that pays.
 """
 
-import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
+import math
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field, fields, replace
+from queue import SimpleQueue
 
-from ranklet.routing.view import ReplicaView
+import numpy as np
+from numpy.typing import NDArray
 
-_MASK = (1 << 64) - 1
+from ranklet.routing import rendezvous
+from ranklet.routing.demand import Demand
+from ranklet.routing.fleet import Fleet, Vector
+from ranklet.routing.report import Report
+
+SHORTLIST = 8  # replicas in a choice, for a router that finds the best one full or dead
+_ROWS_BYTES = 128 << 20  # kept of adapters' costs
+_DEMANDS = 65_536  # adapters whose traffic is remembered
+_BEYOND_S = 1e5  # for a rank that the replica's pool cannot hold
+_TIGHT = 0.9  # of all slots are needed for one home each: a copy takes another adapter's only place
+_FILLED = 0.5  # of all slots may be homes
+_GLANCE_S = 0.05  # between two looks at what changes all costs
+_LOOK_S = 1.0  # between two looks at the demand for all adapters
+_NEAR_S = 1e-6  # a place further down the rendezvous order
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How far affinity is followed.
+    """What a router weighs; seconds unless said otherwise.
 
     Raises:
         ValueError: a field is out of range.
     """
 
-    balance: float = 1.25  # a replica may carry this much of the mean load
-    free_in_flight: int = 16  # up to here a replica is never passed over, whatever the mean
+    load_of_home: float = 0.02  # how much of a replica's rate one adapter may take before it gets another home,
+    load_of_crowded_home: float = 0.5  # and where the slots have no room for so many homes
+    tie_s: float = 0.005  # waits that differ by less are as good as equal
+    scatter_s: float = 0.1  # what one more place for an adapter costs the others, beside its load
+    reluctance: float = 1.0  # a wait at home must be so much longer, as a part, before one more place is tried
+    tight_s: float = 1.0  # and where the adapters need nearly all slots there are
+    displace_s: float = 0.3  # and where all slots are taken, so that another adapter must leave
+    relief_s: float = 0.05  # a wait for which a copy is brought to a free slot elsewhere
+    prefetch_s: float = 0.5  # between two such orders for one adapter
+    share_s: float = 0.02  # what a home that another router looks after must spare of the wait, to be preferred
+    padding_s: float = 2.4e-9  # per token and rank of padding: what `ranklet profile` says of an H200
 
     def __post_init__(self) -> None:
-        if not 1.0 <= self.balance <= 1e6:
-            raise ValueError(f"balance: expected a number from 1 to 1e6, got {self.balance}")
-        if self.free_in_flight < 1:
-            raise ValueError(f"free_in_flight: expected at least 1, got {self.free_in_flight}")
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+                raise ValueError(f"{each.name}: expected a number from 0 on, got {value!r}")
+        for name in ("load_of_home", "load_of_crowded_home"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: expected more than 0, got 0")
 
-    def bound(self, in_flight: int, replicas: int) -> float:
-        """The load at which a replica is passed over, when `in_flight` requests are spread over `replicas`."""
-        return max(self.free_in_flight, self.balance * (in_flight + 1) / max(replicas, 1))
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Where to send a request.
 
-def prefer(replicas: Sequence[ReplicaView], adapter: str | None, policy: Policy = Policy(), turn: int = 0) -> list[int]:
-    """Indices of all `replicas`, the best first.
-
-    With an adapter: replicas below the load bound come first, among them those that hold the adapter, each group in the
-    adapter's rendezvous order; then the overloaded ones, the least loaded first. Without (base model): the least loaded
-    first, and `turn` (a running number) says who comes first among equals, so that they share the work.
-    Accepts any input: unknown ranks, negative loads, no replicas (an empty list).
+    Attributes:
+        order: indices of replicas, the best first, at most SHORTLIST.
+        hit: the best one had said that it holds the adapter; None without an adapter.
+        spill: why the best one is none of the adapter's homes: "load" (they are too busy) or "retry" (the home has just
+            failed the request). None if it is one.
+        prefetch: ids of replicas that should load the adapter now, ahead of requests.
     """
-    if len(replicas) < 2:
-        return list(range(len(replicas)))
-    if not adapter:
-        return _least_loaded(replicas, turn)
-    order = rendezvous(adapter, tuple([replica.rank for replica in replicas]))
-    loads = [replica.in_flight for replica in replicas]
-    bound = policy.bound(sum(loads), len(loads))
-    groups: tuple[list[int], list[int], list[int]] = ([], [], [])
-    for index in order:
-        groups[2 if loads[index] >= bound else adapter not in replicas[index].resident].append(index)
-    resident, absent, overloaded = groups
-    overloaded.sort(key=loads.__getitem__)
-    return resident + absent + overloaded
+
+    order: tuple[int, ...]
+    hit: bool | None = None
+    spill: str | None = None
+    prefetch: tuple[str, ...] = ()
 
 
-def _least_loaded(replicas: Sequence[ReplicaView], turn: int) -> list[int]:
-    count = len(replicas)
-    return sorted(range(count), key=lambda index: (replicas[index].in_flight, (index - turn) % count))
+@dataclass(slots=True)
+class _Row:
+    """An adapter's costs at every replica, of one membership. Arrays: [replicas]."""
+
+    order: NDArray[np.int32]  # place in its rendezvous order, from 0
+    homes: int
+    place: NDArray[np.int32] = field(init=False)  # the same, holders first
+    cost: NDArray[np.float32] = field(init=False)
+    reluctance: NDArray[np.float32] = field(init=False)  # further cost, as a part of the wait
+    absent: NDArray[np.bool_] = field(init=False)
+    made: int = -1  # `Affinity._changes` when the costs were made
+    ordered_s: float = -math.inf  # when it was last sent somewhere new
 
 
-@functools.lru_cache(maxsize=16_384)
-def rendezvous(adapter: str, ranks: tuple[int, ...]) -> tuple[int, ...]:
-    """Indices into `ranks` by descending weight; the same in every process, and stable when ranks come and go."""
-    seed = int.from_bytes(blake2b(adapter.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-    return tuple(sorted(range(len(ranks)), key=lambda index: (-_mix(seed ^ _mix(ranks[index])), ranks[index], index)))
+class Affinity:
+    """The choices of one router. Thread-safe: reports come on other threads than requests."""
+
+    def __init__(self, policy: Policy = Policy(), fleet: Fleet | None = None) -> None:
+        self.policy = policy
+        self.fleet = fleet or Fleet()
+        self.lock = threading.RLock()
+        self._rows: OrderedDict[str, _Row] = OrderedDict()
+        self._demands: OrderedDict[str, Demand] = OrderedDict()
+        self._generation = -1
+        self._looked_s, self._home_rate, self._crowded, self._tight = -math.inf, 1.0, False, 0.0
+        self._changes = 0  # of what all rows depend on
+        self._glanced_s, self._crowds, self._divisions = -math.inf, np.zeros(0, bool), -1
+        self._random = np.random.default_rng()
+        self.orders: SimpleQueue[tuple[str, str]] | None = None  # (replica, adapter) of each `Choice.prefetch`
+
+    def choose(
+        self, adapter: str | None, tokens: int, now_s: float, *, rank: int = 0, avoid: str | None = None
+    ) -> Choice:
+        """Where a request of so many tokens should go; an empty order without replicas.
+
+        Args:
+            adapter: None for the base model.
+            rank: of the adapter, 0 if unknown.
+            avoid: id of the replica that has just failed this request; it comes last.
+        """
+        with self.lock:
+            fleet = self.fleet
+            if not len(fleet):
+                return Choice(())
+            wait = fleet.waits(now_s)
+            shunned = fleet.index.get(avoid, -1) if avoid else -1
+            if not adapter:
+                cost = wait + self._random.random(len(wait)) * self.policy.tie_s  # equals take turns
+                cost += self.policy.share_s * ~fleet.own
+                return Choice(_best(cost, shunned))
+            demand = self._demand(adapter)
+            demand.count(max(tokens, 1), now_s)
+            if not 0 <= now_s - self._glanced_s <= _GLANCE_S or self._generation != fleet.generation:
+                self._glance(now_s)
+            worth = demand.tokens_per_s(now_s) / self._home_rate
+            before, homes = demand.homes, demand.settle(worth, len(fleet), now_s, hasty=self._crowded)
+            row = self._row(adapter, homes)
+            cost = wait + row.cost + wait * row.reluctance
+            if rank > 0:
+                cost += self._padding(rank, tokens)
+            order = _best(cost, shunned)
+            best = order[0]
+            prefetch: list[int] = []
+            if homes > before:
+                prefetch = np.flatnonzero((row.place < homes) & row.absent).tolist()
+            elif wait[best] > self.policy.relief_s and now_s - row.ordered_s > self.policy.prefetch_s:
+                prefetch = self._relief(row, wait, best, demand)
+            hit, spill = fleet.tenancy.places(adapter).get(best, False), self._spill(row, best, shunned)
+            if row.absent[best] or prefetch:
+                row.ordered_s = now_s
+                for i in (best, *prefetch):
+                    fleet.tenancy.claim(adapter, i, now_s)
+                self._price(adapter, row)
+            return Choice(order, hit, spill, tuple(fleet.members[i].id for i in prefetch if i != best))
+
+    def _relief(self, row: _Row, wait: Vector, best: int, demand: Demand) -> list[int]:
+        """Where a copy costs nobody anything and would have spared some of the wait."""
+        if demand.homes == 1 and not demand.is_frequent:
+            return []
+        idle = np.where(row.absent & ~self.fleet.full, wait + _NEAR_S * row.place, np.inf)
+        i = int(idle.argmin())
+        return [i] if idle[i] + self.policy.relief_s < wait[best] else []
+
+    def _spill(self, row: _Row, best: int, shunned: int) -> str | None:
+        if row.place[best] < row.homes:
+            return None
+        if shunned >= 0 and row.place[shunned] < row.homes:
+            return "retry"
+        return "load"
+
+    def _padding(self, rank: int, tokens: int) -> Vector:
+        beyond = self.fleet.pool_ranks - rank
+        known = self.fleet.pool_ranks > 0
+        cost: Vector = np.where(beyond < 0, _BEYOND_S, beyond * (tokens * self.policy.padding_s)) * known
+        return cost
+
+    def _glance(self, now_s: float) -> None:
+        """Notice what changes all costs: who is crowded, who looks after whom."""
+        self._glanced_s = now_s
+        if not 0 <= now_s - self._looked_s <= _LOOK_S:
+            self._look_at_demand(now_s)
+            for name in self.fleet.tenancy.expire(now_s):
+                self._rows.pop(name, None)
+        self._drop_old_rows()
+        crowds = self.fleet.crowded()
+        if self._divisions != self.fleet.divisions or not np.array_equal(crowds, self._crowds):
+            self._divisions, self._crowds = self.fleet.divisions, crowds
+            self._changes += 1
+
+    def _look_at_demand(self, now_s: float) -> None:
+        """How much of an adapter's traffic one home takes: as little as the slots of all replicas have room for."""
+        self._looked_s = now_s
+        policy, fleet = self.policy, self.fleet
+        rate = fleet.rate() / fleet.gateways  # of a replica, of the traffic that this router sees
+        active = [each for each in self._demands.values() if each.is_active(now_s)]
+        wanted = np.array([each.tokens_per_s(now_s) for each in active]) / rate
+        unseen = max(len(fleet.tenancy) - len(active), 0)  # adapters that other routers know of
+        slots = float(fleet.slots.sum()) or math.inf
+        load = policy.load_of_home
+        while _homes(wanted, load) + unseen > _FILLED * slots and load < policy.load_of_crowded_home:
+            load = min(load * 1.25, policy.load_of_crowded_home)
+        needed = (_homes(wanted, policy.load_of_crowded_home) + unseen) / slots
+        tight = round(min(max((needed - _FILLED) / (_TIGHT - _FILLED), 0.0), 1.0), 1)
+        self._changes += tight != self._tight
+        self._tight, self._crowded = tight, tight > 0
+        self._home_rate = load * rate
+
+    def _demand(self, adapter: str) -> Demand:
+        found = self._demands.get(adapter)
+        if found is None:
+            found = self._demands[adapter] = Demand()
+            if len(self._demands) > _DEMANDS:
+                self._demands.popitem(last=False)
+        else:
+            self._demands.move_to_end(adapter)
+        return found
+
+    def _row(self, adapter: str, homes: int) -> _Row:
+        """The adapter's costs, made when first asked for and after each change of the replicas."""
+        fleet = self.fleet
+        self._drop_old_rows()
+        row = self._rows.get(adapter)
+        if row is not None and row.homes == homes and row.made == self._changes:
+            self._rows.move_to_end(adapter)
+            return row
+        count = len(fleet)
+        if row is None:
+            row = _Row(_places(rendezvous.order(adapter, fleet.salts)), homes)
+            if len(self._rows) >= _ROWS_BYTES // (count * 17 + 512):
+                self._rows.popitem(last=False)
+            self._rows[adapter] = row
+        row.homes = homes
+        self._price(adapter, row)
+        return row
+
+    def _drop_old_rows(self) -> None:
+        if self._generation != self.fleet.generation:
+            self._rows.clear()
+            self._generation, self._glanced_s = self.fleet.generation, -math.inf
+
+    def _price(self, adapter: str, row: _Row) -> None:
+        """What each replica costs beside its wait.
+
+        Those that hold the adapter are its first homes, then those with room for it, each in rendezvous order. A copy
+        beyond its homes is used where it spares a wait and left alone otherwise, so that it grows old and makes room.
+        """
+        fleet, policy = self.fleet, self.policy
+        places = fleet.tenancy.places(adapter)
+        row.absent = np.ones(len(fleet), bool)
+        row.absent[list(places)] = False
+        crowded = row.absent & self._crowds
+        coming = np.zeros(len(fleet), bool)
+        coming[[i for i, ready in places.items() if not ready]] = True
+        row.place = _ranked(row.order + len(fleet) * (coming + np.int32(2) * row.absent + crowded))
+        away = row.place >= row.homes
+        bring = fleet.from_disk_s.copy()
+        hosts = list(fleet.tenancy.hosts.get(adapter, ()))
+        bring[hosts] = fleet.from_host_s[hosts]
+        others = fleet.others_of(row.place, row.homes) if row.homes > 1 else False
+        scatter_s = policy.scatter_s + policy.tight_s * self._tight
+        stray = policy.tie_s + policy.tight_s * self._tight
+        there = stray * away + bring / 2 * coming  # some of what it takes is done
+        cost = np.where(row.absent, bring + policy.displace_s * crowded + scatter_s * away, there)
+        row.cost = (cost + _NEAR_S * row.place + policy.share_s * others).astype(np.float32)
+        row.reluctance = (policy.reluctance * (row.absent & away)).astype(np.float32)
+        row.made = self._changes
+
+    def told(self, report: Report, sender: str, now_s: float, age_s: float = 0.0) -> None:
+        """A replica says how it is, unasked; `sender` is what this process calls itself when it sends."""
+        with self.lock:
+            fleet, received = self.fleet, report.received_tokens.get(sender, 0)
+            if sender in report.gateways:
+                fleet.share(len(report.gateways), report.gateways.index(sender))
+            fleet.hear(report.replica, replace(report.load, received_tokens=received), now_s, age_s)
+            fleet.alive(report.replica, now_s)
+            self._drop_old_rows()
+            for name in fleet.hold(report.replica, report.holdings) & self._rows.keys():
+                self._price(name, self._rows[name])
 
 
-def _mix(value: int) -> int:
-    """SplitMix64's finaliser: every input bit reaches every output bit."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
+def _homes(wanted: Vector, load: float) -> float:
+    """Homes that adapters with these rates, in replicas, are worth where one takes so much of them."""
+    return float(np.maximum(np.ceil(wanted / load), 1).sum())
+
+
+def _places(order: NDArray[np.intp]) -> NDArray[np.int32]:
+    """The place of each index in an order."""
+    places = np.empty(len(order), np.int32)
+    places[order] = np.arange(len(order))
+    return places
+
+
+def _ranked(keys: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The place of each key among them all, from 0; they are distinct."""
+    return _places(keys.argsort())
+
+
+def _best(cost: Vector, shunned: int) -> tuple[int, ...]:
+    if shunned >= 0:
+        cost[shunned] = np.inf
+    if len(cost) <= SHORTLIST:
+        return tuple(cost.argsort(kind="stable").tolist())
+    few = cost.argpartition(SHORTLIST - 1)[:SHORTLIST]
+    return tuple(few[cost[few].argsort(kind="stable")].tolist())
+
+
+_CURRENT = Affinity()
+
+
+def current() -> Affinity:
+    """This process's. A function, since Ray may ship the router's class by value, with copies of what it names."""
+    return _CURRENT

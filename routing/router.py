@@ -6,20 +6,21 @@ it. So every entry falls back to "any replica, in the order given", and says so 
 
 import itertools
 import logging
+import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from ranklet.routing import affinity, tally
-from ranklet.routing.view import ReplicaView
+from ranklet.routing.errand import ERRAND, Errand
+from ranklet.routing.fleet import Member
 
-RESIDENT = "resident"  # key of a replica's routing stats: names of the adapters in its slots
 RANK = "rank"  # key of a replica's metadata
-ADAPTER = "adapter"  # keyword argument of a call: the adapter's name, None for the base
-AVOID = "avoid"  # keyword argument of a call: id of the replica that has just failed it
 _LOGGED_FAILURES = 100  # one full traceback per so many
+
+_ANY = Errand(-1)
 
 logger = logging.getLogger("ray.serve")
 
@@ -32,74 +33,83 @@ class AdapterRouter(RequestRouter):
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
-        self._turns = itertools.count()
         self._failures = itertools.count()
-        self._known: dict[ReplicaID, ReplicaView] = {}
-        self._policy = affinity.Policy()
+        self._joined: list[RunningReplica] = []
         try:
-            self._policy = affinity.Policy(**kwargs)
+            affinity.current().policy = affinity.Policy(**kwargs)
         except (TypeError, ValueError) as error:
-            logger.error("request_router_kwargs ignored, expected balance and free_in_flight: %s", error)
+            logger.error("request_router_kwargs ignored: %s", error)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Called by Ray at each change of the replica set or of a replica's routing stats."""
+        """Called by Ray at each change of the replica set."""
         super().update_replicas(replicas)
-        try:
-            self._known = {replica.replica_id: _view(replica) for replica in replicas}
-        except Exception:
-            self._report()
+        self._guarded(self._join, replicas)
+
+    def _join(self, replicas: list[RunningReplica]) -> None:
+        routes = affinity.current()
+        with routes.lock:
+            routes.fleet.join([_member(replica) for replica in replicas], time.monotonic())
+            self._joined = list(replicas)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """All candidates, one per rank of preference, the best first."""
+        """The best few, one per rank of preference, then the others."""
         try:
             if pending_request is not None:
                 # Without it Ray asks again at once, and the event loop spins while every replica is full.
                 pending_request.routing_context.should_backoff = True
-            return [[replica] for replica in self._ordered(candidate_replicas, pending_request)]
+            return self._ordered(candidate_replicas, pending_request)
         except Exception:
             self._report()
             return [list(candidate_replicas)]
 
-    def _ordered(self, candidates: list[RunningReplica], pending: PendingRequest | None) -> Iterable[RunningReplica]:
+    def _ordered(self, candidates: list[RunningReplica], pending: PendingRequest | None) -> list[list[RunningReplica]]:
         if pending is None:
-            return candidates
-        views = [self._current(replica) for replica in candidates]
-        adapter = pending.kwargs.get(ADAPTER)
-        order = affinity.prefer(views, adapter, self._policy, next(self._turns))
-        avoid = pending.kwargs.get(AVOID)
-        if avoid:
-            order.sort(key=lambda index: views[index].id == avoid)  # stable: last, the others keep their order
-        if order and adapter:
-            tally.current().count(views, order[0], adapter, self._policy)
-        return [candidates[index] for index in order]
+            return [candidates]
+        errand, routes, now_s = pending.kwargs.get(ERRAND) or _ANY, affinity.current(), time.monotonic()
+        if errand.only is not None:
+            first = [replica for replica in candidates if replica.replica_id.unique_id == errand.only]
+            return [first, candidates] if first else [candidates]
+        with routes.lock:
+            if len(self._joined) != len(candidates):
+                self._join(candidates)
+            choice = routes.choose(errand.adapter, errand.tokens, now_s, avoid=errand.avoid)
+            if errand.tokens and choice.order:
+                routes.fleet.sent(errand.id, choice.order[0], errand.tokens, now_s)
+            best = [[self._joined[i]] for i in choice.order]
+        tally.current().count(choice)
+        if choice.prefetch and errand.adapter is not None and routes.orders is not None:
+            for replica in choice.prefetch:
+                routes.orders.put((replica, errand.adapter))
+        return best if len(best) == len(candidates) else [*best, candidates]
 
-    def _current(self, replica: RunningReplica) -> ReplicaView:
-        """A replica with its load as this router counts it; unknown or older than 10 s is taken for idle."""
-        in_flight = self.replica_queue_len_cache.get(replica.replica_id) or 0
-        known = self._known.get(replica.replica_id)
-        if known is None:
-            known = self._known[replica.replica_id] = _view(replica)
-        if known.in_flight != in_flight:
-            known = ReplicaView(known.id, known.rank, in_flight, known.resident)
-            self._known[replica.replica_id] = known
-        return known
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """Called by Ray when a replica has taken a request: not always the first choice."""
+        self._guarded(self._routed, pending_request, replica_id.unique_id)
+
+    def _routed(self, pending: PendingRequest, replica: str) -> None:
+        errand, routes = pending.kwargs.get(ERRAND) or _ANY, affinity.current()
+        with routes.lock:
+            i = routes.fleet.index.get(replica)
+            if i is not None and routes.fleet.where(errand.id) not in (None, replica):
+                routes.fleet.sent(errand.id, i, errand.tokens, time.monotonic())
+
+    def _guarded(self, act: Callable[..., None], *arguments: Any) -> None:
+        try:
+            act(*arguments)
+        except Exception:
+            self._report()
 
     def _report(self) -> None:
         if next(self._failures) % _LOGGED_FAILURES == 0:
             logger.exception("adapter routing failed; falling back to any replica (1 in %d logged)", _LOGGED_FAILURES)
 
 
-def _view(replica: RunningReplica) -> ReplicaView:
-    identity = replica.replica_id.unique_id
-    rank = (replica.replica_metadata or {}).get(RANK)
-    resident = (replica.routing_stats or {}).get(RESIDENT) or ()
-    return ReplicaView(
-        id=identity,
-        rank=rank if isinstance(rank, int) else _stand_in(identity),
-        resident=frozenset(name for name in resident if isinstance(name, str)),
-    )
+def _member(replica: RunningReplica) -> Member:
+    identity, metadata = replica.replica_id.unique_id, replica.replica_metadata
+    rank = metadata.get(RANK) if isinstance(metadata, dict) else None
+    return Member(identity, rank if isinstance(rank, int) else _stand_in(identity))
 
 
 def _stand_in(identity: str) -> int:

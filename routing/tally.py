@@ -1,11 +1,11 @@
 """How the routers of this process decided, for its metrics. Counts only grow; reading needs no lock."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ranklet.routing import affinity
-from ranklet.routing.view import ReplicaView
+from ranklet.routing.affinity import Choice
+
+SPILLS = ("load", "retry")  # as `Choice.spill` tells them
 
 
 @dataclass
@@ -15,29 +15,24 @@ class Tally:
     Attributes:
         hits: the replica chosen had said that it holds the adapter.
         misses: it had not.
-        spills: choices of another replica than the adapter's home, by reason: "load" (the home carries too much),
-            "resident" (another holds the adapter, the home does not), "retry" (the home has just failed the request).
+        spills: choices of a replica that is none of the adapter's homes, by reason.
+        prefetches: orders to load an adapter ahead of its requests.
     """
 
     hits: int = 0
     misses: int = 0
     spills: Counter[str] = field(default_factory=Counter)
+    prefetches: int = 0
 
-    def count(self, views: Sequence[ReplicaView], chosen: int, adapter: str, policy: affinity.Policy) -> None:
-        """Enter the choice of `views[chosen]`."""
-        if adapter in views[chosen].resident:
-            self.hits += 1
-        else:
-            self.misses += 1
-        home = affinity.rendezvous(adapter, tuple([view.rank for view in views]))[0]
-        if chosen != home:
-            self.spills[self._reason(views, home, adapter, policy)] += 1
-
-    @staticmethod
-    def _reason(views: Sequence[ReplicaView], home: int, adapter: str, policy: affinity.Policy) -> str:
-        if views[home].in_flight >= policy.bound(sum(view.in_flight for view in views), len(views)):
-            return "load"
-        return "resident" if adapter not in views[home].resident else "retry"
+    def count(self, choice: Choice) -> None:
+        """Enter a choice; one for the base model counts for nothing."""
+        if choice.hit is None:
+            return
+        self.hits += choice.hit
+        self.misses += not choice.hit
+        self.prefetches += len(choice.prefetch)
+        if choice.spill:
+            self.spills[choice.spill] += 1
 
 
 _CURRENT = Tally()

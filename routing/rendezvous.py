@@ -1,0 +1,31 @@
+"""Rendezvous hashing: an adapter's order of preference over ranks, the same in every process.
+
+The order of the others stays when ranks come and go (highest random weight, Thaler and Ravishankar 1996).
+"""
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MASK = (1 << 64) - 1
+
+
+def salted(ranks: Sequence[int]) -> NDArray[np.uint64]:
+    """What `order` needs of ranks (any integers): uint64 [ranks]."""
+    return _mix(np.array([rank & _MASK for rank in ranks], dtype=np.uint64))
+
+
+def order(adapter: str, salts: NDArray[np.uint64]) -> NDArray[np.intp]:
+    """Indices into the ranks that `salts` come from, most preferred first."""
+    digest = blake2b(adapter.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return np.argsort(~_mix(salts ^ np.frombuffer(digest, "<u8")), kind="stable")
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser: every input bit reaches every output bit."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,46 @@
+"""What a replica says of itself: its load with every answer, what it holds at every change."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A replica's queue at one moment.
+
+    `number` grows with each load a replica tells: an older one that comes late is not believed. `received_tokens` is
+    how much of what the reader has sent was in the queue by then, so that what is still on the way can be added.
+    """
+
+    number: int
+    queued_tokens: int  # waiting and running
+    tokens_per_s: float  # while it computes; 0: not measured yet
+    done_tokens: int  # since it started
+    received_tokens: int
+    at_s: float = 0.0  # when, by the wall clock of the replica's machine
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """Which adapters a replica has where, and what it takes to bring others. Times in seconds, 0: not measured yet."""
+
+    number: int
+    resident: frozenset[str]  # ready in the device's slots
+    coming: frozenset[str]  # on their way to one
+    hosted: frozenset[str]  # in host memory
+    slots: int
+    taken: int  # slots with an adapter on its way, or one that was used of late
+    pool_rank: int  # what every adapter is padded to
+    from_disk_s: float = 0.0
+    from_host_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Both, pushed to every gateway. `received_tokens` by sender stands in for that of `load`."""
+
+    replica: str
+    load: Load
+    holdings: Holdings
+    gateways: tuple[str, ...]  # that it is told to, in an order that all replicas agree on
+    received_tokens: Mapping[str, int] = field(default_factory=dict)

@@ -1,0 +1,52 @@
+"""Requests to come: when, for which adapter, how long. Arrivals are Poisson, lengths lognormal."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+_CHUNK = 65_536
+SIGMA = 0.5  # of the logarithm of a prompt's length
+FLASH_RAMP_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What to draw.
+
+    Attributes:
+        rate: requests a second.
+        zipf: exponent over adapters; 0 is uniform.
+        tokens: mean length of a prompt.
+        flash_s: from here on, one adapter of the middle gets `flash_share` of the traffic, within a second.
+    """
+
+    rate: float
+    adapters: int
+    zipf: float
+    tokens: int
+    seconds: float
+    flash_s: float | None = None
+    flash_share: float = 0.3
+    seed: int = 0
+
+    def draw(self) -> Iterator[tuple[float, str, int]]:
+        """(time, adapter, tokens), in order of time."""
+        rng = np.random.default_rng(self.seed)
+        weights = np.arange(1, self.adapters + 1, dtype=float) ** -self.zipf
+        edges = np.cumsum(weights / weights.sum())
+        names = [f"a{i}" for i in range(self.adapters)]
+        mu = np.log(self.tokens) - SIGMA**2 / 2
+        now_s = 0.0
+        while True:
+            times = now_s + np.cumsum(rng.exponential(1 / self.rate, _CHUNK))
+            drawn = np.minimum(np.searchsorted(edges, rng.random(_CHUNK)), self.adapters - 1)
+            if self.flash_s is not None:
+                share = self.flash_share * np.clip((times - self.flash_s) / FLASH_RAMP_S, 0, 1)
+                drawn = np.where(rng.random(_CHUNK) < share, self.adapters // 2, drawn)
+            lengths = np.clip(rng.lognormal(mu, SIGMA, _CHUNK), 1, 4 * self.tokens).astype(int)
+            for at_s, which, length in zip(times.tolist(), drawn.tolist(), lengths.tolist(), strict=True):
+                if at_s > self.seconds:
+                    return
+                yield at_s, names[which], length
+            now_s = float(times[-1])

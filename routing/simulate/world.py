@@ -1,0 +1,245 @@
+"""The simulation: discrete events around the real policy objects.
+
+Requests reach their replica at once and answers their gateway too; what replicas push takes `PUSH_S`, after a change
+and not more often than the real one.
+"""
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from ranklet.routing.report import Holdings, Load, Report
+from ranklet.routing.simulate.engine import Engine, Request, Speed
+from ranklet.routing.simulate.outcome import Outcome
+from ranklet.routing.simulate.rules import Ours, Rule
+from ranklet.routing.simulate.traffic import Traffic
+
+PUSH_S = 0.005
+PACE_S = 0.05
+BEAT_S = 1.0
+TAIL_S = 60.0  # simulated after the last arrival
+_NETWORK_S = 0.0005  # from gateway to replica
+
+
+class _Event(IntEnum):
+    BATCH, LOADED, TELL, LOSE, JOIN, ARRIVE = range(6)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """The cluster, and what happens to it.
+
+    Attributes:
+        lose, join: (second, ranks): replicas that die, and replicas that come (again), empty.
+        late_s: how much later than in reality news reaches the gateways.
+    """
+
+    replicas: int
+    slots: int = 64
+    hosted: int = 256  # adapters in a host cache
+    gateways: int = 8
+    speed: Speed = field(default_factory=Speed)
+    lose: tuple[float, tuple[int, ...]] | None = None
+    join: tuple[float, tuple[int, ...]] | None = None
+    late_s: float = 0.0
+    warm_s: float = 0.0
+
+
+class World:
+    """One run of one rule."""
+
+    def __init__(self, setting: Setting, rule: Rule, traffic: Traffic, name: str) -> None:
+        self._setting = setting
+        self._rule = rule
+        self._views = rule.views if isinstance(rule, Ours) else []
+        later = set(setting.join[1]) if setting.join else set()
+        lost = set(setting.lose[1]) if setting.lose else set()
+        self.engines: list[Engine | None] = [
+            None if rank in later - lost else self._new() for rank in range(setting.replicas)
+        ]
+        self._all = [[engine] if engine else [] for engine in self.engines]
+        self._calendar: list[tuple[float, int, _Event, Any]] = []
+        self._numbers = itertools.count()
+        self._gateway = random.Random(traffic.seed)
+        self._gateways = tuple(str(gateway) for gateway in range(setting.gateways))
+        self._requests = traffic.draw()
+        self._seconds = traffic.seconds
+        self._told: dict[int, tuple[int, int, float]] = {}  # changes, level and time of the last push, by rank
+        self._telling: set[int] = set()
+        self.outcome = Outcome(name, setting.warm_s, seconds=traffic.seconds)
+
+    def _new(self) -> Engine:
+        return Engine(self._setting.slots, self._setting.hosted, self._setting.speed)
+
+    def run(self, progress: Callable[[float], None] = lambda now_s: None) -> Outcome:
+        """To the end; `progress` is told the simulated time now and then."""
+        self._rule.joined(self.engines, 0.0)
+        for happening, event in ((self._setting.lose, _Event.LOSE), (self._setting.join, _Event.JOIN)):
+            if happening:
+                self._at(happening[0], event, happening[1])
+        ids = itertools.count()
+        warm: tuple[list[float], int] | None = None
+        told_s = 0.0
+        for now_s, what in self._events(ids):
+            if warm is None and now_s >= self._setting.warm_s:
+                warm = self._work()
+            if now_s - told_s > 0.5:
+                progress(now_s)
+                told_s = now_s
+            what(now_s)
+        for request in [r for engine in self.engines if engine for r in (*engine.running, *engine.queue)]:
+            self.outcome.unfinished += 1
+            self.outcome.enter(request.arrived_s, self._seconds + TAIL_S - request.arrived_s, request.hit)
+        busy, loads = self._work()
+        before, loads_before = warm or ([0.0] * len(busy), 0)
+        self.outcome.busy = [now - was for now, was in zip(busy, before, strict=True)]
+        self.outcome.loads = loads - loads_before
+        return self.outcome
+
+    def _work(self) -> tuple[list[float], int]:
+        """How long each place has been busy, and all loads so far, of those that are gone too."""
+        return [sum(e.busy_s for e in every) for every in self._all], sum(e.loads for every in self._all for e in every)
+
+    def _events(self, ids: Iterator[int]) -> Iterator[tuple[float, Callable[[float], None]]]:
+        """What happens, in order of time: arrivals are drawn as they come due."""
+        handlers: dict[_Event, Callable[[float, Any], None]] = {
+            _Event.BATCH: self._batch, _Event.LOADED: self._loaded, _Event.TELL: self._tell, _Event.LOSE: self._lose,
+            _Event.JOIN: self._join, _Event.ARRIVE: self._arrive,
+        }  # fmt: skip
+        due = next(self._requests, None)
+        while due is not None or self._calendar:
+            if due is not None and (not self._calendar or due[0] <= self._calendar[0][0]):
+                at_s, adapter, tokens = due
+                request = Request(next(ids), adapter, tokens, self._gateway.randrange(self._setting.gateways), at_s)
+                due = next(self._requests, None)
+                yield at_s, lambda now_s, request=request: self._send(now_s, request)  # type: ignore[misc]
+            else:
+                at_s, _, event, what = heapq.heappop(self._calendar)
+                if at_s > self._seconds + TAIL_S or (event is _Event.TELL and due is None):
+                    continue
+                yield at_s, lambda now_s, act=handlers[event], what=what: act(now_s, what)  # type: ignore[misc]
+
+    def _at(self, when_s: float, event: _Event, what: Any) -> None:
+        heapq.heappush(self._calendar, (when_s, next(self._numbers), event, what))
+
+    # Events
+
+    def _send(self, now_s: float, request: Request) -> None:
+        rank, prefetch = self._rule.choose(request, now_s)
+        for other in prefetch:
+            self._start(now_s, other, self._alive(other).bring(request.adapter))
+        self._at(now_s + _NETWORK_S, _Event.ARRIVE, (rank, self.engines[rank], request))
+
+    def _arrive(self, now_s: float, what: tuple[int, Engine, Request]) -> None:
+        rank, engine, request = what
+        if self.engines[rank] is not engine:
+            self.outcome.lost += 1
+            self._send(now_s, request)
+            return
+        engine.take(request)
+        if not request.hit:
+            self._start(now_s, rank, engine.bring())
+        self._go_on(now_s, rank, engine)
+
+    def _go_on(self, now_s: float, rank: int, engine: Engine) -> None:
+        took_s = engine.launch(now_s)
+        if took_s is not None:
+            self._at(now_s + took_s, _Event.BATCH, (rank, engine))
+        if self._views:
+            self._tell_soon(now_s, rank, engine)
+
+    def _start(self, now_s: float, rank: int, loads: list[tuple[str, float]]) -> None:
+        for name, seconds in loads:
+            self._at(now_s + seconds, _Event.LOADED, (rank, self.engines[rank], name))
+
+    def _loaded(self, now_s: float, what: tuple[int, Engine, str]) -> None:
+        rank, engine, name = what
+        if self.engines[rank] is engine:
+            engine.loaded(name, now_s)
+            self._start(now_s, rank, engine.bring())
+            self._go_on(now_s, rank, engine)
+
+    def _batch(self, now_s: float, what: tuple[int, Engine]) -> None:
+        rank, engine = what
+        if self.engines[rank] is not engine:
+            return
+        batch = engine.finish()
+        for request in batch:
+            self.outcome.enter(request.arrived_s, request.began_s - request.arrived_s, request.hit)
+            if self._views:
+                fleet = self._views[request.gateway].fleet
+                fleet.ended(request.id)
+                fleet.alive(f"r{rank}", now_s)
+                if not self._setting.late_s:
+                    fleet.hear(f"r{rank}", self._load(engine, request.gateway), now_s)
+        if engine.wanted:
+            self._start(now_s, rank, engine.bring())
+        self._go_on(now_s, rank, engine)
+
+    def _alive(self, rank: int) -> Engine:
+        engine = self.engines[rank]
+        assert engine is not None
+        return engine
+
+    def _load(self, engine: Engine, gateway: int) -> Load:
+        number, received = next(self._numbers), engine.received[gateway]
+        return Load(number, engine.queued_tokens, engine.speed.tokens_per_s, engine.done_tokens, received)
+
+    def _tell_soon(self, now_s: float, rank: int, engine: Engine) -> None:
+        """Push if something worth telling has changed, not before its turn."""
+        if rank in self._telling:
+            return
+        changes, level, told_s = self._told.get(rank, (-1, 0, -BEAT_S))
+        if engine.changes != changes or self._level(engine) != level:
+            self._telling.add(rank)
+            self._at(max(now_s, told_s + PACE_S), _Event.TELL, (rank, engine, None))
+
+    @staticmethod
+    def _level(engine: Engine) -> int:
+        return int(engine.queued_tokens / engine.speed.tokens_per_s / PACE_S).bit_length()
+
+    def _tell(self, now_s: float, what: tuple[int, Engine, Report | None]) -> None:
+        rank, engine, report = what
+        if self.engines[rank] is not engine:
+            self._telling.discard(rank)
+            return
+        if report is None:
+            self._telling.discard(rank)
+            self._told[rank] = engine.changes, self._level(engine), now_s
+            speed = engine.speed
+            number = next(self._numbers)
+            held = Holdings(
+                number, frozenset(engine.resident), frozenset(engine.loading), frozenset(engine.hosted), engine.slots,
+                engine.taken(now_s), 64,
+                speed.disk_s, speed.host_s,
+            )  # fmt: skip
+            received = {str(gateway): tokens for gateway, tokens in engine.received.items()}
+            said = Report(f"r{rank}", self._load(engine, -1), held, self._gateways, received)
+            self._at(now_s + PUSH_S + self._setting.late_s, _Event.TELL, (rank, engine, said))
+            return
+        for gateway, view in enumerate(self._views):
+            view.told(report, str(gateway), now_s, PUSH_S + self._setting.late_s)
+
+    def _lose(self, now_s: float, ranks: tuple[int, ...]) -> None:
+        """Replicas die; what they had is sent again, as gateways do."""
+        lost = [self.engines[rank] for rank in ranks]
+        for rank in ranks:
+            self.engines[rank] = None
+            self._told.pop(rank, None)
+        self._rule.joined(self.engines, now_s)
+        for engine in lost:
+            for request in [*engine.running, *engine.queue] if engine else ():
+                self.outcome.lost += 1
+                if self._views:
+                    self._views[request.gateway].fleet.ended(request.id)
+                self._send(now_s, request)
+
+    def _join(self, now_s: float, ranks: tuple[int, ...]) -> None:
+        for rank in ranks:
+            engine = self.engines[rank] = self._new()
+            self._all[rank].append(engine)
+        self._rule.joined(self.engines, now_s)

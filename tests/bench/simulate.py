@@ -1,0 +1,98 @@
+"""Routing rules on simulated clusters: steady, a flash crowd, lost and new replicas, uniform traffic, stale views.
+
+usage: python -m tests.bench.simulate [--parts steady flash ...] [--replicas 1000]
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from rich.console import Console
+
+from ranklet.cluster.cli import _parser
+from ranklet.cluster.simulation import study, summary
+from ranklet.routing.simulate.outcome import Outcome
+from tests.bench import report
+
+_ALL = ["ranklet", "power of two", "Ray multiplex", "consistent hash", "round robin"]
+_EVEN = ["ranklet", "least seen", "least loaded", "power of two"]
+PARTS: dict[str, Callable[[int], list[tuple[str, list[str]]]]] = {
+    "steady": lambda n: [("steady", _big(n, 24, _ALL))],
+    "flash": lambda n: [("flash crowd", [*_big(n, 30, _ALL[:3]), "--flash-s", "14", "--warm-s", "10"])],
+    "faults": lambda n: [
+        ("10 % of replicas lost", [*_big(n, 24, _ALL[:3]), "--lose", "14", str(n // 10)]),
+        ("25 % more replicas", [*_big(n, 24, _ALL[:3]), "--join", "14", str(n // 4)]),
+    ],
+    "uniform": lambda n: [
+        (f"uniform, {size} x {adapters}", _even(size, adapters))
+        for size, adapters in ((4, 32), (4, 200), (64, 32), (64, 640))
+    ],
+    "stale": lambda n: [
+        (f"{gateways} gateways, {late_s:g} s late", _late(gateways, late_s))
+        for gateways in (8, 32)
+        for late_s in (0.0, 0.5, 5.0)
+    ],
+}
+
+
+def _big(replicas: int, seconds: int, rules: list[str]) -> list[str]:
+    shape = ["--replicas", str(replicas), "--adapters", str(10 * replicas), "--seconds", str(seconds)]
+    return [*shape, "--rules", *rules]
+
+
+def _even(replicas: int, adapters: int) -> list[str]:
+    seconds = str(3000 // replicas)
+    shape = ["--replicas", str(replicas), "--adapters", str(adapters), "--zipf", "0", "--seconds", seconds]
+    return [*shape, "--rules", *_EVEN]
+
+
+def _late(gateways: int, late_s: float) -> list[str]:
+    shape = ["--replicas", "100", "--adapters", "1000", "--seconds", "16", "--rules", "ranklet"]
+    return [*shape, "--gateways", str(gateways), "--late-s", str(late_s)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
+    parser.add_argument("--replicas", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
+    options = parser.parse_args()
+    console = Console(stderr=True)
+    for part in options.parts:
+        rows: list[dict[str, Any]] = []
+        drawn: dict[str, list[Outcome]] = {}
+        for label, words in PARTS[part](options.replicas):
+            asked = _parser().parse_args(["simulate", *words])
+            began = perf_counter()
+            found = {outcome.rule: outcome for outcome in study(asked).run_all(asked.rules, asked.workers)}
+            console.print(f"{label}: {perf_counter() - began:.0f} s")
+            drawn[label] = [found[name] for name in asked.rules]
+            rows += [{"case": label, **summary(found[name], asked.flash_s)} for name in asked.rules]
+        path = report.save(f"simulate-{part}", rows, options.out)
+        if part in ("steady", "flash", "faults"):
+            picture(drawn, path.with_suffix(".png"))
+
+
+def picture(cases: dict[str, list[Outcome]], path: Path) -> None:
+    """The p99 wait of each second, a line a rule, a panel a case."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(cases), figsize=(8 * len(cases), 4.5), squeeze=False, layout="constrained")
+    for panel, (label, outcomes) in zip(panels[0], cases.items(), strict=True):
+        for outcome in outcomes:
+            seconds = outcome.by_second()
+            panel.plot([s for s, _, _ in seconds], [p99 * 1e3 for _, p99, _ in seconds], label=outcome.rule)
+        panel.set(title=label, xlabel="second", ylabel="p99 wait of that second's requests, ms", yscale="log")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
