@@ -10,7 +10,7 @@ from ray.serve.config import RequestRouterConfig
 from ranklet.cluster.config import AppArgs
 from ranklet.cluster.datapath import DataPath
 from ranklet.cluster.gateway import Gateway
-from ranklet.cluster.replica import Replica
+from ranklet.cluster.replica import GATEWAY, Replica
 
 # A path and not the class: Ray would pickle a class, and then change it on every node at every release.
 ROUTER = "ranklet.routing.router:AdapterRouter"
@@ -18,7 +18,6 @@ ROUTER = "ranklet.routing.router:AdapterRouter"
 # answers in plain text. What is refused is up to engine.max_waiting_tokens and limits.max_in_flight_requests.
 _ONGOING = 1000
 _QUEUED = 20_000
-_RESIDENCY_PERIOD_S = 0.5
 _COMMON: dict[str, Any] = {
     "num_replicas": 1,
     "ray_actor_options": {"num_cpus": 1},
@@ -39,9 +38,7 @@ def build(args: AppArgs) -> Application:
     """
     args = args.resolved()
     logger.info("ranklet serves %s; %s", args.base_names[0], DataPath.here().said())
-    router = RequestRouterConfig.model_validate(
-        {"request_router_class": ROUTER, "request_routing_stats_period_s": _RESIDENCY_PERIOD_S}
-    )
+    router = RequestRouterConfig.model_validate({"request_router_class": ROUTER})
     replica = serve.deployment(
         name="Replica",
         max_ongoing_requests=_ONGOING,
@@ -49,5 +46,5 @@ def build(args: AppArgs) -> Application:
         request_router_config=router,
         **_COMMON,
     )(Replica)
-    gateway = serve.deployment(name="Gateway", max_ongoing_requests=_QUEUED, **_COMMON)(Gateway)
+    gateway = serve.deployment(name=GATEWAY, max_ongoing_requests=_QUEUED, **_COMMON)(Gateway)
     return gateway.bind(args, replica.bind(args))

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ranklet.cluster import profiling
+from ranklet.cluster import profiling, simulation
 from ranklet.cluster.bench import command as bench
 from ranklet.cluster.datapath import versions
 from ranklet.cluster.local import ClusterError, LocalCluster
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     bench.add(commands)
     profiling.add(commands)
+    simulation.add(commands)
     tune = commands.add_parser("tune", help="measure a model's kernels on this machine's GPU, once per model and GPU")
     tune.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="where config.json is")
     tune.add_argument("--rank", type=int, default=64, help="the rank of adapters, as max_rank (default: %(default)s)")

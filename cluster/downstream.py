@@ -3,7 +3,12 @@
 import asyncio
 import contextlib
 import contextvars
+import itertools
+import logging
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -17,8 +22,15 @@ from ranklet.cluster.answers import Embeddings, join
 from ranklet.cluster.message import EmbedCall, EmbedRefusal, EmbedReply, pack, split
 from ranklet.cluster.registry import Known
 from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unavailable
+from ranklet.routing import affinity
+from ranklet.routing.errand import ERRAND, Errand
 
 _CONTROL_TIMEOUT_S = 5.0
+_WATCH_S = 0.02  # between two looks at orders and hung replicas
+_MOST_PREFETCHES = 64
+_MOST_KNOWN = 65_536
+logger = logging.getLogger("ray.serve")
+
 # The replica, or the way to it, is gone. Embedding twice does no harm, so the call may be repeated.
 _GONE = (RayActorError, TaskCancelledError, RequestCancelledError)
 
@@ -26,10 +38,18 @@ _GONE = (RayActorError, TaskCancelledError, RequestCancelledError)
 class Replicas:
     """The engine replicas of this application, as one gateway reaches them."""
 
-    def __init__(self, handle: "DeploymentHandle[Any]", timeout_s: float, retried: Callable[[], None]) -> None:
+    def __init__(
+        self, handle: "DeploymentHandle[Any]", timeout_s: float, retried: Callable[[], None], sender: str = ""
+    ) -> None:
         self._handle = handle
         self._timeout_s = timeout_s
         self._retried = retried
+        self._sender = sender
+        self._errands = itertools.count()
+        self._at_work: dict[int, asyncio.Task[Any]] = {}
+        self._abandoned: dict[int, str] = {}  # errands whose replica hangs, and that replica
+        self._known: OrderedDict[str, Known] = OrderedDict()  # adapters asked for of late, for orders to load them
+        self._prefetches: set[asyncio.Task[None]] = set()
 
     async def embed(
         self, adapter: Known | None, prompts: Sequence[NDArray[np.int32]], dimensions: int | None, hidden: int
@@ -40,7 +60,11 @@ class Replicas:
             RankletError: what the replica refused, Unavailable when none answered in time or two failed, Saturated.
         """
         name, path = (adapter.name, str(adapter.path)) if adapter else (None, None)
-        calls = [pack(name, path, part, dimensions) for part in split(prompts, 4 * hidden)]
+        if adapter:
+            self._known[adapter.name] = adapter
+            if len(self._known) > _MOST_KNOWN:
+                self._known.popitem(last=False)
+        calls = [pack(name, path, part, dimensions, self._sender) for part in split(prompts, 4 * hidden)]
         try:
             async with asyncio.timeout(self._timeout_s):
                 return join(await self._all(calls))
@@ -91,19 +115,88 @@ class Replicas:
                 raise second.error from failure
 
     async def _attempt(self, call: EmbedCall, avoid: str | None) -> EmbedReply:
+        errand = Errand(next(self._errands), call.adapter, call.total_tokens, avoid)
+        result: EmbedReply | EmbedRefusal | None = None
+        task = self._at_work[errand.id] = _this_task()
         # Not as a multiplexed model id: Ray 2.60 keeps every call that has one, unless its own multiplexing routes it.
-        response = self._handle.options(method_name="embed").remote(call, adapter=call.adapter, avoid=avoid)
+        response = self._handle.options(method_name="embed").remote(call, **{ERRAND: errand})
         try:
-            result: EmbedReply | EmbedRefusal = await response
+            result = await response
         except asyncio.CancelledError:
             response.cancel()  # type: ignore[no-untyped-call]
-            raise
+            hung = self._abandoned.get(errand.id)
+            if hung is None:
+                raise
+            task.uncancel()
+            raise _RepeatableError(_gone("hangs"), hung) from None
         except Exception as error:
-            raise _translated(error) from error
+            raise _translated(error, affinity.current().fleet.where(errand.id)) from error
+        finally:
+            del self._at_work[errand.id]
+            self._abandoned.pop(errand.id, None)
+            self._settle(errand, result)
         if isinstance(result, EmbedReply):
             return result
         refused = result.error()
-        raise _RepeatableError(refused, result.replica) if isinstance(refused, Unavailable) else refused
+        repeatable = isinstance(refused, Unavailable | Saturated)
+        raise _RepeatableError(refused, result.replica) if repeatable else refused
+
+    @staticmethod
+    def _settle(errand: Errand, result: EmbedReply | EmbedRefusal | None) -> None:
+        routes, now_s = affinity.current(), time.monotonic()
+        with routes.lock:
+            routes.fleet.ended(errand.id, arrived=result is not None)
+            if result is not None:
+                routes.fleet.alive(result.replica, now_s)
+                if result.load is not None:
+                    routes.fleet.hear(result.replica, result.load, now_s)
+
+    async def watch(self) -> None:
+        """Look after the calls under way, and pass the router's orders on, until cancelled."""
+        loop = asyncio.get_running_loop()
+        orders = affinity.current().orders = SimpleQueue()
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            try:
+                self._abandon_hung()
+                while not orders.empty():
+                    replica, name = orders.get_nowait()
+                    known = self._known.get(name)
+                    if known is not None and len(self._prefetches) < _MOST_PREFETCHES:
+                        task = loop.create_task(self._prefetch(known, replica), context=contextvars.Context())
+                        self._prefetches.add(task)
+                        task.add_done_callback(self._prefetches.discard)
+            except Exception:
+                logger.exception("watching over calls failed; going on")
+
+    def _abandon_hung(self) -> None:
+        """Take back what replicas owe that have been silent for too long, and try it elsewhere."""
+        routes, now_s = affinity.current(), time.monotonic()
+        with routes.lock:
+            hung = routes.fleet.hung(now_s)
+            owed = {id: routes.fleet.where(id) for id in self._at_work} if hung else {}
+        for id, replica in owed.items():
+            if replica is not None and replica in hung and id not in self._abandoned:
+                self._abandoned[id] = replica
+                self._at_work[id].cancel()
+
+    async def _prefetch(self, adapter: Known, replica: str) -> None:
+        """Have a replica load an adapter ahead of its requests. Nothing depends on it: failures are ignored."""
+        errand = Errand(next(self._errands), only=replica)
+        order = self._handle.options(method_name="prefetch")
+        with contextlib.suppress(RayError, RayServeException, grpc.RpcError, TimeoutError):
+            async with asyncio.timeout(_CONTROL_TIMEOUT_S):
+                await order.remote(adapter.name, str(adapter.path), **{ERRAND: errand})
+
+
+def _this_task() -> "asyncio.Task[Any]":
+    task = asyncio.current_task()
+    assert task is not None, "called outside of a task"
+    return task
+
+
+def _gone(what: str) -> Unavailable:
+    return Unavailable(f"the replica that had the request {what}, and no other could answer. Try again")
 
 
 class _RepeatableError(Exception):
@@ -115,16 +208,14 @@ class _RepeatableError(Exception):
         self.replica = replica
 
 
-def _translated(error: Exception) -> Exception:
+def _translated(error: Exception, replica: str | None) -> Exception:
     """Ray's failures in ranklet's words."""
     if isinstance(error, BackPressureError):
         return Saturated(
             "expected room in the queue of the replicas, got none (max_queued_requests). Try again shortly"
         )
     if isinstance(error, _GONE) or (isinstance(error, grpc.aio.AioRpcError) and error.code() in _GONE_CODES):
-        return _RepeatableError(
-            Unavailable("the replica that had the request died, and so did the next. Try again"), None
-        )
+        return _RepeatableError(_gone("died"), replica)
     if isinstance(error, DeploymentUnavailableError):
         return Unavailable("expected a replica, but none is up (deployment unhealthy). Look at `serve status`")
     return InternalError(f"the replica failed in an unexpected way: {_said(error)}")

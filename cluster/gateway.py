@@ -33,6 +33,8 @@ from ranklet.cluster.registry import Known, Registry
 from ranklet.replicas.admission import Limits
 from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unavailable
 from ranklet.replicas.tokenizer import PromptTokenizer
+from ranklet.routing import affinity
+from ranklet.routing.report import Report
 
 T = TypeVar("T")
 
@@ -81,7 +83,8 @@ class Gateway:
         self._tokenizer = PromptTokenizer(args.base.model_dir)
         self._threads = ThreadPoolExecutor(_TOKENISERS, thread_name_prefix="intake")
         self._metrics = GatewayMetrics(args.metrics.top_adapters)
-        self._replicas = Replicas(replica, args.limits.request_timeout_s, self._metrics.retries.inc)
+        self._replicas = Replicas(replica, args.limits.request_timeout_s, self._metrics.retries.inc, self._id)
+        self._watch: asyncio.Task[None] | None = None
         self._engine_limits: Limits | None = None
         self._in_flight = 0
         self._target = Exporter.start(self._metrics.registry, args.metrics).target
@@ -207,6 +210,16 @@ class Gateway:
         gateways = everyone(serve.get_deployment_handle(*self._here))
         found = [said for group in await asyncio.gather(gateways, self._replicas.describe_all()) for said in group]
         return _json([_target_group(said) for said in found or [await self.describe()] if said["metrics"]])
+
+    async def told(self, report: Report) -> str:
+        """A replica says how it stands; it is told who has heard."""
+        affinity.current().told(report, self._id, time.monotonic(), time.time() - report.load.at_s)
+        return self._id
+
+    async def check_health(self) -> None:
+        """Called by Serve once a second; from its first call on, this gateway watches over its calls."""
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.ensure_future(self._replicas.watch())
 
     async def describe(self) -> dict[str, Any]:
         """This gateway for its siblings."""

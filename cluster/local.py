@@ -83,6 +83,7 @@ class LocalCluster:
         self._environment = dict(environment or {})
         self._state: State | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._head: RayHead | None = None
 
     @property
     def state(self) -> State:
@@ -95,6 +96,11 @@ class LocalCluster:
         if state is None:
             raise ClusterError(f"no cluster of {self.temp_dir} is running; `ranklet up` starts one")
         return state
+
+    @property
+    def is_up(self) -> bool:
+        """Whether Ray runs, be the application deployed or not."""
+        return self._state is not None and self.applications() is not None
 
     def start(self, config: Path, timeout_s: float = 180.0) -> State:
         """Start Ray, deploy `config`, and wait until it answers.
@@ -182,7 +188,7 @@ class LocalCluster:
         self._report(f"starting Ray, {'HAProxy' if self._proxy == 'haproxy' else 'its own proxy'} in front")
         self.temp_dir.mkdir(parents=True, exist_ok=True)
         write_token(self.temp_dir)
-        head = RayHead.choose(self.temp_dir, self._proxy)
+        head = self._head = RayHead.choose(self.temp_dir, self._proxy)
         with (self.temp_dir / _LOG_FILE).open("w") as log:
             self._process = subprocess.Popen(
                 head.command(), cwd=self._directory, env=head.environment(self._environment),
@@ -193,6 +199,16 @@ class LocalCluster:
         self._state = State(base_url, head.address, head.dashboard, self._process.pid, began, str(self.temp_dir))
         (self.temp_dir / STATE_FILE).write_text(json.dumps(asdict(self._state)))
         self._wait("Ray's dashboard", lambda: self.applications() is not None, deadline_s)
+
+    def node_command(self, resources: Mapping[str, float], num_cpus: int) -> tuple[list[str], dict[str, str]]:
+        """Command line and environment of one more node on this machine, for tests of what happens when it is lost.
+
+        Raises:
+            ClusterError: this object has not started the cluster.
+        """
+        if self._head is None:
+            raise ClusterError("expected a cluster started here; `start` it first")
+        return self._head.node(resources, num_cpus), self._head.environment(self._environment)
 
     def applications(self) -> dict[str, Any] | None:
         """Serve's applications as its REST API tells them, by name; None while it does not answer."""

@@ -16,9 +16,11 @@ from ranklet.replicas.errors import (
     InvalidRequest,
     RankletError,
     Saturated,
+    StillLoading,
     Unavailable,
     UnknownModel,
 )
+from ranklet.routing.report import Load
 
 # Serve's gRPC transport refuses messages above 4 MiB; half of it leaves room. Fewer prompts per call than a large
 # request has let several replicas share it.
@@ -26,7 +28,8 @@ MAX_MESSAGE_BYTES = 2 << 20
 MAX_MESSAGE_PROMPTS = 512
 
 _BY_CODE: dict[str, type[RankletError]] = {
-    kind.code: kind for kind in (InvalidRequest, UnknownModel, AdapterNotFound, Unavailable, InternalError)
+    kind.code: kind
+    for kind in (InvalidRequest, UnknownModel, AdapterNotFound, Unavailable, StillLoading, InternalError)
 }
 
 
@@ -39,6 +42,11 @@ class EmbedCall:
     tokens: bytes  # int32 [sum of lengths]
     lengths: bytes  # int32 [prompts]
     dimensions: int | None
+    sender: str  # the gateway's id
+
+    @property
+    def total_tokens(self) -> int:
+        return len(self.tokens) // 4
 
     def prompts(self) -> list[NDArray[np.int32]]:
         """int32 [length] each; views of the message."""
@@ -58,6 +66,7 @@ class EmbedReply:
     replica: str
     queue_s: float
     compute_s: float
+    load: Load  # of the replica, now
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +80,10 @@ class EmbedRefusal:
     findings: tuple[str, ...] = ()
     adapter: str = ""
     retry_after_s: float = 1.0
+    load: Load | None = None
 
     @classmethod
-    def of(cls, error: RankletError, replica: str, adapter: str) -> "EmbedRefusal":
+    def of(cls, error: RankletError, replica: str, adapter: str, load: Load | None) -> "EmbedRefusal":
         return cls(
             code=error.code,
             message=error.message,
@@ -82,6 +92,7 @@ class EmbedRefusal:
             findings=getattr(error, "findings", ()),
             adapter=adapter,
             retry_after_s=getattr(error, "retry_after_s", 1.0),
+            load=load,
         )
 
     def error(self) -> RankletError:
@@ -93,12 +104,12 @@ class EmbedRefusal:
 
 
 def pack(
-    adapter: str | None, path: str | None, prompts: Sequence[NDArray[np.int32]], dimensions: int | None
+    adapter: str | None, path: str | None, prompts: Sequence[NDArray[np.int32]], dimensions: int | None, sender: str
 ) -> EmbedCall:
     """`prompts`: int32 [length] each."""
     lengths = np.fromiter((len(prompt) for prompt in prompts), dtype=np.int32, count=len(prompts))
     tokens = np.ascontiguousarray(np.concatenate(prompts), dtype=np.int32)
-    return EmbedCall(adapter, path, tokens.tobytes(), lengths.tobytes(), dimensions)
+    return EmbedCall(adapter, path, tokens.tobytes(), lengths.tobytes(), dimensions, sender)
 
 
 def split(prompts: Sequence[NDArray[np.int32]], vector_bytes: int) -> Iterator[Sequence[NDArray[np.int32]]]:

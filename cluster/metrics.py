@@ -59,9 +59,11 @@ class _Choices(Collector):
         yield CounterMetricFamily("ranklet_affinity_hits", hits, seen.hits)
         yield CounterMetricFamily("ranklet_affinity_misses", "Requests sent to one that had not", seen.misses)
         spills = CounterMetricFamily("ranklet_spills", "Requests sent elsewhere than home, and why", labels=["reason"])
-        for reason in ("load", "resident", "retry"):
+        for reason in tally.SPILLS:
             spills.add_metric([reason], seen.spills[reason])
         yield spills
+        ordered = "Replicas told to load an adapter ahead of its requests"
+        yield CounterMetricFamily("ranklet_prefetches", ordered, seen.prefetches)
 
 
 class ReplicaMetrics(Listener):

@@ -1,5 +1,6 @@
 """The command line and environment of a Ray head that shares its machine with others."""
 
+import json
 import os
 import secrets
 import sys
@@ -55,6 +56,17 @@ class RayHead:
             f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}",
             f"--runtime-env-agent-port={runtime_env}",
             f"--object-store-memory={_OBJECT_STORE_BYTES}", f"--temp-dir={self.temp_dir}",
+        ]  # fmt: skip
+
+    def node(self, resources: Mapping[str, float], num_cpus: int) -> list[str]:
+        """`ray start` of one more node of this cluster, on the same machine."""
+        agent, agent_grpc, metrics, runtime_env = free_ports(4)
+        return [
+            script("ray"), "start", f"--address={self.address}", "--block", "--disable-usage-stats",
+            "--node-ip-address=127.0.0.1", f"--num-cpus={num_cpus}", f"--resources={json.dumps(dict(resources))}",
+            f"--object-store-memory={_OBJECT_STORE_BYTES}",
+            f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
+            f"--metrics-export-port={metrics}", f"--runtime-env-agent-port={runtime_env}",
         ]  # fmt: skip
 
     def environment(self, more: Mapping[str, str]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from ranklet.replicas.errors import (
     ModelError,
     RankletError,
     Saturated,
+    StillLoading,
     Unavailable,
     UnknownModel,
 )
@@ -54,6 +55,7 @@ STATUS: Mapping[type[RankletError], int] = {
     BodyTooLarge: 413,
     Saturated: 503,
     Unavailable: 503,
+    StillLoading: 503,
     ModelError: 500,
     InternalError: 500,
 }

@@ -6,19 +6,31 @@ import dataclasses
 import logging
 import os
 import time
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ray import serve
 
+from ranklet.cluster.autoscaling import BUSY, WAIT_S
 from ranklet.cluster.config import AdapterList, AppArgs
 from ranklet.cluster.exporter import Exporter
+from ranklet.cluster.herald import Herald
 from ranklet.cluster.message import EmbedCall, EmbedRefusal, EmbedReply
 from ranklet.cluster.metrics import ReplicaMetrics
+from ranklet.cluster.standing import Standing
 from ranklet.replicas.call import Answer
-from ranklet.replicas.errors import InternalError, RankletError
+from ranklet.replicas.errors import InternalError, RankletError, StillLoading
 from ranklet.replicas.process import EngineProcess
 from ranklet.replicas.reference import AdapterRef, revision_of
+from ranklet.replicas.stats import Listeners
+from ranklet.routing.errand import Errand
+from ranklet.routing.report import Load
 
+GATEWAY = "Gateway"  # the deployment that is told how this one stands
+_LOOKERS = 32  # folders looked at at once
+_LOADERS = 8  # adapters brought ahead of their requests at once
+_LOOK_S = 0.2  # a known adapter's request waits so long for news of its folder
 _REVISION_HOLDS_S = 1.0  # how long a folder's revision is believed before its files are looked at again
 
 logger = logging.getLogger("ray.serve")
@@ -31,32 +43,61 @@ class Replica:
         context = serve.get_replica_context()
         self._id = context.replica_id.unique_id
         self._rank = context.rank.rank if context.rank else 0
-        metrics = ReplicaMetrics(args.metrics.top_adapters)
-        self._engine = EngineProcess(args.engine_config(), metrics)
+        metrics, config = ReplicaMetrics(args.metrics.top_adapters), args.engine_config()
+        self._standing = Standing(self._id, config.slots, config.max_rank)
+        self._load_timeout_s = config.load_timeout_s
+        self._engine = EngineProcess(config, Listeners(metrics, self._standing))
         self._engine.start()
         metrics.watch(self._engine.snapshot)
         self._target = Exporter.start(metrics.registry, args.metrics).target
         self._references: dict[tuple[str, str], tuple[float, AdapterRef]] = {}
-        self._warming: set[asyncio.Task[None]] = set()
+        self._looks: dict[tuple[str, str], asyncio.Future[str]] = {}
+        self._lookers = ThreadPoolExecutor(_LOOKERS, thread_name_prefix="revision")
+        self._loaders = ThreadPoolExecutor(_LOADERS, thread_name_prefix="prefetch")
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._herald = Herald(self._standing, GATEWAY, context.app_name, self._look, self._engine.at_work)
+        self._is_heralded = False
         logger.info(
             "replica %s (rank %d) serves %s, metrics on %s", self._id, self._rank, args.base_names[0], self._target
         )
 
-    async def embed(
-        self, call: EmbedCall, adapter: str | None = None, avoid: str | None = None
-    ) -> EmbedReply | EmbedRefusal:
+    async def embed(self, call: EmbedCall, errand: Errand) -> EmbedReply | EmbedRefusal:
         """The vectors of a call, or why not. Cancelled, it drops what has not reached the device.
 
         Args:
-            adapter, avoid: read by the router, not here.
+            errand: read by the router, not here.
         """
+        tokens = call.total_tokens
+        self._standing.arrived(call.sender, tokens)
         try:
-            return self._reply(await self._answer(call))
+            answer = await self._answer(call)
         except RankletError as error:
-            return EmbedRefusal.of(error, self._id, call.adapter or "")
+            return self._refusal(call, error, tokens)
         except Exception as error:
             logger.exception("embed failed")
-            return EmbedRefusal.of(InternalError(f"the replica failed: {type(error).__name__}: {error}"), self._id, "")
+            return self._refusal(call, InternalError(f"the replica failed: {type(error).__name__}: {error}"), tokens)
+        except asyncio.CancelledError:
+            self._standing.settled(tokens)
+            raise
+        self._standing.settled(tokens)
+        return self._reply(answer, self._standing.now(call.sender))
+
+    def _refusal(self, call: EmbedCall, error: RankletError, tokens: int) -> EmbedRefusal:
+        self._standing.settled(tokens)
+        return EmbedRefusal.of(error, self._id, call.adapter or "", self._standing.now(call.sender))
+
+    async def prefetch(self, name: str, path: str, errand: Errand) -> None:
+        """Bring an adapter into a slot ahead of its requests; returns at once."""
+        self._keep(self._warm(name, path))
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _look(self) -> None:
+        engine = self._engine
+        self._standing.holds(engine.resident(), engine.coming(), engine.hosted(), engine.taken())
 
     async def _answer(self, call: EmbedCall) -> Answer:
         adapter = await self._reference(call.adapter, call.path) if call.adapter and call.path else None
@@ -82,7 +123,7 @@ class Replica:
             ticket.cancel()
             raise
 
-    def _reply(self, answer: "Answer") -> EmbedReply:
+    def _reply(self, answer: "Answer", load: Load) -> EmbedReply:
         return EmbedReply(
             vectors=answer.vectors.tobytes(),
             dimensions=answer.vectors.shape[1],
@@ -92,16 +133,38 @@ class Replica:
             replica=self._id,
             queue_s=answer.queue_s,
             compute_s=answer.compute_s,
+            load=load,
         )
 
     async def _reference(self, name: str, path: str) -> AdapterRef:
-        """The adapter's present revision on this node; its files are looked at once a second, off the event loop."""
-        checked_s, reference = self._references.get((name, path), (float("-inf"), None))
-        if reference is None or time.monotonic() - checked_s > _REVISION_HOLDS_S:
-            revision = await asyncio.get_running_loop().run_in_executor(None, revision_of, path)
-            reference = AdapterRef(name, path, revision)
-            self._references[name, path] = (time.monotonic(), reference)
+        """The adapter's present revision on this node; its files are looked at once a second, off the event loop.
+
+        A disk that hangs holds up requests for adapters that are on it and not yet known; those that are keep the
+        revision last seen.
+        """
+        key = name, path
+        checked_s, reference = self._references.get(key, (float("-inf"), None))
+        if reference is not None and time.monotonic() - checked_s <= _REVISION_HOLDS_S:
+            return reference
+        look = self._looks.get(key)
+        if look is None:
+            look = self._looks[key] = asyncio.get_running_loop().run_in_executor(self._lookers, revision_of, path)
+            look.add_done_callback(lambda done: self._looked(key, done))
+        patience_s = _LOOK_S if reference else self._load_timeout_s
+        await asyncio.wait([look], timeout=patience_s)
+        if look.done():
+            return AdapterRef(name, path, look.result())
+        if reference is None:
+            raise StillLoading(
+                f"adapter {name!r}: expected to see its folder within {patience_s:g} s, but the disk has not answered. "
+                "Try again"
+            )
         return reference
+
+    def _looked(self, key: tuple[str, str], look: "asyncio.Future[str]") -> None:
+        del self._looks[key]
+        if not look.cancelled() and look.exception() is None:
+            self._references[key] = time.monotonic(), AdapterRef(*key, look.result())
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """`user_config: {adapters: ...}` of this deployment: loads those adapters now, ahead of their first request.
@@ -111,14 +174,12 @@ class Replica:
         """
         adapters = AdapterList.model_validate(user_config).adapters
         for name, path in adapters.items():
-            task = asyncio.ensure_future(self._warm(name, str(path.absolute())))
-            self._warming.add(task)
-            task.add_done_callback(self._warming.discard)
+            self._keep(self._warm(name, str(path.absolute())))
 
     async def _warm(self, name: str, path: str) -> None:
         try:
             reference = await self._reference(name, path)
-            info = await asyncio.get_running_loop().run_in_executor(None, self._engine.load, reference)
+            info = await asyncio.get_running_loop().run_in_executor(self._loaders, self._engine.load, reference)
             logger.info("adapter %s: rank %d, %d bytes", name, info.rank, info.bytes)
         except RankletError as error:
             logger.error("adapter %s not loaded: %s", name, error.message)
@@ -138,9 +199,9 @@ class Replica:
             "resident": list(self._engine.resident()),
         }
 
-    async def record_routing_stats(self) -> dict[str, Any]:
-        """Residency for the router. No counters or times: each change is broadcast to every gateway."""
-        return {"resident": sorted(self._engine.resident())}
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `ranklet.cluster.autoscaling` decides by."""
+        return {BUSY: self._standing.busy(), WAIT_S: self._standing.wait_s()}
 
     async def record_replica_metadata(self) -> dict[str, Any]:
         """The rank, which a replacement of this replica gets again."""
@@ -148,6 +209,9 @@ class Replica:
 
     async def check_health(self) -> None:
         """Called by Serve; three failures in a row and the replica is replaced."""
+        if not self._is_heralded:  # now that there is an event loop, and Serve knows this replica
+            self._is_heralded = True
+            self._keep(self._herald.run())
         if not self._engine.healthy():
             raise RuntimeError("the engine has stopped; replacing this replica")
 
