@@ -6,7 +6,9 @@ import signal
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import httpx
 import numpy as np
@@ -21,15 +23,25 @@ LONG_TEXT = "a long text about nothing in particular " * 25
 TEXTS = [f"text number {number}" for number in range(8)]
 
 
-def kill_under_load(service: Service, victim: int) -> Counter[str]:
-    """SIGKILL one of the replicas while all models are asked; counts answers that were right, wrong or refused.
+@dataclass
+class Seen:
+    """What clients saw: answers that were right, wrong or refused, and how long the slowest took."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    slowest_s: float = 0.0
+
+    def __getitem__(self, outcome: str) -> int:
+        return self.counts[outcome]
+
+
+def under_load(service: Service, fault: Callable[[], object], seconds: float = LOAD_S) -> Seen:
+    """Let something happen after a third of the time while all models are asked.
 
     A connection that is lost raises: it would be a lost request.
     """
     expected = {model: service.embed(model, TEXTS) for model in MODELS}
-    processes = list(service.processes("Replica").values())
     stop = threading.Event()
-    seen: Counter[str] = Counter()
+    seen = Seen()
 
     def ask(worker: int) -> None:
         with httpx.Client(base_url=service.url, timeout=60, trust_env=False) as client:
@@ -37,24 +49,33 @@ def kill_under_load(service: Service, victim: int) -> Counter[str]:
             while not stop.is_set():
                 model, text = MODELS[turn % len(MODELS)], turn % len(TEXTS)
                 body = {"model": model, "input": TEXTS[text], "encoding_format": "base64"}
-                seen[_judged(client.post("/v1/embeddings", json=body), expected[model][text])] += 1
+                began_s = time.monotonic()
+                answer = client.post("/v1/embeddings", json=body)
+                seen.slowest_s = max(seen.slowest_s, time.monotonic() - began_s)
+                seen.counts[_judged(answer, expected[model][text])] += 1
                 turn += WORKERS
 
     with ThreadPoolExecutor(WORKERS) as pool:
         running = [pool.submit(ask, worker) for worker in range(WORKERS)]
-        time.sleep(LOAD_S / 3)
-        os.kill(processes[victim], signal.SIGKILL)
-        time.sleep(LOAD_S * 2 / 3)
+        time.sleep(seconds / 3)
+        fault()
+        time.sleep(seconds * 2 / 3)
         stop.set()
         for worker in running:
             worker.result(timeout=90)
     return seen
 
 
+def kill_under_load(service: Service, victim: int) -> Seen:
+    """SIGKILL one of the replicas."""
+    process = list(service.processes("Replica").values())[victim]
+    return under_load(service, lambda: os.kill(process, signal.SIGKILL))
+
+
 def _judged(answer: httpx.Response, expected: Vectors) -> str:
     if answer.status_code == 503:
         assert int(answer.headers["retry-after"]) >= 1
-        assert answer.json()["error"]["code"] in ("unavailable", "saturated")
+        assert answer.json()["error"]["code"] in ("unavailable", "saturated", "adapter_loading")
         return "refused"
     assert answer.status_code == 200, answer.text
     return "right" if np.abs(vectors_of(answer)[0] - expected).max() < 1e-5 else "wrong"
@@ -79,6 +100,11 @@ def kill_with_the_request(service: Service) -> None:
 def wait_for_recovery(service: Service) -> None:
     """Both replicas run again, under the ranks of before."""
     eventually("two replicas with their ranks", lambda: sorted(_ranks(service)) == ["0", "1"])
+
+
+def wait_for_two(service: Service) -> None:
+    """Two replicas run again. One that replaces another while that still drains gets a rank of its own."""
+    eventually("two replicas", lambda: len(_ranks(service)) == 2)
 
 
 def _ranks(service: Service) -> list[str]:

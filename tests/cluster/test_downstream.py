@@ -11,7 +11,9 @@ from ray.serve.request_router import PendingRequest
 from ranklet.cluster.downstream import Replicas
 from ranklet.cluster.message import EmbedCall, EmbedReply
 from ranklet.cluster.registry import Known
-from ranklet.routing.router import ADAPTER, AVOID, AdapterRouter
+from ranklet.routing.errand import ERRAND
+from ranklet.routing.report import Load
+from ranklet.routing.router import AdapterRouter
 
 PROMPTS = [np.arange(1, 5, dtype=np.int32)]
 
@@ -30,7 +32,7 @@ class Handle:
 
     async def remote(self, call: EmbedCall, **kwargs: Any) -> EmbedReply:
         self.call, self.kwargs = call, kwargs
-        return EmbedReply(np.ones(8, np.float32).tobytes(), 8, 4, "gpu", "csgmv", "r0", 0.0, 0.0)
+        return EmbedReply(np.ones(8, np.float32).tobytes(), 8, 4, "gpu", "csgmv", "r0", 0.0, 0.0, Load(1, 0, 0.0, 0, 4))
 
 
 async def asked(adapter: Known | None) -> Handle:
@@ -43,8 +45,10 @@ async def asked(adapter: Known | None) -> Handle:
 
 async def test_the_adapter_is_named_to_the_router(tmp_path: Any) -> None:
     named, bare = await asked(Known("legal", tmp_path)), await asked(None)
-    assert named.kwargs == {ADAPTER: "legal", AVOID: None}
-    assert bare.kwargs == {ADAPTER: None, AVOID: None}
+    for handle, adapter in ((named, "legal"), (bare, None)):
+        errand = handle.kwargs.pop(ERRAND)
+        assert not handle.kwargs
+        assert (errand.adapter, errand.tokens, errand.avoid, errand.only) == (adapter, 4, None, None)
     assert named.options_given == {"method_name": "embed"}
 
 

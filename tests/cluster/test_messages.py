@@ -27,7 +27,9 @@ from ranklet.replicas.errors import (
     Unavailable,
     UnknownModel,
 )
+from ranklet.routing.report import Load
 
+LOAD = Load(1, 0, 0.0, 0, 0)
 TOKEN_LISTS = st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=40), min_size=1, max_size=20)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -38,7 +40,7 @@ JSON = st.recursive(
 
 @given(TOKEN_LISTS)
 def test_prompts_survive_the_message(prompts: list[list[int]]) -> None:
-    call = pickle.loads(pickle.dumps(pack("a", "/a", parse_input(prompts, 100), 64)))  # type: ignore[arg-type]
+    call = pickle.loads(pickle.dumps(pack("a", "/a", parse_input(prompts, 100), 64, "g")))  # type: ignore[arg-type]
     assert [prompt.tolist() for prompt in call.prompts()] == prompts
     assert (call.adapter, call.path, call.dimensions) == ("a", "/a", 64)
 
@@ -100,7 +102,7 @@ def _fits(value: Any) -> bool:
     ],
 )
 def test_refusals_come_out_of_the_message_as_they_went_in(error: RankletError, status: int) -> None:
-    sent = pickle.loads(pickle.dumps(EmbedRefusal.of(error, "replica", "a")))
+    sent = pickle.loads(pickle.dumps(EmbedRefusal.of(error, "replica", "a", None)))
     came = sent.error()
     assert type(came) is type(error)
     assert body_of(came) == body_of(error)
@@ -109,7 +111,9 @@ def test_refusals_come_out_of_the_message_as_they_went_in(error: RankletError, s
 
 
 def test_saturation_says_when_to_come_back() -> None:
-    assert refuse(EmbedRefusal.of(Saturated("m", retry_after_s=2.5), "r", "").error()).headers["retry-after"] == "3"
+    assert (
+        refuse(EmbedRefusal.of(Saturated("m", retry_after_s=2.5), "r", "", None).error()).headers["retry-after"] == "3"
+    )
     assert status_of(BodyTooLarge("m")) == 413
     assert status_of(RankletError("of a kind that is not in the table")) == 500
 
@@ -118,7 +122,8 @@ def test_replies_are_joined_in_order() -> None:
     rows = np.arange(12, dtype=np.float32).reshape(3, 4)
     parts = [(rows[:2], 5, "gpu", "r1"), (rows[2:], 7, "disk", "r2")]
     replies = [
-        EmbedReply(part.tobytes(), 4, tokens, tier, "native", name, 0.0, 0.0) for part, tokens, tier, name in parts
+        EmbedReply(part.tobytes(), 4, tokens, tier, "native", name, 0.0, 0.0, LOAD)
+        for part, tokens, tier, name in parts
     ]
     answer = join(replies)
     assert_array_equal(answer.vectors, rows)

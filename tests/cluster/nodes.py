@@ -1,0 +1,53 @@
+"""More nodes of a cluster on this machine, each a `ray start` of its own that a test may end."""
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from ranklet.cluster.local import LocalCluster
+
+
+class Node:
+    """One node; replicas that ask for the resource `engine` go there."""
+
+    def __init__(self, cluster: LocalCluster, log: Path, engines: int) -> None:
+        command, environment = cluster.node_command({"engine": engines}, num_cpus=4)
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def lose(self) -> None:
+        """All of its processes at once, without a word to anybody."""
+        for pid in family(self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def family(pid: int) -> Iterator[int]:
+    """A process and all that it has started, by id."""
+    yield pid
+    for child in children(pid):
+        yield from family(child)
+
+
+def children(pid: int) -> list[int]:
+    """Ids of the processes that a process has started."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += [int(child) for child in (task / "children").read_text().split()]
+    return found
+
+
+def title(pid: int) -> str:
+    """What a process calls itself."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""

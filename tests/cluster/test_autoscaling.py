@@ -1,0 +1,83 @@
+"""Replicas come with load and go without it, and nothing is lost on the way."""
+
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from ranklet.cluster.autoscaling import BUSY, WAIT_S, by_work
+from ranklet.cluster.local import LocalCluster
+from tests.cluster import load
+from tests.cluster.service import Service, eventually, local_configuration
+
+PUSH_S = {
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("busy", "wait_s", "wanted"),
+    [
+        ([0.75, 0.75], [0, 0], 2),
+        ([1, 1], [0.1, 0.1], 2.67),
+        ([1, 1], [9, 9], 4),
+        ([0.1, 0.2], [0, 0], 0.4),
+        ([], [], 2),
+    ],
+)
+def test_the_policy(busy: list[float], wait_s: list[float], wanted: float) -> None:
+    told = {BUSY: dict(enumerate(busy)), WAIT_S: dict(enumerate(wait_s))}
+    ctx: Any = SimpleNamespace(aggregated_metrics=told, current_num_replicas=2, target_num_replicas=2, policy_state={})
+    assert by_work(ctx)[0] == pytest.approx(wanted, rel=0.01)
+    ctx.aggregated_metrics = None
+    assert by_work(ctx)[0] == 2
+
+
+def test_replicas_come_with_load_and_go_without(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
+    content = local_configuration(model_dir, adapters_dir)
+    replica = content["applications"][0]["deployments"][1]
+    del replica["num_replicas"]
+    replica["autoscaling_config"] = {
+        "min_replicas": 1, "max_replicas": 2, "upscale_delay_s": 1, "downscale_delay_s": 3, "look_back_period_s": 2,
+        "metrics_interval_s": 1, "policy": {"policy_function": "ranklet.cluster.autoscaling:by_work"},
+    }  # fmt: skip
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(content))
+    with (
+        LocalCluster(http_port=0, report=print, environment=PUSH_S) as cluster,
+        contextlib.ExitStack() as closing,
+    ):
+        cluster.start(config)
+        service = Service(cluster, model_dir, adapters_dir, content)
+        closing.callback(service.http.close)
+        assert len(service.processes("Replica")) == 1
+        seen = load.under_load(service, lambda: _more(service))
+        assert (seen["wrong"], seen["refused"]) == (0, 0)
+        assert seen["right"] > 20
+        eventually("one replica again", lambda: len(service.processes("Replica")) == 1)
+        assert service.embed("legal-v2", "still here").shape == (1, 128)
+
+
+def _more(service: Service) -> None:
+    """Long requests on top, until there is a second replica."""
+    texts = [f"{number} {load.LONG_TEXT}" for number in range(200)]
+    enough = threading.Event()
+
+    def ask() -> None:
+        while not enough.is_set():
+            assert service.post("legal-v2", texts, encoding_format="base64").status_code == 200
+
+    with ThreadPoolExecutor(3) as pool:
+        asking = [pool.submit(ask) for _ in range(3)]
+        try:
+            eventually("a second replica", lambda: len(service.processes("Replica")) == 2)
+        finally:
+            enough.set()
+        for one in asking:
+            one.result()

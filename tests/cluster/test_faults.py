@@ -1,0 +1,157 @@
+"""Things die, hang and change on a cluster of three nodes under load: every request ends, and ends rightly."""
+
+import contextlib
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ranklet.cluster.local import LocalCluster
+from tests.assets.hanging import hanging
+from tests.cluster import load
+from tests.cluster.load import Seen
+from tests.cluster.nodes import Node, children, family, title
+from tests.cluster.service import Service, eventually, local_configuration, vectors_of
+
+Nodes = tuple[Service, list[Node], Path]
+ENDS_S = 10.0  # a request, after a fault
+BACK_S = 30.0  # the replicas, after one was lost
+
+
+@pytest.fixture(scope="module")
+def nodes(model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """Gateway, HAProxy and controller on the head; two nodes with room for two replicas each."""
+    folder = tmp_path_factory.mktemp("nodes")
+    adapters = folder / "adapters"
+    shutil.copytree(adapters_dir, adapters)
+    content = local_configuration(model_dir, adapters)
+    _, replica = content["applications"][0]["deployments"]
+    replica["ray_actor_options"] = {"num_cpus": 0.5, "resources": {"engine": 1}}
+    replica["graceful_shutdown_timeout_s"] = 5
+    content["applications"][0]["args"]["engine"]["load_timeout_s"] = 3.0
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(content))
+    started: list[Node] = []
+    cluster = LocalCluster(http_port=0, report=print)
+
+    def join() -> None:
+        while not started:
+            time.sleep(0.1)
+            if cluster.is_up:
+                started.extend(Node(cluster, folder / f"node{i}.log", 2) for i in range(2))
+
+    joining = threading.Thread(target=join)
+    joining.start()
+    try:
+        state = cluster.start(config)
+        content["http_options"]["port"] = int(state.base_url.rpartition(":")[2])
+        service = Service(cluster, model_dir, adapters, content)
+        load.wait_for_two(service)
+        yield service, started, folder
+        service.http.close()
+    finally:
+        for node in started:
+            if node.process.poll() is None:
+                node.lose()
+        cluster.stop()
+        joining.join()
+
+
+def judge(seen: Seen, least: int = 20) -> None:
+    assert seen["wrong"] == 0
+    assert seen["right"] > least
+    assert seen.slowest_s < ENDS_S + load.LOAD_S / 3, "from the fault; the load began before it"
+
+
+@pytest.mark.parametrize("hung", ["engine", "actor"])
+def test_a_replica_that_hangs_is_passed_over_and_replaced(nodes: Nodes, hung: str) -> None:
+    """SIGSTOP: it takes requests and never answers."""
+    service, _, _ = nodes
+    actor = next(iter(service.processes("Replica").values()))
+    stopped = children(actor)[0] if hung == "engine" else actor
+    try:
+        judge(load.under_load(service, lambda: os.kill(stopped, signal.SIGSTOP), 18))
+        eventually("another in its place", lambda: actor not in service.processes("Replica").values(), BACK_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(stopped, signal.SIGKILL)
+    load.wait_for_two(service)
+
+
+def test_a_node_is_lost(nodes: Nodes) -> None:
+    """The other has room for its replicas."""
+    service, started, folder = nodes
+    judge(load.under_load(service, started[0].lose))
+    began_s = time.monotonic()
+    load.wait_for_two(service)
+    assert time.monotonic() - began_s < BACK_S
+    started[0] = Node(service.cluster, folder / "node2.log", 2)
+
+
+def test_the_controller_is_killed(nodes: Nodes) -> None:
+    """Requests go on without it, and the new one finds all as it was."""
+    service, _, _ = nodes
+    before = service.processes("Replica")
+    judge(load.under_load(service, lambda: os.kill(_controller(service), signal.SIGKILL)))
+    eventually("the controller answers again", lambda: service.processes("Replica") == before, BACK_S)
+
+
+def _controller(service: Service) -> int:
+    """Its process, found among all of this cluster's."""
+    named = [pid for pid in family(service.cluster.state.pid) if title(pid).startswith("ray::ServeController")]
+    assert len(named) == 1
+    return named[0]
+
+
+def test_a_disk_that_hangs_holds_up_its_own_adapter_alone(nodes: Nodes) -> None:
+    service, _, _ = nodes
+    stuck = service.adapters / "stuck"
+    shutil.copytree(service.adapters / "legal-v2", stuck)
+    with hanging(stuck / "adapter_model.safetensors"), ThreadPoolExecutor(4) as pool:
+        began_s = time.monotonic()
+        asked = [pool.submit(service.post, "stuck", "text") for _ in range(4)]
+        judge(load.under_load(service, lambda: None))
+        for one in asked:
+            answer = one.result(timeout=30)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "adapter_loading"), answer.text
+        assert time.monotonic() - began_s < ENDS_S
+    assert (service.embed("stuck", "text") == service.embed("legal-v2", "text")).all()
+    shutil.rmtree(stuck)
+
+
+def test_an_adapter_is_deleted_while_it_loads(nodes: Nodes) -> None:
+    """Whoever asked gets the right vector or is told that it is gone; others notice nothing."""
+    service, _, _ = nodes
+    expected = service.embed("medical", "text")
+    for turn in range(6):
+        doomed = service.adapters / f"doomed{turn}"
+        shutil.copytree(service.adapters / "medical", doomed)
+        with ThreadPoolExecutor(3) as pool:
+            asked = [pool.submit(service.post, doomed.name, "text", encoding_format="base64") for _ in range(3)]
+            time.sleep(0.004 * turn)
+            shutil.rmtree(doomed)
+            for one in asked:
+                answer = one.result(timeout=ENDS_S)
+                if answer.status_code == 200:
+                    assert abs(vectors_of(answer)[0] - expected[0]).max() < 1e-5
+                else:
+                    assert answer.status_code in (400, 404), answer.text
+    assert abs(service.embed("medical", "text") - expected).max() < 1e-5
+
+
+def test_a_new_configuration_is_deployed(nodes: Nodes) -> None:
+    """Other arguments replace every replica, one by one."""
+    service, _, _ = nodes
+    before = set(service.processes("Replica").values())
+    arguments = service.content["applications"][0]["args"]
+    arguments["engine"]["slots"] = 6
+    judge(load.under_load(service, lambda: service.cluster.deploy(service.content), 30))
+    eventually("all replicas are new", lambda: not before & set(service.processes("Replica").values()), 60)
+    load.wait_for_two(service)
