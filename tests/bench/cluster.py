@@ -1,24 +1,28 @@
-"""A real cluster over HTTP: replicas on every GPU of this machine, many adapters, and how often each found its adapter.
+"""Several GPUs of one machine behind one app, driven by `ranklet bench`: how throughput grows with them, more adapters
+than slots, one adapter that takes most of the traffic. The same cluster is then deployed with one replica.
 
-usage: python -m tests.bench.cluster [--replicas 2] [--gateways 4] [--adapters 16] [--requests 4000] [--tokens 512]
+usage: python -m tests.bench.cluster [--replicas 4] [--gateways 32] [--adapters 256] [--slots 64] [--repeats 3]
 """
 
 import argparse
-import asyncio
-import base64
 import contextlib
+import dataclasses
+import json
+import re
 import tempfile
-from collections import Counter
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from time import perf_counter
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
-import aiohttp
-import numpy as np
 import torch
 import yaml
+from rich.console import Console
 
+from ranklet.cluster.bench.plan import Plan
+from ranklet.cluster.bench.run import bench
 from ranklet.cluster.local import LocalCluster, State
 from tests.assets.tokenizer import save_tokenizer
 from tests.bench import report
@@ -49,11 +53,20 @@ def configuration(folder: Path, replicas: int, gateways: int, slots: int) -> dic
     }  # fmt: skip
 
 
+class Served(NamedTuple):
+    """A running cluster, its adapters' names, and what it was deployed from."""
+
+    state: State
+    adapters: list[str]
+    cluster: LocalCluster
+    content: dict[str, Any]
+
+
 @contextlib.contextmanager
 def served(
     folder: Path, layers: int, adapters: int, *, replicas: int = 1, gateways: int, slots: int, backend: str = "auto"
-) -> Iterator[tuple[State, list[str]]]:
-    """A cluster of random weights at the real widths, and its adapters' names; stopped in the end."""
+) -> Iterator[Served]:
+    """A cluster of random weights at the real widths; stopped in the end."""
     write_model(folder / "model", layers=layers)
     save_tokenizer(folder / "model", vocab_size=1024, max_length=32_768)
     made = write_adapters(folder / "adapters", adapters, layers=layers)
@@ -63,85 +76,119 @@ def served(
     path.write_text(yaml.safe_dump(asked))
     cluster = LocalCluster(http_port=0, report=print)
     state = cluster.start(path, timeout_s=300)
+    asked["http_options"]["port"] = int(state.base_url.rpartition(":")[2])
     try:
-        yield state, [one.name for one in made]
+        yield Served(state, [one.name for one in made], cluster, asked)
     finally:
         cluster.stop()
 
 
-async def drive(url: str, adapters: list[str], requests: int, tokens: int, concurrency: int) -> list[dict[str, Any]]:
-    """Send requests that name adapters uniformly at random; what each answer's headers and status said.
-
-    The client is aiohttp's: httpx, though kinder to use, spends 10 ms a request on 64 connections.
-    """
-    rng = np.random.default_rng(0)
-    names = rng.choice(adapters, requests)
-    prompts = rng.integers(0, QWEN3_EMBEDDING_06B.vocab, (64, tokens)).tolist()
-    limit = asyncio.Semaphore(concurrency)
-    pool = aiohttp.TCPConnector(limit=concurrency)
-    async with aiohttp.ClientSession(connector=pool, timeout=aiohttp.ClientTimeout(total=120)) as client:
-
-        async def ask(i: int) -> dict[str, Any]:
-            body = {"model": str(names[i]), "input": prompts[i % 64], "encoding_format": "base64"}
-            async with limit:
-                began = perf_counter()
-                async with client.post(f"{url}/v1/embeddings", json=body) as answer:
-                    said = await answer.json()
-                seconds = perf_counter() - began
-            vector = np.frombuffer(base64.b64decode(said["data"][0]["embedding"]), np.float32)
-            return {
-                "status": answer.status, "replica": answer.headers["x-ranklet-replica"], "adapter": str(names[i]),
-                "tier": answer.headers["x-ranklet-tier"], "seconds": seconds, "prompt": i % 64, "vector": vector,
-            }  # fmt: skip
-
-        return list(await asyncio.gather(*(ask(i) for i in range(requests))))
+def samples(url: str, role: str) -> dict[str, dict[str, float]]:
+    """Each replica's (or gateway's) metrics by its id: sample with labels to value."""
+    with urllib.request.urlopen(f"{url}/metrics/targets", timeout=30) as answer:
+        targets = [group for group in json.load(answer) if group["labels"]["role"] == role]
+    found = {}
+    for group in targets:
+        with urllib.request.urlopen(f"http://{group['targets'][0]}/metrics", timeout=30) as answer:
+            lines = re.findall(r"^(\w+(?:{[^}]*})?) (\S+)$", answer.read().decode(), re.MULTILINE)
+        found[group["labels"]["replica"]] = {name: float(value) for name, value in lines}
+    return found
 
 
-def summary(answers: list[dict[str, Any]], seconds: float, tokens: int, label: str) -> dict[str, Any]:
-    """One row of the result."""
-    shares = Counter(answer["replica"] for answer in answers)
-    tiers = Counter(answer["tier"] for answer in answers)
-    latency = np.array([answer["seconds"] for answer in answers])
+def plans(url: str, adapters: list[str], processes: int, replicas: int, requests: int) -> dict[str, tuple[Plan, str]]:
+    """The rows, and the row each is held against. Work and concurrency grow with the replicas."""
+    long = Plan(
+        base_url=url, vocab=QWEN3_EMBEDDING_06B.vocab, processes=processes, num_prompts=requests * replicas,
+        input_len=6144, adapter_distribution="distinct", warmup=0, max_concurrency=120 * replicas,
+    )  # fmt: skip
+    short = dataclasses.replace(
+        long, num_prompts=12 * requests * replicas, input_len=512, max_concurrency=800 * replicas
+    )
+    few, many, every = tuple(adapters[:4]), tuple(adapters[:64]), tuple(adapters)
+    rows = {
+        "6144 tokens, 4 adapters": (dataclasses.replace(long, adapters=few), ""),
+        "6144 tokens, 64 adapters": (dataclasses.replace(long, adapters=many), ""),
+        "512 tokens, 4 adapters": (dataclasses.replace(short, adapters=few), ""),
+        "512 tokens, 64 adapters": (dataclasses.replace(short, adapters=many), ""),
+    }
+    if replicas == 1:
+        return rows
+    hot = dataclasses.replace(long, adapters=many, adapter_distribution="zipf:2")
     return {
-        "phase": label, "requests": len(answers), "ok": sum(answer["status"] == 200 for answer in answers),
-        "per replica": "/".join(str(count) for count in sorted(shares.values())),
-        "already held": f"{tiers['gpu'] / len(answers):.4f}", "tiers": dict(tiers),
-        "least cosine of repeats": f"{_agreement(answers):.6f}",
-        "tokens_per_s": round(len(answers) * tokens / seconds),
-        "p50_ms": float(np.percentile(latency, 50) * 1e3), "p99_ms": float(np.percentile(latency, 99) * 1e3),
+        **rows,
+        "6144 tokens, one adapter of 64 takes 61 %": (hot, "6144 tokens, 64 adapters"),
+        "6144 tokens, all adapters": (dataclasses.replace(long, adapters=every), "6144 tokens, 64 adapters"),
+        "512 tokens, all adapters": (dataclasses.replace(short, adapters=every), "512 tokens, 64 adapters"),
+    }
+
+
+def measured(url: str, name: str, plan: Plan, replicas: int, repeats: int) -> dict[str, Any]:
+    """One row: the median run's rate, and of all runs how busy each device was and where adapters were found."""
+    bench(dataclasses.replace(plan, seed=repeats))  # the adapters find their places
+    rates, p99_ms, failed, seconds = [], [], 0, 0.0
+    before = samples(url, "replica")
+    for seed in range(repeats):
+        found = bench(dataclasses.replace(plan, seed=seed))
+        rates.append(round(found.overall.tokens_per_s))
+        p99_ms.append(found.overall.p99_ms)
+        failed += found.overall.requests - found.overall.answered
+        seconds += found.seconds
+    after = samples(url, "replica")
+    grown = {id: {name: value - before[id].get(name, 0.0) for name, value in now.items()} for id, now in after.items()}
+    busy = [found["ranklet_device_busy_seconds_total"] / seconds for found in grown.values()]
+    tiers = {
+        tier: sum(found.get(f'ranklet_tier_hits_total{{tier="{tier}"}}', 0.0) for found in grown.values())
+        for tier in ("gpu", "host", "disk")
+    }
+    return {
+        "replicas": replicas, "work": name, "tokens_per_s": median(rates), "runs": "/".join(map(str, sorted(rates))),
+        "p99_ms": median(p99_ms), "failed": failed, "least busy": min(busy), "busiest": max(busy),
+        "found on the device": tiers["gpu"] / max(sum(tiers.values()), 1),
     }  # fmt: skip
 
 
-def _agreement(answers: list[dict[str, Any]]) -> float:
-    """The least cosine between two answers to the same prompt and adapter, whichever replicas gave them."""
-    first: dict[tuple[str, int], np.ndarray] = {}
-    return min(float(a["vector"] @ first.setdefault((a["adapter"], a["prompt"]), a["vector"])) for a in answers)
+def scaled(served: Served, replicas: int) -> None:
+    """Deploy the same app with another number of replicas, and wait until they all run."""
+    deployments = served.content["applications"][0]["deployments"]
+    deployments[1]["num_replicas"] = replicas
+    served.cluster.deploy(served.content)
+    while len(samples(served.state.base_url, "replica")) != replicas:
+        time.sleep(0.5)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--gateways", type=int, default=4)
-    parser.add_argument("--adapters", type=int, default=16)
-    parser.add_argument("--slots", type=int, default=16)
-    parser.add_argument("--requests", type=int, default=4000)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--concurrency", type=int, default=128)
+    parser.add_argument("--replicas", type=int, default=max(torch.cuda.device_count(), 2))
+    parser.add_argument("--gateways", type=int, default=32)
+    parser.add_argument("--processes", type=int, default=12, help="of the load client")
+    parser.add_argument("--adapters", type=int, default=256)
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=240, help="of 6144 tokens, for each replica")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
     parser.add_argument("--out", type=Path, default=report.RESULTS)
-    parser.add_argument("--name", default="cluster-2xh200")
+    parser.add_argument("--name", default="cluster-4xh200")
     options = parser.parse_args()
     shape = {"replicas": options.replicas, "gateways": options.gateways, "slots": options.slots}
+    rows: list[dict[str, Any]] = []
+    console = Console(stderr=True)
     with (
         tempfile.TemporaryDirectory() as scratch,
-        served(Path(scratch), options.layers, options.adapters, **shape) as (state, names),
+        served(Path(scratch), options.layers, options.adapters, **shape) as running,
     ):
-        rows = []
-        for label in ("cold", "steady", "steady again"):
-            began = perf_counter()
-            drawn = drive(state.base_url, names, options.requests, options.tokens, options.concurrency)
-            answers = asyncio.run(drawn)
-            rows.append(summary(answers, perf_counter() - began, options.tokens, label))
+        url = running.state.base_url
+        for replicas in (options.replicas, 1):
+            if replicas == 1:
+                scaled(running, 1)
+            work = plans(url, running.adapters, options.processes, replicas, options.requests)
+            for name, (plan, against) in work.items():
+                row = measured(url, name, plan, replicas, options.repeats)
+                same = {found["work"]: found["tokens_per_s"] for found in rows if found["replicas"] != replicas}
+                other = {found["work"]: found["tokens_per_s"] for found in rows if found["replicas"] == replicas}
+                row["of one replica"] = same[name] / row["tokens_per_s"] if replicas == 1 else ""
+                row["of 64 adapters"] = row["tokens_per_s"] / other[against] if against else ""
+                rows.append(row)
+                console.print(f"{replicas} replicas, {name}: {row['tokens_per_s']:,.0f} tokens/s")
     report.save(options.name, rows, options.out)
 
 

@@ -8,10 +8,7 @@ Run `python -m tests.bench.engine` with the same --out before it, and its rows a
 import argparse
 import dataclasses
 import json
-import math
-import re
 import tempfile
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -23,7 +20,7 @@ from ranklet.cluster.bench.outcome import Outcome
 from ranklet.cluster.bench.plan import Plan
 from ranklet.cluster.bench.run import bench
 from tests.bench import report
-from tests.bench.cluster import served
+from tests.bench.cluster import samples, served
 from tests.bench.shapes import QWEN3_EMBEDDING_06B
 
 _BUSY = "ranklet_device_busy_seconds_total"
@@ -54,14 +51,7 @@ def plans(url: str, processes: int) -> dict[str, Plan]:
 
 def busy_s(url: str) -> float:
     """Seconds that the replicas' devices have computed since they started."""
-    with urllib.request.urlopen(f"{url}/metrics/targets", timeout=30) as answer:
-        targets = [group["targets"][0] for group in json.load(answer) if group["labels"]["role"] == "replica"]
-    total = 0.0
-    for target in targets:
-        with urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as answer:
-            found = re.search(rf"^{_BUSY} (\S+)$", answer.read().decode(), re.MULTILINE)
-        total += float(found[1]) if found else math.nan
-    return total
+    return sum(found[_BUSY] for found in samples(url, "replica").values())
 
 
 def measured(url: str, plan: Plan, repeats: int) -> Iterator[tuple[Outcome, float]]:
@@ -116,9 +106,10 @@ def main() -> None:
         tempfile.TemporaryDirectory() as scratch,
         served(
             Path(scratch), options.layers, 64, gateways=options.gateways, slots=64, backend=options.backend
-        ) as (state, _),
+        ) as running,
     ):  # fmt: skip
-        url, every = state.base_url, plans(state.base_url, options.processes)
+        url = running.state.base_url
+        every = plans(url, options.processes)
         bench(dataclasses.replace(every["1200 x 512, 64 adapters"], num_prompts=512))  # loads the adapters
         engine = engine_rates(options.out / "engine-h200.json")
         work = {name: plan for name, plan in every.items() if options.only in name}

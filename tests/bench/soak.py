@@ -161,10 +161,10 @@ def main() -> None:
     shape = {"gateways": options.gateways, "slots": options.slots}
     with (
         tempfile.TemporaryDirectory() as scratch,
-        served(Path(scratch), options.layers, options.adapters, **shape) as (state, names),
+        served(Path(scratch), options.layers, options.adapters, **shape) as running,
     ):
-        prompts = Prompts(names, options.longest, QWEN3_EMBEDDING_06B.vocab)
-        asked = soak(state.base_url, prompts, options.minutes, options.concurrency, state.pid)
+        prompts = Prompts(running.adapters, options.longest, QWEN3_EMBEDDING_06B.vocab)
+        asked = soak(running.state.base_url, prompts, options.minutes, options.concurrency, running.state.pid)
         tally, memory = asyncio.run(asked)
     cosines = np.array(tally.cosines)
     rows: list[dict[str, Any]] = [{
