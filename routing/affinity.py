@@ -43,8 +43,8 @@ class Policy:
     tie_s: float = 0.005  # waits that differ by less are as good as equal
     scatter_s: float = 0.1  # what one more place for an adapter costs the others, beside its load
     reluctance: float = 1.0  # a wait at home must be so much longer, as a part, before one more place is tried
-    tight_s: float = 1.0  # and where the adapters need nearly all slots there are
-    displace_s: float = 0.3  # and where all slots are taken, so that another adapter must leave
+    tight_s: float = 1.0  # the same once more, where the adapters need nearly all slots there are
+    displace_s: float = 0.3  # where every slot holds what no other replica has, so that some adapter must leave
     relief_s: float = 0.05  # a wait for which a copy is brought to a free slot elsewhere
     prefetch_s: float = 0.5  # between two such orders for one adapter
     share_s: float = 0.02  # what a home that another router looks after must spare of the wait, to be preferred

@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import ValidationError
+from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from ranklet.cluster.app import ROUTER, build
+from ranklet.cluster.autoscaling import by_work
 from ranklet.cluster.config import AdapterList, AppArgs
+from ranklet.routing.affinity import Policy
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 BASE: dict[str, Any] = {"base": {"model_dir": "/models/base"}}
@@ -40,7 +43,9 @@ def test_the_comments_of_the_shipped_file_are_true() -> None:
     start = next(index for index, line in enumerate(lines) if "# request_router_config:" in line)
     block = yaml.safe_load("\n".join(line.replace("# ", "", 1) for line in lines[start:]))
     assert block["request_router_config"]["request_router_class"] == ROUTER
-    assert block["request_router_config"]["request_router_kwargs"] == {"balance": 1.25, "free_in_flight": 16}
+    assert Policy(**block["request_router_config"]["request_router_kwargs"]) == Policy(), "the defaults are shown"
+    autoscaling = AutoscalingConfig(**block["autoscaling_config"])
+    assert autoscaling.policy.policy_function == f"{by_work.__module__}:{by_work.__name__}"
 
 
 @pytest.mark.parametrize(
