@@ -2,7 +2,8 @@
 
 With a GPU at the real sizes, results in tests/bench/results. Without one the engine's throughput says nothing and is
 left out, and the others run small, their results thrown away. Those that start a cluster are run by themselves:
-`python -m tests.bench.http` and `soak` want one GPU, `cluster` one for each replica.
+`python -m tests.bench.http` and `soak` want one GPU, `cluster` one for each replica. `policy` and `simulate` want none;
+the kept simulations are of 1,000 replicas and take some minutes.
 """
 
 import subprocess
@@ -15,7 +16,7 @@ from rich.console import Console
 GPU: dict[str, list[str]] = {
     "engine": [], "fidelity": ["--backends", "native", "csgmv", "merged"], "kernels": [], "profile": [], "buckets": [],
 }  # fmt: skip
-CPU = {"fidelity": ["--layers", "1"], "kernels": ["--tiny"]}
+CPU = {"fidelity": ["--layers", "1"], "kernels": ["--tiny"], "policy": [], "simulate": ["--replicas", "20"]}
 
 
 def main() -> int:
