@@ -5,6 +5,7 @@ before it is believed, since one that talks nonsense must not take the router wi
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ GUESSED_FROM_HOST_S = 0.02
 SILENCE_S = 4.0  # owing answers and saying nothing for so long, a replica is taken for hung
 _NEVER_S = 1e6
 _STALE_S = 1.0  # what is heard so late says nothing of what others have sent since
+_MOST_OVER = 4096
 _LOOK_S = 0.25  # between two looks for hung replicas
 
 Vector = NDArray[np.float64]
@@ -52,6 +54,7 @@ class Fleet:
         self._looked_s = self._now_s = -math.inf
         self._hung: NDArray[np.bool_] | None = None  # None: no replica
         self._open: dict[int, tuple[str, int]] = {}  # requests: replica, tokens
+        self._over: OrderedDict[int, None] = OrderedDict()  # requests that ended before they were sent
         self._told: dict[str, tuple[int, int]] = {}  # numbers of the last load and holdings, by replica
         self._holdings: dict[str, Holdings] = {}
         self.tenancy = Tenancy(0)
@@ -194,6 +197,8 @@ class Fleet:
 
     def sent(self, request: int, i: int, tokens: int, now_s: float) -> None:
         """A request goes to replica `i`; one that went elsewhere before has left there."""
+        if request in self._over:  # its client left while it waited for a replica
+            return
         if request in self._open:
             self.ended(request, arrived=False)
         if self._owed[i] <= 0:
@@ -205,7 +210,12 @@ class Fleet:
 
     def ended(self, request: int, *, arrived: bool = True) -> None:
         """A request was answered or has failed; it may never have `arrived` at its replica."""
-        replica, tokens = self._open.pop(request, ("", 0))
+        if request not in self._open:
+            self._over[request] = None
+            if len(self._over) > _MOST_OVER:
+                self._over.popitem(last=False)
+            return
+        replica, tokens = self._open.pop(request)
         i = self.index.get(replica)
         if i is None:
             return

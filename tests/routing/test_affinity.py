@@ -117,6 +117,15 @@ def test_what_was_sent_counts_before_the_replica_has_said_so() -> None:
     assert best(routes, "a") == at
 
 
+def test_a_request_that_ended_before_it_was_sent_is_no_load() -> None:
+    """Its client has left while Ray was looking for a replica."""
+    routes = routes_of(2)
+    routes.fleet.ended(1)
+    routes.fleet.sent(1, 0, 40_000, NOW_S)
+    assert routes.fleet.where(1) is None
+    assert routes.fleet.waits(NOW_S).max() == 0
+
+
 def test_a_queue_drains_while_nothing_is_heard() -> None:
     at = home("a", 2)
     routes = routes_of(2, {at: int(3 * RATE)}, {0: ["a"], 1: ["a"]})
