@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -16,6 +17,11 @@ from ranklet.routing.simulate.traffic import Traffic
 from ranklet.routing.simulate.world import Setting
 
 RECOVERED = 2.0  # times the steady p99
+_HEADS = {
+    "hit rate": "hits", "p50_ms": "p50 ms", "p99_ms": "p99 ms", "mean_ms": "mean ms", "loads_per_s": "loads/s",
+    "busiest / mean": "busiest", "steady_p99_ms": "steady p99", "worst_p99_ms": "worst p99",
+    "recovered_s": "recovered s",
+}  # fmt: skip
 
 
 def add(commands: Any) -> None:
@@ -113,11 +119,16 @@ def _run(asked: argparse.Namespace) -> int:
             progress.advance(task)
     ordered = [rows[name] for name in asked.rules]
     rate = chosen.traffic.rate
-    table = Table(title=f"{chosen.setting.replicas} replicas, {asked.adapters} adapters, {rate:,.0f} requests/s")
-    for name in ordered[0]:
-        table.add_column(name.removesuffix("_ms") + (" ms" if name.endswith("_ms") else ""), justify="right")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"{chosen.setting.replicas} replicas, {asked.adapters} adapters, {rate:,.0f} requests/s",
+    )
+    shown = [name for name in ordered[0] if name == "rule" or any(row[name] for row in ordered)]
+    for name in shown:
+        table.add_column(_HEADS.get(name, name), justify="left" if name == "rule" else "right", no_wrap=name == "rule")
     for row in ordered:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*(f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in shown))
     Console().print(table)
     if asked.out:
         settings = {name: str(value) for name, value in vars(asked).items() if name != "run"}
