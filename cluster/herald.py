@@ -13,10 +13,9 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from ranklet.cluster.standing import Standing
+from ranklet.routing.report import BEAT_S, PACE_S
 
-PACE_S = 0.05  # between two tellings at least; longer with many gateways
-_PACE_EACH_S = 0.005
-BEAT_S = 1.0  # and at most
+_PACE_EACH_S = 0.005  # a gateway: with many of them, reports are further apart
 _LOOK_S = 0.01  # between two looks for changes
 _ANSWER_S = 2.0
 

@@ -23,7 +23,6 @@ from ranklet.replicas.call import Answer
 from ranklet.replicas.errors import InternalError, RankletError, StillLoading
 from ranklet.replicas.process import EngineProcess
 from ranklet.replicas.reference import AdapterRef, revision_of
-from ranklet.replicas.stats import Listeners
 from ranklet.routing.errand import Errand
 from ranklet.routing.report import Load
 
@@ -46,7 +45,7 @@ class Replica:
         metrics, config = ReplicaMetrics(args.metrics.top_adapters), args.engine_config()
         self._standing = Standing(self._id, config.slots, config.max_rank)
         self._load_timeout_s = config.load_timeout_s
-        self._engine = EngineProcess(config, Listeners(metrics, self._standing))
+        self._engine = EngineProcess(config, metrics, self._standing)
         self._engine.start()
         metrics.watch(self._engine.snapshot)
         self._target = Exporter.start(metrics.registry, args.metrics).target
@@ -68,23 +67,21 @@ class Replica:
             errand: read by the router, not here.
         """
         tokens = call.total_tokens
+        outcome: Answer | RankletError
         self._standing.arrived(call.sender, tokens)
         try:
-            answer = await self._answer(call)
+            outcome = await self._answer(call)
         except RankletError as error:
-            return self._refusal(call, error, tokens)
+            outcome = error
         except Exception as error:
             logger.exception("embed failed")
-            return self._refusal(call, InternalError(f"the replica failed: {type(error).__name__}: {error}"), tokens)
-        except asyncio.CancelledError:
+            outcome = InternalError(f"the replica failed: {type(error).__name__}: {error}")
+        finally:
             self._standing.settled(tokens)
-            raise
-        self._standing.settled(tokens)
-        return self._reply(answer, self._standing.now(call.sender))
-
-    def _refusal(self, call: EmbedCall, error: RankletError, tokens: int) -> EmbedRefusal:
-        self._standing.settled(tokens)
-        return EmbedRefusal.of(error, self._id, call.adapter or "", self._standing.now(call.sender))
+        load = self._standing.now(call.sender)
+        if isinstance(outcome, RankletError):
+            return EmbedRefusal.of(outcome, self._id, call.adapter or "", load)
+        return self._reply(outcome, load)
 
     async def prefetch(self, name: str, path: str, errand: Errand) -> None:
         """Bring an adapter into a slot ahead of its requests; returns at once."""
@@ -96,8 +93,7 @@ class Replica:
         task.add_done_callback(self._tasks.discard)
 
     def _look(self) -> None:
-        engine = self._engine
-        self._standing.holds(engine.resident(), engine.coming(), engine.hosted(), engine.taken())
+        self._standing.holds(self._engine.held())
 
     async def _answer(self, call: EmbedCall) -> Answer:
         adapter = await self._reference(call.adapter, call.path) if call.adapter and call.path else None

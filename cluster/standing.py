@@ -1,18 +1,16 @@
 """What a replica can say of itself: its queue, its speed, what it holds. Told by its calls and its engine's records."""
 
-import math
 import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from ranklet.replicas.stats import BatchRecord, Listener, LoadRecord
-from ranklet.routing.report import Holdings, Load, Report
+from ranklet.replicas.stats import BatchRecord, Held, Listener, LoadRecord
+from ranklet.routing.report import Holdings, Load, Report, level
 
 _WINDOW_TOKENS = 500_000  # over which speed is averaged
 _WINDOW_LOADS = 8
 _SENDERS = 1024  # gateways whose tokens are counted, the latest ones
-_LEVEL_S = 0.05  # waits are told apart by powers of two from here on
 
 
 @dataclass
@@ -46,7 +44,7 @@ class Standing(Listener):
     _asked: tuple[float, float] = (0.0, 0.0)  # when `busy` was last asked for, and the time busy until then
     _number: int = 0
     _held_number: int = 0
-    _said: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], int] = ((), (), (), 0)
+    _said: Held = field(default_factory=Held)
     _held: tuple[frozenset[str], frozenset[str], frozenset[str], int] = (frozenset(), frozenset(), frozenset(), 0)
     _received: "OrderedDict[str, int]" = field(default_factory=OrderedDict)
     _speed: _Mean = field(default_factory=lambda: _Mean(_WINDOW_TOKENS))
@@ -78,13 +76,12 @@ class Standing(Listener):
             with self._lock:
                 self._load_s[record.tier].add(record.seconds)
 
-    def holds(self, resident: tuple[str, ...], coming: tuple[str, ...], hosted: tuple[str, ...], taken: int) -> None:
+    def holds(self, said: Held) -> None:
         """What the engine holds now; in which order says nothing."""
-        said = resident, coming, hosted, taken
         if said == self._said:
             return
         self._said = said
-        now = frozenset(resident), frozenset(coming), frozenset(hosted), taken
+        now = frozenset(said.resident), frozenset(said.coming), frozenset(said.hosted), said.taken
         with self._lock:
             if now != self._held:
                 self._held = now
@@ -108,8 +105,7 @@ class Standing(Listener):
 
     def level(self) -> int:
         """The expected wait, coarsely: changes of it are worth telling."""
-        wait_s = self.wait_s()
-        return math.ceil(math.log2(wait_s / _LEVEL_S)) if wait_s > _LEVEL_S else 0
+        return level(self.wait_s())
 
     def now(self, sender: str) -> Load:
         """What goes back with an answer to this sender."""

@@ -32,7 +32,7 @@ from ranklet.replicas.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.residency import Residency
 from ranklet.replicas.scheduler import Round, Scheduler
 from ranklet.replicas.slots import SlotTable
-from ranklet.replicas.stats import Listener, LoadRecord, Snapshot
+from ranklet.replicas.stats import Held, Listener, LoadRecord, Snapshot
 from ranklet.replicas.step import Stepper
 
 _PROBE = np.zeros(1, dtype=np.int32)
@@ -172,19 +172,14 @@ class Engine:
         with self._wake:
             return tuple(ref.name for ref in self._residency.table.resident())
 
-    def coming(self) -> tuple[str, ...]:
-        """Names of the adapters on their way to a slot."""
+    def held(self) -> Held:
+        """What it holds now."""
         with self._wake:
-            return tuple(ref.name for ref in self._residency.coming())
+            coming = tuple(ref.name for ref in self._residency.coming())
+            return Held(self.resident(), coming, self._hosted(), self._residency.taken())
 
-    def hosted(self) -> tuple[str, ...]:
-        """Names of the adapters in the host cache."""
+    def _hosted(self) -> tuple[str, ...]:
         return tuple(ref.name for ref in self._loader.host.refs())
-
-    def taken(self) -> int:
-        """Slots with an adapter on its way to it, or one that was used of late."""
-        with self._wake:
-            return self._residency.taken()
 
     def stuck_s(self) -> float:
         """How long the oldest batch has been on the device, 0 without one or where that says nothing (CPU)."""
@@ -224,7 +219,7 @@ class Engine:
             running = [*self._launching, *(work for flight in self._flights for work in flight.prompts)]
             return Snapshot(
                 resident=self.resident(),
-                hosted=self.hosted(),
+                hosted=self._hosted(),
                 waiting_requests=requests_of(waiting),
                 waiting_tokens=self._scheduler.waiting_tokens,
                 running_requests=requests_of(running),

@@ -24,7 +24,7 @@ from ranklet.replicas.call import Answer
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.errors import RankletError, Unavailable
 from ranklet.replicas.reference import AdapterInfo, AdapterRef
-from ranklet.replicas.stats import Listener, Snapshot
+from ranklet.replicas.stats import Held, Listener, Snapshot
 from ranklet.replicas.wire import Call, Cancel, News, Outbox, Reply, State
 
 _PROGRAM = "ranklet.replicas.worker"
@@ -51,8 +51,8 @@ class EngineProcess:
         Unavailable: the process ended before its engine was made.
     """
 
-    def __init__(self, config: EngineConfig, listener: Listener | None = None) -> None:
-        self._listener = listener or Listener()
+    def __init__(self, config: EngineConfig, *listeners: Listener) -> None:
+        self._listeners = listeners
         self._connection, theirs = Pipe()
         with theirs:
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -63,7 +63,7 @@ class EngineProcess:
         self._waiting: dict[int, Callable[[Any], None]] = {}
         self._lock = threading.Lock()
         self._gone = False
-        self._state = State(healthy=False, resident=())
+        self._state = State(healthy=False, held=Held())
         self._heard_s = monotonic()
         threading.Thread(target=self._listen, name="ranklet-replies", daemon=True).start()
         try:
@@ -119,23 +119,15 @@ class EngineProcess:
 
     def resident(self) -> tuple[str, ...]:
         """As `Engine.resident`, as of the last news."""
-        return self._state.resident
+        return self._state.held.resident
 
     def healthy(self) -> bool:
         """Whether the process lives, was heard of lately, and calls its engine healthy."""
         return not self._gone and self._state.healthy and monotonic() - self._heard_s < _SILENCE_S
 
-    def coming(self) -> tuple[str, ...]:
-        """As `Engine.coming`, as of the last news."""
-        return self._state.coming
-
-    def hosted(self) -> tuple[str, ...]:
-        """As `Engine.hosted`, as of the last news."""
-        return self._state.hosted
-
-    def taken(self) -> int:
-        """As `Engine.taken`, as of the last news."""
-        return self._state.taken
+    def held(self) -> Held:
+        """As `Engine.held`, as of the last news."""
+        return self._state.held
 
     def at_work(self) -> bool:
         """Whether it would answer soon: healthy, heard of just now, and no batch hangs."""
@@ -186,7 +178,8 @@ class EngineProcess:
         if isinstance(message, State):
             self._state = message
         elif isinstance(message, News):
-            self._tell(getattr(self._listener, message.method), message.record)
+            for listener in self._listeners:
+                self._tell(getattr(listener, message.method), message.record)
         else:
             with self._lock:
                 done = self._waiting.pop(message.number, None)

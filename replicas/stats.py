@@ -49,6 +49,16 @@ class Snapshot:
     host_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Names of the adapters that an engine holds at one moment; cheaper than a snapshot of a long queue."""
+
+    resident: tuple[str, ...] = ()  # ready in a slot, most recently used last
+    coming: tuple[str, ...] = ()  # on their way to one
+    hosted: tuple[str, ...] = ()  # in the host cache
+    taken: int = 0  # slots with an adapter on its way, or one that was used of late
+
+
 class Listener:
     """Receives an engine's records, on the engine's threads: methods must be quick and must not raise."""
 
@@ -66,30 +76,3 @@ class Listener:
 
     def cancelled(self, requests: int) -> None:
         """Requests were dropped before they reached the device, because their client had gone."""
-
-
-class Listeners(Listener):
-    """Passes everything on to several, in order."""
-
-    def __init__(self, *listeners: Listener) -> None:
-        self._listeners = listeners
-
-    def batch(self, record: BatchRecord) -> None:
-        for listener in self._listeners:
-            listener.batch(record)
-
-    def load(self, record: LoadRecord) -> None:
-        for listener in self._listeners:
-            listener.load(record)
-
-    def evicted(self, adapter: str) -> None:
-        for listener in self._listeners:
-            listener.evicted(adapter)
-
-    def tier_hit(self, tier: str) -> None:
-        for listener in self._listeners:
-            listener.tier_hit(tier)
-
-    def cancelled(self, requests: int) -> None:
-        for listener in self._listeners:
-            listener.cancelled(requests)

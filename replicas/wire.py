@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from ranklet.replicas.stats import Held
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -47,10 +49,7 @@ class State:
     """How the engine is, said at every change and a few times a second."""
 
     healthy: bool
-    resident: tuple[str, ...]
-    coming: tuple[str, ...] = ()
-    hosted: tuple[str, ...] = ()
-    taken: int = 0
+    held: Held
     stuck_s: float = 0.0  # how long the batch on the device has been there
 
 

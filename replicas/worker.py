@@ -126,8 +126,7 @@ class Worker:
         """Say how the engine is."""
         if self._engine is not None:
             engine = self._engine
-            held = engine.resident(), engine.coming(), engine.hosted(), engine.taken()
-            self._outbox.put(State(engine.healthy(), *held, engine.stuck_s()))
+            self._outbox.put(State(engine.healthy(), engine.held(), engine.stuck_s()))
 
     def _beat(self) -> None:
         while not self._stopped.wait(_BEAT_S):

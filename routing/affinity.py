@@ -102,7 +102,7 @@ class Affinity:
         self._rows: OrderedDict[str, _Row] = OrderedDict()
         self._demands: OrderedDict[str, Demand] = OrderedDict()
         self._generation = -1
-        self._looked_s, self._home_rate, self._crowded, self._tight = -math.inf, 1.0, False, 0.0
+        self._looked_s, self._home_rate, self._tight = -math.inf, 1.0, 0.0
         self._changes = 0  # of what all rows depend on
         self._glanced_s, self._crowds, self._divisions = -math.inf, np.zeros(0, bool), -1
         self._random = np.random.default_rng()
@@ -133,7 +133,7 @@ class Affinity:
             if not 0 <= now_s - self._glanced_s <= _GLANCE_S or self._generation != fleet.generation:
                 self._glance(now_s)
             worth = demand.tokens_per_s(now_s) / self._home_rate
-            before, homes = demand.homes, demand.settle(worth, len(fleet), now_s, hasty=self._crowded)
+            before, homes = demand.homes, demand.settle(worth, len(fleet), now_s, hasty=self._tight > 0)
             row = self._row(adapter, homes)
             cost = wait + row.cost + wait * row.reluctance
             if rank > 0:
@@ -202,7 +202,7 @@ class Affinity:
         needed = (_homes(wanted, policy.load_of_crowded_home) + unseen) / slots
         tight = round(min(max((needed - _FILLED) / (_TIGHT - _FILLED), 0.0), 1.0), 1)
         self._changes += tight != self._tight
-        self._tight, self._crowded = tight, tight > 0
+        self._tight = tight
         self._home_rate = load * rate
 
     def _demand(self, adapter: str) -> Demand:

@@ -55,7 +55,7 @@ class Fleet:
         self._hung: NDArray[np.bool_] | None = None  # None: no replica
         self._open: dict[int, tuple[str, int]] = {}  # requests: replica, tokens
         self._over: OrderedDict[int, None] = OrderedDict()  # requests that ended before they were sent
-        self._told: dict[str, tuple[int, int]] = {}  # numbers of the last load and holdings, by replica
+        self._loads: dict[str, int] = {}  # number of the last load, by replica
         self._holdings: dict[str, Holdings] = {}
         self.tenancy = Tenancy(0)
         self._make(0)
@@ -92,7 +92,7 @@ class Fleet:
         self._divide()
         self._hung, self._looked_s = None, -math.inf
         self._guess_rates()
-        self._told = {id: told for id, told in self._told.items() if id in self.index}
+        self._loads = {id: number for id, number in self._loads.items() if id in self.index}
         self._holdings = {id: held for id, held in self._holdings.items() if id in self.index}
         self._open = {key: errand for key, errand in self._open.items() if errand[0] in self.index}
         self.tenancy = Tenancy(len(members))
@@ -142,10 +142,9 @@ class Fleet:
         if not _is_sane(load):
             self.nonsense += 1
             return False
-        last, holdings = self._told.get(replica, (-1, -1))
-        if load.number < last:
+        if load.number < self._loads.get(replica, -1):
             return False
-        self._told[replica] = (load.number, holdings)
+        self._loads[replica] = load.number
         if load.done_tokens != self._done[i] or not load.queued_tokens:
             self._heard_s[i] = now_s
         self._done[i], self._queued[i], self._reported_s[i] = load.done_tokens, load.queued_tokens, now_s - age_s
@@ -171,20 +170,18 @@ class Fleet:
     def hold(self, replica: str, held: Holdings) -> frozenset[str]:
         """Believe what a replica holds; the names of the adapters for which something changed."""
         i = self.index.get(replica)
-        load, last = self._told.get(replica, (-1, -1))
-        if i is None or held.number < last:
+        before = self._holdings.get(replica)
+        if i is None or (before is not None and held.number < before.number):
             return frozenset()
         times = (held.from_disk_s, held.from_host_s)
         if not all(0 <= s <= MOST_LOAD_S for s in times) or min(held.slots, held.taken, held.pool_rank) < 0:
             self.nonsense += 1
             return frozenset()
-        self._told[replica] = (load, held.number)
         full = held.taken >= held.slots
         self.full[i], self.slots[i] = full, held.slots
         self.pool_ranks[i] = held.pool_rank
         self.from_disk_s[i] = held.from_disk_s or GUESSED_FROM_DISK_S
         self.from_host_s[i] = held.from_host_s or GUESSED_FROM_HOST_S
-        before = self._holdings.get(replica)
         self._holdings[replica] = held
         return self.tenancy.told(i, before, held)
 

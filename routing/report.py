@@ -1,7 +1,17 @@
 """What a replica says of itself: its load with every answer, what it holds at every change."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+PACE_S = 0.05  # between two reports of a replica at least, while there are few gateways
+BEAT_S = 1.0  # and at most: it shows that the replica is at work
+_LEVEL_S = 0.05
+
+
+def level(wait_s: float) -> int:
+    """A wait, coarsely: told apart by powers of two from 50 ms on. Changes of it are worth a report."""
+    return math.ceil(math.log2(wait_s / _LEVEL_S)) if wait_s > _LEVEL_S else 0
 
 
 @dataclass(frozen=True, slots=True)

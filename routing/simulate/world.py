@@ -9,24 +9,20 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import Any
+from functools import partial
 
-from ranklet.routing.report import Holdings, Load, Report
+from ranklet.routing.report import BEAT_S, PACE_S, Holdings, Load, Report, level
 from ranklet.routing.simulate.engine import Engine, Request, Speed
 from ranklet.routing.simulate.outcome import Outcome
 from ranklet.routing.simulate.rules import Ours, Rule
 from ranklet.routing.simulate.traffic import Traffic
 
 PUSH_S = 0.005
-PACE_S = 0.05
-BEAT_S = 1.0
 TAIL_S = 60.0  # simulated after the last arrival
 _NETWORK_S = 0.0005  # from gateway to replica
 
 
-class _Event(IntEnum):
-    BATCH, LOADED, TELL, LOSE, JOIN, ARRIVE = range(6)
+_Event = Callable[[float], None]  # told the time
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +58,7 @@ class World:
             None if rank in later - lost else self._new() for rank in range(setting.replicas)
         ]
         self._all = [[engine] if engine else [] for engine in self.engines]
-        self._calendar: list[tuple[float, int, _Event, Any]] = []
+        self._calendar: list[tuple[float, int, _Event]] = []
         self._numbers = itertools.count()
         self._gateway = random.Random(traffic.seed)
         self._gateways = tuple(str(gateway) for gateway in range(setting.gateways))
@@ -78,19 +74,18 @@ class World:
     def run(self, progress: Callable[[float], None] = lambda now_s: None) -> Outcome:
         """To the end; `progress` is told the simulated time now and then."""
         self._rule.joined(self.engines, 0.0)
-        for happening, event in ((self._setting.lose, _Event.LOSE), (self._setting.join, _Event.JOIN)):
+        for happening, react in ((self._setting.lose, self._lose), (self._setting.join, self._join)):
             if happening:
-                self._at(happening[0], event, happening[1])
-        ids = itertools.count()
+                self._at(happening[0], partial(react, ranks=happening[1]))
         warm: tuple[list[float], int] | None = None
         told_s = 0.0
-        for now_s, what in self._events(ids):
+        for now_s, act in self._events():
             if warm is None and now_s >= self._setting.warm_s:
                 warm = self._work()
             if now_s - told_s > 0.5:
                 progress(now_s)
                 told_s = now_s
-            what(now_s)
+            act(now_s)
         for request in [r for engine in self.engines if engine for r in (*engine.running, *engine.queue)]:
             self.outcome.unfinished += 1
             self.outcome.enter(request.arrived_s, self._seconds + TAIL_S - request.arrived_s, request.hit)
@@ -104,27 +99,23 @@ class World:
         """How long each place has been busy, and all loads so far, of those that are gone too."""
         return [sum(e.busy_s for e in every) for every in self._all], sum(e.loads for every in self._all for e in every)
 
-    def _events(self, ids: Iterator[int]) -> Iterator[tuple[float, Callable[[float], None]]]:
+    def _events(self) -> Iterator[tuple[float, _Event]]:
         """What happens, in order of time: arrivals are drawn as they come due."""
-        handlers: dict[_Event, Callable[[float, Any], None]] = {
-            _Event.BATCH: self._batch, _Event.LOADED: self._loaded, _Event.TELL: self._tell, _Event.LOSE: self._lose,
-            _Event.JOIN: self._join, _Event.ARRIVE: self._arrive,
-        }  # fmt: skip
+        ids = itertools.count()
         due = next(self._requests, None)
         while due is not None or self._calendar:
             if due is not None and (not self._calendar or due[0] <= self._calendar[0][0]):
                 at_s, adapter, tokens = due
                 request = Request(next(ids), adapter, tokens, self._gateway.randrange(self._setting.gateways), at_s)
                 due = next(self._requests, None)
-                yield at_s, lambda now_s, request=request: self._send(now_s, request)  # type: ignore[misc]
+                yield at_s, partial(self._send, request=request)
             else:
-                at_s, _, event, what = heapq.heappop(self._calendar)
-                if at_s > self._seconds + TAIL_S or (event is _Event.TELL and due is None):
-                    continue
-                yield at_s, lambda now_s, act=handlers[event], what=what: act(now_s, what)  # type: ignore[misc]
+                at_s, _, act = heapq.heappop(self._calendar)
+                if at_s <= self._seconds + TAIL_S:
+                    yield at_s, act
 
-    def _at(self, when_s: float, event: _Event, what: Any) -> None:
-        heapq.heappush(self._calendar, (when_s, next(self._numbers), event, what))
+    def _at(self, when_s: float, act: _Event) -> None:
+        heapq.heappush(self._calendar, (when_s, next(self._numbers), act))
 
     # Events
 
@@ -132,10 +123,9 @@ class World:
         rank, prefetch = self._rule.choose(request, now_s)
         for other in prefetch:
             self._start(now_s, other, self._alive(other).bring(request.adapter))
-        self._at(now_s + _NETWORK_S, _Event.ARRIVE, (rank, self.engines[rank], request))
+        self._at(now_s + _NETWORK_S, partial(self._arrive, rank=rank, engine=self._alive(rank), request=request))
 
-    def _arrive(self, now_s: float, what: tuple[int, Engine, Request]) -> None:
-        rank, engine, request = what
+    def _arrive(self, now_s: float, rank: int, engine: Engine, request: Request) -> None:
         if self.engines[rank] is not engine:
             self.outcome.lost += 1
             self._send(now_s, request)
@@ -148,23 +138,21 @@ class World:
     def _go_on(self, now_s: float, rank: int, engine: Engine) -> None:
         took_s = engine.launch(now_s)
         if took_s is not None:
-            self._at(now_s + took_s, _Event.BATCH, (rank, engine))
+            self._at(now_s + took_s, partial(self._batch, rank=rank, engine=engine))
         if self._views:
             self._tell_soon(now_s, rank, engine)
 
     def _start(self, now_s: float, rank: int, loads: list[tuple[str, float]]) -> None:
         for name, seconds in loads:
-            self._at(now_s + seconds, _Event.LOADED, (rank, self.engines[rank], name))
+            self._at(now_s + seconds, partial(self._loaded, rank=rank, engine=self._alive(rank), name=name))
 
-    def _loaded(self, now_s: float, what: tuple[int, Engine, str]) -> None:
-        rank, engine, name = what
+    def _loaded(self, now_s: float, rank: int, engine: Engine, name: str) -> None:
         if self.engines[rank] is engine:
             engine.loaded(name, now_s)
             self._start(now_s, rank, engine.bring())
             self._go_on(now_s, rank, engine)
 
-    def _batch(self, now_s: float, what: tuple[int, Engine]) -> None:
-        rank, engine = what
+    def _batch(self, now_s: float, rank: int, engine: Engine) -> None:
         if self.engines[rank] is not engine:
             return
         batch = engine.finish()
@@ -193,36 +181,34 @@ class World:
         """Push if something worth telling has changed, not before its turn."""
         if rank in self._telling:
             return
-        changes, level, told_s = self._told.get(rank, (-1, 0, -BEAT_S))
-        if engine.changes != changes or self._level(engine) != level:
+        changes, waits, told_s = self._told.get(rank, (-1, 0, -BEAT_S))
+        if engine.changes != changes or self._level(engine) != waits:
             self._telling.add(rank)
-            self._at(max(now_s, told_s + PACE_S), _Event.TELL, (rank, engine, None))
+            self._at(max(now_s, told_s + PACE_S), partial(self._tell, rank=rank, engine=engine))
 
     @staticmethod
     def _level(engine: Engine) -> int:
-        return int(engine.queued_tokens / engine.speed.tokens_per_s / PACE_S).bit_length()
+        return level(engine.queued_tokens / engine.speed.tokens_per_s)
 
-    def _tell(self, now_s: float, what: tuple[int, Engine, Report | None]) -> None:
-        rank, engine, report = what
+    def _tell(self, now_s: float, rank: int, engine: Engine) -> None:
+        """What a replica says now reaches the gateways soon."""
+        self._telling.discard(rank)
         if self.engines[rank] is not engine:
-            self._telling.discard(rank)
             return
-        if report is None:
-            self._telling.discard(rank)
-            self._told[rank] = engine.changes, self._level(engine), now_s
-            speed = engine.speed
-            number = next(self._numbers)
-            held = Holdings(
-                number, frozenset(engine.resident), frozenset(engine.loading), frozenset(engine.hosted), engine.slots,
-                engine.taken(now_s), 64,
-                speed.disk_s, speed.host_s,
-            )  # fmt: skip
-            received = {str(gateway): tokens for gateway, tokens in engine.received.items()}
-            said = Report(f"r{rank}", self._load(engine, -1), held, self._gateways, received)
-            self._at(now_s + PUSH_S + self._setting.late_s, _Event.TELL, (rank, engine, said))
-            return
-        for gateway, view in enumerate(self._views):
-            view.told(report, str(gateway), now_s, PUSH_S + self._setting.late_s)
+        self._told[rank] = engine.changes, self._level(engine), now_s
+        held = Holdings(
+            next(self._numbers), frozenset(engine.resident), frozenset(engine.loading), frozenset(engine.hosted),
+            engine.slots, engine.taken(now_s), 64, engine.speed.disk_s, engine.speed.host_s,
+        )  # fmt: skip
+        received = {str(gateway): tokens for gateway, tokens in engine.received.items()}
+        said = Report(f"r{rank}", self._load(engine, -1), held, self._gateways, received)
+        late_s = PUSH_S + self._setting.late_s
+        self._at(now_s + late_s, partial(self._heard, rank=rank, engine=engine, said=said, late_s=late_s))
+
+    def _heard(self, now_s: float, rank: int, engine: Engine, said: Report, late_s: float) -> None:
+        if self.engines[rank] is engine:
+            for gateway, view in enumerate(self._views):
+                view.told(said, str(gateway), now_s, late_s)
 
     def _lose(self, now_s: float, ranks: tuple[int, ...]) -> None:
         """Replicas die; what they had is sent again, as gateways do."""

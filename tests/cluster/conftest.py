@@ -6,14 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 with warnings.catch_warnings():  # Ray 2.60 uses a pydantic feature that warns while it is imported
     warnings.simplefilter("ignore")
     import ray.serve  # noqa: F401
 
-from ranklet.cluster.local import LocalCluster
-from tests.cluster.service import Service, local_configuration
+from tests.cluster.service import Service, local_configuration, serving
 
 
 @pytest.fixture(scope="session")
@@ -22,12 +20,5 @@ def service(model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("cluster")
     adapters = folder / "adapters"
     shutil.copytree(adapters_dir, adapters)
-    content = local_configuration(model_dir, adapters)
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(content))
-    with LocalCluster(http_port=0, report=print) as cluster:
-        state = cluster.start(config)
-        content["http_options"]["port"] = int(state.base_url.rpartition(":")[2])
-        service = Service(cluster, model_dir, adapters, content)
+    with serving(local_configuration(model_dir, adapters), folder) as service:
         yield service
-        service.http.close()

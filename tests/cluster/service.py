@@ -2,7 +2,8 @@
 
 import base64
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,20 @@ class Service:
             "deployments": [{**gateway, "user_config": user_config}, *others],
         }
         self.cluster.deploy({**self.content, "applications": [application]})
+
+
+@contextmanager
+def serving(content: dict[str, Any], folder: Path, cluster: LocalCluster | None = None) -> Iterator[Service]:
+    """A configuration of `local_configuration`, up in a cluster of its own; `folder` keeps its file."""
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(content))
+    arguments = content["applications"][0]["args"]
+    with cluster or LocalCluster(http_port=0, report=print) as started:
+        state = started.start(config)
+        content["http_options"]["port"] = int(state.base_url.rpartition(":")[2])
+        service = Service(started, Path(arguments["base"]["model_dir"]), Path(arguments["adapters_dir"]), content)
+        with service.http:
+            yield service
 
 
 def local_configuration(model_dir: Path, adapters: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Replicas come with load and go without it, and nothing is lost on the way."""
 
-import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,12 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 
 from ranklet.cluster.autoscaling import BUSY, WAIT_S, by_work
 from ranklet.cluster.local import LocalCluster
 from tests.cluster import load
-from tests.cluster.service import Service, eventually, local_configuration
+from tests.cluster.service import Service, eventually, local_configuration, serving
 
 PUSH_S = {
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
@@ -47,15 +45,8 @@ def test_replicas_come_with_load_and_go_without(model_dir: Path, adapters_dir: P
         "min_replicas": 1, "max_replicas": 2, "upscale_delay_s": 1, "downscale_delay_s": 3, "look_back_period_s": 2,
         "metrics_interval_s": 1, "policy": {"policy_function": "ranklet.cluster.autoscaling:by_work"},
     }  # fmt: skip
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(content))
-    with (
-        LocalCluster(http_port=0, report=print, environment=PUSH_S) as cluster,
-        contextlib.ExitStack() as closing,
-    ):
-        cluster.start(config)
-        service = Service(cluster, model_dir, adapters_dir, content)
-        closing.callback(service.http.close)
+    cluster = LocalCluster(http_port=0, report=print, environment=PUSH_S)
+    with serving(content, tmp_path, cluster) as service:
         assert len(service.processes("Replica")) == 1
         seen = load.under_load(service, lambda: _more(service))
         assert (seen["wrong"], seen["refused"]) == (0, 0)

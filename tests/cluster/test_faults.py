@@ -11,14 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import yaml
 
 from ranklet.cluster.local import LocalCluster
 from tests.assets.hanging import hanging
 from tests.cluster import load
 from tests.cluster.load import Seen
 from tests.cluster.nodes import Node, children, family, title
-from tests.cluster.service import Service, eventually, local_configuration, vectors_of
+from tests.cluster.service import Service, eventually, local_configuration, serving, vectors_of
 
 Nodes = tuple[Service, list[Node], Path]
 ENDS_S = 10.0  # a request, after a fault
@@ -36,38 +35,33 @@ def nodes(model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPath
     replica["ray_actor_options"] = {"num_cpus": 0.5, "resources": {"engine": 1}}
     replica["graceful_shutdown_timeout_s"] = 5
     content["applications"][0]["args"]["engine"]["load_timeout_s"] = 3.0
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(content))
     started: list[Node] = []
+    over = threading.Event()
     cluster = LocalCluster(http_port=0, report=print)
 
     def join() -> None:
-        while not started:
-            time.sleep(0.1)
+        while not started and not over.wait(0.1):
             if cluster.is_up:
                 started.extend(Node(cluster, folder / f"node{i}.log", 2) for i in range(2))
 
     joining = threading.Thread(target=join)
     joining.start()
     try:
-        state = cluster.start(config)
-        content["http_options"]["port"] = int(state.base_url.rpartition(":")[2])
-        service = Service(cluster, model_dir, adapters, content)
-        load.wait_for_two(service)
-        yield service, started, folder
-        service.http.close()
+        with serving(content, folder, cluster) as service:
+            load.wait_for_two(service)
+            yield service, started, folder
     finally:
+        over.set()
+        joining.join()
         for node in started:
             if node.process.poll() is None:
                 node.lose()
-        cluster.stop()
-        joining.join()
 
 
 def judge(seen: Seen, least: int = 20) -> None:
     assert seen["wrong"] == 0
     assert seen["right"] > least
-    assert seen.slowest_s < ENDS_S + load.LOAD_S / 3, "from the fault; the load began before it"
+    assert seen.slowest_s < ENDS_S
 
 
 @pytest.mark.parametrize("hung", ["engine", "actor"])

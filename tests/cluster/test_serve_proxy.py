@@ -4,23 +4,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from ranklet.cluster.local import LocalCluster
 from tests.cluster import load
-from tests.cluster.service import BASE, Service, assert_close, local_configuration
+from tests.cluster.service import BASE, Service, assert_close, local_configuration, serving
 
 
 @pytest.fixture(scope="module")
 def plain(model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    content = local_configuration(model_dir, adapters_dir)
-    config = tmp_path_factory.mktemp("plain") / "config.yaml"
-    config.write_text(yaml.safe_dump(content))
-    with LocalCluster(proxy="serve", http_port=0, report=print) as cluster:
-        cluster.start(config)
-        service = Service(cluster, model_dir, adapters_dir, content)
+    folder = tmp_path_factory.mktemp("plain")
+    cluster = LocalCluster(proxy="serve", http_port=0, report=print)
+    with serving(local_configuration(model_dir, adapters_dir), folder, cluster) as service:
         yield service
-        service.http.close()
 
 
 def test_it_serves_and_says_which_path_it_is(plain: Service) -> None:

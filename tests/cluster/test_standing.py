@@ -3,7 +3,7 @@
 import pytest
 
 from ranklet.cluster.standing import Standing
-from ranklet.replicas.stats import BatchRecord, LoadRecord
+from ranklet.replicas.stats import BatchRecord, Held, LoadRecord
 
 
 def batch(tokens: int, seconds: float) -> BatchRecord:
@@ -36,9 +36,9 @@ def test_speed_is_that_of_large_batches() -> None:
 
 def test_a_report_says_what_is_held_and_what_loads_take() -> None:
     standing = Standing("r", 4, 64)
-    standing.holds(("a",), ("b",), ("a", "c"), 2)
+    standing.holds(Held(("a",), ("b",), ("a", "c"), 2))
     before = standing.held_number
-    standing.holds(("a",), ("b",), ("c", "a"), 2)
+    standing.holds(Held(("a",), ("b",), ("c", "a"), 2))
     assert standing.held_number == before, "another order is no news"
     for seconds in (0.1, 0.3):
         standing.load(LoadRecord("a", 16, "disk", seconds))

@@ -23,8 +23,8 @@ def test_requests_do_not_wait_for_a_disk_that_hangs(model_dir: Path, adapters_di
     with hanging(stuck / "adapter_model.safetensors"):
         waiting = submit(engine, prompt, ref(stuck))
         assert ask(engine, prompt, medical).vectors.shape == (1, 128)
-        assert engine.coming() == ("stuck",)
-        assert engine.taken() == 2
+        assert engine.held().coming == ("stuck",)
+        assert engine.held().taken == 2
         assert not waiting.done()
         deadline_s = time.monotonic() + PATIENCE_S
         while not waiting.done():
