@@ -149,7 +149,7 @@ class Replicas:
             if result is not None:
                 routes.fleet.alive(result.replica, now_s)
                 if result.load is not None:
-                    routes.fleet.hear(result.replica, result.load, now_s)
+                    routes.fleet.hear(result.replica, result.load, now_s, time.time() - result.load.at_s)
 
     async def watch(self) -> None:
         """Look after the calls under way, and pass the router's orders on, until cancelled."""

@@ -13,9 +13,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from ranklet.cluster.standing import Standing
-from ranklet.routing.report import BEAT_S, PACE_S
+from ranklet.routing.report import BEAT_S, pace_s
 
-_PACE_EACH_S = 0.005  # a gateway: with many of them, reports are further apart
 _LOOK_S = 0.01  # between two looks for changes
 _ANSWER_S = 2.0
 
@@ -44,6 +43,7 @@ class Herald:
         self._gateways: tuple[str, ...] = ()
         self._told_number = -1
         self._told_level = 0
+        self._told_loads = 0
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -57,21 +57,24 @@ class Herald:
                     logger.info("gateways not told: %s", type(error).__name__)
                 except Exception:
                     logger.exception("gateways not told")
-            await asyncio.sleep(max(PACE_S, _PACE_EACH_S * len(self._gateways)))
+            await asyncio.sleep(pace_s(len(self._gateways)))
             self._look()
             while not self._is_due(loop.time() - began_s):
                 await asyncio.sleep(_LOOK_S)
                 self._look()
 
     def _is_due(self, since_s: float) -> bool:
-        news = self._standing.held_number != self._told_number or self._standing.level() != self._told_level
-        return news or since_s > max(BEAT_S, 4 * _PACE_EACH_S * len(self._gateways))
+        standing = self._standing
+        by_answers = standing.loads_told - self._told_loads >= len(self._gateways)  # that gateways have had meanwhile
+        news = standing.held_number != self._told_number or (standing.level() != self._told_level and not by_answers)
+        return news or since_s > max(BEAT_S, 4 * pace_s(len(self._gateways)))
 
     async def _tell(self) -> None:
         if self._handle is None:
             self._handle = serve.get_deployment_handle(*self._where)
         report = self._standing.report(self._gateways)
         self._told_number, self._told_level = report.holdings.number, self._standing.level()
+        self._told_loads = report.load.number
         answers = self._handle.broadcast("told", report).results_async(timeout_s=_ANSWER_S, return_exceptions=True)
         with contextlib.suppress(TimeoutError):
             self._gateways = tuple(sorted(answer for answer in await answers if isinstance(answer, str)))

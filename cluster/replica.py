@@ -28,7 +28,7 @@ from ranklet.routing.report import Load
 
 GATEWAY = "Gateway"  # the deployment that is told how this one stands
 _LOOKERS = 32  # folders looked at at once
-_LOADERS = 8  # adapters brought ahead of their requests at once
+_LOADERS = 8  # adapters of `user_config` brought at once
 _LOOK_S = 0.2  # a known adapter's request waits so long for news of its folder
 _REVISION_HOLDS_S = 1.0  # how long a folder's revision is believed before its files are looked at again
 
@@ -52,7 +52,7 @@ class Replica:
         self._references: dict[tuple[str, str], tuple[float, AdapterRef]] = {}
         self._looks: dict[tuple[str, str], asyncio.Future[str]] = {}
         self._lookers = ThreadPoolExecutor(_LOOKERS, thread_name_prefix="revision")
-        self._loaders = ThreadPoolExecutor(_LOADERS, thread_name_prefix="prefetch")
+        self._loaders = ThreadPoolExecutor(_LOADERS, thread_name_prefix="warm")
         self._tasks: set[asyncio.Task[None]] = set()
         self._herald = Herald(self._standing, GATEWAY, context.app_name, self._look, self._engine.at_work)
         self._is_heralded = False
@@ -84,8 +84,12 @@ class Replica:
         return self._reply(outcome, load)
 
     async def prefetch(self, name: str, path: str, errand: Errand) -> None:
-        """Bring an adapter into a slot ahead of its requests; returns at once."""
-        self._keep(self._warm(name, path))
+        """Bring an adapter into a slot ahead of its requests, if there is one to spare; returns at once."""
+        self._keep(self._offer(name, path))
+
+    async def _offer(self, name: str, path: str) -> None:
+        with contextlib.suppress(RankletError):  # it is told to whoever asks for it
+            self._engine.offer(await self._reference(name, path))
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -92,6 +92,11 @@ class Standing(Listener):
         """Grows with each change of what is held."""
         return self._held_number
 
+    @property
+    def loads_told(self) -> int:
+        """Grows with each load that went back with an answer, or was reported."""
+        return self._number
+
     def wait_s(self) -> float:
         """The expected wait of what would come now; 0 while no batch has been measured."""
         with self._lock:

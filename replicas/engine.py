@@ -167,6 +167,12 @@ class Engine:
             self._wake.notify_all()
         return future.result()
 
+    def offer(self, adapter: AdapterRef) -> None:
+        """Bring an adapter into a slot ahead of its requests, if no other needs that slot; returns at once."""
+        with self._wake:
+            if not self._stopping:
+                self._residency.offer(adapter, adapters_of(self._scheduler.waiting()))
+
     def resident(self) -> tuple[str, ...]:
         """Names of the adapters ready in a slot, most recently used last; cheaper than a snapshot of a long queue."""
         with self._wake:

@@ -12,8 +12,8 @@ from ranklet.replicas.errors import InternalError, RankletError
 from ranklet.replicas.pool import AdapterPool, PackedAdapter, pack
 from ranklet.replicas.reference import AdapterRef
 
-_READERS = 8  # loads from disk at once: a folder that hangs takes one of them, and holds up no other load
-_COPIERS = 2  # loads from the host cache, which never wait for a disk
+READERS = 8  # loads from disk at once: a folder that hangs takes one of them, and holds up no other load
+COPIERS = 2  # loads from the host cache, which never wait for a disk
 
 
 class HostCache:
@@ -72,15 +72,35 @@ class Loader:
         self.host = HostCache(host_cache_bytes)
         self._pool = pool
         self._expected = expected
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="ranklet-read")
-        self._copiers = ThreadPoolExecutor(_COPIERS, thread_name_prefix="ranklet-copy")
+        self._lock = Lock()
+        self._reading = self._copying = 0
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="ranklet-read")
+        self._copiers = ThreadPoolExecutor(COPIERS, thread_name_prefix="ranklet-copy")
+
+    def can_start(self, ref: AdapterRef) -> bool:
+        """Whether a load would begin at once. One that waited for its turn would keep a slot empty meanwhile."""
+        return self._reading < READERS if ref not in self.host else self._copying < COPIERS
 
     def start(self, ref: AdapterRef, slot: int, done: Callable[[LoadOutcome], None]) -> None:
         """Load an adapter into a slot; `done` is called on a loader thread, whatever happens."""
-        threads = self._copiers if ref in self.host else self._readers
-        threads.submit(self._run, ref, slot, done)
+        hosted = ref in self.host
+        self._count(hosted, 1)
 
-    def _run(self, ref: AdapterRef, slot: int, done: Callable[[LoadOutcome], None]) -> None:
+        def run() -> None:
+            outcome = self._load(ref, slot)
+            self._count(hosted, -1)
+            done(outcome)
+
+        (self._copiers if hosted else self._readers).submit(run)
+
+    def _count(self, hosted: bool, change: int) -> None:
+        with self._lock:
+            if hosted:
+                self._copying += change
+            else:
+                self._reading += change
+
+    def _load(self, ref: AdapterRef, slot: int) -> LoadOutcome:
         began = perf_counter()
         packed = self.host.get(ref)
         tier = "host" if packed is not None else "disk"
@@ -94,11 +114,11 @@ class Loader:
             error = refused
         except Exception as defect:  # a load must never take its thread, or the engine, with it
             error = InternalError(f"adapter {ref.name!r}: loading failed: {type(defect).__name__}: {defect}")
-        done(LoadOutcome(ref, tier, perf_counter() - began, packed if error is None else None, error))
+        return LoadOutcome(ref, tier, perf_counter() - began, packed if error is None else None, error)
 
     def _read(self, ref: AdapterRef) -> PackedAdapter:
-        adapter = read_adapter(ref, self._expected)
-        return pack(adapter, self._pool.dtype, pinned=self._pool.device.type == "cuda")
+        pinned = self._pool.device.type == "cuda"
+        return pack(read_adapter(ref, self._expected, pinned=pinned), self._pool.dtype, pinned=pinned)
 
     def stop(self) -> None:
         """Finish the loads under way and start no more."""

@@ -19,7 +19,7 @@ from ranklet.replicas.model import Stacks
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Where one matrix of an adapter stands in its flat buffer."""
+    """Where one matrix of an adapter stands in its flat buffer. The embedding's A is saved transposed."""
 
     place: Place
     side: str
@@ -27,7 +27,10 @@ class Piece:
     shape: tuple[int, int]
 
     def view(self, flat: Tensor) -> Tensor:
-        return flat[self.offset : self.offset + self.shape[0] * self.shape[1]].view(self.shape)
+        """The matrix [shape]; of the embedding's A, a token is a row."""
+        run = flat[self.offset : self.offset + self.shape[0] * self.shape[1]]
+        transposed = self.place[0] == EMBEDDING and self.side == "a"
+        return run.view(self.shape[::-1]).t() if transposed else run.view(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +49,14 @@ class PackedAdapter:
 
 
 def pack(adapter: Adapter, dtype: torch.dtype, *, pinned: bool) -> PackedAdapter:
-    """Lay an adapter out end to end in the pool's dtype; the embedding's A transposed, so that a token is a row."""
-    matrices: list[tuple[Place, str, Tensor]] = []
+    """An adapter ready to be copied; its own memory where that is of the pool's dtype, and pinned if that is asked."""
+    flat = adapter.flat
+    if flat.dtype != dtype or (pinned and not flat.is_pinned()):
+        flat = torch.empty(len(flat), dtype=dtype, pin_memory=pinned).copy_(flat)
+    pieces = []
     for place, weight in adapter.weights.items():
-        matrices += [(place, "a", weight.a.t() if place[0] == EMBEDDING else weight.a), (place, "b", weight.b)]
-    flat = torch.empty(sum(m.numel() for _, _, m in matrices), dtype=dtype, pin_memory=pinned)
-    pieces, offset = [], 0
-    for place, side, matrix in matrices:
-        piece = Piece(place, side, offset, (matrix.shape[0], matrix.shape[1]))
-        piece.view(flat).copy_(matrix)
-        pieces.append(piece)
-        offset += matrix.numel()
+        a = (weight.wide, weight.rank) if place[0] == EMBEDDING else (weight.rank, weight.wide)
+        pieces += [Piece(place, "a", weight.a_at, a), Piece(place, "b", weight.b_at, (weight.out, weight.rank))]
     scalings = {place: weight.scaling for place, weight in adapter.weights.items()}
     modules = tuple(sorted({name for _, name in adapter.weights}))
     return PackedAdapter(adapter.rank, flat, tuple(pieces), scalings, modules)

@@ -25,7 +25,7 @@ from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.errors import RankletError, Unavailable
 from ranklet.replicas.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.stats import Held, Listener, Snapshot
-from ranklet.replicas.wire import Call, Cancel, News, Outbox, Reply, State
+from ranklet.replicas.wire import Call, Cancel, News, Offer, Outbox, Reply, State
 
 _PROGRAM = "ranklet.replicas.worker"
 _SILENCE_S = 10.0  # without a sign of life for so long it counts as hung
@@ -106,6 +106,10 @@ class EngineProcess:
         """As `Engine.load`."""
         info: AdapterInfo = self._ask("load", adapter).result()
         return info
+
+    def offer(self, adapter: AdapterRef) -> None:
+        """As `Engine.offer`."""
+        self._outbox.put(Offer(adapter))
 
     def snapshot(self) -> Snapshot:
         """As `Engine.snapshot`.

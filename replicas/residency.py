@@ -30,6 +30,7 @@ class Residency:
     evicted: Callable[[str], None]
     asked: dict[AdapterRef, Future[AdapterInfo]] = field(default_factory=dict)  # loads that no prompt waits for
     _began: dict[AdapterRef, float] = field(default_factory=dict)  # loads under way, since when
+    _queued: dict[AdapterRef, float] = field(default_factory=dict)  # loads that wait for their turn, since when
     _used: dict[AdapterRef, float] = field(default_factory=dict)  # those in a slot, when last
     _info: dict[AdapterRef, AdapterInfo] = field(default_factory=dict)
     _refused: OrderedDict[AdapterRef, RankletError] = field(default_factory=OrderedDict)
@@ -56,8 +57,11 @@ class Residency:
 
     def taken(self) -> int:
         """Slots with an adapter on its way, or one that was used of late; the others cost nobody anything to evict."""
+        return len(self._began) + len(self._lately())
+
+    def _lately(self) -> set[AdapterRef]:
         now_s = monotonic()
-        return len(self._began) + sum(now_s - since_s < LATELY_S for since_s in self._used.values())
+        return {ref for ref, since_s in self._used.items() if now_s - since_s < LATELY_S}
 
     def acquire(self, refs: Sequence[AdapterRef | None]) -> list[int | None]:
         """The slots of a batch's adapters, each held until `release`."""
@@ -81,31 +85,51 @@ class Residency:
     def bring(self, demand: Sequence[AdapterRef], using: Collection[AdapterRef | None] = ()) -> None:
         """Start the loads that `demand` (oldest first) and `ask` need; older adapters are never evicted for younger.
 
+        No more than begin at once: those in the slots serve until then.
+
         Args:
             using: adapters of a batch that is about to `acquire` them; none of them is evicted.
         """
         proposed = {ref for ref in using if ref is not None}
         wanted = [*self.asked, *demand]
+        before, self._queued = self._queued, {}
         for i, ref in enumerate(wanted):
             if self.table.holds(ref):
                 self.table.revive(ref)  # those before it have their slots: it need not leave
+                continue
+            if not self.loader.can_start(ref):
+                self._queued[ref] = before.get(ref) or monotonic()
                 continue
             place = self.table.reserve(ref, proposed.union(wanted[:i]))
             if place is None:
                 self.table.retire(wanted[:i])
                 return
-            slot, evicted = place
-            if evicted is not None:
-                del self._info[evicted]
-                self._used.pop(evicted, None)
-                self.evicted(evicted.name)
-            self._began[ref] = monotonic()
-            self.loader.start(ref, slot, self.loaded)
+            self._start(ref, *place)
+
+    def offer(self, ref: AdapterRef, needed: Collection[AdapterRef | None] = ()) -> None:
+        """Start a load that no prompt waits for, if it costs nobody anything: it can begin at once, and there is a slot
+        that is free, or whose adapter is neither `needed` nor was used of late. Otherwise nothing happens: who offers
+        does not see what else is wanted here.
+        """
+        if self.table.holds(ref) or ref in self._refused or not self.loader.can_start(ref):
+            return
+        place = self.table.reserve(ref, self._lately().union(each for each in needed if each is not None))
+        if place is not None:
+            self._start(ref, *place)
+
+    def _start(self, ref: AdapterRef, slot: int, evicted: AdapterRef | None) -> None:
+        if evicted is not None:
+            del self._info[evicted]
+            self._used.pop(evicted, None)
+            self.evicted(evicted.name)
+        self._began[ref] = monotonic()
+        self.loader.start(ref, slot, self.loaded)
 
     def overdue(self, after_s: float) -> frozenset[AdapterRef]:
         """Adapters that have been on their way for longer."""
         now_s = monotonic()
-        return frozenset(ref for ref, since_s in self._began.items() if now_s - since_s > after_s)
+        since = {**self._queued, **self._began}
+        return frozenset(ref for ref, since_s in since.items() if now_s - since_s > after_s)
 
     def settle(self, outcome: LoadOutcome) -> tuple[Future[AdapterInfo] | None, AdapterInfo | None]:
         """Enter a finished load; returns who asked for it and what they get (None: `outcome.error`)."""

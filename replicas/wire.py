@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from ranklet.replicas.reference import AdapterRef
 from ranklet.replicas.stats import Held
 
 
@@ -26,6 +27,13 @@ class Cancel:
     """Nobody waits for a reply any more."""
 
     number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """An adapter that may be wanted soon."""
+
+    adapter: AdapterRef
 
 
 @dataclass(frozen=True, slots=True)

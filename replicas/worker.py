@@ -21,7 +21,7 @@ from ranklet.replicas.engine import Engine
 from ranklet.replicas.errors import InternalError, RankletError
 from ranklet.replicas.reference import AdapterRef
 from ranklet.replicas.stats import BatchRecord, Listener, LoadRecord
-from ranklet.replicas.wire import Call, Cancel, News, Outbox, Reply, State
+from ranklet.replicas.wire import Call, Cancel, News, Offer, Outbox, Reply, State
 
 _BEAT_S = 0.5
 _SWITCH_S = 0.0005  # a thread that waits for the interpreter asks for it after so long, not Python's 5 ms
@@ -56,7 +56,10 @@ class Worker:
                 self._take(message)
         self._outbox.close()
 
-    def _take(self, message: Call | Cancel) -> None:
+    def _take(self, message: Call | Cancel | Offer) -> None:
+        if isinstance(message, Offer):
+            self._made.offer(message.adapter)
+            return
         if isinstance(message, Cancel):
             ticket = self._tickets.pop(message.number, None)
             if ticket is not None:

@@ -43,11 +43,12 @@ class Policy:
     tie_s: float = 0.005  # waits that differ by less are as good as equal
     scatter_s: float = 0.1  # what one more place for an adapter costs the others, beside its load
     reluctance: float = 1.0  # a wait at home must be so much longer, as a part, before one more place is tried
-    tight_s: float = 1.0  # the same once more, where the adapters need nearly all slots there are
+    tight_loads: float = 4  # and the loads that it leads to, where the adapters need nearly all slots there are
     displace_s: float = 0.3  # where every slot holds what no other replica has, so that some adapter must leave
     relief_s: float = 0.05  # a wait for which a copy is brought to a free slot elsewhere
     prefetch_s: float = 0.5  # between two such orders for one adapter
     share_s: float = 0.02  # what a home that another router looks after must spare of the wait, to be preferred
+    damping: float = 2.0  # a wait must be longer by so many times the age of the news before all requests go elsewhere
     padding_s: float = 2.4e-9  # per token and rank of padding: what `ranklet profile` says of an H200
 
     def __post_init__(self) -> None:
@@ -87,6 +88,7 @@ class _Row:
     place: NDArray[np.int32] = field(init=False)  # the same, holders first
     cost: NDArray[np.float32] = field(init=False)
     reluctance: NDArray[np.float32] = field(init=False)  # further cost, as a part of the wait
+    other: NDArray[np.float32] = field(init=False)  # 1 where it is no home, or one that another router looks after
     absent: NDArray[np.bool_] = field(init=False)
     made: int = -1  # `Affinity._changes` when the costs were made
     ordered_s: float = -math.inf  # when it was last sent somewhere new
@@ -128,7 +130,7 @@ class Affinity:
                 cost = wait + self._random.random(len(wait)) * self.policy.tie_s  # equals take turns
                 cost += self.policy.share_s * ~fleet.own
                 return Choice(_best(cost, shunned))
-            demand = self._demand(adapter)
+            policy, demand = self.policy, self._demand(adapter)
             demand.count(max(tokens, 1), now_s)
             if not 0 <= now_s - self._glanced_s <= _GLANCE_S or self._generation != fleet.generation:
                 self._glance(now_s)
@@ -136,6 +138,7 @@ class Affinity:
             before, homes = demand.homes, demand.settle(worth, len(fleet), now_s, hasty=self._tight > 0)
             row = self._row(adapter, homes)
             cost = wait + row.cost + wait * row.reluctance
+            cost += row.other * (self._random.random() * policy.damping * fleet.lag_s)
             if rank > 0:
                 cost += self._padding(rank, tokens)
             order = _best(cost, shunned)
@@ -257,11 +260,12 @@ class Affinity:
         hosts = list(fleet.tenancy.hosts.get(adapter, ()))
         bring[hosts] = fleet.from_host_s[hosts]
         others = fleet.others_of(row.place, row.homes) if row.homes > 1 else False
-        scatter_s = policy.scatter_s + policy.tight_s * self._tight
-        stray = policy.tie_s + policy.tight_s * self._tight
+        scatter_s = policy.scatter_s + policy.tight_loads * self._tight * bring
+        stray = policy.tie_s + policy.tight_loads * self._tight * bring
         there = stray * away + bring / 2 * coming  # some of what it takes is done
         cost = np.where(row.absent, bring + policy.displace_s * crowded + scatter_s * away, there)
         row.cost = (cost + _NEAR_S * row.place + policy.share_s * others).astype(np.float32)
+        row.other = (away | others).astype(np.float32)
         row.reluctance = (policy.reluctance * (row.absent & away)).astype(np.float32)
         row.made = self._changes
 

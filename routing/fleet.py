@@ -26,6 +26,7 @@ SILENCE_S = 4.0  # owing answers and saying nothing for so long, a replica is ta
 _NEVER_S = 1e6
 _STALE_S = 1.0  # what is heard so late says nothing of what others have sent since
 _MOST_OVER = 4096
+_LAG_WEIGHT = 0.05
 _LOOK_S = 0.25  # between two looks for hung replicas
 
 Vector = NDArray[np.float64]
@@ -51,6 +52,7 @@ class Fleet:
         self.own: NDArray[np.bool_] = np.ones(0, bool)  # replicas that this router looks after
         self.divisions = 0  # changes of `own`
         self.nonsense = 0  # reports that were not believed
+        self.lag_s = 0.0  # how old what is heard is by then, on the average
         self._looked_s = self._now_s = -math.inf
         self._hung: NDArray[np.bool_] | None = None  # None: no replica
         self._open: dict[int, tuple[str, int]] = {}  # requests: replica, tokens
@@ -145,6 +147,7 @@ class Fleet:
         if load.number < self._loads.get(replica, -1):
             return False
         self._loads[replica] = load.number
+        self.lag_s += (age_s - self.lag_s) * _LAG_WEIGHT
         if load.done_tokens != self._done[i] or not load.queued_tokens:
             self._heard_s[i] = now_s
         self._done[i], self._queued[i], self._reported_s[i] = load.done_tokens, load.queued_tokens, now_s - age_s

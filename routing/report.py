@@ -4,9 +4,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-PACE_S = 0.05  # between two reports of a replica at least, while there are few gateways
-BEAT_S = 1.0  # and at most: it shows that the replica is at work
+BEAT_S = 1.0  # between two reports of a replica at most, while there are few gateways
+_PACE_S = 0.05  # and at least
+_PACE_EACH_S = 0.005  # a gateway: with many of them, reports are further apart
 _LEVEL_S = 0.05
+
+
+def pace_s(gateways: int) -> float:
+    """Seconds between two reports of a replica at least."""
+    return max(_PACE_S, _PACE_EACH_S * gateways)
 
 
 def level(wait_s: float) -> int:

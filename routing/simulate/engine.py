@@ -1,6 +1,7 @@
 """A replica as the simulation sees it: slots, loads, and one batch at a time, oldest prompts first."""
 
 from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 LATELY_S = 30.0  # as `ranklet.replicas.residency` has it
@@ -60,25 +61,35 @@ class Engine:
             self.wanted[request.adapter] += 1
             request.hit = request.adapter in self.resident
 
-    def bring(self, extra: str | None = None) -> list[tuple[str, float]]:
-        """Loads to start now, and how long each takes: what the queue needs, oldest first, then `extra`."""
-        if self.loading and len(self.loading) >= self.speed.readers:
-            return []
+    def bring(self) -> list[tuple[str, float]]:
+        """Loads to start now, and how long each takes: what the queue needs, oldest first."""
         started: list[tuple[str, float]] = []
-        needed = [name for name in self.wanted if name not in self.resident and name not in self.loading]
-        if extra is not None and extra not in self.resident and extra not in self.loading:
-            needed.append(extra)
-        for name in needed[: self.speed.readers - len(self.loading)]:
-            if len(self.resident) + len(self.loading) >= self.slots and not self._evict():
+        for name in self.wanted:
+            if len(self.loading) >= self.speed.readers:
                 break
-            self.loading.add(name)
-            self.loads += 1
-            started.append((name, self.speed.host_s if name in self.hosted else self.speed.disk_s))
+            if name not in self.resident and name not in self.loading:
+                if not self._make_room(lambda other: other not in self.wanted):
+                    break
+                started.append(self._start(name))
         return started
 
-    def _evict(self) -> bool:
+    def offer(self, name: str, now_s: float) -> list[tuple[str, float]]:
+        """As `ranklet.replicas.residency` has it: an adapter that may be wanted, if there is a slot to spare."""
+        if name in self.resident or name in self.loading or len(self.loading) >= self.speed.readers:
+            return []
+        spare = self._make_room(lambda other: other not in self.wanted and now_s - self.resident[other] >= LATELY_S)
+        return [self._start(name)] if spare else []
+
+    def _start(self, name: str) -> tuple[str, float]:
+        self.loading.add(name)
+        self.loads += 1
+        return name, self.speed.host_s if name in self.hosted else self.speed.disk_s
+
+    def _make_room(self, may_go: Callable[[str], bool]) -> bool:
+        if len(self.resident) + len(self.loading) < self.slots:
+            return True
         used = {request.adapter for request in self.running}
-        victim = next((name for name in self.resident if name not in used and name not in self.wanted), None)
+        victim = next((name for name in self.resident if name not in used and may_go(name)), None)
         if victim is None:
             return False
         del self.resident[victim]

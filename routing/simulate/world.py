@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from ranklet.routing.report import BEAT_S, PACE_S, Holdings, Load, Report, level
+from ranklet.routing.report import BEAT_S, Holdings, Load, Report, level, pace_s
 from ranklet.routing.simulate.engine import Engine, Request, Speed
 from ranklet.routing.simulate.outcome import Outcome
 from ranklet.routing.simulate.rules import Ours, Rule
@@ -122,7 +122,7 @@ class World:
     def _send(self, now_s: float, request: Request) -> None:
         rank, prefetch = self._rule.choose(request, now_s)
         for other in prefetch:
-            self._start(now_s, other, self._alive(other).bring(request.adapter))
+            self._start(now_s, other, self._alive(other).offer(request.adapter or "", now_s))
         self._at(now_s + _NETWORK_S, partial(self._arrive, rank=rank, engine=self._alive(rank), request=request))
 
     def _arrive(self, now_s: float, rank: int, engine: Engine, request: Request) -> None:
@@ -184,7 +184,7 @@ class World:
         changes, waits, told_s = self._told.get(rank, (-1, 0, -BEAT_S))
         if engine.changes != changes or self._level(engine) != waits:
             self._telling.add(rank)
-            self._at(max(now_s, told_s + PACE_S), partial(self._tell, rank=rank, engine=engine))
+            self._at(max(now_s, told_s + pace_s(self._setting.gateways)), partial(self._tell, rank=rank, engine=engine))
 
     @staticmethod
     def _level(engine: Engine) -> int:

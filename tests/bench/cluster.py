@@ -102,7 +102,7 @@ def plans(url: str, adapters: list[str], processes: int, replicas: int, requests
         input_len=6144, adapter_distribution="distinct", warmup=0, max_concurrency=120 * replicas,
     )  # fmt: skip
     short = dataclasses.replace(
-        long, num_prompts=12 * requests * replicas, input_len=512, max_concurrency=800 * replicas
+        long, num_prompts=36 * requests * replicas, input_len=512, max_concurrency=800 * replicas
     )
     few, many, every = tuple(adapters[:4]), tuple(adapters[:64]), tuple(adapters)
     rows = {

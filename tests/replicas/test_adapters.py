@@ -108,7 +108,7 @@ def _magnitude(weights: dict[str, torch.Tensor]) -> None:
     ("change", "says"),
     [
         (_grouped_wrongly, "mlp.q_proj"),
-        (_eighths, "float8_e4m3fn"),
+        (_eighths, "F8_E4M3"),
         (_twice, "second tensor"),
         (_negative_layer, "layers.-1"),
         (_embedding_trained_whole, "embed_tokens.weight"),

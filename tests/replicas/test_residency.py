@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ranklet.replicas import residency
 from ranklet.replicas.adapters import Expectation
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter
 from ranklet.replicas.loader import Loader, LoadOutcome
@@ -104,6 +105,24 @@ def test_the_proposed_batchs_adapters_are_not_evicted_from_under_it(scene: Scene
     scene.residency.release([None, one])
     scene.bring(two)
     assert scene.residency.usable(two), "but it leaves after that batch"
+
+
+def test_an_offer_takes_a_free_slot_or_none(
+    scene: Scene, refs: list[AdapterRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = refs[:2]
+    scene.residency.offer(one)
+    scene.settle()
+    assert scene.residency.usable(one)
+    scene.residency.offer(two)
+    assert not scene.residency.table.holds(two), "the other has just come"
+    monkeypatch.setattr(residency, "LATELY_S", 0.0)
+    scene.residency.offer(two, needed=[None, one])
+    assert not scene.residency.table.holds(two), "the other is waited for"
+    scene.residency.offer(two)
+    scene.settle()
+    assert scene.residency.usable(two)
+    assert scene.evicted == [one.name]
 
 
 def test_a_retired_adapter_is_served_again_when_nobody_needs_its_slot(scene: Scene, refs: list[AdapterRef]) -> None:
