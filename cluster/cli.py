@@ -1,4 +1,4 @@
-"""`ranklet`: a cluster on this machine, up and down; load for it; where its time goes; its kernels, tuned."""
+"""`ranklet`: a cluster on this machine, up and down; its adapters and keys; load for it; where its time goes."""
 
 import argparse
 import getpass
@@ -7,7 +7,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ranklet.cluster import profiling, simulation
+import yaml
+
+from ranklet.cluster import adapters, keys, profiling, simulation
 from ranklet.cluster.bench import command as bench
 from ranklet.cluster.datapath import versions
 from ranklet.cluster.local import ClusterError, LocalCluster
@@ -43,6 +45,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--temp-dir", type=Path, default=_default_temp_dir(), help="Ray's sessions and logs (default: %(default)s)"
         )
+    adapters.add(commands)
+    keys_parser = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="ACTION")
+    new = keys_parser.add_parser("new", help="a new key, and its entry for security.keys_file")
+    new.add_argument("name", help="whose it is")
+    new.add_argument("--admin", action="store_true", help="may load and unload adapters, and use all of them")
+    new.add_argument("--adapters", nargs="+", default=[], metavar="PATTERN", help="names it may use, such as legal-*")
+    new.set_defaults(run=_new_key)
     bench.add(commands)
     profiling.add(commands)
     simulation.add(commands)
@@ -82,6 +91,13 @@ def _down(asked: argparse.Namespace) -> int:
     running = cluster.state
     cluster.stop()
     print(f"ranklet: stopped {running.base_url}")
+    return 0
+
+
+def _new_key(asked: argparse.Namespace) -> int:
+    secret, entry = keys.new_key(asked.name, admin=asked.admin, adapters=tuple(asked.adapters))
+    print(f"key, shown this once: {secret}")
+    print(f"entry for security.keys_file:\n{yaml.safe_dump([entry.model_dump(mode='json')], sort_keys=False)}", end="")
     return 0
 
 

@@ -69,6 +69,14 @@ class Metrics(_Strict):
     top_adapters: int = Field(default=100, ge=1)  # adapters with a label of their own; the rest are "other"
 
 
+class Security(_Strict):
+    """Who may ask, and where adapters may come from."""
+
+    keys_file: Path | None = None  # None: everybody may infer; who may load adapters, see `open_admin`
+    open_admin: bool | None = None  # without keys; None: if HTTP is bound to loopback alone
+    adapter_roots: tuple[Path, ...] = ()  # folders that adapters may be loaded from by name, beside adapters_dir
+
+
 class AdapterList(_Strict):
     """`user_config` of both deployments: changed by `serve deploy` without a restart."""
 
@@ -102,6 +110,7 @@ class AppArgs(AdapterList):
     adapters_dir: Path | None = None
     limits: Limits = Limits()
     metrics: Metrics = Metrics()
+    security: Security = Security()
 
     @field_validator("engine")
     @classmethod
@@ -140,6 +149,12 @@ class AppArgs(AdapterList):
             update={
                 "base": self.base.model_copy(update={"model_dir": self.base.model_dir.absolute()}),
                 "adapters_dir": self.adapters_dir and self.adapters_dir.absolute(),
+                "security": self.security.model_copy(
+                    update={
+                        "keys_file": self.security.keys_file and self.security.keys_file.absolute(),
+                        "adapter_roots": tuple(root.absolute() for root in self.security.adapter_roots),
+                    }
+                ),
                 "adapters": {name: path.absolute() for name, path in self.adapters.items()},
             }
         )

@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -22,6 +22,8 @@ from ranklet.cluster.answers import Embeddings, join
 from ranklet.cluster.message import EmbedCall, EmbedRefusal, EmbedReply, pack, split
 from ranklet.cluster.registry import Known
 from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unavailable
+from ranklet.replicas.reference import AdapterInfo
+from ranklet.replicas.stats import AdapterReport
 from ranklet.routing import affinity
 from ranklet.routing.errand import ERRAND, Errand
 
@@ -90,6 +92,42 @@ class Replicas:
     async def describe_all(self) -> list[dict[str, Any]]:
         """What each live replica says of itself; those that do not answer are left out."""
         return await everyone(self._handle)
+
+    async def load(self, adapter: Known, pins: Sequence[str]) -> AdapterInfo:
+        """Verify an adapter and bring it into a slot of its home; `pins` may then stay in theirs.
+
+        Raises:
+            RankletError: why it cannot be served, or Unavailable when no replica answers.
+        """
+        errand = Errand(next(self._errands), adapter.name)
+        order = self._handle.options(method_name="load")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                said = await order.remote(adapter.name, str(adapter.path), tuple(pins), **{ERRAND: errand})
+        except (RayError, RayServeException, grpc.RpcError, TimeoutError) as error:
+            raise Unavailable(f"expected an answer from a replica, got {_said(error)}") from error
+        if isinstance(said, EmbedRefusal):
+            raise said.error()
+        assert isinstance(said, AdapterInfo)
+        return said
+
+    async def release(self, name: str, keep: str | None, timeout_s: float = 0.0) -> bool:
+        """Have all replicas free what they hold of an adapter, but for one revision.
+
+        Returns:
+            Whether nothing else of it was left within `timeout_s`.
+        """
+        return all(
+            await everyone(self._handle, "release", name, keep, timeout_s, timeout_s=timeout_s + _CONTROL_TIMEOUT_S)
+        )
+
+    async def pin(self, pins: Mapping[str, str]) -> None:
+        """Have all replicas keep these adapters, by name and folder, in their slots."""
+        await everyone(self._handle, "pin", dict(pins))
+
+    async def reports(self) -> list[tuple[str, list[AdapterReport]]]:
+        """What each live replica holds, by its id."""
+        return await everyone(self._handle, "report")
 
     async def _all(self, calls: Sequence[EmbedCall]) -> list[EmbedReply]:
         if len(calls) == 1:
@@ -224,11 +262,13 @@ def _translated(error: Exception, replica: str | None) -> Exception:
 _GONE_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
-async def everyone(handle: "DeploymentHandle[Any]") -> list[dict[str, Any]]:
-    """`describe()` of all live replicas of a deployment; silence, death and a missing deployment give fewer entries."""
+async def everyone(
+    handle: "DeploymentHandle[Any]", method: str = "describe", *arguments: Any, timeout_s: float = _CONTROL_TIMEOUT_S
+) -> list[Any]:
+    """What a method of all live replicas returns; silence, death and a missing deployment give fewer entries."""
     with contextlib.suppress(RayError, RayServeException, grpc.RpcError, TimeoutError):
-        answers = handle.broadcast("describe").results_async(timeout_s=_CONTROL_TIMEOUT_S, return_exceptions=True)
-        return [answer for answer in await answers if isinstance(answer, dict)]
+        answers = handle.broadcast(method, *arguments).results_async(timeout_s=timeout_s, return_exceptions=True)
+        return [answer for answer in await answers if not isinstance(answer, BaseException)]
     return []
 
 

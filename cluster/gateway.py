@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import orjson
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -21,13 +22,16 @@ from starlette.responses import Response
 
 from ranklet.cluster.answers import model_card, render
 from ranklet.cluster.body import read_body
-from ranklet.cluster.config import AdapterList, AppArgs
+from ranklet.cluster.config import AdapterList, AppArgs, Security
 from ranklet.cluster.datapath import DataPath, versions
 from ranklet.cluster.downstream import Replicas, everyone
 from ranklet.cluster.exporter import Exporter
 from ranklet.cluster.intake import take_in
+from ranklet.cluster.keys import Key, Keys
+from ranklet.cluster.lifecycle import Lifecycle, LoadRequest, UnloadRequest
 from ranklet.cluster.metrics import GatewayMetrics
 from ranklet.cluster.naming import Names
+from ranklet.cluster.protocol import parse_body
 from ranklet.cluster.refusals import on_error, on_http_error, refuse, status_of
 from ranklet.cluster.registry import Known, Registry
 from ranklet.replicas.admission import Limits
@@ -41,6 +45,7 @@ T = TypeVar("T")
 _TOKENISERS = 4  # threads; the tokenizer itself runs outside the GIL
 _RENDER_INLINE_BYTES = 1 << 20  # larger answers are rendered on a thread
 _CLIENT_GONE = 499
+_MOST_ADMIN_BODY = 1 << 16
 _UNRESOLVED = "unknown"  # label of requests refused before their adapter was known
 
 logger = logging.getLogger("ray.serve")
@@ -65,6 +70,15 @@ def _target_group(said: dict[str, Any]) -> dict[str, Any]:
     return {"targets": [said["metrics"]], "labels": {name: value for name, value in labels.items() if value}}
 
 
+def _admin_is_open(security: Security) -> bool:
+    """Whether calls without a key may change adapters, where there are no keys."""
+    if security.open_admin is not None:
+        return security.open_admin
+    client = _get_global_client()
+    host = (client.http_config.host if client else None) or ""
+    return host == "localhost" or host.startswith("127.")
+
+
 def _json(content: Any) -> Response:
     return Response(orjson.dumps(content), media_type="application/json")
 
@@ -85,6 +99,11 @@ class Gateway:
         self._metrics = GatewayMetrics(args.metrics.top_adapters)
         self._replicas = Replicas(replica, args.limits.request_timeout_s, self._metrics.retries.inc, self._id)
         self._watch: asyncio.Task[None] | None = None
+        self._keys = Keys(args.security.keys_file, open_admin=_admin_is_open(args.security))
+        roots = [root for root in (args.adapters_dir, *args.security.adapter_roots) if root is not None]
+        self._lifecycle = Lifecycle(
+            self._names.registry, self._replicas, lambda: serve.get_deployment_handle(*self._here), roots
+        )
         self._engine_limits: Limits | None = None
         self._in_flight = 0
         self._target = Exporter.start(self._metrics.registry, args.metrics).target
@@ -116,12 +135,14 @@ class Gateway:
         return response
 
     async def _embed(self, request: Request, outcome: _Outcome) -> Response:
+        key = self._keys.check(request.headers)
         body = await read_body(request, self._args.limits.max_body_bytes)
         with self._admitted():
             limits = await self._limits()
             max_texts = self._args.limits.max_texts_per_request
             intake = await self._on_thread(partial(take_in, body, self._names, self._tokenizer, max_texts, limits))
             adapter, wanted = intake.adapter, intake.request
+            self._keys.check_use(key, adapter.name if adapter else self._names.base)
             outcome.label = self._metrics.labels.of(adapter.name if adapter else None)
             answer = await self._replicas.embed(adapter, intake.prompts, wanted.dimensions, limits.hidden)
             model = wanted.model or (adapter.name if adapter else self._names.base)
@@ -157,19 +178,70 @@ class Gateway:
         return self._engine_limits
 
     @app.get("/v1/models")
-    async def models(self) -> Response:
-        """The base and every adapter, as OpenAI's cards."""
-        registry, max_len = self._names.registry, await self._max_model_len()
-        cards = [self._card(None, max_len)]
-        for name in await self._on_thread(registry.names):
-            with contextlib.suppress(RankletError):  # listed by the configuration, but not there
-                cards.append(self._card(registry.find(name), max_len))
-        return _json({"object": "list", "data": cards})
+    async def models(self, request: Request) -> Response:
+        """The base and every adapter that the key may use, as OpenAI's cards."""
+        key, max_len = self._keys.check(request.headers), await self._max_model_len()
+        return _json({"object": "list", "data": await self._on_thread(partial(self._cards, key, max_len))})
+
+    def _cards(self, key: Key | None, max_len: int | None) -> list[dict[str, Any]]:
+        registry, base = self._names.registry, self._names.base
+        cards = [self._card(None, max_len)] if key is None or key.may_use(base) else []
+        for name in registry.names():
+            if key is None or key.may_use(name):
+                with contextlib.suppress(RankletError):  # listed by the configuration, but not there
+                    cards.append(self._card(registry.find(name), max_len))
+        return cards
 
     @app.get("/v1/models/{name:path}")
-    async def model(self, name: str) -> Response:
+    async def model(self, request: Request, name: str) -> Response:
         """One card, by any name that `model` may be; 404 with near names otherwise."""
-        return _json(self._card(self._names.resolve(name), await self._max_model_len()))
+        key, adapter = self._keys.check(request.headers), self._names.resolve(name)
+        self._keys.check_use(key, adapter.name if adapter else self._names.base)
+        return _json(self._card(adapter, await self._max_model_len()))
+
+    # Adapters by name: an admin's calls
+
+    @app.get("/v1/adapters")
+    async def adapters(self, request: Request) -> Response:
+        """Every adapter with its state, and where it is."""
+        self._keys.check_admin(request.headers)
+        return _json({"object": "list", "data": await self._lifecycle.list()})
+
+    @app.get("/v1/adapters/{name}")
+    async def adapter(self, request: Request, name: str) -> Response:
+        """One of them."""
+        self._keys.check_admin(request.headers)
+        return _json(await self._lifecycle.show(name))
+
+    @app.post("/v1/adapters")
+    @app.post("/v1/load_lora_adapter")
+    @app.post("/load_lora_adapter")
+    async def load_adapter(self, request: Request) -> Response:
+        """Load an adapter, or replace one; see `LoadRequest`."""
+        self._keys.check_admin(request.headers)
+        return _json(await self._lifecycle.load(parse_body(await self._small_body(request), LoadRequest)))
+
+    @app.post("/v1/unload_lora_adapter")
+    @app.post("/unload_lora_adapter")
+    async def unload_adapter(self, request: Request) -> Response:
+        """Serve an adapter no more."""
+        self._keys.check_admin(request.headers)
+        return _json(await self._lifecycle.unload(parse_body(await self._small_body(request), UnloadRequest).name))
+
+    @app.delete("/v1/adapters/{name}")
+    async def delete_adapter(self, request: Request, name: str) -> Response:
+        """The same."""
+        self._keys.check_admin(request.headers)
+        return _json(await self._lifecycle.unload(name))
+
+    async def book_changed(self) -> None:
+        """Another gateway has loaded or unloaded an adapter."""
+        book = self._names.registry.book
+        if book is not None:
+            await self._on_thread(partial(book.entries, fresh=True))
+
+    async def _small_body(self, request: Request) -> bytes:
+        return await read_body(request, min(_MOST_ADMIN_BODY, self._args.limits.max_body_bytes))
 
     def _card(self, adapter: Known | None, max_model_len: int | None) -> dict[str, Any]:
         folder = adapter.path if adapter else self._args.base.model_dir

@@ -1,7 +1,7 @@
 """The OpenAI embeddings API on the wire: what a request may say, checked field by field."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import orjson
@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ranklet.replicas.errors import InvalidRequest
 
+Form = TypeVar("Form", bound=BaseModel)
 Texts = list[str]
 TokenIds = list[NDArray[np.int32]]  # int32 [length] each
 MAX_TOKEN_ID = 2**31 - 1
@@ -35,6 +36,11 @@ class EmbeddingsRequest(BaseModel):
 
 def parse_request(body: bytes) -> EmbeddingsRequest:
     """Raises InvalidRequest naming the field, what was expected and what came."""
+    return parse_body(body, EmbeddingsRequest)
+
+
+def parse_body(body: bytes, form: type[Form]) -> Form:
+    """A body as the form that a call takes. Raises as `parse_request`."""
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -42,7 +48,7 @@ def parse_request(body: bytes) -> EmbeddingsRequest:
     if not isinstance(fields, dict):
         raise InvalidRequest(f"body: expected a JSON object, got {_kind(fields)}", param="body")
     try:
-        return EmbeddingsRequest.model_validate(fields)
+        return form.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         param = str(first["loc"][0]) if first["loc"] else "body"

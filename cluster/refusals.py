@@ -3,6 +3,9 @@
 Refusals of HTTP itself join the tree of `ranklet.replicas.errors`:
 RankletError
 ├── BodyTooLarge        the body exceeds limits.max_body_bytes         413 body_too_large
+├── Unauthorized        no key, or an unknown one                      401 unauthorized
+├── Forbidden           the key may not do this                        403 forbidden
+├── AdapterExists       loaded already, and not to be replaced         409 adapter_exists
 └── NoRoute             no such path, or not with this method          404 not_found, 405 method_not_allowed
 """
 
@@ -16,6 +19,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ranklet.cluster.keys import Forbidden, Unauthorized
+from ranklet.cluster.lifecycle import AdapterExists
 from ranklet.replicas.errors import (
     AdapterNotFound,
     InternalError,
@@ -52,6 +57,9 @@ STATUS: Mapping[type[RankletError], int] = {
     InvalidAdapter: 400,
     UnknownModel: 404,
     AdapterNotFound: 404,
+    Unauthorized: 401,
+    Forbidden: 403,
+    AdapterExists: 409,
     BodyTooLarge: 413,
     Saturated: 503,
     Unavailable: 503,

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ranklet.cluster.book import Book, Entry
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, UnknownModel
-from ranklet.replicas.reference import CONFIG_FILE
+from ranklet.replicas.reference import CONFIG_FILE, revision_of
 
 MAX_NAME_CHARACTERS = 200
 _FORBIDDEN = re.compile(r"[/\\:\x00-\x1f\x7f]")
@@ -36,11 +37,13 @@ def refusal_of_name(name: str) -> str | None:
 class Registry:
     """Adapters by name. A folder dropped into the root is found the first time somebody asks for it.
 
-    The explicit map goes first. Entries of it that cannot be right are kept, so that whoever asks for them is told why.
+    What `user_config` says goes first, then what was loaded or unloaded by name, then the explicit map. Entries that
+    cannot be right are kept, so that whoever asks for them is told why.
     """
 
     def __init__(self, root: Path | None, explicit: Mapping[str, Path]) -> None:
         self._root = root
+        self.book = Book(root) if root is not None else None
         self._explicit = dict(explicit)
         self._added: dict[str, Path] = {}
 
@@ -64,17 +67,57 @@ class Registry:
                 "GET /v1/models lists them",
                 param=param,
             )
-        path = self._added.get(name) or self._explicit.get(name)
+        entry = None if name in self._added else self._entries().get(name)
+        if entry is not None and entry.path is None:
+            raise self._unknown(name, param)
+        path = self._added.get(name) or (Path(entry.path) if entry and entry.path else self._explicit.get(name))
         if path is not None:
             return self._configured(name, path)
         known = None if self._root is None or reason else self._inside_root(name, self._root)
+        if known is None and "@" in name:
+            return self._of_revision(name, param)
         if known is None:
             raise self._unknown(name, param)
         return known
 
+    def _of_revision(self, name: str, param: str) -> Known:
+        """`name@revision`, if that is the revision of now."""
+        plain, _, revision = name.rpartition("@")
+        known = self.find(plain, param)
+        current = revision_of(known.path)
+        if revision != current:
+            raise UnknownModel(
+                f"{param}: expected the revision of {plain!r} that is served, {current!r}, got {revision!r}",
+                param=param,
+            )
+        return known
+
+    def is_added(self, name: str) -> bool:
+        """Whether `user_config` says where it is."""
+        return name in self._added
+
+    def is_booked(self, name: str) -> bool:
+        """Whether it was loaded by name."""
+        entry = self._entries().get(name)
+        return entry is not None and entry.path is not None
+
+    def is_found_without(self, name: str) -> bool:
+        """Whether it would be served if the book said nothing of it."""
+        return name in self._explicit or (self._root is not None and (self._root / name).exists())
+
+    def pinned(self) -> dict[str, Path]:
+        """Adapters that keep a slot on every replica."""
+        pins = ((name, entry) for name, entry in self._entries().items() if name not in self._added)
+        return {name: Path(entry.path) for name, entry in pins if entry.pinned and entry.path}
+
+    def _entries(self) -> Mapping[str, Entry]:
+        return self.book.entries() if self.book is not None else {}
+
     def names(self) -> list[str]:
         """Names of all adapters that look like one, sorted. One directory scan."""
-        return sorted({*self._explicit, *self._added, *self._folders()})
+        entries = self._entries()
+        gone = {name for name, entry in entries.items() if entry.path is None}
+        return sorted(({*self._explicit, *entries, *self._folders()} - gone) | self._added.keys())
 
     def _folders(self) -> list[str]:
         if self._root is None or not self._root.is_dir():

@@ -18,17 +18,21 @@ from ranklet.cluster.exporter import Exporter
 from ranklet.cluster.herald import Herald
 from ranklet.cluster.message import EmbedCall, EmbedRefusal, EmbedReply
 from ranklet.cluster.metrics import ReplicaMetrics
+from ranklet.cluster.registry import Registry
 from ranklet.cluster.standing import Standing
 from ranklet.replicas.call import Answer
 from ranklet.replicas.errors import InternalError, RankletError, StillLoading
 from ranklet.replicas.process import EngineProcess
-from ranklet.replicas.reference import AdapterRef, revision_of
+from ranklet.replicas.reference import AdapterInfo, AdapterRef, revision_of
+from ranklet.replicas.stats import AdapterReport
 from ranklet.routing.errand import Errand
 from ranklet.routing.report import Load
 
 GATEWAY = "Gateway"  # the deployment that is told how this one stands
 _LOOKERS = 32  # folders looked at at once
-_LOADERS = 8  # adapters of `user_config` brought at once
+_LOADERS = 8  # adapters that somebody waits for, brought at once
+_RELEASE_POLL_S = 0.02
+_RELEASE_LATER_S = 60.0
 _LOOK_S = 0.2  # a known adapter's request waits so long for news of its folder
 _REVISION_HOLDS_S = 1.0  # how long a folder's revision is believed before its files are looked at again
 
@@ -48,6 +52,8 @@ class Replica:
         self._engine = EngineProcess(config, metrics, self._standing)
         self._engine.start()
         metrics.watch(self._engine.snapshot)
+        pinned = Registry(args.adapters_dir, args.adapters).pinned()
+        self._pins = {name: str(path) for name, path in pinned.items()}
         self._target = Exporter.start(metrics.registry, args.metrics).target
         self._references: dict[tuple[str, str], tuple[float, AdapterRef]] = {}
         self._looks: dict[tuple[str, str], asyncio.Future[str]] = {}
@@ -82,6 +88,51 @@ class Replica:
         if isinstance(outcome, RankletError):
             return EmbedRefusal.of(outcome, self._id, call.adapter or "", load)
         return self._reply(outcome, load)
+
+    async def load(self, name: str, path: str, pins: tuple[str, ...], errand: Errand) -> AdapterInfo | EmbedRefusal:
+        """Verify an adapter and bring it into a slot; `pins` are those that may keep theirs from now on."""
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._loaders, self._engine.pin, pins)
+            self._references.pop((name, path), None)
+            return await loop.run_in_executor(self._loaders, self._engine.load, await self._reference(name, path))
+        except RankletError as error:
+            return EmbedRefusal.of(error, self._id, name, None)
+
+    async def release(self, name: str, keep: str | None, timeout_s: float) -> bool:
+        """Free what is held of an adapter, but for the revision `keep`; whether nothing is left within `timeout_s`."""
+        for key in [key for key in self._references if key[0] == name]:
+            del self._references[key]
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + timeout_s
+        while not await loop.run_in_executor(self._loaders, self._engine.release, name, keep):
+            if loop.time() > deadline_s:
+                self._keep(self._release_later(name, keep))
+                return False
+            await asyncio.sleep(_RELEASE_POLL_S)
+        return True
+
+    async def _release_later(self, name: str, keep: str | None) -> None:
+        """Of an adapter that is asked for again meanwhile, this frees once what requests then bring back."""
+        with contextlib.suppress(RankletError, TimeoutError):
+            loop, tries = asyncio.get_running_loop(), int(_RELEASE_LATER_S / _RELEASE_POLL_S)
+            for _ in range(tries):
+                await asyncio.sleep(_RELEASE_POLL_S)
+                if await loop.run_in_executor(self._loaders, self._engine.release, name, keep):
+                    return
+
+    async def pin(self, pins: dict[str, str]) -> None:
+        """Keep these adapters, by name and folder, in slots: they are loaded where they are in none."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._loaders, self._engine.pin, tuple(pins))
+        except RankletError as error:
+            logger.error("pinned adapters: %s", error.message)
+        for name, path in pins.items():
+            self._keep(self._warm(name, path))
+
+    async def report(self) -> tuple[str, list[AdapterReport]]:
+        """This replica's id, and what it holds."""
+        return self._id, await asyncio.get_running_loop().run_in_executor(self._loaders, self._engine.report)
 
     async def prefetch(self, name: str, path: str, errand: Errand) -> None:
         """Bring an adapter into a slot ahead of its requests, if there is one to spare; returns at once."""
@@ -212,6 +263,7 @@ class Replica:
         if not self._is_heralded:  # now that there is an event loop, and Serve knows this replica
             self._is_heralded = True
             self._keep(self._herald.run())
+            self._keep(self.pin(self._pins))
         if not self._engine.healthy():
             raise RuntimeError("the engine has stopped; replacing this replica")
 

@@ -6,8 +6,9 @@ loader's threads. One lock guards the queue and the slot table; nothing slow hap
 """
 
 import logging
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from threading import Condition, Thread
 from time import perf_counter
 
@@ -21,7 +22,7 @@ from ranklet.replicas.architecture import read_architecture, read_config
 from ranklet.replicas.call import Answer, Call, Prompt, Ticket
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.device import pick_device, pick_dtype
-from ranklet.replicas.errors import InternalError, RankletError, Saturated, StillLoading, Unavailable
+from ranklet.replicas.errors import InternalError, InvalidRequest, RankletError, Saturated, StillLoading, Unavailable
 from ranklet.replicas.flight import Flight, adapters_of, names_of, requests_of
 from ranklet.replicas.loader import Loader, LoadOutcome
 from ranklet.replicas.model import Decoder
@@ -32,7 +33,7 @@ from ranklet.replicas.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.residency import Residency
 from ranklet.replicas.scheduler import Round, Scheduler
 from ranklet.replicas.slots import SlotTable
-from ranklet.replicas.stats import Held, Listener, LoadRecord, Snapshot
+from ranklet.replicas.stats import AdapterReport, Held, Listener, LoadRecord, Snapshot
 from ranklet.replicas.step import Stepper
 
 _PROBE = np.zeros(1, dtype=np.int32)
@@ -166,6 +167,49 @@ class Engine:
             future = self._residency.ask(adapter)
             self._wake.notify_all()
         return future.result()
+
+    def pin(self, names: Collection[str]) -> None:
+        """From now on these adapters keep their slots once they have one, and no others do.
+
+        Raises:
+            InvalidRequest: they would leave no slot for the rest.
+        """
+        if len(names) >= self.config.slots:
+            raise InvalidRequest(
+                f"pinned: expected fewer adapters than engine.slots ({self.config.slots}), got {len(names)}",
+                param="pinned",
+            )
+        with self._wake:
+            self._residency.table.pinned = set(names)
+
+    def release(self, name: str, keep: str | None = None) -> bool:
+        """Free the slots and the host memory that an adapter has, but for the revision `keep`.
+
+        Returns:
+            Whether nothing of it is left; what requests still use stays until they are answered: ask again then.
+        """
+        with self._wake:
+            self._residency.forget(name, keep)
+            held = {*self._residency.revisions(name), *self._in_use()}
+            return not any(ref.name == name and ref.revision != keep for ref in held)
+
+    def report(self) -> list[AdapterReport]:
+        """Every adapter that this engine holds, loads, uses or has refused, by revision."""
+        with self._wake:
+            used, known = self._in_use(), self._residency.report()
+        listed = {(each.name, each.revision) for each in known}
+        waited_for = [
+            AdapterReport(ref.name, ref.revision, "disk") for ref in used if (ref.name, ref.revision) not in listed
+        ]
+        counts = {(ref.name, ref.revision): count for ref, count in used.items()}
+        return [replace(each, references=counts.get((each.name, each.revision), 0)) for each in known + waited_for]
+
+    def _in_use(self) -> Counter[AdapterRef]:
+        """Adapters by the number of requests that wait for them or run with them."""
+        flying = (work for flight in self._flights for work in flight.prompts)
+        works = (*self._scheduler.waiting(), *self._launching, *flying)
+        calls = {(id(work.call), work.adapter) for work in works if work.adapter is not None}
+        return Counter(adapter for _, adapter in calls if adapter is not None)
 
     def offer(self, adapter: AdapterRef) -> None:
         """Bring an adapter into a slot ahead of its requests, if no other needs that slot; returns at once."""

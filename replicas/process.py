@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -24,7 +24,7 @@ from ranklet.replicas.call import Answer
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.errors import RankletError, Unavailable
 from ranklet.replicas.reference import AdapterInfo, AdapterRef
-from ranklet.replicas.stats import Held, Listener, Snapshot
+from ranklet.replicas.stats import AdapterReport, Held, Listener, Snapshot
 from ranklet.replicas.wire import Call, Cancel, News, Offer, Outbox, Reply, State
 
 _PROGRAM = "ranklet.replicas.worker"
@@ -106,6 +106,19 @@ class EngineProcess:
         """As `Engine.load`."""
         info: AdapterInfo = self._ask("load", adapter).result()
         return info
+
+    def pin(self, names: Collection[str]) -> None:
+        """As `Engine.pin`."""
+        self._ask("pin", tuple(names)).result(_SNAPSHOT_TIMEOUT_S)
+
+    def release(self, name: str, keep: str | None = None) -> bool:
+        """As `Engine.release`."""
+        return bool(self._ask("release", name, keep).result(_SNAPSHOT_TIMEOUT_S))
+
+    def report(self) -> list[AdapterReport]:
+        """As `Engine.report`. Raises as `snapshot` does."""
+        found: list[AdapterReport] = self._ask("report").result(_SNAPSHOT_TIMEOUT_S)
+        return found
 
     def offer(self, adapter: AdapterRef) -> None:
         """As `Engine.offer`."""

@@ -10,6 +10,7 @@ from ranklet.replicas.errors import InvalidAdapter, RankletError
 from ranklet.replicas.loader import Loader, LoadOutcome
 from ranklet.replicas.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.slots import SlotTable
+from ranklet.replicas.stats import AdapterReport
 
 _REMEMBERED_REFUSALS = 256
 LATELY_S = 30.0
@@ -124,6 +125,32 @@ class Residency:
             self.evicted(evicted.name)
         self._began[ref] = monotonic()
         self.loader.start(ref, slot, self.loaded)
+
+    def forget(self, name: str, keep: str | None = None) -> None:
+        """Give up what is held of an adapter, but for the revision `keep`; what is in use or loading stays for now."""
+        for ref in [ref for ref in self.revisions(name) if ref.revision != keep]:
+            self.loader.host.drop(ref)
+            if self.table.drop(ref):
+                del self._info[ref]
+                self._used.pop(ref, None)
+        for ref in [ref for ref in self._refused if ref.name == name and ref.revision != keep]:
+            del self._refused[ref]
+
+    def revisions(self, name: str) -> set[AdapterRef]:
+        """All that is held of an adapter, in slots or in host memory."""
+        return {ref for ref in (*self.table.held(), *self.loader.host.refs()) if ref.name == name}
+
+    def report(self) -> list[AdapterReport]:
+        """Every revision that is held, on its way or refused, its references left out."""
+        held = {*self.table.held(), *self.loader.host.refs(), *self._began}
+        found = [AdapterReport(ref.name, ref.revision, self._where(ref), info=self._info.get(ref)) for ref in held]
+        refused = [
+            AdapterReport(ref.name, ref.revision, "refused", error=e.message) for ref, e in self._refused.items()
+        ]
+        return found + refused
+
+    def _where(self, ref: AdapterRef) -> str:
+        return "loading" if ref in self._began else self.tier(ref)
 
     def overdue(self, after_s: float) -> frozenset[AdapterRef]:
         """Adapters that have been on their way for longer."""

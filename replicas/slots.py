@@ -124,6 +124,10 @@ class SlotTable:
         self.failed(key)
         return True
 
+    def held(self) -> tuple[AdapterRef, ...]:
+        """Adapters that have a slot, ready or not."""
+        return tuple(self._by_key)
+
     def resident(self) -> tuple[AdapterRef, ...]:
         """Usable adapters, least recently used first."""
         return tuple(key for key in self._by_key if self.usable(key) is not None)

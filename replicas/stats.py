@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ranklet.replicas.reference import AdapterInfo
+
 
 @dataclass(frozen=True)
 class BatchRecord:
@@ -57,6 +59,25 @@ class Held:
     coming: tuple[str, ...] = ()  # on their way to one
     hosted: tuple[str, ...] = ()  # in the host cache
     taken: int = 0  # slots with an adapter on its way, or one that was used of late
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReport:
+    """One revision of an adapter as an engine has it.
+
+    Attributes:
+        where: gpu, host, loading or refused.
+        references: requests that wait for it or run with it.
+        info: what was found when it was loaded, None if it is in no slot.
+        error: why it was refused.
+    """
+
+    name: str
+    revision: str
+    where: str
+    references: int = 0
+    info: AdapterInfo | None = None
+    error: str | None = None
 
 
 class Listener:

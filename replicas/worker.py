@@ -42,7 +42,8 @@ class Worker:
         self._stopped = threading.Event()
         self._methods: dict[str, Callable[..., None]] = {
             "make": self._make, "start": self._start, "submit": self._submit, "load": self._load,
-            "snapshot": self._snapshot, "stop": self._stop,
+            "snapshot": self._answering("snapshot"), "report": self._answering("report"), "pin": self._answering("pin"),
+            "release": self._answering("release"), "stop": self._stop,
         }  # fmt: skip
 
     def serve(self) -> None:
@@ -111,8 +112,13 @@ class Worker:
 
         self._loads.submit(run)
 
-    def _snapshot(self, number: int) -> None:
-        self._reply(number, self._made.snapshot())
+    def _answering(self, method: str) -> Callable[..., None]:
+        """Calls a quick method of the engine and replies with what it returns."""
+
+        def call(number: int, *arguments: Any) -> None:
+            self._reply(number, getattr(self._made, method)(*arguments))
+
+        return call
 
     def _stop(self, number: int) -> None:
         if self._engine is not None:

@@ -45,7 +45,7 @@ def under_load(service: Service, fault: Callable[[], object], seconds: float = L
     fault_s = time.monotonic() + seconds / 3
 
     def ask(worker: int) -> None:
-        with httpx.Client(base_url=service.url, timeout=60, trust_env=False) as client:
+        with httpx.Client(base_url=service.url, headers=service.http.headers, timeout=60, trust_env=False) as client:
             turn = worker
             while not stop.is_set():
                 model, text = MODELS[turn % len(MODELS)], turn % len(TEXTS)
@@ -117,7 +117,8 @@ def leave_early(service: Service) -> None:
     texts = [f"{number} {LONG_TEXT}" for number in range(1500)]
     gone = service.samples("gateway")["ranklet_client_gone_total"]
     before = service.samples("replica")
-    with contextlib.suppress(httpx.ReadTimeout), httpx.Client(base_url=service.url, trust_env=False) as client:
+    hasty = httpx.Client(base_url=service.url, headers=service.http.headers, trust_env=False)
+    with contextlib.suppress(httpx.ReadTimeout), hasty as client:
         client.post("/v1/embeddings", json={"model": "legal-v2", "input": texts}, timeout=httpx.Timeout(30, read=1.5))
         pytest.fail("too fast for this test: make the texts longer")
     eventually("the gateway noticed", lambda: service.samples("gateway")["ranklet_client_gone_total"] == gone + 1, 10)

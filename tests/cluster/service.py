@@ -66,7 +66,7 @@ class Service:
         """Serve's replicas of a deployment that run: id to process id."""
         applications = self.cluster.applications()
         assert applications is not None, "Serve's REST API does not answer"
-        replicas = applications["ranklet"]["deployments"][deployment]["replicas"]
+        replicas = applications["ranklet"]["deployments"].get(deployment, {}).get("replicas", [])
         return {replica["replica_id"]: replica["pid"] for replica in replicas if replica["state"] in _ALIVE}
 
     def targets(self) -> list[dict[str, Any]]:
