@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -39,6 +39,7 @@ class GatewayMetrics:
         self.client_gone = counter("ranklet_client_gone_total", "Requests whose client left before the answer")
         self.labels = AdapterLabels(top_adapters, self._forget)
         self.registry.register(_Choices())
+        ProcessCollector(registry=self.registry)
 
     def answered(self, adapter: str, status: int, code: str, seconds: float) -> None:
         """`adapter` is a label value; `code` the error's code, "" for success."""
@@ -71,6 +72,7 @@ class ReplicaMetrics(Listener):
 
     def __init__(self, top_adapters: int) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         counter = partial(Counter, registry=self.registry)
         histogram = partial(Histogram, registry=self.registry)
         self.prompts = counter("ranklet_prompts_total", "Prompts embedded", ["adapter"])
@@ -85,6 +87,9 @@ class ReplicaMetrics(Listener):
         self.batch_adapters = histogram("ranklet_batch_adapters", "Adapters mixed in a batch", buckets=_ADAPTERS)
         self.tier_hits = counter("ranklet_tier_hits_total", "Where a request found its adapter", ["tier"])
         self.loads = counter("ranklet_adapter_loads_total", "Adapters brought into a slot", ["tier", "outcome"])
+        for tier in ("disk", "host"):  # from 0 on: of a counter that begins with 1, no rate sees the first
+            for outcome in ("loaded", "refused"):
+                self.loads.labels(tier, outcome)
         self.load_seconds = histogram("ranklet_adapter_load_seconds", "Time a load takes", ["tier"], buckets=_LATENCY_S)
         self.evictions = counter("ranklet_adapter_evictions_total", "Adapters that lost their slot")
         self.cancelled_prompts = counter("ranklet_cancelled_prompts_total", "Prompts dropped, their client gone")
@@ -119,9 +124,10 @@ class ReplicaMetrics(Listener):
     def cancelled(self, requests: int) -> None:
         self.cancelled_prompts.inc(requests)
 
-    def watch(self, snapshot: Callable[[], Snapshot]) -> None:
-        """Export gauges read from the engine at each scrape."""
+    def watch(self, snapshot: Callable[[], Snapshot], pid: int) -> None:
+        """Export gauges read from the engine at each scrape, and what its process takes."""
         self.registry.register(_EngineGauges(snapshot, self.ranks, self.labels))
+        ProcessCollector(namespace="ranklet_engine", pid=lambda: pid, registry=self.registry)
 
     def _forget(self, adapter: str) -> None:
         for metric in (self.prompts, self.tokens):
@@ -171,5 +177,6 @@ class _EngineGauges(Collector):
         hosted = [name for name in now.hosted if name not in now.resident]
         for level, names in (("gpu", now.resident), ("cpu", hosted[: self._labels.limit])):
             for name in names:
-                loaded.add_metric([name, level, "false", str(self._ranks.get(name, ""))], 1.0)
+                pinned = "true" if name in now.pinned else "false"
+                loaded.add_metric([name, level, pinned, str(self._ranks.get(name, ""))], 1.0)
         return loaded

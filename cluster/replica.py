@@ -51,7 +51,7 @@ class Replica:
         self._load_timeout_s = config.load_timeout_s
         self._engine = EngineProcess(config, metrics, self._standing)
         self._engine.start()
-        metrics.watch(self._engine.snapshot)
+        metrics.watch(self._engine.snapshot, self._engine.pid)
         pinned = Registry(args.adapters_dir, args.adapters).pinned()
         self._pins = {name: str(path) for name, path in pinned.items()}
         self._target = Exporter.start(metrics.registry, args.metrics).target

@@ -278,6 +278,7 @@ class Engine:
                 slots=self.config.slots,
                 pool_bytes=self._pool.nbytes,
                 host_bytes=self._loader.host.nbytes,
+                pinned=tuple(sorted(self._residency.table.pinned)),
             )
 
     def healthy(self) -> bool:

@@ -49,6 +49,7 @@ class Snapshot:
     slots: int
     pool_bytes: int
     host_bytes: int
+    pinned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

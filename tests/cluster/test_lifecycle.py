@@ -70,6 +70,8 @@ def test_the_rest_form_tells_where_an_adapter_is(service: Service, source: str) 
         return tiers == ["gpu", "gpu"]
 
     eventually("a pinned adapter is in a slot of each replica", everywhere, 10)
+    pinned = service.samples("replica", adapter_name="rest", pinned="true", level="gpu")
+    assert pinned["vllm:lora_adapter_loaded"] == 2, "one on each replica"
     names = {card["name"] for card in service.http.get("/v1/adapters").json()["data"]}
     assert {"rest", "legal-v2", "medical"} <= names
     assert service.http.delete("/v1/adapters/rest").status_code == 200

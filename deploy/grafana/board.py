@@ -1,0 +1,133 @@
+"""The board, as code. `python deploy/grafana/board.py` writes dashboards/ranklet.json, which Grafana reads."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from grafana_foundation_sdk.builders import dashboard, timeseries
+from grafana_foundation_sdk.builders import prometheus as queries
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import DataSourceRef
+
+JSON = Path(__file__).with_name("dashboards") / "ranklet.json"
+_SOURCE = DataSourceRef(type_val="prometheus", uid="${source}")
+_WIDTH, _HEIGHT = 24, 7
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One graph: its queries by legend (`{{label}}` names a label's value)."""
+
+    title: str
+    unit: str  # Grafana's: reqps, s, percentunit, bytes, short, ...
+    exprs: dict[str, str]
+    says: str = ""
+
+
+def _quantiles(metric: str, by: str = "") -> dict[str, str]:
+    grouped = f"le, {by}" if by else "le"
+    legend = f" {{{{{by}}}}}" if by else ""
+    return {
+        f"p{round(100 * q)}{legend}": (
+            f"histogram_quantile({q}, sum by ({grouped}) (rate({metric}_bucket[$__rate_interval])))"
+        )
+        for q in (0.5, 0.95, 0.99)
+    }
+
+
+def _rate(metric: str, by: str = "", where: str = "") -> str:
+    grouped = f" by ({by})" if by else ""
+    return f"sum{grouped} (rate({metric}{where}[$__rate_interval]))"
+
+
+ROWS: dict[str, tuple[Panel, ...]] = {
+    "Cluster": (
+        Panel("Requests", "reqps", {"all": _rate("ranklet_requests_total")}),
+        Panel("Texts", "ops", {"all": _rate("ranklet_prompts_total")}),
+        Panel("Tokens", "ops", {"all": _rate("ranklet_tokens_total")}),
+        Panel("Latency", "s", _quantiles("ranklet_request_seconds"), "From the first byte of the body to the answer"),
+        Panel("Refusals, by code", "reqps", {"{{code}}": _rate("ranklet_requests_total", "code", '{code!=""}')}),
+        Panel("Up", "short", {"{{role}}s": 'count by (role) (up{job="ranklet"} == 1)'}),
+    ),
+    "Adapters": (
+        Panel("Requests", "reqps", {"{{adapter}}": f"topk(20, {_rate('ranklet_requests_total', 'adapter')})"}),
+        Panel("Tokens", "ops", {"{{adapter}}": f"topk(20, {_rate('ranklet_tokens_total', 'adapter')})"}),
+        Panel(
+            "p99 latency", "s",
+            {"{{adapter}}": "topk(20, histogram_quantile(0.99, sum by (le, adapter) "
+             "(rate(ranklet_request_seconds_bucket[$__rate_interval])) ))"},
+        ),
+    ),
+    "Affinity and loading": (
+        Panel(
+            "Sent to where the adapter is", "percentunit",
+            {"of all": f"{_rate('ranklet_affinity_hits_total')} / ({_rate('ranklet_affinity_hits_total')} + "
+             f"{_rate('ranklet_affinity_misses_total')} > 0)"},
+        ),
+        Panel("Found in", "percentunit", {
+            "{{tier}}": f"{_rate('ranklet_tier_hits_total', 'tier')} / ignoring (tier) group_left () "
+            f"({_rate('ranklet_tier_hits_total')} > 0)"
+        }),
+        Panel("Sent away from home", "reqps", {"{{reason}}": _rate("ranklet_spills_total", "reason")}),
+        Panel("Loads", "ops", {"{{tier}}, {{outcome}}": _rate("ranklet_adapter_loads_total", "tier, outcome")}),
+        Panel("Load time", "s", _quantiles("ranklet_adapter_load_seconds", "tier")),
+        Panel("Evictions", "ops", {"{{replica}}": _rate("ranklet_adapter_evictions_total", "replica")},
+              "Above a few a second, for minutes: too few slots"),
+    ),
+    "Replicas": (
+        Panel("Tokens", "ops", {"{{replica}}": _rate("ranklet_tokens_total", "replica")}),
+        Panel("Device busy", "percentunit", {"{{replica}}": _rate("ranklet_device_busy_seconds_total", "replica")}),
+        Panel("Waiting tokens", "short", {"{{replica}}": "sum by (replica) (ranklet_waiting_tokens)"}),
+        Panel("Queue wait", "s", _quantiles("ranklet_queue_wait_seconds")),
+        Panel("Requests in gateways", "short", {"{{replica}}": "sum by (replica) (ranklet_requests_in_flight)"}),
+        Panel("Repeated, dropped", "ops", {
+            "repeated elsewhere": _rate("ranklet_retries_total"), "client gone": _rate("ranklet_client_gone_total"),
+        }),
+    ),
+    "Memory": (
+        Panel("Adapter pools", "bytes", {"{{replica}} {{pool}}": "sum by (replica, pool) (ranklet_pool_bytes)"}),
+        Panel("Slots in use", "percentunit", {
+            "{{replica}}": "sum by (replica) (ranklet_resident_adapters) / sum by (replica) (ranklet_slots)"
+        }),
+        Panel("Processes", "bytes", {
+            "{{role}} {{replica}}": 'process_resident_memory_bytes{job="ranklet"}',
+            "engine {{replica}}": 'ranklet_engine_process_resident_memory_bytes{job="ranklet"}',
+        }),
+    ),
+    "Kernels": (
+        Panel("Batches, by LoRA backend", "ops", {"{{backend}}": _rate("ranklet_batches_total", "backend")}),
+        Panel("Time of a batch", "s", _quantiles("ranklet_batch_compute_seconds", "backend")),
+        Panel("Tokens in a batch", "short", _quantiles("ranklet_batch_tokens")),
+        Panel("Adapters in a batch", "short", _quantiles("ranklet_batch_adapters")),
+    ),
+}  # fmt: skip
+
+
+def board() -> str:
+    """Grafana's JSON."""
+    made = (
+        dashboard.Dashboard("ranklet")
+        .uid("ranklet")
+        .tags(["ranklet", "lora"])
+        .refresh("10s")
+        .time("now-30m", "now")
+        .with_variable(dashboard.DatasourceVariable("source").label("Prometheus").type("prometheus"))
+    )
+    for title, panels in ROWS.items():
+        made = made.with_row(dashboard.Row(title))
+        for panel in panels:
+            made = made.with_panel(_drawn(panel))
+    encoded: str = JSONEncoder(sort_keys=True, indent=1).encode(made.build())
+    return encoded + "\n"
+
+
+def _drawn(panel: Panel) -> timeseries.Panel:
+    drawn = timeseries.Panel().title(panel.title).unit(panel.unit).datasource(_SOURCE).min(0)
+    drawn = drawn.description(panel.says).span(_WIDTH // 3).height(_HEIGHT)
+    for legend, expr in panel.exprs.items():
+        drawn = drawn.with_target(queries.Dataquery().expr(expr).legend_format(legend).datasource(_SOURCE))
+    return drawn
+
+
+if __name__ == "__main__":
+    JSON.parent.mkdir(exist_ok=True)
+    JSON.write_text(board())

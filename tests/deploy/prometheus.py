@@ -1,0 +1,79 @@
+"""A real Prometheus on a free port, which scrapes a running service by the deployed configuration."""
+
+import contextlib
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from ranklet.cluster.ports import free_ports
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+SCRAPE_S = 1
+
+
+@dataclass(frozen=True)
+class Prometheus:
+    """Its HTTP API."""
+
+    url: str
+
+    def query(self, expr: str) -> list[dict[str, Any]]:
+        """The samples of an instant query; raises on a malformed one."""
+        return list(self._get("query", {"query": expr})["result"])
+
+    def query_range(self, expr: str, seconds: float, step_s: float = 1.0) -> list[dict[str, Any]]:
+        """The series of the last `seconds`."""
+        now_s = time.time()
+        return self._get("query_range", {"query": expr, "start": now_s - seconds, "end": now_s, "step": step_s})[
+            "result"
+        ]
+
+    def targets(self) -> list[dict[str, Any]]:
+        return list(self._get("targets", {})["activeTargets"])
+
+    def rules(self) -> list[dict[str, Any]]:
+        return [rule for group in self._get("rules", {})["groups"] for rule in group["rules"]]
+
+    def _get(self, call: str, parameters: dict[str, Any]) -> Any:
+        answer = httpx.get(f"{self.url}/api/v1/{call}", params=parameters, timeout=30, trust_env=False)
+        assert answer.status_code == 200, f"{parameters}: {answer.text}"
+        return answer.json()["data"]
+
+
+@contextlib.contextmanager
+def scraping(service_url: str, folder: Path) -> Iterator[Prometheus]:
+    """Prometheus with deploy/prometheus.yml, at the service's address and in a hurry."""
+    content = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
+    content["global"] = {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": f"{SCRAPE_S}s"}
+    content["rule_files"] = [str(DEPLOY / name) for name in content["rule_files"]]
+    (discovery,) = content["scrape_configs"][0]["http_sd_configs"]
+    discovery.update(url=f"{service_url}/metrics/targets", refresh_interval="1s")
+    config = folder / "prometheus.yml"
+    config.write_text(yaml.safe_dump(content))
+    (port,) = free_ports(1)
+    command = [
+        "prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+    ]  # fmt: skip
+    with (folder / "prometheus.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        found = Prometheus(f"http://127.0.0.1:{port}")
+        deadline_s = time.monotonic() + 30
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{found.url}/-/ready", trust_env=False).status_code == 200:
+                    break
+            assert process.poll() is None, (folder / "prometheus.log").read_text()[-2000:]
+            assert time.monotonic() < deadline_s, "Prometheus did not come up"
+            time.sleep(0.2)
+        yield found
+    finally:
+        process.terminate()
+        process.wait()

@@ -1,0 +1,150 @@
+"""Every expression of every panel, rule and alert, asked of a real Prometheus that scrapes a cluster under load."""
+
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy.grafana import board
+from tests.assets.broken import BROKEN
+from tests.cluster.service import BASE, Service, eventually, local_configuration, serving
+from tests.deploy.prometheus import DEPLOY, Prometheus, scraping
+
+LOAD_S = 20.0
+LARGEST = {"percentunit": 1.0001, "s": 600.0, "reqps": 1e6, "ops": 1e9, "bytes": 1e12, "short": 1e9}
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("prometheus") is None or shutil.which("promtool") is None, reason="needs Debian's prometheus"
+)
+
+
+@pytest.fixture(scope="module")
+def watched(
+    model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Service, Prometheus]]:
+    """Two slots for six adapters, all of them in use, some requests refused: nothing on the board is idle."""
+    folder = tmp_path_factory.mktemp("boards")
+    adapters = folder / "adapters"
+    shutil.copytree(adapters_dir, adapters)
+    BROKEN["nan"].make(model_dir, adapters / "broken")
+    content = local_configuration(model_dir, adapters)
+    content["applications"][0]["args"]["engine"]["slots"] = 2
+    with serving(content, folder) as service, scraping(service.url, folder) as prometheus:
+        eventually("all three are scraped", lambda: [each["health"] for each in prometheus.targets()] == ["up"] * 3)
+        stop = Event()
+        loading = [Thread(target=_use, args=(service, stop, turn)) for turn in range(3)]
+        for each in loading:
+            each.start()
+        time.sleep(LOAD_S)
+        yield service, prometheus
+        stop.set()
+        for each in loading:
+            each.join()
+
+
+def _use(service: Service, stop: Event, turn: int) -> None:
+    models = [
+        BASE,
+        "legal-v2",
+        "medical",
+        "support-rs",
+        "finance-mlp",
+        "code-mixed",
+        "catalog-embed",
+        "broken",
+        "nobody",
+    ]
+    for number in itertools.count(turn):
+        if stop.is_set():
+            return
+        service.post(models[number % len(models)], [f"text {number}", "and another one"])
+
+
+def _asked(expr: str) -> str:
+    return expr.replace("$__rate_interval", "10s")
+
+
+PANELS = [(row, panel) for row, panels in board.ROWS.items() for panel in panels]
+
+
+def test_the_committed_board_is_what_the_code_makes() -> None:
+    assert board.JSON.read_text() == board.board()
+    drawn = [panel for panel in json.loads(board.JSON.read_text())["panels"] if panel["type"] != "row"]
+    assert [panel["title"] for panel in drawn] == [panel.title for _, panel in PANELS]
+    assert all(target["expr"] for panel in drawn for target in panel["targets"])
+
+
+def test_every_process_is_scraped(watched: tuple[Service, Prometheus]) -> None:
+    service, prometheus = watched
+    up = {(found["labels"]["role"], found["labels"]["replica"]): found["health"] for found in prometheus.targets()}
+    assert set(up.values()) == {"up"}
+    assert {id for role, id in up if role == "replica"} == set(service.processes("Replica"))
+
+
+@pytest.mark.parametrize(("row", "panel"), PANELS, ids=[f"{row}: {panel.title}" for row, panel in PANELS])
+def test_a_panel_shows_data_of_its_unit(watched: tuple[Service, Prometheus], row: str, panel: board.Panel) -> None:
+    _, prometheus = watched
+    for legend, expr in panel.exprs.items():
+        found = prometheus.query(_asked(expr))
+        assert found, f"{legend}: no data"
+        values = [float(sample["value"][1]) for sample in found]
+        assert any(math.isfinite(value) for value in values), (legend, values)
+        assert all(0 <= value <= LARGEST[panel.unit] for value in values if math.isfinite(value)), (legend, values)
+        labels = [name for name in ("adapter", "replica", "tier", "code") if f"{{{{{name}}}}}" in legend]
+        assert all(sample["metric"].get(name) for sample in found for name in labels), (legend, found[0]["metric"])
+
+
+def test_what_is_shown_is_what_was_asked(watched: tuple[Service, Prometheus]) -> None:
+    """Not only some data: the requests that the clients count are those that Prometheus does."""
+    service, prometheus = watched
+    before = sum(_values(prometheus, 'sum(ranklet_requests_total{adapter="support-rs",status="200"})'))
+    for _ in range(30):
+        service.embed("support-rs", "one more")
+    expr = 'sum(ranklet_requests_total{adapter="support-rs",status="200"})'
+    eventually("they are counted", lambda: sum(_values(prometheus, expr)) >= before + 30, 15)
+
+
+def test_rules_and_alerts_evaluate(watched: tuple[Service, Prometheus]) -> None:
+    _, prometheus = watched
+    rules = prometheus.rules()
+    assert {rule["health"] for rule in rules} == {"ok"}, rules
+    for rule in rules:
+        if rule["type"] == "recording":
+            assert _values(prometheus, rule["name"]), f"{rule['name']}: no data"
+    (failed,) = [rule for rule in rules if rule["name"] == "RankletAdapterFailed"]
+    assert failed["alerts"], "one folder is broken, and was asked for"
+    (down,) = [rule for rule in rules if rule["name"] == "RankletNoReplica"]
+    assert not down["alerts"]
+
+
+def _values(prometheus: Prometheus, expr: str) -> list[float]:
+    return [float(sample["value"][1]) for sample in prometheus.query(expr)]
+
+
+def test_promtool_agrees() -> None:
+    for words in (["check", "rules", "rules.yml", "alerts.yml"], ["test", "rules", "alerts_test.yml"]):
+        done = subprocess.run(["promtool", *words], cwd=DEPLOY, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    checked = subprocess.run(
+        ["promtool", "check", "config", "prometheus.yml"], cwd=DEPLOY, capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_every_alert_has_its_place_in_the_runbook() -> None:
+    rules: Any = yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"][0]["rules"]
+    runbook = (DEPLOY / "README.md").read_text()
+    tested = (DEPLOY / "alerts_test.yml").read_text()
+    for rule in rules:
+        assert f"\n### {rule['alert']}\n" in runbook
+        assert rule["annotations"]["runbook"] == f"deploy/README.md#{rule['alert'].lower()}"
+        assert f"alertname: {rule['alert']}" in tested
