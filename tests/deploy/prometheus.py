@@ -30,9 +30,8 @@ class Prometheus:
     def query_range(self, expr: str, seconds: float, step_s: float = 1.0) -> list[dict[str, Any]]:
         """The series of the last `seconds`."""
         now_s = time.time()
-        return self._get("query_range", {"query": expr, "start": now_s - seconds, "end": now_s, "step": step_s})[
-            "result"
-        ]
+        asked = {"query": expr, "start": now_s - seconds, "end": now_s, "step": step_s}
+        return list(self._get("query_range", asked)["result"])
 
     def targets(self) -> list[dict[str, Any]]:
         return list(self._get("targets", {})["activeTargets"])

@@ -1,0 +1,112 @@
+"""How long the first answer for an adapter takes that is in a slot, in host memory or on disk; alone and beside traffic.
+
+The files are put out of the page cache before each load from disk. One prompt of 16 tokens is asked for.
+
+usage: python -m tests.bench.loads [--layers 28] [--turns 20] [--out FOLDER]
+"""
+
+import argparse
+import os
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.engine import Engine
+from ranklet.replicas.reference import WEIGHTS_FILE, AdapterRef
+from tests.bench import report
+from tests.bench.engine import embed, refs
+from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model
+
+_MODULES = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+_BATCH = 60  # prompts of 512 tokens at once, the traffic beside the loads
+_SLOTS = 4
+
+
+def forget(path: Path) -> None:
+    """Have the kernel drop a file from its page cache."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def first_answers(engine: Engine, adapters: Sequence[AdapterRef], tier: str) -> list[float]:
+    """Seconds until the answer for each of them, one after the other; each is found in `tier`."""
+    prompt = np.arange(1, 17, dtype=np.int32)
+    took_s = []
+    for adapter in adapters:
+        if tier == "disk":
+            forget(Path(adapter.path) / WEIGHTS_FILE)
+        began_s = perf_counter()
+        (answer,) = embed(engine, [prompt], [adapter])
+        took_s.append(perf_counter() - began_s)
+        if answer.tier != tier:
+            raise RuntimeError(f"expected {adapter.name} in {tier}, it was found in {answer.tier}")
+    return took_s
+
+
+def rows(engine: Engine, adapters: Sequence[AdapterRef], megabytes: float, beside: str) -> list[dict[str, Any]]:
+    """A row a tier. More adapters than slots: those asked for last time around have left again for host memory."""
+    found = []
+    for tier, asked in (("disk", adapters), ("host", adapters), ("gpu", [adapters[-1]] * len(adapters))):
+        took_s = np.array(first_answers(engine, asked, tier)) * 1e3
+        found.append({
+            "beside": beside, "tier": tier, "adapter_MB": megabytes, "loads": len(took_s),
+            "p50_ms": float(np.median(took_s)), "p99_ms": float(np.percentile(took_s, 99)),
+            "max_ms": float(took_s.max()),
+        })  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
+    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_model(folder / "model", layers=options.layers)
+        made = write_adapters(folder / "adapters", 2 * options.turns + 1, layers=options.layers, modules=_MODULES)
+        size = (made[0] / WEIGHTS_FILE).stat().st_size / 1e6
+        *some, busy = refs(made)
+        engine = Engine(EngineConfig(folder / "model", slots=_SLOTS, lora_modules=_MODULES, host_cache_bytes=16 << 30))
+        engine.start()
+        try:
+            embed(engine, [np.arange(1, 17, dtype=np.int32)] * 4, [None, busy, busy, busy])
+            found = rows(engine, some[: options.turns], size, "nothing")
+            found += beside_traffic(engine, some[options.turns :], busy, size)
+        finally:
+            engine.stop()
+    report.save("loads", found, options.out)
+
+
+def beside_traffic(
+    engine: Engine, adapters: Sequence[AdapterRef], busy: AdapterRef, size: float
+) -> list[dict[str, Any]]:
+    """The same while batches of another adapter follow each other without a break."""
+    stop = threading.Event()
+    prompts = [np.arange(1, 513, dtype=np.int32)] * (_BATCH // 2)
+
+    def traffic() -> None:
+        while not stop.is_set():
+            embed(engine, prompts, [busy] * len(prompts))
+
+    threads = [threading.Thread(target=traffic) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        return rows(engine, adapters, size, "batches of 512 tokens")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+if __name__ == "__main__":
+    main()
