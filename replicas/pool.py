@@ -5,6 +5,8 @@ in one run of memory: `load` zeroes the run and then copies the adapter in, so t
 left behind a smaller rank.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,6 +170,31 @@ class AdapterPool:
         if "embed_tokens" in self.modules:
             a, b = take(self.architecture.vocab, self.rank), take(self.architecture.hidden, self.rank)
             self.embedding = EmbeddingStack(a, b, *metadata(1))
+
+    @contextmanager
+    def posing(self) -> Iterator[None]:
+        """Meanwhile every slot looks as if an adapter of full rank on every module were in it, all of zeros.
+
+        For launches whose results nobody reads; before the first `load`.
+        """
+        metas = [stack.meta for stack in self._stacks.values()]
+        if self.embedding is not None:
+            metas.append(self.embedding.meta)
+        before = [list(meta) for meta in metas]
+        for meta in metas:
+            meta[:] = [SlotMeta((self.rank,) * len(each.ranks), (1.0,) * len(each.ranks)) for each in meta]
+        places = frozenset((layer, name) for layer, pack in self._stacks for name in PACKS[pack])
+        self.tenants = [Tenant(places) for _ in range(self.slots)]
+        self._ranks.fill_(self.rank)
+        self._scalings.fill_(1.0)
+        try:
+            yield
+        finally:
+            for meta, was in zip(metas, before, strict=True):
+                meta[:] = was
+            self.tenants = [Tenant(frozenset()) for _ in range(self.slots)]
+            self._ranks.zero_()
+            self._scalings.zero_()
 
     def load(self, slot: int, packed: PackedAdapter) -> None:
         """Copy an adapter into a slot that no batch uses; returns when it is there.

@@ -4,7 +4,7 @@ Letters: T tokens, B prompts, H hidden width.
 """
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -32,6 +32,9 @@ from ranklet.replicas.replay import Replays
 logger = logging.getLogger(__name__)
 
 _REPLAYED_TOKENS = 8192  # larger batches keep the device busy longer than Python takes to launch them
+
+_REHEARSED_TOKENS = (16, 300, 1100, 5000)
+_REHEARSED_ADAPTERS = (1, 2, 8, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,22 @@ class Running:
     def device_s(self) -> float:
         """How long the batch had the device; after `wait`."""
         return self.took_s if self.events is None else float(self.events[0].elapsed_time(self.events[1])) * 1e-3
+
+
+def rehearsals(
+    slots: int, longest: int, max_tokens: int, max_requests: int
+) -> Iterator[tuple[list[int], list[int | None]]]:
+    """Batches, as prompts' lengths and slots, that between them make a model launch every kernel in every form.
+
+    Triton compiles a kernel anew for a number that is 1 or a multiple of 16: these are of one adapter and of several,
+    with rows of the base and without, small and large.
+    """
+    for tokens in sorted({min(tokens, max_tokens) for tokens in (*_REHEARSED_TOKENS, max_tokens)}):
+        for adapters in sorted({min(count, slots, tokens) for count in _REHEARSED_ADAPTERS}):
+            for base in (0, 1):
+                count = min(max(adapters + base, tokens // min(longest, 512)), max_requests, tokens)
+                taken: list[int | None] = [i % adapters if i >= base else None for i in range(count)]
+                yield [max(1, min(tokens // count, longest))] * count, taken
 
 
 class Stepper:
@@ -105,6 +124,10 @@ class Stepper:
         long = [np.zeros(longest, dtype=np.int32)] * max(1, max_tokens // longest)
         for prompts in ([np.zeros(1, dtype=np.int32)], long):
             self.launch(prompts, [None] * len(prompts)).wait()
+        with self._pool.posing():
+            for lengths, slots in rehearsals(self._pool.slots, longest, max_tokens, max_requests):
+                self.launch([np.zeros(length, dtype=np.int32) for length in lengths], slots).wait()
+            self.shed()  # what was kept of adapters that there are not
         logger.info("kernels are warm after %.1f s", perf_counter() - began_s)
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""How long the first answer for an adapter takes that is in a slot, in host memory or on disk; alone and beside traffic.
+"""The first answer for an adapter that is in a slot, in host memory or on disk: how long, alone and beside traffic.
 
 The files are put out of the page cache before each load from disk. One prompt of 16 tokens is asked for.
 

@@ -133,3 +133,15 @@ def test_a_pool_without_some_modules_keeps_no_room_for_them(architecture: Archit
 @pytest.mark.parametrize(("rank", "kept"), [(1, 16), (8, 16), (16, 16), (17, 32), (64, 64)])
 def test_ranks_are_padded_to_sixteens(rank: int, kept: int) -> None:
     assert padded_rank(rank) == kept
+
+
+def test_a_posing_pool_is_empty_again(make_pool: Callable[[], AdapterPool], adapters: dict[str, Adapter]) -> None:
+    """While it poses each slot has full rank everywhere; afterwards an adapter is as alone as in a new pool."""
+    pool = make_pool()
+    with pool.posing():
+        assert set(pool.ranks(1).values()) == {pool.rank}
+    assert pool.ranks(1) == {}
+    adapter = next(iter(adapters.values()))
+    pool.load(0, pack(adapter, torch.float32, pinned=False))
+    assert pool.ranks(0) == {place: weight.rank for place, weight in adapter.weights.items()}
+    assert pool.ranks(1) == {}
