@@ -141,11 +141,18 @@ def test_an_adapter_is_deleted_while_it_loads(nodes: Nodes) -> None:
 
 
 def test_a_new_configuration_is_deployed(nodes: Nodes) -> None:
-    """Other arguments replace every replica, one by one."""
+    """Other arguments replace every process, one by one; the new ones know what was loaded by name."""
     service, _, _ = nodes
+    shutil.copytree(service.adapters / "medical", service.adapters / ".sources" / "kept")
+    kept = {"lora_name": "kept", "lora_path": ".sources/kept", "pinned": True}
+    assert service.http.post("/v1/load_lora_adapter", json=kept).status_code == 200
     before = set(service.processes("Replica").values())
     arguments = service.content["applications"][0]["args"]
     arguments["engine"]["slots"] = 6
     judge(load.under_load(service, lambda: service.cluster.deploy(service.content), 30))
     eventually("all replicas are new", lambda: not before & set(service.processes("Replica").values()), 60)
     load.wait_for_two(service)
+    eventually("they serve it", lambda: service.post("kept", "text").status_code == 200)
+    assert abs(service.embed("kept", "text") - service.embed("medical", "text")).max() < 1e-5
+    shown = service.http.get("/v1/adapters/kept").json()
+    assert (shown["pinned"], shown["state"]) == (True, "ready")

@@ -1,4 +1,4 @@
-"""Adapters loaded, replaced and unloaded by name while requests run; a restart finds all as it was."""
+"""Adapters loaded, replaced and unloaded by name while requests run."""
 
 import json
 import shutil
@@ -176,25 +176,6 @@ def test_an_adapter_of_the_folder_can_be_unloaded_and_comes_back(service: Servic
     assert_close(service.embed("hidden", TEXT), service.embed("legal-v2", TEXT))
     assert unload(service, "hidden").status_code == 200
     shutil.rmtree(service.adapters / "hidden")
-
-
-def test_a_new_gateway_and_new_replicas_know_what_was_loaded(service: Service, source: str) -> None:
-    assert load(service, lora_name="kept", lora_path=source, pinned=True).status_code == 200
-    arguments = service.content["applications"][0]["args"]
-    before = {name: set(service.processes(name).values()) for name in ("Gateway", "Replica")}
-    arguments["engine"]["max_waiting_tokens"] = 3_999_999  # replaces them all
-    service.cluster.deploy(service.content)
-
-    def replaced() -> bool:
-        now = {name: set(service.processes(name).values()) for name in before}
-        return all(now[name] and not now[name] & before[name] for name in before)
-
-    eventually("all processes are new", replaced, 90)
-    eventually("they serve it", lambda: service.post("kept", TEXT).status_code == 200, 20)
-    assert_close(service.embed(f"{BASE}:kept", TEXT), service.embed("legal-v2", TEXT))
-    tiers = [each["tier"] for each in service.http.get("/v1/adapters/kept").json()["replicas"]]
-    assert "gpu" in tiers
-    assert unload(service, "kept").status_code == 200
 
 
 def test_the_command_does_the_same(service: Service, source: str, capsys: pytest.CaptureFixture[str]) -> None:
