@@ -184,12 +184,15 @@ class Gateway:
         return _json({"object": "list", "data": await self._on_thread(partial(self._cards, key, max_len))})
 
     def _cards(self, key: Key | None, max_len: int | None) -> list[dict[str, Any]]:
-        registry, base = self._names.registry, self._names.base
+        base = self._names.base
         cards = [self._card(None, max_len)] if key is None or key.may_use(base) else []
-        for name in registry.names():
-            if key is None or key.may_use(name):
-                with contextlib.suppress(RankletError):  # listed by the configuration, but not there
-                    cards.append(self._card(registry.find(name), max_len))
+        for adapter, written_s in self._names.registry.listed():
+            if key is None or key.may_use(adapter.name):
+                cards.append(
+                    model_card(
+                        adapter.name, base=base, root=str(adapter.path), created_s=written_s, max_model_len=max_len
+                    )
+                )
         return cards
 
     @app.get("/v1/models/{name:path}")

@@ -1,14 +1,17 @@
 """Which adapters exist: subfolders of one root, and an explicit map. Reads names only, never weights."""
 
+import contextlib
 import difflib
+import os
 import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from ranklet.cluster.book import Book, Entry
-from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, UnknownModel
+from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, RankletError, UnknownModel
 from ranklet.replicas.reference import CONFIG_FILE, revision_of
 
 MAX_NAME_CHARACTERS = 200
@@ -21,6 +24,21 @@ class Known:
 
     name: str
     path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    """A folder of the root as it was last seen."""
+
+    path: Path
+    state: tuple[int, int]
+    written_s: int
+    has_config: bool
+
+
+@lru_cache(maxsize=65_536)
+def _may_be_a_name(name: str) -> bool:
+    return refusal_of_name(name) is None
 
 
 def refusal_of_name(name: str) -> str | None:
@@ -46,6 +64,7 @@ class Registry:
         self.book = Book(root) if root is not None else None
         self._explicit = dict(explicit)
         self._added: dict[str, Path] = {}
+        self._seen: dict[str, _Folder] = {}
 
     def change(self, added: Mapping[str, Path]) -> None:
         """Replace what was added to the configured map before; `added` wins over the map and the root."""
@@ -115,18 +134,59 @@ class Registry:
 
     def names(self) -> list[str]:
         """Names of all adapters that look like one, sorted. One directory scan."""
-        entries = self._entries()
-        gone = {name for name, entry in entries.items() if entry.path is None}
-        return sorted(({*self._explicit, *entries, *self._folders()} - gone) | self._added.keys())
+        return sorted({*self._named(), *self._folders()} - self._gone())
 
-    def _folders(self) -> list[str]:
-        if self._root is None or not self._root.is_dir():
-            return []
-        return [
-            folder.name
-            for folder in self._root.iterdir()
-            if refusal_of_name(folder.name) is None and (folder / CONFIG_FILE).is_file()
-        ]
+    def listed(self) -> list[tuple[Known, int]]:
+        """All adapters that look like one and are there, by name, with the Unix time of their folder's last change."""
+        folders, named = self._folders(), self._named()
+        found = {}
+        for name in {*named, *folders} - self._gone():
+            folder = folders.get(name)
+            if folder is not None and name not in named:
+                found[name] = Known(name, folder.path), folder.written_s
+                continue
+            with contextlib.suppress(RankletError, OSError):  # configured, or a link, and not there
+                known = self.find(name)
+                found[name] = known, int(known.path.stat().st_mtime)
+        return [found[name] for name in sorted(found)]
+
+    def _named(self) -> set[str]:
+        return {*self._explicit, *self._added, *(name for name, entry in self._entries().items() if entry.path)}
+
+    def _gone(self) -> set[str]:
+        return {name for name, entry in self._entries().items() if entry.path is None} - self._added.keys()
+
+    def _folders(self) -> dict[str, "_Folder | None"]:
+        """Folders of the root with an adapter's config; None for links, which lead who knows where.
+
+        Whether the config is there is asked once for each state of a folder.
+        """
+        if self._root is None:
+            return {}
+        found: dict[str, _Folder | None] = {}
+        seen: dict[str, _Folder] = {}
+        try:
+            with os.scandir(self._root) as entries:
+                for entry in entries:
+                    if not _may_be_a_name(entry.name):
+                        continue
+                    if entry.is_symlink():
+                        if Path(entry.path, CONFIG_FILE).exists():
+                            found[entry.name] = None
+                        continue
+                    status = entry.stat(follow_symlinks=False)
+                    state = (status.st_ino, status.st_mtime_ns)
+                    folder = self._seen.get(entry.name)
+                    if folder is None or folder.state != state:
+                        has_config = stat.S_ISDIR(status.st_mode) and Path(entry.path, CONFIG_FILE).exists()
+                        folder = _Folder(Path(entry.path), state, int(status.st_mtime), has_config)
+                    seen[entry.name] = folder
+                    if folder.has_config:
+                        found[entry.name] = folder
+        except OSError:
+            return {}
+        self._seen = seen
+        return found
 
     def _configured(self, name: str, path: Path) -> Known:
         if refusal_of_name(name) is not None:

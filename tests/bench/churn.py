@@ -1,0 +1,183 @@
+"""Adapters that come, change and go for hours, in fast-forward on the CPU: every answer judged, memory watched.
+
+Each cycle loads, replaces or unloads one of some names while clients ask for all of them. An answer must be of a
+revision that was served at some moment between the request and the answer; 404 is right only if there was none.
+
+usage: python -m tests.bench.churn [--cycles 10000] [--names 12] [--clients 2] [--out FOLDER]
+"""
+
+import argparse
+import random
+import shutil
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from tests.assets.cache import make_once
+from tests.bench import report
+from tests.cluster.nodes import family
+from tests.cluster.service import Service, Vectors, local_configuration, serving, vectors_of
+
+TEXT = "Notice must be given in writing."
+SOURCES = ("legal-v2", "medical")
+_SAMPLES = 100  # of memory
+_SETTLED = 0.2  # of the cycles: memory is compared from here on
+
+
+@dataclass
+class History:
+    """What was served under one name: (from, until, what), None for nothing. Neighbours overlap by a call's time."""
+
+    spans: list[tuple[float, float, str | None]] = field(default_factory=lambda: [(0.0, float("inf"), None)])
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def now(self) -> str | None:
+        return self.spans[-1][2]
+
+    def begin(self, what: str | None) -> None:
+        """A call that makes it `what` is about to be sent."""
+        with self.lock:
+            self.spans.append((time.monotonic(), float("inf"), what))
+
+    def done(self) -> None:
+        """It was answered: what was before is served no more."""
+        with self.lock:
+            since, _, what = self.spans[-2]
+            self.spans[-2] = (since, time.monotonic(), what)
+            del self.spans[:-16]
+
+    def during(self, since_s: float, until_s: float) -> set[str | None]:
+        with self.lock:
+            return {what for first, last, what in self.spans if first <= until_s and last >= since_s}
+
+
+class Churn:
+    """One run against a service."""
+
+    def __init__(self, service: Service, names: int) -> None:
+        self._service = service
+        self._names = {f"churn{number}": History() for number in range(names)}
+        self._expected: dict[str, Vectors] = {name: service.embed(name, TEXT) for name in SOURCES}
+        self.seen: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self._random = random.Random(0)
+
+    def cycle(self, http: httpx.Client) -> None:
+        """Change one name."""
+        name, history = self._random.choice(list(self._names.items()))
+        if history.now is not None and self._random.random() < 0.5:
+            history.begin(None)
+            answer = http.post("/v1/unload_lora_adapter", json={"lora_name": name})
+            self.seen["unload"] += 1
+        else:
+            source = self._random.choice([each for each in SOURCES if each != history.now])
+            self.seen["load" if history.now is None else "replace"] += 1
+            history.begin(source)
+            body = {
+                "lora_name": name,
+                "lora_path": f".sources/{source}",
+                "load_inplace": history.spans[-2][2] is not None,
+            }
+            answer = http.post("/v1/load_lora_adapter", json=body)
+        history.done()
+        if answer.status_code != 200:
+            raise RuntimeError(f"{name}: {answer.text}")
+
+    def ask(self, stop: threading.Event, seed: int) -> None:
+        """Ask for names at random until told to stop, and judge each answer."""
+        dice = random.Random(seed)
+        with httpx.Client(base_url=self._service.url, timeout=60, trust_env=False) as http:
+            while not stop.is_set():
+                name, history = dice.choice(list(self._names.items()))
+                sent_s = time.monotonic()
+                body = {"model": name, "input": TEXT, "encoding_format": "base64"}
+                answer = http.post("/v1/embeddings", json=body)
+                allowed = history.during(sent_s, time.monotonic())
+                self._judge(name, answer, allowed)
+
+    def _judge(self, name: str, answer: httpx.Response, allowed: set[str | None]) -> None:
+        if answer.status_code == 200:
+            vector = vectors_of(answer)
+            found = [source for source, known in self._expected.items() if np.abs(vector - known).max() < 1e-5]
+            right = bool(found) and found[0] in allowed
+            self.seen["answered"] += 1
+        else:
+            right = answer.status_code == 404 and None in allowed
+            self.seen["refused, there was none"] += right
+        if not right:
+            self.wrong.append(f"{name}: {answer.status_code}, allowed {allowed}: {answer.text[:200]}")
+
+
+def memory(service: Service) -> dict[str, float]:
+    """Resident megabytes by role."""
+    found = {"gateways": 0.0, "replicas and engines": 0.0}
+    for role, deployment in (("gateways", "Gateway"), ("replicas and engines", "Replica")):
+        for pid in service.processes(deployment).values():
+            for each in family(pid):
+                pages = Path(f"/proc/{each}/statm").read_text().split()[1]
+                found[role] += int(pages) * 4096 / 1e6
+    return found
+
+
+def run(service: Service, cycles: int, names: int, clients: int) -> list[dict[str, Any]]:
+    """The rows: what was done and seen, and memory at the first and the last of what counts."""
+    churn, stop = Churn(service, names), threading.Event()
+    asking = [threading.Thread(target=churn.ask, args=(stop, seed)) for seed in range(clients)]
+    for each in asking:
+        each.start()
+    sampled: list[tuple[int, dict[str, float]]] = []
+    began_s = time.monotonic()
+    try:
+        with Progress(console=Console(stderr=True)) as progress:
+            for done in progress.track(range(cycles), description="cycles"):
+                churn.cycle(service.http)
+                if done % max(cycles // _SAMPLES, 1) == 0:
+                    sampled.append((done, memory(service)))
+    finally:
+        stop.set()
+        for each in asking:
+            each.join()
+    seconds = time.monotonic() - began_s
+    counted = [found for done, found in sampled if done >= _SETTLED * cycles]
+    tenth = max(len(counted) // 10, 1)
+    rows: list[dict[str, Any]] = []
+    for role in counted[0]:
+        first = sum(found[role] for found in counted[:tenth]) / tenth
+        last = sum(found[role] for found in counted[-tenth:]) / tenth
+        rows.append({"what": f"memory of {role}, MB", "first": first, "last": last, "grown": last / first - 1})
+    rows += [{"what": what, "count": count} for what, count in sorted(churn.seen.items())]
+    rows += [{"what": "wrong", "count": len(churn.wrong)}, {"what": "seconds", "count": round(seconds)}]
+    for said in churn.wrong[:5]:
+        Console(stderr=True).print(said, markup=False)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cycles", type=int, default=10_000)
+    parser.add_argument("--names", type=int, default=12)
+    parser.add_argument("--clients", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        made = make_once(folder / "made")
+        for name in SOURCES:
+            shutil.copytree(made / "adapters" / name, made / "adapters" / ".sources" / name)
+        with serving(local_configuration(made / "model", made / "adapters"), folder) as service:
+            found = run(service, options.cycles, options.names, options.clients)
+    report.save("churn-cpu", found, options.out)
+
+
+if __name__ == "__main__":
+    main()
