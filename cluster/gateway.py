@@ -34,8 +34,9 @@ from ranklet.cluster.naming import Names
 from ranklet.cluster.protocol import parse_body
 from ranklet.cluster.refusals import on_error, on_http_error, refuse, status_of
 from ranklet.cluster.registry import Known, Registry
+from ranklet.cluster.status import PAGE, Recent, status
 from ranklet.replicas.admission import Limits
-from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unavailable
+from ranklet.replicas.errors import InternalError, InvalidRequest, RankletError, Saturated, Unavailable
 from ranklet.replicas.tokenizer import PromptTokenizer
 from ranklet.routing import affinity
 from ranklet.routing.report import Report
@@ -63,6 +64,7 @@ class _Outcome:
     label: str = _UNRESOLVED
     status: int = 200
     code: str = ""
+    message: str = ""
 
 
 def _target_group(said: dict[str, Any]) -> dict[str, Any]:
@@ -106,6 +108,7 @@ class Gateway:
         )
         self._engine_limits: Limits | None = None
         self._in_flight = 0
+        self._recent = Recent()
         self._target = Exporter.start(self._metrics.registry, args.metrics).target
         logger.info("gateway %s: %s; metrics on %s", self._id, DataPath.here().said(), self._target)
 
@@ -123,6 +126,8 @@ class Gateway:
             response = await self._embed(request, outcome)
         except RankletError as error:
             response, outcome.status, outcome.code = refuse(error), status_of(error), error.code
+            # What a client sent may stand in the message that says what is wrong with it.
+            outcome.message = f"in {error.param}" if isinstance(error, InvalidRequest) else error.message
         except ClientDisconnect:
             self._metrics.client_gone.inc()
             return Response(status_code=_CLIENT_GONE)  # for Ray's log: nobody reads it
@@ -131,6 +136,7 @@ class Gateway:
             raise
         except Exception as error:
             response, outcome.status, outcome.code = await on_error(request, error), 500, InternalError.code
+        self._recent.answered(outcome.status, outcome.code, outcome.message)
         self._metrics.answered(outcome.label, outcome.status, outcome.code, time.perf_counter() - started_s)
         return response
 
@@ -260,6 +266,27 @@ class Gateway:
         with contextlib.suppress(Unavailable):
             return (await self._limits()).max_model_len
         return None
+
+    @app.get("/")
+    async def page(self) -> Response:
+        """The status page: HTML that asks for `/v1/status` every two seconds."""
+        return Response(PAGE.read_bytes(), media_type="text/html")
+
+    @app.get("/v1/status")
+    async def status(self, request: Request) -> Response:
+        """What the page shows; an admin's call."""
+        self._keys.check_admin(request.headers)
+        await self._max_model_len()  # a router hears of replicas once it has been used
+        routes = affinity.current()
+        with routes.lock:
+            seen = routes.fleet.seen(time.monotonic())
+        gateways = await everyone(serve.get_deployment_handle(*self._here), "recent")
+        names = await self._on_thread(self._names.registry.names)
+        return _json(status(self._names.base, names, seen, gateways or [await self.recent()]))
+
+    async def recent(self) -> dict[str, Any]:
+        """What this gateway remembers of its requests."""
+        return self._recent.told(self._in_flight)
 
     @app.get("/health")
     async def health(self) -> Response:

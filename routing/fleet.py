@@ -17,6 +17,7 @@ from ranklet.routing.report import Holdings, Load
 from ranklet.routing.tenancy import Tenancy
 
 MOST_TOKENS = 1 << 50  # a claim above is nonsense
+LEAST_TOKENS_PER_S = 1e-3
 MOST_AGE_S = 10.0
 MOST_LOAD_S = 3600.0
 GUESSED_TOKENS_PER_S = 100_000.0
@@ -38,6 +39,19 @@ class Member:
 
     id: str
     rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a router has heard of one replica."""
+
+    id: str
+    rank: int
+    wait_s: float
+    queued_tokens: int
+    tokens_per_s: float
+    silent_s: float  # since it was last heard of
+    holdings: Holdings | None
 
 
 class Fleet:
@@ -253,6 +267,17 @@ class Fleet:
             self._hung = hung if hung.any() else None
         return waits if self._hung is None else waits + _NEVER_S * self._hung
 
+    def seen(self, now_s: float) -> list[Seen]:
+        """All replicas, for people to look at."""
+        waits = self.waits(now_s)
+        return [
+            Seen(
+                each.id, each.rank, float(waits[i]), int(self._queued[i]), float(self._rate[i]),
+                max(now_s - float(self._heard_s[i]), 0.0), self._holdings.get(each.id),
+            )
+            for i, each in enumerate(self.members)
+        ]  # fmt: skip
+
     def hung(self, now_s: float) -> Sequence[str]:
         """Replicas that owe this router answers and have been silent for too long."""
         return [self.members[i].id for i in np.flatnonzero(self._is_hung(now_s))]
@@ -268,4 +293,5 @@ class Fleet:
 
 def _is_sane(load: Load) -> bool:
     counts = (load.queued_tokens, load.done_tokens, load.received_tokens)
-    return all(0 <= n <= MOST_TOKENS for n in counts) and 0 <= load.tokens_per_s <= MOST_TOKENS
+    rate = load.tokens_per_s
+    return all(0 <= n <= MOST_TOKENS for n in counts) and (rate == 0 or LEAST_TOKENS_PER_S <= rate <= MOST_TOKENS)

@@ -72,6 +72,6 @@ def test_every_series_is_well_formed_and_bounded(service: Service) -> None:
     for group in service.targets():
         text = httpx.get(f"http://{group['targets'][0]}/metrics", trust_env=False).text
         families = list(text_string_to_metric_families(text))
-        assert all(family.name.startswith(("ranklet_", "vllm:")) for family in families)
+        assert all(family.name.startswith(("ranklet_", "vllm:", "process_")) for family in families)
         assert all(family.documentation for family in families)
         assert sum(len(family.samples) for family in families) < 1000

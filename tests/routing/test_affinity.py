@@ -302,3 +302,12 @@ def test_the_order_does_not_change_between_releases() -> None:
 def test_a_policy_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
         Policy(**{field: value})
+
+
+@pytest.mark.parametrize("rate", [5e-324, 1e-9, -1.0, 1e300, math.inf, math.nan])
+def test_a_rate_that_cannot_be_is_not_believed(rate: float) -> None:
+    routes = routes_of(2)
+    before = routes.fleet.rate()
+    assert not routes.fleet.hear("r0", Load(10**6, 5, rate, 0, 0), NOW_S)
+    assert routes.fleet.rate() == before
+    routes.fleet.sent(1, 0, 2**40, NOW_S)

@@ -1,0 +1,60 @@
+"""The status page, in a real browser: it shows what is so, and refreshes by itself."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.service import Service
+
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--hide-scrollbars", "--window-size=1200,760",
+)  # fmt: skip
+
+pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+
+
+def browse(url: str, folder: Path, *more: str) -> str:
+    """The page's DOM after six seconds of its own time."""
+    command = ["chromium", *FLAGS, f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=6000", *more, url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_page_shows_replicas_adapters_and_refusals(service: Service, tmp_path: Path) -> None:
+    secret = "a text that is nobody's business"
+    for _ in range(3):
+        service.embed("legal-v2", secret)
+    service.post("never-heard-of", secret)
+    service.post("legal-v2", [secret, 7])
+    home = service.post("legal-v2", "where").headers["x-ranklet-replica"]
+    page = browse(service.url + "/", tmp_path, "--dump-dom")
+    for replica in service.processes("Replica"):
+        assert f"<td>{replica}</td>" in page
+    row = re.search(r"<tr><td>legal-v2</td>(.*?)</tr>", page)
+    assert row, page[-3000:]
+    heads = re.findall(r"<th>([^<]+)</th>", page.partition('id="adapters"')[2].partition("</tr>")[0])
+    tiers = re.findall(r'class="t (\w*)"', row[1])
+    assert dict(zip(heads[1:], tiers, strict=True))[home] == "gpu"
+    assert "model_not_found" in page
+    assert re.search(r'id="rate">\d', page), "a second look has given a rate"
+    assert secret not in page
+    assert re.search(r'id="says"[^>]*></p>', page), "nothing went wrong"
+
+
+def test_it_can_be_looked_at(service: Service, tmp_path: Path) -> None:
+    picture = tmp_path / "status.png"
+    browse(service.url + "/", tmp_path, f"--screenshot={picture}")
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert picture.stat().st_size > 10_000
+
+
+def test_its_data_is_an_admins(service: Service) -> None:
+    said = service.http.get("/v1/status").json()
+    assert {each["id"] for each in said["replicas"]} == set(service.processes("Replica"))
+    assert said["requests"] >= said["refused"] >= 0
+    assert all(set(each) == {"at_s", "status", "code", "message"} for each in said["errors"])
