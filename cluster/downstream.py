@@ -117,9 +117,9 @@ class Replicas:
         Returns:
             Whether nothing else of it was left within `timeout_s`.
         """
-        return all(
-            await everyone(self._handle, "release", name, keep, timeout_s, timeout_s=timeout_s + _CONTROL_TIMEOUT_S)
-        )
+        patience_s = timeout_s + _CONTROL_TIMEOUT_S
+        arguments = (name, keep, timeout_s)
+        return all(await everyone(self._handle, "release", *arguments, timeout_s=patience_s, silent=[False]))
 
     async def pin(self, pins: Mapping[str, str]) -> None:
         """Have all replicas keep these adapters, by name and folder, in their slots."""
@@ -263,13 +263,18 @@ _GONE_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 async def everyone(
-    handle: "DeploymentHandle[Any]", method: str = "describe", *arguments: Any, timeout_s: float = _CONTROL_TIMEOUT_S
-) -> list[Any]:
-    """What a method of all live replicas returns; silence, death and a missing deployment give fewer entries."""
-    with contextlib.suppress(RayError, RayServeException, grpc.RpcError, TimeoutError):
+    handle: "DeploymentHandle[Any]", method: str = "describe", *arguments: Any, timeout_s: float = _CONTROL_TIMEOUT_S,
+    silent: Sequence[Any] = (),
+) -> list[Any]:  # fmt: skip
+    """What a method of all live replicas returns; `silent` stands in for each that is silent, dying or missing."""
+    try:
         answers = handle.broadcast(method, *arguments).results_async(timeout_s=timeout_s, return_exceptions=True)
-        return [answer for answer in await answers if not isinstance(answer, BaseException)]
-    return []
+        found: list[Any] = []
+        for answer in await answers:
+            found += silent if isinstance(answer, BaseException) else [answer]
+    except (RayError, RayServeException, grpc.RpcError, TimeoutError):
+        return list(silent)
+    return found
 
 
 def _said(error: BaseException) -> str:

@@ -108,8 +108,8 @@ class Lifecycle:
             await self._tell(self._registry.pinned())
             if not await self._replicas.release(name, None, _RELEASE_TIMEOUT_S):
                 raise Unavailable(
-                    f"adapter {name!r} is served no more, but requests that were sent before still use it. Its memory "
-                    "is freed with the last of them"
+                    f"adapter {name!r} is served no more, but requests that were sent before still use it, or a "
+                    "replica has not answered. Its memory is freed with the last of them"
                 )
         return {"name": name, "state": "unloaded"}
 
