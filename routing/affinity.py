@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field, fields, replace
 from queue import SimpleQueue
+from random import random
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ _TIGHT = 0.9  # of all slots are needed for one home each: a copy takes another 
 _FILLED = 0.5  # of all slots may be homes
 _GLANCE_S = 0.05  # between two looks at what changes all costs
 _LOOK_S = 1.0  # between two looks at the demand for all adapters
+_NOTICED_S = 0.001  # news that is younger says how things are
 _NEAR_S = 1e-6  # a place further down the rendezvous order
 
 
@@ -138,7 +140,8 @@ class Affinity:
             before, homes = demand.homes, demand.settle(worth, len(fleet), now_s, hasty=self._tight > 0)
             row = self._row(adapter, homes)
             cost = wait + row.cost + wait * row.reluctance
-            cost += row.other * (self._random.random() * policy.damping * fleet.lag_s)
+            if fleet.lag_s > _NOTICED_S:
+                cost += row.other * (random() * policy.damping * fleet.lag_s)
             if rank > 0:
                 cost += self._padding(rank, tokens)
             order = _best(cost, shunned)
