@@ -16,7 +16,7 @@ from ranklet.cluster.replica import GATEWAY, Replica
 ROUTER = "ranklet.routing.router:AdapterRouter"
 # Serve's own limits are kept out of the way: a full replica makes its router poll (25 ms to 0.5 s), a full gateway
 # answers in plain text. What is refused is up to engine.max_waiting_tokens and limits.max_in_flight_requests.
-_ONGOING = 1000
+_ONGOING = 10_000
 _QUEUED = 20_000
 _COMMON: dict[str, Any] = {
     "num_replicas": 1,

@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("name", help="whose it is")
     new.add_argument("--admin", action="store_true", help="may load and unload adapters, and use all of them")
     new.add_argument("--adapters", nargs="+", default=[], metavar="PATTERN", help="names it may use, such as legal-*")
+    new.add_argument("--tokens-per-minute", type=int, metavar="N", help="its quota (default: none)")
     new.set_defaults(run=_new_key)
     bench.add(commands)
     profiling.add(commands)
@@ -95,9 +96,11 @@ def _down(asked: argparse.Namespace) -> int:
 
 
 def _new_key(asked: argparse.Namespace) -> int:
-    secret, entry = keys.new_key(asked.name, admin=asked.admin, adapters=tuple(asked.adapters))
+    quota = asked.tokens_per_minute
+    secret, entry = keys.new_key(asked.name, admin=asked.admin, adapters=tuple(asked.adapters), tokens_per_minute=quota)
+    written = yaml.safe_dump([entry.model_dump(mode="json", exclude_none=True)], sort_keys=False)
     print(f"key, shown this once: {secret}")
-    print(f"entry for security.keys_file:\n{yaml.safe_dump([entry.model_dump(mode='json')], sort_keys=False)}", end="")
+    print(f"entry for security.keys_file:\n{written}", end="")
     return 0
 
 

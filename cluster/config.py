@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -58,6 +58,7 @@ class Limits(_Strict):
     max_body_bytes: int = Field(default=32 << 20, ge=1)
     max_texts_per_request: int = Field(default=2048, ge=1)
     request_timeout_s: float = Field(default=60.0, gt=0)
+    body_timeout_s: float = Field(default=30.0, gt=0)  # for a client to send its request
     max_in_flight_requests: int = Field(default=2000, ge=1)  # per gateway; beyond it 503
 
 
@@ -78,7 +79,7 @@ class Security(_Strict):
 
 
 class AdapterList(_Strict):
-    """`user_config` of both deployments: changed by `serve deploy` without a restart."""
+    """In `user_config` of both deployments: changed by `serve deploy` without a restart."""
 
     adapters: dict[str, Path] = Field(default_factory=dict)
 
@@ -94,6 +95,12 @@ class AdapterList(_Strict):
                     )
             return {entry["name"]: entry["path"] for entry in value}
         return {} if value is None else value
+
+
+class GatewayConfig(AdapterList):
+    """`user_config` of the gateway: what may change while requests run."""
+
+    tokens_per_minute: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)  # by pattern of models
 
 
 class AppArgs(AdapterList):

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +20,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from ranklet.cluster.admission import Admission
 from ranklet.cluster.answers import model_card, render
 from ranklet.cluster.body import read_body
-from ranklet.cluster.config import AdapterList, AppArgs, Security
+from ranklet.cluster.config import AppArgs, GatewayConfig, Security
 from ranklet.cluster.datapath import DataPath, versions
 from ranklet.cluster.downstream import Replicas, everyone
 from ranklet.cluster.exporter import Exporter
@@ -32,11 +33,12 @@ from ranklet.cluster.lifecycle import Lifecycle, LoadRequest, UnloadRequest
 from ranklet.cluster.metrics import GatewayMetrics
 from ranklet.cluster.naming import Names
 from ranklet.cluster.protocol import parse_body
+from ranklet.cluster.quota import LedgerActor, Quotas
 from ranklet.cluster.refusals import on_error, on_http_error, refuse, status_of
 from ranklet.cluster.registry import Known, Registry
 from ranklet.cluster.status import PAGE, Recent, status
 from ranklet.replicas.admission import Limits
-from ranklet.replicas.errors import InternalError, InvalidRequest, RankletError, Saturated, Unavailable
+from ranklet.replicas.errors import InternalError, InvalidRequest, RankletError, Unavailable
 from ranklet.replicas.tokenizer import PromptTokenizer
 from ranklet.routing import affinity
 from ranklet.routing.report import Report
@@ -107,15 +109,24 @@ class Gateway:
             self._names.registry, self._replicas, lambda: serve.get_deployment_handle(*self._here), roots
         )
         self._engine_limits: Limits | None = None
-        self._in_flight = 0
+        self._admission = Admission(args.limits.max_in_flight_requests, self._metrics.in_flight.set)
+        self._quotas = Quotas(LedgerActor(context.app_name), self._over_quota)
         self._recent = Recent()
         self._target = Exporter.start(self._metrics.registry, args.metrics).target
         logger.info("gateway %s: %s; metrics on %s", self._id, DataPath.here().said(), self._target)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """`user_config: {adapters: ...}`: adapters on top of the configured ones, changed without a restart."""
-        added = AdapterList.model_validate(user_config).adapters
-        self._names.registry.change({name: path.absolute() for name, path in added.items()})
+        """`user_config: {adapters: ..., tokens_per_minute: ...}`, changed without a restart.
+
+        The adapters are on top of the configured ones.
+        """
+        config = GatewayConfig.model_validate(user_config)
+        self._names.registry.change({name: path.absolute() for name, path in config.adapters.items()})
+        self._quotas.change(config.tokens_per_minute)
+
+    def _over_quota(self, by: str, model: str) -> None:
+        label = self._metrics.labels.of(None if model == self._names.base else model, 0)
+        self._metrics.quota_rejections.labels(by, label).inc()
 
     @app.post("/v1/embeddings")
     async def embeddings(self, request: Request) -> Response:
@@ -142,36 +153,21 @@ class Gateway:
 
     async def _embed(self, request: Request, outcome: _Outcome) -> Response:
         key = self._keys.check(request.headers)
-        body = await read_body(request, self._args.limits.max_body_bytes)
-        with self._admitted():
+        body = await self._body(request, self._args.limits.max_body_bytes)
+        with self._admission.request():
             limits = await self._limits()
             max_texts = self._args.limits.max_texts_per_request
             intake = await self._on_thread(partial(take_in, body, self._names, self._tokenizer, max_texts, limits))
             adapter, wanted = intake.adapter, intake.request
-            self._keys.check_use(key, adapter.name if adapter else self._names.base)
+            name = adapter.name if adapter else self._names.base
+            self._keys.check_use(key, name)
             outcome.label = self._metrics.labels.of(adapter.name if adapter else None)
-            answer = await self._replicas.embed(adapter, intake.prompts, wanted.dimensions, limits.hidden)
-            model = wanted.model or (adapter.name if adapter else self._names.base)
-            rendering = partial(render, answer, model, wanted.encoding_format)
+            with self._admission.of(name), self._quotas.charged(key, name, intake.tokens):
+                answer = await self._replicas.embed(adapter, intake.prompts, wanted.dimensions, limits.hidden)
+            rendering = partial(render, answer, wanted.model or name, wanted.encoding_format)
             large = answer.vectors.nbytes > _RENDER_INLINE_BYTES
             content = await self._on_thread(rendering) if large else rendering()
         return Response(content, headers=answer.headers, media_type="application/json")
-
-    @contextlib.contextmanager
-    def _admitted(self) -> Iterator[None]:
-        """Raises Saturated when this gateway has as many requests as it may."""
-        limit = self._args.limits.max_in_flight_requests
-        if self._in_flight >= limit:
-            raise Saturated(
-                f"expected fewer than {limit} requests in this gateway (limits.max_in_flight_requests). Try again"
-            )
-        self._in_flight += 1
-        self._metrics.in_flight.set(self._in_flight)
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
-            self._metrics.in_flight.set(self._in_flight)
 
     async def _on_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -250,7 +246,10 @@ class Gateway:
             await self._on_thread(partial(book.entries, fresh=True))
 
     async def _small_body(self, request: Request) -> bytes:
-        return await read_body(request, min(_MOST_ADMIN_BODY, self._args.limits.max_body_bytes))
+        return await self._body(request, min(_MOST_ADMIN_BODY, self._args.limits.max_body_bytes))
+
+    async def _body(self, request: Request, limit_bytes: int) -> bytes:
+        return await read_body(request, limit_bytes, self._args.limits.body_timeout_s)
 
     def _card(self, adapter: Known | None, max_model_len: int | None) -> dict[str, Any]:
         folder = adapter.path if adapter else self._args.base.model_dir
@@ -286,7 +285,7 @@ class Gateway:
 
     async def recent(self) -> dict[str, Any]:
         """What this gateway remembers of its requests."""
-        return self._recent.told(self._in_flight)
+        return self._recent.told(self._admission.in_flight)
 
     @app.get("/health")
     async def health(self) -> Response:

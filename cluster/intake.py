@@ -27,6 +27,10 @@ class Intake:
     adapter: Known | None  # None: the base model
     prompts: list[NDArray[np.int32]]  # int32 [length] each
 
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
 
 def take_in(body: bytes, names: Names, tokenizer: Tokenizer, max_texts: int, limits: Limits) -> Intake:
     """Parse, resolve the model's name, tokenise, check.

@@ -37,6 +37,7 @@ class Key(BaseModel):
         sha256: of the key, in hexadecimal.
         admin: whether it may load and unload adapters, and use all of them.
         adapters: patterns (`legal-*`) of names that requests may use; the base model's own names count too.
+        tokens_per_minute: of prompts, over all gateways; None for no limit.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,6 +46,7 @@ class Key(BaseModel):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     admin: bool = False
     adapters: tuple[str, ...] = ()
+    tokens_per_minute: int | None = Field(default=None, ge=1)
 
     def may_use(self, name: str) -> bool:
         return self.admin or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.adapters)
@@ -137,8 +139,11 @@ def _read(path: Path) -> dict[str, Key]:
     return {key.sha256: key for key in keys}
 
 
-def new_key(name: str, *, admin: bool, adapters: tuple[str, ...]) -> tuple[str, Key]:
+def new_key(
+    name: str, *, admin: bool, adapters: tuple[str, ...], tokens_per_minute: int | None = None
+) -> tuple[str, Key]:
     """A key that has never been, and its entry for the file."""
     secret = _PREFIX + secrets.token_urlsafe(32)
-    entry = Key(name=name, sha256=hashlib.sha256(secret.encode()).hexdigest(), admin=admin, adapters=adapters)
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    entry = Key(name=name, sha256=digest, admin=admin, adapters=adapters, tokens_per_minute=tokens_per_minute)
     return secret, entry

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from ranklet.cluster.labels import AdapterLabels
+from ranklet.cluster.labels import BASE, AdapterLabels
 from ranklet.replicas.errors import RankletError
 from ranklet.replicas.stats import BatchRecord, Listener, LoadRecord, Snapshot
 from ranklet.routing import tally
@@ -37,6 +37,11 @@ class GatewayMetrics:
         self.in_flight = gauge("ranklet_requests_in_flight", "Requests in this gateway")
         self.retries = counter("ranklet_retries_total", "Calls repeated on another replica")
         self.client_gone = counter("ranklet_client_gone_total", "Requests whose client left before the answer")
+        self.quota_rejections = counter(
+            "ranklet_quota_rejections_total", "Requests over the quota of their key or adapter", ["by", "adapter"]
+        )
+        for by in ("key", "adapter"):
+            self.quota_rejections.labels(by, BASE)
         self.labels = AdapterLabels(top_adapters, self._forget)
         self.registry.register(_Choices())
         ProcessCollector(registry=self.registry)
@@ -47,7 +52,7 @@ class GatewayMetrics:
         self.seconds.labels(adapter).observe(seconds)
 
     def _forget(self, adapter: str) -> None:
-        for metric in (self.requests, self.seconds):
+        for metric in (self.requests, self.seconds, self.quota_rejections):
             metric.remove_by_labels({"adapter": adapter})
 
 

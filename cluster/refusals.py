@@ -3,8 +3,10 @@
 Refusals of HTTP itself join the tree of `ranklet.replicas.errors`:
 RankletError
 ├── BodyTooLarge        the body exceeds limits.max_body_bytes         413 body_too_large
+├── BodyTooSlow         it did not come within limits.body_timeout_s   408 body_timeout
 ├── Unauthorized        no key, or an unknown one                      401 unauthorized
 ├── Forbidden           the key may not do this                        403 forbidden
+├── OverQuota           the key's or the adapter's tokens are used up  429 rate_limit_exceeded
 ├── AdapterExists       loaded already, and not to be replaced         409 adapter_exists
 └── NoRoute             no such path, or not with this method          404 not_found, 405 method_not_allowed
 """
@@ -21,6 +23,7 @@ from starlette.responses import Response
 
 from ranklet.cluster.keys import Forbidden, Unauthorized
 from ranklet.cluster.lifecycle import AdapterExists
+from ranklet.cluster.quota import OverQuota
 from ranklet.replicas.errors import (
     AdapterNotFound,
     InternalError,
@@ -43,6 +46,12 @@ class BodyTooLarge(RankletError):  # noqa: N818  # named as its siblings in repl
     code = "body_too_large"
 
 
+class BodyTooSlow(RankletError):  # noqa: N818
+    """The client took too long to send its request."""
+
+    code = "body_timeout"
+
+
 class NoRoute(RankletError):  # noqa: N818
     """HTTP has no answer for this path and method."""
 
@@ -60,7 +69,9 @@ STATUS: Mapping[type[RankletError], int] = {
     Unauthorized: 401,
     Forbidden: 403,
     AdapterExists: 409,
+    BodyTooSlow: 408,
     BodyTooLarge: 413,
+    OverQuota: 429,
     Saturated: 503,
     Unavailable: 503,
     StillLoading: 503,
@@ -79,14 +90,15 @@ def status_of(error: RankletError) -> int:
 def body_of(error: RankletError) -> dict[str, Any]:
     """`{"error": {"message", "type", "param", "code"}}`, as OpenAI's clients read it."""
     kind = "invalid_request_error" if status_of(error) < 500 else "server_error"
+    kind = "rate_limit_error" if isinstance(error, OverQuota) else kind
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
 def refuse(error: RankletError, headers: Mapping[str, str] | None = None) -> Response:
-    """The answer to a refused request; 503 says when to come back."""
+    """The answer to a refused request; 503 and 429 say when to come back."""
     status = status_of(error)
     sent = dict(headers or {})
-    if status == 503:
+    if status in (429, 503):
         sent["retry-after"] = str(max(1, math.ceil(getattr(error, "retry_after_s", 1.0))))
     return Response(orjson.dumps(body_of(error)), status, sent, media_type="application/json")
 

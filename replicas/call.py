@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.replicas.errors import RankletError
-from ranklet.replicas.scheduler import Work
+from ranklet.replicas.queue import Work
 
 logger = logging.getLogger(__name__)
 

@@ -31,6 +31,7 @@ from ranklet.replicas.pool import AdapterPool
 from ranklet.replicas.pooling import read_pooling
 from ranklet.replicas.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.residency import Residency
+from ranklet.replicas.room import share_of_room
 from ranklet.replicas.scheduler import Round, Scheduler
 from ranklet.replicas.slots import SlotTable
 from ranklet.replicas.stats import AdapterReport, Held, Listener, LoadRecord, Snapshot
@@ -112,8 +113,8 @@ class Engine:
 
     def _refuse_waiting(self) -> None:
         with self._wake:
-            waiting = self._scheduler.waiting()
-            self._scheduler.remove(waiting)
+            waiting = list(self._scheduler.queue)
+            self._scheduler.queue.remove(waiting)
             asked = list(self._residency.asked.values())
             self._residency.asked.clear()
         error = Unavailable("this replica is shutting down; send the request again")
@@ -149,7 +150,7 @@ class Engine:
             call = Call(len(prompts), width, shortened=shortened, tier=tier, tokens=tokens, done=done)
             call.works = [Prompt(p, adapter, arrived_s, call=call, index=i) for i, p in enumerate(prompts)]
             for work in call.works:
-                self._scheduler.add(work)
+                self._scheduler.queue.add(work)
             self._wake.notify_all()
         if tier is not None:
             self._listener.tier_hit(tier)
@@ -207,7 +208,7 @@ class Engine:
     def _in_use(self) -> Counter[AdapterRef]:
         """Adapters by the number of requests that wait for them or run with them."""
         flying = (work for flight in self._flights for work in flight.prompts)
-        works = (*self._scheduler.waiting(), *self._launching, *flying)
+        works = (*self._scheduler.queue, *self._launching, *flying)
         calls = {(id(work.call), work.adapter) for work in works if work.adapter is not None}
         return Counter(adapter for _, adapter in calls if adapter is not None)
 
@@ -215,7 +216,7 @@ class Engine:
         """Bring an adapter into a slot ahead of its requests, if no other needs that slot; returns at once."""
         with self._wake:
             if not self._stopping:
-                self._residency.offer(adapter, adapters_of(self._scheduler.waiting()))
+                self._residency.offer(adapter, adapters_of(self._scheduler.queue))
 
     def resident(self) -> tuple[str, ...]:
         """Names of the adapters ready in a slot, most recently used last; cheaper than a snapshot of a long queue."""
@@ -242,8 +243,8 @@ class Engine:
         limit_s = self.config.load_timeout_s
         with self._wake:
             overdue = self._residency.overdue(limit_s)
-            lost = [work for work in self._scheduler.waiting() if work.adapter in overdue] if overdue else []
-            self._scheduler.remove(lost)
+            lost = [work for work in self._scheduler.queue if work.adapter in overdue] if overdue else []
+            self._scheduler.queue.remove(lost)
         for work in lost:
             assert work.adapter is not None
             work.call.fail(
@@ -265,13 +266,13 @@ class Engine:
     def snapshot(self) -> Snapshot:
         """What is resident, waiting and running now."""
         with self._wake:
-            waiting = self._scheduler.waiting()
+            waiting = list(self._scheduler.queue)
             running = [*self._launching, *(work for flight in self._flights for work in flight.prompts)]
             return Snapshot(
                 resident=self.resident(),
                 hosted=self._hosted(),
                 waiting_requests=requests_of(waiting),
-                waiting_tokens=self._scheduler.waiting_tokens,
+                waiting_tokens=self._scheduler.queue.tokens,
                 running_requests=requests_of(running),
                 waiting_adapters=names_of(waiting),
                 running_adapters=names_of(running),
@@ -293,9 +294,17 @@ class Engine:
         refusal = None if adapter is None else self._residency.refusal(adapter)
         if refusal is not None:
             raise refusal
-        waiting, limit = self._scheduler.waiting_tokens, self.config.max_waiting_tokens
+        queue, limit = self._scheduler.queue, self.config.max_waiting_tokens
+        name = adapter.name if adapter else ""
+        waiting, own = queue.tokens, queue.tokens_of(name)
         if waiting and waiting + tokens > limit:
             raise Saturated(f"this replica has {waiting} tokens waiting, its limit is {limit}; try again later")
+        share = share_of_room(limit, waiting - own)
+        if own and own + tokens > share:
+            raise Saturated(
+                f"{own} tokens of {f'adapter {name!r}' if name else 'the base model'} wait on this replica; of its "
+                f"limit of {limit} they may have {share} now, so that others have room. Try again later"
+            )
 
     # The step thread
 
@@ -344,7 +353,7 @@ class Engine:
 
     def _next(self) -> Round[Prompt] | None:
         """The batch to launch now, if any; starts the loads that waiting prompts need."""
-        proposal = self._scheduler.propose(self._residency.usable, self._enough())
+        proposal = self._scheduler.propose(self._residency.usable, self._pace.enough())
         self._residency.bring(proposal.demand, adapters_of(proposal.batch))
         if not self._flights:
             return proposal if proposal.batch or proposal.cancelled else None
@@ -356,17 +365,12 @@ class Engine:
         worth = worth or len(proposal.batch) * 2 >= self.config.max_batch_requests
         return proposal if worth or self._due_in_s() <= 0 else None
 
-    def _enough(self) -> int | None:
-        """Where to close the next batch: early while the queue is short and larger batches are no faster a token."""
-        backlog = self._scheduler.waiting_tokens > self.config.max_batch_tokens
-        return None if backlog else self._pace.enough()
-
     def _due_in_s(self) -> float:
         return self._pace.free_s - _LEAD_S - perf_counter()
 
     def _patience_s(self) -> float | None:
         """How long to wait for news: until a small batch is due that may go behind the one that runs."""
-        may_follow = 0 < len(self._flights) < self._depth and len(self._scheduler) > 0
+        may_follow = 0 < len(self._flights) < self._depth and len(self._scheduler.queue) > 0
         due_s = self._due_in_s() if may_follow else 0.0
         return due_s if due_s > 0 else None
 
@@ -427,7 +431,7 @@ class Engine:
             self._suspect = not again
             for work in again:
                 work.solo = True
-            self._scheduler.put_back(again)
+            self._scheduler.queue.put_back(again)
             self._wake.notify_all()
         if not again:
             logger.error("a prompt failed", exc_info=error)
@@ -442,8 +446,8 @@ class Engine:
         with self._wake:
             asked, info = self._residency.settle(outcome)
             if error is not None:
-                lost = [work for work in self._scheduler.waiting() if work.adapter == ref]
-                self._scheduler.remove(lost)
+                lost = [work for work in self._scheduler.queue if work.adapter == ref]
+                self._scheduler.queue.remove(lost)
             self._wake.notify_all()
         record = LoadRecord(
             ref.name, info.rank if info else 0, outcome.tier, outcome.seconds, error.code if error else None

@@ -1,40 +1,24 @@
 """Which waiting prompts make the next batch, and which adapters they need. Pure: no clock, no locks, no tensors.
 
-The rule is oldest first. A prompt whose adapter is not resident is passed by until it is; a prompt that is ready but
-does not fit beside older ones is passed by at most `PATIENCE` times, then nothing younger may enter before it. So:
+The queue is oldest first, but for adapters that have more than their share (`ranklet.replicas.queue`). A prompt whose
+adapter is not resident is passed by until it is; a prompt that is ready but does not fit beside earlier ones is passed
+by at most `PATIENCE` times, then no later one may enter before it. So:
 
-- the oldest ready prompt is always in the next batch;
+- the first ready prompt is always in the next batch;
 - a ready prompt is overtaken in at most `PATIENCE` batches;
-- slots go to the adapters of the oldest prompts: with S slots, the first S distinct adapters in arrival order are
-  loaded and kept, so a prompt's adapter is on its way once fewer than S others have older prompts waiting.
+- slots go to the adapters of the first prompts: with S slots, the first S distinct adapters in the queue are
+  loaded and kept, so a prompt's adapter is on its way once fewer than S others have earlier prompts waiting.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic
 
-import numpy as np
-from numpy.typing import NDArray
-
+from ranklet.replicas.queue import FairQueue, W
 from ranklet.replicas.reference import AdapterRef
 
 PATIENCE = 4
 _LOOKAHEAD = 512  # prompts looked at beyond a full batch, for adapters to load early
-
-
-@dataclass(slots=True, eq=False)
-class Work:
-    """One prompt on its way to the device."""
-
-    tokens: NDArray[np.int32]  # [length]
-    adapter: AdapterRef | None
-    arrived_s: float
-    passed_over: int = 0
-    solo: bool = False  # must run alone: it was in a batch that failed
-    cancelled: bool = False
-
-
-W = TypeVar("W", bound=Work)
 
 
 @dataclass(slots=True)
@@ -49,51 +33,33 @@ class Round(Generic[W]):
 
 
 class Scheduler(Generic[W]):
-    """The queue of one engine."""
+    """Plans the batches of one engine from its queue."""
 
     def __init__(self, *, max_tokens: int, max_requests: int, max_adapters: int, max_demand: int) -> None:
         self._max_tokens = max_tokens
         self._max_requests = max_requests
         self._max_adapters = max_adapters
         self._max_demand = max_demand
-        self._waiting: dict[W, None] = {}  # in arrival order
-        self.waiting_tokens = 0
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def add(self, work: W) -> None:
-        """Put a prompt at the end of the queue."""
-        self._waiting[work] = None
-        self.waiting_tokens += len(work.tokens)
-
-    def put_back(self, works: list[W]) -> None:
-        """Put prompts of a failed batch at the front, in this order."""
-        self._waiting = dict.fromkeys(works) | self._waiting
-        self.waiting_tokens += sum(len(work.tokens) for work in works)
-
-    def remove(self, works: list[W]) -> None:
-        """Take prompts out of the queue."""
-        for work in works:
-            del self._waiting[work]
-            self.waiting_tokens -= len(work.tokens)
-
-    def waiting(self) -> list[W]:
-        """The queue, oldest first."""
-        return list(self._waiting)
+        self.queue: FairQueue[W] = FairQueue(max_tokens)
 
     def propose(self, usable: Callable[[AdapterRef], bool], enough: int | None = None) -> Round[W]:
-        """The next batch, given which adapters are ready in a slot; closed when it has `enough` tokens."""
-        most = min(enough or self._max_tokens, self._max_tokens)
+        """The next batch, given which adapters are ready in a slot; closed when it has `enough` tokens.
+
+        When more waits than fits it goes on to the limit. Only prompts of adapters that have had their share do not go
+        beyond `enough` beside others, which shall not wait for a larger batch than they need.
+        """
+        backlog = self.queue.tokens > self._max_tokens
+        most = self._max_tokens if backlog or enough is None else min(enough, self._max_tokens)
         found: Round[W] = Round()
         adapters: set[AdapterRef] = set()
         demand: dict[AdapterRef, bool] = {}
         full, beyond = False, 0
-        for work in self._waiting:
+        for work in self.queue:
             if work.cancelled:
                 found.cancelled.append(work)
                 continue
             ready = work.adapter is None or self._ready(work.adapter, demand, usable)
+            full = full or (enough is not None and found.tokens >= enough and self._would_delay(found, work))
             if full:
                 beyond += 1
                 if beyond > _LOOKAHEAD:
@@ -115,6 +81,10 @@ class Scheduler(Generic[W]):
             demand[adapter] = usable(adapter)
         return demand[adapter]
 
+    def _would_delay(self, found: Round[W], work: W) -> bool:
+        """Whether a batch is for adapters that have not had their share, and the next prompt's has."""
+        return self.queue.stands_back(work) and bool(found.batch) and not self.queue.stands_back(found.batch[0])
+
     def _fits(self, work: W, found: Round[W], adapters: set[AdapterRef]) -> bool:
         if not found.batch:
             return True
@@ -124,7 +94,7 @@ class Scheduler(Generic[W]):
 
     def commit(self, proposal: Round[W]) -> None:
         """Take a proposed batch, and the cancelled prompts, out of the queue."""
-        self.remove(proposal.batch)
-        self.remove(proposal.cancelled)
+        self.queue.remove(proposal.cancelled)
+        self.queue.served(proposal.batch)
         for work in proposal.passed:
             work.passed_over += 1

@@ -4,22 +4,35 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from ranklet.cluster.local import LocalCluster
 
+TRIES = 3
+_STARTED = "Ray runtime started"
+
 
 class Node:
-    """One node; replicas that ask for the resource `engine` go there."""
+    """One node; replicas that ask for the resource `engine` go there. Returns when it has joined.
+
+    On a busy machine Ray gives a node up before it is there: then there is another try.
+    """
 
     def __init__(self, cluster: LocalCluster, log: Path, engines: int) -> None:
         command, environment = cluster.node_command({"engine": engines}, num_cpus=4)
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
+        for _ in range(TRIES):
+            with log.open("w") as output:
+                self.process = subprocess.Popen(
+                    command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )  # fmt: skip
+            while self.process.poll() is None:
+                if _STARTED in log.read_text(errors="replace"):
+                    return
+                time.sleep(0.1)
+        raise AssertionError(f"no node joined in {TRIES} tries; the last said:\n{log.read_text(errors='replace')}")
 
     def lose(self) -> None:
         """All of its processes at once, without a word to anybody."""

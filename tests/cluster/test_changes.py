@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import openai
 import pytest
 from numpy.testing import assert_array_equal
 
@@ -44,6 +45,23 @@ def test_user_config_changes_the_list_without_a_restart(service: Service, adapte
     service.deploy({"adapters": {}})
     eventually("it is gone again", lambda: service.post(name, TEXT).status_code == 404, 20)
     assert {name: service.processes(name) for name in ("Gateway", "Replica")} == before
+
+
+def test_an_adapter_over_its_quota_is_told_when_to_come_back(service: Service) -> None:
+    service.deploy({"tokens_per_minute": {"support-*": 60}})
+    try:
+        eventually("the quota is in force", lambda: service.post("support-rs", TEXT).status_code == 429, 20)
+        refused = service.post("support-rs", TEXT)
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        with service.openai() as client, pytest.raises(openai.RateLimitError, match="60 tokens a minute"):
+            client.embeddings.create(model="support-rs", input=TEXT)
+        assert service.post("legal-v2", TEXT).status_code == 200
+        counted = service.samples("gateway", by="adapter", adapter="support-rs")
+        assert counted["ranklet_quota_rejections_total"] >= 3
+    finally:
+        service.deploy({})
+    eventually("it is lifted", lambda: service.post("support-rs", TEXT).status_code == 200, 20)
 
 
 def test_wrong_entries_of_user_config_are_refused_by_request_and_the_rest_is_served(

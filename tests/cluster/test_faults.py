@@ -40,20 +40,19 @@ def nodes(model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPath
     cluster = LocalCluster(http_port=0, report=print)
 
     def join() -> None:
-        """On a busy machine Ray gives a node up before it is there: then there is another try."""
-        while not over.wait(0.1):
-            if cluster.is_up:
-                ended = [i for i, node in enumerate(started) if node.process.poll() is not None]
-                for i in ended:
-                    started[i] = Node(cluster, folder / f"node{i}.log", 2)
-                if len(started) < 2:
-                    started.append(Node(cluster, folder / f"node{len(started)}.log", 2))
+        """Serve waits for the nodes, and they for Ray."""
+        while not cluster.is_up:
+            if over.wait(0.1):
+                return
+        for number in range(2):
+            started.append(Node(cluster, folder / f"node{number}.log", 2))
 
     joining = threading.Thread(target=join)
     joining.start()
     try:
         with serving(content, folder, cluster) as service:
-            over.set()
+            joining.join()
+            assert len(started) == 2, "a node did not join: its error is above"
             load.wait_for_two(service)
             yield service, started, folder
     finally:

@@ -1,0 +1,118 @@
+"""The prompts that wait for one engine, in an order in which no adapter can crowd the others out.
+
+The order is that of arrival, as long as no adapter has more than an allowance of tokens waiting. What an adapter has
+beyond that stands back: it is ordered as if served in turn with the others, token for token. That is start-time fair
+queueing (Goyal, Vin, Cheng 1996) with an allowance, so that batches of requests which nobody suffers from stay whole.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from math import inf
+from operator import attrgetter
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ranklet.replicas.reference import AdapterRef
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """One prompt on its way to the device."""
+
+    tokens: NDArray[np.int32]  # [length]
+    adapter: AdapterRef | None
+    arrived_s: float
+    passed_over: int = 0
+    solo: bool = False  # must run alone: it was in a batch that failed
+    cancelled: bool = False
+    turn: tuple[float, int] = field(default=(0.0, 0), init=False)  # its place in the queue
+
+    @property
+    def flow(self) -> str:
+        """Whose share it counts for: its adapter's name, whatever the revision, "" for the base."""
+        return self.adapter.name if self.adapter else ""
+
+
+W = TypeVar("W", bound=Work)
+_TURN = attrgetter("turn")
+
+
+@dataclass(slots=True)
+class _Flow:
+    """What waits of one adapter."""
+
+    prompts: int = 0
+    tokens: int = 0
+    last: float = -inf  # turn of the one that came last
+
+
+class FairQueue(Generic[W]):
+    """Waiting prompts, first to be served first.
+
+    Args:
+        allowance: tokens that an adapter may have waiting before the rest of its prompts stand back.
+    """
+
+    def __init__(self, allowance: int) -> None:
+        self._allowance = allowance
+        self._ordered: list[W] = []
+        self._flows: dict[str, _Flow] = {}
+        self._arrivals = count()
+        self._now = 0.0  # virtual time: the latest turn that was served, in tokens of the busiest adapter
+        self.tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._ordered)
+
+    def __iter__(self) -> Iterator[W]:
+        return iter(self._ordered)
+
+    def tokens_of(self, flow: str) -> int:
+        """How many tokens of an adapter ("": the base) wait."""
+        return self._flows[flow].tokens if flow in self._flows else 0
+
+    def stands_back(self, work: W) -> bool:
+        """Whether its adapter has had its share, and others go first."""
+        return work.turn[0] > self._now
+
+    def add(self, work: W) -> None:
+        """Put a prompt where its turn is."""
+        flow = self._flows.setdefault(work.flow, _Flow())
+        beyond = flow.tokens + len(work.tokens) - self._allowance
+        self._put(work, flow, max(flow.last, self._now + beyond if beyond > 0 and flow.tokens else self._now))
+
+    def put_back(self, works: Iterable[W]) -> None:
+        """Put prompts of a failed batch at the front, in this order."""
+        for work in works:
+            self._put(work, self._flows.setdefault(work.flow, _Flow()), -inf)
+
+    def _put(self, work: W, flow: _Flow, turn: float) -> None:
+        work.turn = turn, next(self._arrivals)
+        flow.last = max(flow.last, turn)
+        flow.prompts += 1
+        flow.tokens += len(work.tokens)
+        self.tokens += len(work.tokens)
+        insort(self._ordered, work, key=_TURN)
+
+    def remove(self, works: Iterable[W]) -> None:
+        """Take prompts out."""
+        for work in works:
+            at = bisect_left(self._ordered, work.turn, key=_TURN)
+            assert self._ordered[at] is work
+            del self._ordered[at]
+            self.tokens -= len(work.tokens)
+            flow = self._flows[work.flow]
+            flow.prompts -= 1
+            flow.tokens -= len(work.tokens)
+            if not flow.prompts:
+                del self._flows[work.flow]
+
+    def served(self, works: Iterable[W]) -> None:
+        """Take prompts out that are computed now: it is the turn of those that come after them."""
+        served = list(works)
+        self.remove(served)
+        self._now = max([self._now, *(work.turn[0] for work in served)])
