@@ -353,7 +353,7 @@ class Engine:
 
     def _next(self) -> Round[Prompt] | None:
         """The batch to launch now, if any; starts the loads that waiting prompts need."""
-        proposal = self._scheduler.propose(self._residency.usable, self._pace.enough())
+        proposal = self._scheduler.propose(self._residency.usable, self._pace.enough(), self._pace.small())
         self._residency.bring(proposal.demand, adapters_of(proposal.batch))
         if not self._flights:
             return proposal if proposal.batch or proposal.cancelled else None

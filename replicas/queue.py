@@ -75,6 +75,10 @@ class FairQueue(Generic[W]):
         """How many tokens of an adapter ("": the base) wait."""
         return self._flows[flow].tokens if flow in self._flows else 0
 
+    def tokens_within(self) -> int:
+        """Waiting tokens of the adapters that keep to their allowance."""
+        return sum(flow.tokens for flow in self._flows.values() if flow.tokens <= self._allowance)
+
     def stands_back(self, work: W) -> bool:
         """Whether its adapter has had its share, and others go first."""
         return work.turn[0] > self._now

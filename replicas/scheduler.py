@@ -18,6 +18,7 @@ from ranklet.replicas.queue import FairQueue, W
 from ranklet.replicas.reference import AdapterRef
 
 PATIENCE = 4
+_REMEMBERED = 8
 _LOOKAHEAD = 512  # prompts looked at beyond a full batch, for adapters to load early
 
 
@@ -40,15 +41,20 @@ class Scheduler(Generic[W]):
         self._max_requests = max_requests
         self._max_adapters = max_adapters
         self._max_demand = max_demand
+        self._others = 0  # batches for which it is remembered that there are others beside a flood
         self.queue: FairQueue[W] = FairQueue(max_tokens)
 
-    def propose(self, usable: Callable[[AdapterRef], bool], enough: int | None = None) -> Round[W]:
+    def propose(
+        self, usable: Callable[[AdapterRef], bool], enough: int | None = None, beside: int | None = None
+    ) -> Round[W]:
         """The next batch, given which adapters are ready in a slot; closed when it has `enough` tokens.
 
-        When more waits than fits it goes on to the limit. Only prompts of adapters that have had their share do not go
-        beyond `enough` beside others, which shall not wait for a larger batch than they need.
+        When more waits than fits it goes on to the limit. Adapters that flood the queue do not count for that if there
+        are others of late, and do not fill a batch beyond `beside` tokens: the others shall not wait for a large one.
         """
         backlog = self.queue.tokens > self._max_tokens
+        if backlog and self._others:
+            backlog = self.queue.tokens_within() > self._max_tokens
         most = self._max_tokens if backlog or enough is None else min(enough, self._max_tokens)
         found: Round[W] = Round()
         adapters: set[AdapterRef] = set()
@@ -59,7 +65,7 @@ class Scheduler(Generic[W]):
                 found.cancelled.append(work)
                 continue
             ready = work.adapter is None or self._ready(work.adapter, demand, usable)
-            full = full or (enough is not None and found.tokens >= enough and self._would_delay(found, work))
+            full = full or (beside is not None and found.tokens >= beside and self._would_delay(found, work))
             if full:
                 beyond += 1
                 if beyond > _LOOKAHEAD:
@@ -82,8 +88,9 @@ class Scheduler(Generic[W]):
         return demand[adapter]
 
     def _would_delay(self, found: Round[W], work: W) -> bool:
-        """Whether a batch is for adapters that have not had their share, and the next prompt's has."""
-        return self.queue.stands_back(work) and bool(found.batch) and not self.queue.stands_back(found.batch[0])
+        """Whether the next prompt's adapter has had its share, and there are others, now or of late."""
+        others = self._others > 0 or (bool(found.batch) and not self.queue.stands_back(found.batch[0]))
+        return others and self.queue.stands_back(work)
 
     def _fits(self, work: W, found: Round[W], adapters: set[AdapterRef]) -> bool:
         if not found.batch:
@@ -94,6 +101,8 @@ class Scheduler(Generic[W]):
 
     def commit(self, proposal: Round[W]) -> None:
         """Take a proposed batch, and the cancelled prompts, out of the queue."""
+        others = any(not self.queue.stands_back(work) for work in proposal.batch)
+        self._others = _REMEMBERED if others else max(0, self._others - 1)
         self.queue.remove(proposal.cancelled)
         self.queue.served(proposal.batch)
         for work in proposal.passed:

@@ -5,6 +5,22 @@ import pytest
 from ranklet.replicas.pace import Pace
 
 
+def test_a_small_batch_is_the_smallest_that_is_worth_it() -> None:
+    pace = Pace()
+    assert pace.small() is None
+    cost_s = {4096: 0.010, 2048: 0.0052, 1024: 0.0030, 512: 0.0024}
+    tried = []
+    pace.launched(4096, 0.0)
+    pace.landed(cost_s[4096], 0.0)
+    for _ in range(6):
+        small = pace.small()
+        assert small is not None
+        tried.append(small)
+        pace.launched(small, 0.0)
+        pace.landed(cost_s[small], 0.0)
+    assert tried == [2048, 1024, 512, 1024, 1024, 1024]
+
+
 def test_nothing_is_expected_before_a_batch_has_landed() -> None:
     pace = Pace()
     pace.launched(1000, 5.0)

@@ -201,14 +201,18 @@ def test_an_adapter_that_no_batch_has_room_for_gets_one() -> None:
 def test_a_flood_fills_no_batch_beyond_what_is_enough_beside_others() -> None:
     """Alone it may: nobody else waits for the batch."""
     scheduler = Limits(requests=100).scheduler()
-    for _ in range(30):
+    for _ in range(300):
         scheduler.queue.add(work(2, REFS[0]))
-    assert scheduler.propose(lambda _: True, 8).tokens == MAX_TOKENS
-    scheduler.commit(scheduler.propose(lambda _: True, 8))
+    for _ in range(12):
+        found = scheduler.propose(lambda _: True, None, 8)
+        scheduler.commit(found)
+    assert found.tokens == MAX_TOKENS
     scheduler.queue.add(late := work(2, REFS[1]))
-    found = scheduler.propose(lambda _: True, 8)
-    assert found.batch[0] is late
-    assert found.tokens == 8
+    for first in (late, None):
+        found = scheduler.propose(lambda _: True, None, 8)
+        assert first is None or found.batch[0] is first
+        assert found.tokens == 8
+        scheduler.commit(found)
 
 
 def test_prompts_of_a_failed_batch_come_first_and_alone() -> None:

@@ -1,0 +1,157 @@
+"""A flood on one adapter beside steady traffic on others: what it costs the others.
+
+The others send single prompts at random moments (Poisson), together at a share of the engine's capacity, which is
+measured first; the flood keeps as many requests waiting as the engine will take. Latency is from the moment a request
+was due, so a late generator would count against the engine.
+
+usage: python -m tests.bench.fair [--tokens 6144] [--batch-tokens 32768 ...] [--seconds 30] [--load 0.8] [--out FOLDER]
+"""
+
+import argparse
+import os
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from ranklet.replicas.call import Answer
+from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.errors import RankletError, Saturated
+from ranklet.replicas.process import EngineProcess
+from ranklet.replicas.reference import AdapterRef
+from tests.bench import report
+from tests.bench.engine import refs
+from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model
+
+_OTHERS = 16
+_DEPTH = 64  # requests that measure the capacity
+_FLOOD_PROMPTS = 4  # in one request
+_GIVE_UP_S = 60.0
+
+
+class Asker:
+    """Sends requests and keeps what became of them."""
+
+    def __init__(self, engine: EngineProcess, tokens: int) -> None:
+        self._engine = engine
+        self._prompt = np.arange(1, tokens + 1, dtype=np.int32)
+        self.refused = 0
+
+    def ask(self, adapter: AdapterRef, prompts: int, done: Callable[[Answer | RankletError], None]) -> None:
+        self._engine.submit([self._prompt] * prompts, adapter, None, done)
+
+    def closed(self, adapters: Sequence[AdapterRef], depth: int, prompts: int, seconds: float) -> float:
+        """Keep `depth` requests under way; returns prompts answered a second."""
+        settled: SimpleQueue[Answer | RankletError] = SimpleQueue()
+        began_s, answered, sent = time.perf_counter(), 0, 0
+        for _ in range(depth):
+            self.ask(adapters[sent % len(adapters)], prompts, settled.put)
+            sent += 1
+        while (passed_s := time.perf_counter() - began_s) < seconds:
+            result = settled.get(timeout=_GIVE_UP_S)
+            if isinstance(result, RankletError):
+                if not isinstance(result, Saturated):
+                    raise result
+                self.refused += 1
+                time.sleep(0.01)
+            else:
+                answered += prompts
+            self.ask(adapters[sent % len(adapters)], prompts, settled.put)
+            sent += 1
+        for _ in range(depth):
+            settled.get(timeout=_GIVE_UP_S)
+        return answered / passed_s
+
+    def steady(self, adapters: Sequence[AdapterRef], rate: float, seconds: float) -> list[float]:
+        """One prompt a request, `rate` a second; returns the latencies in seconds, of the last nine tenths."""
+        draw, latencies, failed = random.Random(0), list[float](), list[RankletError]()
+        left = threading.Semaphore(0)
+        began_s = due_s = time.perf_counter()
+        sent = 0
+        while due_s < began_s + seconds:
+            due_s += draw.expovariate(rate)
+            time.sleep(max(0.0, due_s - time.perf_counter()))
+
+            def done(result: Answer | RankletError, due_s: float = due_s) -> None:
+                if isinstance(result, RankletError):
+                    failed.append(result)
+                elif due_s > began_s + seconds / 10:
+                    latencies.append(time.perf_counter() - due_s)
+                left.release()
+
+            self.ask(draw.choice(adapters), 1, done)
+            sent += 1
+        for _ in range(sent):
+            if not left.acquire(timeout=_GIVE_UP_S):
+                raise TimeoutError("the engine did not answer")
+        if failed:
+            raise failed[0]
+        return latencies
+
+
+def measure(
+    engine: EngineProcess, options: argparse.Namespace, batch_tokens: int, adapters: Sequence[AdapterRef]
+) -> list[dict[str, Any]]:
+    """A row without the flood and one with it."""
+    flood, *others = adapters
+    asker = Asker(engine, options.tokens)
+    for adapter in adapters:
+        engine.load(adapter)
+    asker.closed(others, _DEPTH, 1, options.seconds / 6)  # settles the pace
+    capacity = asker.closed(others, _DEPTH, 1, options.seconds / 3)
+    rows = []
+    depth = 4 * max(1, 4 * batch_tokens // options.tokens // _FLOOD_PROMPTS)
+    rate: list[float] = []
+    thread = threading.Thread(target=lambda: rate.append(asker.closed([flood], depth, _FLOOD_PROMPTS, options.seconds)))
+    for flooded in (False, True):
+        if flooded:
+            thread.start()
+            time.sleep(options.seconds / 30)
+        latencies = np.array(asker.steady(others, options.load * capacity, options.seconds * 0.9)) * 1e3
+        if flooded:
+            thread.join()
+        rows.append({
+            "flood": flooded, "tokens": options.tokens, "batch_tokens": batch_tokens,
+            "capacity_per_s": capacity, "load": options.load, "requests": len(latencies),
+            "p50_ms": float(np.median(latencies)), "p99_ms": float(np.percentile(latencies, 99)),
+            "flood_prompts_per_s": rate[0] if rate else 0.0, "flood_refused": asker.refused,
+        })  # fmt: skip
+    return [{**row, "p99_ratio": row["p99_ms"] / rows[0]["p99_ms"]} for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
+    parser.add_argument("--tokens", type=int, default=6144)
+    parser.add_argument("--batch-tokens", type=int, nargs="+", default=[32_768])
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--load", type=float, default=0.8)
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a CPU: the engine and the one that asks have a core each
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_model(folder / "model", layers=options.layers)
+        made = write_adapters(folder / "adapters", _OTHERS + 1, layers=options.layers)
+        rows: list[dict[str, Any]] = []
+        for batch_tokens in options.batch_tokens:
+            engine = EngineProcess(EngineConfig(folder / "model", slots=_OTHERS + 1, max_batch_tokens=batch_tokens))
+            try:
+                Console(stderr=True).print(f"batches of {batch_tokens} tokens: starting the engine")
+                engine.start()
+                rows += measure(engine, options, batch_tokens, refs(made))
+            finally:
+                engine.stop()
+    report.save("fair-gpu" if torch.cuda.is_available() else "fair-cpu", rows, options.out)
+
+
+if __name__ == "__main__":
+    main()
