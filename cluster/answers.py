@@ -1,6 +1,7 @@
 """Renders answers. Vectors go from float32 bytes to JSON or base64 without ever becoming Python numbers."""
 
 import base64
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ class Embeddings:
     vectors: NDArray[np.float32]  # float32 [prompts, dimensions]
     prompt_tokens: int
     headers: dict[str, str]
+    queue_s: float  # the longest wait of a prompt in a replica's queue
+    compute_s: float  # the longest batch
+    came_ns: int  # when the last reply came, since the epoch
 
 
 def join(replies: Sequence[EmbedReply]) -> Embeddings:
@@ -28,12 +32,16 @@ def join(replies: Sequence[EmbedReply]) -> Embeddings:
         vectors=vectors[0] if len(vectors) == 1 else np.concatenate(vectors),
         prompt_tokens=sum(reply.prompt_tokens for reply in replies),
         headers={name: value for name, value in _headers(replies) if value},
+        queue_s=max(reply.queue_s for reply in replies),
+        compute_s=max(reply.compute_s for reply in replies),
+        came_ns=time.time_ns(),
     )
 
 
 def _headers(replies: Sequence[EmbedReply]) -> Iterable[tuple[str, str]]:
     """Where the answer comes from; several values when a large request was split."""
     yield "x-ranklet-replica", _distinct(reply.replica for reply in replies)
+    yield "x-ranklet-revision", _distinct(reply.revision for reply in replies)
     yield "x-ranklet-tier", _distinct(reply.tier for reply in replies)
     yield "x-ranklet-backend", _distinct(reply.backend for reply in replies)
 

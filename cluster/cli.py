@@ -2,17 +2,20 @@
 
 import argparse
 import getpass
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-from ranklet.cluster import adapters, keys, profiling, simulation
+from ranklet.cluster import adapters, doctor, keys, profiling, simulation
 from ranklet.cluster.bench import command as bench
 from ranklet.cluster.datapath import versions
 from ranklet.cluster.local import ClusterError, LocalCluster
+from ranklet.cluster.processes import notify
 from ranklet.cluster.rayhead import authentication
 
 
@@ -39,6 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--port", type=int, help="HTTP port instead of the configuration's; 0 takes a free one")
     up.add_argument("--timeout-s", type=float, default=180.0, help="how long to wait (default: %(default)s)")
     up.set_defaults(run=_up)
+    up.add_argument(
+        "--foreground", action="store_true", help="stay, and stop Ray at SIGTERM or Ctrl-C; 1 if Ray ends before"
+    )
+    doctor.add(commands)
     down = commands.add_parser("down", help="stop what `ranklet up` started, and nothing else")
     down.set_defaults(run=_down)
     for command in (up, down):
@@ -80,11 +87,29 @@ def _up(asked: argparse.Namespace) -> int:
         http_port=asked.port,
         report=lambda line: print(f"ranklet: {line}", flush=True),
     )
+    if asked.foreground:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _end)
     state = cluster.start(asked.config, asked.timeout_s)
     settings = " ".join(f"{name}={value}" for name, value in authentication(asked.temp_dir.absolute()).items())
     print(f"ranklet: logs in {state.temp_dir}/session_latest/logs/serve; Serve's own view of it:")
-    print(f"  {settings} serve status -a {state.dashboard}")
-    return 0
+    print(f"  {settings} serve status -a {state.dashboard}", flush=True)
+    return _stay(cluster) if asked.foreground else 0
+
+
+def _stay(cluster: LocalCluster) -> int:
+    """Until a signal, or Ray, ends it."""
+    with cluster:
+        notify("READY=1")
+        while cluster.is_alive:
+            time.sleep(1.0)
+    print("ranklet: Ray has ended by itself", file=sys.stderr)
+    return 1
+
+
+def _end(number: int, frame: object) -> None:
+    notify("STOPPING=1")
+    raise SystemExit(0)
 
 
 def _down(asked: argparse.Namespace) -> int:

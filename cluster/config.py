@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -70,6 +70,12 @@ class Metrics(_Strict):
     top_adapters: int = Field(default=100, ge=1)  # adapters with a label of their own; the rest are "other"
 
 
+class Log(_Strict):
+    """What gateways write to Serve's log of each request."""
+
+    requests: Literal["all", "refused", "none"] = "refused"  # which of them have a line
+
+
 class Security(_Strict):
     """Who may ask, and where adapters may come from."""
 
@@ -117,6 +123,7 @@ class AppArgs(AdapterList):
     adapters_dir: Path | None = None
     limits: Limits = Limits()
     metrics: Metrics = Metrics()
+    log: Log = Log()
     security: Security = Security()
 
     @field_validator("engine")

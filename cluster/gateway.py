@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -32,6 +31,7 @@ from ranklet.cluster.keys import Key, Keys
 from ranklet.cluster.lifecycle import Lifecycle, LoadRequest, UnloadRequest
 from ranklet.cluster.metrics import GatewayMetrics
 from ranklet.cluster.naming import Names
+from ranklet.cluster.observe import Observer, Outcome
 from ranklet.cluster.protocol import parse_body
 from ranklet.cluster.quota import LedgerActor, Quotas
 from ranklet.cluster.refusals import on_error, on_http_error, refuse, status_of
@@ -49,7 +49,6 @@ _TOKENISERS = 4  # threads; the tokenizer itself runs outside the GIL
 _RENDER_INLINE_BYTES = 1 << 20  # larger answers are rendered on a thread
 _CLIENT_GONE = 499
 _MOST_ADMIN_BODY = 1 << 16
-_UNRESOLVED = "unknown"  # label of requests refused before their adapter was known
 
 logger = logging.getLogger("ray.serve")
 
@@ -57,16 +56,6 @@ app = FastAPI(title="ranklet", docs_url=None, redoc_url=None, openapi_url=None)
 app.add_exception_handler(HTTPException, on_http_error)
 app.add_exception_handler(RankletError, on_error)
 app.add_exception_handler(Exception, on_error)
-
-
-@dataclass
-class _Outcome:
-    """What a request's metrics need to know, filled in as it becomes known."""
-
-    label: str = _UNRESOLVED
-    status: int = 200
-    code: str = ""
-    message: str = ""
 
 
 def _target_group(said: dict[str, Any]) -> dict[str, Any]:
@@ -112,6 +101,7 @@ class Gateway:
         self._admission = Admission(args.limits.max_in_flight_requests, self._metrics.in_flight.set)
         self._quotas = Quotas(LedgerActor(context.app_name), self._over_quota)
         self._recent = Recent()
+        self._observer = Observer(self._metrics, self._recent, args.log.requests, self._id)
         self._target = Exporter.start(self._metrics.registry, args.metrics).target
         logger.info("gateway %s: %s; metrics on %s", self._id, DataPath.here().said(), self._target)
 
@@ -131,8 +121,7 @@ class Gateway:
     @app.post("/v1/embeddings")
     async def embeddings(self, request: Request) -> Response:
         """OpenAI's embeddings API."""
-        started_s = time.perf_counter()
-        outcome = _Outcome()
+        outcome = self._observer.begin(request.headers)
         try:
             response = await self._embed(request, outcome)
         except RankletError as error:
@@ -140,18 +129,17 @@ class Gateway:
             # What a client sent may stand in the message that says what is wrong with it.
             outcome.message = f"in {error.param}" if isinstance(error, InvalidRequest) else error.message
         except ClientDisconnect:
-            self._metrics.client_gone.inc()
+            self._observer.left(outcome)
             return Response(status_code=_CLIENT_GONE)  # for Ray's log: nobody reads it
         except asyncio.CancelledError:
-            self._metrics.client_gone.inc()
+            self._observer.left(outcome)
             raise
         except Exception as error:
             response, outcome.status, outcome.code = await on_error(request, error), 500, InternalError.code
-        self._recent.answered(outcome.status, outcome.code, outcome.message)
-        self._metrics.answered(outcome.label, outcome.status, outcome.code, time.perf_counter() - started_s)
+        self._observer.answered(outcome)
         return response
 
-    async def _embed(self, request: Request, outcome: _Outcome) -> Response:
+    async def _embed(self, request: Request, outcome: Outcome) -> Response:
         key = self._keys.check(request.headers)
         body = await self._body(request, self._args.limits.max_body_bytes)
         with self._admission.request():
@@ -162,8 +150,11 @@ class Gateway:
             name = adapter.name if adapter else self._names.base
             self._keys.check_use(key, name)
             outcome.label = self._metrics.labels.of(adapter.name if adapter else None)
-            with self._admission.of(name), self._quotas.charged(key, name, intake.tokens):
-                answer = await self._replicas.embed(adapter, intake.prompts, wanted.dimensions, limits.hidden)
+            outcome.model, outcome.prompts, outcome.tokens = name, len(intake.prompts), intake.tokens
+            with self._admission.of(name), self._quotas.charged(key, name, outcome.tokens):
+                answer = outcome.answer = await self._replicas.embed(
+                    adapter, intake.prompts, wanted.dimensions, limits.hidden
+                )
             rendering = partial(render, answer, wanted.model or name, wanted.encoding_format)
             large = answer.vectors.nbytes > _RENDER_INLINE_BYTES
             content = await self._on_thread(rendering) if large else rendering()

@@ -102,6 +102,11 @@ class LocalCluster:
         """Whether Ray runs, be the application deployed or not."""
         return self._state is not None and self.applications() is not None
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process of `ray start` is there."""
+        return attached(self.temp_dir) is not None
+
     def start(self, config: Path, timeout_s: float = 180.0) -> State:
         """Start Ray, deploy `config`, and wait until it answers.
 

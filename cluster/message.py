@@ -64,6 +64,7 @@ class EmbedReply:
     tier: str | None
     backend: str
     replica: str
+    revision: str | None  # of the adapter
     queue_s: float
     compute_s: float
     load: Load  # of the replica, now

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -24,6 +25,16 @@ def started_at(pid: int) -> str | None:
         return None if fields[0] == "Z" else fields[19]
     said = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
     return said.strip() or None
+
+
+def notify(state: str) -> None:
+    """Tell systemd (`READY=1`) how this process stands, if it asks to be told."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    name = "\0" + address[1:] if address.startswith("@") else address
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.sendto(state.encode(), name)
 
 
 def end(pid: int, began: str, timeout_s: float = 20.0) -> None:

@@ -74,9 +74,12 @@ class Replica:
         """
         tokens = call.total_tokens
         outcome: Answer | RankletError
+        adapter: AdapterRef | None = None
         self._standing.arrived(call.sender, tokens)
         try:
-            outcome = await self._answer(call)
+            if call.adapter and call.path:
+                adapter = await self._reference(call.adapter, call.path)
+            outcome = await self._answer(call, adapter)
         except RankletError as error:
             outcome = error
         except Exception as error:
@@ -87,7 +90,7 @@ class Replica:
         load = self._standing.now(call.sender)
         if isinstance(outcome, RankletError):
             return EmbedRefusal.of(outcome, self._id, call.adapter or "", load)
-        return self._reply(outcome, load)
+        return self._reply(outcome, adapter.revision if adapter else None, load)
 
     async def load(self, name: str, path: str, pins: tuple[str, ...], errand: Errand) -> AdapterInfo | EmbedRefusal:
         """Verify an adapter and bring it into a slot; `pins` are those that may keep theirs from now on."""
@@ -150,8 +153,7 @@ class Replica:
     def _look(self) -> None:
         self._standing.holds(self._engine.held())
 
-    async def _answer(self, call: EmbedCall) -> Answer:
-        adapter = await self._reference(call.adapter, call.path) if call.adapter and call.path else None
+    async def _answer(self, call: EmbedCall, adapter: AdapterRef | None) -> Answer:
         loop = asyncio.get_running_loop()
         settled: asyncio.Future[Answer] = loop.create_future()
 
@@ -174,7 +176,7 @@ class Replica:
             ticket.cancel()
             raise
 
-    def _reply(self, answer: "Answer", load: Load) -> EmbedReply:
+    def _reply(self, answer: Answer, revision: str | None, load: Load) -> EmbedReply:
         return EmbedReply(
             vectors=answer.vectors.tobytes(),
             dimensions=answer.vectors.shape[1],
@@ -182,6 +184,7 @@ class Replica:
             tier=answer.tier,
             backend=answer.backend,
             replica=self._id,
+            revision=revision,
             queue_s=answer.queue_s,
             compute_s=answer.compute_s,
             load=load,

@@ -32,7 +32,9 @@ class Handle:
 
     async def remote(self, call: EmbedCall, **kwargs: Any) -> EmbedReply:
         self.call, self.kwargs = call, kwargs
-        return EmbedReply(np.ones(8, np.float32).tobytes(), 8, 4, "gpu", "csgmv", "r0", 0.0, 0.0, Load(1, 0, 0.0, 0, 4))
+        return EmbedReply(
+            np.ones(8, np.float32).tobytes(), 8, 4, "gpu", "csgmv", "r0", None, 0.0, 0.0, Load(1, 0, 0.0, 0, 4)
+        )
 
 
 async def asked(adapter: Known | None) -> Handle:

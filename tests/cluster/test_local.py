@@ -1,18 +1,22 @@
 """The local cluster's small parts: ports, processes, and refusals that need no cluster."""
 
+import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import httpx
 import pytest
+import yaml
 
 from ranklet.cluster import cli
 from ranklet.cluster.local import ClusterError, LocalCluster, attached
 from ranklet.cluster.ports import free_block, free_ports
 from ranklet.cluster.processes import end, started_at
-from tests.cluster.service import Service
+from tests.cluster.service import Service, local_configuration
 
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
 STUBBORN = [
@@ -73,6 +77,31 @@ def test_a_configuration_of_another_form_is_refused(
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["version"]) == 0
     assert "ray 2.60" in capsys.readouterr().out
+
+
+def test_in_the_foreground_it_ends_with_its_cluster_at_sigterm(model_dir: Path, adapters_dir: Path) -> None:
+    """As systemd and containers run it."""
+    with tempfile.TemporaryDirectory(prefix="r-") as folder:
+        config = Path(folder) / "config.yaml"
+        config.write_text(yaml.safe_dump(local_configuration(model_dir, adapters_dir)))
+        command = [
+            sys.executable, "-m", "ranklet.cluster.cli", "up", str(config), "--foreground", "--port", "0",
+            "--temp-dir", folder,
+        ]  # fmt: skip
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+            told.bind(f"{folder}/notify")
+            told.settimeout(200)
+            environment = {**os.environ, "NOTIFY_SOCKET": f"{folder}/notify"}
+            with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+                assert told.recv(100) == b"READY=1"
+                state = attached(Path(folder))
+                assert state is not None
+                assert httpx.get(f"{state.base_url}/ready", trust_env=False, timeout=10).status_code == 200
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(60) == 0
+            assert told.recv(100) == b"STOPPING=1"
+        assert started_at(state.pid) is None
+        assert attached(Path(folder)) is None
 
 
 def test_a_second_start_in_the_same_folder_is_refused(service: Service, tmp_path: Path) -> None:

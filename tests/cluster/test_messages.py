@@ -122,12 +122,15 @@ def test_replies_are_joined_in_order() -> None:
     rows = np.arange(12, dtype=np.float32).reshape(3, 4)
     parts = [(rows[:2], 5, "gpu", "r1"), (rows[2:], 7, "disk", "r2")]
     replies = [
-        EmbedReply(part.tobytes(), 4, tokens, tier, "native", name, 0.0, 0.0, LOAD)
+        EmbedReply(part.tobytes(), 4, tokens, tier, "native", name, "v1", 0.0, 0.0, LOAD)
         for part, tokens, tier, name in parts
     ]
     answer = join(replies)
     assert_array_equal(answer.vectors, rows)
-    assert answer.headers == {"x-ranklet-replica": "r1,r2", "x-ranklet-tier": "gpu,disk", "x-ranklet-backend": "native"}
+    assert answer.headers == {
+        "x-ranklet-replica": "r1,r2", "x-ranklet-revision": "v1", "x-ranklet-tier": "gpu,disk",
+        "x-ranklet-backend": "native",
+    }  # fmt: skip
     body = orjson.loads(render(answer, "m", "float"))
     assert [entry["embedding"] for entry in body["data"]] == rows.tolist()
     assert body["usage"] == {"prompt_tokens": 12, "total_tokens": 12}

@@ -1,8 +1,10 @@
 """The same application behind Serve's own proxy, whose transport, threads and event loops differ from the fast path."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,11 +12,20 @@ import yaml
 from ranklet.cluster.keys import new_key
 from ranklet.cluster.local import LocalCluster
 from tests.cluster import load
-from tests.cluster.service import BASE, Service, assert_close, local_configuration, serving
+from tests.cluster.collector import Collector, collecting
+from tests.cluster.service import BASE, Service, assert_close, eventually, local_configuration, serving
 
 
 @pytest.fixture(scope="module")
-def plain(model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def collector() -> Iterator[Collector]:
+    with collecting() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def plain(
+    model_dir: Path, adapters_dir: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("plain")
     adapters = folder / "adapters"
     shutil.copytree(adapters_dir, adapters)
@@ -27,7 +38,10 @@ def plain(model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPath
     keys.write_text(yaml.safe_dump({"keys": [entry.model_dump(mode="json"), other.model_dump(mode="json")]}))
     (folder / "team").write_text(team)
     content["applications"][0]["args"]["security"] = {"keys_file": str(keys)}
-    cluster = LocalCluster(proxy="serve", http_port=0, report=print)
+    content["applications"][0]["args"]["log"] = {"requests": "all"}
+    content["logging_config"] = {"encoding": "JSON"}
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "200"}
+    cluster = LocalCluster(proxy="serve", http_port=0, report=print, environment=environment)
     with serving(content, folder, cluster) as service:
         service.http.headers["authorization"] = f"Bearer {admin}"
         yield service
@@ -56,6 +70,44 @@ def test_keys_say_who_may_do_what(plain: Service) -> None:
         assert plain.http.get(path, headers=without).status_code == 200
     for log in Path(plain.cluster.state.temp_dir).rglob("*.log"):
         assert team not in log.read_text(errors="replace"), log
+
+
+def test_a_request_can_be_followed(plain: Service, collector: Collector) -> None:
+    """By its id in the log, and by a trace that began at its client; its text is in neither."""
+    secret = "never to be written down"
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    headers = {"x-request-id": "request-of-mine", "traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+    answer = plain.http.post("/v1/embeddings", json={"model": "medical", "input": secret}, headers=headers)
+    said = answer.headers
+    assert (answer.status_code, said["x-request-id"]) == (200, "request-of-mine")
+    assert plain.post("no-such", secret).status_code == 404
+    logs = Path(plain.cluster.state.temp_dir) / "session_latest" / "logs" / "serve"
+
+    def lines() -> list[dict[str, Any]]:
+        written = [line for path in logs.glob("replica_*Gateway*") for line in path.read_text().splitlines()]
+        assert not any(secret in line for line in written)
+        found: list[dict[str, Any]] = [json.loads(line) for line in written if line.startswith("{")]
+        return [line for line in found if "total_ms" in line]
+
+    eventually("both are in the log", lambda: {200, 404} <= {line["status"] for line in lines()}, 20)
+    (line,) = [line for line in lines() if line["request_id"] == "request-of-mine"]
+    assert (line["model"], line["prompts"], line["tokens"]) == ("medical", 1, answer.json()["usage"]["prompt_tokens"])
+    for name in ("revision", "tier", "backend"):
+        assert line[name] == said[f"x-ranklet-{name}"]
+    assert line["answered_by"] == said["x-ranklet-replica"]
+    assert 0 < line["compute_ms"] <= line["compute_ms"] + line["queue_ms"] <= line["total_ms"]
+
+    eventually("its spans came", lambda: len(collector.of(trace)) == 3, 20)
+    spans = {span.name: span for span in collector.of(trace)}
+    whole = spans.pop("POST /v1/embeddings")
+    assert whole.parent_span_id.hex() == "b7ad6b7169203331"
+    assert set(spans) == {"queue", "compute"}
+    assert {span.parent_span_id for span in spans.values()} == {whole.span_id}
+    assert spans["queue"].end_time_unix_nano == spans["compute"].start_time_unix_nano
+    assert whole.start_time_unix_nano <= spans["queue"].start_time_unix_nano
+    assert spans["compute"].end_time_unix_nano <= whole.end_time_unix_nano
+    assert {one.key for one in whole.attributes} > {"ranklet.model", "ranklet.answered_by", "ranklet.queue_ms"}
+    assert secret not in str(whole)
 
 
 def test_it_serves_and_says_which_path_it_is(plain: Service) -> None:

@@ -1,0 +1,136 @@
+"""The files that people deploy with: linted, checked against what reads them, and their steps run."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from ranklet.cluster.config import AppArgs
+from tests.deploy.kuberay import RAY_SERVICE
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+KUBERNETES = "1.33"
+
+
+def dockerfile() -> list[tuple[str, str]]:
+    """Its instructions, continued lines joined."""
+    text = re.sub(r"^#.*\n", "", (DEPLOY / "Dockerfile").read_text(), flags=re.MULTILINE)
+    lines = re.sub(r"\\\n", " ", text).splitlines()
+    return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in lines) if word]
+
+
+def test_the_dockerfile_passes_its_linter() -> None:
+    linter = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run([linter, DEPLOY / "Dockerfile"], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_dockerfiles_steps_make_a_package_that_runs(tmp_path: Path) -> None:
+    """Its COPY and pip steps in an empty folder and a fresh environment; dependencies are those of here."""
+    image, home = tmp_path / "image", tmp_path / "home"
+    image.mkdir()
+    home.mkdir()
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for word, rest in dockerfile():
+        if word == "COPY":
+            *sources, target = rest.split()
+            assert set(sources) <= allowed, ".dockerignore keeps it from the build"
+            for source in sources:
+                into = image / target if (ROOT / source).is_dir() else image
+                subprocess.run(["cp", "-r", ROOT / source, into], check=True)
+    (install,) = [rest for word, rest in dockerfile() if word == "RUN" and rest.startswith("pip install")]
+    venv.create(tmp_path / "env", with_pip=True)
+    binaries = tmp_path / "env" / "bin"
+    environment = {
+        **os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": sysconfig.get_path("purelib"),
+        "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0",
+    }  # fmt: skip
+    subprocess.run(f"exec python -m {install}", shell=True, cwd=image, env=environment, check=True, timeout=200)
+    (command,) = [yaml.safe_load(rest) for word, rest in dockerfile() if word == "CMD"]
+    installed = binaries / command[0]
+    assert installed.exists()
+    assert (image / command[2].removeprefix("/opt/ranklet/")).exists()
+    where = "import ranklet.cluster.app, ranklet.replicas.engine; print(ranklet.cluster.app.__file__)"
+    said = subprocess.run(
+        [binaries / "python", "-c", where], cwd=home, env=environment, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.startswith(str(tmp_path / "env"))
+    helped = subprocess.run([installed, *command[1:], "--help"], cwd=home, env=environment, capture_output=True)
+    assert helped.returncode == 0
+
+
+def manifest() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((DEPLOY / "kuberay.yaml").read_text())
+    return content
+
+
+def test_the_manifest_is_a_ray_service() -> None:
+    jsonschema.validate(manifest(), RAY_SERVICE)
+    cluster = manifest()["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **group["template"]}
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+        mounted = {mount["name"] for each in pod["spec"]["containers"] for mount in each["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["spec"]["volumes"]}
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [(("spec", "serveConfigV2"), {"applications": []}), (("spec", "rayClusterConfig", "workers"), [])],
+)
+def test_a_wrong_manifest_is_found(where: tuple[str, ...], value: Any) -> None:
+    content = manifest()
+    inner = content
+    for name in where[:-1]:
+        inner = inner[name]
+    inner[where[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(content, RAY_SERVICE)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "local.yaml", "kuberay.yaml"])
+def test_ray_and_ranklet_take_each_configuration(name: str) -> None:
+    content = manifest()["spec"]["serveConfigV2"] if name == "kuberay.yaml" else (DEPLOY / name).read_text()
+    parsed = ServeDeploySchema.model_validate(yaml.safe_load(content))
+    (application,) = parsed.applications
+    AppArgs.model_validate(application.args)
+
+
+def test_the_manifest_has_room_for_what_it_deploys() -> None:
+    """Ray would leave replicas pending without a word if not."""
+    spec = manifest()["spec"]
+    (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
+    cluster = spec["rayClusterConfig"]
+    (workers,) = cluster["workerGroupSpecs"]
+
+    def limits(group: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        return found
+
+    cpus = int(limits(cluster["headGroupSpec"])["cpu"]) + workers["replicas"] * int(limits(workers)["cpu"])
+    gpus = workers["replicas"] * int(limits(workers)["nvidia.com/gpu"])
+    asked = [(each["num_replicas"], each["ray_actor_options"]) for each in application["deployments"]]
+    assert sum(count * options["num_cpus"] for count, options in asked) <= cpus
+    assert sum(count * options.get("num_gpus", 0) for count, options in asked) == gpus
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    program = Path(sys.executable).parent / "ranklet"
+    unit = tmp_path / "ranklet.service"
+    unit.write_text((DEPLOY / "ranklet.service").read_text().replace("/opt/ranklet/bin/ranklet", str(program)))
+    command = ["systemd-analyze", "verify", "--man=no", str(unit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
