@@ -32,6 +32,7 @@ from ranklet.cluster.lifecycle import Lifecycle, LoadRequest, UnloadRequest
 from ranklet.cluster.metrics import GatewayMetrics
 from ranklet.cluster.naming import Names
 from ranklet.cluster.observe import Observer, Outcome
+from ranklet.cluster.openapi import document
 from ranklet.cluster.protocol import parse_body
 from ranklet.cluster.quota import LedgerActor, Quotas
 from ranklet.cluster.refusals import on_error, on_http_error, refuse, status_of
@@ -277,6 +278,11 @@ class Gateway:
     async def recent(self) -> dict[str, Any]:
         """What this gateway remembers of its requests."""
         return self._recent.told(self._admission.in_flight)
+
+    @app.get("/openapi.json")
+    async def openapi(self) -> Response:
+        """This API, described."""
+        return _json(document())
 
     @app.get("/health")
     async def health(self) -> Response:

@@ -1,12 +1,12 @@
 """The OpenAI embeddings API on the wire: what a request may say, checked field by field."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
 
 from ranklet.replicas.errors import InvalidRequest
 
@@ -21,13 +21,26 @@ _KINDS: dict[type, str] = {
 _EMPTY: dict[type, str] = {list: "an empty list", str: "an empty text"}
 
 
+_INPUT = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
+        {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}},
+        {
+            "type": "array", "minItems": 1,
+            "items": {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}},
+        },
+    ]
+}  # fmt: skip
+
+
 class EmbeddingsRequest(BaseModel):
     """Body of `POST /v1/embeddings`. Fields that are not here are ignored, since clients send their own."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
     model: str | None = None
-    input: Any
+    input: Annotated[Any, WithJsonSchema(_INPUT)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     user: str | None = None
