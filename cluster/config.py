@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import getpass
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -76,6 +78,15 @@ class Log(_Strict):
     requests: Literal["all", "refused", "none"] = "refused"  # which of them have a line
 
 
+class Sources(_Strict):
+    """Adapters at `s3://`, `gs://`, `hf://` or `https://`. Credentials are where fsspec looks for them."""
+
+    allowed: tuple[str, ...] = ()  # prefixes of URLs that adapters may be loaded from by name, such as s3://models/
+    cache_dir: Path = Path(tempfile.gettempdir()) / f"ranklet-sources-{getpass.getuser()}"  # of each node
+    cache_bytes: int = Field(default=64 << 30, ge=0)  # of all together; the least recently used go
+    max_adapter_bytes: int = Field(default=4 << 30, ge=1)
+
+
 class Security(_Strict):
     """Who may ask, and where adapters may come from."""
 
@@ -99,8 +110,13 @@ class AdapterList(_Strict):
                     raise ValueError(
                         f"expected a map of name to path, or a list of {{name, path}}; got entry {entry!r}"
                     )
-            return {entry["name"]: entry["path"] for entry in value}
-        return {} if value is None else value
+            value = {entry["name"]: entry["path"] for entry in value}
+        value = {} if value is None else value
+        if isinstance(value, Mapping):
+            for name, path in value.items():
+                if "://" in str(path):
+                    raise ValueError(f"{name}: expected a folder, got {path}. Load what is elsewhere by name")
+        return value
 
 
 class GatewayConfig(AdapterList):
@@ -124,6 +140,7 @@ class AppArgs(AdapterList):
     limits: Limits = Limits()
     metrics: Metrics = Metrics()
     log: Log = Log()
+    sources: Sources = Sources()
     security: Security = Security()
 
     @field_validator("engine")

@@ -61,7 +61,7 @@ class Replicas:
         Raises:
             RankletError: what the replica refused, Unavailable when none answered in time or two failed, Saturated.
         """
-        name, path = (adapter.name, str(adapter.path)) if adapter else (None, None)
+        name, path = (adapter.name, adapter.place) if adapter else (None, None)
         if adapter:
             self._known[adapter.name] = adapter
             if len(self._known) > _MOST_KNOWN:
@@ -103,7 +103,7 @@ class Replicas:
         order = self._handle.options(method_name="load")
         try:
             async with asyncio.timeout(self._timeout_s):
-                said = await order.remote(adapter.name, str(adapter.path), tuple(pins), **{ERRAND: errand})
+                said = await order.remote(adapter.name, adapter.place, tuple(pins), **{ERRAND: errand})
         except (RayError, RayServeException, grpc.RpcError, TimeoutError) as error:
             raise Unavailable(f"expected an answer from a replica, got {_said(error)}") from error
         if isinstance(said, EmbedRefusal):
@@ -224,7 +224,7 @@ class Replicas:
         order = self._handle.options(method_name="prefetch")
         with contextlib.suppress(RayError, RayServeException, grpc.RpcError, TimeoutError):
             async with asyncio.timeout(_CONTROL_TIMEOUT_S):
-                await order.remote(adapter.name, str(adapter.path), **{ERRAND: errand})
+                await order.remote(adapter.name, adapter.place, **{ERRAND: errand})
 
 
 def _this_task() -> "asyncio.Task[Any]":

@@ -96,7 +96,11 @@ class Gateway:
         self._keys = Keys(args.security.keys_file, open_admin=_admin_is_open(args.security))
         roots = [root for root in (args.adapters_dir, *args.security.adapter_roots) if root is not None]
         self._lifecycle = Lifecycle(
-            self._names.registry, self._replicas, lambda: serve.get_deployment_handle(*self._here), roots
+            self._names.registry,
+            self._replicas,
+            lambda: serve.get_deployment_handle(*self._here),
+            roots,
+            args.sources.allowed,
         )
         self._engine_limits: Limits | None = None
         self._admission = Admission(args.limits.max_in_flight_requests, self._metrics.in_flight.set)
@@ -183,9 +187,7 @@ class Gateway:
         for adapter, written_s in self._names.registry.listed():
             if key is None or key.may_use(adapter.name):
                 cards.append(
-                    model_card(
-                        adapter.name, base=base, root=str(adapter.path), created_s=written_s, max_model_len=max_len
-                    )
+                    model_card(adapter.name, base=base, root=adapter.place, created_s=written_s, max_model_len=max_len)
                 )
         return cards
 
@@ -244,12 +246,14 @@ class Gateway:
         return await read_body(request, limit_bytes, self._args.limits.body_timeout_s)
 
     def _card(self, adapter: Known | None, max_model_len: int | None) -> dict[str, Any]:
-        folder = adapter.path if adapter else self._args.base.model_dir
+        place, written_s = str(self._args.base.model_dir), int(self._args.base.model_dir.stat().st_mtime)
+        if adapter is not None:
+            place, written_s = adapter.place, adapter.written_s()
         return model_card(
             adapter.name if adapter else self._names.base,
             base=self._names.base if adapter else None,
-            root=str(folder),
-            created_s=int(folder.stat().st_mtime),
+            root=place,
+            created_s=written_s,
             max_model_len=max_model_len,
         )
 

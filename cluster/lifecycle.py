@@ -12,8 +12,9 @@ from ray.serve.handle import DeploymentHandle
 from ranklet.cluster.book import Book, Entry
 from ranklet.cluster.downstream import Replicas, everyone
 from ranklet.cluster.registry import Known, Registry, refusal_of_name
+from ranklet.cluster.sources import check_allowed, is_remote
 from ranklet.replicas.errors import AdapterNotFound, InvalidRequest, RankletError, Unavailable
-from ranklet.replicas.reference import AdapterInfo, revision_of
+from ranklet.replicas.reference import AdapterInfo
 from ranklet.replicas.stats import AdapterReport
 
 _RELEASE_TIMEOUT_S = 30.0
@@ -52,6 +53,7 @@ class Lifecycle:
     Args:
         gateways: the handle of its own deployment, made when first needed.
         roots: folders that adapters may be loaded from.
+        sources: prefixes of URLs that they may be loaded from.
     """
 
     def __init__(
@@ -60,11 +62,13 @@ class Lifecycle:
         replicas: Replicas,
         gateways: "Callable[[], DeploymentHandle[Any]]",
         roots: Sequence[Path],
+        sources: tuple[str, ...] = (),
     ) -> None:
         self._registry = registry
         self._replicas = replicas
         self._gateways = gateways
         self._roots = tuple(roots)
+        self._sources = sources
         self._locks: dict[str, asyncio.Lock] = {}
 
     async def load(self, asked: LoadRequest) -> dict[str, Any]:
@@ -78,11 +82,14 @@ class Lifecycle:
         book = self._book()
         async with self._lock(asked.name):
             adapter = await asyncio.to_thread(self._wanted, asked)
-            pins = {**self._registry.pinned(), **({asked.name: adapter.path} if asked.pinned else {})}
+            pins = {**self._registry.pinned(), **({asked.name: adapter.place} if asked.pinned else {})}
             if not asked.pinned:
                 pins.pop(asked.name, None)
             info = await self._replicas.load(adapter, tuple(pins))
-            await asyncio.to_thread(book.put, asked.name, Entry(path=str(adapter.path), pinned=asked.pinned))
+            place = f"{adapter.place}#{info.revision}" if is_remote(adapter.place) else adapter.place
+            if asked.pinned:
+                pins[asked.name] = place
+            await asyncio.to_thread(book.put, asked.name, Entry(path=place, pinned=asked.pinned))
             await self._tell(pins)
             await self._replicas.release(asked.name, info.revision)
         return {
@@ -90,7 +97,7 @@ class Lifecycle:
             "state": "ready",
             "verified": True,
             "pinned": asked.pinned,
-            "path": str(adapter.path),
+            "path": place,
         }
 
     async def unload(self, name: str) -> dict[str, Any]:
@@ -152,7 +159,7 @@ class Lifecycle:
         if served:
             try:
                 known = self._registry.find(name)
-                path, revision = str(known.path), revision_of(known.path)
+                path, revision = known.place, known.revision()
             except RankletError as refusal:
                 error = refusal.message
         current = [each for _, each in reports if each.revision == revision]
@@ -181,17 +188,18 @@ class Lifecycle:
         with contextlib.suppress(RankletError):
             served = self._registry.find(asked.name)
         if served is not None and not asked.replace:
-            moves = asked.path is not None and Path(asked.path).resolve() != served.path.resolve()
+            moves = asked.path is not None and not _same(asked.path, served.place)
             if moves or self._registry.is_booked(asked.name):
                 raise AdapterExists(
-                    f"name: an adapter {asked.name!r} is served, from {served.path}. Set load_inplace to replace it",
+                    f"name: an adapter {asked.name!r} is served, from {served.place}. Set load_inplace to replace it",
                     param="name",
                 )
         if asked.path is None:
-            return Known(asked.name, self._allowed(self._roots[0] / asked.name))
-        if "://" in asked.path:
-            raise InvalidRequest(f"path: expected a folder of this node, got {asked.path!r}", param="path")
-        return Known(asked.name, self._allowed(Path(asked.path)))
+            return Known(asked.name, str(self._allowed(self._roots[0] / asked.name)))
+        if is_remote(asked.path):
+            check_allowed(asked.path, self._sources)
+            return Known(asked.name, asked.path)
+        return Known(asked.name, str(self._allowed(Path(asked.path))))
 
     def _allowed(self, path: Path) -> Path:
         """The folder that a path leads to."""
@@ -227,10 +235,16 @@ class Lifecycle:
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
 
-    async def _tell(self, pins: Mapping[str, Path]) -> None:
+    async def _tell(self, pins: Mapping[str, str]) -> None:
         """All gateways look at the book, all replicas learn what is pinned."""
         told = everyone(self._gateways(), "book_changed")
-        await asyncio.gather(told, self._replicas.pin({name: str(path) for name, path in pins.items()}))
+        await asyncio.gather(told, self._replicas.pin(pins))
+
+
+def _same(asked: str, place: str) -> bool:
+    if is_remote(asked) or is_remote(place):
+        return asked == place.partition("#")[0]
+    return Path(asked).resolve() == Path(place).resolve()
 
 
 def _described(info: AdapterInfo) -> dict[str, Any]:

@@ -96,6 +96,10 @@ class ReplicaMetrics(Listener):
             for outcome in ("loaded", "refused"):
                 self.loads.labels(tier, outcome)
         self.load_seconds = histogram("ranklet_adapter_load_seconds", "Time a load takes", ["tier"], buckets=_LATENCY_S)
+        self.fetches = histogram(
+            "ranklet_source_fetch_seconds", "Time a download into the node's cache takes", buckets=_LATENCY_S
+        )
+        self.fetched_bytes = counter("ranklet_source_bytes_total", "Bytes downloaded into the node's cache")
         self.evictions = counter("ranklet_adapter_evictions_total", "Adapters that lost their slot")
         self.cancelled_prompts = counter("ranklet_cancelled_prompts_total", "Prompts dropped, their client gone")
         self.labels = AdapterLabels(top_adapters, self._forget)
@@ -119,6 +123,11 @@ class ReplicaMetrics(Listener):
         if not record.error:
             self.load_seconds.labels(record.tier).observe(record.seconds)
             self.ranks[record.adapter] = record.rank
+
+    def fetched(self, url: str, seconds: float, size: int) -> None:
+        """An adapter was downloaded."""
+        self.fetches.observe(seconds)
+        self.fetched_bytes.inc(size)
 
     def evicted(self, adapter: str) -> None:
         self.evictions.inc()

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ranklet.cluster.book import Book, Entry
+from ranklet.cluster.sources import is_remote, revision_in
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, RankletError, UnknownModel
 from ranklet.replicas.reference import CONFIG_FILE, revision_of
 
@@ -20,10 +21,18 @@ _FORBIDDEN = re.compile(r"[/\\:\x00-\x1f\x7f]")
 
 @dataclass(frozen=True)
 class Known:
-    """An adapter by name, and the folder it is in. Its content has not been looked at."""
+    """An adapter by name, and its place: a folder, or a URL that nodes fetch. Its content has not been looked at."""
 
     name: str
-    path: Path
+    place: str
+
+    def revision(self) -> str:
+        """Of its content as it was loaded, or of its folder as it is now. Raises AdapterNotFound."""
+        return revision_in(self.place) if is_remote(self.place) else revision_of(self.place)
+
+    def written_s(self) -> int:
+        """When its folder was written, in Unix time; 0 where that is not known. Raises OSError."""
+        return 0 if is_remote(self.place) else int(Path(self.place).stat().st_mtime)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +98,8 @@ class Registry:
         entry = None if name in self._added else self._entries().get(name)
         if entry is not None and entry.path is None:
             raise self._unknown(name, param)
+        if entry is not None and entry.path and is_remote(entry.path):
+            return Known(name, entry.path)
         path = self._added.get(name) or (Path(entry.path) if entry and entry.path else self._explicit.get(name))
         if path is not None:
             return self._configured(name, path)
@@ -103,7 +114,7 @@ class Registry:
         """`name@revision`, if that is the revision of now."""
         plain, _, revision = name.rpartition("@")
         known = self.find(plain, param)
-        current = revision_of(known.path)
+        current = known.revision()
         if revision != current:
             raise UnknownModel(
                 f"{param}: expected the revision of {plain!r} that is served, {current!r}, got {revision!r}",
@@ -124,10 +135,10 @@ class Registry:
         """Whether it would be served if the book said nothing of it."""
         return name in self._explicit or (self._root is not None and (self._root / name).exists())
 
-    def pinned(self) -> dict[str, Path]:
-        """Adapters that keep a slot on every replica."""
+    def pinned(self) -> dict[str, str]:
+        """Adapters that keep a slot on every replica, and where they are."""
         pins = ((name, entry) for name, entry in self._entries().items() if name not in self._added)
-        return {name: Path(entry.path) for name, entry in pins if entry.pinned and entry.path}
+        return {name: entry.path for name, entry in pins if entry.pinned and entry.path}
 
     def _entries(self) -> Mapping[str, Entry]:
         return self.book.entries() if self.book is not None else {}
@@ -143,11 +154,11 @@ class Registry:
         for name in {*named, *folders} - self._gone():
             folder = folders.get(name)
             if folder is not None and name not in named:
-                found[name] = Known(name, folder.path), folder.written_s
+                found[name] = Known(name, str(folder.path)), folder.written_s
                 continue
             with contextlib.suppress(RankletError, OSError):  # configured, or a link, and not there
                 known = self.find(name)
-                found[name] = known, int(known.path.stat().st_mtime)
+                found[name] = known, known.written_s()
         return [found[name] for name in sorted(found)]
 
     def _named(self) -> set[str]:
@@ -197,7 +208,7 @@ class Registry:
             raise AdapterNotFound(f"adapter {name!r}: its configured folder {path} does not exist on this node")
         if not path.is_dir():
             raise InvalidAdapter(name, [f"expected a folder, got a file: {path}"])
-        return Known(name, path)
+        return Known(name, str(path))
 
     def _inside_root(self, name: str, root: Path) -> Known | None:
         """One look at the file system for the usual folder; None when there is nothing of this name."""
@@ -213,7 +224,7 @@ class Registry:
             return None
         if not stat.S_ISDIR(kind):
             raise InvalidAdapter(name, [f"expected a folder with {CONFIG_FILE}, got a file: {path}"])
-        return Known(name, path)
+        return Known(name, str(path))
 
     def _unknown(self, name: str, param: str) -> UnknownModel:
         near = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.5)

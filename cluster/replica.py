@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import time
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,26 +14,25 @@ from ray import serve
 from ranklet.cluster.autoscaling import BUSY, WAIT_S
 from ranklet.cluster.config import AdapterList, AppArgs
 from ranklet.cluster.exporter import Exporter
+from ranklet.cluster.finder import Finder, Found
 from ranklet.cluster.herald import Herald
 from ranklet.cluster.message import EmbedCall, EmbedRefusal, EmbedReply
 from ranklet.cluster.metrics import ReplicaMetrics
 from ranklet.cluster.registry import Registry
+from ranklet.cluster.sources import Sources
 from ranklet.cluster.standing import Standing
 from ranklet.replicas.call import Answer
-from ranklet.replicas.errors import InternalError, RankletError, StillLoading
+from ranklet.replicas.errors import InternalError, RankletError
 from ranklet.replicas.process import EngineProcess
-from ranklet.replicas.reference import AdapterInfo, AdapterRef, revision_of
+from ranklet.replicas.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.stats import AdapterReport
 from ranklet.routing.errand import Errand
 from ranklet.routing.report import Load
 
 GATEWAY = "Gateway"  # the deployment that is told how this one stands
-_LOOKERS = 32  # folders looked at at once
 _LOADERS = 8  # adapters that somebody waits for, brought at once
 _RELEASE_POLL_S = 0.02
 _RELEASE_LATER_S = 60.0
-_LOOK_S = 0.2  # a known adapter's request waits so long for news of its folder
-_REVISION_HOLDS_S = 1.0  # how long a folder's revision is believed before its files are looked at again
 
 logger = logging.getLogger("ray.serve")
 
@@ -48,16 +46,15 @@ class Replica:
         self._rank = context.rank.rank if context.rank else 0
         metrics, config = ReplicaMetrics(args.metrics.top_adapters), args.engine_config()
         self._standing = Standing(self._id, config.slots, config.max_rank)
-        self._load_timeout_s = config.load_timeout_s
         self._engine = EngineProcess(config, metrics, self._standing)
         self._engine.start()
         metrics.watch(self._engine.snapshot, self._engine.pid)
         pinned = Registry(args.adapters_dir, args.adapters).pinned()
-        self._pins = {name: str(path) for name, path in pinned.items()}
+        self._pins = pinned
+        sources = args.sources
+        cache = Sources(sources.cache_dir, sources.cache_bytes, sources.max_adapter_bytes, metrics.fetched)
+        self._finder = Finder(cache, config.load_timeout_s)
         self._target = Exporter.start(metrics.registry, args.metrics).target
-        self._references: dict[tuple[str, str], tuple[float, AdapterRef]] = {}
-        self._looks: dict[tuple[str, str], asyncio.Future[str]] = {}
-        self._lookers = ThreadPoolExecutor(_LOOKERS, thread_name_prefix="revision")
         self._loaders = ThreadPoolExecutor(_LOADERS, thread_name_prefix="warm")
         self._tasks: set[asyncio.Task[None]] = set()
         self._herald = Herald(self._standing, GATEWAY, context.app_name, self._look, self._engine.at_work)
@@ -74,12 +71,12 @@ class Replica:
         """
         tokens = call.total_tokens
         outcome: Answer | RankletError
-        adapter: AdapterRef | None = None
+        found: Found | None = None
         self._standing.arrived(call.sender, tokens)
         try:
             if call.adapter and call.path:
-                adapter = await self._reference(call.adapter, call.path)
-            outcome = await self._answer(call, adapter)
+                found = await self._finder.find(call.adapter, call.path)
+            outcome = await self._answer(call, found.adapter if found else None)
         except RankletError as error:
             outcome = error
         except Exception as error:
@@ -90,22 +87,22 @@ class Replica:
         load = self._standing.now(call.sender)
         if isinstance(outcome, RankletError):
             return EmbedRefusal.of(outcome, self._id, call.adapter or "", load)
-        return self._reply(outcome, adapter.revision if adapter else None, load)
+        return self._reply(outcome, found, load)
 
     async def load(self, name: str, path: str, pins: tuple[str, ...], errand: Errand) -> AdapterInfo | EmbedRefusal:
         """Verify an adapter and bring it into a slot; `pins` are those that may keep theirs from now on."""
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._loaders, self._engine.pin, pins)
-            self._references.pop((name, path), None)
-            return await loop.run_in_executor(self._loaders, self._engine.load, await self._reference(name, path))
+            self._finder.forget(name)
+            found = await self._finder.find(name, path)
+            return await loop.run_in_executor(self._loaders, self._engine.load, found.adapter)
         except RankletError as error:
             return EmbedRefusal.of(error, self._id, name, None)
 
     async def release(self, name: str, keep: str | None, timeout_s: float) -> bool:
         """Free what is held of an adapter, but for the revision `keep`; whether nothing is left within `timeout_s`."""
-        for key in [key for key in self._references if key[0] == name]:
-            del self._references[key]
+        self._finder.forget(name)
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + timeout_s
         while not await loop.run_in_executor(self._loaders, self._engine.release, name, keep):
@@ -143,7 +140,7 @@ class Replica:
 
     async def _offer(self, name: str, path: str) -> None:
         with contextlib.suppress(RankletError):  # it is told to whoever asks for it
-            self._engine.offer(await self._reference(name, path))
+            self._engine.offer((await self._finder.find(name, path)).adapter)
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -176,49 +173,19 @@ class Replica:
             ticket.cancel()
             raise
 
-    def _reply(self, answer: Answer, revision: str | None, load: Load) -> EmbedReply:
+    def _reply(self, answer: Answer, found: Found | None, load: Load) -> EmbedReply:
         return EmbedReply(
             vectors=answer.vectors.tobytes(),
             dimensions=answer.vectors.shape[1],
             prompt_tokens=answer.prompt_tokens,
-            tier=answer.tier,
+            tier="remote" if found and found.downloaded and answer.tier == "disk" else answer.tier,
             backend=answer.backend,
             replica=self._id,
-            revision=revision,
+            revision=found.adapter.revision if found else None,
             queue_s=answer.queue_s,
             compute_s=answer.compute_s,
             load=load,
         )
-
-    async def _reference(self, name: str, path: str) -> AdapterRef:
-        """The adapter's present revision on this node; its files are looked at once a second, off the event loop.
-
-        A disk that hangs holds up requests for adapters that are on it and not yet known; those that are keep the
-        revision last seen.
-        """
-        key = name, path
-        checked_s, reference = self._references.get(key, (float("-inf"), None))
-        if reference is not None and time.monotonic() - checked_s <= _REVISION_HOLDS_S:
-            return reference
-        look = self._looks.get(key)
-        if look is None:
-            look = self._looks[key] = asyncio.get_running_loop().run_in_executor(self._lookers, revision_of, path)
-            look.add_done_callback(lambda done: self._looked(key, done))
-        patience_s = _LOOK_S if reference else self._load_timeout_s
-        await asyncio.wait([look], timeout=patience_s)
-        if look.done():
-            return AdapterRef(name, path, look.result())
-        if reference is None:
-            raise StillLoading(
-                f"adapter {name!r}: expected to see its folder within {patience_s:g} s, but the disk has not answered. "
-                "Try again"
-            )
-        return reference
-
-    def _looked(self, key: tuple[str, str], look: "asyncio.Future[str]") -> None:
-        del self._looks[key]
-        if not look.cancelled() and look.exception() is None:
-            self._references[key] = time.monotonic(), AdapterRef(*key, look.result())
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """`user_config: {adapters: ...}` of this deployment: loads those adapters now, ahead of their first request.
@@ -232,7 +199,7 @@ class Replica:
 
     async def _warm(self, name: str, path: str) -> None:
         try:
-            reference = await self._reference(name, path)
+            reference = (await self._finder.find(name, path)).adapter
             info = await asyncio.get_running_loop().run_in_executor(self._loaders, self._engine.load, reference)
             logger.info("adapter %s: rank %d, %d bytes", name, info.rank, info.bytes)
         except RankletError as error:

@@ -11,9 +11,19 @@ import yaml
 
 from ranklet.cluster.keys import new_key
 from ranklet.cluster.local import LocalCluster
+from ranklet.replicas.reference import CONFIG_FILE, WEIGHTS_FILE
 from tests.cluster import load
+from tests.cluster.bucket import Bucket, bucket
 from tests.cluster.collector import Collector, collecting
-from tests.cluster.service import BASE, Service, assert_close, eventually, local_configuration, serving
+from tests.cluster.service import (
+    BASE,
+    Service,
+    assert_close,
+    eventually,
+    local_configuration,
+    serving,
+    vectors_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +33,14 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="module")
+def s3() -> Iterator[Bucket]:
+    with bucket() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
 def plain(
-    model_dir: Path, adapters_dir: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+    model_dir: Path, adapters_dir: Path, collector: Collector, s3: Bucket, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("plain")
     adapters = folder / "adapters"
@@ -40,7 +56,11 @@ def plain(
     content["applications"][0]["args"]["security"] = {"keys_file": str(keys)}
     content["applications"][0]["args"]["log"] = {"requests": "all"}
     content["logging_config"] = {"encoding": "JSON"}
-    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "200"}
+    content["applications"][0]["args"]["sources"] = {"allowed": [s3.url], "cache_dir": str(folder / "cache")}
+    environment = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "200",
+        "FSSPEC_S3": json.dumps(s3.settings),
+    }  # fmt: skip
     cluster = LocalCluster(proxy="serve", http_port=0, report=print, environment=environment)
     with serving(content, folder, cluster) as service:
         service.http.headers["authorization"] = f"Bearer {admin}"
@@ -119,6 +139,44 @@ def test_it_serves_and_says_which_path_it_is(plain: Service) -> None:
     assert plain.post("legal", "a").json()["error"]["code"] == "model_not_found"
     too_large = plain.http.post("/v1/embeddings", content=b" " * 40_000_000)
     assert (too_large.status_code, too_large.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_adapters_come_from_an_object_store(plain: Service, s3: Bucket, adapters_dir: Path) -> None:
+    """Loaded by name, served in that revision by all replicas until it is loaded again."""
+    url = s3.put(adapters_dir / "legal-v2", "far")
+    load_it = {"lora_name": "far", "lora_path": url}
+    loaded = plain.http.post("/v1/load_lora_adapter", json=load_it)
+    assert loaded.status_code == 200, loaded.text
+    revision = loaded.json()["revision"]
+    old, new = plain.embed("legal-v2", "a text"), plain.embed("medical", "a text")
+    assert (plain.embed(f"far@{revision}", "a text") == old).all()
+    assert plain.http.post("/v1/load_lora_adapter", json=load_it).status_code == 409
+    shown = plain.http.get("/v1/adapters/far").json()
+    assert (shown["state"], shown["path"], shown["revision"]) == ("ready", f"{url}#{revision}", revision)
+    assert {"far"} < {card["id"] for card in plain.http.get("/v1/models").json()["data"]}
+
+    s3.put(adapters_dir / "medical", "far")
+    assert (plain.embed("far", "a text") == old).all(), "nobody has loaded the new one"
+    replaced = plain.http.post("/v1/load_lora_adapter", json={**load_it, "load_inplace": True, "pinned": True})
+    assert replaced.status_code == 200, replaced.text
+    answer = plain.post("far", "a text", encoding_format="base64")
+    assert answer.headers["x-ranklet-revision"] == replaced.json()["revision"] != revision
+    assert (vectors_of(answer) == new).all()
+    assert plain.post(f"far@{revision}", "a text").status_code == 404
+    eventually(
+        "a slot on both replicas",
+        lambda: [each["tier"] for each in plain.http.get("/v1/adapters/far").json()["replicas"]] == ["gpu", "gpu"],
+    )
+    files = [adapters_dir / name / file for name in ("legal-v2", "medical") for file in (CONFIG_FILE, WEIGHTS_FILE)]
+    fetched = plain.samples("replica")["ranklet_source_bytes_total"]
+    assert fetched == sum(file.stat().st_size for file in files), "once each, for both replicas of this node"
+
+    elsewhere = plain.http.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "s3://others/x"})
+    assert (elsewhere.status_code, elsewhere.json()["error"]["param"]) == (400, "path")
+    absent = plain.http.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": f"{s3.url}/absent"})
+    assert (absent.status_code, absent.json()["error"]["code"]) == (404, "adapter_not_found")
+    assert plain.http.delete("/v1/adapters/far").status_code == 200
+    assert plain.post("far", "a text").status_code == 404
 
 
 def test_work_of_a_client_that_left_is_dropped(plain: Service) -> None:

@@ -1,0 +1,50 @@
+"""An S3 server (moto's, over real HTTP) with one bucket."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from moto.server import ThreadedMotoServer
+
+NAME = "models"
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Where adapters lie in folders under `url`."""
+
+    endpoint: str
+
+    @property
+    def url(self) -> str:
+        return f"s3://{NAME}/adapters"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What fsspec needs to reach it, as FSSPEC_S3 says it."""
+        return {"endpoint_url": self.endpoint, "key": "any", "secret": "any"}
+
+    def put(self, folder: Path, name: str) -> str:
+        """Upload an adapter, or replace one; returns its URL."""
+        files = fsspec.filesystem("s3", **self.settings, skip_instance_cache=True)
+        for path in folder.iterdir():
+            if path.is_file():
+                files.pipe_file(f"{NAME}/adapters/{name}/{path.name}", path.read_bytes())
+        return f"{self.url}/{name}"
+
+
+@contextmanager
+def bucket() -> Iterator[Bucket]:
+    """The server on a free port, with an empty bucket."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        made = Bucket(f"http://{host}:{port}")
+        fsspec.filesystem("s3", **made.settings, skip_instance_cache=True).makedirs(NAME, exist_ok=True)
+        yield made
+    finally:
+        server.stop()
