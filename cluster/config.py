@@ -60,6 +60,7 @@ class Limits(_Strict):
     max_body_bytes: int = Field(default=32 << 20, ge=1)
     max_texts_per_request: int = Field(default=2048, ge=1)
     request_timeout_s: float = Field(default=60.0, gt=0)
+    no_replica_timeout_s: float = Field(default=6.0, gt=0)  # for a replica to come up; beyond it 503
     body_timeout_s: float = Field(default=30.0, gt=0)  # for a client to send its request
     max_in_flight_requests: int = Field(default=2000, ge=1)  # per gateway; beyond it 503
 

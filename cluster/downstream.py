@@ -38,18 +38,25 @@ _GONE = (RayActorError, TaskCancelledError, RequestCancelledError)
 
 
 class Replicas:
-    """The engine replicas of this application, as one gateway reaches them."""
+    """The engine replicas of this application, as one gateway reaches them.
+
+    Args:
+        timeout_s: for an answer.
+        patience_s: for a replica, where there is none.
+    """
 
     def __init__(
-        self, handle: "DeploymentHandle[Any]", timeout_s: float, retried: Callable[[], None], sender: str = ""
-    ) -> None:
+        self, handle: "DeploymentHandle[Any]", timeout_s: float, retried: Callable[[], None], sender: str = "",
+        patience_s: float = 6.0,
+    ) -> None:  # fmt: skip
         self._handle = handle
         self._timeout_s = timeout_s
+        self._patience_s = patience_s
         self._retried = retried
         self._sender = sender
         self._errands = itertools.count()
-        self._at_work: dict[int, asyncio.Task[Any]] = {}
-        self._abandoned: dict[int, str] = {}  # errands whose replica hangs, and that replica
+        self._at_work: dict[int, tuple[asyncio.Task[Any], float]] = {}  # errands, and since when
+        self._abandoned: dict[int, str | None] = {}  # errands, and the replica that hangs; None: none is up
         self._known: OrderedDict[str, Known] = OrderedDict()  # adapters asked for of late, for orders to load them
         self._prefetches: set[asyncio.Task[None]] = set()
 
@@ -155,17 +162,23 @@ class Replicas:
     async def _attempt(self, call: EmbedCall, avoid: str | None) -> EmbedReply:
         errand = Errand(next(self._errands), call.adapter, call.total_tokens, avoid)
         result: EmbedReply | EmbedRefusal | None = None
-        task = self._at_work[errand.id] = _this_task()
+        task = _this_task()
+        self._at_work[errand.id] = task, time.monotonic()
         # Not as a multiplexed model id: Ray 2.60 keeps every call that has one, unless its own multiplexing routes it.
         response = self._handle.options(method_name="embed").remote(call, **{ERRAND: errand})
         try:
             result = await response
         except asyncio.CancelledError:
             response.cancel()  # type: ignore[no-untyped-call]
-            hung = self._abandoned.get(errand.id)
-            if hung is None:
+            if errand.id not in self._abandoned:
                 raise
             task.uncancel()
+            hung = self._abandoned[errand.id]
+            if hung is None:
+                raise Unavailable(
+                    f"expected a replica within {self._patience_s:g} s (limits.no_replica_timeout_s), but none is up. "
+                    "Try again"
+                ) from None
             raise _RepeatableError(_gone("hangs"), hung) from None
         except Exception as error:
             raise _translated(error, affinity.current().fleet.where(errand.id)) from error
@@ -196,7 +209,7 @@ class Replicas:
         while True:
             await asyncio.sleep(_WATCH_S)
             try:
-                self._abandon_hung()
+                self._abandon()
                 while not orders.empty():
                     replica, name = orders.get_nowait()
                     known = self._known.get(name)
@@ -207,16 +220,18 @@ class Replicas:
             except Exception:
                 logger.exception("watching over calls failed; going on")
 
-    def _abandon_hung(self) -> None:
-        """Take back what replicas owe that have been silent for too long, and try it elsewhere."""
+    def _abandon(self) -> None:
+        """Take back what replicas owe that have been silent for too long, and what waits in vain for a replica."""
         routes, now_s = affinity.current(), time.monotonic()
         with routes.lock:
-            hung = routes.fleet.hung(now_s)
-            owed = {id: routes.fleet.where(id) for id in self._at_work} if hung else {}
+            hung, alone = routes.fleet.hung(now_s), not len(routes.fleet)
+            owed = {id: routes.fleet.where(id) for id in self._at_work} if hung or alone else {}
         for id, replica in owed.items():
-            if replica is not None and replica in hung and id not in self._abandoned:
+            task, since_s = self._at_work[id]
+            given_up = replica in hung if replica is not None else alone and now_s - since_s > self._patience_s
+            if given_up and id not in self._abandoned:
                 self._abandoned[id] = replica
-                self._at_work[id].cancel()
+                task.cancel()
 
     async def _prefetch(self, adapter: Known, replica: str) -> None:
         """Have a replica load an adapter ahead of its requests. Nothing depends on it: failures are ignored."""

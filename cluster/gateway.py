@@ -91,7 +91,10 @@ class Gateway:
         self._tokenizer = PromptTokenizer(args.base.model_dir)
         self._threads = ThreadPoolExecutor(_TOKENISERS, thread_name_prefix="intake")
         self._metrics = GatewayMetrics(args.metrics.top_adapters)
-        self._replicas = Replicas(replica, args.limits.request_timeout_s, self._metrics.retries.inc, self._id)
+        limits = args.limits
+        self._replicas = Replicas(
+            replica, limits.request_timeout_s, self._metrics.retries.inc, self._id, limits.no_replica_timeout_s
+        )
         self._watch: asyncio.Task[None] | None = None
         self._keys = Keys(args.security.keys_file, open_admin=_admin_is_open(args.security))
         roots = [root for root in (args.adapters_dir, *args.security.adapter_roots) if root is not None]

@@ -29,6 +29,7 @@ _FILLED = 0.5  # of all slots may be homes
 _GLANCE_S = 0.05  # between two looks at what changes all costs
 _LOOK_S = 1.0  # between two looks at the demand for all adapters
 _NOTICED_S = 0.001  # news that is younger says how things are
+_SORTED = 128  # so few replicas are sorted sooner than searched
 _NEAR_S = 1e-6  # a place further down the rendezvous order
 
 
@@ -89,7 +90,7 @@ class _Row:
     homes: int
     place: NDArray[np.int32] = field(init=False)  # the same, holders first
     cost: NDArray[np.float32] = field(init=False)
-    reluctance: NDArray[np.float32] = field(init=False)  # further cost, as a part of the wait
+    factor: NDArray[np.float32] = field(init=False)  # what its wait counts for: more where it is reluctant to go
     other: NDArray[np.float32] = field(init=False)  # 1 where it is no home, or one that another router looks after
     absent: NDArray[np.bool_] = field(init=False)
     made: int = -1  # `Affinity._changes` when the costs were made
@@ -139,7 +140,7 @@ class Affinity:
             worth = demand.tokens_per_s(now_s) / self._home_rate
             before, homes = demand.homes, demand.settle(worth, len(fleet), now_s, hasty=self._tight > 0)
             row = self._row(adapter, homes)
-            cost = wait + row.cost + wait * row.reluctance
+            cost = wait * row.factor + row.cost
             if fleet.lag_s > _NOTICED_S:
                 cost += row.other * (random() * policy.damping * fleet.lag_s)
             if rank > 0:
@@ -151,13 +152,15 @@ class Affinity:
                 prefetch = np.flatnonzero((row.place < homes) & row.absent).tolist()
             elif wait[best] > self.policy.relief_s and now_s - row.ordered_s > self.policy.prefetch_s:
                 prefetch = self._relief(row, wait, best, demand)
-            hit, spill = fleet.tenancy.places(adapter).get(best, False), self._spill(row, best, shunned)
+            hit = fleet.tenancy.places(adapter).get(best, False)
+            spill = None if row.place[best] < row.homes else self._spill(row, shunned)
             if row.absent[best] or prefetch:
                 row.ordered_s = now_s
                 for i in (best, *prefetch):
                     fleet.tenancy.claim(adapter, i, now_s)
                 self._price(adapter, row)
-            return Choice(order, hit, spill, tuple(fleet.members[i].id for i in prefetch if i != best))
+            ordered = tuple(fleet.members[i].id for i in prefetch if i != best) if prefetch else ()
+            return Choice(order, hit, spill, ordered)
 
     def _relief(self, row: _Row, wait: Vector, best: int, demand: Demand) -> list[int]:
         """Where a copy costs nobody anything and would have spared some of the wait."""
@@ -167,12 +170,10 @@ class Affinity:
         i = int(idle.argmin())
         return [i] if idle[i] + self.policy.relief_s < wait[best] else []
 
-    def _spill(self, row: _Row, best: int, shunned: int) -> str | None:
-        if row.place[best] < row.homes:
-            return None
-        if shunned >= 0 and row.place[shunned] < row.homes:
-            return "retry"
-        return "load"
+    @staticmethod
+    def _spill(row: _Row, shunned: int) -> str:
+        """Why a request leaves the adapter's homes."""
+        return "retry" if shunned >= 0 and row.place[shunned] < row.homes else "load"
 
     def _padding(self, rank: int, tokens: int) -> Vector:
         beyond = self.fleet.pool_ranks - rank
@@ -269,7 +270,7 @@ class Affinity:
         cost = np.where(row.absent, bring + policy.displace_s * crowded + scatter_s * away, there)
         row.cost = (cost + _NEAR_S * row.place + policy.share_s * others).astype(np.float32)
         row.other = (away | others).astype(np.float32)
-        row.reluctance = (policy.reluctance * (row.absent & away)).astype(np.float32)
+        row.factor = (1 + policy.reluctance * (row.absent & away)).astype(np.float32)
         row.made = self._changes
 
     def told(self, report: Report, sender: str, now_s: float, age_s: float = 0.0) -> None:
@@ -305,8 +306,8 @@ def _ranked(keys: NDArray[np.int32]) -> NDArray[np.int32]:
 def _best(cost: Vector, shunned: int) -> tuple[int, ...]:
     if shunned >= 0:
         cost[shunned] = np.inf
-    if len(cost) <= SHORTLIST:
-        return tuple(cost.argsort(kind="stable").tolist())
+    if len(cost) <= _SORTED:
+        return tuple(cost.argsort()[:SHORTLIST].tolist())
     few = cost.argpartition(SHORTLIST - 1)[:SHORTLIST]
     return tuple(few[cost[few].argsort(kind="stable")].tolist())
 

@@ -32,9 +32,9 @@ class Demand:
         self._seen_s = now_s
 
     def _decay(self, now_s: float) -> tuple[float, float]:
-        if self._seen_s == -math.inf:
-            return 0.0, 0.0
-        idle_s = max(now_s - self._seen_s, 0.0)
+        idle_s = now_s - self._seen_s
+        if idle_s <= 0.0:
+            return 1.0, 1.0
         return math.exp(-idle_s / FAST_S), math.exp(-idle_s / SLOW_S)
 
     def tokens_per_s(self, now_s: float) -> float:

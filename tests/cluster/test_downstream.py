@@ -1,17 +1,23 @@
 """What a gateway hands to Ray for each call, and that Ray keeps none of it."""
 
+import asyncio
 import gc
+import time
 import weakref
 from typing import Any
 
 import numpy as np
+import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
 from ray.serve.request_router import PendingRequest
 
 from ranklet.cluster.downstream import Replicas
 from ranklet.cluster.message import EmbedCall, EmbedReply
 from ranklet.cluster.registry import Known
+from ranklet.replicas.errors import Unavailable
+from ranklet.routing import affinity
 from ranklet.routing.errand import ERRAND
+from ranklet.routing.fleet import Member
 from ranklet.routing.report import Load
 from ranklet.routing.router import AdapterRouter
 
@@ -69,3 +75,29 @@ async def test_ray_forgets_a_call_that_was_answered(tmp_path: Any) -> None:
     del pending
     gc.collect()
     assert kept() is None
+
+
+async def test_where_there_is_no_replica_nobody_waits_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But as long as it takes one to come up."""
+
+    class Nobody(Handle):
+        def remote(self, call: EmbedCall, **kwargs: Any) -> Any:
+            return asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr(affinity, "_CURRENT", affinity.Affinity())
+    handle: Any = Nobody()
+    replicas = Replicas(handle, 30.0, lambda: None, patience_s=0.3)
+    watch = asyncio.ensure_future(replicas.watch())
+    try:
+        began_s = time.monotonic()
+        with pytest.raises(Unavailable, match="none is up"):
+            await replicas.embed(None, PROMPTS, None, 8)
+        assert 0.3 <= time.monotonic() - began_s < 5
+        routes = affinity.current()
+        with routes.lock:
+            routes.fleet.join([Member("r0", 0)], time.monotonic())
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.6):
+                await replicas.embed(None, PROMPTS, None, 8)
+    finally:
+        watch.cancel()

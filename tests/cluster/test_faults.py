@@ -161,3 +161,21 @@ def test_a_new_configuration_is_deployed(nodes: Nodes) -> None:
     assert abs(service.embed("kept", "text") - service.embed("medical", "text")).max() < 1e-5
     shown = service.http.get("/v1/adapters/kept").json()
     assert (shown["pinned"], shown["state"]) == (True, "ready")
+
+
+def test_all_replicas_are_lost(nodes: Nodes) -> None:
+    """Nobody waits long for what is not there, and it serves again as soon as there are nodes."""
+    service, started, folder = nodes
+    expected = service.embed("medical", "text")
+    for node in started:
+        if node.process.poll() is None:
+            node.lose()
+    began_s = time.monotonic()
+    while (answer := service.post("medical", "text")).status_code == 200:
+        assert time.monotonic() - began_s < ENDS_S
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable"), answer.text
+    assert int(answer.headers["retry-after"]) >= 1
+    assert time.monotonic() - began_s < ENDS_S
+    started[:] = [Node(service.cluster, folder / f"again{number}.log", 2) for number in range(2)]
+    eventually("it serves again", lambda: service.post("medical", "text").status_code == 200)
+    assert abs(service.embed("medical", "text") - expected).max() < 1e-5

@@ -1,6 +1,7 @@
 """The local cluster's small parts: ports, processes, and refusals that need no cluster."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -79,8 +80,17 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ray 2.60" in capsys.readouterr().out
 
 
-def test_in_the_foreground_it_ends_with_its_cluster_at_sigterm(model_dir: Path, adapters_dir: Path) -> None:
-    """As systemd and containers run it."""
+def test_in_the_foreground_it_ends_with_its_cluster_at_sigterm(
+    model_dir: Path, adapters_dir: Path, tmp_path: Path
+) -> None:
+    """As systemd and containers run it. The next one serves what was loaded by name before."""
+    adapters = tmp_path / "adapters"
+    shutil.copytree(adapters_dir / "medical", adapters / ".sources" / "kept")
+    for turn in range(2):
+        _serve_once(model_dir, adapters, first=turn == 0)
+
+
+def _serve_once(model_dir: Path, adapters_dir: Path, *, first: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="r-") as folder:
         config = Path(folder) / "config.yaml"
         config.write_text(yaml.safe_dump(local_configuration(model_dir, adapters_dir)))
@@ -96,7 +106,11 @@ def test_in_the_foreground_it_ends_with_its_cluster_at_sigterm(model_dir: Path, 
                 assert told.recv(100) == b"READY=1"
                 state = attached(Path(folder))
                 assert state is not None
-                assert httpx.get(f"{state.base_url}/ready", trust_env=False, timeout=10).status_code == 200
+                with httpx.Client(base_url=state.base_url, trust_env=False, timeout=30) as http:
+                    if first:
+                        kept = {"lora_name": "kept", "lora_path": ".sources/kept"}
+                        assert http.post("/v1/load_lora_adapter", json=kept).status_code == 200
+                    assert http.post("/v1/embeddings", json={"model": "kept", "input": "text"}).status_code == 200
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(60) == 0
             assert told.recv(100) == b"STOPPING=1"

@@ -1,0 +1,80 @@
+"""A thousand adapters: how soon they are known, and how long `GET /v1/models` takes over HTTP.
+
+The folders are links to the files of a few real adapters, so that no weights are written; nobody asks for one of them,
+so none are read. The first answer is by a gateway that has never looked at the folder.
+
+usage: python -m tests.bench.listing [--adapters 1000] [--calls 500] [--out FOLDER]
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from ranklet.cluster.registry import Registry
+from tests.assets.cache import make_once
+from tests.bench import report
+from tests.cluster.service import Service, local_configuration, serving
+
+
+def fill(folder: Path, made: Path, adapters: int) -> None:
+    """Folders with the files of the made adapters, each in turn."""
+    sources = [path for path in made.iterdir() if not path.name.startswith(".")]
+    for number in range(adapters):
+        target = folder / f"adapter-{number:05d}"
+        target.mkdir(parents=True)
+        for file in sources[number % len(sources)].iterdir():
+            if file.is_file():
+                os.link(file, target / file.name)
+
+
+def registered_s(folder: Path) -> float:
+    """A fresh process's first look at all of them."""
+    began_s = time.perf_counter()
+    Registry(folder, {}).listed()
+    return time.perf_counter() - began_s
+
+
+def listed(service: Service, calls: int, adapters: int) -> dict[str, Any]:
+    """Milliseconds of one call after the other, on one connection."""
+    took: list[float] = []
+    with httpx.Client(base_url=service.url, trust_env=False, timeout=60) as http:
+        for _ in track(range(calls + 1), "GET /v1/models", console=Console(stderr=True)):
+            began_s = time.perf_counter()
+            answer = http.get("/v1/models").raise_for_status()
+            took.append((time.perf_counter() - began_s) * 1e3)
+            if len(answer.json()["data"]) != adapters + 1:
+                raise RuntimeError(f"expected {adapters} adapters and the base, got {len(answer.json()['data'])}")
+            time.sleep(0.02)
+    rest = np.array(took[1:])
+    return {
+        "bytes": len(answer.content), "first_ms": took[0], "p50_ms": float(np.median(rest)),
+        "p99_ms": float(np.percentile(rest, 99)), "max_ms": float(rest.max()),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapters", type=int, default=1000)
+    parser.add_argument("--calls", type=int, default=500)
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        made = make_once(folder / "made")
+        fill(folder / "adapters", made / "adapters", options.adapters)
+        found = {"adapters": options.adapters, "registered_s": registered_s(folder / "adapters")}
+        with serving(local_configuration(made / "model", folder / "adapters"), folder) as service:
+            found |= listed(service, options.calls, options.adapters)
+    report.save("listing-cpu", [found], options.out)
+
+
+if __name__ == "__main__":
+    main()

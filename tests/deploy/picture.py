@@ -1,0 +1,135 @@
+"""Draws the Grafana board's panels from a real Prometheus beside a small cluster under load: deploy/board.png.
+
+The same queries as the board's, over the minutes that the load ran. On a machine without a GPU the numbers are small;
+the picture shows what is on the board, not how fast ranklet is.
+
+usage: python -m tests.deploy.picture [--seconds 150] [--out deploy/board.png]
+"""
+
+import argparse
+import itertools
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, FuncFormatter, PercentFormatter
+from rich.console import Console
+from rich.progress import track
+
+from deploy.grafana import board
+from tests.assets.broken import BROKEN
+from tests.assets.cache import make_once
+from tests.cluster.service import BASE, Service, local_configuration, serving
+from tests.deploy.prometheus import DEPLOY, Prometheus, scraping
+
+Line = tuple[str, list[float], list[float]]
+_COLUMNS = 3
+_MOST_SERIES = 10
+_EVERYBODY = (BASE, "legal-v2", "medical", "support-rs", "finance-mlp", "code-mixed", "catalog-embed")
+_INK, _PAPER, _GRID = "#d8d9da", "#181b1f", "#2c3235"
+
+
+def use(service: Service, stop: Event, turn: int, began_s: float, seconds: float) -> None:
+    """All adapters in turn; in the middle third one of them is asked for by almost everybody; some ask wrongly."""
+    for number in itertools.count(turn):
+        if stop.is_set():
+            return
+        crowd = seconds / 3 < time.monotonic() - began_s < seconds * 2 / 3
+        model = "medical" if crowd and number % 4 else _EVERYBODY[number % len(_EVERYBODY)]
+        if number % 40 == 0:
+            model = ("nobody", "broken")[number % 80 == 0]
+        service.post(model, [f"text {number} about one thing and another"] * (1 + number % 6))
+
+
+def series(prometheus: Prometheus, panel: board.Panel, seconds: float) -> list[Line]:
+    """Each line of a panel: its legend, seconds from the start, values."""
+    lines = []
+    for legend, expr in panel.exprs.items():
+        for found in prometheus.query_range(expr.replace("$__rate_interval", "10s"), seconds):
+            text = legend
+            for name, value in found["metric"].items():
+                text = text.replace(f"{{{{{name}}}}}", value)
+            points = [(float(at), float(value)) for at, value in found["values"] if value not in ("NaN", "+Inf")]
+            lines.append((text, [at for at, _ in points], [value for _, value in points]))
+    return lines
+
+
+def draw(prometheus: Prometheus, seconds: float, out: Path) -> None:
+    """All rows of the board, as Grafana lays them out."""
+    rows = [(title, panels[i : i + _COLUMNS]) for title, panels in board.ROWS.items() for i in range(0, len(panels), 3)]
+    style: dict[Any, Any] = {
+        "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "font.size": 7,
+        "axes.facecolor": _PAPER, "figure.facecolor": "#111217", "axes.edgecolor": _GRID, "grid.color": _GRID,
+    }  # fmt: skip
+    with plt.rc_context(style):
+        figure, grid = plt.subplots(len(rows), _COLUMNS, figsize=(14, 2.1 * len(rows)), squeeze=False)
+        begin_s = time.time() - seconds
+        titled = set[str]()
+        for (title, panels), axes in zip(rows, grid, strict=True):
+            if title not in titled:
+                axes[0].text(0, 1.22, title, transform=axes[0].transAxes, fontsize=11, fontweight="bold")
+                titled.add(title)
+            for panel, ax in itertools.zip_longest(panels, axes):
+                if panel is None:
+                    ax.set_visible(False)
+                else:
+                    _panel(ax, panel, series(prometheus, panel, seconds), begin_s, seconds)
+        figure.tight_layout()
+        figure.savefig(out, dpi=90)
+
+
+def _panel(ax: Axes, panel: board.Panel, lines: list[Line], begin_s: float, seconds: float) -> None:
+    if not lines:
+        raise RuntimeError(f"{panel.title}: no data")
+    for text, at, values in sorted(lines, key=lambda line: -max(line[2], default=0.0))[:_MOST_SERIES]:
+        ax.plot([each - begin_s for each in at], values, linewidth=0.9, label=text)
+    ax.set_title(panel.title, loc="left", fontsize=8)
+    ax.set_xlim(0, seconds)
+    ax.set_ylim(bottom=0)
+    ax.grid(linewidth=0.5)
+    units: dict[str, Any] = {
+        "percentunit": PercentFormatter(1.0, decimals=0), "s": EngFormatter("s"), "bytes": EngFormatter("B"),
+    }  # fmt: skip
+    ax.yaxis.set_major_formatter(units.get(panel.unit, EngFormatter()))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} s"))
+    ax.legend(fontsize=5, frameon=False, ncol=2, loc="upper left")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=150.0)
+    parser.add_argument("--out", type=Path, default=DEPLOY / "board.png")
+    options = parser.parse_args()
+    assets = make_once(Path(".demo"))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        adapters = folder / "adapters"
+        shutil.copytree(assets / "adapters", adapters)
+        BROKEN["nan"].make(assets / "model", adapters / "broken")
+        content = local_configuration(assets / "model", adapters)
+        content["applications"][0]["args"]["engine"]["slots"] = 4
+        with serving(content, folder) as service, scraping(service.url, folder) as prometheus:
+            stop, began_s = Event(), time.monotonic()
+            loading = [Thread(target=use, args=(service, stop, turn, began_s, options.seconds)) for turn in range(5)]
+            for each in loading:
+                each.start()
+            for _ in track(range(int(options.seconds)), "under load", console=Console(stderr=True)):
+                time.sleep(1)
+            draw(prometheus, options.seconds, options.out)
+            stop.set()
+            for each in loading:
+                each.join()
+    Console().print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
