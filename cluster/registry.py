@@ -39,9 +39,9 @@ class Known:
 class _Folder:
     """A folder of the root as it was last seen."""
 
-    path: Path
-    state: tuple[int, int]
-    written_s: int
+    known: Known
+    inode: int
+    written_ns: int
     has_config: bool
 
 
@@ -149,13 +149,12 @@ class Registry:
 
     def listed(self) -> list[tuple[Known, int]]:
         """All adapters that look like one and are there, by name, with the Unix time of their folder's last change."""
-        folders, named = self._folders(), self._named()
-        found = {}
-        for name in {*named, *folders} - self._gone():
-            folder = folders.get(name)
-            if folder is not None and name not in named:
-                found[name] = Known(name, str(folder.path)), folder.written_s
-                continue
+        folders, named, gone = self._folders(), self._named(), self._gone()
+        plain = ((name, folder) for name, folder in folders.items() if folder is not None)
+        found = {name: (each.known, each.written_ns // 10**9) for name, each in plain if name not in gone}
+        links = {name for name, folder in folders.items() if folder is None}
+        for name in (named | links) - gone:
+            found.pop(name, None)
             with contextlib.suppress(RankletError, OSError):  # configured, or a link, and not there
                 known = self.find(name)
                 found[name] = known, known.written_s()
@@ -179,21 +178,22 @@ class Registry:
         try:
             with os.scandir(self._root) as entries:
                 for entry in entries:
-                    if not _may_be_a_name(entry.name):
+                    name = entry.name
+                    folder = self._seen.get(name)
+                    if folder is None and not _may_be_a_name(name):
                         continue
                     if entry.is_symlink():
                         if Path(entry.path, CONFIG_FILE).exists():
-                            found[entry.name] = None
+                            found[name] = None
                         continue
                     status = entry.stat(follow_symlinks=False)
-                    state = (status.st_ino, status.st_mtime_ns)
-                    folder = self._seen.get(entry.name)
-                    if folder is None or folder.state != state:
+                    if folder is None or folder.written_ns != status.st_mtime_ns or folder.inode != status.st_ino:
                         has_config = stat.S_ISDIR(status.st_mode) and Path(entry.path, CONFIG_FILE).exists()
-                        folder = _Folder(Path(entry.path), state, int(status.st_mtime), has_config)
-                    seen[entry.name] = folder
+                        known = Known(name, entry.path)
+                        folder = _Folder(known, status.st_ino, status.st_mtime_ns, has_config)
+                    seen[name] = folder
                     if folder.has_config:
-                        found[entry.name] = folder
+                        found[name] = folder
         except OSError:
             return {}
         self._seen = seen

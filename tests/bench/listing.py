@@ -1,7 +1,7 @@
 """A thousand adapters: how soon they are known, and how long `GET /v1/models` takes over HTTP.
 
 The folders are links to the files of a few real adapters, so that no weights are written; nobody asks for one of them,
-so none are read. The first answer is by a gateway that has never looked at the folder.
+so none are read. `/health`, which does nothing, says what of it is HTTP and the machine.
 
 usage: python -m tests.bench.listing [--adapters 1000] [--calls 500] [--out FOLDER]
 """
@@ -42,20 +42,24 @@ def registered_s(folder: Path) -> float:
     return time.perf_counter() - began_s
 
 
-def listed(service: Service, calls: int, adapters: int) -> dict[str, Any]:
-    """Milliseconds of one call after the other, on one connection."""
+def timed(service: Service, path: str, calls: int) -> tuple[list[float], httpx.Response]:
+    """Milliseconds of one call after the other, on one connection, and the last answer."""
     took: list[float] = []
     with httpx.Client(base_url=service.url, trust_env=False, timeout=60) as http:
-        for _ in track(range(calls + 1), "GET /v1/models", console=Console(stderr=True)):
+        for _ in track(range(calls + 1), f"GET {path}", console=Console(stderr=True)):
             began_s = time.perf_counter()
-            answer = http.get("/v1/models").raise_for_status()
+            answer = http.get(path).raise_for_status()
             took.append((time.perf_counter() - began_s) * 1e3)
-            if len(answer.json()["data"]) != adapters + 1:
-                raise RuntimeError(f"expected {adapters} adapters and the base, got {len(answer.json()['data'])}")
             time.sleep(0.02)
+    return took, answer
+
+
+def row(service: Service, path: str, calls: int) -> dict[str, Any]:
+    """The first call, and how the others were."""
+    took, answer = timed(service, path, calls)
     rest = np.array(took[1:])
     return {
-        "bytes": len(answer.content), "first_ms": took[0], "p50_ms": float(np.median(rest)),
+        "path": path, "bytes": len(answer.content), "first_ms": took[0], "p50_ms": float(np.median(rest)),
         "p99_ms": float(np.percentile(rest, 99)), "max_ms": float(rest.max()),
     }  # fmt: skip
 
@@ -72,8 +76,11 @@ def main() -> None:
         fill(folder / "adapters", made / "adapters", options.adapters)
         found = {"adapters": options.adapters, "registered_s": registered_s(folder / "adapters")}
         with serving(local_configuration(made / "model", folder / "adapters"), folder) as service:
-            found |= listed(service, options.calls, options.adapters)
-    report.save("listing-cpu", [found], options.out)
+            listed = len(httpx.get(f"{service.url}/v1/models", trust_env=False, timeout=60).json()["data"])
+            if listed != options.adapters + 1:
+                raise RuntimeError(f"expected {options.adapters} adapters and the base, got {listed}")
+            rows = [found | row(service, path, options.calls) for path in ("/v1/models", "/health")]
+    report.save("listing-cpu", rows, options.out)
 
 
 if __name__ == "__main__":

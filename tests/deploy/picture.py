@@ -94,7 +94,7 @@ def _panel(ax: Axes, panel: board.Panel, lines: list[Line], begin_s: float, seco
         ax.plot([each - begin_s for each in at], values, linewidth=0.9, label=text)
     ax.set_title(panel.title, loc="left", fontsize=8)
     ax.set_xlim(0, seconds)
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, (max((max(values, default=0.0) for _, _, values in lines), default=0.0) or 1.0) * 1.3)
     ax.grid(linewidth=0.5)
     units: dict[str, Any] = {
         "percentunit": PercentFormatter(1.0, decimals=0), "s": EngFormatter("s"), "bytes": EngFormatter("B"),
@@ -116,8 +116,9 @@ def main() -> None:
         shutil.copytree(assets / "adapters", adapters)
         BROKEN["nan"].make(assets / "model", adapters / "broken")
         content = local_configuration(assets / "model", adapters)
-        content["applications"][0]["args"]["engine"]["slots"] = 4
+        content["applications"][0]["args"]["engine"]["slots"] = 2
         with serving(content, folder) as service, scraping(service.url, folder) as prometheus:
+            service.deploy({"tokens_per_minute": {"support-*": 6000}})
             stop, began_s = Event(), time.monotonic()
             loading = [Thread(target=use, args=(service, stop, turn, began_s, options.seconds)) for turn in range(5)]
             for each in loading:
