@@ -189,9 +189,7 @@ class Gateway:
         cards = [self._card(None, max_len)] if key is None or key.may_use(base) else []
         for adapter, written_s in self._names.registry.listed():
             if key is None or key.may_use(adapter.name):
-                cards.append(
-                    model_card(adapter.name, base=base, root=adapter.place, created_s=written_s, max_model_len=max_len)
-                )
+                cards.append(self._card(adapter, max_len, written_s))
         return cards
 
     @app.get("/v1/models/{name:path}")
@@ -248,17 +246,13 @@ class Gateway:
     async def _body(self, request: Request, limit_bytes: int) -> bytes:
         return await read_body(request, limit_bytes, self._args.limits.body_timeout_s)
 
-    def _card(self, adapter: Known | None, max_model_len: int | None) -> dict[str, Any]:
-        place, written_s = str(self._args.base.model_dir), int(self._args.base.model_dir.stat().st_mtime)
-        if adapter is not None:
-            place, written_s = adapter.place, adapter.written_s()
-        return model_card(
-            adapter.name if adapter else self._names.base,
-            base=self._names.base if adapter else None,
-            root=place,
-            created_s=written_s,
-            max_model_len=max_model_len,
-        )
+    def _card(self, adapter: Known | None, max_len: int | None, written_s: int | None = None) -> dict[str, Any]:
+        base, folder = self._names.base, self._args.base.model_dir
+        if adapter is None:
+            made_s = int(folder.stat().st_mtime)
+            return model_card(base, base=None, root=str(folder), created_s=made_s, max_model_len=max_len)
+        made_s = adapter.written_s() if written_s is None else written_s
+        return model_card(adapter.name, base=base, root=adapter.place, created_s=made_s, max_model_len=max_len)
 
     async def _max_model_len(self) -> int | None:
         with contextlib.suppress(Unavailable):

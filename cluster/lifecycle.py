@@ -82,10 +82,8 @@ class Lifecycle:
         book = self._book()
         async with self._lock(asked.name):
             adapter = await asyncio.to_thread(self._wanted, asked)
-            pins = {**self._registry.pinned(), **({asked.name: adapter.place} if asked.pinned else {})}
-            if not asked.pinned:
-                pins.pop(asked.name, None)
-            info = await self._replicas.load(adapter, tuple(pins))
+            pins = {name: place for name, place in self._registry.pinned().items() if name != asked.name}
+            info = await self._replicas.load(adapter, (*pins, asked.name) if asked.pinned else tuple(pins))
             place = f"{adapter.place}#{info.revision}" if is_remote(adapter.place) else adapter.place
             if asked.pinned:
                 pins[asked.name] = place

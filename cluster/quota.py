@@ -187,6 +187,8 @@ class Quotas:
             levels = await self._settle(sent)
         except (RayError, TimeoutError) as error:
             logger.warning("quotas: the ledger does not answer (%s); counting alone meanwhile", type(error).__name__)
+            for flow, account in sent.items():
+                self._unsettled[flow] = self._unsettled.get(flow, 0.0) + account.spent
             return
         now_s = self._clock()
         for flow, level in levels.items():  # what was spent while the ledger answered, it does not know

@@ -58,14 +58,14 @@ class Mark:
     """What a remote file looked like: it has changed when this has."""
 
     size: int | None
-    key: str  # its ETag, blob id or time, as its file system tells
+    key: str  # its ETag, blob id or time, as its file system tells; "" where none does
     md5: str = ""  # of its content, if the source says so
 
     @classmethod
     def of(cls, told: dict[str, Any]) -> "Mark":
         """From what fsspec's `info` tells, each file system in its own words."""
         tag = str(told.get("ETag") or told.get("etag") or "").strip('"')
-        others = (told.get(name) for name in ("blob_id", "crc32c", "LastModified", "mtime"))
+        others = (told.get(name) for name in ("blob_id", "crc32c", "LastModified", "Last-Modified", "mtime"))
         is_md5 = _MD5.fullmatch(tag) and "StorageClass" in told  # of S3, for what was not uploaded in parts
         return cls(told.get("size"), tag or str(next(filter(None, others), "")), tag if is_md5 else "")
 
@@ -129,7 +129,8 @@ class Sources:
             with _translated(url):
                 remote = _Remote(url)
                 marks = remote.marks()
-            about = next((each for each in self._entries(key) if each.marks == _plain(marks)), None)
+            known = self._entries(key) if _tell_changes(marks) else []
+            about = next((each for each in known if each.marks == _plain(marks)), None)
             if about is None:
                 about = self._download(key, url, remote, marks)
                 self._told(url, time.monotonic() - began_s, about.bytes)
@@ -173,7 +174,7 @@ class Sources:
         self._refuse_large(url, 0, sum(mark.size or 0 for mark in marks.values()))
         part = self._root / f"{key}.part"
         begun = part / "marks.json"
-        if not begun.exists() or json.loads(begun.read_text()) != _plain(marks):
+        if not (_tell_changes(marks) and begun.exists() and json.loads(begun.read_text()) == _plain(marks)):
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             begun.write_text(json.dumps(_plain(marks)))
@@ -249,6 +250,11 @@ class _Remote:
         if got != (mark.size or got) or not sound:
             target.unlink()
             raise OSError(f"{name}: expected {mark.size} bytes of MD5 {mark.md5 or 'any'}, got {got} others")
+
+
+def _tell_changes(marks: dict[str, Mark]) -> bool:
+    """Whether equal marks mean equal files."""
+    return all(mark.key for mark in marks.values())
 
 
 def _plain(marks: dict[str, Mark]) -> dict[str, Any]:

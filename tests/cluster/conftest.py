@@ -1,6 +1,5 @@
 """One real cluster for the room, as in deploy/local.yaml: Ray, HAProxy, a gateway, two engine replicas on the CPU."""
 
-import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +10,12 @@ with warnings.catch_warnings():  # Ray 2.60 uses a pydantic feature that warns w
     warnings.simplefilter("ignore")
     import ray.serve  # noqa: F401
 
-from tests.cluster.service import Service, local_configuration, serving
+from tests.cluster.service import Service, own_configuration, serving
 
 
 @pytest.fixture(scope="session")
 def service(model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The application, up. Its adapters' folder is a copy, so tests may drop folders into it."""
     folder = tmp_path_factory.mktemp("cluster")
-    adapters = folder / "adapters"
-    shutil.copytree(adapters_dir, adapters)
-    with serving(local_configuration(model_dir, adapters), folder) as service:
+    with serving(own_configuration(model_dir, adapters_dir, folder), folder) as service:
         yield service

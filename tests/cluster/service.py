@@ -1,6 +1,7 @@
 """The running application as tests see it: real HTTP, the real openai client, and Ray's own view of its processes."""
 
 import base64
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -118,6 +119,12 @@ def local_configuration(model_dir: Path, adapters: Path) -> dict[str, Any]:
     arguments = content["applications"][0]["args"]
     arguments["base"]["model_dir"], arguments["adapters_dir"] = str(model_dir), str(adapters)
     return content
+
+
+def own_configuration(model_dir: Path, adapters_dir: Path, folder: Path) -> dict[str, Any]:
+    """The same with a copy of the adapters, `folder`/adapters, that a test may write into."""
+    shutil.copytree(adapters_dir, folder / "adapters")
+    return local_configuration(model_dir, folder / "adapters")
 
 
 def vectors_of(answer: httpx.Response) -> Vectors:

@@ -17,7 +17,7 @@ from tests.assets.hanging import hanging
 from tests.cluster import load
 from tests.cluster.load import Seen
 from tests.cluster.nodes import Node, children, family, title
-from tests.cluster.service import Service, eventually, local_configuration, serving, vectors_of
+from tests.cluster.service import Service, eventually, own_configuration, serving, vectors_of
 
 Nodes = tuple[Service, list[Node], Path]
 ENDS_S = 10.0  # a request, after a fault
@@ -28,9 +28,7 @@ BACK_S = 30.0  # the replicas, after one was lost
 def nodes(model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     """Gateway, HAProxy and controller on the head; two nodes with room for two replicas each."""
     folder = tmp_path_factory.mktemp("nodes")
-    adapters = folder / "adapters"
-    shutil.copytree(adapters_dir, adapters)
-    content = local_configuration(model_dir, adapters)
+    content = own_configuration(model_dir, adapters_dir, folder)
     _, replica = content["applications"][0]["deployments"]
     replica["ray_actor_options"] = {"num_cpus": 0.5, "resources": {"engine": 1}}
     replica["graceful_shutdown_timeout_s"] = 5

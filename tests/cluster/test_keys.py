@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ranklet.cluster import keys
+from ranklet.cluster import cli, keys
 from ranklet.cluster.book import Book, Entry
 from ranklet.cluster.keys import Forbidden, Keys, Unauthorized, new_key
 from ranklet.replicas.errors import InternalError
@@ -67,6 +67,16 @@ def test_a_wrong_file_at_the_start_is_said(tmp_path: Path, text: str) -> None:
         Keys(tmp_path / "keys.yaml")
     with pytest.raises(InternalError, match="keys_file"):
         Keys(tmp_path / "absent.yaml")
+
+
+def test_the_command_prints_an_entry_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["keys", "new", "team", "--adapters", "legal-*", "--tokens-per-minute", "6000"]) == 0
+    first, _, *entry = capsys.readouterr().out.splitlines()
+    (tmp_path / "keys.yaml").write_text(yaml.safe_dump({"keys": yaml.safe_load("\n".join(entry))}))
+    key = Keys(tmp_path / "keys.yaml").check(bearer(first.split()[-1]))
+    assert key is not None
+    assert (key.name, key.adapters, key.tokens_per_minute) == ("team", ("legal-*",), 6000)
+    assert cli.main(["keys", "new", "team", "--tokens-per-minute", "0"]) == 1
 
 
 def test_without_keys_only_an_open_service_takes_an_admins_calls() -> None:

@@ -119,6 +119,19 @@ async def test_a_new_ledger_begins_with_what_gateways_believe() -> None:
     assert not passes(gateway, 1)
 
 
+async def test_what_the_ledger_missed_it_hears_later() -> None:
+    site = Site(silent=True)
+    one, other = site.gateway({"legal": 600}), site.gateway({"legal": 600})
+    assert passes(one, 600)
+    await one.settle_once()
+    site.silent = False
+    assert passes(other, 1)
+    await other.settle_once()
+    await one.settle_once()
+    await other.settle_once()
+    assert not passes(other, 1)
+
+
 async def test_gateways_learn_of_each_other() -> None:
     site = Site()
     one, other = site.gateway({"legal": 600}), site.gateway({"legal": 600})

@@ -1,7 +1,6 @@
 """The same application behind Serve's own proxy, whose transport, threads and event loops differ from the fast path."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from tests.cluster.service import (
     Service,
     assert_close,
     eventually,
-    local_configuration,
+    own_configuration,
     serving,
     vectors_of,
 )
@@ -43,9 +42,7 @@ def plain(
     model_dir: Path, adapters_dir: Path, collector: Collector, s3: Bucket, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("plain")
-    adapters = folder / "adapters"
-    shutil.copytree(adapters_dir, adapters)
-    content = local_configuration(model_dir, adapters)
+    content = own_configuration(model_dir, adapters_dir, folder)
     (admin, entry), (team, other) = (
         new_key("ops", admin=True, adapters=()),
         new_key("team", admin=False, adapters=("legal-*",)),

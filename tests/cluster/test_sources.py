@@ -143,7 +143,10 @@ def test_plain_https_servers_too(adapters_dir: Path, tmp_path: Path) -> None:
         try:
             url = f"http://127.0.0.1:{server.server_port}"
             cache = Cache(tmp_path / "cache")
-            assert same(cache.fetch(f"{url}/medical").folder, adapters_dir / "medical")
+            first = cache.fetch(f"{url}/medical")
+            assert same(first.folder, adapters_dir / "medical")
+            assert cache.fetch(f"{url}/medical#{first.revision}").folder == first.folder
+            assert len(cache.downloads) == 1
             with pytest.raises(AdapterNotFound, match=CONFIG_FILE):
                 cache.fetch(f"{url}/nobody")
         finally:

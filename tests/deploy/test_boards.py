@@ -16,7 +16,7 @@ import yaml
 
 from deploy.grafana import board
 from tests.assets.broken import BROKEN
-from tests.cluster.service import BASE, Service, eventually, local_configuration, serving
+from tests.cluster.service import BASE, Service, eventually, own_configuration, serving
 from tests.deploy.prometheus import DEPLOY, Prometheus, scraping
 
 LOAD_S = 20.0
@@ -33,10 +33,8 @@ def watched(
 ) -> Iterator[tuple[Service, Prometheus]]:
     """Two slots for six adapters, all of them in use, some requests refused: nothing on the board is idle."""
     folder = tmp_path_factory.mktemp("boards")
-    adapters = folder / "adapters"
-    shutil.copytree(adapters_dir, adapters)
-    BROKEN["nan"].make(model_dir, adapters / "broken")
-    content = local_configuration(model_dir, adapters)
+    BROKEN["nan"].make(model_dir, folder / "adapters" / "broken")
+    content = own_configuration(model_dir, adapters_dir, folder)
     content["applications"][0]["args"]["engine"]["slots"] = 2
     with serving(content, folder) as service, scraping(service.url, folder) as prometheus:
         eventually("all three are scraped", lambda: [each["health"] for each in prometheus.targets()] == ["up"] * 3)
