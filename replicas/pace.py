@@ -3,7 +3,7 @@
 from collections import deque
 
 _SAME = 1.05  # rates that differ by less are the same
-_WORTH = 1.25  # a small batch may be slower by so much, where others would wait for a large one
+_WORTH = 1.15  # a small batch may be slower by so much, where others would wait for a large one
 
 
 class Pace:

@@ -1,11 +1,12 @@
 """The prompts that wait for one engine, in an order in which no adapter can crowd the others out.
 
 The order is that of arrival, as long as no adapter has more than an allowance of tokens waiting. What an adapter has
-beyond that stands back: it is ordered as if served in turn with the others, token for token. That is start-time fair
-queueing (Goyal, Vin, Cheng 1996) with an allowance, so that batches of requests which nobody suffers from stay whole.
+beyond that stands back: it is ordered as if served in turn with the others, token for token. That is fair queueing with
+the virtual time of WF2Q+ (Bennett, Zhang 1997) and an allowance, so that requests which nobody suffers from stay whole.
 """
 
 from bisect import bisect_left, insort
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -38,6 +39,7 @@ class Work:
 
 
 W = TypeVar("W", bound=Work)
+_IN_USE = 16  # allowances that are served until an adapter that is not asked for counts no more
 _TURN = attrgetter("turn")
 
 
@@ -62,7 +64,9 @@ class FairQueue(Generic[W]):
         self._ordered: list[W] = []
         self._flows: dict[str, _Flow] = {}
         self._arrivals = count()
-        self._now = 0.0  # virtual time: the latest turn that was served, in tokens of the busiest adapter
+        self._now = 0.0  # virtual time: the tokens that each adapter in use should have been served by now
+        self._served = 0  # tokens in all
+        self._used: OrderedDict[str, int] = OrderedDict()  # adapters in use: `_served` when last asked for
         self.tokens = 0
 
     def __len__(self) -> int:
@@ -79,20 +83,34 @@ class FairQueue(Generic[W]):
         """Waiting tokens of the adapters that keep to their allowance."""
         return sum(flow.tokens for flow in self._flows.values() if flow.tokens <= self._allowance)
 
-    def stands_back(self, work: W) -> bool:
-        """Whether its adapter has had its share, and others go first."""
-        return work.turn[0] > self._now
+    def floods(self, work: W) -> bool:
+        """Whether its adapter has more waiting than its allowance."""
+        return self._flows[work.flow].tokens > self._allowance
 
     def add(self, work: W) -> None:
         """Put a prompt where its turn is."""
         flow = self._flows.setdefault(work.flow, _Flow())
-        beyond = flow.tokens + len(work.tokens) - self._allowance
-        self._put(work, flow, max(flow.last, self._now + beyond if beyond > 0 and flow.tokens else self._now))
+        within = flow.tokens + len(work.tokens) <= self._allowance
+        self._put(work, flow, max(flow.last, self._now + (0 if within else flow.tokens)))
+        self._used[work.flow] = self._served
+        self._used.move_to_end(work.flow)
 
     def put_back(self, works: Iterable[W]) -> None:
         """Put prompts of a failed batch at the front, in this order."""
         for work in works:
             self._put(work, self._flows.setdefault(work.flow, _Flow()), -inf)
+
+    def _forget(self) -> None:
+        """Adapters that nobody has asked for of late are in use no more."""
+        while self._used:
+            name, asked = next(iter(self._used.items()))
+            if asked > self._served - _IN_USE * self._allowance:
+                return
+            if name in self._flows:
+                self._used[name] = self._served
+                self._used.move_to_end(name)
+            else:
+                del self._used[name]
 
     def _put(self, work: W, flow: _Flow, turn: float) -> None:
         work.turn = turn, next(self._arrivals)
@@ -119,4 +137,9 @@ class FairQueue(Generic[W]):
         """Take prompts out that are computed now: it is the turn of those that come after them."""
         served = list(works)
         self.remove(served)
-        self._now = max([self._now, *(work.turn[0] for work in served)])
+        tokens = sum(len(work.tokens) for work in served)
+        self._now += tokens / max(len(self._used), 1)
+        self._served += tokens
+        self._forget()
+        if self._ordered:  # what nobody else has asked for was theirs too; who comes now is before them
+            self._now = max(self._now, self._ordered[0].turn[0] - 1)

@@ -59,13 +59,13 @@ class Scheduler(Generic[W]):
         found: Round[W] = Round()
         adapters: set[AdapterRef] = set()
         demand: dict[AdapterRef, bool] = {}
-        full, beyond = False, 0
+        full, beyond, others = False, 0, self._others > 0
         for work in self.queue:
             if work.cancelled:
                 found.cancelled.append(work)
                 continue
             ready = work.adapter is None or self._ready(work.adapter, demand, usable)
-            full = full or (beside is not None and found.tokens >= beside and self._would_delay(found, work))
+            full = full or (others and found.tokens >= (beside or most) and self.queue.floods(work))
             if full:
                 beyond += 1
                 if beyond > _LOOKAHEAD:
@@ -73,6 +73,7 @@ class Scheduler(Generic[W]):
             elif ready and self._fits(work, found, adapters):
                 found.batch.append(work)
                 found.tokens += len(work.tokens)
+                others = others or not self.queue.floods(work)
                 if work.adapter is not None:
                     adapters.add(work.adapter)
                 full = work.solo or len(found.batch) == self._max_requests or found.tokens >= most
@@ -87,11 +88,6 @@ class Scheduler(Generic[W]):
             demand[adapter] = usable(adapter)
         return demand[adapter]
 
-    def _would_delay(self, found: Round[W], work: W) -> bool:
-        """Whether the next prompt's adapter has had its share, and there are others, now or of late."""
-        others = self._others > 0 or (bool(found.batch) and not self.queue.stands_back(found.batch[0]))
-        return others and self.queue.stands_back(work)
-
     def _fits(self, work: W, found: Round[W], adapters: set[AdapterRef]) -> bool:
         if not found.batch:
             return True
@@ -101,7 +97,7 @@ class Scheduler(Generic[W]):
 
     def commit(self, proposal: Round[W]) -> None:
         """Take a proposed batch, and the cancelled prompts, out of the queue."""
-        others = any(not self.queue.stands_back(work) for work in proposal.batch)
+        others = any(not self.queue.floods(work) for work in proposal.batch)
         self._others = _REMEMBERED if others else max(0, self._others - 1)
         self.queue.remove(proposal.cancelled)
         self.queue.served(proposal.batch)

@@ -24,7 +24,7 @@ from rich.progress import Progress
 
 from tests.assets.cache import make_once
 from tests.bench import report
-from tests.cluster.nodes import family
+from tests.cluster.nodes import family, title
 from tests.cluster.service import Service, Vectors, local_configuration, serving, vectors_of
 
 TEXT = "Notice must be given in writing."
@@ -120,12 +120,13 @@ class Churn:
 
 def memory(service: Service) -> dict[str, float]:
     """Resident megabytes by role."""
-    found = {"gateways": 0.0, "replicas and engines": 0.0}
-    for role, deployment in (("gateways", "Gateway"), ("replicas and engines", "Replica")):
+    found = {"gateways": 0.0, "replicas": 0.0, "engines": 0.0}
+    for role, deployment in (("gateways", "Gateway"), ("replicas", "Replica")):
         for pid in service.processes(deployment).values():
             for each in family(pid):
                 pages = Path(f"/proc/{each}/statm").read_text().split()[1]
-                found[role] += int(pages) * 4096 / 1e6
+                inside = "engines" if "ranklet.replicas.worker" in title(each) else role
+                found[inside] += int(pages) * 4096 / 1e6
     return found
 
 
@@ -154,7 +155,10 @@ def run(service: Service, cycles: int, names: int, clients: int) -> list[dict[st
     for role in counted[0]:
         first = sum(found[role] for found in counted[:tenth]) / tenth
         last = sum(found[role] for found in counted[-tenth:]) / tenth
-        rows.append({"what": f"memory of {role}, MB", "first": first, "last": last, "grown": last / first - 1})
+        middle = counted[len(counted) // 2][role]
+        rows.append({
+            "what": f"memory of {role}, MB", "first": first, "middle": middle, "last": last, "grown": last / first - 1,
+        })  # fmt: skip
     rows += [{"what": what, "count": count} for what, count in sorted(churn.seen.items())]
     rows += [{"what": "wrong", "count": len(churn.wrong)}, {"what": "seconds", "count": round(seconds)}]
     for said in churn.wrong[:5]:

@@ -18,7 +18,7 @@ def test_a_small_batch_is_the_smallest_that_is_worth_it() -> None:
         tried.append(small)
         pace.launched(small, 0.0)
         pace.landed(cost_s[small], 0.0)
-    assert tried == [2048, 1024, 512, 1024, 1024, 1024]
+    assert tried == [2048, 1024, 2048, 2048, 2048, 2048]
 
 
 def test_nothing_is_expected_before_a_batch_has_landed() -> None:

@@ -69,8 +69,8 @@ def test_a_flood_stands_back_for_who_comes_later() -> None:
     late = work(10, REFS[2])
     queue.add(late)
     assert list(queue).index(late) == 2, "behind the allowance of the flood and no more"
-    assert not queue.stands_back(late)
-    assert queue.stands_back(flood[2])
+    assert not queue.floods(late)
+    assert queue.floods(flood[2])
 
 
 @pytest.mark.parametrize("flows", [2, 3])
@@ -99,6 +99,39 @@ def test_a_light_adapter_never_waits_for_a_flood() -> None:
             for _ in range(3):
                 queue.add(work(10, REFS[1]))
         assert waited <= 1
+
+
+def test_who_keep_to_their_allowance_do_not_starve_a_flood() -> None:
+    """Three adapters with little waiting, but always something, could take all there is; the fourth has its share."""
+    queue = queue_of([work(10, REFS[1]) for _ in range(200)])
+    others = [None, REFS[2], REFS[3]]
+    served = 0
+    for _ in range(100):
+        for ref in others:
+            while queue.tokens_of(ref.name if ref else "") < 20:
+                queue.add(work(10, ref))
+        served += sum(len(each.tokens) for each in serve(queue, 30) if each.adapter is REFS[1])
+    assert served >= 0.8 * 100 * 30 / 4
+
+
+def test_a_flood_that_had_the_rest_owes_nothing_to_a_new_one() -> None:
+    """One adapter floods for long beside little else; when another floods too, both have as much from then on."""
+    queue = queue_of([])
+    for _ in range(200):
+        while queue.tokens_of("a0") < 200:
+            queue.add(work(10, REFS[1]))
+        queue.add(work(5, REFS[2]))
+        serve(queue, 30)
+    served = dict.fromkeys(REFS, 0)
+    for _ in range(40):
+        for ref in (REFS[1], REFS[3]):
+            assert ref is not None
+            while queue.tokens_of(ref.name) < 200:
+                queue.add(work(10, ref))
+        for each in serve(queue, 30):
+            served[each.adapter] += len(each.tokens)
+    assert abs(served[REFS[1]] - served[REFS[3]]) <= 200, "but for what waited already"
+    assert min(served[REFS[1]], served[REFS[3]]) > 0.3 * 40 * 30
 
 
 def test_a_flood_that_is_over_is_forgotten() -> None:
