@@ -141,7 +141,5 @@ class FairQueue(Generic[W]):
         self._now += tokens / max(len(self._used), 1)
         self._served += tokens
         self._forget()
-        if (
-            self._ordered
-        ):  # what the first has had beyond its share is forgotten, but for an allowance
+        if self._ordered:  # what the first has had beyond its share is forgotten, but for an allowance
             self._now = max(self._now, self._ordered[0].turn[0] - self._allowance)
