@@ -1,14 +1,9 @@
 """One real cluster for the room, as in deploy/local.yaml: Ray, HAProxy, a gateway, two engine replicas on the CPU."""
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-with warnings.catch_warnings():  # Ray 2.60 uses a pydantic feature that warns while it is imported
-    warnings.simplefilter("ignore")
-    import ray.serve  # noqa: F401
 
 from tests.cluster.service import Service, own_configuration, serving
 

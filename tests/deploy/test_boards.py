@@ -33,8 +33,8 @@ def watched(
 ) -> Iterator[tuple[Service, Prometheus]]:
     """Two slots for six adapters, all of them in use, some requests refused: nothing on the board is idle."""
     folder = tmp_path_factory.mktemp("boards")
-    BROKEN["nan"].make(model_dir, folder / "adapters" / "broken")
     content = own_configuration(model_dir, adapters_dir, folder)
+    BROKEN["nan"].make(model_dir, folder / "adapters" / "broken")
     content["applications"][0]["args"]["engine"]["slots"] = 2
     with serving(content, folder) as service, scraping(service.url, folder) as prometheus:
         eventually("all three are scraped", lambda: [each["health"] for each in prometheus.targets()] == ["up"] * 3)
