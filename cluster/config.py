@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-import getpass
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from ranklet.replicas.config import EngineConfig
 
+Requests = Literal["all", "refused", "none"]
 _SET_ELSEWHERE = {"model_dir": "base.model_dir"}
 
 
@@ -76,14 +77,14 @@ class Metrics(_Strict):
 class Log(_Strict):
     """What gateways write to Serve's log of each request."""
 
-    requests: Literal["all", "refused", "none"] = "refused"  # which of them have a line
+    requests: Requests = "refused"  # which of them have a line
 
 
 class Sources(_Strict):
     """Adapters at `s3://`, `gs://`, `hf://` or `https://`. Credentials are where fsspec looks for them."""
 
     allowed: tuple[str, ...] = ()  # prefixes of URLs that adapters may be loaded from by name, such as s3://models/
-    cache_dir: Path = Path(tempfile.gettempdir()) / f"ranklet-sources-{getpass.getuser()}"  # of each node
+    cache_dir: Path = Path(tempfile.gettempdir()) / f"ranklet-sources-{os.getuid()}"  # of each node
     cache_bytes: int = Field(default=64 << 30, ge=0)  # of all together; the least recently used go
     max_adapter_bytes: int = Field(default=4 << 30, ge=1)
 
@@ -181,6 +182,7 @@ class AppArgs(AdapterList):
             update={
                 "base": self.base.model_copy(update={"model_dir": self.base.model_dir.absolute()}),
                 "adapters_dir": self.adapters_dir and self.adapters_dir.absolute(),
+                "sources": self.sources.model_copy(update={"cache_dir": self.sources.cache_dir.absolute()}),
                 "security": self.security.model_copy(
                     update={
                         "keys_file": self.security.keys_file and self.security.keys_file.absolute(),

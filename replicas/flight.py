@@ -45,9 +45,8 @@ class Flight:
         requests: dict[str, int] = {}
         tokens: dict[str, int] = {}
         for work in self.prompts:
-            name = work.adapter.name if work.adapter else ""
-            requests[name] = requests.get(name, 0) + 1
-            tokens[name] = tokens.get(name, 0) + len(work.tokens)
+            requests[work.flow] = requests.get(work.flow, 0) + 1
+            tokens[work.flow] = tokens.get(work.flow, 0) + len(work.tokens)
         waits = [max(0.0, began_s - work.arrived_s) for work in self.prompts]
         return BatchRecord(requests, tokens, self.running.backend, waits, compute_s)
 

@@ -35,7 +35,12 @@ class Work:
     @property
     def flow(self) -> str:
         """Whose share it counts for: its adapter's name, whatever the revision, "" for the base."""
-        return self.adapter.name if self.adapter else ""
+        return flow_of(self.adapter)
+
+
+def flow_of(adapter: AdapterRef | None) -> str:
+    """`Work.flow` of prompts for an adapter."""
+    return adapter.name if adapter else ""
 
 
 W = TypeVar("W", bound=Work)

@@ -8,7 +8,6 @@ usage: python -m tests.deploy.picture [--seconds 150] [--out deploy/board.png]
 
 import argparse
 import itertools
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ from rich.progress import track
 from deploy.grafana import board
 from tests.assets.broken import BROKEN
 from tests.assets.cache import make_once
-from tests.cluster.service import BASE, Service, local_configuration, serving
+from tests.cluster.service import BASE, Service, own_configuration, serving
 from tests.deploy.prometheus import DEPLOY, Prometheus, scraping
 
 Line = tuple[str, list[float], list[float]]
@@ -112,10 +111,8 @@ def main() -> None:
     assets = make_once(Path(".demo"))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        adapters = folder / "adapters"
-        shutil.copytree(assets / "adapters", adapters)
-        BROKEN["nan"].make(assets / "model", adapters / "broken")
-        content = local_configuration(assets / "model", adapters)
+        content = own_configuration(assets / "model", assets / "adapters", folder)
+        BROKEN["nan"].make(assets / "model", folder / "adapters" / "broken")
         content["applications"][0]["args"]["engine"]["slots"] = 2
         with serving(content, folder) as service, scraping(service.url, folder) as prometheus:
             service.deploy({"tokens_per_minute": {"support-*": 6000}})
