@@ -29,7 +29,8 @@ def nodes(model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPath
     """Gateway, HAProxy and controller on the head; two nodes with room for two replicas each."""
     folder = tmp_path_factory.mktemp("nodes")
     content = own_configuration(model_dir, adapters_dir, folder)
-    _, replica = content["applications"][0]["deployments"]
+    gateway, replica = content["applications"][0]["deployments"]
+    gateway["ray_actor_options"] = {"num_cpus": 0.1, "resources": {"node:__internal_head__": 0.001}}
     replica["ray_actor_options"] = {"num_cpus": 0.5, "resources": {"engine": 1}}
     replica["graceful_shutdown_timeout_s"] = 5
     content["applications"][0]["args"]["engine"]["load_timeout_s"] = 3.0
