@@ -116,7 +116,7 @@ def _verify(asked: argparse.Namespace) -> int:
     from ranklet.replicas.architecture import read_architecture, read_config
     from ranklet.replicas.config import LORA_MODULES
     from ranklet.replicas.errors import RankletError
-    from ranklet.replicas.reference import AdapterRef, revision_of
+    from ranklet.replicas.revision import Revisions
     from ranklet.replicas.weights import Checkpoint
 
     architecture = read_architecture(read_config(asked.model))
@@ -127,7 +127,7 @@ def _verify(asked: argparse.Namespace) -> int:
     wrong = 0
     for folder in asked.folders:
         try:
-            adapter = read_adapter(AdapterRef(folder.name, str(folder), revision_of(folder)), expected)
+            adapter = read_adapter(Revisions().reference(folder.name, str(folder)), expected)
         except RankletError as error:
             wrong += 1
             _say(error.message)

@@ -68,12 +68,11 @@ class Replicas:
         Raises:
             RankletError: what the replica refused, Unavailable when none answered in time or two failed, Saturated.
         """
-        name, path = (adapter.name, adapter.place) if adapter else (None, None)
         if adapter:
             self._known[adapter.name] = adapter
             if len(self._known) > _MOST_KNOWN:
                 self._known.popitem(last=False)
-        calls = [pack(name, path, part, dimensions, self._sender) for part in split(prompts, 4 * hidden)]
+        calls = [pack(adapter, part, dimensions, self._sender) for part in split(prompts, 4 * hidden)]
         try:
             async with asyncio.timeout(self._timeout_s):
                 return join(await self._all(calls))
@@ -160,7 +159,7 @@ class Replicas:
                 raise second.error from failure
 
     async def _attempt(self, call: EmbedCall, avoid: str | None) -> EmbedReply:
-        errand = Errand(next(self._errands), call.adapter, call.total_tokens, avoid)
+        errand = Errand(next(self._errands), call.adapter_name, call.total_tokens, avoid)
         result: EmbedReply | EmbedRefusal | None = None
         task = _this_task()
         self._at_work[errand.id] = task, time.monotonic()

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from ranklet.cluster.sources import Sources, is_remote
 from ranklet.replicas.errors import StillLoading
-from ranklet.replicas.reference import AdapterRef, revision_of
+from ranklet.replicas.reference import AdapterRef
+from ranklet.replicas.revision import Revisions
 
 _LOOKERS = 32  # folders looked at at once
 _FETCHERS = 8  # adapters that are elsewhere, fetched at once
@@ -33,6 +34,7 @@ class Finder:
     def __init__(self, sources: Sources, timeout_s: float) -> None:
         self._sources = sources
         self._timeout_s = timeout_s
+        self._revisions = Revisions()
         self._known: dict[tuple[str, str], tuple[float, AdapterRef]] = {}
         self._looks: dict[tuple[str, str], asyncio.Future[Found]] = {}
         self._lookers = ThreadPoolExecutor(_LOOKERS, thread_name_prefix="look")
@@ -74,7 +76,7 @@ class Finder:
 
     def _look(self, name: str, place: str) -> Found:
         if not is_remote(place):
-            return Found(AdapterRef(name, place, revision_of(place)))
+            return Found(self._revisions.reference(name, place))
         fetched = self._sources.fetch(place)
         return Found(AdapterRef(name, str(fetched.folder), fetched.revision), fetched.downloaded)
 

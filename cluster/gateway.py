@@ -197,6 +197,8 @@ class Gateway:
         """One card, by any name that `model` may be; 404 with near names otherwise."""
         key, adapter = self._keys.check(request.headers), self._names.resolve(name)
         self._keys.check_use(key, adapter.name if adapter else self._names.base)
+        if adapter is not None:
+            await self._lifecycle.check(adapter)
         return _json(self._card(adapter, await self._max_model_len()))
 
     # Adapters by name: an admin's calls

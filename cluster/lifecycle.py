@@ -12,9 +12,10 @@ from ray.serve.handle import DeploymentHandle
 from ranklet.cluster.book import Book, Entry
 from ranklet.cluster.downstream import Replicas, everyone
 from ranklet.cluster.registry import Known, Registry, refusal_of_name
-from ranklet.cluster.sources import check_allowed, is_remote
+from ranklet.cluster.sources import check_allowed, is_remote, revision_in
 from ranklet.replicas.errors import AdapterNotFound, InvalidRequest, RankletError, Unavailable
 from ranklet.replicas.reference import AdapterInfo
+from ranklet.replicas.revision import Revisions, marks_of
 from ranklet.replicas.stats import AdapterReport
 
 _RELEASE_TIMEOUT_S = 30.0
@@ -69,6 +70,7 @@ class Lifecycle:
         self._gateways = gateways
         self._roots = tuple(roots)
         self._sources = sources
+        self._revisions = Revisions()
         self._locks: dict[str, asyncio.Lock] = {}
 
     async def load(self, asked: LoadRequest) -> dict[str, Any]:
@@ -120,7 +122,7 @@ class Lifecycle:
 
     async def list(self) -> list[dict[str, Any]]:
         """Every adapter with its state: registered, loading, ready, failed, or draining, which requests in flight still
-        use and no other may.
+        use and no other may. The revision of one that no replica has looked at is None: nothing is read for a list.
         """
         reports = await self._replicas.reports()
         names = await asyncio.to_thread(self._registry.names)
@@ -148,7 +150,17 @@ class Lifecycle:
         found = [card for card in await self.list() if card["name"] == name]
         if not found:
             self._registry.find(name, "name")  # says why
-        return found[0]
+        card = found[0]
+        if card["revision"] is None and card["path"]:
+            with contextlib.suppress(AdapterNotFound):
+                card["revision"] = await asyncio.to_thread(self._read, Known(name, card["path"]))
+        return card
+
+    async def check(self, known: Known) -> None:
+        """Raises UnknownModel if another revision was asked for than the one that is served."""
+        if known.wanted is not None:
+            revision = await asyncio.to_thread(self._read, known)
+            known.check(revision or known.wanted)
 
     def _card(
         self, name: str, reports: Sequence[tuple[str, AdapterReport]], *, pinned: bool, served: bool
@@ -157,7 +169,7 @@ class Lifecycle:
         if served:
             try:
                 known = self._registry.find(name)
-                path, revision = known.place, known.revision()
+                path, revision = known.place, self._revision(known, reports)
             except RankletError as refusal:
                 error = refusal.message
         current = [each for _, each in reports if each.revision == revision]
@@ -175,6 +187,20 @@ class Lifecycle:
             ],
             "error": error,
         }  # fmt: skip
+
+    def _revision(self, known: Known, reports: Sequence[tuple[str, AdapterReport]]) -> str | None:
+        """What would be served now. Files are read only if no replica read them as they are; None if none has any."""
+        if is_remote(known.place):
+            return self._read(known) or next((each.revision for _, each in reports), None)
+        marks = marks_of(known.place)
+        read = next((each.revision for _, each in reports if each.marks == marks), None)
+        return read or (self._read(known) if reports else None)
+
+    def _read(self, known: Known) -> str | None:
+        """What would be served now, by its files; None of what only nodes that fetch it can tell."""
+        if is_remote(known.place):
+            return revision_in(known.place) or None
+        return self._revisions.reference(known.name, known.place).revision
 
     def _wanted(self, asked: LoadRequest) -> Known:
         """The adapter that a load means."""

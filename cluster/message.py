@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ranklet.cluster.registry import Known
 from ranklet.replicas.errors import (
     AdapterNotFound,
     InternalError,
@@ -37,12 +38,15 @@ _BY_CODE: dict[str, type[RankletError]] = {
 class EmbedCall:
     """Prompts of one request, all for one adapter."""
 
-    adapter: str | None  # None: the base model
-    path: str | None  # the adapter's folder
+    adapter: Known | None  # None: the base model
     tokens: bytes  # int32 [sum of lengths]
     lengths: bytes  # int32 [prompts]
     dimensions: int | None
     sender: str  # the gateway's id
+
+    @property
+    def adapter_name(self) -> str | None:
+        return self.adapter.name if self.adapter else None
 
     @property
     def total_tokens(self) -> int:
@@ -104,13 +108,11 @@ class EmbedRefusal:
         return _BY_CODE.get(self.code, InternalError)(self.message, param=self.param)
 
 
-def pack(
-    adapter: str | None, path: str | None, prompts: Sequence[NDArray[np.int32]], dimensions: int | None, sender: str
-) -> EmbedCall:
+def pack(adapter: Known | None, prompts: Sequence[NDArray[np.int32]], dimensions: int | None, sender: str) -> EmbedCall:
     """`prompts`: int32 [length] each."""
     lengths = np.fromiter((len(prompt) for prompt in prompts), dtype=np.int32, count=len(prompts))
     tokens = np.ascontiguousarray(np.concatenate(prompts), dtype=np.int32)
-    return EmbedCall(adapter, path, tokens.tobytes(), lengths.tobytes(), dimensions, sender)
+    return EmbedCall(adapter, tokens.tobytes(), lengths.tobytes(), dimensions, sender)
 
 
 def split(prompts: Sequence[NDArray[np.int32]], vector_bytes: int) -> Iterator[Sequence[NDArray[np.int32]]]:

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ranklet.replicas.config import BACKENDS, EngineConfig
-from ranklet.replicas.reference import CONFIG_FILE, AdapterRef, revision_of
+from ranklet.replicas.reference import CONFIG_FILE, AdapterRef
+from ranklet.replicas.revision import revision_of
 
 if TYPE_CHECKING:  # torch, which other commands need not wait for
     from ranklet.replicas.profile import Profile

@@ -6,29 +6,39 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 from ranklet.cluster.book import Book, Entry
-from ranklet.cluster.sources import is_remote, revision_in
+from ranklet.cluster.sources import is_remote
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, RankletError, UnknownModel
-from ranklet.replicas.reference import CONFIG_FILE, revision_of
+from ranklet.replicas.reference import CONFIG_FILE
 
 MAX_NAME_CHARACTERS = 200
 _FORBIDDEN = re.compile(r"[/\\:\x00-\x1f\x7f]")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Known:
-    """An adapter by name, and its place: a folder, or a URL that nodes fetch. Its content has not been looked at."""
+    """An adapter by name. Its content has not been looked at.
+
+    Attributes:
+        place: a folder, or a URL that nodes fetch.
+        wanted: the revision that was asked for (`name@revision`); whoever looks at its content compares.
+    """
 
     name: str
     place: str
+    wanted: str | None = None
 
-    def revision(self) -> str:
-        """Of its content as it was loaded, or of its folder as it is now. Raises AdapterNotFound."""
-        return revision_in(self.place) if is_remote(self.place) else revision_of(self.place)
+    def check(self, revision: str) -> None:
+        """Raises UnknownModel unless this is the revision that was asked for."""
+        if self.wanted not in (None, revision):
+            raise UnknownModel(
+                f"model: expected the revision of {self.name!r} that is served, {revision!r}, got {self.wanted!r}",
+                param="model",
+            )
 
     def written_s(self) -> int:
         """When its folder was written, in Unix time; 0 where that is not known. Raises OSError."""
@@ -80,7 +90,7 @@ class Registry:
         self._added = dict(added)
 
     def find(self, name: str, param: str = "model") -> Known:
-        """The adapter of this name.
+        """The adapter of this name, or of this `name@revision`.
 
         Raises:
             InvalidRequest: the name tries to leave the root.
@@ -105,21 +115,13 @@ class Registry:
             return self._configured(name, path)
         known = None if self._root is None or reason else self._inside_root(name, self._root)
         if known is None and "@" in name:
-            return self._of_revision(name, param)
+            plain, _, revision = name.rpartition("@")
+            known = self.find(plain, param)
+            if known.wanted is None:
+                return replace(known, wanted=revision)
+            known = None
         if known is None:
             raise self._unknown(name, param)
-        return known
-
-    def _of_revision(self, name: str, param: str) -> Known:
-        """`name@revision`, if that is the revision of now."""
-        plain, _, revision = name.rpartition("@")
-        known = self.find(plain, param)
-        current = known.revision()
-        if revision != current:
-            raise UnknownModel(
-                f"{param}: expected the revision of {plain!r} that is served, {current!r}, got {revision!r}",
-                param=param,
-            )
         return known
 
     def is_added(self, name: str) -> bool:

@@ -5,9 +5,10 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from ray import serve
 
@@ -18,11 +19,11 @@ from ranklet.cluster.finder import Finder, Found
 from ranklet.cluster.herald import Herald
 from ranklet.cluster.message import EmbedCall, EmbedRefusal, EmbedReply
 from ranklet.cluster.metrics import ReplicaMetrics
-from ranklet.cluster.registry import Registry
+from ranklet.cluster.registry import Known, Registry
 from ranklet.cluster.sources import Sources
 from ranklet.cluster.standing import Standing
 from ranklet.replicas.call import Answer
-from ranklet.replicas.errors import InternalError, RankletError
+from ranklet.replicas.errors import AdapterChanged, InternalError, RankletError, UnknownModel
 from ranklet.replicas.process import EngineProcess
 from ranklet.replicas.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.stats import AdapterReport
@@ -35,6 +36,7 @@ _RELEASE_POLL_S = 0.02
 _RELEASE_LATER_S = 60.0
 
 logger = logging.getLogger("ray.serve")
+T = TypeVar("T")
 
 
 class Replica:
@@ -74,9 +76,10 @@ class Replica:
         found: Found | None = None
         self._standing.arrived(call.sender, tokens)
         try:
-            if call.adapter and call.path:
-                found = await self._finder.find(call.adapter, call.path)
-            outcome = await self._answer(call, found.adapter if found else None)
+            if call.adapter is None:
+                outcome = await self._answer(call, None)
+            else:
+                found, outcome = await self._with(call.adapter, partial(self._answer, call))
         except RankletError as error:
             outcome = error
         except Exception as error:
@@ -86,7 +89,7 @@ class Replica:
             self._standing.settled(tokens)
         load = self._standing.now(call.sender)
         if isinstance(outcome, RankletError):
-            return EmbedRefusal.of(outcome, self._id, call.adapter or "", load)
+            return EmbedRefusal.of(outcome, self._id, call.adapter_name or "", load)
         return self._reply(outcome, found, load)
 
     async def load(self, name: str, path: str, pins: tuple[str, ...], errand: Errand) -> AdapterInfo | EmbedRefusal:
@@ -95,8 +98,7 @@ class Replica:
         try:
             await loop.run_in_executor(self._loaders, self._engine.pin, pins)
             self._finder.forget(name)
-            found = await self._finder.find(name, path)
-            return await loop.run_in_executor(self._loaders, self._engine.load, found.adapter)
+            return (await self._with(Known(name, path), self._bring))[1]
         except RankletError as error:
             return EmbedRefusal.of(error, self._id, name, None)
 
@@ -150,6 +152,22 @@ class Replica:
     def _look(self) -> None:
         self._standing.holds(self._engine.held())
 
+    async def _with(self, known: Known, use: Callable[[AdapterRef], Awaitable[T]]) -> tuple[Found, T]:
+        """Use an adapter as it is on this node now; once more if its files turn out to be others."""
+        for is_last in (False, False, True):
+            found = await self._finder.find(known.name, known.place)
+            try:
+                known.check(found.adapter.revision)
+                return found, await use(found.adapter)
+            except (AdapterChanged, UnknownModel):
+                if is_last:
+                    raise
+                self._finder.forget(known.name)
+        raise AssertionError("the last try returns or raises")
+
+    async def _bring(self, adapter: AdapterRef) -> AdapterInfo:
+        return await asyncio.get_running_loop().run_in_executor(self._loaders, self._engine.load, adapter)
+
     async def _answer(self, call: EmbedCall, adapter: AdapterRef | None) -> Answer:
         loop = asyncio.get_running_loop()
         settled: asyncio.Future[Answer] = loop.create_future()
@@ -199,8 +217,7 @@ class Replica:
 
     async def _warm(self, name: str, path: str) -> None:
         try:
-            reference = (await self._finder.find(name, path)).adapter
-            info = await asyncio.get_running_loop().run_in_executor(self._loaders, self._engine.load, reference)
+            _, info = await self._with(Known(name, path), self._bring)
             logger.info("adapter %s: rank %d, %d bytes", name, info.rank, info.bytes)
         except RankletError as error:
             logger.error("adapter %s not loaded: %s", name, error.message)

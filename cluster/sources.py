@@ -1,7 +1,7 @@
 """Adapters that lie elsewhere (`s3://`, `gs://`, `hf://`, `https://`), fetched once per node into a bounded cache.
 
-A place is a URL and, once it has been loaded, its revision behind a `#`: the SHA-256 of its files. A node that fetches
-it later gets that content or none. All processes of a node share the cache: a download holds a lock, and what is
+A place is a URL and, once it has been loaded, its revision behind a `#`. A node that fetches it later gets that content
+or none. All processes of a node share the cache: a download holds a lock, and what is
 complete appears by a rename.
 """
 
@@ -22,12 +22,12 @@ import fsspec
 
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, RankletError, Unavailable
 from ranklet.replicas.reference import CONFIG_FILE, WEIGHTS_FILE
+from ranklet.replicas.revision import revision_of
 
 _FILES = (CONFIG_FILE, WEIGHTS_FILE)
 _ABOUT = "source.json"
 _CHUNK = 8 << 20
 _MD5 = re.compile("[0-9a-f]{32}")
-_REVISION_CHARACTERS = 16
 _JUST_USED_S = 300.0  # what was asked for so lately is not evicted: an engine may be reading it
 
 
@@ -176,19 +176,15 @@ class Sources:
             part.mkdir()
             begun.write_text(json.dumps(_plain(marks)))
         total = 0
-        digest = hashlib.sha256()
         for name, mark in marks.items():
             with _translated(url):
                 remote.copy(name, mark, part / name, partial(self._refuse_large, url, total))
             total += (part / name).stat().st_size
-            digest.update(f"{name}:{(part / name).stat().st_size};".encode())
-            with (part / name).open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
         with _translated(url):
             if remote.marks() != marks:
                 shutil.rmtree(part)
                 raise Unavailable(f"{url} changed while it was fetched. Try again")
-        about = About(url, digest.hexdigest()[:_REVISION_CHARACTERS], total, _plain(marks))
+        about = About(url, revision_of(part), total, _plain(marks))
         begun.unlink()
         (part / _ABOUT).write_text(json.dumps(asdict(about), indent=1))
         folder = self._folder(key, about.revision)

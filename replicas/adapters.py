@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ranklet.replicas.architecture import Architecture
 from ranklet.replicas.config import LORA_MODULES
-from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter
+from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
 from ranklet.replicas.peft_config import PeftConfig, read_peft_config
 from ranklet.replicas.reference import CONFIG_FILE, WEIGHTS_FILE, AdapterRef
+from ranklet.replicas.revision import marks_of
 
 # `base_model.model.` from PEFT, `model.` from causal-LM wrappers, `0.auto_model.` from sentence-transformers, or none.
 _KEY = re.compile(
@@ -123,6 +124,7 @@ def read_adapter(ref: AdapterRef, expected: Expectation, *, pinned: bool = False
 
     Raises:
         AdapterNotFound: the folder does not exist.
+        AdapterChanged: its files are not those of the reference any more.
         InvalidAdapter: it cannot be served; every reason is listed.
     """
     folder = Path(ref.path)
@@ -149,6 +151,8 @@ def read_adapter(ref: AdapterRef, expected: Expectation, *, pinned: bool = False
             findings += _not_finite(adapter, names)
         except (OSError, EOFError) as error:
             findings.append(_unreadable(path, error))
+    if ref.marks and marks_of(folder) != ref.marks:
+        raise AdapterChanged(f"adapter {ref.name!r}: its files have changed while they were read. Try again")
     if findings or adapter is None:
         raise InvalidAdapter(ref.name, findings)
     return adapter

@@ -201,7 +201,9 @@ class Engine:
             used, known = self._in_use(), self._residency.report()
         listed = {(each.name, each.revision) for each in known}
         waited_for = [
-            AdapterReport(ref.name, ref.revision, "disk") for ref in used if (ref.name, ref.revision) not in listed
+            AdapterReport(ref.name, ref.revision, "disk", marks=ref.marks)
+            for ref in used
+            if (ref.name, ref.revision) not in listed
         ]
         counts = {(ref.name, ref.revision): count for ref, count in used.items()}
         return [replace(each, references=counts.get((each.name, each.revision), 0)) for each in known + waited_for]

@@ -8,6 +8,7 @@ RankletError
 ├── Saturated           too much waits already; come back later        503 saturated
 ├── Unavailable         nothing here can answer now (dying, draining)  503 unavailable
 ├── StillLoading        the adapter's files take longer than the wait  503 adapter_loading
+│   └── AdapterChanged  they change meanwhile; look at them again
 ├── ModelError          the base model folder cannot be served         (start-up only)
 └── InternalError       a defect of ranklet, or the device failed      500 internal_error
 """
@@ -86,6 +87,10 @@ class StillLoading(RankletError):
     """The adapter is on its way and takes longer than a request may wait; the load goes on."""
 
     code = "adapter_loading"
+
+
+class AdapterChanged(StillLoading):
+    """The adapter's files are not those of the revision that was asked for any more, or change while they are read."""
 
 
 class ModelError(RankletError):

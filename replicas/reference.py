@@ -1,10 +1,6 @@
 """A name for one revision of one adapter, light enough for gateways and routers to hold thousands."""
 
-import hashlib
-from dataclasses import dataclass
-from pathlib import Path
-
-from ranklet.replicas.errors import AdapterNotFound
+from dataclasses import dataclass, field
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -12,11 +8,19 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """One revision of an adapter: `name` as users say it, `path` of its folder, `revision` of its content."""
+    """One revision of an adapter: where it lies does not matter, only what it is called and what is in it.
+
+    Attributes:
+        name: as users say it.
+        path: its folder.
+        revision: of its content.
+        marks: of the files of that content (see `marks_of`); "" where they never change.
+    """
 
     name: str
-    path: str
+    path: str = field(compare=False)
     revision: str
+    marks: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -28,22 +32,3 @@ class AdapterInfo:
     rank: int
     modules: tuple[str, ...]
     bytes: int
-
-
-def revision_of(path: str | Path) -> str:
-    """A short fingerprint of an adapter folder that changes when its files do; reads no weights.
-
-    Raises:
-        AdapterNotFound: the folder does not exist.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise AdapterNotFound(f"adapter folder: expected a folder, got {str(path)!r}, which does not exist")
-    seen = hashlib.blake2b(digest_size=6)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        try:
-            status = (folder / name).stat()
-            seen.update(f"{name}:{status.st_size}:{status.st_mtime_ns};".encode())
-        except OSError:  # a missing file is a finding of verification, not of naming
-            seen.update(f"{name}:absent;".encode())
-    return seen.hexdigest()

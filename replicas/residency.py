@@ -143,9 +143,13 @@ class Residency:
     def report(self) -> list[AdapterReport]:
         """Every revision that is held, on its way or refused, its references left out."""
         held = {*self.table.held(), *self.loader.host.refs(), *self._began}
-        found = [AdapterReport(ref.name, ref.revision, self._where(ref), info=self._info.get(ref)) for ref in held]
+        found = [
+            AdapterReport(ref.name, ref.revision, self._where(ref), info=self._info.get(ref), marks=ref.marks)
+            for ref in held
+        ]
         refused = [
-            AdapterReport(ref.name, ref.revision, "refused", error=e.message) for ref, e in self._refused.items()
+            AdapterReport(ref.name, ref.revision, "refused", error=error.message, marks=ref.marks)
+            for ref, error in self._refused.items()
         ]
         return found + refused
 

@@ -71,6 +71,7 @@ class AdapterReport:
         references: requests that wait for it or run with it.
         info: what was found when it was loaded, None if it is in no slot.
         error: why it was refused.
+        marks: of the files that it was read from.
     """
 
     name: str
@@ -79,6 +80,7 @@ class AdapterReport:
     references: int = 0
     info: AdapterInfo | None = None
     error: str | None = None
+    marks: str = ""
 
 
 class Listener:

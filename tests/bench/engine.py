@@ -17,7 +17,8 @@ from ranklet.replicas.call import Answer
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine import Engine
 from ranklet.replicas.errors import RankletError
-from ranklet.replicas.reference import AdapterRef, revision_of
+from ranklet.replicas.reference import AdapterRef
+from ranklet.replicas.revision import revision_of
 from tests.bench import report
 from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model
 

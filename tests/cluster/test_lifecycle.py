@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ranklet.cluster.cli import main
+from ranklet.replicas.revision import revision_of
 from tests.assets.broken import BROKEN
 from tests.cluster.load import LONG_TEXT
 from tests.cluster.service import BASE, Service, Vectors, assert_close, eventually
@@ -50,8 +51,12 @@ def test_vllms_and_sglangs_calls(service: Service, source: str, prefix: str) -> 
     assert (said["state"], said["verified"], said["rank"]) == ("ready", True, 64)
     assert "q_proj" in said["target_modules"]
     assert_close(service.embed("by-name", TEXT), service.embed("legal-v2", TEXT))
-    assert_close(service.embed(f"by-name@{said['revision']}", TEXT), service.embed("legal-v2", TEXT))
-    assert code(service.post("by-name@0123456789ab", TEXT)) == (404, "model_not_found")
+    for name in ("by-name", "legal-v2"):  # of the same content
+        assert_close(service.embed(f"{name}@{said['revision']}", TEXT), service.embed("legal-v2", TEXT))
+        assert service.http.get(f"/v1/models/{name}@{said['revision']}").json()["id"] == name
+    for unknown in ("by-name@0123456789abcdef", f"by-name@0123456789abcdef@{said['revision']}"):
+        assert code(service.post(unknown, TEXT)) == (404, "model_not_found")
+        assert code(service.http.get(f"/v1/models/{unknown}")) == (404, "model_not_found")
     gone = service.http.post(f"{prefix}/unload_lora_adapter", json={"lora_name": "by-name"})
     assert (gone.status_code, gone.json()["state"]) == (200, "unloaded")
     assert code(service.post("by-name", TEXT)) == (404, "model_not_found")
@@ -104,6 +109,22 @@ def test_a_bad_folder_is_refused_whole_and_changes_nothing(service: Service, mod
     assert "NaN" in answer.json()["error"]["message"]
     assert service.post("medical", TEXT).status_code == 200
     shutil.rmtree(service.adapters / ".sources" / "nan")
+
+
+def test_a_revision_follows_from_the_content(service: Service, source: str) -> None:
+    """It can be told before anybody uses the adapter, and stays where the folder is copied or touched."""
+    copy = shutil.copytree(source, service.adapters / "copied")
+    listed = {card["name"]: card for card in service.http.get("/v1/adapters").json()["data"]}
+    assert (listed["copied"]["state"], listed["copied"]["revision"]) == ("registered", None)
+    told = service.http.get("/v1/adapters/copied").json()["revision"]
+    assert told == revision_of(source)
+    assert service.post("copied", TEXT).headers["x-ranklet-revision"] == told
+    for path in copy.iterdir():
+        path.touch()
+    shown = service.http.get("/v1/adapters/copied").json()
+    assert (shown["state"], shown["revision"]) == ("ready", told)
+    assert service.post("copied", TEXT).headers["x-ranklet-revision"] == told
+    shutil.rmtree(copy)
 
 
 def test_too_many_pins_are_refused(service: Service, source: str) -> None:

@@ -17,6 +17,7 @@ from ranklet.cluster.labels import BASE, OTHER, AdapterLabels
 from ranklet.cluster.message import EmbedRefusal, EmbedReply, pack, split
 from ranklet.cluster.protocol import parse_input, parse_request
 from ranklet.cluster.refusals import BodyTooLarge, body_of, refuse, status_of
+from ranklet.cluster.registry import Known
 from ranklet.replicas.errors import (
     AdapterNotFound,
     InternalError,
@@ -40,9 +41,10 @@ JSON = st.recursive(
 
 @given(TOKEN_LISTS)
 def test_prompts_survive_the_message(prompts: list[list[int]]) -> None:
-    call = pickle.loads(pickle.dumps(pack("a", "/a", parse_input(prompts, 100), 64, "g")))  # type: ignore[arg-type]
+    adapter = Known("a", "/a", "r1")
+    call = pickle.loads(pickle.dumps(pack(adapter, parse_input(prompts, 100), 64, "g")))  # type: ignore[arg-type]
     assert [prompt.tolist() for prompt in call.prompts()] == prompts
-    assert (call.adapter, call.path, call.dimensions) == ("a", "/a", 64)
+    assert (call.adapter, call.adapter_name, call.dimensions) == (adapter, "a", 64)
 
 
 @given(TOKEN_LISTS, st.integers(4, 400), st.integers(1, 6))

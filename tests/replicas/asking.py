@@ -11,7 +11,8 @@ from ranklet.replicas.call import Answer
 from ranklet.replicas.engine import Engine
 from ranklet.replicas.errors import RankletError
 from ranklet.replicas.process import EngineProcess
-from ranklet.replicas.reference import AdapterRef, revision_of
+from ranklet.replicas.reference import AdapterRef
+from ranklet.replicas.revision import revision_of
 from tests.assets.oracle import cosine, encode
 
 PATIENCE_S = 60.0  # how long a test waits for what must come

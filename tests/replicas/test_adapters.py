@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from ranklet.replicas.adapters import EMBEDDING, Adapter, Expectation, read_adapter
 from ranklet.replicas.architecture import Architecture
 from ranklet.replicas.engine import Engine
-from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter
+from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
 from ranklet.replicas.reference import AdapterRef
+from ranklet.replicas.revision import Revisions
 from tests.assets.broken import BROKEN, WEIGHTS, edit_config, edit_weights, sound
 from tests.assets.corpus import TEXTS
 from tests.assets.make import AdapterSpec, make_model
@@ -180,6 +181,21 @@ def test_an_adapter_of_a_base_of_another_size_names_both(
 def intact(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     folder = sound(model_dir, tmp_path_factory.mktemp("corrupt") / "adapter", r=2, target_modules=["v_proj"])
     return folder, (folder / WEIGHTS).read_bytes()
+
+
+def test_files_that_change_under_way_are_neither_served_nor_refused(
+    model_dir: Path, tmp_path: Path, expectation: Expectation
+) -> None:
+    """Their findings would be remembered against content that has none."""
+    folder = sound(model_dir, tmp_path / "adapter")
+    before = Revisions().reference("x", str(folder))
+    read_adapter(before, expectation)
+    edit_config(folder, target_modules=["no_such"])
+    with pytest.raises(AdapterChanged, match="Try again"):
+        read_adapter(before, expectation)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(AdapterChanged, match="Try again"):
+        read_adapter(before, expectation)
 
 
 def check(folder: Path, content: bytes, expectation: Expectation) -> None:
