@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from ranklet.cluster.sources import Sources, is_remote
 from ranklet.replicas.errors import StillLoading
 from ranklet.replicas.reference import AdapterRef
-from ranklet.replicas.revision import Revisions
+from ranklet.replicas.revision import Revisions, age_of
 
 _LOOKERS = 32  # folders looked at at once
 _FETCHERS = 8  # adapters that are elsewhere, fetched at once
 _LOOK_S = 0.2  # a known adapter's request waits so long for news of its folder
 _HOLDS_S = 1.0  # how long a revision is believed before the files are looked at again
+_SETTLES_S = 1.0  # files that somebody wrote so lately may not all be there: what was known goes on until then
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ class Finder:
 
     def _look(self, name: str, place: str) -> Found:
         if not is_remote(place):
+            known = self._known.get((name, place))
+            if known is not None and 0 <= age_of(place) < _SETTLES_S:
+                return Found(known[1])
             return Found(self._revisions.reference(name, place))
         fetched = self._sources.fetch(place)
         return Found(AdapterRef(name, str(fetched.folder), fetched.revision), fetched.downloaded)

@@ -26,6 +26,15 @@ def marks_of(path: str | Path) -> str:
     return _look(path)[0]
 
 
+def age_of(path: str | Path) -> float:
+    """Seconds since one of the files was last written or replaced; below 0 where clocks differ.
+
+    Raises:
+        AdapterNotFound: the folder does not exist.
+    """
+    return time.time() - _look(path)[1]
+
+
 def revision_of(path: str | Path) -> str:
     """16 hexadecimal digits that follow from the content of an adapter's files; they are read whole.
 

@@ -1,6 +1,7 @@
 """Adapters come and change while the application runs; its processes stay."""
 
 import shutil
+import time
 from pathlib import Path
 
 import openai
@@ -24,11 +25,19 @@ def test_a_folder_dropped_in_is_served_at_once(service: Service) -> None:
 
 
 def test_a_folder_that_changes_is_served_anew(service: Service) -> None:
-    folder = service.adapters / "changing"
+    """File by file, as people copy: while it is neither the one nor the other, the old one answers."""
+    folder, other = service.adapters / "changing", service.adapters / "medical"
     shutil.copytree(service.adapters / "legal-v2", folder)
-    old = service.embed("changing", TEXT)
-    shutil.copytree(service.adapters / "medical", folder, dirs_exist_ok=True)
-    new = service.embed("medical", TEXT)
+    old, new = service.embed("changing", TEXT), service.embed("medical", TEXT)
+    time.sleep(1.2)  # the revision is looked at again at each request from now on
+    for file in sorted(other.iterdir()):
+        with (folder / file.name).open("wb") as copy:
+            for half in (file.read_bytes()[:1000], file.read_bytes()[1000:]):
+                copy.write(half)
+                copy.flush()
+                until_s = time.monotonic() + 0.5
+                while time.monotonic() < until_s:
+                    assert_array_equal(service.embed("changing", TEXT), old)
     eventually("the new revision is served", lambda: bool((service.embed("changing", TEXT) == new).all()), 10)
     assert not (old == new).all()
     shutil.rmtree(folder)
