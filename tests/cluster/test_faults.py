@@ -15,6 +15,7 @@ import pytest
 from ranklet.cluster.local import LocalCluster
 from tests.assets.hanging import hanging
 from tests.cluster import load
+from tests.cluster.gcs import Gcs, redis
 from tests.cluster.load import Seen
 from tests.cluster.nodes import Node, children, family, title
 from tests.cluster.service import Service, eventually, own_configuration, serving, vectors_of
@@ -22,10 +23,23 @@ from tests.cluster.service import Service, eventually, own_configuration, servin
 Nodes = tuple[Service, list[Node], Path]
 ENDS_S = 10.0  # a request, after a fault
 BACK_S = 30.0  # the replicas, after one was lost
+HAS_REDIS = shutil.which("redis-server") is not None
 
 
 @pytest.fixture(scope="module")
-def nodes(model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Where the GCS keeps what it knows: in a Redis, if one is installed, else in itself."""
+    if not HAS_REDIS:
+        yield {}
+        return
+    with redis(tmp_path_factory.mktemp("redis")) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def nodes(
+    model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory, kept: dict[str, str]
+) -> Iterator[Nodes]:
     """Gateway, HAProxy and controller on the head; two nodes with room for two replicas each."""
     folder = tmp_path_factory.mktemp("nodes")
     content = own_configuration(model_dir, adapters_dir, folder)
@@ -36,7 +50,7 @@ def nodes(model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPath
     content["applications"][0]["args"]["engine"]["load_timeout_s"] = 3.0
     started: list[Node] = []
     over = threading.Event()
-    cluster = LocalCluster(http_port=0, report=print)
+    cluster = LocalCluster(http_port=0, report=print, environment=kept)
 
     def join() -> None:
         """Serve waits for the nodes, and they for Ray."""
@@ -178,3 +192,21 @@ def test_all_replicas_are_lost(nodes: Nodes) -> None:
     started[:] = [Node(service.cluster, folder / f"again{number}.log", 2) for number in range(2)]
     eventually("it serves again", lambda: service.post("medical", "text").status_code == 200)
     assert abs(service.embed("medical", "text") - expected).max() < 1e-5
+
+
+@pytest.mark.skipif(not HAS_REDIS, reason="needs Debian's redis-server")
+def test_the_gcs_is_lost_and_comes_back(nodes: Nodes) -> None:
+    """Requests go on without it; then Serve goes on with the same processes, and can replace one. Ends the cluster."""
+    service, _, folder = nodes
+    before = service.processes("Replica")
+    gcs = Gcs(service.cluster.state.pid, folder / "gcs.log")
+    try:
+        judge(load.under_load(service, lambda: gcs.lose(3), 12))
+        assert service.processes("Replica") == before
+        os.kill(next(iter(before.values())), signal.SIGKILL)
+        eventually("another in its place", lambda: len(set(before) & set(service.processes("Replica"))) == 1, BACK_S)
+        load.wait_for_two(service)
+        service.deploy({"adapters": {"late": str(service.adapters / "medical")}})
+        eventually("what was deployed is served", lambda: service.post("late", "text").status_code == 200, BACK_S)
+    finally:
+        gcs.close()
