@@ -19,7 +19,7 @@ MAX_NAME_CHARACTERS = 200
 _FORBIDDEN = re.compile(r"[/\\:\x00-\x1f\x7f]")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Known:
     """An adapter by name. Its content has not been looked at.
 

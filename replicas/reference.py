@@ -6,7 +6,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AdapterRef:
     """One revision of an adapter: where it lies does not matter, only what it is called and what is in it.
 

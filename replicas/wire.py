@@ -13,7 +13,7 @@ from ranklet.replicas.reference import AdapterRef
 from ranklet.replicas.stats import Held
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Call:
     """Asks for a method of the engine; a `Reply` of the same number follows."""
 
@@ -22,21 +22,21 @@ class Call:
     arguments: tuple[Any, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Cancel:
     """Nobody waits for a reply any more."""
 
     number: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Offer:
     """An adapter that may be wanted soon."""
 
     adapter: AdapterRef
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Reply:
     """A result, or the exception that came instead."""
 
@@ -44,7 +44,7 @@ class Reply:
     result: Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class News:
     """A record for the engine's listener: the name of its method, and what it is given."""
 
@@ -52,7 +52,7 @@ class News:
     record: Any
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class State:
     """How the engine is, said at every change and a few times a second."""
 

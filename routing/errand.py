@@ -5,7 +5,7 @@ from dataclasses import dataclass
 ERRAND = "errand"  # the keyword argument of a call that carries it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Errand:
     """One attempt at a call.
 

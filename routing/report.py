@@ -20,7 +20,7 @@ def level(wait_s: float) -> int:
     return math.ceil(math.log2(wait_s / _LEVEL_S)) if wait_s > _LEVEL_S else 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Load:
     """A replica's queue at one moment.
 
