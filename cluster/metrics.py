@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from ranklet.cluster.labels import BASE, AdapterLabels
-from ranklet.replicas.errors import RankletError
+from ranklet.replicas.errors import AdapterChanged, RankletError
 from ranklet.replicas.stats import BatchRecord, Listener, LoadRecord, Snapshot
 from ranklet.routing import tally
 
@@ -93,7 +93,7 @@ class ReplicaMetrics(Listener):
         self.tier_hits = counter("ranklet_tier_hits_total", "Where a request found its adapter", ["tier"])
         self.loads = counter("ranklet_adapter_loads_total", "Adapters brought into a slot", ["tier", "outcome"])
         for tier in ("disk", "host"):  # from 0 on: of a counter that begins with 1, no rate sees the first
-            for outcome in ("loaded", "refused"):
+            for outcome in ("loaded", "refused", "changed"):  # the last: its files, under way; it is loaded again
                 self.loads.labels(tier, outcome)
         self.load_seconds = histogram("ranklet_adapter_load_seconds", "Time a load takes", ["tier"], buckets=_LATENCY_S)
         self.fetches = histogram(
@@ -119,7 +119,8 @@ class ReplicaMetrics(Listener):
             self.queue_wait.observe(wait_s)
 
     def load(self, record: LoadRecord) -> None:
-        self.loads.labels(record.tier, "refused" if record.error else "loaded").inc()
+        outcome = "changed" if record.error == AdapterChanged.code else "refused" if record.error else "loaded"
+        self.loads.labels(record.tier, outcome).inc()
         if not record.error:
             self.load_seconds.labels(record.tier).observe(record.seconds)
             self.ranks[record.adapter] = record.rank

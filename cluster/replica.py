@@ -23,7 +23,7 @@ from ranklet.cluster.registry import Known, Registry
 from ranklet.cluster.sources import Sources
 from ranklet.cluster.standing import Standing
 from ranklet.replicas.call import Answer
-from ranklet.replicas.errors import AdapterChanged, InternalError, RankletError, UnknownModel
+from ranklet.replicas.errors import AdapterChanged, InternalError, RankletError
 from ranklet.replicas.process import EngineProcess
 from ranklet.replicas.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.stats import AdapterReport
@@ -34,6 +34,7 @@ GATEWAY = "Gateway"  # the deployment that is told how this one stands
 _LOADERS = 8  # adapters that somebody waits for, brought at once
 _RELEASE_POLL_S = 0.02
 _RELEASE_LATER_S = 60.0
+_TRIES = 3  # at using an adapter whose files change
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
@@ -153,17 +154,23 @@ class Replica:
         self._standing.holds(self._engine.held())
 
     async def _with(self, known: Known, use: Callable[[AdapterRef], Awaitable[T]]) -> tuple[Found, T]:
-        """Use an adapter as it is on this node now; once more if its files turn out to be others."""
-        for is_last in (False, False, True):
+        """Use an adapter as it is on this node now, and again if its files turn out to be others.
+
+        Raises:
+            UnknownModel: another revision was asked for.
+            RankletError: what `use` raises; AdapterChanged if files change at every try.
+        """
+        tries = _TRIES
+        while True:
             found = await self._finder.find(known.name, known.place)
+            known.check(found.adapter.revision)
             try:
-                known.check(found.adapter.revision)
                 return found, await use(found.adapter)
-            except (AdapterChanged, UnknownModel):
-                if is_last:
+            except AdapterChanged:
+                tries -= 1
+                if not tries:
                     raise
                 self._finder.forget(known.name)
-        raise AssertionError("the last try returns or raises")
 
     async def _bring(self, adapter: AdapterRef) -> AdapterInfo:
         return await asyncio.get_running_loop().run_in_executor(self._loaders, self._engine.load, adapter)

@@ -1,8 +1,7 @@
 """Adapters that lie elsewhere (`s3://`, `gs://`, `hf://`, `https://`), fetched once per node into a bounded cache.
 
 A place is a URL and, once it has been loaded, its revision behind a `#`. A node that fetches it later gets that content
-or none. All processes of a node share the cache: a download holds a lock, and what is
-complete appears by a rename.
+or none. All processes of a node share the cache: a download holds a lock, and what is complete appears by a rename.
 """
 
 import contextlib
