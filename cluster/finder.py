@@ -15,6 +15,7 @@ _FETCHERS = 8  # adapters that are elsewhere, fetched at once
 _LOOK_S = 0.2  # a known adapter's request waits so long for news of its folder
 _HOLDS_S = 1.0  # how long a revision is believed before the files are looked at again
 _SETTLES_S = 1.0  # files that somebody wrote so lately may not all be there: what was known goes on until then
+_Key = tuple[str, str]  # name and place
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,16 @@ class Finder:
         self._sources = sources
         self._timeout_s = timeout_s
         self._revisions = Revisions()
-        self._known: dict[tuple[str, str], tuple[float, AdapterRef]] = {}
-        self._looks: dict[tuple[str, str], asyncio.Future[Found]] = {}
+        self._known: dict[_Key, tuple[float, AdapterRef]] = {}
+        self._looks: dict[_Key, asyncio.Future[Found]] = {}
         self._lookers = ThreadPoolExecutor(_LOOKERS, thread_name_prefix="look")
         self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetch")
 
     def forget(self, name: str) -> None:
-        """Look anew when this adapter is next asked for."""
-        for key in [key for key in self._known if key[0] == name]:
-            del self._known[key]
+        """Look anew when this adapter is next asked for; a look that has begun tells those alone who wait for it."""
+        for kept in (self._known, self._looks):
+            for key in [key for key in kept if key[0] == name]:
+                del kept[key]
 
     async def find(self, name: str, place: str) -> Found:
         """The adapter's present revision; its files are looked at once a second.
@@ -84,7 +86,9 @@ class Finder:
         fetched = self._sources.fetch(place)
         return Found(AdapterRef(name, str(fetched.folder), fetched.revision), fetched.downloaded)
 
-    def _looked(self, key: tuple[str, str], look: "asyncio.Future[Found]") -> None:
+    def _looked(self, key: _Key, look: "asyncio.Future[Found]") -> None:
+        if self._looks.get(key) is not look:
+            return  # forgotten meanwhile
         del self._looks[key]
         if not look.cancelled() and look.exception() is None:
             self._known[key] = time.monotonic(), look.result().adapter

@@ -1,5 +1,6 @@
 """Adapters fetched from a real S3 server and over HTTP: once, whole, of the revision asked for, within the bound."""
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -184,6 +185,25 @@ async def test_a_source_that_hangs_holds_up_its_own_adapter_alone(adapters_dir: 
     found = await finder.find("far", "s3://models/far")
     assert (found.adapter.revision, found.downloaded) == ("r1", True)
     assert not (await finder.find("far", "s3://models/far")).downloaded
+
+
+async def test_a_look_that_began_before_a_change_was_told_is_not_believed(adapters_dir: Path, tmp_path: Path) -> None:
+    gate, revisions = threading.Event(), iter(("old", "new"))
+
+    class Changing(Cache):
+        def fetch(self, place: str) -> sources.Fetched:
+            revision = next(revisions)
+            assert revision == "new" or gate.wait(20)
+            return sources.Fetched(adapters_dir / "legal-v2", revision, downloaded=True)
+
+    finder = Finder(Changing(tmp_path), timeout_s=10)
+    early = asyncio.create_task(finder.find("far", "s3://models/far"))
+    await asyncio.sleep(0.1)
+    finder.forget("far")
+    assert (await finder.find("far", "s3://models/far")).adapter.revision == "new"
+    gate.set()
+    assert (await early).adapter.revision == "old"
+    assert (await finder.find("far", "s3://models/far")).adapter.revision == "new"
 
 
 @pytest.mark.parametrize(
