@@ -21,9 +21,9 @@ def test_requests_do_not_wait_for_a_disk_that_hangs(model_dir: Path, adapters_di
     engine = Engine(EngineConfig(model_dir, slots=2, load_timeout_s=0.2))
     engine.start()
     prompt = [np.arange(1, 9, dtype=np.int32)]
-    medical = ref(adapters_dir / "medical")
+    medical, late = ref(adapters_dir / "medical"), ref(stuck)
     with hanging(stuck / "adapter_model.safetensors"):
-        waiting = submit(engine, prompt, ref(stuck))
+        waiting = submit(engine, prompt, late)
         assert ask(engine, prompt, medical).vectors.shape == (1, 128)
         assert engine.held().coming == ("stuck",)
         assert engine.held().taken == 2
@@ -34,7 +34,7 @@ def test_requests_do_not_wait_for_a_disk_that_hangs(model_dir: Path, adapters_di
             engine.expire()
         assert isinstance(waiting.exception(), StillLoading)
         assert ask(engine, prompt, medical).tier == "gpu"
-    assert ask(engine, prompt, ref(stuck)).vectors.shape == (1, 128), "the load has gone on"
+    assert ask(engine, prompt, late).vectors.shape == (1, 128), "the load has gone on"
     engine.stop()
 
 
@@ -52,8 +52,9 @@ def test_loads_that_cannot_begin_leave_the_slots_to_those_that_serve(
         for number in range(READERS):
             folder = tmp_path / f"stuck{number}"
             shutil.copytree(adapters_dir / "legal-v2", folder)
+            read = ref(folder)
             hung.enter_context(hanging(folder / "adapter_model.safetensors"))
-            stuck.append(submit(engine, prompt, ref(folder)))
+            stuck.append(submit(engine, prompt, read))
         deadline_s = time.monotonic() + PATIENCE_S
         while len(engine.held().coming) < READERS:
             assert time.monotonic() < deadline_s
