@@ -198,14 +198,20 @@ def test_all_replicas_are_lost(nodes: Nodes) -> None:
 def test_the_gcs_is_lost_and_comes_back(nodes: Nodes) -> None:
     """Requests go on without it; then Serve goes on with the same processes, and can replace one. Ends the cluster."""
     service, _, folder = nodes
-    before = service.processes("Replica")
+
+    def known() -> dict[str, int]:
+        """The replicas; none while Serve's REST API looks for the GCS."""
+        return service.processes("Replica") if service.cluster.applications() else {}
+
+    eventually("both replicas run", lambda: len(known()) == 2, BACK_S)
+    before = known()
     gcs = Gcs(service.cluster.state.pid, folder / "gcs.log")
     try:
         judge(load.under_load(service, lambda: gcs.lose(3), 12))
-        assert service.processes("Replica") == before
+        eventually("it knows them as they were", lambda: known() == before, BACK_S)
         os.kill(next(iter(before.values())), signal.SIGKILL)
-        eventually("another in its place", lambda: len(set(before) & set(service.processes("Replica"))) == 1, BACK_S)
-        load.wait_for_two(service)
+        eventually("it is gone", lambda: len(set(before) & set(known())) == 1, BACK_S)
+        eventually("another in its place", lambda: len(known()) == 2, BACK_S)
         service.deploy({"adapters": {"late": str(service.adapters / "medical")}})
         eventually("what was deployed is served", lambda: service.post("late", "text").status_code == 200, BACK_S)
     finally:
