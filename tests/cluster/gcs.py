@@ -32,7 +32,7 @@ class Gcs:
     """The GCS of a cluster on this machine.
 
     `ray start --block` ends a head that loses its GCS, as nobody would start another; here somebody does, so it is
-    stopped meanwhile, and goes on (and ends the head) after `close`.
+    stopped from then on.
 
     Args:
         ray: process id of `ray start`.
@@ -59,8 +59,12 @@ class Gcs:
             )
 
     def close(self) -> None:
-        """Leave nothing of it."""
+        """End the head: all of its processes at once, or some would wait for others that are gone."""
         if self._another is not None:
             self._another.kill()
             self._another.wait()
+        for pid in list(family(self._ray)):
+            if pid != self._ray:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         os.kill(self._ray, signal.SIGCONT)

@@ -36,7 +36,7 @@ class Node:
 
     def lose(self) -> None:
         """All of its processes at once, without a word to anybody."""
-        for pid in family(self.process.pid):
+        for pid in list(family(self.process.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
