@@ -160,7 +160,8 @@ class Lifecycle:
         """Raises UnknownModel if another revision was asked for than the one that is served."""
         if known.wanted is not None:
             revision = await asyncio.to_thread(self._read, known)
-            known.check(revision or known.wanted)
+            if revision is not None:
+                known.check(revision)
 
     def _card(
         self, name: str, reports: Sequence[tuple[str, AdapterReport]], *, pinned: bool, served: bool

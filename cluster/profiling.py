@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ranklet.replicas.config import BACKENDS, EngineConfig
-from ranklet.replicas.reference import CONFIG_FILE, AdapterRef
-from ranklet.replicas.revision import revision_of
+from ranklet.replicas.reference import CONFIG_FILE
+from ranklet.replicas.revision import Revisions
 
 if TYPE_CHECKING:  # torch, which other commands need not wait for
     from ranklet.replicas.profile import Profile
@@ -61,7 +61,7 @@ def _run(asked: argparse.Namespace) -> int:
         base_aliases=("*",),
     )  # fmt: skip
     try:
-        adapters = [AdapterRef(path.name, str(path), revision_of(path)) for path in folders]
+        adapters = [Revisions().reference(path.name, str(path)) for path in folders]
         found = profile(config, adapters, lengths, asked.repeats)
     except RankletError as error:
         raise ValueError(error.message) from None

@@ -114,15 +114,14 @@ class Registry:
         if path is not None:
             return self._configured(name, path)
         known = None if self._root is None or reason else self._inside_root(name, self._root)
-        if known is None and "@" in name:
-            plain, _, revision = name.rpartition("@")
+        if known is not None:
+            return known
+        plain, at, revision = name.rpartition("@")
+        if at:
             known = self.find(plain, param)
             if known.wanted is None:
                 return replace(known, wanted=revision)
-            known = None
-        if known is None:
-            raise self._unknown(name, param)
-        return known
+        raise self._unknown(name, param)
 
     def is_added(self, name: str) -> bool:
         """Whether `user_config` says where it is."""

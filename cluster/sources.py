@@ -20,10 +20,9 @@ from typing import Any
 import fsspec
 
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, RankletError, Unavailable
-from ranklet.replicas.reference import CONFIG_FILE, WEIGHTS_FILE
+from ranklet.replicas.reference import FILES
 from ranklet.replicas.revision import revision_of
 
-_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 _ABOUT = "source.json"
 _CHUNK = 8 << 20
 _MD5 = re.compile("[0-9a-f]{32}")
@@ -223,7 +222,7 @@ class _Remote:
         """What each file looks like now, asked anew."""
         self._files.invalidate_cache()
         marks = {}
-        for name in _FILES:
+        for name in FILES:
             marks[name] = Mark.of(self._files.info(f"{self._path}/{name}"))
         return marks
 
@@ -265,7 +264,7 @@ def _translated(url: str) -> Iterator[None]:
         if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
             raise Unavailable(f"{url} cannot be read now: {cause}. Try again") from error
         raise AdapterNotFound(
-            f"{url}: expected {' and '.join(_FILES)} there, not found: {error}", param="path"
+            f"{url}: expected {' and '.join(FILES)} there, not found: {error}", param="path"
         ) from error
     except PermissionError as error:
         raise AdapterNotFound(f"{url}: this node may not read it: {error}", param="path") from error

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+FILES = (CONFIG_FILE, WEIGHTS_FILE)  # what an adapter is made of
 
 
 @dataclass(frozen=True)

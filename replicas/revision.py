@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ranklet.replicas.errors import AdapterNotFound
-from ranklet.replicas.reference import CONFIG_FILE, WEIGHTS_FILE, AdapterRef
+from ranklet.replicas.reference import FILES, AdapterRef
 
-_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 _CHARACTERS = 16
 _PIECE = 1 << 20  # bytes hashed for themselves, so that threads can share a file
 _THREADS = 4  # for a large one; not shared, as a disk that hangs keeps them
@@ -45,7 +44,7 @@ def revision_of(path: str | Path) -> str:
     """
     _look(path)
     whole = hashlib.sha256()
-    for name in _FILES:
+    for name in FILES:
         try:
             size, digests = _digests(Path(path) / name)
             whole.update(f"{name}:{size};".encode() + digests)
@@ -85,7 +84,7 @@ def _look(path: str | Path) -> tuple[str, float]:
     if not folder.is_dir():
         raise AdapterNotFound(f"adapter folder: expected a folder, got {str(path)!r}, which does not exist")
     marks, changed_s = [], 0.0
-    for name in _FILES:
+    for name in FILES:
         try:
             status = (folder / name).stat()
             marks.append(f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}")

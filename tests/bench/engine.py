@@ -18,7 +18,7 @@ from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine import Engine
 from ranklet.replicas.errors import RankletError
 from ranklet.replicas.reference import AdapterRef
-from ranklet.replicas.revision import revision_of
+from ranklet.replicas.revision import Revisions
 from tests.bench import report
 from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model
 
@@ -28,7 +28,7 @@ LENGTHS = {6144: 5, 512: 60, 128: 240}  # prompts of this length that fill one b
 
 def refs(paths: list[Path]) -> list[AdapterRef]:
     """The adapters as the engine wants them."""
-    return [AdapterRef(path.name, str(path), revision_of(path)) for path in paths]
+    return [Revisions().reference(path.name, str(path)) for path in paths]
 
 
 def embed(engine: Engine, prompts: list[np.ndarray], adapters: list[AdapterRef | None]) -> list[Answer]:

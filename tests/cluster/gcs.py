@@ -11,8 +11,6 @@ from pathlib import Path
 from ranklet.cluster.ports import free_ports
 from tests.cluster.nodes import family, title
 
-_READY_S = 10.0
-
 
 @contextlib.contextmanager
 def redis(folder: Path) -> Iterator[dict[str, str]]:
