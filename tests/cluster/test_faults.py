@@ -40,10 +40,11 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 def nodes(
     model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory, kept: dict[str, str]
 ) -> Iterator[Nodes]:
-    """Gateway, HAProxy and controller on the head; two nodes with room for two replicas each."""
+    """Two gateways, which a deploy replaces in turn, and HAProxy on the head; two nodes with room for two replicas each."""
     folder = tmp_path_factory.mktemp("nodes")
     content = own_configuration(model_dir, adapters_dir, folder)
     gateway, replica = content["applications"][0]["deployments"]
+    gateway["num_replicas"] = 2
     gateway["ray_actor_options"] = {"num_cpus": 0.1, "resources": {"node:__internal_head__": 0.001}}
     replica["ray_actor_options"] = {"num_cpus": 0.5, "resources": {"engine": 1}}
     replica["graceful_shutdown_timeout_s"] = 5

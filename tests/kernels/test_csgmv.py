@@ -75,8 +75,8 @@ def test_ugly_shapes(lengths: list[int], slots: list[int | None]) -> None:
     check(lengths, slots, wide=72, widths=(40, 136))
 
 
-def test_a_thousand_adapters_of_one_row() -> None:
-    slots = 1000
+def test_hundreds_of_adapters_of_one_row() -> None:
+    slots = 1000 if DEVICE == "cuda" else 300  # Triton's interpreter takes its time
     lora = oracle.random_adapters(dict.fromkeys(range(slots), (4,)), 32, (16,))
     stack = oracle.linear_stack(lora, slots, 16, 32, (16,), stale=NAN, device=DEVICE)
     _, batch = plan([1] * slots, list(range(slots)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,15 @@ def test_what_fills_a_batch_may_be_longer_than_the_model_takes(tmp_path: Path) -
     engine.stop()
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
-@pytest.mark.parametrize("backend", ["none", "native", "csgmv"])
-@pytest.mark.parametrize("lengths", [[1], [16], [5, 1, 3], [20, 4, 8], [7] * 9, [70, 40, 1, 3]], ids=str)
+BATCHES = ([1], [16], [5, 1, 3], [20, 4, 8], [7] * 9, [70, 40, 1, 3])
+CASES = [
+    pytest.param(*case, id="-".join(map(str, case)))
+    for case in product(("last", "mean", "cls"), ("none", "native", "csgmv"), BATCHES)
+    if case[1] != "csgmv" or case[0] == "last" or case[2] == [5, 1, 3]  # Triton's interpreter takes seconds for each
+]
+
+
+@pytest.mark.parametrize(("pooling", "backend", "lengths"), CASES)
 def test_padding_changes_no_vector(
     pooling: str, backend: str, lengths: list[int], padded_engines: Callable[[str], tuple[Engine, list[int]]]
 ) -> None:
