@@ -1,22 +1,29 @@
 """The device memory that adapters live in: a fixed number of slots, each with room for the largest adapter.
 
 Letters: S slots, R the pool's rank (a multiple of 16), K input width, N output width, V vocabulary. All of a slot lies
-in one run of memory: `load` zeroes the run and then copies the adapter in, so that nothing of the last tenant can be
-left behind a smaller rank.
+in one run of memory: `load` writes all of it, so that nothing of the last tenant can be left behind a smaller rank.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ranklet.kernels.stack import PACKS, EmbeddingStack, LinearStack, SlotMeta, padded_rank
+from ranklet.kernels.unpack import Room, table, unpack
 from ranklet.replicas.adapters import EMBEDDING, Adapter, Place
 from ranklet.replicas.architecture import Architecture
 from ranklet.replicas.model import Stacks
+
+_LAYOUTS = 256  # that are remembered
+_PARTS = {**PACKS, "embed_tokens": ("embed_tokens",)}  # what a stack is of
+_PART_OF = {name: part for part, names in _PARTS.items() for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +35,29 @@ class Piece:
     offset: int
     shape: tuple[int, int]
 
-    def view(self, flat: Tensor) -> Tensor:
-        """The matrix [shape]; of the embedding's A, a token is a row."""
-        run = flat[self.offset : self.offset + self.shape[0] * self.shape[1]]
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Elements from row to row and from column to column; of the embedding's A, a token is a row."""
         transposed = self.place[0] == EMBEDDING and self.side == "a"
-        return run.view(self.shape[::-1]).t() if transposed else run.view(self.shape)
+        return (1, self.shape[0]) if transposed else (self.shape[1], 1)
+
+    def view(self, flat: Tensor) -> Tensor:
+        """The matrix [shape]."""
+        return flat.as_strided(self.shape, self.strides, self.offset)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the matrices of an adapter stand; one object for all adapters with the same."""
+
+    pieces: tuple[Piece, ...]
+    places: frozenset[Place] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "places", frozenset(piece.place for piece in self.pieces))
+
+
+_layout_of = lru_cache(_LAYOUTS)(Layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +66,8 @@ class PackedAdapter:
 
     adapter_rank: int
     flat: Tensor
-    pieces: tuple[Piece, ...]
-    scalings: dict[Place, float]
+    layout: Layout
+    metas: dict[tuple[int, str], SlotMeta]  # by layer and pack, "embed_tokens" being one of its own
     modules: tuple[str, ...]
 
     @property
@@ -59,9 +84,17 @@ def pack(adapter: Adapter, dtype: torch.dtype, *, pinned: bool) -> PackedAdapter
     for place, weight in adapter.weights.items():
         a = (weight.wide, weight.rank) if place[0] == EMBEDDING else (weight.rank, weight.wide)
         pieces += [Piece(place, "a", weight.a_at, a), Piece(place, "b", weight.b_at, (weight.out, weight.rank))]
-    scalings = {place: weight.scaling for place, weight in adapter.weights.items()}
     modules = tuple(sorted({name for _, name in adapter.weights}))
-    return PackedAdapter(adapter.rank, flat, tuple(pieces), scalings, modules)
+    return PackedAdapter(adapter.rank, flat, _layout_of(tuple(pieces)), _metas(adapter), modules)
+
+
+def _metas(adapter: Adapter) -> dict[tuple[int, str], SlotMeta]:
+    found = {}
+    for layer, part in dict.fromkeys((layer, _PART_OF[name]) for layer, name in adapter.weights):
+        weights = [adapter.weights.get((layer, name)) for name in _PARTS[part]]
+        ranks = tuple(weight.rank if weight else 0 for weight in weights)
+        found[layer, part] = SlotMeta(ranks, tuple(weight.scaling if weight else 0.0 for weight in weights))
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,6 +127,8 @@ class AdapterPool:
     def __post_init__(self) -> None:
         self.rank = padded_rank(self.max_rank)
         self._stacks: dict[tuple[int, str], LinearStack] = {}
+        self._rooms: dict[tuple[Place, str], Room] = {}
+        self._tables: WeakKeyDictionary[Layout, Tensor] = WeakKeyDictionary()
         self.tenants = [Tenant(frozenset())] * self.slots
         self._data = torch.zeros((self.slots, self._slot_elements()), dtype=self.dtype, device=self.device)
         slices = (self.slots, self._slot_slices())
@@ -145,13 +180,12 @@ class AdapterPool:
         slices = sum(len(names) for names in self._packs().values()) * self.architecture.layers
         return slices + ("embed_tokens" in self.modules)
 
+    def _part(self, offset: int, rows: int, columns: int) -> Tensor:
+        """Of every slot, a matrix [S, rows, columns]."""
+        return self._data[:, offset : offset + rows * columns].view(self.slots, rows, columns)
+
     def _carve(self) -> None:
         offset = column = 0
-
-        def take(rows: int, columns: int) -> Tensor:
-            nonlocal offset
-            start, offset = offset, offset + rows * columns
-            return self._data[:, start:offset].view(self.slots, rows, columns)
 
         def metadata(slices: int) -> tuple[Tensor, Tensor]:
             nonlocal column
@@ -161,14 +195,24 @@ class AdapterPool:
         for layer in range(self.architecture.layers):
             for pack_name, names in self._packs().items():
                 wide, widths = self._pack_shape(names)
-                a, b = take(len(widths) * self.rank, wide), take(sum(widths), self.rank)
+                for name in names:
+                    self._rooms[(layer, name), "a"] = Room(offset, self.rank, wide)
+                    offset += self.rank * wide
+                for name, width in zip(names, widths, strict=True):
+                    self._rooms[(layer, name), "b"] = Room(offset, width, self.rank)
+                    offset += width * self.rank
+                a = self._part(self._rooms[(layer, names[0]), "a"].at, len(names) * self.rank, wide)
+                b = self._part(self._rooms[(layer, names[0]), "b"].at, sum(widths), self.rank)
                 self._stacks[layer, pack_name] = LinearStack(a, b, widths, *metadata(len(widths)))
         self.layers = [
             Stacks(**{name: self._stacks[layer, name] for name in self._packs()})
             for layer in range(self.architecture.layers)
         ]
         if "embed_tokens" in self.modules:
-            a, b = take(self.architecture.vocab, self.rank), take(self.architecture.hidden, self.rank)
+            place, vocab, hidden = (EMBEDDING, "embed_tokens"), self.architecture.vocab, self.architecture.hidden
+            self._rooms[place, "a"] = Room(offset, vocab, self.rank)
+            self._rooms[place, "b"] = Room(offset + vocab * self.rank, hidden, self.rank)
+            a, b = (self._part(*self._rooms[place, side][:3]) for side in "ab")
             self.embedding = EmbeddingStack(a, b, *metadata(1))
 
     @contextmanager
@@ -209,45 +253,45 @@ class AdapterPool:
             done = self._stream.record_event()
         done.synchronize()
 
-    def _write(self, slot: int, packed: PackedAdapter, flat: Tensor) -> None:
-        self._data[slot].zero_()
-        targets = [self._target(slot, piece) for piece in packed.pieces]
-        torch._foreach_copy_(targets, [piece.view(flat) for piece in packed.pieces])
-        self._describe(slot, packed)
-        self.tenants[slot] = Tenant(frozenset(packed.scalings))
+    def rehearse(self) -> None:
+        """Load nothing, so that what a load launches is compiled; before the first `load`."""
+        self.load(0, PackedAdapter(0, torch.zeros(1, dtype=self.dtype), _layout_of(()), {}, ()))
 
-    def _target(self, slot: int, piece: Piece) -> Tensor:
-        layer, name = piece.place
-        if layer == EMBEDDING:
-            assert self.embedding is not None  # verification refuses adapters the pool has no room for
-            side = self.embedding.a if piece.side == "a" else self.embedding.b
-            return side[slot, :, : piece.shape[1]]
-        pack_name, index = _slice_of(name)
-        stack = self._stacks[layer, pack_name]
-        if piece.side == "a":
-            return stack.a[slot, index * self.rank : index * self.rank + piece.shape[0]]
-        column = sum(stack.widths[:index])
-        return stack.b[slot, column : column + stack.widths[index], : piece.shape[1]]
+    def _write(self, slot: int, packed: PackedAdapter, flat: Tensor) -> None:
+        data, layout = self._data[slot], packed.layout
+        if data.is_cuda:
+            if layout not in self._tables:
+                self._tables[layout] = table(self._furnished(layout), self.device)
+            unpack(flat, data, self._tables[layout])
+        else:
+            data.zero_()
+            for piece in layout.pieces:
+                room = self._rooms[piece.place, piece.side]
+                matrix = data[room.at : room.at + room.rows * room.columns].view(room.rows, room.columns)
+                matrix[: piece.shape[0], : piece.shape[1]] = piece.view(flat)
+        self._describe(slot, packed)
+        self.tenants[slot] = Tenant(layout.places)
+
+    def _furnished(self, layout: Layout) -> list[Room]:
+        """All rooms of a slot, with what comes into them."""
+        rooms = dict(self._rooms)
+        for piece in layout.pieces:
+            room = rooms[piece.place, piece.side]  # verification refuses adapters the pool has no room for
+            rooms[piece.place, piece.side] = Room(*room[:3], piece.offset, *piece.shape, *piece.strides)
+        return list(rooms.values())
 
     def _describe(self, slot: int, packed: PackedAdapter) -> None:
-        ranks = {piece.place: piece.shape[1] for piece in packed.pieces if piece.side == "b"}
-        metas = []
-        for (layer, pack_name), stack in self._stacks.items():
-            stack.meta[slot] = _meta([(layer, name) for name in PACKS[pack_name]], ranks, packed)
-            metas.append(stack.meta[slot])
+        stacks: dict[tuple[int, str], LinearStack | EmbeddingStack] = {**self._stacks}
         if self.embedding is not None:
-            self.embedding.meta[slot] = _meta([(EMBEDDING, "embed_tokens")], ranks, packed)
-            metas.append(self.embedding.meta[slot])
+            stacks[EMBEDDING, "embed_tokens"] = self.embedding
+        for where, stack in stacks.items():
+            stack.meta[slot] = packed.metas.get(where) or _nothing(len(stack.meta[slot].ranks))
+        metas = [stack.meta[slot] for stack in stacks.values()]
         # One copy for all projections: the stacks' tables are columns of these.
-        self._ranks[slot] = torch.tensor([rank for meta in metas for rank in meta.ranks], dtype=torch.int32)
-        self._scalings[slot] = torch.tensor([scaling for meta in metas for scaling in meta.scalings])
+        self._ranks[slot] = torch.tensor([*chain(*(meta.ranks for meta in metas))], dtype=torch.int32)
+        self._scalings[slot] = torch.tensor([*chain(*(meta.scalings for meta in metas))])
 
 
-def _meta(places: list[Place], ranks: dict[Place, int], packed: PackedAdapter) -> SlotMeta:
-    return SlotMeta(
-        tuple(ranks.get(place, 0) for place in places), tuple(packed.scalings.get(place, 0.0) for place in places)
-    )
-
-
-def _slice_of(name: str) -> tuple[str, int]:
-    return next((pack_name, names.index(name)) for pack_name, names in PACKS.items() if name in names)
+@lru_cache
+def _nothing(slices: int) -> SlotMeta:
+    return SlotMeta((0,) * slices, (0.0,) * slices)

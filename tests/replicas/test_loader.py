@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ranklet.replicas.adapters import Expectation
 from ranklet.replicas.errors import AdapterNotFound, InternalError, InvalidAdapter
 from ranklet.replicas.loader import HostCache, Loader, LoadOutcome
-from ranklet.replicas.pool import AdapterPool, PackedAdapter
+from ranklet.replicas.pool import AdapterPool, Layout, PackedAdapter
 from ranklet.replicas.reference import AdapterRef
 from tests.assets.broken import BROKEN
 from tests.assets.make import AdapterSpec
@@ -23,7 +23,7 @@ REFS = [AdapterRef(f"a{index}", f"/{index}", "1") for index in range(6)]
 
 
 def packed(elements: int) -> PackedAdapter:
-    return PackedAdapter(1, torch.zeros(elements), (), {}, ())
+    return PackedAdapter(1, torch.zeros(elements), Layout(()), {}, ())
 
 
 calls = st.lists(

@@ -111,7 +111,7 @@ def test_packing_rounds_once_to_the_pools_dtype(adapters: dict[str, Adapter]) ->
     assert packed.flat.dtype == torch.bfloat16
     assert packed.nbytes == 2 * sum(weight.a.numel() + weight.b.numel() for weight in adapter.weights.values())
     assert packed.modules == tuple(sorted({name for _, name in adapter.weights}))
-    for piece in packed.pieces:
+    for piece in packed.layout.pieces:
         weight = adapter.weights[piece.place]
         assert torch.equal(piece.view(packed.flat), (weight.a if piece.side == "a" else weight.b).bfloat16())
 
@@ -145,3 +145,23 @@ def test_a_posing_pool_is_empty_again(make_pool: Callable[[], AdapterPool], adap
     pool.load(0, pack(adapter, torch.float32, pinned=False))
     assert pool.ranks(0) == {place: weight.rank for place, weight in adapter.weights.items()}
     assert pool.ranks(1) == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_gpu_holds_what_the_cpu_does(
+    architecture: Architecture, adapters: dict[str, Adapter], dtype: torch.dtype
+) -> None:
+    """Every adapter over every other, bit for bit: a kernel writes there, torch here."""
+    here, there = (AdapterPool(architecture, 2, 64, LORA_MODULES, torch.device(at), dtype) for at in ("cpu", "cuda"))
+    there.rehearse()
+    for _ in range(2):
+        for adapter in adapters.values():
+            packed = pack(adapter, dtype, pinned=False)
+            for pool in (here, there):
+                pool.load(1, packed)
+            assert torch.equal(memory(here, 1), memory(there, 1).cpu())
+            assert here.ranks(1) == there.ranks(1)
+            assert torch.equal(here._ranks, there._ranks.cpu())
+            assert torch.equal(here._scalings, there._scalings.cpu())
+    assert not memory(there, 0).any()

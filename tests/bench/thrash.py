@@ -1,0 +1,139 @@
+"""More adapters than slots on one engine: what is left of its throughput as adapters must come and go.
+
+So many prompts as four replicas' clients keep waiting at each are in flight all the time, each for one of the adapters
+at random. All adapters are in host memory; the first row has a slot for each.
+
+usage: python -m tests.bench.thrash [--adapters 64 66 72 80 96 128] [--slots 64] [--tokens 512] [--out FOLDER]
+"""
+
+import argparse
+import statistics
+import tempfile
+import threading
+from pathlib import Path
+from time import perf_counter, sleep
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from ranklet.replicas.call import Answer
+from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.engine import Engine
+from ranklet.replicas.errors import RankletError
+from ranklet.replicas.reference import AdapterRef
+from ranklet.replicas.stats import BatchRecord, Listener, LoadRecord
+from tests.bench import report
+from tests.bench.engine import refs
+from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model
+
+
+class Watch(Listener):
+    """Batches and loads since the last `clear`."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.batches: list[BatchRecord] = []
+        self.loads: list[LoadRecord] = []
+
+    def batch(self, record: BatchRecord) -> None:
+        self.batches.append(record)
+
+    def load(self, record: LoadRecord) -> None:
+        self.loads.append(record)
+
+
+class Traffic:
+    """Prompts of one length, so many in flight all the time, for adapters at random."""
+
+    def __init__(self, engine: Engine, adapters: list[AdapterRef], tokens: int, in_flight: int) -> None:
+        self._engine = engine
+        self._adapters = adapters
+        self._rng = np.random.default_rng(tokens)
+        self._prompt = self._rng.integers(0, engine.limits.vocab, tokens, dtype=np.int32)
+        self._free = threading.Semaphore(in_flight)
+        self._in_flight = in_flight
+        self._failed: RankletError | None = None
+        self._over = False
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Traffic":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Waits for the last answer; raises what a request failed with."""
+        self._over = True
+        self._thread.join()
+        for _ in range(self._in_flight):
+            self._free.acquire()
+        if self._failed is not None:
+            raise self._failed
+
+    def _run(self) -> None:
+        while not self._over:
+            self._free.acquire()
+            adapter = self._adapters[int(self._rng.integers(len(self._adapters)))]
+            self._engine.submit([self._prompt], adapter, None, self._done)
+
+    def _done(self, answer: Answer | RankletError) -> None:
+        if isinstance(answer, RankletError):
+            self._failed = answer
+        self._free.release()
+
+
+def measured(engine: Engine, watch: Watch, adapters: list[AdapterRef], options: argparse.Namespace) -> dict[str, Any]:
+    """One row."""
+    with Traffic(engine, adapters, options.tokens, options.in_flight):
+        sleep(options.settle)
+        watch.clear()
+        began_s = perf_counter()
+        sleep(options.seconds)
+        seconds, batches, loads = perf_counter() - began_s, list(watch.batches), list(watch.loads)
+    return {
+        "adapters": len(adapters), "slots": options.slots, "tokens": options.tokens, "in flight": options.in_flight,
+        "tokens_per_s": sum(batch.tokens for batch in batches) / seconds,
+        "device busy": sum(batch.compute_s for batch in batches) / seconds,
+        "batch_tokens": statistics.mean(batch.tokens for batch in batches),
+        "loads_per_s": len(loads) / seconds,
+        "load_ms": statistics.median(load.seconds for load in loads) * 1e3 if loads else 0.0,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
+    parser.add_argument("--adapters", type=int, nargs="+", default=[64, 66, 72, 80, 96, 128])
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--in-flight", type=int, default=800)
+    parser.add_argument("--settle", type=float, default=2.0, help="seconds that do not count")
+    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
+    options = parser.parse_args()
+    watch = Watch()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = write_model(folder / "model", layers=options.layers)
+        made = refs(write_adapters(folder / "adapters", max(options.adapters), layers=options.layers))
+        config = EngineConfig(
+            model_dir=model, slots=options.slots, max_batch_tokens=30_720, max_rank=64, lora_modules=ATTENTION,
+            host_cache_bytes=16 << 30,
+        )  # fmt: skip
+        engine = Engine(config, watch)
+        engine.start()
+        try:
+            for ref in track(reversed(made), description="loading adapters", total=len(made)):
+                engine.load(ref)
+            rows = [measured(engine, watch, made[:count], options) for count in track(options.adapters)]
+        finally:
+            engine.stop()
+    for row in rows:
+        row["of all resident"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
+    report.save("thrash", rows, options.out)
+
+
+if __name__ == "__main__":
+    main()
