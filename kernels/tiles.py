@@ -128,25 +128,45 @@ class TileTable:
 
 
 def fitted(tile: Tile, key: Key, shared_bytes: int) -> Tile:
-    """The tile with as many stages as shared memory holds for this launch, and steps cut in half where none fits."""
+    """The tile with as many stages as shared memory holds for this launch, and steps cut in half where none fits.
+
+    Float32 has no matrix units that round nothing: its steps are cut until Triton can unroll them within seconds.
+    """
+    while key.itemsize > 2 and _unrolled(tile, key) > _MOST_UNROLLED and (smaller := _halved(tile)) != tile:
+        tile = smaller
     while _shared_bytes(tile, key) > shared_bytes:
-        if tile.stages > 1:
-            tile = replace(tile, stages=tile.stages - 1)
-        elif isinstance(tile, ExpandTile) and tile.block_n > _LEAST_STEP:
-            tile = replace(tile, block_n=tile.block_n // 2)
-        elif not isinstance(tile, ExpandTile) and tile.block_k > _LEAST_STEP:
-            tile = replace(tile, block_k=tile.block_k // 2)
-        else:
+        smaller = replace(tile, stages=tile.stages - 1) if tile.stages > 1 else _halved(tile)
+        if smaller == tile:
             return tile
+        tile = smaller
     return tile
 
 
-_LEAST_STEP = 32
+def _halved(tile: Tile) -> Tile:
+    """With steps of half the size, if they are not the smallest already."""
+    if isinstance(tile, ExpandTile):
+        return replace(tile, block_n=max(tile.block_n // 2, min(_LEAST_STEP, tile.block_n)))
+    return replace(tile, block_k=max(tile.block_k // 2, min(_LEAST_STEP, tile.block_k)))
+
+
+def _unrolled(tile: Tile, key: Key) -> int:
+    """Multiplications of one thread in one step of `shrink` or `expand`; products with the base are of 16 bits."""
+    step = tile.block_n if isinstance(tile, ExpandTile) else tile.block_k * len(key.widths)
+    return key.height * _rank(key) * step // (32 * tile.warps)
+
+
+def _rank(key: Key) -> int:
+    """As Triton's blocks have it."""
+    return 1 << (key.rank - 1).bit_length()
+
+
+_MOST_UNROLLED = 1024  # a second to compile; 8192 take ten, and there are dozens of kernels
+_LEAST_STEP = 16
 
 
 def _shared_bytes(tile: Tile, key: Key) -> int:
     """Shared memory of one program: operands of every stage, and what is loaded once."""
-    rank = 1 << (key.rank - 1).bit_length()
+    rank = _rank(key)
     if isinstance(tile, ShrinkTile):
         elements = tile.stages * tile.block_k * (key.height + len(key.widths) * rank)
     elif isinstance(tile, ExpandTile):

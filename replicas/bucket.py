@@ -12,21 +12,25 @@ from ranklet.replicas.ragged import LEAST_LONGEST
 
 _LEAST_TOKENS = 16
 _COARSE_TOKENS = 1024  # up to so many, a replay saves more than a quarter of the tokens costs
+_FULL = 31 / 32  # of all that a batch may have: nothing else fits in most of those
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """What a padded batch has: from 64 tokens on at most a quarter more than were asked for, from 1024 on an eighth."""
+    """What a padded batch has: from 64 tokens on at most a quarter more than were asked for, from 1024 on an eighth.
+
+    A batch that is as good as full has as many as it may have.
+    """
 
     tokens: int
     prompts: int
     longest: int
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> "Bucket":
-        """The bucket of prompts of these lengths, each at least 1."""
+    def of(cls, lengths: Sequence[int], most: int) -> "Bucket":
+        """The bucket of prompts of these lengths, each at least 1, where a batch has at most so many tokens."""
         asked, longest = sum(lengths), power_of_two(max(*lengths, LEAST_LONGEST))
-        tokens = _rounded(asked)
+        tokens = most if is_full(asked, most) else _rounded(asked)
         fillers = -(-(tokens - asked) // longest)
         return cls(tokens, 2 * power_of_four(-(-(len(lengths) + fillers) // 2)), longest)
 
@@ -35,6 +39,11 @@ class Bucket:
         whole, rest = divmod(self.tokens - sum(lengths), self.longest)
         fillers = (self.longest,) * whole + (rest,) * (rest > 0)
         return (*lengths, *fillers, *(0,) * (self.prompts - len(lengths) - len(fillers)))
+
+
+def is_full(tokens: int, most: int) -> bool:
+    """Whether a batch of so many tokens is rounded up to the most that there may be."""
+    return most * _FULL <= tokens <= most
 
 
 def _rounded(tokens: int) -> int:

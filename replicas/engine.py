@@ -71,7 +71,8 @@ class Engine:
         table = SlotTable(config.slots)
         self._residency = Residency(table, self._loader, self._loaded, self._listener.evicted)
         self.pools_last = pooling.mode == "last"
-        self.stepper = Stepper(model, self._pool, pooling, config.backend, config.merged_bytes)
+        most = config.max_batch_tokens
+        self.stepper = Stepper(model, self._pool, pooling, config.backend, config.merged_bytes, most)
         self._normalize = pooling.normalize
         self._depth = 2 if device.type == "cuda" else 1
         self._pace = Pace()
@@ -96,7 +97,7 @@ class Engine:
     def start(self) -> None:
         """Begin to serve. On a GPU it compiles the kernels first: some 20 s where nothing was compiled before."""
         config = self.config
-        self.stepper.warm(self.limits.max_model_len, config.max_batch_tokens, config.max_batch_requests)
+        self.stepper.warm(self.limits.max_model_len, config.max_batch_requests)
         for thread in self._threads:
             thread.start()
 

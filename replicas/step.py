@@ -23,7 +23,7 @@ from ranklet.kernels.merged import Merged
 from ranklet.kernels.warm import warm
 from ranklet.replicas import ragged
 from ranklet.replicas.attention import Spans, reads_offsets_alone
-from ranklet.replicas.bucket import Bucket
+from ranklet.replicas.bucket import Bucket, is_full
 from ranklet.replicas.model import Decoder, Mark, Tokens, unmarked
 from ranklet.replicas.pool import AdapterPool
 from ranklet.replicas.pooling import Pooling
@@ -31,8 +31,7 @@ from ranklet.replicas.replay import Replays
 
 logger = logging.getLogger(__name__)
 
-_REPLAYED_TOKENS = 8192  # larger batches keep the device busy longer than Python takes to launch them
-
+_REPLAYED_TOKENS = 8192  # larger batches keep the device busy longer than Python takes to launch them; see `Bucket`
 _REHEARSED_TOKENS = (16, 300, 1100, 5000)
 _REHEARSED_ADAPTERS = (1, 2, 8, 64)
 
@@ -91,8 +90,11 @@ def rehearsals(
 class Stepper:
     """Runs batches of one model on one device."""
 
-    def __init__(self, model: Decoder, pool: AdapterPool, pooling: Pooling, backend: str, merged_bytes: int) -> None:
+    def __init__(
+        self, model: Decoder, pool: AdapterPool, pooling: Pooling, backend: str, merged_bytes: int, max_tokens: int
+    ) -> None:
         self._model = model
+        self._max_tokens = max_tokens
         self._pool = pool
         self._pooling = pooling
         self._backend = backend
@@ -108,11 +110,14 @@ class Stepper:
         self._replays = Replays(model.device) if self._cuda else None
         self._rounds = reads_offsets_alone(model.device, model.dtype, model.architecture.windows)
 
-    def warm(self, longest: int, max_tokens: int, max_requests: int) -> None:
-        """Compile and load what prompts and batches of up to so many tokens need, so that no request waits for it."""
-        if not self._cuda:
+    def warm(self, longest: int, max_requests: int) -> None:
+        """Compile and load what prompts and batches of up to so many tokens need, so that no request waits for it.
+
+        Not in float32, which is for comparisons: Triton takes seconds for each of some hundred kernels.
+        """
+        if not self._cuda or self._model.dtype == torch.float32:
             return
-        began_s = perf_counter()
+        began_s, max_tokens = perf_counter(), self._max_tokens
         if self._backend != "native":
             places = torch.zeros(max_tokens, dtype=torch.int32, device=self._model.device)
             rotary = self._model.rotary(self._model.layers[0], places)
@@ -124,6 +129,7 @@ class Stepper:
         long = [np.zeros(longest, dtype=np.int32)] * max(1, max_tokens // longest)
         for prompts in ([np.zeros(1, dtype=np.int32)], long):
             self.launch(prompts, [None] * len(prompts)).wait()
+        self._pool.rehearse()
         with self._pool.posing():
             for lengths, slots in rehearsals(self._pool.slots, longest, max_tokens, max_requests):
                 self.launch([np.zeros(length, dtype=np.int32) for length in lengths], slots).wait()
@@ -145,11 +151,13 @@ class Stepper:
         order, lora = plan([len(prompt) for prompt in prompts], slots)
         lora = dispatch.choose(lora, self._layer, self._backend)
         self._merged.observe(lora)
-        small = self._replays is not None and lora.rows <= _REPLAYED_TOKENS and mark is None
-        padded = small and self._rounds and lora.backend in ("csgmv", "none")
+        replayed = self._replays is not None and mark is None
+        rounds = self._rounds and lora.backend in ("csgmv", "none")
+        replayed = replayed and (lora.rows <= _REPLAYED_TOKENS or (rounds and is_full(lora.rows, self._max_tokens)))
+        padded = replayed and rounds
         layout = self._lay_out([prompts[i] for i in order], lora, padded=padded)
         began = self._mark()
-        shape = self._shape(layout) if small else None
+        shape = self._shape(layout) if replayed else None
         if shape is None or self._replays is None:
             moved = layout.buffer.to(self._model.device, non_blocking=True)
             vectors = self._forward(layout, moved, mark or unmarked)
@@ -168,7 +176,7 @@ class Stepper:
         lengths = tuple(len(prompt) for prompt in prompts)
         longest, asked = max(lengths), sum(lengths)
         if padded:
-            bucket = Bucket.of(lengths)
+            bucket = Bucket.of(lengths, self._max_tokens)
             lengths, longest, lora = bucket.filled(lengths), bucket.longest, replace(lora, rows=bucket.tokens)
         if len(self._count) < longest:
             self._count = np.arange(longest, dtype=np.int32)
