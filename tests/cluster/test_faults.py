@@ -40,7 +40,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 def nodes(
     model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory, kept: dict[str, str]
 ) -> Iterator[Nodes]:
-    """Two gateways, which a deploy replaces in turn, and HAProxy on the head; two nodes with room for two replicas each."""
+    """Two gateways, which a deploy replaces in turn, HAProxy on the head; two nodes with room for two replicas each."""
     folder = tmp_path_factory.mktemp("nodes")
     content = own_configuration(model_dir, adapters_dir, folder)
     gateway, replica = content["applications"][0]["deployments"]
