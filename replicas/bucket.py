@@ -12,14 +12,14 @@ from ranklet.replicas.ragged import LEAST_LONGEST
 
 _LEAST_TOKENS = 16
 _COARSE_TOKENS = 1024  # up to so many, a replay saves more than a quarter of the tokens costs
+_FINE_TOKENS = 8192  # from so many on, a sixteenth of the tokens costs more than is saved
 _FULL = 31 / 32  # of all that a batch may have: nothing else fits in most of those
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """What a padded batch has: from 64 tokens on at most a quarter more than were asked for, from 1024 on an eighth.
-
-    A batch that is as good as full has as many as it may have.
+    """What a padded batch has: at most a quarter more than was asked for from 64 tokens on, an eighth from 1024 on, a
+    sixteenth from 8192 on. A batch that is as good as full has as many tokens as it may have.
     """
 
     tokens: int
@@ -47,7 +47,7 @@ def is_full(tokens: int, most: int) -> bool:
 
 
 def _rounded(tokens: int) -> int:
-    """Up to the next of four steps between powers of two, of eight for many."""
-    finer = 3 if tokens <= _COARSE_TOKENS else 4
+    """Up to the next of four steps between powers of two, of eight or sixteen for many."""
+    finer = 3 if tokens <= _COARSE_TOKENS else 4 if tokens <= _FINE_TOKENS else 5
     step = max(_LEAST_TOKENS, 1 << max(tokens.bit_length() - finer, 0))
     return -(-tokens // step) * step

@@ -31,7 +31,7 @@ from ranklet.replicas.replay import Replays
 
 logger = logging.getLogger(__name__)
 
-_REPLAYED_TOKENS = 8192  # larger batches keep the device busy longer than Python takes to launch them; see `Bucket`
+_REPLAYED_TOKENS = 16_384  # larger batches keep the device busy longer than Python takes to launch them; see `Bucket`
 _REHEARSED_TOKENS = (16, 300, 1100, 5000)
 _REHEARSED_ADAPTERS = (1, 2, 8, 64)
 

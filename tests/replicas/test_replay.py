@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["csgmv", "native"])
 def engine(folder: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
-    running = Engine(EngineConfig(folder / "model", slots=2, backend=request.param, max_batch_tokens=10_000))
+    running = Engine(EngineConfig(folder / "model", slots=2, backend=request.param, max_batch_tokens=20_000))
     running.start()
     yield running
     running.stop()
@@ -146,7 +146,7 @@ def test_large_batches_and_shed_ones_are_launched(folder: Path, engine: Engine) 
     stepper = engine.stepper
     assert stepper._replays is not None
     for _ in range(4):
-        ask(engine, draw(9000), None)
+        ask(engine, draw(17_000), None)
     assert len(stepper._replays) == 0
     for _ in range(4):
         kept = ask(engine, draw(12), None).vectors
@@ -156,3 +156,23 @@ def test_large_batches_and_shed_ones_are_launched(folder: Path, engine: Engine) 
     for _ in range(4):
         np.testing.assert_allclose(ask(engine, draw(12), None).vectors, kept, atol=2e-3)
     assert len(stepper._replays) == 1, "captured again after all were dropped"
+
+
+def test_full_batches_share_a_graph(folder: Path) -> None:
+    """Larger than what is replayed otherwise; what a few tokens too few leave free is filled up."""
+    engine = Engine(EngineConfig(folder / "model", slots=2, backend="csgmv", max_batch_tokens=20_000))
+    stepper, adapter = engine.stepper, adapters(folder)[1]
+    assert stepper._replays is not None
+    assert adapter is not None
+    engine.start()
+    engine.load(adapter)
+    slot, rng = engine.slot_of(adapter), np.random.default_rng(0)
+    for turn in range(6):
+        lengths = [1500, *rng.integers(880, 920, 19).tolist()]
+        lengths.append(19_990 - turn - sum(lengths))
+        prompts = [rng.integers(0, 1000, length, dtype=np.int32) for length in lengths]
+        slots = [(None, slot)[int(rng.integers(2))] for _ in prompts]
+        plain = stepper.launch(prompts, slots, _unmarked).wait()
+        assert (stepper.launch(prompts, slots).wait() * plain).sum(1).min() >= 0.9999
+    assert len(stepper._replays) == 1
+    engine.stop()
