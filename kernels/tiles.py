@@ -30,7 +30,7 @@ class Key(NamedTuple):
     rank: int
     height: int  # rows of a tile
     rows: int  # of the whole batch
-    itemsize: int = 2  # bytes of an element; tables are tuned for 2
+    itemsize: int = 2  # bytes of an element; tables are tuned for so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,8 @@ _TALL = 64
 
 def default(key: Key) -> Tile:
     """A sane tile for any GPU."""
+    if key.itemsize > _TUNED_BYTES and key.op in _UNROLLED:
+        return _UNROLLED[key.op]
     if key.op == "shrink":
         few = key.height <= 32
         return ShrinkTile(block_k=128 if few else 64, split=2 if few else 1, warps=4, stages=3)
@@ -92,6 +94,14 @@ def default(key: Key) -> Tile:
         return _WHOLE[key.op]
     return FusedTile(block_n=128, block_k=64, group=8, halves=1, warps=8, stages=3, pays=key.height >= _TALL)
 
+
+# Where matrix units would round, as in float32, Triton unrolls a step's products: with tiles made for 16 bits it
+# compiles a kernel for a minute, with these for a second. One tile for all, since there are no more kernels then.
+_UNROLLED: dict[str, Tile] = {
+    "shrink": ShrinkTile(block_k=16, split=1, warps=8, stages=2),
+    "expand": ExpandTile(block_n=32, loop=4, warps=8, stages=2),
+}
+_TUNED_BYTES = 2
 
 # Products of the base alone that do the next step too. Of 20 tiles each these were the fastest on an H200.
 _WHOLE = {
@@ -119,7 +129,7 @@ class TileTable:
         if key in self._entries:
             return self._entries[key]
         near = [known for known in self._entries if known.op == key.op and len(known.widths) == len(key.widths)]
-        if not near:
+        if not near or key.itemsize > _TUNED_BYTES:
             return fitted(default(key), key, self._shared_bytes)
         nearest = min(near, key=lambda known: _distance(known, key))
         if _distance(nearest, key) > _NEAR:
@@ -128,45 +138,25 @@ class TileTable:
 
 
 def fitted(tile: Tile, key: Key, shared_bytes: int) -> Tile:
-    """The tile with as many stages as shared memory holds for this launch, and steps cut in half where none fits.
-
-    Float32 has no matrix units that round nothing: its steps are cut until Triton can unroll them within seconds.
-    """
-    while key.itemsize > 2 and _unrolled(tile, key) > _MOST_UNROLLED and (smaller := _halved(tile)) != tile:
-        tile = smaller
+    """The tile with as many stages as shared memory holds for this launch, and steps cut in half where none fits."""
     while _shared_bytes(tile, key) > shared_bytes:
-        smaller = replace(tile, stages=tile.stages - 1) if tile.stages > 1 else _halved(tile)
-        if smaller == tile:
+        if tile.stages > 1:
+            tile = replace(tile, stages=tile.stages - 1)
+        elif isinstance(tile, ExpandTile) and tile.block_n > _LEAST_STEP:
+            tile = replace(tile, block_n=tile.block_n // 2)
+        elif not isinstance(tile, ExpandTile) and tile.block_k > _LEAST_STEP:
+            tile = replace(tile, block_k=tile.block_k // 2)
+        else:
             return tile
-        tile = smaller
     return tile
 
 
-def _halved(tile: Tile) -> Tile:
-    """With steps of half the size, if they are not the smallest already."""
-    if isinstance(tile, ExpandTile):
-        return replace(tile, block_n=max(tile.block_n // 2, min(_LEAST_STEP, tile.block_n)))
-    return replace(tile, block_k=max(tile.block_k // 2, min(_LEAST_STEP, tile.block_k)))
-
-
-def _unrolled(tile: Tile, key: Key) -> int:
-    """Multiplications of one thread in one step of `shrink` or `expand`; products with the base are of 16 bits."""
-    step = tile.block_n if isinstance(tile, ExpandTile) else tile.block_k * len(key.widths)
-    return key.height * _rank(key) * step // (32 * tile.warps)
-
-
-def _rank(key: Key) -> int:
-    """As Triton's blocks have it."""
-    return 1 << (key.rank - 1).bit_length()
-
-
-_MOST_UNROLLED = 1024  # a second to compile; 8192 take ten, and there are dozens of kernels
-_LEAST_STEP = 16
+_LEAST_STEP = 32
 
 
 def _shared_bytes(tile: Tile, key: Key) -> int:
     """Shared memory of one program: operands of every stage, and what is loaded once."""
-    rank = _rank(key)
+    rank = 1 << (key.rank - 1).bit_length()
     if isinstance(tile, ShrinkTile):
         elements = tile.stages * tile.block_k * (key.height + len(key.widths) * rank)
     elif isinstance(tile, ExpandTile):

@@ -122,6 +122,24 @@ def test_padding_changes_no_vector(
     torch.testing.assert_close(vectors[1], vectors[0], rtol=1e-5, atol=1e-5)
 
 
+def test_a_batch_that_is_filled_up_has_the_same_vectors(
+    padded_engines: Callable[[str], tuple[Engine, list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the most is; here no multiple of sixteen."""
+    engine, slots = padded_engines("last")
+    stepper, lengths = engine.stepper, [70, 40, 1, 13]
+    monkeypatch.setattr(stepper, "_max_tokens", 126)
+    prompts = [np.full(length, 7 + i, dtype=np.int32) for i, length in enumerate(lengths)]
+    order, lora = plan(lengths, [slots[0], None, slots[1], slots[0]])
+    lora, vectors = replace(lora, backend="csgmv"), []
+    for padded in (False, True):
+        layout = stepper._lay_out([prompts[i] for i in order], lora, padded=padded)
+        assert layout.lora.rows == (126 if padded else 124)
+        with torch.inference_mode():
+            vectors.append(stepper._forward(layout, layout.buffer)[: len(lengths)])
+    torch.testing.assert_close(vectors[1], vectors[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture
 def stepper(tmp_path: Path) -> Iterator[Stepper]:
     """One that rounds batches up as on a GPU."""
