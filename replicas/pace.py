@@ -3,6 +3,7 @@
 from collections import deque
 
 _SAME = 1.05  # rates that differ by less are the same
+_WORTH = 1.15  # a small batch may be slower by so much, where others would wait for a large one
 
 
 class Pace:
@@ -41,10 +42,10 @@ class Pace:
         return None
 
     def small(self) -> int | None:
-        """The smallest batch, in tokens, that is not slower a token; smaller ones than seen so far are tried."""
+        """The smallest batch, in tokens, that is not much slower a token; smaller ones than seen so far are tried."""
         if not self._rates:
             return None
-        worth = _SAME * min(self._rates.values())
+        worth = _WORTH * min(self._rates.values())
         smallest = min(size for size, rate in self._rates.items() if rate <= worth)
         untried = smallest > 1 and smallest - 1 not in self._rates
         return 1 << (smallest - 1 - untried)

@@ -3,8 +3,8 @@
 With a GPU at the real sizes, results in tests/bench/results. Without one the engine's throughput says nothing and is
 left out, and the others run small, their results thrown away. Those that start a cluster are run by themselves:
 `python -m tests.bench.http` and `soak` want one GPU, `cluster` one for each replica, `churn` and `listing` none. So are
-`loads` and `fair`, which want the engine for themselves. `policy` and `simulate` want no GPU; the kept simulations are
-of 1,000 replicas and take some minutes.
+`loads`, `thrash` and `fair`, which want the engine for themselves. `policy` and `simulate` want no GPU; the kept
+simulations are of 1,000 replicas and take some minutes.
 """
 
 import subprocess
