@@ -30,6 +30,7 @@ _GLANCE_S = 0.05  # between two looks at what changes all costs
 _LOOK_S = 1.0  # between two looks at the demand for all adapters
 _NOTICED_S = 0.001  # news that is younger says how things are
 _SORTED = 128  # so few replicas are sorted sooner than searched
+_DRAWN = 4096  # random numbers that are used again
 _NEAR_S = 1e-6  # a place further down the rendezvous order
 
 
@@ -111,6 +112,8 @@ class Affinity:
         self._changes = 0  # of what all rows depend on
         self._glanced_s, self._crowds, self._divisions = -math.inf, np.zeros(0, bool), -1
         self._random = np.random.default_rng()
+        self._drawn: Vector = np.zeros(0)
+        self._drawn_most_s = 0.0
         self.orders: SimpleQueue[tuple[str, str]] | None = None  # (replica, adapter) of each `Choice.prefetch`
 
     def choose(
@@ -130,7 +133,7 @@ class Affinity:
             wait = fleet.waits(now_s)
             shunned = fleet.index.get(avoid, -1) if avoid else -1
             if not adapter:
-                cost = wait + self._random.random(len(wait)) * self.policy.tie_s  # equals take turns
+                cost = wait + self._ties(len(wait))
                 cost += self.policy.share_s * ~fleet.own
                 return Choice(_best(cost, shunned))
             policy, demand = self.policy, self._demand(adapter)
@@ -141,8 +144,10 @@ class Affinity:
             before, homes = demand.homes, demand.settle(worth, len(fleet), now_s, hasty=self._tight > 0)
             row = self._row(adapter, homes)
             cost = wait * row.factor + row.cost
+            if homes > 1:
+                cost += self._ties(len(wait))
             if fleet.lag_s > _NOTICED_S:
-                cost += row.other * (random() * policy.damping * fleet.lag_s)
+                cost += row.other * np.minimum(random() * policy.damping * fleet.lag_s, wait)
             if rank > 0:
                 cost += self._padding(rank, tokens)
             order = _best(cost, shunned)
@@ -161,6 +166,14 @@ class Affinity:
                 self._price(adapter, row)
             ordered = tuple(fleet.members[i].id for i in prefetch if i != best) if prefetch else ()
             return Choice(order, hit, spill, ordered)
+
+    def _ties(self, count: int) -> Vector:
+        """Costs at random, so that equals take turns: some of those that were drawn before, which is soon done."""
+        most_s = self.policy.tie_s
+        if self._drawn_most_s != most_s or len(self._drawn) < _DRAWN + count:
+            self._drawn, self._drawn_most_s = self._random.random(_DRAWN + count) * most_s, most_s
+        first = int(random() * _DRAWN)
+        return self._drawn[first : first + count]
 
     def _relief(self, row: _Row, wait: Vector, best: int, demand: Demand) -> list[int]:
         """Where a copy costs nobody anything and would have spared some of the wait."""

@@ -80,7 +80,7 @@ def test_replicas_die_and_come_and_nothing_is_lost() -> None:
 
 
 def test_stale_routers_do_not_herd() -> None:
-    fresh, stale = (study(32, 320, late_s=late_s).run("ranklet").row() for late_s in (0.0, 5.0))
+    fresh, stale = (study(32, 320, gateways=32, late_s=late_s).run("ranklet").row() for late_s in (0.0, 5.0))
     assert stale["p99_ms"] < 3 * fresh["p99_ms"]
     assert stale["busiest / mean"] < 1.6
 
