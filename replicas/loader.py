@@ -9,7 +9,8 @@ from time import perf_counter
 
 from ranklet.replicas.adapters import Expectation, read_adapter
 from ranklet.replicas.errors import InternalError, RankletError
-from ranklet.replicas.pool import AdapterPool, PackedAdapter, pack
+from ranklet.replicas.packed import PackedAdapter, pack
+from ranklet.replicas.pool import AdapterPool
 from ranklet.replicas.reference import AdapterRef
 
 READERS = 8  # loads from disk at once: a folder that hangs takes one of them, and holds up no other load

@@ -1,6 +1,7 @@
-"""CUDA graphs of small batches whose shape comes again: Python launches them once and the device replays them.
+"""CUDA graphs of batches whose shape comes again: Python launches them once and the device replays them.
 
-A small batch is over on the device long before Python has launched its hundreds of kernels.
+A small batch is over on the device long before Python has launched its hundreds of kernels. A full one is not, but with
+full batches there is much else that Python must do meanwhile: requests to read, answers to send, adapters to load.
 """
 
 import logging

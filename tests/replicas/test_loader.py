@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from ranklet.replicas.adapters import Expectation
 from ranklet.replicas.errors import AdapterNotFound, InternalError, InvalidAdapter
 from ranklet.replicas.loader import HostCache, Loader, LoadOutcome
-from ranklet.replicas.pool import AdapterPool, Layout, PackedAdapter
+from ranklet.replicas.packed import Layout, PackedAdapter
+from ranklet.replicas.pool import AdapterPool
 from ranklet.replicas.reference import AdapterRef
 from tests.assets.broken import BROKEN
 from tests.assets.make import AdapterSpec

@@ -10,7 +10,8 @@ from ranklet.kernels.stack import PACKS, padded_rank
 from ranklet.replicas.adapters import EMBEDDING, Adapter, Expectation, read_adapter
 from ranklet.replicas.architecture import Architecture
 from ranklet.replicas.config import LORA_MODULES
-from ranklet.replicas.pool import AdapterPool, pack
+from ranklet.replicas.packed import pack
+from ranklet.replicas.pool import AdapterPool
 from tests.assets.adapters import save_adapter
 from tests.assets.make import AdapterSpec
 from tests.replicas.asking import ref
