@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+MOST_ELEMENTS = 1 << 31  # of a slot: offsets are int32
 _BLOCK, _PARTS, _WARPS = 2048, 8, 4
 
 
@@ -47,9 +48,9 @@ def table(rooms: Sequence[Room], device: torch.device) -> Tensor:
     """The rooms as the kernel reads them: int32 [rooms, 8].
 
     Raises:
-        ValueError: a slot, or what comes in it, has 2^31 elements or more.
+        ValueError: the slot has `MOST_ELEMENTS` or more.
     """
-    if max(max(room.at + room.rows * room.columns, room.source) for room in rooms) >= 1 << 31:
+    if max(room.at + room.rows * room.columns for room in rooms) >= MOST_ELEMENTS:
         raise ValueError("a slot of 2^31 elements or more: its offsets do not fit int32")
     return torch.tensor(rooms, dtype=torch.int32).to(device)
 

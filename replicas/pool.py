@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ranklet.kernels.stack import PACKS, EmbeddingStack, LinearStack, SlotMeta, padded_rank
-from ranklet.kernels.unpack import Room, table, unpack
+from ranklet.kernels.unpack import MOST_ELEMENTS, Room, table, unpack
 from ranklet.replicas.adapters import EMBEDDING, Place
 from ranklet.replicas.architecture import Architecture
 from ranklet.replicas.model import Stacks
@@ -185,7 +185,7 @@ class AdapterPool:
 
     def _write(self, slot: int, packed: PackedAdapter, flat: Tensor) -> None:
         data, layout = self._data[slot], packed.layout
-        if data.is_cuda:
+        if data.is_cuda and len(data) < MOST_ELEMENTS:
             if layout not in self._tables:
                 self._tables[layout] = table(self._furnished(layout), self.device)
             unpack(flat, data, self._tables[layout])
