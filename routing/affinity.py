@@ -144,7 +144,7 @@ class Affinity:
             before, homes = demand.homes, demand.settle(worth, len(fleet), now_s, hasty=self._tight > 0)
             row = self._row(adapter, homes)
             cost = wait * row.factor + row.cost
-            if homes > 1:
+            if homes > 1 and fleet.gateways > 1:  # all would take the same one
                 cost += self._ties(len(wait))
             if fleet.lag_s > _NOTICED_S:
                 cost += row.other * np.minimum(random() * policy.damping * fleet.lag_s, wait)
