@@ -128,8 +128,8 @@ class TileTable:
     def _look_up(self, key: Key) -> Tile:
         if key in self._entries:
             return self._entries[key]
-        near = [known for known in self._entries if known.op == key.op and len(known.widths) == len(key.widths)]
-        if not near or key.itemsize > _TUNED_BYTES:
+        near = [known for known in self._entries if _is_alike(known, key)]
+        if not near:
             return fitted(default(key), key, self._shared_bytes)
         nearest = min(near, key=lambda known: _distance(known, key))
         if _distance(nearest, key) > _NEAR:
@@ -165,6 +165,11 @@ def _shared_bytes(tile: Tile, key: Key) -> int:
         once = key.height * (tile.block_n // tile.halves)
         elements = once + tile.stages * tile.block_k * (key.height + tile.block_n)
     return elements * key.itemsize
+
+
+def _is_alike(a: Key, b: Key) -> bool:
+    """Whether the tile of one launch may do for the other."""
+    return (a.op, len(a.widths), a.itemsize) == (b.op, len(b.widths), b.itemsize)
 
 
 _NEAR = 2.0  # two of rows, rank or widths off by a factor of e: near enough not to be worth a line

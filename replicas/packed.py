@@ -10,8 +10,8 @@ from ranklet.kernels.stack import PACKS, SlotMeta
 from ranklet.replicas.adapters import EMBEDDING, Adapter, Place
 
 _LAYOUTS = 256  # that are remembered
-_PARTS = {**PACKS, "embed_tokens": ("embed_tokens",)}  # what a stack is of
-_PART_OF = {name: part for part, names in _PARTS.items() for name in names}
+PARTS = {**PACKS, "embed_tokens": ("embed_tokens",)}  # what a stack is of
+_PART_OF = {name: part for part, names in PARTS.items() for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class PackedAdapter:
     adapter_rank: int
     flat: Tensor
     layout: Layout
-    metas: dict[tuple[int, str], SlotMeta]  # by layer and pack, "embed_tokens" being one of its own
+    metas: dict[tuple[int, str], SlotMeta]  # by layer and part
     modules: tuple[str, ...]
 
     @property
@@ -79,7 +79,7 @@ def pack(adapter: Adapter, dtype: torch.dtype, *, pinned: bool) -> PackedAdapter
 def _metas(adapter: Adapter) -> dict[tuple[int, str], SlotMeta]:
     found = {}
     for layer, part in dict.fromkeys((layer, _PART_OF[name]) for layer, name in adapter.weights):
-        weights = [adapter.weights.get((layer, name)) for name in _PARTS[part]]
+        weights = [adapter.weights.get((layer, name)) for name in PARTS[part]]
         ranks = tuple(weight.rank if weight else 0 for weight in weights)
         found[layer, part] = SlotMeta(ranks, tuple(weight.scaling if weight else 0.0 for weight in weights))
     return found

@@ -20,7 +20,7 @@ from ranklet.kernels.unpack import MOST_ELEMENTS, Room, table, unpack
 from ranklet.replicas.adapters import EMBEDDING, Place
 from ranklet.replicas.architecture import Architecture
 from ranklet.replicas.model import Stacks
-from ranklet.replicas.packed import Layout, PackedAdapter, layout_of
+from ranklet.replicas.packed import PARTS, Layout, PackedAdapter, layout_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +61,9 @@ class AdapterPool:
         self._ranks = torch.zeros(slices, dtype=torch.int32, device=self.device)
         self._scalings = torch.zeros(slices, dtype=torch.float32, device=self.device)
         self._carve()
+        self._parts: dict[tuple[int, str], LinearStack | EmbeddingStack] = {**self._stacks}
+        if self.embedding is not None:
+            self._parts[EMBEDDING, "embed_tokens"] = self.embedding
         self._stream: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @property
@@ -78,15 +81,12 @@ class AdapterPool:
 
     def ranks(self, slot: int) -> dict[Place, int]:
         """The rank of each module that the slot's adapter targets."""
-        found = {
+        return {
             (layer, name): rank
-            for (layer, pack_name), stack in self._stacks.items()
-            for name, rank in zip(PACKS[pack_name], stack.meta[slot].ranks, strict=True)
+            for (layer, part), stack in self._parts.items()
+            for name, rank in zip(PARTS[part], stack.meta[slot].ranks, strict=True)
             if rank
         }
-        if self.embedding is not None and any(self.embedding.meta[slot].ranks):
-            found[EMBEDDING, "embed_tokens"] = self.embedding.meta[slot].ranks[0]
-        return found
 
     def _packs(self) -> dict[str, tuple[str, ...]]:
         return {pack: names for pack, names in PACKS.items() if set(names) & set(self.modules)}
@@ -106,7 +106,7 @@ class AdapterPool:
         slices = sum(len(names) for names in self._packs().values()) * self.architecture.layers
         return slices + ("embed_tokens" in self.modules)
 
-    def _part(self, offset: int, rows: int, columns: int) -> Tensor:
+    def _matrices(self, offset: int, rows: int, columns: int) -> Tensor:
         """Of every slot, a matrix [S, rows, columns]."""
         return self._data[:, offset : offset + rows * columns].view(self.slots, rows, columns)
 
@@ -127,8 +127,8 @@ class AdapterPool:
                 for name, width in zip(names, widths, strict=True):
                     self._rooms[(layer, name), "b"] = Room(offset, width, self.rank)
                     offset += width * self.rank
-                a = self._part(self._rooms[(layer, names[0]), "a"].at, len(names) * self.rank, wide)
-                b = self._part(self._rooms[(layer, names[0]), "b"].at, sum(widths), self.rank)
+                a = self._matrices(self._rooms[(layer, names[0]), "a"].at, len(names) * self.rank, wide)
+                b = self._matrices(self._rooms[(layer, names[0]), "b"].at, sum(widths), self.rank)
                 self._stacks[layer, pack_name] = LinearStack(a, b, widths, *metadata(len(widths)))
         self.layers = [
             Stacks(**{name: self._stacks[layer, name] for name in self._packs()})
@@ -138,7 +138,7 @@ class AdapterPool:
             place, vocab, hidden = (EMBEDDING, "embed_tokens"), self.architecture.vocab, self.architecture.hidden
             self._rooms[place, "a"] = Room(offset, vocab, self.rank)
             self._rooms[place, "b"] = Room(offset + vocab * self.rank, hidden, self.rank)
-            a, b = (self._part(*self._rooms[place, side][:3]) for side in "ab")
+            a, b = (self._matrices(*self._rooms[place, side][:3]) for side in "ab")
             self.embedding = EmbeddingStack(a, b, *metadata(1))
 
     @contextmanager
@@ -147,9 +147,7 @@ class AdapterPool:
 
         For launches whose results nobody reads; before the first `load`.
         """
-        metas = [stack.meta for stack in self._stacks.values()]
-        if self.embedding is not None:
-            metas.append(self.embedding.meta)
+        metas = [stack.meta for stack in self._parts.values()]
         before = [list(meta) for meta in metas]
         for meta in metas:
             meta[:] = [SlotMeta((self.rank,) * len(each.ranks), (1.0,) * len(each.ranks)) for each in meta]
@@ -207,12 +205,9 @@ class AdapterPool:
         return list(rooms.values())
 
     def _describe(self, slot: int, packed: PackedAdapter) -> None:
-        stacks: dict[tuple[int, str], LinearStack | EmbeddingStack] = {**self._stacks}
-        if self.embedding is not None:
-            stacks[EMBEDDING, "embed_tokens"] = self.embedding
-        for where, stack in stacks.items():
+        for where, stack in self._parts.items():
             stack.meta[slot] = packed.metas.get(where) or _nothing(len(stack.meta[slot].ranks))
-        metas = [stack.meta[slot] for stack in stacks.values()]
+        metas = [stack.meta[slot] for stack in self._parts.values()]
         # One copy for all projections: the stacks' tables are columns of these.
         self._ranks[slot] = torch.tensor([*chain(*(meta.ranks for meta in metas))], dtype=torch.int32)
         self._scalings[slot] = torch.tensor([*chain(*(meta.scalings for meta in metas))])

@@ -151,9 +151,9 @@ class Stepper:
         order, lora = plan([len(prompt) for prompt in prompts], slots)
         lora = dispatch.choose(lora, self._layer, self._backend)
         self._merged.observe(lora)
-        replayed = self._replays is not None and mark is None
         rounds = self._rounds and lora.backend in ("csgmv", "none")
-        replayed = replayed and (lora.rows <= _REPLAYED_TOKENS or (rounds and is_full(lora.rows, self._max_tokens)))
+        worth = lora.rows <= _REPLAYED_TOKENS or (rounds and is_full(lora.rows, self._max_tokens))
+        replayed = worth and self._replays is not None and mark is None
         padded = replayed and rounds
         layout = self._lay_out([prompts[i] for i in order], lora, padded=padded)
         began = self._mark()

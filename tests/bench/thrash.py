@@ -1,6 +1,6 @@
 """More adapters than slots on one engine: what is left of its throughput as adapters must come and go.
 
-So many prompts as four replicas' clients keep waiting at each are in flight all the time, each for one of the adapters
+As many prompts as `tests.bench.cluster` has for each replica are in flight all the time, each for one of the adapters
 at random. All adapters are in host memory; the first row has a slot for each.
 
 usage: python -m tests.bench.thrash [--adapters 64 66 72 80 96 128] [--slots 64] [--tokens 512] [--out FOLDER]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from ranklet.kernels.batch import plan
 from ranklet.replicas.bucket import Bucket
@@ -103,23 +104,13 @@ def test_padding_changes_no_vector(
     pooling: str, backend: str, lengths: list[int], padded_engines: Callable[[str], tuple[Engine, list[int]]]
 ) -> None:
     engine, slots = padded_engines(pooling)
-    stepper = engine.stepper
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, engine.limits.vocab, length, dtype=np.int32) for length in lengths]
     chosen = [None if backend == "none" else (None, *slots)[(i + 1) % 3] for i in range(len(lengths))]
-    order, lora = plan(lengths, chosen)
-    lora = replace(lora, backend=backend if lora.segments else "none")
-    ordered = [prompts[i] for i in order]
-    vectors = []
-    for padded in (False, True):
-        layout = stepper._lay_out(ordered, lora, padded=padded)
-        assert layout.lora.rows == (
-            Bucket.of(lengths, engine.config.max_batch_tokens).tokens if padded else sum(lengths)
-        )
-        with torch.inference_mode():
-            vectors.append(stepper._forward(layout, layout.buffer)[: len(lengths)])
-    assert torch.isfinite(vectors[1]).all()
-    torch.testing.assert_close(vectors[1], vectors[0], rtol=1e-5, atol=1e-5)
+    rows = [sum(lengths), Bucket.of(lengths, engine.config.max_batch_tokens).tokens]
+    plain, padded = plain_and_padded(engine.stepper, prompts, chosen, backend, rows)
+    assert torch.isfinite(padded).all()
+    torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_a_batch_that_is_filled_up_has_the_same_vectors(
@@ -127,17 +118,25 @@ def test_a_batch_that_is_filled_up_has_the_same_vectors(
 ) -> None:
     """Whatever the most is; here no multiple of sixteen."""
     engine, slots = padded_engines("last")
-    stepper, lengths = engine.stepper, [70, 40, 1, 13]
-    monkeypatch.setattr(stepper, "_max_tokens", 126)
-    prompts = [np.full(length, 7 + i, dtype=np.int32) for i, length in enumerate(lengths)]
-    order, lora = plan(lengths, [slots[0], None, slots[1], slots[0]])
-    lora, vectors = replace(lora, backend="csgmv"), []
-    for padded in (False, True):
+    monkeypatch.setattr(engine.stepper, "_max_tokens", 126)
+    prompts = [np.full(length, 7 + i, dtype=np.int32) for i, length in enumerate([70, 40, 1, 13])]
+    chosen = [slots[0], None, slots[1], slots[0]]
+    plain, padded = plain_and_padded(engine.stepper, prompts, chosen, "csgmv", [124, 126])
+    torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-5)
+
+
+def plain_and_padded(
+    stepper: Stepper, prompts: list[NDArray[np.int32]], slots: list[int | None], backend: str, rows: list[int]
+) -> list[torch.Tensor]:
+    """The vectors of a batch as it is and rounded up, which has so many tokens each."""
+    order, lora = plan([len(prompt) for prompt in prompts], slots)
+    lora, vectors = replace(lora, backend=backend if lora.segments else "none"), []
+    for padded, expected in zip((False, True), rows, strict=True):
         layout = stepper._lay_out([prompts[i] for i in order], lora, padded=padded)
-        assert layout.lora.rows == (126 if padded else 124)
+        assert layout.lora.rows == expected
         with torch.inference_mode():
-            vectors.append(stepper._forward(layout, layout.buffer)[: len(lengths)])
-    torch.testing.assert_close(vectors[1], vectors[0], rtol=1e-5, atol=1e-5)
+            vectors.append(stepper._forward(layout, layout.buffer)[: len(prompts)])
+    return vectors
 
 
 @pytest.fixture
