@@ -23,6 +23,7 @@ from ranklet.replicas.architecture import Architecture
 from ranklet.replicas.config import LORA_MODULES
 from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
 from ranklet.replicas.peft_config import PeftConfig, read_peft_config
+from ranklet.replicas.pinned import Allocate, pageable
 from ranklet.replicas.reference import CONFIG_FILE, WEIGHTS_FILE, AdapterRef
 from ranklet.replicas.revision import marks_of
 
@@ -116,11 +117,11 @@ class Expectation:
         return (rank, wide), (out, rank)
 
 
-def read_adapter(ref: AdapterRef, expected: Expectation, *, pinned: bool = False) -> Adapter:
+def read_adapter(ref: AdapterRef, expected: Expectation, allocate: Allocate = pageable) -> Adapter:
     """Read and verify an adapter folder.
 
     Args:
-        pinned: read it into memory that a GPU copies from without another copy.
+        allocate: makes the memory that it is read into.
 
     Raises:
         AdapterNotFound: the folder does not exist.
@@ -143,7 +144,7 @@ def read_adapter(ref: AdapterRef, expected: Expectation, *, pinned: bool = False
             if _fits(place, names[place], sides, config, expected, findings)
         }
         try:
-            flat, at = _read_weights(path, sound, expected.embedding.dtype, pinned)
+            flat, at = _read_weights(path, sound, expected.embedding.dtype, allocate)
             adapter = Adapter(ref, flat, {
                 place: _weight(flat, at, sides["A"], sides["B"], config.scaling(names[place]))
                 for place, sides in sound.items()
@@ -196,7 +197,7 @@ def _read_through_header(path: Path) -> int:
 
 
 def _read_weights(
-    path: Path, pairs: dict[Place, dict[str, _Stored]], dtype: torch.dtype, pinned: bool
+    path: Path, pairs: dict[Place, dict[str, _Stored]], dtype: torch.dtype, allocate: Allocate
 ) -> tuple[Tensor, dict[str, int]]:
     """The tensors of these modules, end to end in `dtype`, and where each one begins.
 
@@ -205,7 +206,7 @@ def _read_weights(
     """
     wanted = sorted((tensor for sides in pairs.values() for tensor in sides.values()), key=lambda tensor: tensor.start)
     sizes = [math.prod(tensor.shape) for tensor in wanted]
-    flat = torch.empty(sum(sizes), dtype=dtype, pin_memory=pinned)
+    flat = allocate(sum(sizes), dtype)
     at = dict(zip((tensor.key for tensor in wanted), itertools.accumulate(sizes, initial=0), strict=False))
     with path.open("rb", buffering=0) as file:
         for run in _runs(wanted):

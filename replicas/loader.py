@@ -10,6 +10,7 @@ from time import perf_counter
 from ranklet.replicas.adapters import Expectation, read_adapter
 from ranklet.replicas.errors import InternalError, RankletError
 from ranklet.replicas.packed import PackedAdapter, pack
+from ranklet.replicas.pinned import PinnedMemory, pageable
 from ranklet.replicas.pool import AdapterPool
 from ranklet.replicas.reference import AdapterRef
 
@@ -34,11 +35,13 @@ class HostCache:
 
     def put(self, key: AdapterRef, packed: PackedAdapter) -> None:
         """Keep an adapter, making room; one larger than the whole budget is not kept."""
+        gone = []  # their memory is given back behind the lock
         with self._lock:
             if key in self._entries or packed.nbytes > self._max_bytes:
                 return
             while self.nbytes + packed.nbytes > self._max_bytes:
-                self.nbytes -= self._entries.popitem(last=False)[1].nbytes
+                gone.append(self._entries.popitem(last=False)[1])
+                self.nbytes -= gone[-1].nbytes
             self._entries[key] = packed
             self.nbytes += packed.nbytes
 
@@ -73,6 +76,7 @@ class Loader:
         self.host = HostCache(host_cache_bytes)
         self._pool = pool
         self._expected = expected
+        self._allocate = PinnedMemory(READERS).allocate if pool.device.type == "cuda" else pageable
         self._lock = Lock()
         self._reading = self._copying = 0
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="ranklet-read")
@@ -118,8 +122,7 @@ class Loader:
         return LoadOutcome(ref, tier, perf_counter() - began, packed if error is None else None, error)
 
     def _read(self, ref: AdapterRef) -> PackedAdapter:
-        pinned = self._pool.device.type == "cuda"
-        return pack(read_adapter(ref, self._expected, pinned=pinned), self._pool.dtype, pinned=pinned)
+        return pack(read_adapter(ref, self._expected, self._allocate), self._pool.dtype, self._allocate)
 
     def stop(self) -> None:
         """Finish the loads under way and start no more."""

@@ -4,6 +4,7 @@ from collections import deque
 
 _SAME = 1.05  # rates that differ by less are the same
 _WORTH = 1.15  # a small batch may be slower by so much, where others would wait for a large one
+_OLD = 64  # batches after which what a size took is old news: it may have waited for a compiler, or to be captured
 
 
 class Pace:
@@ -11,6 +12,8 @@ class Pace:
 
     def __init__(self) -> None:
         self._rates: dict[int, float] = {}  # seconds a token, by the batch's power of two
+        self._landed_at: dict[int, int] = {}  # by the same: how many batches had landed with its last one
+        self._landed = 0
         self._running: deque[int] = deque()  # tokens of the batches launched and not landed
         self.free_s = 0.0  # when the device should be done with all of them
 
@@ -23,7 +26,9 @@ class Pace:
         """The oldest batch is done; it had the device for `took_s`."""
         tokens = self._running.popleft()
         size, rate = tokens.bit_length(), took_s / tokens
-        self._rates[size] = 0.5 * (self._rates.get(size, rate) + rate)
+        self._rates[size] = rate if self._is_old(size) else 0.5 * (self._rates[size] + rate)
+        self._landed += 1
+        self._landed_at[size] = self._landed
         self.free_s = now_s + sum(map(self.expected_s, self._running))
 
     def lost(self) -> None:
@@ -42,13 +47,16 @@ class Pace:
         return None
 
     def small(self) -> int | None:
-        """The smallest batch, in tokens, that is not much slower a token; smaller ones than seen so far are tried."""
+        """The smallest batch, in tokens, that is not much slower a token; smaller ones than seen of late are tried."""
         if not self._rates:
             return None
         worth = _WORTH * min(self._rates.values())
         smallest = min(size for size, rate in self._rates.items() if rate <= worth)
-        untried = smallest > 1 and smallest - 1 not in self._rates
+        untried = smallest > 1 and self._is_old(smallest - 1)
         return 1 << (smallest - 1 - untried)
+
+    def _is_old(self, size: int) -> bool:
+        return size not in self._rates or self._landed - self._landed_at[size] >= _OLD
 
     def expected_s(self, tokens: int) -> float:
         """How long a batch should take: 0 until one has landed."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ranklet.kernels.stack import PACKS, SlotMeta
 from ranklet.replicas.adapters import EMBEDDING, Adapter, Place
+from ranklet.replicas.pinned import Allocate, pageable
 
 _LAYOUTS = 256  # that are remembered
 PARTS = {**PACKS, "embed_tokens": ("embed_tokens",)}  # what a stack is of
@@ -63,11 +64,11 @@ class PackedAdapter:
         return self.flat.numel() * self.flat.element_size()
 
 
-def pack(adapter: Adapter, dtype: torch.dtype, *, pinned: bool) -> PackedAdapter:
-    """An adapter ready to be copied; its own memory where that is of the pool's dtype, and pinned if that is asked."""
+def pack(adapter: Adapter, dtype: torch.dtype, allocate: Allocate = pageable) -> PackedAdapter:
+    """An adapter ready to be copied, in its own memory where that is of the pool's dtype."""
     flat = adapter.flat
-    if flat.dtype != dtype or (pinned and not flat.is_pinned()):
-        flat = torch.empty(len(flat), dtype=dtype, pin_memory=pinned).copy_(flat)
+    if flat.dtype != dtype:
+        flat = allocate(len(flat), dtype).copy_(flat)
     pieces = []
     for place, weight in adapter.weights.items():
         a = (weight.wide, weight.rank) if place[0] == EMBEDDING else (weight.rank, weight.wide)

@@ -11,7 +11,7 @@ from ranklet.replicas.reference import FILES, AdapterRef
 
 _CHARACTERS = 16
 _PIECE = 1 << 20  # bytes hashed for themselves, so that threads can share a file
-_THREADS = 4  # for a large one; not shared, as a disk that hangs keeps them
+_THREADS = 8  # for a large one; not shared, as a disk that hangs keeps them
 _TRIES = 3
 _SETTLED_S = 0.1  # a file changed so lately may change again within one tick of its clock
 

@@ -19,7 +19,6 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from ranklet.replicas.call import Answer
@@ -135,6 +134,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--load", type=float, default=0.8)
     parser.add_argument("--out", type=Path, default=report.RESULTS)
+    parser.add_argument("--name", default="fair-h200")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a CPU: the engine and the one that asks have a core each
     with tempfile.TemporaryDirectory() as scratch:
@@ -150,7 +150,7 @@ def main() -> None:
                 rows += measure(engine, options, batch_tokens, refs(made))
             finally:
                 engine.stop()
-    report.save("fair-gpu" if torch.cuda.is_available() else "fair-cpu", rows, options.out)
+    report.save(options.name, rows, options.out)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--settle", type=float, default=2.0, help="seconds that do not count")
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--out", type=Path, default=report.RESULTS)
+    parser.add_argument("--name", default="thrash-h200")
     options = parser.parse_args()
     watch = Watch()
     with tempfile.TemporaryDirectory() as scratch:
@@ -132,7 +133,7 @@ def main() -> None:
             engine.stop()
     for row in rows:
         row["of all resident"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
-    report.save("thrash", rows, options.out)
+    report.save(options.name, rows, options.out)
 
 
 if __name__ == "__main__":

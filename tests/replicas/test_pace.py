@@ -21,6 +21,28 @@ def test_a_small_batch_is_the_smallest_that_is_worth_it() -> None:
     assert tried == [2048, 1024, 2048, 2048, 2048, 2048]
 
 
+def test_a_size_that_was_slow_once_is_tried_again() -> None:
+    pace, slow_s = Pace(), 0.05
+
+    def land(tokens: int, took_s: float) -> None:
+        pace.launched(tokens, 0.0)
+        pace.landed(took_s, 0.0)
+
+    land(4096, 0.010)
+    land(2048, slow_s)  # it was compiled for
+    tried = []
+    for _ in range(200):
+        small = pace.small()
+        assert small is not None
+        tried.append(small)
+        land(small, small / 4096 * 0.010)
+    assert tried[0] == 4096
+    assert 2048 in tried[:80], "nobody looks at it again"
+    assert set(tried[100:]) <= {2048, 1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1}, (
+        "what it took first is not forgotten"
+    )
+
+
 def test_nothing_is_expected_before_a_batch_has_landed() -> None:
     pace = Pace()
     pace.launched(1000, 5.0)

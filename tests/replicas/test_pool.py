@@ -40,7 +40,7 @@ def adapters(adapter_specs: list[AdapterSpec], expectation: Expectation) -> dict
 
 def test_no_tail_of_the_last_tenant(make_pool: MakePool, adapters: dict[str, Adapter]) -> None:
     """Every adapter over every other leaves what it leaves in a fresh pool, bit for bit."""
-    ready = {name: pack(adapter, torch.float32, pinned=False) for name, adapter in adapters.items()}
+    ready = {name: pack(adapter, torch.float32) for name, adapter in adapters.items()}
     fresh = {}
     for name, packed in ready.items():
         pool = make_pool()
@@ -59,8 +59,8 @@ def test_rank_8_over_rank_32(make_pool: MakePool, model_dir: Path, tmp_path: Pat
     large = save_adapter(model_dir, tmp_path / "large", r=32, target_modules=both)
     small = save_adapter(model_dir, tmp_path / "small", r=8, target_modules=both)
     reused, fresh = make_pool(), make_pool()
-    packed = pack(read_adapter(ref(small), expectation), torch.float32, pinned=False)
-    reused.load(1, pack(read_adapter(ref(large), expectation), torch.float32, pinned=False))
+    packed = pack(read_adapter(ref(small), expectation), torch.float32)
+    reused.load(1, pack(read_adapter(ref(large), expectation), torch.float32))
     reused.load(1, packed)
     fresh.load(1, packed)
     assert torch.equal(memory(reused, 1), memory(fresh, 1))
@@ -71,7 +71,7 @@ def test_rank_8_over_rank_32(make_pool: MakePool, model_dir: Path, tmp_path: Pat
 def test_a_slot_says_on_the_cpu_what_it_holds(make_pool: MakePool, adapters: dict[str, Adapter]) -> None:
     pool = make_pool()
     for adapter in adapters.values():
-        pool.load(0, pack(adapter, torch.float32, pinned=False))
+        pool.load(0, pack(adapter, torch.float32))
         assert pool.ranks(0) == {place: weight.rank for place, weight in adapter.weights.items()}
         for layer, stacks in enumerate(pool.layers):
             for name, modules in PACKS.items():
@@ -88,7 +88,7 @@ def test_a_slot_says_on_the_cpu_what_it_holds(make_pool: MakePool, adapters: dic
 def test_every_matrix_stands_where_its_slice_is_read(make_pool: MakePool, adapters: dict[str, Adapter]) -> None:
     pool = make_pool()
     for adapter in adapters.values():
-        pool.load(1, pack(adapter, torch.float32, pinned=False))
+        pool.load(1, pack(adapter, torch.float32))
         for (layer, name), weight in adapter.weights.items():
             if layer == EMBEDDING:
                 assert pool.embedding is not None
@@ -108,7 +108,7 @@ def test_every_matrix_stands_where_its_slice_is_read(make_pool: MakePool, adapte
 
 def test_packing_rounds_once_to_the_pools_dtype(adapters: dict[str, Adapter]) -> None:
     adapter = adapters["medical"]
-    packed = pack(adapter, torch.bfloat16, pinned=False)
+    packed = pack(adapter, torch.bfloat16)
     assert packed.flat.dtype == torch.bfloat16
     assert packed.nbytes == 2 * sum(weight.a.numel() + weight.b.numel() for weight in adapter.weights.values())
     assert packed.modules == tuple(sorted({name for _, name in adapter.weights}))
@@ -143,7 +143,7 @@ def test_a_posing_pool_is_empty_again(make_pool: Callable[[], AdapterPool], adap
         assert set(pool.ranks(1).values()) == {pool.rank}
     assert pool.ranks(1) == {}
     adapter = next(iter(adapters.values()))
-    pool.load(0, pack(adapter, torch.float32, pinned=False))
+    pool.load(0, pack(adapter, torch.float32))
     assert pool.ranks(0) == {place: weight.rank for place, weight in adapter.weights.items()}
     assert pool.ranks(1) == {}
 
@@ -158,7 +158,7 @@ def test_a_gpu_holds_what_the_cpu_does(
     there.rehearse()
     for _ in range(2):
         for adapter in adapters.values():
-            packed = pack(adapter, dtype, pinned=False)
+            packed = pack(adapter, dtype)
             for pool in (here, there):
                 pool.load(1, packed)
             assert torch.equal(memory(here, 1), memory(there, 1).cpu())
