@@ -74,7 +74,12 @@ class _Block(mmap.mmap):
         block = cls(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         block.madvise(mmap.MADV_HUGEPAGE)
         address = np.frombuffer(block, dtype=np.uint8).ctypes.data
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
+        try:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
+        except RuntimeError:
+            with suppress(RuntimeError):
+                torch.ones(1, device="cuda")  # CUDA tells a thread of its error again at the next launch: at this one
+            raise
         block._pinned_at = address
         return block
 

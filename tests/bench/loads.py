@@ -80,6 +80,7 @@ def main() -> None:
         folder = Path(scratch)
         write_model(folder / "model", layers=options.layers)
         made = write_adapters(folder / "adapters", 2 * options.turns + 1, layers=options.layers, modules=_MODULES)
+        os.sync()  # or the disk still writes them while it is asked for the first
         size = (made[0] / WEIGHTS_FILE).stat().st_size / 1e6
         *some, busy = refs(made)
         engine = Engine(EngineConfig(folder / "model", slots=_SLOTS, lora_modules=_MODULES, host_cache_bytes=16 << 30))

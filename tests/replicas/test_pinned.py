@@ -77,7 +77,11 @@ def test_a_gpu_copies_from_it() -> None:
         there = numbers.to("cuda", non_blocking=True)
         torch.cuda.synchronize()
         assert there[-1].item() == numbers[-1].item() == torch.arange(size)[-1].to(torch.float32).item()
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_pinned_is_refused_and_harms_nothing() -> None:
+    memory = PinnedMemory(1)
     with pytest.raises((OSError, RuntimeError)):
         memory.allocate(1 << 44, torch.float32)
-    again = memory.allocate(10, torch.int32).fill_(7)
-    assert again.cuda().tolist() == [7] * 10
+    assert memory.allocate(10, torch.int32).fill_(7).cuda().tolist() == [7] * 10
