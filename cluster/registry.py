@@ -26,18 +26,21 @@ class Known:
     Attributes:
         place: a folder, or a URL that nodes fetch.
         wanted: the revision that was asked for (`name@revision`); whoever looks at its content compares.
+        param: the request's field that asked for it.
     """
 
     name: str
     place: str
     wanted: str | None = None
+    param: str = "model"
 
     def check(self, revision: str) -> None:
         """Raises UnknownModel unless this is the revision that was asked for."""
         if self.wanted not in (None, revision):
             raise UnknownModel(
-                f"model: expected the revision of {self.name!r} that is served, {revision!r}, got {self.wanted!r}",
-                param="model",
+                f"{self.param}: expected the revision of {self.name!r} that is served, {revision!r}, "
+                f"got {self.wanted!r}",
+                param=self.param,
             )
 
     def written_s(self) -> int:
@@ -120,7 +123,7 @@ class Registry:
         if at:
             known = self.find(plain, param)
             if known.wanted is None:
-                return replace(known, wanted=revision)
+                return replace(known, wanted=revision, param=param)
         raise self._unknown(name, param)
 
     def is_added(self, name: str) -> bool:

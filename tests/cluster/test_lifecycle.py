@@ -57,6 +57,8 @@ def test_vllms_and_sglangs_calls(service: Service, source: str, prefix: str) -> 
     for unknown in ("by-name@0123456789abcdef", f"by-name@0123456789abcdef@{said['revision']}"):
         assert code(service.post(unknown, TEXT)) == (404, "model_not_found")
         assert code(service.http.get(f"/v1/models/{unknown}")) == (404, "model_not_found")
+    error = service.post(None, TEXT, lora_path="by-name@0123456789abcdef").json()["error"]
+    assert (error["param"], error["message"].partition(":")[0]) == ("lora_path", "lora_path"), error
     gone = service.http.post(f"{prefix}/unload_lora_adapter", json={"lora_name": "by-name"})
     assert (gone.status_code, gone.json()["state"]) == (200, "unloaded")
     assert code(service.post("by-name", TEXT)) == (404, "model_not_found")
