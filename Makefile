@@ -4,6 +4,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 ROOMS := cluster kernels replicas routing
 READY := .venv/.ready .dev/ranklet
+CLUSTERED := tests/cluster tests/deploy# these start Ray, which wants the machine for itself
 
 .DEFAULT_GOAL := help
 .PHONY: help demo serve test check format bench clean
@@ -17,8 +18,9 @@ demo: $(READY) ## a small model and six LoRA adapters, served by Ray Serve and c
 serve: $(READY) ## the same, left running until Ctrl-C
 	@$(BIN)/python -m tests.demo --keep
 
-test: $(READY) ## the whole suite, on the CPU
-	@$(BIN)/pytest
+test: $(READY) ## the whole suite, on the CPU: Ray's tests one after the other, then the others side by side
+	@$(BIN)/pytest $(CLUSTERED)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest $(CLUSTERED:%=--ignore=%) --numprocesses logical --maxprocesses 8 --dist worksteal
 
 check: $(READY) ## ruff, mypy --strict and the import rule
 	$(BIN)/ruff check .

@@ -261,7 +261,7 @@ def _merge(out: Tensor, weight: Tensor, stack: LinearStack, slots: Sequence[int]
             rows = slice(column, column + width)
             if rank:
                 a = stack.a[slot, index * stack.rank : index * stack.rank + rank]
-                b = stack.b[slot, rows, :rank]
+                b = stack.b[slot, rows, :rank].contiguous()  # oneDNN's AMX product reads on behind an odd rank
                 torch.addmm(weight[rows], b, a, alpha=meta.scalings[index], out=merged[rows])
             else:
                 merged[rows] = weight[rows]

@@ -40,7 +40,7 @@ class PinnedMemory:
         """Room for `count` numbers, uninitialised.
 
         Raises:
-            OSError, RuntimeError: there is not so much, or the driver cannot pin it.
+            MemoryError, RuntimeError: there is not so much, or the driver cannot pin it.
         """
         if count == 0:
             return torch.empty(0, dtype=dtype)
@@ -71,8 +71,12 @@ class _Block(mmap.mmap):
 
     @classmethod
     def pinned(cls, nbytes: int) -> "_Block":
-        block = cls(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        block.madvise(mmap.MADV_HUGEPAGE)
+        try:
+            block = cls(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"host memory: expected {nbytes} bytes, got: {error}") from error
+        with suppress(OSError):  # a kernel without huge pages
+            block.madvise(mmap.MADV_HUGEPAGE)
         address = np.frombuffer(block, dtype=np.uint8).ctypes.data
         try:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))

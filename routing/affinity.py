@@ -11,6 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, fields, replace
 from queue import SimpleQueue
 from random import random
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,8 +66,7 @@ class Policy:
                 raise ValueError(f"{name}: expected more than 0, got 0")
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """Where to send a request.
 
     Attributes:
@@ -90,9 +90,9 @@ class _Row:
     order: NDArray[np.int32]  # place in its rendezvous order, from 0
     homes: int
     place: NDArray[np.int32] = field(init=False)  # the same, holders first
-    cost: NDArray[np.float32] = field(init=False)
-    factor: NDArray[np.float32] = field(init=False)  # what its wait counts for: more where it is reluctant to go
-    other: NDArray[np.float32] = field(init=False)  # 1 where it is no home, or one that another router looks after
+    cost: Vector = field(init=False)
+    factor: Vector = field(init=False)  # what its wait counts for: more where it is reluctant to go
+    other: Vector = field(init=False)  # 1 where it is no home, or one that another router looks after
     absent: NDArray[np.bool_] = field(init=False)
     made: int = -1  # `Affinity._changes` when the costs were made
     ordered_s: float = -math.inf  # when it was last sent somewhere new
@@ -246,7 +246,7 @@ class Affinity:
         count = len(fleet)
         if row is None:
             row = _Row(_places(rendezvous.order(adapter, fleet.salts)), homes)
-            if len(self._rows) >= _ROWS_BYTES // (count * 17 + 512):
+            if len(self._rows) >= _ROWS_BYTES // (count * 33 + 512):
                 self._rows.popitem(last=False)
             self._rows[adapter] = row
         row.homes = homes
@@ -281,9 +281,9 @@ class Affinity:
         stray = policy.tie_s + policy.tight_loads * self._tight * bring
         there = stray * away + bring / 2 * coming  # some of what it takes is done
         cost = np.where(row.absent, bring + policy.displace_s * crowded + scatter_s * away, there)
-        row.cost = (cost + _NEAR_S * row.place + policy.share_s * others).astype(np.float32)
-        row.other = (away | others).astype(np.float32)
-        row.factor = (1 + policy.reluctance * (row.absent & away)).astype(np.float32)
+        row.cost = cost + _NEAR_S * row.place + policy.share_s * others
+        row.other = (away | others).astype(np.float64)
+        row.factor = 1.0 + policy.reluctance * (row.absent & away).astype(np.float64)
         row.made = self._changes
 
     def told(self, report: Report, sender: str, now_s: float, age_s: float = 0.0) -> None:

@@ -67,6 +67,12 @@ def test_no_more_than_so_many_blocks_lie_idle(driver: Driver) -> None:
     assert driver.pinned == {}
 
 
+def test_more_than_there_is_is_no_fault_of_the_file_that_is_read(driver: Driver) -> None:
+    with pytest.raises(MemoryError, match="expected 4611686018427387904 bytes"):
+        PinnedMemory(1).allocate(1 << 60, torch.float32)
+    assert driver.pinned == {}
+
+
 @pytest.mark.gpu
 def test_a_gpu_copies_from_it() -> None:
     memory = PinnedMemory(1)
@@ -82,6 +88,6 @@ def test_a_gpu_copies_from_it() -> None:
 @pytest.mark.gpu
 def test_what_cannot_be_pinned_is_refused_and_harms_nothing() -> None:
     memory = PinnedMemory(1)
-    with pytest.raises((OSError, RuntimeError)):
+    with pytest.raises((MemoryError, RuntimeError)):
         memory.allocate(1 << 44, torch.float32)
     assert memory.allocate(10, torch.int32).fill_(7).cuda().tolist() == [7] * 10
