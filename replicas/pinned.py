@@ -1,7 +1,7 @@
 """Host memory that a GPU copies from without another copy, in blocks of just the size that is asked for.
 
 torch's own comes in powers of two, so that adapters of 81 MB would hold 134 each beside a budget that knows of 81, and
-every new one takes the driver 52 ms on an H200's host (`tests/bench/loads.py`).
+every new one takes the driver 52 ms on an H200's host.
 """
 
 import mmap

@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from ranklet.replicas.call import Answer
@@ -134,7 +135,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--load", type=float, default=0.8)
     parser.add_argument("--out", type=Path, default=report.RESULTS)
-    parser.add_argument("--name", default="fair-h200")
+    parser.add_argument("--name", default="fair-h200" if torch.cuda.is_available() else "fair-cpu")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a CPU: the engine and the one that asks have a core each
     with tempfile.TemporaryDirectory() as scratch:
