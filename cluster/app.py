@@ -9,8 +9,8 @@ from ray.serve.config import RequestRouterConfig
 
 from ranklet.cluster.config import AppArgs
 from ranklet.cluster.datapath import DataPath
-from ranklet.cluster.gateway import Gateway
-from ranklet.cluster.replica import GATEWAY, Replica
+from ranklet.cluster.ingress.gateway import Gateway
+from ranklet.cluster.replica.deployment import GATEWAY, Replica
 
 # A path and not the class: Ray would pickle a class, and then change it on every node at every release.
 ROUTER = "ranklet.routing.router:AdapterRouter"

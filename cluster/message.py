@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.cluster.registry import Known
+from ranklet.cluster.catalog.registry import Known
 from ranklet.replicas.errors import (
     AdapterNotFound,
     InternalError,

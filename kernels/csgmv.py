@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from ranklet.kernels import gemm
+from ranklet.kernels import fused_gemm
 from ranklet.kernels import tiles as tuned
 from ranklet.kernels.batch import LoraBatch, Tiles
 from ranklet.kernels.launch import is_hopper, precision_of, programs_of, slice_of, widths_of
@@ -197,7 +197,7 @@ def linear(
     """
     check_rows(x, batch)
     if not stack.holds_any(segment.slot for segment in batch.segments):
-        return gemm.base(x, weight, bias, rotary)
+        return fused_gemm.base(x, weight, bias, rotary)
     if not batch.tiles:
         raise ValueError("batch: expected tiles for its segments, got none; call LoraBatch.placed")
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
@@ -206,10 +206,10 @@ def linear(
     chained = is_hopper(x.device)
     for tiles in batch.tiles:
         tile = _fused(x, stack, tiles)
-        turns = rotary if tile and rotary and gemm.can_rotate(tile, rotary) else None
+        turns = rotary if tile and rotary and fused_gemm.can_rotate(tile, rotary) else None
         if tile and not added and (done == 0 or bool(turns) == bool(turned)):
             h = _shrunk(x, stack, tiles, split=False, chained=chained)
-            gemm.gemm(x, weight, bias, h, y, stack, tiles, tile, turns, chained=chained)
+            fused_gemm.gemm(x, weight, bias, h, y, stack, tiles, tile, turns, chained=chained)
             done = tiles.rows[1]
             turned = done if turns else 0
         else:
@@ -218,10 +218,12 @@ def linear(
         rotary.of(0, done).apply_(y[:done])
     rest = rotary and rotary.of(done)
     if not added:
-        gemm.base(x[done:], weight, bias, rest, out=y[done:])
+        fused_gemm.base(x[done:], weight, bias, rest, out=y[done:])
         return y
-    widen = gemm.may_widen(x[done:])
-    below = gemm.widened(x[done:], weight, bias) if widen else gemm.base(x[done:], weight, bias, out=y[done:])
+    widen = fused_gemm.may_widen(x[done:])
+    below = (
+        fused_gemm.widened(x[done:], weight, bias) if widen else fused_gemm.base(x[done:], weight, bias, out=y[done:])
+    )
     out = y[done:] if widen and not rest and not batch.padded else None  # the adapters' rows: no pass of its own
     for tiles in added:
         h = _shrunk(x, stack, tiles, split=True, chained=chained)
@@ -239,7 +241,7 @@ def linear(
 def _fused(x: Tensor, stack: LinearStack, tiles: Tiles) -> FusedTile | None:
     """How to make base and LoRA in one product, None where that is not possible or does not pay."""
     tile = _tile(FusedTile, "fused", x, stack, tiles)
-    return tile if tile.pays and gemm.can_fuse(x, stack, tiles, tile) else None
+    return tile if tile.pays and fused_gemm.can_fuse(x, stack, tiles, tile) else None
 
 
 def _shrunk(x: Tensor, stack: LinearStack, tiles: Tiles, *, split: bool, chained: bool) -> Tensor:

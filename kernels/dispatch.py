@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn import functional
 
-from ranklet.kernels import csgmv, fused, gemm, merged, mlp, native
+from ranklet.kernels import csgmv, fused_gemm, gated_mlp, merged, native, pointwise
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.crossover import Scope, Surface
 from ranklet.kernels.rotary import Rotary
@@ -120,7 +120,7 @@ def rotated(
 ) -> Tensor:
     """`linear` of the packed queries, keys and values, and what becomes of queries and keys after it."""
     if stack is None or batch.backend == "none":
-        return gemm.base(x, weight, bias, rotary)
+        return fused_gemm.base(x, weight, bias, rotary)
     if batch.backend == "csgmv":
         return csgmv.linear(x, weight, bias, stack, batch, rotary)
     return rotary.apply_(linear(x, weight, bias, stack, batch))
@@ -129,11 +129,11 @@ def rotated(
 def gated(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack | None, batch: LoraBatch) -> Tensor:
     """`linear` of the packed gate and up, and `silu(gate) * up` of it: x [T, K], weight [2 N, K] -> [T, N]."""
     adapted = stack is not None and stack.holds_any(segment.slot for segment in batch.segments)
-    if not adapted and bias is None and mlp.can_gate(x, weight):
-        return mlp.gated(x, weight)
-    if not adapted and gemm.may_widen(x):
-        return fused.silu_mul(gemm.widened(x, weight, bias), x.dtype)
-    return fused.silu_mul(linear(x, weight, bias, stack, batch))
+    if not adapted and bias is None and gated_mlp.can_gate(x, weight):
+        return gated_mlp.gated(x, weight)
+    if not adapted and fused_gemm.may_widen(x):
+        return pointwise.silu_mul(fused_gemm.widened(x, weight, bias), x.dtype)
+    return pointwise.silu_mul(linear(x, weight, bias, stack, batch))
 
 
 def embedding(ids: Tensor, table: Tensor, stack: EmbeddingStack | None, batch: LoraBatch) -> Tensor:

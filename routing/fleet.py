@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.routing import rendezvous
+from ranklet.routing.placement import Tenancy
 from ranklet.routing.report import Holdings, Load
-from ranklet.routing.tenancy import Tenancy
 
 MOST_TOKENS = 1 << 50  # a claim above is nonsense
 LEAST_TOKENS_PER_S = 1e-3

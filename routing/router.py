@@ -13,9 +13,9 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from ranklet.routing import affinity, tally
-from ranklet.routing.errand import ERRAND, Errand
+from ranklet.routing import affinity, counters
 from ranklet.routing.fleet import Member
+from ranklet.routing.hint import ERRAND, Errand
 
 RANK = "rank"  # key of a replica's metadata
 _LOGGED_FAILURES = 100  # one full traceback per so many
@@ -78,7 +78,7 @@ class AdapterRouter(RequestRouter):
             if errand.tokens and choice.order:
                 routes.fleet.sent(errand.id, choice.order[0], errand.tokens, now_s)
             best = [[self._joined[i]] for i in choice.order]
-        tally.current().count(choice)
+        counters.current().count(choice)
         if choice.prefetch and errand.adapter is not None and routes.orders is not None:
             for replica in choice.prefetch:
                 routes.orders.put((replica, errand.adapter))

@@ -78,8 +78,8 @@ def test_imports_follow_the_rule(room: str) -> None:
 @pytest.mark.parametrize(
     ("room", "file", "source"),
     [
-        ("kernels", "batch.py", "from ranklet.replicas.engine import Engine"),
-        ("kernels", "batch.py", "def f():\n    import ranklet.cluster.cli"),
+        ("kernels", "batch.py", "from ranklet.replicas.engine.engine import Engine"),
+        ("kernels", "batch.py", "def f():\n    import ranklet.cluster.command.cli"),
         ("kernels", "batch.py", "import transformers.models"),
         ("replicas", "engine.py", "from ranklet import cluster"),
         ("replicas", "engine.py", "from ranklet.routing.fleet import Fleet"),

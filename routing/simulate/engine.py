@@ -4,7 +4,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-LATELY_S = 30.0  # as `ranklet.replicas.residency` has it
+LATELY_S = 30.0  # as `ranklet.replicas.adapters.manager` has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Engine:
         return started
 
     def offer(self, name: str, now_s: float) -> list[tuple[str, float]]:
-        """As `ranklet.replicas.residency` has it: an adapter that may be wanted, if there is a slot to spare."""
+        """As `ranklet.replicas.adapters.manager` has it: an adapter that may be wanted, if there is a slot to spare."""
         if name in self.resident or name in self.loading or len(self.loading) >= self.speed.readers:
             return []
         spare = self._make_room(lambda other: other not in self.wanted and now_s - self.resident[other] >= LATELY_S)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from ranklet.replicas.config import EngineConfig
-from ranklet.replicas.engine import Engine
-from ranklet.replicas.step import Stepper
+from ranklet.replicas.engine.engine import Engine
+from ranklet.replicas.engine.runner import Stepper
 from tests.bench import report
 from tests.bench.engine import refs
 from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model

@@ -125,7 +125,7 @@ def memory(service: Service) -> dict[str, float]:
         for pid in service.processes(deployment).values():
             for each in family(pid):
                 pages = Path(f"/proc/{each}/statm").read_text().split()[1]
-                inside = "engines" if "ranklet.replicas.worker" in title(each) else role
+                inside = "engines" if "ranklet.replicas.process.worker" in title(each) else role
                 found[inside] += int(pages) * 4096 / 1e6
     return found
 

@@ -21,9 +21,9 @@ import torch
 import yaml
 from rich.console import Console
 
-from ranklet.cluster.bench.plan import Plan
-from ranklet.cluster.bench.run import bench
-from ranklet.cluster.local import LocalCluster, State
+from ranklet.cluster.command.bench.plan import Plan
+from ranklet.cluster.command.bench.run import bench
+from ranklet.cluster.command.local_cluster import LocalCluster, State
 from tests.assets.tokenizer import save_tokenizer
 from tests.bench import report
 from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from ranklet.replicas.call import Answer
+from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.revision import Revisions
 from ranklet.replicas.config import EngineConfig
-from ranklet.replicas.engine import Engine
+from ranklet.replicas.engine.engine import Engine
+from ranklet.replicas.engine.request import Answer
 from ranklet.replicas.errors import RankletError
-from ranklet.replicas.reference import AdapterRef
-from ranklet.replicas.revision import Revisions
 from tests.bench import report
 from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model
 

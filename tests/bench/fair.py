@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ranklet.replicas.call import Answer
+from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.engine.request import Answer
 from ranklet.replicas.errors import RankletError, Saturated
-from ranklet.replicas.process import EngineProcess
-from ranklet.replicas.reference import AdapterRef
+from ranklet.replicas.process.process import EngineProcess
 from tests.bench import report
 from tests.bench.engine import refs
 from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model

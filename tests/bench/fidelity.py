@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModel
 
 from ranklet.replicas.config import EngineConfig
-from ranklet.replicas.engine import Engine
+from ranklet.replicas.engine.engine import Engine
 from tests.bench import report
 from tests.bench.engine import embed, refs
 from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model

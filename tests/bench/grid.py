@@ -11,8 +11,8 @@ from rich.progress import track
 
 from ranklet.kernels import dispatch
 from ranklet.kernels.crossover import Scope, crossovers, surface
-from ranklet.kernels.race import SCOPES, Layer, points, times_ms
 from ranklet.kernels.stack import padded_rank
+from ranklet.kernels.tuning.backends import SCOPES, Layer, points, times_ms
 from ranklet.kernels.workloads import even
 from tests.bench import plot, report
 

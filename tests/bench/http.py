@@ -16,9 +16,9 @@ from typing import Any
 
 from rich.progress import track
 
-from ranklet.cluster.bench.outcome import Outcome
-from ranklet.cluster.bench.plan import Plan
-from ranklet.cluster.bench.run import bench
+from ranklet.cluster.command.bench.outcome import Outcome
+from ranklet.cluster.command.bench.plan import Plan
+from ranklet.cluster.command.bench.run import bench
 from tests.bench import report
 from tests.bench.cluster import samples, served
 from tests.bench.shapes import QWEN3_EMBEDDING_06B

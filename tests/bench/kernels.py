@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ranklet.kernels.batch import LoraBatch, cut, plan
 from ranklet.kernels.dispatch import BACKENDS
-from ranklet.kernels.probe import Projection, expanded, gpu_ms, graphed, projections, relative_error, shrunk
-from ranklet.kernels.race import SCOPES, Layer, compile_batches, points
+from ranklet.kernels.tuning.backends import SCOPES, Layer, compile_batches, points
+from ranklet.kernels.tuning.probe import Projection, expanded, gpu_ms, graphed, projections, relative_error, shrunk
 from ranklet.kernels.workloads import even
 from tests.bench import grid, report
 from tests.bench.shapes import QWEN3_EMBEDDING_06B, decoder

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from ranklet.cluster.registry import Registry
+from ranklet.cluster.catalog.registry import Registry
 from tests.assets.cache import make_once
 from tests.bench import report
 from tests.cluster.service import Service, local_configuration, serving

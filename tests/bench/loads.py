@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ranklet.replicas.adapters.reference import WEIGHTS_FILE, AdapterRef
+from ranklet.replicas.adapters.revision import Revisions
 from ranklet.replicas.config import EngineConfig
-from ranklet.replicas.engine import Engine
-from ranklet.replicas.reference import WEIGHTS_FILE, AdapterRef
-from ranklet.replicas.revision import Revisions
+from ranklet.replicas.engine.engine import Engine
 from tests.bench import report
 from tests.bench.engine import embed, refs
 from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ranklet.cluster.profiling import lengths_of, show
+from ranklet.cluster.command.profile import lengths_of, show
 from ranklet.replicas.config import EngineConfig
-from ranklet.replicas.profile import profile
+from ranklet.replicas.profiling.profiler import profile
 from tests.bench import report
 from tests.bench.engine import refs
 from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model

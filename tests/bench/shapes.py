@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ranklet.replicas.architecture import Architecture
+from ranklet.replicas.model.architecture import Architecture
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ranklet.cluster import simulation
+from ranklet.cluster.command import simulate
 from ranklet.routing.simulate.outcome import Outcome
 from tests.bench import report
 
@@ -60,17 +60,17 @@ def main() -> None:
     options = parser.parse_args()
     console = Console(stderr=True)
     command = argparse.ArgumentParser()
-    simulation.add(command.add_subparsers())
+    simulate.add(command.add_subparsers())
     for part in options.parts:
         rows: list[dict[str, Any]] = []
         drawn: dict[str, list[Outcome]] = {}
         for label, words in PARTS[part](options.replicas):
             asked = command.parse_args(["simulate", *words])
             began = perf_counter()
-            found = {outcome.rule: outcome for outcome in simulation.study(asked).run_all(asked.rules, asked.workers)}
+            found = {outcome.rule: outcome for outcome in simulate.study(asked).run_all(asked.rules, asked.workers)}
             console.print(f"{label}: {perf_counter() - began:.0f} s")
             drawn[label] = [found[name] for name in asked.rules]
-            rows += [{"case": label, **simulation.summary(found[name], asked.flash_s)} for name in asked.rules]
+            rows += [{"case": label, **simulate.summary(found[name], asked.flash_s)} for name in asked.rules]
         path = report.save(f"simulate-{part}", rows, options.out)
         if part in ("steady", "flash", "faults"):
             picture(drawn, path.with_suffix(".png"))

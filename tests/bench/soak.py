@@ -30,7 +30,8 @@ from tests.bench.shapes import QWEN3_EMBEDDING_06B
 
 _PROMPTS_EACH = 6
 _KINDS = {
-    ":Replica": "replica actor", ":Gateway": "gateways", "ray::": "ray's actors", "ranklet.replicas.worker": "engine",
+    ":Replica": "replica actor", ":Gateway": "gateways", "ray::": "ray's actors",
+    "ranklet.replicas.process.worker": "engine",
     "haproxy": "haproxy",
 }  # fmt: skip
 

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from ranklet.replicas.call import Answer
+from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.config import EngineConfig
-from ranklet.replicas.engine import Engine
+from ranklet.replicas.engine.engine import Engine
+from ranklet.replicas.engine.request import Answer
+from ranklet.replicas.engine.stats import BatchRecord, Listener, LoadRecord
 from ranklet.replicas.errors import RankletError
-from ranklet.replicas.reference import AdapterRef
-from ranklet.replicas.stats import BatchRecord, Listener, LoadRecord
 from tests.bench import report
 from tests.bench.engine import refs
 from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model

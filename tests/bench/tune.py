@@ -6,7 +6,7 @@ usage: python -m tests.bench.tune [--shapes qwen3-embedding-0.6b llama-3.1-8b] [
 import argparse
 from pathlib import Path
 
-from ranklet.kernels.tune import tune
+from ranklet.kernels.tuning.tune import tune
 from tests.bench.shapes import LLAMA_31_8B, QWEN3_EMBEDDING_06B
 
 SHAPES = {"qwen3-embedding-0.6b": QWEN3_EMBEDDING_06B, "llama-3.1-8b": LLAMA_31_8B}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ranklet.cluster.ports import free_ports
+from ranklet.cluster.command.ports import free_ports
 from tests.cluster.nodes import family, title
 
 

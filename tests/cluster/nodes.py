@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ranklet.cluster.local import LocalCluster
+from ranklet.cluster.command.local_cluster import LocalCluster
 
 TRIES = 3
 _STARTED = "Ray runtime started"

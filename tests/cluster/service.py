@@ -16,7 +16,7 @@ import openai
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from ranklet.cluster.local import LocalCluster
+from ranklet.cluster.command.local_cluster import LocalCluster
 from tests.assets.oracle import Prompt, reference_embedding
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ranklet.cluster.autoscaling import BUSY, WAIT_S, by_work
-from ranklet.cluster.local import LocalCluster
+from ranklet.cluster.command.local_cluster import LocalCluster
 from tests.cluster import load
 from tests.cluster.service import Service, eventually, local_configuration, serving
 

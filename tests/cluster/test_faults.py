@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ranklet.cluster.local import LocalCluster
+from ranklet.cluster.command.local_cluster import LocalCluster
 from tests.assets.hanging import hanging
 from tests.cluster import load
 from tests.cluster.gcs import Gcs, redis

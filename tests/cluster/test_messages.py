@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from ranklet.cluster import message
-from ranklet.cluster.answers import join, render
+from ranklet.cluster.catalog.registry import Known
+from ranklet.cluster.ingress.answers import join, render
+from ranklet.cluster.ingress.protocol import parse_input, parse_request
+from ranklet.cluster.ingress.refusals import BodyTooLarge, body_of, refuse, status_of
 from ranklet.cluster.labels import BASE, OTHER, AdapterLabels
 from ranklet.cluster.message import EmbedRefusal, EmbedReply, pack, split
-from ranklet.cluster.protocol import parse_input, parse_request
-from ranklet.cluster.refusals import BodyTooLarge, body_of, refuse, status_of
-from ranklet.cluster.registry import Known
 from ranklet.replicas.errors import (
     AdapterNotFound,
     InternalError,

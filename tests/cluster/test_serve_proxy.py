@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from ranklet.cluster.keys import new_key
-from ranklet.cluster.local import LocalCluster
-from ranklet.replicas.reference import CONFIG_FILE, WEIGHTS_FILE
+from ranklet.cluster.access.keys import new_key
+from ranklet.cluster.command.local_cluster import LocalCluster
+from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE
 from tests.cluster import load
-from tests.cluster.bucket import Bucket, bucket
+from tests.cluster.catalog.bucket import Bucket, bucket
 from tests.cluster.collector import Collector, collecting
 from tests.cluster.service import (
     BASE,

@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from ranklet.cluster.local import ClusterError, LocalCluster
+from ranklet.cluster.command.local_cluster import ClusterError, LocalCluster
 from tests.assets.cache import is_made, make_once
 from tests.demo import show
 from tests.demo.ask import Question, Vectors, answers, questions, reference

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import yaml
 
-from ranklet.cluster.ports import free_ports
+from ranklet.cluster.command.ports import free_ports
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SCRAPE_S = 1

@@ -62,7 +62,7 @@ def test_the_dockerfiles_steps_make_a_package_that_runs(tmp_path: Path) -> None:
     installed = binaries / command[0]
     assert installed.exists()
     assert (image / command[2].removeprefix("/opt/ranklet/")).exists()
-    where = "import ranklet.cluster.app, ranklet.replicas.engine; print(ranklet.cluster.app.__file__)"
+    where = "import ranklet.cluster.app, ranklet.replicas.engine.engine; print(ranklet.cluster.app.__file__)"
     said = subprocess.run(
         [binaries / "python", "-c", where], cwd=home, env=environment, capture_output=True, text=True, check=True
     )

@@ -22,7 +22,7 @@ def interpreted_fused() -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         try:
-            return importlib.import_module("ranklet.kernels.fused")
+            return importlib.import_module("ranklet.kernels.pointwise")
         finally:
             for name in [name for name in sys.modules if _of_triton(name)]:
                 del sys.modules[name]

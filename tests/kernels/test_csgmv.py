@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ranklet.kernels import csgmv, gemm
+from ranklet.kernels import csgmv, fused_gemm
 from ranklet.kernels.batch import cut, plan
 from ranklet.kernels.mixes import MIXES, Mix, assign
 from ranklet.kernels.tiles import FusedTile
@@ -97,14 +97,14 @@ def test_base_and_lora_from_one_product(
     monkeypatch: pytest.MonkeyPatch, lengths: list[int], slots: list[int | None], dtype: torch.dtype, bias: bool
 ) -> None:
     wide, widths = 512, (256, 128, 128)
-    tile, product, taken = FusedTile(128, 64, 8, 1, 8, 3), gemm.gemm, []
+    tile, product, taken = FusedTile(128, 64, 8, 1, 8, 3), fused_gemm.gemm, []
 
     def counted(*given: Any, **how: Any) -> None:
         taken.append(given[6].height)
         product(*given, **how)
 
     monkeypatch.setattr(csgmv, "_fused", lambda *_: tile)
-    monkeypatch.setattr(gemm, "gemm", counted)
+    monkeypatch.setattr(fused_gemm, "gemm", counted)
     check(lengths, slots, wide=wide, widths=widths, dtype=dtype, bias=bias, stale=0.0)
     check(lengths, slots, wide=wide, widths=widths[:1], dtype=dtype, bias=bias, stale=0.0)
     expected = [tiles.height for tiles in cut(plan(lengths, slots)[1])] * 2
@@ -125,8 +125,8 @@ def test_a_base_product_kept_in_float32_is_rounded_once(
         wide = x.float() @ weight.float().t()
         return wide if offset is None else wide + offset
 
-    monkeypatch.setattr(gemm, "may_widen", lambda x: True)
-    monkeypatch.setattr(gemm, "widened", widened)
+    monkeypatch.setattr(fused_gemm, "may_widen", lambda x: True)
+    monkeypatch.setattr(fused_gemm, "widened", widened)
     monkeypatch.setattr(csgmv, "_fused", lambda *_: None)
     dtype, wide, widths = torch.float16, 40, (24, 8, 8)
     _, batch = plan(lengths, slots)
@@ -158,9 +158,9 @@ def test_what_the_product_does_not_take() -> None:
         lengths = [2048 // segments] * segments if segments else [1024]
         _, batch = plan(lengths, list(range(len(lengths))))
         (tiles,) = cut(batch)
-        assert gemm.can_fuse(x, stack, tiles, tile) == takes
+        assert fused_gemm.can_fuse(x, stack, tiles, tile) == takes
         (padded,) = cut(batch, padded=True)
-        assert gemm.can_fuse(x, stack, padded, tile) == takes
+        assert fused_gemm.can_fuse(x, stack, padded, tile) == takes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

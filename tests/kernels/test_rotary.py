@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-from ranklet.kernels import csgmv, gemm, rotary
+from ranklet.kernels import csgmv, fused_gemm, rotary
 from ranklet.kernels.batch import plan
 from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.tiles import FusedTile
@@ -123,15 +123,15 @@ def test_on_the_way_out_of_the_product(
     order, batch = plan(lengths, slots)
     tile = FusedTile(256 if width == 128 else 128, 64, 8, 2 if width == 128 else 1, 8, 3)
     monkeypatch.setattr(csgmv, "_fused", lambda x, stack, tiles: tile if tiles.height == 128 else None)
-    monkeypatch.setattr(gemm, "_can_rotate_plain", lambda *_: True)
-    monkeypatch.setattr(gemm, "_plain", lambda *_: tile)
-    launch, launched = gemm._launch, []
+    monkeypatch.setattr(fused_gemm, "_can_rotate_plain", lambda *_: True)
+    monkeypatch.setattr(fused_gemm, "_plain", lambda *_: tile)
+    launch, launched = fused_gemm._launch, []
 
     def counted(*given: Any, **how: Any) -> None:
         launched.append(given[7])
         launch(*given, **how)
 
-    monkeypatch.setattr(gemm, "_launch", counted)
+    monkeypatch.setattr(fused_gemm, "_launch", counted)
     adapters = oracle.random_adapters({0: (8, 8, 8), 1: (16, 0, 16)}, wide, widths, dtype=dtype)
     stack = oracle.linear_stack(adapters, 2, 16, wide, widths, stale=0.0, device=str(DEVICE))
     x, weight = torch.randn(batch.rows, wide).to(dtype), (torch.randn(sum(widths), wide) * wide**-0.5).to(dtype)

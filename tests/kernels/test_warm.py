@@ -5,15 +5,15 @@ import random
 import pytest
 import torch
 
-from ranklet.kernels import csgmv, gemm, rotary
+from ranklet.kernels import csgmv, fused_gemm, rotary
 from ranklet.kernels.batch import cut, plan
-from ranklet.kernels.probe import Projection, probe
 from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.stack import LinearStack
+from ranklet.kernels.tuning.probe import Projection, probe
 from ranklet.kernels.warm import batches, warm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-KERNELS = (csgmv._shrink_kernel, csgmv._expand_kernel, gemm._gemm_kernel, rotary._rotary_kernel)
+KERNELS = (csgmv._shrink_kernel, csgmv._expand_kernel, fused_gemm._gemm_kernel, rotary._rotary_kernel)
 
 
 @pytest.mark.parametrize("slots", [1, 8, 300])

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.replicas.call import Answer
-from ranklet.replicas.engine import Engine
+from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.revision import revision_of
+from ranklet.replicas.engine.engine import Engine
+from ranklet.replicas.engine.request import Answer
 from ranklet.replicas.errors import RankletError
-from ranklet.replicas.process import EngineProcess
-from ranklet.replicas.reference import AdapterRef
-from ranklet.replicas.revision import revision_of
+from ranklet.replicas.process.process import EngineProcess
 from tests.assets.oracle import cosine, encode
 
 PATIENCE_S = 60.0  # how long a test waits for what must come

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ranklet.replicas.adapters import Expectation
-from ranklet.replicas.architecture import Architecture, read_architecture, read_config
+from ranklet.replicas.adapters.pool import AdapterPool
+from ranklet.replicas.adapters.verify import Expectation
 from ranklet.replicas.config import LORA_MODULES, EngineConfig
-from ranklet.replicas.engine import Engine
-from ranklet.replicas.pool import AdapterPool
-from ranklet.replicas.stats import Listener
+from ranklet.replicas.engine.engine import Engine
+from ranklet.replicas.engine.stats import Listener
+from ranklet.replicas.model.architecture import Architecture, read_architecture, read_config
 
 
 @pytest.fixture(autouse=True)

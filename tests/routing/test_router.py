@@ -10,11 +10,11 @@ import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 from ray.serve.request_router import ReplicaID
 
-from ranklet.routing import tally
+from ranklet.routing import counters
 from ranklet.routing.affinity import Affinity
-from ranklet.routing.errand import ERRAND, Errand
+from ranklet.routing.counters import Tally
+from ranklet.routing.hint import ERRAND, Errand
 from ranklet.routing.router import AdapterRouter
-from ranklet.routing.tally import Tally
 from tests.routing.given import told
 
 DEPLOYMENT = DeploymentID(name="Replica", app_name="ranklet")
@@ -121,7 +121,7 @@ async def test_unusable_settings_are_ignored(router: AdapterRouter, kwargs: dict
 
 async def test_choices_are_told_apart(router: AdapterRouter, routes: Affinity, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = Tally()
-    monkeypatch.setattr(tally, "_CURRENT", seen)
+    monkeypatch.setattr(counters, "_CURRENT", seen)
     replicas = [stated(rank) for rank in range(2)]
     await choose(router, replicas, pending())
     assert seen == Tally()

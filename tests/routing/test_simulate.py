@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ranklet.cluster.cli import main
+from ranklet.cluster.command.cli import main
 from ranklet.routing.simulate.engine import Engine, Request, Speed
 from ranklet.routing.simulate.study import RULES, Study, rate_for
 from ranklet.routing.simulate.traffic import Traffic

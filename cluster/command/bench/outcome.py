@@ -1,0 +1,133 @@
+"""What a run gave, in numbers: rates, latencies, errors, and what the client itself cost."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ranklet.cluster.command.bench.answer import OK
+from ranklet.cluster.command.bench.client import Log
+
+PERCENTILES = (50, 90, 95, 99)
+_BUSY, _LATE_MS = 0.8, 10.0  # above these the client may have been the bottleneck
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Answers to some of the requests. Rates are per second of the whole run; latencies are of answers with vectors."""
+
+    requests: int
+    answered: int
+    prompts: int  # of answered requests
+    tokens: int  # the same, as the server counted them
+    requests_per_s: float
+    prompts_per_s: float
+    tokens_per_s: float
+    mean_ms: float
+    p50_ms: float
+    p90_ms: float
+    p95_ms: float
+    p99_ms: float
+    errors: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Client:
+    """The load client's own cost."""
+
+    processes: int
+    busiest: float  # share of a core that the busiest process used
+    cpu_ms_per_request: float
+    p99_lag_ms: float  # how long an answer may have waited for its process: how late that came to a clock's ticks
+    max_lag_ms: float
+    mean_late_ms: float | None  # how long after its time a request left; None unless requests have times of their own
+    p99_late_ms: float | None
+    max_late_ms: float | None
+
+    @property
+    def suspicion(self) -> str | None:
+        """Why the client, and not the server, may have set the numbers; None if it did not."""
+        if self.busiest > _BUSY:
+            return f"a process used {self.busiest:.0%} of a core: raise --processes"
+        if self.p99_lag_ms > _LATE_MS:
+            return f"answers waited up to {self.p99_lag_ms:.0f} ms for it: raise --processes, or use an idle machine"
+        if self.p99_late_ms is not None and self.p99_late_ms > _LATE_MS:
+            return f"requests left up to {self.p99_late_ms:.0f} ms late: raise --processes, or use an idle machine"
+        return None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A whole run."""
+
+    planned: int  # requests; more than `overall.requests` if the run was interrupted
+    seconds: float  # from the first request that left to the last answer
+    overall: Numbers
+    by_adapter: dict[str, Numbers]
+    client: Client
+    answers: NDArray[np.float64]  # [answered, 2]: when, in seconds after the start, and its latency in seconds
+    tokens: NDArray[np.int64]  # [answered]
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON, without the single answers; what is not known is null."""
+        return {
+            "planned": self.planned, "seconds": self.seconds, "overall": _facts(self.overall),
+            "by_adapter": {name: _facts(numbers) for name, numbers in self.by_adapter.items()},
+            "client": vars(self.client) | {"suspicion": self.client.suspicion},
+        }  # fmt: skip
+
+
+def _facts(numbers: Numbers) -> dict[str, Any]:
+    return {name: None if value != value else value for name, value in vars(numbers).items()}  # NaN is no JSON
+
+
+def outcome(logs: Sequence[Log], planned: int, *, open_loop: bool) -> Outcome:
+    """The numbers of a run.
+
+    Args:
+        planned: how many requests were to be sent.
+        open_loop: requests have times of their own; latency counts from when one was due, whether or not it left late.
+
+    Raises:
+        ValueError: nothing was answered.
+    """
+    records = [record for log in logs for record in log.records]
+    if not records:
+        raise ValueError("expected at least one request to have been answered, got none")
+    due, sent, done = (np.array([record[i] for record in records]) for i in range(3))
+    tokens, prompts = (np.array([record[i] for record in records], dtype=np.int64) for i in (3, 4))
+    models, outcomes = (np.array([record[i] for record in records]) for i in (5, 6))
+    latency = done - (due if open_loop else sent)
+    seconds = float(done.max() - sent.min())
+
+    def of(chosen: NDArray[np.bool_]) -> Numbers:
+        good = chosen & (outcomes == OK)
+        waits = latency[good] * 1e3 if good.any() else np.array([np.nan])
+        return Numbers(
+            int(chosen.sum()), int(good.sum()), int(prompts[good].sum()), int(tokens[good].sum()),
+            float(good.sum() / seconds), float(prompts[good].sum() / seconds), float(tokens[good].sum() / seconds),
+            float(waits.mean()), **{f"p{p}_ms": float(np.percentile(waits, p)) for p in PERCENTILES},
+            errors=dict(Counter(outcomes[chosen & ~good].tolist()).most_common()),
+        )  # fmt: skip
+
+    good = outcomes == OK
+    return Outcome(
+        planned, seconds, of(np.ones(len(sent), dtype=bool)),
+        {name: of(models == name) for name in np.unique(models).tolist()},
+        _client(logs, len(records), np.maximum(sent - due, 0.0) if open_loop else None),
+        np.stack((done[good] - sent.min(), latency[good]), axis=1), tokens[good],
+    )  # fmt: skip
+
+
+def _client(logs: Sequence[Log], requests: int, late_s: NDArray[np.float64] | None) -> Client:
+    lags_ms = np.array([lag_s for log in logs for lag_s in log.lags_s] or [0.0]) * 1e3
+    late: tuple[float | None, ...] = (None, None, None)
+    if late_s is not None:
+        late = (float(late_s.mean() * 1e3), float(np.percentile(late_s, 99) * 1e3), float(late_s.max() * 1e3))
+    return Client(
+        len(logs), max(log.busy for log in logs), sum(log.cpu_s for log in logs) * 1e3 / requests,
+        float(np.percentile(lags_ms, 99)), float(lags_ms.max()), *late,
+    )  # fmt: skip

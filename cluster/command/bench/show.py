@@ -1,0 +1,90 @@
+"""A run's numbers for people: tables, and a picture."""
+
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ranklet.cluster.command.bench.outcome import PERCENTILES, Numbers, Outcome
+
+_MOST_ROWS = 20
+_COLUMNS = ("requests", "failed", "req/s", "texts/s", "tokens/s", "mean ms", *(f"p{p}" for p in PERCENTILES))
+_BINS = 100
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+def show(result: Outcome, console: Console) -> None:
+    """Print it: overall, the busiest adapters, errors, and the client's own cost."""
+    table = Table(title=f"{result.overall.answered:,} of {result.planned:,} requests in {result.seconds:.2f} s")
+    table.add_column("")
+    for column in _COLUMNS:
+        table.add_column(column, justify="right")
+    table.add_row("all", *_row(result.overall), style="bold", end_section=True)
+    busiest = sorted(result.by_adapter.items(), key=lambda item: -item[1].requests)
+    if len(busiest) > 1:
+        for name, numbers in busiest[:_MOST_ROWS]:
+            table.add_row(name, *_row(numbers))
+        if len(busiest) > _MOST_ROWS:
+            table.add_row(f"... {len(busiest) - _MOST_ROWS} more")
+    console.print(table)
+    for code, count in result.overall.errors.items():
+        console.print(f"[red]{count} x {code}")
+    unsent = result.planned - result.overall.requests
+    if unsent:
+        console.print(f"[yellow]interrupted: {unsent:,} requests were not sent, or not answered yet")
+    client = result.client
+    console.print(
+        f"client: {client.processes} process{'es' if client.processes > 1 else ''}, the busiest used "
+        f"{client.busiest:.0%} of a core, {client.cpu_ms_per_request:.2f} ms a request"
+    )
+    console.print(f"  answers waited for it: p99 {client.p99_lag_ms:.1f} ms, at most {client.max_lag_ms:.1f} ms")
+    if client.mean_late_ms is not None:
+        console.print(
+            f"  requests left {client.mean_late_ms:.1f} ms late on average, p99 {client.p99_late_ms:.1f} ms, "
+            f"at most {client.max_late_ms:.1f} ms"
+        )
+    if client.suspicion:
+        console.print(f"[yellow]the client may be the bottleneck: {client.suspicion}")
+
+
+def _row(numbers: Numbers) -> tuple[str, ...]:
+    latencies = (numbers.mean_ms, *(getattr(numbers, f"p{p}_ms") for p in PERCENTILES))
+    return (
+        f"{numbers.requests:,}", f"{numbers.requests - numbers.answered:,}", f"{numbers.requests_per_s:,.1f}",
+        f"{numbers.prompts_per_s:,.1f}", f"{numbers.tokens_per_s:,.0f}",
+        *(f"{ms:,.1f}" if math.isfinite(ms) else "-" for ms in latencies),
+    )  # fmt: skip
+
+
+def check_plot(path: Path) -> None:
+    """Before a run, that its picture can be drawn.
+
+    Raises:
+        ValueError: matplotlib is not installed, or the path's ending is of no picture.
+    """
+    if find_spec("matplotlib") is None:
+        raise ValueError("--plot: expected matplotlib, which is not installed: pip install 'ranklet[plot]'")
+    if path.suffix not in _PICTURES:
+        raise ValueError(f"--plot: expected a path that ends with {', '.join(_PICTURES)}; got {path}")
+
+
+def plot(result: Outcome, path: Path) -> None:
+    """Latency's distribution, and tokens a second over the run, as a picture. `check_plot` says whether it can be."""
+    from matplotlib.figure import Figure  # takes a second, which a run without a picture need not wait
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    waits = np.sort(result.answers[:, 1]) * 1e3
+    left.plot(waits, np.arange(1, len(waits) + 1) / max(len(waits), 1))
+    left.set(xlabel="latency, ms", ylabel="share of answers", ylim=(0, 1.02), title="latency")
+    for percentile in (50, 99):
+        if len(waits):
+            left.axvline(float(np.percentile(waits, percentile)), ls=":", lw=0.8, color="grey")
+    sums, edges = np.histogram(result.answers[:, 0], _BINS, (0, result.seconds), weights=result.tokens)
+    right.stairs(sums / np.diff(edges), edges, fill=True, alpha=0.5)
+    right.axhline(result.overall.tokens_per_s, ls=":", color="black")
+    right.set(xlabel="seconds", ylabel="tokens answered a second", title=f"{result.overall.tokens_per_s:,.0f} tokens/s")
+    figure.savefig(path)

@@ -1,0 +1,125 @@
+"""`GET /openapi.json`: what the HTTP API takes and answers, from the forms that check it."""
+
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from pydantic import BaseModel
+
+from ranklet.cluster.ingress.lifecycle import LoadRequest, UnloadRequest
+from ranklet.cluster.ingress.protocol import EmbeddingsRequest
+
+_TEXT, _NUMBER, _FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
+_MAYBE_TEXT = {"type": ["string", "null"]}
+_OBJECT: dict[str, Any] = {"type": "object"}
+
+
+def _record(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _list_of(item: dict[str, Any]) -> dict[str, Any]:
+    return _record(object={"const": "list"}, data={"type": "array", "items": item})
+
+
+_VECTOR = {"oneOf": [{"type": "array", "items": {"type": "number"}}, {"type": "string", "contentEncoding": "base64"}]}
+_SCHEMAS: dict[str, dict[str, Any]] = {
+    "Error": _record(error=_record(message=_TEXT, type=_TEXT, param=_MAYBE_TEXT, code=_TEXT)),
+    "Embeddings": _record(
+        object={"const": "list"}, model=_TEXT,
+        data={"type": "array", "items": _record(object={"const": "embedding"}, index=_NUMBER, embedding=_VECTOR)},
+        usage=_record(prompt_tokens=_NUMBER, total_tokens=_NUMBER),
+    ),
+    "Card": _record(
+        id=_TEXT, object={"const": "model"}, created=_NUMBER, owned_by=_TEXT, root=_TEXT, parent=_MAYBE_TEXT,
+        max_model_len={"type": ["integer", "null"]},
+    ),
+    "Loaded": _record(
+        name=_TEXT, revision=_TEXT, rank=_NUMBER, target_modules={"type": "array", "items": _TEXT}, bytes=_NUMBER,
+        state={"const": "ready"}, verified=_FLAG, pinned=_FLAG, path=_TEXT,
+    ),
+    "Adapter": _record(
+        name=_TEXT, state={"enum": ["registered", "loading", "ready", "failed", "draining"]}, revision=_MAYBE_TEXT,
+        path=_MAYBE_TEXT, pinned=_FLAG, rank={"type": ["integer", "null"]}, references=_NUMBER,
+        replicas={"type": "array", "items": _OBJECT}, error=_MAYBE_TEXT,
+    ),
+    "Unloaded": _record(name=_TEXT, state={"const": "unloaded"}),
+    "Targets": {"type": "array", "items": _record(targets={"type": "array", "items": _TEXT}, labels=_OBJECT)},
+}  # fmt: skip
+_CARDS, _ADAPTERS = _list_of({"$ref": "#/components/schemas/Card"}), _list_of({"$ref": "#/components/schemas/Adapter"})
+
+_USER = ("401", "403")
+_LOAD = (
+    "What is loaded, replaced or pinned",
+    LoadRequest,
+    "Loaded",
+    (*_USER, "400", "404", "408", "409", "413", "503"),
+)
+_UNLOAD = ("Serve an adapter no more", UnloadRequest, "Unloaded", (*_USER, "400", "404", "408", "409", "413", "503"))
+_Operation = tuple[str, type[BaseModel] | None, "str | dict[str, Any]", tuple[str, ...]]
+# By path and method: what it does, the form of its body, the schema of its answer, how it may be refused.
+OPERATIONS: Mapping[tuple[str, str], _Operation] = {
+    ("/v1/embeddings", "post"): (
+        "Vectors of texts or token ids; `model` names an adapter or the base", EmbeddingsRequest, "Embeddings",
+        (*_USER, "400", "404", "408", "413", "429", "503"),
+    ),
+    ("/v1/models", "get"): ("The base and every adapter that the key may use", None, _CARDS, _USER),
+    ("/v1/models/{name}", "get"): ("One of them, by any name of `model`", None, "Card", (*_USER, "400", "404")),
+    ("/v1/adapters", "get"): ("Every adapter with its state, and where it is", None, _ADAPTERS, _USER),
+    ("/v1/adapters", "post"): _LOAD,
+    ("/v1/load_lora_adapter", "post"): _LOAD,
+    ("/load_lora_adapter", "post"): _LOAD,
+    ("/v1/unload_lora_adapter", "post"): _UNLOAD,
+    ("/unload_lora_adapter", "post"): _UNLOAD,
+    ("/v1/adapters/{name}", "get"): ("One of them", None, "Adapter", (*_USER, "400", "404")),
+    ("/v1/adapters/{name}", "delete"): ("Serve it no more", None, "Unloaded", (*_USER, "400", "404", "409", "503")),
+    ("/v1/status", "get"): ("What the status page shows", None, _OBJECT, _USER),
+    ("/health", "get"): ("This process is up", None, _OBJECT, ()),
+    ("/ready", "get"): ("A replica can compute", None, _OBJECT, ("503",)),
+    ("/version", "get"): ("Versions and the data path", None, _OBJECT, ()),
+    ("/metrics/targets", "get"): ("Prometheus' http_sd", None, "Targets", ()),
+}  # fmt: skip
+
+
+def document() -> dict[str, Any]:
+    """The description, of OpenAPI 3.1."""
+    paths: dict[str, dict[str, Any]] = {}
+    for (path, method), operation in OPERATIONS.items():
+        paths.setdefault(path, {})[method] = _operation(path, method, *operation)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "ranklet", "version": metadata.version("ranklet"),
+            "description": "Many LoRA adapters of one base model. Every refusal says what was expected, what came, and "
+            "what to do.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": _SCHEMAS,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "where there are keys"}},
+        },
+        "security": [{"key": []}, {}],
+    }  # fmt: skip
+
+
+def _operation(
+    path: str, method: str, summary: str, form: type[BaseModel] | None, answer: str | dict[str, Any],
+    refusals: tuple[str, ...],
+) -> dict[str, Any]:  # fmt: skip
+    schema = {"$ref": f"#/components/schemas/{answer}"} if isinstance(answer, str) else answer
+    described: dict[str, Any] = {
+        "operationId": f"{method}{path.replace('/', '_').replace('{', '').replace('}', '')}",
+        "summary": summary,
+        "responses": {"200": _content("the answer", schema)}
+        | {status: _content("refused", {"$ref": "#/components/schemas/Error"}) for status in sorted(refusals)},
+    }
+    if "{name}" in path:
+        described["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": _TEXT}]
+    if form is not None:
+        body = _content("", form.model_json_schema(mode="validation"))
+        described["requestBody"] = {"required": True, "content": body["content"]}
+    return described
+
+
+def _content(description: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}

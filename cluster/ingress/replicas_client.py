@@ -1,0 +1,296 @@
+"""Calls from a gateway to the replicas: split, send, retry once elsewhere, join; cancelled when the client goes."""
+
+import asyncio
+import contextlib
+import contextvars
+import itertools
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+from ray.exceptions import RayActorError, RayError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
+from ray.serve.handle import DeploymentHandle
+
+from ranklet.cluster.catalog.registry import Known
+from ranklet.cluster.ingress.answers import Embeddings, join
+from ranklet.cluster.message import EmbedCall, EmbedRefusal, EmbedReply, pack, split
+from ranklet.replicas.adapters.reference import AdapterInfo
+from ranklet.replicas.engine.stats import AdapterReport
+from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unavailable
+from ranklet.routing import affinity
+from ranklet.routing.hint import ERRAND, Errand
+
+_CONTROL_TIMEOUT_S = 5.0
+_WATCH_S = 0.02  # between two looks at orders and hung replicas
+_MOST_PREFETCHES = 64
+_MOST_KNOWN = 65_536
+logger = logging.getLogger("ray.serve")
+
+# The replica, or the way to it, is gone. Embedding twice does no harm, so the call may be repeated.
+_GONE = (RayActorError, TaskCancelledError, RequestCancelledError)
+
+
+class Replicas:
+    """The engine replicas of this application, as one gateway reaches them.
+
+    Args:
+        timeout_s: for an answer.
+        patience_s: for a replica, where there is none.
+    """
+
+    def __init__(
+        self, handle: "DeploymentHandle[Any]", timeout_s: float, retried: Callable[[], None], sender: str = "",
+        patience_s: float = 6.0,
+    ) -> None:  # fmt: skip
+        self._handle = handle
+        self._timeout_s = timeout_s
+        self._patience_s = patience_s
+        self._retried = retried
+        self._sender = sender
+        self._errands = itertools.count()
+        self._at_work: dict[int, tuple[asyncio.Task[Any], float]] = {}  # errands, and since when
+        self._abandoned: dict[int, str | None] = {}  # errands, and the replica that hangs; None: none is up
+        self._known: OrderedDict[str, Known] = OrderedDict()  # adapters asked for of late, for orders to load them
+        self._prefetches: set[asyncio.Task[None]] = set()
+
+    async def embed(
+        self, adapter: Known | None, prompts: Sequence[NDArray[np.int32]], dimensions: int | None, hidden: int
+    ) -> Embeddings:
+        """Vectors for `prompts` (int32 [length] each), in order.
+
+        Raises:
+            RankletError: what the replica refused, Unavailable when none answered in time or two failed, Saturated.
+        """
+        if adapter:
+            self._known[adapter.name] = adapter
+            if len(self._known) > _MOST_KNOWN:
+                self._known.popitem(last=False)
+        calls = [pack(adapter, part, dimensions, self._sender) for part in split(prompts, 4 * hidden)]
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return join(await self._all(calls))
+        except TimeoutError:
+            raise Unavailable(
+                f"expected an answer within {self._timeout_s:g} s (limits.request_timeout_s), got none; the cluster is "
+                "overloaded or its replicas are starting. Try again"
+            ) from None
+
+    async def describe(self) -> dict[str, Any]:
+        """What one healthy replica says of itself.
+
+        Raises:
+            Unavailable: none answered.
+        """
+        try:
+            async with asyncio.timeout(_CONTROL_TIMEOUT_S):
+                description: dict[str, Any] = await self._handle.options(method_name="describe").remote()
+                return description
+        except (RayError, RayServeException, grpc.RpcError, TimeoutError) as error:
+            raise Unavailable(f"expected an answer from a replica, got {_said(error)}") from error
+
+    async def describe_all(self) -> list[dict[str, Any]]:
+        """What each live replica says of itself; those that do not answer are left out."""
+        return await everyone(self._handle)
+
+    async def load(self, adapter: Known, pins: Sequence[str]) -> AdapterInfo:
+        """Verify an adapter and bring it into a slot of its home; `pins` may then stay in theirs.
+
+        Raises:
+            RankletError: why it cannot be served, or Unavailable when no replica answers.
+        """
+        errand = Errand(next(self._errands), adapter.name)
+        order = self._handle.options(method_name="load")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                said = await order.remote(adapter.name, adapter.place, tuple(pins), **{ERRAND: errand})
+        except (RayError, RayServeException, grpc.RpcError, TimeoutError) as error:
+            raise Unavailable(f"expected an answer from a replica, got {_said(error)}") from error
+        if isinstance(said, EmbedRefusal):
+            raise said.error()
+        assert isinstance(said, AdapterInfo)
+        return said
+
+    async def release(self, name: str, keep: str | None, timeout_s: float = 0.0) -> bool:
+        """Have all replicas free what they hold of an adapter, but for one revision.
+
+        Returns:
+            Whether nothing else of it was left within `timeout_s`.
+        """
+        patience_s = timeout_s + _CONTROL_TIMEOUT_S
+        arguments = (name, keep, timeout_s)
+        return all(await everyone(self._handle, "release", *arguments, timeout_s=patience_s, silent=[False]))
+
+    async def pin(self, pins: Mapping[str, str]) -> None:
+        """Have all replicas keep these adapters, by name and folder, in their slots."""
+        await everyone(self._handle, "pin", dict(pins))
+
+    async def reports(self) -> list[tuple[str, list[AdapterReport]]]:
+        """What each live replica holds, by its id."""
+        return await everyone(self._handle, "report")
+
+    async def _all(self, calls: Sequence[EmbedCall]) -> list[EmbedReply]:
+        if len(calls) == 1:
+            return [await self._call(calls[0])]
+        # Ray 2.60 tells calls that wait for a replica apart by the id of the HTTP request they serve: of two under one
+        # id, the second waits for ever. In an empty context each gets an id of its own.
+        loop = asyncio.get_running_loop()
+        tasks = [loop.create_task(self._call(call), context=contextvars.Context()) for call in calls]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:  # after one refusal, the rest would be work for nobody
+                task.cancel()
+
+    async def _call(self, call: EmbedCall) -> EmbedReply:
+        try:
+            return await self._attempt(call, avoid=None)
+        except _RepeatableError as failure:
+            self._retried()
+            try:
+                return await self._attempt(call, avoid=failure.replica)
+            except _RepeatableError as second:
+                raise second.error from failure
+
+    async def _attempt(self, call: EmbedCall, avoid: str | None) -> EmbedReply:
+        errand = Errand(next(self._errands), call.adapter_name, call.total_tokens, avoid)
+        result: EmbedReply | EmbedRefusal | None = None
+        task = _this_task()
+        self._at_work[errand.id] = task, time.monotonic()
+        # Not as a multiplexed model id: Ray 2.60 keeps every call that has one, unless its own multiplexing routes it.
+        response = self._handle.options(method_name="embed").remote(call, **{ERRAND: errand})
+        try:
+            result = await response
+        except asyncio.CancelledError:
+            response.cancel()  # type: ignore[no-untyped-call]
+            if errand.id not in self._abandoned:
+                raise
+            task.uncancel()
+            hung = self._abandoned[errand.id]
+            if hung is None:
+                raise Unavailable(
+                    f"expected a replica within {self._patience_s:g} s (limits.no_replica_timeout_s), but none is up. "
+                    "Try again"
+                ) from None
+            raise _RepeatableError(_gone("hangs"), hung) from None
+        except Exception as error:
+            raise _translated(error, affinity.current().fleet.where(errand.id)) from error
+        finally:
+            del self._at_work[errand.id]
+            self._abandoned.pop(errand.id, None)
+            self._settle(errand, result)
+        if isinstance(result, EmbedReply):
+            return result
+        refused = result.error()
+        repeatable = isinstance(refused, Unavailable | Saturated)
+        raise _RepeatableError(refused, result.replica) if repeatable else refused
+
+    @staticmethod
+    def _settle(errand: Errand, result: EmbedReply | EmbedRefusal | None) -> None:
+        routes, now_s = affinity.current(), time.monotonic()
+        with routes.lock:
+            routes.fleet.ended(errand.id, arrived=result is not None)
+            if result is not None:
+                routes.fleet.alive(result.replica, now_s)
+                if result.load is not None:
+                    routes.fleet.hear(result.replica, result.load, now_s, time.time() - result.load.at_s)
+
+    async def watch(self) -> None:
+        """Look after the calls under way, and pass the router's orders on, until cancelled."""
+        loop = asyncio.get_running_loop()
+        orders = affinity.current().orders = SimpleQueue()
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            try:
+                self._abandon()
+                while not orders.empty():
+                    replica, name = orders.get_nowait()
+                    known = self._known.get(name)
+                    if known is not None and len(self._prefetches) < _MOST_PREFETCHES:
+                        task = loop.create_task(self._prefetch(known, replica), context=contextvars.Context())
+                        self._prefetches.add(task)
+                        task.add_done_callback(self._prefetches.discard)
+            except Exception:
+                logger.exception("watching over calls failed; going on")
+
+    def _abandon(self) -> None:
+        """Take back what replicas owe that have been silent for too long, and what waits in vain for a replica."""
+        routes, now_s = affinity.current(), time.monotonic()
+        with routes.lock:
+            hung, alone = routes.fleet.hung(now_s), not len(routes.fleet)
+            owed = {id: routes.fleet.where(id) for id in self._at_work} if hung or alone else {}
+        for id, replica in owed.items():
+            task, since_s = self._at_work[id]
+            given_up = replica in hung if replica is not None else alone and now_s - since_s > self._patience_s
+            if given_up and id not in self._abandoned:
+                self._abandoned[id] = replica
+                task.cancel()
+
+    async def _prefetch(self, adapter: Known, replica: str) -> None:
+        """Have a replica load an adapter ahead of its requests. Nothing depends on it: failures are ignored."""
+        errand = Errand(next(self._errands), only=replica)
+        order = self._handle.options(method_name="prefetch")
+        with contextlib.suppress(RayError, RayServeException, grpc.RpcError, TimeoutError):
+            async with asyncio.timeout(_CONTROL_TIMEOUT_S):
+                await order.remote(adapter.name, adapter.place, **{ERRAND: errand})
+
+
+def _this_task() -> "asyncio.Task[Any]":
+    task = asyncio.current_task()
+    assert task is not None, "called outside of a task"
+    return task
+
+
+def _gone(what: str) -> Unavailable:
+    return Unavailable(f"the replica that had the request {what}, and no other could answer. Try again")
+
+
+class _RepeatableError(Exception):
+    """A call that another replica may answer; `error` is what to say if none does."""
+
+    def __init__(self, error: RankletError, replica: str | None) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.replica = replica
+
+
+def _translated(error: Exception, replica: str | None) -> Exception:
+    """Ray's failures in ranklet's words."""
+    if isinstance(error, BackPressureError):
+        return Saturated(
+            "expected room in the queue of the replicas, got none (max_queued_requests). Try again shortly"
+        )
+    if isinstance(error, _GONE) or (isinstance(error, grpc.aio.AioRpcError) and error.code() in _GONE_CODES):
+        return _RepeatableError(_gone("died"), replica)
+    if isinstance(error, DeploymentUnavailableError):
+        return Unavailable("expected a replica, but none is up (deployment unhealthy). Look at `serve status`")
+    return InternalError(f"the replica failed in an unexpected way: {_said(error)}")
+
+
+_GONE_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+
+async def everyone(
+    handle: "DeploymentHandle[Any]", method: str = "describe", *arguments: Any, timeout_s: float = _CONTROL_TIMEOUT_S,
+    silent: Sequence[Any] = (),
+) -> list[Any]:  # fmt: skip
+    """What a method of all live replicas returns; `silent` stands in for each that is silent, dying or missing."""
+    try:
+        answers = handle.broadcast(method, *arguments).results_async(timeout_s=timeout_s, return_exceptions=True)
+        found: list[Any] = []
+        for answer in await answers:
+            found += silent if isinstance(answer, BaseException) else [answer]
+    except (RayError, RayServeException, grpc.RpcError, TimeoutError):
+        return list(silent)
+    return found
+
+
+def _said(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[-1] if text else 'no message'}"[:300]

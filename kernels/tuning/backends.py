@@ -1,0 +1,117 @@
+"""Times the three backends against each other on whole layers: the crossovers that `dispatch` chooses by."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional
+
+from ranklet.kernels.batch import LoraBatch
+from ranklet.kernels.crossover import Crossover, Scope, crossovers, entry_of
+from ranklet.kernels.dispatch import BACKENDS
+from ranklet.kernels.tuning.compile import compile_all
+from ranklet.kernels.tuning.probe import Probe, Projection, probe, wall_ms
+from ranklet.kernels.workloads import even
+
+ADAPTERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+ROWS = (16, 64, 256, 1024, 3072, 7680, 15_360, 30_720)
+SCOPES: dict[Scope, tuple[str, ...]] = {"attention": ("qkv", "o"), "layer": ("qkv", "o", "gate_up", "down")}
+
+
+class Layer:
+    """The projections of a decoder layer with random weights and inputs, adapters of one rank in all slots."""
+
+    def __init__(
+        self, projections: Sequence[Projection], rank: int, slots: int, rows: int, *, device: torch.device,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:  # fmt: skip
+        self.rank = rank
+        self.hidden = projections[0].wide
+        self.probes: dict[str, Probe] = {p.name: probe(p, rank, slots, device=device, dtype=dtype) for p in projections}
+        wides = {p.wide for p in projections}
+        self._inputs = {wide: torch.randn(rows, wide, device=device, dtype=dtype) for wide in wides}
+        self.device = device
+
+    def input(self, name: str, rows: int) -> Tensor:
+        """What a projection reads: [rows, K]."""
+        return self._inputs[self.probes[name].projection.wide][:rows]
+
+    def run(self, backend: str, batch: LoraBatch, names: Sequence[str]) -> list[Tensor]:
+        """The named projections one after the other; "base" runs them without LoRA."""
+        made = []
+        for name in names:
+            x, found = self.input(name, batch.rows), self.probes[name]
+            if backend == "base":
+                made.append(functional.linear(x, found.weight))
+            else:
+                made.append(BACKENDS[backend].linear(x, found.weight, None, found.stack, batch))
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class Warmth:
+    """A batch whose kernels are to be compiled."""
+
+    projections: tuple[Projection, ...]
+    rank: int
+    rows: int
+    adapters: int
+    slots: int
+    most_rows: int
+
+
+_held: dict[tuple[tuple[Projection, ...], int], Layer] = {}
+
+
+def warm(job: Warmth) -> None:
+    """Run a batch through csgmv once."""
+    asked = (job.projections, job.rank)
+    if asked not in _held:
+        _held.clear()
+        torch.cuda.empty_cache()
+        _held[asked] = Layer(job.projections, job.rank, job.slots, job.most_rows, device=torch.device("cuda", 0))
+    layer = _held[asked]
+    layer.run("csgmv", even(job.rows, job.adapters).placed(layer.device), list(layer.probes))
+
+
+def points(rows: Sequence[int], adapters: Sequence[int]) -> list[tuple[int, int]]:
+    """(rows, adapters) of the grid, without those of fewer rows than adapters."""
+    return [(t, n) for t in rows for n in adapters if t >= n]
+
+
+def compile_batches(
+    projections: Sequence[Projection], ranks: Sequence[int], batches: Sequence[tuple[int, int]],
+    workers: int | None = None,
+) -> None:  # fmt: skip
+    """Fill the cache with what csgmv launches on batches of (rows, adapters)."""
+    most, slots = max(rows for rows, _ in batches), max(adapters for _, adapters in batches)
+    jobs = [Warmth(tuple(projections), rank, rows, n, slots, most) for rank in ranks for rows, n in batches]
+    for _ in track(compile_all(warm, jobs, workers=workers), "compiling", len(jobs), console=Console(stderr=True)):
+        pass
+
+
+def times_ms(layer: Layer, rows: int, adapters: int, scope: Scope, backends: Sequence[str]) -> dict[str, float]:
+    """Wall time of each backend on one batch, see `Crossover.ms`."""
+    batch = even(rows, adapters).placed(layer.device)
+    return {name: wall_ms(partial(layer.run, name, batch, SCOPES[scope])) for name in backends}
+
+
+def measure(
+    projections: Sequence[Projection], ranks: Sequence[int], *, workers: int | None = None
+) -> list[dict[str, Any]]:
+    """The crossovers of a model at adapters of these ranks, as a table's entries."""
+    compile_batches(projections, ranks, points(ROWS, ADAPTERS), workers)
+    entries = []
+    for rank in ranks:
+        layer = Layer(projections, rank, max(ADAPTERS), max(ROWS), device=torch.device("cuda", 0))
+        grid = [(t, n, scope) for t, n in points(ROWS, ADAPTERS) for scope in SCOPES]
+        for t, n, scope in track(grid, f"backends at rank {rank}", console=Console(stderr=True)):
+            ms: Mapping[str, float] = times_ms(layer, t, n, scope, ("base", *BACKENDS))
+            entries.append(entry_of(Crossover(t, n, rank, layer.hidden, scope, ms)))
+    crossovers.cache_clear()
+    return entries

@@ -1,0 +1,206 @@
+"""The offline tuner: finds the launch numbers of each projection and the backends' crossovers, and writes them down.
+
+Two passes. Compiling takes seconds a candidate, so many processes do it first and fill Triton's on-disk cache; then
+one process has the GPU for itself, checks each candidate against float32 and times it. A candidate that is wrong is
+dropped with a line, one that does not fit the GPU without.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import track
+
+from ranklet.kernels.launch import is_hopper
+from ranklet.kernels.stack import padded_rank
+from ranklet.kernels.tiles import ExpandTile, FusedTile, Key, Op, Tile, entry_of, path_for, table
+from ranklet.kernels.tuning import backends
+from ranklet.kernels.tuning.candidates import FEW_ROWS, WORKLOADS, candidates, cases
+from ranklet.kernels.tuning.compile import compile_all
+from ranklet.kernels.tuning.launches import MOST_PARTS, Rig
+from ranklet.kernels.tuning.probe import Projection, projections
+from ranklet.kernels.workloads import Workload
+
+TOLERANCE = 3e-3  # relative error against float32
+OPS: tuple[Op, ...] = ("shrink", "expand", "fused")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to tune: each projection at each rank of pool, on these workloads."""
+
+    projections: tuple[Projection, ...]
+    ranks: tuple[int, ...]
+    workloads: tuple[Workload, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A candidate on all the batches cut to one tile height: what one process compiles."""
+
+    plan: Plan
+    projection: Projection
+    rank: int
+    op: Op
+    height: int
+    tile: Tile
+
+
+def tune(
+    dims: Mapping[str, tuple[int, int]], ranks: Sequence[int], *, path: Path | None = None, rows: Sequence[int] = (),
+    crossovers: bool = True, workers: int | None = None,
+) -> Path:  # fmt: skip
+    """Tune a model's projections on this machine's GPU and merge what was found into the GPU's table.
+
+    Args:
+        dims: (input width, output width) by module.
+        ranks: of adapters; tiles are tuned for the pool that holds each.
+        path: the table, `tuned/<GPU>.json` if not given.
+        rows: tune for batches of these many rows only; all that are worth it if empty.
+        crossovers: also time the backends against each other, at the least and the greatest rank.
+        workers: processes that compile.
+
+    Returns:
+        The table's path.
+
+    Raises:
+        ValueError: no CUDA device, or no workload of so many rows.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("tune: expected a CUDA device, got none; run it on the GPU that will serve")
+    workloads = tuple(w for w in WORKLOADS if not rows or w.requests * w.length_tokens in rows)
+    if not workloads:
+        known = sorted({w.requests * w.length_tokens for w in WORKLOADS})
+        raise ValueError(f"--rows: expected some of {known}, got {list(rows)}")
+    pools = tuple(sorted({padded_rank(rank) for rank in ranks}))
+    plan = Plan(projections(dims), pools, workloads, torch.device("cuda"), torch.bfloat16)
+    path = path or path_for(torch.cuda.get_device_name())
+    for entries in tune_tiles(plan, workers=workers):
+        write(path, tiles=entries)
+    table.cache_clear()
+    if crossovers:
+        write(path, crossovers=backends.measure(plan.projections, sorted({min(ranks), max(ranks)}), workers=workers))
+    return path
+
+
+def tune_tiles(plan: Plan, *, workers: int | None = None) -> Iterator[list[dict[str, Any]]]:
+    """The fastest right tile of every launch, as a table's entries, by projection and rank."""
+    console = Console(stderr=True)
+    jobs = list(_jobs(plan))
+    attempts = compile_all(_compile, jobs, workers=workers)
+    compiled = track(zip(jobs, attempts, strict=True), "compiling", len(jobs), console=console)
+    fits = {job for job, done in compiled if done}
+    console.print(f"{len(fits)} of {len(jobs)} candidates fit this GPU")
+    rigs = [(projection, rank) for projection in plan.projections for rank in plan.ranks]
+    for projection, rank in track(rigs, "timing", console=console):
+        yield list(_best(_rig(plan, projection, rank), plan, fits, console.print))
+
+
+def _jobs(plan: Plan) -> Iterator[Job]:
+    heights = sorted({height for height, _ in cases(plan.workloads)})
+    for projection in plan.projections:
+        for rank in plan.ranks:
+            for op in OPS:
+                for height in heights:
+                    tried = dict.fromkeys(
+                        tile for h, rows in cases(plan.workloads) if h == height for tile in candidates(op, h, rows)
+                    )
+                    yield from (Job(plan, projection, rank, op, height, tile) for tile in tried)
+
+
+_held: dict[tuple[Plan, Projection, int], Rig] = {}
+
+
+def _rig(plan: Plan, projection: Projection, rank: int) -> Rig:
+    """The rig in use; only one at a time, since a large model's takes gigabytes."""
+    asked = (plan, projection, rank)
+    if asked not in _held:
+        _held.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        _held[asked] = Rig(projection, rank, plan.workloads, plan.device, plan.dtype)
+    return _held[asked]
+
+
+def _compile(job: Job) -> None:
+    rig = _rig(job.plan, job.projection, job.rank)
+    for key in rig.keys(job.op):
+        height, rows = key.height, key.rows
+        found = rig.cases[height, rows]
+        if height == job.height and job.tile in candidates(job.op, height, rows) and rig.can_take(job.tile, key):
+            for tiles in found:
+                rig.launch(job.tile, tiles, rows)
+            if not isinstance(job.tile, FusedTile) and rows <= FEW_ROWS:
+                for parts in (1, 2, MOST_PARTS) if isinstance(job.tile, ExpandTile) else ():
+                    rig.launch(job.tile, found[0], rows, parts=parts, chained=is_hopper(rig.x.device))
+                rig.time_ms(job.tile, key)
+
+
+def _best(rig: Rig, plan: Plan, fits: set[Job], say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    expand_ms: dict[tuple[int, int], float] = {}
+    for op in OPS:
+        for key in rig.keys(op):
+            tried = candidates(op, key.height, key.rows)
+            jobs = {tile: Job(plan, rig.probe.projection, rig.rank, op, key.height, tile) for tile in tried}
+            fit = [tile for tile, job in jobs.items() if job in fits and rig.can_take(tile, key)]
+            right = list(_right(rig, key, fit, say))  # all of them first: timing overwrites what they are checked with
+            times = {tile: rig.time_ms(tile, key) for tile in right}
+            if not times:
+                continue
+            best = min(times, key=times.__getitem__)
+            if op == "shrink":
+                rig.chosen[key.height, key.rows] = best
+            elif op == "expand":
+                expand_ms[key.height, key.rows] = times[best]
+            if isinstance(best, FusedTile):
+                unfused_ms = rig.base_ms(key) + expand_ms.get((key.height, key.rows), float("inf"))
+                yield entry_of(key, replace(best, pays=times[best] <= unfused_ms), times[best])
+            else:
+                yield entry_of(key, best, times[best])
+
+
+def _right(rig: Rig, key: Key, tiles: Sequence[Tile], say: Callable[[str], None]) -> Iterator[Tile]:
+    """Those that compute what float32 does."""
+    if not tiles:
+        return
+    wanted = rig.reference(key)
+    for tile in tiles:
+        error = rig.error(tile, key, wanted)
+        if error <= TOLERANCE:
+            yield tile
+        else:
+            say(f"dropped: {tile} on {key} is off by {error:.1e} of float32")
+
+
+def write(path: Path, **found: list[dict[str, Any]]) -> None:
+    """Merge entries into a table's lists (`tiles`, `crossovers`): same key replaced, others kept."""
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    head = {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "triton": triton.__version__, "torch": torch.__version__, "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    lists = {name: merged(old.get(name, []), found.get(name, [])) for name in ("tiles", "crossovers")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = ",\n".join(f' "{name}": [\n{_lines(entries)}\n ]' for name, entries in lists.items())
+    path.write_text("{\n" + "".join(f' "{k}": {json.dumps(v)},\n' for k, v in head.items()) + body + "\n}\n")
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries of two measurements; where both measured the same thing, the new one."""
+    return list({json.dumps(_what(entry)): entry for entry in [*old, *new]}.values())
+
+
+def _what(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name not in ("tile", "ms")}
+
+
+def _lines(entries: list[dict[str, Any]]) -> str:
+    return ",\n".join(f"  {json.dumps(entry)}" for entry in entries)

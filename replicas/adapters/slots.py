@@ -1,0 +1,133 @@
+"""Which adapter has which slot: states, references, pins and LRU eviction. Bookkeeping only, no tensors, no locks.
+
+A slot is free, loading, or ready. A ready slot that batches still use can be marked retiring: it takes no new work, and
+is evicted when its last reference goes, unless it is revived first. A slot with references or a pin is never evicted.
+"""
+
+from collections import OrderedDict
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from ranklet.replicas.adapters.reference import AdapterRef
+
+
+@dataclass(slots=True)
+class Slot:
+    """One place of the pool and what is known of its tenant."""
+
+    index: int
+    key: AdapterRef | None = None
+    ready: bool = False
+    retiring: bool = False
+    references: int = 0
+
+
+@dataclass(slots=True)
+class SlotTable:
+    """The slots of one device."""
+
+    count: int
+    pinned: set[str] = field(default_factory=set)  # adapter names that are never evicted
+    _slots: list[Slot] = field(init=False)
+    _by_key: OrderedDict[AdapterRef, Slot] = field(init=False)  # least recently used first
+
+    def __post_init__(self) -> None:
+        self._slots = [Slot(index) for index in range(self.count)]
+        self._by_key = OrderedDict()
+
+    def usable(self, key: AdapterRef) -> int | None:
+        """The slot that can take new work for this adapter, None if it is not resident, loading or retiring."""
+        slot = self._by_key.get(key)
+        return slot.index if slot is not None and slot.ready and not slot.retiring else None
+
+    def holds(self, key: AdapterRef) -> bool:
+        """Whether the adapter has a slot, ready or not."""
+        return key in self._by_key
+
+    def acquire(self, key: AdapterRef) -> int:
+        """Count one more user of a usable adapter and mark it as used now; returns its slot."""
+        slot = self._by_key[key]
+        slot.references += 1
+        self._by_key.move_to_end(key)
+        return slot.index
+
+    def release(self, key: AdapterRef) -> None:
+        """Undo one `acquire`."""
+        slot = self._by_key[key]
+        if slot.references == 0:
+            raise ValueError(f"release of {key.name!r} without an acquire")
+        slot.references -= 1
+
+    def reserve(self, key: AdapterRef, keep: Collection[AdapterRef] = ()) -> tuple[int, AdapterRef | None] | None:
+        """Give an adapter a slot to load into: a free one, else the least recently used idle one.
+
+        Args:
+            keep: adapters that must not be evicted for this one.
+
+        Returns:
+            The slot and the adapter evicted from it, if any; None when every slot is in use (see `retire`).
+        """
+        if key in self._by_key:
+            raise ValueError(f"{key.name!r} has a slot already")
+        slot = next((slot for slot in self._slots if slot.key is None), None) or self._idle(keep)
+        if slot is None:
+            return None
+        evicted = slot.key
+        if evicted is not None:
+            del self._by_key[evicted]
+        self._slots[slot.index] = self._by_key[key] = Slot(slot.index, key)
+        return slot.index, evicted
+
+    def _idle(self, keep: Collection[AdapterRef]) -> Slot | None:
+        found = None
+        for key, slot in self._by_key.items():
+            if slot.ready and slot.references == 0 and key.name not in self.pinned:
+                if slot.retiring:
+                    return slot
+                if found is None and key not in keep:
+                    found = slot
+        return found
+
+    def retire(self, keep: Collection[AdapterRef] = ()) -> bool:
+        """Stop new work on the least recently used slot that may be evicted, so that `reserve` gets it soon.
+
+        Returns:
+            Whether a slot is on its way to be free (one more, or one that already was).
+        """
+        if any(slot.retiring or (slot.key is not None and not slot.ready) for slot in self._slots):
+            return True
+        for key, slot in self._by_key.items():
+            if slot.ready and key.name not in self.pinned and key not in keep:
+                slot.retiring = True
+                return True
+        return False
+
+    def revive(self, key: AdapterRef) -> None:
+        """Undo `retire`, if the adapter has a slot: nobody before it needs the room any more."""
+        if key in self._by_key:
+            self._by_key[key].retiring = False
+
+    def loaded(self, key: AdapterRef) -> None:
+        """The adapter's weights are in its slot."""
+        self._by_key[key].ready = True
+
+    def failed(self, key: AdapterRef) -> None:
+        """The adapter could not be loaded; its slot is free again."""
+        slot = self._by_key.pop(key)
+        self._slots[slot.index] = Slot(slot.index)
+
+    def drop(self, key: AdapterRef) -> bool:
+        """Free an idle adapter's slot; False if it has none, or is loading or in use."""
+        slot = self._by_key.get(key)
+        if slot is None or not slot.ready or slot.references:
+            return False
+        self.failed(key)
+        return True
+
+    def held(self) -> tuple[AdapterRef, ...]:
+        """Adapters that have a slot, ready or not."""
+        return tuple(self._by_key)
+
+    def resident(self) -> tuple[AdapterRef, ...]:
+        """Usable adapters, least recently used first."""
+        return tuple(key for key in self._by_key if self.usable(key) is not None)

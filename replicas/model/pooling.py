@@ -1,0 +1,78 @@
+"""From token states to one vector a prompt, as the folder's sentence-transformers files say."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ranklet.replicas.errors import ModelError
+from ranklet.replicas.model.attention import Spans
+from ranklet.replicas.model.folder import read_json, read_settings
+
+MODES = {"lasttoken": "last", "mean": "mean", "cls": "cls"}
+_FLAGS = {"pooling_mode_lasttoken": "last", "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How a prompt's token states become its vector."""
+
+    mode: str = "last"  # last, mean or cls
+    normalize: bool = True
+    max_tokens: int | None = None  # the folder's own limit on a prompt, if it states one
+
+    def rows(self, states: Tensor, spans: Spans) -> Tensor:
+        """The states that pooling reads: [T, H] -> [B, H] for last and cls, all of them for mean."""
+        if self.mode == "last":
+            return states[spans.offsets[1:] - 1]
+        if self.mode == "cls":  # an empty prompt, of a padded batch, may begin behind the last row
+            return states[spans.offsets[:-1].clamp(max=states.shape[0] - 1)]
+        return states
+
+    def vectors(self, rows: Tensor, spans: Spans) -> Tensor:
+        """What `rows` returned, after the final norm -> float32 [B, H], of length 1 if the folder normalises."""
+        pooled = rows.float()
+        if self.mode == "mean":
+            lengths = spans.offsets.diff()
+            requests = torch.arange(len(spans.lengths), device=rows.device)
+            owner = torch.repeat_interleave(requests, lengths, output_size=rows.shape[0])
+            sums = pooled.new_zeros(len(spans.lengths), pooled.shape[1]).index_add_(0, owner, pooled)
+            pooled = sums / lengths[:, None]
+        return functional.normalize(pooled, dim=1) if self.normalize else pooled
+
+
+def read_pooling(model_dir: Path) -> Pooling:
+    """The folder's pooling; last token and L2 norm (Qwen3-Embedding's) where it says nothing.
+
+    Raises:
+        ModelError: `modules.json` asks for a module or a mode that ranklet does not have.
+    """
+    listed = model_dir / "modules.json"
+    if not listed.is_file():
+        return Pooling()
+    modules = {module["type"].rsplit(".", 1)[-1]: module for module in read_json(listed, list)}
+    unknown = sorted(set(modules) - {"Transformer", "Pooling", "Normalize"})
+    if unknown:
+        raise ModelError(f"{listed}: expected Transformer, Pooling, Normalize; got also {', '.join(unknown)}")
+    mode = "last"
+    if "Pooling" in modules:
+        mode = _mode(model_dir / modules["Pooling"]["path"] / "config.json")
+    limits = model_dir / modules.get("Transformer", {"path": ""})["path"] / "sentence_bert_config.json"
+    limit = read_settings(limits).get("max_seq_length")
+    return Pooling(mode=mode, normalize="Normalize" in modules, max_tokens=limit)
+
+
+def _mode(path: Path) -> str:
+    if not path.is_file():
+        raise ModelError(f"{path}: expected the pooling's config, which modules.json names; it is missing")
+    config: dict[str, Any] = read_json(path, dict)
+    flags = [name for name, on in config.items() if name.startswith("pooling_mode_") and on]
+    asked = config.get("pooling_mode") or flags
+    names = [asked] if isinstance(asked, str) else list(asked)
+    known = MODES | _FLAGS
+    if len(names) != 1 or names[0] not in known:
+        raise ModelError(f"{path}: expected one pooling mode of {', '.join(MODES)}, got {', '.join(names) or 'none'}")
+    return known[names[0]]

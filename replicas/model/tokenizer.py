@@ -1,0 +1,41 @@
+"""Texts to token ids, exactly as the model folder's own tokenizer does it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ranklet.replicas.errors import ModelError
+from ranklet.replicas.model.folder import read_settings
+
+
+class PromptTokenizer:
+    """The folder's fast tokenizer. Safe to call from several threads; it releases the GIL while it works."""
+
+    def __init__(self, model_dir: Path) -> None:
+        from transformers import AutoTokenizer  # heavy: only processes that tokenise pay for it
+
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+            self._backend = tokenizer.backend_tokenizer
+        except (OSError, ValueError, AttributeError) as error:
+            raise ModelError(f"{model_dir}: expected a fast tokenizer (tokenizer.json), got: {error}") from error
+        self._backend.no_padding()
+        self._backend.no_truncation()  # a prompt that is too long is an error, never cut in silence
+        self._prefix = _default_prompt(model_dir)
+        self._lower = bool(read_settings(model_dir / "sentence_bert_config.json").get("do_lower_case"))
+
+    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """Token ids of each text, int32 [length], special tokens as the tokenizer's post-processor adds them."""
+        prompts = [self._prefix + text for text in texts] if self._prefix else list(texts)
+        prompts = [prompt.lower() for prompt in prompts] if self._lower else prompts
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in self._backend.encode_batch_fast(prompts)]
+
+
+def _default_prompt(model_dir: Path) -> str:
+    """The prompt that sentence-transformers would put before every text, if the folder names one."""
+    config = read_settings(model_dir / "config_sentence_transformers.json")
+    name = config.get("default_prompt_name")
+    return str((config.get("prompts") or {}).get(name) or "") if name else ""

@@ -1,0 +1,138 @@
+"""Names: which adapters exist, and what a request means by one."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ranklet.cluster.catalog.registry import Registry, refusal_of_name
+from ranklet.cluster.ingress.naming import Names
+from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, RankletError, UnknownModel
+
+
+def folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    (path / "adapter_config.json").write_text("{}")
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for name in ("legal-v1", "legal-v2", "médical"):
+        folder(tmp_path / "root" / name)
+    (tmp_path / "root" / ".hidden").mkdir()
+    (tmp_path / "root" / "file").write_text("")
+    folder(tmp_path / "secret")
+    return tmp_path / "root"
+
+
+def test_folders_are_adapters(root: Path) -> None:
+    registry = Registry(root, {"mapped": root.parent / "secret"})
+    assert registry.names() == ["legal-v1", "legal-v2", "mapped", "médical"]
+    assert registry.find("médical").place == str(root / "médical")
+    assert registry.find("mapped").place == str(root.parent / "secret")
+
+
+def test_a_folder_is_found_the_moment_it_is_there(root: Path) -> None:
+    registry = Registry(root, {})
+    with pytest.raises(UnknownModel):
+        registry.find("new")
+    folder(root / "new")
+    assert registry.find("new").name == "new"
+
+
+@pytest.mark.parametrize("name", ["../secret", "..", "/etc", "a/../../secret", "~/x", "..\\secret", "a\0b"])
+def test_a_path_is_refused(root: Path, name: str) -> None:
+    with pytest.raises(InvalidRequest, match="path"):
+        Registry(root, {}).find(name)
+
+
+def test_links_may_not_leave_the_root(root: Path) -> None:
+    (root / "out").symlink_to(root.parent / "secret")
+    (root / "within").symlink_to(root / "legal-v1")
+    (root / "broken").symlink_to(root / "nowhere")
+    registry = Registry(root, {})
+    with pytest.raises(InvalidAdapter, match="link"):
+        registry.find("out")
+    assert registry.find("within").place == str(root / "within")
+    with pytest.raises(UnknownModel):
+        registry.find("broken")
+
+
+def test_near_names_are_told(root: Path) -> None:
+    with pytest.raises(UnknownModel, match=r"Near names: legal-v[12], legal-v[12]"):
+        Registry(root, {}).find("legal")
+
+
+def test_configured_entries_that_are_wrong_say_why(root: Path) -> None:
+    registry = Registry(root, {"up": root / ".." / "secret", "gone": root / "gone", "a:b": root, "file": root / "file"})
+    for name, kind in (
+        ("up", InvalidAdapter),
+        ("gone", AdapterNotFound),
+        ("a:b", InvalidAdapter),
+        ("file", InvalidAdapter),
+    ):
+        with pytest.raises(kind):
+            registry.find(name)
+
+
+def test_what_is_added_wins_and_goes(root: Path) -> None:
+    registry = Registry(root, {"x": root / "legal-v1"})
+    registry.change({"x": root / "legal-v2", "y": root / "legal-v2"})
+    assert registry.find("x").place == registry.find("y").place == str(root / "legal-v2")
+    registry.change({})
+    assert registry.find("x").place == str(root / "legal-v1")
+    with pytest.raises(UnknownModel):
+        registry.find("y")
+
+
+@given(st.text())
+def test_no_name_leaves_the_root(name: str) -> None:
+    root = Path(__file__).parent  # any folder that has neighbours
+    try:
+        known = Registry(root, {}).find(name)
+    except RankletError:
+        return
+    assert Path(known.place).parent == root
+    assert refusal_of_name(name) is None
+
+
+def names(root: Path) -> Names:
+    return Names(["base", "org/base"], Registry(root, {}))
+
+
+@pytest.mark.parametrize("model", ["base", "org/base"])
+def test_the_base_goes_by_all_its_names(root: Path, model: str) -> None:
+    assert names(root).resolve(model) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "lora_path"),
+    [
+        ("legal-v2", None),
+        ("base:legal-v2", None),
+        ("org/base:legal-v2", None),
+        ("base", "legal-v2"),
+        (None, "legal-v2"),
+        ("legal-v2", "legal-v2"),
+        ("legal-v2", ""),
+    ],
+)
+def test_an_adapter_may_be_named_in_several_ways(root: Path, model: str | None, lora_path: str | None) -> None:
+    known = names(root).resolve(model, lora_path)
+    assert known is not None
+    assert known.name == "legal-v2"
+
+
+@pytest.mark.parametrize("model", ["other:legal-v2", "base:", "base:base", "Base", "org/other"])
+def test_other_names_are_unknown(root: Path, model: str) -> None:
+    with pytest.raises(UnknownModel):
+        names(root).resolve(model)
+
+
+def test_contradictions_are_refused(root: Path) -> None:
+    with pytest.raises(InvalidRequest, match="lora_path"):
+        names(root).resolve("legal-v1", "legal-v2")
+    with pytest.raises(InvalidRequest, match="model"):
+        names(root).resolve(None, None)

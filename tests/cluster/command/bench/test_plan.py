@@ -1,0 +1,56 @@
+"""What a plan refuses, and what it says of it."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ranklet.cluster.command.bench.plan import Plan
+from ranklet.cluster.command.cli import main
+
+
+@pytest.mark.parametrize(
+    ("fields", "flag", "got"),
+    [
+        ({"input_len": 0}, "--input-len", "got 0"),
+        ({"vocab": 0}, "--vocab-size", "got 0"),
+        ({"num_prompts": -1}, "--num-prompts", "got -1"),
+        ({"batch_size": 0}, "--batch-size", "got 0"),
+        ({"processes": 0}, "--processes", "got 0"),
+        ({"warmup": -1}, "--warmup", "got -1"),
+        ({"seed": -1}, "--seed", "got -1"),
+        ({"timeout_s": 0.0}, "--timeout-s", "got 0"),
+        ({"range_ratio": 0.0}, "--range-ratio", "got 0"),
+        ({"range_ratio": 1.5}, "--range-ratio", "got 1.5"),
+        ({"range_ratio": math.nan}, "--range-ratio", "got nan"),
+        ({"request_rate": 0.0}, "--request-rate", "got 0"),
+        ({"request_rate": math.nan}, "--request-rate", "got nan"),
+        ({"max_concurrency": 0}, "--max-concurrency", "got 0"),
+        ({"dataset": "sharegpt"}, "--dataset", "got 'sharegpt'"),
+        ({"dataset": "file"}, "--dataset", "--path"),
+        ({"path": Path("a")}, "--dataset", "--path"),
+        ({"adapter_as": "lora"}, "--adapter-as", "got 'lora'"),
+        ({"encoding_format": "hex"}, "--encoding-format", "got 'hex'"),
+        ({"adapter_distribution": "zipf:-1"}, "--adapter-distribution", "zipf:-1"),
+        ({"adapter_distribution": "normal"}, "--adapter-distribution", "'normal'"),
+        ({"base_url": "localhost:8000"}, "--base-url", "localhost:8000"),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_came(fields: dict[str, Any], flag: str, got: str) -> None:
+    with pytest.raises(ValueError, match="expected") as error:
+        Plan(**fields)
+    assert str(error.value).startswith(flag)
+    assert got in str(error.value)
+
+
+def test_the_key_is_not_shown() -> None:
+    assert "secret" not in repr(Plan(api_key="secret"))
+
+
+@pytest.mark.parametrize("flags", [["--input-len", "0"], ["--out", "no/such/folder/a.json"], ["--plot", "a.txt"]])
+def test_the_command_refuses_before_it_sends(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--base-url", "http://127.0.0.1:9", *flags]) == 1
+    said = capsys.readouterr().err
+    assert "expected" in said
+    assert flags[-1].split("/")[0] in said

@@ -1,0 +1,131 @@
+"""The local cluster's small parts: ports, processes, and refusals that need no cluster."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from ranklet.cluster.command import cli
+from ranklet.cluster.command.local_cluster import ClusterError, LocalCluster, attached
+from ranklet.cluster.command.ports import free_block, free_ports
+from ranklet.cluster.command.processes import end, started_at
+from tests.cluster.service import Service, local_configuration
+
+SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
+STUBBORN = [
+    sys.executable,
+    "-c",
+    "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(60)",
+]
+
+
+def test_ports_are_free_and_distinct() -> None:
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+    first = free_block(16)
+    for port in (*ports, *range(first, first + 16)):
+        with socket.socket() as sock:
+            sock.bind(("", port))
+
+
+@pytest.mark.parametrize("command", [SLEEP, STUBBORN])
+def test_a_process_is_ended_and_collected(command: list[str]) -> None:
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        began = started_at(process.pid)
+        assert began is not None
+        end(process.pid, began, timeout_s=0.5)
+        assert started_at(process.pid) is None
+
+
+def test_another_process_with_the_same_id_is_left_alone() -> None:
+    with subprocess.Popen(SLEEP, stdout=subprocess.PIPE) as process:
+        end(process.pid, "at another time")
+        assert process.poll() is None
+        process.kill()
+
+
+def test_a_long_temp_dir_is_refused_before_ray_would_fail(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at most 40 characters"):
+        LocalCluster(tmp_path / ("x" * 40))
+
+
+def test_down_without_a_cluster_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["down", "--temp-dir", "/tmp/ranklet-none"]) == 1
+    assert "no cluster" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("content", "says"), [("- a\n- b\n", "expected a map"), ("a: [", "expected YAML")])
+def test_a_configuration_of_another_form_is_refused(
+    content: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(content)
+    with tempfile.TemporaryDirectory(prefix="r-") as folder:
+        assert cli.main(["up", str(config), "--temp-dir", folder]) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["version"]) == 0
+    assert "ray 2.60" in capsys.readouterr().out
+
+
+def test_in_the_foreground_it_ends_with_its_cluster_at_sigterm(
+    model_dir: Path, adapters_dir: Path, tmp_path: Path
+) -> None:
+    """As systemd and containers run it. The next one serves what was loaded by name before."""
+    adapters = tmp_path / "adapters"
+    shutil.copytree(adapters_dir / "medical", adapters / ".sources" / "kept")
+    for turn in range(2):
+        _serve_once(model_dir, adapters, first=turn == 0)
+
+
+def _serve_once(model_dir: Path, adapters_dir: Path, *, first: bool) -> None:
+    with tempfile.TemporaryDirectory(prefix="r-") as folder:
+        config = Path(folder) / "config.yaml"
+        config.write_text(yaml.safe_dump(local_configuration(model_dir, adapters_dir)))
+        command = [
+            sys.executable, "-m", "ranklet.cluster.command.cli", "up", str(config), "--foreground", "--port", "0",
+            "--temp-dir", folder,
+        ]  # fmt: skip
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+            told.bind(f"{folder}/notify")
+            told.settimeout(200)
+            environment = {**os.environ, "NOTIFY_SOCKET": f"{folder}/notify"}
+            with subprocess.Popen(command, env=environment, start_new_session=True) as process:
+                assert told.recv(100) == b"READY=1"
+                state = attached(Path(folder))
+                assert state is not None
+                with httpx.Client(base_url=state.base_url, trust_env=False, timeout=30) as http:
+                    if first:
+                        kept = {"lora_name": "kept", "lora_path": ".sources/kept"}
+                        assert http.post("/v1/load_lora_adapter", json=kept).status_code == 200
+                    assert http.post("/v1/embeddings", json={"model": "kept", "input": "text"}).status_code == 200
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(60) == 0
+            assert told.recv(100) == b"STOPPING=1"
+        assert started_at(state.pid) is None
+        assert attached(Path(folder)) is None
+
+
+def test_a_second_start_in_the_same_folder_is_refused(service: Service, tmp_path: Path) -> None:
+    assert attached(service.cluster.temp_dir) == service.cluster.state
+    with pytest.raises(ClusterError, match="already"):
+        LocalCluster(service.cluster.temp_dir).start(tmp_path / "any.yaml")
+
+
+def test_gateways_and_routers_import_without_torch() -> None:
+    imported = "ranklet.cluster.ingress.gateway, ranklet.cluster.app, ranklet.routing.router"
+    code = f"import sys, {imported}; print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "False"

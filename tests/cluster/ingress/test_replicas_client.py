@@ -1,0 +1,103 @@
+"""What a gateway hands to Ray for each call, and that Ray keeps none of it."""
+
+import asyncio
+import gc
+import time
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
+from ray.serve.request_router import PendingRequest
+
+from ranklet.cluster.catalog.registry import Known
+from ranklet.cluster.ingress.replicas_client import Replicas
+from ranklet.cluster.message import EmbedCall, EmbedReply
+from ranklet.replicas.errors import Unavailable
+from ranklet.routing import affinity
+from ranklet.routing.fleet import Member
+from ranklet.routing.hint import ERRAND
+from ranklet.routing.report import Load
+from ranklet.routing.router import AdapterRouter
+
+PROMPTS = [np.arange(1, 5, dtype=np.int32)]
+
+
+class Handle:
+    """Stands where Ray's handle stands and notes what it is given."""
+
+    def __init__(self) -> None:
+        self.options_given: dict[str, Any] = {}
+        self.call: EmbedCall | None = None
+        self.kwargs: dict[str, Any] = {}
+
+    def options(self, **options: Any) -> "Handle":
+        self.options_given = options
+        return self
+
+    async def remote(self, call: EmbedCall, **kwargs: Any) -> EmbedReply:
+        self.call, self.kwargs = call, kwargs
+        return EmbedReply(
+            np.ones(8, np.float32).tobytes(), 8, 4, "gpu", "csgmv", "r0", None, 0.0, 0.0, Load(1, 0, 0.0, 0, 4)
+        )
+
+
+async def asked(adapter: Known | None) -> Handle:
+    handle: Any = Handle()
+    answer = await Replicas(handle, 5.0, lambda: None).embed(adapter, PROMPTS, None, 8)
+    assert answer.vectors.shape == (1, 8)
+    assert isinstance(handle, Handle)
+    return handle
+
+
+async def test_the_adapter_is_named_to_the_router(tmp_path: Any) -> None:
+    named, bare = await asked(Known("legal", tmp_path)), await asked(None)
+    for handle, adapter in ((named, "legal"), (bare, None)):
+        errand = handle.kwargs.pop(ERRAND)
+        assert not handle.kwargs
+        assert (errand.adapter, errand.tokens, errand.avoid, errand.only) == (adapter, 4, None, None)
+    assert named.options_given == {"method_name": "embed"}
+
+
+async def test_ray_forgets_a_call_that_was_answered(tmp_path: Any) -> None:
+    """With a multiplexed model id among the options, Ray 2.60's router would keep it for ever."""
+    handle = await asked(Known("legal", tmp_path))
+    router = AdapterRouter(
+        deployment_id=DeploymentID("Replica", "ranklet"), handle_source=DeploymentHandleSource.REPLICA
+    )
+    options = {name: value for name, value in handle.options_given.items() if name == "multiplexed_model_id"}
+    metadata = RequestMetadata(request_id="1", internal_request_id="1", **options)
+    pending = PendingRequest(args=[handle.call], kwargs=handle.kwargs, metadata=metadata)
+    kept = weakref.ref(pending)
+    router._add_pending_request_to_indices(pending)
+    router._remove_pending_request_from_indices(pending)
+    del pending
+    gc.collect()
+    assert kept() is None
+
+
+async def test_where_there_is_no_replica_nobody_waits_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But as long as it takes one to come up."""
+
+    class Nobody(Handle):
+        def remote(self, call: EmbedCall, **kwargs: Any) -> Any:
+            return asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr(affinity, "_CURRENT", affinity.Affinity())
+    handle: Any = Nobody()
+    replicas = Replicas(handle, 30.0, lambda: None, patience_s=0.3)
+    watch = asyncio.ensure_future(replicas.watch())
+    try:
+        began_s = time.monotonic()
+        with pytest.raises(Unavailable, match="none is up"):
+            await replicas.embed(None, PROMPTS, None, 8)
+        assert 0.3 <= time.monotonic() - began_s < 5
+        routes = affinity.current()
+        with routes.lock:
+            routes.fleet.join([Member("r0", 0)], time.monotonic())
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.6):
+                await replicas.embed(None, PROMPTS, None, 8)
+    finally:
+        watch.cancel()

@@ -1,0 +1,127 @@
+"""The tuner from candidates to table, with Triton's interpreter in the place of a GPU."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ranklet.kernels import csgmv
+from ranklet.kernels.batch import Tiles
+from ranklet.kernels.crossover import Crossover, _parse, entry_of
+from ranklet.kernels.stack import LinearStack, padded_rank
+from ranklet.kernels.tiles import KINDS, ShrinkTile
+from ranklet.kernels.tuning import tune
+from ranklet.kernels.tuning.candidates import FEW_ROWS, WORKLOADS, candidates, cases
+from ranklet.kernels.tuning.compile import compile_all
+from ranklet.kernels.tuning.probe import Projection, probe, projections
+from ranklet.kernels.workloads import Workload, even
+from tests.bench.shapes import QWEN3_EMBEDDING_06B
+
+CPU, DEVICE = torch.device("cpu"), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TINY = tune.Plan(
+    (Projection("gate_up", 128, (256, 256)),), (16,), (Workload("distinct", 4, 3, 2), Workload("identical", 2, 70, 1)),
+    DEVICE, torch.float16,
+)  # fmt: skip
+
+
+def halve(x: float) -> float:
+    """A job for processes: raises for 0."""
+    return 1 / x
+
+
+def test_a_layer_has_four_projections() -> None:
+    found = {p.name: (p.wide, p.widths) for p in projections(QWEN3_EMBEDDING_06B.module_dims())}
+    assert found == {
+        "qkv": (1024, (2048, 1024, 1024)), "o": (2048, (1024,)), "gate_up": (1024, (3072, 3072)),
+        "down": (3072, (1024,)),
+    }  # fmt: skip
+
+
+def test_every_height_is_tuned_and_every_candidate_is_of_its_kind() -> None:
+    found = cases(WORKLOADS)
+    assert {height for height, _ in found} == {16, 32, 64, 128}
+    for height, rows in found:
+        for op in tune.OPS:
+            tried = candidates(op, height, rows)
+            assert len(set(tried)) == len(tried) <= 12
+            assert all(isinstance(tile, KINDS[op]) for tile in tried)
+            assert tried or (op == "fused" and rows <= FEW_ROWS)
+
+
+def test_rows_are_shared_evenly() -> None:
+    batch = even(11, 4)
+    assert sorted(segment.rows for segment in batch.segments) == [2, 3, 3, 3]
+    assert [padded_rank(rank) for rank in (1, 8, 16, 17, 64)] == [16, 16, 16, 32, 64]
+
+
+def test_a_probe_is_zero_beyond_its_rank() -> None:
+    made = probe(Projection("qkv", 24, (16, 8, 8)), 3, 2, device=CPU, dtype=torch.float32)
+    assert made.stack.rank == 16
+    a = made.stack.a.view(2, 3, 16, 24)
+    assert a[:, :, :3].all()
+    assert not a[:, :, 3:].any()
+    assert made.stack.b[:, :, :3].all()
+    assert not made.stack.b[:, :, 3:].any()
+
+
+def test_the_best_of_each_launch_is_written(tmp_path: Path) -> None:
+    (entries,) = tune.tune_tiles(TINY, workers=0)
+    assert {(e["op"], e["height"], e["rows"]) for e in entries} == {
+        ("shrink", 16, 12), ("expand", 16, 12), ("shrink", 128, 140), ("expand", 128, 140),
+    }  # fmt: skip
+    assert all(e["k"] == 128 and e["widths"] == [256, 256] and e["rank"] == 16 and e["ms"] > 0 for e in entries)
+    for entry in entries:
+        assert KINDS[entry["op"]](**entry["tile"]) in [
+            replace(tile, pays=entry["tile"]["pays"]) if entry["op"] == "fused" else tile
+            for tile in candidates(entry["op"], entry["height"], entry["rows"])
+        ]
+    path = tmp_path / "gpu.json"
+    tune.write(path, tiles=entries)
+    assert json.loads(path.read_text())["tiles"] == entries
+
+
+def test_a_wrong_candidate_is_dropped_and_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = csgmv.shrink
+
+    def wrong(x: Tensor, h: Tensor, stack: LinearStack, tiles: Tiles, tile: ShrinkTile, *, chained: bool) -> None:
+        right(x, h, stack, tiles, tile, chained=chained)
+        if tile.block_k == 64:
+            h[0, 0] = 0
+
+    monkeypatch.setattr(csgmv, "shrink", wrong)
+    plan = replace(TINY, workloads=TINY.workloads[:1])
+    (entries,) = tune.tune_tiles(plan, workers=0)
+    assert next(e for e in entries if e["op"] == "shrink")["tile"]["block_k"] == 128
+    said = " ".join(capsys.readouterr().err.split())
+    assert "dropped: ShrinkTile(block_k=64" in said
+    assert "dropped: ExpandTile" not in said
+
+
+def test_a_table_is_merged_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "gpu.json"
+    key = {"op": "shrink", "k": 8, "widths": [8], "rank": 16, "height": 16, "rows": 4}
+    tune.write(path, tiles=[{**key, "tile": {"split": 1}, "ms": 2.0}, {**key, "rank": 32, "tile": {}, "ms": 1.0}])
+    contest = entry_of(Crossover(256, 4, 8, 1024, "layer", {"native": 2.0, "csgmv": 1.0}))
+    tune.write(path, crossovers=[contest])
+    tune.write(path, tiles=[{**key, "tile": {"split": 2}, "ms": 3.0}])
+    content = json.loads(path.read_text())
+    assert [(e["rank"], e["ms"]) for e in content["tiles"]] == [(16, 3.0), (32, 1.0)]
+    assert [_parse(entry) for entry in content["crossovers"]] == [
+        Crossover(256, 4, 8, 1024, "layer", {"native": 2.0, "csgmv": 1.0})
+    ]
+    assert {"gpu", "triton", "torch", "date"} < set(content)
+
+
+def test_processes_say_in_order_which_jobs_worked() -> None:
+    assert list(compile_all(halve, [1.0, 0.0, 2.0], workers=1)) == [True, False, True]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_no_gpu_is_said_plainly() -> None:
+    with pytest.raises(ValueError, match="expected a CUDA device"):
+        tune.tune(QWEN3_EMBEDDING_06B.module_dims(), [64])

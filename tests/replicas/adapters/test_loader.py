@@ -1,0 +1,119 @@
+"""The host cache keeps its budget and its order; a load ends in an outcome whatever it meets."""
+
+import queue
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ranklet.replicas.adapters.loader import HostCache, Loader, LoadOutcome
+from ranklet.replicas.adapters.packed import Layout, PackedAdapter
+from ranklet.replicas.adapters.pool import AdapterPool
+from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.verify import Expectation
+from ranklet.replicas.errors import AdapterNotFound, InternalError, InvalidAdapter
+from tests.assets.broken import BROKEN
+from tests.assets.make import AdapterSpec
+from tests.replicas.asking import PATIENCE_S, ref
+
+REFS = [AdapterRef(f"a{index}", f"/{index}", "1") for index in range(6)]
+
+
+def packed(elements: int) -> PackedAdapter:
+    return PackedAdapter(1, torch.zeros(elements), Layout(()), {}, ())
+
+
+calls = st.lists(
+    st.tuples(st.sampled_from(["put", "get", "drop"]), st.sampled_from(REFS), st.integers(0, 40)), max_size=60
+)
+
+
+@given(calls, st.integers(0, 400))
+def test_the_cache_is_lru_within_its_bytes(made: list[tuple[str, AdapterRef, int]], budget: int) -> None:
+    cache, model = HostCache(budget), OrderedDict[AdapterRef, PackedAdapter]()
+    for call, key, elements in made:
+        if call == "put":
+            new = packed(elements)
+            cache.put(key, new)
+            if key not in model and new.nbytes <= budget:
+                model[key] = new
+                while sum(each.nbytes for each in model.values()) > budget:
+                    model.popitem(last=False)
+        elif call == "get":
+            assert cache.get(key) is model.get(key)
+            if key in model:
+                model.move_to_end(key)
+        else:
+            cache.drop(key)
+            model.pop(key, None)
+        assert cache.refs() == tuple(model)
+        assert cache.nbytes == sum(each.nbytes for each in model.values()) <= budget
+        assert all((each in cache) == (each in model) for each in REFS)
+
+
+def load(loader: Loader, wanted: AdapterRef, slot: int = 0) -> LoadOutcome:
+    done: queue.Queue[LoadOutcome] = queue.Queue()
+    loader.start(wanted, slot, done.put)
+    return done.get(timeout=PATIENCE_S)
+
+
+@pytest.fixture
+def make_loader(
+    make_pool: Callable[[], AdapterPool], expectation: Expectation
+) -> Callable[[int], tuple[Loader, AdapterPool]]:
+    def make(budget: int) -> tuple[Loader, AdapterPool]:
+        pool = make_pool()
+        return Loader(pool, expectation, budget), pool
+
+    return make
+
+
+MakeLoader = Callable[[int], tuple[Loader, AdapterPool]]
+
+
+def test_the_second_load_is_from_the_host_and_the_same(
+    make_loader: MakeLoader, adapter_specs: list[AdapterSpec]
+) -> None:
+    (loader, pool), wanted = make_loader(1 << 30), ref(adapter_specs[0].path)
+    first, second = load(loader, wanted, 0), load(loader, wanted, 1)
+    assert (first.tier, second.tier, first.error, second.error) == ("disk", "host", None, None)
+    assert first.packed is second.packed
+    assert first.packed is not None
+    assert loader.host.nbytes == first.packed.nbytes
+    for stacks in pool.layers:
+        assert stacks.qkv is not None
+        assert torch.equal(stacks.qkv.a[0], stacks.qkv.a[1])
+        assert stacks.qkv.a[0].any()
+    loader.stop()
+
+
+def test_without_a_budget_every_load_is_from_disk(make_loader: MakeLoader, adapter_specs: list[AdapterSpec]) -> None:
+    loader, _ = make_loader(0)
+    wanted = ref(adapter_specs[0].path)
+    assert [load(loader, wanted).tier for _ in range(2)] == ["disk", "disk"]
+    assert loader.host.refs() == ()
+    loader.stop()
+
+
+def test_every_failure_is_an_outcome(make_loader: MakeLoader, model_dir: Path, tmp_path: Path) -> None:
+    loader, _ = make_loader(1 << 30)
+    bad = ref(BROKEN["nan"].make(model_dir, tmp_path / "nan"))
+    assert isinstance(load(loader, bad).error, InvalidAdapter)
+    assert isinstance(load(loader, AdapterRef("gone", str(tmp_path / "gone"), "1")).error, AdapterNotFound)
+    assert loader.host.refs() == ()
+    loader.stop()
+
+
+def test_a_defect_does_not_take_the_thread_with_it(make_loader: MakeLoader, adapter_specs: list[AdapterSpec]) -> None:
+    loader, _ = make_loader(1 << 30)
+    wanted = ref(adapter_specs[0].path)
+    for _ in range(3):
+        outcome = load(loader, wanted, slot=99)  # there is no such slot
+        assert isinstance(outcome.error, InternalError)
+        assert wanted.name in outcome.error.message
+    assert load(loader, wanted, slot=0).error is None
+    loader.stop()

@@ -1,0 +1,168 @@
+"""A slot holds its tenant and nothing of the one before."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ranklet.kernels.stack import PACKS, padded_rank
+from ranklet.replicas.adapters.packed import pack
+from ranklet.replicas.adapters.pool import AdapterPool
+from ranklet.replicas.adapters.verify import EMBEDDING, Adapter, Expectation, read_adapter
+from ranklet.replicas.config import LORA_MODULES
+from ranklet.replicas.model.architecture import Architecture
+from tests.assets.adapters import save_adapter
+from tests.assets.make import AdapterSpec
+from tests.replicas.asking import ref
+
+MakePool = Callable[[], AdapterPool]
+
+
+def memory(pool: AdapterPool, slot: int) -> torch.Tensor:
+    """Everything a slot holds, through the tensors that kernels read."""
+    parts = [
+        part[slot].flatten()
+        for stacks in pool.layers
+        for stack in (stacks.qkv, stacks.o, stacks.gate_up, stacks.down)
+        if stack is not None
+        for part in (stack.a, stack.b)
+    ]
+    if pool.embedding is not None:
+        parts += [pool.embedding.a[slot].flatten(), pool.embedding.b[slot].flatten()]
+    return torch.cat(parts)
+
+
+@pytest.fixture
+def adapters(adapter_specs: list[AdapterSpec], expectation: Expectation) -> dict[str, Adapter]:
+    return {spec.name: read_adapter(ref(spec.path), expectation) for spec in adapter_specs}
+
+
+def test_no_tail_of_the_last_tenant(make_pool: MakePool, adapters: dict[str, Adapter]) -> None:
+    """Every adapter over every other leaves what it leaves in a fresh pool, bit for bit."""
+    ready = {name: pack(adapter, torch.float32) for name, adapter in adapters.items()}
+    fresh = {}
+    for name, packed in ready.items():
+        pool = make_pool()
+        pool.load(0, packed)
+        fresh[name] = memory(pool, 0)
+    used = make_pool()
+    for first in ready:
+        for second in ready:
+            used.load(0, ready[first])
+            used.load(0, ready[second])
+            assert torch.equal(memory(used, 0), fresh[second]), f"{second} over {first}"
+
+
+def test_rank_8_over_rank_32(make_pool: MakePool, model_dir: Path, tmp_path: Path, expectation: Expectation) -> None:
+    both = ["q_proj", "down_proj", "embed_tokens"]
+    large = save_adapter(model_dir, tmp_path / "large", r=32, target_modules=both)
+    small = save_adapter(model_dir, tmp_path / "small", r=8, target_modules=both)
+    reused, fresh = make_pool(), make_pool()
+    packed = pack(read_adapter(ref(small), expectation), torch.float32)
+    reused.load(1, pack(read_adapter(ref(large), expectation), torch.float32))
+    reused.load(1, packed)
+    fresh.load(1, packed)
+    assert torch.equal(memory(reused, 1), memory(fresh, 1))
+    assert memory(fresh, 1).any()
+    assert not memory(reused, 0).any(), "the neighbour's slot is untouched"
+
+
+def test_a_slot_says_on_the_cpu_what_it_holds(make_pool: MakePool, adapters: dict[str, Adapter]) -> None:
+    pool = make_pool()
+    for adapter in adapters.values():
+        pool.load(0, pack(adapter, torch.float32))
+        assert pool.ranks(0) == {place: weight.rank for place, weight in adapter.weights.items()}
+        for layer, stacks in enumerate(pool.layers):
+            for name, modules in PACKS.items():
+                meta = getattr(stacks, name).meta[0]
+                for module, rank, scaling in zip(modules, meta.ranks, meta.scalings, strict=True):
+                    weight = adapter.weights.get((layer, module))
+                    assert rank == (weight.rank if weight else 0)
+                    assert scaling == (weight.scaling if weight else 0.0)
+        assert pool.embedding is not None
+        weight = adapter.weights.get((EMBEDDING, "embed_tokens"))
+        assert pool.embedding.meta[0].ranks == ((weight.rank if weight else 0),)
+
+
+def test_every_matrix_stands_where_its_slice_is_read(make_pool: MakePool, adapters: dict[str, Adapter]) -> None:
+    pool = make_pool()
+    for adapter in adapters.values():
+        pool.load(1, pack(adapter, torch.float32))
+        for (layer, name), weight in adapter.weights.items():
+            if layer == EMBEDDING:
+                assert pool.embedding is not None
+                assert torch.equal(pool.embedding.a[1, :, : weight.rank], weight.a.t())
+                assert torch.equal(pool.embedding.b[1, :, : weight.rank], weight.b)
+                continue
+            pack_name = next(key for key, names in PACKS.items() if name in names)
+            stack = getattr(pool.layers[layer], pack_name)
+            index = PACKS[pack_name].index(name)
+            a = stack.a[1, index * 64 : (index + 1) * 64]
+            b = stack.b[1, sum(stack.widths[:index]) : sum(stack.widths[: index + 1])]
+            assert torch.equal(a[: weight.rank], weight.a)
+            assert torch.equal(b[:, : weight.rank], weight.b)
+            assert not a[weight.rank :].any()
+            assert not b[:, weight.rank :].any()
+
+
+def test_packing_rounds_once_to_the_pools_dtype(adapters: dict[str, Adapter]) -> None:
+    adapter = adapters["medical"]
+    packed = pack(adapter, torch.bfloat16)
+    assert packed.flat.dtype == torch.bfloat16
+    assert packed.nbytes == 2 * sum(weight.a.numel() + weight.b.numel() for weight in adapter.weights.values())
+    assert packed.modules == tuple(sorted({name for _, name in adapter.weights}))
+    for piece in packed.layout.pieces:
+        weight = adapter.weights[piece.place]
+        assert torch.equal(piece.view(packed.flat), (weight.a if piece.side == "a" else weight.b).bfloat16())
+
+
+def test_a_pool_without_some_modules_keeps_no_room_for_them(architecture: Architecture) -> None:
+    def pool(*modules: str) -> AdapterPool:
+        return AdapterPool(architecture, 3, 20, modules, torch.device("cpu"), torch.float32)
+
+    attention = pool("q_proj", "o_proj")
+    assert attention.embedding is None
+    assert attention.layers[0].down is attention.layers[0].gate_up is None
+    assert attention.layers[0].qkv is not None
+    assert attention.rank == 32
+    everything = pool(*LORA_MODULES)
+    assert everything.nbytes > attention.nbytes
+    assert everything.nbytes == 3 * 4 * memory(everything, 0).numel(), "every byte of a slot belongs to a stack"
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(1, 16), (8, 16), (16, 16), (17, 32), (64, 64)])
+def test_ranks_are_padded_to_sixteens(rank: int, kept: int) -> None:
+    assert padded_rank(rank) == kept
+
+
+def test_a_posing_pool_is_empty_again(make_pool: Callable[[], AdapterPool], adapters: dict[str, Adapter]) -> None:
+    """While it poses each slot has full rank everywhere; afterwards an adapter is as alone as in a new pool."""
+    pool = make_pool()
+    with pool.posing():
+        assert set(pool.ranks(1).values()) == {pool.rank}
+    assert pool.ranks(1) == {}
+    adapter = next(iter(adapters.values()))
+    pool.load(0, pack(adapter, torch.float32))
+    assert pool.ranks(0) == {place: weight.rank for place, weight in adapter.weights.items()}
+    assert pool.ranks(1) == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_gpu_holds_what_the_cpu_does(
+    architecture: Architecture, adapters: dict[str, Adapter], dtype: torch.dtype
+) -> None:
+    """Every adapter over every other, bit for bit: a kernel writes there, torch here."""
+    here, there = (AdapterPool(architecture, 2, 64, LORA_MODULES, torch.device(at), dtype) for at in ("cpu", "cuda"))
+    there.rehearse()
+    for _ in range(2):
+        for adapter in adapters.values():
+            packed = pack(adapter, dtype)
+            for pool in (here, there):
+                pool.load(1, packed)
+            assert torch.equal(memory(here, 1), memory(there, 1).cpu())
+            assert here.ranks(1) == there.ranks(1)
+            assert torch.equal(here._ranks, there._ranks.cpu())
+            assert torch.equal(here._scalings, there._scalings.cpu())
+    assert not memory(there, 0).any()

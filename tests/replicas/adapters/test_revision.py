@@ -1,0 +1,161 @@
+"""A revision follows from the content of an adapter's files and from nothing else."""
+
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ranklet.replicas.adapters import revision
+from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE
+from ranklet.replicas.adapters.revision import Revisions, marks_of, revision_of
+from ranklet.replicas.errors import AdapterNotFound
+
+MIB = 1 << 20
+LONG_AGO = (1_000_000_000, 1_000_000_000)  # ns
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return made(tmp_path / "adapter", b"content", b"content")
+
+
+def made(folder: Path, config: bytes, weights: bytes) -> Path:
+    folder.mkdir()
+    (folder / CONFIG_FILE).write_bytes(config)
+    (folder / WEIGHTS_FILE).write_bytes(weights)
+    return folder
+
+
+def test_it_stays_while_the_content_does(folder: Path) -> None:
+    first = revision_of(folder)
+    (folder / "README.md").write_text("notes are no revision")
+    os.utime(folder / WEIGHTS_FILE, ns=LONG_AGO)
+    (folder / CONFIG_FILE).chmod(0o600)
+    assert revision_of(str(folder)) == first
+    assert revision_of(shutil.copytree(folder, folder.parent / "elsewhere")) == first
+
+
+def test_it_is_the_same_in_every_version(folder: Path) -> None:
+    """Books of adapters name revisions, and nodes of two versions may share one."""
+    (folder / WEIGHTS_FILE).write_bytes(bytes(3 * MIB + 1))
+    assert revision_of(folder) == "11f09acff617ff52"
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+def test_it_changes_with_the_content_though_size_and_times_stay(folder: Path, name: str) -> None:
+    os.utime(folder / name, ns=LONG_AGO)
+    seen = {revision_of(folder)}
+    (folder / name).write_bytes(b"CONTENT")
+    os.utime(folder / name, ns=LONG_AGO)
+    seen.add(revision_of(folder))
+    (folder / name).write_bytes(b"")
+    seen.add(revision_of(folder))
+    (folder / name).unlink()
+    seen.add(revision_of(folder))
+    (folder / name).mkdir()
+    seen.add(revision_of(folder))
+    assert len(seen) == 5
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=st.integers(1, 5 * MIB) | st.sampled_from([MIB, 2 * MIB, 4 * MIB + 1]), data=st.data())
+def test_every_byte_of_large_files_counts(
+    tmp_path_factory: pytest.TempPathFactory, size: int, data: st.DataObject
+) -> None:
+    folder = made(tmp_path_factory.mktemp("large") / "adapter", b"{}", bytes(size))
+    first = revision_of(folder)
+    with (folder / WEIGHTS_FILE).open("r+b") as file:
+        file.seek(data.draw(st.integers(0, size - 1)))
+        file.write(b"\1")
+    assert revision_of(folder) != first
+    (folder / WEIGHTS_FILE).write_bytes(bytes(size - 1))
+    assert revision_of(folder) != first
+
+
+def test_the_two_files_are_not_interchangeable(folder: Path) -> None:
+    (folder / CONFIG_FILE).unlink()
+    without_config = revision_of(folder)
+    (folder / WEIGHTS_FILE).rename(folder / CONFIG_FILE)
+    assert revision_of(folder) != without_config
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "gone", tmp_path / "file"):
+        for look in (revision_of, marks_of, lambda path: Revisions().reference("x", str(path))):
+            with pytest.raises(AdapterNotFound, match=path.name):
+                look(path)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Folders whose files were read, in order."""
+    read: list[str] = []
+
+    def counted(path: str) -> str:
+        read.append(path)
+        return revision_of(path)
+
+    monkeypatch.setattr(revision, "revision_of", counted)
+    monkeypatch.setattr(revision, "_SETTLED_S", -1.0)
+    return read
+
+
+def test_files_are_read_once_until_they_change(folder: Path, reads: list[str]) -> None:
+    revisions, path = Revisions(), str(folder)
+    first = revisions.reference("one", path)
+    second = revisions.reference("two", path)
+    assert (first.revision, first.name, second.name, len(reads)) == (revision_of(path), "one", "two", 1)
+    os.utime(folder / WEIGHTS_FILE)
+    touched = revisions.reference("one", path)
+    assert (touched == first, touched.marks == first.marks, len(reads)) == (True, False, 2)
+
+
+def test_a_file_replaced_by_one_of_the_same_size_and_time_is_noticed(folder: Path) -> None:
+    os.utime(folder / WEIGHTS_FILE, ns=LONG_AGO)
+    revisions, path = Revisions(), str(folder)
+    first = revisions.reference("x", path)
+    other = folder / "new"
+    other.write_bytes(b"CONTENT")
+    os.utime(other, ns=LONG_AGO)
+    other.rename(folder / WEIGHTS_FILE)
+    assert revisions.reference("x", path) != first
+
+
+def test_what_changed_a_moment_ago_is_read_again(
+    folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second change may fall into the same tick of the file system's clock."""
+    monkeypatch.setattr(revision, "_SETTLED_S", 3600.0)
+    revisions, path = Revisions(), str(folder)
+    assert revisions.reference("x", path) == revisions.reference("x", path)
+    assert len(reads) == 2
+
+
+def test_a_reference_is_of_one_state_of_files_that_keep_changing(folder: Path) -> None:
+    """Of marks that belong to the content, or of none that could be believed later."""
+    revisions, path = Revisions(), str(folder)
+    seen: dict[str, bytes] = {}
+    for letter in (b"a", b"b"):
+        (folder / WEIGHTS_FILE).write_bytes(letter * MIB)
+        seen[revision_of(folder)] = letter
+    over = threading.Event()
+
+    def change() -> None:
+        for number in range(60):
+            new = folder / "new"
+            new.write_bytes((b"a", b"b")[number % 2] * MIB)
+            new.rename(folder / WEIGHTS_FILE)
+        over.set()
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    while not over.is_set():
+        assert revisions.reference("x", path).revision in seen
+    changing.join()
+    last = revisions.reference("x", path)
+    assert (seen[last.revision], last.marks) == (b"b", marks_of(path))

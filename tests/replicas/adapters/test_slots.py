@@ -1,0 +1,171 @@
+"""The slot table against a model of it: nothing in use is ever evicted, and whoever is retired does leave."""
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
+
+from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.slots import SlotTable
+
+KEYS = [AdapterRef(f"adapter-{index}", f"/adapters/{index}", "1") for index in range(6)]
+KEPT = st.frozensets(st.sampled_from(KEYS), max_size=2)
+
+
+@dataclass
+class Tenant:
+    slot: int
+    ready: bool = False
+    retiring: bool = False
+    references: int = 0
+
+
+class Slots(RuleBasedStateMachine):
+    """Random calls, each checked against `self.tenants`, least recently used first."""
+
+    held = Bundle("held")  # references that batches hold
+
+    @initialize(count=st.integers(1, 4), pinned=st.frozensets(st.sampled_from(KEYS), max_size=2))
+    def begin(self, count: int, pinned: frozenset[AdapterRef]) -> None:
+        self.count, self.pinned = count, pinned
+        self.table = SlotTable(count, pinned={key.name for key in pinned})
+        self.tenants: dict[AdapterRef, Tenant] = {}
+
+    def evictable(self, key: AdapterRef, keep: frozenset[AdapterRef]) -> bool:
+        tenant = self.tenants[key]
+        idle = tenant.ready and not tenant.references and key not in self.pinned
+        return idle and (tenant.retiring or key not in keep)
+
+    @rule(key=st.sampled_from(KEYS), keep=KEPT)
+    def reserve(self, key: AdapterRef, keep: frozenset[AdapterRef]) -> None:
+        if key in self.tenants:
+            with pytest.raises(ValueError, match=key.name):
+                self.table.reserve(key, keep)
+            return
+        candidates = [other for other in self.tenants if self.evictable(other, keep)]
+        place = self.table.reserve(key, keep)
+        if len(self.tenants) < self.count:
+            assert place is not None
+            assert place[1] is None
+            assert place[0] not in {tenant.slot for tenant in self.tenants.values()}
+        elif not candidates:
+            assert place is None
+            return
+        else:
+            assert place is not None
+            slot, evicted = place
+            retiring = [other for other in candidates if self.tenants[other].retiring]
+            assert evicted == (retiring or candidates)[0], "the retired one, else the least recently used"
+            assert slot == self.tenants.pop(evicted).slot
+        self.tenants[key] = Tenant(place[0])
+
+    @precondition(lambda self: any(not tenant.ready for tenant in self.tenants.values()))
+    @rule(data=st.data(), good=st.booleans())
+    def settle(self, data: st.DataObject, good: bool) -> None:
+        key = data.draw(st.sampled_from([key for key, tenant in self.tenants.items() if not tenant.ready]))
+        if good:
+            self.table.loaded(key)
+            self.tenants[key].ready = True
+        else:
+            self.table.failed(key)
+            del self.tenants[key]
+
+    @rule(target=held, key=st.sampled_from(KEYS))
+    def acquire(self, key: AdapterRef) -> object:
+        slot = self.table.usable(key)
+        tenant = self.tenants.get(key)
+        assert (slot is not None) == (tenant is not None and tenant.ready and not tenant.retiring)
+        if slot is None or tenant is None:
+            return multiple()
+        assert self.table.acquire(key) == slot == tenant.slot
+        tenant.references += 1
+        self.tenants[key] = self.tenants.pop(key)  # most recently used now
+        return key
+
+    @rule(key=consumes(held))
+    def release(self, key: AdapterRef) -> None:
+        self.table.release(key)
+        self.tenants[key].references -= 1
+
+    @rule(keep=KEPT)
+    def retire(self, keep: frozenset[AdapterRef]) -> None:
+        coming = any(tenant.retiring or not tenant.ready for tenant in self.tenants.values())
+        able = [k for k, tenant in self.tenants.items() if tenant.ready and k not in self.pinned and k not in keep]
+        assert self.table.retire(keep) == (coming or bool(able))
+        if not coming and able:
+            self.tenants[able[0]].retiring = True
+
+    @rule(key=st.sampled_from(KEYS))
+    def revive(self, key: AdapterRef) -> None:
+        self.table.revive(key)
+        if key in self.tenants:
+            self.tenants[key].retiring = False
+
+    @rule(key=st.sampled_from(KEYS))
+    def drop(self, key: AdapterRef) -> None:
+        tenant = self.tenants.get(key)
+        idle = tenant is not None and tenant.ready and not tenant.references
+        assert self.table.drop(key) == idle
+        if idle:
+            del self.tenants[key]
+
+    @invariant()
+    def agrees(self) -> None:
+        if not hasattr(self, "table"):
+            return
+        slots = [tenant.slot for tenant in self.tenants.values()]
+        assert len(set(slots)) == len(slots) <= self.count
+        assert set(slots) <= set(range(self.count))
+        for key in KEYS:
+            assert self.table.holds(key) == (key in self.tenants)
+        usable = [key for key, tenant in self.tenants.items() if tenant.ready and not tenant.retiring]
+        assert self.table.resident() == tuple(usable)
+
+    @precondition(lambda self: not self.pinned)
+    @rule()
+    def a_retired_slot_comes_free(self) -> None:
+        """Once loads end and batches land, a new adapter gets a place, whatever went before."""
+        self.retire(frozenset())
+        for key, tenant in self.tenants.items():
+            if not tenant.ready:
+                self.table.loaded(key)
+                tenant.ready = True
+        if not any(tenant.references for tenant in self.tenants.values()):
+            assert self.table.reserve(AdapterRef("newcomer", "/n", "1")) is not None
+            self.begin(self.count, self.pinned)
+
+
+Slots.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestSlots = Slots.TestCase
+
+
+def test_a_release_without_an_acquire_is_a_defect() -> None:
+    table = SlotTable(1)
+    table.reserve(KEYS[0])
+    table.loaded(KEYS[0])
+    with pytest.raises(ValueError, match="adapter-0"):
+        table.release(KEYS[0])
+
+
+def test_a_busy_slot_is_retired_and_freed_by_its_last_reference() -> None:
+    table = SlotTable(1)
+    table.reserve(KEYS[0])
+    table.loaded(KEYS[0])
+    table.acquire(KEYS[0])
+    assert table.reserve(KEYS[1]) is None
+    assert table.retire()
+    assert table.usable(KEYS[0]) is None
+    assert table.reserve(KEYS[1]) is None
+    table.release(KEYS[0])
+    assert table.reserve(KEYS[1]) == (0, KEYS[0])

@@ -1,0 +1,70 @@
+"""An adapter whose files hang: its requests are told to come back, the others go on."""
+
+import contextlib
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+
+from ranklet.replicas.adapters.loader import READERS
+from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.engine.engine import Engine
+from ranklet.replicas.errors import StillLoading
+from tests.assets.hanging import hanging
+from tests.replicas.asking import PATIENCE_S, ask, ref, submit
+
+
+def test_requests_do_not_wait_for_a_disk_that_hangs(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
+    stuck = tmp_path / "stuck"
+    shutil.copytree(adapters_dir / "legal-v2", stuck)
+    engine = Engine(EngineConfig(model_dir, slots=2, load_timeout_s=0.2))
+    engine.start()
+    prompt = [np.arange(1, 9, dtype=np.int32)]
+    medical, late = ref(adapters_dir / "medical"), ref(stuck)
+    with hanging(stuck / "adapter_model.safetensors"):
+        waiting = submit(engine, prompt, late)
+        assert ask(engine, prompt, medical).vectors.shape == (1, 128)
+        assert engine.held().coming == ("stuck",)
+        assert engine.held().taken == 2
+        assert not waiting.done()
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not waiting.done():
+            assert time.monotonic() < deadline_s
+            engine.expire()
+        assert isinstance(waiting.exception(), StillLoading)
+        assert ask(engine, prompt, medical).tier == "gpu"
+    assert ask(engine, prompt, late).vectors.shape == (1, 128), "the load has gone on"
+    engine.stop()
+
+
+def test_loads_that_cannot_begin_leave_the_slots_to_those_that_serve(
+    model_dir: Path, adapters_dir: Path, tmp_path: Path
+) -> None:
+    """Every reader hangs: what more is asked for waits without a slot, and is told to come back too."""
+    engine = Engine(EngineConfig(model_dir, slots=READERS + 1, load_timeout_s=0.2))
+    engine.start()
+    prompt = [np.arange(1, 9, dtype=np.int32)]
+    medical, late = ref(adapters_dir / "medical"), ref(adapters_dir / "legal-v2")
+    assert ask(engine, prompt, medical).tier == "disk"
+    with contextlib.ExitStack() as hung:
+        stuck = []
+        for number in range(READERS):
+            folder = tmp_path / f"stuck{number}"
+            shutil.copytree(adapters_dir / "legal-v2", folder)
+            read = ref(folder)
+            hung.enter_context(hanging(folder / "adapter_model.safetensors"))
+            stuck.append(submit(engine, prompt, read))
+        deadline_s = time.monotonic() + PATIENCE_S
+        while len(engine.held().coming) < READERS:
+            assert time.monotonic() < deadline_s
+        waiting = submit(engine, prompt, late)
+        assert ask(engine, prompt, medical).tier == "gpu"
+        assert late.name not in engine.held().coming
+        while not (waiting.done() and all(one.done() for one in stuck)):
+            assert time.monotonic() < deadline_s
+            engine.expire()
+        assert all(isinstance(one.exception(), StillLoading) for one in (waiting, *stuck))
+        assert ask(engine, prompt, medical).tier == "gpu"
+    assert ask(engine, prompt, late).vectors.shape == (1, 128)
+    engine.stop()

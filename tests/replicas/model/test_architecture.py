@@ -1,0 +1,122 @@
+"""Which configs are served, which are refused by name, and that the rotary tables are transformers' own."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from ranklet.replicas.errors import ModelError
+from ranklet.replicas.model.architecture import Architecture, read_architecture, read_config, rotary_tables
+from tests.assets.make import LLAMA3_ROPE
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+}
+
+
+def config(kind: str, **fields: Any) -> Any:
+    head = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral"}[kind]
+    return AutoConfig.for_model(kind, **SHAPE, **{"architectures": [f"{head}ForCausalLM"], **fields})
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama", "mistral"])
+@pytest.mark.parametrize("head_dim", [None, 32])
+def test_widths_are_those_of_transformers_modules(kind: str, head_dim: int | None) -> None:
+    said = config(kind, **({} if head_dim is None else {"head_dim": head_dim}))
+    shape = read_architecture(said)
+    with torch.device("meta"):
+        layer = AutoModel.from_config(said).layers[0]
+    for name, (wide, out) in shape.module_dims().items():
+        linear = getattr(layer.self_attn if name[0] in "qkvo" else layer.mlp, name)
+        assert (linear.in_features, linear.out_features) == (wide, out), name
+    assert shape.qk_norm == hasattr(layer.self_attn, "q_norm")
+    assert shape.layers == 3
+    assert shape.max_position == 512
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "windows"),
+    [
+        ("mistral", {"sliding_window": 7}, (7, 7, 7)),
+        ("mistral", {"sliding_window": None}, (None, None, None)),
+        ("llama", {}, (None, None, None)),
+        ("qwen2", {"sliding_window": 7}, (None, None, None)),  # stated, and not used
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, (None, 7, 7)),
+        (
+            "qwen3",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 5,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+            (5, None, 5),
+        ),
+    ],
+)
+def test_windows_by_layer(kind: str, fields: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+    assert read_architecture(config(kind, **fields)).windows == windows
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"architectures": ["BertModel"]}, "BertModel"),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "Qwen3ForSequenceClassification"),
+        ({"architectures": None}, "(none)"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"is_causal": False}, "is_causal"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
+    ],
+)
+def test_what_ranklet_does_not_run_is_refused_by_name(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ModelError) as refused:
+        read_architecture(config("qwen3", **fields))
+    assert says in refused.value.message
+    assert "expected" in refused.value.message
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 1e4},
+        {"rope_type": "default", "rope_theta": 1e6},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        {**LLAMA3_ROPE, "rope_theta": 5e5},
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128},
+    ],
+    ids=lambda rope: f"{rope['rope_type']}-{rope['rope_theta']:g}",
+)
+def test_rotary_tables_are_transformers(rope: dict[str, Any]) -> None:
+    said = config("llama", rope_parameters=rope)
+    shape: Architecture = read_architecture(said)
+    cos, sin = rotary_tables(said, shape, 300, torch.device("cpu"))
+    assert cos.shape == sin.shape == (300, shape.head_dim // 2)
+    their_cos, their_sin = LlamaRotaryEmbedding(said)(torch.zeros(1), torch.arange(300)[None])
+    half = shape.head_dim // 2
+    torch.testing.assert_close(cos, their_cos[0, :, :half], rtol=0, atol=2e-6)
+    torch.testing.assert_close(sin, their_sin[0, :, :half], rtol=0, atol=2e-6)
+
+
+def test_folders_without_a_readable_config(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="expected a folder"):
+        read_config(tmp_path / "gone")
+    for content in ("{", "[]", "{}", json.dumps({"model_type": "no-such-model"})):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ModelError, match=r"config\.json"):
+            read_config(tmp_path)

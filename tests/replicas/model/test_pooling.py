@@ -1,0 +1,112 @@
+"""Pooling is sentence-transformers' own, for every way a folder can say it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from ranklet.replicas.engine.engine import Engine
+from ranklet.replicas.errors import ModelError
+from ranklet.replicas.model.pooling import Pooling, read_pooling
+from tests.assets.corpus import TEXTS
+from tests.assets.make import make_model
+from tests.replicas.asking import ask, prompts
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "layers": 2,
+    "heads": 2,
+    "kv_heads": 1,
+    "head_dim": 32,
+}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"pooling": "last"},
+        {"pooling": "mean"},
+        {"pooling": "cls"},
+        {"pooling": "last", "legacy_pooling": False},
+        {"pooling": "mean", "legacy_pooling": False},
+        {"pooling": "cls", "legacy_pooling": False, "append_eos": False},
+        {"pooling": "mean", "normalize": False},
+        {"pooling": "last", "normalize": False, "bos": True},
+    ],
+    ids=lambda said: "-".join(f"{key}={value}" for key, value in said.items()),
+)
+def test_vectors_are_sentence_transformers(
+    said: dict[str, Any], tmp_path: Path, make_engine: Callable[..., Engine]
+) -> None:
+    folder = make_model(tmp_path / "model", **SMALL, **said)
+    engine = make_engine(folder)
+    engine.start()
+    texts = [*TEXTS[:5], "x"]
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(texts)
+    np.testing.assert_allclose(ask(engine, prompts(folder, texts)).vectors, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_folder_that_says_nothing_is_qwen3_embeddings(tmp_path: Path) -> None:
+    assert read_pooling(tmp_path) == Pooling("last", normalize=True, max_tokens=None)
+
+
+def write(folder: Path, modules: Any, pooling: Any = None, limits: Any = None) -> Path:
+    (folder / "modules.json").write_text(json.dumps(modules))
+    if pooling is not None:
+        (folder / "1_Pooling").mkdir()
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    if limits is not None:
+        (folder / "sentence_bert_config.json").write_text(json.dumps(limits))
+    return folder
+
+
+def module(kind: str, path: str = "") -> dict[str, str]:
+    return {"type": f"sentence_transformers.models.{kind}", "path": path}
+
+
+def test_the_folders_own_limit_and_module_names_of_newer_releases(tmp_path: Path) -> None:
+    folder = write(
+        tmp_path,
+        [
+            {"type": "sentence_transformers.base.modules.transformer.Transformer", "path": ""},
+            {"type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling", "path": "1_Pooling"},
+        ],
+        {"pooling_mode": "mean"},
+        {"max_seq_length": 77},
+    )
+    assert read_pooling(folder) == Pooling("mean", normalize=False, max_tokens=77)
+
+
+@pytest.mark.parametrize(
+    ("modules", "pooling", "says"),
+    [
+        ([module("Transformer"), module("Dense", "2_Dense")], None, "Dense"),
+        ([module("Transformer"), module("Pooling", "1_Pooling")], {"pooling_mode_max_tokens": True}, "max_tokens"),
+        ([module("Pooling", "1_Pooling")], {"pooling_mode": ["mean", "cls"]}, "mean, cls"),
+        (
+            [module("Pooling", "1_Pooling")],
+            {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
+            "pooling_mode_mean_tokens",
+        ),
+        ([module("Pooling", "1_Pooling")], {"pooling_mode": "weightedmean"}, "weightedmean"),
+        ([module("Pooling", "1_Pooling")], {}, "none"),
+        ([module("Pooling", "1_Pooling")], None, "missing"),
+    ],
+)
+def test_what_cannot_be_pooled_is_refused_by_name(tmp_path: Path, modules: Any, pooling: Any, says: str) -> None:
+    with pytest.raises(ModelError, match=says):
+        read_pooling(write(tmp_path, modules, pooling))
+
+
+@pytest.mark.parametrize("name", ["modules.json", "1_Pooling/config.json", "sentence_bert_config.json"])
+@pytest.mark.parametrize("content", ["{", '"text"', ""])
+def test_spoilt_files_are_refused_by_name(tmp_path: Path, name: str, content: str) -> None:
+    folder = write(tmp_path, [module("Transformer"), module("Pooling", "1_Pooling")], {"pooling_mode": "mean"}, {})
+    (folder / name).write_text(content)
+    with pytest.raises(ModelError, match=name):
+        read_pooling(folder)

@@ -1,0 +1,96 @@
+"""Token ids are the folder's own, as transformers and sentence-transformers give them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ranklet.replicas.errors import ModelError
+from ranklet.replicas.model.tokenizer import PromptTokenizer
+from tests.assets.corpus import TEXTS
+from tests.assets.tokenizer import EOS, save_tokenizer
+
+Pair = tuple[PromptTokenizer, PreTrainedTokenizerBase]
+
+
+@pytest.fixture(scope="module")
+def pair(model_dir: Path) -> Pair:
+    return PromptTokenizer(model_dir), AutoTokenizer.from_pretrained(str(model_dir))
+
+
+@settings(max_examples=60)
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=40), max_size=5))
+def test_any_text_is_tokenised_as_transformers_does(pair: Pair, texts: list[str]) -> None:
+    ours, theirs = pair
+    encoded = ours.encode(texts)
+    assert [list(ids) for ids in encoded] == [theirs(text)["input_ids"] for text in texts]
+    assert all(ids.dtype == np.int32 for ids in encoded)
+
+
+def test_as_sentence_transformers_does_and_ends_with_eos(pair: Pair, model_dir: Path) -> None:
+    model = SentenceTransformer(str(model_dir), device="cpu")
+    texts = [*TEXTS, " kept blanks ", f"a {EOS} in the text", ""]
+    for text, ids in zip(texts, pair[0].encode(texts), strict=True):
+        assert list(ids) == model.preprocess([text])["input_ids"][0].tolist()
+        assert ids[-1] == pair[1].convert_tokens_to_ids(EOS)
+
+
+def test_nothing_is_cut_however_long(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, vocab_size=400, max_length=16)
+    assert len(PromptTokenizer(tmp_path).encode(["word " * 500])[0]) > 500
+
+
+def test_special_tokens_are_the_post_processors(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, vocab_size=400, max_length=512, append_eos=False, bos=True)
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path))
+    (ids,) = PromptTokenizer(tmp_path).encode(["one two"])
+    assert list(ids) == theirs("one two")["input_ids"]
+    assert ids[0] == theirs.bos_token_id
+    assert ids[-1] != theirs.convert_tokens_to_ids(EOS)
+
+
+def test_the_folders_default_prompt_comes_first(tmp_path: Path, model_dir: Path) -> None:
+    save_tokenizer(tmp_path, vocab_size=1024, max_length=512)
+    config = {"prompts": {"query": "Query: ", "document": ""}, "default_prompt_name": "query"}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(config))
+    tokenizer = PromptTokenizer(tmp_path)
+    (ids,) = tokenizer.encode(["who?"])
+    assert list(ids) == AutoTokenizer.from_pretrained(str(tmp_path))("Query: who?")["input_ids"]
+
+
+def test_a_folder_that_lowers_its_texts(tmp_path: Path, model_dir: Path) -> None:
+    folder = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    settings_file = folder / "sentence_bert_config.json"
+    said = json.loads(settings_file.read_text()) if settings_file.exists() else {}
+    settings_file.write_text(json.dumps(said | {"do_lower_case": True}))
+    theirs = SentenceTransformer(str(folder), device="cpu").preprocess(["The COURT Ruled"])["input_ids"][0].tolist()
+    (ours,) = PromptTokenizer(folder).encode(["The COURT Ruled"])
+    assert list(ours) == theirs
+    assert list(ours) == list(PromptTokenizer(model_dir).encode(["the court ruled"])[0])
+
+
+@pytest.mark.parametrize("name", ["config_sentence_transformers.json", "sentence_bert_config.json"])
+def test_a_broken_settings_file_is_named(name: str, tmp_path: Path, model_dir: Path) -> None:
+    folder = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    (folder / name).write_text("{")
+    with pytest.raises(ModelError, match=name):
+        PromptTokenizer(folder)
+
+
+def test_several_threads_at_once(pair: Pair) -> None:
+    encode: Callable[[str], list[int]] = lambda text: list(pair[0].encode([text])[0])  # noqa: E731 - typed for map
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(encode, TEXTS * 4)) == [pair[1](text)["input_ids"] for text in TEXTS * 4]
+
+
+def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        PromptTokenizer(tmp_path)

@@ -1,0 +1,137 @@
+"""An engine in a process of its own: the same answers and refusals, and what becomes of those who wait when it dies."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.engine.engine import Engine
+from ranklet.replicas.engine.stats import BatchRecord, Listener
+from ranklet.replicas.errors import InvalidAdapter, InvalidRequest, ModelError, RankletError, Saturated, Unavailable
+from ranklet.replicas.process.process import EngineProcess
+from tests.assets.make import AdapterSpec
+from tests.replicas.asking import PATIENCE_S, ask, ref, submit
+
+PROMPTS = [np.arange(1, length, dtype=np.int32) for length in (5, 40, 9)]
+
+
+class Records(Listener):
+    """What the listener heard."""
+
+    def __init__(self) -> None:
+        self.batches: list[BatchRecord] = []
+        self.tiers: list[str] = []
+
+    def batch(self, record: BatchRecord) -> None:
+        self.batches.append(record)
+
+    def tier_hit(self, tier: str) -> None:
+        self.tiers.append(tier)
+
+
+RECORDS = Records()
+
+
+@pytest.fixture(scope="module")
+def remote(model_dir: Path) -> Iterator[EngineProcess]:
+    made = EngineProcess(EngineConfig(model_dir, slots=2, max_waiting_tokens=2000), RECORDS)
+    made.start()
+    yield made
+    made.stop()
+
+
+def until(happened: Any) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_answers_are_those_of_an_engine_here(
+    remote: EngineProcess, engine: Engine, adapter_specs: list[AdapterSpec]
+) -> None:
+    for adapter in (None, ref(adapter_specs[0].path)):
+        ours, theirs = submit(remote, PROMPTS, adapter).result(PATIENCE_S), ask(engine, PROMPTS, adapter)
+        np.testing.assert_allclose(ours.vectors, theirs.vectors, atol=1e-5)
+        assert (ours.prompt_tokens, ours.backend) == (theirs.prompt_tokens, theirs.backend)
+    assert ours.compute_s > 0
+    until(lambda: sum(record.tokens for record in RECORDS.batches) >= 2 * sum(map(len, PROMPTS)))
+    assert RECORDS.tiers[:1] == ["disk"]
+
+
+def test_loads_show_and_snapshots_come(remote: EngineProcess, adapter_specs: list[AdapterSpec]) -> None:
+    spec = adapter_specs[1]
+    info = remote.load(ref(spec.path))
+    assert info.name == spec.path.name
+    until(lambda: spec.path.name in remote.resident())
+    assert set(remote.snapshot().resident) == set(remote.resident())
+    assert remote.snapshot().slots == 2
+
+
+def test_refusals_come_as_they_are(remote: EngineProcess, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="dimensions: expected"):
+        submit(remote, PROMPTS, dimensions=10**6).result(PATIENCE_S)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InvalidAdapter) as refused:
+        submit(remote, PROMPTS, ref(tmp_path)).result(PATIENCE_S)
+    assert refused.value.findings
+    assert refused.value.param == "model"
+    with pytest.raises(InvalidAdapter):
+        remote.load(ref(tmp_path))
+    with pytest.raises(ModelError, match=r"config\.json"):
+        EngineProcess(EngineConfig(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    "error", [InvalidAdapter("a", ["x", "y"]), Saturated("s", retry_after_s=7.0), Unavailable("u")]
+)
+def test_a_refusal_survives_pickling(error: RankletError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
+
+
+def test_a_cancelled_request_is_dropped_and_forgotten(remote: EngineProcess) -> None:
+    long = [np.ones(1000, dtype=np.int32)]
+    first = submit(remote, long)
+    ticket = remote.submit(long, None, None, lambda result: pytest.fail("cancelled requests are not answered"))
+    ticket.cancel()
+    first.result(PATIENCE_S)
+    submit(remote, PROMPTS).result(PATIENCE_S)
+    assert remote._waiting == {}
+
+
+def test_who_waits_when_it_dies_is_told(model_dir: Path) -> None:
+    engine = EngineProcess(EngineConfig(model_dir))
+    engine.start()
+    submit(engine, PROMPTS).result(PATIENCE_S)
+    until(engine.healthy)
+    os.kill(engine.pid, signal.SIGSTOP)
+    waiting = submit(engine, PROMPTS)
+    os.kill(engine.pid, signal.SIGKILL)
+    with pytest.raises(Unavailable, match="has ended"):
+        waiting.result(PATIENCE_S)
+    assert not engine.healthy()
+    with pytest.raises(Unavailable):
+        submit(engine, PROMPTS).result(PATIENCE_S)
+    engine.stop()
+
+
+def test_it_ends_with_the_one_that_asks(model_dir: Path) -> None:
+    program = (
+        "import os, sys; from pathlib import Path; from ranklet.replicas.config import EngineConfig;"
+        "from ranklet.replicas.process import EngineProcess; engine = EngineProcess(EngineConfig(Path(sys.argv[1])));"
+        "print(engine.pid, 'torch' in sys.modules, flush=True); os._exit(0)"
+    )
+    said = subprocess.run([sys.executable, "-c", program, str(model_dir)], capture_output=True, text=True, check=True)
+    pid, torch_here = said.stdout.split()
+    assert torch_here == "False"
+    until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2])
