@@ -16,7 +16,7 @@ Requests = Literal["all", "refused", "none"]
 _SET_ELSEWHERE = {"model_dir": "base.model_dir"}
 
 
-class _Strict(BaseModel):
+class _StrictModel(BaseModel):
     """Refuses keys it does not know, and says which ones it does."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -47,7 +47,7 @@ def _validated(kind: Any, value: Any) -> Any:
     return TypeAdapter(kind).validate_python(value)
 
 
-class Base(_Strict):
+class BaseConfig(_StrictModel):
     """The base model."""
 
     model_dir: Path
@@ -55,7 +55,7 @@ class Base(_Strict):
     aliases: tuple[str, ...] = ()  # further names requests may call it by
 
 
-class Limits(_Strict):
+class LimitsConfig(_StrictModel):
     """What one request, and one gateway, may ask."""
 
     max_body_bytes: int = Field(default=32 << 20, ge=1)
@@ -66,7 +66,7 @@ class Limits(_Strict):
     max_in_flight_requests: int = Field(default=2000, ge=1)  # per gateway; beyond it 503
 
 
-class Metrics(_Strict):
+class MetricsConfig(_StrictModel):
     """Where each process exports its own metrics."""
 
     host: str = "127.0.0.1"  # 0.0.0.0 when Prometheus runs on another machine
@@ -74,13 +74,13 @@ class Metrics(_Strict):
     top_adapters: int = Field(default=100, ge=1)  # adapters with a label of their own; the rest are "other"
 
 
-class Log(_Strict):
+class LogConfig(_StrictModel):
     """What gateways write to Serve's log of each request."""
 
     requests: Requests = "refused"  # which of them have a line
 
 
-class Sources(_Strict):
+class SourcesConfig(_StrictModel):
     """Adapters at `s3://`, `gs://`, `hf://` or `https://`. Credentials are where fsspec looks for them."""
 
     allowed: tuple[str, ...] = ()  # prefixes of URLs that adapters may be loaded from by name, such as s3://models/
@@ -89,7 +89,7 @@ class Sources(_Strict):
     max_adapter_bytes: int = Field(default=4 << 30, ge=1)
 
 
-class Security(_Strict):
+class SecurityConfig(_StrictModel):
     """Who may ask, and where adapters may come from."""
 
     keys_file: Path | None = None  # None: everybody may infer; who may load adapters, see `open_admin`
@@ -97,7 +97,7 @@ class Security(_Strict):
     adapter_roots: tuple[Path, ...] = ()  # folders that adapters may be loaded from by name, beside adapters_dir
 
 
-class AdapterList(_Strict):
+class AdapterList(_StrictModel):
     """In `user_config` of both deployments: changed by `serve deploy` without a restart."""
 
     adapters: dict[str, Path] = Field(default_factory=dict)
@@ -121,7 +121,7 @@ class AdapterList(_Strict):
         return value
 
 
-class GatewayConfig(AdapterList):
+class GatewayUserConfig(AdapterList):
     """`user_config` of the gateway: what may change while requests run."""
 
     tokens_per_minute: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)  # by pattern of models
@@ -136,14 +136,14 @@ class AppArgs(AdapterList):
         ValidationError: an unknown key, or a value of the wrong type or out of range.
     """
 
-    base: Base
+    base: BaseConfig
     engine: dict[str, Any] = Field(default_factory=dict)  # fields of EngineConfig
     adapters_dir: Path | None = None
-    limits: Limits = Limits()
-    metrics: Metrics = Metrics()
-    log: Log = Log()
-    sources: Sources = Sources()
-    security: Security = Security()
+    limits: LimitsConfig = LimitsConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    log: LogConfig = LogConfig()
+    sources: SourcesConfig = SourcesConfig()
+    security: SecurityConfig = SecurityConfig()
 
     @field_validator("engine")
     @classmethod

@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from prometheus_client import CollectorRegistry, disable_created_metrics, start_http_server
 
-from ranklet.cluster.config import Metrics
+from ranklet.cluster.config import MetricsConfig
 
 _PORTS_TRIED = 500
 _EVERYWHERE = ("0.0.0.0", "::", "")
@@ -22,7 +22,7 @@ class Exporter:
     target: str
 
     @classmethod
-    def start(cls, registry: CollectorRegistry, config: Metrics) -> "Exporter":
+    def start(cls, registry: CollectorRegistry, config: MetricsConfig) -> "Exporter":
         """Serve `registry` from a thread. Never raises: a process without metrics is better than none."""
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a gauge beside each counter that nobody asks for
         for port in _ports(config.first_port):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.cluster.catalog.registry import Known
+from ranklet.cluster.catalog.registry import AdapterLocation
 from ranklet.replicas.errors import (
     AdapterNotFound,
     InternalError,
@@ -22,7 +22,7 @@ from ranklet.replicas.errors import (
     Unavailable,
     UnknownModel,
 )
-from ranklet.routing.report import Load
+from ranklet.routing.report import QueueLoad
 
 # Serve's gRPC transport refuses messages above 4 MiB; half of it leaves room. Fewer prompts per call than a large
 # request has let several replicas share it.
@@ -39,7 +39,7 @@ _BY_CODE: dict[str, type[RankletError]] = {
 class EmbedCall:
     """Prompts of one request, all for one adapter."""
 
-    adapter: Known | None  # None: the base model
+    adapter: AdapterLocation | None  # None: the base model
     tokens: bytes  # int32 [sum of lengths]
     lengths: bytes  # int32 [prompts]
     dimensions: int | None
@@ -72,7 +72,7 @@ class EmbedReply:
     revision: str | None  # of the adapter
     queue_s: float
     compute_s: float
-    load: Load  # of the replica, now
+    load: QueueLoad  # of the replica, now
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ class EmbedRefusal:
     findings: tuple[str, ...] = ()
     adapter: str = ""
     retry_after_s: float = 1.0
-    load: Load | None = None
+    load: QueueLoad | None = None
 
     @classmethod
-    def of(cls, error: RankletError, replica: str, adapter: str, load: Load | None) -> "EmbedRefusal":
+    def of(cls, error: RankletError, replica: str, adapter: str, load: QueueLoad | None) -> "EmbedRefusal":
         return cls(
             code=error.code,
             message=error.message,
@@ -109,7 +109,9 @@ class EmbedRefusal:
         return _BY_CODE.get(self.code, InternalError)(self.message, param=self.param)
 
 
-def pack(adapter: Known | None, prompts: Sequence[NDArray[np.int32]], dimensions: int | None, sender: str) -> EmbedCall:
+def pack(
+    adapter: AdapterLocation | None, prompts: Sequence[NDArray[np.int32]], dimensions: int | None, sender: str
+) -> EmbedCall:
     """`prompts`: int32 [length] each."""
     lengths = np.fromiter((len(prompt) for prompt in prompts), dtype=np.int32, count=len(prompts))
     tokens = np.ascontiguousarray(np.concatenate(prompts), dtype=np.int32)

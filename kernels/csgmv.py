@@ -21,7 +21,7 @@ from ranklet.kernels.launch import is_hopper, precision_of, programs_of, slice_o
 from ranklet.kernels.recut import check_rows
 from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
-from ranklet.kernels.tiles import ExpandTile, FusedTile, Key, Op, ShrinkTile
+from ranklet.kernels.tiles import ExpandTile, FusedTile, Op, ShrinkTile, TileKey
 
 T = TypeVar("T", ShrinkTile, ExpandTile, FusedTile)
 
@@ -256,7 +256,7 @@ def _shrunk(x: Tensor, stack: LinearStack, tiles: Tiles, *, split: bool, chained
 
 def _tile(kind: type[T], op: Op, x: Tensor, stack: LinearStack, tiles: Tiles) -> T:
     found = tuned.table(x.device.index).find(
-        Key(op, x.shape[1], stack.widths, stack.rank, tiles.height, x.shape[0], itemsize=x.element_size())
+        TileKey(op, x.shape[1], stack.widths, stack.rank, tiles.height, x.shape[0], itemsize=x.element_size())
     )
     assert isinstance(found, kind)
     return found

@@ -37,7 +37,7 @@ BACKENDS: dict[str, Backend] = {"native": native, "csgmv": csgmv, "merged": merg
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class LayerInfo:
     """What a choice depends on besides the batch."""
 
     projections: tuple[tuple[int, tuple[int, ...]], ...]  # input width and slices' output widths of each with LoRA
@@ -51,7 +51,7 @@ def scope_of(projections: Sequence[object]) -> Scope:
     return "attention" if len(projections) <= 2 else "layer"
 
 
-def choose(batch: LoraBatch, layer: Layer, override: str = "auto") -> LoraBatch:
+def choose(batch: LoraBatch, layer: LayerInfo, override: str = "auto") -> LoraBatch:
     """The batch with its backend set: "none" when no row has an adapter.
 
     Args:
@@ -64,7 +64,7 @@ def choose(batch: LoraBatch, layer: Layer, override: str = "auto") -> LoraBatch:
     return replace(batch, backend=fastest(batch, layer) if override == "fastest" else override)
 
 
-def fastest(batch: LoraBatch, layer: Layer) -> str:
+def fastest(batch: LoraBatch, layer: LayerInfo) -> str:
     """The name of the backend that should take least time for the batch."""
     if not layer.cuda:
         return "native"  # csgmv is for GPUs, and a CPU gains nothing from fewer launches
@@ -83,7 +83,7 @@ _ELEMENT_BYTES = 2
 _FUSED_LOSS = 0.1  # how much slower than cuBLAS the fused product is
 
 
-def modelled(rows: Sequence[int], layer: Layer) -> dict[str, float]:
+def modelled(rows: Sequence[int], layer: LayerInfo) -> dict[str, float]:
     """Estimated seconds by backend for one layer's LoRA, given the rows of each adapter."""
     costs = dict.fromkeys(("native", "csgmv", "merged"), 0.0)
     for wide, widths in layer.projections:

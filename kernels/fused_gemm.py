@@ -19,7 +19,7 @@ from ranklet.kernels.batch import BLOCK_ROWS, Tiles
 from ranklet.kernels.launch import is_hopper, processors_of
 from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.stack import LinearStack
-from ranklet.kernels.tiles import FusedTile, Key, table
+from ranklet.kernels.tiles import FusedTile, TileKey, table
 
 _LORA_STAGES = 2
 _LEAST_ROWS = 1024  # up to so many, cuBLAS splits K and this does not
@@ -252,6 +252,6 @@ def suits(x: Tensor, rows: int, tile: FusedTile) -> bool:
 
 
 def _plain(x: Tensor, rotary: Rotary) -> FusedTile:
-    found = table(x.device.index).find(Key("rotated", x.shape[1], rotary.widths, 0, BLOCK_ROWS, x.shape[0]))
+    found = table(x.device.index).find(TileKey("rotated", x.shape[1], rotary.widths, 0, BLOCK_ROWS, x.shape[0]))
     assert isinstance(found, FusedTile)
     return found

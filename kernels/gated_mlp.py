@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ranklet.kernels.batch import BLOCK_ROWS
 from ranklet.kernels.fused_gemm import suits
 from ranklet.kernels.launch import is_hopper, processors_of
-from ranklet.kernels.tiles import FusedTile, Key, table
+from ranklet.kernels.tiles import FusedTile, TileKey, table
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -71,6 +71,6 @@ def can_gate(x: Tensor, weight: Tensor) -> bool:
 
 
 def _tile(x: Tensor, weight: Tensor) -> FusedTile:
-    found = table(x.device.index).find(Key("gated", x.shape[1], (weight.shape[0],), 0, BLOCK_ROWS, x.shape[0]))
+    found = table(x.device.index).find(TileKey("gated", x.shape[1], (weight.shape[0],), 0, BLOCK_ROWS, x.shape[0]))
     assert isinstance(found, FusedTile)
     return found

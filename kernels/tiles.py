@@ -21,7 +21,7 @@ Op = Literal["shrink", "expand", "fused", "rotated", "gated"]
 logger = logging.getLogger(__name__)
 
 
-class Key(NamedTuple):
+class TileKey(NamedTuple):
     """What a launch number is tuned for."""
 
     op: Op
@@ -81,7 +81,7 @@ KINDS: dict[str, type[ShrinkTile] | type[ExpandTile] | type[FusedTile]] = {
 _TALL = 64
 
 
-def default(key: Key) -> Tile:
+def default(key: TileKey) -> Tile:
     """A sane tile for any GPU."""
     if key.itemsize > _TUNED_BYTES and key.op in _UNROLLED:
         return _UNROLLED[key.op]
@@ -113,19 +113,19 @@ _WHOLE = {
 class TileTable:
     """The measured tiles of one GPU."""
 
-    def __init__(self, entries: dict[Key, Tile], source: str, shared_bytes: int = 99 << 10) -> None:
+    def __init__(self, entries: dict[TileKey, Tile], source: str, shared_bytes: int = 99 << 10) -> None:
         self._entries = entries
         self._source = source
         self._shared_bytes = shared_bytes  # what one program may use of the GPU's shared memory
-        self._found: dict[Key, Tile] = {}
+        self._found: dict[TileKey, Tile] = {}
 
-    def find(self, key: Key) -> Tile:
+    def find(self, key: TileKey) -> Tile:
         """The tile for a launch: measured, else of the nearest measured launch, else the default."""
         if key not in self._found:
             self._found[key] = self._look_up(key)
         return self._found[key]
 
-    def _look_up(self, key: Key) -> Tile:
+    def _look_up(self, key: TileKey) -> Tile:
         if key in self._entries:
             return self._entries[key]
         near = [known for known in self._entries if _is_alike(known, key)]
@@ -137,7 +137,7 @@ class TileTable:
         return fitted(self._entries[nearest], key, self._shared_bytes)
 
 
-def fitted(tile: Tile, key: Key, shared_bytes: int) -> Tile:
+def fitted(tile: Tile, key: TileKey, shared_bytes: int) -> Tile:
     """The tile with as many stages as shared memory holds for this launch, and steps cut in half where none fits."""
     while _shared_bytes(tile, key) > shared_bytes:
         if tile.stages > 1:
@@ -154,7 +154,7 @@ def fitted(tile: Tile, key: Key, shared_bytes: int) -> Tile:
 _LEAST_STEP = 32
 
 
-def _shared_bytes(tile: Tile, key: Key) -> int:
+def _shared_bytes(tile: Tile, key: TileKey) -> int:
     """Shared memory of one program: operands of every stage, and what is loaded once."""
     rank = 1 << (key.rank - 1).bit_length()
     if isinstance(tile, ShrinkTile):
@@ -167,7 +167,7 @@ def _shared_bytes(tile: Tile, key: Key) -> int:
     return elements * key.itemsize
 
 
-def _is_alike(a: Key, b: Key) -> bool:
+def _is_alike(a: TileKey, b: TileKey) -> bool:
     """Whether the tile of one launch may do for the other."""
     return (a.op, len(a.widths), a.itemsize) == (b.op, len(b.widths), b.itemsize)
 
@@ -175,7 +175,7 @@ def _is_alike(a: Key, b: Key) -> bool:
 _NEAR = 2.0  # two of rows, rank or widths off by a factor of e: near enough not to be worth a line
 
 
-def _distance(a: Key, b: Key) -> float:
+def _distance(a: TileKey, b: TileKey) -> float:
     """How unlike two launches are, in natural logarithms; another tile height weighs most."""
     pairs = ((a.wide, b.wide), (sum(a.widths), sum(b.widths)), (a.rank, b.rank), (a.rows, b.rows))
     return sum(abs(math.log(max(x, 1) / max(y, 1))) for x, y in pairs) + 4 * abs(math.log(a.height / b.height))
@@ -203,12 +203,12 @@ def path_for(gpu: str) -> Path:
     return TUNED / f"{gpu.replace(' ', '_').replace('/', '-')}.json"
 
 
-def _parse(entry: dict[str, Any]) -> tuple[Key, Tile]:
-    key = Key(entry["op"], entry["k"], tuple(entry["widths"]), entry["rank"], entry["height"], entry["rows"])
+def _parse(entry: dict[str, Any]) -> tuple[TileKey, Tile]:
+    key = TileKey(entry["op"], entry["k"], tuple(entry["widths"]), entry["rank"], entry["height"], entry["rows"])
     return key, KINDS[key.op](**entry["tile"])
 
 
-def entry_of(key: Key, tile: Tile, ms: float) -> dict[str, Any]:
+def entry_of(key: TileKey, tile: Tile, ms: float) -> dict[str, Any]:
     """A measured tile as a table holds it. `ms`: median milliseconds of the launch."""
     return {
         "op": key.op, "k": key.wide, "widths": list(key.widths), "rank": key.rank, "height": key.height,

@@ -16,7 +16,7 @@ MOST_ELEMENTS = 1 << 31  # of a slot: offsets are int32
 _BLOCK, _PARTS, _WARPS = 2048, 8, 4
 
 
-class Room(NamedTuple):
+class Destination(NamedTuple):
     """A matrix of a slot, and where its tenant's stands in the flat buffer that it comes in. Numbers of elements."""
 
     at: int  # in the slot
@@ -44,7 +44,7 @@ def _unpack_kernel(flat, slot, rooms, PARTS: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(slot + at + element, value, mask=element < size)
 
 
-def table(rooms: Sequence[Room], device: torch.device) -> Tensor:
+def table(rooms: Sequence[Destination], device: torch.device) -> Tensor:
     """The rooms as the kernel reads them: int32 [rooms, 8].
 
     Raises:

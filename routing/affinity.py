@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ranklet.routing import rendezvous
 from ranklet.routing.demand import Demand
 from ranklet.routing.fleet import Fleet, Vector
-from ranklet.routing.report import Report
+from ranklet.routing.report import StateReport
 
 SHORTLIST = 8  # replicas in a choice, for a router that finds the best one full or dead
 _ROWS_BYTES = 128 << 20  # kept of adapters' costs
@@ -286,7 +286,7 @@ class Affinity:
         row.factor = 1.0 + policy.reluctance * (row.absent & away).astype(np.float64)
         row.made = self._changes
 
-    def told(self, report: Report, sender: str, now_s: float, age_s: float = 0.0) -> None:
+    def told(self, report: StateReport, sender: str, now_s: float, age_s: float = 0.0) -> None:
         """A replica says how it is, unasked; `sender` is what this process calls itself when it sends."""
         with self.lock:
             fleet, received = self.fleet, report.received_tokens.get(sender, 0)

@@ -9,7 +9,7 @@ SPILLS = ("load", "retry")  # as `Choice.spill` tells them
 
 
 @dataclass
-class Tally:
+class Counters:
     """Choices for requests that name an adapter.
 
     Attributes:
@@ -35,9 +35,9 @@ class Tally:
             self.spills[choice.spill] += 1
 
 
-_CURRENT = Tally()
+_CURRENT = Counters()
 
 
-def current() -> Tally:
+def current() -> Counters:
     """This process's. A function, since Ray may ship the router's class by value, with copies of what it names."""
     return _CURRENT

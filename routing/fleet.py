@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.routing import rendezvous
-from ranklet.routing.placement import Tenancy
-from ranklet.routing.report import Holdings, Load
+from ranklet.routing.placement import Placement
+from ranklet.routing.report import Holdings, QueueLoad
 
 MOST_TOKENS = 1 << 50  # a claim above is nonsense
 LEAST_TOKENS_PER_S = 1e-3
@@ -42,7 +42,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ReplicaView:
     """What a router has heard of one replica."""
 
     id: str
@@ -73,7 +73,7 @@ class Fleet:
         self._over: OrderedDict[int, None] = OrderedDict()  # requests that ended before they were sent
         self._loads: dict[str, int] = {}  # number of the last load, by replica
         self._holdings: dict[str, Holdings] = {}
-        self.tenancy = Tenancy(0)
+        self.tenancy = Placement(0)
         self._make(0)
 
     def __len__(self) -> int:
@@ -111,7 +111,7 @@ class Fleet:
         self._loads = {id: number for id, number in self._loads.items() if id in self.index}
         self._holdings = {id: held for id, held in self._holdings.items() if id in self.index}
         self._open = {key: errand for key, errand in self._open.items() if errand[0] in self.index}
-        self.tenancy = Tenancy(len(members))
+        self.tenancy = Placement(len(members))
         for id, held in self._holdings.items():
             self.tenancy.told(self.index[id], None, held)
 
@@ -145,7 +145,7 @@ class Fleet:
 
     # What replicas tell
 
-    def hear(self, replica: str, load: Load, now_s: float, age_s: float = 0.0) -> bool:
+    def hear(self, replica: str, load: QueueLoad, now_s: float, age_s: float = 0.0) -> bool:
         """Believe a load, if it is sane and not older than what is known; whether it was.
 
         Args:
@@ -267,11 +267,11 @@ class Fleet:
             self._hung = hung if hung.any() else None
         return waits if self._hung is None else waits + _NEVER_S * self._hung
 
-    def seen(self, now_s: float) -> list[Seen]:
+    def seen(self, now_s: float) -> list[ReplicaView]:
         """All replicas, for people to look at."""
         waits = self.waits(now_s)
         return [
-            Seen(
+            ReplicaView(
                 each.id, each.rank, float(waits[i]), int(self._queued[i]), float(self._rate[i]),
                 max(now_s - float(self._heard_s[i]), 0.0), self._holdings.get(each.id),
             )
@@ -291,7 +291,7 @@ class Fleet:
         return float(self._rate.mean()) if len(self) else GUESSED_TOKENS_PER_S
 
 
-def _is_sane(load: Load) -> bool:
+def _is_sane(load: QueueLoad) -> bool:
     counts = (load.queued_tokens, load.done_tokens, load.received_tokens)
     rate = load.tokens_per_s
     return all(0 <= n <= MOST_TOKENS for n in counts) and (rate == 0 or LEAST_TOKENS_PER_S <= rate <= MOST_TOKENS)

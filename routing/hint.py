@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-ERRAND = "errand"  # the keyword argument of a call that carries it
+HINT = "errand"  # the keyword argument of a call that carries it
 
 
 @dataclass(frozen=True)
-class Errand:
+class RoutingHint:
     """One attempt at a call.
 
     Attributes:

@@ -12,7 +12,7 @@ _NOWHERE: Mapping[int, bool] = {}
 _NOTHING = Holdings(-1, frozenset(), frozenset(), frozenset(), 0, 0, 0)
 
 
-class Tenancy:
+class Placement:
     """The slots of all replicas.
 
     Attributes:

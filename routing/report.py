@@ -21,7 +21,7 @@ def level(wait_s: float) -> int:
 
 
 @dataclass(frozen=True)
-class Load:
+class QueueLoad:
     """A replica's queue at one moment.
 
     `number` grows with each load a replica tells: an older one that comes late is not believed. `received_tokens` is
@@ -52,11 +52,11 @@ class Holdings:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class StateReport:
     """Both, pushed to every gateway. `received_tokens` by sender stands in for that of `load`."""
 
     replica: str
-    load: Load
+    load: QueueLoad
     holdings: Holdings
     gateways: tuple[str, ...]  # that it is told to, in an order that all replicas agree on
     received_tokens: Mapping[str, int] = field(default_factory=dict)

@@ -15,12 +15,12 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from ranklet.routing import affinity, counters
 from ranklet.routing.fleet import Member
-from ranklet.routing.hint import ERRAND, Errand
+from ranklet.routing.hint import HINT, RoutingHint
 
 RANK = "rank"  # key of a replica's metadata
 _LOGGED_FAILURES = 100  # one full traceback per so many
 
-_ANY = Errand(-1)
+_ANY = RoutingHint(-1)
 
 logger = logging.getLogger("ray.serve")
 
@@ -67,7 +67,7 @@ class AdapterRouter(RequestRouter):
     def _ordered(self, candidates: list[RunningReplica], pending: PendingRequest | None) -> list[list[RunningReplica]]:
         if pending is None:
             return [candidates]
-        errand, routes, now_s = pending.kwargs.get(ERRAND) or _ANY, affinity.current(), time.monotonic()
+        errand, routes, now_s = pending.kwargs.get(HINT) or _ANY, affinity.current(), time.monotonic()
         if errand.only is not None:
             first = [replica for replica in candidates if replica.replica_id.unique_id == errand.only]
             return [first, candidates] if first else [candidates]
@@ -89,7 +89,7 @@ class AdapterRouter(RequestRouter):
         self._guarded(self._routed, pending_request, replica_id.unique_id)
 
     def _routed(self, pending: PendingRequest, replica: str) -> None:
-        errand, routes = pending.kwargs.get(ERRAND) or _ANY, affinity.current()
+        errand, routes = pending.kwargs.get(HINT) or _ANY, affinity.current()
         with routes.lock:
             i = routes.fleet.index.get(replica)
             if i is not None and routes.fleet.where(errand.id) not in (None, replica):

@@ -29,7 +29,7 @@ class Forbidden(RankletError):  # noqa: N818
     code = "forbidden"
 
 
-class Key(BaseModel):
+class ApiKey(BaseModel):
     """One entry of the file.
 
     Attributes:
@@ -52,7 +52,7 @@ class Key(BaseModel):
         return self.admin or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.adapters)
 
 
-class Keys:
+class ApiKeys:
     """The keys of one file. Without a file every request may infer, and `open_admin` says whether it may do the rest.
 
     Raises:
@@ -64,12 +64,12 @@ class Keys:
         self._open_admin = open_admin
         self._seen: tuple[int, int] | None = None
         self._looked_s = float("-inf")
-        self._by_hash: dict[str, Key] = {}
+        self._by_hash: dict[str, ApiKey] = {}
         self.wrong = ""  # why a changed file is not in force
         if path is not None:
             self._refresh(first=True)
 
-    def check(self, headers: Mapping[str, str]) -> Key | None:
+    def check(self, headers: Mapping[str, str]) -> ApiKey | None:
         """The key of a request; None where none is needed.
 
         Raises:
@@ -101,7 +101,7 @@ class Keys:
             raise Forbidden(f"key {key.name!r}: expected one with admin: true for this call")
 
     @staticmethod
-    def check_use(key: Key | None, name: str) -> None:
+    def check_use(key: ApiKey | None, name: str) -> None:
         """Raises Forbidden unless the key may use the adapter or base of this name."""
         if key is not None and not key.may_use(name):
             raise Forbidden(
@@ -127,12 +127,12 @@ class Keys:
                 raise InternalError(self.wrong) from error
 
 
-def _read(path: Path) -> dict[str, Key]:
+def _read(path: Path) -> dict[str, ApiKey]:
     content: Any = yaml.safe_load(path.read_text())
     if not isinstance(content, dict) or set(content) != {"keys"} or not isinstance(content["keys"], list):
         raise ValueError("expected a map with one entry, `keys`, a list")
     try:
-        keys = [Key.model_validate(entry) for entry in content["keys"]]
+        keys = [ApiKey.model_validate(entry) for entry in content["keys"]]
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
@@ -141,9 +141,9 @@ def _read(path: Path) -> dict[str, Key]:
 
 def new_key(
     name: str, *, admin: bool, adapters: tuple[str, ...], tokens_per_minute: int | None = None
-) -> tuple[str, Key]:
+) -> tuple[str, ApiKey]:
     """A key that has never been, and its entry for the file."""
     secret = _PREFIX + secrets.token_urlsafe(32)
     digest = hashlib.sha256(secret.encode()).hexdigest()
-    entry = Key(name=name, sha256=digest, admin=admin, adapters=adapters, tokens_per_minute=tokens_per_minute)
+    entry = ApiKey(name=name, sha256=digest, admin=admin, adapters=adapters, tokens_per_minute=tokens_per_minute)
     return secret, entry

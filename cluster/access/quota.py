@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import RayError
 
-from ranklet.cluster.access.keys import Key
+from ranklet.cluster.access.keys import ApiKey
 from ranklet.replicas.errors import RankletError
 
 SETTLE_S = 0.2
@@ -38,7 +38,7 @@ class OverQuota(RankletError):  # noqa: N818  # named as its siblings in replica
 
 
 @dataclass(frozen=True)
-class Flow:
+class QuotaFlow:
     """Whose tokens are counted: by "key" or by "adapter", and its name."""
 
     by: str
@@ -46,7 +46,7 @@ class Flow:
 
 
 @dataclass
-class Bucket:
+class TokenBucket:
     """Holds at most a minute's tokens and fills up at that rate. A large request may leave it in debt."""
 
     per_minute: int
@@ -77,15 +77,15 @@ class Ledger:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._buckets: dict[Flow, Bucket] = {}
+        self._buckets: dict[QuotaFlow, TokenBucket] = {}
 
-    def settle(self, accounts: Mapping[Flow, Account]) -> dict[Flow, float]:
+    def settle(self, accounts: Mapping[QuotaFlow, Account]) -> dict[QuotaFlow, float]:
         """Take what a gateway has spent; returns the levels."""
         now_s = self._clock()
         self._buckets = {flow: bucket for flow, bucket in self._buckets.items() if now_s - bucket.at_s < _IDLE_S}
         levels = {}
         for flow, account in accounts.items():
-            bucket = self._buckets.setdefault(flow, Bucket(account.per_minute, account.believed, now_s))
+            bucket = self._buckets.setdefault(flow, TokenBucket(account.per_minute, account.believed, now_s))
             bucket.per_minute = account.per_minute
             levels[flow] = bucket.take(account.spent, now_s)
         return levels
@@ -94,7 +94,7 @@ class Ledger:
 class Settles(Protocol):
     """The way to the ledger."""
 
-    def __call__(self, accounts: Mapping[Flow, Account]) -> Awaitable[Mapping[Flow, float]]: ...
+    def __call__(self, accounts: Mapping[QuotaFlow, Account]) -> Awaitable[Mapping[QuotaFlow, float]]: ...
 
 
 class Quotas:
@@ -113,9 +113,9 @@ class Quotas:
         self._rejected = rejected
         self._clock = clock
         self._of_models: dict[str, int] = {}
-        self._buckets: dict[Flow, Bucket] = {}
-        self._used_s: dict[Flow, float] = {}
-        self._unsettled: dict[Flow, float] = {}
+        self._buckets: dict[QuotaFlow, TokenBucket] = {}
+        self._used_s: dict[QuotaFlow, float] = {}
+        self._unsettled: dict[QuotaFlow, float] = {}
         self._settling: asyncio.Task[None] | None = None
 
     def change(self, of_models: Mapping[str, int]) -> None:
@@ -123,7 +123,7 @@ class Quotas:
         self._of_models = dict(of_models)
 
     @contextlib.contextmanager
-    def charged(self, key: Key | None, model: str, tokens: int) -> Iterator[None]:
+    def charged(self, key: ApiKey | None, model: str, tokens: int) -> Iterator[None]:
         """A request of so many tokens; it costs nothing if it ends with an exception.
 
         Raises:
@@ -143,20 +143,20 @@ class Quotas:
             self._spend(flows, -tokens, self._clock())
             raise
 
-    def _flows(self, key: Key | None, model: str) -> Iterator[tuple[Flow, int]]:
+    def _flows(self, key: ApiKey | None, model: str) -> Iterator[tuple[QuotaFlow, int]]:
         if key is not None and key.tokens_per_minute is not None:
-            yield Flow("key", key.name), key.tokens_per_minute
+            yield QuotaFlow("key", key.name), key.tokens_per_minute
         for pattern, per_minute in self._of_models.items():
             if fnmatch.fnmatchcase(model, pattern):
-                yield Flow("adapter", model), per_minute
+                yield QuotaFlow("adapter", model), per_minute
                 return
 
-    def _level(self, flow: Flow, per_minute: int, now_s: float) -> float:
-        bucket = self._buckets.setdefault(flow, Bucket(per_minute, per_minute, now_s))
+    def _level(self, flow: QuotaFlow, per_minute: int, now_s: float) -> float:
+        bucket = self._buckets.setdefault(flow, TokenBucket(per_minute, per_minute, now_s))
         bucket.per_minute = per_minute
         return bucket.level_at(now_s)
 
-    def _spend(self, flows: Mapping[Flow, int], tokens: int, now_s: float) -> None:
+    def _spend(self, flows: Mapping[QuotaFlow, int], tokens: int, now_s: float) -> None:
         for flow in flows:
             self._buckets[flow].take(tokens, now_s)
             self._unsettled[flow] = self._unsettled.get(flow, 0.0) + tokens
@@ -191,10 +191,10 @@ class Quotas:
             return
         now_s = self._clock()
         for flow, level in levels.items():  # what was spent while the ledger answered, it does not know
-            self._buckets[flow] = Bucket(sent[flow].per_minute, level - self._unsettled.get(flow, 0.0), now_s)
+            self._buckets[flow] = TokenBucket(sent[flow].per_minute, level - self._unsettled.get(flow, 0.0), now_s)
 
 
-def _refusal(flow: Flow, per_minute: int) -> str:
+def _refusal(flow: QuotaFlow, per_minute: int) -> str:
     whose = f"key {flow.name!r}" if flow.by == "key" else f"adapter {flow.name!r}"
     where = "its entry in the file of keys" if flow.by == "key" else "user_config of the Gateway"
     return f"{whose}: expected at most {per_minute} tokens a minute (tokens_per_minute in {where}). Try again later"
@@ -209,13 +209,13 @@ class LedgerActor:
         self._name = f"quotas-{application}"
         self._actor: Any = None
 
-    async def __call__(self, accounts: Mapping[Flow, Account]) -> Mapping[Flow, float]:
+    async def __call__(self, accounts: Mapping[QuotaFlow, Account]) -> Mapping[QuotaFlow, float]:
         """Raises RayError or TimeoutError when it cannot be reached now."""
         try:
             if self._actor is None:
                 self._actor = await asyncio.to_thread(self._made)
             async with asyncio.timeout(self._TIMEOUT_S):
-                levels: dict[Flow, float] = await self._actor.settle.remote(accounts)
+                levels: dict[QuotaFlow, float] = await self._actor.settle.remote(accounts)
                 return levels
         except (RayError, TimeoutError):
             self._actor = None

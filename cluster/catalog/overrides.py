@@ -22,7 +22,7 @@ _FILE = "adapters.json"
 _LOOK_S = 0.2  # between two looks for changes that nobody told of
 
 
-class Entry(BaseModel):
+class Override(BaseModel):
     """An adapter that was loaded or unloaded by name.
 
     Attributes:
@@ -36,14 +36,14 @@ class Entry(BaseModel):
     pinned: bool = False
 
 
-class _Content(BaseModel):
+class _OverridesFile(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     version: int = 1
-    adapters: dict[str, Entry] = {}
+    adapters: dict[str, Override] = {}
 
 
-class Book:
+class Overrides:
     """The file of one adapters' folder. Any number of processes may have it open.
 
     Raises:
@@ -53,11 +53,11 @@ class Book:
     def __init__(self, adapters_dir: Path) -> None:
         self._path = adapters_dir / FOLDER / _FILE
         self._seen: tuple[int, int, int] | None = None
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, Override] = {}
         self._looked_s = float("-inf")
         self.entries()
 
-    def entries(self, *, fresh: bool = False) -> Mapping[str, Entry]:
+    def entries(self, *, fresh: bool = False) -> Mapping[str, Override]:
         """All entries by name, at most a fifth of a second old; `fresh` looks at the file now."""
         now_s = time.monotonic()
         if fresh or now_s - self._looked_s > _LOOK_S:
@@ -72,7 +72,7 @@ class Book:
                 self._seen = seen
         return self._entries
 
-    def put(self, name: str, entry: Entry | None) -> None:
+    def put(self, name: str, entry: Override | None) -> None:
         """Write an entry, or take it out, and keep what others wrote meanwhile; it is on disk when this returns.
 
         Raises:
@@ -94,9 +94,9 @@ class Book:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _read(self) -> dict[str, Entry]:
+    def _read(self) -> dict[str, Override]:
         try:
-            return dict(_Content.model_validate_json(self._path.read_bytes()).adapters)
+            return dict(_OverridesFile.model_validate_json(self._path.read_bytes()).adapters)
         except FileNotFoundError:
             return {}
         except ValidationError as error:
@@ -105,7 +105,7 @@ class Book:
                 "away to serve every folder again"
             ) from error
 
-    def _write(self, entries: Mapping[str, Entry]) -> None:
+    def _write(self, entries: Mapping[str, Override]) -> None:
         content = {"version": 1, "adapters": {name: entries[name].model_dump() for name in sorted(entries)}}
         with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False) as file:
             json.dump(content, file, indent=1)

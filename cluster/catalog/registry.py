@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from ranklet.cluster.catalog.overrides import Book, Entry
+from ranklet.cluster.catalog.overrides import Override, Overrides
 from ranklet.cluster.catalog.remote import is_remote
 from ranklet.replicas.adapters.reference import CONFIG_FILE
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, RankletError, UnknownModel
@@ -20,7 +20,7 @@ _FORBIDDEN = re.compile(r"[/\\:\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
-class Known:
+class AdapterLocation:
     """An adapter by name. Its content has not been looked at.
 
     Attributes:
@@ -52,7 +52,7 @@ class Known:
 class _Folder:
     """A folder of the root as it was last seen."""
 
-    known: Known
+    known: AdapterLocation
     inode: int
     written_ns: int
     has_config: bool
@@ -83,7 +83,7 @@ class Registry:
 
     def __init__(self, root: Path | None, explicit: Mapping[str, Path]) -> None:
         self._root = root
-        self.book = Book(root) if root is not None else None
+        self.book = Overrides(root) if root is not None else None
         self._explicit = dict(explicit)
         self._added: dict[str, Path] = {}
         self._seen: dict[str, _Folder] = {}
@@ -92,7 +92,7 @@ class Registry:
         """Replace what was added to the configured map before; `added` wins over the map and the root."""
         self._added = dict(added)
 
-    def find(self, name: str, param: str = "model") -> Known:
+    def find(self, name: str, param: str = "model") -> AdapterLocation:
         """The adapter of this name, or of this `name@revision`.
 
         Raises:
@@ -112,7 +112,7 @@ class Registry:
         if entry is not None and entry.path is None:
             raise self._unknown(name, param)
         if entry is not None and entry.path and is_remote(entry.path):
-            return Known(name, entry.path)
+            return AdapterLocation(name, entry.path)
         path = self._added.get(name) or (Path(entry.path) if entry and entry.path else self._explicit.get(name))
         if path is not None:
             return self._configured(name, path)
@@ -144,14 +144,14 @@ class Registry:
         pins = ((name, entry) for name, entry in self._entries().items() if name not in self._added)
         return {name: entry.path for name, entry in pins if entry.pinned and entry.path}
 
-    def _entries(self) -> Mapping[str, Entry]:
+    def _entries(self) -> Mapping[str, Override]:
         return self.book.entries() if self.book is not None else {}
 
     def names(self) -> list[str]:
         """Names of all adapters that look like one, sorted. One directory scan."""
         return sorted({*self._named(), *self._folders()} - self._gone())
 
-    def listed(self) -> list[tuple[Known, int]]:
+    def listed(self) -> list[tuple[AdapterLocation, int]]:
         """All adapters that look like one and are there, by name, with the Unix time of their folder's last change."""
         folders, named, gone = self._folders(), self._named(), self._gone()
         plain = ((name, folder) for name, folder in folders.items() if folder is not None)
@@ -193,7 +193,7 @@ class Registry:
                     status = entry.stat(follow_symlinks=False)
                     if folder is None or folder.written_ns != status.st_mtime_ns or folder.inode != status.st_ino:
                         has_config = stat.S_ISDIR(status.st_mode) and Path(entry.path, CONFIG_FILE).exists()
-                        known = Known(name, entry.path)
+                        known = AdapterLocation(name, entry.path)
                         folder = _Folder(known, status.st_ino, status.st_mtime_ns, has_config)
                     seen[name] = folder
                     if folder.has_config:
@@ -203,7 +203,7 @@ class Registry:
         self._seen = seen
         return found
 
-    def _configured(self, name: str, path: Path) -> Known:
+    def _configured(self, name: str, path: Path) -> AdapterLocation:
         if refusal_of_name(name) is not None:
             raise InvalidAdapter(name, [f"the configured name cannot be used: {refusal_of_name(name)}"])
         if ".." in path.parts:
@@ -212,9 +212,9 @@ class Registry:
             raise AdapterNotFound(f"adapter {name!r}: its configured folder {path} does not exist on this node")
         if not path.is_dir():
             raise InvalidAdapter(name, [f"expected a folder, got a file: {path}"])
-        return Known(name, str(path))
+        return AdapterLocation(name, str(path))
 
-    def _inside_root(self, name: str, root: Path) -> Known | None:
+    def _inside_root(self, name: str, root: Path) -> AdapterLocation | None:
         """One look at the file system for the usual folder; None when there is nothing of this name."""
         path = root / name
         try:
@@ -228,7 +228,7 @@ class Registry:
             return None
         if not stat.S_ISDIR(kind):
             raise InvalidAdapter(name, [f"expected a folder with {CONFIG_FILE}, got a file: {path}"])
-        return Known(name, str(path))
+        return AdapterLocation(name, str(path))
 
     def _unknown(self, name: str, param: str) -> UnknownModel:
         near = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.5)

@@ -52,7 +52,7 @@ def check_allowed(url: str, allowed: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True)
-class Mark:
+class FileMark:
     """What a remote file looked like: it has changed when this has."""
 
     size: int | None
@@ -60,7 +60,7 @@ class Mark:
     md5: str = ""  # of its content, if the source says so
 
     @classmethod
-    def of(cls, told: dict[str, Any]) -> "Mark":
+    def of(cls, told: dict[str, Any]) -> "FileMark":
         """From what fsspec's `info` tells, each file system in its own words."""
         tag = str(told.get("ETag") or told.get("etag") or "").strip('"')
         others = (told.get(name) for name in ("blob_id", "crc32c", "LastModified", "Last-Modified", "mtime"))
@@ -69,7 +69,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class About:
+class RemoteAdapter:
     """Beside the files of a complete entry."""
 
     url: str
@@ -79,7 +79,7 @@ class About:
 
 
 @dataclass(frozen=True)
-class Fetched:
+class FetchedAdapter:
     """An adapter's folder on this node."""
 
     folder: Path
@@ -87,7 +87,7 @@ class Fetched:
     downloaded: bool  # just now, and not found in the cache
 
 
-class Sources:
+class RemoteCache:
     """One node's cache.
 
     Args:
@@ -106,7 +106,7 @@ class Sources:
         self._most_adapter_bytes = most_adapter_bytes
         self._told = told
 
-    def fetch(self, place: str) -> Fetched:
+    def fetch(self, place: str) -> FetchedAdapter:
         """The folder of an adapter; blocks while it is downloaded. A download that broke off is taken up again.
 
         Raises:
@@ -125,7 +125,7 @@ class Sources:
                 return found
             began_s = time.monotonic()
             with _translated(url):
-                remote = _Remote(url)
+                remote = _RemoteFolder(url)
                 marks = remote.marks()
             known = self._entries(key) if _tell_changes(marks) else []
             about = next((each for each in known if each.marks == _plain(marks)), None)
@@ -143,19 +143,19 @@ class Sources:
     def _folder(self, key: str, revision: str) -> Path:
         return self._root / f"{key}-{revision}"
 
-    def _complete(self, key: str, revision: str) -> Fetched | None:
+    def _complete(self, key: str, revision: str) -> FetchedAdapter | None:
         return self._used(key, revision) if (self._folder(key, revision) / _ABOUT).exists() else None
 
-    def _used(self, key: str, revision: str, *, downloaded: bool = False) -> Fetched:
+    def _used(self, key: str, revision: str, *, downloaded: bool = False) -> FetchedAdapter:
         folder = self._folder(key, revision)
         (folder / _ABOUT).touch()
-        return Fetched(folder, revision, downloaded)
+        return FetchedAdapter(folder, revision, downloaded)
 
-    def _entries(self, key: str) -> list[About]:
+    def _entries(self, key: str) -> list[RemoteAdapter]:
         found = []
         for path in self._root.glob(f"{key}*/{_ABOUT}"):
             with contextlib.suppress(OSError, ValueError, TypeError):
-                found.append(About(**json.loads(path.read_text())))
+                found.append(RemoteAdapter(**json.loads(path.read_text())))
         return found
 
     @contextlib.contextmanager
@@ -164,7 +164,7 @@ class Sources:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _download(self, key: str, url: str, remote: "_Remote", marks: dict[str, Mark]) -> About:
+    def _download(self, key: str, url: str, remote: "_RemoteFolder", marks: dict[str, FileMark]) -> RemoteAdapter:
         """All files into a folder of their own; what an earlier try has left of the same files is kept."""
         self._refuse_large(url, 0, sum(mark.size or 0 for mark in marks.values()))
         part = self._root / f"{key}.part"
@@ -182,7 +182,7 @@ class Sources:
             if remote.marks() != marks:
                 shutil.rmtree(part)
                 raise Unavailable(f"{url} changed while it was fetched. Try again")
-        about = About(url, revision_of(part), total, _plain(marks))
+        about = RemoteAdapter(url, revision_of(part), total, _plain(marks))
         begun.unlink()
         (part / _ABOUT).write_text(json.dumps(asdict(about), indent=1))
         folder = self._folder(key, about.revision)
@@ -212,21 +212,21 @@ class Sources:
                 shutil.rmtree(gone, ignore_errors=True)
 
 
-class _Remote:
+class _RemoteFolder:
     """The files of an adapter at a URL."""
 
     def __init__(self, url: str) -> None:
         self._files, self._path = fsspec.core.url_to_fs(url.rstrip("/"))
 
-    def marks(self) -> dict[str, Mark]:
+    def marks(self) -> dict[str, FileMark]:
         """What each file looks like now, asked anew."""
         self._files.invalidate_cache()
         marks = {}
         for name in FILES:
-            marks[name] = Mark.of(self._files.info(f"{self._path}/{name}"))
+            marks[name] = FileMark.of(self._files.info(f"{self._path}/{name}"))
         return marks
 
-    def copy(self, name: str, mark: Mark, target: Path, grown: Callable[[int], None]) -> None:
+    def copy(self, name: str, mark: FileMark, target: Path, grown: Callable[[int], None]) -> None:
         """The rest of a file behind what `target` has of it already; `grown` is told the size, and may refuse it."""
         had = target.stat().st_size if target.exists() and mark.size is not None else 0
         with self._files.open(f"{self._path}/{name}", "rb") as source, target.open("ab" if had else "wb") as file:
@@ -243,12 +243,12 @@ class _Remote:
             raise OSError(f"{name}: expected {mark.size} bytes of MD5 {mark.md5 or 'any'}, got {got} others")
 
 
-def _tell_changes(marks: dict[str, Mark]) -> bool:
+def _tell_changes(marks: dict[str, FileMark]) -> bool:
     """Whether equal marks mean equal files."""
     return all(mark.key for mark in marks.values())
 
 
-def _plain(marks: dict[str, Mark]) -> dict[str, Any]:
+def _plain(marks: dict[str, FileMark]) -> dict[str, Any]:
     return {name: asdict(mark) for name, mark in marks.items()}
 
 

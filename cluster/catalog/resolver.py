@@ -5,7 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ranklet.cluster.catalog.remote import Sources, is_remote
+from ranklet.cluster.catalog.remote import RemoteCache, is_remote
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import Revisions, age_of
 from ranklet.replicas.errors import StillLoading
@@ -19,26 +19,26 @@ _Key = tuple[str, str]  # name and place
 
 
 @dataclass(frozen=True)
-class Found:
+class ResolvedAdapter:
     """An adapter as it is on this node."""
 
     adapter: AdapterRef
     downloaded: bool = False  # for this look
 
 
-class Finder:
+class AdapterResolver:
     """Looks at folders, and fetches what is elsewhere, once for all who ask at the same time.
 
     Args:
         timeout_s: how long a request waits for an adapter that is not known yet.
     """
 
-    def __init__(self, sources: Sources, timeout_s: float) -> None:
+    def __init__(self, sources: RemoteCache, timeout_s: float) -> None:
         self._sources = sources
         self._timeout_s = timeout_s
         self._revisions = Revisions()
         self._known: dict[_Key, tuple[float, AdapterRef]] = {}
-        self._looks: dict[_Key, asyncio.Future[Found]] = {}
+        self._looks: dict[_Key, asyncio.Future[ResolvedAdapter]] = {}
         self._lookers = ThreadPoolExecutor(_LOOKERS, thread_name_prefix="look")
         self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetch")
 
@@ -48,19 +48,19 @@ class Finder:
             for key in [key for key in kept if key[0] == name]:
                 del kept[key]
 
-    async def find(self, name: str, place: str) -> Found:
+    async def find(self, name: str, place: str) -> ResolvedAdapter:
         """The adapter's present revision; its files are looked at once a second.
 
         A disk or a source that hangs holds up requests for adapters that are there and not yet known; those that are
         keep the revision last seen.
 
         Raises:
-            RankletError: AdapterNotFound, StillLoading, or as `Sources.fetch` says.
+            RankletError: AdapterNotFound, StillLoading, or as `RemoteCache.fetch` says.
         """
         key = name, place
         checked_s, known = self._known.get(key, (float("-inf"), None))
         if known is not None and time.monotonic() - checked_s <= _HOLDS_S:
-            return Found(known)
+            return ResolvedAdapter(known)
         look = self._looks.get(key)
         if look is None:
             pool = self._fetchers if is_remote(place) else self._lookers
@@ -75,18 +75,18 @@ class Finder:
             raise StillLoading(
                 f"adapter {name!r}: expected its files within {patience_s:g} s, but {what} has not finished. Try again"
             )
-        return Found(known)
+        return ResolvedAdapter(known)
 
-    def _look(self, name: str, place: str) -> Found:
+    def _look(self, name: str, place: str) -> ResolvedAdapter:
         if not is_remote(place):
             known = self._known.get((name, place))
             if known is not None and 0 <= age_of(place) < _SETTLES_S:
-                return Found(known[1])
-            return Found(self._revisions.reference(name, place))
+                return ResolvedAdapter(known[1])
+            return ResolvedAdapter(self._revisions.reference(name, place))
         fetched = self._sources.fetch(place)
-        return Found(AdapterRef(name, str(fetched.folder), fetched.revision), fetched.downloaded)
+        return ResolvedAdapter(AdapterRef(name, str(fetched.folder), fetched.revision), fetched.downloaded)
 
-    def _looked(self, key: _Key, look: "asyncio.Future[Found]") -> None:
+    def _looked(self, key: _Key, look: "asyncio.Future[ResolvedAdapter]") -> None:
         if self._looks.get(key) is not look:
             return  # forgotten meanwhile
         del self._looks[key]

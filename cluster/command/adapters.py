@@ -113,7 +113,7 @@ def _verify(asked: argparse.Namespace) -> int:
     import torch  # takes seconds, which the other actions need not wait for
 
     from ranklet.replicas.adapters.revision import Revisions
-    from ranklet.replicas.adapters.verify import Expectation, read_adapter
+    from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
     from ranklet.replicas.config import LORA_MODULES
     from ranklet.replicas.errors import RankletError
     from ranklet.replicas.model.architecture import read_architecture, read_config
@@ -123,7 +123,7 @@ def _verify(asked: argparse.Namespace) -> int:
     bases = (asked.model.resolve().name, *asked.base_name)
     with Checkpoint(asked.model, torch.device("cpu"), torch.bfloat16) as checkpoint:
         embedding = checkpoint.take("embed_tokens.weight", (architecture.vocab, architecture.hidden))
-    expected = Expectation(architecture, asked.max_rank, LORA_MODULES, bases, embedding)
+    expected = ExpectedModules(architecture, asked.max_rank, LORA_MODULES, bases, embedding)
     wrong = 0
     for folder in asked.folders:
         try:

@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ranklet.cluster.access.keys import Keys
+from ranklet.cluster.access.keys import ApiKeys
 from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.config import AppArgs
 from ranklet.cluster.datapath import FAST_PATH, version_of
 from ranklet.replicas.errors import RankletError
 
-State = Literal["ok", "warn", "fail"]
+FindingState = Literal["ok", "warn", "fail"]
 
 _LEAST_FILES = 65_536  # sockets of clients and of Ray, on a node with many gateways
 _LEAST_SHARED_BYTES = 1 << 30
@@ -36,7 +36,7 @@ _COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
 class Finding:
     """One thing looked at. `remedy` is empty when it is as it should be."""
 
-    state: State
+    state: FindingState
     what: str
     found: str
     remedy: str = ""
@@ -216,5 +216,5 @@ def _adapters(args: AppArgs) -> str:
 
 
 def _keys(path: Path | None) -> str:
-    Keys(path)
+    ApiKeys(path)
     return str(path) if path else "none: everybody may ask for embeddings"

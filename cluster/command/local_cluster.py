@@ -33,7 +33,7 @@ class ClusterError(Exception):
 
 
 @dataclass(frozen=True)
-class State:
+class ClusterState:
     """A running local cluster, as its state file says."""
 
     base_url: str  # of the HTTP API
@@ -81,12 +81,12 @@ class LocalCluster:
         self._http_port = http_port
         self._report = report
         self._environment = dict(environment or {})
-        self._state: State | None = None
+        self._state: ClusterState | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._head: RayHead | None = None
 
     @property
-    def state(self) -> State:
+    def state(self) -> ClusterState:
         """Addresses of the running cluster.
 
         Raises:
@@ -107,7 +107,7 @@ class LocalCluster:
         """Whether the process of `ray start` is there."""
         return attached(self.temp_dir) is not None
 
-    def start(self, config: Path, timeout_s: float = 180.0) -> State:
+    def start(self, config: Path, timeout_s: float = 180.0) -> ClusterState:
         """Start Ray, deploy `config`, and wait until it answers.
 
         Raises:
@@ -201,7 +201,7 @@ class LocalCluster:
             )  # fmt: skip
         base_url = f"http://127.0.0.1:{http_port}"
         began = started_at(self._process.pid) or ""
-        self._state = State(base_url, head.address, head.dashboard, self._process.pid, began, str(self.temp_dir))
+        self._state = ClusterState(base_url, head.address, head.dashboard, self._process.pid, began, str(self.temp_dir))
         (self.temp_dir / STATE_FILE).write_text(json.dumps(asdict(self._state)))
         self._wait("Ray's dashboard", lambda: self.applications() is not None, deadline_s)
 
@@ -241,10 +241,10 @@ class LocalCluster:
         return (self.temp_dir / _LOG_FILE).read_text(errors="replace")[-_TOLD_CHARACTERS:]
 
 
-def attached(temp_dir: Path) -> State | None:
+def attached(temp_dir: Path) -> ClusterState | None:
     """The cluster that runs under `temp_dir`, if one does."""
     with contextlib.suppress(OSError, ValueError, TypeError):
-        state = State(**json.loads((temp_dir / STATE_FILE).read_text()))
+        state = ClusterState(**json.loads((temp_dir / STATE_FILE).read_text()))
         if started_at(state.pid) == state.began:
             return state
     return None

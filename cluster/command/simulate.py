@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ranklet.routing.simulate.outcome import Outcome
+from ranklet.routing.simulate.outcome import SimulationResult
 from ranklet.routing.simulate.study import RULES, Study, rate_for
 from ranklet.routing.simulate.traffic import Traffic
 from ranklet.routing.simulate.world import Setting
@@ -88,7 +88,7 @@ def _ranks(given: list[float] | None, first: int, most: int | None) -> tuple[flo
     return given[0], tuple(range(first, first + count))
 
 
-def summary(outcome: Outcome, flash_s: float | None) -> dict[str, Any]:
+def summary(outcome: SimulationResult, flash_s: float | None) -> dict[str, Any]:
     """An outcome's row; of a flash crowd, also how long its waits stayed long."""
     row = outcome.row()
     if flash_s is not None:
@@ -96,7 +96,7 @@ def summary(outcome: Outcome, flash_s: float | None) -> dict[str, Any]:
     return row
 
 
-def flash(outcome: Outcome, flash_s: float) -> dict[str, Any]:
+def flash(outcome: SimulationResult, flash_s: float) -> dict[str, Any]:
     """The p99 before, the worst second's after, and the seconds until it stays below twice the one before."""
     seconds = outcome.by_second()
     before = [p99 for second, p99, _ in seconds if outcome.warm_s <= second < int(flash_s)]

@@ -20,10 +20,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from ranklet.cluster.access.admission import Admission
-from ranklet.cluster.access.keys import Key, Keys
+from ranklet.cluster.access.keys import ApiKey, ApiKeys
 from ranklet.cluster.access.quota import LedgerActor, Quotas
-from ranklet.cluster.catalog.registry import Known, Registry
-from ranklet.cluster.config import AppArgs, GatewayConfig, Security
+from ranklet.cluster.catalog.registry import AdapterLocation, Registry
+from ranklet.cluster.config import AppArgs, GatewayUserConfig, SecurityConfig
 from ranklet.cluster.datapath import DataPath, versions
 from ranklet.cluster.exporter import Exporter
 from ranklet.cluster.ingress.answers import model_card, render
@@ -31,18 +31,18 @@ from ranklet.cluster.ingress.body import read_body
 from ranklet.cluster.ingress.intake import take_in
 from ranklet.cluster.ingress.lifecycle import Lifecycle, LoadRequest, UnloadRequest
 from ranklet.cluster.ingress.metrics import GatewayMetrics
-from ranklet.cluster.ingress.naming import Names
-from ranklet.cluster.ingress.observe import Observer, Outcome
+from ranklet.cluster.ingress.naming import ModelNames
+from ranklet.cluster.ingress.observe import Observer, RequestRecord
 from ranklet.cluster.ingress.openapi import document
 from ranklet.cluster.ingress.protocol import parse_body
 from ranklet.cluster.ingress.refusals import on_error, on_http_error, refuse, status_of
-from ranklet.cluster.ingress.replicas_client import Replicas, everyone
-from ranklet.cluster.ingress.status import PAGE, Recent, status
-from ranklet.replicas.engine.limits import Limits
+from ranklet.cluster.ingress.replicas_client import ReplicasClient, everyone
+from ranklet.cluster.ingress.status import PAGE, RecentRequests, status
+from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.errors import InternalError, InvalidRequest, RankletError, Unavailable
 from ranklet.replicas.model.tokenizer import PromptTokenizer
 from ranklet.routing import affinity
-from ranklet.routing.report import Report
+from ranklet.routing.report import StateReport
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ def _target_group(said: dict[str, Any]) -> dict[str, Any]:
     return {"targets": [said["metrics"]], "labels": {name: value for name, value in labels.items() if value}}
 
 
-def _admin_is_open(security: Security) -> bool:
+def _admin_is_open(security: SecurityConfig) -> bool:
     """Whether calls without a key may change adapters, where there are no keys."""
     if security.open_admin is not None:
         return security.open_admin
@@ -87,16 +87,16 @@ class Gateway:
         self._id = context.replica_id.unique_id
         self._here = (context.deployment, context.app_name)
         self._args = args
-        self._names = Names(args.base_names, Registry(args.adapters_dir, args.adapters))
+        self._names = ModelNames(args.base_names, Registry(args.adapters_dir, args.adapters))
         self._tokenizer = PromptTokenizer(args.base.model_dir)
         self._threads = ThreadPoolExecutor(_TOKENISERS, thread_name_prefix="intake")
         self._metrics = GatewayMetrics(args.metrics.top_adapters)
         limits = args.limits
-        self._replicas = Replicas(
+        self._replicas = ReplicasClient(
             replica, limits.request_timeout_s, self._metrics.retries.inc, self._id, limits.no_replica_timeout_s
         )
         self._watch: asyncio.Task[None] | None = None
-        self._keys = Keys(args.security.keys_file, open_admin=_admin_is_open(args.security))
+        self._keys = ApiKeys(args.security.keys_file, open_admin=_admin_is_open(args.security))
         roots = [root for root in (args.adapters_dir, *args.security.adapter_roots) if root is not None]
         self._lifecycle = Lifecycle(
             self._names.registry,
@@ -105,10 +105,10 @@ class Gateway:
             roots,
             args.sources.allowed,
         )
-        self._engine_limits: Limits | None = None
+        self._engine_limits: RequestLimits | None = None
         self._admission = Admission(args.limits.max_in_flight_requests, self._metrics.in_flight.set)
         self._quotas = Quotas(LedgerActor(context.app_name), self._over_quota)
-        self._recent = Recent()
+        self._recent = RecentRequests()
         self._observer = Observer(self._metrics, self._recent, args.log.requests, self._id)
         self._target = Exporter.start(self._metrics.registry, args.metrics).target
         logger.info("gateway %s: %s; metrics on %s", self._id, DataPath.here().said(), self._target)
@@ -118,7 +118,7 @@ class Gateway:
 
         The adapters are on top of the configured ones.
         """
-        config = GatewayConfig.model_validate(user_config)
+        config = GatewayUserConfig.model_validate(user_config)
         self._names.registry.change({name: path.absolute() for name, path in config.adapters.items()})
         self._quotas.change(config.tokens_per_minute)
 
@@ -147,7 +147,7 @@ class Gateway:
         self._observer.answered(outcome)
         return response
 
-    async def _embed(self, request: Request, outcome: Outcome) -> Response:
+    async def _embed(self, request: Request, outcome: RequestRecord) -> Response:
         key = self._keys.check(request.headers)
         body = await self._body(request, self._args.limits.max_body_bytes)
         with self._admission.request():
@@ -171,11 +171,11 @@ class Gateway:
     async def _on_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    async def _limits(self) -> Limits:
+    async def _limits(self) -> RequestLimits:
         """Raises Unavailable when no replica has answered yet."""
         if self._engine_limits is None:
             said = await self._replicas.describe()
-            self._engine_limits = Limits(**said["limits"])
+            self._engine_limits = RequestLimits(**said["limits"])
         return self._engine_limits
 
     @app.get("/v1/models")
@@ -184,7 +184,7 @@ class Gateway:
         key, max_len = self._keys.check(request.headers), await self._max_model_len()
         return _json({"object": "list", "data": await self._on_thread(partial(self._cards, key, max_len))})
 
-    def _cards(self, key: Key | None, max_len: int | None) -> list[dict[str, Any]]:
+    def _cards(self, key: ApiKey | None, max_len: int | None) -> list[dict[str, Any]]:
         base = self._names.base
         cards = [self._card(None, max_len)] if key is None or key.may_use(base) else []
         for adapter, written_s in self._names.registry.listed():
@@ -248,7 +248,9 @@ class Gateway:
     async def _body(self, request: Request, limit_bytes: int) -> bytes:
         return await read_body(request, limit_bytes, self._args.limits.body_timeout_s)
 
-    def _card(self, adapter: Known | None, max_len: int | None, written_s: int | None = None) -> dict[str, Any]:
+    def _card(
+        self, adapter: AdapterLocation | None, max_len: int | None, written_s: int | None = None
+    ) -> dict[str, Any]:
         base, folder = self._names.base, self._args.base.model_dir
         if adapter is None:
             made_s = int(folder.stat().st_mtime)
@@ -312,7 +314,7 @@ class Gateway:
         found = [said for group in await asyncio.gather(gateways, self._replicas.describe_all()) for said in group]
         return _json([_target_group(said) for said in found or [await self.describe()] if said["metrics"]])
 
-    async def told(self, report: Report) -> str:
+    async def told(self, report: StateReport) -> str:
         """A replica says how it stands; it is told who has heard."""
         affinity.current().told(report, self._id, time.monotonic(), time.time() - report.load.at_s)
         return self._id

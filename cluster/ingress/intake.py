@@ -7,10 +7,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.cluster.catalog.registry import Known
-from ranklet.cluster.ingress.naming import Names
+from ranklet.cluster.catalog.registry import AdapterLocation
+from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.cluster.ingress.protocol import EmbeddingsRequest, parse_input, parse_request
-from ranklet.replicas.engine.limits import Limits
+from ranklet.replicas.engine.limits import RequestLimits
 
 
 class Tokenizer(Protocol):
@@ -24,7 +24,7 @@ class Intake:
     """A request, understood."""
 
     request: EmbeddingsRequest
-    adapter: Known | None  # None: the base model
+    adapter: AdapterLocation | None  # None: the base model
     prompts: list[NDArray[np.int32]]  # int32 [length] each
 
     @property
@@ -32,7 +32,7 @@ class Intake:
         return sum(map(len, self.prompts))
 
 
-def take_in(body: bytes, names: Names, tokenizer: Tokenizer, max_texts: int, limits: Limits) -> Intake:
+def take_in(body: bytes, names: ModelNames, tokenizer: Tokenizer, max_texts: int, limits: RequestLimits) -> Intake:
     """Parse, resolve the model's name, tokenise, check.
 
     Raises:

@@ -9,10 +9,10 @@ from typing import Any
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from ray.serve.handle import DeploymentHandle
 
-from ranklet.cluster.catalog.overrides import Book, Entry
-from ranklet.cluster.catalog.registry import Known, Registry, refusal_of_name
+from ranklet.cluster.catalog.overrides import Override, Overrides
+from ranklet.cluster.catalog.registry import AdapterLocation, Registry, refusal_of_name
 from ranklet.cluster.catalog.remote import check_allowed, is_remote, revision_in
-from ranklet.cluster.ingress.replicas_client import Replicas, everyone
+from ranklet.cluster.ingress.replicas_client import ReplicasClient, everyone
 from ranklet.replicas.adapters.reference import AdapterInfo
 from ranklet.replicas.adapters.revision import Revisions, marks_of
 from ranklet.replicas.engine.stats import AdapterReport
@@ -60,7 +60,7 @@ class Lifecycle:
     def __init__(
         self,
         registry: Registry,
-        replicas: Replicas,
+        replicas: ReplicasClient,
         gateways: "Callable[[], DeploymentHandle[Any]]",
         roots: Sequence[Path],
         sources: tuple[str, ...] = (),
@@ -89,7 +89,7 @@ class Lifecycle:
             place = f"{adapter.place}#{info.revision}" if is_remote(adapter.place) else adapter.place
             if asked.pinned:
                 pins[asked.name] = place
-            await asyncio.to_thread(book.put, asked.name, Entry(path=place, pinned=asked.pinned))
+            await asyncio.to_thread(book.put, asked.name, Override(path=place, pinned=asked.pinned))
             await self._tell(pins)
             await self._replicas.release(asked.name, info.revision)
         return {
@@ -111,7 +111,7 @@ class Lifecycle:
             await asyncio.to_thread(self._registry.find, name, "name")
             self._refuse_configured(name)
             found_elsewhere = self._registry.is_found_without(name)
-            await asyncio.to_thread(book.put, name, Entry() if found_elsewhere else None)
+            await asyncio.to_thread(book.put, name, Override() if found_elsewhere else None)
             await self._tell(self._registry.pinned())
             if not await self._replicas.release(name, None, _RELEASE_TIMEOUT_S):
                 raise Unavailable(
@@ -153,10 +153,10 @@ class Lifecycle:
         card = found[0]
         if card["revision"] is None and card["path"]:
             with contextlib.suppress(AdapterNotFound):
-                card["revision"] = await asyncio.to_thread(self._read, Known(name, card["path"]))
+                card["revision"] = await asyncio.to_thread(self._read, AdapterLocation(name, card["path"]))
         return card
 
-    async def check(self, known: Known) -> None:
+    async def check(self, known: AdapterLocation) -> None:
         """Raises UnknownModel if another revision was asked for than the one that is served."""
         if known.wanted is not None:
             revision = await asyncio.to_thread(self._read, known)
@@ -189,7 +189,7 @@ class Lifecycle:
             "error": error,
         }  # fmt: skip
 
-    def _revision(self, known: Known, reports: Sequence[tuple[str, AdapterReport]]) -> str | None:
+    def _revision(self, known: AdapterLocation, reports: Sequence[tuple[str, AdapterReport]]) -> str | None:
         """What would be served now. Files are read only if no replica read them as they are; None if none has any."""
         if is_remote(known.place):
             return self._read(known) or next((each.revision for _, each in reports), None)
@@ -197,13 +197,13 @@ class Lifecycle:
         read = next((each.revision for _, each in reports if each.marks == marks), None)
         return read or (self._read(known) if reports else None)
 
-    def _read(self, known: Known) -> str | None:
+    def _read(self, known: AdapterLocation) -> str | None:
         """What would be served now, by its files; None of what only nodes that fetch it can tell."""
         if is_remote(known.place):
             return revision_in(known.place) or None
         return self._revisions.reference(known.name, known.place).revision
 
-    def _wanted(self, asked: LoadRequest) -> Known:
+    def _wanted(self, asked: LoadRequest) -> AdapterLocation:
         """The adapter that a load means."""
         reason = refusal_of_name(asked.name)
         if reason or "@" in asked.name:
@@ -220,11 +220,11 @@ class Lifecycle:
                     param="name",
                 )
         if asked.path is None:
-            return Known(asked.name, str(self._allowed(self._roots[0] / asked.name)))
+            return AdapterLocation(asked.name, str(self._allowed(self._roots[0] / asked.name)))
         if is_remote(asked.path):
             check_allowed(asked.path, self._sources)
-            return Known(asked.name, asked.path)
-        return Known(asked.name, str(self._allowed(Path(asked.path))))
+            return AdapterLocation(asked.name, asked.path)
+        return AdapterLocation(asked.name, str(self._allowed(Path(asked.path))))
 
     def _allowed(self, path: Path) -> Path:
         """The folder that a path leads to."""
@@ -250,7 +250,7 @@ class Lifecycle:
                 f"name: {name!r} is set by user_config; change it there, with `serve deploy`", param="name"
             )
 
-    def _book(self) -> Book:
+    def _book(self) -> Overrides:
         if self._registry.book is None:
             raise InvalidRequest(
                 "expected `adapters_dir` in the application's args: what is loaded by name is written down there"

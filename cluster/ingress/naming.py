@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from ranklet.cluster.catalog.registry import Known, Registry
+from ranklet.cluster.catalog.registry import AdapterLocation, Registry
 from ranklet.replicas.errors import InvalidRequest
 
 
-class Names:
+class ModelNames:
     """The names requests may use: those of the base, of adapters, and `base:adapter`."""
 
     def __init__(self, base_names: Sequence[str], registry: Registry) -> None:
@@ -18,7 +18,7 @@ class Names:
         """The base model's own name."""
         return self._bases[0]
 
-    def resolve(self, model: str | None, lora_path: str | None = None) -> Known | None:
+    def resolve(self, model: str | None, lora_path: str | None = None) -> AdapterLocation | None:
         """The adapter a request means; None is the base model.
 
         Raises:
@@ -41,7 +41,7 @@ class Names:
             )
         return asked
 
-    def _adapter_of(self, model: str) -> Known | None:
+    def _adapter_of(self, model: str) -> AdapterLocation | None:
         if model in self._bases:
             return None
         for base in self._bases:

@@ -12,7 +12,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from ranklet.cluster.config import Requests
 from ranklet.cluster.ingress.answers import Embeddings
 from ranklet.cluster.ingress.metrics import GatewayMetrics
-from ranklet.cluster.ingress.status import Recent
+from ranklet.cluster.ingress.status import RecentRequests
 
 UNRESOLVED = "unknown"  # label of requests refused before their adapter was known
 
@@ -22,7 +22,7 @@ logger = logging.getLogger("ray.serve.requests")
 
 
 @dataclass
-class Outcome:
+class RequestRecord:
     """One request, filled in as it becomes known."""
 
     span: Span
@@ -44,24 +44,24 @@ class Observer:
         requests: which of them have a line in the log; Serve's JSON encoding makes its fields columns.
     """
 
-    def __init__(self, metrics: GatewayMetrics, recent: Recent, requests: Requests, gateway: str) -> None:
+    def __init__(self, metrics: GatewayMetrics, recent: RecentRequests, requests: Requests, gateway: str) -> None:
         self._metrics = metrics
         self._recent = recent
         self._requests = requests
         self._tracer = _tracer(gateway)
 
-    def begin(self, headers: Mapping[str, str]) -> Outcome:
+    def begin(self, headers: Mapping[str, str]) -> RequestRecord:
         """A request has come."""
         context = propagate.extract(headers)
-        return Outcome(self._tracer.start_span("POST /v1/embeddings", context, SpanKind.SERVER))
+        return RequestRecord(self._tracer.start_span("POST /v1/embeddings", context, SpanKind.SERVER))
 
-    def left(self, outcome: Outcome) -> None:
+    def left(self, outcome: RequestRecord) -> None:
         """Its client has gone before the answer."""
         self._metrics.client_gone.inc()
         outcome.span.set_status(Status(StatusCode.ERROR, "the client has gone"))
         outcome.span.end()
 
-    def answered(self, outcome: Outcome) -> None:
+    def answered(self, outcome: RequestRecord) -> None:
         """It has been answered, or refused."""
         seconds = time.perf_counter() - outcome.began_s
         self._recent.answered(outcome.status, outcome.code, outcome.message)
@@ -76,7 +76,7 @@ class Observer:
             self._traced(outcome, fields)
         outcome.span.end()
 
-    def _traced(self, outcome: Outcome, fields: Mapping[str, str | int | float]) -> None:
+    def _traced(self, outcome: RequestRecord, fields: Mapping[str, str | int | float]) -> None:
         """Its span's attributes; below it one for the wait in the replica's queue and one for the batch."""
         span = outcome.span
         span.set_attributes({f"ranklet.{name}": value for name, value in fields.items()})
@@ -93,7 +93,7 @@ class Observer:
         self._tracer.start_span("compute", below, start_time=computed).end(done)
 
 
-def _fields(outcome: Outcome, seconds: float) -> dict[str, str | int | float]:
+def _fields(outcome: RequestRecord, seconds: float) -> dict[str, str | int | float]:
     fields: dict[str, str | int | float] = {"status": outcome.status, "total_ms": round(seconds * 1e3, 2)}
     if outcome.code:
         fields["code"] = outcome.code

@@ -18,14 +18,14 @@ from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
-from ranklet.cluster.catalog.registry import Known
+from ranklet.cluster.catalog.registry import AdapterLocation
 from ranklet.cluster.ingress.answers import Embeddings, join
 from ranklet.cluster.message import EmbedCall, EmbedRefusal, EmbedReply, pack, split
 from ranklet.replicas.adapters.reference import AdapterInfo
 from ranklet.replicas.engine.stats import AdapterReport
 from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unavailable
 from ranklet.routing import affinity
-from ranklet.routing.hint import ERRAND, Errand
+from ranklet.routing.hint import HINT, RoutingHint
 
 _CONTROL_TIMEOUT_S = 5.0
 _WATCH_S = 0.02  # between two looks at orders and hung replicas
@@ -37,7 +37,7 @@ logger = logging.getLogger("ray.serve")
 _GONE = (RayActorError, TaskCancelledError, RequestCancelledError)
 
 
-class Replicas:
+class ReplicasClient:
     """The engine replicas of this application, as one gateway reaches them.
 
     Args:
@@ -57,11 +57,13 @@ class Replicas:
         self._errands = itertools.count()
         self._at_work: dict[int, tuple[asyncio.Task[Any], float]] = {}  # errands, and since when
         self._abandoned: dict[int, str | None] = {}  # errands, and the replica that hangs; None: none is up
-        self._known: OrderedDict[str, Known] = OrderedDict()  # adapters asked for of late, for orders to load them
+        self._known: OrderedDict[str, AdapterLocation] = (
+            OrderedDict()
+        )  # adapters asked for of late, for orders to load them
         self._prefetches: set[asyncio.Task[None]] = set()
 
     async def embed(
-        self, adapter: Known | None, prompts: Sequence[NDArray[np.int32]], dimensions: int | None, hidden: int
+        self, adapter: AdapterLocation | None, prompts: Sequence[NDArray[np.int32]], dimensions: int | None, hidden: int
     ) -> Embeddings:
         """Vectors for `prompts` (int32 [length] each), in order.
 
@@ -99,17 +101,17 @@ class Replicas:
         """What each live replica says of itself; those that do not answer are left out."""
         return await everyone(self._handle)
 
-    async def load(self, adapter: Known, pins: Sequence[str]) -> AdapterInfo:
+    async def load(self, adapter: AdapterLocation, pins: Sequence[str]) -> AdapterInfo:
         """Verify an adapter and bring it into a slot of its home; `pins` may then stay in theirs.
 
         Raises:
             RankletError: why it cannot be served, or Unavailable when no replica answers.
         """
-        errand = Errand(next(self._errands), adapter.name)
+        errand = RoutingHint(next(self._errands), adapter.name)
         order = self._handle.options(method_name="load")
         try:
             async with asyncio.timeout(self._timeout_s):
-                said = await order.remote(adapter.name, adapter.place, tuple(pins), **{ERRAND: errand})
+                said = await order.remote(adapter.name, adapter.place, tuple(pins), **{HINT: errand})
         except (RayError, RayServeException, grpc.RpcError, TimeoutError) as error:
             raise Unavailable(f"expected an answer from a replica, got {_said(error)}") from error
         if isinstance(said, EmbedRefusal):
@@ -159,12 +161,12 @@ class Replicas:
                 raise second.error from failure
 
     async def _attempt(self, call: EmbedCall, avoid: str | None) -> EmbedReply:
-        errand = Errand(next(self._errands), call.adapter_name, call.total_tokens, avoid)
+        errand = RoutingHint(next(self._errands), call.adapter_name, call.total_tokens, avoid)
         result: EmbedReply | EmbedRefusal | None = None
         task = _this_task()
         self._at_work[errand.id] = task, time.monotonic()
         # Not as a multiplexed model id: Ray 2.60 keeps every call that has one, unless its own multiplexing routes it.
-        response = self._handle.options(method_name="embed").remote(call, **{ERRAND: errand})
+        response = self._handle.options(method_name="embed").remote(call, **{HINT: errand})
         try:
             result = await response
         except asyncio.CancelledError:
@@ -192,7 +194,7 @@ class Replicas:
         raise _RepeatableError(refused, result.replica) if repeatable else refused
 
     @staticmethod
-    def _settle(errand: Errand, result: EmbedReply | EmbedRefusal | None) -> None:
+    def _settle(errand: RoutingHint, result: EmbedReply | EmbedRefusal | None) -> None:
         routes, now_s = affinity.current(), time.monotonic()
         with routes.lock:
             routes.fleet.ended(errand.id, arrived=result is not None)
@@ -232,13 +234,13 @@ class Replicas:
                 self._abandoned[id] = replica
                 task.cancel()
 
-    async def _prefetch(self, adapter: Known, replica: str) -> None:
+    async def _prefetch(self, adapter: AdapterLocation, replica: str) -> None:
         """Have a replica load an adapter ahead of its requests. Nothing depends on it: failures are ignored."""
-        errand = Errand(next(self._errands), only=replica)
+        errand = RoutingHint(next(self._errands), only=replica)
         order = self._handle.options(method_name="prefetch")
         with contextlib.suppress(RayError, RayServeException, grpc.RpcError, TimeoutError):
             async with asyncio.timeout(_CONTROL_TIMEOUT_S):
-                await order.remote(adapter.name, adapter.place, **{ERRAND: errand})
+                await order.remote(adapter.name, adapter.place, **{HINT: errand})
 
 
 def _this_task() -> "asyncio.Task[Any]":

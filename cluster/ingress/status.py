@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ranklet.routing.fleet import Seen
+from ranklet.routing.fleet import ReplicaView
 
 PAGE = Path(__file__).with_name("status.html")
 _KEPT = 30  # refusals
@@ -16,7 +16,7 @@ _MOST_ADAPTERS = 200  # rows of the page
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedRequest:
     """One request that was not answered with vectors; never its texts."""
 
     at_s: float
@@ -26,12 +26,12 @@ class Refused:
 
 
 @dataclass
-class Recent:
+class RecentRequests:
     """What one gateway remembers of its requests."""
 
     requests: int = 0
     refused: int = 0
-    last: "deque[Refused]" = field(default_factory=lambda: deque(maxlen=_KEPT))
+    last: "deque[RefusedRequest]" = field(default_factory=lambda: deque(maxlen=_KEPT))
 
     def answered(self, status: int, code: str, message: str) -> None:
         """Count a request; `message` of a refusal, whose first line is kept."""
@@ -39,7 +39,7 @@ class Recent:
         if status >= 400:
             self.refused += 1
             first = message.partition("\n")[0][:_MOST_CHARACTERS]
-            self.last.append(Refused(time.time(), status, code, first))
+            self.last.append(RefusedRequest(time.time(), status, code, first))
 
     def told(self, in_flight: int) -> dict[str, Any]:
         """For the gateway that was asked for the page."""
@@ -48,7 +48,7 @@ class Recent:
 
 
 def status(
-    base: str, names: Sequence[str], seen: Sequence[Seen], gateways: Sequence[Mapping[str, Any]]
+    base: str, names: Sequence[str], seen: Sequence[ReplicaView], gateways: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The page's data: what this gateway's router has heard of the replicas, and what all gateways remember."""
     errors = sorted((each for told in gateways for each in told["errors"]), key=lambda each: -float(each["at_s"]))

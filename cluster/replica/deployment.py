@@ -13,22 +13,22 @@ from typing import Any, TypeVar
 from ray import serve
 
 from ranklet.cluster.autoscaling import BUSY, WAIT_S
-from ranklet.cluster.catalog.registry import Known, Registry
-from ranklet.cluster.catalog.remote import Sources
-from ranklet.cluster.catalog.resolver import Finder, Found
+from ranklet.cluster.catalog.registry import AdapterLocation, Registry
+from ranklet.cluster.catalog.remote import RemoteCache
+from ranklet.cluster.catalog.resolver import AdapterResolver, ResolvedAdapter
 from ranklet.cluster.config import AdapterList, AppArgs
 from ranklet.cluster.exporter import Exporter
 from ranklet.cluster.ingress.metrics import ReplicaMetrics
 from ranklet.cluster.message import EmbedCall, EmbedRefusal, EmbedReply
-from ranklet.cluster.replica.publisher import Herald
-from ranklet.cluster.replica.state import Standing
+from ranklet.cluster.replica.publisher import StatePublisher
+from ranklet.cluster.replica.state import ReplicaState
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.engine.request import Answer
 from ranklet.replicas.engine.stats import AdapterReport
 from ranklet.replicas.errors import AdapterChanged, InternalError, RankletError
 from ranklet.replicas.process.process import EngineProcess
-from ranklet.routing.hint import Errand
-from ranklet.routing.report import Load
+from ranklet.routing.hint import RoutingHint
+from ranklet.routing.report import QueueLoad
 
 GATEWAY = "Gateway"  # the deployment that is told how this one stands
 _LOADERS = 8  # adapters that somebody waits for, brought at once
@@ -48,25 +48,25 @@ class Replica:
         self._id = context.replica_id.unique_id
         self._rank = context.rank.rank if context.rank else 0
         metrics, config = ReplicaMetrics(args.metrics.top_adapters), args.engine_config()
-        self._standing = Standing(self._id, config.slots, config.max_rank)
+        self._standing = ReplicaState(self._id, config.slots, config.max_rank)
         self._engine = EngineProcess(config, metrics, self._standing)
         self._engine.start()
         metrics.watch(self._engine.snapshot, self._engine.pid)
         pinned = Registry(args.adapters_dir, args.adapters).pinned()
         self._pins = pinned
         sources = args.sources
-        cache = Sources(sources.cache_dir, sources.cache_bytes, sources.max_adapter_bytes, metrics.fetched)
-        self._finder = Finder(cache, config.load_timeout_s)
+        cache = RemoteCache(sources.cache_dir, sources.cache_bytes, sources.max_adapter_bytes, metrics.fetched)
+        self._finder = AdapterResolver(cache, config.load_timeout_s)
         self._target = Exporter.start(metrics.registry, args.metrics).target
         self._loaders = ThreadPoolExecutor(_LOADERS, thread_name_prefix="warm")
         self._tasks: set[asyncio.Task[None]] = set()
-        self._herald = Herald(self._standing, GATEWAY, context.app_name, self._look, self._engine.at_work)
+        self._herald = StatePublisher(self._standing, GATEWAY, context.app_name, self._look, self._engine.at_work)
         self._is_heralded = False
         logger.info(
             "replica %s (rank %d) serves %s, metrics on %s", self._id, self._rank, args.base_names[0], self._target
         )
 
-    async def embed(self, call: EmbedCall, errand: Errand) -> EmbedReply | EmbedRefusal:
+    async def embed(self, call: EmbedCall, errand: RoutingHint) -> EmbedReply | EmbedRefusal:
         """The vectors of a call, or why not. Cancelled, it drops what has not reached the device.
 
         Args:
@@ -74,7 +74,7 @@ class Replica:
         """
         tokens = call.total_tokens
         outcome: Answer | RankletError
-        found: Found | None = None
+        found: ResolvedAdapter | None = None
         self._standing.arrived(call.sender, tokens)
         try:
             if call.adapter is None:
@@ -93,13 +93,15 @@ class Replica:
             return EmbedRefusal.of(outcome, self._id, call.adapter_name or "", load)
         return self._reply(outcome, found, load)
 
-    async def load(self, name: str, path: str, pins: tuple[str, ...], errand: Errand) -> AdapterInfo | EmbedRefusal:
+    async def load(
+        self, name: str, path: str, pins: tuple[str, ...], errand: RoutingHint
+    ) -> AdapterInfo | EmbedRefusal:
         """Verify an adapter and bring it into a slot; `pins` are those that may keep theirs from now on."""
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._loaders, self._engine.pin, pins)
             self._finder.forget(name)
-            return (await self._with(Known(name, path), self._bring))[1]
+            return (await self._with(AdapterLocation(name, path), self._bring))[1]
         except RankletError as error:
             return EmbedRefusal.of(error, self._id, name, None)
 
@@ -137,7 +139,7 @@ class Replica:
         """This replica's id, and what it holds."""
         return self._id, await asyncio.get_running_loop().run_in_executor(self._loaders, self._engine.report)
 
-    async def prefetch(self, name: str, path: str, errand: Errand) -> None:
+    async def prefetch(self, name: str, path: str, errand: RoutingHint) -> None:
         """Bring an adapter into a slot ahead of its requests, if there is one to spare; returns at once."""
         self._keep(self._offer(name, path))
 
@@ -153,7 +155,9 @@ class Replica:
     def _look(self) -> None:
         self._standing.holds(self._engine.held())
 
-    async def _with(self, known: Known, use: Callable[[AdapterRef], Awaitable[T]]) -> tuple[Found, T]:
+    async def _with(
+        self, known: AdapterLocation, use: Callable[[AdapterRef], Awaitable[T]]
+    ) -> tuple[ResolvedAdapter, T]:
         """Use an adapter as it is on this node now, and again if its files turn out to be others.
 
         Raises:
@@ -198,7 +202,7 @@ class Replica:
             ticket.cancel()
             raise
 
-    def _reply(self, answer: Answer, found: Found | None, load: Load) -> EmbedReply:
+    def _reply(self, answer: Answer, found: ResolvedAdapter | None, load: QueueLoad) -> EmbedReply:
         return EmbedReply(
             vectors=answer.vectors.tobytes(),
             dimensions=answer.vectors.shape[1],
@@ -224,7 +228,7 @@ class Replica:
 
     async def _warm(self, name: str, path: str) -> None:
         try:
-            _, info = await self._with(Known(name, path), self._bring)
+            _, info = await self._with(AdapterLocation(name, path), self._bring)
             logger.info("adapter %s: rank %d, %d bytes", name, info.rank, info.bytes)
         except RankletError as error:
             logger.error("adapter %s not loaded: %s", name, error.message)

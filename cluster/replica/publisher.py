@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from ranklet.cluster.replica.state import Standing
+from ranklet.cluster.replica.state import ReplicaState
 from ranklet.routing.report import BEAT_S, pace_s
 
 _LOOK_S = 0.01  # between two looks for changes
@@ -21,7 +21,7 @@ _ANSWER_S = 2.0
 logger = logging.getLogger("ray.serve")
 
 
-class Herald:
+class StatePublisher:
     """A task on the replica's event loop.
 
     Args:
@@ -33,7 +33,7 @@ class Herald:
     """
 
     def __init__(
-        self, standing: Standing, gateway: str, app: str, look: Callable[[], None], at_work: Callable[[], bool]
+        self, standing: ReplicaState, gateway: str, app: str, look: Callable[[], None], at_work: Callable[[], bool]
     ) -> None:
         self._standing = standing
         self._where = (gateway, app)

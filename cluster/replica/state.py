@@ -5,8 +5,8 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from ranklet.replicas.engine.stats import BatchRecord, Held, Listener, LoadRecord
-from ranklet.routing.report import Holdings, Load, Report, level
+from ranklet.replicas.engine.stats import BatchRecord, HeldAdapters, Listener, LoadRecord
+from ranklet.routing.report import Holdings, QueueLoad, StateReport, level
 
 _WINDOW_TOKENS = 500_000  # over which speed is averaged
 _WINDOW_LOADS = 8
@@ -27,7 +27,7 @@ class _Mean:
 
 
 @dataclass
-class Standing(Listener):
+class ReplicaState(Listener):
     """One replica's standing. Thread-safe.
 
     Args:
@@ -44,7 +44,7 @@ class Standing(Listener):
     _asked: tuple[float, float] = (0.0, 0.0)  # when `busy` was last asked for, and the time busy until then
     _number: int = 0
     _held_number: int = 0
-    _said: Held = field(default_factory=Held)
+    _said: HeldAdapters = field(default_factory=HeldAdapters)
     _held: tuple[frozenset[str], frozenset[str], frozenset[str], int] = (frozenset(), frozenset(), frozenset(), 0)
     _received: "OrderedDict[str, int]" = field(default_factory=OrderedDict)
     _speed: _Mean = field(default_factory=lambda: _Mean(_WINDOW_TOKENS))
@@ -76,7 +76,7 @@ class Standing(Listener):
             with self._lock:
                 self._load_s[record.tier].add(record.seconds)
 
-    def holds(self, said: Held) -> None:
+    def holds(self, said: HeldAdapters) -> None:
         """What the engine holds now; in which order says nothing."""
         if said == self._said:
             return
@@ -112,20 +112,20 @@ class Standing(Listener):
         """The expected wait, coarsely: changes of it are worth telling."""
         return level(self.wait_s())
 
-    def now(self, sender: str) -> Load:
+    def now(self, sender: str) -> QueueLoad:
         """What goes back with an answer to this sender."""
         with self._lock:
             return self._load(self._received.get(sender, 0))
 
-    def report(self, gateways: tuple[str, ...]) -> Report:
+    def report(self, gateways: tuple[str, ...]) -> StateReport:
         """What all `gateways` are told."""
         with self._lock:
             disk, host = self._load_s["disk"].value, self._load_s["host"].value
             resident, coming, hosted, taken = self._held
             held = Holdings(self._held_number, resident, coming, hosted, self.slots, taken, self.pool_rank, disk, host)
-            return Report(self.replica, self._load(0), held, gateways, dict(self._received))
+            return StateReport(self.replica, self._load(0), held, gateways, dict(self._received))
 
-    def _load(self, received_tokens: int) -> Load:
+    def _load(self, received_tokens: int) -> QueueLoad:
         self._number += 1
         speed, now_s = self._speed.value, time.time()
-        return Load(self._number, self._queued_tokens, speed, self._done_tokens, received_tokens, now_s)
+        return QueueLoad(self._number, self._queued_tokens, speed, self._done_tokens, received_tokens, now_s)

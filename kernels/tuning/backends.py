@@ -15,7 +15,7 @@ from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.crossover import Crossover, Scope, crossovers, entry_of
 from ranklet.kernels.dispatch import BACKENDS
 from ranklet.kernels.tuning.compile import compile_all
-from ranklet.kernels.tuning.probe import Probe, Projection, probe, wall_ms
+from ranklet.kernels.tuning.random_lora import ProjectionShape, RandomLora, random_lora, wall_ms
 from ranklet.kernels.workloads import even
 
 ADAPTERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -23,16 +23,18 @@ ROWS = (16, 64, 256, 1024, 3072, 7680, 15_360, 30_720)
 SCOPES: dict[Scope, tuple[str, ...]] = {"attention": ("qkv", "o"), "layer": ("qkv", "o", "gate_up", "down")}
 
 
-class Layer:
+class MeasuredLayer:
     """The projections of a decoder layer with random weights and inputs, adapters of one rank in all slots."""
 
     def __init__(
-        self, projections: Sequence[Projection], rank: int, slots: int, rows: int, *, device: torch.device,
+        self, projections: Sequence[ProjectionShape], rank: int, slots: int, rows: int, *, device: torch.device,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:  # fmt: skip
         self.rank = rank
         self.hidden = projections[0].wide
-        self.probes: dict[str, Probe] = {p.name: probe(p, rank, slots, device=device, dtype=dtype) for p in projections}
+        self.probes: dict[str, RandomLora] = {
+            p.name: random_lora(p, rank, slots, device=device, dtype=dtype) for p in projections
+        }
         wides = {p.wide for p in projections}
         self._inputs = {wide: torch.randn(rows, wide, device=device, dtype=dtype) for wide in wides}
         self.device = device
@@ -57,7 +59,7 @@ class Layer:
 class Warmth:
     """A batch whose kernels are to be compiled."""
 
-    projections: tuple[Projection, ...]
+    projections: tuple[ProjectionShape, ...]
     rank: int
     rows: int
     adapters: int
@@ -65,7 +67,7 @@ class Warmth:
     most_rows: int
 
 
-_held: dict[tuple[tuple[Projection, ...], int], Layer] = {}
+_held: dict[tuple[tuple[ProjectionShape, ...], int], MeasuredLayer] = {}
 
 
 def warm(job: Warmth) -> None:
@@ -74,7 +76,9 @@ def warm(job: Warmth) -> None:
     if asked not in _held:
         _held.clear()
         torch.cuda.empty_cache()
-        _held[asked] = Layer(job.projections, job.rank, job.slots, job.most_rows, device=torch.device("cuda", 0))
+        _held[asked] = MeasuredLayer(
+            job.projections, job.rank, job.slots, job.most_rows, device=torch.device("cuda", 0)
+        )
     layer = _held[asked]
     layer.run("csgmv", even(job.rows, job.adapters).placed(layer.device), list(layer.probes))
 
@@ -85,7 +89,7 @@ def points(rows: Sequence[int], adapters: Sequence[int]) -> list[tuple[int, int]
 
 
 def compile_batches(
-    projections: Sequence[Projection], ranks: Sequence[int], batches: Sequence[tuple[int, int]],
+    projections: Sequence[ProjectionShape], ranks: Sequence[int], batches: Sequence[tuple[int, int]],
     workers: int | None = None,
 ) -> None:  # fmt: skip
     """Fill the cache with what csgmv launches on batches of (rows, adapters)."""
@@ -95,20 +99,20 @@ def compile_batches(
         pass
 
 
-def times_ms(layer: Layer, rows: int, adapters: int, scope: Scope, backends: Sequence[str]) -> dict[str, float]:
+def times_ms(layer: MeasuredLayer, rows: int, adapters: int, scope: Scope, backends: Sequence[str]) -> dict[str, float]:
     """Wall time of each backend on one batch, see `Crossover.ms`."""
     batch = even(rows, adapters).placed(layer.device)
     return {name: wall_ms(partial(layer.run, name, batch, SCOPES[scope])) for name in backends}
 
 
 def measure(
-    projections: Sequence[Projection], ranks: Sequence[int], *, workers: int | None = None
+    projections: Sequence[ProjectionShape], ranks: Sequence[int], *, workers: int | None = None
 ) -> list[dict[str, Any]]:
     """The crossovers of a model at adapters of these ranks, as a table's entries."""
     compile_batches(projections, ranks, points(ROWS, ADAPTERS), workers)
     entries = []
     for rank in ranks:
-        layer = Layer(projections, rank, max(ADAPTERS), max(ROWS), device=torch.device("cuda", 0))
+        layer = MeasuredLayer(projections, rank, max(ADAPTERS), max(ROWS), device=torch.device("cuda", 0))
         grid = [(t, n, scope) for t, n in points(ROWS, ADAPTERS) for scope in SCOPES]
         for t, n, scope in track(grid, f"backends at rank {rank}", console=Console(stderr=True)):
             ms: Mapping[str, float] = times_ms(layer, t, n, scope, ("base", *BACKENDS))

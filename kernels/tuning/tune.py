@@ -19,12 +19,12 @@ from rich.progress import track
 
 from ranklet.kernels.launch import is_hopper
 from ranklet.kernels.stack import padded_rank
-from ranklet.kernels.tiles import ExpandTile, FusedTile, Key, Op, Tile, entry_of, path_for, table
+from ranklet.kernels.tiles import ExpandTile, FusedTile, Op, Tile, TileKey, entry_of, path_for, table
 from ranklet.kernels.tuning import backends
 from ranklet.kernels.tuning.candidates import FEW_ROWS, WORKLOADS, candidates, cases
 from ranklet.kernels.tuning.compile import compile_all
-from ranklet.kernels.tuning.launches import MOST_PARTS, Rig
-from ranklet.kernels.tuning.probe import Projection, projections
+from ranklet.kernels.tuning.launches import MOST_PARTS, TileLauncher
+from ranklet.kernels.tuning.random_lora import ProjectionShape, projections
 from ranklet.kernels.workloads import Workload
 
 TOLERANCE = 3e-3  # relative error against float32
@@ -32,10 +32,10 @@ OPS: tuple[Op, ...] = ("shrink", "expand", "fused")
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TunePlan:
     """What to tune: each projection at each rank of pool, on these workloads."""
 
-    projections: tuple[Projection, ...]
+    projections: tuple[ProjectionShape, ...]
     ranks: tuple[int, ...]
     workloads: tuple[Workload, ...]
     device: torch.device
@@ -43,11 +43,11 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class TuneJob:
     """A candidate on all the batches cut to one tile height: what one process compiles."""
 
-    plan: Plan
-    projection: Projection
+    plan: TunePlan
+    projection: ProjectionShape
     rank: int
     op: Op
     height: int
@@ -81,7 +81,7 @@ def tune(
         known = sorted({w.requests * w.length_tokens for w in WORKLOADS})
         raise ValueError(f"--rows: expected some of {known}, got {list(rows)}")
     pools = tuple(sorted({padded_rank(rank) for rank in ranks}))
-    plan = Plan(projections(dims), pools, workloads, torch.device("cuda"), torch.bfloat16)
+    plan = TunePlan(projections(dims), pools, workloads, torch.device("cuda"), torch.bfloat16)
     path = path or path_for(torch.cuda.get_device_name())
     for entries in tune_tiles(plan, workers=workers):
         write(path, tiles=entries)
@@ -91,7 +91,7 @@ def tune(
     return path
 
 
-def tune_tiles(plan: Plan, *, workers: int | None = None) -> Iterator[list[dict[str, Any]]]:
+def tune_tiles(plan: TunePlan, *, workers: int | None = None) -> Iterator[list[dict[str, Any]]]:
     """The fastest right tile of every launch, as a table's entries, by projection and rank."""
     console = Console(stderr=True)
     jobs = list(_jobs(plan))
@@ -104,7 +104,7 @@ def tune_tiles(plan: Plan, *, workers: int | None = None) -> Iterator[list[dict[
         yield list(_best(_rig(plan, projection, rank), plan, fits, console.print))
 
 
-def _jobs(plan: Plan) -> Iterator[Job]:
+def _jobs(plan: TunePlan) -> Iterator[TuneJob]:
     heights = sorted({height for height, _ in cases(plan.workloads)})
     for projection in plan.projections:
         for rank in plan.ranks:
@@ -113,24 +113,24 @@ def _jobs(plan: Plan) -> Iterator[Job]:
                     tried = dict.fromkeys(
                         tile for h, rows in cases(plan.workloads) if h == height for tile in candidates(op, h, rows)
                     )
-                    yield from (Job(plan, projection, rank, op, height, tile) for tile in tried)
+                    yield from (TuneJob(plan, projection, rank, op, height, tile) for tile in tried)
 
 
-_held: dict[tuple[Plan, Projection, int], Rig] = {}
+_held: dict[tuple[TunePlan, ProjectionShape, int], TileLauncher] = {}
 
 
-def _rig(plan: Plan, projection: Projection, rank: int) -> Rig:
+def _rig(plan: TunePlan, projection: ProjectionShape, rank: int) -> TileLauncher:
     """The rig in use; only one at a time, since a large model's takes gigabytes."""
     asked = (plan, projection, rank)
     if asked not in _held:
         _held.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        _held[asked] = Rig(projection, rank, plan.workloads, plan.device, plan.dtype)
+        _held[asked] = TileLauncher(projection, rank, plan.workloads, plan.device, plan.dtype)
     return _held[asked]
 
 
-def _compile(job: Job) -> None:
+def _compile(job: TuneJob) -> None:
     rig = _rig(job.plan, job.projection, job.rank)
     for key in rig.keys(job.op):
         height, rows = key.height, key.rows
@@ -144,12 +144,14 @@ def _compile(job: Job) -> None:
                 rig.time_ms(job.tile, key)
 
 
-def _best(rig: Rig, plan: Plan, fits: set[Job], say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def _best(
+    rig: TileLauncher, plan: TunePlan, fits: set[TuneJob], say: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
     expand_ms: dict[tuple[int, int], float] = {}
     for op in OPS:
         for key in rig.keys(op):
             tried = candidates(op, key.height, key.rows)
-            jobs = {tile: Job(plan, rig.probe.projection, rig.rank, op, key.height, tile) for tile in tried}
+            jobs = {tile: TuneJob(plan, rig.weights.projection, rig.rank, op, key.height, tile) for tile in tried}
             fit = [tile for tile, job in jobs.items() if job in fits and rig.can_take(tile, key)]
             right = list(_right(rig, key, fit, say))  # all of them first: timing overwrites what they are checked with
             times = {tile: rig.time_ms(tile, key) for tile in right}
@@ -167,7 +169,7 @@ def _best(rig: Rig, plan: Plan, fits: set[Job], say: Callable[[str], None]) -> I
                 yield entry_of(key, best, times[best])
 
 
-def _right(rig: Rig, key: Key, tiles: Sequence[Tile], say: Callable[[str], None]) -> Iterator[Tile]:
+def _right(rig: TileLauncher, key: TileKey, tiles: Sequence[Tile], say: Callable[[str], None]) -> Iterator[Tile]:
     """Those that compute what float32 does."""
     if not tiles:
         return

@@ -11,7 +11,7 @@ from ranklet.replicas.adapters.packed import PackedAdapter, pack
 from ranklet.replicas.adapters.pinned_memory import PinnedMemory, pageable
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterRef
-from ranklet.replicas.adapters.verify import Expectation, read_adapter
+from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
 from ranklet.replicas.errors import InternalError, RankletError
 
 READERS = 8  # loads from disk at once: a folder that hangs takes one of them, and holds up no other load
@@ -72,7 +72,7 @@ class LoadOutcome:
 class Loader:
     """Loads adapters into reserved slots without holding up any batch."""
 
-    def __init__(self, pool: AdapterPool, expected: Expectation, host_cache_bytes: int) -> None:
+    def __init__(self, pool: AdapterPool, expected: ExpectedModules, host_cache_bytes: int) -> None:
         self.host = HostCache(host_cache_bytes)
         self._pool = pool
         self._expected = expected

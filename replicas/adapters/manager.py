@@ -17,7 +17,7 @@ LATELY_S = 30.0
 
 
 @dataclass
-class Residency:
+class AdapterManager:
     """The slots of one device and the loads that fill them.
 
     Attributes:

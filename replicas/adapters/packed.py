@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ranklet.kernels.stack import PACKS, SlotMeta
 from ranklet.replicas.adapters.pinned_memory import Allocate, pageable
-from ranklet.replicas.adapters.verify import EMBEDDING, Adapter, Place
+from ranklet.replicas.adapters.verify import EMBEDDING, AdapterWeights, Module
 
 _LAYOUTS = 256  # that are remembered
 PARTS = {**PACKS, "embed_tokens": ("embed_tokens",)}  # what a stack is of
@@ -19,7 +19,7 @@ _PART_OF = {name: part for part, names in PARTS.items() for name in names}
 class Piece:
     """Where one matrix of an adapter stands in its flat buffer. The embedding's A is saved transposed."""
 
-    place: Place
+    place: Module
     side: str
     offset: int
     shape: tuple[int, int]
@@ -40,7 +40,7 @@ class Layout:
     """Where the matrices of an adapter stand; one object for all adapters with the same."""
 
     pieces: tuple[Piece, ...]
-    places: frozenset[Place] = field(init=False)
+    places: frozenset[Module] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "places", frozenset(piece.place for piece in self.pieces))
@@ -64,7 +64,7 @@ class PackedAdapter:
         return self.flat.numel() * self.flat.element_size()
 
 
-def pack(adapter: Adapter, dtype: torch.dtype, allocate: Allocate = pageable) -> PackedAdapter:
+def pack(adapter: AdapterWeights, dtype: torch.dtype, allocate: Allocate = pageable) -> PackedAdapter:
     """An adapter ready to be copied, in its own memory where that is of the pool's dtype."""
     flat = adapter.flat
     if flat.dtype != dtype:
@@ -77,7 +77,7 @@ def pack(adapter: Adapter, dtype: torch.dtype, allocate: Allocate = pageable) ->
     return PackedAdapter(adapter.rank, flat, layout_of(tuple(pieces)), _metas(adapter), modules)
 
 
-def _metas(adapter: Adapter) -> dict[tuple[int, str], SlotMeta]:
+def _metas(adapter: AdapterWeights) -> dict[tuple[int, str], SlotMeta]:
     found = {}
     for layer, part in dict.fromkeys((layer, _PART_OF[name]) for layer, name in adapter.weights):
         weights = [adapter.weights.get((layer, name)) for name in PARTS[part]]

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 
 from ranklet.kernels.stack import PACKS, EmbeddingStack, LinearStack, SlotMeta, padded_rank
-from ranklet.kernels.unpack import MOST_ELEMENTS, Room, table, unpack
+from ranklet.kernels.unpack import MOST_ELEMENTS, Destination, table, unpack
 from ranklet.replicas.adapters.packed import PARTS, Layout, PackedAdapter, layout_of
-from ranklet.replicas.adapters.verify import EMBEDDING, Place
+from ranklet.replicas.adapters.verify import EMBEDDING, Module
 from ranklet.replicas.model.architecture import Architecture
 from ranklet.replicas.model.decoder import Stacks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Tenant:
+class SlotContents:
     """What a slot holds since its last load; equal to itself alone."""
 
-    places: frozenset[Place]
+    places: frozenset[Module]
 
 
 @dataclass
@@ -48,14 +48,14 @@ class AdapterPool:
     dtype: torch.dtype
     layers: list[Stacks] = field(init=False)
     embedding: EmbeddingStack | None = field(init=False, default=None)
-    tenants: list[Tenant] = field(init=False)
+    tenants: list[SlotContents] = field(init=False)
 
     def __post_init__(self) -> None:
         self.rank = padded_rank(self.max_rank)
         self._stacks: dict[tuple[int, str], LinearStack] = {}
-        self._rooms: dict[tuple[Place, str], Room] = {}
+        self._rooms: dict[tuple[Module, str], Destination] = {}
         self._tables: WeakKeyDictionary[Layout, Tensor] = WeakKeyDictionary()
-        self.tenants = [Tenant(frozenset())] * self.slots
+        self.tenants = [SlotContents(frozenset())] * self.slots
         self._data = torch.zeros((self.slots, self._slot_elements()), dtype=self.dtype, device=self.device)
         slices = (self.slots, self._slot_slices())
         self._ranks = torch.zeros(slices, dtype=torch.int32, device=self.device)
@@ -79,7 +79,7 @@ class AdapterPool:
         """A stack of each projection."""
         return [self._stacks[0, pack] for pack in self._packs()]
 
-    def ranks(self, slot: int) -> dict[Place, int]:
+    def ranks(self, slot: int) -> dict[Module, int]:
         """The rank of each module that the slot's adapter targets."""
         return {
             (layer, name): rank
@@ -122,10 +122,10 @@ class AdapterPool:
             for pack_name, names in self._packs().items():
                 wide, widths = self._pack_shape(names)
                 for name in names:
-                    self._rooms[(layer, name), "a"] = Room(offset, self.rank, wide)
+                    self._rooms[(layer, name), "a"] = Destination(offset, self.rank, wide)
                     offset += self.rank * wide
                 for name, width in zip(names, widths, strict=True):
-                    self._rooms[(layer, name), "b"] = Room(offset, width, self.rank)
+                    self._rooms[(layer, name), "b"] = Destination(offset, width, self.rank)
                     offset += width * self.rank
                 a = self._matrices(self._rooms[(layer, names[0]), "a"].at, len(names) * self.rank, wide)
                 b = self._matrices(self._rooms[(layer, names[0]), "b"].at, sum(widths), self.rank)
@@ -136,8 +136,8 @@ class AdapterPool:
         ]
         if "embed_tokens" in self.modules:
             place, vocab, hidden = (EMBEDDING, "embed_tokens"), self.architecture.vocab, self.architecture.hidden
-            self._rooms[place, "a"] = Room(offset, vocab, self.rank)
-            self._rooms[place, "b"] = Room(offset + vocab * self.rank, hidden, self.rank)
+            self._rooms[place, "a"] = Destination(offset, vocab, self.rank)
+            self._rooms[place, "b"] = Destination(offset + vocab * self.rank, hidden, self.rank)
             a, b = (self._matrices(*self._rooms[place, side][:3]) for side in "ab")
             self.embedding = EmbeddingStack(a, b, *metadata(1))
 
@@ -152,7 +152,7 @@ class AdapterPool:
         for meta in metas:
             meta[:] = [SlotMeta((self.rank,) * len(each.ranks), (1.0,) * len(each.ranks)) for each in meta]
         places = frozenset((layer, name) for layer, pack in self._stacks for name in PACKS[pack])
-        self.tenants = [Tenant(places) for _ in range(self.slots)]
+        self.tenants = [SlotContents(places) for _ in range(self.slots)]
         self._ranks.fill_(self.rank)
         self._scalings.fill_(1.0)
         try:
@@ -160,7 +160,7 @@ class AdapterPool:
         finally:
             for meta, was in zip(metas, before, strict=True):
                 meta[:] = was
-            self.tenants = [Tenant(frozenset()) for _ in range(self.slots)]
+            self.tenants = [SlotContents(frozenset()) for _ in range(self.slots)]
             self._ranks.zero_()
             self._scalings.zero_()
 
@@ -194,14 +194,14 @@ class AdapterPool:
                 matrix = data[room.at : room.at + room.rows * room.columns].view(room.rows, room.columns)
                 matrix[: piece.shape[0], : piece.shape[1]] = piece.view(flat)
         self._describe(slot, packed)
-        self.tenants[slot] = Tenant(layout.places)
+        self.tenants[slot] = SlotContents(layout.places)
 
-    def _furnished(self, layout: Layout) -> list[Room]:
+    def _furnished(self, layout: Layout) -> list[Destination]:
         """All rooms of a slot, with what comes into them."""
         rooms = dict(self._rooms)
         for piece in layout.pieces:
             room = rooms[piece.place, piece.side]  # verification refuses adapters the pool has no room for
-            rooms[piece.place, piece.side] = Room(*room[:3], piece.offset, *piece.shape, *piece.strides)
+            rooms[piece.place, piece.side] = Destination(*room[:3], piece.offset, *piece.shape, *piece.strides)
         return list(rooms.values())
 
     def _describe(self, slot: int, packed: PackedAdapter) -> None:

@@ -42,7 +42,7 @@ _WIDTHS = {dtype: width for width, dtypes in _BYTES.items() for dtype in dtypes.
 _CONVERTED = 1 << 22  # numbers that change their dtype at once
 _MOST_HEADER = 100 << 20  # bytes; the library reads no more
 _MAX_SHOWN = 12
-Place = tuple[int, str]  # (layer, module); the embedding's layer is EMBEDDING
+Module = tuple[int, str]  # (layer, module); the embedding's layer is EMBEDDING
 EMBEDDING = -1
 
 
@@ -71,12 +71,12 @@ class LoraWeight:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class AdapterWeights:
     """A verified adapter: its weights end to end in the base's dtype, on the CPU, and where each is."""
 
     ref: AdapterRef
     flat: Tensor
-    weights: dict[Place, LoraWeight]
+    weights: dict[Module, LoraWeight]
 
     @property
     def rank(self) -> int:
@@ -96,7 +96,7 @@ class _Stored:
 
 
 @dataclass(frozen=True)
-class Expectation:
+class ExpectedModules:
     """What a pool can hold of an adapter."""
 
     architecture: Architecture
@@ -105,7 +105,7 @@ class Expectation:
     bases: tuple[str, ...]
     embedding: Tensor  # the base's own, [vocab, hidden] on any device
 
-    def places(self) -> list[Place]:
+    def places(self) -> list[Module]:
         """Every place of the base model that LoRA may target."""
         linear = self.architecture.module_dims()
         return [(EMBEDDING, "embed_tokens"), *((i, name) for i in range(self.architecture.layers) for name in linear)]
@@ -117,7 +117,7 @@ class Expectation:
         return (rank, wide), (out, rank)
 
 
-def read_adapter(ref: AdapterRef, expected: Expectation, allocate: Allocate = pageable) -> Adapter:
+def read_adapter(ref: AdapterRef, expected: ExpectedModules, allocate: Allocate = pageable) -> AdapterWeights:
     """Read and verify an adapter folder.
 
     Args:
@@ -145,7 +145,7 @@ def read_adapter(ref: AdapterRef, expected: Expectation, allocate: Allocate = pa
         }
         try:
             flat, at = _read_weights(path, sound, expected.embedding.dtype, allocate)
-            adapter = Adapter(ref, flat, {
+            adapter = AdapterWeights(ref, flat, {
                 place: _weight(flat, at, sides["A"], sides["B"], config.scaling(names[place]))
                 for place, sides in sound.items()
             })  # fmt: skip
@@ -197,7 +197,7 @@ def _read_through_header(path: Path) -> int:
 
 
 def _read_weights(
-    path: Path, pairs: dict[Place, dict[str, _Stored]], dtype: torch.dtype, allocate: Allocate
+    path: Path, pairs: dict[Module, dict[str, _Stored]], dtype: torch.dtype, allocate: Allocate
 ) -> tuple[Tensor, dict[str, int]]:
     """The tensors of these modules, end to end in `dtype`, and where each one begins.
 
@@ -248,7 +248,7 @@ def _weight(flat: Tensor, at: dict[str, int], a: _Stored, b: _Stored, scaling: f
     return LoraWeight(flat, at[a.key], at[b.key], a.shape[0], a.shape[1], b.shape[0], scaling)
 
 
-def _not_finite(adapter: Adapter, names: dict[Place, str]) -> list[str]:
+def _not_finite(adapter: AdapterWeights, names: dict[Module, str]) -> list[str]:
     least, most = torch.aminmax(adapter.flat) if len(adapter.flat) else (torch.zeros(()), torch.zeros(()))
     if math.isfinite(float(least)) and math.isfinite(float(most)):  # NaN is passed on; isfinite().all() takes ten times
         return []
@@ -262,11 +262,11 @@ def _not_finite(adapter: Adapter, names: dict[Place, str]) -> list[str]:
 
 
 def _match(
-    path: Path, stored: list[_Stored], config: PeftConfig, expected: Expectation, findings: list[str]
-) -> tuple[dict[Place, dict[str, _Stored]], dict[Place, str]]:
+    path: Path, stored: list[_Stored], config: PeftConfig, expected: ExpectedModules, findings: list[str]
+) -> tuple[dict[Module, dict[str, _Stored]], dict[Module, str]]:
     """The tensors of each of the model's modules, by side, and its name; whatever fits none goes to `findings`."""
-    pairs: dict[Place, dict[str, _Stored]] = {}
-    names: dict[Place, str] = {}
+    pairs: dict[Module, dict[str, _Stored]] = {}
+    names: dict[Module, str] = {}
     unmatched = []
     known = set(expected.places())
     prefix = _module_prefix(stored)
@@ -317,7 +317,11 @@ def _module_prefix(stored: list[_Stored]) -> str:
 
 
 def _check_targets(
-    pairs: dict[Place, dict[str, _Stored]], config: PeftConfig, expected: Expectation, prefix: str, findings: list[str]
+    pairs: dict[Module, dict[str, _Stored]],
+    config: PeftConfig,
+    expected: ExpectedModules,
+    prefix: str,
+    findings: list[str],
 ) -> None:
     missing, untargeted = [], []
     for layer, name in expected.places():
@@ -342,7 +346,12 @@ def _check_targets(
 
 
 def _fits(
-    place: Place, module: str, sides: dict[str, _Stored], config: PeftConfig, expected: Expectation, findings: list[str]
+    place: Module,
+    module: str,
+    sides: dict[str, _Stored],
+    config: PeftConfig,
+    expected: ExpectedModules,
+    findings: list[str],
 ) -> bool:
     before = len(findings)
     rank = config.rank(module)

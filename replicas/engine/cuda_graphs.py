@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Graph:
+class _CapturedGraph:
     graph: Any
     inputs: Tensor
     outputs: Tensor
 
 
-class Replays:
+class GraphCache:
     """Graphs by shape, the least recently used dropped first. One thread, one stream.
 
     All share one pool of memory: what one returns holds until the next is replayed. A capture takes as long as some
@@ -41,7 +41,7 @@ class Replays:
     def __init__(self, device: torch.device, most: int = 256) -> None:
         self._device = device
         self._most = most
-        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, _CapturedGraph] = OrderedDict()
         self._sightings: OrderedDict[Hashable, float] = OrderedDict()  # of shapes without a graph
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
@@ -83,7 +83,7 @@ class Replays:
             self._sightings.popitem(last=False)
         return False
 
-    def _capture(self, shape: Hashable, inputs: Tensor, forward: Callable[[Tensor], Tensor]) -> _Graph | None:
+    def _capture(self, shape: Hashable, inputs: Tensor, forward: Callable[[Tensor], Tensor]) -> _CapturedGraph | None:
         main, graph = torch.cuda.current_stream(self._device), torch.cuda.CUDAGraph()
         static = inputs.to(self._device, non_blocking=True)
         if len(self._graphs) >= self._most:
@@ -104,5 +104,5 @@ class Replays:
             self._sightings[shape] = -math.inf
             return None
         main.wait_stream(self._stream)
-        self._graphs[shape] = _Graph(graph, static, outputs)
+        self._graphs[shape] = _CapturedGraph(graph, static, outputs)
         return self._graphs[shape]

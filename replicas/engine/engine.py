@@ -17,21 +17,21 @@ import torch
 from numpy.typing import NDArray
 
 from ranklet.replicas.adapters.loader import Loader, LoadOutcome
-from ranklet.replicas.adapters.manager import Residency
+from ranklet.replicas.adapters.manager import AdapterManager
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.adapters.slots import SlotTable
-from ranklet.replicas.adapters.verify import Expectation, Place
+from ranklet.replicas.adapters.verify import ExpectedModules, Module
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.fair_queue import flow_of
 from ranklet.replicas.engine.fair_share import share_of_room
-from ranklet.replicas.engine.forecast import Pace
-from ranklet.replicas.engine.in_flight import Flight, adapters_of, names_of, requests_of
-from ranklet.replicas.engine.limits import Limits
-from ranklet.replicas.engine.request import Answer, Call, Prompt, Ticket
-from ranklet.replicas.engine.runner import Stepper
-from ranklet.replicas.engine.scheduler import Round, Scheduler
-from ranklet.replicas.engine.stats import AdapterReport, Held, Listener, LoadRecord, Snapshot
+from ranklet.replicas.engine.forecast import Forecast
+from ranklet.replicas.engine.in_flight import InFlightBatch, adapters_of, names_of, requests_of
+from ranklet.replicas.engine.limits import RequestLimits
+from ranklet.replicas.engine.request import Answer, Prompt, Request, Ticket
+from ranklet.replicas.engine.runner import Runner
+from ranklet.replicas.engine.scheduler import Scheduler, StepPlan
+from ranklet.replicas.engine.stats import AdapterReport, HeldAdapters, Listener, LoadRecord, Snapshot
 from ranklet.replicas.errors import InternalError, InvalidRequest, RankletError, Saturated, StillLoading, Unavailable
 from ranklet.replicas.model.architecture import read_architecture, read_config
 from ranklet.replicas.model.decoder import Decoder
@@ -61,27 +61,27 @@ class Engine:
         pooling = read_pooling(config.model_dir)
         limits = (config.max_model_len, pooling.max_tokens, architecture.max_position, config.max_batch_tokens)
         longest = min(limit for limit in limits if limit is not None)
-        self.limits = Limits(longest, architecture.hidden, architecture.vocab)
+        self.limits = RequestLimits(longest, architecture.hidden, architecture.vocab)
         self.architecture, self.device, self.dtype = architecture, device, dtype
         model = Decoder(architecture, settings, config.model_dir, longest, device, dtype)
         self._pool = AdapterPool(architecture, config.slots, config.max_rank, config.lora_modules, device, dtype)
         bases = tuple(dict.fromkeys((config.model_dir.resolve().name, *config.base_aliases)))
-        expected = Expectation(architecture, config.max_rank, config.lora_modules, bases, model.embedding)
+        expected = ExpectedModules(architecture, config.max_rank, config.lora_modules, bases, model.embedding)
         self._loader = Loader(self._pool, expected, config.host_cache_bytes)
         table = SlotTable(config.slots)
-        self._residency = Residency(table, self._loader, self._loaded, self._listener.evicted)
+        self._residency = AdapterManager(table, self._loader, self._loaded, self._listener.evicted)
         self.pools_last = pooling.mode == "last"
         most = config.max_batch_tokens
-        self.stepper = Stepper(model, self._pool, pooling, config.backend, config.merged_bytes, most)
+        self.stepper = Runner(model, self._pool, pooling, config.backend, config.merged_bytes, most)
         self._normalize = pooling.normalize
         self._depth = 2 if device.type == "cuda" else 1
-        self._pace = Pace()
+        self._pace = Forecast()
         self._scheduler: Scheduler[Prompt] = Scheduler(
             max_tokens=config.max_batch_tokens, max_requests=config.max_batch_requests,
             max_adapters=config.adapters_per_batch, max_demand=config.slots,
         )  # fmt: skip
         self._wake = Condition()
-        self._flights: deque[Flight] = deque()
+        self._flights: deque[InFlightBatch] = deque()
         self._launching: list[Prompt] = []  # on the CPU, where a launch is the whole computation
         self._suspect = False  # a prompt failed even alone: is it the prompt, or the device?
         self._broken = False  # the device
@@ -149,7 +149,7 @@ class Engine:
             self._admit(tokens, adapter)
             tier = None if adapter is None else self._residency.tier(adapter)
             shortened = self._normalize and width < self.limits.hidden
-            call = Call(len(prompts), width, shortened=shortened, tier=tier, tokens=tokens, done=done)
+            call = Request(len(prompts), width, shortened=shortened, tier=tier, tokens=tokens, done=done)
             call.works = [Prompt(p, adapter, arrived_s, call=call, index=i) for i, p in enumerate(prompts)]
             for work in call.works:
                 self._scheduler.queue.add(work)
@@ -227,11 +227,11 @@ class Engine:
         with self._wake:
             return tuple(ref.name for ref in self._residency.table.resident())
 
-    def held(self) -> Held:
+    def held(self) -> HeldAdapters:
         """What it holds now."""
         with self._wake:
             coming = tuple(ref.name for ref in self._residency.coming())
-            return Held(self.resident(), coming, self._hosted(), self._residency.taken())
+            return HeldAdapters(self.resident(), coming, self._hosted(), self._residency.taken())
 
     def _hosted(self) -> tuple[str, ...]:
         return tuple(ref.name for ref in self._loader.host.refs())
@@ -263,7 +263,7 @@ class Engine:
         with self._wake:
             return self._residency.table.usable(adapter)
 
-    def ranks_in(self, slot: int) -> dict[Place, int]:
+    def ranks_in(self, slot: int) -> dict[Module, int]:
         """The rank of each module that the adapter in a slot targets."""
         return self._pool.ranks(slot)
 
@@ -355,7 +355,7 @@ class Engine:
             logger.exception("the device no longer computes; this engine is unhealthy from now on")
             self._broken = True
 
-    def _next(self) -> Round[Prompt] | None:
+    def _next(self) -> StepPlan[Prompt] | None:
         """The batch to launch now, if any; starts the loads that waiting prompts need."""
         proposal = self._scheduler.propose(self._residency.usable, self._pace.enough(), self._pace.small())
         self._residency.bring(proposal.demand, adapters_of(proposal.batch))
@@ -386,7 +386,7 @@ class Engine:
             return
         with self._wake:
             self._launching = []
-            flight = Flight(prompts, running)
+            flight = InFlightBatch(prompts, running)
             self._flights.append(flight)
             self._pace.launched(flight.tokens, running.launched_s)
             self._wake.notify_all()
@@ -413,7 +413,7 @@ class Engine:
             flight.answer(vectors, began_s, compute_s)
             self._listener.batch(flight.record(began_s, compute_s))
 
-    def _land(self, flight: Flight, finished_s: float, compute_s: float | None) -> None:
+    def _land(self, flight: InFlightBatch, finished_s: float, compute_s: float | None) -> None:
         with self._wake:
             self._flights.remove(flight)
             if compute_s is None:

@@ -21,7 +21,7 @@ from ranklet.replicas.adapters.reference import AdapterRef
 
 
 @dataclass(slots=True, eq=False)
-class Work:
+class Sequence:
     """One prompt on its way to the device."""
 
     tokens: NDArray[np.int32]  # [length]
@@ -39,11 +39,11 @@ class Work:
 
 
 def flow_of(adapter: AdapterRef | None) -> str:
-    """`Work.flow` of prompts for an adapter."""
+    """`Sequence.flow` of prompts for an adapter."""
     return adapter.name if adapter else ""
 
 
-W = TypeVar("W", bound=Work)
+W = TypeVar("W", bound=Sequence)
 _IN_USE = 16  # allowances that are served until an adapter that is not asked for counts no more
 _TURN = attrgetter("turn")
 

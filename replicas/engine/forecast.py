@@ -7,7 +7,7 @@ _WORTH = 1.15  # a small batch may be slower by so much, where others would wait
 _OLD = 64  # batches after which what a size took is old news: it may have waited for a compiler, or to be captured
 
 
-class Pace:
+class Forecast:
     """Follows the batches on a device, which runs them one after the other. Times in seconds, of one clock."""
 
     def __init__(self) -> None:

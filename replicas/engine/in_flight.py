@@ -14,7 +14,7 @@ from ranklet.replicas.errors import InternalError
 
 
 @dataclass(slots=True, eq=False)
-class Flight:
+class InFlightBatch:
     """Prompts and the batch they run in."""
 
     prompts: list[Prompt]

@@ -12,7 +12,7 @@ MIN_DIMENSIONS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RequestLimits:
     """The bounds of one engine's requests."""
 
     max_model_len: int

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.replicas.engine.fair_queue import Work
+from ranklet.replicas.engine.fair_queue import Sequence
 from ranklet.replicas.errors import RankletError
 
 logger = logging.getLogger(__name__)
@@ -26,14 +26,14 @@ class Answer:
 
 
 @dataclass(slots=True, eq=False)
-class Prompt(Work):
+class Prompt(Sequence):
     """A prompt that knows its request and its place in it."""
 
-    call: "Call" = field(kw_only=True)
+    call: "Request" = field(kw_only=True)
     index: int = field(kw_only=True)
 
 
-class Call:
+class Request:
     """Gathers the vectors of one request; `done` is called once, when the last is there or the first failed."""
 
     def __init__(
@@ -94,7 +94,7 @@ class Call:
 class Ticket:
     """The caller's hold on a submitted request."""
 
-    call: Call
+    call: Request
 
     def cancel(self) -> None:
         """Drop the prompts that have not reached the device; the answer may then never come."""

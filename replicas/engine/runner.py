@@ -23,7 +23,7 @@ from ranklet.kernels.merged import Merged
 from ranklet.kernels.warm import warm
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.engine.bucket import Bucket, is_full
-from ranklet.replicas.engine.cuda_graphs import Replays
+from ranklet.replicas.engine.cuda_graphs import GraphCache
 from ranklet.replicas.model import cudnn_attention
 from ranklet.replicas.model.attention import Spans, reads_offsets_alone
 from ranklet.replicas.model.decoder import Decoder, Mark, Tokens, unmarked
@@ -87,7 +87,7 @@ def rehearsals(
                 yield [max(1, min(tokens // count, longest))] * count, taken
 
 
-class Stepper:
+class Runner:
     """Runs batches of one model on one device."""
 
     def __init__(
@@ -102,12 +102,12 @@ class Stepper:
         known = crossovers(model.embedding.device.index)
         projections, hidden = pool.projections, pool.architecture.hidden
         measured = surface(known, dispatch.scope_of(projections), hidden)
-        self._layer = dispatch.Layer(projections, pool.rank, self._cuda, measured)
+        self._layer = dispatch.LayerInfo(projections, pool.rank, self._cuda, measured)
         self._merged = Merged(merged_bytes)
         dispatch.BACKENDS["merged"] = self._merged
         self._count = np.arange(1, dtype=np.int32)
         self._ragged = cudnn_attention.available(model.device) and model.dtype in (torch.bfloat16, torch.float16)
-        self._replays = Replays(model.device) if self._cuda else None
+        self._replays = GraphCache(model.device) if self._cuda else None
         self._rounds = reads_offsets_alone(model.device, model.dtype, model.architecture.windows)
 
     def warm(self, longest: int, max_requests: int) -> None:

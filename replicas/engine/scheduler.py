@@ -23,7 +23,7 @@ _LOOKAHEAD = 512  # prompts looked at beyond a full batch, for adapters to load 
 
 
 @dataclass(slots=True)
-class Round(Generic[W]):
+class StepPlan(Generic[W]):
     """A proposal for the next batch; nothing has changed until `Scheduler.commit`."""
 
     batch: list[W] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Scheduler(Generic[W]):
 
     def propose(
         self, usable: Callable[[AdapterRef], bool], enough: int | None = None, beside: int | None = None
-    ) -> Round[W]:
+    ) -> StepPlan[W]:
         """The next batch, given which adapters are ready in a slot; closed when it has `enough` tokens.
 
         When more waits than fits it goes on to the limit. Adapters that flood the queue do not count for that if there
@@ -56,7 +56,7 @@ class Scheduler(Generic[W]):
         if backlog and self._others:
             backlog = self.queue.tokens_within() > self._max_tokens
         most = self._max_tokens if backlog or enough is None else min(enough, self._max_tokens)
-        found: Round[W] = Round()
+        found: StepPlan[W] = StepPlan()
         adapters: set[AdapterRef] = set()
         demand: dict[AdapterRef, bool] = {}
         full, beyond, others = False, 0, self._others > 0
@@ -88,14 +88,14 @@ class Scheduler(Generic[W]):
             demand[adapter] = usable(adapter)
         return demand[adapter]
 
-    def _fits(self, work: W, found: Round[W], adapters: set[AdapterRef]) -> bool:
+    def _fits(self, work: W, found: StepPlan[W], adapters: set[AdapterRef]) -> bool:
         if not found.batch:
             return True
         if work.solo or found.tokens + len(work.tokens) > self._max_tokens:
             return False
         return work.adapter is None or work.adapter in adapters or len(adapters) < self._max_adapters
 
-    def commit(self, proposal: Round[W]) -> None:
+    def commit(self, proposal: StepPlan[W]) -> None:
         """Take a proposed batch, and the cancelled prompts, out of the queue."""
         others = any(not self.queue.floods(work) for work in proposal.batch)
         self._others = _REMEMBERED if others else max(0, self._others - 1)

@@ -53,7 +53,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class HeldAdapters:
     """Names of the adapters that an engine holds at one moment; cheaper than a snapshot of a long queue."""
 
     resident: tuple[str, ...] = ()  # ready in a slot, most recently used last

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
 from ranklet.replicas.model import cudnn_attention
-from ranklet.replicas.model.cudnn_attention import Padded
+from ranklet.replicas.model.cudnn_attention import PaddedSpans
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Spans:
     lengths: tuple[int, ...]
     offsets: Tensor  # int32 [B + 1] on the device: the running sum of lengths, from 0
     longest: int  # length, or more
-    padded: Padded | None = None  # the places for cuDNN, where it is the faster
+    padded: PaddedSpans | None = None  # the places for cuDNN, where it is the faster
 
 
 def reads_offsets_alone(device: torch.device, dtype: torch.dtype, windows: Sequence[int | None]) -> bool:

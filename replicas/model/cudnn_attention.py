@@ -23,7 +23,7 @@ LEAST_LONGEST = 128  # of a graph; shorter requests take the same
 _INT32_MAX = 2**31 - 1
 
 
-class Shape(NamedTuple):
+class GraphShape(NamedTuple):
     """What a graph is built for."""
 
     requests: int
@@ -35,7 +35,7 @@ class Shape(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Padded:
+class PaddedSpans:
     """The requests' places as cuDNN reads them, the same for all layers of a batch."""
 
     into: Tensor  # int32 [requests + 1]: elements of the packed q, k, v before each request
@@ -44,7 +44,7 @@ class Padded:
 
 
 @dataclass(frozen=True, slots=True)
-class _Graph:
+class _AttentionGraph:
     graph: Any
     q: Any
     k: Any
@@ -71,12 +71,12 @@ def _module() -> Any:
     return cudnn
 
 
-def pad(offsets: Tensor, requests: int, heads: tuple[int, int], width: int) -> Padded:
+def pad(offsets: Tensor, requests: int, heads: tuple[int, int], width: int) -> PaddedSpans:
     """Spans' offsets [B + 1] with requests of length 0 behind them, up to a power of two."""
     queries, keys = heads
     missing = power_of_two(requests) - requests
     padded = torch.cat((offsets, offsets[-1:].expand(missing))) if missing else offsets
-    return Padded(padded * ((queries + 2 * keys) * width), padded * (queries * width), padded.diff())
+    return PaddedSpans(padded * ((queries + 2 * keys) * width), padded * (queries * width), padded.diff())
 
 
 def warm(
@@ -88,10 +88,10 @@ def warm(
     for powers in range(power_of_two(requests).bit_length()):
         nothing = torch.zeros((1 << powers) + 1, dtype=torch.int32, device=device)
         for more in range((power_of_two(max(longest, LEAST_LONGEST)) // LEAST_LONGEST).bit_length()):
-            attend(qkv, Padded(nothing, nothing, nothing[1:]), LEAST_LONGEST << more, heads, width)
+            attend(qkv, PaddedSpans(nothing, nothing, nothing[1:]), LEAST_LONGEST << more, heads, width)
 
 
-def attend(qkv: Tensor, padded: Padded, longest: int, heads: tuple[int, int], width: int) -> Tensor | None:
+def attend(qkv: Tensor, padded: PaddedSpans, longest: int, heads: tuple[int, int], width: int) -> Tensor | None:
     """Attention of packed requests, None where cuDNN does not take the shape (said once in the log).
 
     Args:
@@ -105,7 +105,7 @@ def attend(qkv: Tensor, padded: Padded, longest: int, heads: tuple[int, int], wi
     tokens, row = qkv.shape
     if tokens * row > _INT32_MAX:
         return None
-    shape = Shape(len(padded.lengths), power_of_two(max(longest, LEAST_LONGEST)), queries, keys, width, qkv.dtype)
+    shape = GraphShape(len(padded.lengths), power_of_two(max(longest, LEAST_LONGEST)), queries, keys, width, qkv.dtype)
     engine = _engine(qkv.device)
     graph = engine.graph(shape)
     if graph is None:
@@ -137,10 +137,10 @@ class _Engine:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._handle = _module().create_handle()
-        self._graphs: dict[Hashable, _Graph | None] = {}
+        self._graphs: dict[Hashable, _AttentionGraph | None] = {}
         self._lock = threading.Lock()
 
-    def graph(self, shape: Shape) -> _Graph | None:
+    def graph(self, shape: GraphShape) -> _AttentionGraph | None:
         with self._lock:
             if shape not in self._graphs:
                 try:
@@ -150,12 +150,12 @@ class _Engine:
                     self._graphs[shape] = None
             return self._graphs[shape]
 
-    def run(self, graph: _Graph, pointers: dict[Any, int], workspace: Tensor) -> None:
+    def run(self, graph: _AttentionGraph, pointers: dict[Any, int], workspace: Tensor) -> None:
         stream = torch.cuda.current_stream(self._device).cuda_stream
         _module().set_stream(handle=self._handle, stream=stream)
         graph.graph.execute(pointers, workspace.data_ptr(), handle=self._handle)
 
-    def _build(self, shape: Shape) -> _Graph:
+    def _build(self, shape: GraphShape) -> _AttentionGraph:
         cudnn = _module()
         requests, longest, queries, keys, width, dtype = shape
         kind = cudnn.data_type.BFLOAT16 if dtype == torch.bfloat16 else cudnn.data_type.HALF
@@ -187,4 +187,4 @@ class _Engine:
         out.set_stride([longest * queries * width, width, queries * width, 1])
         out.set_ragged_offset(out_of)
         graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-        return _Graph(graph, q, k, v, into, out_of, lengths, out, graph.get_workspace_size())
+        return _AttentionGraph(graph, q, k, v, into, out_of, lengths, out, graph.get_workspace_size())

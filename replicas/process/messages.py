@@ -10,11 +10,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ranklet.replicas.adapters.reference import AdapterRef
-from ranklet.replicas.engine.stats import Held
+from ranklet.replicas.engine.stats import HeldAdapters
 
 
 @dataclass(frozen=True)
-class Call:
+class MethodCall:
     """Asks for a method of the engine; a `Reply` of the same number follows."""
 
     number: int
@@ -30,7 +30,7 @@ class Cancel:
 
 
 @dataclass(frozen=True)
-class Offer:
+class Prefetch:
     """An adapter that may be wanted soon."""
 
     adapter: AdapterRef
@@ -45,7 +45,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class News:
+class EngineEvent:
     """A record for the engine's listener: the name of its method, and what it is given."""
 
     method: str
@@ -53,11 +53,11 @@ class News:
 
 
 @dataclass(frozen=True)
-class State:
+class EngineState:
     """How the engine is, said at every change and a few times a second."""
 
     healthy: bool
-    held: Held
+    held: HeldAdapters
     stuck_s: float = 0.0  # how long the batch on the device has been there
 
 

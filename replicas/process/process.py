@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.config import EngineConfig
-from ranklet.replicas.engine.limits import Limits
+from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.request import Answer
-from ranklet.replicas.engine.stats import AdapterReport, Held, Listener, Snapshot
+from ranklet.replicas.engine.stats import AdapterReport, HeldAdapters, Listener, Snapshot
 from ranklet.replicas.errors import RankletError, Unavailable
-from ranklet.replicas.process.messages import Call, Cancel, News, Offer, Outbox, Reply, State
+from ranklet.replicas.process.messages import Cancel, EngineEvent, EngineState, MethodCall, Outbox, Prefetch, Reply
 
 _PROGRAM = "ranklet.replicas.process.worker"
 _SILENCE_S = 10.0  # without a sign of life for so long it counts as hung
@@ -63,11 +63,11 @@ class EngineProcess:
         self._waiting: dict[int, Callable[[Any], None]] = {}
         self._lock = threading.Lock()
         self._gone = False
-        self._state = State(healthy=False, held=Held())
+        self._state = EngineState(healthy=False, held=HeldAdapters())
         self._heard_s = monotonic()
         threading.Thread(target=self._listen, name="ranklet-replies", daemon=True).start()
         try:
-            self.limits: Limits = self._ask("make", config).result()
+            self.limits: RequestLimits = self._ask("make", config).result()
         except RankletError:
             self.stop()
             raise
@@ -122,7 +122,7 @@ class EngineProcess:
 
     def offer(self, adapter: AdapterRef) -> None:
         """As `Engine.offer`."""
-        self._outbox.put(Offer(adapter))
+        self._outbox.put(Prefetch(adapter))
 
     def snapshot(self) -> Snapshot:
         """As `Engine.snapshot`.
@@ -142,7 +142,7 @@ class EngineProcess:
         """Whether the process lives, was heard of lately, and calls its engine healthy."""
         return not self._gone and self._state.healthy and monotonic() - self._heard_s < _SILENCE_S
 
-    def held(self) -> Held:
+    def held(self) -> HeldAdapters:
         """As `Engine.held`, as of the last news."""
         return self._state.held
 
@@ -172,7 +172,7 @@ class EngineProcess:
         if gone:
             done(_ended())
         else:
-            self._outbox.put(Call(number, method, arguments))
+            self._outbox.put(MethodCall(number, method, arguments))
         return number
 
     def _listen(self) -> None:
@@ -190,11 +190,11 @@ class EngineProcess:
         if waiting:
             logger.error("the engine's process %d has ended with %d requests in it", self._process.pid, len(waiting))
 
-    def _take(self, message: Reply | News | State) -> None:
+    def _take(self, message: Reply | EngineEvent | EngineState) -> None:
         self._heard_s = monotonic()
-        if isinstance(message, State):
+        if isinstance(message, EngineState):
             self._state = message
-        elif isinstance(message, News):
+        elif isinstance(message, EngineEvent):
             for listener in self._listeners:
                 self._tell(getattr(listener, message.method), message.record)
         else:

@@ -22,7 +22,7 @@ from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.request import Answer, Ticket
 from ranklet.replicas.engine.stats import BatchRecord, Listener, LoadRecord
 from ranklet.replicas.errors import InternalError, RankletError
-from ranklet.replicas.process.messages import Call, Cancel, News, Offer, Outbox, Reply, State
+from ranklet.replicas.process.messages import Cancel, EngineEvent, EngineState, MethodCall, Outbox, Prefetch, Reply
 
 _BEAT_S = 0.5
 _SWITCH_S = 0.0005  # a thread that waits for the interpreter asks for it after so long, not Python's 5 ms
@@ -58,8 +58,8 @@ class Worker:
                 self._take(message)
         self._outbox.close()
 
-    def _take(self, message: Call | Cancel | Offer) -> None:
-        if isinstance(message, Offer):
+    def _take(self, message: MethodCall | Cancel | Prefetch) -> None:
+        if isinstance(message, Prefetch):
             self._made.offer(message.adapter)
             return
         if isinstance(message, Cancel):
@@ -137,7 +137,7 @@ class Worker:
         """Say how the engine is."""
         if self._engine is not None:
             engine = self._engine
-            self._outbox.put(State(engine.healthy(), engine.held(), engine.stuck_s()))
+            self._outbox.put(EngineState(engine.healthy(), engine.held(), engine.stuck_s()))
 
     def _beat(self) -> None:
         while not self._stopped.wait(_BEAT_S):
@@ -162,21 +162,21 @@ class _Reporter(Listener):
         self._changed = changed
 
     def batch(self, record: BatchRecord) -> None:
-        self._outbox.put(News("batch", record))
+        self._outbox.put(EngineEvent("batch", record))
 
     def load(self, record: LoadRecord) -> None:
-        self._outbox.put(News("load", record))
+        self._outbox.put(EngineEvent("load", record))
         self._changed()
 
     def evicted(self, adapter: str) -> None:
-        self._outbox.put(News("evicted", adapter))
+        self._outbox.put(EngineEvent("evicted", adapter))
         self._changed()
 
     def tier_hit(self, tier: str) -> None:
-        self._outbox.put(News("tier_hit", tier))
+        self._outbox.put(EngineEvent("tier_hit", tier))
 
     def cancelled(self, requests: int) -> None:
-        self._outbox.put(News("cancelled", requests))
+        self._outbox.put(EngineEvent("cancelled", requests))
 
 
 if __name__ == "__main__":

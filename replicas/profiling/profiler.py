@@ -13,10 +13,10 @@ from torch.nn import functional
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
-from ranklet.replicas.engine.runner import Stepper
+from ranklet.replicas.engine.runner import Runner
 from ranklet.replicas.model.decoder import unmarked
 from ranklet.replicas.profiling.clock import Clock, seconds
-from ranklet.replicas.profiling.roofline import Adapted, Ceilings, Cost, Shape, costs, lora_costs
+from ranklet.replicas.profiling.roofline import AdapterShare, BatchShape, Ceilings, Cost, costs, lora_costs
 
 _WARM = 3
 # Rows, depth, columns. The best of them is the ceiling: on an H200 a decoder's wide first product outruns a square one.
@@ -72,7 +72,7 @@ class Profile:
 class _Runs:
     """One batch, run again and again. Times in milliseconds."""
 
-    stepper: Stepper
+    stepper: Runner
     device: torch.device
     prompts: Sequence[NDArray[np.int32]]
     slots: Sequence[int | None]
@@ -141,7 +141,7 @@ def profile(config: EngineConfig, adapters: Sequence[AdapterRef], lengths: Seque
     _run([base, lora] if adapters else [base], repeats)
     size = torch.empty((), dtype=engine.dtype).element_size()
     adapted = _adapted(engine, lengths, slots)
-    batch = Shape(lengths, engine.pools_last, size, adapted, merged=lora.backend == "merged")
+    batch = BatchShape(lengths, engine.pools_last, size, adapted, merged=lora.backend == "merged")
     ceilings = measure(engine.device, engine.dtype)
     return Profile(
         sum(lengths), len(lengths), len(adapted), lora.backend, _stages(engine, batch, base, lora, ceilings),
@@ -155,12 +155,12 @@ def _fits(what: str, got: int, most: int) -> None:
         raise ValueError(f"expected at most {most} {what}, got {got}")
 
 
-def _adapted(engine: Engine, lengths: Sequence[int], slots: Sequence[int | None]) -> list[Adapted]:
+def _adapted(engine: Engine, lengths: Sequence[int], slots: Sequence[int | None]) -> list[AdapterShare]:
     found = []
     for slot in dict.fromkeys(slots):
         if slot is not None:
             own = [length for length, taken in zip(lengths, slots, strict=True) if taken == slot]
-            found.append(Adapted(sum(own), len(own), engine.ranks_in(slot)))
+            found.append(AdapterShare(sum(own), len(own), engine.ranks_in(slot)))
     return found
 
 
@@ -174,7 +174,7 @@ def _run(batches: Sequence[_Runs], repeats: int) -> None:
             batch.time()
 
 
-def _stages(engine: Engine, batch: Shape, base: _Runs, lora: _Runs, ceilings: Ceilings) -> tuple[Stage, ...]:
+def _stages(engine: Engine, batch: BatchShape, base: _Runs, lora: _Runs, ceilings: Ceilings) -> tuple[Stage, ...]:
     """Every stage that the model marked; one without a floor would be a KeyError."""
     floors, more = costs(engine.architecture, batch), lora_costs(engine.architecture, batch)
     calls, with_lora, stages = base.calls(), lora.stages(), []

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ranklet.kernels.stack import PACKS
-from ranklet.replicas.adapters.verify import EMBEDDING, Place
+from ranklet.replicas.adapters.verify import EMBEDDING, Module
 from ranklet.replicas.model.architecture import Architecture
 
 STAGES = ("embed", "norm", "qkv", "attention", "o", "gate_up", "down", "pool")
@@ -47,26 +47,26 @@ class Ceilings:
 
 
 @dataclass(frozen=True, slots=True)
-class Adapted:
+class AdapterShare:
     """One adapter's part of a batch."""
 
     tokens: int
     prompts: int
-    ranks: Mapping[Place, int]  # of each module of each layer that it targets
+    ranks: Mapping[Module, int]  # of each module of each layer that it targets
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class BatchShape:
     """One batch."""
 
     lengths: Sequence[int]
     last_only: bool  # pooling reads last tokens alone, so the last layer computes no others
     element_bytes: int
-    adapted: Sequence[Adapted] = ()
+    adapted: Sequence[AdapterShare] = ()
     merged: bool = False  # LoRA is added to weights, not to rows
 
 
-def costs(architecture: Architecture, batch: Shape) -> dict[str, Cost]:
+def costs(architecture: Architecture, batch: BatchShape) -> dict[str, Cost]:
     """Each stage's cost without LoRA, all layers together."""
     tokens, hidden, size = sum(batch.lengths), architecture.hidden, batch.element_bytes
     rows = [tokens] * (architecture.layers - 1) + [len(batch.lengths) if batch.last_only else tokens]
@@ -108,7 +108,7 @@ def _pairs(length: int, window: int | None, *, last: bool) -> int:
     return most if last else most * (most + 1) // 2 + (length - most) * most
 
 
-def lora_costs(architecture: Architecture, batch: Shape) -> dict[str, Cost]:
+def lora_costs(architecture: Architecture, batch: BatchShape) -> dict[str, Cost]:
     """What LoRA adds to each stage that has any: B (A x) of every row, each adapter's A and B read once.
 
     Merged, it is B A instead, and the sum with W written and read again. Either is what that backend cannot do without:

@@ -23,7 +23,7 @@ class Speed:
 
 
 @dataclass(slots=True, eq=False)
-class Request:
+class SimulatedRequest:
     """One prompt of one adapter (None: base)."""
 
     id: int
@@ -36,7 +36,7 @@ class Request:
 
 
 @dataclass(slots=True)
-class Engine:
+class SimulatedEngine:
     """One replica. Its caller keeps the time and the calendar."""
 
     slots: int
@@ -45,8 +45,8 @@ class Engine:
     resident: "OrderedDict[str, float]" = field(default_factory=OrderedDict)  # when last used, the longest ago first
     hosted: "OrderedDict[str, None]" = field(default_factory=OrderedDict)
     loading: set[str] = field(default_factory=set)
-    running: list[Request] = field(default_factory=list)
-    queue: "deque[Request]" = field(default_factory=deque)
+    running: list[SimulatedRequest] = field(default_factory=list)
+    queue: "deque[SimulatedRequest]" = field(default_factory=deque)
     queued_tokens: int = 0  # waiting and running
     received: "Counter[int]" = field(default_factory=Counter)  # tokens, by gateway
     done_tokens: int = 0
@@ -55,7 +55,7 @@ class Engine:
     changes: int = 0  # of what is resident
     wanted: "Counter[str]" = field(default_factory=Counter)  # adapters of the queue
 
-    def take(self, request: Request) -> None:
+    def take(self, request: SimulatedRequest) -> None:
         """A request arrives."""
         self.queue.append(request)
         self.queued_tokens += request.tokens
@@ -144,7 +144,7 @@ class Engine:
         self.busy_s += took_s
         return took_s
 
-    def finish(self) -> list[Request]:
+    def finish(self) -> list[SimulatedRequest]:
         """The batch has ended; its requests."""
         batch, self.running = self.running, []
         tokens = sum(request.tokens for request in batch)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 @dataclass
-class Outcome:
+class SimulationResult:
     """One rule's run. Requests that arrived before `warm_s` count for nothing but their second."""
 
     rule: str

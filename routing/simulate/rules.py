@@ -7,17 +7,17 @@ from typing import Protocol
 from ranklet.routing import rendezvous
 from ranklet.routing.affinity import Affinity, Policy
 from ranklet.routing.fleet import Member
-from ranklet.routing.simulate.engine import Engine, Request
+from ranklet.routing.simulate.engine import SimulatedEngine, SimulatedRequest
 
 
 class Rule(Protocol):
     """How the gateways choose a replica."""
 
-    def choose(self, request: Request, now_s: float) -> tuple[int, Sequence[int]]:
+    def choose(self, request: SimulatedRequest, now_s: float) -> tuple[int, Sequence[int]]:
         """The replica for a request, and replicas that should load its adapter ahead of requests."""
         ...
 
-    def joined(self, engines: Sequence[Engine | None], now_s: float) -> None:
+    def joined(self, engines: Sequence[SimulatedEngine | None], now_s: float) -> None:
         """The replicas, by rank; None for one that is gone."""
         ...
 
@@ -31,12 +31,12 @@ class Ours:
             view.fleet.share(gateways, turn)
         self._ranks: list[int] = []
 
-    def joined(self, engines: Sequence[Engine | None], now_s: float) -> None:
+    def joined(self, engines: Sequence[SimulatedEngine | None], now_s: float) -> None:
         self._ranks = [rank for rank, engine in enumerate(engines) if engine is not None]
         for view in self.views:
             view.fleet.join([Member(f"r{rank}", rank) for rank in self._ranks], now_s)
 
-    def choose(self, request: Request, now_s: float) -> tuple[int, Sequence[int]]:
+    def choose(self, request: SimulatedRequest, now_s: float) -> tuple[int, Sequence[int]]:
         view = self.views[request.gateway]
         choice = view.choose(request.adapter, request.tokens, now_s)
         view.fleet.sent(request.id, choice.order[0], request.tokens, now_s)
@@ -46,7 +46,7 @@ class Ours:
 class LeastSeen(Ours):
     """The replica that seems least loaded to one of several gateways, whatever the adapter: our rule for the base."""
 
-    def choose(self, request: Request, now_s: float) -> tuple[int, Sequence[int]]:
+    def choose(self, request: SimulatedRequest, now_s: float) -> tuple[int, Sequence[int]]:
         view = self.views[request.gateway]
         best = view.choose(None, request.tokens, now_s).order[0]
         view.fleet.sent(request.id, best, request.tokens, now_s)
@@ -57,11 +57,11 @@ class _Watching:
     """Rules that look at the replicas themselves."""
 
     def __init__(self, seed: int = 0) -> None:
-        self._engines: Sequence[Engine | None] = ()
+        self._engines: Sequence[SimulatedEngine | None] = ()
         self._up: list[int] = []
         self._random = random.Random(seed)
 
-    def joined(self, engines: Sequence[Engine | None], now_s: float) -> None:
+    def joined(self, engines: Sequence[SimulatedEngine | None], now_s: float) -> None:
         self._engines = engines
         self._up = [rank for rank, engine in enumerate(engines) if engine is not None]
 
@@ -82,7 +82,7 @@ class RoundRobin(_Watching):
 
     _turn = -1
 
-    def choose(self, request: Request, now_s: float) -> tuple[int, Sequence[int]]:
+    def choose(self, request: SimulatedRequest, now_s: float) -> tuple[int, Sequence[int]]:
         self._turn += 1
         return self._up[self._turn % len(self._up)], ()
 
@@ -90,7 +90,7 @@ class RoundRobin(_Watching):
 class PowerOfTwo(_Watching):
     """The shorter queue of two at random: Ray Serve's default."""
 
-    def choose(self, request: Request, now_s: float) -> tuple[int, Sequence[int]]:
+    def choose(self, request: SimulatedRequest, now_s: float) -> tuple[int, Sequence[int]]:
         return self._shorter(self._up), ()
 
 
@@ -106,11 +106,11 @@ class Multiplex(_Watching):
         self._most = most  # `max_ongoing_requests`: three batches of prompts of 6,000 tokens
         self._holders: dict[str, dict[int, None]] = {}
 
-    def joined(self, engines: Sequence[Engine | None], now_s: float) -> None:
+    def joined(self, engines: Sequence[SimulatedEngine | None], now_s: float) -> None:
         super().joined(engines, now_s)
         self._holders.clear()
 
-    def choose(self, request: Request, now_s: float) -> tuple[int, Sequence[int]]:
+    def choose(self, request: SimulatedRequest, now_s: float) -> tuple[int, Sequence[int]]:
         name = request.adapter
         if name is None:
             return self._shorter(self._up), ()
@@ -137,12 +137,12 @@ class Multiplex(_Watching):
 class ConsistentHash(_Watching):
     """Each adapter at its one place."""
 
-    def joined(self, engines: Sequence[Engine | None], now_s: float) -> None:
+    def joined(self, engines: Sequence[SimulatedEngine | None], now_s: float) -> None:
         super().joined(engines, now_s)
         self._salts = rendezvous.salted(self._up)
         self._place: dict[str, int] = {}
 
-    def choose(self, request: Request, now_s: float) -> tuple[int, Sequence[int]]:
+    def choose(self, request: SimulatedRequest, now_s: float) -> tuple[int, Sequence[int]]:
         name = request.adapter or ""
         if name not in self._place:
             self._place[name] = self._up[int(rendezvous.order(name, self._salts)[0])]
@@ -152,7 +152,7 @@ class ConsistentHash(_Watching):
 class LeastLoaded(_Watching):
     """The fewest tokens waiting, known exactly and at once, which no gateway of several can."""
 
-    def choose(self, request: Request, now_s: float) -> tuple[int, Sequence[int]]:
+    def choose(self, request: SimulatedRequest, now_s: float) -> tuple[int, Sequence[int]]:
         # One of equals at random, or the first replicas would do all the work of a quiet cluster.
         start = self._random.randrange(len(self._up))
         best, least = -1, 1 << 60

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ranklet.routing.affinity import Policy
 from ranklet.routing.simulate import rules
-from ranklet.routing.simulate.outcome import Outcome
+from ranklet.routing.simulate.outcome import SimulationResult
 from ranklet.routing.simulate.rules import Rule
 from ranklet.routing.simulate.traffic import Traffic
 from ranklet.routing.simulate.world import Setting, World
@@ -30,12 +30,12 @@ class Study:
     traffic: Traffic
     policy: Policy = field(default_factory=Policy)
 
-    def run(self, rule: str) -> Outcome:
+    def run(self, rule: str) -> SimulationResult:
         """One rule of `RULES`."""
         made = RULES[rule](self.setting.gateways, self.policy)
         return World(self.setting, made, self.traffic, rule).run()
 
-    def run_all(self, names: list[str], workers: int) -> Iterator[Outcome]:
+    def run_all(self, names: list[str], workers: int) -> Iterator[SimulationResult]:
         """Several, in processes of their own, as they end."""
         with ProcessPoolExecutor(min(workers, len(names))) as pool:
             for done in as_completed([pool.submit(self.run, name) for name in names]):

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from ranklet.routing.report import BEAT_S, Holdings, Load, Report, level, pace_s
-from ranklet.routing.simulate.engine import Engine, Request, Speed
-from ranklet.routing.simulate.outcome import Outcome
+from ranklet.routing.report import BEAT_S, Holdings, QueueLoad, StateReport, level, pace_s
+from ranklet.routing.simulate.engine import SimulatedEngine, SimulatedRequest, Speed
+from ranklet.routing.simulate.outcome import SimulationResult
 from ranklet.routing.simulate.rules import Ours, Rule
 from ranklet.routing.simulate.traffic import Traffic
 
@@ -54,7 +54,7 @@ class World:
         self._views = rule.views if isinstance(rule, Ours) else []
         later = set(setting.join[1]) if setting.join else set()
         lost = set(setting.lose[1]) if setting.lose else set()
-        self.engines: list[Engine | None] = [
+        self.engines: list[SimulatedEngine | None] = [
             None if rank in later - lost else self._new() for rank in range(setting.replicas)
         ]
         self._all = [[engine] if engine else [] for engine in self.engines]
@@ -66,12 +66,12 @@ class World:
         self._seconds = traffic.seconds
         self._told: dict[int, tuple[int, int, float]] = {}  # changes, level and time of the last push, by rank
         self._telling: set[int] = set()
-        self.outcome = Outcome(name, setting.warm_s, seconds=traffic.seconds)
+        self.outcome = SimulationResult(name, setting.warm_s, seconds=traffic.seconds)
 
-    def _new(self) -> Engine:
-        return Engine(self._setting.slots, self._setting.hosted, self._setting.speed)
+    def _new(self) -> SimulatedEngine:
+        return SimulatedEngine(self._setting.slots, self._setting.hosted, self._setting.speed)
 
-    def run(self, progress: Callable[[float], None] = lambda now_s: None) -> Outcome:
+    def run(self, progress: Callable[[float], None] = lambda now_s: None) -> SimulationResult:
         """To the end; `progress` is told the simulated time now and then."""
         self._rule.joined(self.engines, 0.0)
         for happening, react in ((self._setting.lose, self._lose), (self._setting.join, self._join)):
@@ -106,7 +106,9 @@ class World:
         while due is not None or self._calendar:
             if due is not None and (not self._calendar or due[0] <= self._calendar[0][0]):
                 at_s, adapter, tokens = due
-                request = Request(next(ids), adapter, tokens, self._gateway.randrange(self._setting.gateways), at_s)
+                request = SimulatedRequest(
+                    next(ids), adapter, tokens, self._gateway.randrange(self._setting.gateways), at_s
+                )
                 due = next(self._requests, None)
                 yield at_s, partial(self._send, request=request)
             else:
@@ -119,13 +121,13 @@ class World:
 
     # Events
 
-    def _send(self, now_s: float, request: Request) -> None:
+    def _send(self, now_s: float, request: SimulatedRequest) -> None:
         rank, prefetch = self._rule.choose(request, now_s)
         for other in prefetch:
             self._start(now_s, other, self._alive(other).offer(request.adapter or "", now_s))
         self._at(now_s + _NETWORK_S, partial(self._arrive, rank=rank, engine=self._alive(rank), request=request))
 
-    def _arrive(self, now_s: float, rank: int, engine: Engine, request: Request) -> None:
+    def _arrive(self, now_s: float, rank: int, engine: SimulatedEngine, request: SimulatedRequest) -> None:
         if self.engines[rank] is not engine:
             self.outcome.lost += 1
             self._send(now_s, request)
@@ -135,7 +137,7 @@ class World:
             self._start(now_s, rank, engine.bring())
         self._go_on(now_s, rank, engine)
 
-    def _go_on(self, now_s: float, rank: int, engine: Engine) -> None:
+    def _go_on(self, now_s: float, rank: int, engine: SimulatedEngine) -> None:
         took_s = engine.launch(now_s)
         if took_s is not None:
             self._at(now_s + took_s, partial(self._batch, rank=rank, engine=engine))
@@ -146,13 +148,13 @@ class World:
         for name, seconds in loads:
             self._at(now_s + seconds, partial(self._loaded, rank=rank, engine=self._alive(rank), name=name))
 
-    def _loaded(self, now_s: float, rank: int, engine: Engine, name: str) -> None:
+    def _loaded(self, now_s: float, rank: int, engine: SimulatedEngine, name: str) -> None:
         if self.engines[rank] is engine:
             engine.loaded(name, now_s)
             self._start(now_s, rank, engine.bring())
             self._go_on(now_s, rank, engine)
 
-    def _batch(self, now_s: float, rank: int, engine: Engine) -> None:
+    def _batch(self, now_s: float, rank: int, engine: SimulatedEngine) -> None:
         if self.engines[rank] is not engine:
             return
         batch = engine.finish()
@@ -168,16 +170,16 @@ class World:
             self._start(now_s, rank, engine.bring())
         self._go_on(now_s, rank, engine)
 
-    def _alive(self, rank: int) -> Engine:
+    def _alive(self, rank: int) -> SimulatedEngine:
         engine = self.engines[rank]
         assert engine is not None
         return engine
 
-    def _load(self, engine: Engine, gateway: int) -> Load:
+    def _load(self, engine: SimulatedEngine, gateway: int) -> QueueLoad:
         number, received = next(self._numbers), engine.received[gateway]
-        return Load(number, engine.queued_tokens, engine.speed.tokens_per_s, engine.done_tokens, received)
+        return QueueLoad(number, engine.queued_tokens, engine.speed.tokens_per_s, engine.done_tokens, received)
 
-    def _tell_soon(self, now_s: float, rank: int, engine: Engine) -> None:
+    def _tell_soon(self, now_s: float, rank: int, engine: SimulatedEngine) -> None:
         """Push if something worth telling has changed, not before its turn."""
         if rank in self._telling:
             return
@@ -187,10 +189,10 @@ class World:
             self._at(max(now_s, told_s + pace_s(self._setting.gateways)), partial(self._tell, rank=rank, engine=engine))
 
     @staticmethod
-    def _level(engine: Engine) -> int:
+    def _level(engine: SimulatedEngine) -> int:
         return level(engine.queued_tokens / engine.speed.tokens_per_s)
 
-    def _tell(self, now_s: float, rank: int, engine: Engine) -> None:
+    def _tell(self, now_s: float, rank: int, engine: SimulatedEngine) -> None:
         """What a replica says now reaches the gateways soon."""
         self._telling.discard(rank)
         if self.engines[rank] is not engine:
@@ -201,11 +203,11 @@ class World:
             engine.slots, engine.taken(now_s), 64, engine.speed.disk_s, engine.speed.host_s,
         )  # fmt: skip
         received = {str(gateway): tokens for gateway, tokens in engine.received.items()}
-        said = Report(f"r{rank}", self._load(engine, -1), held, self._gateways, received)
+        said = StateReport(f"r{rank}", self._load(engine, -1), held, self._gateways, received)
         late_s = PUSH_S + self._setting.late_s
         self._at(now_s + late_s, partial(self._heard, rank=rank, engine=engine, said=said, late_s=late_s))
 
-    def _heard(self, now_s: float, rank: int, engine: Engine, said: Report, late_s: float) -> None:
+    def _heard(self, now_s: float, rank: int, engine: SimulatedEngine, said: StateReport, late_s: float) -> None:
         if self.engines[rank] is engine:
             for gateway, view in enumerate(self._views):
                 view.told(said, str(gateway), now_s, late_s)

@@ -15,7 +15,7 @@ import torch
 
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
-from ranklet.replicas.engine.runner import Stepper
+from ranklet.replicas.engine.runner import Runner
 from tests.bench import report
 from tests.bench.engine import refs
 from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model
@@ -25,7 +25,7 @@ _GRAPHED = 3  # launches until there is a graph
 _REPEATS = 20
 
 
-def fixed(stepper: Stepper, batch: str, slots: list[int | None]) -> dict[str, Any]:
+def fixed(stepper: Runner, batch: str, slots: list[int | None]) -> dict[str, Any]:
     """One batch launched kernel by kernel, replayed from a graph of its own lengths, and from its bucket's. Medians."""
     count, length = map(int, batch.split("x"))
     prompts = [np.full(length, i, dtype=np.int32) for i in range(count)]
@@ -50,7 +50,7 @@ def fixed(stepper: Stepper, batch: str, slots: list[int | None]) -> dict[str, An
     return row
 
 
-def traffic(stepper: Stepper, slots: list[int | None], turns: int, most: int, *, graphs: bool) -> dict[str, Any]:
+def traffic(stepper: Runner, slots: list[int | None], turns: int, most: int, *, graphs: bool) -> dict[str, Any]:
     """Random batches of up to so many prompts, one at a time. Memory: what the device's allocator took meanwhile."""
     rng, replays = np.random.default_rng(most), stepper._replays
     assert replays is not None

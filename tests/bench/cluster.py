@@ -21,9 +21,9 @@ import torch
 import yaml
 from rich.console import Console
 
-from ranklet.cluster.command.bench.plan import Plan
+from ranklet.cluster.command.bench.plan import BenchPlan
 from ranklet.cluster.command.bench.run import bench
-from ranklet.cluster.command.local_cluster import LocalCluster, State
+from ranklet.cluster.command.local_cluster import ClusterState, LocalCluster
 from tests.assets.tokenizer import save_tokenizer
 from tests.bench import report
 from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model
@@ -60,7 +60,7 @@ def configuration(folder: Path, replicas: int, gateways: int, slots: int) -> dic
 class Served(NamedTuple):
     """A running cluster, its adapters' names, and what it was deployed from."""
 
-    state: State
+    state: ClusterState
     adapters: list[str]
     cluster: LocalCluster
     content: dict[str, Any]
@@ -99,9 +99,11 @@ def samples(url: str, role: str) -> Samples:
     return found
 
 
-def plans(url: str, adapters: list[str], processes: int, replicas: int, requests: int) -> dict[str, tuple[Plan, str]]:
+def plans(
+    url: str, adapters: list[str], processes: int, replicas: int, requests: int
+) -> dict[str, tuple[BenchPlan, str]]:
     """The rows, and the row each is held against. Work and concurrency grow with the replicas."""
-    long = Plan(
+    long = BenchPlan(
         base_url=url, vocab=QWEN3_EMBEDDING_06B.vocab, processes=processes, num_prompts=requests * replicas,
         input_len=6144, adapter_distribution="distinct", warmup=0, max_concurrency=120 * replicas,
     )  # fmt: skip
@@ -126,7 +128,7 @@ def plans(url: str, adapters: list[str], processes: int, replicas: int, requests
     }
 
 
-def measured(url: str, name: str, plan: Plan, replicas: int, repeats: int) -> dict[str, Any]:
+def measured(url: str, name: str, plan: BenchPlan, replicas: int, repeats: int) -> dict[str, Any]:
     """One row: the median run's rate, and of all runs how busy each device was and where adapters were found."""
     settled_s = settled(url, plan, repeats)
     rates, p99_ms, failed, seconds = [], [], 0, 0.0
@@ -147,7 +149,7 @@ def measured(url: str, name: str, plan: Plan, replicas: int, repeats: int) -> di
     }  # fmt: skip
 
 
-def settled(url: str, plan: Plan, seed: int) -> float:
+def settled(url: str, plan: BenchPlan, seed: int) -> float:
     """Runs that do not count, until no more adapters are found on the devices than in the one before; their seconds."""
     seconds, hits = 0.0, 0.0
     for number in range(_MOST_SETTLING):

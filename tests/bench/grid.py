@@ -12,7 +12,7 @@ from rich.progress import track
 from ranklet.kernels import dispatch
 from ranklet.kernels.crossover import Scope, crossovers, surface
 from ranklet.kernels.stack import padded_rank
-from ranklet.kernels.tuning.backends import SCOPES, Layer, points, times_ms
+from ranklet.kernels.tuning.backends import SCOPES, MeasuredLayer, points, times_ms
 from ranklet.kernels.workloads import even
 from tests.bench import plot, report
 
@@ -32,15 +32,15 @@ SIZES = Sizes((1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 16, 64, 256, 1024, 4096, 1
 TINY_SIZES = Sizes((1, 4), (1, 16, 64))
 
 
-def picked(layer: Layer, rows: int, adapters: int, scope: Scope) -> str:
+def picked(layer: MeasuredLayer, rows: int, adapters: int, scope: Scope) -> str:
     """The backend that dispatch takes for the batch."""
     projections = tuple((p.wide, p.widths) for p in (layer.probes[name].projection for name in SCOPES[scope]))
     known = surface(crossovers(layer.device.index), scope, layer.hidden)
-    shape = dispatch.Layer(projections, padded_rank(layer.rank), layer.device.type == "cuda", known)
+    shape = dispatch.LayerInfo(projections, padded_rank(layer.rank), layer.device.type == "cuda", known)
     return dispatch.choose(even(rows, adapters), shape, "fastest").backend
 
 
-def measured(layer: Layer, rows: int, adapters: int, scope: Scope, backends: Sequence[str]) -> dict[str, Any]:
+def measured(layer: MeasuredLayer, rows: int, adapters: int, scope: Scope, backends: Sequence[str]) -> dict[str, Any]:
     """One batch: each backend's time, dispatch's choice, and how much longer that takes than the best."""
     ms = times_ms(layer, rows, adapters, scope, backends)
     pick = picked(layer, rows, adapters, scope)
@@ -55,7 +55,8 @@ def measured(layer: Layer, rows: int, adapters: int, scope: Scope, backends: Seq
 
 
 def run(
-    make: Callable[[int, int, int], Layer], backends: Sequence[str], ranks: Sequence[int], scope: Scope, sizes: Sizes,
+    make: Callable[[int, int, int], MeasuredLayer], backends: Sequence[str], ranks: Sequence[int], scope: Scope,
+    sizes: Sizes,
     out: Path, name: str,
 ) -> None:  # fmt: skip
     """Measure the grid, save and print it, and draw it where matplotlib is installed.

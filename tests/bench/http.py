@@ -16,8 +16,8 @@ from typing import Any
 
 from rich.progress import track
 
-from ranklet.cluster.command.bench.outcome import Outcome
-from ranklet.cluster.command.bench.plan import Plan
+from ranklet.cluster.command.bench.outcome import BenchResult
+from ranklet.cluster.command.bench.plan import BenchPlan
 from ranklet.cluster.command.bench.run import bench
 from tests.bench import report
 from tests.bench.cluster import samples, served
@@ -26,10 +26,10 @@ from tests.bench.shapes import QWEN3_EMBEDDING_06B
 _BUSY = "ranklet_device_busy_seconds_total"
 
 
-def plans(url: str, processes: int) -> dict[str, Plan]:
+def plans(url: str, processes: int) -> dict[str, BenchPlan]:
     """The rows; every request at once, but for the last."""
     few, all_of_them = ("ad00[0-3]",), ("ad*",)
-    long = Plan(
+    long = BenchPlan(
         base_url=url, vocab=QWEN3_EMBEDDING_06B.vocab, processes=processes, num_prompts=120, input_len=6144,
         adapter_distribution="distinct", warmup=0,
     )  # fmt: skip
@@ -54,7 +54,7 @@ def busy_s(url: str) -> float:
     return sum(found[_BUSY] for found in samples(url, "replica").values())
 
 
-def measured(url: str, plan: Plan, repeats: int) -> Iterator[tuple[Outcome, float]]:
+def measured(url: str, plan: BenchPlan, repeats: int) -> Iterator[tuple[BenchResult, float]]:
     """Each run, and the share of it that the device computed."""
     for seed in range(repeats):
         before = busy_s(url)
@@ -62,7 +62,7 @@ def measured(url: str, plan: Plan, repeats: int) -> Iterator[tuple[Outcome, floa
         yield found, (busy_s(url) - before) / found.seconds
 
 
-def row(name: str, runs: list[tuple[Outcome, float]], engine: dict[str, float]) -> dict[str, Any]:
+def row(name: str, runs: list[tuple[BenchResult, float]], engine: dict[str, float]) -> dict[str, Any]:
     """One line of the result: the median run's rate, every run's beside it."""
     rates = sorted(round(found.overall.tokens_per_s) for found, _ in runs)
     alone = engine.get(name.split(" x ")[1].split(",")[0] + name.partition(",")[2].split(",")[0])

@@ -21,8 +21,16 @@ from torch import Tensor
 
 from ranklet.kernels.batch import LoraBatch, cut, plan
 from ranklet.kernels.dispatch import BACKENDS
-from ranklet.kernels.tuning.backends import SCOPES, Layer, compile_batches, points
-from ranklet.kernels.tuning.probe import Projection, expanded, gpu_ms, graphed, projections, relative_error, shrunk
+from ranklet.kernels.tuning.backends import SCOPES, MeasuredLayer, compile_batches, points
+from ranklet.kernels.tuning.random_lora import (
+    ProjectionShape,
+    expanded,
+    gpu_ms,
+    graphed,
+    projections,
+    relative_error,
+    shrunk,
+)
 from ranklet.kernels.workloads import even
 from tests.bench import grid, report
 from tests.bench.shapes import QWEN3_EMBEDDING_06B, decoder
@@ -37,14 +45,14 @@ ATTENTION, ALL = SCOPES["attention"], SCOPES["layer"]
 class Setting:
     """The machine's side of a run: what shapes, which backends."""
 
-    projections: tuple[Projection, ...]
+    projections: tuple[ProjectionShape, ...]
     device: torch.device
     dtype: torch.dtype
     backends: tuple[str, ...]
     divisor: int  # of all rows and adapters; the targets hold for 1
 
-    def layer(self, rank: int, adapters: int, rows: int) -> Layer:
-        return Layer(self.projections, rank, adapters, rows, device=self.device, dtype=self.dtype)
+    def layer(self, rank: int, adapters: int, rows: int) -> MeasuredLayer:
+        return MeasuredLayer(self.projections, rank, adapters, rows, device=self.device, dtype=self.dtype)
 
     def batch(self, rows: int, adapters: int) -> tuple[int, int]:
         """A batch of the issue at this machine's size."""
@@ -63,7 +71,7 @@ def setting(*, tiny: bool) -> Setting:
     return Setting(projections(TINY.module_dims()), device, torch.float16, backends, 64)
 
 
-def added_ms(layer: Layer, backend: str, batch: LoraBatch, names: Sequence[str]) -> tuple[float, float]:
+def added_ms(layer: MeasuredLayer, backend: str, batch: LoraBatch, names: Sequence[str]) -> tuple[float, float]:
     """What LoRA adds to the base projections, and these alone: medians of interleaved rounds, each a CUDA graph."""
     base, lora = (graphed(lambda name=name: layer.run(name, batch, names)) for name in ("base", backend))  # type: ignore[misc]
     rounds = [(gpu_ms(base, rep_ms=REP_MS), gpu_ms(lora, rep_ms=REP_MS)) for _ in range(ROUNDS)]
@@ -153,7 +161,7 @@ def error(on: Setting) -> Iterator[dict[str, Any]]:
             yield row("error", f"{what}, the largest", max(largest for _, largest in ulps), 2.0, "ulps")
 
 
-def _float32(layer: Layer, batch: LoraBatch, name: str) -> Tensor:
+def _float32(layer: MeasuredLayer, batch: LoraBatch, name: str) -> Tensor:
     x, made = layer.input(name, batch.rows), layer.probes[name]
     y = x.float() @ made.weight.float().t()
     for s in batch.segments:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.fleet import Member
-from ranklet.routing.report import Holdings, Load, Report
+from ranklet.routing.report import Holdings, QueueLoad, StateReport
 from tests.bench import report
 
 _CHOICES = 20_000
@@ -29,7 +29,7 @@ def row(replicas: int, adapters: int) -> dict[str, Any]:
     for i in range(replicas):
         held = frozenset(names[(i * _SLOTS + k) % adapters] for k in range(_SLOTS))
         holdings = Holdings(0, held, frozenset(), frozenset(), _SLOTS, len(held), 64)
-        routes.told(Report(f"r{i}", Load(0, 0, _RATE, 0, 0), holdings, ("me", "you")), "me", 0.0)
+        routes.told(StateReport(f"r{i}", QueueLoad(0, 0, _RATE, 0, 0), holdings, ("me", "you")), "me", 0.0)
     weights = np.arange(1, adapters + 1) ** -1.1
     drawn = np.random.default_rng(0).choice(adapters, _CHOICES, p=weights / weights.sum()).tolist()
     choose_s, rest_s = [], []
@@ -40,7 +40,7 @@ def row(replicas: int, adapters: int) -> dict[str, Any]:
         chosen_s = perf_counter()
         routes.fleet.sent(k, choice.order[0], 512, now_s)
         routes.fleet.ended(k - _IN_FLIGHT)
-        routes.fleet.hear(f"r{choice.order[0]}", Load(k, 1000, _RATE, k, 512 * k), now_s)
+        routes.fleet.hear(f"r{choice.order[0]}", QueueLoad(k, 1000, _RATE, k, 512 * k), now_s)
         rest_s.append(perf_counter() - chosen_s)
         choose_s.append(chosen_s - began_s)
     choose_us, rest_us = np.array(choose_s[_CHOICES // 2 :]) * 1e6, np.array(rest_s[_CHOICES // 2 :]) * 1e6

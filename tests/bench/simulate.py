@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from ranklet.cluster.command import simulate
-from ranklet.routing.simulate.outcome import Outcome
+from ranklet.routing.simulate.outcome import SimulationResult
 from tests.bench import report
 
 _ALL = ["ranklet", "power of two", "Ray multiplex", "consistent hash", "round robin"]
@@ -63,7 +63,7 @@ def main() -> None:
     simulate.add(command.add_subparsers())
     for part in options.parts:
         rows: list[dict[str, Any]] = []
-        drawn: dict[str, list[Outcome]] = {}
+        drawn: dict[str, list[SimulationResult]] = {}
         for label, words in PARTS[part](options.replicas):
             asked = command.parse_args(["simulate", *words])
             began = perf_counter()
@@ -76,7 +76,7 @@ def main() -> None:
             picture(drawn, path.with_suffix(".png"))
 
 
-def picture(cases: dict[str, list[Outcome]], path: Path) -> None:
+def picture(cases: dict[str, list[SimulationResult]], path: Path) -> None:
     """The p99 wait of each second, a line a rule, a panel a case."""
     import matplotlib as mpl
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from ranklet.cluster import message
-from ranklet.cluster.catalog.registry import Known
+from ranklet.cluster.catalog.registry import AdapterLocation
 from ranklet.cluster.ingress.answers import join, render
 from ranklet.cluster.ingress.protocol import parse_input, parse_request
 from ranklet.cluster.ingress.refusals import BodyTooLarge, body_of, refuse, status_of
@@ -28,9 +28,9 @@ from ranklet.replicas.errors import (
     Unavailable,
     UnknownModel,
 )
-from ranklet.routing.report import Load
+from ranklet.routing.report import QueueLoad
 
-LOAD = Load(1, 0, 0.0, 0, 0)
+LOAD = QueueLoad(1, 0, 0.0, 0, 0)
 TOKEN_LISTS = st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=40), min_size=1, max_size=20)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -41,7 +41,7 @@ JSON = st.recursive(
 
 @given(TOKEN_LISTS)
 def test_prompts_survive_the_message(prompts: list[list[int]]) -> None:
-    adapter = Known("a", "/a", "r1")
+    adapter = AdapterLocation("a", "/a", "r1")
     call = pickle.loads(pickle.dumps(pack(adapter, parse_input(prompts, 100), 64, "g")))  # type: ignore[arg-type]
     assert [prompt.tolist() for prompt in call.prompts()] == prompts
     assert (call.adapter, call.adapter_name, call.dimensions) == (adapter, "a", 64)

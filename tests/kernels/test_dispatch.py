@@ -14,7 +14,7 @@ from tests.kernels import oracle
 
 WIDE, WIDTHS, VOCAB = 12, (8, 4), 30
 NAN = float("nan")
-CPU = dispatch.Layer(((WIDE, WIDTHS),), rank=16, cuda=False)
+CPU = dispatch.LayerInfo(((WIDE, WIDTHS),), rank=16, cuda=False)
 LINEAR = oracle.random_adapters({0: (3, 5), 1: (16, 16)}, WIDE, WIDTHS)
 EMBEDDING = oracle.random_adapters({0: (3,), 1: (16,)}, VOCAB, (12,))
 
@@ -72,7 +72,7 @@ def test_a_projection_without_room_in_the_pool_is_the_base() -> None:
 
 
 QWEN = ((1024, (2048, 1024, 1024)), (2048, (1024,)))
-GPU = dispatch.Layer(QWEN, rank=64, cuda=True)
+GPU = dispatch.LayerInfo(QWEN, rank=64, cuda=True)
 
 
 def evenly(adapters: int, rows: int) -> LoraBatch:

@@ -10,9 +10,19 @@ import torch
 import triton
 
 from ranklet.kernels import tiles
-from ranklet.kernels.tiles import ExpandTile, FusedTile, Key, ShrinkTile, TileTable, default, entry_of, fitted, table
+from ranklet.kernels.tiles import (
+    ExpandTile,
+    FusedTile,
+    ShrinkTile,
+    TileKey,
+    TileTable,
+    default,
+    entry_of,
+    fitted,
+    table,
+)
 
-QKV = Key("shrink", 1024, (2048, 1024, 1024), 64, 128, 30_720)
+QKV = TileKey("shrink", 1024, (2048, 1024, 1024), 64, 128, 30_720)
 TALL, SHORT = ShrinkTile(64, 1, 8, 3), ShrinkTile(128, 4, 4, 2)
 TABLE = TileTable({QKV: TALL, QKV._replace(height=16, rows=256): SHORT}, "test", 227 << 10)
 
@@ -32,7 +42,7 @@ def test_exact_entry() -> None:
     ],
     ids=["rows", "height before rows", "nearest height", "another model"],
 )
-def test_nearest_entry(key: Key, wanted: ShrinkTile) -> None:
+def test_nearest_entry(key: TileKey, wanted: ShrinkTile) -> None:
     assert TABLE.find(key) == wanted
 
 
@@ -65,7 +75,7 @@ def test_default_where_nothing_compares() -> None:
     ],
     ids=["fits", "float32", "step in half", "columns in half", "fused fits", "fused", "least of all"],
 )
-def test_stages_as_many_as_memory_holds(tile: tiles.Tile, key: Key, shared_bytes: int, wanted: tiles.Tile) -> None:
+def test_stages_as_many_as_memory_holds(tile: tiles.Tile, key: TileKey, shared_bytes: int, wanted: tiles.Tile) -> None:
     assert fitted(tile, key, shared_bytes) == wanted
 
 

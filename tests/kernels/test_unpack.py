@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ranklet.kernels.unpack import Room, table, unpack
+from ranklet.kernels.unpack import Destination, table, unpack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")
@@ -16,10 +16,10 @@ MATRICES = [
 
 def test_empty_slots_are_rehearsed_and_huge_ones_refused() -> None:
     slot = torch.full((64,), NAN, device=DEVICE)
-    unpack(torch.zeros(1, device=DEVICE), slot, table([Room(0, 4, 16)], slot.device))
+    unpack(torch.zeros(1, device=DEVICE), slot, table([Destination(0, 4, 16)], slot.device))
     assert torch.equal(slot.cpu(), torch.zeros(64))
     with pytest.raises(ValueError, match=r"2\^31"):
-        table([Room(1 << 30, 1 << 20, 1 << 10)], slot.device)
+        table([Destination(1 << 30, 1 << 20, 1 << 10)], slot.device)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_a_slot_is_written_whole(dtype: torch.dtype) -> None:
     for (rows, columns), (its_rows, its_columns), transposed in MATRICES:
         matrix = torch.randn(its_rows, its_columns).to(dtype)
         strides = (1, its_rows) if transposed else (its_columns, 1)
-        rooms.append(Room(at, rows, columns, source, its_rows, its_columns, *strides))
+        rooms.append(Destination(at, rows, columns, source, its_rows, its_columns, *strides))
         parts.append((matrix.t() if transposed else matrix).flatten())
         room = torch.zeros(rows, columns, dtype=dtype)
         room[:its_rows, :its_columns] = matrix

@@ -9,7 +9,7 @@ from ranklet.kernels import csgmv, fused_gemm, rotary
 from ranklet.kernels.batch import cut, plan
 from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.stack import LinearStack
-from ranklet.kernels.tuning.probe import Projection, probe
+from ranklet.kernels.tuning.random_lora import ProjectionShape, random_lora
 from ranklet.kernels.warm import batches, warm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -28,7 +28,7 @@ def test_batches_have_tiles_of_every_height_the_slots_allow(slots: int) -> None:
 
 
 def test_it_leaves_the_stacks_alone() -> None:
-    stack = probe(Projection("o", 32, (16,)), 8, 3, device=DEVICE, dtype=torch.float16).stack
+    stack = random_lora(ProjectionShape("o", 32, (16,)), 8, 3, device=DEVICE, dtype=torch.float16).stack
     tensors, meta = (stack.a, stack.b, stack.ranks, stack.scalings), list(stack.meta)
     before = [tensor.clone() for tensor in tensors]
     assert warm([stack], 64) == len(list(batches(3, 64)))
@@ -40,8 +40,8 @@ def test_it_leaves_the_stacks_alone() -> None:
 def test_nothing_is_left_to_compile() -> None:
     slots, most_rows = 64, 8192
     probes = [
-        probe(p, 64, slots, device=DEVICE, dtype=torch.bfloat16)
-        for p in (Projection("qkv", 1024, (2048, 1024, 1024)), Projection("down", 3072, (1024,)))
+        random_lora(p, 64, slots, device=DEVICE, dtype=torch.bfloat16)
+        for p in (ProjectionShape("qkv", 1024, (2048, 1024, 1024)), ProjectionShape("down", 3072, (1024,)))
     ]
     places = torch.zeros(most_rows, dtype=torch.int32, device=DEVICE)
     turned = Rotary(None, torch.ones(64, 64, device=DEVICE), torch.ones(64, 64, device=DEVICE), places, 16, 8, 1e-6)

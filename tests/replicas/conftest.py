@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ranklet.replicas.adapters.pool import AdapterPool
-from ranklet.replicas.adapters.verify import Expectation
+from ranklet.replicas.adapters.verify import ExpectedModules
 from ranklet.replicas.config import LORA_MODULES, EngineConfig
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.stats import Listener
@@ -27,9 +27,9 @@ def architecture(model_dir: Path) -> Architecture:
 
 
 @pytest.fixture(scope="session")
-def expectation(model_dir: Path, architecture: Architecture) -> Expectation:
+def expectation(model_dir: Path, architecture: Architecture) -> ExpectedModules:
     table = load_file(model_dir / "model.safetensors")["model.embed_tokens.weight"]
-    return Expectation(architecture, 64, LORA_MODULES, ("model",), table)
+    return ExpectedModules(architecture, 64, LORA_MODULES, ("model",), table)
 
 
 @pytest.fixture

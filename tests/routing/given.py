@@ -4,14 +4,14 @@ from collections.abc import Iterable, Mapping
 
 from ranklet.routing.affinity import Affinity, Policy
 from ranklet.routing.fleet import Member
-from ranklet.routing.report import Holdings, Load, Report
+from ranklet.routing.report import Holdings, QueueLoad, StateReport
 
 RATE = 100_000.0
 NOW_S = 1000.0
 
 
-def load(number: int = 1, queued: int = 0, received: int = 0, done: int = 0, rate: float = RATE) -> Load:
-    return Load(number, queued, rate, done, received)
+def load(number: int = 1, queued: int = 0, received: int = 0, done: int = 0, rate: float = RATE) -> QueueLoad:
+    return QueueLoad(number, queued, rate, done, received)
 
 
 def holdings(
@@ -27,7 +27,7 @@ def told(
 ) -> None:  # fmt: skip
     """Replica `r{index}` says how it is."""
     held = holdings(resident, number=number, slots=slots, pool_rank=pool_rank)
-    routes.told(Report(f"r{index}", load(number, queued), held, gateways), "me", now_s)
+    routes.told(StateReport(f"r{index}", load(number, queued), held, gateways), "me", now_s)
 
 
 def routes_of(

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from ranklet.routing import rendezvous
 from ranklet.routing.affinity import SHORTLIST, Affinity, Policy
 from ranklet.routing.fleet import SILENCE_S, Member
-from ranklet.routing.report import Holdings, Load, Report
+from ranklet.routing.report import Holdings, QueueLoad, StateReport
 from tests.routing.given import NOW_S, RATE, load, routes_of, told
 
 NAMES = [f"adapter-{number}" for number in range(2000)]
 ODD_NUMBERS = st.one_of(st.integers(-(2**70), 2**70), st.floats(), st.just(0))
 NAME_SETS = st.frozensets(st.text(max_size=2))
 REPORTS = st.builds(
-    Report,
+    StateReport,
     replica=st.sampled_from(["r0", "r1", "r7", ""]),
-    load=st.builds(Load, ODD_NUMBERS, ODD_NUMBERS, ODD_NUMBERS, ODD_NUMBERS, ODD_NUMBERS),
+    load=st.builds(QueueLoad, ODD_NUMBERS, ODD_NUMBERS, ODD_NUMBERS, ODD_NUMBERS, ODD_NUMBERS),
     holdings=st.builds(
         Holdings, st.integers(-3, 9), NAME_SETS, NAME_SETS, NAME_SETS,
         st.integers(-3, 9), st.integers(-3, 9), st.integers(-64, 64), st.floats(), st.floats(),
@@ -70,10 +70,10 @@ def test_the_host_cache_is_better_than_the_disk() -> None:
     routes = routes_of(4)
     away = (home("a", 4) + 1) % 4
     held = Holdings(2, frozenset(), frozenset(), frozenset({"a"}), 8, 0, 64, 0.5, 0.01)
-    routes.told(Report(f"r{away}", load(2), held, ()), "me", NOW_S)
+    routes.told(StateReport(f"r{away}", load(2), held, ()), "me", NOW_S)
     for i in set(range(4)) - {away}:
         slow = Holdings(2, frozenset(), frozenset(), frozenset(), 8, 0, 64, 0.5, 0.01)
-        routes.told(Report(f"r{i}", load(2), slow, ()), "me", NOW_S)
+        routes.told(StateReport(f"r{i}", load(2), slow, ()), "me", NOW_S)
     assert best(routes, "a") == away
 
 
@@ -226,7 +226,7 @@ def test_routers_share_the_homes_of_a_hot_adapter() -> None:
     st.integers(-5, 2**60), st.lists(st.floats(-1e12, 1e12), min_size=1, max_size=4), st.integers(-5, 2**40),
 )  # fmt: skip
 def test_nonsense_never_makes_it_raise(
-    reports: list[Report], adapter: str | None, tokens: int, times: list[float], rank: int
+    reports: list[StateReport], adapter: str | None, tokens: int, times: list[float], rank: int
 ) -> None:
     """Clocks that jump, numbers that cannot be: every choice names each replica of the short list once."""
     routes = routes_of(3)
@@ -308,6 +308,6 @@ def test_a_policy_out_of_range_is_refused_by_name(field: str, value: Any) -> Non
 def test_a_rate_that_cannot_be_is_not_believed(rate: float) -> None:
     routes = routes_of(2)
     before = routes.fleet.rate()
-    assert not routes.fleet.hear("r0", Load(10**6, 5, rate, 0, 0), NOW_S)
+    assert not routes.fleet.hear("r0", QueueLoad(10**6, 5, rate, 0, 0), NOW_S)
     assert routes.fleet.rate() == before
     routes.fleet.sent(1, 0, 2**40, NOW_S)

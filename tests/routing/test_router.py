@@ -12,8 +12,8 @@ from ray.serve.request_router import ReplicaID
 
 from ranklet.routing import counters
 from ranklet.routing.affinity import Affinity
-from ranklet.routing.counters import Tally
-from ranklet.routing.hint import ERRAND, Errand
+from ranklet.routing.counters import Counters
+from ranklet.routing.hint import HINT, RoutingHint
 from ranklet.routing.router import AdapterRouter
 from tests.routing.given import told
 
@@ -33,8 +33,8 @@ def stated(rank: int) -> Stated:
 
 
 def pending(adapter: str | None = None, *, id: int = 1, tokens: int = 10, **more: Any) -> Any:
-    errand = Errand(id, adapter, tokens, **more)
-    return SimpleNamespace(kwargs={ERRAND: errand}, routing_context=SimpleNamespace(should_backoff=False))
+    errand = RoutingHint(id, adapter, tokens, **more)
+    return SimpleNamespace(kwargs={HINT: errand}, routing_context=SimpleNamespace(should_backoff=False))
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ async def test_replicas_that_say_nonsense_are_still_used(router: AdapterRouter, 
     assert sorted(await choose(router, [odd, stated(1)], pending("legal"))) == ["odd", "r1"]
 
 
-@pytest.mark.parametrize("kwargs", [{}, {ERRAND: 7}, None])
+@pytest.mark.parametrize("kwargs", [{}, {HINT: 7}, None])
 async def test_a_request_it_cannot_read_is_still_routed(router: AdapterRouter, kwargs: Any) -> None:
     odd = SimpleNamespace(kwargs=kwargs, routing_context=SimpleNamespace(should_backoff=False))
     assert sorted(await choose(router, [stated(0), stated(1)], odd)) == ["r0", "r1"]
@@ -120,11 +120,11 @@ async def test_unusable_settings_are_ignored(router: AdapterRouter, kwargs: dict
 
 
 async def test_choices_are_told_apart(router: AdapterRouter, routes: Affinity, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = Tally()
+    seen = Counters()
     monkeypatch.setattr(counters, "_CURRENT", seen)
     replicas = [stated(rank) for rank in range(2)]
     await choose(router, replicas, pending())
-    assert seen == Tally()
+    assert seen == Counters()
     home = (await choose(router, replicas, pending("a")))[0]
     assert (seen.hits, seen.misses, dict(seen.spills)) == (0, 1, {})
     await choose(router, replicas, pending("a", avoid=home))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ranklet.cluster.command.cli import main
-from ranklet.routing.simulate.engine import Engine, Request, Speed
+from ranklet.routing.simulate.engine import SimulatedEngine, SimulatedRequest, Speed
 from ranklet.routing.simulate.study import RULES, Study, rate_for
 from ranklet.routing.simulate.traffic import Traffic
 from ranklet.routing.simulate.world import Setting
@@ -22,9 +22,9 @@ def study(
 
 
 def test_an_engine_runs_what_is_ready_oldest_first() -> None:
-    engine = Engine(2, 2, SPEED)
+    engine = SimulatedEngine(2, 2, SPEED)
     for id, adapter, tokens in ((0, "a", 60), (1, None, 60), (2, None, 60), (3, None, 30)):
-        engine.take(Request(id, adapter, tokens, 0, 0.0))
+        engine.take(SimulatedRequest(id, adapter, tokens, 0, 0.0))
     assert engine.bring() == [("a", 0.5)]
     assert engine.launch(0.0) == pytest.approx(0.01 + 0.06)
     assert [request.id for request in engine.running] == [1], "2 is too large beside it, and 3 does not overtake 2"
@@ -37,14 +37,14 @@ def test_an_engine_runs_what_is_ready_oldest_first() -> None:
 
 
 def test_an_engine_evicts_the_least_recently_used_that_nobody_wants() -> None:
-    engine = Engine(2, 1, SPEED)
+    engine = SimulatedEngine(2, 1, SPEED)
     for name in ("a", "b"):
-        engine.take(Request(0, name, 10, 0, 0.0))
+        engine.take(SimulatedRequest(0, name, 10, 0, 0.0))
         engine.bring()
         engine.loaded(name, 0.0)
     engine.launch(0.0)
-    engine.take(Request(1, "a", 10, 0, 0.0))
-    engine.take(Request(2, "c", 10, 0, 0.0))
+    engine.take(SimulatedRequest(1, "a", 10, 0, 0.0))
+    engine.take(SimulatedRequest(2, "c", 10, 0, 0.0))
     assert engine.bring() == [], "a is wanted, b runs"
     engine.finish()
     assert engine.bring() == [("c", 0.5)]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import aiohttp
 
 from ranklet.cluster.command.bench.answer import judged
-from ranklet.cluster.command.bench.requests import Asked
+from ranklet.cluster.command.bench.requests import PlannedRequest
 
 _START_IN_S = 0.05
 _TOLD_EVERY_S = 0.2
@@ -22,17 +22,17 @@ _TICK_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class ClientShare:
     """What one process sends."""
 
     url: str
     headers: dict[str, str]
-    asked: list[Asked]
+    asked: list[PlannedRequest]
     concurrency: int | None
     timeout_s: float
 
 
-class Record(NamedTuple):
+class SentRequest(NamedTuple):
     """What came of one request. Times in seconds of the machine's monotonic clock."""
 
     due_s: float
@@ -45,10 +45,10 @@ class Record(NamedTuple):
 
 
 @dataclass(slots=True)
-class Log:
+class ClientLog:
     """A process's records, as its requests were answered, and what the process itself cost."""
 
-    records: list[Record] = field(default_factory=list)
+    records: list[SentRequest] = field(default_factory=list)
     cpu_s: float = 0.0
     busy: float = 0.0  # the share of a core that the process used while it ran
     lags_s: list[float] = field(default_factory=list)  # how late it came to each tick of a clock, as to any answer
@@ -61,10 +61,10 @@ def serve(connection: Connection) -> None:
     Any further message, or the death of whoever started it, ends it early.
     """
     with contextlib.suppress(EOFError, ConnectionError):  # nobody is left to hear of it
-        share: Share = connection.recv()
+        share: ClientShare = connection.recv()
         connection.send(0)
         begin_s: float = connection.recv()
-        log = Log()
+        log = ClientLog()
         gc.freeze()  # else collections walk all the requests that wait: 20 ms each with 20,000 of them
         asyncio.run(_run(share, begin_s, log, connection))
         connection.send(log)
@@ -75,7 +75,7 @@ def starting_time() -> float:
     return time.perf_counter() + _START_IN_S
 
 
-async def _run(share: Share, begin_s: float, log: Log, connection: Connection) -> None:
+async def _run(share: ClientShare, begin_s: float, log: ClientLog, connection: Connection) -> None:
     loop = asyncio.get_running_loop()
     await _until(begin_s)
     cpu_s, wall_s = time.process_time(), time.perf_counter()
@@ -97,12 +97,12 @@ async def _run(share: Share, begin_s: float, log: Log, connection: Connection) -
         sending.result()
 
 
-async def _send(share: Share, begin_s: float, log: Log) -> None:
+async def _send(share: ClientShare, begin_s: float, log: ClientLog) -> None:
     timeout = aiohttp.ClientTimeout(total=share.timeout_s)
     connector = aiohttp.TCPConnector(limit=0)
     waiting = iter(share.asked)
 
-    async def one(asked: Asked) -> None:
+    async def one(asked: PlannedRequest) -> None:
         sent_s = time.perf_counter()
         try:
             async with session.post(share.url, data=asked.body) as answer:
@@ -112,7 +112,7 @@ async def _send(share: Share, begin_s: float, log: Log) -> None:
         else:
             done_s = time.perf_counter()
             outcome, tokens = judged(answer.status, raw, asked.prompts, closely=not log.records)
-        record = Record(begin_s + asked.at_s, sent_s, done_s, tokens, asked.prompts, asked.model, outcome)
+        record = SentRequest(begin_s + asked.at_s, sent_s, done_s, tokens, asked.prompts, asked.model, outcome)
         log.records.append(record)
 
     async def lane() -> None:
@@ -139,13 +139,13 @@ async def _until(time_s: float) -> None:
         await asyncio.sleep(left_s)
 
 
-async def _tell(log: Log, connection: Connection) -> None:
+async def _tell(log: ClientLog, connection: Connection) -> None:
     while True:
         await asyncio.sleep(_TOLD_EVERY_S)
         connection.send(len(log.records))
 
 
-async def _tick(log: Log) -> None:
+async def _tick(log: ClientLog) -> None:
     """An answer waits for this process as long as a tick does; a long wait counts as all the ticks it swallowed."""
     due_s = time.perf_counter() + _TICK_S
     while True:

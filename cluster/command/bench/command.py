@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ranklet.cluster.command.bench.plan import Plan, cores, flag
+from ranklet.cluster.command.bench.plan import BenchPlan, cores, flag
 
 _KEY_VARIABLES = ("RANKLET_API_KEY", "OPENAI_API_KEY")
 _HELP = {
@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "bench", help="send load to a server and measure it (any with OpenAI's embeddings API)"
     )
-    for field in dataclasses.fields(Plan):
+    for field in dataclasses.fields(BenchPlan):
         name, said = flag(field.name), _HELP[field.name]
         if field.name == "adapters":
             parser.add_argument(name, nargs="+", default=[], metavar="NAME", help=said)
@@ -94,21 +94,21 @@ def _check_paths(*paths: Path | None) -> None:
             raise ValueError(f"{path}: expected its folder to exist; make {path.parent}")
 
 
-def plan_of(asked: argparse.Namespace) -> Plan:
+def plan_of(asked: argparse.Namespace) -> BenchPlan:
     """The plan that the flags ask for.
 
     Raises:
-        ValueError: as `Plan`.
+        ValueError: as `BenchPlan`.
     """
-    given = {field.name: getattr(asked, field.name) for field in dataclasses.fields(Plan)}
+    given = {field.name: getattr(asked, field.name) for field in dataclasses.fields(BenchPlan)}
     given["adapters"] = tuple(given["adapters"])
     given["api_key"] = given["api_key"] or next((os.environ[name] for name in _KEY_VARIABLES if name in os.environ), "")
     if given["processes"] is None:
         del given["processes"]
-    return Plan(**given)
+    return BenchPlan(**given)
 
 
-def report(plan: Plan, server: Any) -> dict[str, Any]:
+def report(plan: BenchPlan, server: Any) -> dict[str, Any]:
     """What the numbers hold for; the key stays out.
 
     Args:

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.cluster.command.bench.answer import OK
-from ranklet.cluster.command.bench.client import Log
+from ranklet.cluster.command.bench.client import ClientLog
 
 PERCENTILES = (50, 90, 95, 99)
 _BUSY, _LATE_MS = 0.8, 10.0  # above these the client may have been the bottleneck
 
 
 @dataclass(frozen=True)
-class Numbers:
+class Latencies:
     """Answers to some of the requests. Rates are per second of the whole run; latencies are of answers with vectors."""
 
     requests: int
@@ -35,7 +35,7 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Client:
+class ClientLoad:
     """The load client's own cost."""
 
     processes: int
@@ -60,14 +60,14 @@ class Client:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BenchResult:
     """A whole run."""
 
     planned: int  # requests; more than `overall.requests` if the run was interrupted
     seconds: float  # from the first request that left to the last answer
-    overall: Numbers
-    by_adapter: dict[str, Numbers]
-    client: Client
+    overall: Latencies
+    by_adapter: dict[str, Latencies]
+    client: ClientLoad
     answers: NDArray[np.float64]  # [answered, 2]: when, in seconds after the start, and its latency in seconds
     tokens: NDArray[np.int64]  # [answered]
 
@@ -80,11 +80,11 @@ class Outcome:
         }  # fmt: skip
 
 
-def _facts(numbers: Numbers) -> dict[str, Any]:
+def _facts(numbers: Latencies) -> dict[str, Any]:
     return {name: None if value != value else value for name, value in vars(numbers).items()}  # NaN is no JSON
 
 
-def outcome(logs: Sequence[Log], planned: int, *, open_loop: bool) -> Outcome:
+def outcome(logs: Sequence[ClientLog], planned: int, *, open_loop: bool) -> BenchResult:
     """The numbers of a run.
 
     Args:
@@ -103,10 +103,10 @@ def outcome(logs: Sequence[Log], planned: int, *, open_loop: bool) -> Outcome:
     latency = done - (due if open_loop else sent)
     seconds = float(done.max() - sent.min())
 
-    def of(chosen: NDArray[np.bool_]) -> Numbers:
+    def of(chosen: NDArray[np.bool_]) -> Latencies:
         good = chosen & (outcomes == OK)
         waits = latency[good] * 1e3 if good.any() else np.array([np.nan])
-        return Numbers(
+        return Latencies(
             int(chosen.sum()), int(good.sum()), int(prompts[good].sum()), int(tokens[good].sum()),
             float(good.sum() / seconds), float(prompts[good].sum() / seconds), float(tokens[good].sum() / seconds),
             float(waits.mean()), **{f"p{p}_ms": float(np.percentile(waits, p)) for p in PERCENTILES},
@@ -114,7 +114,7 @@ def outcome(logs: Sequence[Log], planned: int, *, open_loop: bool) -> Outcome:
         )  # fmt: skip
 
     good = outcomes == OK
-    return Outcome(
+    return BenchResult(
         planned, seconds, of(np.ones(len(sent), dtype=bool)),
         {name: of(models == name) for name in np.unique(models).tolist()},
         _client(logs, len(records), np.maximum(sent - due, 0.0) if open_loop else None),
@@ -122,12 +122,12 @@ def outcome(logs: Sequence[Log], planned: int, *, open_loop: bool) -> Outcome:
     )  # fmt: skip
 
 
-def _client(logs: Sequence[Log], requests: int, late_s: NDArray[np.float64] | None) -> Client:
+def _client(logs: Sequence[ClientLog], requests: int, late_s: NDArray[np.float64] | None) -> ClientLoad:
     lags_ms = np.array([lag_s for log in logs for lag_s in log.lags_s] or [0.0]) * 1e3
     late: tuple[float | None, ...] = (None, None, None)
     if late_s is not None:
         late = (float(late_s.mean() * 1e3), float(np.percentile(late_s, 99) * 1e3), float(late_s.max() * 1e3))
-    return Client(
+    return ClientLoad(
         len(logs), max(log.busy for log in logs), sum(log.cpu_s for log in logs) * 1e3 / requests,
         float(np.percentile(lags_ms, 99)), float(lags_ms.max()), *late,
     )  # fmt: skip

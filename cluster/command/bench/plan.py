@@ -18,7 +18,7 @@ def _processes() -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """One run against one server that speaks OpenAI's embeddings API.
 
     Raises:

@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from ranklet.cluster.command.bench.plan import Plan
+from ranklet.cluster.command.bench.plan import BenchPlan
 from ranklet.kernels.mixes import assign
 
 _WORDS = 4096  # different random words
@@ -17,7 +17,7 @@ _TOKENS_A_WORD = 2  # of a common tokenizer, about
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PlannedRequest:
     """One request, ready to send."""
 
     at_s: float  # after the start
@@ -26,14 +26,14 @@ class Asked:
     body: bytes
 
 
-class Prompt(NamedTuple):
+class PromptLine(NamedTuple):
     """One text, or its token ids."""
 
     said: str | list[int] | NDArray[np.int32]
     model: str | None = None  # whom the dataset's file wants to ask
 
 
-def draw(plan: Plan, base: str, adapters: list[str]) -> list[Asked]:
+def draw(plan: BenchPlan, base: str, adapters: list[str]) -> list[PlannedRequest]:
     """All requests of a run, in the order they leave.
 
     Raises:
@@ -54,11 +54,11 @@ def draw(plan: Plan, base: str, adapters: list[str]) -> list[Asked]:
         if model != base:
             body[plan.adapter_as] = model
         body["input"] = [prompt.said for prompt in chunk] if plan.batch_size > 1 else chunk[0].said
-        asked.append(Asked(at_s, model, len(chunk), orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)))
+        asked.append(PlannedRequest(at_s, model, len(chunk), orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)))
     return asked
 
 
-def _prompts(plan: Plan) -> list[Prompt]:
+def _prompts(plan: BenchPlan) -> list[PromptLine]:
     if plan.dataset == "file":
         lines = _read(plan)
         if plan.batch_size > 1 and any(line.model for line in lines):
@@ -68,13 +68,13 @@ def _prompts(plan: Plan) -> list[Prompt]:
     shortest = max(1, int(plan.input_len * plan.range_ratio))
     lengths = rng.integers(shortest, plan.input_len, plan.num_prompts, endpoint=True).tolist()
     if not plan.as_text:
-        return [Prompt(rng.integers(0, plan.vocab, length, dtype=np.int32)) for length in lengths]
+        return [PromptLine(rng.integers(0, plan.vocab, length, dtype=np.int32)) for length in lengths]
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = np.array(["".join(rng.choice(letters, rng.integers(3, 9))) for _ in range(_WORDS)])
-    return [Prompt(" ".join(rng.choice(words, max(1, length // _TOKENS_A_WORD)))) for length in lengths]
+    return [PromptLine(" ".join(rng.choice(words, max(1, length // _TOKENS_A_WORD)))) for length in lengths]
 
 
-def _read(plan: Plan) -> list[Prompt]:
+def _read(plan: BenchPlan) -> list[PromptLine]:
     assert plan.path is not None
     try:
         # not str.splitlines, which also cuts at characters that texts and JSON may hold
@@ -86,10 +86,10 @@ def _read(plan: Plan) -> list[Prompt]:
         raise ValueError(f"--path: expected at least one text, {plan.path} has none")
     if numbered[0][1].startswith("{"):
         return [_entry(number, line) for number, line in numbered]
-    return [Prompt(line) for _, line in numbered]
+    return [PromptLine(line) for _, line in numbered]
 
 
-def _entry(number: int, line: str) -> Prompt:
+def _entry(number: int, line: str) -> PromptLine:
     try:
         entry = json.loads(line)
     except ValueError:
@@ -103,4 +103,4 @@ def _entry(number: int, line: str) -> Prompt:
             f"--path: line {number}: expected a JSON object with a text or token ids in `text` or `input`, "
             f"and perhaps a name in `model`; got {line[:60]}"
         )
-    return Prompt(said, model)
+    return PromptLine(said, model)

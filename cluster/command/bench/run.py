@@ -14,16 +14,16 @@ from types import FrameType
 from typing import Any
 
 from ranklet.cluster.command.bench import worker
-from ranklet.cluster.command.bench.client import Log, Share, starting_time
-from ranklet.cluster.command.bench.outcome import Outcome, outcome
-from ranklet.cluster.command.bench.plan import Plan
-from ranklet.cluster.command.bench.requests import Asked, draw
+from ranklet.cluster.command.bench.client import ClientLog, ClientShare, starting_time
+from ranklet.cluster.command.bench.outcome import BenchResult, outcome
+from ranklet.cluster.command.bench.plan import BenchPlan
+from ranklet.cluster.command.bench.requests import PlannedRequest, draw
 from ranklet.cluster.command.bench.server import headers, targets, warm_up
 
 _OTHER_SEED = 1_000_003  # of the warm-up
 
 
-def bench(plan: Plan, progress: Callable[[int, int], None] = lambda done, of: None) -> Outcome:
+def bench(plan: BenchPlan, progress: Callable[[int, int], None] = lambda done, of: None) -> BenchResult:
     """Run a plan. Interrupted (Ctrl-C), it gives the numbers of what was answered.
 
     Args:
@@ -38,14 +38,14 @@ def bench(plan: Plan, progress: Callable[[int, int], None] = lambda done, of: No
     warm_up(plan, _warming(plan, base, asked))
     processes = min(plan.processes, len(asked), plan.max_concurrency or len(asked))
     shares = [
-        Share(plan.url, headers(plan), asked[i::processes], _concurrency(plan, processes, i), plan.timeout_s)
+        ClientShare(plan.url, headers(plan), asked[i::processes], _concurrency(plan, processes, i), plan.timeout_s)
         for i in range(processes)
     ]
     open_loop = math.isfinite(plan.request_rate) and plan.max_concurrency is None
     return outcome(_run(shares, len(asked), progress), len(asked), open_loop=open_loop)
 
 
-def _warming(plan: Plan, base: str, asked: list[Asked]) -> list[Asked]:
+def _warming(plan: BenchPlan, base: str, asked: list[PlannedRequest]) -> list[PlannedRequest]:
     """Requests to all that the run asks, in turn, with prompts of their own: a server may keep answers or prefixes."""
     if not plan.warmup:
         return []
@@ -56,13 +56,13 @@ def _warming(plan: Plan, base: str, asked: list[Asked]) -> list[Asked]:
     return draw(other, base, [name for name in dict.fromkeys(one.model for one in asked) if name != base])
 
 
-def _concurrency(plan: Plan, processes: int, index: int) -> int | None:
+def _concurrency(plan: BenchPlan, processes: int, index: int) -> int | None:
     if plan.max_concurrency is None:
         return None
     return plan.max_concurrency // processes + (index < plan.max_concurrency % processes)
 
 
-def _run(shares: list[Share], total: int, progress: Callable[[int, int], None]) -> list[Log]:
+def _run(shares: list[ClientShare], total: int, progress: Callable[[int, int], None]) -> list[ClientLog]:
     with contextlib.ExitStack() as stack:
         pipes = [_started(stack) for _ in shares]
         for pipe, share in zip(pipes, shares, strict=True):
@@ -76,15 +76,15 @@ def _run(shares: list[Share], total: int, progress: Callable[[int, int], None]) 
             return _gathered(pipes, total, progress)
 
 
-def _gathered(pipes: list[Connection], total: int, progress: Callable[[int, int], None]) -> list[Log]:
-    done, logs = dict.fromkeys(pipes, 0), dict[Connection, Log]()
+def _gathered(pipes: list[Connection], total: int, progress: Callable[[int, int], None]) -> list[ClientLog]:
+    done, logs = dict.fromkeys(pipes, 0), dict[Connection, ClientLog]()
     while len(logs) < len(pipes):
         for pipe in wait([pipe for pipe in pipes if pipe not in logs]):
             assert isinstance(pipe, Connection)
             said = _received(pipe)
-            if isinstance(said, Log):
+            if isinstance(said, ClientLog):
                 logs[pipe] = said
-            done[pipe] = len(said.records) if isinstance(said, Log) else said
+            done[pipe] = len(said.records) if isinstance(said, ClientLog) else said
         progress(sum(done.values()), total)
     return list(logs.values())
 

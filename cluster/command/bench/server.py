@@ -12,20 +12,20 @@ from typing import Any
 import aiohttp
 
 from ranklet.cluster.command.bench.answer import OK, judged
-from ranklet.cluster.command.bench.plan import Plan
-from ranklet.cluster.command.bench.requests import Asked
+from ranklet.cluster.command.bench.plan import BenchPlan
+from ranklet.cluster.command.bench.requests import PlannedRequest
 
 _PATTERN = frozenset("*?[")
 _PATIENCE_S = 30.0
 
 
-def headers(plan: Plan) -> dict[str, str]:
+def headers(plan: BenchPlan) -> dict[str, str]:
     """Of every request."""
     key = {"authorization": f"Bearer {plan.api_key}"} if plan.api_key else {}
     return {"content-type": "application/json", **key}
 
 
-def targets(plan: Plan) -> tuple[str, list[str]]:
+def targets(plan: BenchPlan) -> tuple[str, list[str]]:
     """The base's name, and those of the adapters to ask.
 
     Raises:
@@ -48,7 +48,7 @@ def targets(plan: Plan) -> tuple[str, list[str]]:
     return plan.model or bases[0], list(dict.fromkeys(chosen))
 
 
-def version(plan: Plan) -> Any:
+def version(plan: BenchPlan) -> Any:
     """What /version answers; None of a server that has none."""
     try:
         return _get(plan, "/version")
@@ -56,7 +56,7 @@ def version(plan: Plan) -> Any:
         return None
 
 
-def _models(plan: Plan) -> list[dict[str, Any]]:
+def _models(plan: BenchPlan) -> list[dict[str, Any]]:
     try:
         cards: list[dict[str, Any]] = _get(plan, "/v1/models")["data"]
         if all(isinstance(card["id"], str) for card in cards):
@@ -67,13 +67,13 @@ def _models(plan: Plan) -> list[dict[str, Any]]:
         raise ValueError(f"expected a list of models at {where}, got {type(error).__name__}: {error}") from None
 
 
-def _get(plan: Plan, path: str) -> Any:
+def _get(plan: BenchPlan, path: str) -> Any:
     request = urllib.request.Request(plan.base_url.rstrip("/") + path, headers=headers(plan))
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=_PATIENCE_S) as answer:
         return json.load(answer)
 
 
-def warm_up(plan: Plan, asked: list[Asked]) -> None:
+def warm_up(plan: BenchPlan, asked: list[PlannedRequest]) -> None:
     """Send these one after the other.
 
     Raises:
@@ -83,7 +83,7 @@ def warm_up(plan: Plan, asked: list[Asked]) -> None:
         asyncio.run(_warm_up(plan, asked))
 
 
-async def _warm_up(plan: Plan, asked: list[Asked]) -> None:
+async def _warm_up(plan: BenchPlan, asked: list[PlannedRequest]) -> None:
     timeout = aiohttp.ClientTimeout(total=plan.timeout_s)
     async with aiohttp.ClientSession(timeout=timeout, headers=headers(plan)) as session:
         for one in asked:

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ranklet.cluster.command.bench.outcome import PERCENTILES, Numbers, Outcome
+from ranklet.cluster.command.bench.outcome import PERCENTILES, BenchResult, Latencies
 
 _MOST_ROWS = 20
 _COLUMNS = ("requests", "failed", "req/s", "texts/s", "tokens/s", "mean ms", *(f"p{p}" for p in PERCENTILES))
@@ -16,7 +16,7 @@ _BINS = 100
 _PICTURES = (".png", ".svg", ".pdf")
 
 
-def show(result: Outcome, console: Console) -> None:
+def show(result: BenchResult, console: Console) -> None:
     """Print it: overall, the busiest adapters, errors, and the client's own cost."""
     table = Table(title=f"{result.overall.answered:,} of {result.planned:,} requests in {result.seconds:.2f} s")
     table.add_column("")
@@ -50,7 +50,7 @@ def show(result: Outcome, console: Console) -> None:
         console.print(f"[yellow]the client may be the bottleneck: {client.suspicion}")
 
 
-def _row(numbers: Numbers) -> tuple[str, ...]:
+def _row(numbers: Latencies) -> tuple[str, ...]:
     latencies = (numbers.mean_ms, *(getattr(numbers, f"p{p}_ms") for p in PERCENTILES))
     return (
         f"{numbers.requests:,}", f"{numbers.requests - numbers.answered:,}", f"{numbers.requests_per_s:,.1f}",
@@ -71,7 +71,7 @@ def check_plot(path: Path) -> None:
         raise ValueError(f"--plot: expected a path that ends with {', '.join(_PICTURES)}; got {path}")
 
 
-def plot(result: Outcome, path: Path) -> None:
+def plot(result: BenchResult, path: Path) -> None:
     """Latency's distribution, and tokens a second over the run, as a picture. `check_plot` says whether it can be."""
     from matplotlib.figure import Figure  # takes a second, which a run without a picture need not wait
 

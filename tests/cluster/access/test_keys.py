@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from ranklet.cluster.access import keys
-from ranklet.cluster.access.keys import Forbidden, Keys, Unauthorized, new_key
-from ranklet.cluster.catalog.overrides import Book, Entry
+from ranklet.cluster.access.keys import ApiKeys, Forbidden, Unauthorized, new_key
+from ranklet.cluster.catalog.overrides import Override, Overrides
 from ranklet.cluster.command import cli
 from ranklet.replicas.errors import InternalError
 
@@ -30,7 +30,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str,
 def test_scopes(written: tuple[Path, str, str]) -> None:
     path, admin, team = written
     assert admin not in path.read_text()
-    known = Keys(path)
+    known = ApiKeys(path)
     known.check_admin(bearer(admin))
     with pytest.raises(Forbidden, match="team"):
         known.check_admin(bearer(team))
@@ -44,12 +44,12 @@ def test_scopes(written: tuple[Path, str, str]) -> None:
 @pytest.mark.parametrize("headers", [{}, {"authorization": "Basic x"}, bearer(""), bearer("wrong"), {"x-api-key": "é"}])
 def test_without_a_known_key_nothing_goes(written: tuple[Path, str, str], headers: dict[str, str]) -> None:
     with pytest.raises(Unauthorized):
-        Keys(written[0]).check(headers)
+        ApiKeys(written[0]).check(headers)
 
 
 def test_a_changed_file_is_in_force_and_a_wrong_one_is_not(written: tuple[Path, str, str]) -> None:
     path, admin, team = written
-    known = Keys(path)
+    known = ApiKeys(path)
     content = yaml.safe_load(path.read_text())
     path.write_text("keys: [{name: x}]")
     assert known.check(bearer(team)), "the last good content"
@@ -65,35 +65,39 @@ def test_a_changed_file_is_in_force_and_a_wrong_one_is_not(written: tuple[Path, 
 def test_a_wrong_file_at_the_start_is_said(tmp_path: Path, text: str) -> None:
     (tmp_path / "keys.yaml").write_text(text)
     with pytest.raises(InternalError, match="keys_file"):
-        Keys(tmp_path / "keys.yaml")
+        ApiKeys(tmp_path / "keys.yaml")
     with pytest.raises(InternalError, match="keys_file"):
-        Keys(tmp_path / "absent.yaml")
+        ApiKeys(tmp_path / "absent.yaml")
 
 
 def test_the_command_prints_an_entry_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["keys", "new", "team", "--adapters", "legal-*", "--tokens-per-minute", "6000"]) == 0
     first, _, *entry = capsys.readouterr().out.splitlines()
     (tmp_path / "keys.yaml").write_text(yaml.safe_dump({"keys": yaml.safe_load("\n".join(entry))}))
-    key = Keys(tmp_path / "keys.yaml").check(bearer(first.split()[-1]))
+    key = ApiKeys(tmp_path / "keys.yaml").check(bearer(first.split()[-1]))
     assert key is not None
     assert (key.name, key.adapters, key.tokens_per_minute) == ("team", ("legal-*",), 6000)
     assert cli.main(["keys", "new", "team", "--tokens-per-minute", "0"]) == 1
 
 
 def test_without_keys_only_an_open_service_takes_an_admins_calls() -> None:
-    assert Keys(None).check({}) is None
-    Keys(None, open_admin=True).check_admin({})
+    assert ApiKeys(None).check({}) is None
+    ApiKeys(None, open_admin=True).check_admin({})
     with pytest.raises(Unauthorized, match=r"127\.0\.0\.1"):
-        Keys(None).check_admin({})
+        ApiKeys(None).check_admin({})
 
 
 def test_books_of_several_processes_keep_each_others_entries(tmp_path: Path) -> None:
-    one, other = Book(tmp_path), Book(tmp_path)
-    one.put("a", Entry(path="/a"))
-    other.put("b", Entry(path="/b", pinned=True))
-    one.put("c", Entry())
+    one, other = Overrides(tmp_path), Overrides(tmp_path)
+    one.put("a", Override(path="/a"))
+    other.put("b", Override(path="/b", pinned=True))
+    one.put("c", Override())
     one.put("a", None)
-    assert other.entries(fresh=True) == {"b": Entry(path="/b", pinned=True), "c": Entry()} == Book(tmp_path).entries()
+    assert (
+        other.entries(fresh=True)
+        == {"b": Override(path="/b", pinned=True), "c": Override()}
+        == Overrides(tmp_path).entries()
+    )
     (tmp_path / ".ranklet" / "adapters.json").write_text("{")
     with pytest.raises(InternalError, match=r"adapters\.json"):
-        Book(tmp_path)
+        Overrides(tmp_path)

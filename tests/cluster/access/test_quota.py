@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from ray.exceptions import RayError
 
 from ranklet.cluster.access.admission import Admission
-from ranklet.cluster.access.keys import Key
-from ranklet.cluster.access.quota import SETTLE_S, Account, Bucket, Flow, Ledger, OverQuota, Quotas
+from ranklet.cluster.access.keys import ApiKey
+from ranklet.cluster.access.quota import SETTLE_S, Account, Ledger, OverQuota, QuotaFlow, Quotas, TokenBucket
 from ranklet.replicas.errors import Saturated
 
 MINUTE = 6000
@@ -29,7 +29,7 @@ class Site:
     def __post_init__(self) -> None:
         self.ledger = Ledger(lambda: self.now_s)
 
-    async def settle(self, accounts: Mapping[Flow, Account]) -> Mapping[Flow, float]:
+    async def settle(self, accounts: Mapping[QuotaFlow, Account]) -> Mapping[QuotaFlow, float]:
         if self.silent:
             raise RayError("gone")
         return self.ledger.settle(accounts)
@@ -40,11 +40,11 @@ class Site:
         return made
 
 
-def key(per_minute: int | None) -> Key:
-    return Key(name="team", sha256="0" * 64, adapters=("*",), tokens_per_minute=per_minute)
+def key(per_minute: int | None) -> ApiKey:
+    return ApiKey(name="team", sha256="0" * 64, adapters=("*",), tokens_per_minute=per_minute)
 
 
-def passes(gateway: Quotas, tokens: int, model: str = "legal", of: Key | None = None) -> bool:
+def passes(gateway: Quotas, tokens: int, model: str = "legal", of: ApiKey | None = None) -> bool:
     try:
         with gateway.charged(of, model, tokens):
             return True
@@ -146,7 +146,7 @@ async def test_gateways_learn_of_each_other() -> None:
 
 
 def test_a_bucket_holds_a_minute_and_no_more() -> None:
-    bucket = Bucket(600, 600, 0.0)
+    bucket = TokenBucket(600, 600, 0.0)
     assert bucket.level_at(1000) == 600
     assert bucket.take(700, 0.0) == -100
     assert bucket.level_at(30) == 200

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ranklet.cluster.catalog.registry import Registry, refusal_of_name
-from ranklet.cluster.ingress.naming import Names
+from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, RankletError, UnknownModel
 
 
@@ -98,8 +98,8 @@ def test_no_name_leaves_the_root(name: str) -> None:
     assert refusal_of_name(name) is None
 
 
-def names(root: Path) -> Names:
-    return Names(["base", "org/base"], Registry(root, {}))
+def names(root: Path) -> ModelNames:
+    return ModelNames(["base", "org/base"], Registry(root, {}))
 
 
 @pytest.mark.parametrize("model", ["base", "org/base"])

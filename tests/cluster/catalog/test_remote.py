@@ -12,8 +12,8 @@ import fsspec
 import pytest
 
 from ranklet.cluster.catalog import remote
-from ranklet.cluster.catalog.remote import Sources, check_allowed
-from ranklet.cluster.catalog.resolver import Finder
+from ranklet.cluster.catalog.remote import RemoteCache, check_allowed
+from ranklet.cluster.catalog.resolver import AdapterResolver
 from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, StillLoading, Unavailable
 from tests.cluster.catalog.bucket import Bucket, bucket
@@ -31,7 +31,7 @@ def s3(served: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     return served
 
 
-class Cache(Sources):
+class Cache(RemoteCache):
     """A cache that counts its downloads."""
 
     def __init__(self, root: Path, most_bytes: int = 1 << 30, most_adapter_bytes: int = 1 << 30) -> None:
@@ -83,12 +83,12 @@ def test_a_download_that_broke_off_goes_on(
     size = (adapters_dir / "legal-v2" / WEIGHTS_FILE).stat().st_size
     read: list[int] = []
 
-    def grown(cache: Sources, url: str, others: int, now: int) -> None:
+    def grown(cache: RemoteCache, url: str, others: int, now: int) -> None:
         read.append(now)
         if breaking and others and now > size // 2:
             raise ConnectionError("the wire was cut")
 
-    monkeypatch.setattr(Sources, "_refuse_large", grown)
+    monkeypatch.setattr(RemoteCache, "_refuse_large", grown)
     breaking = True
     with pytest.raises(Unavailable, match="the wire was cut"):
         cache.fetch(url)
@@ -106,11 +106,11 @@ def test_what_came_wrong_is_not_served(s3: Bucket, adapters_dir: Path, tmp_path:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(remote, "_CHUNK", 10_000)
 
-        def cut(cache: Sources, url: str, others: int, now: int) -> None:
+        def cut(cache: RemoteCache, url: str, others: int, now: int) -> None:
             if others and now > 50_000:
                 raise ConnectionError
 
-        patched.setattr(Sources, "_refuse_large", cut)
+        patched.setattr(RemoteCache, "_refuse_large", cut)
         with pytest.raises(Unavailable):
             cache.fetch(url)
     (part,) = (tmp_path / "cache").glob(f"*.part/{WEIGHTS_FILE}")
@@ -173,11 +173,11 @@ async def test_a_source_that_hangs_holds_up_its_own_adapter_alone(adapters_dir: 
     gate = threading.Event()
 
     class Hanging(Cache):
-        def fetch(self, place: str) -> remote.Fetched:
+        def fetch(self, place: str) -> remote.FetchedAdapter:
             gate.wait(20)
-            return remote.Fetched(adapters_dir / "legal-v2", "r1", downloaded=True)
+            return remote.FetchedAdapter(adapters_dir / "legal-v2", "r1", downloaded=True)
 
-    finder = Finder(Hanging(tmp_path), timeout_s=0.2)
+    finder = AdapterResolver(Hanging(tmp_path), timeout_s=0.2)
     with pytest.raises(StillLoading, match="download"):
         await finder.find("far", "s3://models/far")
     assert (await finder.find("near", str(adapters_dir / "medical"))).adapter.name == "near"
@@ -191,12 +191,12 @@ async def test_a_look_that_began_before_a_change_was_told_is_not_believed(adapte
     gate, revisions = threading.Event(), iter(("old", "new"))
 
     class Changing(Cache):
-        def fetch(self, place: str) -> remote.Fetched:
+        def fetch(self, place: str) -> remote.FetchedAdapter:
             revision = next(revisions)
             assert revision == "new" or gate.wait(20)
-            return remote.Fetched(adapters_dir / "legal-v2", revision, downloaded=True)
+            return remote.FetchedAdapter(adapters_dir / "legal-v2", revision, downloaded=True)
 
-    finder = Finder(Changing(tmp_path), timeout_s=10)
+    finder = AdapterResolver(Changing(tmp_path), timeout_s=10)
     early = asyncio.create_task(finder.find("far", "s3://models/far"))
     await asyncio.sleep(0.1)
     finder.forget("far")

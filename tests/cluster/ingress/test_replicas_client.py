@@ -11,14 +11,14 @@ import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
 from ray.serve.request_router import PendingRequest
 
-from ranklet.cluster.catalog.registry import Known
-from ranklet.cluster.ingress.replicas_client import Replicas
+from ranklet.cluster.catalog.registry import AdapterLocation
+from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.message import EmbedCall, EmbedReply
 from ranklet.replicas.errors import Unavailable
 from ranklet.routing import affinity
 from ranklet.routing.fleet import Member
-from ranklet.routing.hint import ERRAND
-from ranklet.routing.report import Load
+from ranklet.routing.hint import HINT
+from ranklet.routing.report import QueueLoad
 from ranklet.routing.router import AdapterRouter
 
 PROMPTS = [np.arange(1, 5, dtype=np.int32)]
@@ -39,22 +39,22 @@ class Handle:
     async def remote(self, call: EmbedCall, **kwargs: Any) -> EmbedReply:
         self.call, self.kwargs = call, kwargs
         return EmbedReply(
-            np.ones(8, np.float32).tobytes(), 8, 4, "gpu", "csgmv", "r0", None, 0.0, 0.0, Load(1, 0, 0.0, 0, 4)
+            np.ones(8, np.float32).tobytes(), 8, 4, "gpu", "csgmv", "r0", None, 0.0, 0.0, QueueLoad(1, 0, 0.0, 0, 4)
         )
 
 
-async def asked(adapter: Known | None) -> Handle:
+async def asked(adapter: AdapterLocation | None) -> Handle:
     handle: Any = Handle()
-    answer = await Replicas(handle, 5.0, lambda: None).embed(adapter, PROMPTS, None, 8)
+    answer = await ReplicasClient(handle, 5.0, lambda: None).embed(adapter, PROMPTS, None, 8)
     assert answer.vectors.shape == (1, 8)
     assert isinstance(handle, Handle)
     return handle
 
 
 async def test_the_adapter_is_named_to_the_router(tmp_path: Any) -> None:
-    named, bare = await asked(Known("legal", tmp_path)), await asked(None)
+    named, bare = await asked(AdapterLocation("legal", tmp_path)), await asked(None)
     for handle, adapter in ((named, "legal"), (bare, None)):
-        errand = handle.kwargs.pop(ERRAND)
+        errand = handle.kwargs.pop(HINT)
         assert not handle.kwargs
         assert (errand.adapter, errand.tokens, errand.avoid, errand.only) == (adapter, 4, None, None)
     assert named.options_given == {"method_name": "embed"}
@@ -62,7 +62,7 @@ async def test_the_adapter_is_named_to_the_router(tmp_path: Any) -> None:
 
 async def test_ray_forgets_a_call_that_was_answered(tmp_path: Any) -> None:
     """With a multiplexed model id among the options, Ray 2.60's router would keep it for ever."""
-    handle = await asked(Known("legal", tmp_path))
+    handle = await asked(AdapterLocation("legal", tmp_path))
     router = AdapterRouter(
         deployment_id=DeploymentID("Replica", "ranklet"), handle_source=DeploymentHandleSource.REPLICA
     )
@@ -86,7 +86,7 @@ async def test_where_there_is_no_replica_nobody_waits_long(monkeypatch: pytest.M
 
     monkeypatch.setattr(affinity, "_CURRENT", affinity.Affinity())
     handle: Any = Nobody()
-    replicas = Replicas(handle, 30.0, lambda: None, patience_s=0.3)
+    replicas = ReplicasClient(handle, 30.0, lambda: None, patience_s=0.3)
     watch = asyncio.ensure_future(replicas.watch())
     try:
         began_s = time.monotonic()

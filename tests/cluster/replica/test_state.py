@@ -2,8 +2,8 @@
 
 import pytest
 
-from ranklet.cluster.replica.state import Standing
-from ranklet.replicas.engine.stats import BatchRecord, Held, LoadRecord
+from ranklet.cluster.replica.state import ReplicaState
+from ranklet.replicas.engine.stats import BatchRecord, HeldAdapters, LoadRecord
 
 
 def batch(tokens: int, seconds: float) -> BatchRecord:
@@ -11,7 +11,7 @@ def batch(tokens: int, seconds: float) -> BatchRecord:
 
 
 def test_the_queue_is_what_arrived_and_is_not_settled() -> None:
-    standing = Standing("r", 4, 64)
+    standing = ReplicaState("r", 4, 64)
     standing.arrived("g1", 100)
     standing.arrived("g2", 50)
     standing.settled(100)
@@ -22,7 +22,7 @@ def test_the_queue_is_what_arrived_and_is_not_settled() -> None:
 
 
 def test_speed_is_that_of_large_batches() -> None:
-    standing = Standing("r", 4, 64)
+    standing = ReplicaState("r", 4, 64)
     assert standing.wait_s() == 0
     for _ in range(100):
         standing.batch(batch(10, 0.01))
@@ -35,10 +35,10 @@ def test_speed_is_that_of_large_batches() -> None:
 
 
 def test_a_report_says_what_is_held_and_what_loads_take() -> None:
-    standing = Standing("r", 4, 64)
-    standing.holds(Held(("a",), ("b",), ("a", "c"), 2))
+    standing = ReplicaState("r", 4, 64)
+    standing.holds(HeldAdapters(("a",), ("b",), ("a", "c"), 2))
     before = standing.held_number
-    standing.holds(Held(("a",), ("b",), ("c", "a"), 2))
+    standing.holds(HeldAdapters(("a",), ("b",), ("c", "a"), 2))
     assert standing.held_number == before, "another order is no news"
     for seconds in (0.1, 0.3):
         standing.load(LoadRecord("a", 16, "disk", seconds))
@@ -54,7 +54,7 @@ def test_a_report_says_what_is_held_and_what_loads_take() -> None:
 
 
 def test_busy_is_a_share_of_the_time_since_it_was_asked() -> None:
-    standing = Standing("r", 4, 64)
+    standing = ReplicaState("r", 4, 64)
     assert standing.busy() == 0
     standing.batch(batch(10, 1000.0))
     assert standing.busy() == 1.0

@@ -16,13 +16,14 @@ from ranklet.kernels.tiles import KINDS, ShrinkTile
 from ranklet.kernels.tuning import tune
 from ranklet.kernels.tuning.candidates import FEW_ROWS, WORKLOADS, candidates, cases
 from ranklet.kernels.tuning.compile import compile_all
-from ranklet.kernels.tuning.probe import Projection, probe, projections
+from ranklet.kernels.tuning.random_lora import ProjectionShape, projections, random_lora
 from ranklet.kernels.workloads import Workload, even
 from tests.bench.shapes import QWEN3_EMBEDDING_06B
 
 CPU, DEVICE = torch.device("cpu"), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TINY = tune.Plan(
-    (Projection("gate_up", 128, (256, 256)),), (16,), (Workload("distinct", 4, 3, 2), Workload("identical", 2, 70, 1)),
+TINY = tune.TunePlan(
+    (ProjectionShape("gate_up", 128, (256, 256)),), (16,),
+    (Workload("distinct", 4, 3, 2), Workload("identical", 2, 70, 1)),
     DEVICE, torch.float16,
 )  # fmt: skip
 
@@ -58,7 +59,7 @@ def test_rows_are_shared_evenly() -> None:
 
 
 def test_a_probe_is_zero_beyond_its_rank() -> None:
-    made = probe(Projection("qkv", 24, (16, 8, 8)), 3, 2, device=CPU, dtype=torch.float32)
+    made = random_lora(ProjectionShape("qkv", 24, (16, 8, 8)), 3, 2, device=CPU, dtype=torch.float32)
     assert made.stack.rank == 16
     a = made.stack.a.view(2, 3, 16, 24)
     assert a[:, :, :3].all()

@@ -14,7 +14,7 @@ from ranklet.replicas.adapters.loader import HostCache, Loader, LoadOutcome
 from ranklet.replicas.adapters.packed import Layout, PackedAdapter
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterRef
-from ranklet.replicas.adapters.verify import Expectation
+from ranklet.replicas.adapters.verify import ExpectedModules
 from ranklet.replicas.errors import AdapterNotFound, InternalError, InvalidAdapter
 from tests.assets.broken import BROKEN
 from tests.assets.make import AdapterSpec
@@ -63,7 +63,7 @@ def load(loader: Loader, wanted: AdapterRef, slot: int = 0) -> LoadOutcome:
 
 @pytest.fixture
 def make_loader(
-    make_pool: Callable[[], AdapterPool], expectation: Expectation
+    make_pool: Callable[[], AdapterPool], expectation: ExpectedModules
 ) -> Callable[[int], tuple[Loader, AdapterPool]]:
     def make(budget: int) -> tuple[Loader, AdapterPool]:
         pool = make_pool()

@@ -9,11 +9,11 @@ import pytest
 
 from ranklet.replicas.adapters import manager
 from ranklet.replicas.adapters.loader import Loader, LoadOutcome
-from ranklet.replicas.adapters.manager import Residency
+from ranklet.replicas.adapters.manager import AdapterManager
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.adapters.slots import SlotTable
-from ranklet.replicas.adapters.verify import Expectation
+from ranklet.replicas.adapters.verify import ExpectedModules
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter
 from tests.assets.broken import edit_config, sound
 from tests.assets.make import AdapterSpec
@@ -23,11 +23,11 @@ from tests.replicas.asking import PATIENCE_S, ref
 class Scene:
     """A residency whose finished loads are settled when the test says so."""
 
-    def __init__(self, pool: AdapterPool, expectation: Expectation, slots: int) -> None:
+    def __init__(self, pool: AdapterPool, expectation: ExpectedModules, slots: int) -> None:
         self.outcomes: queue.Queue[LoadOutcome] = queue.Queue()
         self.evicted: list[str] = []
         self.loader = Loader(pool, expectation, 1 << 30)
-        self.residency = Residency(SlotTable(slots), self.loader, self.outcomes.put, self.evicted.append)
+        self.residency = AdapterManager(SlotTable(slots), self.loader, self.outcomes.put, self.evicted.append)
 
     def settle(self) -> tuple[Future[AdapterInfo] | None, AdapterInfo | None]:
         return self.residency.settle(self.outcomes.get(timeout=PATIENCE_S))
@@ -41,7 +41,7 @@ class Scene:
 
 
 @pytest.fixture
-def scene(make_pool: Callable[[], AdapterPool], expectation: Expectation) -> Iterator[Scene]:
+def scene(make_pool: Callable[[], AdapterPool], expectation: ExpectedModules) -> Iterator[Scene]:
     made = Scene(make_pool(), expectation, slots=1)
     yield made
     made.loader.stop()

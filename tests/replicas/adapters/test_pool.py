@@ -9,7 +9,7 @@ import torch
 from ranklet.kernels.stack import PACKS, padded_rank
 from ranklet.replicas.adapters.packed import pack
 from ranklet.replicas.adapters.pool import AdapterPool
-from ranklet.replicas.adapters.verify import EMBEDDING, Adapter, Expectation, read_adapter
+from ranklet.replicas.adapters.verify import EMBEDDING, AdapterWeights, ExpectedModules, read_adapter
 from ranklet.replicas.config import LORA_MODULES
 from ranklet.replicas.model.architecture import Architecture
 from tests.assets.adapters import save_adapter
@@ -34,11 +34,11 @@ def memory(pool: AdapterPool, slot: int) -> torch.Tensor:
 
 
 @pytest.fixture
-def adapters(adapter_specs: list[AdapterSpec], expectation: Expectation) -> dict[str, Adapter]:
+def adapters(adapter_specs: list[AdapterSpec], expectation: ExpectedModules) -> dict[str, AdapterWeights]:
     return {spec.name: read_adapter(ref(spec.path), expectation) for spec in adapter_specs}
 
 
-def test_no_tail_of_the_last_tenant(make_pool: MakePool, adapters: dict[str, Adapter]) -> None:
+def test_no_tail_of_the_last_tenant(make_pool: MakePool, adapters: dict[str, AdapterWeights]) -> None:
     """Every adapter over every other leaves what it leaves in a fresh pool, bit for bit."""
     ready = {name: pack(adapter, torch.float32) for name, adapter in adapters.items()}
     fresh = {}
@@ -54,7 +54,9 @@ def test_no_tail_of_the_last_tenant(make_pool: MakePool, adapters: dict[str, Ada
             assert torch.equal(memory(used, 0), fresh[second]), f"{second} over {first}"
 
 
-def test_rank_8_over_rank_32(make_pool: MakePool, model_dir: Path, tmp_path: Path, expectation: Expectation) -> None:
+def test_rank_8_over_rank_32(
+    make_pool: MakePool, model_dir: Path, tmp_path: Path, expectation: ExpectedModules
+) -> None:
     both = ["q_proj", "down_proj", "embed_tokens"]
     large = save_adapter(model_dir, tmp_path / "large", r=32, target_modules=both)
     small = save_adapter(model_dir, tmp_path / "small", r=8, target_modules=both)
@@ -68,7 +70,7 @@ def test_rank_8_over_rank_32(make_pool: MakePool, model_dir: Path, tmp_path: Pat
     assert not memory(reused, 0).any(), "the neighbour's slot is untouched"
 
 
-def test_a_slot_says_on_the_cpu_what_it_holds(make_pool: MakePool, adapters: dict[str, Adapter]) -> None:
+def test_a_slot_says_on_the_cpu_what_it_holds(make_pool: MakePool, adapters: dict[str, AdapterWeights]) -> None:
     pool = make_pool()
     for adapter in adapters.values():
         pool.load(0, pack(adapter, torch.float32))
@@ -85,7 +87,7 @@ def test_a_slot_says_on_the_cpu_what_it_holds(make_pool: MakePool, adapters: dic
         assert pool.embedding.meta[0].ranks == ((weight.rank if weight else 0),)
 
 
-def test_every_matrix_stands_where_its_slice_is_read(make_pool: MakePool, adapters: dict[str, Adapter]) -> None:
+def test_every_matrix_stands_where_its_slice_is_read(make_pool: MakePool, adapters: dict[str, AdapterWeights]) -> None:
     pool = make_pool()
     for adapter in adapters.values():
         pool.load(1, pack(adapter, torch.float32))
@@ -106,7 +108,7 @@ def test_every_matrix_stands_where_its_slice_is_read(make_pool: MakePool, adapte
             assert not b[:, weight.rank :].any()
 
 
-def test_packing_rounds_once_to_the_pools_dtype(adapters: dict[str, Adapter]) -> None:
+def test_packing_rounds_once_to_the_pools_dtype(adapters: dict[str, AdapterWeights]) -> None:
     adapter = adapters["medical"]
     packed = pack(adapter, torch.bfloat16)
     assert packed.flat.dtype == torch.bfloat16
@@ -136,7 +138,9 @@ def test_ranks_are_padded_to_sixteens(rank: int, kept: int) -> None:
     assert padded_rank(rank) == kept
 
 
-def test_a_posing_pool_is_empty_again(make_pool: Callable[[], AdapterPool], adapters: dict[str, Adapter]) -> None:
+def test_a_posing_pool_is_empty_again(
+    make_pool: Callable[[], AdapterPool], adapters: dict[str, AdapterWeights]
+) -> None:
     """While it poses each slot has full rank everywhere; afterwards an adapter is as alone as in a new pool."""
     pool = make_pool()
     with pool.posing():
@@ -151,7 +155,7 @@ def test_a_posing_pool_is_empty_again(make_pool: Callable[[], AdapterPool], adap
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_gpu_holds_what_the_cpu_does(
-    architecture: Architecture, adapters: dict[str, Adapter], dtype: torch.dtype
+    architecture: Architecture, adapters: dict[str, AdapterWeights], dtype: torch.dtype
 ) -> None:
     """Every adapter over every other, bit for bit: a kernel writes there, torch here."""
     here, there = (AdapterPool(architecture, 2, 64, LORA_MODULES, torch.device(at), dtype) for at in ("cpu", "cuda"))

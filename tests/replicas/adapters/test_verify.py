@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import Revisions
-from ranklet.replicas.adapters.verify import EMBEDDING, Adapter, Expectation, read_adapter
+from ranklet.replicas.adapters.verify import EMBEDDING, AdapterWeights, ExpectedModules, read_adapter
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
 from ranklet.replicas.model.architecture import Architecture
@@ -26,7 +26,7 @@ from tests.replicas.asking import ask, assert_same, prompts, ref
 Change = Callable[[dict[str, torch.Tensor]], object]
 
 
-def findings(folder: Path, expectation: Expectation) -> tuple[str, ...]:
+def findings(folder: Path, expectation: ExpectedModules) -> tuple[str, ...]:
     with pytest.raises(InvalidAdapter) as caught:
         read_adapter(AdapterRef(folder.name, str(folder), "1"), expectation)
     assert all(finding in caught.value.message for finding in caught.value.findings)
@@ -35,14 +35,14 @@ def findings(folder: Path, expectation: Expectation) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_bad_folders_are_refused_with_the_reason(
-    name: str, model_dir: Path, tmp_path: Path, expectation: Expectation
+    name: str, model_dir: Path, tmp_path: Path, expectation: ExpectedModules
 ) -> None:
     found = "\n".join(findings(BROKEN[name].make(model_dir, tmp_path / name), expectation))
     for word in BROKEN[name].says:
         assert word in found
 
 
-def test_every_reason_is_a_finding_of_its_own(model_dir: Path, tmp_path: Path, expectation: Expectation) -> None:
+def test_every_reason_is_a_finding_of_its_own(model_dir: Path, tmp_path: Path, expectation: ExpectedModules) -> None:
     found = findings(BROKEN["several"].make(model_dir, tmp_path / "several"), expectation)
     for word in BROKEN["several"].says:
         assert sum(word in finding for finding in found) >= 1
@@ -57,7 +57,7 @@ def test_forms_seen_in_the_wild_answer_as_peft_does(name: str, model_dir: Path, 
     assert_same(answer.vectors, reference_embedding(model_dir, folder, texts))
 
 
-def test_the_six_adapters_are_read_to_the_bit(adapter_specs: list[AdapterSpec], expectation: Expectation) -> None:
+def test_the_six_adapters_are_read_to_the_bit(adapter_specs: list[AdapterSpec], expectation: ExpectedModules) -> None:
     for spec in adapter_specs:
         adapter = read_adapter(ref(spec.path), expectation)
         assert adapter.rank == spec.rank
@@ -119,34 +119,36 @@ def _magnitude(weights: dict[str, torch.Tensor]) -> None:
     ],
 )
 def test_tensors_that_do_not_fit_are_named(
-    change: Change, says: str, model_dir: Path, tmp_path: Path, expectation: Expectation
+    change: Change, says: str, model_dir: Path, tmp_path: Path, expectation: ExpectedModules
 ) -> None:
     folder = edit_weights(sound(model_dir, tmp_path / "odd"), change)
     assert any(says in finding for finding in findings(folder, expectation))
 
 
-def test_numbers_must_be_finite_in_the_served_dtype(model_dir: Path, tmp_path: Path, expectation: Expectation) -> None:
+def test_numbers_must_be_finite_in_the_served_dtype(
+    model_dir: Path, tmp_path: Path, expectation: ExpectedModules
+) -> None:
     def grow(weights: dict[str, torch.Tensor]) -> None:
         weights[next(iter(sorted(weights)))][0, 0] = 70_000.0
 
     folder = edit_weights(sound(model_dir, tmp_path / "large"), grow)
     assert read_adapter(ref(folder), expectation).rank == 8
-    halves = Expectation(
+    halves = ExpectedModules(
         expectation.architecture, 64, expectation.modules, expectation.bases, expectation.embedding.half()
     )
     assert any("float16" in finding for finding in findings(folder, halves))
 
 
-def test_the_pools_own_limits_are_findings(model_dir: Path, tmp_path: Path, expectation: Expectation) -> None:
+def test_the_pools_own_limits_are_findings(model_dir: Path, tmp_path: Path, expectation: ExpectedModules) -> None:
     folder = sound(model_dir, tmp_path / "eight")
-    small = Expectation(expectation.architecture, 4, ("q_proj",), ("model",), expectation.embedding)
+    small = ExpectedModules(expectation.architecture, 4, ("q_proj",), ("model",), expectation.embedding)
     found = "\n".join(findings(folder, small))
     assert "engine.max_rank" in found
     assert "engine.lora_modules" in found
     assert "down_proj" in found
 
 
-def test_folders_that_are_none(tmp_path: Path, expectation: Expectation) -> None:
+def test_folders_that_are_none(tmp_path: Path, expectation: ExpectedModules) -> None:
     (tmp_path / "file").write_text("")
     for path in ("gone", "file", "file/under", "a\0b"):
         with pytest.raises(AdapterNotFound, match="does not exist"):
@@ -154,7 +156,7 @@ def test_folders_that_are_none(tmp_path: Path, expectation: Expectation) -> None
 
 
 def test_a_pipe_in_place_of_a_file_is_refused_and_never_waited_for(
-    model_dir: Path, tmp_path: Path, expectation: Expectation
+    model_dir: Path, tmp_path: Path, expectation: ExpectedModules
 ) -> None:
     for name in (WEIGHTS, "adapter_config.json"):
         folder = sound(model_dir, tmp_path / name)
@@ -164,7 +166,7 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_never_waited_for(
 
 
 def test_an_adapter_of_a_base_of_another_size_names_both(
-    tmp_path: Path, model_dir: Path, architecture: Architecture, expectation: Expectation
+    tmp_path: Path, model_dir: Path, architecture: Architecture, expectation: ExpectedModules
 ) -> None:
     """Same names, same depth, another vocabulary: only embed_tokens can tell."""
     other = make_model(tmp_path / "model", vocab_size=900)
@@ -184,7 +186,7 @@ def intact(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 
 def test_files_that_change_under_way_are_neither_served_nor_refused(
-    model_dir: Path, tmp_path: Path, expectation: Expectation
+    model_dir: Path, tmp_path: Path, expectation: ExpectedModules
 ) -> None:
     """Their findings would be remembered against content that has none."""
     folder = sound(model_dir, tmp_path / "adapter")
@@ -198,11 +200,11 @@ def test_files_that_change_under_way_are_neither_served_nor_refused(
         read_adapter(before, expectation)
 
 
-def check(folder: Path, content: bytes, expectation: Expectation) -> None:
+def check(folder: Path, content: bytes, expectation: ExpectedModules) -> None:
     """Refused, or read exactly as safetensors itself reads it."""
     (folder / WEIGHTS).write_bytes(content)
     try:
-        adapter: Adapter = read_adapter(AdapterRef("x", str(folder), "1"), expectation)
+        adapter: AdapterWeights = read_adapter(AdapterRef("x", str(folder), "1"), expectation)
     except InvalidAdapter:
         return
     tensors = safetensors.torch.load(content)
@@ -216,14 +218,14 @@ def check(folder: Path, content: bytes, expectation: Expectation) -> None:
 
 @settings(max_examples=60)
 @given(st.data())
-def test_truncated_files(intact: tuple[Path, bytes], expectation: Expectation, data: st.DataObject) -> None:
+def test_truncated_files(intact: tuple[Path, bytes], expectation: ExpectedModules, data: st.DataObject) -> None:
     folder, content = intact
     check(folder, content[: data.draw(st.integers(0, len(content) - 1))], expectation)
 
 
 @settings(max_examples=150)
 @given(st.data())
-def test_flipped_bits(intact: tuple[Path, bytes], expectation: Expectation, data: st.DataObject) -> None:
+def test_flipped_bits(intact: tuple[Path, bytes], expectation: ExpectedModules, data: st.DataObject) -> None:
     folder, content = intact
     spoilt = bytearray(content)
     header = 8 + int.from_bytes(content[:8], "little")
@@ -234,13 +236,13 @@ def test_flipped_bits(intact: tuple[Path, bytes], expectation: Expectation, data
 
 
 @given(st.integers(0, 2**64 - 1) | st.sampled_from([2**63, 2**31, 100_000_001, 0, 1]))
-def test_any_header_length(intact: tuple[Path, bytes], expectation: Expectation, length: int) -> None:
+def test_any_header_length(intact: tuple[Path, bytes], expectation: ExpectedModules, length: int) -> None:
     folder, content = intact
     check(folder, length.to_bytes(8, "little") + content[8:], expectation)
 
 
 @pytest.mark.parametrize("dtype", ["BOOL", "F4", "F6_E2M3", "F8_E5M2", "F8_E8M0", "C64", "I64", "U8", "Q9", ""])
-def test_any_dtype_in_the_header(intact: tuple[Path, bytes], expectation: Expectation, dtype: str) -> None:
+def test_any_dtype_in_the_header(intact: tuple[Path, bytes], expectation: ExpectedModules, dtype: str) -> None:
     """The header is rewritten, its tensors' shapes with it, so that the offsets still agree where they can."""
     folder, content = intact
     header = content[8 : 8 + int.from_bytes(content[:8], "little")]
@@ -249,7 +251,7 @@ def test_any_dtype_in_the_header(intact: tuple[Path, bytes], expectation: Expect
     assert findings(folder, expectation)
 
 
-def test_the_intact_file_is_read(intact: tuple[Path, bytes], expectation: Expectation) -> None:
+def test_the_intact_file_is_read(intact: tuple[Path, bytes], expectation: ExpectedModules) -> None:
     folder, content = intact
     (folder / WEIGHTS).write_bytes(content)
     adapter = read_adapter(ref(folder), expectation)
@@ -258,11 +260,11 @@ def test_the_intact_file_is_read(intact: tuple[Path, bytes], expectation: Expect
 
 
 def test_aliases_let_an_adapter_name_the_base_otherwise(
-    model_dir: Path, tmp_path: Path, expectation: Expectation
+    model_dir: Path, tmp_path: Path, expectation: ExpectedModules
 ) -> None:
     folder = edit_config(sound(model_dir, tmp_path / "hub"), base_model_name_or_path="Acme/Embedder-v1")
     assert any("Acme/Embedder-v1" in finding for finding in findings(folder, expectation))
-    known = Expectation(
+    known = ExpectedModules(
         expectation.architecture, 64, expectation.modules, ("model", "acme/embedder-*"), expectation.embedding
     )
     assert read_adapter(ref(folder), known).rank == 8

@@ -17,7 +17,7 @@ from ranklet.kernels.batch import plan
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.bucket import Bucket
 from ranklet.replicas.engine.engine import Engine
-from ranklet.replicas.engine.runner import Stepper
+from ranklet.replicas.engine.runner import Runner
 from tests.assets.make import AdapterSpec, make_model
 from tests.replicas.asking import ref
 
@@ -49,7 +49,7 @@ def test_batches_that_are_as_good_as_full_share_a_bucket() -> None:
     assert Bucket.of([29_000], 30_000).tokens != 30_000 != Bucket.of([2_000], 30_000).tokens
 
 
-def test_random_batches_come_in_few_shapes(stepper: Stepper) -> None:
+def test_random_batches_come_in_few_shapes(stepper: Runner) -> None:
     """Any lengths, any adapters: most batches must meet a graph that is there, of the 256 that are kept."""
     rng, shapes, met, turns = np.random.default_rng(0), set[Hashable](), 0, 4000
     for turn in range(turns):
@@ -64,7 +64,7 @@ def test_random_batches_come_in_few_shapes(stepper: Stepper) -> None:
     assert met >= 0.97 * turns / 2
 
 
-def test_lengths_that_attention_reads_on_the_host_are_in_the_shape(stepper: Stepper) -> None:
+def test_lengths_that_attention_reads_on_the_host_are_in_the_shape(stepper: Runner) -> None:
     """Otherwise float32 on a GPU would replay one batch's attention on another."""
     shapes = []
     for rounds in (True, False):
@@ -126,7 +126,7 @@ def test_a_batch_that_is_filled_up_has_the_same_vectors(
 
 
 def plain_and_padded(
-    stepper: Stepper, prompts: list[NDArray[np.int32]], slots: list[int | None], backend: str, rows: list[int]
+    stepper: Runner, prompts: list[NDArray[np.int32]], slots: list[int | None], backend: str, rows: list[int]
 ) -> list[torch.Tensor]:
     """The vectors of a batch as it is and rounded up, which has so many tokens each."""
     order, lora = plan([len(prompt) for prompt in prompts], slots)
@@ -140,7 +140,7 @@ def plain_and_padded(
 
 
 @pytest.fixture
-def stepper(tmp_path: Path) -> Iterator[Stepper]:
+def stepper(tmp_path: Path) -> Iterator[Runner]:
     """One that rounds batches up as on a GPU."""
     engine = Engine(EngineConfig(make_model(tmp_path / "model"), slots=8))
     engine.stepper._rounds = True

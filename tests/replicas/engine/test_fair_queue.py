@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ranklet.replicas.adapters.reference import AdapterRef
-from ranklet.replicas.engine.fair_queue import FairQueue, Work
+from ranklet.replicas.engine.fair_queue import FairQueue, Sequence
 from ranklet.replicas.engine.fair_share import share_of_room
 
 REFS = [None, *(AdapterRef(f"a{index}", f"/{index}", "1") for index in range(3))]
@@ -15,20 +15,20 @@ ALLOWANCE = 20
 prompts = st.tuples(st.integers(1, 30), st.sampled_from(REFS))
 
 
-def work(tokens: int, adapter: AdapterRef | None = None) -> Work:
-    return Work(np.zeros(tokens, np.int32), adapter, 0.0)
+def work(tokens: int, adapter: AdapterRef | None = None) -> Sequence:
+    return Sequence(np.zeros(tokens, np.int32), adapter, 0.0)
 
 
-def queue_of(works: list[Work], allowance: int = ALLOWANCE) -> FairQueue[Work]:
-    queue: FairQueue[Work] = FairQueue(allowance)
+def queue_of(works: list[Sequence], allowance: int = ALLOWANCE) -> FairQueue[Sequence]:
+    queue: FairQueue[Sequence] = FairQueue(allowance)
     for each in works:
         queue.add(each)
     return queue
 
 
-def serve(queue: FairQueue[Work], tokens: int) -> list[Work]:
+def serve(queue: FairQueue[Sequence], tokens: int) -> list[Sequence]:
     """One batch from the front."""
-    batch: list[Work] = []
+    batch: list[Sequence] = []
     for each in queue:
         if batch and sum(len(one.tokens) for one in batch) + len(each.tokens) > tokens:
             break
@@ -47,7 +47,7 @@ def test_within_the_allowance_it_is_first_come_first_served(drawn: list[tuple[in
 def test_each_adapters_prompts_stay_in_order_and_none_is_lost(
     arrivals: list[list[tuple[int, AdapterRef | None]]], batch: int
 ) -> None:
-    queue, came, went = queue_of([]), list[Work](), list[Work]()
+    queue, came, went = queue_of([]), list[Sequence](), list[Sequence]()
     for some in arrivals:
         for each in (new := [work(*one) for one in some]):
             queue.add(each)

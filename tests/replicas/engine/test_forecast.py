@@ -2,11 +2,11 @@
 
 import pytest
 
-from ranklet.replicas.engine.forecast import Pace
+from ranklet.replicas.engine.forecast import Forecast
 
 
 def test_a_small_batch_is_the_smallest_that_is_worth_it() -> None:
-    pace = Pace()
+    pace = Forecast()
     assert pace.small() is None
     cost_s = {4096: 0.010, 2048: 0.0052, 1024: 0.0030, 512: 0.0024}
     tried = []
@@ -22,7 +22,7 @@ def test_a_small_batch_is_the_smallest_that_is_worth_it() -> None:
 
 
 def test_a_size_that_was_slow_once_is_tried_again() -> None:
-    pace, slow_s = Pace(), 0.05
+    pace, slow_s = Forecast(), 0.05
 
     def land(tokens: int, took_s: float) -> None:
         pace.launched(tokens, 0.0)
@@ -44,13 +44,13 @@ def test_a_size_that_was_slow_once_is_tried_again() -> None:
 
 
 def test_nothing_is_expected_before_a_batch_has_landed() -> None:
-    pace = Pace()
+    pace = Forecast()
     pace.launched(1000, 5.0)
     assert (pace.free_s, pace.expected_s(1000)) == (5.0, 0.0)
 
 
 def test_batches_run_one_after_the_other() -> None:
-    pace = Pace()
+    pace = Forecast()
     pace.launched(1000, 5.0)
     pace.landed(0.1, 5.1)
     pace.launched(1000, 6.0)
@@ -63,7 +63,7 @@ def test_batches_run_one_after_the_other() -> None:
 
 
 def test_each_size_has_its_own_rate_and_unknown_sizes_take_the_nearest() -> None:
-    pace = Pace()
+    pace = Forecast()
     for tokens, took_s in ((100, 0.01), (10_000, 0.1)):
         pace.launched(tokens, 0.0)
         pace.landed(took_s, 0.0)
@@ -74,7 +74,7 @@ def test_each_size_has_its_own_rate_and_unknown_sizes_take_the_nearest() -> None
 
 
 def test_enough_is_where_larger_batches_gain_nothing() -> None:
-    pace = Pace()
+    pace = Forecast()
     assert pace.enough() is None
     for tokens, took_s, expected in (
         (6000, 0.0200, None),  # nobody knows about larger ones
@@ -89,7 +89,7 @@ def test_enough_is_where_larger_batches_gain_nothing() -> None:
 
 
 def test_it_follows_a_device_that_slows_down() -> None:
-    pace = Pace()
+    pace = Forecast()
     for took_s in (0.1, *(0.2,) * 8):
         pace.launched(1000, 0.0)
         pace.landed(took_s, 0.0)
@@ -97,7 +97,7 @@ def test_it_follows_a_device_that_slows_down() -> None:
 
 
 def test_a_batch_that_failed_is_not_waited_for() -> None:
-    pace = Pace()
+    pace = Forecast()
     pace.launched(1000, 0.0)
     pace.landed(0.1, 0.1)
     pace.launched(1000, 0.2)

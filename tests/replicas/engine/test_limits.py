@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from ranklet.replicas.engine.limits import Limits
+from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.errors import InvalidRequest
 
-LIMITS = Limits(max_model_len=10, hidden=64, vocab=100)
+LIMITS = RequestLimits(max_model_len=10, hidden=64, vocab=100)
 
 
 def tokens(*ids: int) -> np.ndarray:
@@ -42,4 +42,4 @@ def test_what_is_not_is_named(prompts: list[np.ndarray], dimensions: int | None,
 
 
 def test_a_model_narrower_than_the_usual_minimum_takes_its_own_width() -> None:
-    assert Limits(10, hidden=16, vocab=5).check([tokens(1)], 16) == 16
+    assert RequestLimits(10, hidden=16, vocab=5).check([tokens(1)], 16) == 16

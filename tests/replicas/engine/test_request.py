@@ -4,18 +4,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ranklet.replicas.engine.request import Answer, Call, Prompt, Ticket
+from ranklet.replicas.engine.request import Answer, Prompt, Request, Ticket
 from ranklet.replicas.errors import InternalError, RankletError
 
 
-def call(prompts: int, dimensions: int = 4, *, shortened: bool = False) -> tuple[Call, list[Answer | RankletError]]:
+def call(prompts: int, dimensions: int = 4, *, shortened: bool = False) -> tuple[Request, list[Answer | RankletError]]:
     ended: list[Answer | RankletError] = []
-    made = Call(prompts, dimensions, shortened=shortened, tier="host", tokens=7, done=ended.append)
+    made = Request(prompts, dimensions, shortened=shortened, tier="host", tokens=7, done=ended.append)
     made.works = [Prompt(np.zeros(1, np.int32), None, 0.0, call=made, index=index) for index in range(prompts)]
     return made, ended
 
 
-def complete(made: Call, index: int, vector: Sequence[float], *, waited: float = 0.0, ran: float = 0.0) -> None:
+def complete(made: Request, index: int, vector: Sequence[float], *, waited: float = 0.0, ran: float = 0.0) -> None:
     made.complete(index, np.asarray(vector, np.float32), backend="native", queue_s=waited, compute_s=ran)
 
 

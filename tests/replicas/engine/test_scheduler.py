@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ranklet.replicas.adapters.reference import AdapterRef
-from ranklet.replicas.engine.fair_queue import Work
-from ranklet.replicas.engine.scheduler import PATIENCE, Round, Scheduler
+from ranklet.replicas.engine.fair_queue import Sequence
+from ranklet.replicas.engine.scheduler import PATIENCE, Scheduler, StepPlan
 
 REFS = [AdapterRef(f"a{index}", f"/{index}", "1") for index in range(6)]
 MAX_TOKENS = 20
 
 
-def work(tokens: int, adapter: AdapterRef | None = None, *, solo: bool = False, cancelled: bool = False) -> Work:
-    return Work(np.zeros(tokens, np.int32), adapter, 0.0, solo=solo, cancelled=cancelled)
+def work(tokens: int, adapter: AdapterRef | None = None, *, solo: bool = False, cancelled: bool = False) -> Sequence:
+    return Sequence(np.zeros(tokens, np.int32), adapter, 0.0, solo=solo, cancelled=cancelled)
 
 
 @dataclass
@@ -27,13 +27,13 @@ class Limits:
     adapters: int = 2
     demand: int = 3
 
-    def scheduler(self) -> Scheduler[Work]:
+    def scheduler(self) -> Scheduler[Sequence]:
         return Scheduler(
             max_tokens=self.tokens, max_requests=self.requests, max_adapters=self.adapters, max_demand=self.demand
         )
 
 
-def distinct(works: list[Work]) -> list[AdapterRef]:
+def distinct(works: list[Sequence]) -> list[AdapterRef]:
     """Their adapters, in order of first appearance."""
     return list(dict.fromkeys(each.adapter for each in works if each.adapter is not None))
 
@@ -51,7 +51,7 @@ residents = st.frozensets(st.sampled_from(REFS))
 
 
 @given(queues, limits, st.integers(1, MAX_TOKENS + 5))
-def test_a_batch_is_closed_when_it_has_enough(queue: list[Work], limit: Limits, enough: int) -> None:
+def test_a_batch_is_closed_when_it_has_enough(queue: list[Sequence], limit: Limits, enough: int) -> None:
     scheduler = limit.scheduler()
     for each in queue:
         scheduler.queue.add(each)
@@ -64,7 +64,7 @@ def test_a_batch_is_closed_when_it_has_enough(queue: list[Work], limit: Limits, 
 
 
 @given(queues, limits, residents)
-def test_a_batch_keeps_every_budget(queue: list[Work], limit: Limits, resident: frozenset[AdapterRef]) -> None:
+def test_a_batch_keeps_every_budget(queue: list[Sequence], limit: Limits, resident: frozenset[AdapterRef]) -> None:
     scheduler = limit.scheduler()
     for each in queue:
         scheduler.queue.add(each)
@@ -82,7 +82,7 @@ def test_a_batch_keeps_every_budget(queue: list[Work], limit: Limits, resident: 
 
 @given(queues, limits, residents)
 def test_demand_is_the_first_adapters_whether_resident_or_not(
-    queue: list[Work], limit: Limits, resident: frozenset[AdapterRef]
+    queue: list[Sequence], limit: Limits, resident: frozenset[AdapterRef]
 ) -> None:
     scheduler = limit.scheduler()
     for each in queue:
@@ -92,8 +92,8 @@ def test_demand_is_the_first_adapters_whether_resident_or_not(
 
 
 @given(queues, limits)
-def test_nothing_is_lost_or_served_twice(queue: list[Work], limit: Limits) -> None:
-    scheduler, served, dropped = limit.scheduler(), list[Work](), list[Work]()
+def test_nothing_is_lost_or_served_twice(queue: list[Sequence], limit: Limits) -> None:
+    scheduler, served, dropped = limit.scheduler(), list[Sequence](), list[Sequence]()
     for each in queue:
         scheduler.queue.add(each)
     for _ in range(len(queue) + 1):
@@ -112,21 +112,21 @@ def test_nothing_is_lost_or_served_twice(queue: list[Work], limit: Limits) -> No
 class Traffic:
     """A loop of the engine: arrivals, a batch, arrivals, a batch, until all is answered."""
 
-    scheduler: Scheduler[Work]
+    scheduler: Scheduler[Sequence]
     slots: int
     resident: list[AdapterRef] = field(default_factory=list)
-    overtaken: dict[Work, int] = field(default_factory=dict)
+    overtaken: dict[Sequence, int] = field(default_factory=dict)
     served: int = 0
 
-    def ready(self, each: Work) -> bool:
+    def ready(self, each: Sequence) -> bool:
         return each.adapter is None or each.adapter in self.resident
 
-    def add(self, arrivals: list[Work]) -> None:
+    def add(self, arrivals: list[Sequence]) -> None:
         for each in arrivals:
             self.overtaken[each] = 0
             self.scheduler.queue.add(each)
 
-    def step(self) -> Round[Work]:
+    def step(self) -> StepPlan[Sequence]:
         """One batch, then the loads that its demand allows: the oldest adapters get and keep the slots."""
         found = self.scheduler.propose(self.resident.__contains__)
         chosen = set(map(id, found.batch))
@@ -150,7 +150,7 @@ class Traffic:
     st.integers(1, 4),
 )
 def test_no_ready_prompt_is_overtaken_more_often_than_stated(
-    arrivals: list[list[Work]], limit: Limits, slots: int
+    arrivals: list[list[Sequence]], limit: Limits, slots: int
 ) -> None:
     traffic = Traffic(
         Limits(requests=limit.requests, adapters=min(limit.adapters, slots), demand=slots).scheduler(), slots

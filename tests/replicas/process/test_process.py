@@ -128,7 +128,8 @@ def test_who_waits_when_it_dies_is_told(model_dir: Path) -> None:
 def test_it_ends_with_the_one_that_asks(model_dir: Path) -> None:
     program = (
         "import os, sys; from pathlib import Path; from ranklet.replicas.config import EngineConfig;"
-        "from ranklet.replicas.process import EngineProcess; engine = EngineProcess(EngineConfig(Path(sys.argv[1])));"
+        "from ranklet.replicas.process.process import EngineProcess;"
+        "engine = EngineProcess(EngineConfig(Path(sys.argv[1])));"
         "print(engine.pid, 'torch' in sys.modules, flush=True); os._exit(0)"
     )
     said = subprocess.run([sys.executable, "-c", program, str(model_dir)], capture_output=True, text=True, check=True)

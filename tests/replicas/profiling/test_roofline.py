@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from ranklet.replicas.adapters.verify import EMBEDDING, Place
-from ranklet.replicas.profiling.roofline import STAGES, Adapted, Ceilings, Cost, Shape, costs, lora_costs
+from ranklet.replicas.adapters.verify import EMBEDDING, Module
+from ranklet.replicas.profiling.roofline import STAGES, AdapterShare, BatchShape, Ceilings, Cost, costs, lora_costs
 from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B
 
 T = 5 * 6144
-LONG = Shape([6144] * 5, last_only=False, element_bytes=2)
+LONG = BatchShape([6144] * 5, last_only=False, element_bytes=2)
 
 
 def test_products_count_their_operations_and_bytes() -> None:
@@ -55,12 +55,12 @@ def test_the_last_layer_does_less_where_last_tokens_are_all_that_is_read() -> No
     assert less["attention"].operations / whole["attention"].operations == pytest.approx(27 / 28, rel=1e-3)
 
 
-def ranks(modules: tuple[str, ...], rank: int) -> dict[Place, int]:
+def ranks(modules: tuple[str, ...], rank: int) -> dict[Module, int]:
     return {(layer, module): rank for layer in range(28) for module in modules}
 
 
 def test_lora_adds_its_two_products() -> None:
-    parts = [Adapted(6144, 1, ranks(ATTENTION, 64))] * 3 + [Adapted(2 * 6144, 2, ranks(ATTENTION, 64))]
+    parts = [AdapterShare(6144, 1, ranks(ATTENTION, 64))] * 3 + [AdapterShare(2 * 6144, 2, ranks(ATTENTION, 64))]
     found = lora_costs(QWEN3_EMBEDDING_06B, replace(LONG, adapted=parts))
     assert set(found) == {"qkv", "o"}
     assert found["qkv"] == Cost(28 * 2 * T * 64 * (3 * 1024 + 4096), 28 * 4 * 2 * 64 * (3 * 1024 + 4096))
@@ -69,28 +69,28 @@ def test_lora_adds_its_two_products() -> None:
 
 
 def test_each_adapter_counts_its_own_rows_and_ranks() -> None:
-    parts = [Adapted(6144, 1, ranks(("q_proj",), 64)), Adapted(100, 1, ranks(("q_proj", "up_proj"), 8))]
+    parts = [AdapterShare(6144, 1, ranks(("q_proj",), 64)), AdapterShare(100, 1, ranks(("q_proj", "up_proj"), 8))]
     found = lora_costs(QWEN3_EMBEDDING_06B, replace(LONG, adapted=parts))
     assert found["qkv"].operations == 28 * 2 * (6144 * 64 + 100 * 8) * (1024 + 2048)
     assert found["gate_up"].operations == 28 * 2 * 100 * 8 * (1024 + 3072)
 
 
 def test_the_last_layer_adapts_last_tokens_alone() -> None:
-    parts = [Adapted(2 * 6144, 2, ranks(("q_proj", "down_proj"), 64))]
+    parts = [AdapterShare(2 * 6144, 2, ranks(("q_proj", "down_proj"), 64))]
     found = lora_costs(QWEN3_EMBEDDING_06B, replace(LONG, adapted=parts, last_only=True))
     assert found["qkv"].operations == 28 * 2 * 2 * 6144 * 64 * (1024 + 2048)
     assert found["down"].operations == 2 * (27 * 2 * 6144 + 2) * 64 * (3072 + 1024)
 
 
 def test_merged_lora_works_on_weights() -> None:
-    parts = [Adapted(6144, 1, ranks(("o_proj",), 64))] * 4
+    parts = [AdapterShare(6144, 1, ranks(("o_proj",), 64))] * 4
     found = lora_costs(QWEN3_EMBEDDING_06B, replace(LONG, adapted=parts, merged=True))
     product, adapter = 2048 * 1024, 64 * (2048 + 1024)
     assert found["o"] == Cost(28 * 4 * 2 * 64 * product, 28 * 4 * 2 * (adapter + 2 * product))
 
 
 def test_lora_of_the_embedding_looks_tokens_up() -> None:
-    parts = [Adapted(6144, 1, {(EMBEDDING, "embed_tokens"): 16})]
+    parts = [AdapterShare(6144, 1, {(EMBEDDING, "embed_tokens"): 16})]
     found = lora_costs(QWEN3_EMBEDDING_06B, replace(LONG, adapted=parts))
     assert found == {"embed": Cost(2 * 6144 * 16 * 1024, 2 * 16 * (6144 + 1024))}
 

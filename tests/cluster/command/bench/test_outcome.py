@@ -7,16 +7,19 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ranklet.cluster.command.bench.client import Log, Record
-from ranklet.cluster.command.bench.outcome import Client, outcome
+from ranklet.cluster.command.bench.client import ClientLog, SentRequest
+from ranklet.cluster.command.bench.outcome import ClientLoad, outcome
 from ranklet.cluster.command.bench.show import plot, show
 
 
-def logs() -> list[Log]:
+def logs() -> list[ClientLog]:
     """Two processes: 100 answers of 1..100 ms from "a", then two failures of "b"; the run lasts 2 s."""
-    first = [Record(10.0, 10.001, 10.001 + i / 1e3, 7, 2, "a", "ok") for i in range(1, 101)]
-    second = [Record(11.0, 11.5, 11.6, 0, 2, "b", "quota"), Record(11.0, 11.02, 12.001, 0, 2, "b", "TimeoutError")]
-    return [Log(first, 0.5, 0.25, [0.001] * 50), Log(second, 0.52, 0.26, [0.002] * 50)]
+    first = [SentRequest(10.0, 10.001, 10.001 + i / 1e3, 7, 2, "a", "ok") for i in range(1, 101)]
+    second = [
+        SentRequest(11.0, 11.5, 11.6, 0, 2, "b", "quota"),
+        SentRequest(11.0, 11.02, 12.001, 0, 2, "b", "TimeoutError"),
+    ]
+    return [ClientLog(first, 0.5, 0.25, [0.001] * 50), ClientLog(second, 0.52, 0.26, [0.002] * 50)]
 
 
 def test_numbers_of_a_closed_loop() -> None:
@@ -56,7 +59,7 @@ def test_in_an_open_loop_latency_counts_from_when_a_request_was_due() -> None:
 
 @pytest.mark.parametrize(("busiest", "lag", "said"), [(0.9, 0.0, "90%"), (0.1, 30.0, "30 ms"), (0.8, 10.0, None)])
 def test_a_client_that_may_be_the_bottleneck_says_so(busiest: float, lag: float, said: str | None) -> None:
-    suspicion = Client(1, busiest, 0.1, lag, lag, None, None, None).suspicion
+    suspicion = ClientLoad(1, busiest, 0.1, lag, lag, None, None, None).suspicion
     assert suspicion is None if said is None else said in str(suspicion)
 
 
@@ -69,7 +72,7 @@ def test_what_is_not_known_is_null() -> None:
 
 def test_nothing_answered() -> None:
     with pytest.raises(ValueError, match="expected at least one request"):
-        outcome([Log()], 5, open_loop=False)
+        outcome([ClientLog()], 5, open_loop=False)
 
 
 def test_the_table_and_the_picture(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ranklet.cluster.command.bench.plan import Plan
+from ranklet.cluster.command.bench.plan import BenchPlan
 from ranklet.cluster.command.cli import main
 
 
@@ -39,13 +39,13 @@ from ranklet.cluster.command.cli import main
 )
 def test_a_wrong_field_is_named_with_what_came(fields: dict[str, Any], flag: str, got: str) -> None:
     with pytest.raises(ValueError, match="expected") as error:
-        Plan(**fields)
+        BenchPlan(**fields)
     assert str(error.value).startswith(flag)
     assert got in str(error.value)
 
 
 def test_the_key_is_not_shown() -> None:
-    assert "secret" not in repr(Plan(api_key="secret"))
+    assert "secret" not in repr(BenchPlan(api_key="secret"))
 
 
 @pytest.mark.parametrize("flags", [["--input-len", "0"], ["--out", "no/such/folder/a.json"], ["--plot", "a.txt"]])

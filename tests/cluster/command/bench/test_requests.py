@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ranklet.cluster.command.bench.plan import Plan
-from ranklet.cluster.command.bench.requests import Asked, draw
+from ranklet.cluster.command.bench.plan import BenchPlan
+from ranklet.cluster.command.bench.requests import PlannedRequest, draw
 
-PLAN = Plan(num_prompts=400, input_len=100, range_ratio=0.25, vocab=50, processes=1)
+PLAN = BenchPlan(num_prompts=400, input_len=100, range_ratio=0.25, vocab=50, processes=1)
 ADAPTERS = ["a", "b", "c"]
 
 
-def bodies(asked: list[Asked]) -> list[dict[str, Any]]:
+def bodies(asked: list[PlannedRequest]) -> list[dict[str, Any]]:
     return [json.loads(one.body) for one in asked]
 
 
-def file_plan(folder: Path, content: str, **fields: Any) -> Plan:
+def file_plan(folder: Path, content: str, **fields: Any) -> BenchPlan:
     path = folder / "texts"
     path.write_text(content, encoding="utf-8")
-    return Plan(dataset="file", path=path, processes=1, **{"num_prompts": 4, **fields})
+    return BenchPlan(dataset="file", path=path, processes=1, **{"num_prompts": 4, **fields})
 
 
 def test_lengths_are_uniform_in_the_range_and_ids_are_of_the_vocabulary() -> None:
@@ -125,4 +125,4 @@ def test_a_bad_file_is_refused_by_line(tmp_path: Path, content: str, said: str) 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--path: expected a readable"):
-        draw(Plan(dataset="file", path=tmp_path / "none"), "base", [])
+        draw(BenchPlan(dataset="file", path=tmp_path / "none"), "base", [])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ranklet.cluster.command.bench.plan import Plan
+from ranklet.cluster.command.bench.plan import BenchPlan
 from ranklet.cluster.command.bench.run import bench
 from ranklet.cluster.command.cli import main
 from tests.cluster.command.bench import peer
@@ -19,8 +19,8 @@ from tests.cluster.command.bench.peer import BAD, BASE, ERRORS, GOOD
 from tests.cluster.service import Service, eventually
 
 
-def plan(url: str, **fields: Any) -> Plan:
-    return Plan(base_url=url, **{"num_prompts": 60, "input_len": 5, "processes": 2, "warmup": 0, **fields})
+def plan(url: str, **fields: Any) -> BenchPlan:
+    return BenchPlan(base_url=url, **{"num_prompts": 60, "input_len": 5, "processes": 2, "warmup": 0, **fields})
 
 
 def test_every_failure_is_counted_and_stops_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

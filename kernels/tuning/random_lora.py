@@ -20,7 +20,7 @@ SCALING = 1.5
 _LEAST_REPEATS = 6
 
 
-class Projection(NamedTuple):
+class ProjectionShape(NamedTuple):
     """A packed linear projection: its input width and the output columns of its slices."""
 
     name: str
@@ -28,28 +28,30 @@ class Projection(NamedTuple):
     widths: tuple[int, ...]
 
 
-def projections(dims: Mapping[str, tuple[int, int]]) -> tuple[Projection, ...]:
+def projections(dims: Mapping[str, tuple[int, int]]) -> tuple[ProjectionShape, ...]:
     """A decoder layer's packed projections.
 
     Args:
         dims: (input width, output width) by module, as a model's `Architecture.module_dims` gives them.
     """
     return tuple(
-        Projection(name, dims[modules[0]][0], tuple(dims[module][1] for module in modules))
+        ProjectionShape(name, dims[modules[0]][0], tuple(dims[module][1] for module in modules))
         for name, modules in PACKS.items()
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class RandomLora:
     """One projection with random weights, every slot filled with a random adapter."""
 
-    projection: Projection
+    projection: ProjectionShape
     weight: Tensor  # [N, K]
     stack: LinearStack
 
 
-def probe(projection: Projection, rank: int, slots: int, *, device: torch.device, dtype: torch.dtype) -> Probe:
+def random_lora(
+    projection: ProjectionShape, rank: int, slots: int, *, device: torch.device, dtype: torch.dtype
+) -> RandomLora:
     """Weights such that the base's output has size 1, and LoRA's about as much; zero beyond the adapters' rank."""
     wide, widths = projection.wide, projection.widths
     padded, slices = padded_rank(rank), len(widths)
@@ -64,7 +66,7 @@ def probe(projection: Projection, rank: int, slots: int, *, device: torch.device
     ranks = torch.full((slots, slices), rank, dtype=torch.int32, device=device)
     stack = LinearStack(a, b, widths, ranks, torch.full((slots, slices), SCALING, device=device))
     stack.meta[:] = [SlotMeta((rank,) * slices, (SCALING,) * slices) for _ in range(slots)]
-    return Probe(projection, draw(wide**-0.5, sum(widths), wide), stack)
+    return RandomLora(projection, draw(wide**-0.5, sum(widths), wide), stack)
 
 
 def shrunk(x: Tensor, stack: LinearStack, segment: Segment) -> Tensor:
