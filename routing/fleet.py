@@ -110,7 +110,7 @@ class Fleet:
         self._guess_rates()
         self._loads = {id: number for id, number in self._loads.items() if id in self.index}
         self._holdings = {id: held for id, held in self._holdings.items() if id in self.index}
-        self._open = {key: errand for key, errand in self._open.items() if errand[0] in self.index}
+        self._open = {key: hint for key, hint in self._open.items() if hint[0] in self.index}
         self.tenancy = Placement(len(members))
         for id, held in self._holdings.items():
             self.tenancy.told(self.index[id], None, held)

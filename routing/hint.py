@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-HINT = "errand"  # the keyword argument of a call that carries it
+HINT = "hint"  # the keyword argument of a call that carries it
 
 
 @dataclass(frozen=True)

@@ -67,21 +67,21 @@ class AdapterRouter(RequestRouter):
     def _ordered(self, candidates: list[RunningReplica], pending: PendingRequest | None) -> list[list[RunningReplica]]:
         if pending is None:
             return [candidates]
-        errand, routes, now_s = pending.kwargs.get(HINT) or _ANY, affinity.current(), time.monotonic()
-        if errand.only is not None:
-            first = [replica for replica in candidates if replica.replica_id.unique_id == errand.only]
+        hint, routes, now_s = pending.kwargs.get(HINT) or _ANY, affinity.current(), time.monotonic()
+        if hint.only is not None:
+            first = [replica for replica in candidates if replica.replica_id.unique_id == hint.only]
             return [first, candidates] if first else [candidates]
         with routes.lock:
             if len(self._joined) != len(candidates):
                 self._join(candidates)
-            choice = routes.choose(errand.adapter, errand.tokens, now_s, avoid=errand.avoid)
-            if errand.tokens and choice.order:
-                routes.fleet.sent(errand.id, choice.order[0], errand.tokens, now_s)
+            choice = routes.choose(hint.adapter, hint.tokens, now_s, avoid=hint.avoid)
+            if hint.tokens and choice.order:
+                routes.fleet.sent(hint.id, choice.order[0], hint.tokens, now_s)
             best = [[self._joined[i]] for i in choice.order]
         counters.current().count(choice)
-        if choice.prefetch and errand.adapter is not None and routes.orders is not None:
+        if choice.prefetch and hint.adapter is not None and routes.orders is not None:
             for replica in choice.prefetch:
-                routes.orders.put((replica, errand.adapter))
+                routes.orders.put((replica, hint.adapter))
         return best if len(best) == len(candidates) else [*best, candidates]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
@@ -89,11 +89,11 @@ class AdapterRouter(RequestRouter):
         self._guarded(self._routed, pending_request, replica_id.unique_id)
 
     def _routed(self, pending: PendingRequest, replica: str) -> None:
-        errand, routes = pending.kwargs.get(HINT) or _ANY, affinity.current()
+        hint, routes = pending.kwargs.get(HINT) or _ANY, affinity.current()
         with routes.lock:
             i = routes.fleet.index.get(replica)
-            if i is not None and routes.fleet.where(errand.id) not in (None, replica):
-                routes.fleet.sent(errand.id, i, errand.tokens, time.monotonic())
+            if i is not None and routes.fleet.where(hint.id) not in (None, replica):
+                routes.fleet.sent(hint.id, i, hint.tokens, time.monotonic())
 
     def _guarded(self, act: Callable[..., None], *arguments: Any) -> None:
         try:

@@ -24,28 +24,28 @@ class AdapterLocation:
     """An adapter by name. Its content has not been looked at.
 
     Attributes:
-        place: a folder, or a URL that nodes fetch.
-        wanted: the revision that was asked for (`name@revision`); whoever looks at its content compares.
+        source: a folder, or a URL that nodes fetch.
+        requested_revision: from `name@revision`; None if the request named no revision.
         param: the request's field that asked for it.
     """
 
     name: str
-    place: str
-    wanted: str | None = None
+    source: str
+    requested_revision: str | None = None
     param: str = "model"
 
     def check(self, revision: str) -> None:
         """Raises UnknownModel unless this is the revision that was asked for."""
-        if self.wanted not in (None, revision):
+        if self.requested_revision not in (None, revision):
             raise UnknownModel(
                 f"{self.param}: expected the revision of {self.name!r} that is served, {revision!r}, "
-                f"got {self.wanted!r}",
+                f"got {self.requested_revision!r}",
                 param=self.param,
             )
 
     def written_s(self) -> int:
         """When its folder was written, in Unix time; 0 where that is not known. Raises OSError."""
-        return 0 if is_remote(self.place) else int(Path(self.place).stat().st_mtime)
+        return 0 if is_remote(self.source) else int(Path(self.source).stat().st_mtime)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class Registry:
         plain, at, revision = name.rpartition("@")
         if at:
             known = self.find(plain, param)
-            if known.wanted is None:
+            if known.requested_revision is None:
                 return replace(known, wanted=revision, param=param)
         raise self._unknown(name, param)
 

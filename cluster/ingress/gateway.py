@@ -256,7 +256,7 @@ class Gateway:
             made_s = int(folder.stat().st_mtime)
             return model_card(base, base=None, root=str(folder), created_s=made_s, max_model_len=max_len)
         made_s = adapter.written_s() if written_s is None else written_s
-        return model_card(adapter.name, base=base, root=adapter.place, created_s=made_s, max_model_len=max_len)
+        return model_card(adapter.name, base=base, root=adapter.source, created_s=made_s, max_model_len=max_len)
 
     async def _max_model_len(self) -> int | None:
         with contextlib.suppress(Unavailable):

@@ -86,7 +86,7 @@ class Lifecycle:
             adapter = await asyncio.to_thread(self._wanted, asked)
             pins = {name: place for name, place in self._registry.pinned().items() if name != asked.name}
             info = await self._replicas.load(adapter, (*pins, asked.name) if asked.pinned else tuple(pins))
-            place = f"{adapter.place}#{info.revision}" if is_remote(adapter.place) else adapter.place
+            place = f"{adapter.source}#{info.revision}" if is_remote(adapter.source) else adapter.source
             if asked.pinned:
                 pins[asked.name] = place
             await asyncio.to_thread(book.put, asked.name, Override(path=place, pinned=asked.pinned))
@@ -158,7 +158,7 @@ class Lifecycle:
 
     async def check(self, known: AdapterLocation) -> None:
         """Raises UnknownModel if another revision was asked for than the one that is served."""
-        if known.wanted is not None:
+        if known.requested_revision is not None:
             revision = await asyncio.to_thread(self._read, known)
             if revision is not None:
                 known.check(revision)
@@ -170,7 +170,7 @@ class Lifecycle:
         if served:
             try:
                 known = self._registry.find(name)
-                path, revision = known.place, self._revision(known, reports)
+                path, revision = known.source, self._revision(known, reports)
             except RankletError as refusal:
                 error = refusal.message
         current = [each for _, each in reports if each.revision == revision]
@@ -191,17 +191,17 @@ class Lifecycle:
 
     def _revision(self, known: AdapterLocation, reports: Sequence[tuple[str, AdapterReport]]) -> str | None:
         """What would be served now. Files are read only if no replica read them as they are; None if none has any."""
-        if is_remote(known.place):
+        if is_remote(known.source):
             return self._read(known) or next((each.revision for _, each in reports), None)
-        marks = marks_of(known.place)
+        marks = marks_of(known.source)
         read = next((each.revision for _, each in reports if each.marks == marks), None)
         return read or (self._read(known) if reports else None)
 
     def _read(self, known: AdapterLocation) -> str | None:
         """What would be served now, by its files; None of what only nodes that fetch it can tell."""
-        if is_remote(known.place):
-            return revision_in(known.place) or None
-        return self._revisions.reference(known.name, known.place).revision
+        if is_remote(known.source):
+            return revision_in(known.source) or None
+        return self._revisions.reference(known.name, known.source).revision
 
     def _wanted(self, asked: LoadRequest) -> AdapterLocation:
         """The adapter that a load means."""
@@ -213,10 +213,10 @@ class Lifecycle:
         with contextlib.suppress(RankletError):
             served = self._registry.find(asked.name)
         if served is not None and not asked.replace:
-            moves = asked.path is not None and not _same(asked.path, served.place)
+            moves = asked.path is not None and not _same(asked.path, served.source)
             if moves or self._registry.is_booked(asked.name):
                 raise AdapterExists(
-                    f"name: an adapter {asked.name!r} is served, from {served.place}. Set load_inplace to replace it",
+                    f"name: an adapter {asked.name!r} is served, from {served.source}. Set load_inplace to replace it",
                     param="name",
                 )
         if asked.path is None:

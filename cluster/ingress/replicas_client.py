@@ -54,9 +54,9 @@ class ReplicasClient:
         self._patience_s = patience_s
         self._retried = retried
         self._sender = sender
-        self._errands = itertools.count()
-        self._at_work: dict[int, tuple[asyncio.Task[Any], float]] = {}  # errands, and since when
-        self._abandoned: dict[int, str | None] = {}  # errands, and the replica that hangs; None: none is up
+        self._hint_ids = itertools.count()
+        self._at_work: dict[int, tuple[asyncio.Task[Any], float]] = {}  # calls, and since when
+        self._abandoned: dict[int, str | None] = {}  # calls, and the replica that hangs; None: none is up
         self._known: OrderedDict[str, AdapterLocation] = (
             OrderedDict()
         )  # adapters asked for of late, for orders to load them
@@ -107,11 +107,11 @@ class ReplicasClient:
         Raises:
             RankletError: why it cannot be served, or Unavailable when no replica answers.
         """
-        errand = RoutingHint(next(self._errands), adapter.name)
+        hint = RoutingHint(next(self._hint_ids), adapter.name)
         order = self._handle.options(method_name="load")
         try:
             async with asyncio.timeout(self._timeout_s):
-                said = await order.remote(adapter.name, adapter.place, tuple(pins), **{HINT: errand})
+                said = await order.remote(adapter.name, adapter.source, tuple(pins), **{HINT: hint})
         except (RayError, RayServeException, grpc.RpcError, TimeoutError) as error:
             raise Unavailable(f"expected an answer from a replica, got {_said(error)}") from error
         if isinstance(said, EmbedRefusal):
@@ -161,20 +161,20 @@ class ReplicasClient:
                 raise second.error from failure
 
     async def _attempt(self, call: EmbedCall, avoid: str | None) -> EmbedReply:
-        errand = RoutingHint(next(self._errands), call.adapter_name, call.total_tokens, avoid)
+        hint = RoutingHint(next(self._hint_ids), call.adapter_name, call.total_tokens, avoid)
         result: EmbedReply | EmbedRefusal | None = None
         task = _this_task()
-        self._at_work[errand.id] = task, time.monotonic()
+        self._at_work[hint.id] = task, time.monotonic()
         # Not as a multiplexed model id: Ray 2.60 keeps every call that has one, unless its own multiplexing routes it.
-        response = self._handle.options(method_name="embed").remote(call, **{HINT: errand})
+        response = self._handle.options(method_name="embed").remote(call, **{HINT: hint})
         try:
             result = await response
         except asyncio.CancelledError:
             response.cancel()  # type: ignore[no-untyped-call]
-            if errand.id not in self._abandoned:
+            if hint.id not in self._abandoned:
                 raise
             task.uncancel()
-            hung = self._abandoned[errand.id]
+            hung = self._abandoned[hint.id]
             if hung is None:
                 raise Unavailable(
                     f"expected a replica within {self._patience_s:g} s (limits.no_replica_timeout_s), but none is up. "
@@ -182,11 +182,11 @@ class ReplicasClient:
                 ) from None
             raise _RepeatableError(_gone("hangs"), hung) from None
         except Exception as error:
-            raise _translated(error, affinity.current().fleet.where(errand.id)) from error
+            raise _translated(error, affinity.current().fleet.where(hint.id)) from error
         finally:
-            del self._at_work[errand.id]
-            self._abandoned.pop(errand.id, None)
-            self._settle(errand, result)
+            del self._at_work[hint.id]
+            self._abandoned.pop(hint.id, None)
+            self._settle(hint, result)
         if isinstance(result, EmbedReply):
             return result
         refused = result.error()
@@ -194,10 +194,10 @@ class ReplicasClient:
         raise _RepeatableError(refused, result.replica) if repeatable else refused
 
     @staticmethod
-    def _settle(errand: RoutingHint, result: EmbedReply | EmbedRefusal | None) -> None:
+    def _settle(hint: RoutingHint, result: EmbedReply | EmbedRefusal | None) -> None:
         routes, now_s = affinity.current(), time.monotonic()
         with routes.lock:
-            routes.fleet.ended(errand.id, arrived=result is not None)
+            routes.fleet.ended(hint.id, arrived=result is not None)
             if result is not None:
                 routes.fleet.alive(result.replica, now_s)
                 if result.load is not None:
@@ -236,11 +236,11 @@ class ReplicasClient:
 
     async def _prefetch(self, adapter: AdapterLocation, replica: str) -> None:
         """Have a replica load an adapter ahead of its requests. Nothing depends on it: failures are ignored."""
-        errand = RoutingHint(next(self._errands), only=replica)
+        hint = RoutingHint(next(self._hint_ids), only=replica)
         order = self._handle.options(method_name="prefetch")
         with contextlib.suppress(RayError, RayServeException, grpc.RpcError, TimeoutError):
             async with asyncio.timeout(_CONTROL_TIMEOUT_S):
-                await order.remote(adapter.name, adapter.place, **{HINT: errand})
+                await order.remote(adapter.name, adapter.source, **{HINT: hint})
 
 
 def _this_task() -> "asyncio.Task[Any]":

@@ -66,11 +66,11 @@ class Replica:
             "replica %s (rank %d) serves %s, metrics on %s", self._id, self._rank, args.base_names[0], self._target
         )
 
-    async def embed(self, call: EmbedCall, errand: RoutingHint) -> EmbedReply | EmbedRefusal:
+    async def embed(self, call: EmbedCall, hint: RoutingHint) -> EmbedReply | EmbedRefusal:
         """The vectors of a call, or why not. Cancelled, it drops what has not reached the device.
 
         Args:
-            errand: read by the router, not here.
+            hint: read by the router, not here.
         """
         tokens = call.total_tokens
         outcome: Answer | RankletError
@@ -93,9 +93,7 @@ class Replica:
             return EmbedRefusal.of(outcome, self._id, call.adapter_name or "", load)
         return self._reply(outcome, found, load)
 
-    async def load(
-        self, name: str, path: str, pins: tuple[str, ...], errand: RoutingHint
-    ) -> AdapterInfo | EmbedRefusal:
+    async def load(self, name: str, path: str, pins: tuple[str, ...], hint: RoutingHint) -> AdapterInfo | EmbedRefusal:
         """Verify an adapter and bring it into a slot; `pins` are those that may keep theirs from now on."""
         loop = asyncio.get_running_loop()
         try:
@@ -139,7 +137,7 @@ class Replica:
         """This replica's id, and what it holds."""
         return self._id, await asyncio.get_running_loop().run_in_executor(self._loaders, self._engine.report)
 
-    async def prefetch(self, name: str, path: str, errand: RoutingHint) -> None:
+    async def prefetch(self, name: str, path: str, hint: RoutingHint) -> None:
         """Bring an adapter into a slot ahead of its requests, if there is one to spare; returns at once."""
         self._keep(self._offer(name, path))
 
@@ -166,7 +164,7 @@ class Replica:
         """
         tries = _TRIES
         while True:
-            found = await self._finder.find(known.name, known.place)
+            found = await self._finder.find(known.name, known.source)
             known.check(found.adapter.revision)
             try:
                 return found, await use(found.adapter)

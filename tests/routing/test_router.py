@@ -33,8 +33,8 @@ def stated(rank: int) -> Stated:
 
 
 def pending(adapter: str | None = None, *, id: int = 1, tokens: int = 10, **more: Any) -> Any:
-    errand = RoutingHint(id, adapter, tokens, **more)
-    return SimpleNamespace(kwargs={HINT: errand}, routing_context=SimpleNamespace(should_backoff=False))
+    hint = RoutingHint(id, adapter, tokens, **more)
+    return SimpleNamespace(kwargs={HINT: hint}, routing_context=SimpleNamespace(should_backoff=False))
 
 
 @pytest.fixture

@@ -30,8 +30,8 @@ def root(tmp_path: Path) -> Path:
 def test_folders_are_adapters(root: Path) -> None:
     registry = Registry(root, {"mapped": root.parent / "secret"})
     assert registry.names() == ["legal-v1", "legal-v2", "mapped", "médical"]
-    assert registry.find("médical").place == str(root / "médical")
-    assert registry.find("mapped").place == str(root.parent / "secret")
+    assert registry.find("médical").source == str(root / "médical")
+    assert registry.find("mapped").source == str(root.parent / "secret")
 
 
 def test_a_folder_is_found_the_moment_it_is_there(root: Path) -> None:
@@ -55,7 +55,7 @@ def test_links_may_not_leave_the_root(root: Path) -> None:
     registry = Registry(root, {})
     with pytest.raises(InvalidAdapter, match="link"):
         registry.find("out")
-    assert registry.find("within").place == str(root / "within")
+    assert registry.find("within").source == str(root / "within")
     with pytest.raises(UnknownModel):
         registry.find("broken")
 
@@ -80,9 +80,9 @@ def test_configured_entries_that_are_wrong_say_why(root: Path) -> None:
 def test_what_is_added_wins_and_goes(root: Path) -> None:
     registry = Registry(root, {"x": root / "legal-v1"})
     registry.change({"x": root / "legal-v2", "y": root / "legal-v2"})
-    assert registry.find("x").place == registry.find("y").place == str(root / "legal-v2")
+    assert registry.find("x").source == registry.find("y").source == str(root / "legal-v2")
     registry.change({})
-    assert registry.find("x").place == str(root / "legal-v1")
+    assert registry.find("x").source == str(root / "legal-v1")
     with pytest.raises(UnknownModel):
         registry.find("y")
 
@@ -94,7 +94,7 @@ def test_no_name_leaves_the_root(name: str) -> None:
         known = Registry(root, {}).find(name)
     except RankletError:
         return
-    assert Path(known.place).parent == root
+    assert Path(known.source).parent == root
     assert refusal_of_name(name) is None
 
 

@@ -54,9 +54,9 @@ async def asked(adapter: AdapterLocation | None) -> Handle:
 async def test_the_adapter_is_named_to_the_router(tmp_path: Any) -> None:
     named, bare = await asked(AdapterLocation("legal", tmp_path)), await asked(None)
     for handle, adapter in ((named, "legal"), (bare, None)):
-        errand = handle.kwargs.pop(HINT)
+        hint = handle.kwargs.pop(HINT)
         assert not handle.kwargs
-        assert (errand.adapter, errand.tokens, errand.avoid, errand.only) == (adapter, 4, None, None)
+        assert (hint.adapter, hint.tokens, hint.avoid, hint.only) == (adapter, 4, None, None)
     assert named.options_given == {"method_name": "embed"}
 
 
