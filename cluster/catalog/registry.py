@@ -123,7 +123,7 @@ class Registry:
         if at:
             known = self.find(plain, param)
             if known.requested_revision is None:
-                return replace(known, wanted=revision, param=param)
+                return replace(known, requested_revision=revision, param=param)
         raise self._unknown(name, param)
 
     def is_added(self, name: str) -> bool:
