@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.cluster.catalog.registry import AdapterLocation
+from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.errors import (
     AdapterNotFound,
     InternalError,
@@ -28,6 +29,39 @@ from ranklet.routing.report import QueueLoad
 # request has let several replicas share it.
 MAX_MESSAGE_BYTES = 2 << 20
 MAX_MESSAGE_PROMPTS = 512
+
+
+@dataclass(frozen=True)
+class ReplicaDescription:
+    """Identity, health and limits of one replica."""
+
+    id: str
+    rank: int  # assigned by Serve; a replacement gets the same one
+    pid: int
+    healthy: bool
+    metrics_target: str  # host:port of its exporter, "" if it has none
+    limits: RequestLimits
+    resident: tuple[str, ...]  # adapters in slots
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Labels of this process in Prometheus."""
+        return {"role": "replica", "replica": self.id, "rank": str(self.rank)}
+
+
+@dataclass(frozen=True)
+class GatewayDescription:
+    """Identity of one gateway."""
+
+    id: str
+    pid: int
+    metrics_target: str  # host:port of its exporter, "" if it has none
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Labels of this process in Prometheus."""
+        return {"role": "gateway", "replica": self.id}
+
 
 _BY_CODE: dict[str, type[RankletError]] = {
     kind.code: kind

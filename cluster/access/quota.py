@@ -12,17 +12,13 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import ray
-from ray.exceptions import RayError
+from typing import Protocol
 
 from ranklet.cluster.access.keys import ApiKey
 from ranklet.replicas.errors import RankletError
 
 SETTLE_S = 0.2
 _IDLE_S = 120.0  # what nobody has used for so long is full again, and forgotten
-_NAMESPACE = "ranklet"
 
 logger = logging.getLogger("ray.serve")
 
@@ -184,8 +180,8 @@ class Quotas:
             sent[flow] = Account(bucket.per_minute, spent, bucket.level_at(now_s) + spent)
         try:
             levels = await self._settle(sent)
-        except (RayError, TimeoutError) as error:
-            logger.warning("quotas: the ledger does not answer (%s); counting alone meanwhile", type(error).__name__)
+        except TimeoutError as error:
+            logger.warning("quotas: the ledger does not answer (%s); counting alone meanwhile", error)
             for flow, account in sent.items():
                 self._unsettled[flow] = self._unsettled.get(flow, 0.0) + account.spent
             return
@@ -198,29 +194,3 @@ def _refusal(flow: QuotaFlow, per_minute: int) -> str:
     whose = f"key {flow.name!r}" if flow.by == "key" else f"adapter {flow.name!r}"
     where = "its entry in the file of keys" if flow.by == "key" else "user_config of the Gateway"
     return f"{whose}: expected at most {per_minute} tokens a minute (tokens_per_minute in {where}). Try again later"
-
-
-class LedgerActor:
-    """The ledger of an application, as gateways reach it. It is made by the first that needs it, and made again."""
-
-    _TIMEOUT_S = 2.0
-
-    def __init__(self, application: str) -> None:
-        self._name = f"quotas-{application}"
-        self._actor: Any = None
-
-    async def __call__(self, accounts: Mapping[QuotaFlow, Account]) -> Mapping[QuotaFlow, float]:
-        """Raises RayError or TimeoutError when it cannot be reached now."""
-        try:
-            if self._actor is None:
-                self._actor = await asyncio.to_thread(self._made)
-            async with asyncio.timeout(self._TIMEOUT_S):
-                levels: dict[QuotaFlow, float] = await self._actor.settle.remote(accounts)
-                return levels
-        except (RayError, TimeoutError):
-            self._actor = None
-            raise
-
-    def _made(self) -> Any:
-        options = {"name": self._name, "namespace": _NAMESPACE, "get_if_exists": True, "num_cpus": 0}
-        return ray.remote(Ledger).options(**options).remote()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.overrides import Override, Overrides
 from ranklet.cluster.catalog.remote import is_remote
 from ranklet.replicas.adapters.reference import CONFIG_FILE
@@ -17,35 +18,6 @@ from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequ
 
 MAX_NAME_CHARACTERS = 200
 _FORBIDDEN = re.compile(r"[/\\:\x00-\x1f\x7f]")
-
-
-@dataclass(frozen=True)
-class AdapterLocation:
-    """An adapter by name. Its content has not been looked at.
-
-    Attributes:
-        source: a folder, or a URL that nodes fetch.
-        requested_revision: from `name@revision`; None if the request named no revision.
-        param: the request's field that asked for it.
-    """
-
-    name: str
-    source: str
-    requested_revision: str | None = None
-    param: str = "model"
-
-    def check(self, revision: str) -> None:
-        """Raises UnknownModel unless this is the revision that was asked for."""
-        if self.requested_revision not in (None, revision):
-            raise UnknownModel(
-                f"{self.param}: expected the revision of {self.name!r} that is served, {revision!r}, "
-                f"got {self.requested_revision!r}",
-                param=self.param,
-            )
-
-    def written_s(self) -> int:
-        """When its folder was written, in Unix time; 0 where that is not known. Raises OSError."""
-        return 0 if is_remote(self.source) else int(Path(self.source).stat().st_mtime)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +133,7 @@ class Registry:
             found.pop(name, None)
             with contextlib.suppress(RankletError, OSError):  # configured, or a link, and not there
                 known = self.find(name)
-                found[name] = known, known.written_s()
+                found[name] = known, known.modified_s()
         return [found[name] for name in sorted(found)]
 
     def _named(self) -> set[str]:

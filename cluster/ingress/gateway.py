@@ -21,14 +21,16 @@ from starlette.responses import Response
 
 from ranklet.cluster.access.admission import Admission
 from ranklet.cluster.access.keys import ApiKey, ApiKeys
-from ranklet.cluster.access.quota import LedgerActor, Quotas
-from ranklet.cluster.catalog.registry import AdapterLocation, Registry
+from ranklet.cluster.access.quota import Quotas
+from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.config import AppArgs, GatewayUserConfig, SecurityConfig
 from ranklet.cluster.datapath import DataPath, versions
 from ranklet.cluster.exporter import Exporter
 from ranklet.cluster.ingress.answers import model_card, render
 from ranklet.cluster.ingress.body import read_body
 from ranklet.cluster.ingress.intake import take_in
+from ranklet.cluster.ingress.ledger import LedgerActor
 from ranklet.cluster.ingress.lifecycle import Lifecycle, LoadRequest, UnloadRequest
 from ranklet.cluster.ingress.metrics import GatewayMetrics
 from ranklet.cluster.ingress.naming import ModelNames
@@ -38,6 +40,7 @@ from ranklet.cluster.ingress.protocol import parse_body
 from ranklet.cluster.ingress.refusals import on_error, on_http_error, refuse, status_of
 from ranklet.cluster.ingress.replicas_client import ReplicasClient, everyone
 from ranklet.cluster.ingress.status import PAGE, RecentRequests, status
+from ranklet.cluster.message import GatewayDescription, ReplicaDescription
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.errors import InternalError, InvalidRequest, RankletError, Unavailable
 from ranklet.replicas.model.tokenizer import PromptTokenizer
@@ -59,9 +62,8 @@ app.add_exception_handler(RankletError, on_error)
 app.add_exception_handler(Exception, on_error)
 
 
-def _target_group(said: dict[str, Any]) -> dict[str, Any]:
-    labels = {"role": said["role"], "replica": said["id"], "rank": str(said.get("rank", ""))}
-    return {"targets": [said["metrics"]], "labels": {name: value for name, value in labels.items() if value}}
+def _target_group(process: ReplicaDescription | GatewayDescription) -> dict[str, Any]:
+    return {"targets": [process.metrics_target], "labels": process.labels}
 
 
 def _admin_is_open(security: SecurityConfig) -> bool:
@@ -174,8 +176,7 @@ class Gateway:
     async def _limits(self) -> RequestLimits:
         """Raises Unavailable when no replica has answered yet."""
         if self._engine_limits is None:
-            said = await self._replicas.describe()
-            self._engine_limits = RequestLimits(**said["limits"])
+            self._engine_limits = (await self._replicas.describe()).limits
         return self._engine_limits
 
     @app.get("/v1/models")
@@ -255,7 +256,7 @@ class Gateway:
         if adapter is None:
             made_s = int(folder.stat().st_mtime)
             return model_card(base, base=None, root=str(folder), created_s=made_s, max_model_len=max_len)
-        made_s = adapter.written_s() if written_s is None else written_s
+        made_s = adapter.modified_s() if written_s is None else written_s
         return model_card(adapter.name, base=base, root=adapter.source, created_s=made_s, max_model_len=max_len)
 
     async def _max_model_len(self) -> int | None:
@@ -297,10 +298,10 @@ class Gateway:
     @app.get("/ready")
     async def ready(self) -> Response:
         """A replica answers and its engine is healthy; 503 otherwise."""
-        said = await self._replicas.describe()
-        if not said["healthy"]:
-            raise Unavailable(f"expected a healthy engine; the one of replica {said['id']} has stopped")
-        return _json({"status": "ready", "replica": said["id"]})
+        replica = await self._replicas.describe()
+        if not replica.healthy:
+            raise Unavailable(f"expected a healthy engine; the one of replica {replica.id} has stopped")
+        return _json({"status": "ready", "replica": replica.id})
 
     @app.get("/version")
     async def version(self) -> Response:
@@ -311,8 +312,8 @@ class Gateway:
     async def metrics_targets(self) -> Response:
         """Prometheus `http_sd`: the exporters of all live gateways and replicas."""
         gateways = everyone(serve.get_deployment_handle(*self._here))
-        found = [said for group in await asyncio.gather(gateways, self._replicas.describe_all()) for said in group]
-        return _json([_target_group(said) for said in found or [await self.describe()] if said["metrics"]])
+        found = [each for group in await asyncio.gather(gateways, self._replicas.describe_all()) for each in group]
+        return _json([_target_group(each) for each in found or [await self.describe()] if each.metrics_target])
 
     async def told(self, report: StateReport) -> str:
         """A replica says how it stands; it is told who has heard."""
@@ -324,6 +325,6 @@ class Gateway:
         if self._watch is None or self._watch.done():
             self._watch = asyncio.ensure_future(self._replicas.watch())
 
-    async def describe(self) -> dict[str, Any]:
+    async def describe(self) -> GatewayDescription:
         """This gateway for its siblings."""
-        return {"role": "gateway", "id": self._id, "pid": os.getpid(), "metrics": self._target}
+        return GatewayDescription(self._id, os.getpid(), self._target)

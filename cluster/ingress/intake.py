@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.cluster.catalog.registry import AdapterLocation
+from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.cluster.ingress.protocol import EmbeddingsRequest, parse_input, parse_request
 from ranklet.replicas.engine.limits import RequestLimits

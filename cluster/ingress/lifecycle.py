@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from ray.serve.handle import DeploymentHandle
 
+from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.overrides import Override, Overrides
-from ranklet.cluster.catalog.registry import AdapterLocation, Registry, refusal_of_name
+from ranklet.cluster.catalog.registry import Registry, refusal_of_name
 from ranklet.cluster.catalog.remote import check_allowed, is_remote, revision_in
 from ranklet.cluster.ingress.replicas_client import ReplicasClient, everyone
 from ranklet.replicas.adapters.reference import AdapterInfo

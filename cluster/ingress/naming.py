@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from ranklet.cluster.catalog.registry import AdapterLocation, Registry
+from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.cluster.catalog.registry import Registry
 from ranklet.replicas.errors import InvalidRequest
 
 

@@ -18,9 +18,9 @@ from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
-from ranklet.cluster.catalog.registry import AdapterLocation
+from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.ingress.answers import Embeddings, join
-from ranklet.cluster.message import EmbedCall, EmbedRefusal, EmbedReply, pack, split
+from ranklet.cluster.message import EmbedCall, EmbedRefusal, EmbedReply, ReplicaDescription, pack, split
 from ranklet.replicas.adapters.reference import AdapterInfo
 from ranklet.replicas.engine.stats import AdapterReport
 from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unavailable
@@ -84,21 +84,21 @@ class ReplicasClient:
                 "overloaded or its replicas are starting. Try again"
             ) from None
 
-    async def describe(self) -> dict[str, Any]:
-        """What one healthy replica says of itself.
+    async def describe(self) -> ReplicaDescription:
+        """Describe any one replica.
 
         Raises:
             Unavailable: none answered.
         """
         try:
             async with asyncio.timeout(_CONTROL_TIMEOUT_S):
-                description: dict[str, Any] = await self._handle.options(method_name="describe").remote()
+                description: ReplicaDescription = await self._handle.options(method_name="describe").remote()
                 return description
         except (RayError, RayServeException, grpc.RpcError, TimeoutError) as error:
             raise Unavailable(f"expected an answer from a replica, got {_said(error)}") from error
 
-    async def describe_all(self) -> list[dict[str, Any]]:
-        """What each live replica says of itself; those that do not answer are left out."""
+    async def describe_all(self) -> list[ReplicaDescription]:
+        """Describe all live replicas; those that do not answer are left out."""
         return await everyone(self._handle)
 
     async def load(self, adapter: AdapterLocation, pins: Sequence[str]) -> AdapterInfo:

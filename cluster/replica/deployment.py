@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 from collections.abc import Awaitable, Callable, Coroutine
@@ -13,13 +12,14 @@ from typing import Any, TypeVar
 from ray import serve
 
 from ranklet.cluster.autoscaling import BUSY, WAIT_S
-from ranklet.cluster.catalog.registry import AdapterLocation, Registry
+from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.catalog.remote import RemoteCache
 from ranklet.cluster.catalog.resolver import AdapterResolver, ResolvedAdapter
 from ranklet.cluster.config import AdapterList, AppArgs
 from ranklet.cluster.exporter import Exporter
 from ranklet.cluster.ingress.metrics import ReplicaMetrics
-from ranklet.cluster.message import EmbedCall, EmbedRefusal, EmbedReply
+from ranklet.cluster.message import EmbedCall, EmbedRefusal, EmbedReply, ReplicaDescription
 from ranklet.cluster.replica.publisher import StatePublisher
 from ranklet.cluster.replica.state import ReplicaState
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
@@ -233,18 +233,17 @@ class Replica:
         except Exception:
             logger.exception("adapter %s not loaded", name)
 
-    async def describe(self) -> dict[str, Any]:
-        """This replica for gateways: identity, health, limits of the engine, metrics address."""
-        return {
-            "healthy": self._engine.healthy(),
-            "role": "replica",
-            "id": self._id,
-            "rank": self._rank,
-            "pid": os.getpid(),
-            "metrics": self._target,
-            "limits": dataclasses.asdict(self._engine.limits),
-            "resident": list(self._engine.resident()),
-        }
+    async def describe(self) -> ReplicaDescription:
+        """Called by gateways."""
+        return ReplicaDescription(
+            id=self._id,
+            rank=self._rank,
+            pid=os.getpid(),
+            healthy=self._engine.healthy(),
+            metrics_target=self._target,
+            limits=self._engine.limits,
+            resident=self._engine.resident(),
+        )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What `ranklet.cluster.autoscaling` decides by."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from ranklet.cluster import message
-from ranklet.cluster.catalog.registry import AdapterLocation
+from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.ingress.answers import join, render
 from ranklet.cluster.ingress.protocol import parse_input, parse_request
 from ranklet.cluster.ingress.refusals import BodyTooLarge, body_of, refuse, status_of

@@ -11,7 +11,7 @@ import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
 from ray.serve.request_router import PendingRequest
 
-from ranklet.cluster.catalog.registry import AdapterLocation
+from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.message import EmbedCall, EmbedReply
 from ranklet.replicas.errors import Unavailable

@@ -1,0 +1,36 @@
+"""Where an adapter's files are."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ranklet.cluster.catalog.remote import is_remote
+from ranklet.replicas.errors import UnknownModel
+
+
+@dataclass(frozen=True)
+class AdapterLocation:
+    """The name and the source of an adapter. The files have not been read.
+
+    Attributes:
+        source: a folder, or a URL that each node downloads.
+        requested_revision: from `name@revision`; None if the request named no revision.
+        param: the request's field that named the adapter.
+    """
+
+    name: str
+    source: str
+    requested_revision: str | None = None
+    param: str = "model"
+
+    def check(self, revision: str) -> None:
+        """Raises UnknownModel unless `revision` is the requested one, or none was requested."""
+        if self.requested_revision not in (None, revision):
+            raise UnknownModel(
+                f"{self.param}: expected the revision of {self.name!r} that is served, {revision!r}, "
+                f"got {self.requested_revision!r}",
+                param=self.param,
+            )
+
+    def modified_s(self) -> int:
+        """Modification time of the folder in Unix seconds; 0 for a URL. Raises OSError."""
+        return 0 if is_remote(self.source) else int(Path(self.source).stat().st_mtime)
