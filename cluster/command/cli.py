@@ -15,8 +15,8 @@ from ranklet.cluster.access import keys
 from ranklet.cluster.command import adapters, doctor, profile, simulate
 from ranklet.cluster.command.bench import command as bench
 from ranklet.cluster.command.local_cluster import ClusterError, LocalCluster
-from ranklet.cluster.command.processes import notify
-from ranklet.cluster.command.ray_head import authentication
+from ranklet.cluster.command.processes import notify_systemd
+from ranklet.cluster.command.ray_head import auth_environment
 from ranklet.cluster.datapath import versions
 
 
@@ -92,7 +92,7 @@ def _up(asked: argparse.Namespace) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _end)
     state = cluster.start(asked.config, asked.timeout_s)
-    settings = " ".join(f"{name}={value}" for name, value in authentication(asked.temp_dir.absolute()).items())
+    settings = " ".join(f"{name}={value}" for name, value in auth_environment(asked.temp_dir.absolute()).items())
     print(f"ranklet: logs in {state.temp_dir}/session_latest/logs/serve; Serve's own view of it:")
     print(f"  {settings} serve status -a {state.dashboard}", flush=True)
     return _stay(cluster) if asked.foreground else 0
@@ -101,7 +101,7 @@ def _up(asked: argparse.Namespace) -> int:
 def _stay(cluster: LocalCluster) -> int:
     """Until a signal, or Ray, ends it."""
     with cluster:
-        notify("READY=1")
+        notify_systemd("READY=1")
         while cluster.is_alive:
             time.sleep(1.0)
     print("ranklet: Ray has ended by itself", file=sys.stderr)
@@ -109,7 +109,7 @@ def _stay(cluster: LocalCluster) -> int:
 
 
 def _end(number: int, frame: object) -> None:
-    notify("STOPPING=1")
+    notify_systemd("STOPPING=1")
     raise SystemExit(0)
 
 

@@ -37,8 +37,8 @@ class Finding:
     """One thing looked at. `remedy` is empty when it is as it should be."""
 
     state: FindingState
-    what: str
-    found: str
+    subject: str
+    value: str
     remedy: str = ""
 
 
@@ -52,15 +52,15 @@ def run(asked: argparse.Namespace) -> int:
     """Print all findings; 1 if any of them prevents serving."""
     table = Table("", "what", "found", "what to do")
     worst = 0
-    for finding in examine(asked.config):
+    for finding in run_checks(asked.config):
         worst |= finding.state == "fail"
         mark = Text(finding.state, style=_COLORS[finding.state])
-        table.add_row(mark, Text(finding.what), Text(finding.found), Text(finding.remedy))
+        table.add_row(mark, Text(finding.subject), Text(finding.value), Text(finding.remedy))
     Console().print(table)
     return int(worst)
 
 
-def examine(config: Path | None) -> Iterator[Finding]:
+def run_checks(config: Path | None) -> Iterator[Finding]:
     """All findings; those on the model, the adapters and HTTP need a configuration."""
     yield from _packages()
     yield from _gpu()
@@ -69,7 +69,7 @@ def examine(config: Path | None) -> Iterator[Finding]:
     yield _shared_memory()
     yield _fast_path()
     for port, whose in _RAY_PORTS.items():
-        yield port_is_free(port, whose)
+        yield check_port(port, whose)
     if config is not None:
         yield from _configuration(config)
 
@@ -150,7 +150,7 @@ def _fast_path() -> Finding:
     return Finding("warn", "data path", "Serve's own proxy, several times slower", remedy)
 
 
-def port_is_free(port: int, whose: str) -> Finding:
+def check_port(port: int, whose: str) -> Finding:
     """Whether a port can be listened on."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -178,7 +178,7 @@ def _configuration(path: Path) -> Iterator[Finding]:
             yield Finding("fail", f"args.{where}", each["msg"], "correct it in the file")
         return
     yield Finding("ok", str(path), "understood")
-    yield port_is_free(int(content.get("http_options", {}).get("port", 8000)), "HTTP")
+    yield check_port(int(content.get("http_options", {}).get("port", 8000)), "HTTP")
     yield from _parts(args)
 
 

@@ -18,13 +18,13 @@ from typing import Any, Self
 import yaml
 
 from ranklet.cluster.command.ports import free_ports
-from ranklet.cluster.command.processes import end, started_at
-from ranklet.cluster.command.ray_head import Proxy, RayHead, authentication, script, token, write_token
+from ranklet.cluster.command.processes import process_start_time, terminate
+from ranklet.cluster.command.ray_head import Proxy, RayHead, auth_environment, read_token, script_path, write_token
 
 STATE_FILE = "ranklet.json"
 _LOG_FILE = "ray-start.log"
 _MAX_TEMP_DIR_CHARACTERS = 40  # Ray puts sockets below it, whose paths may have 107 characters
-_TOLD_CHARACTERS = 4000
+_LOG_TAIL_CHARACTERS = 4000
 _POLL_S = 0.2
 
 
@@ -40,12 +40,12 @@ class ClusterState:
     address: str  # of Ray, for ray.init
     dashboard: str  # for `serve -a`
     pid: int  # of `ray start --block`
-    began: str  # tells that process from a later one with its id
+    start_time: str  # tells that process from a later one with its id
     temp_dir: str
 
 
 class LocalCluster:
-    """`ray start --head` and `serve deploy` as a context manager; `stop` ends the processes that `start` began.
+    """`ray start --head` and `serve deploy` as a context manager; `stop` ends the processes that `start` started.
 
     Args:
         temp_dir: for Ray's sessions and logs, at most 40 characters long; None makes one and removes it at the end.
@@ -92,7 +92,7 @@ class LocalCluster:
         Raises:
             ClusterError: it is not running.
         """
-        state = self._state or attached(self.temp_dir)
+        state = self._state or find_cluster(self.temp_dir)
         if state is None:
             raise ClusterError(f"no cluster of {self.temp_dir} is running; `ranklet up` starts one")
         return state
@@ -105,7 +105,7 @@ class LocalCluster:
     @property
     def is_alive(self) -> bool:
         """Whether the process of `ray start` is there."""
-        return attached(self.temp_dir) is not None
+        return find_cluster(self.temp_dir) is not None
 
     def start(self, config: Path, timeout_s: float = 180.0) -> ClusterState:
         """Start Ray, deploy `config`, and wait until it answers.
@@ -113,7 +113,7 @@ class LocalCluster:
         Raises:
             ClusterError: a cluster of this temp_dir is running already, or a step failed; then nothing is left running.
         """
-        running = attached(self.temp_dir)
+        running = find_cluster(self.temp_dir)
         if running is not None:
             raise ClusterError(
                 f"a cluster runs at {running.base_url} (pid {running.pid}) already; `ranklet down` stops it"
@@ -121,7 +121,7 @@ class LocalCluster:
         content = self._configuration(config)
         try:
             deadline_s = time.monotonic() + timeout_s
-            self._start_ray_twice(content["http_options"]["port"], deadline_s)
+            self._start_ray_with_retry(content["http_options"]["port"], deadline_s)
             self.deploy(content)
             self._wait("the application", self._is_running, deadline_s)
             self._wait("an answer of a replica", lambda: _get(f"{self.state.base_url}/ready") is not None, deadline_s)
@@ -140,18 +140,18 @@ class LocalCluster:
         path = self.temp_dir / "config.yaml"
         path.write_text(yaml.safe_dump(dict(content), sort_keys=False))
         self._report("serve deploy")
-        command = [script("serve"), "deploy", "-a", self.state.dashboard, str(path)]
-        env = {**os.environ, **authentication(self.temp_dir), **self._environment}
+        command = [script_path("serve"), "deploy", "-a", self.state.dashboard, str(path)]
+        env = {**os.environ, **auth_environment(self.temp_dir), **self._environment}
         done = subprocess.run(command, cwd=self._directory, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ClusterError(f"serve deploy failed:\n{(done.stdout + done.stderr)[-_TOLD_CHARACTERS:]}")
+            raise ClusterError(f"serve deploy failed:\n{(done.stdout + done.stderr)[-_LOG_TAIL_CHARACTERS:]}")
 
     def stop(self, *, keep_logs: bool = False) -> None:
         """End every process of this cluster; harmless when there is none."""
-        state = self._state or attached(self.temp_dir)
+        state = self._state or find_cluster(self.temp_dir)
         if state is not None:
             self._report("stopping Ray")
-            end(state.pid, state.began)
+            terminate(state.pid, state.start_time)
         if self._process is not None:
             self._process.wait()  # collects the exit status, if `end` has not
         self._state = None
@@ -180,7 +180,7 @@ class LocalCluster:
             http["port"] = self._http_port or free_ports(1)[0]
         return content
 
-    def _start_ray_twice(self, http_port: int, deadline_s: float) -> None:
+    def _start_ray_with_retry(self, http_port: int, deadline_s: float) -> None:
         """Ray gives its own processes 30 s to come up, too little on a machine that is busy for the moment."""
         try:
             self._start_ray(http_port, deadline_s)
@@ -193,15 +193,17 @@ class LocalCluster:
         self._report(f"starting Ray, {'HAProxy' if self._proxy == 'haproxy' else 'its own proxy'} in front")
         self.temp_dir.mkdir(parents=True, exist_ok=True)
         write_token(self.temp_dir)
-        head = self._head = RayHead.choose(self.temp_dir, self._proxy)
+        head = self._head = RayHead.with_free_ports(self.temp_dir, self._proxy)
         with (self.temp_dir / _LOG_FILE).open("w") as log:
             self._process = subprocess.Popen(
-                head.command(), cwd=self._directory, env=head.environment(self._environment),
+                head.head_command(), cwd=self._directory, env=head.environment(self._environment),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         base_url = f"http://127.0.0.1:{http_port}"
-        began = started_at(self._process.pid) or ""
-        self._state = ClusterState(base_url, head.address, head.dashboard, self._process.pid, began, str(self.temp_dir))
+        start_time = process_start_time(self._process.pid) or ""
+        self._state = ClusterState(
+            base_url, head.address, head.dashboard, self._process.pid, start_time, str(self.temp_dir)
+        )
         (self.temp_dir / STATE_FILE).write_text(json.dumps(asdict(self._state)))
         self._wait("Ray's dashboard", lambda: self.applications() is not None, deadline_s)
 
@@ -213,11 +215,11 @@ class LocalCluster:
         """
         if self._head is None:
             raise ClusterError("expected a cluster started here; `start` it first")
-        return self._head.node(resources, num_cpus), self._head.environment(self._environment)
+        return self._head.node_command(resources, num_cpus), self._head.environment(self._environment)
 
     def applications(self) -> dict[str, Any] | None:
         """Serve's applications as its REST API tells them, by name; None while it does not answer."""
-        said = _get(f"{self.state.dashboard}/api/serve/applications/", token(self.temp_dir))
+        said = _get(f"{self.state.dashboard}/api/serve/applications/", read_token(self.temp_dir))
         return None if said is None else dict(said["applications"])
 
     def _is_running(self) -> bool:
@@ -225,27 +227,27 @@ class LocalCluster:
         applications = (self.applications() or {}).values()
         for application in applications:
             if application["status"] == "DEPLOY_FAILED":
-                raise ClusterError(f"deployment failed:\n{application['message'][-_TOLD_CHARACTERS:]}")
+                raise ClusterError(f"deployment failed:\n{application['message'][-_LOG_TAIL_CHARACTERS:]}")
         return bool(applications) and all(application["status"] == "RUNNING" for application in applications)
 
     def _wait(self, what: str, happened: Callable[[], bool], deadline_s: float) -> None:
         while not happened():
             state = self.state
-            if started_at(state.pid) != state.began:
+            if process_start_time(state.pid) != state.start_time:
                 raise ClusterError(f"Ray ended while starting:\n{self._log()}")
             if time.monotonic() > deadline_s:
                 raise ClusterError(f"expected {what} in time, got none. Logs: {self.temp_dir}\n{self._log()}")
             time.sleep(_POLL_S)
 
     def _log(self) -> str:
-        return (self.temp_dir / _LOG_FILE).read_text(errors="replace")[-_TOLD_CHARACTERS:]
+        return (self.temp_dir / _LOG_FILE).read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:]
 
 
-def attached(temp_dir: Path) -> ClusterState | None:
+def find_cluster(temp_dir: Path) -> ClusterState | None:
     """The cluster that runs under `temp_dir`, if one does."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         state = ClusterState(**json.loads((temp_dir / STATE_FILE).read_text()))
-        if started_at(state.pid) == state.began:
+        if process_start_time(state.pid) == state.start_time:
             return state
     return None
 

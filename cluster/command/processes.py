@@ -11,7 +11,7 @@ from pathlib import Path
 _POLL_S = 0.1
 
 
-def started_at(pid: int) -> str | None:
+def process_start_time(pid: int) -> str | None:
     """When process `pid` began, in the system's own words; None when there is no such process.
 
     Two processes that had the same id one after the other differ in it.
@@ -27,7 +27,7 @@ def started_at(pid: int) -> str | None:
     return said.strip() or None
 
 
-def notify(state: str) -> None:
+def notify_systemd(state: str) -> None:
     """Tell systemd (`READY=1`) how this process stands, if it asks to be told."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
@@ -37,19 +37,19 @@ def notify(state: str) -> None:
         sock.sendto(state.encode(), name)
 
 
-def end(pid: int, began: str, timeout_s: float = 20.0) -> None:
+def terminate(pid: int, start_time: str, timeout_s: float = 20.0) -> None:
     """Ask process `pid` to end, and kill it when it has not after `timeout_s`. Does nothing if it is another by now."""
     for number, patience_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, 5.0)):
-        if started_at(pid) != began:
+        if process_start_time(pid) != start_time:
             return
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-        _await_end(pid, began, patience_s)
+        _wait_for_exit(pid, start_time, patience_s)
 
 
-def _await_end(pid: int, began: str, patience_s: float) -> None:
+def _wait_for_exit(pid: int, start_time: str, patience_s: float) -> None:
     deadline_s = time.monotonic() + patience_s
-    while started_at(pid) == began and time.monotonic() < deadline_s:
+    while process_start_time(pid) == start_time and time.monotonic() < deadline_s:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)  # a child of ours would stay as a zombie
         time.sleep(_POLL_S)

@@ -31,7 +31,7 @@ class RayHead:
     gateway_block: int  # first of the ports on which gateways listen for HAProxy
 
     @classmethod
-    def choose(cls, temp_dir: Path, proxy: Proxy) -> "RayHead":
+    def with_free_ports(cls, temp_dir: Path, proxy: Proxy) -> "RayHead":
         gcs, dashboard, *others = free_ports(12)
         return cls(temp_dir, proxy, gcs, dashboard, tuple(others), free_block(2 * _GATEWAY_PORTS))
 
@@ -45,11 +45,11 @@ class RayHead:
         """For `serve -a`."""
         return f"http://127.0.0.1:{self.dashboard_port}"
 
-    def command(self) -> list[str]:
+    def head_command(self) -> list[str]:
         """`ray start` in the foreground; it ends its children when it ends."""
         agent, agent_grpc, metrics, client, runtime_env = self.others[:5]
         return [
-            script("ray"), "start", "--head", "--block", "--disable-usage-stats", "--include-dashboard=true",
+            script_path("ray"), "start", "--head", "--block", "--disable-usage-stats", "--include-dashboard=true",
             "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
             f"--port={self.gcs_port}", f"--dashboard-port={self.dashboard_port}",
             f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
@@ -58,11 +58,11 @@ class RayHead:
             f"--object-store-memory={_OBJECT_STORE_BYTES}", f"--temp-dir={self.temp_dir}",
         ]  # fmt: skip
 
-    def node(self, resources: Mapping[str, float], num_cpus: int) -> list[str]:
+    def node_command(self, resources: Mapping[str, float], num_cpus: int) -> list[str]:
         """`ray start` of one more node of this cluster, on the same machine."""
         agent, agent_grpc, metrics, runtime_env = free_ports(4)
         return [
-            script("ray"), "start", f"--address={self.address}", "--block", "--disable-usage-stats",
+            script_path("ray"), "start", f"--address={self.address}", "--block", "--disable-usage-stats",
             "--node-ip-address=127.0.0.1", f"--num-cpus={num_cpus}", f"--resources={json.dumps(dict(resources))}",
             f"--object-store-memory={_OBJECT_STORE_BYTES}",
             f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
@@ -91,7 +91,7 @@ class RayHead:
             "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(second + _GATEWAY_PORTS - 1),
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # no load balancer to wait for but our own
         }
-        return {**os.environ, **settings, **authentication(self.temp_dir), "RAY_USAGE_STATS_ENABLED": "0", **more}
+        return {**os.environ, **settings, **auth_environment(self.temp_dir), "RAY_USAGE_STATS_ENABLED": "0", **more}
 
 
 def write_token(temp_dir: Path) -> None:
@@ -102,12 +102,12 @@ def write_token(temp_dir: Path) -> None:
     path.write_text(secrets.token_hex(32))
 
 
-def token(temp_dir: Path) -> str:
+def read_token(temp_dir: Path) -> str:
     """The secret of the cluster of `temp_dir`."""
     return (temp_dir / _TOKEN_FILE).read_text()
 
 
-def authentication(temp_dir: Path) -> dict[str, str]:
+def auth_environment(temp_dir: Path) -> dict[str, str]:
     """What processes need in their environment to talk to the cluster of `temp_dir`.
 
     Ray decides by a file in the home folder when nothing is said, so it is always said.
@@ -115,7 +115,7 @@ def authentication(temp_dir: Path) -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(temp_dir / _TOKEN_FILE)}
 
 
-def script(name: str) -> str:
+def script_path(name: str) -> str:
     """A command installed beside this Python, whether or not its folder is on PATH."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else name

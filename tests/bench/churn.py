@@ -1,4 +1,4 @@
-"""Adapters that come, change and go for hours, in fast-forward on the CPU: every answer judged, memory watched.
+"""Adapters that come, change and go for hours, in fast-forward on the CPU: every answer checked, memory watched.
 
 Each cycle loads, replaces or unloads one of some names while clients ask for all of them. An answer must be of a
 revision that was served at some moment between the request and the answer; 404 is right only if there was none.
@@ -24,7 +24,7 @@ from rich.progress import Progress
 
 from tests.assets.cache import make_once
 from tests.bench import report
-from tests.cluster.nodes import family, title
+from tests.cluster.nodes import command_line, process_tree
 from tests.cluster.service import Service, Vectors, local_configuration, serving, vectors_of
 
 TEXT = "Notice must be given in writing."
@@ -123,9 +123,9 @@ def memory(service: Service) -> dict[str, float]:
     found = {"gateways": 0.0, "replicas": 0.0, "engines": 0.0}
     for role, deployment in (("gateways", "Gateway"), ("replicas", "Replica")):
         for pid in service.processes(deployment).values():
-            for each in family(pid):
+            for each in process_tree(pid):
                 pages = Path(f"/proc/{each}/statm").read_text().split()[1]
-                inside = "engines" if "ranklet.replicas.process.worker" in title(each) else role
+                inside = "engines" if "ranklet.replicas.process.worker" in command_line(each) else role
                 found[inside] += int(pages) * 4096 / 1e6
     return found
 

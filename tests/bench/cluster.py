@@ -22,7 +22,7 @@ import yaml
 from rich.console import Console
 
 from ranklet.cluster.command.bench.plan import BenchPlan
-from ranklet.cluster.command.bench.run import bench
+from ranklet.cluster.command.bench.run import run_bench
 from ranklet.cluster.command.local_cluster import ClusterState, LocalCluster
 from tests.assets.tokenizer import save_tokenizer
 from tests.bench import report
@@ -134,7 +134,7 @@ def measured(url: str, name: str, plan: BenchPlan, replicas: int, repeats: int) 
     rates, p99_ms, failed, seconds = [], [], 0, 0.0
     before = samples(url, "replica")
     for seed in range(repeats):
-        found = bench(dataclasses.replace(plan, seed=seed))
+        found = run_bench(dataclasses.replace(plan, seed=seed))
         rates.append(round(found.overall.tokens_per_s))
         p99_ms.append(found.overall.p99_ms)
         failed += found.overall.requests - found.overall.answered
@@ -154,7 +154,7 @@ def settled(url: str, plan: BenchPlan, seed: int) -> float:
     seconds, hits = 0.0, 0.0
     for number in range(_MOST_SETTLING):
         before = samples(url, "replica")
-        seconds += bench(dataclasses.replace(plan, seed=seed + number)).seconds
+        seconds += run_bench(dataclasses.replace(plan, seed=seed + number)).seconds
         hits, hits_before = hit_rate(growth(before, samples(url, "replica"))), hits
         if hits - hits_before < _STILL or hits > 1 - _STILL:
             break

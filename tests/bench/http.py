@@ -16,9 +16,9 @@ from typing import Any
 
 from rich.progress import track
 
-from ranklet.cluster.command.bench.outcome import BenchResult
 from ranklet.cluster.command.bench.plan import BenchPlan
-from ranklet.cluster.command.bench.run import bench
+from ranklet.cluster.command.bench.result import BenchResult
+from ranklet.cluster.command.bench.run import run_bench
 from tests.bench import report
 from tests.bench.cluster import samples, served
 from tests.bench.shapes import QWEN3_EMBEDDING_06B
@@ -58,7 +58,7 @@ def measured(url: str, plan: BenchPlan, repeats: int) -> Iterator[tuple[BenchRes
     """Each run, and the share of it that the device computed."""
     for seed in range(repeats):
         before = busy_s(url)
-        found = bench(dataclasses.replace(plan, seed=seed))
+        found = run_bench(dataclasses.replace(plan, seed=seed))
         yield found, (busy_s(url) - before) / found.seconds
 
 
@@ -110,7 +110,7 @@ def main() -> None:
     ):  # fmt: skip
         url = running.state.base_url
         every = plans(url, options.processes)
-        bench(dataclasses.replace(every["1200 x 512, 64 adapters"], num_prompts=512))  # loads the adapters
+        run_bench(dataclasses.replace(every["1200 x 512, 64 adapters"], num_prompts=512))  # loads the adapters
         engine = engine_rates(options.out / "engine-h200.json")
         work = {name: plan for name, plan in every.items() if options.only in name}
         rows = [

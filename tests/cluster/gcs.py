@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ranklet.cluster.command.ports import free_ports
-from tests.cluster.nodes import family, title
+from tests.cluster.nodes import command_line, process_tree
 
 
 @contextlib.contextmanager
-def redis(folder: Path) -> Iterator[dict[str, str]]:
+def redis_server(folder: Path) -> Iterator[dict[str, str]]:
     """A Redis server; what Ray needs in its environment to use it."""
     (port,) = free_ports(1)
     command = ["redis-server", f"--port {port}", "--bind 127.0.0.1", "--save", "", f"--dir {folder}"]
@@ -38,10 +38,10 @@ class Gcs:
 
     def __init__(self, ray: int, log: Path) -> None:
         self._ray, self._log = ray, log
-        (self._pid,) = (pid for pid in family(ray) if title(pid).partition(" ")[0].endswith("/gcs_server"))
+        (self._pid,) = (pid for pid in process_tree(ray) if command_line(pid).partition(" ")[0].endswith("/gcs_server"))
         self._another: subprocess.Popen[bytes] | None = None
 
-    def lose(self, seconds: float) -> None:
+    def kill_and_restart(self, seconds: float) -> None:
         """SIGKILL it, and start another, with the same words and environment, after a while."""
         process = Path(f"/proc/{self._pid}")
         command = process.joinpath("cmdline").read_bytes().split(b"\0")[:-1]
@@ -61,7 +61,7 @@ class Gcs:
         if self._another is not None:
             self._another.kill()
             self._another.wait()
-        for pid in list(family(self._ray)):
+        for pid in list(process_tree(self._ray)):
             if pid != self._ray:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

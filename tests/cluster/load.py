@@ -24,7 +24,7 @@ TEXTS = [f"text number {number}" for number in range(8)]
 
 
 @dataclass
-class Seen:
+class LoadResult:
     """What clients saw: answers that were right, wrong or refused, and how long the slowest took, after the fault."""
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -34,14 +34,14 @@ class Seen:
         return self.counts[outcome]
 
 
-def under_load(service: Service, fault: Callable[[], object], seconds: float = LOAD_S) -> Seen:
+def run_under_load(service: Service, fault: Callable[[], object], seconds: float = LOAD_S) -> LoadResult:
     """Let something happen after a third of the time while all models are asked.
 
     A connection that is lost raises: it would be a lost request.
     """
     expected = {model: service.embed(model, TEXTS) for model in MODELS}
     stop = threading.Event()
-    seen = Seen()
+    seen = LoadResult()
     fault_s = time.monotonic() + seconds / 3
 
     def ask(worker: int) -> None:
@@ -67,10 +67,10 @@ def under_load(service: Service, fault: Callable[[], object], seconds: float = L
     return seen
 
 
-def kill_under_load(service: Service, victim: int) -> Seen:
+def kill_replica_under_load(service: Service, victim: int) -> LoadResult:
     """SIGKILL one of the replicas."""
     process = list(service.processes("Replica").values())[victim]
-    return under_load(service, lambda: os.kill(process, signal.SIGKILL))
+    return run_under_load(service, lambda: os.kill(process, signal.SIGKILL))
 
 
 def _judged(answer: httpx.Response, expected: Vectors) -> str:
@@ -82,7 +82,7 @@ def _judged(answer: httpx.Response, expected: Vectors) -> str:
     return "right" if np.abs(vectors_of(answer)[0] - expected).max() < 1e-5 else "wrong"
 
 
-def kill_with_the_request(service: Service) -> None:
+def kill_during_request(service: Service) -> None:
     """SIGKILL the replica that works on a long request; another must answer it, and rightly."""
     texts = [f"{number} {LONG_TEXT}" for number in range(400)]
     home = service.post("legal-v2", "where").headers["x-ranklet-replica"]
@@ -112,7 +112,7 @@ def _ranks(service: Service) -> list[str]:
     return [group["labels"]["rank"] for group in service.targets() if group["labels"]["role"] == "replica"]
 
 
-def leave_early(service: Service) -> None:
+def disconnect_early(service: Service) -> None:
     """A client hangs up on a long request: its prompts must never reach the device."""
     texts = [f"{number} {LONG_TEXT}" for number in range(1500)]
     gone = service.samples("gateway")["ranklet_client_gone_total"]

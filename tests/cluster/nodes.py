@@ -34,22 +34,22 @@ class Node:
                 time.sleep(0.1)
         raise AssertionError(f"no node joined in {TRIES} tries; the last said:\n{log.read_text(errors='replace')}")
 
-    def lose(self) -> None:
+    def kill(self) -> None:
         """All of its processes at once, without a word to anybody."""
-        for pid in list(family(self.process.pid)):
+        for pid in list(process_tree(self.process.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
 
-def family(pid: int) -> Iterator[int]:
+def process_tree(pid: int) -> Iterator[int]:
     """A process and all that it has started, by id."""
     yield pid
-    for child in children(pid):
-        yield from family(child)
+    for child in child_processes(pid):
+        yield from process_tree(child)
 
 
-def children(pid: int) -> list[int]:
+def child_processes(pid: int) -> list[int]:
     """Ids of the processes that a process has started."""
     found: list[int] = []
     with contextlib.suppress(OSError):
@@ -58,7 +58,7 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def title(pid: int) -> str:
+def command_line(pid: int) -> str:
     """What a process calls itself."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")

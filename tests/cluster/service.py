@@ -21,7 +21,7 @@ from tests.assets.oracle import Prompt, reference_embedding
 
 ROOT = Path(__file__).parents[2]
 BASE = "demo-base"
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 _ALIVE = ("RUNNING", "UPDATING")
 
 Vectors = npt.NDArray[np.float32]
@@ -138,9 +138,9 @@ def assert_close(vectors: npt.ArrayLike, expected: npt.ArrayLike) -> None:
     np.testing.assert_allclose(np.asarray(vectors), np.asarray(expected), rtol=0.0, atol=1e-5)
 
 
-def eventually(what: str, check: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+def eventually(what: str, check: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
     """Waits until `check` holds; fails the test when it never does."""
-    deadline_s = time.monotonic() + patience_s
+    deadline_s = time.monotonic() + timeout_s
     while not check():
-        assert time.monotonic() < deadline_s, f"did not happen within {patience_s:g} s: {what}"
+        assert time.monotonic() < deadline_s, f"did not happen within {timeout_s:g} s: {what}"
         time.sleep(0.2)

@@ -48,7 +48,7 @@ def test_replicas_come_with_load_and_go_without(model_dir: Path, adapters_dir: P
     cluster = LocalCluster(http_port=0, report=print, environment=PUSH_S)
     with serving(content, tmp_path, cluster) as service:
         assert len(service.processes("Replica")) == 1
-        seen = load.under_load(service, lambda: _more(service))
+        seen = load.run_under_load(service, lambda: _more(service))
         assert (seen["wrong"], seen["refused"]) == (0, 0)
         assert seen["right"] > 20
         eventually("one replica again", lambda: len(service.processes("Replica")) == 1)

@@ -15,9 +15,9 @@ import pytest
 from ranklet.cluster.command.local_cluster import LocalCluster
 from tests.assets.hanging import hanging
 from tests.cluster import load
-from tests.cluster.gcs import Gcs, redis
-from tests.cluster.load import Seen
-from tests.cluster.nodes import Node, children, family, title
+from tests.cluster.gcs import Gcs, redis_server
+from tests.cluster.load import LoadResult
+from tests.cluster.nodes import Node, child_processes, command_line, process_tree
 from tests.cluster.service import Service, eventually, own_configuration, serving, vectors_of
 
 Nodes = tuple[Service, list[Node], Path]
@@ -32,7 +32,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     if not HAS_REDIS:
         yield {}
         return
-    with redis(tmp_path_factory.mktemp("redis")) as environment:
+    with redis_server(tmp_path_factory.mktemp("redis")) as environment:
         yield environment
 
 
@@ -74,10 +74,10 @@ def nodes(
         joining.join()
         for node in started:
             if node.process.poll() is None:
-                node.lose()
+                node.kill()
 
 
-def judge(seen: Seen, least: int = 20) -> None:
+def judge(seen: LoadResult, least: int = 20) -> None:
     assert seen["wrong"] == 0
     assert seen["right"] > least
     assert seen.slowest_s < ENDS_S
@@ -88,9 +88,9 @@ def test_a_replica_that_hangs_is_passed_over_and_replaced(nodes: Nodes, hung: st
     """SIGSTOP: it takes requests and never answers."""
     service, _, _ = nodes
     actor = next(iter(service.processes("Replica").values()))
-    stopped = children(actor)[0] if hung == "engine" else actor
+    stopped = child_processes(actor)[0] if hung == "engine" else actor
     try:
-        judge(load.under_load(service, lambda: os.kill(stopped, signal.SIGSTOP), 18))
+        judge(load.run_under_load(service, lambda: os.kill(stopped, signal.SIGSTOP), 18))
         eventually("another in its place", lambda: actor not in service.processes("Replica").values(), BACK_S)
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -101,7 +101,7 @@ def test_a_replica_that_hangs_is_passed_over_and_replaced(nodes: Nodes, hung: st
 def test_a_node_is_lost(nodes: Nodes) -> None:
     """The other has room for its replicas."""
     service, started, folder = nodes
-    judge(load.under_load(service, started[0].lose))
+    judge(load.run_under_load(service, started[0].kill))
     began_s = time.monotonic()
     load.wait_for_two(service)
     assert time.monotonic() - began_s < BACK_S
@@ -112,13 +112,15 @@ def test_the_controller_is_killed(nodes: Nodes) -> None:
     """Requests go on without it, and the new one finds all as it was."""
     service, _, _ = nodes
     before = service.processes("Replica")
-    judge(load.under_load(service, lambda: os.kill(_controller(service), signal.SIGKILL)))
+    judge(load.run_under_load(service, lambda: os.kill(_controller(service), signal.SIGKILL)))
     eventually("the controller answers again", lambda: service.processes("Replica") == before, BACK_S)
 
 
 def _controller(service: Service) -> int:
     """Its process, found among all of this cluster's."""
-    named = [pid for pid in family(service.cluster.state.pid) if title(pid).startswith("ray::ServeController")]
+    named = [
+        pid for pid in process_tree(service.cluster.state.pid) if command_line(pid).startswith("ray::ServeController")
+    ]
     assert len(named) == 1
     return named[0]
 
@@ -130,7 +132,7 @@ def test_a_disk_that_hangs_holds_up_its_own_adapter_alone(nodes: Nodes) -> None:
     with hanging(stuck / "adapter_model.safetensors"), ThreadPoolExecutor(4) as pool:
         began_s = time.monotonic()
         asked = [pool.submit(service.post, "stuck", "text") for _ in range(4)]
-        judge(load.under_load(service, lambda: None))
+        judge(load.run_under_load(service, lambda: None))
         for one in asked:
             answer = one.result(timeout=30)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "adapter_loading"), answer.text
@@ -168,7 +170,7 @@ def test_a_new_configuration_is_deployed(nodes: Nodes) -> None:
     before = set(service.processes("Replica").values())
     arguments = service.content["applications"][0]["args"]
     arguments["engine"]["slots"] = 6
-    judge(load.under_load(service, lambda: service.cluster.deploy(service.content), 30))
+    judge(load.run_under_load(service, lambda: service.cluster.deploy(service.content), 30))
     eventually("all replicas are new", lambda: not before & set(service.processes("Replica").values()), 60)
     load.wait_for_two(service)
     eventually("they serve it", lambda: service.post("kept", "text").status_code == 200)
@@ -183,7 +185,7 @@ def test_all_replicas_are_lost(nodes: Nodes) -> None:
     expected = service.embed("medical", "text")
     for node in started:
         if node.process.poll() is None:
-            node.lose()
+            node.kill()
     began_s = time.monotonic()
     while (answer := service.post("medical", "text")).status_code == 200:
         assert time.monotonic() - began_s < ENDS_S
@@ -208,7 +210,7 @@ def test_the_gcs_is_lost_and_comes_back(nodes: Nodes) -> None:
     before = known()
     gcs = Gcs(service.cluster.state.pid, folder / "gcs.log")
     try:
-        judge(load.under_load(service, lambda: gcs.lose(3), 12))
+        judge(load.run_under_load(service, lambda: gcs.kill_and_restart(3), 12))
         eventually("it knows them as they were", lambda: known() == before, BACK_S)
         os.kill(next(iter(before.values())), signal.SIGKILL)
         eventually("it is gone", lambda: len(set(before) & set(known())) == 1, BACK_S)

@@ -177,17 +177,17 @@ def test_adapters_come_from_an_object_store(plain: Service, s3: Bucket, adapters
 
 
 def test_work_of_a_client_that_left_is_dropped(plain: Service) -> None:
-    load.leave_early(plain)
+    load.disconnect_early(plain)
 
 
 def test_the_gateway_repeats_a_request_whose_replica_died(plain: Service) -> None:
-    load.kill_with_the_request(plain)
+    load.kill_during_request(plain)
     assert plain.samples("gateway")["ranklet_retries_total"] == 1
     load.wait_for_recovery(plain)
 
 
 def test_a_replica_killed_under_load_loses_no_request(plain: Service) -> None:
-    seen = load.kill_under_load(plain, victim=0)
+    seen = load.kill_replica_under_load(plain, victim=0)
     assert seen["wrong"] == 0
     assert seen["right"] > 20
     assert seen["refused"] < seen["right"]

@@ -9,7 +9,7 @@ from tests.cluster.service import Service
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_replica_killed_under_load_loses_no_request(service: Service, victim: int) -> None:
     before = service.processes("Replica")
-    seen = load.kill_under_load(service, victim)
+    seen = load.kill_replica_under_load(service, victim)
     assert seen["wrong"] == 0
     assert seen["right"] > 20
     assert seen["refused"] < seen["right"]
@@ -18,10 +18,10 @@ def test_a_replica_killed_under_load_loses_no_request(service: Service, victim: 
 
 
 def test_a_request_survives_the_replica_that_had_it(service: Service) -> None:
-    load.kill_with_the_request(service)
+    load.kill_during_request(service)
     load.wait_for_recovery(service)
 
 
 def test_work_of_a_client_that_left_is_dropped(service: Service) -> None:
-    load.leave_early(service)
+    load.disconnect_early(service)
     assert service.embed("legal-v2", "still here").shape == (1, 128)

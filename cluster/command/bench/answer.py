@@ -11,7 +11,7 @@ OK = "ok"
 BAD = "bad_answer"  # status 200, without the vectors that were asked for
 
 
-def judged(status: int, raw: bytes, prompts: int, *, closely: bool = False) -> tuple[str, int]:
+def check_answer(status: int, raw: bytes, prompts: int, *, check_values: bool = False) -> tuple[str, int]:
     """`ok` and the prompts' tokens as the server counted them (0 if it did not), or an error's code and 0.
 
     Args:
@@ -21,7 +21,7 @@ def judged(status: int, raw: bytes, prompts: int, *, closely: bool = False) -> t
         said = orjson.loads(raw)
         if status != 200:
             return _code(status, said), 0
-        if len(said["data"]) != prompts or (closely and not all(map(_is_finite, said["data"]))):
+        if len(said["data"]) != prompts or (check_values and not all(map(_is_finite, said["data"]))):
             return BAD, 0
         return OK, int((said.get("usage") or {}).get("prompt_tokens", 0))
     except (ValueError, KeyError, TypeError, AttributeError):

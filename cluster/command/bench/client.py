@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import aiohttp
 
-from ranklet.cluster.command.bench.answer import judged
+from ranklet.cluster.command.bench.answer import check_answer
 from ranklet.cluster.command.bench.requests import PlannedRequest
 
 _START_IN_S = 0.05
@@ -111,7 +111,7 @@ async def _send(share: ClientShare, begin_s: float, log: ClientLog) -> None:
             outcome, tokens, done_s = type(error).__name__, 0, time.perf_counter()
         else:
             done_s = time.perf_counter()
-            outcome, tokens = judged(answer.status, raw, asked.prompts, closely=not log.records)
+            outcome, tokens = check_answer(answer.status, raw, asked.prompts, check_values=not log.records)
         record = SentRequest(begin_s + asked.at_s, sent_s, done_s, tokens, asked.prompts, asked.model, outcome)
         log.records.append(record)
 

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ranklet.cluster.command.bench.plan import BenchPlan, cores, flag
+from ranklet.cluster.command.bench.plan import BenchPlan, cpu_cores, flag_name
 
 _KEY_VARIABLES = ("RANKLET_API_KEY", "OPENAI_API_KEY")
 _HELP = {
@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
         "bench", help="send load to a server and measure it (any with OpenAI's embeddings API)"
     )
     for field in dataclasses.fields(BenchPlan):
-        name, said = flag(field.name), _HELP[field.name]
+        name, said = flag_name(field.name), _HELP[field.name]
         if field.name == "adapters":
             parser.add_argument(name, nargs="+", default=[], metavar="NAME", help=said)
         elif field.name == "as_text":
@@ -62,28 +62,30 @@ def _run(asked: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress, TimeElapsedColumn
 
-    from ranklet.cluster.command.bench.run import bench
-    from ranklet.cluster.command.bench.server import version
-    from ranklet.cluster.command.bench.show import check_plot, plot, show
+    from ranklet.cluster.command.bench.run import run_bench
+    from ranklet.cluster.command.bench.server import fetch_version
+    from ranklet.cluster.command.bench.show import check_plot_path, plot_result, print_result
 
-    plan = plan_of(asked)
+    plan = plan_from_args(asked)
     _check_paths(asked.out, asked.plot)
     if asked.plot:
-        check_plot(asked.plot)
+        check_plot_path(asked.plot)
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task(f"{plan.num_prompts:,} prompts to {plan.url}", total=None)
         try:
-            result = bench(plan, lambda done, of: bar.update(task, completed=done, total=of))
+            result = run_bench(plan, lambda done, of: bar.update(task, completed=done, total=of))
         except KeyboardInterrupt:
             raise ValueError("interrupted before anything was measured") from None
-    show(result, console)
+    print_result(result, console)
     if asked.out:
-        asked.out.write_text(json.dumps(report(plan, version(plan)) | result.facts(), indent=1, allow_nan=False) + "\n")
+        asked.out.write_text(
+            json.dumps(describe_run(plan, fetch_version(plan)) | result.to_json(), indent=1, allow_nan=False) + "\n"
+        )
     if asked.plot:
-        plot(result, asked.plot)
+        plot_result(result, asked.plot)
     return int(result.overall.answered < result.planned)
 
 
@@ -94,7 +96,7 @@ def _check_paths(*paths: Path | None) -> None:
             raise ValueError(f"{path}: expected its folder to exist; make {path.parent}")
 
 
-def plan_of(asked: argparse.Namespace) -> BenchPlan:
+def plan_from_args(asked: argparse.Namespace) -> BenchPlan:
     """The plan that the flags ask for.
 
     Raises:
@@ -108,7 +110,7 @@ def plan_of(asked: argparse.Namespace) -> BenchPlan:
     return BenchPlan(**given)
 
 
-def report(plan: BenchPlan, server: Any) -> dict[str, Any]:
+def describe_run(plan: BenchPlan, server: Any) -> dict[str, Any]:
     """What the numbers hold for; the key stays out.
 
     Args:
@@ -120,7 +122,7 @@ def report(plan: BenchPlan, server: Any) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "client_machine": {
-            "cpu_cores": cores(), "python": platform.python_version(),
+            "cpu_cores": cpu_cores(), "python": platform.python_version(),
             "aiohttp": metadata.version("aiohttp"),
         },
         "server": server, "plan": asked,

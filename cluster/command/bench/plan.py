@@ -8,13 +8,13 @@ from pathlib import Path
 from ranklet.kernels.mixes import MIXES, exponent
 
 
-def cores() -> int:
+def cpu_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processes() -> int:
-    return max(1, min(8, cores() // 4))
+    return max(1, min(8, cpu_cores() // 4))
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class BenchPlan:
     def __post_init__(self) -> None:
         for name in ("input_len", "vocab", "num_prompts", "batch_size", "processes"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)}: expected at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{flag_name(name)}: expected at least 1, got {getattr(self, name)}")
         for name in ("warmup", "seed"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{flag(name)}: expected at least 0, got {getattr(self, name)}")
+                raise ValueError(f"{flag_name(name)}: expected at least 0, got {getattr(self, name)}")
         if not 0 < self.range_ratio <= 1:
             raise ValueError(f"--range-ratio: expected a number above 0, at most 1, got {self.range_ratio}")
         if not self.request_rate > 0:
@@ -68,7 +68,7 @@ class BenchPlan:
             ("encoding_format", ("base64", "float")),
         ):  # fmt: skip
             if getattr(self, name) not in known:
-                raise ValueError(f"{flag(name)}: expected {' or '.join(known)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{flag_name(name)}: expected {' or '.join(known)}, got {getattr(self, name)!r}")
         if (self.dataset == "file") != (self.path is not None):
             raise ValueError("--dataset file: expected --path FILE with it, and --path only with it")
         if self.adapter_distribution not in MIXES:
@@ -84,6 +84,6 @@ class BenchPlan:
         return self.base_url.rstrip("/") + "/" + self.endpoint.lstrip("/")
 
 
-def flag(field: str) -> str:
+def flag_name(field: str) -> str:
     """What the command line calls a field of the plan."""
     return "--vocab-size" if field == "vocab" else "--" + field.replace("_", "-")

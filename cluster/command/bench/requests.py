@@ -33,7 +33,7 @@ class PromptLine(NamedTuple):
     model: str | None = None  # whom the dataset's file wants to ask
 
 
-def draw(plan: BenchPlan, base: str, adapters: list[str]) -> list[PlannedRequest]:
+def make_requests(plan: BenchPlan, base: str, adapters: list[str]) -> list[PlannedRequest]:
     """All requests of a run, in the order they leave.
 
     Raises:

@@ -15,15 +15,15 @@ from typing import Any
 
 from ranklet.cluster.command.bench import worker
 from ranklet.cluster.command.bench.client import ClientLog, ClientShare, starting_time
-from ranklet.cluster.command.bench.outcome import BenchResult, outcome
 from ranklet.cluster.command.bench.plan import BenchPlan
-from ranklet.cluster.command.bench.requests import PlannedRequest, draw
-from ranklet.cluster.command.bench.server import headers, targets, warm_up
+from ranklet.cluster.command.bench.requests import PlannedRequest, make_requests
+from ranklet.cluster.command.bench.result import BenchResult, summarize
+from ranklet.cluster.command.bench.server import request_headers, resolve_models, warm_up
 
 _OTHER_SEED = 1_000_003  # of the warm-up
 
 
-def bench(plan: BenchPlan, progress: Callable[[int, int], None] = lambda done, of: None) -> BenchResult:
+def run_bench(plan: BenchPlan, progress: Callable[[int, int], None] = lambda done, of: None) -> BenchResult:
     """Run a plan. Interrupted (Ctrl-C), it gives the numbers of what was answered.
 
     Args:
@@ -33,16 +33,18 @@ def bench(plan: BenchPlan, progress: Callable[[int, int], None] = lambda done, o
         ValueError: the server cannot be reached or does not answer the warm-up with vectors, an adapter's pattern
             matches none, or the dataset cannot be used.
     """
-    base, adapters = targets(plan)
-    asked = draw(plan, base, adapters)
+    base, adapters = resolve_models(plan)
+    asked = make_requests(plan, base, adapters)
     warm_up(plan, _warming(plan, base, asked))
     processes = min(plan.processes, len(asked), plan.max_concurrency or len(asked))
     shares = [
-        ClientShare(plan.url, headers(plan), asked[i::processes], _concurrency(plan, processes, i), plan.timeout_s)
+        ClientShare(
+            plan.url, request_headers(plan), asked[i::processes], _concurrency(plan, processes, i), plan.timeout_s
+        )
         for i in range(processes)
     ]
     open_loop = math.isfinite(plan.request_rate) and plan.max_concurrency is None
-    return outcome(_run(shares, len(asked), progress), len(asked), open_loop=open_loop)
+    return summarize(_run(shares, len(asked), progress), len(asked), open_loop=open_loop)
 
 
 def _warming(plan: BenchPlan, base: str, asked: list[PlannedRequest]) -> list[PlannedRequest]:
@@ -53,7 +55,7 @@ def _warming(plan: BenchPlan, base: str, asked: list[PlannedRequest]) -> list[Pl
     other = dataclasses.replace(
         plan, num_prompts=prompts, seed=plan.seed + _OTHER_SEED, adapter_distribution="distinct"
     )
-    return draw(other, base, [name for name in dict.fromkeys(one.model for one in asked) if name != base])
+    return make_requests(other, base, [name for name in dict.fromkeys(one.model for one in asked) if name != base])
 
 
 def _concurrency(plan: BenchPlan, processes: int, index: int) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import aiohttp
 
-from ranklet.cluster.command.bench.answer import OK, judged
+from ranklet.cluster.command.bench.answer import OK, check_answer
 from ranklet.cluster.command.bench.plan import BenchPlan
 from ranklet.cluster.command.bench.requests import PlannedRequest
 
@@ -19,13 +19,13 @@ _PATTERN = frozenset("*?[")
 _PATIENCE_S = 30.0
 
 
-def headers(plan: BenchPlan) -> dict[str, str]:
+def request_headers(plan: BenchPlan) -> dict[str, str]:
     """Of every request."""
     key = {"authorization": f"Bearer {plan.api_key}"} if plan.api_key else {}
     return {"content-type": "application/json", **key}
 
 
-def targets(plan: BenchPlan) -> tuple[str, list[str]]:
+def resolve_models(plan: BenchPlan) -> tuple[str, list[str]]:
     """The base's name, and those of the adapters to ask.
 
     Raises:
@@ -48,7 +48,7 @@ def targets(plan: BenchPlan) -> tuple[str, list[str]]:
     return plan.model or bases[0], list(dict.fromkeys(chosen))
 
 
-def version(plan: BenchPlan) -> Any:
+def fetch_version(plan: BenchPlan) -> Any:
     """What /version answers; None of a server that has none."""
     try:
         return _get(plan, "/version")
@@ -68,7 +68,7 @@ def _models(plan: BenchPlan) -> list[dict[str, Any]]:
 
 
 def _get(plan: BenchPlan, path: str) -> Any:
-    request = urllib.request.Request(plan.base_url.rstrip("/") + path, headers=headers(plan))
+    request = urllib.request.Request(plan.base_url.rstrip("/") + path, headers=request_headers(plan))
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=_PATIENCE_S) as answer:
         return json.load(answer)
 
@@ -85,14 +85,14 @@ def warm_up(plan: BenchPlan, asked: list[PlannedRequest]) -> None:
 
 async def _warm_up(plan: BenchPlan, asked: list[PlannedRequest]) -> None:
     timeout = aiohttp.ClientTimeout(total=plan.timeout_s)
-    async with aiohttp.ClientSession(timeout=timeout, headers=headers(plan)) as session:
+    async with aiohttp.ClientSession(timeout=timeout, headers=request_headers(plan)) as session:
         for one in asked:
             try:
                 async with session.post(plan.url, data=one.body) as answer:
                     raw = await answer.read()
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 raise ValueError(f"expected a server at {plan.url}, got {type(error).__name__}: {error}") from None
-            if judged(answer.status, raw, one.prompts, closely=True)[0] != OK:
+            if check_answer(answer.status, raw, one.prompts, check_values=True)[0] != OK:
                 said = raw[:500].decode(errors="replace")
                 raise ValueError(
                     f"expected {one.prompts} finite vectors of a warm-up request to {one.model}, got {answer.status}: "

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ranklet.cluster.command.bench.outcome import PERCENTILES, BenchResult, Latencies
+from ranklet.cluster.command.bench.result import PERCENTILES, BenchResult, Latencies
 
 _MOST_ROWS = 20
 _COLUMNS = ("requests", "failed", "req/s", "texts/s", "tokens/s", "mean ms", *(f"p{p}" for p in PERCENTILES))
@@ -16,7 +16,7 @@ _BINS = 100
 _PICTURES = (".png", ".svg", ".pdf")
 
 
-def show(result: BenchResult, console: Console) -> None:
+def print_result(result: BenchResult, console: Console) -> None:
     """Print it: overall, the busiest adapters, errors, and the client's own cost."""
     table = Table(title=f"{result.overall.answered:,} of {result.planned:,} requests in {result.seconds:.2f} s")
     table.add_column("")
@@ -59,7 +59,7 @@ def _row(numbers: Latencies) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def check_plot(path: Path) -> None:
+def check_plot_path(path: Path) -> None:
     """Before a run, that its picture can be drawn.
 
     Raises:
@@ -71,8 +71,8 @@ def check_plot(path: Path) -> None:
         raise ValueError(f"--plot: expected a path that ends with {', '.join(_PICTURES)}; got {path}")
 
 
-def plot(result: BenchResult, path: Path) -> None:
-    """Latency's distribution, and tokens a second over the run, as a picture. `check_plot` says whether it can be."""
+def plot_result(result: BenchResult, path: Path) -> None:
+    """Latency's distribution, and tokens per second over the run, as a picture."""
     from matplotlib.figure import Figure  # takes a second, which a run without a picture need not wait
 
     figure = Figure(figsize=(10, 4), layout="constrained")

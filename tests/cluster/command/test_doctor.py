@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from ranklet.cluster.command import cli, doctor
-from ranklet.cluster.command.doctor import examine
+from ranklet.cluster.command.doctor import run_checks
 from tests.cluster.service import local_configuration
 
 
 def states(config: Path | None) -> dict[str, str]:
-    return {finding.what: finding.state for finding in examine(config)}
+    return {finding.subject: finding.state for finding in run_checks(config)}
 
 
 def written(tmp_path: Path, content: object) -> Path:
@@ -32,7 +32,7 @@ def test_a_sound_deployment(
     assert "6 adapters" in said
     found = states(config)
     assert {found[what] for what in ("torch", "ray", "C compiler", "base.model_dir", "adapters_dir")} == {"ok"}
-    for finding in examine(config):
+    for finding in run_checks(config):
         assert (finding.state == "ok") != bool(finding.remedy), finding
 
 
@@ -70,8 +70,8 @@ def test_a_port_that_is_taken_is_said() -> None:
         sock.bind(("", 0))
         sock.listen()
         port = sock.getsockname()[1]
-        assert doctor.port_is_free(port, "HTTP").state == "warn"
-    assert doctor.port_is_free(port, "HTTP").state == "ok"
+        assert doctor.check_port(port, "HTTP").state == "warn"
+    assert doctor.check_port(port, "HTTP").state == "ok"
 
 
 def test_what_a_container_often_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

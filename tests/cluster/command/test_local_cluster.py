@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from ranklet.cluster.command import cli
-from ranklet.cluster.command.local_cluster import ClusterError, LocalCluster, attached
+from ranklet.cluster.command.local_cluster import ClusterError, LocalCluster, find_cluster
 from ranklet.cluster.command.ports import free_block, free_ports
-from ranklet.cluster.command.processes import end, started_at
+from ranklet.cluster.command.processes import process_start_time, terminate
 from tests.cluster.service import Service, local_configuration
 
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
@@ -41,15 +41,15 @@ def test_a_process_is_ended_and_collected(command: list[str]) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        began = started_at(process.pid)
-        assert began is not None
-        end(process.pid, began, timeout_s=0.5)
-        assert started_at(process.pid) is None
+        start_time = process_start_time(process.pid)
+        assert start_time is not None
+        terminate(process.pid, start_time, timeout_s=0.5)
+        assert process_start_time(process.pid) is None
 
 
 def test_another_process_with_the_same_id_is_left_alone() -> None:
     with subprocess.Popen(SLEEP, stdout=subprocess.PIPE) as process:
-        end(process.pid, "at another time")
+        terminate(process.pid, "at another time")
         assert process.poll() is None
         process.kill()
 
@@ -104,7 +104,7 @@ def _serve_once(model_dir: Path, adapters_dir: Path, *, first: bool) -> None:
             environment = {**os.environ, "NOTIFY_SOCKET": f"{folder}/notify"}
             with subprocess.Popen(command, env=environment, start_new_session=True) as process:
                 assert told.recv(100) == b"READY=1"
-                state = attached(Path(folder))
+                state = find_cluster(Path(folder))
                 assert state is not None
                 with httpx.Client(base_url=state.base_url, trust_env=False, timeout=30) as http:
                     if first:
@@ -114,12 +114,12 @@ def _serve_once(model_dir: Path, adapters_dir: Path, *, first: bool) -> None:
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(60) == 0
             assert told.recv(100) == b"STOPPING=1"
-        assert started_at(state.pid) is None
-        assert attached(Path(folder)) is None
+        assert process_start_time(state.pid) is None
+        assert find_cluster(Path(folder)) is None
 
 
 def test_a_second_start_in_the_same_folder_is_refused(service: Service, tmp_path: Path) -> None:
-    assert attached(service.cluster.temp_dir) == service.cluster.state
+    assert find_cluster(service.cluster.temp_dir) == service.cluster.state
     with pytest.raises(ClusterError, match="already"):
         LocalCluster(service.cluster.temp_dir).start(tmp_path / "any.yaml")
 

@@ -1,4 +1,4 @@
-"""How answers of several servers are judged."""
+"""Answers of several servers and the outcome code of each."""
 
 import base64
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import orjson
 import pytest
 
-from ranklet.cluster.command.bench.answer import judged
+from ranklet.cluster.command.bench.answer import check_answer
 
 
 def coded(*values: float) -> str:
@@ -19,14 +19,14 @@ def answer(*vectors: Any, **fields: Any) -> bytes:
     return orjson.dumps({"data": data, "usage": {"prompt_tokens": 9}} | fields)
 
 
-@pytest.mark.parametrize("closely", [False, True])
+@pytest.mark.parametrize("check_values", [False, True])
 @pytest.mark.parametrize("vector", [coded(1, 2), [1.0, 2.0]])
-def test_vectors_in_both_encodings(vector: Any, closely: bool) -> None:
-    assert judged(200, answer(vector, vector), 2, closely=closely) == ("ok", 9)
+def test_vectors_in_both_encodings(vector: Any, check_values: bool) -> None:
+    assert check_answer(200, answer(vector, vector), 2, check_values=check_values) == ("ok", 9)
 
 
 def test_a_server_that_counts_no_tokens() -> None:
-    assert judged(200, answer([1.0], usage=None), 1) == ("ok", 0)
+    assert check_answer(200, answer([1.0], usage=None), 1) == ("ok", 0)
 
 
 @pytest.mark.parametrize(
@@ -37,12 +37,12 @@ def test_a_server_that_counts_no_tokens() -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_answer(raw: bytes) -> None:
-    assert judged(200, raw, 1) == ("bad_answer", 0)
+    assert check_answer(200, raw, 1) == ("bad_answer", 0)
 
 
 @pytest.mark.parametrize("vector", [coded(1, float("nan")), coded(float("inf")), "", "!", "AAA=", [], [1.0, None], 5])
 def test_a_close_look_finds_vectors_that_are_none(vector: Any) -> None:
-    assert judged(200, answer(vector), 1, closely=True) == ("bad_answer", 0)
+    assert check_answer(200, answer(vector), 1, check_values=True) == ("bad_answer", 0)
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_a_close_look_finds_vectors_that_are_none(vector: Any) -> None:
     ],
 )
 def test_error_codes_of_several_servers(status: int, said: Any, code: str) -> None:
-    assert judged(status, orjson.dumps(said), 1) == (code, 0)
+    assert check_answer(status, orjson.dumps(said), 1) == (code, 0)
 
 
 def test_an_error_in_plain_text() -> None:
-    assert judged(503, b"upstream connect error", 1) == ("503", 0)
+    assert check_answer(503, b"upstream connect error", 1) == ("503", 0)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ranklet.cluster.command.bench.plan import BenchPlan
-from ranklet.cluster.command.bench.run import bench
+from ranklet.cluster.command.bench.run import run_bench
 from ranklet.cluster.command.cli import main
 from tests.cluster.command.bench import peer
 from tests.cluster.command.bench.peer import BAD, BASE, ERRORS, GOOD
@@ -46,15 +46,15 @@ def test_every_failure_is_counted_and_stops_nothing(tmp_path: Path, capsys: pyte
 
 def test_each_process_looks_closely_at_its_first_answer() -> None:
     with peer.running() as server:
-        found = bench(plan(server.url, adapters=("hole",), max_concurrency=2))
+        found = run_bench(plan(server.url, adapters=("hole",), max_concurrency=2))
     assert found.overall.errors == {"bad_answer": 2}
 
 
 def test_the_warm_up_asks_each_adapter_other_prompts_and_is_not_counted() -> None:
     with peer.running() as server:
         fields = {"adapters": ("good-*",), "warmup": 4, "batch_size": 3, "adapter_distribution": "identical"}
-        found = bench(plan(server.url, **fields))
-        assert bench(plan(server.url, **fields)).overall.answered == 20
+        found = run_bench(plan(server.url, **fields))
+        assert run_bench(plan(server.url, **fields)).overall.answered == 20
     first, measured = server.asked[:4], server.asked[4:24]
     assert {body["model"] for body in first} == {"good-1"}  # the only one that the run asks
     assert not [body for body in first if body in measured]
@@ -63,41 +63,43 @@ def test_the_warm_up_asks_each_adapter_other_prompts_and_is_not_counted() -> Non
 
 def test_a_server_that_refuses_the_warm_up() -> None:
     with peer.running() as server, pytest.raises(ValueError, match=r"got 429: .*too much"):
-        bench(plan(server.url, adapters=("busy",), warmup=1))
+        run_bench(plan(server.url, adapters=("busy",), warmup=1))
 
 
 def test_no_server() -> None:
     with pytest.raises(ValueError, match=r"expected a list of models at http://127\.0\.0\.1:9/v1/models"):
-        bench(plan("http://127.0.0.1:9"))
+        run_bench(plan("http://127.0.0.1:9"))
     with pytest.raises(ValueError, match=r"expected a server at http://127\.0\.0\.1:9/v1/embeddings"):
-        bench(plan("http://127.0.0.1:9", model="m", warmup=1))
+        run_bench(plan("http://127.0.0.1:9", model="m", warmup=1))
 
 
 def test_patterns_keys_and_the_bases_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # not asked: a proxy must not be what is measured
     with peer.running() as server:
-        bench(plan(server.url, api_key="secret", num_prompts=4))
+        run_bench(plan(server.url, api_key="secret", num_prompts=4))
         assert {body["model"] for body in server.asked} == {BASE}
         assert server.keys == {"Bearer secret"}
-        bench(plan(server.url, adapters=("good-*", "good-1"), adapter_as="lora_path", adapter_distribution="distinct"))
+        run_bench(
+            plan(server.url, adapters=("good-*", "good-1"), adapter_as="lora_path", adapter_distribution="distinct")
+        )
         assert {body.get("lora_path") for body in server.asked[4:]} == set(GOOD)
         with pytest.raises(ValueError, match=r"--adapters: 'x\*' matches none of the server's 7"):
-            bench(plan(server.url, adapters=("x*",)))
+            run_bench(plan(server.url, adapters=("x*",)))
 
 
 def test_requests_in_flight_are_as_many_as_asked_for() -> None:
     with peer.running(slow_s=0.02) as server:
-        found = bench(plan(server.url, max_concurrency=5))
+        found = run_bench(plan(server.url, max_concurrency=5))
         assert server.most_at_once == 5
         assert found.overall.p50_ms >= 20
         server.most_at_once = 0
-        assert bench(plan(server.url, max_concurrency=1, num_prompts=3)).client.processes == 1
+        assert run_bench(plan(server.url, max_concurrency=1, num_prompts=3)).client.processes == 1
         assert server.most_at_once == 1
 
 
 def test_an_open_loop_keeps_its_times() -> None:
     with peer.running(slow_s=0.05) as server:
-        found = bench(plan(server.url, num_prompts=200, request_rate=200.0))
+        found = run_bench(plan(server.url, num_prompts=200, request_rate=200.0))
     assert found.overall.answered == 200
     assert 0.6 < found.seconds < 5
     assert server.most_at_once > 2
@@ -107,7 +109,7 @@ def test_an_open_loop_keeps_its_times() -> None:
 def test_progress_ends_at_all() -> None:
     seen: list[tuple[int, int]] = []
     with peer.running(slow_s=0.1) as server:
-        bench(plan(server.url, max_concurrency=10), lambda done, of: seen.append((done, of)))
+        run_bench(plan(server.url, max_concurrency=10), lambda done, of: seen.append((done, of)))
     assert len(seen) > 2
     assert seen == sorted(seen)
     assert seen[-1] == (60, 60)
@@ -175,6 +177,6 @@ def test_the_real_cluster_through_the_command(service: Service, tmp_path: Path) 
 
 def test_the_real_cluster_says_no_by_code(service: Service) -> None:
     asked = plan(service.url, num_prompts=8, vocab=1000, adapters=("medical", "no-such"), processes=1)
-    found = bench(dataclasses.replace(asked, adapter_distribution="distinct"))
+    found = run_bench(dataclasses.replace(asked, adapter_distribution="distinct"))
     assert found.overall.errors == {"model_not_found": 4}
     assert found.by_adapter["medical"].answered == 4

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from ranklet.cluster.command.bench.client import ClientLog, SentRequest
-from ranklet.cluster.command.bench.outcome import ClientLoad, outcome
-from ranklet.cluster.command.bench.show import plot, show
+from ranklet.cluster.command.bench.result import ClientLoad, summarize
+from ranklet.cluster.command.bench.show import plot_result, print_result
 
 
 def logs() -> list[ClientLog]:
@@ -23,7 +23,7 @@ def logs() -> list[ClientLog]:
 
 
 def test_numbers_of_a_closed_loop() -> None:
-    found = outcome(logs(), 102, open_loop=False)
+    found = summarize(logs(), 102, open_loop=False)
     assert found.seconds == pytest.approx(2.0)
     overall = found.overall
     assert (overall.requests, overall.answered, overall.prompts, overall.tokens) == (102, 100, 200, 700)
@@ -39,7 +39,7 @@ def test_numbers_of_a_closed_loop() -> None:
 
 
 def test_the_clients_own_cost() -> None:
-    client = outcome(logs(), 102, open_loop=False).client
+    client = summarize(logs(), 102, open_loop=False).client
     assert (client.processes, client.busiest) == (2, 0.26)
     assert client.cpu_ms_per_request == pytest.approx(10.0)
     assert (client.p99_lag_ms, client.max_lag_ms) == pytest.approx((2.0, 2.0))
@@ -48,7 +48,7 @@ def test_the_clients_own_cost() -> None:
 
 
 def test_in_an_open_loop_latency_counts_from_when_a_request_was_due() -> None:
-    found = outcome(logs(), 102, open_loop=True)
+    found = summarize(logs(), 102, open_loop=True)
     assert found.overall.p50_ms == pytest.approx(51.5)
     client = found.client
     assert client.max_late_ms == pytest.approx(500)
@@ -64,7 +64,7 @@ def test_a_client_that_may_be_the_bottleneck_says_so(busiest: float, lag: float,
 
 
 def test_what_is_not_known_is_null() -> None:
-    facts = json.loads(json.dumps(outcome(logs(), 110, open_loop=False).facts(), allow_nan=False))
+    facts = json.loads(json.dumps(summarize(logs(), 110, open_loop=False).to_json(), allow_nan=False))
     assert facts["by_adapter"]["b"]["p99_ms"] is None
     assert facts["client"]["p99_late_ms"] is None
     assert (facts["planned"], facts["overall"]["requests"]) == (110, 102)
@@ -72,18 +72,18 @@ def test_what_is_not_known_is_null() -> None:
 
 def test_nothing_answered() -> None:
     with pytest.raises(ValueError, match="expected at least one request"):
-        outcome([ClientLog()], 5, open_loop=False)
+        summarize([ClientLog()], 5, open_loop=False)
 
 
 def test_the_table_and_the_picture(tmp_path: Path) -> None:
-    found = outcome(logs(), 110, open_loop=True)
+    found = summarize(logs(), 110, open_loop=True)
     console = Console(width=120, record=True, file=(tmp_path / "table").open("w"))
     with console.file:
-        show(found, console)
+        print_result(found, console)
     text = console.export_text()
     for said in ("100 of 110 requests", "1 x quota", "1 x TimeoutError", "interrupted: 8", "bottleneck", "51.5"):
         assert said in text
-    plot(found, tmp_path / "run.png")
+    plot_result(found, tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
-    plot(outcome([logs()[1]], 2, open_loop=False), tmp_path / "failed.svg")
+    plot_result(summarize([logs()[1]], 2, open_loop=False), tmp_path / "failed.svg")
     assert (tmp_path / "failed.svg").stat().st_size > 1000

@@ -71,20 +71,20 @@ class BenchResult:
     answers: NDArray[np.float64]  # [answered, 2]: when, in seconds after the start, and its latency in seconds
     tokens: NDArray[np.int64]  # [answered]
 
-    def facts(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As JSON, without the single answers; what is not known is null."""
         return {
-            "planned": self.planned, "seconds": self.seconds, "overall": _facts(self.overall),
-            "by_adapter": {name: _facts(numbers) for name, numbers in self.by_adapter.items()},
+            "planned": self.planned, "seconds": self.seconds, "overall": _json(self.overall),
+            "by_adapter": {name: _json(numbers) for name, numbers in self.by_adapter.items()},
             "client": vars(self.client) | {"suspicion": self.client.suspicion},
         }  # fmt: skip
 
 
-def _facts(numbers: Latencies) -> dict[str, Any]:
+def _json(numbers: Latencies) -> dict[str, Any]:
     return {name: None if value != value else value for name, value in vars(numbers).items()}  # NaN is no JSON
 
 
-def outcome(logs: Sequence[ClientLog], planned: int, *, open_loop: bool) -> BenchResult:
+def summarize(logs: Sequence[ClientLog], planned: int, *, open_loop: bool) -> BenchResult:
     """The numbers of a run.
 
     Args:
