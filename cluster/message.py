@@ -1,11 +1,13 @@
-"""What travels between gateway and replica: token ids and vectors as bytes, refusals as data.
+"""Messages between gateways and replicas.
 
-Exceptions do not travel. Ray would wrap them, log them as failures of the replica, and pickle their tracebacks. What
-travels has no slots: frozen and with slots, its pickling is Python code and takes twice as long.
+Token ids and vectors travel as bytes, errors as data: Ray would wrap an exception, log it as a failure of the replica,
+and pickle its traceback. The classes have no `__slots__`: frozen dataclasses with slots pickle in Python code, which
+takes twice as long.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +27,119 @@ from ranklet.replicas.errors import (
 )
 from ranklet.routing.report import QueueLoad
 
-# Serve's gRPC transport refuses messages above 4 MiB; half of it leaves room. Fewer prompts per call than a large
-# request has let several replicas share it.
+# Serve's gRPC transport refuses messages above 4 MiB; half of it leaves a margin for everything but tokens and results.
 MAX_MESSAGE_BYTES = 2 << 20
+# Smaller calls let several replicas share a large request.
 MAX_MESSAGE_PROMPTS = 512
+
+Params = TypeVar("Params")
+Result = TypeVar("Result")
+
+_BY_CODE: dict[str, type[RankletError]] = {
+    kind.code: kind
+    for kind in (InvalidRequest, UnknownModel, AdapterNotFound, Unavailable, StillLoading, InternalError)
+}
+
+
+@dataclass(frozen=True)
+class InferenceCall(Generic[Params]):
+    """Prompts of one request for one adapter.
+
+    A call that fails may be repeated on another replica only before the first delta of its result has arrived. After
+    that, it may only be continued from the last delta. A result that arrives as a whole has no deltas before its end.
+
+    Attributes:
+        adapter: None for the base model.
+        tokens: int32 [sum of lengths].
+        lengths: int32 [prompts].
+        params: what the task needs beside the prompts, such as `EmbedParams`.
+        sender: the gateway's id.
+    """
+
+    adapter: AdapterLocation | None
+    tokens: bytes
+    lengths: bytes
+    params: Params
+    sender: str
+
+    @property
+    def adapter_name(self) -> str | None:
+        return self.adapter.name if self.adapter else None
+
+    @property
+    def total_tokens(self) -> int:
+        return len(self.tokens) // 4
+
+    def prompts(self) -> list[NDArray[np.int32]]:
+        """int32 [length] each; views of the message."""
+        tokens, lengths = (np.frombuffer(each, dtype=np.int32) for each in (self.tokens, self.lengths))
+        return [tokens] if len(lengths) == 1 else np.split(tokens, np.cumsum(lengths)[:-1])
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """Vectors in the order of the call's prompts."""
+
+    vectors: bytes  # float32 [prompts, dimensions]
+    dimensions: int
+
+
+@dataclass(frozen=True)
+class InferenceReply(Generic[Result]):
+    """The result of one call, and how the replica computed it.
+
+    Attributes:
+        result: what the task returns, such as `EmbedResult`.
+        tier: where the adapter was when the call arrived: gpu, host, disk or remote; None for the base model.
+        revision: of the adapter; None for the base model.
+        queue_s: the longest wait of any prompt.
+        compute_s: the longest batch of any prompt.
+        load: the replica's queue when it replied.
+    """
+
+    result: Result
+    prompt_tokens: int
+    tier: str | None
+    backend: str
+    replica: str
+    revision: str | None
+    queue_s: float
+    compute_s: float
+    load: QueueLoad
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A RankletError as data."""
+
+    code: str
+    message: str
+    replica: str
+    param: str | None = None
+    findings: tuple[str, ...] = ()
+    adapter: str = ""
+    retry_after_s: float = 1.0
+    load: QueueLoad | None = None
+
+    @classmethod
+    def of(cls, error: RankletError, replica: str, adapter: str, load: QueueLoad | None) -> "Refusal":
+        return cls(
+            code=error.code,
+            message=error.message,
+            replica=replica,
+            param=error.param,
+            findings=getattr(error, "findings", ()),
+            adapter=adapter,
+            retry_after_s=getattr(error, "retry_after_s", 1.0),
+            load=load,
+        )
+
+    def error(self) -> RankletError:
+        if self.code == InvalidAdapter.code:
+            return InvalidAdapter(self.adapter, self.findings)
+        if self.code == Saturated.code:
+            return Saturated(self.message, retry_after_s=self.retry_after_s)
+        return _BY_CODE.get(self.code, InternalError)(self.message, param=self.param)
 
 
 @dataclass(frozen=True)
@@ -63,100 +174,26 @@ class GatewayDescription:
         return {"role": "gateway", "replica": self.id}
 
 
-_BY_CODE: dict[str, type[RankletError]] = {
-    kind.code: kind
-    for kind in (InvalidRequest, UnknownModel, AdapterNotFound, Unavailable, StillLoading, InternalError)
-}
-
-
-@dataclass(frozen=True)
-class EmbedCall:
-    """Prompts of one request, all for one adapter."""
-
-    adapter: AdapterLocation | None  # None: the base model
-    tokens: bytes  # int32 [sum of lengths]
-    lengths: bytes  # int32 [prompts]
-    dimensions: int | None
-    sender: str  # the gateway's id
-
-    @property
-    def adapter_name(self) -> str | None:
-        return self.adapter.name if self.adapter else None
-
-    @property
-    def total_tokens(self) -> int:
-        return len(self.tokens) // 4
-
-    def prompts(self) -> list[NDArray[np.int32]]:
-        """int32 [length] each; views of the message."""
-        tokens, lengths = (np.frombuffer(each, dtype=np.int32) for each in (self.tokens, self.lengths))
-        return [tokens] if len(lengths) == 1 else np.split(tokens, np.cumsum(lengths)[:-1])
-
-
-@dataclass(frozen=True)
-class EmbedReply:
-    """The vectors of one call, in its order. Times in seconds."""
-
-    vectors: bytes  # float32 [prompts, dimensions]
-    dimensions: int
-    prompt_tokens: int
-    tier: str | None
-    backend: str
-    replica: str
-    revision: str | None  # of the adapter
-    queue_s: float
-    compute_s: float
-    load: QueueLoad  # of the replica, now
-
-
-@dataclass(frozen=True)
-class EmbedRefusal:
-    """A refusal as data; `error()` gives the exception back."""
-
-    code: str
-    message: str
-    replica: str
-    param: str | None = None
-    findings: tuple[str, ...] = ()
-    adapter: str = ""
-    retry_after_s: float = 1.0
-    load: QueueLoad | None = None
-
-    @classmethod
-    def of(cls, error: RankletError, replica: str, adapter: str, load: QueueLoad | None) -> "EmbedRefusal":
-        return cls(
-            code=error.code,
-            message=error.message,
-            replica=replica,
-            param=error.param,
-            findings=getattr(error, "findings", ()),
-            adapter=adapter,
-            retry_after_s=getattr(error, "retry_after_s", 1.0),
-            load=load,
-        )
-
-    def error(self) -> RankletError:
-        if self.code == InvalidAdapter.code:
-            return InvalidAdapter(self.adapter, self.findings)
-        if self.code == Saturated.code:
-            return Saturated(self.message, retry_after_s=self.retry_after_s)
-        return _BY_CODE.get(self.code, InternalError)(self.message, param=self.param)
-
-
 def pack(
-    adapter: AdapterLocation | None, prompts: Sequence[NDArray[np.int32]], dimensions: int | None, sender: str
-) -> EmbedCall:
-    """`prompts`: int32 [length] each."""
+    adapter: AdapterLocation | None, prompts: Sequence[NDArray[np.int32]], params: Params, sender: str
+) -> InferenceCall[Params]:
+    """Make a call of `prompts`, int32 [length] each."""
     lengths = np.fromiter((len(prompt) for prompt in prompts), dtype=np.int32, count=len(prompts))
     tokens = np.ascontiguousarray(np.concatenate(prompts), dtype=np.int32)
-    return EmbedCall(adapter, tokens.tobytes(), lengths.tobytes(), dimensions, sender)
+    return InferenceCall(adapter, tokens.tobytes(), lengths.tobytes(), params, sender)
 
 
-def split(prompts: Sequence[NDArray[np.int32]], vector_bytes: int) -> Iterator[Sequence[NDArray[np.int32]]]:
-    """`prompts` in order, cut so that no call or reply exceeds the limits of a message; one prompt at least in each."""
+def split(prompts: Sequence[NDArray[np.int32]], result_bytes: int) -> Iterator[Sequence[NDArray[np.int32]]]:
+    """Cut `prompts`, in order, into parts whose calls and replies stay within the limits of a message.
+
+    Each part has at least one prompt, however large.
+
+    Args:
+        result_bytes: size of the result of one prompt.
+    """
     start = size = 0
     for index, prompt in enumerate(prompts):
-        cost = max(4 * len(prompt), vector_bytes)
+        cost = max(4 * len(prompt), result_bytes)
         full = size + cost > MAX_MESSAGE_BYTES or index - start == MAX_MESSAGE_PROMPTS
         if index > start and full:
             yield prompts[start:index]

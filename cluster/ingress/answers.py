@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from ranklet.cluster.message import EmbedReply
+from ranklet.cluster.message import EmbedResult, InferenceReply
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,10 @@ class Embeddings:
     came_ns: int  # when the last reply came, since the epoch
 
 
-def join(replies: Sequence[EmbedReply]) -> Embeddings:
+def join(replies: Sequence[InferenceReply[EmbedResult]]) -> Embeddings:
     """One answer of `replies`, in their order."""
-    vectors = [np.frombuffer(reply.vectors, dtype="<f4").reshape(-1, reply.dimensions) for reply in replies]
+    results = [reply.result for reply in replies]
+    vectors = [np.frombuffer(each.vectors, dtype="<f4").reshape(-1, each.dimensions) for each in results]
     return Embeddings(
         vectors=vectors[0] if len(vectors) == 1 else np.concatenate(vectors),
         prompt_tokens=sum(reply.prompt_tokens for reply in replies),
@@ -38,7 +39,7 @@ def join(replies: Sequence[EmbedReply]) -> Embeddings:
     )
 
 
-def _headers(replies: Sequence[EmbedReply]) -> Iterable[tuple[str, str]]:
+def _headers(replies: Sequence[InferenceReply[EmbedResult]]) -> Iterable[tuple[str, str]]:
     """Where the answer comes from; several values when a large request was split."""
     yield "x-ranklet-replica", _distinct(reply.replica for reply in replies)
     yield "x-ranklet-revision", _distinct(reply.revision for reply in replies)

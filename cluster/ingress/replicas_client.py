@@ -20,8 +20,9 @@ from ray.serve.handle import DeploymentHandle
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.ingress.answers import Embeddings, join
-from ranklet.cluster.message import EmbedCall, EmbedRefusal, EmbedReply, ReplicaDescription, pack, split
+from ranklet.cluster.message import EmbedResult, InferenceCall, InferenceReply, Refusal, ReplicaDescription, pack, split
 from ranklet.replicas.adapters.reference import AdapterInfo
+from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.engine.stats import AdapterReport
 from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unavailable
 from ranklet.routing import affinity
@@ -32,6 +33,9 @@ _WATCH_S = 0.02  # between two looks at orders and hung replicas
 _MOST_PREFETCHES = 64
 _MOST_KNOWN = 65_536
 logger = logging.getLogger("ray.serve")
+
+_EmbedCall = InferenceCall[EmbedParams]
+_EmbedReply = InferenceReply[EmbedResult]
 
 # The replica, or the way to it, is gone. Embedding twice does no harm, so the call may be repeated.
 _GONE = (RayActorError, TaskCancelledError, RequestCancelledError)
@@ -74,7 +78,8 @@ class ReplicasClient:
             self._known[adapter.name] = adapter
             if len(self._known) > _MOST_KNOWN:
                 self._known.popitem(last=False)
-        calls = [pack(adapter, part, dimensions, self._sender) for part in split(prompts, 4 * hidden)]
+        params = EmbedParams(dimensions)
+        calls = [pack(adapter, part, params, self._sender) for part in split(prompts, 4 * hidden)]
         try:
             async with asyncio.timeout(self._timeout_s):
                 return join(await self._all(calls))
@@ -114,7 +119,7 @@ class ReplicasClient:
                 said = await order.remote(adapter.name, adapter.source, tuple(pins), **{HINT: hint})
         except (RayError, RayServeException, grpc.RpcError, TimeoutError) as error:
             raise Unavailable(f"expected an answer from a replica, got {_said(error)}") from error
-        if isinstance(said, EmbedRefusal):
+        if isinstance(said, Refusal):
             raise said.error()
         assert isinstance(said, AdapterInfo)
         return said
@@ -137,7 +142,7 @@ class ReplicasClient:
         """What each live replica holds, by its id."""
         return await everyone(self._handle, "report")
 
-    async def _all(self, calls: Sequence[EmbedCall]) -> list[EmbedReply]:
+    async def _all(self, calls: Sequence[_EmbedCall]) -> list[_EmbedReply]:
         if len(calls) == 1:
             return [await self._call(calls[0])]
         # Ray 2.60 tells calls that wait for a replica apart by the id of the HTTP request they serve: of two under one
@@ -150,7 +155,7 @@ class ReplicasClient:
             for task in tasks:  # after one refusal, the rest would be work for nobody
                 task.cancel()
 
-    async def _call(self, call: EmbedCall) -> EmbedReply:
+    async def _call(self, call: _EmbedCall) -> _EmbedReply:
         try:
             return await self._attempt(call, avoid=None)
         except _RepeatableError as failure:
@@ -160,9 +165,9 @@ class ReplicasClient:
             except _RepeatableError as second:
                 raise second.error from failure
 
-    async def _attempt(self, call: EmbedCall, avoid: str | None) -> EmbedReply:
+    async def _attempt(self, call: _EmbedCall, avoid: str | None) -> _EmbedReply:
         hint = RoutingHint(next(self._hint_ids), call.adapter_name, call.total_tokens, avoid)
-        result: EmbedReply | EmbedRefusal | None = None
+        result: _EmbedReply | Refusal | None = None
         task = _this_task()
         self._at_work[hint.id] = task, time.monotonic()
         # Not as a multiplexed model id: Ray 2.60 keeps every call that has one, unless its own multiplexing routes it.
@@ -187,14 +192,14 @@ class ReplicasClient:
             del self._at_work[hint.id]
             self._abandoned.pop(hint.id, None)
             self._settle(hint, result)
-        if isinstance(result, EmbedReply):
+        if isinstance(result, InferenceReply):
             return result
         refused = result.error()
         repeatable = isinstance(refused, Unavailable | Saturated)
         raise _RepeatableError(refused, result.replica) if repeatable else refused
 
     @staticmethod
-    def _settle(hint: RoutingHint, result: EmbedReply | EmbedRefusal | None) -> None:
+    def _settle(hint: RoutingHint, result: _EmbedReply | Refusal | None) -> None:
         routes, now_s = affinity.current(), time.monotonic()
         with routes.lock:
             routes.fleet.ended(hint.id, arrived=result is not None)

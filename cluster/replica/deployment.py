@@ -19,10 +19,11 @@ from ranklet.cluster.catalog.resolver import AdapterResolver, ResolvedAdapter
 from ranklet.cluster.config import AdapterList, AppArgs
 from ranklet.cluster.exporter import Exporter
 from ranklet.cluster.ingress.metrics import ReplicaMetrics
-from ranklet.cluster.message import EmbedCall, EmbedRefusal, EmbedReply, ReplicaDescription
+from ranklet.cluster.message import EmbedResult, InferenceCall, InferenceReply, Refusal, ReplicaDescription
 from ranklet.cluster.replica.publisher import StatePublisher
 from ranklet.cluster.replica.state import ReplicaState
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
+from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.engine.request import Answer
 from ranklet.replicas.engine.stats import AdapterReport
 from ranklet.replicas.errors import AdapterChanged, InternalError, RankletError
@@ -41,7 +42,7 @@ T = TypeVar("T")
 
 
 class Replica:
-    """Answers `EmbedCall`s with one engine on one device, which has a process of its own."""
+    """Answers `InferenceCall`s with one engine on one device, which has a process of its own."""
 
     def __init__(self, args: AppArgs) -> None:
         context = serve.get_replica_context()
@@ -66,7 +67,7 @@ class Replica:
             "replica %s (rank %d) serves %s, metrics on %s", self._id, self._rank, args.base_names[0], self._target
         )
 
-    async def embed(self, call: EmbedCall, hint: RoutingHint) -> EmbedReply | EmbedRefusal:
+    async def embed(self, call: InferenceCall[EmbedParams], hint: RoutingHint) -> InferenceReply[EmbedResult] | Refusal:
         """The vectors of a call, or why not. Cancelled, it drops what has not reached the device.
 
         Args:
@@ -90,10 +91,10 @@ class Replica:
             self._standing.settled(tokens)
         load = self._standing.now(call.sender)
         if isinstance(outcome, RankletError):
-            return EmbedRefusal.of(outcome, self._id, call.adapter_name or "", load)
+            return Refusal.of(outcome, self._id, call.adapter_name or "", load)
         return self._reply(outcome, found, load)
 
-    async def load(self, name: str, path: str, pins: tuple[str, ...], hint: RoutingHint) -> AdapterInfo | EmbedRefusal:
+    async def load(self, name: str, path: str, pins: tuple[str, ...], hint: RoutingHint) -> AdapterInfo | Refusal:
         """Verify an adapter and bring it into a slot; `pins` are those that may keep theirs from now on."""
         loop = asyncio.get_running_loop()
         try:
@@ -101,7 +102,7 @@ class Replica:
             self._finder.forget(name)
             return (await self._with(AdapterLocation(name, path), self._bring))[1]
         except RankletError as error:
-            return EmbedRefusal.of(error, self._id, name, None)
+            return Refusal.of(error, self._id, name, None)
 
     async def release(self, name: str, keep: str | None, timeout_s: float) -> bool:
         """Free what is held of an adapter, but for the revision `keep`; whether nothing is left within `timeout_s`."""
@@ -177,7 +178,7 @@ class Replica:
     async def _bring(self, adapter: AdapterRef) -> AdapterInfo:
         return await asyncio.get_running_loop().run_in_executor(self._loaders, self._engine.load, adapter)
 
-    async def _answer(self, call: EmbedCall, adapter: AdapterRef | None) -> Answer:
+    async def _answer(self, call: InferenceCall[EmbedParams], adapter: AdapterRef | None) -> Answer:
         loop = asyncio.get_running_loop()
         settled: asyncio.Future[Answer] = loop.create_future()
 
@@ -193,17 +194,16 @@ class Replica:
             with contextlib.suppress(RuntimeError):  # the loop has ended with this process
                 loop.call_soon_threadsafe(settle, result)
 
-        ticket = self._engine.submit(call.prompts(), adapter, call.dimensions, done)
+        ticket = self._engine.submit(call.prompts(), adapter, call.params.dimensions, done)
         try:
             return await settled
         except asyncio.CancelledError:
             ticket.cancel()
             raise
 
-    def _reply(self, answer: Answer, found: ResolvedAdapter | None, load: QueueLoad) -> EmbedReply:
-        return EmbedReply(
-            vectors=answer.vectors.tobytes(),
-            dimensions=answer.vectors.shape[1],
+    def _reply(self, answer: Answer, found: ResolvedAdapter | None, load: QueueLoad) -> InferenceReply[EmbedResult]:
+        return InferenceReply(
+            result=EmbedResult(answer.vectors.tobytes(), answer.vectors.shape[1]),
             prompt_tokens=answer.prompt_tokens,
             tier="remote" if found and found.downloaded and answer.tier == "disk" else answer.tier,
             backend=answer.backend,

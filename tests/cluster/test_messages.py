@@ -17,7 +17,8 @@ from ranklet.cluster.ingress.answers import join, render
 from ranklet.cluster.ingress.protocol import parse_input, parse_request
 from ranklet.cluster.ingress.refusals import BodyTooLarge, body_of, refuse, status_of
 from ranklet.cluster.labels import BASE, OTHER, AdapterLabels
-from ranklet.cluster.message import EmbedRefusal, EmbedReply, pack, split
+from ranklet.cluster.message import EmbedResult, InferenceReply, Refusal, pack, split
+from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.errors import (
     AdapterNotFound,
     InternalError,
@@ -42,9 +43,9 @@ JSON = st.recursive(
 @given(TOKEN_LISTS)
 def test_prompts_survive_the_message(prompts: list[list[int]]) -> None:
     adapter = AdapterLocation("a", "/a", "r1")
-    call = pickle.loads(pickle.dumps(pack(adapter, parse_input(prompts, 100), 64, "g")))  # type: ignore[arg-type]
+    call = pickle.loads(pickle.dumps(pack(adapter, parse_input(prompts, 100), EmbedParams(64), "g")))  # type: ignore[arg-type]
     assert [prompt.tolist() for prompt in call.prompts()] == prompts
-    assert (call.adapter, call.adapter_name, call.dimensions) == (adapter, "a", 64)
+    assert (call.adapter, call.adapter_name, call.params) == (adapter, "a", EmbedParams(64))
 
 
 @given(TOKEN_LISTS, st.integers(4, 400), st.integers(1, 6))
@@ -104,7 +105,7 @@ def _fits(value: Any) -> bool:
     ],
 )
 def test_refusals_come_out_of_the_message_as_they_went_in(error: RankletError, status: int) -> None:
-    sent = pickle.loads(pickle.dumps(EmbedRefusal.of(error, "replica", "a", None)))
+    sent = pickle.loads(pickle.dumps(Refusal.of(error, "replica", "a", None)))
     came = sent.error()
     assert type(came) is type(error)
     assert body_of(came) == body_of(error)
@@ -113,9 +114,7 @@ def test_refusals_come_out_of_the_message_as_they_went_in(error: RankletError, s
 
 
 def test_saturation_says_when_to_come_back() -> None:
-    assert (
-        refuse(EmbedRefusal.of(Saturated("m", retry_after_s=2.5), "r", "", None).error()).headers["retry-after"] == "3"
-    )
+    assert refuse(Refusal.of(Saturated("m", retry_after_s=2.5), "r", "", None).error()).headers["retry-after"] == "3"
     assert status_of(BodyTooLarge("m")) == 413
     assert status_of(RankletError("of a kind that is not in the table")) == 500
 
@@ -124,7 +123,7 @@ def test_replies_are_joined_in_order() -> None:
     rows = np.arange(12, dtype=np.float32).reshape(3, 4)
     parts = [(rows[:2], 5, "gpu", "r1"), (rows[2:], 7, "disk", "r2")]
     replies = [
-        EmbedReply(part.tobytes(), 4, tokens, tier, "native", name, "v1", 0.0, 0.0, LOAD)
+        InferenceReply(EmbedResult(part.tobytes(), 4), tokens, tier, "native", name, "v1", 0.0, 0.0, LOAD)
         for part, tokens, tier, name in parts
     ]
     answer = join(replies)

@@ -13,7 +13,8 @@ from ray.serve.request_router import PendingRequest
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
-from ranklet.cluster.message import EmbedCall, EmbedReply
+from ranklet.cluster.message import EmbedResult, InferenceCall, InferenceReply
+from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.errors import Unavailable
 from ranklet.routing import affinity
 from ranklet.routing.fleet import Member
@@ -29,17 +30,25 @@ class Handle:
 
     def __init__(self) -> None:
         self.options_given: dict[str, Any] = {}
-        self.call: EmbedCall | None = None
+        self.call: InferenceCall[EmbedParams] | None = None
         self.kwargs: dict[str, Any] = {}
 
     def options(self, **options: Any) -> "Handle":
         self.options_given = options
         return self
 
-    async def remote(self, call: EmbedCall, **kwargs: Any) -> EmbedReply:
+    async def remote(self, call: InferenceCall[EmbedParams], **kwargs: Any) -> InferenceReply[EmbedResult]:
         self.call, self.kwargs = call, kwargs
-        return EmbedReply(
-            np.ones(8, np.float32).tobytes(), 8, 4, "gpu", "csgmv", "r0", None, 0.0, 0.0, QueueLoad(1, 0, 0.0, 0, 4)
+        return InferenceReply(
+            EmbedResult(np.ones(8, np.float32).tobytes(), 8),
+            4,
+            "gpu",
+            "csgmv",
+            "r0",
+            None,
+            0.0,
+            0.0,
+            QueueLoad(1, 0, 0.0, 0, 4),
         )
 
 
@@ -81,7 +90,7 @@ async def test_where_there_is_no_replica_nobody_waits_long(monkeypatch: pytest.M
     """But as long as it takes one to come up."""
 
     class Nobody(Handle):
-        def remote(self, call: EmbedCall, **kwargs: Any) -> Any:
+        def remote(self, call: InferenceCall[EmbedParams], **kwargs: Any) -> Any:
             return asyncio.get_running_loop().create_future()
 
     monkeypatch.setattr(affinity, "_CURRENT", affinity.Affinity())
