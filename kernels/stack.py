@@ -11,14 +11,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# Which modules of a decoder layer are packed into one projection, as its slices in this order.
-PACKS = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}
-
 
 def padded_rank(rank: int) -> int:
     """The rank a slot keeps for adapters of up to this rank: matrix units take 16 at a time."""

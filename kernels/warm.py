@@ -10,8 +10,9 @@ import torch
 
 from ranklet.kernels import csgmv, merge
 from ranklet.kernels.batch import SHORT_HEIGHTS, TALL_HEIGHTS, LoraBatch
+from ranklet.kernels.packs import PACKS
 from ranklet.kernels.rotary import Rotary
-from ranklet.kernels.stack import PACKS, LinearStack, SlotMeta
+from ranklet.kernels.stack import LinearStack, SlotMeta
 from ranklet.kernels.workloads import even
 
 HEIGHTS = (*SHORT_HEIGHTS, *TALL_HEIGHTS)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LORA_MODULES = (*LINEAR_MODULES, "embed_tokens")
+from ranklet.replicas.model.modules import LORA_MODULES
+
 BACKENDS = ("auto", "fastest", "native", "csgmv", "merged")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

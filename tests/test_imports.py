@@ -15,7 +15,8 @@ HTTP = frozenset({"aiohttp", "fastapi", "http", "httpx", "requests", "starlette"
 BELOW_REPLICAS = HTTP | {"ray", "pydantic"}
 BELOW_KERNELS = BELOW_REPLICAS | {"transformers", "tokenizers"}
 RAY = frozenset({"ray"})
-ENGINE = ("replicas", "replicas.model", "replicas.adapters", "replicas.cache", "replicas.engine")
+MODULES = "replicas.model.modules"  # names only, without torch: settings may import them
+ENGINE = ("replicas", MODULES, "replicas.model", "replicas.adapters", "replicas.cache", "replicas.engine")
 SHARED = ("cluster", "cluster.config", "cluster.watched_file")
 
 
@@ -32,11 +33,12 @@ class Room:
 ROOMS = {
     "kernels": Room((), BELOW_KERNELS),
     "kernels.tuning": Room(("kernels",), BELOW_KERNELS),
-    "replicas": Room((), BELOW_REPLICAS),
-    "replicas.model": Room(("kernels", "replicas"), BELOW_REPLICAS),
-    "replicas.adapters": Room(("kernels", *ENGINE[:2]), BELOW_REPLICAS),
-    "replicas.cache": Room(("kernels", *ENGINE[:3]), BELOW_REPLICAS),
-    "replicas.engine": Room(("kernels", *ENGINE[:4]), BELOW_REPLICAS),
+    MODULES: Room(("kernels",), BELOW_REPLICAS | {"torch"}),
+    "replicas": Room((MODULES,), BELOW_REPLICAS),
+    "replicas.model": Room(("kernels", *ENGINE[:2]), BELOW_REPLICAS),
+    "replicas.adapters": Room(("kernels", *ENGINE[:3]), BELOW_REPLICAS),
+    "replicas.cache": Room(("kernels", *ENGINE[:4]), BELOW_REPLICAS),
+    "replicas.engine": Room(("kernels", *ENGINE[:5]), BELOW_REPLICAS),
     "replicas.process": Room(ENGINE, BELOW_REPLICAS),
     "replicas.profiling": Room(("kernels", *ENGINE), BELOW_REPLICAS),
     "routing": Room(only=frozenset({"numpy"})),
@@ -162,6 +164,7 @@ def test_the_top_of_a_room_holds_only_shared_files() -> None:
         ("replicas/process/worker.py", "from ranklet.replicas.profiling.clock import Clock"),
         ("replicas/profiling/profiler.py", "from ranklet.replicas.process.process import EngineProcess"),
         ("replicas/config.py", "from ranklet.replicas.model.device import pick_device"),
+        ("replicas/model/modules.py", "import torch"),
         ("replicas/errors.py", "from ranklet.kernels.batch import LoraBatch"),
         # {access, catalog} <- ingress, catalog <- replica
         ("cluster/access/keys.py", "from ranklet.cluster.catalog.registry import Registry"),
@@ -214,6 +217,7 @@ def test_a_planted_violation_is_found(file: str, source: str) -> None:
     [
         ("kernels/csgmv.py", "import triton.language as tl\nfrom ranklet.kernels.batch import LoraBatch"),
         ("kernels/tuning/tune.py", "from ranklet.kernels import csgmv"),
+        ("replicas/config.py", "from ranklet.replicas.model.modules import LORA_MODULES"),
         ("replicas/model/device.py", "import torch\nfrom ranklet.replicas.config import EngineConfig"),
         ("replicas/model/decoder.py", "from ranklet import kernels\nfrom transformers import AutoConfig"),
         ("replicas/adapters/pool.py", "from ranklet.replicas.model.decoder import Decoder"),

@@ -114,15 +114,15 @@ def _verify(asked: argparse.Namespace) -> int:
 
     from ranklet.replicas.adapters.revision import Revisions
     from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
-    from ranklet.replicas.config import LORA_MODULES
     from ranklet.replicas.errors import RankletError
     from ranklet.replicas.model.architecture import read_architecture, read_config
     from ranklet.replicas.model.checkpoint import Checkpoint
+    from ranklet.replicas.model.modules import LORA_MODULES
 
     architecture = read_architecture(read_config(asked.model))
     bases = (asked.model.resolve().name, *asked.base_name)
     with Checkpoint(asked.model, torch.device("cpu"), torch.bfloat16) as checkpoint:
-        embedding = checkpoint.take("embed_tokens.weight", (architecture.vocab, architecture.hidden))
+        embedding = checkpoint.read("embed_tokens.weight", (architecture.vocab, architecture.hidden))
     expected = ExpectedModules(architecture, asked.max_rank, LORA_MODULES, bases, embedding)
     wrong = 0
     for folder in asked.folders:

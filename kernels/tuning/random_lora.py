@@ -14,7 +14,8 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from ranklet.kernels.batch import Segment
-from ranklet.kernels.stack import PACKS, LinearStack, SlotMeta, padded_rank
+from ranklet.kernels.packs import PACKS
+from ranklet.kernels.stack import LinearStack, SlotMeta, padded_rank
 
 SCALING = 1.5
 _LEAST_REPEATS = 6

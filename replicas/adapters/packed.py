@@ -6,7 +6,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ranklet.kernels.stack import PACKS, SlotMeta
+from ranklet.kernels.packs import PACKS
+from ranklet.kernels.stack import SlotMeta
 from ranklet.replicas.adapters.pinned_memory import Allocate, pageable
 from ranklet.replicas.adapters.verify import EMBEDDING, AdapterWeights, Module
 

@@ -15,7 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ranklet.kernels.stack import PACKS, EmbeddingStack, LinearStack, SlotMeta, padded_rank
+from ranklet.kernels.packs import PACKS
+from ranklet.kernels.stack import EmbeddingStack, LinearStack, SlotMeta, padded_rank
 from ranklet.kernels.unpack import MOST_ELEMENTS, Destination, table, unpack
 from ranklet.replicas.adapters.packed import PARTS, Layout, PackedAdapter, layout_of
 from ranklet.replicas.adapters.verify import EMBEDDING, Module

@@ -23,9 +23,9 @@ from ranklet.replicas.adapters.peft_config import PeftConfig, read_peft_config
 from ranklet.replicas.adapters.pinned_memory import Allocate, pageable
 from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE, AdapterRef
 from ranklet.replicas.adapters.revision import marks_of
-from ranklet.replicas.config import LORA_MODULES
 from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
 from ranklet.replicas.model.architecture import Architecture
+from ranklet.replicas.model.modules import LORA_MODULES
 
 # `base_model.model.` from PEFT, `model.` from causal-LM wrappers, `0.auto_model.` from sentence-transformers, or none.
 _KEY = re.compile(

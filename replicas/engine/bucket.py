@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ranklet.kernels.batch import power_of_four, power_of_two
-from ranklet.replicas.model.cudnn_attention import LEAST_LONGEST
+from ranklet.replicas.model.cudnn_attention import MIN_LONGEST
 
 _LEAST_TOKENS = 16
 _COARSE_TOKENS = 1024  # up to so many, a replay saves more than a quarter of the tokens costs
@@ -29,7 +29,7 @@ class Bucket:
     @classmethod
     def of(cls, lengths: Sequence[int], most: int) -> "Bucket":
         """The bucket of prompts of these lengths, each at least 1, where a batch has at most so many tokens."""
-        asked, longest = sum(lengths), power_of_two(max(*lengths, LEAST_LONGEST))
+        asked, longest = sum(lengths), power_of_two(max(*lengths, MIN_LONGEST))
         tokens = most if is_full(asked, most) else _rounded(asked)
         fillers = -(-(tokens - asked) // longest)
         return cls(tokens, 2 * power_of_four(-(-(len(lengths) + fillers) // 2)), longest)

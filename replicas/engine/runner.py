@@ -25,8 +25,8 @@ from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.engine.bucket import Bucket, is_full
 from ranklet.replicas.engine.cuda_graphs import GraphCache
 from ranklet.replicas.model import cudnn_attention
-from ranklet.replicas.model.attention import Spans, reads_offsets_alone
-from ranklet.replicas.model.decoder import Decoder, Mark, Tokens, unmarked
+from ranklet.replicas.model.attention import Spans, reads_lengths_on_device
+from ranklet.replicas.model.decoder import Decoder, DeviceBatch, StageCallback, ignore_stage
 from ranklet.replicas.model.pooling import Pooling
 
 logger = logging.getLogger(__name__)
@@ -106,9 +106,9 @@ class Runner:
         self._merged = Merged(merged_bytes)
         dispatch.BACKENDS["merged"] = self._merged
         self._count = np.arange(1, dtype=np.int32)
-        self._ragged = cudnn_attention.available(model.device) and model.dtype in (torch.bfloat16, torch.float16)
+        self._ragged = cudnn_attention.is_available(model.device) and model.dtype in (torch.bfloat16, torch.float16)
         self._replays = GraphCache(model.device) if self._cuda else None
-        self._rounds = reads_offsets_alone(model.device, model.dtype, model.architecture.windows)
+        self._rounds = reads_lengths_on_device(model.device, model.dtype, model.architecture.windows)
 
     def warm(self, longest: int, max_requests: int) -> None:
         """Compile and load what prompts and batches of up to so many tokens need, so that no request waits for it.
@@ -125,7 +125,7 @@ class Runner:
         if self._ragged:
             shape, model = self._model.architecture, self._model
             heads = (shape.heads, shape.kv_heads)
-            cudnn_attention.warm(model.device, max_requests, longest, heads, shape.head_dim, model.dtype)
+            cudnn_attention.build_graphs(model.device, max_requests, longest, heads, shape.head_dim, model.dtype)
         long = [np.zeros(longest, dtype=np.int32)] * max(1, max_tokens // longest)
         for prompts in ([np.zeros(1, dtype=np.int32)], long):
             self.launch(prompts, [None] * len(prompts)).wait()
@@ -138,7 +138,7 @@ class Runner:
 
     @torch.inference_mode()
     def launch(
-        self, prompts: Sequence[NDArray[np.int32]], slots: Sequence[int | None], mark: Mark | None = None
+        self, prompts: Sequence[NDArray[np.int32]], slots: Sequence[int | None], mark: StageCallback | None = None
     ) -> Running:
         """Start a batch; on CUDA it returns while the device works.
 
@@ -160,7 +160,7 @@ class Runner:
         shape = self._shape(layout) if replayed else None
         if shape is None or self._replays is None:
             moved = layout.buffer.to(self._model.device, non_blocking=True)
-            vectors = self._forward(layout, moved, mark or unmarked)
+            vectors = self._forward(layout, moved, mark or ignore_stage)
         else:
             vectors = self._replays.run(shape, layout.buffer, partial(self._forward, layout))
         host = self._to_host(vectors[: len(prompts)])
@@ -196,7 +196,7 @@ class Runner:
         last = one_each(lora, lengths)
         return dispatch.choose(last, self._layer) if lora.backend == "merged" else last
 
-    def _forward(self, layout: _Layout, moved: Tensor, mark: Mark = unmarked) -> Tensor:
+    def _forward(self, layout: _Layout, moved: Tensor, mark: StageCallback = ignore_stage) -> Tensor:
         """The batch's vectors, float32 [B, H], from its buffer on the device."""
         lengths, lora = layout.lengths, layout.lora
         kinds = [*lora.tiles, *(layout.last.tiles if layout.last else ())]
@@ -207,8 +207,8 @@ class Runner:
         last = layout.last and replace(layout.last, tiles=tuple(placed[len(lora.tiles) :]))
         shape, padded = self._model.architecture, None
         if self._ragged:
-            padded = cudnn_attention.pad(offsets, len(lengths), (shape.heads, shape.kv_heads), shape.head_dim)
-        tokens = Tokens(ids, places, Spans(lengths, offsets, layout.longest, padded), whole, last)
+            padded = cudnn_attention.cudnn_spans(offsets, len(lengths), (shape.heads, shape.kv_heads), shape.head_dim)
+        tokens = DeviceBatch(ids, places, Spans(lengths, offsets, layout.longest, padded), whole, last)
         mark("begin")
         states = self._model.forward(tokens, self._pool.layers, self._pool.embedding, mark)
         rows = self._model.final_norm(states if last else self._pooling.rows(states, tokens.spans))

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ranklet.replicas.errors import ModelError
+from ranklet.replicas.model.modules import LINEAR_MODULES
 
 FAMILIES = ("Qwen3", "Qwen2", "Llama", "Mistral")
 ARCHITECTURES = tuple(f"{family}{head}" for family in FAMILIES for head in ("Model", "ForCausalLM"))
@@ -37,15 +38,9 @@ class Architecture:
     def module_dims(self) -> dict[str, tuple[int, int]]:
         """(input width, output width) of each linear module that LoRA may target."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "q_proj": (self.hidden, query),
-            "k_proj": (self.hidden, key),
-            "v_proj": (self.hidden, key),
-            "o_proj": (query, self.hidden),
-            "gate_proj": (self.hidden, self.intermediate),
-            "up_proj": (self.hidden, self.intermediate),
-            "down_proj": (self.intermediate, self.hidden),
-        }
+        attention = (self.hidden, query), (self.hidden, key), (self.hidden, key), (query, self.hidden)
+        mlp = (self.hidden, self.intermediate), (self.hidden, self.intermediate), (self.intermediate, self.hidden)
+        return dict(zip(LINEAR_MODULES, attention + mlp, strict=True))
 
 
 def read_config(model_dir: Path) -> Any:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
 from ranklet.replicas.model import cudnn_attention
-from ranklet.replicas.model.cudnn_attention import PaddedSpans
+from ranklet.replicas.model.cudnn_attention import CudnnSpans
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +24,10 @@ class Spans:
     lengths: tuple[int, ...]
     offsets: Tensor  # int32 [B + 1] on the device: the running sum of lengths, from 0
     longest: int  # length, or more
-    padded: PaddedSpans | None = None  # the places for cuDNN, where it is the faster
+    cudnn: CudnnSpans | None = None  # the places for cuDNN, where it is the faster
 
 
-def reads_offsets_alone(device: torch.device, dtype: torch.dtype, windows: Sequence[int | None]) -> bool:
+def reads_lengths_on_device(device: torch.device, dtype: torch.dtype, windows: Sequence[int | None]) -> bool:
     """Whether attention launches the same for other lengths, which it reads on the device."""
     slides = any(window is not None for window in windows)
     return device.type == "cuda" and dtype in _HALVES and (not slides or "window_size" in _CAUSAL)
@@ -49,8 +49,8 @@ def attend(qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int, win
     q, k, v = qkv.view(tokens, queries + 2 * keys, head_dim).split((queries, keys, keys), dim=1)
     if window is not None and window >= spans.longest:
         window = None
-    if spans.padded is not None and window is None:
-        out = cudnn_attention.attend(qkv, spans.padded, spans.longest, heads, head_dim)
+    if spans.cudnn is not None and window is None:
+        out = cudnn_attention.attend(qkv, spans.cudnn, spans.longest, heads, head_dim)
         if out is not None:
             return out
     if qkv.is_cuda and qkv.dtype in _HALVES:

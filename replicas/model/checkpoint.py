@@ -26,7 +26,7 @@ class Checkpoint:
         self._dtype = dtype
         self._open = ExitStack()
         self._files: dict[str, tuple[Any, str]] = {}
-        self._left: set[str] = set()
+        self._unread: set[str] = set()
 
     def __enter__(self) -> Self:
         for path in self._shards():
@@ -36,7 +36,7 @@ class Checkpoint:
                 raise ModelError(f"{path}: expected a safetensors file, got: {error}") from error
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 self._files[key.removeprefix("model.")] = (file, key)
-        self._left = {key for key in self._files if not key.endswith(_IGNORED)}
+        self._unread = {key for key in self._files if not key.endswith(_IGNORED)}
         return self
 
     def __exit__(
@@ -57,17 +57,17 @@ class Checkpoint:
             raise ModelError(f"{self._dir}: expected model.safetensors or model.safetensors.index.json, got neither")
         return [single]
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """One tensor, of exactly this shape.
 
         Raises:
             ModelError: it is missing or has another shape.
         """
         out = torch.empty(shape, dtype=self._dtype, device=self._device)
-        self._read(name, out)
+        self._copy(name, out)
         return out
 
-    def take_packed(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
+    def read_packed(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
         """Several linear modules as one: weights [sum of N, K] and biases [sum of N], None if they have none."""
         rows = [shape[0] for shape in shapes]
         weight = torch.empty((sum(rows), shapes[0][1]), dtype=self._dtype, device=self._device)
@@ -76,13 +76,13 @@ class Checkpoint:
             bias = torch.zeros(sum(rows), dtype=self._dtype, device=self._device)
         start = 0
         for name, count in zip(names, rows, strict=True):
-            self._read(f"{name}.weight", weight[start : start + count])
+            self._copy(f"{name}.weight", weight[start : start + count])
             if bias is not None and f"{name}.bias" in self._files:
-                self._read(f"{name}.bias", bias[start : start + count])
+                self._copy(f"{name}.bias", bias[start : start + count])
             start += count
         return weight, bias
 
-    def _read(self, name: str, out: Tensor) -> None:
+    def _copy(self, name: str, out: Tensor) -> None:
         if name not in self._files:
             raise ModelError(f"{self._dir}: expected a tensor {name}, the checkpoint has none")
         file, key = self._files[name]
@@ -90,14 +90,14 @@ class Checkpoint:
         if tuple(tensor.shape) != tuple(out.shape):
             raise ModelError(f"{self._dir}: {key}: expected shape {list(out.shape)}, got {list(tensor.shape)}")
         out.copy_(tensor)
-        self._left.discard(name)
+        self._unread.discard(name)
 
-    def finish(self) -> None:
+    def check_all_read(self) -> None:
         """Check that every tensor was used: one that was not would change the model's answers.
 
         Raises:
             ModelError: tensors are left; the message names some.
         """
-        if self._left:
-            some = ", ".join(sorted(self._left)[:5])
-            raise ModelError(f"{self._dir}: {len(self._left)} tensors that this architecture does not use: {some}")
+        if self._unread:
+            some = ", ".join(sorted(self._unread)[:5])
+            raise ModelError(f"{self._dir}: {len(self._unread)} tensors that this architecture does not use: {some}")

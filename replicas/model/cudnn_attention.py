@@ -19,7 +19,7 @@ from ranklet.kernels.launch import is_hopper
 
 logger = logging.getLogger(__name__)
 
-LEAST_LONGEST = 128  # of a graph; shorter requests take the same
+MIN_LONGEST = 128  # of a graph; shorter requests take the same
 _INT32_MAX = 2**31 - 1
 
 
@@ -35,11 +35,11 @@ class GraphShape(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class PaddedSpans:
+class CudnnSpans:
     """The requests' places as cuDNN reads them, the same for all layers of a batch."""
 
-    into: Tensor  # int32 [requests + 1]: elements of the packed q, k, v before each request
-    out_of: Tensor  # the same of the output
+    qkv_offsets: Tensor  # int32 [requests + 1]: elements of the packed q, k, v before each request
+    out_offsets: Tensor  # the same of the output
     lengths: Tensor  # int32 [requests]
 
 
@@ -49,14 +49,14 @@ class _AttentionGraph:
     q: Any
     k: Any
     v: Any
-    into: Any  # element offsets of q, k and v
-    out_of: Any  # of the output
+    qkv_offsets: Any  # element offsets of q, k and v
+    out_offsets: Any  # of the output
     lengths: Any
     out: Any
     workspace_bytes: int
 
 
-def available(device: torch.device) -> bool:
+def is_available(device: torch.device) -> bool:
     """Whether cuDNN's frontend is installed and the GPU is one where it is worth it (Hopper or later)."""
     return is_hopper(device) and _module() is not None
 
@@ -71,15 +71,15 @@ def _module() -> Any:
     return cudnn
 
 
-def pad(offsets: Tensor, requests: int, heads: tuple[int, int], width: int) -> PaddedSpans:
+def cudnn_spans(offsets: Tensor, requests: int, heads: tuple[int, int], width: int) -> CudnnSpans:
     """Spans' offsets [B + 1] with requests of length 0 behind them, up to a power of two."""
     queries, keys = heads
     missing = power_of_two(requests) - requests
     padded = torch.cat((offsets, offsets[-1:].expand(missing))) if missing else offsets
-    return PaddedSpans(padded * ((queries + 2 * keys) * width), padded * (queries * width), padded.diff())
+    return CudnnSpans(padded * ((queries + 2 * keys) * width), padded * (queries * width), padded.diff())
 
 
-def warm(
+def build_graphs(
     device: torch.device, requests: int, longest: int, heads: tuple[int, int], width: int, dtype: torch.dtype
 ) -> None:
     """Build and run the graphs of all batches of up to so many requests and tokens a request: some 40 ms each."""
@@ -87,11 +87,11 @@ def warm(
     qkv = torch.zeros(1, (queries + 2 * keys) * width, dtype=dtype, device=device)
     for powers in range(power_of_two(requests).bit_length()):
         nothing = torch.zeros((1 << powers) + 1, dtype=torch.int32, device=device)
-        for more in range((power_of_two(max(longest, LEAST_LONGEST)) // LEAST_LONGEST).bit_length()):
-            attend(qkv, PaddedSpans(nothing, nothing, nothing[1:]), LEAST_LONGEST << more, heads, width)
+        for more in range((power_of_two(max(longest, MIN_LONGEST)) // MIN_LONGEST).bit_length()):
+            attend(qkv, CudnnSpans(nothing, nothing, nothing[1:]), MIN_LONGEST << more, heads, width)
 
 
-def attend(qkv: Tensor, padded: PaddedSpans, longest: int, heads: tuple[int, int], width: int) -> Tensor | None:
+def attend(qkv: Tensor, spans: CudnnSpans, longest: int, heads: tuple[int, int], width: int) -> Tensor | None:
     """Attention of packed requests, None where cuDNN does not take the shape (said once in the log).
 
     Args:
@@ -105,7 +105,7 @@ def attend(qkv: Tensor, padded: PaddedSpans, longest: int, heads: tuple[int, int
     tokens, row = qkv.shape
     if tokens * row > _INT32_MAX:
         return None
-    shape = GraphShape(len(padded.lengths), power_of_two(max(longest, LEAST_LONGEST)), queries, keys, width, qkv.dtype)
+    shape = GraphShape(len(spans.lengths), power_of_two(max(longest, MIN_LONGEST)), queries, keys, width, qkv.dtype)
     engine = _engine(qkv.device)
     graph = engine.graph(shape)
     if graph is None:
@@ -118,8 +118,8 @@ def attend(qkv: Tensor, padded: PaddedSpans, longest: int, heads: tuple[int, int
         {
             graph.q: qkv.data_ptr(), graph.k: qkv.data_ptr() + queries * step,
             graph.v: qkv.data_ptr() + (queries + keys) * step, graph.out: out.data_ptr(),
-            graph.into: padded.into.data_ptr(), graph.out_of: padded.out_of.data_ptr(),
-            graph.lengths: padded.lengths.data_ptr(),
+            graph.qkv_offsets: spans.qkv_offsets.data_ptr(), graph.out_offsets: spans.out_offsets.data_ptr(),
+            graph.lengths: spans.lengths.data_ptr(),
         },
         workspace,
     )  # fmt: skip
@@ -168,14 +168,14 @@ class _Engine:
         def integers(name: str, count: int) -> Any:
             return graph.tensor(name=name, dim=[count, 1, 1, 1], stride=[1, 1, 1, 1], data_type=cudnn.data_type.INT32)
 
-        into, out_of = integers("into", requests + 1), integers("out_of", requests + 1)
+        qkv_offsets, out_offsets = integers("qkv_offsets", requests + 1), integers("out_offsets", requests + 1)
         lengths = integers("lengths", requests)
 
         def heads(name: str, count: int) -> Any:
             made = graph.tensor(
                 name=name, dim=[requests, count, longest, width], stride=[longest * row, width, row, 1], data_type=kind
             )
-            made.set_ragged_offset(into)
+            made.set_ragged_offset(qkv_offsets)
             return made
 
         q, k, v = heads("q", queries), heads("k", keys), heads("v", keys)
@@ -185,6 +185,6 @@ class _Engine:
         )  # fmt: skip
         out.set_output(True).set_dim([requests, queries, longest, width])
         out.set_stride([longest * queries * width, width, queries * width, 1])
-        out.set_ragged_offset(out_of)
+        out.set_ragged_offset(out_offsets)
         graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
-        return _AttentionGraph(graph, q, k, v, into, out_of, lengths, out, graph.get_workspace_size())
+        return _AttentionGraph(graph, q, k, v, qkv_offsets, out_offsets, lengths, out, graph.get_workspace_size())

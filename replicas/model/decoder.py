@@ -16,21 +16,23 @@ from torch import Tensor
 
 from ranklet.kernels import dispatch, pointwise
 from ranklet.kernels.batch import LoraBatch
+from ranklet.kernels.packs import PACKS
 from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
 from ranklet.replicas.model.architecture import Architecture, rotary_tables
 from ranklet.replicas.model.attention import Spans, attend, attend_last
 from ranklet.replicas.model.checkpoint import Checkpoint
+from ranklet.replicas.model.modules import EMBED_TOKENS, module_path
 
-Mark = Callable[[str], None]
+StageCallback = Callable[[str], None]
 
 
-def unmarked(stage: str) -> None:
+def ignore_stage(stage: str) -> None:
     """Nobody asked where the time goes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class DeviceBatch:
     """One batch on the device."""
 
     ids: Tensor  # int32 [T]
@@ -94,45 +96,49 @@ class Decoder:
         self.device = device
         self.dtype = dtype
         with Checkpoint(model_dir, device, dtype) as checkpoint:
-            self.embedding = checkpoint.take("embed_tokens.weight", (architecture.vocab, architecture.hidden))
+            self.embedding = checkpoint.read(f"{EMBED_TOKENS}.weight", (architecture.vocab, architecture.hidden))
             self.layers = [_read_layer(checkpoint, architecture, i) for i in range(architecture.layers)]
-            self.norm = checkpoint.take("norm.weight", (architecture.hidden,))
-            checkpoint.finish()
+            self.norm = checkpoint.read("norm.weight", (architecture.hidden,))
+            checkpoint.check_all_read()
         self._cos, self._sin = rotary_tables(config, architecture, max_len, device)
 
     def forward(
-        self, tokens: Tokens, stacks: Sequence[Stacks], embedding: EmbeddingStack | None, mark: Mark = unmarked
+        self,
+        batch: DeviceBatch,
+        stacks: Sequence[Stacks],
+        embedding: EmbeddingStack | None,
+        on_stage: StageCallback = ignore_stage,
     ) -> Tensor:
-        """Hidden states before the final norm: float32 [T, H], of the last token of each request if `tokens.last`.
+        """Hidden states before the final norm: float32 [T, H], of the last token of each request if `batch.last`.
 
         Then the last layer computes what these need and no more: every key and value, but one query a request.
-        `mark` is called behind each stage of each layer, with its name.
+        `on_stage` is called behind each stage of each layer, with its name.
         """
-        residual = dispatch.embedding(tokens.ids, self.embedding, embedding, tokens.lora).float()
-        mark("embed")
+        residual = dispatch.embedding(batch.ids, self.embedding, embedding, batch.lora).float()
+        on_stage("embed")
         normed = pointwise.rms_norm(residual, self.layers[0].input_norm, self.architecture.eps)
-        mark("norm")
-        lora = tokens.lora
+        on_stage("norm")
+        lora = batch.lora
         for i, layer in enumerate(self.layers):
-            narrow = tokens.last if i + 1 == len(self.layers) else None
-            qkv = layer.qkv.rotated(normed, stacks[i].qkv, tokens.lora, self.rotary(layer, tokens.positions))
-            mark("qkv")
-            attended = self._attend(qkv, tokens.spans, layer.window, last=narrow is not None)
-            mark("attention")
+            narrow = batch.last if i + 1 == len(self.layers) else None
+            qkv = layer.qkv.rotated(normed, stacks[i].qkv, batch.lora, self.rotary(layer, batch.positions))
+            on_stage("qkv")
+            attended = self._attend(qkv, batch.spans, layer.window, last=narrow is not None)
+            on_stage("attention")
             if narrow is not None:
-                residual, lora = residual[tokens.spans.offsets[1:] - 1], narrow
+                residual, lora = residual[batch.spans.offsets[1:] - 1], narrow
             delta = layer.o(attended, stacks[i].o, lora)
-            mark("o")
+            on_stage("o")
             normed = pointwise.add_rms_norm(delta, residual, layer.post_norm, self.architecture.eps)
-            mark("norm")
+            on_stage("norm")
             gated = layer.gate_up.gated(normed, stacks[i].gate_up, lora)
-            mark("gate_up")
+            on_stage("gate_up")
             delta = layer.down(gated, stacks[i].down, lora)
-            mark("down")
+            on_stage("down")
             if i + 1 == len(self.layers):
                 return residual.add_(delta)
             normed = pointwise.add_rms_norm(delta, residual, self.layers[i + 1].input_norm, self.architecture.eps)
-            mark("norm")
+            on_stage("norm")
         raise AssertionError("a decoder has at least one layer")
 
     def _attend(self, qkv: Tensor, spans: Spans, window: int | None, *, last: bool) -> Tensor:
@@ -152,24 +158,25 @@ class Decoder:
 def _read_layer(checkpoint: Checkpoint, shape: Architecture, index: int) -> Layer:
     prefix = f"layers.{index}."
 
-    def packed(group: str, *names: str) -> Projection:
-        dims = [(shape.module_dims()[name][1], shape.module_dims()[name][0]) for name in names]
-        return Projection(*checkpoint.take_packed([f"{prefix}{group}.{name}" for name in names], dims))
+    def packed(pack: str) -> Projection:
+        dims = [shape.module_dims()[name] for name in PACKS[pack]]
+        names = [prefix + module_path(name) for name in PACKS[pack]]
+        return Projection(*checkpoint.read_packed(names, [(out, wide) for wide, out in dims]))
 
     norms = None
     if shape.qk_norm:
         width = (shape.head_dim,)
         norms = (
-            checkpoint.take(f"{prefix}self_attn.q_norm.weight", width),
-            checkpoint.take(f"{prefix}self_attn.k_norm.weight", width),
+            checkpoint.read(f"{prefix}self_attn.q_norm.weight", width),
+            checkpoint.read(f"{prefix}self_attn.k_norm.weight", width),
         )
     return Layer(
-        input_norm=checkpoint.take(f"{prefix}input_layernorm.weight", (shape.hidden,)),
-        qkv=packed("self_attn", "q_proj", "k_proj", "v_proj"),
+        input_norm=checkpoint.read(f"{prefix}input_layernorm.weight", (shape.hidden,)),
+        qkv=packed("qkv"),
         qk_norms=norms,
-        o=packed("self_attn", "o_proj"),
-        post_norm=checkpoint.take(f"{prefix}post_attention_layernorm.weight", (shape.hidden,)),
-        gate_up=packed("mlp", "gate_proj", "up_proj"),
-        down=packed("mlp", "down_proj"),
+        o=packed("o"),
+        post_norm=checkpoint.read(f"{prefix}post_attention_layernorm.weight", (shape.hidden,)),
+        gate_up=packed("gate_up"),
+        down=packed("down"),
         window=shape.windows[index],
     )

@@ -14,7 +14,7 @@ from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.runner import Runner
-from ranklet.replicas.model.decoder import unmarked
+from ranklet.replicas.model.decoder import ignore_stage
 from ranklet.replicas.profiling.clock import Clock, seconds
 from ranklet.replicas.profiling.roofline import AdapterShare, BatchShape, Ceilings, Cost, costs, lora_costs
 
@@ -51,7 +51,7 @@ class Profile:
     adapters: int
     backend: str
     stages: tuple[Stage, ...]
-    base_ms: float  # the whole batch without LoRA, unmarked
+    base_ms: float  # the whole batch without LoRA, ignore_stage
     lora_ms: float  # the whole batch as asked, as it is served: a small one is replayed from a CUDA graph
     eager_ms: float  # the same launched kernel by kernel, as the stages are
     launch_ms: float  # of Python, for that
@@ -92,7 +92,7 @@ class _Runs:
         clock = Clock(self.device)
         served = self.stepper.launch(self.prompts, self.slots)
         served.wait()
-        eager = self.stepper.launch(self.prompts, self.slots, unmarked)  # any mark keeps CUDA graphs out of it
+        eager = self.stepper.launch(self.prompts, self.slots, ignore_stage)  # any mark keeps CUDA graphs out of it
         eager.wait()
         self.stepper.launch(self.prompts, self.slots, clock.mark).wait()
         self.served.append(served.device_s() * 1e3)

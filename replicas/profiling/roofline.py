@@ -9,13 +9,14 @@ cache may be read faster than from memory: such a stage can be below its floor.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ranklet.kernels.stack import PACKS
+from ranklet.kernels.packs import PACKS
 from ranklet.replicas.adapters.verify import EMBEDDING, Module
 from ranklet.replicas.model.architecture import Architecture
+from ranklet.replicas.model.modules import EMBED_TOKENS
 
 STAGES = ("embed", "norm", "qkv", "attention", "o", "gate_up", "down", "pool")
 _RESIDUAL_BYTES = 4  # an element of the residual stream
-_STAGE_OF = {module: stage for stage, modules in PACKS.items() for module in modules} | {"embed_tokens": "embed"}
+_STAGE_OF = {module: stage for stage, modules in PACKS.items() for module in modules} | {EMBED_TOKENS: "embed"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.verify import ExpectedModules
-from ranklet.replicas.config import LORA_MODULES, EngineConfig
+from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.stats import Listener
 from ranklet.replicas.model.architecture import Architecture, read_architecture, read_config
+from ranklet.replicas.model.modules import LORA_MODULES
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ranklet.kernels.stack import PACKS, padded_rank
+from ranklet.kernels.packs import PACKS
+from ranklet.kernels.stack import padded_rank
 from ranklet.replicas.adapters.packed import pack
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.verify import EMBEDDING, AdapterWeights, ExpectedModules, read_adapter
-from ranklet.replicas.config import LORA_MODULES
 from ranklet.replicas.model.architecture import Architecture
+from ranklet.replicas.model.modules import LORA_MODULES
 from tests.assets.adapters import save_adapter
 from tests.assets.make import AdapterSpec
 from tests.replicas.asking import ref

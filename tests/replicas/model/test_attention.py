@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ranklet.replicas.model import cudnn_attention
-from ranklet.replicas.model.attention import Spans, attend, attend_last, reads_offsets_alone
+from ranklet.replicas.model.attention import Spans, attend, attend_last, reads_lengths_on_device
 
 
 def spans(lengths: list[int], device: str = "cpu") -> Spans:
@@ -78,10 +78,10 @@ def test_no_token_reads_a_later_one(window: int | None) -> None:
 
 def test_only_packed_kernels_read_lengths_on_the_device() -> None:
     cuda = torch.device("cuda", 0)
-    assert reads_offsets_alone(cuda, torch.bfloat16, (None, None))
-    assert reads_offsets_alone(cuda, torch.float16, (None,))
-    assert not reads_offsets_alone(cuda, torch.float32, (None,))
-    assert not reads_offsets_alone(torch.device("cpu"), torch.bfloat16, (None,))
+    assert reads_lengths_on_device(cuda, torch.bfloat16, (None, None))
+    assert reads_lengths_on_device(cuda, torch.float16, (None,))
+    assert not reads_lengths_on_device(cuda, torch.float32, (None,))
+    assert not reads_lengths_on_device(torch.device("cpu"), torch.bfloat16, (None,))
 
 
 @pytest.mark.gpu
@@ -110,9 +110,9 @@ def test_cudnn_agrees_with_varlen(lengths: list[int], heads: tuple[int, int], wi
     """On every length, with other requests' rows poisoned as far as that can be told."""
     pytest.importorskip("cudnn")
     at, device = spans(lengths, "cuda"), torch.device("cuda", 0)
-    assert cudnn_attention.available(device)
+    assert cudnn_attention.is_available(device)
     qkv = torch.randn(sum(lengths), (heads[0] + 2 * heads[1]) * width, device=device, dtype=torch.bfloat16)
-    padded = replace(at, padded=cudnn_attention.pad(at.offsets, len(lengths), heads, width))
+    padded = replace(at, cudnn=cudnn_attention.cudnn_spans(at.offsets, len(lengths), heads, width))
     expected = attend(qkv, at, heads, width, None).float()
     ours = attend(qkv, padded, heads, width, None)
     assert (ours.float() - expected).norm() <= 4e-3 * expected.norm()

@@ -37,9 +37,9 @@ SAVED: Callable[[], Tensors] = lambda: {  # noqa: E731 - a fresh copy for each t
 
 def test_modules_are_packed_in_order_with_biases_where_there_are_any(tmp_path: Path) -> None:
     with opened(save(tmp_path, SAVED())) as checkpoint:
-        weight, bias = checkpoint.take_packed(["layers.0.q", "layers.0.k"], [(2, 4), (3, 4)])
-        assert torch.equal(checkpoint.take("norm.weight", (4,)), torch.arange(4.0))
-        checkpoint.finish()
+        weight, bias = checkpoint.read_packed(["layers.0.q", "layers.0.k"], [(2, 4), (3, 4)])
+        assert torch.equal(checkpoint.read("norm.weight", (4,)), torch.arange(4.0))
+        checkpoint.check_all_read()
     assert torch.equal(weight, torch.cat([torch.ones(2, 4), torch.full((3, 4), 2.0)]))
     assert bias is not None
     assert torch.equal(bias, torch.tensor([0.0, 0.0, 5.0, 5.0, 5.0]))
@@ -53,30 +53,30 @@ def test_sharded_and_bare_checkpoints_give_the_same_tensors(tmp_path: Path, mode
     for folder in (sharded, bare):
         with opened(folder) as checkpoint:
             for key, tensor in reference.items():
-                assert torch.equal(checkpoint.take(key.removeprefix("model."), tuple(tensor.shape)), tensor)
-            checkpoint.finish()
+                assert torch.equal(checkpoint.read(key.removeprefix("model."), tuple(tensor.shape)), tensor)
+            checkpoint.check_all_read()
 
 
 def test_weights_are_rounded_to_the_served_dtype(tmp_path: Path) -> None:
     tensors = {"norm.weight": torch.randn(8)}
     with opened(save(tmp_path, tensors), torch.bfloat16) as checkpoint:
-        assert torch.equal(checkpoint.take("norm.weight", (8,)), tensors["norm.weight"].bfloat16())
+        assert torch.equal(checkpoint.read("norm.weight", (8,)), tensors["norm.weight"].bfloat16())
 
 
 def test_missing_extra_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
     with opened(save(tmp_path, SAVED())) as checkpoint:
         with pytest.raises(ModelError, match=r"layers\.9\.q\.weight"):
-            checkpoint.take_packed(["layers.9.q"], [(2, 4)])
+            checkpoint.read_packed(["layers.9.q"], [(2, 4)])
         with pytest.raises(ModelError, match=r"model\.norm\.weight: expected shape \[5\], got \[4\]"):
-            checkpoint.take("norm.weight", (5,))
+            checkpoint.read("norm.weight", (5,))
         with pytest.raises(ModelError, match=r"layers\.0\.k\.bias"):
-            checkpoint.finish()
+            checkpoint.check_all_read()
 
 
 def test_heads_and_old_rotary_buffers_may_stay_unread(tmp_path: Path) -> None:
     tensors = {"lm_head.weight": torch.zeros(3, 4), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}
     with opened(save(tmp_path, tensors)) as checkpoint:
-        checkpoint.finish()
+        checkpoint.check_all_read()
 
 
 def test_folders_without_whole_safetensors(tmp_path: Path) -> None:

@@ -1,0 +1,11 @@
+"""The modules of a decoder layer that share one packed projection, in the order of its slices.
+
+Free of torch, so that settings and commands can read the names without loading it.
+"""
+
+PACKS = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}

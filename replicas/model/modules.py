@@ -1,0 +1,14 @@
+"""Names of the decoder modules that LoRA may target. Imports no torch."""
+
+from ranklet.kernels.packs import PACKS
+
+ATTENTION_MODULES = (*PACKS["qkv"], *PACKS["o"])
+MLP_MODULES = (*PACKS["gate_up"], *PACKS["down"])
+LINEAR_MODULES = (*ATTENTION_MODULES, *MLP_MODULES)
+EMBED_TOKENS = "embed_tokens"
+LORA_MODULES = (*LINEAR_MODULES, EMBED_TOKENS)
+
+
+def module_path(module: str) -> str:
+    """A linear module's name inside its layer, as checkpoints spell it: `self_attn.q_proj` of `q_proj`."""
+    return f"{'self_attn' if module in ATTENTION_MODULES else 'mlp'}.{module}"
