@@ -37,7 +37,7 @@ def build(args: AppArgs) -> Application:
         ValidationError: see `AppArgs`.
     """
     args = args.resolved()
-    logger.info("ranklet serves %s; %s", args.base_names[0], DataPath.here().said())
+    logger.info("ranklet serves %s; %s", args.base_names[0], DataPath.current().summary())
     router = RequestRouterConfig.model_validate({"request_router_class": ROUTER})
     replica = serve.deployment(
         name="Replica",

@@ -18,12 +18,12 @@ class DataPath:
     throughput_optimized: bool
 
     @classmethod
-    def here(cls) -> "DataPath":
+    def current(cls) -> "DataPath":
         """The data path of the process this runs in."""
         haproxy, optimized = (os.environ.get(name) == "1" for name in FAST_PATH)
         return cls("haproxy" if haproxy else "serve-proxy", optimized)
 
-    def said(self) -> str:
+    def summary(self) -> str:
         """One line for the log."""
         if self.ingress == "haproxy" and self.throughput_optimized:
             return "data path: HAProxy, throughput optimized"
@@ -37,7 +37,7 @@ class DataPath:
 
 def versions() -> dict[str, Any]:
     """Installed versions and the data path, for `GET /version`."""
-    path = DataPath.here()
+    path = DataPath.current()
     return {
         **{name: version_of(name) for name in _PACKAGES},
         "data_path": path.ingress,

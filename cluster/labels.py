@@ -24,7 +24,7 @@ class AdapterLabels:
         self._observed = 0
         self._lock = threading.Lock()
 
-    def of(self, adapter: str | None, weight: int = 1) -> str:
+    def label(self, adapter: str | None, weight: int = 1) -> str:
         """The label value of `adapter` (None or "": the base), counting `weight` for it."""
         if not adapter:
             return BASE

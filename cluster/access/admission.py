@@ -23,7 +23,7 @@ class Admission:
         self.in_flight = 0
 
     @contextlib.contextmanager
-    def request(self) -> Iterator[None]:
+    def admit(self) -> Iterator[None]:
         """One more, while this is entered. Raises Saturated when there is no room."""
         if self.in_flight >= self._limit:
             raise Saturated(
@@ -38,7 +38,7 @@ class Admission:
             self._changed(self.in_flight)
 
     @contextlib.contextmanager
-    def of(self, model: str) -> Iterator[None]:
+    def admit_model(self, model: str) -> Iterator[None]:
         """It is known what that request is for. Raises Saturated when this model has its share of the room already."""
         own = self._by_model[model]
         share = share_of_room(self._limit, self.in_flight - own - 1)

@@ -69,7 +69,7 @@ class ApiKeys:
         if path is not None:
             self._refresh(first=True)
 
-    def check(self, headers: Mapping[str, str]) -> ApiKey | None:
+    def authenticate(self, headers: Mapping[str, str]) -> ApiKey | None:
         """The key of a request; None where none is needed.
 
         Raises:
@@ -89,9 +89,9 @@ class ApiKeys:
             raise Unauthorized("authorization: expected a key of this service, got one that is not known")
         return key
 
-    def check_admin(self, headers: Mapping[str, str]) -> None:
+    def require_admin(self, headers: Mapping[str, str]) -> None:
         """Raises Unauthorized or Forbidden unless the request may change adapters."""
-        key = self.check(headers)
+        key = self.authenticate(headers)
         if key is None and not self._open_admin:
             raise Unauthorized(
                 "expected an admin's key: this service is reachable from other machines and has no keys. Set "
@@ -101,7 +101,7 @@ class ApiKeys:
             raise Forbidden(f"key {key.name!r}: expected one with admin: true for this call")
 
     @staticmethod
-    def check_use(key: ApiKey | None, name: str) -> None:
+    def authorize(key: ApiKey | None, name: str) -> None:
         """Raises Forbidden unless the key may use the adapter or base of this name."""
         if key is not None and not key.may_use(name):
             raise Forbidden(

@@ -17,7 +17,7 @@ from typing import Protocol
 from ranklet.cluster.access.keys import ApiKey
 from ranklet.replicas.errors import RankletError
 
-SETTLE_S = 0.2
+SYNC_INTERVAL_S = 0.2
 _IDLE_S = 120.0  # what nobody has used for so long is full again, and forgotten
 
 logger = logging.getLogger("ray.serve")
@@ -75,7 +75,7 @@ class Ledger:
         self._clock = clock
         self._buckets: dict[QuotaFlow, TokenBucket] = {}
 
-    def settle(self, accounts: Mapping[QuotaFlow, Account]) -> dict[QuotaFlow, float]:
+    def sync(self, accounts: Mapping[QuotaFlow, Account]) -> dict[QuotaFlow, float]:
         """Take what a gateway has spent; returns the levels."""
         now_s = self._clock()
         self._buckets = {flow: bucket for flow, bucket in self._buckets.items() if now_s - bucket.at_s < _IDLE_S}
@@ -114,12 +114,12 @@ class Quotas:
         self._unsettled: dict[QuotaFlow, float] = {}
         self._settling: asyncio.Task[None] | None = None
 
-    def change(self, of_models: Mapping[str, int]) -> None:
+    def set_model_quotas(self, of_models: Mapping[str, int]) -> None:
         """Tokens a minute for each model whose name a pattern (`legal-*`) matches; the first that does counts."""
         self._of_models = dict(of_models)
 
     @contextlib.contextmanager
-    def charged(self, key: ApiKey | None, model: str, tokens: int) -> Iterator[None]:
+    def charge(self, key: ApiKey | None, model: str, tokens: int) -> Iterator[None]:
         """A request of so many tokens; it costs nothing if it ends with an exception.
 
         Raises:
@@ -163,15 +163,15 @@ class Quotas:
     async def _settle_on(self) -> None:
         """Settle until all that was used is full again."""
         while self._used_s:
-            await asyncio.sleep(SETTLE_S)
-            await self.settle_once()
+            await asyncio.sleep(SYNC_INTERVAL_S)
+            await self.sync()
             now_s = self._clock()
             for flow in [flow for flow, used_s in self._used_s.items() if now_s - used_s > _IDLE_S]:
                 if self._buckets[flow].level_at(now_s) >= self._buckets[flow].per_minute:
                     for known in (self._used_s, self._buckets, self._unsettled):
                         known.pop(flow, None)
 
-    async def settle_once(self) -> None:
+    async def sync(self) -> None:
         """Tell the ledger and be told. Without an answer this gateway goes on by its own count."""
         now_s = self._clock()
         sent = {}

@@ -22,7 +22,7 @@ class AdapterLocation:
     requested_revision: str | None = None
     param: str = "model"
 
-    def check(self, revision: str) -> None:
+    def check_revision(self, revision: str) -> None:
         """Raises UnknownModel unless `revision` is the requested one, or none was requested."""
         if self.requested_revision not in (None, revision):
             raise UnknownModel(

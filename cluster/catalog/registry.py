@@ -32,10 +32,10 @@ class _Folder:
 
 @lru_cache(maxsize=65_536)
 def _may_be_a_name(name: str) -> bool:
-    return refusal_of_name(name) is None
+    return name_error(name) is None
 
 
-def refusal_of_name(name: str) -> str | None:
+def name_error(name: str) -> str | None:
     """Why `name` can be no adapter's name, or None when it can."""
     if not name or len(name) > MAX_NAME_CHARACTERS:
         return f"expected 1 to {MAX_NAME_CHARACTERS} characters, got {len(name)}"
@@ -55,16 +55,16 @@ class Registry:
 
     def __init__(self, root: Path | None, explicit: Mapping[str, Path]) -> None:
         self._root = root
-        self.book = Overrides(root) if root is not None else None
+        self.overrides = Overrides(root) if root is not None else None
         self._explicit = dict(explicit)
         self._added: dict[str, Path] = {}
         self._seen: dict[str, _Folder] = {}
 
-    def change(self, added: Mapping[str, Path]) -> None:
+    def set_user_config(self, added: Mapping[str, Path]) -> None:
         """Replace what was added to the configured map before; `added` wins over the map and the root."""
         self._added = dict(added)
 
-    def find(self, name: str, param: str = "model") -> AdapterLocation:
+    def locate(self, name: str, param: str = "model") -> AdapterLocation:
         """The adapter of this name, or of this `name@revision`.
 
         Raises:
@@ -73,7 +73,7 @@ class Registry:
             AdapterNotFound: the configured folder does not exist.
             InvalidAdapter: it exists, but is no folder, or a link that leaves the root.
         """
-        reason = refusal_of_name(name)
+        reason = name_error(name)
         if reason and (".." in re.split(r"[/\\]", name) or name.startswith(("/", "\\", "~")) or "\0" in name):
             raise InvalidRequest(
                 f"{param}: expected the name of an adapter, got a path ({name!r}). Adapters are served by name only; "
@@ -93,37 +93,37 @@ class Registry:
             return known
         plain, at, revision = name.rpartition("@")
         if at:
-            known = self.find(plain, param)
+            known = self.locate(plain, param)
             if known.requested_revision is None:
                 return replace(known, requested_revision=revision, param=param)
         raise self._unknown(name, param)
 
-    def is_added(self, name: str) -> bool:
+    def is_in_user_config(self, name: str) -> bool:
         """Whether `user_config` says where it is."""
         return name in self._added
 
-    def is_booked(self, name: str) -> bool:
+    def is_loaded_by_name(self, name: str) -> bool:
         """Whether it was loaded by name."""
         entry = self._entries().get(name)
         return entry is not None and entry.path is not None
 
-    def is_found_without(self, name: str) -> bool:
+    def exists_without_override(self, name: str) -> bool:
         """Whether it would be served if the book said nothing of it."""
         return name in self._explicit or (self._root is not None and (self._root / name).exists())
 
-    def pinned(self) -> dict[str, str]:
+    def pins(self) -> dict[str, str]:
         """Adapters that keep a slot on every replica, and where they are."""
         pins = ((name, entry) for name, entry in self._entries().items() if name not in self._added)
         return {name: entry.path for name, entry in pins if entry.pinned and entry.path}
 
     def _entries(self) -> Mapping[str, Override]:
-        return self.book.entries() if self.book is not None else {}
+        return self.overrides.entries() if self.overrides is not None else {}
 
     def names(self) -> list[str]:
         """Names of all adapters that look like one, sorted. One directory scan."""
         return sorted({*self._named(), *self._folders()} - self._gone())
 
-    def listed(self) -> list[tuple[AdapterLocation, int]]:
+    def scan(self) -> list[tuple[AdapterLocation, int]]:
         """All adapters that look like one and are there, by name, with the Unix time of their folder's last change."""
         folders, named, gone = self._folders(), self._named(), self._gone()
         plain = ((name, folder) for name, folder in folders.items() if folder is not None)
@@ -132,7 +132,7 @@ class Registry:
         for name in (named | links) - gone:
             found.pop(name, None)
             with contextlib.suppress(RankletError, OSError):  # configured, or a link, and not there
-                known = self.find(name)
+                known = self.locate(name)
                 found[name] = known, known.modified_s()
         return [found[name] for name in sorted(found)]
 
@@ -176,8 +176,8 @@ class Registry:
         return found
 
     def _configured(self, name: str, path: Path) -> AdapterLocation:
-        if refusal_of_name(name) is not None:
-            raise InvalidAdapter(name, [f"the configured name cannot be used: {refusal_of_name(name)}"])
+        if name_error(name) is not None:
+            raise InvalidAdapter(name, [f"the configured name cannot be used: {name_error(name)}"])
         if ".." in path.parts:
             raise InvalidAdapter(name, [f"the configured path contains '..': {path}; write the path it leads to"])
         if not path.exists():

@@ -34,12 +34,12 @@ def is_remote(place: str) -> bool:
     return "://" in place
 
 
-def revision_in(place: str) -> str:
+def pinned_revision(place: str) -> str:
     """The revision behind a URL's `#`, "" if there is none."""
     return place.partition("#")[2]
 
 
-def check_allowed(url: str, allowed: tuple[str, ...]) -> None:
+def check_url_allowed(url: str, allowed: tuple[str, ...]) -> None:
     """Raises InvalidRequest unless a URL lies under one of the prefixes `allowed`."""
     tricks = any(part in url for part in ("..", "::", "#", "?", "%", "\\", "@", "\n"))
     under = any(url.startswith(prefix.rstrip("/") + "/") for prefix in allowed)

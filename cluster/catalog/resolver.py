@@ -48,7 +48,7 @@ class AdapterResolver:
             for key in [key for key in kept if key[0] == name]:
                 del kept[key]
 
-    async def find(self, name: str, place: str) -> ResolvedAdapter:
+    async def resolve(self, name: str, place: str) -> ResolvedAdapter:
         """The adapter's present revision; its files are looked at once a second.
 
         A disk or a source that hangs holds up requests for adapters that are there and not yet known; those that are

@@ -113,7 +113,7 @@ class Gateway:
         self._recent = RecentRequests()
         self._observer = Observer(self._metrics, self._recent, args.log.requests, self._id)
         self._target = Exporter.start(self._metrics.registry, args.metrics).target
-        logger.info("gateway %s: %s; metrics on %s", self._id, DataPath.here().said(), self._target)
+        logger.info("gateway %s: %s; metrics on %s", self._id, DataPath.current().summary(), self._target)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """`user_config: {adapters: ..., tokens_per_minute: ...}`, changed without a restart.
@@ -121,11 +121,11 @@ class Gateway:
         The adapters are on top of the configured ones.
         """
         config = GatewayUserConfig.model_validate(user_config)
-        self._names.registry.change({name: path.absolute() for name, path in config.adapters.items()})
-        self._quotas.change(config.tokens_per_minute)
+        self._names.registry.set_user_config({name: path.absolute() for name, path in config.adapters.items()})
+        self._quotas.set_model_quotas(config.tokens_per_minute)
 
     def _over_quota(self, by: str, model: str) -> None:
-        label = self._metrics.labels.of(None if model == self._names.base else model, 0)
+        label = self._metrics.labels.label(None if model == self._names.base else model, 0)
         self._metrics.quota_rejections.labels(by, label).inc()
 
     @app.post("/v1/embeddings")
@@ -150,18 +150,18 @@ class Gateway:
         return response
 
     async def _embed(self, request: Request, outcome: RequestRecord) -> Response:
-        key = self._keys.check(request.headers)
+        key = self._keys.authenticate(request.headers)
         body = await self._body(request, self._args.limits.max_body_bytes)
-        with self._admission.request():
+        with self._admission.admit():
             limits = await self._limits()
             max_texts = self._args.limits.max_texts_per_request
             intake = await self._on_thread(partial(take_in, body, self._names, self._tokenizer, max_texts, limits))
             adapter, wanted = intake.adapter, intake.request
             name = adapter.name if adapter else self._names.base
-            self._keys.check_use(key, name)
-            outcome.label = self._metrics.labels.of(adapter.name if adapter else None)
+            self._keys.authorize(key, name)
+            outcome.label = self._metrics.labels.label(adapter.name if adapter else None)
             outcome.model, outcome.prompts, outcome.tokens = name, len(intake.prompts), intake.tokens
-            with self._admission.of(name), self._quotas.charged(key, name, outcome.tokens):
+            with self._admission.admit_model(name), self._quotas.charge(key, name, outcome.tokens):
                 answer = outcome.answer = await self._replicas.embed(
                     adapter, intake.prompts, wanted.dimensions, limits.hidden
                 )
@@ -182,13 +182,13 @@ class Gateway:
     @app.get("/v1/models")
     async def models(self, request: Request) -> Response:
         """The base and every adapter that the key may use, as OpenAI's cards."""
-        key, max_len = self._keys.check(request.headers), await self._max_model_len()
+        key, max_len = self._keys.authenticate(request.headers), await self._max_model_len()
         return _json({"object": "list", "data": await self._on_thread(partial(self._cards, key, max_len))})
 
     def _cards(self, key: ApiKey | None, max_len: int | None) -> list[dict[str, Any]]:
         base = self._names.base
         cards = [self._card(None, max_len)] if key is None or key.may_use(base) else []
-        for adapter, written_s in self._names.registry.listed():
+        for adapter, written_s in self._names.registry.scan():
             if key is None or key.may_use(adapter.name):
                 cards.append(self._card(adapter, max_len, written_s))
         return cards
@@ -196,8 +196,8 @@ class Gateway:
     @app.get("/v1/models/{name:path}")
     async def model(self, request: Request, name: str) -> Response:
         """One card, by any name that `model` may be; 404 with near names otherwise."""
-        key, adapter = self._keys.check(request.headers), self._names.resolve(name)
-        self._keys.check_use(key, adapter.name if adapter else self._names.base)
+        key, adapter = self._keys.authenticate(request.headers), self._names.resolve(name)
+        self._keys.authorize(key, adapter.name if adapter else self._names.base)
         if adapter is not None:
             await self._lifecycle.check(adapter)
         return _json(self._card(adapter, await self._max_model_len()))
@@ -207,13 +207,13 @@ class Gateway:
     @app.get("/v1/adapters")
     async def adapters(self, request: Request) -> Response:
         """Every adapter with its state, and where it is."""
-        self._keys.check_admin(request.headers)
+        self._keys.require_admin(request.headers)
         return _json({"object": "list", "data": await self._lifecycle.list()})
 
     @app.get("/v1/adapters/{name}")
     async def adapter(self, request: Request, name: str) -> Response:
         """One of them."""
-        self._keys.check_admin(request.headers)
+        self._keys.require_admin(request.headers)
         return _json(await self._lifecycle.show(name))
 
     @app.post("/v1/adapters")
@@ -221,25 +221,25 @@ class Gateway:
     @app.post("/load_lora_adapter")
     async def load_adapter(self, request: Request) -> Response:
         """Load an adapter, or replace one; see `LoadRequest`."""
-        self._keys.check_admin(request.headers)
+        self._keys.require_admin(request.headers)
         return _json(await self._lifecycle.load(parse_body(await self._small_body(request), LoadRequest)))
 
     @app.post("/v1/unload_lora_adapter")
     @app.post("/unload_lora_adapter")
     async def unload_adapter(self, request: Request) -> Response:
         """Serve an adapter no more."""
-        self._keys.check_admin(request.headers)
+        self._keys.require_admin(request.headers)
         return _json(await self._lifecycle.unload(parse_body(await self._small_body(request), UnloadRequest).name))
 
     @app.delete("/v1/adapters/{name}")
     async def delete_adapter(self, request: Request, name: str) -> Response:
         """The same."""
-        self._keys.check_admin(request.headers)
+        self._keys.require_admin(request.headers)
         return _json(await self._lifecycle.unload(name))
 
     async def book_changed(self) -> None:
         """Another gateway has loaded or unloaded an adapter."""
-        book = self._names.registry.book
+        book = self._names.registry.overrides
         if book is not None:
             await self._on_thread(partial(book.entries, fresh=True))
 
@@ -272,7 +272,7 @@ class Gateway:
     @app.get("/v1/status")
     async def status(self, request: Request) -> Response:
         """What the page shows; an admin's call."""
-        self._keys.check_admin(request.headers)
+        self._keys.require_admin(request.headers)
         await self._max_model_len()  # a router hears of replicas once it has been used
         routes = affinity.current()
         with routes.lock:

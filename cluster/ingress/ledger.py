@@ -21,7 +21,7 @@ class LedgerActor:
         self._actor: Any = None
 
     async def __call__(self, accounts: Mapping[QuotaFlow, Account]) -> Mapping[QuotaFlow, float]:
-        """Settle `accounts` with the ledger; see `Ledger.settle`.
+        """Settle `accounts` with the ledger; see `Ledger.sync`.
 
         Raises:
             TimeoutError: the actor did not answer in time, or Ray cannot reach it.
@@ -30,7 +30,7 @@ class LedgerActor:
             if self._actor is None:
                 self._actor = await asyncio.to_thread(self._get_or_create)
             async with asyncio.timeout(_TIMEOUT_S):
-                levels: dict[QuotaFlow, float] = await self._actor.settle.remote(accounts)
+                levels: dict[QuotaFlow, float] = await self._actor.sync.remote(accounts)
                 return levels
         except (RayError, TimeoutError) as error:
             self._actor = None

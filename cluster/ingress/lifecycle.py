@@ -11,8 +11,8 @@ from ray.serve.handle import DeploymentHandle
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.overrides import Override, Overrides
-from ranklet.cluster.catalog.registry import Registry, refusal_of_name
-from ranklet.cluster.catalog.remote import check_allowed, is_remote, revision_in
+from ranklet.cluster.catalog.registry import Registry, name_error
+from ranklet.cluster.catalog.remote import check_url_allowed, is_remote, pinned_revision
 from ranklet.cluster.ingress.replicas_client import ReplicasClient, everyone
 from ranklet.replicas.adapters.reference import AdapterInfo
 from ranklet.replicas.adapters.revision import Revisions, marks_of
@@ -85,7 +85,7 @@ class Lifecycle:
         book = self._book()
         async with self._lock(asked.name):
             adapter = await asyncio.to_thread(self._wanted, asked)
-            pins = {name: place for name, place in self._registry.pinned().items() if name != asked.name}
+            pins = {name: place for name, place in self._registry.pins().items() if name != asked.name}
             info = await self._replicas.load(adapter, (*pins, asked.name) if asked.pinned else tuple(pins))
             place = f"{adapter.source}#{info.revision}" if is_remote(adapter.source) else adapter.source
             if asked.pinned:
@@ -109,11 +109,11 @@ class Lifecycle:
         """
         book = self._book()
         async with self._lock(name):
-            await asyncio.to_thread(self._registry.find, name, "name")
+            await asyncio.to_thread(self._registry.locate, name, "name")
             self._refuse_configured(name)
-            found_elsewhere = self._registry.is_found_without(name)
+            found_elsewhere = self._registry.exists_without_override(name)
             await asyncio.to_thread(book.put, name, Override() if found_elsewhere else None)
-            await self._tell(self._registry.pinned())
+            await self._tell(self._registry.pins())
             if not await self._replicas.release(name, None, _RELEASE_TIMEOUT_S):
                 raise Unavailable(
                     f"adapter {name!r} is served no more, but requests that were sent before still use it, or a "
@@ -132,7 +132,7 @@ class Lifecycle:
             for each in found:
                 if each.name in by_name or each.references:
                     by_name.setdefault(each.name, []).append((replica, each))
-        pinned, served = self._registry.pinned(), set(names)
+        pinned, served = self._registry.pins(), set(names)
 
         def cards() -> list[dict[str, Any]]:
             return [
@@ -150,7 +150,7 @@ class Lifecycle:
         """
         found = [card for card in await self.list() if card["name"] == name]
         if not found:
-            self._registry.find(name, "name")  # says why
+            self._registry.locate(name, "name")  # says why
         card = found[0]
         if card["revision"] is None and card["path"]:
             with contextlib.suppress(AdapterNotFound):
@@ -162,7 +162,7 @@ class Lifecycle:
         if known.requested_revision is not None:
             revision = await asyncio.to_thread(self._read, known)
             if revision is not None:
-                known.check(revision)
+                known.check_revision(revision)
 
     def _card(
         self, name: str, reports: Sequence[tuple[str, AdapterReport]], *, pinned: bool, served: bool
@@ -170,7 +170,7 @@ class Lifecycle:
         path = revision = error = None
         if served:
             try:
-                known = self._registry.find(name)
+                known = self._registry.locate(name)
                 path, revision = known.source, self._revision(known, reports)
             except RankletError as refusal:
                 error = refusal.message
@@ -201,21 +201,21 @@ class Lifecycle:
     def _read(self, known: AdapterLocation) -> str | None:
         """What would be served now, by its files; None of what only nodes that fetch it can tell."""
         if is_remote(known.source):
-            return revision_in(known.source) or None
+            return pinned_revision(known.source) or None
         return self._revisions.reference(known.name, known.source).revision
 
     def _wanted(self, asked: LoadRequest) -> AdapterLocation:
         """The adapter that a load means."""
-        reason = refusal_of_name(asked.name)
+        reason = name_error(asked.name)
         if reason or "@" in asked.name:
             raise InvalidRequest(f"name: {reason or 'expected a name without @'}", param="name")
         self._refuse_configured(asked.name)
         served = None
         with contextlib.suppress(RankletError):
-            served = self._registry.find(asked.name)
+            served = self._registry.locate(asked.name)
         if served is not None and not asked.replace:
             moves = asked.path is not None and not _same(asked.path, served.source)
-            if moves or self._registry.is_booked(asked.name):
+            if moves or self._registry.is_loaded_by_name(asked.name):
                 raise AdapterExists(
                     f"name: an adapter {asked.name!r} is served, from {served.source}. Set load_inplace to replace it",
                     param="name",
@@ -223,7 +223,7 @@ class Lifecycle:
         if asked.path is None:
             return AdapterLocation(asked.name, str(self._allowed(self._roots[0] / asked.name)))
         if is_remote(asked.path):
-            check_allowed(asked.path, self._sources)
+            check_url_allowed(asked.path, self._sources)
             return AdapterLocation(asked.name, asked.path)
         return AdapterLocation(asked.name, str(self._allowed(Path(asked.path))))
 
@@ -246,17 +246,17 @@ class Lifecycle:
         return folder
 
     def _refuse_configured(self, name: str) -> None:
-        if self._registry.is_added(name):
+        if self._registry.is_in_user_config(name):
             raise AdapterExists(
                 f"name: {name!r} is set by user_config; change it there, with `serve deploy`", param="name"
             )
 
     def _book(self) -> Overrides:
-        if self._registry.book is None:
+        if self._registry.overrides is None:
             raise InvalidRequest(
                 "expected `adapters_dir` in the application's args: what is loaded by name is written down there"
             )
-        return self._registry.book
+        return self._registry.overrides
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())

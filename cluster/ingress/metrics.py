@@ -107,7 +107,7 @@ class ReplicaMetrics(Listener):
 
     def batch(self, record: BatchRecord) -> None:
         for adapter, prompts in record.requests_by_adapter.items():
-            label = self.labels.of(adapter, prompts)
+            label = self.labels.label(adapter, prompts)
             self.prompts.labels(label).inc(prompts)
             self.tokens.labels(label).inc(record.tokens_by_adapter.get(adapter, 0))
         self.batches.labels(record.backend).inc()

@@ -33,7 +33,7 @@ class ModelNames:
         named = self._adapter_of(model) if model else None
         if not lora_path:
             return named
-        asked = self.registry.find(lora_path, param="lora_path")
+        asked = self.registry.locate(lora_path, param="lora_path")
         if named is not None and named.name != asked.name:
             raise InvalidRequest(
                 f"lora_path: model already names the adapter {named.name!r}, and lora_path names another, "
@@ -47,5 +47,5 @@ class ModelNames:
             return None
         for base in self._bases:
             if model.startswith(base + ":"):
-                return self.registry.find(model[len(base) + 1 :])
-        return self.registry.find(model)
+                return self.registry.locate(model[len(base) + 1 :])
+        return self.registry.locate(model)

@@ -53,11 +53,11 @@ class Replica:
         self._engine = EngineProcess(config, metrics, self._standing)
         self._engine.start()
         metrics.watch(self._engine.snapshot, self._engine.pid)
-        pinned = Registry(args.adapters_dir, args.adapters).pinned()
+        pinned = Registry(args.adapters_dir, args.adapters).pins()
         self._pins = pinned
         sources = args.sources
         cache = RemoteCache(sources.cache_dir, sources.cache_bytes, sources.max_adapter_bytes, metrics.fetched)
-        self._finder = AdapterResolver(cache, config.load_timeout_s)
+        self._resolver = AdapterResolver(cache, config.load_timeout_s)
         self._target = Exporter.start(metrics.registry, args.metrics).target
         self._loaders = ThreadPoolExecutor(_LOADERS, thread_name_prefix="warm")
         self._tasks: set[asyncio.Task[None]] = set()
@@ -99,14 +99,14 @@ class Replica:
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._loaders, self._engine.pin, pins)
-            self._finder.forget(name)
+            self._resolver.forget(name)
             return (await self._with(AdapterLocation(name, path), self._bring))[1]
         except RankletError as error:
             return Refusal.of(error, self._id, name, None)
 
     async def release(self, name: str, keep: str | None, timeout_s: float) -> bool:
         """Free what is held of an adapter, but for the revision `keep`; whether nothing is left within `timeout_s`."""
-        self._finder.forget(name)
+        self._resolver.forget(name)
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + timeout_s
         while not await loop.run_in_executor(self._loaders, self._engine.release, name, keep):
@@ -144,7 +144,7 @@ class Replica:
 
     async def _offer(self, name: str, path: str) -> None:
         with contextlib.suppress(RankletError):  # it is told to whoever asks for it
-            self._engine.offer((await self._finder.find(name, path)).adapter)
+            self._engine.offer((await self._resolver.resolve(name, path)).adapter)
 
     def _keep(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -165,15 +165,15 @@ class Replica:
         """
         tries = _TRIES
         while True:
-            found = await self._finder.find(known.name, known.source)
-            known.check(found.adapter.revision)
+            found = await self._resolver.resolve(known.name, known.source)
+            known.check_revision(found.adapter.revision)
             try:
                 return found, await use(found.adapter)
             except AdapterChanged:
                 tries -= 1
                 if not tries:
                     raise
-                self._finder.forget(known.name)
+                self._resolver.forget(known.name)
 
     async def _bring(self, adapter: AdapterRef) -> AdapterInfo:
         return await asyncio.get_running_loop().run_in_executor(self._loaders, self._engine.load, adapter)

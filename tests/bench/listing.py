@@ -38,7 +38,7 @@ def fill(folder: Path, made: Path, adapters: int) -> None:
 def registered_s(folder: Path) -> float:
     """A fresh process's first look at all of them."""
     began_s = time.perf_counter()
-    Registry(folder, {}).listed()
+    Registry(folder, {}).scan()
     return time.perf_counter() - began_s
 
 

@@ -141,16 +141,16 @@ def test_replies_are_joined_in_order() -> None:
 def test_labels_stay_few(adapters: list[str], limit: int) -> None:
     dropped: list[str] = []
     labels = AdapterLabels(limit, dropped.append)
-    given_out = {labels.of(adapter) for adapter in adapters}
+    given_out = {labels.label(adapter) for adapter in adapters}
     assert len(given_out - {OTHER} - set(dropped)) <= limit
-    assert labels.of(None) == labels.of("") == BASE
+    assert labels.label(None) == labels.label("") == BASE
 
 
 def test_a_busy_newcomer_takes_the_seat_of_a_quiet_adapter() -> None:
     dropped: list[str] = []
     labels = AdapterLabels(1, dropped.append)
-    assert labels.of("quiet") == "quiet"
-    assert labels.of("busy") == OTHER
-    assert labels.of("busy", 1000) == "busy"
+    assert labels.label("quiet") == "quiet"
+    assert labels.label("busy") == OTHER
+    assert labels.label("busy", 1000) == "busy"
     assert dropped == ["quiet"]
-    assert labels.of("quiet") == OTHER
+    assert labels.label("quiet") == OTHER

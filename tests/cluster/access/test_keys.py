@@ -31,20 +31,20 @@ def test_scopes(written: tuple[Path, str, str]) -> None:
     path, admin, team = written
     assert admin not in path.read_text()
     known = ApiKeys(path)
-    known.check_admin(bearer(admin))
+    known.require_admin(bearer(admin))
     with pytest.raises(Forbidden, match="team"):
-        known.check_admin(bearer(team))
-    key = known.check({"x-api-key": team})
-    known.check_use(key, "legal-v2")
-    known.check_use(known.check(bearer(admin)), "medical")
+        known.require_admin(bearer(team))
+    key = known.authenticate({"x-api-key": team})
+    known.authorize(key, "legal-v2")
+    known.authorize(known.authenticate(bearer(admin)), "medical")
     with pytest.raises(Forbidden, match="legal-\\*"):
-        known.check_use(key, "medical")
+        known.authorize(key, "medical")
 
 
 @pytest.mark.parametrize("headers", [{}, {"authorization": "Basic x"}, bearer(""), bearer("wrong"), {"x-api-key": "é"}])
 def test_without_a_known_key_nothing_goes(written: tuple[Path, str, str], headers: dict[str, str]) -> None:
     with pytest.raises(Unauthorized):
-        ApiKeys(written[0]).check(headers)
+        ApiKeys(written[0]).authenticate(headers)
 
 
 def test_a_changed_file_is_in_force_and_a_wrong_one_is_not(written: tuple[Path, str, str]) -> None:
@@ -52,12 +52,12 @@ def test_a_changed_file_is_in_force_and_a_wrong_one_is_not(written: tuple[Path, 
     known = ApiKeys(path)
     content = yaml.safe_load(path.read_text())
     path.write_text("keys: [{name: x}]")
-    assert known.check(bearer(team)), "the last good content"
+    assert known.authenticate(bearer(team)), "the last good content"
     assert "sha256" in known.wrong
     path.write_text(yaml.safe_dump({"keys": content["keys"][:1]}))
     with pytest.raises(Unauthorized):
-        known.check(bearer(team))
-    assert known.check(bearer(admin))
+        known.authenticate(bearer(team))
+    assert known.authenticate(bearer(admin))
     assert not known.wrong
 
 
@@ -74,17 +74,17 @@ def test_the_command_prints_an_entry_that_works(tmp_path: Path, capsys: pytest.C
     assert cli.main(["keys", "new", "team", "--adapters", "legal-*", "--tokens-per-minute", "6000"]) == 0
     first, _, *entry = capsys.readouterr().out.splitlines()
     (tmp_path / "keys.yaml").write_text(yaml.safe_dump({"keys": yaml.safe_load("\n".join(entry))}))
-    key = ApiKeys(tmp_path / "keys.yaml").check(bearer(first.split()[-1]))
+    key = ApiKeys(tmp_path / "keys.yaml").authenticate(bearer(first.split()[-1]))
     assert key is not None
     assert (key.name, key.adapters, key.tokens_per_minute) == ("team", ("legal-*",), 6000)
     assert cli.main(["keys", "new", "team", "--tokens-per-minute", "0"]) == 1
 
 
 def test_without_keys_only_an_open_service_takes_an_admins_calls() -> None:
-    assert ApiKeys(None).check({}) is None
-    ApiKeys(None, open_admin=True).check_admin({})
+    assert ApiKeys(None).authenticate({}) is None
+    ApiKeys(None, open_admin=True).require_admin({})
     with pytest.raises(Unauthorized, match=r"127\.0\.0\.1"):
-        ApiKeys(None).check_admin({})
+        ApiKeys(None).require_admin({})
 
 
 def test_books_of_several_processes_keep_each_others_entries(tmp_path: Path) -> None:

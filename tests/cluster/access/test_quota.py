@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ranklet.cluster.access.admission import Admission
 from ranklet.cluster.access.keys import ApiKey
-from ranklet.cluster.access.quota import SETTLE_S, Account, Ledger, OverQuota, QuotaFlow, Quotas, TokenBucket
+from ranklet.cluster.access.quota import SYNC_INTERVAL_S, Account, Ledger, OverQuota, QuotaFlow, Quotas, TokenBucket
 from ranklet.replicas.errors import Saturated
 
 MINUTE = 6000
@@ -31,11 +31,11 @@ class Site:
     async def settle(self, accounts: Mapping[QuotaFlow, Account]) -> Mapping[QuotaFlow, float]:
         if self.silent:
             raise TimeoutError
-        return self.ledger.settle(accounts)
+        return self.ledger.sync(accounts)
 
     def gateway(self, quotas: Mapping[str, int]) -> Quotas:
         made = Quotas(self.settle, lambda by, model: self.rejected.append((by, model)), lambda: self.now_s)
-        made.change(quotas)
+        made.set_model_quotas(quotas)
         return made
 
 
@@ -45,7 +45,7 @@ def key(per_minute: int | None) -> ApiKey:
 
 def passes(gateway: Quotas, tokens: int, model: str = "legal", of: ApiKey | None = None) -> bool:
     try:
-        with gateway.charged(of, model, tokens):
+        with gateway.charge(of, model, tokens):
             return True
     except OverQuota:
         return False
@@ -60,11 +60,11 @@ def test_what_passes_is_the_quota(gateways: int, tokens: int, silent: bool) -> N
         site = Site(silent=silent)
         made = [site.gateway({"legal*": MINUTE}) for _ in range(gateways)]
         passed = 0
-        for _ in range(int(180 / SETTLE_S)):
+        for _ in range(int(180 / SYNC_INTERVAL_S)):
             for gateway in made:
                 passed += tokens * passes(gateway, tokens)
-                await gateway.settle_once()
-            site.now_s += SETTLE_S
+                await gateway.sync()
+            site.now_s += SYNC_INTERVAL_S
         return passed
 
     passed = asyncio.run(run())
@@ -72,7 +72,7 @@ def test_what_passes_is_the_quota(gateways: int, tokens: int, silent: bool) -> N
     most = (MINUTE * 4) * (gateways if silent else 1) + tokens * gateways
     assert passed <= most
     # A gateway asks for no more than this.
-    assert passed >= min(0.95 * MINUTE * 4, 0.95 * tokens * gateways * 180 / SETTLE_S) - tokens * gateways
+    assert passed >= min(0.95 * MINUTE * 4, 0.95 * tokens * gateways * 180 / SYNC_INTERVAL_S) - tokens * gateways
 
 
 async def test_a_key_and_an_adapter_each_have_their_own() -> None:
@@ -92,7 +92,7 @@ async def test_a_refusal_says_when_to_come_back() -> None:
     site = Site()
     gateway = site.gateway({"legal": 600})
     assert passes(gateway, 900)
-    with pytest.raises(OverQuota, match="600 tokens a minute") as refused, gateway.charged(None, "legal", 1):
+    with pytest.raises(OverQuota, match="600 tokens a minute") as refused, gateway.charge(None, "legal", 1):
         pass
     site.now_s += refused.value.retry_after_s
     assert passes(gateway, 100)
@@ -103,7 +103,7 @@ async def test_a_refusal_says_when_to_come_back() -> None:
 async def test_what_fails_costs_nothing() -> None:
     gateway = Site().gateway({"legal": 600})
     for _ in range(5):
-        with pytest.raises(RuntimeError), gateway.charged(None, "legal", 600):
+        with pytest.raises(RuntimeError), gateway.charge(None, "legal", 600):
             raise RuntimeError
     assert passes(gateway, 600)
 
@@ -112,9 +112,9 @@ async def test_a_new_ledger_begins_with_what_gateways_believe() -> None:
     site = Site()
     gateway = site.gateway({"legal": 600})
     assert passes(gateway, 600)
-    await gateway.settle_once()
+    await gateway.sync()
     site.ledger = Ledger(lambda: site.now_s)
-    await gateway.settle_once()
+    await gateway.sync()
     assert not passes(gateway, 1)
 
 
@@ -122,12 +122,12 @@ async def test_what_the_ledger_missed_it_hears_later() -> None:
     site = Site(silent=True)
     one, other = site.gateway({"legal": 600}), site.gateway({"legal": 600})
     assert passes(one, 600)
-    await one.settle_once()
+    await one.sync()
     site.silent = False
     assert passes(other, 1)
-    await other.settle_once()
-    await one.settle_once()
-    await other.settle_once()
+    await other.sync()
+    await one.sync()
+    await other.sync()
     assert not passes(other, 1)
 
 
@@ -135,11 +135,11 @@ async def test_gateways_learn_of_each_other() -> None:
     site = Site()
     one, other = site.gateway({"legal": 600}), site.gateway({"legal": 600})
     assert passes(one, 600)
-    await one.settle_once()
+    await one.sync()
     assert passes(other, 1), "not yet settled"
-    await other.settle_once()
+    await other.sync()
     assert not passes(other, 1)
-    other.change({"legal": 60_000})
+    other.set_model_quotas({"legal": 60_000})
     site.now_s += 1
     assert passes(other, 1), "a larger quota is in force at once"
 
@@ -156,17 +156,17 @@ def test_one_models_requests_leave_room_for_others() -> None:
     admission = Admission(10, told.append)
 
     def enter(model: str) -> None:
-        stack.enter_context(admission.request())
-        stack.enter_context(admission.of(model))
+        stack.enter_context(admission.admit())
+        stack.enter_context(admission.admit_model(model))
 
     with ExitStack() as stack:
         for _ in range(8):
             enter("flood")
-        with pytest.raises(Saturated, match="flood"), admission.request(), admission.of("flood"):
+        with pytest.raises(Saturated, match="flood"), admission.admit(), admission.admit_model("flood"):
             pass
         assert admission.in_flight == 8
         enter("other")
         enter("third")
-        with pytest.raises(Saturated, match="10"), admission.request():
+        with pytest.raises(Saturated, match="10"), admission.admit():
             pass
     assert admission.in_flight == told[-1] == 0

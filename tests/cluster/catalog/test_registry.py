@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ranklet.cluster.catalog.registry import Registry, refusal_of_name
+from ranklet.cluster.catalog.registry import Registry, name_error
 from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, RankletError, UnknownModel
 
@@ -30,22 +30,22 @@ def root(tmp_path: Path) -> Path:
 def test_folders_are_adapters(root: Path) -> None:
     registry = Registry(root, {"mapped": root.parent / "secret"})
     assert registry.names() == ["legal-v1", "legal-v2", "mapped", "médical"]
-    assert registry.find("médical").source == str(root / "médical")
-    assert registry.find("mapped").source == str(root.parent / "secret")
+    assert registry.locate("médical").source == str(root / "médical")
+    assert registry.locate("mapped").source == str(root.parent / "secret")
 
 
 def test_a_folder_is_found_the_moment_it_is_there(root: Path) -> None:
     registry = Registry(root, {})
     with pytest.raises(UnknownModel):
-        registry.find("new")
+        registry.locate("new")
     folder(root / "new")
-    assert registry.find("new").name == "new"
+    assert registry.locate("new").name == "new"
 
 
 @pytest.mark.parametrize("name", ["../secret", "..", "/etc", "a/../../secret", "~/x", "..\\secret", "a\0b"])
 def test_a_path_is_refused(root: Path, name: str) -> None:
     with pytest.raises(InvalidRequest, match="path"):
-        Registry(root, {}).find(name)
+        Registry(root, {}).locate(name)
 
 
 def test_links_may_not_leave_the_root(root: Path) -> None:
@@ -54,15 +54,15 @@ def test_links_may_not_leave_the_root(root: Path) -> None:
     (root / "broken").symlink_to(root / "nowhere")
     registry = Registry(root, {})
     with pytest.raises(InvalidAdapter, match="link"):
-        registry.find("out")
-    assert registry.find("within").source == str(root / "within")
+        registry.locate("out")
+    assert registry.locate("within").source == str(root / "within")
     with pytest.raises(UnknownModel):
-        registry.find("broken")
+        registry.locate("broken")
 
 
 def test_near_names_are_told(root: Path) -> None:
     with pytest.raises(UnknownModel, match=r"Near names: legal-v[12], legal-v[12]"):
-        Registry(root, {}).find("legal")
+        Registry(root, {}).locate("legal")
 
 
 def test_configured_entries_that_are_wrong_say_why(root: Path) -> None:
@@ -74,28 +74,28 @@ def test_configured_entries_that_are_wrong_say_why(root: Path) -> None:
         ("file", InvalidAdapter),
     ):
         with pytest.raises(kind):
-            registry.find(name)
+            registry.locate(name)
 
 
 def test_what_is_added_wins_and_goes(root: Path) -> None:
     registry = Registry(root, {"x": root / "legal-v1"})
-    registry.change({"x": root / "legal-v2", "y": root / "legal-v2"})
-    assert registry.find("x").source == registry.find("y").source == str(root / "legal-v2")
-    registry.change({})
-    assert registry.find("x").source == str(root / "legal-v1")
+    registry.set_user_config({"x": root / "legal-v2", "y": root / "legal-v2"})
+    assert registry.locate("x").source == registry.locate("y").source == str(root / "legal-v2")
+    registry.set_user_config({})
+    assert registry.locate("x").source == str(root / "legal-v1")
     with pytest.raises(UnknownModel):
-        registry.find("y")
+        registry.locate("y")
 
 
 @given(st.text())
 def test_no_name_leaves_the_root(name: str) -> None:
     root = Path(__file__).parent  # any folder that has neighbours
     try:
-        known = Registry(root, {}).find(name)
+        known = Registry(root, {}).locate(name)
     except RankletError:
         return
     assert Path(known.source).parent == root
-    assert refusal_of_name(name) is None
+    assert name_error(name) is None
 
 
 def names(root: Path) -> ModelNames:

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 
 from ranklet.cluster.catalog import remote
-from ranklet.cluster.catalog.remote import RemoteCache, check_allowed
+from ranklet.cluster.catalog.remote import RemoteCache, check_url_allowed
 from ranklet.cluster.catalog.resolver import AdapterResolver
 from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, StillLoading, Unavailable
@@ -177,14 +177,14 @@ async def test_a_source_that_hangs_holds_up_its_own_adapter_alone(adapters_dir: 
             gate.wait(20)
             return remote.FetchedAdapter(adapters_dir / "legal-v2", "r1", downloaded=True)
 
-    finder = AdapterResolver(Hanging(tmp_path), timeout_s=0.2)
+    resolver = AdapterResolver(Hanging(tmp_path), timeout_s=0.2)
     with pytest.raises(StillLoading, match="download"):
-        await finder.find("far", "s3://models/far")
-    assert (await finder.find("near", str(adapters_dir / "medical"))).adapter.name == "near"
+        await resolver.resolve("far", "s3://models/far")
+    assert (await resolver.resolve("near", str(adapters_dir / "medical"))).adapter.name == "near"
     gate.set()
-    found = await finder.find("far", "s3://models/far")
+    found = await resolver.resolve("far", "s3://models/far")
     assert (found.adapter.revision, found.downloaded) == ("r1", True)
-    assert not (await finder.find("far", "s3://models/far")).downloaded
+    assert not (await resolver.resolve("far", "s3://models/far")).downloaded
 
 
 async def test_a_look_that_began_before_a_change_was_told_is_not_believed(adapters_dir: Path, tmp_path: Path) -> None:
@@ -196,14 +196,14 @@ async def test_a_look_that_began_before_a_change_was_told_is_not_believed(adapte
             assert revision == "new" or gate.wait(20)
             return remote.FetchedAdapter(adapters_dir / "legal-v2", revision, downloaded=True)
 
-    finder = AdapterResolver(Changing(tmp_path), timeout_s=10)
-    early = asyncio.create_task(finder.find("far", "s3://models/far"))
+    resolver = AdapterResolver(Changing(tmp_path), timeout_s=10)
+    early = asyncio.create_task(resolver.resolve("far", "s3://models/far"))
     await asyncio.sleep(0.1)
-    finder.forget("far")
-    assert (await finder.find("far", "s3://models/far")).adapter.revision == "new"
+    resolver.forget("far")
+    assert (await resolver.resolve("far", "s3://models/far")).adapter.revision == "new"
     gate.set()
     assert (await early).adapter.revision == "old"
-    assert (await finder.find("far", "s3://models/far")).adapter.revision == "new"
+    assert (await resolver.resolve("far", "s3://models/far")).adapter.revision == "new"
 
 
 @pytest.mark.parametrize(
@@ -226,9 +226,9 @@ async def test_a_look_that_began_before_a_change_was_told_is_not_believed(adapte
 def test_only_what_is_allowed_can_be_named(url: str, fine: bool) -> None:
     allowed = ("s3://models/adapters", "https://hub.example/")
     if fine:
-        check_allowed(url, allowed)
+        check_url_allowed(url, allowed)
     else:
         with pytest.raises(InvalidRequest, match=r"sources\.allowed"):
-            check_allowed(url, allowed)
+            check_url_allowed(url, allowed)
     with pytest.raises(InvalidRequest, match="nothing"):
-        check_allowed(url, ())
+        check_url_allowed(url, ())
