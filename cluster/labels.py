@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 BASE = "base"
 OTHER = "other"
+LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _HALVE_EVERY = 10_000  # observations, so that yesterday's adapters make room for today's
 
 

@@ -14,17 +14,7 @@ from numpy.typing import NDArray
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.replicas.engine.limits import RequestLimits
-from ranklet.replicas.errors import (
-    AdapterNotFound,
-    InternalError,
-    InvalidAdapter,
-    InvalidRequest,
-    RankletError,
-    Saturated,
-    StillLoading,
-    Unavailable,
-    UnknownModel,
-)
+from ranklet.replicas.errors import InvalidAdapter, RankletError, error_class
 from ranklet.routing.report import QueueLoad
 
 # Serve's gRPC transport refuses messages above 4 MiB; half of it leaves a margin for everything but tokens and results.
@@ -34,11 +24,6 @@ MAX_MESSAGE_PROMPTS = 512
 
 Params = TypeVar("Params")
 Result = TypeVar("Result")
-
-_BY_CODE: dict[str, type[RankletError]] = {
-    kind.code: kind
-    for kind in (InvalidRequest, UnknownModel, AdapterNotFound, Unavailable, StillLoading, InternalError)
-}
 
 
 @dataclass(frozen=True)
@@ -130,16 +115,14 @@ class Refusal:
             param=error.param,
             findings=getattr(error, "findings", ()),
             adapter=adapter,
-            retry_after_s=getattr(error, "retry_after_s", 1.0),
+            retry_after_s=error.retry_after_s,
             load=load,
         )
 
     def error(self) -> RankletError:
         if self.code == InvalidAdapter.code:
             return InvalidAdapter(self.adapter, self.findings)
-        if self.code == Saturated.code:
-            return Saturated(self.message, retry_after_s=self.retry_after_s)
-        return _BY_CODE.get(self.code, InternalError)(self.message, param=self.param)
+        return error_class(self.code)(self.message, param=self.param, retry_after_s=self.retry_after_s)
 
 
 @dataclass(frozen=True)

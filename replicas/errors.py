@@ -1,59 +1,97 @@
-"""Everything ranklet can refuse, as one tree; `cluster/gateway.py` maps it to HTTP in one table.
+"""All errors that ranklet reports to clients, as one tree. Each class has an error code and an HTTP status.
 
 RankletError
-├── InvalidRequest      the caller's input is wrong                    400 invalid_request_error
-├── UnknownModel        no such base or adapter                        404 model_not_found
-├── InvalidAdapter      an adapter folder cannot be served as asked    400 invalid_adapter
-├── AdapterNotFound     a registered adapter's folder is gone          404 adapter_not_found
-├── Saturated           too much waits already; come back later        503 saturated
-├── Unavailable         nothing here can answer now (dying, draining)  503 unavailable
-├── StillLoading        the adapter's files take longer than the wait  503 adapter_loading
-│   └── AdapterChanged  they change meanwhile; look at them again
-├── ModelError          the base model folder cannot be served         (start-up only)
-└── InternalError       a defect of ranklet, or the device failed      500 internal_error
+├── InvalidRequest          the request is malformed or out of range           400 invalid_request_error
+├── UnknownModel            no base model or adapter has this name             404 model_not_found
+├── InvalidAdapter          an adapter folder cannot be served                 400 invalid_adapter
+├── AdapterNotFound         the folder of a registered adapter does not exist  404 adapter_not_found
+├── Saturated               too many requests are waiting                      503 saturated
+├── Unavailable             no replica can answer now                          503 unavailable
+├── StillLoading            loading the adapter exceeds the time limit         503 adapter_loading
+│   └── AdapterChanged      the adapter's files changed during the load        503 adapter_loading
+├── AdapterLoadCrashed      the engine process died while it loaded the adapter  503 adapter_load_crashed
+├── ModelError              the base model folder cannot be served             500 model_error (only at start-up)
+└── InternalError           a defect of ranklet, or the device failed          500 internal_error
+
+Other packages subclass `RankletError` next to the code that raises their errors: see the bases of `Unauthorized` and
+`Forbidden` (cluster/access/keys.py), `OverQuota` (cluster/access/quota.py), `AdapterExists` (cluster/ingress/admin.py),
+`BodyTooLarge` and `BodyTooSlow` (cluster/ingress/body.py), `PathNotFound` and `MethodNotAllowed`
+(cluster/ingress/refusals.py).
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+_BY_CODE: "dict[str, type[RankletError]]" = {}
+
 
 class RankletError(Exception):
-    """Base of every refusal. `message` says what was expected, what came, and the remedy."""
+    """Base class of all reported errors.
 
-    code = "internal_error"
+    A subclass that sets `code` is registered under it; one that does not shares the code of its parent.
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    Attributes:
+        code: error code in HTTP answers and between processes.
+        status: HTTP status.
+        message: the expected value, the value received and the remedy.
+        param: the field of the request that caused the error, if any.
+        retry_after_s: when the client should try again, for statuses 429 and 503.
+
+    Raises:
+        TypeError: at class creation, if another class has the same code.
+    """
+
+    code: str = "internal_error"
+    status: int = 500
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.retry_after_s = retry_after_s
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        code = cls.__dict__.get("code")
+        if code is None:
+            return
+        known = _BY_CODE.setdefault(code, cls)
+        # A worker process may import a module anew, so a class is compared by name and not by identity.
+        if known.__qualname__ != cls.__qualname__:
+            raise TypeError(f"{cls.__qualname__}: expected a unique error code, {known.__qualname__} has {code!r} too")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (type(self), self.args, vars(self))
+        return _restore, (type(self), self.args, vars(self))
 
 
-def _again(kind: type[RankletError], args: tuple[Any, ...], state: dict[str, Any]) -> RankletError:
-    """A refusal from another process, whatever its own arguments were."""
+def error_class(code: str) -> type[RankletError]:
+    """The class registered under `code`; `InternalError` for an unknown code."""
+    return _BY_CODE.get(code, InternalError)
+
+
+def _restore(kind: type[RankletError], args: tuple[Any, ...], state: dict[str, Any]) -> RankletError:
+    # Exception's own unpickling would call __init__ with `args`, which subclasses do not accept.
     error = kind.__new__(kind, *args)
     vars(error).update(state)
     return error
 
 
 class InvalidRequest(RankletError):
-    """The request itself is wrong; `param` names the field."""
+    """The request is malformed or out of range; `param` names the field."""
 
-    code = "invalid_request_error"
+    code, status = "invalid_request_error", 400
 
 
 class UnknownModel(RankletError):
     """`model` names neither the base model nor an adapter."""
 
-    code = "model_not_found"
+    code, status = "model_not_found", 404
 
 
 class InvalidAdapter(RankletError):
-    """An adapter folder was refused; `findings` lists every reason, not the first alone."""
+    """An adapter folder cannot be served; `findings` lists every reason."""
 
-    code = "invalid_adapter"
+    code, status = "invalid_adapter", 400
 
     def __init__(self, name: str, findings: Sequence[str]) -> None:
         self.findings = tuple(findings)
@@ -62,35 +100,40 @@ class InvalidAdapter(RankletError):
 
 
 class AdapterNotFound(RankletError):
-    """The folder of a known adapter does not exist (any more)."""
+    """The folder of a registered adapter does not exist."""
 
-    code = "adapter_not_found"
+    code, status = "adapter_not_found", 404
 
 
 class Saturated(RankletError):
-    """Admission refused the request; `retry_after_s` is the expected wait."""
+    """Admission refused the request because too many requests are waiting."""
 
-    code = "saturated"
-
-    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
+    code, status = "saturated", 503
 
 
 class Unavailable(RankletError):
-    """No engine can answer now; the same request may succeed shortly, or elsewhere."""
+    """No replica can answer now. The same request may succeed shortly, or on another replica."""
 
-    code = "unavailable"
+    code, status = "unavailable", 503
 
 
 class StillLoading(RankletError):
-    """The adapter is on its way and takes longer than a request may wait; the load goes on."""
+    """Loading the adapter takes longer than a request may wait. The load continues."""
 
-    code = "adapter_loading"
+    code, status = "adapter_loading", 503
 
 
 class AdapterChanged(StillLoading):
-    """The adapter's files are not those of the revision that was asked for any more, or change while they are read."""
+    """The adapter's files no longer belong to the requested revision, or changed during the load."""
+
+
+class AdapterLoadCrashed(RankletError):
+    """The engine process died while it loaded the adapter.
+
+    The request must not be repeated on another replica, since the adapter may kill that engine as well.
+    """
+
+    code, status = "adapter_load_crashed", 503
 
 
 class ModelError(RankletError):
@@ -100,4 +143,6 @@ class ModelError(RankletError):
 
 
 class InternalError(RankletError):
-    """A defect of ranklet or a device failure; only the batch it hit is lost."""
+    """A defect of ranklet or a device failure. Only the affected batch is lost."""
+
+    code = "internal_error"

@@ -20,13 +20,13 @@ _PREFIX = "rk-"
 class Unauthorized(RankletError):  # noqa: N818  # named as its siblings in replicas/errors.py
     """No key, or one that is not known."""
 
-    code = "unauthorized"
+    code, status = "unauthorized", 401
 
 
 class Forbidden(RankletError):  # noqa: N818
     """The key may not do this."""
 
-    code = "forbidden"
+    code, status = "forbidden", 403
 
 
 class ApiKey(BaseModel):

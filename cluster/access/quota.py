@@ -26,11 +26,7 @@ logger = logging.getLogger("ray.serve")
 class OverQuota(RankletError):  # noqa: N818  # named as its siblings in replicas/errors.py
     """The key or the adapter has used its tokens of this minute."""
 
-    code = "rate_limit_exceeded"
-
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
+    code, status = "rate_limit_exceeded", 429
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,7 @@ class Quotas:
             level = self._level(flow, per_minute, now_s)
             if level <= 0:
                 self._rejected(flow.by, model)
-                raise OverQuota(_refusal(flow, per_minute), math.ceil((1 - level) * 60 / per_minute))
+                raise OverQuota(_refusal(flow, per_minute), retry_after_s=math.ceil((1 - level) * 60 / per_minute))
         self._spend(flows, tokens, now_s)
         try:
             yield

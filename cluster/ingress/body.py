@@ -1,31 +1,43 @@
-"""Reads a request's body up to a limit, and never keeps more than the limit."""
+"""Reads a request's body up to a size limit."""
 
 import asyncio
 
 from starlette.requests import Request
 
-from ranklet.cluster.ingress.refusals import BodyTooLarge, BodyTooSlow
+from ranklet.replicas.errors import RankletError
 
-# A client that is still sending does not read our answer, and closing on it would lose the 413: so the rest is read and
-# thrown away, up to so many times the limit.
-_DRAINED = 8
+# A client that is still sending does not read the answer, and closing the connection would lose the 413. So the rest of
+# the body is read and discarded, up to this multiple of the limit.
+_DRAIN_FACTOR = 8
+
+
+class BodyTooLarge(RankletError):  # noqa: N818  # named like its siblings in replicas/errors.py
+    """The body exceeds limits.max_body_bytes."""
+
+    code, status = "body_too_large", 413
+
+
+class BodyTooSlow(RankletError):  # noqa: N818
+    """The body was not complete within limits.body_timeout_s."""
+
+    code, status = "body_timeout", 408
 
 
 async def read_body(request: Request, limit_bytes: int, timeout_s: float) -> bytes:
-    """The whole body.
+    """Read the whole body, holding at most `limit_bytes` in memory.
 
     Raises:
-        BodyTooLarge: it exceeds `limit_bytes`. At most that much was held in memory.
-        BodyTooSlow: it was not there within `timeout_s`.
-        starlette.requests.ClientDisconnect: the client went away while sending.
+        BodyTooLarge: the body exceeds `limit_bytes`.
+        BodyTooSlow: the body is not complete within `timeout_s`.
+        starlette.requests.ClientDisconnect: the client disconnected while sending.
     """
     try:
         async with asyncio.timeout(timeout_s):
             return await _read(request, limit_bytes)
     except TimeoutError:
         raise BodyTooSlow(
-            f"body: expected it within {timeout_s:g} s (limits.body_timeout_s), but it is not complete. Send fewer "
-            "texts per request",
+            f"body: expected the complete body within {timeout_s:g} s (limits.body_timeout_s), got part of it. "
+            "Send fewer texts per request",
             param="body",
         ) from None
 
@@ -33,25 +45,25 @@ async def read_body(request: Request, limit_bytes: int, timeout_s: float) -> byt
 async def _read(request: Request, limit_bytes: int) -> bytes:
     chunks: list[bytes] = []
     size = 0
-    too_large = _announced(request) > limit_bytes
+    too_large = _content_length(request) > limit_bytes
     async for chunk in request.stream():
         size += len(chunk)
         if size > limit_bytes:
             too_large = True
             chunks.clear()
-            if size > limit_bytes * _DRAINED:
+            if size > limit_bytes * _DRAIN_FACTOR:
                 break
         elif not too_large:
             chunks.append(chunk)
     if too_large:
         raise BodyTooLarge(
-            f"body: expected at most {limit_bytes} bytes, got {max(size, _announced(request))}. "
+            f"body: expected at most {limit_bytes} bytes, got {max(size, _content_length(request))}. "
             "Send fewer texts per request, or raise limits.max_body_bytes",
             param="body",
         )
     return b"".join(chunks)
 
 
-def _announced(request: Request) -> int:
+def _content_length(request: Request) -> int:
     length = request.headers.get("content-length", "0")
     return int(length) if length.isdecimal() else 0

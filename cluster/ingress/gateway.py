@@ -22,6 +22,7 @@ from starlette.responses import Response
 from ranklet.cluster.access.admission import Admission
 from ranklet.cluster.access.keys import ApiKey, ApiKeys
 from ranklet.cluster.access.quota import Quotas
+from ranklet.cluster.broadcast import broadcast
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.config import AppArgs, GatewayUserConfig, SecurityConfig
@@ -37,8 +38,8 @@ from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.cluster.ingress.observe import Observer, RequestRecord
 from ranklet.cluster.ingress.openapi import document
 from ranklet.cluster.ingress.protocol import parse_body
-from ranklet.cluster.ingress.refusals import on_error, on_http_error, refuse, status_of
-from ranklet.cluster.ingress.replicas_client import ReplicasClient, everyone
+from ranklet.cluster.ingress.refusals import on_error, on_http_error, refuse
+from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.status import PAGE, RecentRequests, status
 from ranklet.cluster.message import GatewayDescription, ReplicaDescription
 from ranklet.replicas.engine.limits import RequestLimits
@@ -135,7 +136,7 @@ class Gateway:
         try:
             response = await self._embed(request, outcome)
         except RankletError as error:
-            response, outcome.status, outcome.code = refuse(error), status_of(error), error.code
+            response, outcome.status, outcome.code = refuse(error), error.status, error.code
             # What a client sent may stand in the message that says what is wrong with it.
             outcome.message = f"in {error.param}" if isinstance(error, InvalidRequest) else error.message
         except ClientDisconnect:
@@ -277,7 +278,7 @@ class Gateway:
         routes = affinity.current()
         with routes.lock:
             seen = routes.fleet.seen(time.monotonic())
-        gateways = await everyone(serve.get_deployment_handle(*self._here), "recent")
+        gateways = await broadcast(serve.get_deployment_handle(*self._here), "recent")
         names = await self._on_thread(self._names.registry.names)
         return _json(status(self._names.base, names, seen, gateways or [await self.recent()]))
 
@@ -311,7 +312,7 @@ class Gateway:
     @app.get("/metrics/targets")
     async def metrics_targets(self) -> Response:
         """Prometheus `http_sd`: the exporters of all live gateways and replicas."""
-        gateways = everyone(serve.get_deployment_handle(*self._here))
+        gateways = broadcast(serve.get_deployment_handle(*self._here), "describe")
         found = [each for group in await asyncio.gather(gateways, self._replicas.describe_all()) for each in group]
         return _json([_target_group(each) for each in found or [await self.describe()] if each.metrics_target])
 

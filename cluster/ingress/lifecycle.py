@@ -9,11 +9,12 @@ from typing import Any
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from ray.serve.handle import DeploymentHandle
 
+from ranklet.cluster.broadcast import broadcast
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.overrides import Override, Overrides
 from ranklet.cluster.catalog.registry import Registry, name_error
 from ranklet.cluster.catalog.remote import check_url_allowed, is_remote, pinned_revision
-from ranklet.cluster.ingress.replicas_client import ReplicasClient, everyone
+from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.replicas.adapters.reference import AdapterInfo
 from ranklet.replicas.adapters.revision import Revisions, marks_of
 from ranklet.replicas.engine.stats import AdapterReport
@@ -25,7 +26,7 @@ _RELEASE_TIMEOUT_S = 30.0
 class AdapterExists(RankletError):  # noqa: N818  # named as its siblings in replicas/errors.py
     """An adapter of this name is served, and nobody asked to replace it."""
 
-    code = "adapter_exists"
+    code, status = "adapter_exists", 409
 
 
 class LoadRequest(BaseModel):
@@ -263,7 +264,7 @@ class Lifecycle:
 
     async def _tell(self, pins: Mapping[str, str]) -> None:
         """All gateways look at the book, all replicas learn what is pinned."""
-        told = everyone(self._gateways(), "book_changed")
+        told = broadcast(self._gateways(), "book_changed")
         await asyncio.gather(told, self._replicas.pin(pins))
 
 

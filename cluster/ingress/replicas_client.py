@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
+from ranklet.cluster.broadcast import CONTROL_TIMEOUT_S, broadcast
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.ingress.answers import Embeddings, join
 from ranklet.cluster.message import EmbedResult, InferenceCall, InferenceReply, Refusal, ReplicaDescription, pack, split
@@ -28,7 +29,6 @@ from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unav
 from ranklet.routing import affinity
 from ranklet.routing.hint import HINT, RoutingHint
 
-_CONTROL_TIMEOUT_S = 5.0
 _WATCH_S = 0.02  # between two looks at orders and hung replicas
 _MOST_PREFETCHES = 64
 _MOST_KNOWN = 65_536
@@ -96,7 +96,7 @@ class ReplicasClient:
             Unavailable: none answered.
         """
         try:
-            async with asyncio.timeout(_CONTROL_TIMEOUT_S):
+            async with asyncio.timeout(CONTROL_TIMEOUT_S):
                 description: ReplicaDescription = await self._handle.options(method_name="describe").remote()
                 return description
         except (RayError, RayServeException, grpc.RpcError, TimeoutError) as error:
@@ -104,7 +104,7 @@ class ReplicasClient:
 
     async def describe_all(self) -> list[ReplicaDescription]:
         """Describe all live replicas; those that do not answer are left out."""
-        return await everyone(self._handle)
+        return await broadcast(self._handle, "describe")
 
     async def load(self, adapter: AdapterLocation, pins: Sequence[str]) -> AdapterInfo:
         """Verify an adapter and bring it into a slot of its home; `pins` may then stay in theirs.
@@ -130,17 +130,17 @@ class ReplicasClient:
         Returns:
             Whether nothing else of it was left within `timeout_s`.
         """
-        patience_s = timeout_s + _CONTROL_TIMEOUT_S
+        patience_s = timeout_s + CONTROL_TIMEOUT_S
         arguments = (name, keep, timeout_s)
-        return all(await everyone(self._handle, "release", *arguments, timeout_s=patience_s, silent=[False]))
+        return all(await broadcast(self._handle, "release", *arguments, timeout_s=patience_s, missing=[False]))
 
     async def pin(self, pins: Mapping[str, str]) -> None:
         """Have all replicas keep these adapters, by name and folder, in their slots."""
-        await everyone(self._handle, "pin", dict(pins))
+        await broadcast(self._handle, "pin", dict(pins))
 
     async def reports(self) -> list[tuple[str, list[AdapterReport]]]:
         """What each live replica holds, by its id."""
-        return await everyone(self._handle, "report")
+        return await broadcast(self._handle, "report")
 
     async def _all(self, calls: Sequence[_EmbedCall]) -> list[_EmbedReply]:
         if len(calls) == 1:
@@ -244,7 +244,7 @@ class ReplicasClient:
         hint = RoutingHint(next(self._hint_ids), only=replica)
         order = self._handle.options(method_name="prefetch")
         with contextlib.suppress(RayError, RayServeException, grpc.RpcError, TimeoutError):
-            async with asyncio.timeout(_CONTROL_TIMEOUT_S):
+            async with asyncio.timeout(CONTROL_TIMEOUT_S):
                 await order.remote(adapter.name, adapter.source, **{HINT: hint})
 
 
@@ -281,21 +281,6 @@ def _translated(error: Exception, replica: str | None) -> Exception:
 
 
 _GONE_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-
-
-async def everyone(
-    handle: "DeploymentHandle[Any]", method: str = "describe", *arguments: Any, timeout_s: float = _CONTROL_TIMEOUT_S,
-    silent: Sequence[Any] = (),
-) -> list[Any]:  # fmt: skip
-    """What a method of all live replicas returns; `silent` stands in for each that is silent, dying or missing."""
-    try:
-        answers = handle.broadcast(method, *arguments).results_async(timeout_s=timeout_s, return_exceptions=True)
-        found: list[Any] = []
-        for answer in await answers:
-            found += silent if isinstance(answer, BaseException) else [answer]
-    except (RayError, RayServeException, grpc.RpcError, TimeoutError):
-        return list(silent)
-    return found
 
 
 def _said(error: BaseException) -> str:

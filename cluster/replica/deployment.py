@@ -18,8 +18,8 @@ from ranklet.cluster.catalog.remote import RemoteCache
 from ranklet.cluster.catalog.resolver import AdapterResolver, ResolvedAdapter
 from ranklet.cluster.config import AdapterList, AppArgs
 from ranklet.cluster.exporter import Exporter
-from ranklet.cluster.ingress.metrics import ReplicaMetrics
 from ranklet.cluster.message import EmbedResult, InferenceCall, InferenceReply, Refusal, ReplicaDescription
+from ranklet.cluster.replica.metrics import ReplicaMetrics
 from ranklet.cluster.replica.publisher import StatePublisher
 from ranklet.cluster.replica.state import ReplicaState
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef

@@ -14,8 +14,9 @@ from numpy.testing import assert_array_equal
 from ranklet.cluster import message
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.ingress.answers import join, render
+from ranklet.cluster.ingress.body import BodyTooLarge
 from ranklet.cluster.ingress.protocol import parse_input, parse_request
-from ranklet.cluster.ingress.refusals import BodyTooLarge, body_of, refuse, status_of
+from ranklet.cluster.ingress.refusals import body_of, refuse
 from ranklet.cluster.labels import BASE, OTHER, AdapterLabels
 from ranklet.cluster.message import EmbedResult, InferenceReply, Refusal, pack, split
 from ranklet.replicas.engine.params import EmbedParams
@@ -109,14 +110,13 @@ def test_refusals_come_out_of_the_message_as_they_went_in(error: RankletError, s
     came = sent.error()
     assert type(came) is type(error)
     assert body_of(came) == body_of(error)
-    assert status_of(came) == status
+    assert came.status == status
     assert ("retry-after" in refuse(came).headers) == (status == 503)
 
 
 def test_saturation_says_when_to_come_back() -> None:
     assert refuse(Refusal.of(Saturated("m", retry_after_s=2.5), "r", "", None).error()).headers["retry-after"] == "3"
-    assert status_of(BodyTooLarge("m")) == 413
-    assert status_of(RankletError("of a kind that is not in the table")) == 500
+    assert BodyTooLarge("m").status == 413
 
 
 def test_replies_are_joined_in_order() -> None:

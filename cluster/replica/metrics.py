@@ -1,0 +1,138 @@
+"""Metrics of one replica, exported to Prometheus."""
+
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from ranklet.cluster.labels import LATENCY_BUCKETS_S, AdapterLabels
+from ranklet.replicas.engine.stats import BatchRecord, Listener, LoadRecord, Snapshot
+from ranklet.replicas.errors import AdapterChanged, RankletError
+
+_TOKENS = (16, 64, 256, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
+_ADAPTERS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class ReplicaMetrics(Listener):
+    """An engine's records as metrics, one instance per replica process."""
+
+    def __init__(self, top_adapters: int) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        counter = partial(Counter, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        latency = partial(histogram, buckets=LATENCY_BUCKETS_S)
+        self.prompts = counter("ranklet_prompts_total", "Prompts embedded", ["adapter"])
+        self.tokens = counter("ranklet_tokens_total", "Prompt tokens embedded", ["adapter"])
+        self.batches = counter("ranklet_batches_total", "Batches run, by LoRA backend", ["backend"])
+        self.queue_wait = latency("ranklet_queue_wait_seconds", "Wait of a prompt for its batch")
+        self.compute = latency("ranklet_batch_compute_seconds", "Time a batch has the device", ["backend"])
+        self.busy = counter("ranklet_device_busy_seconds_total", "Time the device computed: its rate is the busy share")
+        self.batch_tokens = histogram("ranklet_batch_tokens", "Tokens of a batch", buckets=_TOKENS)
+        self.batch_adapters = histogram("ranklet_batch_adapters", "Adapters mixed in a batch", buckets=_ADAPTERS)
+        self.tier_hits = counter("ranklet_tier_hits_total", "Where a request found its adapter", ["tier"])
+        self.loads = counter("ranklet_adapter_loads_total", "Adapters brought into a slot", ["tier", "outcome"])
+        for tier in ("disk", "host"):  # from 0 on: of a counter that begins with 1, no rate sees the first
+            for outcome in ("loaded", "refused", "changed"):  # the last: its files, under way; it is loaded again
+                self.loads.labels(tier, outcome)
+        self.load_seconds = latency("ranklet_adapter_load_seconds", "Time a load takes", ["tier"])
+        self.fetches = latency("ranklet_source_fetch_seconds", "Time a download into the node's cache takes")
+        self.fetched_bytes = counter("ranklet_source_bytes_total", "Bytes downloaded into the node's cache")
+        self.evictions = counter("ranklet_adapter_evictions_total", "Adapters that lost their slot")
+        self.cancelled_prompts = counter("ranklet_cancelled_prompts_total", "Prompts dropped, their client gone")
+        self.labels = AdapterLabels(top_adapters, self._forget)
+        self.ranks: dict[str, int] = {}
+
+    def batch(self, record: BatchRecord) -> None:
+        for adapter, prompts in record.requests_by_adapter.items():
+            label = self.labels.label(adapter, prompts)
+            self.prompts.labels(label).inc(prompts)
+            self.tokens.labels(label).inc(record.tokens_by_adapter.get(adapter, 0))
+        self.batches.labels(record.backend).inc()
+        self.compute.labels(record.backend).observe(record.compute_s)
+        self.busy.inc(record.compute_s)
+        self.batch_tokens.observe(record.tokens)
+        self.batch_adapters.observe(record.adapters)
+        for wait_s in record.queue_waits_s:
+            self.queue_wait.observe(wait_s)
+
+    def load(self, record: LoadRecord) -> None:
+        outcome = "changed" if record.error == AdapterChanged.code else "refused" if record.error else "loaded"
+        self.loads.labels(record.tier, outcome).inc()
+        if not record.error:
+            self.load_seconds.labels(record.tier).observe(record.seconds)
+            self.ranks[record.adapter] = record.rank
+
+    def fetched(self, url: str, seconds: float, size: int) -> None:
+        """An adapter was downloaded."""
+        self.fetches.observe(seconds)
+        self.fetched_bytes.inc(size)
+
+    def evicted(self, adapter: str) -> None:
+        self.evictions.inc()
+
+    def tier_hit(self, tier: str) -> None:
+        self.tier_hits.labels(tier).inc()
+
+    def cancelled(self, requests: int) -> None:
+        self.cancelled_prompts.inc(requests)
+
+    def watch(self, snapshot: Callable[[], Snapshot], pid: int) -> None:
+        """Export gauges read from the engine at each scrape, and what its process takes."""
+        self.registry.register(_EngineGauges(snapshot, self.ranks, self.labels))
+        ProcessCollector(namespace="ranklet_engine", pid=lambda: pid, registry=self.registry)
+
+    def _forget(self, adapter: str) -> None:
+        for metric in (self.prompts, self.tokens):
+            metric.remove_by_labels({"adapter": adapter})
+
+
+class _EngineGauges(Collector):
+    """Gauges of the engine's state, and the two gauges by which other routers know vLLM."""
+
+    def __init__(self, snapshot: Callable[[], Snapshot], ranks: dict[str, int], labels: AdapterLabels) -> None:
+        self._snapshot = snapshot
+        self._ranks = ranks
+        self._labels = labels
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        try:
+            now = self._snapshot()
+        except (RankletError, TimeoutError):  # an engine that has ended or hangs has no gauges; the counters stay
+            return
+        yield GaugeMetricFamily("ranklet_waiting_requests", "Requests waiting for a batch", now.waiting_requests)
+        yield GaugeMetricFamily("ranklet_waiting_tokens", "Tokens waiting for a batch", now.waiting_tokens)
+        yield GaugeMetricFamily("ranklet_running_requests", "Requests in a running batch", now.running_requests)
+        pools = GaugeMetricFamily("ranklet_pool_bytes", "Memory of the adapter pools", labels=["pool"])
+        pools.add_metric(["gpu"], now.pool_bytes)
+        pools.add_metric(["host"], now.host_bytes)
+        yield pools
+        yield GaugeMetricFamily("ranklet_slots", "Adapter slots on the device", now.slots)
+        yield GaugeMetricFamily("ranklet_resident_adapters", "Adapters in a slot", len(now.resident))
+        yield self._lora_requests(now)
+        yield self._adapters_loaded(now)
+
+    @staticmethod
+    def _lora_requests(now: Snapshot) -> GaugeMetricFamily:
+        info = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters waiting and running; the value is the time of the reading",
+            labels=["max_lora", "waiting_lora_adapters", "running_lora_adapters"],
+        )
+        waiting, running = ",".join(now.waiting_adapters), ",".join(now.running_adapters)
+        info.add_metric([str(now.slots), waiting, running], time.time())
+        return info
+
+    def _adapters_loaded(self, now: Snapshot) -> GaugeMetricFamily:
+        loaded = GaugeMetricFamily(
+            "vllm:lora_adapter_loaded", "Adapters held, and where", labels=["adapter_name", "level", "pinned", "rank"]
+        )
+        hosted = [name for name in now.hosted if name not in now.resident]
+        for level, names in (("gpu", now.resident), ("cpu", hosted[: self._labels.limit])):
+            for name in names:
+                pinned = "true" if name in now.pinned else "false"
+                loaded.add_metric([name, level, pinned, str(self._ranks.get(name, ""))], 1.0)
+        return loaded
