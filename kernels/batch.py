@@ -5,12 +5,14 @@ Letters: T rows (tokens) of a batch, S slots of the adapter pool.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Self, overload
+from typing import NamedTuple, Protocol, Self, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from ranklet.kernels.stack import EmbeddingStack, LinearStack
 
 SHORT_ROWS = 32  # adapters with no more rows than this are cut into short tiles, the others into tall ones
 SHORT_HEIGHTS = (16, 32)
@@ -95,6 +97,18 @@ class Tiles:
         return replace(self, device=(table, runs, blocks))
 
 
+class Backend(Protocol):
+    """Computes projections and token embeddings with LoRA; `native.py` says what, with all shapes."""
+
+    NAME: str
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, batch: "LoraBatch"
+    ) -> Tensor: ...
+
+    def embedding(self, ids: Tensor, table: Tensor, stack: EmbeddingStack, batch: "LoraBatch") -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class LoraBatch:
     """The LoRA side of one batch: segments end to end from row 0, at most one per slot.
@@ -108,7 +122,7 @@ class LoraBatch:
 
     segments: Sequence[Segment]
     rows: int
-    backend: str = "none"
+    implementation: Backend | None = None  # from `Backends.choose`; None computes the base model only
     tiles: tuple[Tiles, ...] = field(default=(), compare=False)  # filled in for backends that need them
     padded: bool = False  # the tiles are of `cut(padded=True)`: what is launched must not depend on the segments
 
@@ -118,6 +132,11 @@ class LoraBatch:
         joined = len(runs) == 0 or (runs[0, 0] == 0 and ends[-1] <= self.rows and (runs[1:, 0] == ends[:-1]).all())
         if not joined:
             raise ValueError(f"segments: expected runs end to end within {self.rows} rows, got {self.segments}")
+
+    @property
+    def backend(self) -> str:
+        """The implementation's name, or "none"."""
+        return "none" if self.implementation is None else self.implementation.NAME
 
     @property
     def adapters(self) -> int:

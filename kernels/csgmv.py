@@ -14,15 +14,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from ranklet.kernels import fused_gemm
+from ranklet.kernels import base_gemm, fused_gemm
 from ranklet.kernels import tiles as tuned
 from ranklet.kernels.batch import LoraBatch, Tiles
 from ranklet.kernels.launch import is_hopper, precision_of, programs_of, slice_of, widths_of
-from ranklet.kernels.recut import check_rows
 from ranklet.kernels.rotary import Rotary
+from ranklet.kernels.row_subset import check_rows
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
 from ranklet.kernels.tiles import ExpandTile, FusedTile, Op, ShrinkTile, TileKey
 
+NAME = "csgmv"
 T = TypeVar("T", ShrinkTile, ExpandTile, FusedTile)
 
 
@@ -197,7 +198,7 @@ def linear(
     """
     check_rows(x, batch)
     if not stack.holds_any(segment.slot for segment in batch.segments):
-        return fused_gemm.base(x, weight, bias, rotary)
+        return base_gemm.base(x, weight, bias, rotary)
     if not batch.tiles:
         raise ValueError("batch: expected tiles for its segments, got none; call LoraBatch.placed")
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
@@ -218,12 +219,10 @@ def linear(
         rotary.of(0, done).apply_(y[:done])
     rest = rotary and rotary.of(done)
     if not added:
-        fused_gemm.base(x[done:], weight, bias, rest, out=y[done:])
+        base_gemm.base(x[done:], weight, bias, rest, out=y[done:])
         return y
-    widen = fused_gemm.may_widen(x[done:])
-    below = (
-        fused_gemm.widened(x[done:], weight, bias) if widen else fused_gemm.base(x[done:], weight, bias, out=y[done:])
-    )
+    widen = base_gemm.may_widen(x[done:])
+    below = base_gemm.widened(x[done:], weight, bias) if widen else base_gemm.base(x[done:], weight, bias, out=y[done:])
     out = y[done:] if widen and not rest and not batch.padded else None  # the adapters' rows: no pass of its own
     for tiles in added:
         h = _shrunk(x, stack, tiles, split=True, chained=chained)

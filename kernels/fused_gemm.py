@@ -23,7 +23,6 @@ from ranklet.kernels.tiles import FusedTile, TileKey, table
 
 _LORA_STAGES = 2
 _LEAST_ROWS = 1024  # up to so many, cuBLAS splits K and this does not
-_WIDENED_ROWS = 8192  # with more, twice the bytes between two steps are too many
 _MOST_STEPS = 0.75  # of the base product's steps over K: with more for LoRA, a pass of its own is cheaper
 
 
@@ -143,44 +142,17 @@ def gemm(
     _launch(x, weight, bias, y, tile, (len(tiles.blocks), *tiles.rows), widths, rotary, lora, chained=chained)
 
 
-def base(
-    x: Tensor, weight: Tensor, bias: Tensor | None, rotary: Rotary | None = None, *, out: Tensor | None = None
-) -> Tensor:
-    """The product without LoRA, then `rotary` if given: x [T, K], weight [N, K] -> [T, N]."""
-    if out is None:
-        out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-    if x.shape[0] == 0:
-        return out
-    if rotary and _can_rotate_plain(x, weight, rotary):
-        _rotated(x, weight, bias, out, rotary)
-    elif rotary and may_widen(x):
-        rotary.write(widened(x, weight, bias), out)
-    else:
-        if bias is None:
-            torch.mm(x, weight.t(), out=out)
-        else:
-            torch.addmm(bias, x, weight.t(), out=out)
-        if rotary:
-            rotary.apply_(out)
-    return out
+def rotated(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, rotary: Rotary) -> None:
+    """Write the product of the packed queries, keys and values, queries and keys normed and rotated.
 
+    Semantics: `y[t] = rotary(W x[t] + bias)`, rounded once. Requires `can_rotate_base`.
 
-def may_widen(x: Tensor) -> bool:
-    """Whether a product should stay float32 for what follows it, rather than be rounded twice.
-
-    The products that do the next step too round once. Small batches, which they are not for, must round as often, or a
-    prompt would get another vector alone than among many: at 28 layers with a cosine down to 0.9998.
+    Args:
+        x: [T, K]
+        weight: [N, K]
+        bias: [N] or None
+        y: [T, N], overwritten
     """
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.shape[0] <= _WIDENED_ROWS
-
-
-def widened(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The product without LoRA in float32: x [T, K], weight [N, K] -> [T, N]."""
-    wide = torch.mm(x, weight.t(), out_dtype=torch.float32)
-    return wide if bias is None else wide.add_(bias)
-
-
-def _rotated(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, rotary: Rotary) -> None:
     rows = x.shape[0]
     blocks = triton.cdiv(rows, BLOCK_ROWS)
     _launch(x, weight, bias, y, _plain(x, rotary), (blocks, 0, rows), rotary.widths, rotary, None)
@@ -234,7 +206,8 @@ def can_rotate(tile: FusedTile, rotary: Rotary) -> bool:
     return not any(width % tile.block_n for width in rotary.widths)
 
 
-def _can_rotate_plain(x: Tensor, weight: Tensor, rotary: Rotary) -> bool:
+def can_rotate_base(x: Tensor, weight: Tensor, rotary: Rotary) -> bool:
+    """Return whether `rotated` takes these tensors: Hopper or later, 16 bits, blocks of whole heads, many rows."""
     if not is_hopper(x.device):
         return False
     tile = _plain(x, rotary)

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ranklet.kernels.batch import LoraBatch, Segment
-from ranklet.kernels.recut import check_rows
+from ranklet.kernels.row_subset import check_rows
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
+
+NAME = "native"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, batch: LoraBatch) -> Tensor:

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ranklet.kernels.batch import LoraBatch
+from ranklet.kernels.cost_model import LoraLayer
 from ranklet.kernels.crossover import Crossover, Scope, crossovers, entry_of
-from ranklet.kernels.dispatch import BACKENDS
+from ranklet.kernels.dispatch import NAMES, Backends
+from ranklet.kernels.stack import padded_rank
 from ranklet.kernels.tuning.compile import compile_all
 from ranklet.kernels.tuning.random_lora import ProjectionShape, RandomLora, random_lora, wall_ms
 from ranklet.kernels.workloads import even
@@ -38,6 +40,8 @@ class MeasuredLayer:
         wides = {p.wide for p in projections}
         self._inputs = {wide: torch.randn(rows, wide, device=device, dtype=dtype) for wide in wides}
         self.device = device
+        shapes = tuple((p.wide, p.widths) for p in projections)
+        self.backends = Backends(LoraLayer(shapes, padded_rank(rank), device.type == "cuda"))
 
     def input(self, name: str, rows: int) -> Tensor:
         """What a projection reads: [rows, K]."""
@@ -51,7 +55,7 @@ class MeasuredLayer:
             if backend == "base":
                 made.append(functional.linear(x, found.weight))
             else:
-                made.append(BACKENDS[backend].linear(x, found.weight, None, found.stack, batch))
+                made.append(self.backends.by_name[backend].linear(x, found.weight, None, found.stack, batch))
         return made
 
 
@@ -115,7 +119,7 @@ def measure(
         layer = MeasuredLayer(projections, rank, max(ADAPTERS), max(ROWS), device=torch.device("cuda", 0))
         grid = [(t, n, scope) for t, n in points(ROWS, ADAPTERS) for scope in SCOPES]
         for t, n, scope in track(grid, f"backends at rank {rank}", console=Console(stderr=True)):
-            ms: Mapping[str, float] = times_ms(layer, t, n, scope, ("base", *BACKENDS))
+            ms: Mapping[str, float] = times_ms(layer, t, n, scope, ("base", *NAMES))
             entries.append(entry_of(Crossover(t, n, rank, layer.hidden, scope, ms)))
     crossovers.cache_clear()
     return entries

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ranklet.kernels import dispatch
 from ranklet.kernels.batch import LoraBatch, cut, one_each, plan
+from ranklet.kernels.cost_model import LoraLayer
 from ranklet.kernels.crossover import crossovers, surface
-from ranklet.kernels.merged import Merged
-from ranklet.kernels.warm import warm
+from ranklet.kernels.precompile import precompile
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.engine.bucket import Bucket, is_full
 from ranklet.replicas.engine.cuda_graphs import GraphCache
@@ -102,9 +102,7 @@ class Runner:
         known = crossovers(model.embedding.device.index)
         projections, hidden = pool.projections, pool.architecture.hidden
         measured = surface(known, dispatch.scope_of(projections), hidden)
-        self._layer = dispatch.LayerInfo(projections, pool.rank, self._cuda, measured)
-        self._merged = Merged(merged_bytes)
-        dispatch.BACKENDS["merged"] = self._merged
+        self.backends = dispatch.Backends(LoraLayer(projections, pool.rank, self._cuda, measured), merged_bytes)
         self._count = np.arange(1, dtype=np.int32)
         self._ragged = cudnn_attention.is_available(model.device) and model.dtype in (torch.bfloat16, torch.float16)
         self._replays = GraphCache(model.device) if self._cuda else None
@@ -121,7 +119,7 @@ class Runner:
         if self._backend != "native":
             places = torch.zeros(max_tokens, dtype=torch.int32, device=self._model.device)
             rotary = self._model.rotary(self._model.layers[0], places)
-            warm(self._pool.stacks_of_one_layer(), max_tokens, rotary)
+            precompile(self._pool.stacks_of_one_layer(), max_tokens, rotary)
         if self._ragged:
             shape, model = self._model.architecture, self._model
             heads = (shape.heads, shape.kv_heads)
@@ -149,8 +147,8 @@ class Runner:
         """
         launched_s = perf_counter()
         order, lora = plan([len(prompt) for prompt in prompts], slots)
-        lora = dispatch.choose(lora, self._layer, self._backend)
-        self._merged.observe(lora)
+        lora = self.backends.choose(lora, self._backend)
+        self.backends.merged.observe(lora)
         rounds = self._rounds and lora.backend in ("csgmv", "none")
         worth = lora.rows <= _REPLAYED_TOKENS or (rounds and is_full(lora.rows, self._max_tokens))
         replayed = worth and self._replays is not None and mark is None
@@ -194,7 +192,7 @@ class Runner:
     def _last(self, lora: LoraBatch, lengths: Sequence[int]) -> LoraBatch:
         """The batch of the prompts' last tokens; weights are not merged for so few rows."""
         last = one_each(lora, lengths)
-        return dispatch.choose(last, self._layer) if lora.backend == "merged" else last
+        return self.backends.choose(last) if lora.backend == "merged" else last
 
     def _forward(self, layout: _Layout, moved: Tensor, mark: StageCallback = ignore_stage) -> Tensor:
         """The batch's vectors, float32 [B, H], from its buffer on the device."""
@@ -236,7 +234,7 @@ class Runner:
 
     def shed(self) -> None:
         """Give back device memory that is only there for speed."""
-        self._merged.drop()
+        self.backends.merged.drop()
         if self._replays is not None:
             self._replays.clear()
         if self._cuda:

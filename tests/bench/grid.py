@@ -9,8 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from ranklet.kernels import dispatch
+from ranklet.kernels.cost_model import LoraLayer
 from ranklet.kernels.crossover import Scope, crossovers, surface
+from ranklet.kernels.dispatch import Backends
 from ranklet.kernels.stack import padded_rank
 from ranklet.kernels.tuning.backends import SCOPES, MeasuredLayer, points, times_ms
 from ranklet.kernels.workloads import even
@@ -36,8 +37,8 @@ def picked(layer: MeasuredLayer, rows: int, adapters: int, scope: Scope) -> str:
     """The backend that dispatch takes for the batch."""
     projections = tuple((p.wide, p.widths) for p in (layer.probes[name].projection for name in SCOPES[scope]))
     known = surface(crossovers(layer.device.index), scope, layer.hidden)
-    shape = dispatch.LayerInfo(projections, padded_rank(layer.rank), layer.device.type == "cuda", known)
-    return dispatch.choose(even(rows, adapters), shape, "fastest").backend
+    lora = LoraLayer(projections, padded_rank(layer.rank), layer.device.type == "cuda", known)
+    return Backends(lora).choose(even(rows, adapters), "fastest").backend
 
 
 def measured(layer: MeasuredLayer, rows: int, adapters: int, scope: Scope, backends: Sequence[str]) -> dict[str, Any]:

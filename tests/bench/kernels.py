@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from ranklet.kernels.batch import LoraBatch, cut, plan
-from ranklet.kernels.dispatch import BACKENDS
+from ranklet.kernels.dispatch import NAMES
 from ranklet.kernels.tuning.backends import SCOPES, MeasuredLayer, compile_batches, points
 from ranklet.kernels.tuning.random_lora import (
     ProjectionShape,
@@ -64,10 +64,10 @@ def setting(*, tiny: bool) -> Setting:
     """The real shapes on a GPU; tiny ones on the CPU, csgmv only where Triton interprets."""
     if torch.cuda.is_available() and not tiny:
         real = projections(QWEN3_EMBEDDING_06B.module_dims())
-        return Setting(real, torch.device("cuda", 0), torch.bfloat16, tuple(BACKENDS), 1)
+        return Setting(real, torch.device("cuda", 0), torch.bfloat16, NAMES, 1)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     runs = device.type == "cuda" or triton.knobs.runtime.interpret
-    backends = tuple(name for name in BACKENDS if name != "csgmv" or runs)
+    backends = tuple(name for name in NAMES if name != "csgmv" or runs)
     return Setting(projections(TINY.module_dims()), device, torch.float16, backends, 64)
 
 

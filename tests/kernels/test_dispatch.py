@@ -9,32 +9,33 @@ from torch.testing import assert_close
 
 from ranklet.kernels import dispatch
 from ranklet.kernels.batch import LoraBatch, Segment, plan
+from ranklet.kernels.cost_model import LoraLayer
 from ranklet.kernels.crossover import Crossover, surface
 from tests.kernels import oracle
 
 WIDE, WIDTHS, VOCAB = 12, (8, 4), 30
 NAN = float("nan")
-CPU = dispatch.LayerInfo(((WIDE, WIDTHS),), rank=16, cuda=False)
+CPU = LoraLayer(((WIDE, WIDTHS),), rank=16, cuda=False)
 LINEAR = oracle.random_adapters({0: (3, 5), 1: (16, 16)}, WIDE, WIDTHS)
 EMBEDDING = oracle.random_adapters({0: (3,), 1: (16,)}, VOCAB, (12,))
 
 
 def test_a_batch_without_adapters_needs_no_backend() -> None:
     for override in ("auto", "fastest", "native"):
-        assert dispatch.choose(plan([3, 2], [None, None])[1], CPU, override).backend == "none"
+        assert dispatch.Backends(CPU).choose(plan([3, 2], [None, None])[1], override).backend == "none"
 
 
-@pytest.mark.parametrize("override", ["auto", "fastest", *dispatch.BACKENDS])
+@pytest.mark.parametrize("override", ["auto", "fastest", *dispatch.NAMES])
 def test_a_batch_with_adapters_gets_a_backend_that_exists(override: str) -> None:
-    chosen = dispatch.choose(LoraBatch((Segment(0, 0, 4),), rows=9), CPU, override)
-    assert chosen.backend in dispatch.BACKENDS
+    chosen = dispatch.Backends(CPU).choose(LoraBatch((Segment(0, 0, 4),), rows=9), override)
+    assert chosen.backend in dispatch.NAMES
     assert override in ("auto", "fastest", chosen.backend)
     assert (chosen.segments, chosen.rows) == ((Segment(0, 0, 4),), 9)
 
 
 def test_a_chosen_backend_gives_the_oracles_rows() -> None:
     _, batch = plan([2, 1, 3], [1, 0, None])
-    batch = dispatch.choose(batch, CPU, "native")
+    batch = dispatch.Backends(CPU).choose(batch, "native")
     rows = [0, 1, 1, None, None, None]
     x, weight, ids, table = (
         torch.randn(6, WIDE),
@@ -49,8 +50,23 @@ def test_a_chosen_backend_gives_the_oracles_rows() -> None:
     assert_close(embedded.double(), oracle.embedding(ids, table, rows, EMBEDDING), rtol=1e-5, atol=1e-5)
 
 
+def test_two_engines_in_one_process_keep_separate_merged_weights() -> None:
+    x, weight = torch.randn(4, WIDE), torch.randn(12, WIDE)
+    stack = oracle.linear_stack(LINEAR, 2, 16, WIDE, WIDTHS, stale=0.0)
+    keeps, keeps_nothing = dispatch.Backends(CPU, merged_bytes=10 * weight.nbytes), dispatch.Backends(CPU)
+    batches = [b.choose(LoraBatch((Segment(1, 0, 4),), rows=4), "merged") for b in (keeps, keeps_nothing)]
+    for backends, batch in zip((keeps, keeps_nothing), batches, strict=True):
+        for _ in range(40):  # until slot 1 dominates
+            backends.merged.observe(batch)
+    ours, theirs = (dispatch.linear(x, weight, None, stack, batch) for batch in batches)
+    assert torch.equal(ours, theirs)
+    assert keeps.merged.kept.find(1, weight, stack.meta[1]) is not None
+    assert keeps_nothing.merged.kept.find(1, weight, stack.meta[1]) is None
+    assert (keeps.merged.kept.held_bytes, keeps_nothing.merged.kept.held_bytes) == (weight.nbytes, 0)
+
+
 def test_the_base_alone_reads_no_stack() -> None:
-    batch = dispatch.choose(plan([4], [None])[1], CPU)
+    batch = dispatch.Backends(CPU).choose(plan([4], [None])[1])
     x, weight, bias = torch.randn(4, WIDE), torch.randn(12, WIDE), torch.randn(12)
     poisoned = oracle.linear_stack({}, 2, 16, WIDE, WIDTHS, stale=NAN)
     assert torch.equal(dispatch.linear(x, weight, bias, poisoned, batch), functional.linear(x, weight, bias))
@@ -60,7 +76,7 @@ def test_the_base_alone_reads_no_stack() -> None:
 
 
 def test_a_projection_without_room_in_the_pool_is_the_base() -> None:
-    batch = dispatch.choose(LoraBatch((Segment(0, 0, 4),), rows=4), CPU)
+    batch = dispatch.Backends(CPU).choose(LoraBatch((Segment(0, 0, 4),), rows=4))
     x, weight, ids, table = (
         torch.randn(4, WIDE),
         torch.randn(12, WIDE),
@@ -72,7 +88,7 @@ def test_a_projection_without_room_in_the_pool_is_the_base() -> None:
 
 
 QWEN = ((1024, (2048, 1024, 1024)), (2048, (1024,)))
-GPU = dispatch.LayerInfo(QWEN, rank=64, cuda=True)
+GPU = LoraLayer(QWEN, rank=64, cuda=True)
 
 
 def evenly(adapters: int, rows: int) -> LoraBatch:
@@ -84,8 +100,8 @@ def evenly(adapters: int, rows: int) -> LoraBatch:
     [(1, 30_720, "merged"), (4, 30_720, "merged"), (64, 30_720, "csgmv"), (256, 4096, "csgmv"), (32, 256, "csgmv")],
 )
 def test_the_cost_model_knows_the_h200s_crossovers(adapters: int, rows: int, best: str) -> None:
-    assert dispatch.choose(evenly(adapters, rows), GPU, "fastest").backend == best
-    assert dispatch.choose(evenly(adapters, rows), GPU).backend == "csgmv", "auto rounds once"
+    assert dispatch.Backends(GPU).choose(evenly(adapters, rows), "fastest").backend == best
+    assert dispatch.Backends(GPU).choose(evenly(adapters, rows)).backend == "csgmv", "auto rounds once"
 
 
 def crossover(rows: int, adapters: int, csgmv: float, merged: float, rank: int = 64, hidden: int = 1024) -> Crossover:

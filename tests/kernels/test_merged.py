@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.testing import assert_close
 
-from ranklet.kernels import merge, merged, native
+from ranklet.kernels import kept_merges, merge, native
 from ranklet.kernels.batch import LoraBatch, Segment, plan
-from ranklet.kernels.merged import KeptMerges, Merged
+from ranklet.kernels.kept_merges import KeptMerges
+from ranklet.kernels.merged import Merged
 from ranklet.kernels.mixes import MIXES, Mix, assign
 from ranklet.kernels.stack import LinearStack, SlotMeta
 from tests.kernels import oracle
@@ -45,14 +46,14 @@ def relative_error(y: Tensor, expected: Tensor) -> float:
 
 
 def one(slot: int, rows: int = 4) -> LoraBatch:
-    return LoraBatch((Segment(slot, 0, rows),), rows=rows, backend="merged")
+    return LoraBatch((Segment(slot, 0, rows),), rows=rows)
 
 
 def check_linear(batch: LoraBatch, *, bias: bool = False) -> None:
     x, weight = torch.randn(batch.rows, WIDE), torch.randn(sum(QKV), WIDE) * WIDE**-0.5
     offset = torch.randn(sum(QKV)) if bias else None
     before = weight.clone()
-    y = merged.linear(x, weight, offset, stack_of(LINEAR), batch)
+    y = Merged().linear(x, weight, offset, stack_of(LINEAR), batch)
     assert_close(y.double(), oracle.linear(x, weight, offset, by_row(batch), LINEAR), rtol=1e-5, atol=1e-5)
     assert torch.equal(weight, before)
     base = [t for t, slot in enumerate(by_row(batch)) if slot is None or not any(RANKS[slot])]
@@ -104,7 +105,7 @@ def wide_case(dtype: torch.dtype, mix: Mix, device: str) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 def test_error_relative_to_float64(dtype: torch.dtype, tolerance: float) -> None:
     x, weight, stack, batch, expected = wide_case(dtype, "uniform", "cpu")
-    assert relative_error(merged.linear(x, weight, None, stack, batch), expected) <= tolerance
+    assert relative_error(Merged().linear(x, weight, None, stack, batch), expected) <= tolerance
 
 
 def test_dtypes_and_shapes_in_turn_do_not_share_scratch() -> None:
@@ -138,25 +139,25 @@ def test_scalings_multiply_once_a_slice() -> None:
     """Twice the scaling is twice the change, on each slice by itself."""
     x, weight, stack = torch.randn(4, WIDE), torch.zeros(sum(QKV), WIDE), stack_of(LINEAR)
     stack.describe(2, SlotMeta((8, 8, 8), (1.0, 1.0, 1.0)))
-    once = merged.linear(x, weight, None, stack, one(2))
+    once = Merged().linear(x, weight, None, stack, one(2))
     stack.describe(2, SlotMeta((8, 8, 8), (1.0, 2.0, -0.3)))
     factors = torch.tensor([1.0] * 24 + [2.0] * 8 + [-0.3] * 8)
-    assert_close(merged.linear(x, weight, None, stack, one(2)), once * factors)
+    assert_close(Merged().linear(x, weight, None, stack, one(2)), once * factors)
 
 
 def test_an_adapter_changes_only_its_own_rows() -> None:
     _, batch = plan([3, 4, 2], [2, 4, None])
     x, weight, stack = torch.randn(9, WIDE), torch.randn(sum(QKV), WIDE), stack_of(LINEAR)
-    before = merged.linear(x, weight, None, stack, batch)
+    before = Merged().linear(x, weight, None, stack, batch)
     stack.a[2].fill_(NAN)
-    after = merged.linear(x, weight, None, stack, batch)
+    after = Merged().linear(x, weight, None, stack, batch)
     assert after[:3].isnan().all()
     assert torch.equal(after[3:], before[3:])
 
 
 def test_other_rows_than_planned_are_refused() -> None:
     with pytest.raises(ValueError, match="expected 4, as the batch is planned, got 5"):
-        merged.linear(torch.randn(5, WIDE), torch.randn(sum(QKV), WIDE), None, stack_of(LINEAR), one(2))
+        Merged().linear(torch.randn(5, WIDE), torch.randn(sum(QKV), WIDE), None, stack_of(LINEAR), one(2))
 
 
 def test_the_embedding_is_natives() -> None:
@@ -164,7 +165,7 @@ def test_the_embedding_is_natives() -> None:
     stack = oracle.embedding_stack(adapters, SLOTS, RANK, 50, 24, stale=NAN)
     ids, table = torch.randint(50, (4,)), torch.randn(50, 24)
     expected = native.embedding(ids, table, stack, one(2))
-    assert torch.equal(merged.embedding(ids, table, stack, one(2)), expected)
+    assert torch.equal(Merged().embedding(ids, table, stack, one(2)), expected)
 
 
 # What is kept
@@ -223,9 +224,10 @@ def test_another_tenant_of_the_slot_gets_its_own_weights_and_a_share_of_its_own(
 
 
 def test_without_a_budget_nothing_is_kept() -> None:
+    backend = Merged()
     for _ in range(9):
-        run(merged.MERGED, torch.randn(sum(QKV), WIDE), stack_of(LINEAR), LINEAR, one(2))
-    assert (merged.MERGED.kept.held_bytes, merged.MERGED.kept.dominates(2)) == (0, False)
+        run(backend, torch.randn(sum(QKV), WIDE), stack_of(LINEAR), LINEAR, one(2))
+    assert (backend.kept.held_bytes, backend.kept.dominates(2)) == (0, False)
 
 
 def test_the_share_moves_by_batches_and_enters_and_leaves_with_hysteresis() -> None:
@@ -336,7 +338,7 @@ def test_a_copy_that_finds_no_memory_drops_the_others(monkeypatch: pytest.Monkey
     backend, stack = kept_backend(), stack_of(LINEAR)
     first, second = torch.randn(sum(QKV), WIDE), torch.randn(sum(QKV), WIDE)
     run(backend, first, stack, LINEAR, one(2))
-    refused, make = [], merged._empty
+    refused, make = [], kept_merges.empty
 
     def full_device(weight: Tensor, count: int = 1) -> Tensor:
         if backend.kept.held_bytes:
@@ -344,7 +346,7 @@ def test_a_copy_that_finds_no_memory_drops_the_others(monkeypatch: pytest.Monkey
             raise torch.OutOfMemoryError("the device is full")
         return make(weight, count)
 
-    monkeypatch.setattr(merged, "_empty", full_device)
+    monkeypatch.setattr(kept_merges, "empty", full_device)
     run(backend, second, stack, LINEAR, one(2))
     assert [weight is second for weight in refused] == [True]
     assert (backend.kept.held_bytes, backend.kept.max_bytes) == (0, 50 * BYTES)

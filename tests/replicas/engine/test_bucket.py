@@ -1,7 +1,6 @@
 """Batches rounded up: what a bucket holds, and that padding changes no vector."""
 
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ def test_random_batches_come_in_few_shapes(stepper: Runner) -> None:
     for turn in range(turns):
         lengths = np.clip(rng.lognormal(np.log(100), 0.8, rng.integers(1, 17)), 1, 500).astype(int).tolist()
         order, lora = plan(lengths, [None if rng.random() < 0.1 else int(rng.integers(8)) for _ in lengths])
-        lora = replace(lora, backend="csgmv" if lora.segments else "none")
+        lora = stepper.backends.choose(lora, "csgmv")
         layout = stepper._lay_out([np.zeros(lengths[i], dtype=np.int32) for i in order], lora, padded=True)
         shape = stepper._shape(layout)
         met += shape in shapes and turn >= turns // 2
@@ -72,7 +71,7 @@ def test_lengths_that_attention_reads_on_the_host_are_in_the_shape(stepper: Runn
         for lengths in ((5, 9), (9, 5)):
             lora = plan(lengths, [None] * 2)[1]
             prompts = [np.zeros(length, dtype=np.int32) for length in lengths]
-            shapes.append(stepper._shape(stepper._lay_out(prompts, replace(lora, backend="none"), padded=rounds)))
+            shapes.append(stepper._shape(stepper._lay_out(prompts, lora, padded=rounds)))
     assert shapes[0] == shapes[1]
     assert shapes[2] != shapes[3]
 
@@ -81,7 +80,7 @@ def test_what_fills_a_batch_may_be_longer_than_the_model_takes(tmp_path: Path) -
     engine = Engine(EngineConfig(make_model(tmp_path / "model"), slots=2, max_model_len=24))
     lengths, stepper = [24] * 50, engine.stepper
     prompts = [np.full(length, i, dtype=np.int32) for i, length in enumerate(lengths)]
-    lora = replace(plan(lengths, [None] * len(lengths))[1], backend="none")
+    lora = plan(lengths, [None] * len(lengths))[1]
     layout = stepper._lay_out(prompts, lora, padded=True)
     assert max(layout.lengths) > 24
     with torch.inference_mode():
@@ -130,7 +129,7 @@ def plain_and_padded(
 ) -> list[torch.Tensor]:
     """The vectors of a batch as it is and rounded up, which has so many tokens each."""
     order, lora = plan([len(prompt) for prompt in prompts], slots)
-    lora, vectors = replace(lora, backend=backend if lora.segments else "none"), []
+    lora, vectors = stepper.backends.choose(lora, backend), []
     for padded, expected in zip((False, True), rows, strict=True):
         layout = stepper._lay_out([prompts[i] for i in order], lora, padded=padded)
         assert layout.lora.rows == expected

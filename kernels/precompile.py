@@ -35,7 +35,7 @@ def batches(slots: int, most_rows: int) -> Iterator[LoraBatch]:
 
 
 @torch.inference_mode()
-def warm(stacks: Sequence[LinearStack], most_rows: int, rotary: Rotary | None = None) -> int:
+def precompile(stacks: Sequence[LinearStack], most_rows: int, rotary: Rotary | None = None) -> int:
     """Launch what `csgmv` and `merged` launch on batches of up to so many rows, once each; the results are thrown away.
 
     Args:

@@ -12,14 +12,14 @@ from torch.testing import assert_close
 
 from ranklet.kernels import native
 from ranklet.kernels.batch import LoraBatch, Segment, plan
-from ranklet.kernels.recut import check_rows, chunk, recut, select
+from ranklet.kernels.row_subset import check_rows, row_range, subset, subset_by_counts
 from tests.kernels import oracle
 
 WIDE, WIDTHS, SLOTS, RANK = 12, (20,), 4, 16
 ADAPTERS = oracle.random_adapters({0: (1,), 1: (3,), 2: (16,), 3: (8,)}, WIDE, WIDTHS)
 STACK = oracle.linear_stack(ADAPTERS, SLOTS, RANK, WIDE, WIDTHS, stale=float("nan"))
 WEIGHT = torch.randn(sum(WIDTHS), WIDE, generator=torch.Generator().manual_seed(1))
-BATCH = LoraBatch((Segment(2, 0, 3), Segment(0, 3, 4), Segment(1, 4, 9)), rows=12, backend="native")
+BATCH = LoraBatch((Segment(2, 0, 3), Segment(0, 3, 4), Segment(1, 4, 9)), rows=12, implementation=native)
 
 requests = st.lists(st.tuples(st.integers(0, 6), st.none() | st.integers(0, SLOTS - 1)), max_size=12)
 
@@ -53,7 +53,7 @@ def test_pruned_rows_are_rows_of_the_full_output(made: list[tuple[int, int | Non
     batch, _ = planned(made)
     kept = data.draw(st.lists(st.booleans(), min_size=batch.rows, max_size=batch.rows))
     rows = np.flatnonzero(kept)
-    pruned = select(batch, rows)
+    pruned = subset(batch, rows)
     full = by_row(batch)
     assert by_row(pruned) == [full[row] for row in rows]
     x = torch.randn(batch.rows, WIDE)
@@ -69,7 +69,7 @@ def test_counts_by_request_give_the_batch_of_those_rows(
     kept = [data.draw(st.integers(0, length)) for length in lengths]
     ends = np.cumsum([0, *lengths])
     last = [row for end, count in zip(ends[1:], kept, strict=True) for row in range(end - count, end)]
-    assert recut(batch, kept, lengths) == select(batch, np.array(last, dtype=np.int64))
+    assert subset_by_counts(batch, kept, lengths) == subset(batch, np.array(last, dtype=np.int64))
 
 
 @settings(max_examples=60)
@@ -78,7 +78,7 @@ def test_chunks_end_to_end_are_the_whole(made: list[tuple[int, int | None]], siz
     batch, _ = planned(made)
     x = torch.randn(batch.rows, WIDE)
     ranges = [(start, min(start + size, batch.rows)) for start in range(0, batch.rows, size)]
-    chunks = [chunk(batch, start, stop) for start, stop in ranges]
+    chunks = [row_range(batch, start, stop) for start, stop in ranges]
     assert [slot for part in chunks for slot in by_row(part)] == by_row(batch)
     outputs = [head(x[start:stop], part) for (start, stop), part in zip(ranges, chunks, strict=True)]
     assert_close(torch.cat([torch.empty(0, sum(WIDTHS)), *outputs]), head(x, batch))
@@ -87,31 +87,35 @@ def test_chunks_end_to_end_are_the_whole(made: list[tuple[int, int | None]], siz
 def test_chunks_of_pruned_rows() -> None:
     x = torch.randn(12, WIDE)
     rows = np.array([1, 2, 3, 5, 8, 9, 11])
-    pruned = select(BATCH, rows)
+    pruned = subset(BATCH, rows)
     assert pruned.segments == (Segment(2, 0, 2), Segment(0, 2, 3), Segment(1, 3, 5))
-    parts = [head(x[rows[i : i + 2]], chunk(pruned, i, min(i + 2, 7))) for i in range(0, 7, 2)]
+    parts = [head(x[rows[i : i + 2]], row_range(pruned, i, min(i + 2, 7))) for i in range(0, 7, 2)]
     assert_close(torch.cat(parts), head(x, BATCH)[rows])
 
 
 def test_the_backend_goes_along_unless_no_row_has_an_adapter() -> None:
-    assert chunk(BATCH, 2, 5) == LoraBatch((Segment(2, 0, 1), Segment(0, 1, 2), Segment(1, 2, 3)), 3, "native")
-    assert chunk(BATCH, 9, 12) == select(BATCH, np.array([9, 10, 11])) == LoraBatch((), 3, "none")
-    assert recut(BATCH, [0, 0, 0, 2], [3, 1, 5, 3]) == LoraBatch((), 2, "none")
-    assert chunk(BATCH, 4, 4) == select(BATCH, np.array([], dtype=np.int64)) == LoraBatch((), 0, "none")
+    assert row_range(BATCH, 2, 5) == LoraBatch((Segment(2, 0, 1), Segment(0, 1, 2), Segment(1, 2, 3)), 3, native)
+    assert row_range(BATCH, 9, 12) == subset(BATCH, np.array([9, 10, 11])) == LoraBatch((), 3)
+    assert subset_by_counts(BATCH, [0, 0, 0, 2], [3, 1, 5, 3]) == LoraBatch((), 2)
+    assert row_range(BATCH, 4, 4) == subset(BATCH, np.array([], dtype=np.int64)) == LoraBatch((), 0)
 
 
 def test_tiles_of_the_full_batch_are_not_carried_over() -> None:
     placed = BATCH.placed(torch.device("cpu"))
     assert placed.tiles
-    for part in (chunk(placed, 2, 7), select(placed, np.arange(1, 8)), recut(placed, [1, 1, 2, 0], [3, 1, 5, 3])):
+    for part in (
+        row_range(placed, 2, 7),
+        subset(placed, np.arange(1, 8)),
+        subset_by_counts(placed, [1, 1, 2, 0], [3, 1, 5, 3]),
+    ):
         assert part.segments
         assert part.tiles == ()
 
 
 def test_requests_without_rows_and_adapters_of_several_requests() -> None:
     lengths = [0, 2, 1, 0, 1, 5, 0, 3]
-    pruned = recut(BATCH, [0, 1, 0, 0, 1, 2, 0, 1], lengths)
-    assert pruned == LoraBatch((Segment(2, 0, 1), Segment(0, 1, 2), Segment(1, 2, 4)), rows=5, backend="native")
+    pruned = subset_by_counts(BATCH, [0, 1, 0, 0, 1, 2, 0, 1], lengths)
+    assert pruned == LoraBatch((Segment(2, 0, 1), Segment(0, 1, 2), Segment(1, 2, 4)), rows=5, implementation=native)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,7 @@ def test_requests_without_rows_and_adapters_of_several_requests() -> None:
 )
 def test_rows_that_cannot_be_selected(rows: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=f"increasing indices in \\[0, 12\\), got .*{message}"):
-        select(BATCH, np.array(rows))
+        subset(BATCH, np.array(rows))
 
 
 @pytest.mark.parametrize(
@@ -139,17 +143,17 @@ def test_rows_that_cannot_be_selected(rows: list[int], message: str) -> None:
 )
 def test_counts_that_contradict_the_batch(kept: list[int], lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="expected"):
-        recut(BATCH, kept, lengths)
+        subset_by_counts(BATCH, kept, lengths)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 13)])
 def test_chunks_outside_the_batch(start: int, stop: int) -> None:
     with pytest.raises(ValueError, match=f"expected a range in \\[0, 12\\], got \\[{start}, {stop}\\)"):
-        chunk(BATCH, start, stop)
+        row_range(BATCH, start, stop)
 
 
 def test_other_rows_than_planned_are_refused() -> None:
     check_rows(torch.empty(12, WIDE), BATCH)
     for rows in (0, 11, 13):
-        with pytest.raises(ValueError, match=f"expected 12, as the batch is planned, got {rows}; recut"):
+        with pytest.raises(ValueError, match=f"expected 12, as the batch is planned, got {rows}; make"):
             check_rows(torch.empty(rows, WIDE), BATCH)

@@ -7,10 +7,10 @@ import torch
 
 from ranklet.kernels import csgmv, fused_gemm, rotary
 from ranklet.kernels.batch import cut, plan
+from ranklet.kernels.precompile import batches, precompile
 from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.stack import LinearStack
 from ranklet.kernels.tuning.random_lora import ProjectionShape, random_lora
-from ranklet.kernels.warm import batches, warm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KERNELS = (csgmv._shrink_kernel, csgmv._expand_kernel, fused_gemm._gemm_kernel, rotary._rotary_kernel)
@@ -31,7 +31,7 @@ def test_it_leaves_the_stacks_alone() -> None:
     stack = random_lora(ProjectionShape("o", 32, (16,)), 8, 3, device=DEVICE, dtype=torch.float16).stack
     tensors, meta = (stack.a, stack.b, stack.ranks, stack.scalings), list(stack.meta)
     before = [tensor.clone() for tensor in tensors]
-    assert warm([stack], 64) == len(list(batches(3, 64)))
+    assert precompile([stack], 64) == len(list(batches(3, 64)))
     assert all(torch.equal(tensor, was) for tensor, was in zip(tensors, before, strict=True))
     assert stack.meta == meta
 
@@ -45,7 +45,7 @@ def test_nothing_is_left_to_compile() -> None:
     ]
     places = torch.zeros(most_rows, dtype=torch.int32, device=DEVICE)
     turned = Rotary(None, torch.ones(64, 64, device=DEVICE), torch.ones(64, 64, device=DEVICE), places, 16, 8, 1e-6)
-    warm([LinearStack(p.stack.a, p.stack.b, p.stack.widths) for p in probes], most_rows, turned)
+    precompile([LinearStack(p.stack.a, p.stack.b, p.stack.widths) for p in probes], most_rows, turned)
     compiled = [set(kernel.device_caches[0][0]) for kernel in KERNELS]
     draw = random.Random(0)
     for _ in range(40):

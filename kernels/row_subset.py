@@ -28,11 +28,11 @@ def check_rows(x: Tensor, batch: LoraBatch) -> None:
     if x.shape[0] != batch.rows:
         raise ValueError(
             f"rows: expected {batch.rows}, as the batch is planned, got {x.shape[0]}; "
-            "recut the batch for the rows that are passed (ranklet.kernels.recut)"
+            "make a batch for the rows that are passed (ranklet.kernels.row_subset)"
         )
 
 
-def select(batch: LoraBatch, rows: NDArray[np.integer]) -> LoraBatch:
+def subset(batch: LoraBatch, rows: NDArray[np.integer]) -> LoraBatch:
     """The batch of some rows: row i of its input is row `rows[i]` of the full one.
 
     Args:
@@ -47,7 +47,7 @@ def select(batch: LoraBatch, rows: NDArray[np.integer]) -> LoraBatch:
     return _cut(batch, [segment.slot for segment in batch.segments], stops.tolist(), rows.size)
 
 
-def recut(batch: LoraBatch, kept_per_request: Sequence[int], rows_per_request: Sequence[int]) -> LoraBatch:
+def subset_by_counts(batch: LoraBatch, kept_per_request: Sequence[int], rows_per_request: Sequence[int]) -> LoraBatch:
     """The batch when each request keeps some of its rows, whichever they are, in the order they had.
 
     Args:
@@ -74,14 +74,14 @@ def recut(batch: LoraBatch, kept_per_request: Sequence[int], rows_per_request: S
     return _cut(batch, [segment.slot for segment in batch.segments], kept_ends[at].tolist(), int(kept_ends[-1]))
 
 
-def chunk(batch: LoraBatch, start: int, stop: int) -> LoraBatch:
+def row_range(batch: LoraBatch, start: int, stop: int) -> LoraBatch:
     """The batch of rows [start, stop): O(segments in it), so that cutting all of a batch into chunks stays linear.
 
     Raises:
         ValueError: the range does not lie in the batch.
     """
     if not 0 <= start <= stop <= batch.rows:
-        raise ValueError(f"chunk: expected a range in [0, {batch.rows}], got [{start}, {stop})")
+        raise ValueError(f"rows: expected a range in [0, {batch.rows}], got [{start}, {stop})")
     first = bisect_right(batch.segments, start, key=lambda segment: segment.stop)
     slots, stops = [], []
     for segment in batch.segments[first:]:
@@ -99,4 +99,4 @@ def _cut(batch: LoraBatch, slots: Iterable[int], stops: Iterable[int], rows: int
         if stop > start:
             segments.append(Segment(slot, start, stop))
         start = stop
-    return LoraBatch(segments=tuple(segments), rows=rows, backend=batch.backend if segments else "none")
+    return LoraBatch(tuple(segments), rows, batch.implementation if segments else None)
