@@ -1,10 +1,9 @@
-"""`make bench`: every benchmark that this machine can run, one after the other.
+"""`make bench`: run the benchmarks that fit this machine, one after the other.
 
-With a GPU at the real sizes, results in tests/bench/results. Without one the engine's throughput says nothing and is
-left out, and the others run small, their results thrown away. Those that start a cluster are run by themselves:
-`python -m tests.bench.http` and `soak` want one GPU, `cluster` one for each replica, `churn` and `listing` none. So are
-`loads`, `thrash` and `fair`, which want the engine for themselves. `policy` and `simulate` want no GPU; the kept
-simulations are of 1,000 replicas and take some minutes.
+On a GPU machine they run at full size and write to tests/bench/results. On a CPU they run at small sizes, the engine's
+throughput is left out, and the results are discarded. Run the other benchmarks one at a time with
+`python -m tests.bench.NAME`: `http`, `soak`, `loads`, `thrash` and `fair` need one GPU, `cluster` needs one for each
+replica, `churn` and `listing` need none. The committed simulations have 1,000 replicas and take several minutes.
 """
 
 import subprocess
@@ -21,9 +20,9 @@ CPU = {"fidelity": ["--layers", "1"], "kernels": ["--tiny"], "policy": [], "simu
 
 
 def main() -> int:
-    """Run each in a process of its own, so that none finds the GPU's memory taken; the first failure's status."""
+    """Run each benchmark in its own process, which frees the GPU's memory. Returns 1 if one of them failed."""
     console, gpu = Console(), torch.cuda.is_available()
-    console.print("on " + (torch.cuda.get_device_name() if gpu else "the CPU: small sizes, results are not kept"))
+    console.print("on " + (torch.cuda.get_device_name() if gpu else "the CPU: small sizes, results are discarded"))
     failed: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, options in (GPU if gpu else CPU).items():

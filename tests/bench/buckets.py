@@ -1,4 +1,4 @@
-"""What rounding small batches up costs the device and saves the CPU, and how often random batches meet a CUDA graph.
+"""Cost of rounding batches up to a bucket, CPU time saved by CUDA graphs, and how often random batches hit a graph.
 
 usage: python -m tests.bench.buckets [--layers 28] [--turns 1500] [--out FOLDER]
 """
@@ -21,12 +21,12 @@ from tests.bench.engine import refs
 from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model
 
 _BATCHES = ("1x16", "1x300", "1x520", "1x1100", "4x200", "5x60", "9x100", "33x30", "20x100", "5x500", "9x500", "7x1100")
-_GRAPHED = 3  # launches until there is a graph
+_GRAPHED = 3  # launches before a graph exists
 _REPEATS = 20
 
 
 def fixed(stepper: Runner, batch: str, slots: list[int | None]) -> dict[str, Any]:
-    """One batch launched kernel by kernel, replayed from a graph of its own lengths, and from its bucket's. Medians."""
+    """Time one batch launched kernel by kernel, from a graph of its exact lengths, and from its bucket's graph."""
     count, length = map(int, batch.split("x"))
     prompts = [np.full(length, i, dtype=np.int32) for i in range(count)]
     taken = [slots[i % len(slots)] for i in range(count)]
@@ -51,7 +51,7 @@ def fixed(stepper: Runner, batch: str, slots: list[int | None]) -> dict[str, Any
 
 
 def traffic(stepper: Runner, slots: list[int | None], turns: int, most: int, *, graphs: bool) -> dict[str, Any]:
-    """Random batches of up to so many prompts, one at a time. Memory: what the device's allocator took meanwhile."""
+    """Time random batches of up to `most` prompts, one at a time, and the device memory reserved while they run."""
     rng, replays = np.random.default_rng(most), stepper._replays
     assert replays is not None
     replays.clear()

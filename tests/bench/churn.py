@@ -1,7 +1,7 @@
-"""Adapters that come, change and go for hours, in fast-forward on the CPU: every answer checked, memory watched.
+"""Load, replace and unload adapters thousands of times on a CPU, check every answer, and track memory.
 
-Each cycle loads, replaces or unloads one of some names while clients ask for all of them. An answer must be of a
-revision that was served at some moment between the request and the answer; 404 is right only if there was none.
+Each cycle changes one adapter while clients send requests to all of them. An answer must come from a revision that was
+served at some moment between request and answer. 404 is correct only if no revision was served at some moment.
 
 usage: python -m tests.bench.churn [--cycles 10000] [--names 12] [--clients 2] [--out FOLDER]
 """
@@ -29,13 +29,13 @@ from tests.cluster.service import Service, Vectors, local_configuration, serving
 
 TEXT = "Notice must be given in writing."
 SOURCES = ("legal-v2", "medical")
-_SAMPLES = 100  # of memory
-_SETTLED = 0.2  # of the cycles: memory is compared from here on
+_SAMPLES = 100  # memory samples
+_SETTLED = 0.2  # share of the cycles before memory is compared
 
 
 @dataclass
 class History:
-    """What was served under one name: (from, until, what), None for nothing. Neighbours overlap by a call's time."""
+    """Revisions served under one name as (from, until, source or None). Neighbours overlap while a call runs."""
 
     spans: list[tuple[float, float, str | None]] = field(default_factory=lambda: [(0.0, float("inf"), None)])
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -45,12 +45,12 @@ class History:
         return self.spans[-1][2]
 
     def begin(self, what: str | None) -> None:
-        """A call that makes it `what` is about to be sent."""
+        """Start a span before the call that changes the adapter is sent."""
         with self.lock:
             self.spans.append((time.monotonic(), float("inf"), what))
 
     def done(self) -> None:
-        """It was answered: what was before is served no more."""
+        """End the previous span once the call is answered."""
         with self.lock:
             since, _, what = self.spans[-2]
             self.spans[-2] = (since, time.monotonic(), what)
@@ -62,7 +62,7 @@ class History:
 
 
 class Churn:
-    """One run against a service."""
+    """Changes adapters of a service and checks its answers."""
 
     def __init__(self, service: Service, names: int) -> None:
         self._service = service
@@ -73,7 +73,7 @@ class Churn:
         self._random = random.Random(0)
 
     def cycle(self, http: httpx.Client) -> None:
-        """Change one name."""
+        """Load, replace or unload one adapter."""
         name, history = self._random.choice(list(self._names.items()))
         if history.now is not None and self._random.random() < 0.5:
             history.begin(None)
@@ -94,7 +94,7 @@ class Churn:
             raise RuntimeError(f"{name}: {answer.text}")
 
     def ask(self, stop: threading.Event, seed: int) -> None:
-        """Ask for names at random until told to stop, and judge each answer."""
+        """Send requests for random names and check each answer, until `stop` is set."""
         dice = random.Random(seed)
         with httpx.Client(base_url=self._service.url, timeout=60, trust_env=False) as http:
             while not stop.is_set():
@@ -131,7 +131,7 @@ def memory(service: Service) -> dict[str, float]:
 
 
 def run(service: Service, cycles: int, names: int, clients: int) -> list[dict[str, Any]]:
-    """The rows: what was done and seen, and memory at the first and the last of what counts."""
+    """Return rows with memory early and late in the run, and counts of calls and answers."""
     churn, stop = Churn(service, names), threading.Event()
     asking = [threading.Thread(target=churn.ask, args=(stop, seed)) for seed in range(clients)]
     for each in asking:

@@ -1,5 +1,6 @@
-"""Several GPUs of one machine behind one app, driven by `ranklet bench`: how throughput grows with them, more adapters
-than slots, one adapter that takes most of the traffic. The same cluster is then deployed with one replica.
+"""Throughput of several GPUs of one machine behind one app, measured with `ranklet bench`.
+
+Covers scaling against one replica, more adapters than slots, and one adapter that gets most of the traffic.
 
 usage: python -m tests.bench.cluster [--replicas 4] [--gateways 32] [--adapters 256] [--slots 64] [--repeats 3]
 """
@@ -29,12 +30,12 @@ from tests.bench import report
 from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model
 
 _MOST_SETTLING = 6  # runs
-_STILL = 0.01  # of the hit rate
-Samples = dict[str, dict[str, float]]  # of each replica or gateway, by its id: sample with labels to value
+_STILL = 0.01  # change of the hit rate
+Samples = dict[str, dict[str, float]]  # metric values by replica or gateway id, then by name with labels
 
 
 def configuration(folder: Path, replicas: int, gateways: int, slots: int) -> dict[str, Any]:
-    """`serve deploy`'s configuration: one replica a GPU where there are GPUs, else on the CPU."""
+    """Return a Serve configuration with one GPU for each replica, or with CPU replicas where there is no GPU."""
     gpus = torch.cuda.device_count()
     engine: dict[str, Any] = {
         "slots": slots, "max_rank": 64, "max_batch_tokens": 30_720, "lora_modules": list(ATTENTION),
@@ -58,7 +59,7 @@ def configuration(folder: Path, replicas: int, gateways: int, slots: int) -> dic
 
 
 class Served(NamedTuple):
-    """A running cluster, its adapters' names, and what it was deployed from."""
+    """A running cluster, the names of its adapters, and its Serve configuration."""
 
     state: ClusterState
     adapters: list[str]
@@ -70,7 +71,7 @@ class Served(NamedTuple):
 def served(
     folder: Path, layers: int, adapters: int, *, replicas: int = 1, gateways: int, slots: int, backend: str = "auto"
 ) -> Iterator[Served]:
-    """A cluster of random weights at the real widths; stopped in the end."""
+    """Run a cluster with random weights at the model's real widths."""
     write_model(folder / "model", layers=layers)
     save_tokenizer(folder / "model", vocab_size=1024, max_length=32_768)
     made = write_adapters(folder / "adapters", adapters, layers=layers)
@@ -88,7 +89,7 @@ def served(
 
 
 def samples(url: str, role: str) -> Samples:
-    """The metrics of the replicas, or of the gateways."""
+    """Fetch the metrics of every replica or every gateway."""
     with urllib.request.urlopen(f"{url}/metrics/targets", timeout=30) as answer:
         targets = [group for group in json.load(answer) if group["labels"]["role"] == role]
     found = {}
@@ -102,7 +103,7 @@ def samples(url: str, role: str) -> Samples:
 def plans(
     url: str, adapters: list[str], processes: int, replicas: int, requests: int
 ) -> dict[str, tuple[BenchPlan, str]]:
-    """The rows, and the row each is held against. Work and concurrency grow with the replicas."""
+    """Return the plan of each row and the name of the row it is compared with, or "" if there is none."""
     long = BenchPlan(
         base_url=url, vocab=QWEN3_EMBEDDING_06B.vocab, processes=processes, num_prompts=requests * replicas,
         input_len=6144, adapter_distribution="distinct", warmup=0, max_concurrency=120 * replicas,
@@ -129,7 +130,7 @@ def plans(
 
 
 def measured(url: str, name: str, plan: BenchPlan, replicas: int, repeats: int) -> dict[str, Any]:
-    """One row: the median run's rate, and of all runs how busy each device was and where adapters were found."""
+    """Return one row: the median rate, and over all runs the devices' busy shares and the slot hit rate."""
     settled_s = settled(url, plan, repeats)
     rates, p99_ms, failed, seconds = [], [], 0, 0.0
     before = samples(url, "replica")
@@ -150,7 +151,7 @@ def measured(url: str, name: str, plan: BenchPlan, replicas: int, repeats: int) 
 
 
 def settled(url: str, plan: BenchPlan, seed: int) -> float:
-    """Runs that do not count, until no more adapters are found on the devices than in the one before; their seconds."""
+    """Run without counting until the slot hit rate stops rising. Returns the seconds it took."""
     seconds, hits = 0.0, 0.0
     for number in range(_MOST_SETTLING):
         before = samples(url, "replica")
@@ -162,12 +163,11 @@ def settled(url: str, plan: BenchPlan, seed: int) -> float:
 
 
 def growth(before: Samples, after: Samples) -> Samples:
-    """What each replica's samples have grown by."""
     return {id: {name: value - before[id].get(name, 0.0) for name, value in now.items()} for id, now in after.items()}
 
 
 def hit_rate(grown: Samples) -> float:
-    """The share of prompts whose adapter was on the device."""
+    """Return the share of prompts whose adapter was in a slot."""
     tiers = {
         tier: sum(found.get(f'ranklet_tier_hits_total{{tier="{tier}"}}', 0.0) for found in grown.values())
         for tier in ("gpu", "host", "disk")
@@ -176,7 +176,7 @@ def hit_rate(grown: Samples) -> float:
 
 
 def scaled(served: Served, replicas: int) -> None:
-    """Deploy the same app with another number of replicas, and wait until they all run."""
+    """Deploy the app with another number of replicas and wait until they run."""
     deployments = served.content["applications"][0]["deployments"]
     deployments[1]["num_replicas"] = replicas
     served.cluster.deploy(served.content)
@@ -188,10 +188,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, default=max(torch.cuda.device_count(), 2))
     parser.add_argument("--gateways", type=int, default=32)
-    parser.add_argument("--processes", type=int, default=12, help="of the load client")
+    parser.add_argument("--processes", type=int, default=12, help="processes of the load client")
     parser.add_argument("--adapters", type=int, default=256)
     parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=240, help="of 6144 tokens, for each replica")
+    parser.add_argument("--requests", type=int, default=240, help="requests of 6144 tokens for each replica")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
     parser.add_argument("--out", type=Path, default=report.RESULTS)

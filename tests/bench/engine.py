@@ -1,4 +1,4 @@
-"""The engine without a server: tokens a second through submit() on one GPU, and how long one prompt at a time takes.
+"""Throughput of the engine without a server on one GPU, and latency of one prompt at a time.
 
 usage: python -m tests.bench.engine [--layers 28] [--adapters 4 64] [--out FOLDER]
 """
@@ -27,12 +27,11 @@ LENGTHS = {6144: 5, 512: 60, 128: 240}  # prompts of this length that fill one b
 
 
 def refs(paths: list[Path]) -> list[AdapterRef]:
-    """The adapters as the engine wants them."""
     return [Revisions().reference(path.name, str(path)) for path in paths]
 
 
 def embed(engine: Engine, prompts: list[np.ndarray], adapters: list[AdapterRef | None]) -> list[Answer]:
-    """Submit every prompt as a request of its own, all at once, and wait for all answers."""
+    """Submit each prompt as its own request, all at once, and wait for every answer."""
     answers: list[Any] = [None] * len(prompts)
     left = threading.Semaphore(0)
 
@@ -51,7 +50,7 @@ def embed(engine: Engine, prompts: list[np.ndarray], adapters: list[AdapterRef |
 
 
 def throughput(engine: Engine, adapters: list[AdapterRef | None], length: int, batches: int) -> dict[str, Any]:
-    """Tokens a second for `batches` full batches of prompts of one length, adapters taken in turn."""
+    """Measure tokens per second of full batches of one prompt length, with the adapters in turn."""
     rng = np.random.default_rng(length)
     count = LENGTHS[length] * batches
     prompts = [rng.integers(0, engine.limits.vocab, length, dtype=np.int32) for _ in range(count)]
@@ -68,7 +67,7 @@ def throughput(engine: Engine, adapters: list[AdapterRef | None], length: int, b
 
 
 def alone(engine: Engine, adapters: list[AdapterRef | None], tokens: int) -> dict[str, Any]:
-    """Milliseconds from submit to vector, one prompt at a time, adapters taken in turn; the first few do not count."""
+    """Measure milliseconds from submit to vector of one prompt at a time. The first few do not count."""
     times = []
     for i in range(_WARM + _ALONE):
         prompt = np.full(tokens, 1 + i, dtype=np.int32)

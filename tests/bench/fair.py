@@ -1,8 +1,8 @@
-"""A flood on one adapter beside steady traffic on others: what it costs the others.
+"""Latency of steady traffic while one other adapter is flooded.
 
-The others send single prompts at random moments (Poisson), together at a share of the engine's capacity, which is
-measured first; the flood keeps as many requests waiting as the engine will take. Latency is from the moment a request
-was due, so a late generator would count against the engine.
+The steady adapters get single prompts at Poisson times, together at a share of the engine's capacity, which is measured
+first. The flood keeps as many requests queued as the engine accepts. Latency starts when a request is due, so a late
+load generator counts against the engine.
 
 usage: python -m tests.bench.fair [--tokens 6144] [--batch-tokens 32768 ...] [--seconds 30] [--load 0.8] [--out FOLDER]
 """
@@ -32,13 +32,13 @@ from tests.bench.engine import refs
 from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model
 
 _OTHERS = 16
-_DEPTH = 64  # requests that measure the capacity
-_FLOOD_PROMPTS = 4  # in one request
+_DEPTH = 64  # requests in flight while the capacity is measured
+_FLOOD_PROMPTS = 4  # prompts in one request
 _GIVE_UP_S = 60.0
 
 
 class Asker:
-    """Sends requests and keeps what became of them."""
+    """Sends requests to an engine and counts refusals."""
 
     def __init__(self, engine: EngineProcess, tokens: int) -> None:
         self._engine = engine
@@ -49,7 +49,7 @@ class Asker:
         self._engine.submit([self._prompt] * prompts, adapter, None, done)
 
     def closed(self, adapters: Sequence[AdapterRef], depth: int, prompts: int, seconds: float) -> float:
-        """Keep `depth` requests under way; returns prompts answered a second."""
+        """Keep `depth` requests in flight. Returns prompts answered per second."""
         settled: SimpleQueue[Answer | RankletError] = SimpleQueue()
         began_s, answered, sent = time.perf_counter(), 0, 0
         for _ in range(depth):
@@ -71,7 +71,7 @@ class Asker:
         return answered / passed_s
 
     def steady(self, adapters: Sequence[AdapterRef], rate: float, seconds: float) -> list[float]:
-        """One prompt a request, `rate` a second; returns the latencies in seconds, of the last nine tenths."""
+        """Send `rate` requests per second. Returns latencies in seconds, without those of the first tenth."""
         draw, latencies, failed = random.Random(0), list[float](), list[RankletError]()
         left = threading.Semaphore(0)
         began_s = due_s = time.perf_counter()
@@ -100,12 +100,12 @@ class Asker:
 def measure(
     engine: EngineProcess, options: argparse.Namespace, batch_tokens: int, adapters: Sequence[AdapterRef]
 ) -> list[dict[str, Any]]:
-    """A row without the flood and one with it."""
+    """Return a row without the flood and a row with it."""
     flood, *others = adapters
     asker = Asker(engine, options.tokens)
     for adapter in adapters:
         engine.load(adapter)
-    asker.closed(others, _DEPTH, 1, options.seconds / 6)  # settles the pace
+    asker.closed(others, _DEPTH, 1, options.seconds / 6)  # warms the forecast up
     capacity = asker.closed(others, _DEPTH, 1, options.seconds / 3)
     rows = []
     depth = 4 * max(1, 4 * batch_tokens // options.tokens // _FLOOD_PROMPTS)
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     parser.add_argument("--name", default="fair-h200" if torch.cuda.is_available() else "fair-cpu")
     options = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a CPU: the engine and the one that asks have a core each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # on two CPU cores, one for the engine and one for this process
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_model(folder / "model", layers=options.layers)

@@ -1,4 +1,4 @@
-"""Cosine of the engine's vectors to transformers + PEFT in float32, at real width, on whatever device there is.
+"""Cosine of the engine's vectors to transformers + PEFT in float32, at the model's real width.
 
 usage: python -m tests.bench.fidelity [--layers 28] [--dtype auto] [--out FOLDER]
 """
@@ -22,7 +22,7 @@ LENGTHS = (1, 17, 130, 512, 1000, 2048)
 
 
 def reference(model: Path, adapter: Path | None, prompts: list[np.ndarray], device: str) -> np.ndarray:
-    """float32 last-token vectors of transformers + PEFT, L2-normalised: [prompts, hidden]."""
+    """Compute float32 last-token vectors with transformers + PEFT, L2-normalised: [prompts, hidden]."""
     module = AutoModel.from_pretrained(model, dtype=torch.float32).to(device).eval()
     if adapter is not None:
         module = PeftModel.from_pretrained(module, adapter).to(device).eval()
@@ -59,7 +59,7 @@ def main() -> None:
         for backend in options.backends:
             engine = Engine(EngineConfig(model_dir=model, slots=4, dtype=options.dtype, backend=backend))
             engine.start()
-            sources = [(path, i) for i in range(len(prompts)) for path in wanted]  # all mixed in one batch
+            sources = [(path, i) for i in range(len(prompts)) for path in wanted]  # adapters mixed in one batch
             refs_of = {path: refs([path])[0] if path else None for path in wanted}
             answers = embed(engine, [prompts[i] for _, i in sources], [refs_of[path] for path, _ in sources])
             engine.stop()

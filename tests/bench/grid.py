@@ -1,4 +1,4 @@
-"""Dispatch's choice over a grid of batches: how far it is from the fastest backend, as a table and a picture."""
+"""Compare the backend that dispatch chooses with the fastest one, over a grid of batches."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,14 +17,12 @@ from ranklet.kernels.tuning.backends import SCOPES, MeasuredLayer, points, times
 from ranklet.kernels.workloads import even
 from tests.bench import plot, report
 
-CLOSE = 0.03  # a choice that seems this far from the best is timed again: it may be noise
+CLOSE = 0.03  # time a choice again that is further from the best, in case of noise
 ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The grid's axes."""
-
     adapters: tuple[int, ...]
     rows: tuple[int, ...]
 
@@ -34,7 +32,7 @@ TINY_SIZES = Sizes((1, 4), (1, 16, 64))
 
 
 def picked(layer: MeasuredLayer, rows: int, adapters: int, scope: Scope) -> str:
-    """The backend that dispatch takes for the batch."""
+    """Return the backend that dispatch chooses for the batch."""
     projections = tuple((p.wide, p.widths) for p in (layer.probes[name].projection for name in SCOPES[scope]))
     known = surface(crossovers(layer.device.index), scope, layer.hidden)
     lora = LoraLayer(projections, padded_rank(layer.rank), layer.device.type == "cuda", known)
@@ -42,7 +40,7 @@ def picked(layer: MeasuredLayer, rows: int, adapters: int, scope: Scope) -> str:
 
 
 def measured(layer: MeasuredLayer, rows: int, adapters: int, scope: Scope, backends: Sequence[str]) -> dict[str, Any]:
-    """One batch: each backend's time, dispatch's choice, and how much longer that takes than the best."""
+    """Time each backend on one batch and compare dispatch's choice with the best."""
     ms = times_ms(layer, rows, adapters, scope, backends)
     pick = picked(layer, rows, adapters, scope)
     if ms[pick] > min(ms.values()) * (1 + CLOSE):
@@ -63,7 +61,7 @@ def run(
     """Measure the grid, save and print it, and draw it where matplotlib is installed.
 
     Args:
-        make: a layer for (rank, adapters, rows).
+        make: returns a layer for (rank, adapters, rows).
     """
     rows: list[dict[str, Any]] = []
     batches = points(sizes.rows, sizes.adapters)

@@ -1,8 +1,8 @@
-"""From the socket to the vector: one replica on one GPU behind gateways and HAProxy, driven by `ranklet bench`.
+"""Throughput over HTTP of one replica on one GPU behind gateways and HAProxy, measured with `ranklet bench`.
 
 usage: python -m tests.bench.http [--gateways 8] [--repeats 3] [--backend auto]
 
-Run `python -m tests.bench.engine` with the same --out before it, and its rows are set beside these.
+Run `python -m tests.bench.engine` with the same --out first to fill the column "of the engine alone".
 """
 
 import argparse
@@ -27,7 +27,7 @@ _BUSY = "ranklet_device_busy_seconds_total"
 
 
 def plans(url: str, processes: int) -> dict[str, BenchPlan]:
-    """The rows; every request at once, but for the last."""
+    """Return the plan of each row. Requests are sent at once, except in the Poisson rows."""
     few, all_of_them = ("ad00[0-3]",), ("ad*",)
     long = BenchPlan(
         base_url=url, vocab=QWEN3_EMBEDDING_06B.vocab, processes=processes, num_prompts=120, input_len=6144,
@@ -50,12 +50,12 @@ def plans(url: str, processes: int) -> dict[str, BenchPlan]:
 
 
 def busy_s(url: str) -> float:
-    """Seconds that the replicas' devices have computed since they started."""
+    """Return the seconds for which the replicas' devices have computed since their start."""
     return sum(found[_BUSY] for found in samples(url, "replica").values())
 
 
 def measured(url: str, plan: BenchPlan, repeats: int) -> Iterator[tuple[BenchResult, float]]:
-    """Each run, and the share of it that the device computed."""
+    """Yield each run with the share of time for which the device computed."""
     for seed in range(repeats):
         before = busy_s(url)
         found = run_bench(dataclasses.replace(plan, seed=seed))
@@ -63,7 +63,7 @@ def measured(url: str, plan: BenchPlan, repeats: int) -> Iterator[tuple[BenchRes
 
 
 def row(name: str, runs: list[tuple[BenchResult, float]], engine: dict[str, float]) -> dict[str, Any]:
-    """One line of the result: the median run's rate, every run's beside it."""
+    """Return one row: the median rate beside the rate of every run."""
     rates = sorted(round(found.overall.tokens_per_s) for found, _ in runs)
     alone = engine.get(name.split(" x ")[1].split(",")[0] + name.partition(",")[2].split(",")[0])
     last = runs[-1][0]
@@ -80,7 +80,7 @@ def row(name: str, runs: list[tuple[BenchResult, float]], engine: dict[str, floa
 
 
 def engine_rates(path: Path) -> dict[str, float]:
-    """Tokens a second of the engine alone, by "length" + " N adapters"; empty where it was not measured."""
+    """Read the engine's tokens per second by "LENGTH N adapters". Empty if the engine was not measured."""
     if not path.is_file():
         return {}
     rows = json.loads(path.read_text())["rows"]
@@ -94,10 +94,10 @@ def engine_rates(path: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gateways", type=int, default=8)
-    parser.add_argument("--processes", type=int, default=4, help="of the load client")
+    parser.add_argument("--processes", type=int, default=4, help="processes of the load client")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--only", default="", help="measure only rows whose name contains this")
     parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     parser.add_argument("--name", default="http-h200")

@@ -1,7 +1,7 @@
-"""What LoRA adds to the base projections: the numbers that the kernels were built for, and dispatch's choices.
+"""Time that LoRA adds to the base projections, error of each backend, and the choices of dispatch.
 
 Parts: few (4 adapters), many (64), short (256 adapters of 16 rows), decode, plan, error, grid. Without a GPU, or with
---tiny, the shapes are tiny: a smoke test.
+--tiny, the shapes are tiny and serve as a smoke test.
 
 usage: python -m tests.bench.kernels [--parts few many ...] [--ranks 8 64] [--scope layer] [--tiny] [--out FOLDER]
 """
@@ -42,44 +42,43 @@ ATTENTION, ALL = SCOPES["attention"], SCOPES["layer"]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """The machine's side of a run: what shapes, which backends."""
+class Sizing:
+    """Shapes, device and backends of a run."""
 
     projections: tuple[ProjectionShape, ...]
     device: torch.device
     dtype: torch.dtype
     backends: tuple[str, ...]
-    divisor: int  # of all rows and adapters; the targets hold for 1
+    divisor: int  # divides rows and adapters; the targets apply to 1
 
     def layer(self, rank: int, adapters: int, rows: int) -> MeasuredLayer:
         return MeasuredLayer(self.projections, rank, adapters, rows, device=self.device, dtype=self.dtype)
 
     def batch(self, rows: int, adapters: int) -> tuple[int, int]:
-        """A batch of the issue at this machine's size."""
+        """Return rows and adapters of a batch, scaled down by `divisor`."""
         adapters = max(1, adapters // self.divisor)
         return max(adapters, rows // self.divisor), adapters
 
 
-def setting(*, tiny: bool) -> Setting:
-    """The real shapes on a GPU; tiny ones on the CPU, csgmv only where Triton interprets."""
+def setting(*, tiny: bool) -> Sizing:
+    """Return real shapes on a GPU and tiny ones on a CPU, with csgmv only where Triton interprets."""
     if torch.cuda.is_available() and not tiny:
         real = projections(QWEN3_EMBEDDING_06B.module_dims())
-        return Setting(real, torch.device("cuda", 0), torch.bfloat16, NAMES, 1)
+        return Sizing(real, torch.device("cuda", 0), torch.bfloat16, NAMES, 1)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     runs = device.type == "cuda" or triton.knobs.runtime.interpret
     backends = tuple(name for name in NAMES if name != "csgmv" or runs)
-    return Setting(projections(TINY.module_dims()), device, torch.float16, backends, 64)
+    return Sizing(projections(TINY.module_dims()), device, torch.float16, backends, 64)
 
 
 def added_ms(layer: MeasuredLayer, backend: str, batch: LoraBatch, names: Sequence[str]) -> tuple[float, float]:
-    """What LoRA adds to the base projections, and these alone: medians of interleaved rounds, each a CUDA graph."""
+    """Return milliseconds that LoRA adds and that the base takes: medians of interleaved rounds of CUDA graphs."""
     base, lora = (graphed(lambda name=name: layer.run(name, batch, names)) for name in ("base", backend))  # type: ignore[misc]
     rounds = [(gpu_ms(base, rep_ms=REP_MS), gpu_ms(lora, rep_ms=REP_MS)) for _ in range(ROUNDS)]
     return median(with_lora - without for without, with_lora in rounds), median(without for without, _ in rounds)
 
 
 def row(part: str, what: str, measured: float, must: float | None, unit: str, base: float = 0.0) -> dict[str, Any]:
-    """One number of the result."""
     reached = "" if must is None else "yes" if measured <= must else "no"
     return {
         "part": part, "what": what, "measured": measured, "must reach": must, "reached": reached, "unit": unit,
@@ -87,8 +86,8 @@ def row(part: str, what: str, measured: float, must: float | None, unit: str, ba
     }  # fmt: skip
 
 
-def few(on: Setting) -> Iterator[dict[str, Any]]:
-    """Few adapters, long prompts: every backend, and the best of them."""
+def few(on: Sizing) -> Iterator[dict[str, Any]]:
+    """Measure every backend with few adapters and long prompts. The target applies to the fastest."""
     rows, adapters = on.batch(30_720, 4)
     layer, batch = on.layer(64, adapters, rows), even(rows, adapters).placed(on.device)
     found = {backend: added_ms(layer, backend, batch, ATTENTION) for backend in on.backends}
@@ -98,18 +97,18 @@ def few(on: Setting) -> Iterator[dict[str, Any]]:
         yield row("few", f"{adapters} x {rows // adapters} qkv + o, {backend}", added, must, "ms", base)
 
 
-def many(on: Setting) -> Iterator[dict[str, Any]]:
-    """Many adapters, prompts of some hundred tokens."""
+def many(on: Sizing) -> Iterator[dict[str, Any]]:
+    """Measure many adapters with prompts of a few hundred tokens."""
     targets = {"qkv": 0.18, "o": 0.085, "gate_up": 0.24, "down": 0.10}
     yield from _csgmv(on, "many", *on.batch(30_720, 64), targets)
 
 
-def short(on: Setting) -> Iterator[dict[str, Any]]:
-    """An adapter for each short prompt."""
+def short(on: Sizing) -> Iterator[dict[str, Any]]:
+    """Measure short prompts that each have their own adapter."""
     yield from _csgmv(on, "short", *on.batch(4096, 256), {"qkv": 0.08, "o": 0.045})
 
 
-def _csgmv(on: Setting, part: str, rows: int, adapters: int, targets: dict[str, float]) -> Iterator[dict[str, Any]]:
+def _csgmv(on: Sizing, part: str, rows: int, adapters: int, targets: dict[str, float]) -> Iterator[dict[str, Any]]:
     layer, batch = on.layer(64, adapters, rows), even(rows, adapters).placed(on.device)
     for name, must in targets.items():
         added, base = added_ms(layer, _tiled(on), batch, (name,))
@@ -117,8 +116,8 @@ def _csgmv(on: Setting, part: str, rows: int, adapters: int, targets: dict[str, 
         yield row(part, what, added, must if on.divisor == 1 else None, "ms", base)
 
 
-def decode(on: Setting) -> Iterator[dict[str, Any]]:
-    """256 requests of one row, all four projections in one graph."""
+def decode(on: Sizing) -> Iterator[dict[str, Any]]:
+    """Measure 256 requests of one row, with the four projections in one graph."""
     for count, must in ((32, 0.07), (8, 0.05)):
         rows, adapters = on.batch(256, count)
         layer, batch = on.layer(64, adapters, rows), even(rows, adapters).placed(on.device)
@@ -127,12 +126,12 @@ def decode(on: Setting) -> Iterator[dict[str, Any]]:
         yield row("decode", what, added, must if on.divisor == 1 else None, "ms", base)
 
 
-def _tiled(on: Setting) -> str:
+def _tiled(on: Sizing) -> str:
     return "csgmv" if "csgmv" in on.backends else on.backends[0]
 
 
-def planning(on: Setting) -> Iterator[dict[str, Any]]:
-    """CPU time of `plan` and `cut` for 256 requests."""
+def planning(on: Sizing) -> Iterator[dict[str, Any]]:
+    """Measure the CPU time of `plan` and `cut` for 256 requests."""
     for adapters in (1, 8, 32, 256):
         lengths, slots = [16] * 256, [i % adapters for i in range(256)]
         times = []
@@ -143,9 +142,9 @@ def planning(on: Setting) -> Iterator[dict[str, Any]]:
         yield row("plan", f"256 requests, {adapters} adapters", median(times), 60.0, "us")
 
 
-def error(on: Setting) -> Iterator[dict[str, Any]]:
-    """Each backend against float32, and against each other in units of the last place."""
-    lengths = [(1, 20, 50, 185)[i % 4] for i in range(64)]  # adapter i has requests of one length: all tile heights
+def error(on: Sizing) -> Iterator[dict[str, Any]]:
+    """Compare each backend with float32, and backends with each other in units in the last place (ULP)."""
+    lengths = [(1, 20, 50, 185)[i % 4] for i in range(64)]  # covers every tile height
     batch = plan(lengths, [None, *(i % 24 for i in range(1, 64))])[1].placed(on.device)
     for rank in (8, 64):
         layer = on.layer(rank, 24, batch.rows)
@@ -170,17 +169,17 @@ def _float32(layer: MeasuredLayer, batch: LoraBatch, name: str) -> Tensor:
 
 
 def _ulps(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Differences in units of the last place of outputs of size 1 or more: the 99.9th percentile, and the largest."""
+    """Return the 99.9th percentile and the maximum of the difference in ULP. Outputs below 1 count as 1."""
     size = torch.maximum(a.abs(), b.abs()).float().clamp(min=1.0)
     ulp = torch.exp2(torch.floor(torch.log2(size))) * torch.finfo(a.dtype).eps
     off = ((a.float() - b.float()).abs() / ulp).flatten()
     return float(off.kthvalue(max(1, off.numel() * 999 // 1000)).values), float(off.max())
 
 
-PARTS: dict[str, Callable[[Setting], Iterator[dict[str, Any]]]] = {
+PARTS: dict[str, Callable[[Sizing], Iterator[dict[str, Any]]]] = {
     "few": few, "many": many, "short": short, "decode": decode, "plan": planning, "error": error,
 }  # fmt: skip
-BATCHES = {  # (rows, adapters): what csgmv compiles for
+BATCHES = {  # (rows, adapters) for which csgmv is compiled
     "few": [(30_720, 4)], "many": [(30_720, 64)], "short": [(4096, 256)], "decode": [(256, 32), (256, 8)],
     "error": [(4096, 24), (4096, 256)], "grid": points(grid.SIZES.rows, grid.SIZES.adapters),
 }  # fmt: skip
@@ -189,8 +188,8 @@ BATCHES = {  # (rows, adapters): what csgmv compiles for
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=[*PARTS, "grid"], default=[*PARTS, "grid"])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64], help="of the grid")
-    parser.add_argument("--scope", choices=SCOPES, default="layer", help="of the grid")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64], help="ranks of the grid")
+    parser.add_argument("--scope", choices=SCOPES, default="layer", help="projections of the grid")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     parser.add_argument("--name", default="kernels-h200")

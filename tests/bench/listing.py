@@ -1,7 +1,7 @@
-"""A thousand adapters: how soon they are known, and how long `GET /v1/models` takes over HTTP.
+"""Time to find a thousand adapter folders, and latency of `GET /v1/models` with them.
 
-The folders are links to the files of a few real adapters, so that no weights are written; nobody asks for one of them,
-so none are read. `/health`, which does nothing, says what of it is HTTP and the machine.
+The folders hold hard links to the files of a few real adapters. No request uses them, so no weights are read. `/health`
+shows how much of the latency comes from HTTP and the machine.
 
 usage: python -m tests.bench.listing [--adapters 1000] [--calls 500] [--out FOLDER]
 """
@@ -25,7 +25,7 @@ from tests.cluster.service import Service, local_configuration, serving
 
 
 def fill(folder: Path, made: Path, adapters: int) -> None:
-    """Folders with the files of the made adapters, each in turn."""
+    """Write `adapters` folders of hard links to the adapters in `made`."""
     sources = [path for path in made.iterdir() if not path.name.startswith(".")]
     for number in range(adapters):
         target = folder / f"adapter-{number:05d}"
@@ -36,14 +36,14 @@ def fill(folder: Path, made: Path, adapters: int) -> None:
 
 
 def registered_s(folder: Path) -> float:
-    """A fresh process's first look at all of them."""
+    """Return the seconds that a new registry takes to list the folders."""
     began_s = time.perf_counter()
     Registry(folder, {}).scan()
     return time.perf_counter() - began_s
 
 
 def timed(service: Service, path: str, calls: int) -> tuple[list[float], httpx.Response]:
-    """Milliseconds of one call after the other, on one connection, and the last answer."""
+    """Return the milliseconds of consecutive calls on one connection, and the last answer."""
     took: list[float] = []
     with httpx.Client(base_url=service.url, trust_env=False, timeout=60) as http:
         for _ in track(range(calls + 1), f"GET {path}", console=Console(stderr=True)):
@@ -55,7 +55,6 @@ def timed(service: Service, path: str, calls: int) -> tuple[list[float], httpx.R
 
 
 def row(service: Service, path: str, calls: int) -> dict[str, Any]:
-    """The first call, and how the others were."""
     took, answer = timed(service, path, calls)
     rest = np.array(took[1:])
     return {

@@ -1,8 +1,8 @@
-"""The first answer for an adapter that is in a slot, in host memory or on disk: how long, alone and beside traffic.
+"""Latency of the first answer for an adapter in a slot, in host memory or on disk, idle and beside traffic.
 
-The files are put out of the page cache before each load from disk, and read to name their revision, as a replica does
-that has not seen them. One prompt of 16 tokens is asked for; the first one comes right after the engine's start, and so
-shows what its warming has left out.
+Before each load from disk the files are dropped from the page cache, and then hashed as a replica hashes files that are
+new to it. Each request has one prompt of 16 tokens. The first one follows the engine's start, so its time includes
+everything that the warm-up left out.
 
 usage: python -m tests.bench.loads [--layers 28] [--turns 20] [--out FOLDER]
 """
@@ -28,19 +28,19 @@ from tests.bench.engine import embed, refs
 from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model
 
 _MODULES = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
-_BATCH = 60  # prompts of 512 tokens at once, the traffic beside the loads
+_BATCH = 60  # prompts of 512 tokens in flight beside the loads
 _SLOTS = 4
 
 
 def forget(path: Path) -> None:
-    """Have the kernel drop a file from its page cache."""
+    """Drop a file from the kernel's page cache."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def first_answers(engine: Engine, adapters: Sequence[AdapterRef], tier: str) -> NDArray[np.float64]:
-    """Milliseconds until the revision and the answer for each of them, one after the other; each is found in `tier`."""
+    """Return the milliseconds to the revision and to the answer of each adapter, checking that it was in `tier`."""
     prompt = np.arange(1, 17, dtype=np.int32)
     took_s = []
     for adapter in adapters:
@@ -52,12 +52,12 @@ def first_answers(engine: Engine, adapters: Sequence[AdapterRef], tier: str) -> 
         (answer,) = embed(engine, [prompt], [asked])
         took_s.append((named_s - began_s, perf_counter() - began_s))
         if answer.tier != tier:
-            raise RuntimeError(f"expected {adapter.name} in {tier}, it was found in {answer.tier}")
+            raise RuntimeError(f"expected {adapter.name} in tier {tier}, got {answer.tier}")
     return np.array(took_s) * 1e3
 
 
 def rows(engine: Engine, adapters: Sequence[AdapterRef], megabytes: float, beside: str) -> list[dict[str, Any]]:
-    """A row a tier. More adapters than slots: those asked for last time around have left again for host memory."""
+    """Return a row for each tier. There are fewer slots than adapters, so earlier ones are back in host memory."""
     found = []
     for tier, asked in (("disk", adapters), ("host", adapters), ("gpu", [adapters[-1]] * len(adapters))):
         named_ms, took_ms = first_answers(engine, asked, tier).T
@@ -80,7 +80,7 @@ def main() -> None:
         folder = Path(scratch)
         write_model(folder / "model", layers=options.layers)
         made = write_adapters(folder / "adapters", 2 * options.turns + 1, layers=options.layers, modules=_MODULES)
-        os.sync()  # or the disk still writes them while it is asked for the first
+        os.sync()  # the disk would still write them during the first loads
         size = (made[0] / WEIGHTS_FILE).stat().st_size / 1e6
         *some, busy = refs(made)
         engine = Engine(EngineConfig(folder / "model", slots=_SLOTS, lora_modules=_MODULES, host_cache_bytes=16 << 30))
@@ -99,7 +99,7 @@ def main() -> None:
 def beside_traffic(
     engine: Engine, adapters: Sequence[AdapterRef], busy: AdapterRef, size: float
 ) -> list[dict[str, Any]]:
-    """The same while batches of another adapter follow each other without a break."""
+    """Return the rows measured while batches of another adapter run without a pause."""
     stop = threading.Event()
     prompts = [np.arange(1, 513, dtype=np.int32)] * (_BATCH // 2)
 

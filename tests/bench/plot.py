@@ -1,4 +1,4 @@
-"""The dispatcher's grid as a picture: which backend is fastest where, and where the choice is another.
+"""Draw the grid of `tests.bench.grid`: the fastest backend for each batch, and where dispatch chooses another.
 
 usage: python -m tests.bench.plot RESULT.json
 """
@@ -12,11 +12,11 @@ COLOURS = {"native": "#7fb2d9", "csgmv": "#f2b56b", "merged": "#8cc79a"}
 
 
 def draw(result: Path) -> Path | None:
-    """Write RESULT.png beside RESULT.json; None, with a line that says so, where matplotlib is missing."""
+    """Write RESULT.png beside RESULT.json. Returns None where matplotlib is missing."""
     try:
         import matplotlib as mpl
     except ImportError:
-        print("no picture: it needs matplotlib (pip install matplotlib)")
+        print("no picture: matplotlib is missing (pip install matplotlib)")
         return None
     mpl.use("Agg")
     from matplotlib import pyplot
@@ -35,7 +35,7 @@ def draw(result: Path) -> Path | None:
     known = [_square(0, 0, color=colour) for colour in COLOURS.values()]
     figure.legend(known, list(COLOURS), loc="outside lower center", ncols=len(COLOURS))
     where = ", ".join(content["environment"]["gpus"]) or "CPU"
-    figure.suptitle(f"Fastest backend, its time in ms; below it how far dispatch's choice is behind ({where})")
+    figure.suptitle(f"Fastest backend and its time in ms; below, how much slower dispatch's choice is ({where})")
     path = result.with_suffix(".png")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -43,7 +43,7 @@ def draw(result: Path) -> Path | None:
 
 
 def _panel(panel: Any, rows: list[dict[str, Any]]) -> None:
-    """One rank: rows of the batch across, adapters up; a red frame where the choice is more than 5 % behind."""
+    """Draw one rank. A red frame marks a choice more than 5 % slower than the best."""
     across, up = sorted({row["rows"] for row in rows}), sorted({row["adapters"] for row in rows})
     for row in rows:
         x, y, behind = across.index(row["rows"]), up.index(row["adapters"]), row["behind_percent"]

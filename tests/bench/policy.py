@@ -1,4 +1,4 @@
-"""What one choice of the router costs: replicas that report, adapters by Zipf, requests in flight.
+"""CPU time of one routing decision, with reporting replicas, Zipf-distributed adapters and requests in flight.
 
 usage: python -m tests.bench.policy
 """
@@ -23,7 +23,7 @@ _RATE = 300_000.0
 
 
 def row(replicas: int, adapters: int) -> dict[str, Any]:
-    """Times of `choose`, and of all else that a request and a report cost the router."""
+    """Time `choose`, and the bookkeeping of one request and one report."""
     routes, names = Affinity(), [f"adapter-{i}" for i in range(adapters)]
     routes.fleet.join([Member(f"r{i}", i) for i in range(replicas)], 0.0)
     for i in range(replicas):

@@ -1,4 +1,4 @@
-"""Each stage of a batch beside its floor, at the real sizes: what `ranklet profile` prints.
+"""Time of each stage of a batch beside its roofline floor, as `ranklet profile` prints it, at real sizes.
 
 usage: python -m tests.bench.profile [--layers 28]
 """

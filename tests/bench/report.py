@@ -1,7 +1,9 @@
-"""Benchmark results as files: what was measured, on what, with which versions, when."""
+"""Result files of benchmarks: rows, command, hardware, versions and date."""
 
 import json
+import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -18,26 +20,25 @@ _PACKAGES = ("torch", "triton", "transformers", "peft", "ray", "nvidia-cudnn-fro
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions that a number holds for."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": _command(),
         "gpus": gpus,
         "driver": _driver() if gpus else None,
-        "cpu_cores": len(__import__("os").sched_getaffinity(0)),
+        "cpu_cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
     }
 
 
 def _command() -> str:
-    """The command line, without where the result went."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    """Return the command line without --out, which differs between machines."""
+    words = [Path(sys.argv[0]).stem, *sys.argv[1:]]
     if "--out" in words:
         at = words.index("--out")
         del words[at : at + 2]
-    return " ".join(["python", *words])
+    return shlex.join(["python", "-m", f"tests.bench.{words[0]}", *words[1:]])
 
 
 def _version(package: str) -> str | None:

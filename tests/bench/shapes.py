@@ -1,4 +1,4 @@
-"""Model folders and adapters of real shapes with random weights, for benchmarks on a GPU machine."""
+"""Model folders and adapters with real shapes and random weights."""
 
 import json
 import math
@@ -16,7 +16,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 def decoder(
     name: str, *, layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, intermediate: int, vocab: int
 ) -> Architecture:
-    """A decoder's dimensions; the rest as Qwen3-Embedding has it."""
+    """Return an architecture with these dimensions and Qwen3-Embedding's other settings."""
     return Architecture(
         name, layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, eps=1e-6,
         qk_norm=name.startswith("Qwen3"), windows=(None,) * layers, max_position=32_768,
@@ -32,7 +32,6 @@ LLAMA_31_8B = decoder(
 
 
 def module_path(layer: int, name: str) -> str:
-    """The module's name inside the decoder."""
     group = "self_attn" if name in ATTENTION else "mlp"
     return f"layers.{layer}.{group}.{name}"
 
@@ -40,7 +39,7 @@ def module_path(layer: int, name: str) -> str:
 def write_model(
     folder: Path, shape: Architecture = QWEN3_EMBEDDING_06B, *, layers: int | None = None, seed: int = 0
 ) -> Path:
-    """A Qwen3 folder of this shape: random bf16 weights of the usual scale (std 1/sqrt(width)), norms near one."""
+    """Write a Qwen3 folder of this shape with random bf16 weights (std 1/sqrt(width)) and norms near one."""
     folder.mkdir(parents=True, exist_ok=True)
     layers = layers or shape.layers
     config: dict[str, Any] = {
@@ -79,7 +78,7 @@ def write_adapters(
     folder: Path, count: int, *, shape: Architecture = QWEN3_EMBEDDING_06B, layers: int | None = None, rank: int = 64,
     modules: tuple[str, ...] = ATTENTION,
 ) -> list[Path]:  # fmt: skip
-    """PEFT folders `folder/ad000` ...: random weights, LoRA's output about a tenth of the base's."""
+    """Write PEFT folders `folder/ad000` ... whose LoRA output is about a tenth of the base's."""
     made = []
     for i in range(count):
         path = folder / f"ad{i:03d}"

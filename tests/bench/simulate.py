@@ -1,4 +1,6 @@
-"""Routing rules on simulated clusters: steady, a flash crowd, lost and new replicas, uniform traffic, stale views.
+"""Compare routing rules on simulated clusters.
+
+Parts: steady traffic, a flash crowd, lost and added replicas, uniform traffic, stale views.
 
 usage: python -m tests.bench.simulate [--parts steady flash ...] [--replicas 1000]
 """
@@ -77,7 +79,7 @@ def main() -> None:
 
 
 def picture(cases: dict[str, list[SimulationResult]], path: Path) -> None:
-    """The p99 wait of each second, a line a rule, a panel a case."""
+    """Draw the p99 wait of each second: one panel for each case, one line for each rule."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,7 +1,7 @@
-"""Minutes at saturation over HTTP: every answer is held against the one that the same prompt got alone.
+"""Run a saturated server for minutes and compare every answer with that of the same prompt sent alone.
 
-Prompts of 1 to 8192 tokens, one to four a request, more adapters than slots. Memory is read once a minute: of the GPU,
-and of the cluster's processes by what they are.
+Requests have one to four prompts of 1 to 8192 tokens, for more adapters than slots. Once a minute the memory of the GPU
+and of each kind of process is sampled.
 
 usage: python -m tests.bench.soak [--minutes 6] [--adapters 80] [--slots 64]
 """
@@ -37,16 +37,14 @@ _KINDS = {
 
 
 @dataclass
-class Tally:
-    """What came back."""
-
+class SoakAnswers:
     cosines: list[float] = field(default_factory=list)
     tokens: int = 0
     failures: Counter[str] = field(default_factory=Counter)
 
 
 class Prompts:
-    """Every prompt of every adapter, and what it got alone."""
+    """Prompts of each adapter, and the vectors they got when sent alone."""
 
     def __init__(self, adapters: list[str], longest: int, vocab: int) -> None:
         rng = np.random.default_rng(0)
@@ -56,13 +54,13 @@ class Prompts:
         self.alone: list[NDArray[np.float32]] = []
 
     def body(self, name: int, chosen: list[int]) -> bytes:
-        """The request for some of an adapter's prompts."""
+        """Return the body of a request with some of an adapter's prompts."""
         given = [self.tokens[name * _PROMPTS_EACH + i] for i in chosen]
         return orjson.dumps({"model": self.names[name], "input": given, "encoding_format": "base64"})
 
 
 async def ask(client: aiohttp.ClientSession, url: str, body: bytes) -> tuple[str, list[NDArray[np.float32]]]:
-    """The error's code, "" if there was none, and the vectors."""
+    """Send a request. Returns the error code, "" on success, and the vectors."""
     try:
         async with client.post(f"{url}/v1/embeddings", data=body) as answer:
             said = orjson.loads(await answer.read())
@@ -75,9 +73,9 @@ async def ask(client: aiohttp.ClientSession, url: str, body: bytes) -> tuple[str
 
 async def soak(
     url: str, prompts: Prompts, minutes: float, concurrency: int, pid: int
-) -> tuple[Tally, list[dict[str, Any]]]:
-    """Ask each prompt alone, then all of them at once for so long; what came, and the memory at each minute."""
-    tally, memory = Tally(), []
+) -> tuple[SoakAnswers, list[dict[str, Any]]]:
+    """Send each prompt alone, then keep `concurrency` requests in flight for `minutes`. Returns answers and memory."""
+    seen, memory = SoakAnswers(), []
     headers = {"content-type": "application/json"}
     timeout = aiohttp.ClientTimeout(total=120)
     async with aiohttp.ClientSession(
@@ -99,11 +97,11 @@ async def soak(
                 chosen = rng.choice(_PROMPTS_EACH, rng.integers(1, 5), replace=False).tolist()
                 failed, vectors = await ask(client, url, prompts.body(name, chosen))
                 if failed:
-                    tally.failures[failed] += 1
+                    seen.failures[failed] += 1
                 for i, vector in zip(chosen, vectors, strict=False):
                     at = name * _PROMPTS_EACH + i
-                    tally.cosines.append(float(vector @ prompts.alone[at]))
-                    tally.tokens += len(prompts.tokens[at])
+                    seen.cosines.append(float(vector @ prompts.alone[at]))
+                    seen.tokens += len(prompts.tokens[at])
 
         async def watch() -> None:
             while time.monotonic() < until_s:
@@ -111,11 +109,11 @@ async def soak(
                 memory.append(await asyncio.to_thread(used, pid))
 
         await asyncio.gather(watch(), *(worker(seed) for seed in range(concurrency)))
-    return tally, memory
+    return seen, memory
 
 
 def used(pid: int) -> dict[str, Any]:
-    """Megabytes: of the GPU, and resident by kind of process below `pid`."""
+    """Return megabytes used on the GPU and resident by kind of process below `pid`."""
     found: dict[str, Any] = {}
     if torch.cuda.is_available():
         asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
@@ -124,7 +122,7 @@ def used(pid: int) -> dict[str, Any]:
         try:
             command = (below / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             pages = int((below / "statm").read_text().split()[1])
-        except OSError:  # it has just ended
+        except OSError:  # the process has ended
             continue
         kind = next((kind for mark, kind in _KINDS.items() if mark in command), "ray's own")
         found[kind] = found.get(kind, 0) + pages * 4096 // 1_000_000
@@ -166,12 +164,12 @@ def main() -> None:
     ):
         prompts = Prompts(running.adapters, options.longest, QWEN3_EMBEDDING_06B.vocab)
         asked = soak(running.state.base_url, prompts, options.minutes, options.concurrency, running.state.pid)
-        tally, memory = asyncio.run(asked)
-    cosines = np.array(tally.cosines)
+        seen, memory = asyncio.run(asked)
+    cosines = np.array(seen.cosines)
     rows: list[dict[str, Any]] = [{
-        "minute": "all", "answers": len(cosines), "failed": dict(tally.failures),
+        "minute": "all", "answers": len(cosines), "failed": dict(seen.failures),
         "least cosine": f"{cosines.min():.6f}", "below 0.9999": int((cosines < 0.9999).sum()),
-        "median cosine": f"{np.median(cosines):.7f}", "tokens_per_s": round(tally.tokens / (options.minutes * 60)),
+        "median cosine": f"{np.median(cosines):.7f}", "tokens_per_s": round(seen.tokens / (options.minutes * 60)),
         "MB": "",
     }]  # fmt: skip
     rows += [dict.fromkeys(rows[0], "") | {"minute": i + 1, "MB": found} for i, found in enumerate(memory)]

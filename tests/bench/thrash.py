@@ -1,7 +1,7 @@
-"""More adapters than slots on one engine: what is left of its throughput as adapters must come and go.
+"""Throughput of one engine with more adapters than slots.
 
-As many prompts as `tests.bench.cluster` has for each replica are in flight all the time, each for one of the adapters
-at random. All adapters are in host memory; the first row has a slot for each.
+A constant number of prompts is in flight, each for a random adapter; the default is that of one replica in
+`tests.bench.cluster`. Every adapter is in host memory. In the first row every adapter has a slot.
 
 usage: python -m tests.bench.thrash [--adapters 64 66 72 80 96 128] [--slots 64] [--tokens 512] [--out FOLDER]
 """
@@ -29,7 +29,7 @@ from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, w
 
 
 class Watch(Listener):
-    """Batches and loads since the last `clear`."""
+    """Collects batches and loads since the last `clear`."""
 
     def __init__(self) -> None:
         self.clear()
@@ -45,8 +45,8 @@ class Watch(Listener):
         self.loads.append(record)
 
 
-class Traffic:
-    """Prompts of one length, so many in flight all the time, for adapters at random."""
+class RandomTraffic:
+    """Keeps `in_flight` prompts of one length in flight, for random adapters."""
 
     def __init__(self, engine: Engine, adapters: list[AdapterRef], tokens: int, in_flight: int) -> None:
         self._engine = engine
@@ -59,12 +59,12 @@ class Traffic:
         self._over = False
         self._thread = threading.Thread(target=self._run)
 
-    def __enter__(self) -> "Traffic":
+    def __enter__(self) -> "RandomTraffic":
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Waits for the last answer; raises what a request failed with."""
+        """Wait for the last answer. Raises the error of a failed request."""
         self._over = True
         self._thread.join()
         for _ in range(self._in_flight):
@@ -85,8 +85,7 @@ class Traffic:
 
 
 def measured(engine: Engine, watch: Watch, adapters: list[AdapterRef], options: argparse.Namespace) -> dict[str, Any]:
-    """One row."""
-    with Traffic(engine, adapters, options.tokens, options.in_flight):
+    with RandomTraffic(engine, adapters, options.tokens, options.in_flight):
         sleep(options.settle)
         watch.clear()
         began_s = perf_counter()
@@ -109,7 +108,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--in-flight", type=int, default=800)
-    parser.add_argument("--settle", type=float, default=2.0, help="seconds that do not count")
+    parser.add_argument("--settle", type=float, default=2.0, help="seconds before the measurement starts")
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     parser.add_argument("--name", default="thrash-h200")

@@ -1,4 +1,4 @@
-"""The tuner on the shapes whose tables are shipped, without their models.
+"""Run the tuner on the shapes of the shipped tables, without their models.
 
 usage: python -m tests.bench.tune [--shapes qwen3-embedding-0.6b llama-3.1-8b] [--ranks 8 16 32 64] [--out PATH]
 """
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--rows", type=int, nargs="+", default=[])
     parser.add_argument("--no-crossovers", action="store_true")
-    parser.add_argument("--out", type=Path, help="the table (default: the GPU's, with the kernels)")
+    parser.add_argument("--out", type=Path, help="table to write (default: that of this GPU, beside the kernels)")
     options = parser.parse_args()
     for name in options.shapes:
         dims, crossovers = SHAPES[name].module_dims(), not options.no_crossovers
