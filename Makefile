@@ -4,7 +4,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 ROOMS := cluster kernels replicas routing
 READY := .venv/.ready .dev/ranklet
-CLUSTERED := tests/cluster tests/deploy# these start Ray, which wants the machine for itself
+CLUSTERED := tests/cluster tests/deploy# these start Ray, and need the machine to themselves
 
 .DEFAULT_GOAL := help
 .PHONY: help demo serve test check format bench clean
@@ -18,9 +18,9 @@ demo: $(READY) ## a small model and six LoRA adapters, served by Ray Serve and c
 serve: $(READY) ## the same, left running until Ctrl-C
 	@$(BIN)/python -m tests.demo --keep
 
-test: $(READY) ## the whole suite, on the CPU: Ray's tests one after the other, then the others side by side
-	@$(BIN)/pytest $(CLUSTERED)
+test: $(READY) ## all tests, on the CPU: those without Ray in parallel, then those with Ray one after the other
 	@OMP_NUM_THREADS=1 $(BIN)/pytest $(CLUSTERED:%=--ignore=%) --numprocesses logical --maxprocesses 8 --dist worksteal
+	@$(BIN)/pytest $(CLUSTERED)
 
 check: $(READY) ## ruff, mypy --strict and the import rule
 	$(BIN)/ruff check .

@@ -1,13 +1,15 @@
-"""Fixtures of the suite: a model folder and its adapters made once, NaN in uninitialised memory, GPU tests skipped."""
+"""Fixtures of all tests: the demo model, its adapters, NaN in uninitialised memory. Skips GPU tests without a GPU."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from tests import needs
 
 if TYPE_CHECKING:
     from tests.assets.make import AdapterSpec
@@ -25,12 +27,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where PyTorch sees no CUDA device."""
     for item in items:
         if not HAS_CUDA and item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and PyTorch sees none here"))
+            item.add_marker(pytest.mark.skip(reason=needs.reason("a CUDA device", "PyTorch sees none here")))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # after pytest's own list of skipped tests
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None]:
+    """Print how many tests each missing program or device has skipped."""
+    yield
+    skipped = (report.longrepr for report in terminalreporter.getreports("skipped"))
+    for line in needs.summary(str(each[2]) for each in skipped if isinstance(each, tuple)):
+        terminalreporter.write_line(line, yellow=True)
 
 
 @pytest.fixture(scope="session")
 def assets_dir(pytestconfig: pytest.Config) -> Path:
-    """A folder with `model/` and `adapters/`, kept between runs until what makes it changes. Do not write into it."""
+    """Return a folder with `model/` and `adapters/`. It is kept between runs, so tests must not write into it."""
     from tests.assets.cache import digest, make_once
 
     return make_once(pytestconfig.cache.mkdir(f"assets-{digest()}"))
@@ -38,19 +49,19 @@ def assets_dir(pytestconfig: pytest.Config) -> Path:
 
 @pytest.fixture(scope="session")
 def model_dir(assets_dir: Path) -> Path:
-    """A small Qwen3 embedding model: 4 layers, hidden 128, tied, last-token pooling."""
+    """Return the folder of a small Qwen3 embedding model: 4 layers, hidden 128, tied, last-token pooling."""
     return assets_dir / "model"
 
 
 @pytest.fixture(scope="session")
 def adapters_dir(assets_dir: Path) -> Path:
-    """The folder that holds the six adapters, one folder each."""
+    """Return the folder with the six adapters of the demo, one folder each."""
     return assets_dir / "adapters"
 
 
 @pytest.fixture(scope="session")
 def adapter_specs(adapters_dir: Path) -> "list[AdapterSpec]":
-    """The six adapters of the demo, saved by PEFT."""
+    """Return the six adapters of the demo, saved by PEFT."""
     from tests.assets.make import adapter_specs
 
     return adapter_specs(adapters_dir)
@@ -58,8 +69,8 @@ def adapter_specs(adapters_dir: Path) -> "list[AdapterSpec]":
 
 @pytest.fixture(autouse=True)
 def _uninitialised_memory_is_nan() -> Iterator[None]:
-    """torch.empty gives NaN (the largest integer for integers): what is read before it is written shows."""
+    """Fill memory of torch.empty with NaN (integers: the largest one), so that reading it too early shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fill_uninitialized_memory, on by default, needs it
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fill_uninitialized_memory needs it
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])

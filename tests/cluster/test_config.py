@@ -13,6 +13,7 @@ from ranklet.cluster.app import ROUTER, build
 from ranklet.cluster.autoscaling import by_work
 from ranklet.cluster.config import AdapterList, AppArgs
 from ranklet.routing.affinity import Policy
+from tests.ray_internals import bound_deployments
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 BASE: dict[str, Any] = {"base": {"model_dir": "/models/base"}}
@@ -28,13 +29,8 @@ def test_the_shipped_files_suit_ray_and_the_builder(file: str) -> None:
     schema = ServeDeploySchema.model_validate(content)
     application = schema.applications[0]
     assert application.import_path == "ranklet.cluster.app:build"
-    built = build(AppArgs.model_validate(application.args))
-    names = {built._bound_deployment.name, *(app._bound_deployment.name for app in _bound_in(built))}
+    names = bound_deployments(build(AppArgs.model_validate(application.args)))
     assert {deployment.name for deployment in application.deployments} == names == {"Gateway", "Replica"}
-
-
-def _bound_in(application: Any) -> list[Any]:
-    return [value for value in application._bound_deployment.init_args if hasattr(value, "_bound_deployment")]
 
 
 def test_the_comments_of_the_shipped_file_are_true() -> None:

@@ -19,17 +19,17 @@ from tests.cluster.gcs import Gcs, redis_server
 from tests.cluster.load import LoadResult
 from tests.cluster.nodes import Node, child_processes, command_line, process_tree
 from tests.cluster.service import Service, eventually, own_configuration, serving, vectors_of
+from tests.needs import is_installed, needs, require
 
 Nodes = tuple[Service, list[Node], Path]
 ENDS_S = 10.0  # a request, after a fault
 BACK_S = 30.0  # the replicas, after one was lost
-HAS_REDIS = shutil.which("redis-server") is not None
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Where the GCS keeps what it knows: in a Redis, if one is installed, else in itself."""
-    if not HAS_REDIS:
+    if not is_installed("redis-server"):
         yield {}
         return
     with redis_server(tmp_path_factory.mktemp("redis")) as environment:
@@ -41,6 +41,7 @@ def nodes(
     model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory, kept: dict[str, str]
 ) -> Iterator[Nodes]:
     """Two gateways, which a deploy replaces in turn, HAProxy on the head; two nodes with room for two replicas each."""
+    require("haproxy")
     folder = tmp_path_factory.mktemp("nodes")
     content = own_configuration(model_dir, adapters_dir, folder)
     gateway, replica = content["applications"][0]["deployments"]
@@ -197,7 +198,7 @@ def test_all_replicas_are_lost(nodes: Nodes) -> None:
     assert abs(service.embed("medical", "text") - expected).max() < 1e-5
 
 
-@pytest.mark.skipif(not HAS_REDIS, reason="needs Debian's redis-server")
+@needs("redis-server")
 def test_the_gcs_is_lost_and_comes_back(nodes: Nodes) -> None:
     """Requests go on without it; then Serve goes on with the same processes, and can replace one. Ends the cluster."""
     service, _, folder = nodes

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,13 +17,12 @@ from deploy.grafana import board
 from tests.assets.broken import BROKEN
 from tests.cluster.service import BASE, Service, eventually, own_configuration, serving
 from tests.deploy.prometheus import DEPLOY, Prometheus, scraping
+from tests.needs import needs
 
 LOAD_S = 20.0
 LARGEST = {"percentunit": 1.0001, "s": 600.0, "reqps": 1e6, "ops": 1e9, "bytes": 1e12, "short": 1e9}
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("prometheus") is None or shutil.which("promtool") is None, reason="needs Debian's prometheus"
-)
+pytestmark = needs("prometheus")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +17,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from ranklet.cluster.config import AppArgs
 from tests.deploy.kuberay import RAY_SERVICE
+from tests.needs import needs
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -126,7 +126,7 @@ def test_the_manifest_has_room_for_what_it_deploys() -> None:
     assert sum(count * options.get("num_gpus", 0) for count, options in asked) == gpus
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+@needs("systemd-analyze")
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     program = Path(sys.executable).parent / "ranklet"
     unit = tmp_path / "ranklet.service"

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 from ray.serve.request_router import ReplicaID
 
 from ranklet.routing import counters
@@ -15,6 +14,7 @@ from ranklet.routing.affinity import Affinity
 from ranklet.routing.counters import Counters
 from ranklet.routing.hint import HINT, RoutingHint
 from ranklet.routing.router import AdapterRouter
+from tests.ray_internals import DeploymentHandleSource, DeploymentID
 from tests.routing.given import told
 
 DEPLOYMENT = DeploymentID(name="Replica", app_name="ranklet")

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
-from ray.serve.request_router import PendingRequest
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
@@ -21,6 +19,7 @@ from ranklet.routing.fleet import Member
 from ranklet.routing.hint import HINT
 from ranklet.routing.report import QueueLoad
 from ranklet.routing.router import AdapterRouter
+from tests.ray_internals import DeploymentHandleSource, DeploymentID, pending_request, queue_and_dequeue
 
 PROMPTS = [np.arange(1, 5, dtype=np.int32)]
 
@@ -76,11 +75,9 @@ async def test_ray_forgets_a_call_that_was_answered(tmp_path: Any) -> None:
         deployment_id=DeploymentID("Replica", "ranklet"), handle_source=DeploymentHandleSource.REPLICA
     )
     options = {name: value for name, value in handle.options_given.items() if name == "multiplexed_model_id"}
-    metadata = RequestMetadata(request_id="1", internal_request_id="1", **options)
-    pending = PendingRequest(args=[handle.call], kwargs=handle.kwargs, metadata=metadata)
+    pending = pending_request([handle.call], handle.kwargs, **options)
     kept = weakref.ref(pending)
-    router._add_pending_request_to_indices(pending)
-    router._remove_pending_request_from_indices(pending)
+    queue_and_dequeue(router, pending)
     del pending
     gc.collect()
     assert kept() is None

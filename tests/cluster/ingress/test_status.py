@@ -1,20 +1,18 @@
 """The status page, in a real browser: it shows what is so, and refreshes by itself."""
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from tests.cluster.service import Service
+from tests.needs import needs
 
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--hide-scrollbars", "--window-size=1200,760",
 )  # fmt: skip
 
-pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+pytestmark = needs("chromium")
 
 
 def browse(url: str, folder: Path, *more: str) -> str:
