@@ -1,4 +1,4 @@
-# Everything runs in .venv, which the first verb makes. PYTHON picks the interpreter (3.11 or newer), PIP_FLAGS goes to pip.
+# The first command creates .venv. PYTHON selects the interpreter (3.11 or newer), PIP_FLAGS is passed to pip.
 PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
@@ -9,44 +9,44 @@ CLUSTERED := tests/cluster tests/deploy# these start Ray, and need the machine t
 .DEFAULT_GOAL := help
 .PHONY: help demo serve test check format bench clean
 
-help: ## this list
+help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: $(READY) ## a small model and six LoRA adapters, served by Ray Serve and checked against transformers + PEFT
+demo: $(READY) ## serve a small model and six LoRA adapters and compare the answers with transformers + PEFT
 	@$(BIN)/python -m tests.demo
 
-serve: $(READY) ## the same, left running until Ctrl-C
+serve: $(READY) ## run the demo and keep its server running until Ctrl-C
 	@$(BIN)/python -m tests.demo --keep
 
-test: $(READY) ## all tests, on the CPU: those without Ray in parallel, then those with Ray one after the other
+test: $(READY) ## run every test on the CPU: those without Ray in parallel, then those with Ray
 	@OMP_NUM_THREADS=1 $(BIN)/pytest $(CLUSTERED:%=--ignore=%) --numprocesses logical --maxprocesses 8 --dist worksteal
 	@$(BIN)/pytest $(CLUSTERED)
 
-check: $(READY) ## ruff, mypy --strict and the import rule
+check: $(READY) ## run ruff, mypy --strict and the import rule
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .dev/ranklet tests
 	$(BIN)/pytest -q tests/test_imports.py
 
-format: $(READY) ## let ruff rewrite what it can
+format: $(READY) ## fix and format with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## the benchmarks; results go to tests/bench/results
+bench: $(READY) ## run the benchmarks; results go to tests/bench/results
 	@$(BIN)/python -m tests.bench
 
-clean: ## remove all that the other verbs made
+clean: ## remove everything that the other commands created
 	rm -rf .venv .dev .demo .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 
 .venv/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ranklet needs Python 3.11 or newer, got " \
 	    + sys.version.split()[0] + ": try make PYTHON=python3.12 $(MAKECMDGOALS)")'
-	@echo "Making .venv, once; PyTorch and Ray are large, so this takes some minutes"
+	@echo "Creating .venv; PyTorch and Ray are large, so this takes some minutes"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Static checkers cannot follow the editable install: they read the rooms through these links.
+# Static checkers cannot follow the editable install and read the rooms through these links.
 .dev/ranklet:
 	@mkdir -p $@
 	@cd $@ && ln -sfn $(addprefix ../../,$(ROOMS)) .

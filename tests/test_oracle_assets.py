@@ -1,4 +1,4 @@
-"""The oracle agrees with the libraries people use, and the assets are spread enough to show a mix-up."""
+"""The oracle agrees with sentence-transformers, and the assets differ enough to reveal a mix-up."""
 
 from pathlib import Path
 
@@ -27,19 +27,19 @@ def test_every_adapter_changes_every_text(model_dir: Path, adapter_specs: list[A
             assert max(cosine(a, b) for a, b in zip(one, other, strict=True)) < 0.9
 
 
-def test_texts_are_told_apart(model_dir: Path) -> None:
+def test_texts_get_different_vectors(model_dir: Path) -> None:
     vectors = reference_embedding(model_dir, None, TEXTS)
     similarity = vectors @ vectors.T - 2 * np.eye(len(TEXTS))
     assert similarity.max() < 0.95
 
 
-def test_eos_is_appended_and_is_not_the_chat_eos(model_dir: Path) -> None:
+def test_the_tokenizer_appends_eos_and_not_the_chat_eos(model_dir: Path) -> None:
     ids = encode(model_dir, "A short text.")
     assert ids[-1] == 0
     assert encode(model_dir, "") == [0]
 
 
-def test_oracle_refuses_keys_peft_leaves_unused(model_dir: Path, tmp_path: Path) -> None:
+def test_oracle_rejects_keys_that_peft_ignores(model_dir: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = save_adapter(model_dir, tmp_path / "odd", r=4, target_modules=["q_proj"])
@@ -51,7 +51,7 @@ def test_oracle_refuses_keys_peft_leaves_unused(model_dir: Path, tmp_path: Path)
         reference_embedding(model_dir, folder, ["a"])
 
 
-def test_the_same_arguments_give_the_same_bytes(model_dir: Path, tmp_path: Path) -> None:
+def test_equal_arguments_give_equal_bytes(model_dir: Path, tmp_path: Path) -> None:
     again = make_model(tmp_path / "model")
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (again / name).read_bytes() == (model_dir / name).read_bytes()

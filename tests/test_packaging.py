@@ -1,4 +1,4 @@
-"""The package as people install it: what the wheel holds, and that nothing at the top level hides another package."""
+"""The wheel contains every source and data file, and no top-level name hides another package."""
 
 import importlib.util
 import re
@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """Names of the files in a wheel built from the tree."""
+    """Build a wheel from the tree. Returns the names of its files."""
     out = tmp_path_factory.mktemp("wheel")
     build = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
     sources = tmp_path_factory.mktemp("sources")
@@ -44,8 +44,8 @@ def test_wheel_adds_no_other_top_level_name(wheel: set[str]) -> None:
     assert {name.split("/")[0] for name in wheel} == {"ranklet", f"ranklet-{PROJECT['project']['version']}.dist-info"}
 
 
-def test_transformers_does_not_take_our_kernels_for_hugging_faces() -> None:
-    """Run from the root, where `kernels/` is on sys.path as a namespace package."""
+def test_transformers_does_not_mistake_our_kernels_for_hugging_faces() -> None:
+    """Runs in the project's root, where `kernels/` is importable as a namespace package."""
     probe = "from transformers.utils import is_kernels_available; print(is_kernels_available())"
     done = subprocess.run(
         [sys.executable, "-c", probe], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60
@@ -54,7 +54,7 @@ def test_transformers_does_not_take_our_kernels_for_hugging_faces() -> None:
     assert done.stdout.strip() == str(installed is not None and installed.origin is not None)
 
 
-def test_every_dependency_is_pinned_and_the_pin_is_what_runs() -> None:
+def test_every_dependency_is_pinned_to_the_installed_version() -> None:
     pins = dict(
         line.lower().replace("_", "-").split("==")
         for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
@@ -64,6 +64,14 @@ def test_every_dependency_is_pinned_and_the_pin_is_what_runs() -> None:
     for requirement in named:
         name = re.split(r"[\[<>=;! ]", requirement)[0]
         assert version(name).split("+")[0] == pins[name], name
+
+
+def test_packages_match_the_folders() -> None:
+    settings = PROJECT["tool"]["setuptools"]
+    folders = {path.relative_to(ROOT).parent.as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    packages = {f"ranklet.{folder.replace('/', '.')}": folder for folder in sorted(folders)}
+    assert settings["packages"] == list(packages)
+    assert settings["package-dir"] == packages
 
 
 def test_uninitialised_memory_is_nan_in_tests() -> None:

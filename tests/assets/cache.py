@@ -1,4 +1,4 @@
-"""The model and the adapters, made once and kept until what makes them changes."""
+"""Writes the model and the adapters once and keeps them until their sources change."""
 
 import fcntl
 import hashlib
@@ -11,23 +11,23 @@ MADE_BY = ("torch", "transformers", "tokenizers", "peft", "safetensors")
 
 
 def digest() -> str:
-    """Changes with the sources of the assets and with the libraries that write them."""
-    made_of = hashlib.sha256(" ".join(map(version, MADE_BY)).encode())
+    """Return a hash of the assets' sources and of the versions of the libraries that write them."""
+    content = hashlib.sha256(" ".join(map(version, MADE_BY)).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
-        made_of.update(source.read_bytes())
-    return made_of.hexdigest()[:16]
+        content.update(source.read_bytes())
+    return content.hexdigest()[:16]
 
 
 def is_made(folder: Path) -> bool:
-    """Whether `folder` holds what `make_once` would write now."""
+    """Return whether the assets in `folder` are current."""
     stamp = folder / ".made"
     return stamp.exists() and stamp.read_text() == digest()
 
 
 def make_once(folder: Path) -> Path:
-    """Write `folder`/model and `folder`/adapters unless they are there. Returns `folder`.
+    """Write `folder`/model and `folder`/adapters unless they are current. Returns `folder`.
 
-    Made under a lock, so that two processes at once never see half a model. Other adapters in it are left alone.
+    Holds a lock, so that a second process never sees half a model. Keeps other adapters in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
@@ -42,7 +42,7 @@ def _make(folder: Path) -> None:
 
     with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as name:
         aside = Path(name)
-        # PEFT notes the base's folder in each adapter: it must be where the model will stand, not aside.
+        # PEFT writes the base's path into each adapter, so the model must be in its final place first.
         shutil.rmtree(folder / "model", ignore_errors=True)
         make_model(aside / "model").rename(folder / "model")
         (folder / "adapters").mkdir(exist_ok=True)

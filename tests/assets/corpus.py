@@ -1,4 +1,4 @@
-"""The text everything in tests/ reads: the tokenizer is trained on it, and the demo embeds sentences of it."""
+"""Sentences that train the tokenizer and serve as prompts in the tests and the demo."""
 
 SENTENCES: dict[str, tuple[str, ...]] = {
     "legal": (

@@ -1,4 +1,4 @@
-"""A file on a disk that hangs, as the kernel makes one: whoever opens it waits for the holder of its lease."""
+"""Makes opening a file hang, as on a disk that does not respond, by holding a lease on the file."""
 
 import contextlib
 import fcntl
@@ -10,8 +10,11 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def hanging(path: Path) -> Iterator[None]:
-    """Opening `path` waits until this ends, at most 45 s (/proc/sys/fs/lease-break-time). On the main thread only."""
-    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # how the kernel asks for the lease back
+    """Block every open of `path` until the context ends, for at most 45 s (/proc/sys/fs/lease-break-time).
+
+    Works on the main thread only, because it sets a signal handler.
+    """
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # the kernel requests the lease back with it
     file = os.open(path, os.O_RDWR)
     try:
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)

@@ -1,6 +1,6 @@
-"""Makes a small but real model folder: transformers writes weights and config, tokenizers trains the tokenizer.
+"""Writes a small but complete model folder with transformers and tokenizers.
 
-The same arguments give the same bytes. `make_adapters` (adapters.py) is offered here too, since the two go together.
+The same arguments give the same bytes. Re-exports `make_adapters` from adapters.py.
 """
 
 import json
@@ -65,16 +65,16 @@ def make_model(
     """Write a model folder that transformers, sentence-transformers and ranklet all load. Returns `folder`.
 
     Args:
-        architecture: which decoder of the family.
-        head_dim: None takes hidden_size / heads (Qwen2 has no such field and always does).
-        rope: rope parameters beside rope_theta, for instance `LLAMA3_ROPE`.
-        config: further fields of config.json, as transformers names them.
-        legacy_config: write config.json as transformers 4 did, and so as most folders have it.
-        causal_lm: keys begin with `model.` (as most folders), or not (as Qwen3-Embedding's).
-        max_shard_size: lower it (for instance to "200KB") for several shards with an index.
-        pooling: what 1_Pooling/config.json says; None leaves out every file of sentence-transformers.
-        legacy_pooling: `pooling_mode_*` flags as all folders up to 2026 have, or the one `pooling_mode` of newer ones.
-        append_eos, bos: what the tokenizer's post-processor adds.
+        architecture: the decoder family.
+        head_dim: None means hidden_size / heads. Qwen2 has no such field and ignores it.
+        rope: rope parameters besides rope_theta, for example `LLAMA3_ROPE`.
+        config: further fields of config.json.
+        legacy_config: write config.json in the format of transformers 4, which most folders have.
+        causal_lm: prefix keys with `model.`, as most folders do and Qwen3-Embedding does not.
+        max_shard_size: a low value (for example "200KB") gives several shards and an index.
+        pooling: the mode in 1_Pooling/config.json. None writes no sentence-transformers files.
+        legacy_pooling: write `pooling_mode_*` flags (folders up to 2026) or one `pooling_mode` (newer ones).
+        append_eos, bos: tokens that the tokenizer's post-processor adds.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -108,7 +108,7 @@ def make_model(
 
 
 def randomize(model: "nn.Module", seed: int) -> None:
-    """Weights under which texts differ: transformers' own start (std 0.02) gives all texts nearly the same vector."""
+    """Overwrite the weights. With transformers' initial ones (std 0.02) every text gets nearly the same vector."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -124,13 +124,13 @@ def randomize(model: "nn.Module", seed: int) -> None:
 
 
 def _write_legacy_config(path: Path) -> None:
-    said = json.loads(path.read_text())
-    rope = said.pop("rope_parameters")
-    said.pop("layer_types", None)
-    said["rope_theta"] = rope.pop("rope_theta")
-    said["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-    said["torch_dtype"] = said.pop("dtype")
-    _write(path, said)
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config.pop("layer_types", None)
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    config["torch_dtype"] = config.pop("dtype")
+    _write(path, config)
 
 
 def _save_pooling(folder: Path, pooling: Pooling, hidden_size: int, *, normalize: bool, legacy: bool) -> None:
@@ -144,11 +144,11 @@ def _save_pooling(folder: Path, pooling: Pooling, hidden_size: int, *, normalize
     )
     if legacy:
         flags = {key: mode == pooling for mode, key in LEGACY_POOLING_KEYS.items()}
-        how: dict[str, Any] = {"word_embedding_dimension": hidden_size, **flags, "include_prompt": True}
+        content: dict[str, Any] = {"word_embedding_dimension": hidden_size, **flags, "include_prompt": True}
     else:
         mode = LEGACY_POOLING_KEYS[pooling].removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
-        how = {"embedding_dimension": hidden_size, "pooling_mode": mode, "include_prompt": True}
-    _write(folder / "1_Pooling" / "config.json", how)
+        content = {"embedding_dimension": hidden_size, "pooling_mode": mode, "include_prompt": True}
+    _write(folder / "1_Pooling" / "config.json", content)
     _write(
         folder / "config_sentence_transformers.json",
         {"prompts": PROMPTS, "default_prompt_name": None, "similarity_fn_name": "cosine"},

@@ -1,4 +1,4 @@
-"""What the answer must be: transformers and PEFT in float32, one text at a time, no padding, no batch."""
+"""Reference embeddings from transformers and PEFT in float32, one unpadded text at a time."""
 
 import json
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ def reference_embedding(
     *,
     dimensions: int | None = None,
 ) -> np.ndarray:
-    """The embeddings transformers and PEFT give. float32 [prompts, dimensions or hidden].
+    """Compute embeddings with transformers and PEFT: float32 [prompts, dimensions or hidden].
 
     Args:
-        prompts: texts (tokenised with the special tokens the folder's tokenizer adds), or token ids taken as they are.
-        dimensions: cut to so many, then normalise again.
+        prompts: texts, to which the tokenizer adds its special tokens, or token ids, which are used unchanged.
+        dimensions: truncate to this many dimensions and normalise again.
 
     Raises:
-        ValueError: PEFT left keys of the adapter unused, or weights of it unfilled.
+        ValueError: PEFT ignored keys of the adapter or left weights of it unset.
     """
     import torch
 
@@ -50,13 +50,13 @@ def reference_embedding(
 
 
 def cosine(left: np.ndarray, right: np.ndarray) -> float:
-    """Cosine of two vectors, computed in float64."""
+    """Compute the cosine of two vectors in float64."""
     a, b = np.asarray(left, np.float64), np.asarray(right, np.float64)
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
 def encode(model_dir: Path, text: str) -> list[int]:
-    """Token ids of one text, special tokens as the folder's own tokenizer adds them."""
+    """Tokenise one text with the model folder's tokenizer, special tokens included."""
     ids: list[int] = _tokenizer(Path(model_dir))(text)["input_ids"]
     return ids
 
@@ -105,7 +105,7 @@ def _decoder(model_dir: Path, adapter_dir: Path | None, *stamps: int) -> "nn.Mod
 
 
 def _attach(model: "nn.Module", adapter_dir: Path) -> None:
-    """Put the adapter's layers into `model`, in place, refusing what PEFT would only warn of."""
+    """Add the adapter's layers to `model` in place. Raises ValueError where PEFT only warns."""
     from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -119,6 +119,6 @@ def _attach(model: "nn.Module", adapter_dir: Path) -> None:
 
 
 def _stamp(folder: Path | None) -> int:
-    """Changes when the weights of a folder are written again, so that the cache is not stale."""
+    """Return the time of the newest weights, which keeps the cache from serving old ones."""
     files = Path(folder).glob("*.safetensors") if folder else ()
     return max((file.stat().st_mtime_ns for file in files), default=0)

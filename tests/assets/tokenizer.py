@@ -1,4 +1,4 @@
-"""A real byte-level BPE tokenizer, small, of the same make as Qwen3-Embedding's: its post-processor appends EOS."""
+"""Trains a small byte-level BPE tokenizer like Qwen3-Embedding's, whose post-processor appends EOS."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,19 +10,19 @@ if TYPE_CHECKING:
     from tokenizers.processors import PostProcessor
 
 EOS = "<|endoftext|>"
-CHAT_EOS = "<|im_end|>"  # what Qwen names eos_token, though the post-processor appends EOS: both must not be mixed up
+CHAT_EOS = "<|im_end|>"  # Qwen's eos_token, which differs from the EOS that the post-processor appends
 BOS = "<|begin_of_text|>"
 
 
 def save_tokenizer(
     folder: Path, *, vocab_size: int, max_length: int, append_eos: bool = True, bos: bool = False
 ) -> int:
-    """Train on the corpus and write what `AutoTokenizer` reads. Returns the number of tokens it knows.
+    """Train on the corpus and save for `AutoTokenizer`. Returns the size of the vocabulary.
 
     Args:
-        folder: where tokenizer.json and tokenizer_config.json go.
-        vocab_size: upper bound; the corpus is small, so the tokenizer may end below it.
-        max_length: tokens a prompt may have, as the tokenizer states it.
+        folder: receives tokenizer.json and tokenizer_config.json.
+        vocab_size: upper bound; the corpus may be too small to reach it.
+        max_length: `model_max_length` in the tokenizer's config.
         append_eos: end every sequence with EOS, as Qwen3-Embedding does.
         bos: begin every sequence with BOS, as Llama does.
     """

@@ -1,6 +1,6 @@
-"""`make demo`: a small model and six adapters, served by Ray Serve on this machine, and checked against PEFT.
+"""`make demo`: serve a small model and six adapters with Ray Serve and compare the answers with PEFT.
 
-Exits with 1 if any answer is not the reference's.
+Exits with 1 if an answer differs from the reference.
 """
 
 import argparse
@@ -28,7 +28,7 @@ WORST_COSINE = 0.999999
 
 
 class Progress:
-    """One line a step, with the seconds since the start."""
+    """Prints lines with the seconds since the start."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -41,10 +41,10 @@ class Progress:
 
 
 def main() -> int:
-    """Runs the demo. Returns the exit status."""
+    """Run the demo. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.demo", description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave the server running until Ctrl-C")
-    parser.add_argument("--port", type=int, help="of the HTTP API; default: as deploy/local.yaml says, or a free one")
+    parser.add_argument("--port", type=int, help="HTTP port; default: that of deploy/local.yaml, or any free one")
     options = parser.parse_args()
     console = Console()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -52,7 +52,7 @@ def main() -> int:
     try:
         return run(console, port=options.port, keep=options.keep)
     except KeyboardInterrupt:
-        console.print("stopped before the end")
+        console.print("interrupted")
         return 130
     except ClusterError as error:
         console.print(f"[red]the cluster did not start:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def run(console: Console, *, port: int | None, keep: bool) -> int:
-    """Assets, cluster, questions, table. The reference is computed while the cluster starts."""
+    """Start the cluster, send the questions and print the table. Computes the reference during the start."""
     say = Progress(console)
     if not is_made(ROOT / ".demo"):
         say("writing a model (Qwen3, 4 layers) and six adapters saved by PEFT into .demo")
@@ -71,14 +71,14 @@ def run(console: Console, *, port: int | None, keep: bool) -> int:
         url = cluster.start(CONFIG).base_url
         worst = _compare(console, say, url, asked, expected)
         if keep:
-            console.print("Ctrl-C stops it")
+            console.print("press Ctrl-C to stop")
             with suppress(KeyboardInterrupt):
                 signal.pause()
     return 0 if worst >= WORST_COSINE else 1
 
 
 def _compare(console: Console, say: Progress, url: str, asked: list[Question], expected: "Future[Vectors]") -> float:
-    say("asking for embeddings with the openai client")
+    say("requesting embeddings with the openai client")
     rows = answers(url, asked)
     say("comparing with transformers + PEFT")
     worst = show.table(console, rows, expected.result())
@@ -89,14 +89,14 @@ def _compare(console: Console, say: Progress, url: str, asked: list[Question], e
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Once: a second Ctrl-C must not cut short the end of the cluster."""
+    """Raise KeyboardInterrupt once. A second Ctrl-C must not interrupt the cluster's shutdown."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def _port(asked: int | None) -> int | None:
-    """The port asked for; else None (the configuration's) if it is free, and 0 (any) if not."""
+    """Return the requested port, else None for the configured one if it is free, else 0 for any."""
     if asked is not None:
         return asked
     http = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["http_options"]

@@ -1,4 +1,4 @@
-"""What the demo asks, and what it gets: over HTTP with the official client, and from the reference."""
+"""Requests of the demo, sent over HTTP with the openai client, and their reference answers."""
 
 import time
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from openai import OpenAI
 from tests.assets.corpus import SENTENCES
 from tests.assets.make import AdapterSpec, adapter_specs
 
-Vectors = dict[str, np.ndarray]  # by model, float32 [texts, hidden]
+Vectors = dict[str, np.ndarray]  # float32 [texts, hidden] by model name
 
 BASE_MODEL = "demo-base"  # as deploy/local.yaml names it
 
 
 @dataclass(frozen=True)
 class Question:
-    """One model, the base or an adapter of it, and the texts asked of it, one request each."""
+    """A model name and its texts, each sent as a request of its own. `adapter` is None for the base model."""
 
     model: str
     texts: tuple[str, ...]
@@ -26,18 +26,18 @@ class Question:
 
 @dataclass(frozen=True)
 class Row:
-    """What came back for one question."""
+    """Answers to one question and their latencies."""
 
     question: Question
     vectors: np.ndarray  # float32 [texts, hidden]
-    tiers: tuple[str, ...]  # where the adapter was at each request, without repeats
+    tiers: tuple[str, ...]  # where requests found the adapter, without repeats
     backend: str
     first_s: float  # the first request may load the adapter
     then_s: float  # median of the rest
 
 
 def questions(folder: Path) -> list[Question]:
-    """The base model, then each adapter with texts of its own field."""
+    """Return a question for the base model and one for each adapter, with texts of its field."""
     asked = [Question(BASE_MODEL, SENTENCES["general"], None)]
     for spec in adapter_specs(folder / "adapters"):
         asked.append(Question(spec.name, SENTENCES[spec.name.split("-")[0]], spec))
@@ -45,7 +45,7 @@ def questions(folder: Path) -> list[Question]:
 
 
 def answers(url: str, asked: list[Question]) -> list[Row]:
-    """Asks each question over HTTP, one text a request, so that the latency is that of one text."""
+    """Send each text as a request of its own, so that a latency is that of one text."""
     with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
         return [_answer(client, question) for question in asked]
 
@@ -70,7 +70,7 @@ def _answer(client: OpenAI, question: Question) -> Row:
 
 
 def reference(model_dir: Path, asked: list[Question]) -> Vectors:
-    """The same from transformers and PEFT."""
+    """Compute the answers with transformers and PEFT."""
     from tests.assets.oracle import reference_embedding
 
     paths = {question.model: question.adapter.path if question.adapter else None for question in asked}

@@ -15,8 +15,10 @@ GROUPS = {LINEAR: "linear", ATTENTION: "q k v o", MLP: "gate up down", (*ATTENTI
 
 
 def table(console: Console, rows: list[Row], expected: Vectors) -> float:
-    """Prints a line for each model asked. Returns the lowest cosine."""
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="One text a request; the first may load the adapter")
+    """Print a line for each model. Returns the lowest cosine."""
+    shown = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="One text per request; the first may load the adapter"
+    )
     for heading in HEADINGS:
         shown.add_column(heading, justify="right" if heading in NUMBERS else "left", no_wrap=heading != "targets")
     worst = 1.0
@@ -26,7 +28,7 @@ def table(console: Console, rows: list[Row], expected: Vectors) -> float:
         times = (f"{seconds * 1000:.1f}" for seconds in (row.first_s, row.then_s))
         shown.add_row(*_described(row.question), ", ".join(row.tiers) or "-", *times, f"{close:.9f}")
     console.print(shown)
-    console.print("* the lowest of six texts, against transformers + PEFT on the same text\n", highlight=False)
+    console.print("* lowest cosine of six texts to transformers + PEFT\n", highlight=False)
     return worst
 
 
@@ -38,7 +40,7 @@ def _described(question: Question) -> tuple[str, str, str]:
 
 
 def banner(console: Console, url: str, asked: list[Question]) -> None:
-    """Prints what a person needs to go on: the address, the names, and a line to copy."""
+    """Print the URL, the model names and a curl command."""
     adapters = [question.model for question in asked if question.adapter]
     lines = Table.grid(padding=(0, 2))
     for name, value in (("URL", f"{url}/v1"), ("base", BASE_MODEL), ("adapters", ", ".join(adapters))):
