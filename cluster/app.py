@@ -10,7 +10,8 @@ from ray.serve.config import RequestRouterConfig
 from ranklet.cluster.config import AppArgs
 from ranklet.cluster.datapath import DataPath
 from ranklet.cluster.ingress.gateway import Gateway
-from ranklet.cluster.replica.deployment import GATEWAY, Replica
+from ranklet.cluster.replica.deployment import Replica
+from ranklet.cluster.replica.gateways_client import GATEWAY
 
 # A path and not the class: Ray would pickle a class, and then change it on every node at every release.
 ROUTER = "ranklet.routing.router:AdapterRouter"

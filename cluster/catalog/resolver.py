@@ -42,7 +42,7 @@ class AdapterResolver:
         self._lookers = ThreadPoolExecutor(_LOOKERS, thread_name_prefix="look")
         self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetch")
 
-    def forget(self, name: str) -> None:
+    def invalidate(self, name: str) -> None:
         """Look anew when this adapter is next asked for; a look that has begun tells those alone who wait for it."""
         for kept in (self._known, self._looks):
             for key in [key for key in kept if key[0] == name]:

@@ -1,4 +1,4 @@
-"""One engine as a Serve deployment: the only translator between the engine, the router and the gateways."""
+"""The Serve deployment around one engine: translates between engine, router and gateways."""
 
 import asyncio
 import contextlib
@@ -19,6 +19,7 @@ from ranklet.cluster.catalog.resolver import AdapterResolver, ResolvedAdapter
 from ranklet.cluster.config import AdapterList, AppArgs
 from ranklet.cluster.exporter import Exporter
 from ranklet.cluster.message import EmbedResult, InferenceCall, InferenceReply, Refusal, ReplicaDescription
+from ranklet.cluster.replica.gateways_client import GatewaysClient
 from ranklet.cluster.replica.metrics import ReplicaMetrics
 from ranklet.cluster.replica.publisher import StatePublisher
 from ranklet.cluster.replica.state import ReplicaState
@@ -31,202 +32,200 @@ from ranklet.replicas.process.process import EngineProcess
 from ranklet.routing.hint import RoutingHint
 from ranklet.routing.report import QueueLoad
 
-GATEWAY = "Gateway"  # the deployment that is told how this one stands
-_LOADERS = 8  # adapters that somebody waits for, brought at once
+_BLOCKING_THREADS = 8  # blocking calls of the engine, mostly loads, that run at the same time
 _RELEASE_POLL_S = 0.02
-_RELEASE_LATER_S = 60.0
-_TRIES = 3  # at using an adapter whose files change
+_RELEASE_RETRY_S = 60.0
+_ATTEMPTS = 3  # to use an adapter whose files change
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
 
 
 class Replica:
-    """Answers `InferenceCall`s with one engine on one device, which has a process of its own."""
+    """Answers `InferenceCall`s with one engine on one device. The engine runs in a process of its own."""
 
     def __init__(self, args: AppArgs) -> None:
         context = serve.get_replica_context()
         self._id = context.replica_id.unique_id
         self._rank = context.rank.rank if context.rank else 0
-        metrics, config = ReplicaMetrics(args.metrics.top_adapters), args.engine_config()
-        self._standing = ReplicaState(self._id, config.slots, config.max_rank)
-        self._engine = EngineProcess(config, metrics, self._standing)
+        metrics, config, sources = ReplicaMetrics(args.metrics.top_adapters), args.engine_config(), args.sources
+        self._state = ReplicaState(self._id, config.slots, config.max_rank)
+        self._engine = EngineProcess(config, metrics, self._state)
         self._engine.start()
         metrics.watch(self._engine.snapshot, self._engine.pid)
-        pinned = Registry(args.adapters_dir, args.adapters).pins()
-        self._pins = pinned
-        sources = args.sources
+        self._pins = Registry(args.adapters_dir, args.adapters).pins()
         cache = RemoteCache(sources.cache_dir, sources.cache_bytes, sources.max_adapter_bytes, metrics.fetched)
         self._resolver = AdapterResolver(cache, config.load_timeout_s)
-        self._target = Exporter.start(metrics.registry, args.metrics).target
-        self._loaders = ThreadPoolExecutor(_LOADERS, thread_name_prefix="warm")
+        self._metrics_target = Exporter.start(metrics.registry, args.metrics).target
+        self._threads = ThreadPoolExecutor(_BLOCKING_THREADS, thread_name_prefix="engine-call")
         self._tasks: set[asyncio.Task[None]] = set()
-        self._herald = StatePublisher(self._standing, GATEWAY, context.app_name, self._look, self._engine.at_work)
-        self._is_heralded = False
+        gateways = GatewaysClient(context.app_name)
+        self._publisher = StatePublisher(self._state, gateways.send, self._engine.at_work)
+        self._is_publishing = False
         logger.info(
-            "replica %s (rank %d) serves %s, metrics on %s", self._id, self._rank, args.base_names[0], self._target
-        )
+            "replica %s (rank %d) serves %s, metrics on %s",
+            self._id, self._rank, args.base_names[0], self._metrics_target,
+        )  # fmt: skip
 
     async def embed(self, call: InferenceCall[EmbedParams], hint: RoutingHint) -> InferenceReply[EmbedResult] | Refusal:
-        """The vectors of a call, or why not. Cancelled, it drops what has not reached the device.
+        """Compute the vectors of a call. Cancellation drops prompts that have not reached the device.
 
         Args:
-            hint: read by the router, not here.
+            hint: read by the router only.
         """
         tokens = call.total_tokens
         outcome: Answer | RankletError
-        found: ResolvedAdapter | None = None
-        self._standing.arrived(call.sender, tokens)
+        resolved: ResolvedAdapter | None = None
+        self._state.call_arrived(call.sender, tokens)
         try:
             if call.adapter is None:
-                outcome = await self._answer(call, None)
+                outcome = await self._compute(call, None)
             else:
-                found, outcome = await self._with(call.adapter, partial(self._answer, call))
+                resolved, outcome = await self._use(call.adapter, partial(self._compute, call))
         except RankletError as error:
             outcome = error
         except Exception as error:
-            logger.exception("embed failed")
+            logger.exception("a call failed")
             outcome = InternalError(f"the replica failed: {type(error).__name__}: {error}")
         finally:
-            self._standing.settled(tokens)
-        load = self._standing.now(call.sender)
+            self._state.call_finished(tokens)
+        load = self._state.load_for(call.sender)
         if isinstance(outcome, RankletError):
             return Refusal.of(outcome, self._id, call.adapter_name or "", load)
-        return self._reply(outcome, found, load)
+        return self._reply(outcome, resolved, load)
 
-    async def load(self, name: str, path: str, pins: tuple[str, ...], hint: RoutingHint) -> AdapterInfo | Refusal:
-        """Verify an adapter and bring it into a slot; `pins` are those that may keep theirs from now on."""
-        loop = asyncio.get_running_loop()
+    async def load(self, name: str, source: str, pins: tuple[str, ...], hint: RoutingHint) -> AdapterInfo | Refusal:
+        """Verify an adapter and load it into a slot. From now on, only the adapters in `pins` are pinned."""
         try:
-            await loop.run_in_executor(self._loaders, self._engine.pin, pins)
-            self._resolver.forget(name)
-            return (await self._with(AdapterLocation(name, path), self._bring))[1]
+            await self._on_thread(self._engine.pin, pins)
+            self._resolver.invalidate(name)
+            return (await self._use(AdapterLocation(name, source), self._load_adapter))[1]
         except RankletError as error:
             return Refusal.of(error, self._id, name, None)
 
     async def release(self, name: str, keep: str | None, timeout_s: float) -> bool:
-        """Free what is held of an adapter, but for the revision `keep`; whether nothing is left within `timeout_s`."""
-        self._resolver.forget(name)
+        """Free all revisions of an adapter except `keep`. Returns whether all are free within `timeout_s`."""
+        self._resolver.invalidate(name)
+        if await self._release_within(name, keep, timeout_s):
+            return True
+        self._spawn(self._release_later(name, keep))
+        return False
+
+    async def _release_within(self, name: str, keep: str | None, timeout_s: float) -> bool:
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + timeout_s
-        while not await loop.run_in_executor(self._loaders, self._engine.release, name, keep):
+        while not await self._on_thread(self._engine.release, name, keep):
             if loop.time() > deadline_s:
-                self._keep(self._release_later(name, keep))
                 return False
             await asyncio.sleep(_RELEASE_POLL_S)
         return True
 
     async def _release_later(self, name: str, keep: str | None) -> None:
-        """Of an adapter that is asked for again meanwhile, this frees once what requests then bring back."""
+        # If requests load the adapter again in this time, that copy is freed once too.
         with contextlib.suppress(RankletError, TimeoutError):
-            loop, tries = asyncio.get_running_loop(), int(_RELEASE_LATER_S / _RELEASE_POLL_S)
-            for _ in range(tries):
-                await asyncio.sleep(_RELEASE_POLL_S)
-                if await loop.run_in_executor(self._loaders, self._engine.release, name, keep):
-                    return
+            await self._release_within(name, keep, _RELEASE_RETRY_S)
 
     async def pin(self, pins: dict[str, str]) -> None:
-        """Keep these adapters, by name and folder, in slots: they are loaded where they are in none."""
+        """Keep these adapters, given by name and source, in slots. Loads those that are in none."""
         try:
-            await asyncio.get_running_loop().run_in_executor(self._loaders, self._engine.pin, tuple(pins))
+            await self._on_thread(self._engine.pin, tuple(pins))
         except RankletError as error:
             logger.error("pinned adapters: %s", error.message)
-        for name, path in pins.items():
-            self._keep(self._warm(name, path))
+        for name, source in pins.items():
+            self._spawn(self._preload(name, source))
 
     async def report(self) -> tuple[str, list[AdapterReport]]:
-        """This replica's id, and what it holds."""
-        return self._id, await asyncio.get_running_loop().run_in_executor(self._loaders, self._engine.report)
+        """This replica's id and the adapters that it holds."""
+        return self._id, await self._on_thread(self._engine.report)
 
-    async def prefetch(self, name: str, path: str, hint: RoutingHint) -> None:
-        """Bring an adapter into a slot ahead of its requests, if there is one to spare; returns at once."""
-        self._keep(self._offer(name, path))
+    async def prefetch(self, name: str, source: str, hint: RoutingHint) -> None:
+        """Load an adapter ahead of its requests if a slot is spare. Returns at once."""
+        self._spawn(self._prefetch(name, source))
 
-    async def _offer(self, name: str, path: str) -> None:
-        with contextlib.suppress(RankletError):  # it is told to whoever asks for it
-            self._engine.offer((await self._resolver.resolve(name, path)).adapter)
+    async def _prefetch(self, name: str, source: str) -> None:
+        with contextlib.suppress(RankletError):  # the next request for the adapter gets the error
+            self._engine.offer((await self._resolver.resolve(name, source)).adapter)
 
-    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _look(self) -> None:
-        self._standing.holds(self._engine.held())
+    async def _on_thread(self, call: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
 
-    async def _with(
-        self, known: AdapterLocation, use: Callable[[AdapterRef], Awaitable[T]]
+    async def _use(
+        self, location: AdapterLocation, use: Callable[[AdapterRef], Awaitable[T]]
     ) -> tuple[ResolvedAdapter, T]:
-        """Use an adapter as it is on this node now, and again if its files turn out to be others.
+        """Call `use` with the adapter's current revision, again if its files turn out to have changed.
 
         Raises:
-            UnknownModel: another revision was asked for.
-            RankletError: what `use` raises; AdapterChanged if files change at every try.
+            UnknownModel: another revision was requested.
+            RankletError: raised by `use`; AdapterChanged if the files change during each attempt.
         """
-        tries = _TRIES
-        while True:
-            found = await self._resolver.resolve(known.name, known.source)
-            known.check_revision(found.adapter.revision)
-            try:
-                return found, await use(found.adapter)
-            except AdapterChanged:
-                tries -= 1
-                if not tries:
-                    raise
-                self._resolver.forget(known.name)
+        for _ in range(_ATTEMPTS - 1):
+            with contextlib.suppress(AdapterChanged):
+                return await self._use_once(location, use)
+            self._resolver.invalidate(location.name)
+        return await self._use_once(location, use)
 
-    async def _bring(self, adapter: AdapterRef) -> AdapterInfo:
-        return await asyncio.get_running_loop().run_in_executor(self._loaders, self._engine.load, adapter)
+    async def _use_once(
+        self, location: AdapterLocation, use: Callable[[AdapterRef], Awaitable[T]]
+    ) -> tuple[ResolvedAdapter, T]:
+        resolved = await self._resolver.resolve(location.name, location.source)
+        location.check_revision(resolved.adapter.revision)
+        return resolved, await use(resolved.adapter)
 
-    async def _answer(self, call: InferenceCall[EmbedParams], adapter: AdapterRef | None) -> Answer:
+    async def _load_adapter(self, adapter: AdapterRef) -> AdapterInfo:
+        return await self._on_thread(self._engine.load, adapter)
+
+    async def _compute(self, call: InferenceCall[EmbedParams], adapter: AdapterRef | None) -> Answer:
         loop = asyncio.get_running_loop()
-        settled: asyncio.Future[Answer] = loop.create_future()
+        answer: asyncio.Future[Answer] = loop.create_future()
 
-        def settle(result: Answer | RankletError) -> None:
-            if settled.done():  # cancelled meanwhile
+        def resolve(result: Answer | RankletError) -> None:
+            if answer.done():  # cancelled
                 return
             if isinstance(result, RankletError):
-                settled.set_exception(result)
+                answer.set_exception(result)
             else:
-                settled.set_result(result)
+                answer.set_result(result)
 
         def done(result: Answer | RankletError) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended with this process
-                loop.call_soon_threadsafe(settle, result)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
+                loop.call_soon_threadsafe(resolve, result)
 
         ticket = self._engine.submit(call.prompts(), adapter, call.params.dimensions, done)
         try:
-            return await settled
+            return await answer
         except asyncio.CancelledError:
             ticket.cancel()
             raise
 
-    def _reply(self, answer: Answer, found: ResolvedAdapter | None, load: QueueLoad) -> InferenceReply[EmbedResult]:
+    def _reply(self, answer: Answer, resolved: ResolvedAdapter | None, load: QueueLoad) -> InferenceReply[EmbedResult]:
         return InferenceReply(
             result=EmbedResult(answer.vectors.tobytes(), answer.vectors.shape[1]),
             prompt_tokens=answer.prompt_tokens,
-            tier="remote" if found and found.downloaded and answer.tier == "disk" else answer.tier,
+            tier="remote" if resolved and resolved.downloaded and answer.tier == "disk" else answer.tier,
             backend=answer.backend,
             replica=self._id,
-            revision=found.adapter.revision if found else None,
+            revision=resolved.adapter.revision if resolved else None,
             queue_s=answer.queue_s,
             compute_s=answer.compute_s,
             load=load,
         )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """`user_config: {adapters: ...}` of this deployment: loads those adapters now, ahead of their first request.
+        """Load the adapters of `user_config: {adapters: ...}` ahead of their first request.
 
-        Which adapters may be asked for is the gateways' business. One that cannot be loaded is logged, and refused when
-        it is asked for.
+        Errors are logged; a request for an adapter that cannot be loaded gets its error.
         """
-        adapters = AdapterList.model_validate(user_config).adapters
-        for name, path in adapters.items():
-            self._keep(self._warm(name, str(path.absolute())))
+        for name, path in AdapterList.model_validate(user_config).adapters.items():
+            self._spawn(self._preload(name, str(path.absolute())))
 
-    async def _warm(self, name: str, path: str) -> None:
+    async def _preload(self, name: str, source: str) -> None:
         try:
-            _, info = await self._with(AdapterLocation(name, path), self._bring)
+            _, info = await self._use(AdapterLocation(name, source), self._load_adapter)
             logger.info("adapter %s: rank %d, %d bytes", name, info.rank, info.bytes)
         except RankletError as error:
             logger.error("adapter %s not loaded: %s", name, error.message)
@@ -234,31 +233,30 @@ class Replica:
             logger.exception("adapter %s not loaded", name)
 
     async def describe(self) -> ReplicaDescription:
-        """Called by gateways."""
         return ReplicaDescription(
             id=self._id,
             rank=self._rank,
             pid=os.getpid(),
             healthy=self._engine.healthy(),
-            metrics_target=self._target,
+            metrics_target=self._metrics_target,
             limits=self._engine.limits,
             resident=self._engine.resident(),
         )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `ranklet.cluster.autoscaling` decides by."""
-        return {BUSY: self._standing.busy(), WAIT_S: self._standing.wait_s()}
+        """Called by Serve for `ranklet.cluster.autoscaling`."""
+        return {BUSY: self._state.busy(), WAIT_S: self._state.wait_s()}
 
     async def record_replica_metadata(self) -> dict[str, Any]:
-        """The rank, which a replacement of this replica gets again."""
+        """Called by Serve. A replacement of this replica gets the same rank."""
         return {"rank": self._rank}
 
     async def check_health(self) -> None:
-        """Called by Serve; three failures in a row and the replica is replaced."""
-        if not self._is_heralded:  # now that there is an event loop, and Serve knows this replica
-            self._is_heralded = True
-            self._keep(self._herald.run())
-            self._keep(self.pin(self._pins))
+        """Called by Serve, which replaces the replica after three failures in a row."""
+        if not self._is_publishing:  # before the first call, Serve does not know this replica
+            self._is_publishing = True
+            self._spawn(self._publisher.run())
+            self._spawn(self.pin(self._pins))
         if not self._engine.healthy():
             raise RuntimeError("the engine has stopped; replacing this replica")
 

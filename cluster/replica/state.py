@@ -1,21 +1,22 @@
-"""What a replica can say of itself: its queue, its speed, what it holds. Told by its calls and its engine's records."""
+"""The queue, the speed and the adapters of one replica, as gateways need them."""
 
 import threading
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from ranklet.replicas.engine.stats import BatchRecord, HeldAdapters, Listener, LoadRecord
 from ranklet.routing.report import Holdings, QueueLoad, StateReport, level
 
-_WINDOW_TOKENS = 500_000  # over which speed is averaged
-_WINDOW_LOADS = 8
-_SENDERS = 1024  # gateways whose tokens are counted, the latest ones
+_SPEED_WINDOW_TOKENS = 500_000
+_LOADS_WINDOW = 8
+_MAX_SENDERS = 1024  # the gateways that called most recently; tokens of others are forgotten
 
 
 @dataclass
-class _Mean:
-    """A running mean by weight, over about `window` of it."""
+class _RunningMean:
+    """Mean of the recent values, by weight. Values older than about `window` of weight fade."""
 
     window: float
     value: float = 0.0
@@ -26,106 +27,126 @@ class _Mean:
         self.value += (value - self.value) * weight / self.weight
 
 
-@dataclass
 class ReplicaState(Listener):
-    """One replica's standing. Thread-safe.
+    """Collects the state of a replica from its calls and from its engine's records. Thread-safe.
 
     Args:
         replica: its id.
         slots, pool_rank: of its engine.
+        clock: monotonic, in seconds.
+        wall_clock: Unix time; readers on other machines compare it with their own.
     """
 
-    replica: str
-    slots: int
-    pool_rank: int
-    _queued_tokens: int = 0
-    _done_tokens: int = 0
-    _busy_s: float = 0.0
-    _asked: tuple[float, float] = (0.0, 0.0)  # when `busy` was last asked for, and the time busy until then
-    _number: int = 0
-    _held_number: int = 0
-    _said: HeldAdapters = field(default_factory=HeldAdapters)
-    _held: tuple[frozenset[str], frozenset[str], frozenset[str], int] = (frozenset(), frozenset(), frozenset(), 0)
-    _received: "OrderedDict[str, int]" = field(default_factory=OrderedDict)
-    _speed: _Mean = field(default_factory=lambda: _Mean(_WINDOW_TOKENS))
-    _load_s: dict[str, _Mean] = field(default_factory=lambda: {tier: _Mean(_WINDOW_LOADS) for tier in ("disk", "host")})
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(
+        self, replica: str, slots: int, pool_rank: int, clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self._replica = replica
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._queued_tokens = self._done_tokens = 0
+        self._received_tokens: OrderedDict[str, int] = OrderedDict()
+        self._speed = _RunningMean(_SPEED_WINDOW_TOKENS)
+        self._load_s = {tier: _RunningMean(_LOADS_WINDOW) for tier in ("disk", "host")}
+        self._busy_s = 0.0
+        self._last_busy = (clock(), 0.0)
+        self._loads_sent = 0
+        self._level = 0
+        self._holdings = Holdings(0, frozenset(), frozenset(), frozenset(), slots, 0, pool_rank)
+        self._on_change: Callable[[], None] = lambda: None
+        self._lock = threading.Lock()
 
-    def arrived(self, sender: str, tokens: int) -> None:
-        """A call is in."""
+    def subscribe(self, on_change: Callable[[], None]) -> None:
+        """Call `on_change`, on any thread, whenever the held adapters or the level of the wait have changed."""
+        self._on_change = on_change
+
+    def call_arrived(self, sender: str, tokens: int) -> None:
         with self._lock:
             self._queued_tokens += tokens
-            self._received[sender] = self._received.pop(sender, 0) + tokens
-            if len(self._received) > _SENDERS:
-                self._received.popitem(last=False)
+            self._received_tokens[sender] = self._received_tokens.pop(sender, 0) + tokens
+            if len(self._received_tokens) > _MAX_SENDERS:
+                self._received_tokens.popitem(last=False)
+        self._notice_level()
 
-    def settled(self, tokens: int) -> None:
-        """It was answered, refused or dropped."""
+    def call_finished(self, tokens: int) -> None:
+        """The call was answered, refused or cancelled."""
         with self._lock:
             self._queued_tokens -= tokens
             self._done_tokens += tokens
+        self._notice_level()
 
     def batch(self, record: BatchRecord) -> None:
         if record.compute_s > 0:
             self._busy_s += record.compute_s
-            with self._lock:  # by tokens: what large batches do is what a queue is emptied with
+            with self._lock:  # weighted by tokens, because a full queue is served in large batches
                 self._speed.add(record.tokens / record.compute_s, record.tokens)
+            self._notice_level()
 
     def load(self, record: LoadRecord) -> None:
         if record.error is None and record.tier in self._load_s:
             with self._lock:
                 self._load_s[record.tier].add(record.seconds)
 
-    def holds(self, said: HeldAdapters) -> None:
-        """What the engine holds now; in which order says nothing."""
-        if said == self._said:
-            return
-        self._said = said
-        now = frozenset(said.resident), frozenset(said.coming), frozenset(said.hosted), said.taken
+    def holdings_changed(self, held: HeldAdapters) -> None:
+        resident, coming, hosted = frozenset(held.resident), frozenset(held.coming), frozenset(held.hosted)
         with self._lock:
-            if now != self._held:
-                self._held = now
-                self._held_number += 1
+            before = self._holdings
+            after = replace(before, resident=resident, coming=coming, hosted=hosted, taken=held.taken)
+            if after == before:  # only the order of use has changed
+                return
+            self._holdings = replace(after, number=before.number + 1)
+        self._on_change()
 
     @property
-    def held_number(self) -> int:
-        """Grows with each change of what is held."""
-        return self._held_number
+    def holdings_number(self) -> int:
+        """Increases with each change of the held adapters."""
+        return self._holdings.number
 
     @property
-    def loads_told(self) -> int:
-        """Grows with each load that went back with an answer, or was reported."""
-        return self._number
+    def loads_sent(self) -> int:
+        """Number of loads given out, with answers and in reports."""
+        return self._loads_sent
 
     def wait_s(self) -> float:
-        """The expected wait of what would come now; 0 while no batch has been measured."""
+        """The expected wait of a prompt that arrives now; 0 until a batch has been measured."""
         with self._lock:
-            return self._queued_tokens / self._speed.value if self._speed.value else 0.0
-
-    def busy(self) -> float:
-        """Share of the time since it was last asked for that the device computed."""
-        now_s, busy_s = time.monotonic(), self._busy_s
-        (since_s, before_s), self._asked = self._asked, (now_s, busy_s)
-        return min((busy_s - before_s) / (now_s - since_s), 1.0) if since_s and now_s > since_s else 0.0
+            return self._wait_s()
 
     def level(self) -> int:
-        """The expected wait, coarsely: changes of it are worth telling."""
+        """The level of `wait_s`."""
         return level(self.wait_s())
 
-    def now(self, sender: str) -> QueueLoad:
-        """What goes back with an answer to this sender."""
+    def busy(self) -> float:
+        """The share of the time since the last call of this method in which the device computed."""
+        now_s, busy_s = self._clock(), self._busy_s
+        (last_s, last_busy_s), self._last_busy = self._last_busy, (now_s, busy_s)
+        return min((busy_s - last_busy_s) / (now_s - last_s), 1.0) if now_s > last_s else 0.0
+
+    def load_for(self, sender: str) -> QueueLoad:
+        """The load that goes back with an answer to this sender."""
         with self._lock:
-            return self._load(self._received.get(sender, 0))
+            return self._next_load(self._received_tokens.get(sender, 0))
 
     def report(self, gateways: tuple[str, ...]) -> StateReport:
-        """What all `gateways` are told."""
+        """The report for all `gateways`."""
         with self._lock:
-            disk, host = self._load_s["disk"].value, self._load_s["host"].value
-            resident, coming, hosted, taken = self._held
-            held = Holdings(self._held_number, resident, coming, hosted, self.slots, taken, self.pool_rank, disk, host)
-            return StateReport(self.replica, self._load(0), held, gateways, dict(self._received))
+            disk_s, host_s = self._load_s["disk"].value, self._load_s["host"].value
+            holdings = replace(self._holdings, from_disk_s=disk_s, from_host_s=host_s)
+            return StateReport(self._replica, self._next_load(0), holdings, gateways, dict(self._received_tokens))
 
-    def _load(self, received_tokens: int) -> QueueLoad:
-        self._number += 1
-        speed, now_s = self._speed.value, time.time()
-        return QueueLoad(self._number, self._queued_tokens, speed, self._done_tokens, received_tokens, now_s)
+    def _wait_s(self) -> float:
+        return self._queued_tokens / self._speed.value if self._speed.value else 0.0
+
+    def _notice_level(self) -> None:
+        with self._lock:
+            before, self._level = self._level, level(self._wait_s())
+            changed = self._level != before
+        if changed:
+            self._on_change()
+
+    def _next_load(self, received_tokens: int) -> QueueLoad:
+        self._loads_sent += 1
+        return QueueLoad(
+            self._loads_sent, self._queued_tokens, self._speed.value, self._done_tokens, received_tokens,
+            self._wall_clock(),
+        )  # fmt: skip

@@ -95,6 +95,9 @@ class Listener:
     def evicted(self, adapter: str) -> None:
         """An adapter lost its slot to another."""
 
+    def holdings_changed(self, held: HeldAdapters) -> None:
+        """The adapters that the engine holds have changed, or the order of their use has."""
+
     def tier_hit(self, tier: str) -> None:
         """A request arrived for an adapter found in `tier`: gpu, host or disk."""
 

@@ -193,7 +193,10 @@ class EngineProcess:
     def _take(self, message: Reply | EngineEvent | EngineState) -> None:
         self._heard_s = monotonic()
         if isinstance(message, EngineState):
-            self._state = message
+            changed, self._state = message.held != self._state.held, message
+            if changed:
+                for listener in self._listeners:
+                    self._tell(listener.holdings_changed, message.held)
         elif isinstance(message, EngineEvent):
             for listener in self._listeners:
                 self._tell(getattr(listener, message.method), message.record)

@@ -199,7 +199,7 @@ async def test_a_look_that_began_before_a_change_was_told_is_not_believed(adapte
     resolver = AdapterResolver(Changing(tmp_path), timeout_s=10)
     early = asyncio.create_task(resolver.resolve("far", "s3://models/far"))
     await asyncio.sleep(0.1)
-    resolver.forget("far")
+    resolver.invalidate("far")
     assert (await resolver.resolve("far", "s3://models/far")).adapter.revision == "new"
     gate.set()
     assert (await early).adapter.revision == "old"

@@ -1,4 +1,4 @@
-"""What a replica says of itself."""
+"""The state of a replica follows its calls and its engine's records."""
 
 import pytest
 
@@ -10,41 +10,38 @@ def batch(tokens: int, seconds: float) -> BatchRecord:
     return BatchRecord({"": 1}, {"": tokens}, "none", [], seconds)
 
 
-def test_the_queue_is_what_arrived_and_is_not_settled() -> None:
-    standing = ReplicaState("r", 4, 64)
-    standing.arrived("g1", 100)
-    standing.arrived("g2", 50)
-    standing.settled(100)
-    first, second = standing.now("g1"), standing.now("g3")
-    assert (first.queued_tokens, first.done_tokens, first.received_tokens) == (50, 100, 100)
+def test_the_queue_holds_calls_that_have_arrived_and_not_finished() -> None:
+    state = ReplicaState("r", 4, 64, wall_clock=lambda: 12.5)
+    state.call_arrived("g1", 100)
+    state.call_arrived("g2", 50)
+    state.call_finished(100)
+    first, second = state.load_for("g1"), state.load_for("g3")
+    assert (first.queued_tokens, first.done_tokens, first.received_tokens, first.at_s) == (50, 100, 100, 12.5)
     assert second.received_tokens == 0
     assert second.number > first.number
 
 
-def test_speed_is_that_of_large_batches() -> None:
-    standing = ReplicaState("r", 4, 64)
-    assert standing.wait_s() == 0
+def test_large_batches_determine_the_speed() -> None:
+    state = ReplicaState("r", 4, 64)
+    assert state.wait_s() == 0
     for _ in range(100):
-        standing.batch(batch(10, 0.01))
-    standing.batch(batch(100_000, 1.0))
-    standing.arrived("g", 50_000)
-    assert standing.wait_s() == pytest.approx(0.5, rel=0.02)
-    assert standing.level() > 0
-    standing.settled(50_000)
-    assert standing.level() == 0
+        state.batch(batch(10, 0.01))
+    state.batch(batch(100_000, 1.0))
+    state.call_arrived("g", 50_000)
+    assert state.wait_s() == pytest.approx(0.5, rel=0.02)
+    assert state.level() > 0
+    state.call_finished(50_000)
+    assert state.level() == 0
 
 
-def test_a_report_says_what_is_held_and_what_loads_take() -> None:
-    standing = ReplicaState("r", 4, 64)
-    standing.holds(HeldAdapters(("a",), ("b",), ("a", "c"), 2))
-    before = standing.held_number
-    standing.holds(HeldAdapters(("a",), ("b",), ("c", "a"), 2))
-    assert standing.held_number == before, "another order is no news"
+def test_a_report_contains_the_held_adapters_and_the_time_of_loads() -> None:
+    state = ReplicaState("r", 4, 64)
+    state.holdings_changed(HeldAdapters(("a",), ("b",), ("a", "c"), 2))
     for seconds in (0.1, 0.3):
-        standing.load(LoadRecord("a", 16, "disk", seconds))
-    standing.load(LoadRecord("x", 0, "disk", 99.0, "invalid_adapter"))
-    standing.arrived("g", 7)
-    report = standing.report(("g", "h"))
+        state.load(LoadRecord("a", 16, "disk", seconds))
+    state.load(LoadRecord("x", 0, "disk", 99.0, "invalid_adapter"))
+    state.call_arrived("g", 7)
+    report = state.report(("g", "h"))
     held = report.holdings
     assert [sorted(names) for names in (held.resident, held.coming, held.hosted)] == [["a"], ["b"], ["a", "c"]]
     assert (held.slots, held.taken, held.pool_rank) == (4, 2, 64)
@@ -53,9 +50,31 @@ def test_a_report_says_what_is_held_and_what_loads_take() -> None:
     assert (report.gateways, report.received_tokens) == (("g", "h"), {"g": 7})
 
 
-def test_busy_is_a_share_of_the_time_since_it_was_asked() -> None:
-    standing = ReplicaState("r", 4, 64)
-    assert standing.busy() == 0
-    standing.batch(batch(10, 1000.0))
-    assert standing.busy() == 1.0
-    assert standing.busy() == 0
+def test_subscribers_are_called_when_the_held_adapters_or_the_level_of_the_wait_change() -> None:
+    state, calls = ReplicaState("r", 4, 64), []
+    state.subscribe(lambda: calls.append((state.holdings_number, state.level())))
+    state.holdings_changed(HeldAdapters(("a", "b"), (), (), 2))
+    state.holdings_changed(HeldAdapters(("b", "a"), (), (), 2))  # only the order of use differs
+    assert calls == [(1, 0)]
+    state.batch(batch(1000, 1.0))
+    state.call_arrived("g", 10)
+    assert calls == [(1, 0)], "a wait of 10 ms is still level 0"
+    state.call_arrived("g", 990)
+    level = state.level()
+    assert level > 0
+    state.call_finished(1000)
+    assert calls == [(1, 0), (1, level), (1, 0)]
+
+
+def test_busy_is_the_share_of_the_time_since_the_last_question() -> None:
+    now_s = 0.5  # a machine that has just booted
+    state = ReplicaState("r", 4, 64, clock=lambda: now_s)
+    assert state.busy() == 0
+    now_s += 10
+    state.batch(batch(10, 4.0))
+    assert state.busy() == pytest.approx(0.4)
+    now_s += 10
+    assert state.busy() == 0
+    state.batch(batch(10, 1000.0))
+    now_s += 1
+    assert state.busy() == 1.0
