@@ -1,30 +1,39 @@
-"""Which way requests take into this cluster. Ray decides it by environment variables of its own processes."""
+"""The cluster's ingress and access to Ray itself. Ray reads both from environment variables of `ray start`."""
 
+import ipaddress
+import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-# What the recommended path needs in the environment of `ray start` on every node.
+# Environment of `ray start`, on every node, for the recommended data path.
 FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 _PACKAGES = ("ranklet", "ray", "torch", "triton", "transformers")
+_TOKEN_REMEDY = (
+    "set RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN in the environment of `ray start` on every "
+    "node; `ranklet up` does it"
+)
+
+logger = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
 class DataPath:
-    """The ingress, and whether Serve runs without its extra threads."""
+    """The HTTP ingress in use, and whether Serve's throughput optimizations are on."""
 
     ingress: str  # haproxy, serve-proxy
     throughput_optimized: bool
 
     @classmethod
     def current(cls) -> "DataPath":
-        """The data path of the process this runs in."""
+        """Return the data path that this process's environment selects."""
         haproxy, optimized = (os.environ.get(name) == "1" for name in FAST_PATH)
         return cls("haproxy" if haproxy else "serve-proxy", optimized)
 
     def summary(self) -> str:
-        """One line for the log."""
+        """Return one line for the log."""
         if self.ingress == "haproxy" and self.throughput_optimized:
             return "data path: HAProxy, throughput optimized"
         settings = " ".join(f"{name}={value}" for name, value in FAST_PATH.items())
@@ -35,8 +44,35 @@ class DataPath:
         )
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can connect to a server that listens on `host`."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def missing_token(environment: Mapping[str, str]) -> str | None:
+    """Return how to turn on Ray's token authentication; None if `environment` turns it on.
+
+    Without the token, anyone who can connect to a node can run code on it: Ray's servers unpickle what they receive.
+    """
+    is_on = environment.get("RAY_AUTH_MODE", "").lower() == "token"
+    return None if is_on else _TOKEN_REMEDY
+
+
+def log_missing_token() -> None:
+    """Log an error if this Ray node listens beyond loopback without a token. Call it in a Ray process."""
+    import ray  # the command line imports this module, and does not wait for Ray
+
+    address = ray.util.get_node_ip_address()
+    remedy = missing_token(os.environ)
+    if remedy is not None and not is_loopback(address):
+        logger.error("anyone who can connect to Ray on %s can run code on it: %s", address, remedy)
+
+
 def versions() -> dict[str, Any]:
-    """Installed versions and the data path, for `GET /version`."""
+    """Return installed versions and the data path, for `GET /version`."""
     path = DataPath.current()
     return {
         **{name: version_of(name) for name in _PACKAGES},
@@ -46,7 +82,7 @@ def versions() -> dict[str, Any]:
 
 
 def version_of(package: str) -> str | None:
-    """The installed version of a package; None if there is none."""
+    """Return the installed version of a package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -26,7 +26,7 @@ from ranklet.cluster.broadcast import broadcast
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.config import AppArgs, GatewayUserConfig, SecurityConfig
-from ranklet.cluster.datapath import DataPath, versions
+from ranklet.cluster.datapath import DataPath, log_missing_token, versions
 from ranklet.cluster.exporter import Exporter
 from ranklet.cluster.ingress.answers import model_card, render
 from ranklet.cluster.ingress.body import read_body
@@ -115,6 +115,7 @@ class Gateway:
         self._observer = Observer(self._metrics, self._recent, args.log.requests, self._id)
         self._target = Exporter.start(self._metrics.registry, args.metrics).target
         logger.info("gateway %s: %s; metrics on %s", self._id, DataPath.current().summary(), self._target)
+        log_missing_token()
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """`user_config: {adapters: ..., tokens_per_minute: ...}`, changed without a restart.

@@ -1,7 +1,7 @@
-"""What KubeRay's CRD takes as a RayService, of version v1 of its API, but for what Kubernetes itself defines.
+"""A JSON schema of KubeRay's RayService (ray.io/v1), without the parts that Kubernetes itself defines.
 
-Written down from the field names and types in ray-operator/apis/ray/v1 of ray-project/kuberay. Pods and services inside
-are checked with Kubernetes' own schema. Fields that are not here would be dropped in silence by the API server.
+Field names and types are those of ray-operator/apis/ray/v1 in ray-project/kuberay. Kubernetes' own schema checks pods.
+The API server drops fields that are not in KubeRay's schema, without an error.
 """
 
 from typing import Any
@@ -28,6 +28,7 @@ _WORKERS = _closed(
 _CLUSTER = _closed(
     ("headGroupSpec",),
     headGroupSpec=_HEAD, workerGroupSpecs={"type": "array", "items": _WORKERS}, rayVersion=_TEXT,
+    authOptions=_closed(("mode",), mode={"enum": ["token", "disabled"]}, secretName=_TEXT, enableK8sTokenAuth=_FLAG),
     enableInTreeAutoscaling=_FLAG, autoscalerOptions=_OBJECT, headServiceAnnotations=_TEXTS, suspend=_FLAG,
 )  # fmt: skip
 RAY_SERVICE = _closed(

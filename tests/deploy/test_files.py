@@ -71,24 +71,60 @@ def test_the_dockerfiles_steps_make_a_package_that_runs(tmp_path: Path) -> None:
     assert helped.returncode == 0
 
 
+def documents() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text()))
+
+
 def manifest() -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load((DEPLOY / "kuberay.yaml").read_text())
-    return content
+    return documents()[0]
+
+
+def pod_templates() -> list[dict[str, Any]]:
+    cluster = manifest()["spec"]["rayClusterConfig"]
+    return [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
 
 
 def test_the_manifest_is_a_ray_service() -> None:
     jsonschema.validate(manifest(), RAY_SERVICE)
-    cluster = manifest()["spec"]["rayClusterConfig"]
-    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **group["template"]}
+    for template in pod_templates():
+        pod = {"apiVersion": "v1", "kind": "Pod", "spec": template["spec"]}
+        pod["metadata"] = {"name": "pod", **template["metadata"]}
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
         mounted = {mount["name"] for each in pod["spec"]["containers"] for mount in each["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["spec"]["volumes"]}
 
 
+def test_ray_does_not_start_without_a_token() -> None:
+    """Without one, Ray unpickles, and so runs, what anyone sends who can connect to a pod."""
+    (variables,) = [rest for word, rest in dockerfile() if word == "ENV"]
+    assert "RAY_AUTH_MODE=token" in variables.split()
+    assert manifest()["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
+    for template in pod_templates():
+        for container in template["spec"]["containers"]:
+            assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
+
+
+def test_only_the_pods_of_ranklet_reach_rays_ports() -> None:
+    _, policy = documents()
+    kubernetes_validate.validate(policy, KUBERNETES, strict=True)
+    spec = policy["spec"]
+    assert spec["policyTypes"] == ["Ingress"]
+    for template in pod_templates():
+        assert spec["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    http = yaml.safe_load(manifest()["spec"]["serveConfigV2"])["http_options"]
+    from_anyone = [rule for rule in spec["ingress"] if "from" not in rule]
+    assert from_anyone == [{"ports": [{"protocol": "TCP", "port": http["port"]}]}]
+    on_all_ports = [rule for rule in spec["ingress"] if "ports" not in rule]
+    assert on_all_ports == [{"from": [{"podSelector": spec["podSelector"]}]}]
+
+
 @pytest.mark.parametrize(
     ("where", "value"),
-    [(("spec", "serveConfigV2"), {"applications": []}), (("spec", "rayClusterConfig", "workers"), [])],
+    [
+        (("spec", "serveConfigV2"), {"applications": []}),
+        (("spec", "rayClusterConfig", "workers"), []),
+        (("spec", "rayClusterConfig", "authOptions", "mode"), "basic"),
+    ],
 )
 def test_a_wrong_manifest_is_found(where: tuple[str, ...], value: Any) -> None:
     content = manifest()

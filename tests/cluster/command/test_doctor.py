@@ -1,4 +1,4 @@
-"""`ranklet doctor`: what is there is found, what is missing is said with what to do."""
+"""`ranklet doctor` reports each fault of a machine or of a deployment's file, with a remedy."""
 
 import socket
 from pathlib import Path
@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from ranklet.cluster.command import cli, doctor
+from ranklet.cluster.command import cli, machine_checks
 from ranklet.cluster.command.doctor import run_checks
-from tests.cluster.service import local_configuration
+from ranklet.cluster.command.machine_checks import check_port
+from ranklet.cluster.command.token_check import check_manifest_token, check_token
+from tests.cluster.service import ROOT, local_configuration
 
 
 def states(config: Path | None) -> dict[str, str]:
@@ -22,14 +24,14 @@ def written(tmp_path: Path, content: object) -> Path:
     return path
 
 
-def test_a_sound_deployment(
+def test_a_sound_deployment_passes(
     model_dir: Path, adapters_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = written(tmp_path, local_configuration(model_dir, adapters_dir))
     assert cli.main(["doctor", str(config)]) == 0
-    said = capsys.readouterr().out
-    assert "legal-v2" not in said
-    assert "6 adapters" in said
+    output = capsys.readouterr().out
+    assert "legal-v2" not in output
+    assert "6 adapters" in output
     found = states(config)
     assert {found[what] for what in ("torch", "ray", "C compiler", "base.model_dir", "adapters_dir")} == {"ok"}
     for finding in run_checks(config):
@@ -59,22 +61,99 @@ def test_each_fault_is_found(
 
 
 @pytest.mark.parametrize("content", [None, [], {"applications": []}, {"applications": [{"name": "x"}]}])
-def test_a_file_of_another_form_is_said(content: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_another_form_fails(content: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", str(written(tmp_path, content))]) == 1
     assert cli.main(["doctor", str(tmp_path / "absent.yaml")]) == 1
     capsys.readouterr()
 
 
-def test_a_port_that_is_taken_is_said() -> None:
+def test_a_port_in_use_is_reported() -> None:
     with socket.socket() as sock:
         sock.bind(("", 0))
         sock.listen()
         port = sock.getsockname()[1]
-        assert doctor.check_port(port, "HTTP").state == "warn"
-    assert doctor.check_port(port, "HTTP").state == "ok"
+        assert check_port(port, "HTTP").state == "warn"
+    assert check_port(port, "HTTP").state == "ok"
 
 
-def test_what_a_container_often_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("host", "variables", "state", "value"),
+    [
+        ("0.0.0.0", {}, "fail", "off"),
+        ("0.0.0.0", {"RAY_AUTH_MODE": "disabled"}, "fail", "off"),
+        ("10.0.0.7", {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "secret"}, "fail", "off"),
+        ("gateway.example.com", {}, "fail", "off"),
+        ("127.0.0.1", {}, "warn", "off"),
+        ("localhost", {}, "warn", "off"),
+        ("0.0.0.0", {"RAY_AUTH_MODE": "token"}, "fail", "no token"),
+        ("0.0.0.0", {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/nowhere"}, "fail", "no token"),
+        ("0.0.0.0", {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "secret"}, "ok", "RAY_AUTH_TOKEN"),
+        ("0.0.0.0", {"RAY_AUTH_TOKEN": "secret"}, "ok", "by default"),
+    ],
+)
+def test_a_cluster_beyond_loopback_without_a_token_fails(
+    host: str, variables: dict[str, str], state: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    finding = check_token(host, variables)
+    assert finding.state == state
+    assert value in finding.value
+    assert "secret" not in finding.value
+    assert (state == "ok") != bool(finding.remedy)
+
+
+def test_ray_finds_a_token_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("secret\n")
+    assert check_token("0.0.0.0", {}).state == check_token("0.0.0.0", {"RAY_AUTH_MODE": "token"}).state == "ok"
+
+
+def test_a_file_that_opens_http_to_the_network_needs_a_token(
+    model_dir: Path, adapters_dir: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    content = local_configuration(model_dir, adapters_dir)
+    content["http_options"]["host"] = "0.0.0.0"
+    config = written(tmp_path, content)
+    assert cli.main(["doctor", str(config)]) == 1
+    assert states(config)["Ray's token"] == "fail"
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    assert cli.main(["doctor", str(config)]) == 0
+    assert "secret" not in capsys.readouterr().out
+
+
+def test_the_shipped_manifest_is_sound_and_fails_without_its_token() -> None:
+    text = (ROOT / "deploy" / "kuberay.yaml").read_text()
+    assert states(ROOT / "deploy" / "kuberay.yaml")["Ray's token"] == "ok"
+    cluster = yaml.safe_load(text.partition("\n---\n")[0])["spec"]["rayClusterConfig"]
+    container = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
+    container["env"] = [{"name": "RAY_AUTH_MODE", "value": "disabled"}]
+    assert check_manifest_token(cluster).state == "fail"  # KubeRay leaves a variable that is set
+    del container["env"]
+    assert check_manifest_token(cluster).state == "ok"
+    del cluster["authOptions"]
+    assert check_manifest_token(cluster).state == "fail"
+
+
+def test_a_ray_that_no_longer_reads_a_variable_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert states(None)["Ray Serve's variables"] == "ok"
+    monkeypatch.setattr(machine_checks, "SERVE_VARIABLES", ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_RENAMED"))
+    (finding,) = [each for each in run_checks(None) if each.subject == "Ray Serve's variables"]
+    assert (finding.state, finding.value) == ("fail", "Ray does not read RAY_SERVE_RENAMED")
+
+
+def test_a_ray_without_its_list_of_variables_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert states(None)["Ray Serve's variables"] == "warn"
+
+
+def test_faults_that_are_common_in_containers_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resource.getrlimit", lambda kind: (1024, 4096))
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=64 << 20))
     monkeypatch.setattr("shutil.which", lambda name: None)

@@ -1,0 +1,62 @@
+"""Checks that Ray's token authentication is on. Without it, anyone who can connect to Ray can run code on its nodes."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ranklet.cluster.command.finding import Finding
+from ranklet.cluster.datapath import is_loopback, missing_token
+
+_SUBJECT = "Ray's token"
+_DEFAULT_HOST = "127.0.0.1"  # Serve's
+_NO_TOKEN = "run `ray get-auth-token --generate` and copy ~/.ray/auth_token to every node; `ranklet up` makes its own"
+
+
+def check_token(http_host: str = _DEFAULT_HOST, environment: Mapping[str, str] | None = None) -> Finding:
+    """Check the environment in which `ray start` would run. A cluster beyond loopback without a token fails.
+
+    Args:
+        http_host: the address that the deployment's HTTP server listens on.
+        environment: the default is this process's.
+    """
+    environment = os.environ if environment is None else environment
+    source = _token_source(environment)
+    if "RAY_AUTH_MODE" not in environment and source:
+        return Finding("ok", _SUBJECT, f"on, by default, from {source}")  # Ray turns it on where it finds a token
+    remedy = missing_token(environment)
+    if remedy is None:
+        if source:
+            return Finding("ok", _SUBJECT, f"on, from {source}")
+        return Finding("fail", _SUBJECT, "on, but there is no token: Ray does not start", _NO_TOKEN)
+    if is_loopback(http_host):
+        return Finding("warn", _SUBJECT, "off; Ray's own ports are open to the network", remedy)
+    return Finding("fail", _SUBJECT, "off: anyone who can connect to a node can run code on it", remedy)
+
+
+def check_manifest_token(cluster: Mapping[str, Any]) -> Finding:
+    """Check `rayClusterConfig` of a KubeRay manifest."""
+    if any(mode != "token" for mode in _auth_modes(cluster)):
+        return Finding("fail", _SUBJECT, "RAY_AUTH_MODE is set, but not to token", "set it to token, or remove it")
+    if (cluster.get("authOptions") or {}).get("mode") == "token":
+        return Finding("ok", _SUBJECT, "on, from authOptions")
+    remedy = "add `authOptions: {mode: token}` to rayClusterConfig (KubeRay 1.5.1 or newer)"
+    return Finding("fail", _SUBJECT, "off: anyone who can connect to a pod can run code in it", remedy)
+
+
+def _token_source(environment: Mapping[str, str]) -> str | None:
+    """Return where Ray finds the token, in Ray's own order; None if it finds none."""
+    if environment.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    path = Path(environment.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    try:
+        return str(path) if path.read_text().strip() else None
+    except OSError:
+        return None
+
+
+def _auth_modes(cluster: Mapping[str, Any]) -> list[str]:
+    groups = [cluster.get("headGroupSpec") or {}, *(cluster.get("workerGroupSpecs") or [])]
+    containers = [each for group in groups for each in group["template"]["spec"]["containers"]]
+    variables = [variable for each in containers for variable in each.get("env") or []]
+    return [str(variable.get("value")) for variable in variables if variable["name"] == "RAY_AUTH_MODE"]
