@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.folder import read_settings
+from ranklet.replicas.model.token_bound import TokenBound
 
 
 class PromptTokenizer:
@@ -26,6 +27,16 @@ class PromptTokenizer:
         self._backend.no_truncation()  # a prompt that is too long is an error, never cut in silence
         self._prefix = _default_prompt(model_dir)
         self._lower = bool(read_settings(model_dir / "sentence_bert_config.json").get("do_lower_case"))
+        self._bound = TokenBound(self._backend, lower=self._lower)
+
+    @property
+    def longest_token_bytes(self) -> int | None:
+        """Upper bound on the UTF-8 bytes of input that one token stands for; None if it cannot be proven."""
+        return self._bound.longest_token_bytes
+
+    def least_tokens(self, text: str) -> int:
+        """Lower bound on the tokens of a text, in time linear in its length; 0 if nothing can be proven."""
+        return self._bound.least_tokens(text)
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Token ids of each text, int32 [length], special tokens as the tokenizer's post-processor adds them."""

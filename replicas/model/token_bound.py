@@ -1,0 +1,221 @@
+"""A lower bound on a text's number of tokens, computed without tokenizing it.
+
+Each byte weighs 1 / (bytes of the longest token that contains it), so the bytes of one token weigh at most 1 together,
+and a text has at least as many tokens as its bytes weigh. A normalizer changes the text first: the weights of the
+characters that it reads are bounded from the weights of the characters that it writes.
+"""
+
+import json
+import math
+import sys
+import unicodedata
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Weights = NDArray[np.float64]  # one weight for each code point
+
+_CHUNK_CHARACTERS = 1 << 16
+_ROUNDING = 1e-6  # relative; far more than float sums of a text are off by
+_SIGMAS = [0x3C3, 0x3C2]  # lowercase sigma and final sigma: lowercasing chooses between them by position
+_KEEPS_TEXT = frozenset({"ByteLevel", "Digits", "UnicodeScripts"})  # pre-tokenizers that never drop a character
+_KEEPS_TOKENS = frozenset({"ByteLevel", "BertProcessing", "RobertaProcessing"})  # post-processors
+_SPLITS = frozenset({"Split", "Punctuation"})  # they drop what they match if their behavior says so
+
+
+class TokenBound:
+    """Bounds the number of tokens that a Hugging Face tokenizer makes of a text."""
+
+    def __init__(self, backend: Any, *, lower: bool) -> None:
+        """Read the vocabulary and the steps before it.
+
+        Args:
+            backend: a `tokenizers.Tokenizer`.
+            lower: whether texts are lowercased before they reach the tokenizer.
+        """
+        try:
+            weights = _weights(backend, lower=lower)
+        except _UnboundedError:
+            weights = None
+        self._weights = None if weights is None else weights.astype(np.float32)
+
+    @property
+    def longest_token_bytes(self) -> int | None:
+        """Upper bound on the UTF-8 bytes of input that one token stands for; None if it cannot be proven."""
+        if self._weights is None or not self._weights.all():
+            return None
+        return math.ceil(float((_utf8_bytes() / self._weights).max()) * (1 - _ROUNDING))
+
+    def least_tokens(self, text: str) -> int:
+        """Lower bound on the tokens of a text; 0 if nothing can be proven. Takes time linear in its length."""
+        if self._weights is None:
+            return 0
+        total = 0.0
+        for start in range(0, len(text), _CHUNK_CHARACTERS):
+            chunk = text[start : start + _CHUNK_CHARACTERS].encode("utf-32-le", "surrogatepass")
+            total += float(self._weights[np.frombuffer(chunk, dtype="<u4")].sum(dtype=np.float64))
+        return math.ceil(total * (1 - _ROUNDING))
+
+
+class _UnboundedError(Exception):
+    """The tokenizer has a step that may drop characters, or is not understood."""
+
+
+def _weights(backend: Any, *, lower: bool) -> Weights:
+    spec = json.loads(backend.to_str())
+    if not all(map(_keeps_tokens, _flat(spec["post_processor"], "processors"))):
+        raise _UnboundedError
+    steps = list(_flat(spec["pre_tokenizer"], "pretokenizers"))
+    byte_level = bool(steps) and steps[-1]["type"] == "ByteLevel"
+    if any(step["type"] == "ByteLevel" for step in steps[:-1]):
+        raise _UnboundedError
+    added = [token["content"] for token in spec["added_tokens"]]
+    if any(token["lstrip"] or token["rstrip"] for token in spec["added_tokens"]):  # they absorb any number of spaces
+        raise _UnboundedError
+    weights = _by_code_point(_by_byte(_tokens(spec["model"], byte_level=byte_level)))
+    for step in reversed(steps):
+        weights = _before_pre_tokenizer(step, weights)
+    normalize = backend.normalizer.normalize_str if backend.normalizer else str
+    weights = _capped(weights, map(normalize, added))
+    for step in reversed(list(_flat(spec["normalizer"], "normalizers"))):
+        weights = _before_normalizer(step, weights)
+    weights = _capped(weights, added)
+    return _before_lower(weights) if lower else weights
+
+
+def _flat(step: dict[str, Any] | None, children: str) -> Iterator[dict[str, Any]]:
+    if step is None:
+        return
+    if step["type"] != "Sequence":
+        yield step
+        return
+    for child in step[children]:
+        yield from _flat(child, children)
+
+
+def _keeps_tokens(step: dict[str, Any]) -> bool:
+    template = step["type"] == "TemplateProcessing" and any("Sequence" in piece for piece in step["single"])
+    return template or step["type"] in _KEEPS_TOKENS
+
+
+def _tokens(model: dict[str, Any], *, byte_level: bool) -> list[bytes]:
+    """The vocabulary in bytes of text, if every byte has a token of its own: otherwise text may be lost."""
+    vocabulary = model["vocab"]
+    if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise _UnboundedError
+    if byte_level:
+        letters = _byte_letters()
+        if not letters.keys() <= vocabulary.keys():
+            raise _UnboundedError
+        return [bytes(letters[letter] for letter in token if letter in letters) for token in vocabulary]
+    if not model.get("byte_fallback") or any(f"<0x{byte:02X}>" not in vocabulary for byte in range(256)):
+        raise _UnboundedError
+    return [token.encode() for token in vocabulary]
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter by which GPT-2's byte-level vocabularies spell each byte, mapped to that byte."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+def _by_byte(tokens: Iterable[bytes]) -> Weights:
+    weights = np.ones(256)
+    seen: set[int] = set()
+    for token in sorted(tokens, key=len, reverse=True):
+        new = set(token) - seen
+        weights[list(new)] = 1 / max(1, len(token))
+        seen |= new
+    return weights
+
+
+def _by_code_point(by_byte: Weights) -> Weights:
+    codes = np.arange(sys.maxunicode + 1)
+    tails = [by_byte[0x80 | ((codes >> shift) & 0x3F)] for shift in (0, 6, 12)]
+    weights: Weights = by_byte[0xF0 | (codes >> 18)] + tails[2] + tails[1] + tails[0]
+    weights[:0x10000] = (by_byte[0xE0 | ((codes >> 12) & 0x0F)] + tails[1] + tails[0])[:0x10000]
+    weights[:0x800] = (by_byte[0xC0 | ((codes >> 6) & 0x1F)] + tails[0])[:0x800]
+    weights[:0x80] = by_byte[:0x80]
+    return weights
+
+
+def _utf8_bytes() -> Weights:
+    lengths = np.full(sys.maxunicode + 1, 4.0)
+    for end, length in ((0x10000, 3), (0x800, 2), (0x80, 1)):
+        lengths[:end] = length
+    return lengths
+
+
+def _before_pre_tokenizer(step: dict[str, Any], weights: Weights) -> Weights:
+    if step["type"] == "Metaspace":
+        return _replaced(weights, " ", step["replacement"])
+    if step["type"] in _KEEPS_TEXT or (step["type"] in _SPLITS and step["behavior"] != "Removed"):
+        return weights
+    raise _UnboundedError
+
+
+def _before_normalizer(step: dict[str, Any], weights: Weights) -> Weights:
+    match step:
+        case {"type": "NFC" | "NFD"}:
+            return _before_composition(weights, "NFD")
+        case {"type": "NFKC" | "NFKD"}:
+            return _before_composition(weights, "NFKD")
+        case {"type": "Lowercase"}:
+            return _before_lower(weights)
+        case {"type": "Prepend"}:
+            return weights
+        case {"type": "Replace", "pattern": {"String": str(pattern)}, "content": str(content)} if len(pattern) == 1:
+            return _replaced(weights, pattern, content)
+    raise _UnboundedError
+
+
+def _replaced(weights: Weights, character: str, content: str) -> Weights:
+    out = weights.copy()
+    out[ord(character)] = min(1.0, weights[list(map(ord, content))].sum())
+    return out
+
+
+def _capped(weights: Weights, added: Iterable[str]) -> Weights:
+    """Let the characters of an added token weigh at most 1 together."""
+    out = weights.copy()
+    for content in added:
+        codes = list(set(map(ord, content)))
+        out[codes] = np.minimum(out[codes], 1 / max(1, len(content)))
+    return out
+
+
+def _before_composition(weights: Weights, form: str) -> Weights:
+    """Share the weight of a composed character among its parts; a character weighs what its own parts do."""
+    parts_weights = weights.copy()
+    for code, parts in _decompositions("NFD"):
+        parts_weights[parts] = np.minimum(parts_weights[parts], weights[code] / len(parts))
+    out = parts_weights.copy()
+    for code, parts in _decompositions(form):
+        out[code] = min(weights[code], parts_weights[parts].sum())
+    return out
+
+
+def _before_lower(weights: Weights) -> Weights:
+    lowered = weights.copy()
+    lowered[_SIGMAS] = weights[_SIGMAS].min()
+    out = lowered.copy()
+    for code, parts in _lowercases():
+        out[code] = min(lowered[code], lowered[parts].sum())
+    return out
+
+
+@cache
+def _decompositions(form: Any) -> list[tuple[int, list[int]]]:
+    """The code points that a normal form takes apart, and their parts."""
+    found = ((code, unicodedata.normalize(form, chr(code))) for code in range(sys.maxunicode + 1))
+    return [(code, list(map(ord, parts))) for code, parts in found if parts != chr(code)]
+
+
+@cache
+def _lowercases() -> list[tuple[int, list[int]]]:
+    found = ((code, chr(code).lower()) for code in range(sys.maxunicode + 1))
+    return [(code, list(map(ord, lower))) for code, lower in found if lower != chr(code)]
