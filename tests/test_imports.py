@@ -57,11 +57,7 @@ ROOMS = {
     "cluster.app": Room(("cluster.ingress", "cluster.replica", "cluster.catalog", *SHARED)),
 }  # fmt: skip
 ROOMS["cluster.command"] = Room(tuple(ROOMS))
-UNFINISHED = (
-    "replicas/adapters/manager.py: ranklet.replicas.engine.stats",
-    "cluster/replica/deployment.py: ranklet.cluster.ingress.metrics",
-    "cluster/access/quota.py: ray",
-)
+UNFINISHED = ("replicas/adapters/manager.py: ranklet.replicas.engine.stats",)
 
 
 def room_of(name: str) -> str:

@@ -1,0 +1,188 @@
+"""Write tests/bench/results/README.md: one table for each result file.
+
+usage: python -m tests.bench.page
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.bench.report import RESULTS
+
+HEAD = """# Benchmark results
+
+Unless a section or its command says otherwise, the numbers come from one NVIDIA H200, the shapes of
+Qwen3-Embedding-0.6B, random bf16 weights, and rank-64 adapters on q, k, v and o, where consecutive requests use
+different adapters. Each result file also holds the hardware, the versions and further columns. Commands recorded before
+2026-11-26 lack the quotes around arguments with spaces. `python -m tests.bench.page` writes this page from the files.
+"""
+
+Column = Callable[[Any], str]
+
+
+def number(digits: int = 0, scale: float = 1.0, unit: str = "") -> Column:
+    return lambda value: "" if value in ("", None) else f"{value * scale:,.{digits}f}{unit}"
+
+
+def failures(by_code: dict[str, int]) -> str:
+    return str(sum(by_code.values()))
+
+
+COUNT, MS, RATIO, PERCENT, TEXT = number(), number(1), number(2), number(0, 100.0, " %"), str
+FINE_MS, EXACT_PERCENT = number(3), number(2, 100.0, " %")
+RUN: dict[str, tuple[str, Column]] = {
+    "prompts": ("prompts x tokens", TEXT), "adapters": ("adapters", TEXT), "backend": ("backend", TEXT),
+    "tokens_per_s": ("tokens/s", COUNT),
+}  # fmt: skip
+HTTP: dict[str, tuple[str, Column]] = {
+    "work": ("prompts x tokens", TEXT), "tokens_per_s": ("tokens/s", COUNT),
+    "of the engine alone": ("of the engine's throughput", RATIO), "device busy": ("GPU busy", PERCENT),
+    "p50_ms": ("p50 ms", COUNT), "p99_ms": ("p99 ms", COUNT),
+}  # fmt: skip
+CLUSTER: dict[str, tuple[str, Column]] = {
+    "replicas": ("GPUs", TEXT), "work": ("work", TEXT), "tokens_per_s": ("tokens/s", COUNT),
+    "of one replica": ("all GPUs / one GPU", RATIO), "of 64 adapters": ("of the rate with 64 adapters", RATIO),
+    "least busy": ("least busy GPU", PERCENT), "busiest": ("busiest GPU", PERCENT),
+    "found on the device": ("adapter in a slot", PERCENT),
+}  # fmt: skip
+FIDELITY: dict[str, tuple[str, Column]] = {
+    "backend": ("backend", TEXT), "adapter": ("adapter", TEXT), "least cosine": ("least cosine", TEXT),
+}  # fmt: skip
+SOAK: dict[str, tuple[str, Column]] = {
+    "answers": ("answers", COUNT), "failed": ("failed", failures), "median cosine": ("median cosine", TEXT),
+    "least cosine": ("least cosine", TEXT), "tokens_per_s": ("tokens/s", COUNT),
+}  # fmt: skip
+FAIR: dict[str, tuple[str, Column]] = {
+    "flood": ("flood", TEXT), "tokens": ("tokens", TEXT), "batch_tokens": ("tokens of a batch", COUNT),
+    "p50_ms": ("p50 ms", COUNT), "p99_ms": ("p99 ms", COUNT), "p99_ratio": ("p99, times without flood", RATIO),
+}  # fmt: skip
+RULES: dict[str, tuple[str, Column]] = {
+    "case": ("case", TEXT), "rule": ("rule", TEXT), "hit rate": ("adapter in a slot", EXACT_PERCENT),
+    "p50_ms": ("p50 wait ms", MS), "p99_ms": ("p99 wait ms", MS), "mean_ms": ("mean wait ms", MS),
+    "loads_per_s": ("loads/s", COUNT),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """One section of the page: a result file, its columns with headings and formats, and the rows to leave out."""
+
+    title: str
+    file: str
+    columns: dict[str, tuple[str, Column]]
+    without: Callable[[dict[str, Any]], bool] = lambda row: False
+
+
+def _is_sample(row: dict[str, Any]) -> bool:
+    return bool(row["minute"] != "all")
+
+
+TABLES = (
+    ResultTable("Throughput of the engine", "engine-h200", RUN),
+    ResultTable("Throughput of the engine, an earlier commit with `backend: fastest`", "engine-h200-fastest", RUN),
+    ResultTable("Throughput of the engine, an earlier commit with `backend: native`", "engine-h200-native", RUN),
+    ResultTable(
+        "Latency of the engine, one prompt at a time", "engine-h200-alone",
+        {"prompt tokens": ("tokens", TEXT), "adapters": ("adapters", TEXT), "p50_ms": ("p50 ms", MS),
+         "p99_ms": ("p99 ms", MS)},
+    ),
+    ResultTable("Over HTTP: HAProxy, 8 gateways and one replica", "http-h200", HTTP),
+    ResultTable("Over HTTP with 16 gateways", "http-h200-512", HTTP),
+    ResultTable("Over HTTP with 8 processes of the load client", "http-h200-p8", HTTP),
+    ResultTable("Two GPUs behind one app, 128 adapters on 64 slots of each GPU", "cluster-2xh200", CLUSTER),
+    ResultTable("Four GPUs behind one app, an earlier commit, 256 adapters, 64 slots each", "cluster-4xh200", CLUSTER),
+    ResultTable(
+        "More adapters than slots on one engine", "thrash-h200",
+        {"adapters": ("adapters", TEXT), "slots": ("slots", TEXT), "tokens_per_s": ("tokens/s", COUNT),
+         "of all resident": ("of the rate with 64 adapters", RATIO), "loads_per_s": ("loads/s", COUNT)},
+    ),
+    ResultTable(
+        "First answer for an adapter on all seven projections", "loads-h200",
+        {"beside": ("other traffic", TEXT), "tier": ("adapter in", TEXT), "adapter_MB": ("adapter MB", COUNT),
+         "p50_ms": ("p50 ms", MS), "p99_ms": ("p99 ms", MS), "start_s": ("start of the engine s", MS)},
+    ),
+    ResultTable("Cosine to transformers + PEFT in float32, bf16 on the GPU", "fidelity-h200", FIDELITY),
+    ResultTable("Cosine to transformers + PEFT in float32, float32 on a CPU", "fidelity-cpu-float32", FIDELITY),
+    ResultTable("Six minutes at saturation: 1-8192 tokens, 80 adapters on 64 slots", "soak-h200", SOAK, _is_sample),
+    ResultTable("Three and a half minutes at saturation", "soak-h200-memory", SOAK, _is_sample),
+    ResultTable("Four minutes at saturation on a CPU, 6 adapters on 4 slots", "soak-cpu", SOAK, _is_sample),
+    ResultTable(
+        "Adapters loaded, replaced and unloaded while clients send requests, on a CPU", "churn-cpu",
+        {"what": ("what", TEXT), "count": ("count", COUNT)}, lambda row: "count" not in row,
+    ),
+    ResultTable(
+        "Memory during these loads", "churn-cpu",
+        {"what": ("what", TEXT), "first": ("first", MS), "last": ("last", MS), "grown": ("growth", EXACT_PERCENT)},
+        lambda row: "grown" not in row,
+    ),
+    ResultTable("A flood on one of 17 adapters, the others at 80 % of the capacity, 6144 tokens", "fair-h200", FAIR),
+    ResultTable("A flood on one of 17 adapters, 512 tokens", "fair-h200-512", FAIR),
+    ResultTable("A flood on one of 17 adapters, on two CPU cores", "fair-cpu", FAIR),
+    ResultTable(
+        "1,000 adapter folders, on a CPU", "listing-cpu",
+        {"path": ("GET", TEXT), "p50_ms": ("p50 ms", MS), "p99_ms": ("p99 ms", MS),
+         "registered_s": ("first listing ms", number(0, 1000.0))},
+    ),
+    ResultTable(
+        "CPU time of one routing decision", "policy",
+        {"replicas": ("replicas", COUNT), "adapters": ("adapters", COUNT), "choose_us": ("mean us", COUNT),
+         "choose_p50_us": ("p50 us", COUNT), "choose_p99_us": ("p99 us", COUNT)},
+    ),
+    ResultTable("Routing rules, 1,000 replicas and 10,000 adapters, simulated", "simulate-steady", RULES),
+    ResultTable("One adapter suddenly takes 30 % of the traffic, simulated", "simulate-flash", RULES),
+    ResultTable("Replicas lost and added, simulated", "simulate-faults", RULES),
+    ResultTable("Uniform traffic (replicas x adapters), simulated", "simulate-uniform", RULES),
+    ResultTable("Late state reports, 100 replicas and 1,000 adapters, simulated", "simulate-stale", RULES),
+    ResultTable(
+        "LoRA on the projections, rank 64", "kernels-h200",
+        {"what": ("adapters x rows", TEXT), "measured": ("added by LoRA ms", FINE_MS), "base": ("base ms", FINE_MS)},
+        lambda row: row["unit"] != "ms",
+    ),
+    ResultTable(
+        "Rounding errors of the LoRA backends, and the CPU time of the plan", "kernels-h200",
+        {"what": ("what", TEXT), "measured": ("measured", number(4)), "unit": ("unit", TEXT)},
+        lambda row: row["unit"] == "ms",
+    ),
+    ResultTable(
+        "Stages of a batch with 4 adapters", "profile-h200",
+        {"prompts": ("prompts x tokens", TEXT), "stage": ("stage", TEXT), "ms": ("base ms", FINE_MS),
+         "floor_ms": ("roofline floor ms", FINE_MS), "bound": ("bound by", TEXT),
+         "lora_ms": ("added by LoRA ms", FINE_MS)},
+    ),
+)  # fmt: skip
+
+
+def page(results: Path = RESULTS) -> str:
+    others = [f"- [{path.name}]({path.name})" for path in sorted((*results.glob("*.png"), *results.glob("*.log")))]
+    sections = (line for table in TABLES for line in _section(results, table))
+    grid = "- [kernels-h200-grid.json](kernels-h200-grid.json): times of each LoRA backend over a grid of batches"
+    return "\n".join([HEAD, *sections, "## Pictures and other files\n", grid, *others, ""])
+
+
+def _section(results: Path, table: ResultTable) -> Iterator[str]:
+    content = json.loads((results / f"{table.file}.json").read_text())
+    made = content["environment"]
+    command = re.sub(r"^python (\w+)\.py", r"python -m tests.bench.\1", made["command"])
+    yield f"## {table.title}\n"
+    yield f"[{table.file}.json]({table.file}.json), {made['date']}: `{command}`\n"
+    yield _line(heading for heading, _ in table.columns.values())
+    yield "|" + "---|" * len(table.columns)
+    for row in content["rows"]:
+        if not table.without(row):
+            yield _line(show(row[name]) for name, (_, show) in table.columns.items())
+    yield ""
+
+
+def _line(cells: Iterator[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    (RESULTS / "README.md").write_text(page())
+
+
+if __name__ == "__main__":
+    main()
