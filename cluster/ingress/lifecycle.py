@@ -15,9 +15,8 @@ from ranklet.cluster.catalog.overrides import Override, Overrides
 from ranklet.cluster.catalog.registry import Registry, name_error
 from ranklet.cluster.catalog.remote import check_url_allowed, is_remote, pinned_revision
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
-from ranklet.replicas.adapters.reference import AdapterInfo
+from ranklet.replicas.adapters.reference import AdapterInfo, AdapterReport
 from ranklet.replicas.adapters.revision import Revisions, marks_of
-from ranklet.replicas.engine.stats import AdapterReport
 from ranklet.replicas.errors import AdapterNotFound, InvalidRequest, RankletError, Unavailable
 
 _RELEASE_TIMEOUT_S = 30.0

@@ -22,9 +22,8 @@ from ranklet.cluster.broadcast import CONTROL_TIMEOUT_S, broadcast
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.ingress.answers import Embeddings, join
 from ranklet.cluster.message import EmbedResult, InferenceCall, InferenceReply, Refusal, ReplicaDescription, pack, split
-from ranklet.replicas.adapters.reference import AdapterInfo
+from ranklet.replicas.adapters.reference import AdapterInfo, AdapterReport
 from ranklet.replicas.engine.params import EmbedParams
-from ranklet.replicas.engine.stats import AdapterReport
 from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unavailable
 from ranklet.routing import affinity
 from ranklet.routing.hint import HINT, RoutingHint

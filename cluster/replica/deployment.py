@@ -23,10 +23,9 @@ from ranklet.cluster.replica.gateways_client import GatewaysClient
 from ranklet.cluster.replica.metrics import ReplicaMetrics
 from ranklet.cluster.replica.publisher import StatePublisher
 from ranklet.cluster.replica.state import ReplicaState
-from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
+from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, AdapterReport
 from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.engine.request import Answer
-from ranklet.replicas.engine.stats import AdapterReport
 from ranklet.replicas.errors import AdapterChanged, InternalError, RankletError
 from ranklet.replicas.process.process import EngineProcess
 from ranklet.routing.hint import RoutingHint

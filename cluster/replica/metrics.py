@@ -9,7 +9,8 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from ranklet.cluster.labels import LATENCY_BUCKETS_S, AdapterLabels
-from ranklet.replicas.engine.stats import BatchRecord, Listener, LoadRecord, Snapshot
+from ranklet.replicas.adapters.reference import LoadRecord
+from ranklet.replicas.engine.stats import BatchRecord, Listener, Snapshot
 from ranklet.replicas.errors import AdapterChanged, RankletError
 
 _TOKENS = (16, 64, 256, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)

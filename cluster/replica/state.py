@@ -6,7 +6,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ranklet.replicas.engine.stats import BatchRecord, HeldAdapters, Listener, LoadRecord
+from ranklet.replicas.adapters.reference import HeldAdapters, LoadRecord
+from ranklet.replicas.engine.stats import BatchRecord, Listener
 from ranklet.routing.report import Holdings, QueueLoad, StateReport, level
 
 _SPEED_WINDOW_TOKENS = 500_000
@@ -88,10 +89,10 @@ class ReplicaState(Listener):
                 self._load_s[record.tier].add(record.seconds)
 
     def holdings_changed(self, held: HeldAdapters) -> None:
-        resident, coming, hosted = frozenset(held.resident), frozenset(held.coming), frozenset(held.hosted)
+        resident, coming, hosted = frozenset(held.resident), frozenset(held.loading), frozenset(held.hosted)
         with self._lock:
             before = self._holdings
-            after = replace(before, resident=resident, coming=coming, hosted=hosted, taken=held.taken)
+            after = replace(before, resident=resident, coming=coming, hosted=hosted, taken=held.used_slots)
             if after == before:  # only the order of use has changed
                 return
             self._holdings = replace(after, number=before.number + 1)

@@ -1,12 +1,12 @@
-"""Bringing adapters from disk through the host cache into slots, on threads of its own."""
+"""Loads adapters from disk or from the host cache into slots, on its own threads."""
 
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
 from time import perf_counter
 
+from ranklet.replicas.adapters.host_cache import HostCache
 from ranklet.replicas.adapters.packed import PackedAdapter, pack
 from ranklet.replicas.adapters.pinned_memory import PinnedMemory, pageable
 from ranklet.replicas.adapters.pool import AdapterPool
@@ -14,63 +14,23 @@ from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
 from ranklet.replicas.errors import InternalError, RankletError
 
-READERS = 8  # loads from disk at once: a folder that hangs takes one of them, and holds up no other load
-COPIERS = 2  # loads from the host cache, which never wait for a disk
-
-
-class HostCache:
-    """Packed adapters in host memory, least recently used out first, within a byte budget. Thread-safe."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._entries: OrderedDict[AdapterRef, PackedAdapter] = OrderedDict()
-        self._lock = Lock()
-        self.nbytes = 0
-
-    def get(self, key: AdapterRef) -> PackedAdapter | None:
-        with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-            return self._entries.get(key)
-
-    def put(self, key: AdapterRef, packed: PackedAdapter) -> None:
-        """Keep an adapter, making room; one larger than the whole budget is not kept."""
-        gone = []  # their memory is given back behind the lock
-        with self._lock:
-            if key in self._entries or packed.nbytes > self._max_bytes:
-                return
-            while self.nbytes + packed.nbytes > self._max_bytes:
-                gone.append(self._entries.popitem(last=False)[1])
-                self.nbytes -= gone[-1].nbytes
-            self._entries[key] = packed
-            self.nbytes += packed.nbytes
-
-    def drop(self, key: AdapterRef) -> None:
-        with self._lock:
-            packed = self._entries.pop(key, None)
-            self.nbytes -= packed.nbytes if packed else 0
-
-    def refs(self) -> tuple[AdapterRef, ...]:
-        with self._lock:
-            return tuple(self._entries)
-
-    def __contains__(self, key: AdapterRef) -> bool:
-        return key in self._entries
+READERS = 8  # concurrent loads from disk; a folder that hangs blocks only one of them
+COPIERS = 2  # concurrent loads from the host cache, which never wait for a disk
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOutcome:
-    """What became of one load. `tier` is where the adapter was found: host or disk."""
+    """Result of one load: either `packed` or `error` is set. `tier` is where the adapter was found: host or disk."""
 
     ref: AdapterRef
     tier: str
     seconds: float
-    packed: PackedAdapter | None  # None if it was refused: then `error` says why
+    packed: PackedAdapter | None
     error: RankletError | None = None
 
 
 class Loader:
-    """Loads adapters into reserved slots without holding up any batch."""
+    """Loads adapters into reserved slots while batches run on the others."""
 
     def __init__(self, pool: AdapterPool, expected: ExpectedModules, host_cache_bytes: int) -> None:
         self.host = HostCache(host_cache_bytes)
@@ -83,11 +43,11 @@ class Loader:
         self._copiers = ThreadPoolExecutor(COPIERS, thread_name_prefix="ranklet-copy")
 
     def can_start(self, ref: AdapterRef) -> bool:
-        """Whether a load would begin at once. One that waited for its turn would keep a slot empty meanwhile."""
+        """Whether a load would begin at once; a load that waited for a thread would keep its slot empty."""
         return self._reading < READERS if ref not in self.host else self._copying < COPIERS
 
     def start(self, ref: AdapterRef, slot: int, done: Callable[[LoadOutcome], None]) -> None:
-        """Load an adapter into a slot; `done` is called on a loader thread, whatever happens."""
+        """Load an adapter into a slot. `done` is always called, on a loader thread."""
         hosted = ref in self.host
         self._count(hosted, 1)
 
@@ -115,9 +75,9 @@ class Loader:
                 packed = self._read(ref)
                 self.host.put(ref, packed)
             self._pool.load(slot, packed)
-        except RankletError as refused:
-            error = refused
-        except Exception as defect:  # a load must never take its thread, or the engine, with it
+        except RankletError as refusal:
+            error = refusal
+        except Exception as defect:  # a failed load must not end its thread
             error = InternalError(f"adapter {ref.name!r}: loading failed: {type(defect).__name__}: {defect}")
         return LoadOutcome(ref, tier, perf_counter() - began, packed if error is None else None, error)
 
@@ -125,6 +85,6 @@ class Loader:
         return pack(read_adapter(ref, self._expected, self._allocate), self._pool.dtype, self._allocate)
 
     def stop(self) -> None:
-        """Finish the loads under way and start no more."""
+        """Wait for the running loads and start no more."""
         for threads in (self._copiers, self._readers):
             threads.shutdown(cancel_futures=True)

@@ -1,180 +1,300 @@
-"""Which adapters are in a slot, on their way to one, or refused. Every method is called under the engine's lock."""
+"""Manages the adapters of one engine: which are in a slot, loading, or refused."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from threading import Condition
 from time import monotonic
+from typing import Protocol
 
 from ranklet.replicas.adapters.loader import Loader, LoadOutcome
-from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
+from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, AdapterReport, HeldAdapters, LoadRecord
 from ranklet.replicas.adapters.slots import SlotTable
-from ranklet.replicas.engine.stats import AdapterReport
-from ranklet.replicas.errors import InvalidAdapter, RankletError
+from ranklet.replicas.errors import InvalidAdapter, InvalidRequest, RankletError, StillLoading
 
-_REMEMBERED_REFUSALS = 256
-LATELY_S = 30.0
+RECENTLY_USED_S = 30.0  # a prefetch does not evict adapters that were used within this time
+_MAX_REFUSALS = 256
 
 
-@dataclass
+class WaitingRequest(Protocol):
+    """A request that waits for an adapter."""
+
+    def fail(self, error: RankletError) -> None: ...
+
+
 class AdapterManager:
-    """The slots of one device and the loads that fill them.
+    """Loads adapters into the slots of one device on demand.
 
-    Attributes:
-        loaded: called on a loader thread, without the lock, when a load has ended; it must call `settle` with it.
-        evicted: called with the name of an adapter that lost its slot.
+    It shares the engine's lock. Callers hold the lock, except for `complete_load`, `expire`, `refuse_loads` and `stop`:
+    these take it themselves, so that requests fail and futures resolve outside it.
+
+    Args:
+        changed: the engine's lock, notified when a load has ended.
+        take_waiting: removes the requests that wait for an adapter from the engine's queue; called under the lock. The
+            manager then fails them.
+        on_load: called with the record of each load, without the lock.
+        on_evicted: called with the name of each adapter that lost its slot to another, under the lock.
     """
 
-    table: SlotTable
-    loader: Loader
-    loaded: Callable[[LoadOutcome], None]
-    evicted: Callable[[str], None]
-    asked: dict[AdapterRef, Future[AdapterInfo]] = field(default_factory=dict)  # loads that no prompt waits for
-    _began: dict[AdapterRef, float] = field(default_factory=dict)  # loads under way, since when
-    _queued: dict[AdapterRef, float] = field(default_factory=dict)  # loads that wait for their turn, since when
-    _used: dict[AdapterRef, float] = field(default_factory=dict)  # those in a slot, when last
-    _info: dict[AdapterRef, AdapterInfo] = field(default_factory=dict)
-    _refused: OrderedDict[AdapterRef, RankletError] = field(default_factory=OrderedDict)
+    def __init__(
+        self,
+        slots: int,
+        loader: Loader,
+        changed: Condition,
+        take_waiting: Callable[[AdapterRef], Sequence[WaitingRequest]],
+        *,
+        on_load: Callable[[LoadRecord], None],
+        on_evicted: Callable[[str], None],
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._table = SlotTable(slots)
+        self._loader = loader
+        self._changed = changed
+        self._take_waiting = take_waiting
+        self._on_load = on_load
+        self._on_evicted = on_evicted
+        self._clock = clock
+        self._requested: dict[AdapterRef, Future[AdapterInfo]] = {}
+        self._loading: dict[AdapterRef, float] = {}  # start of each running load
+        self._queued: dict[AdapterRef, float] = {}  # since when each load waits for a free loader thread
+        self._used: dict[AdapterRef, float] = {}  # last use of each adapter in a slot
+        self._info: dict[AdapterRef, AdapterInfo] = {}
+        self._refused: OrderedDict[AdapterRef, RankletError] = OrderedDict()
+        self._stopped: RankletError | None = None
+
+    # State
 
     def usable(self, ref: AdapterRef) -> bool:
         """Whether a batch may use the adapter now."""
-        return self.table.usable(ref) is not None
+        return self._table.usable(ref) is not None
 
-    def refusal(self, ref: AdapterRef) -> RankletError | None:
-        """Why this revision was refused, if it was: its files are not read again for every request."""
-        error = self._refused.get(ref)
-        # Raised again for each request, it would gather their frames, and the prompts in them, for ever.
-        return error and error.with_traceback(None)
+    def slot_of(self, ref: AdapterRef) -> int | None:
+        """The slot of a usable adapter."""
+        return self._table.usable(ref)
 
     def tier(self, ref: AdapterRef) -> str:
         """Where the adapter is now: gpu, host or disk."""
         if self.usable(ref):
             return "gpu"
-        return "host" if ref in self.loader.host else "disk"
+        return "host" if ref in self._loader.host else "disk"
 
-    def coming(self) -> tuple[AdapterRef, ...]:
-        """Adapters on their way to a slot."""
-        return tuple(self._began)
+    def refusal(self, ref: AdapterRef) -> RankletError | None:
+        """The error that this revision was refused with, so that its files are not read again for each request."""
+        error = self._refused.get(ref)
+        # An error that is raised again and again would collect the frames of every request in its traceback.
+        return error and error.with_traceback(None)
 
-    def taken(self) -> int:
-        """Slots with an adapter on its way, or one that was used of late; the others cost nobody anything to evict."""
-        return len(self._began) + len(self._lately())
+    def resident(self) -> tuple[str, ...]:
+        """Names of the usable adapters, most recently used last."""
+        return tuple(ref.name for ref in self._table.resident())
 
-    def _lately(self) -> set[AdapterRef]:
-        now_s = monotonic()
-        return {ref for ref, since_s in self._used.items() if now_s - since_s < LATELY_S}
+    def held(self) -> HeldAdapters:
+        loading = tuple(ref.name for ref in self._loading)
+        hosted = tuple(ref.name for ref in self._loader.host.refs())
+        return HeldAdapters(self.resident(), loading, hosted, len(self._loading) + len(self._recently_used()))
 
-    def acquire(self, refs: Sequence[AdapterRef | None]) -> list[int | None]:
-        """The slots of a batch's adapters, each held until `release`."""
-        self._used.update(dict.fromkeys((ref for ref in refs if ref is not None), monotonic()))
-        return [None if ref is None else self.table.acquire(ref) for ref in refs]
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the host cache in use."""
+        return self._loader.host.nbytes
 
-    def release(self, refs: Sequence[AdapterRef | None]) -> None:
-        """Undo `acquire`."""
-        for ref in refs:
-            if ref is not None:
-                self.table.release(ref)
+    @property
+    def pinned(self) -> Collection[str]:
+        return self._table.pinned
 
-    def ask(self, ref: AdapterRef) -> Future[AdapterInfo]:
-        """Want an adapter in a slot, ahead of those that prompts wait for."""
-        if ref in self._info:  # retiring ones too: no load would end that could answer
-            known: Future[AdapterInfo] = Future()
-            known.set_result(self._info[ref])
-            return known
-        return self.asked.setdefault(ref, Future())
-
-    def bring(self, demand: Sequence[AdapterRef], using: Collection[AdapterRef | None] = ()) -> None:
-        """Start the loads that `demand` (oldest first) and `ask` need; older adapters are never evicted for younger.
-
-        No more than begin at once: those in the slots serve until then.
+    def report(self, references: Mapping[AdapterRef, int]) -> list[AdapterReport]:
+        """Every revision that is held, loading, refused or in use.
 
         Args:
-            using: adapters of a batch that is about to `acquire` them; none of them is evicted.
+            references: number of requests by the adapter that they wait for or run with.
         """
-        proposed = {ref for ref in using if ref is not None}
-        wanted = [*self.asked, *demand]
+        refs = dict.fromkeys((*self._table.held(), *self._loader.host.refs(), *self._refused, *references))
+        return [self._report(ref, references.get(ref, 0)) for ref in refs]
+
+    def _report(self, ref: AdapterRef, references: int) -> AdapterReport:
+        error = self._refused.get(ref)
+        where = "refused" if error else "loading" if ref in self._loading else self.tier(ref)
+        info, message = self._info.get(ref), error.message if error else None
+        return AdapterReport(ref.name, ref.revision, where, references, info, message, ref.marks)
+
+    # Batches
+
+    def acquire_slots(self, refs: Sequence[AdapterRef | None]) -> list[int | None]:
+        """Slots of a batch's adapters (None for the base model), each referenced until `release_slots`."""
+        self._used.update(dict.fromkeys((ref for ref in refs if ref is not None), self._clock()))
+        return [None if ref is None else self._table.acquire(ref) for ref in refs]
+
+    def release_slots(self, refs: Sequence[AdapterRef | None]) -> None:
+        for ref in refs:
+            if ref is not None:
+                self._table.release(ref)
+
+    # Loads
+
+    def request_load(self, ref: AdapterRef) -> Future[AdapterInfo]:
+        """Request a load that no prompt waits for; the next `start_loads` starts it.
+
+        Returns:
+            A future of the adapter in its slot, or of the error that the load failed with.
+        """
+        if ref in self._requested:
+            return self._requested[ref]
+        future: Future[AdapterInfo] = Future()
+        if self._stopped is not None:
+            future.set_exception(self._stopped)
+        elif ref in self._info:  # also if its slot is retiring
+            future.set_result(self._info[ref])
+        else:
+            self._requested[ref] = future
+        return future
+
+    def start_loads(self, demand: Sequence[AdapterRef], using: Collection[AdapterRef | None] = ()) -> None:
+        """Start the loads that `request_load` and waiting prompts (`demand`, oldest first) need.
+
+        Starts only loads that the loader can begin now; other adapters keep their slots until then. An adapter that is
+        wanted earlier is never evicted for one that is wanted later.
+
+        Args:
+            using: adapters of a batch that is about to `acquire_slots`; they are not evicted.
+        """
+        batch = {ref for ref in using if ref is not None}
+        wanted = [*self._requested, *demand]
         before, self._queued = self._queued, {}
         for i, ref in enumerate(wanted):
-            if self.table.holds(ref):
-                self.table.revive(ref)  # those before it have their slots: it need not leave
+            if self._table.holds(ref):
+                self._table.revive(ref)  # adapters that are wanted earlier have their slots already
                 continue
-            if not self.loader.can_start(ref):
-                self._queued[ref] = before.get(ref) or monotonic()
+            if not self._loader.can_start(ref):
+                self._queued[ref] = before.get(ref, self._clock())
                 continue
-            place = self.table.reserve(ref, proposed.union(wanted[:i]))
+            place = self._table.reserve(ref, batch.union(wanted[:i]))
             if place is None:
-                self.table.retire(wanted[:i])
+                self._table.retire(wanted[:i])
                 return
             self._start(ref, *place)
 
-    def offer(self, ref: AdapterRef, needed: Collection[AdapterRef | None] = ()) -> None:
-        """Start a load that no prompt waits for, if it costs nobody anything: it can begin at once, and there is a slot
-        that is free, or whose adapter is neither `needed` nor was used of late. Otherwise nothing happens: who offers
-        does not see what else is wanted here.
+    def prefetch(self, ref: AdapterRef, needed: Collection[AdapterRef | None] = ()) -> None:
+        """Start a load that no prompt waits for yet, if that evicts no adapter that is `needed` or was used recently.
+
+        Does nothing if the load could not begin at once.
         """
-        if self.table.holds(ref) or ref in self._refused or not self.loader.can_start(ref):
+        if self._table.holds(ref) or ref in self._refused or not self._loader.can_start(ref):
             return
-        place = self.table.reserve(ref, self._lately().union(each for each in needed if each is not None))
+        place = self._table.reserve(ref, self._recently_used().union(each for each in needed if each is not None))
         if place is not None:
             self._start(ref, *place)
 
+    def _recently_used(self) -> set[AdapterRef]:
+        now_s = self._clock()
+        return {ref for ref, used_s in self._used.items() if now_s - used_s < RECENTLY_USED_S}
+
     def _start(self, ref: AdapterRef, slot: int, evicted: AdapterRef | None) -> None:
         if evicted is not None:
-            del self._info[evicted]
-            self._used.pop(evicted, None)
-            self.evicted(evicted.name)
-        self._began[ref] = monotonic()
-        self.loader.start(ref, slot, self.loaded)
+            self._remove(evicted)
+            self._on_evicted(evicted.name)
+        self._loading[ref] = self._clock()
+        self._loader.start(ref, slot, self.complete_load)
 
-    def forget(self, name: str, keep: str | None = None) -> None:
-        """Give up what is held of an adapter, but for the revision `keep`; what is in use or loading stays for now."""
-        for ref in [ref for ref in self.revisions(name) if ref.revision != keep]:
-            self.loader.host.drop(ref)
-            if self.table.drop(ref):
-                del self._info[ref]
-                self._used.pop(ref, None)
+    def _remove(self, ref: AdapterRef) -> None:
+        del self._info[ref]
+        self._used.pop(ref, None)
+
+    def complete_load(self, outcome: LoadOutcome) -> None:
+        """Record the end of a load, fail the requests that wait for a refused adapter, and resolve its future."""
+        ref, error = outcome.ref, outcome.error
+        with self._changed:
+            info = self._record(outcome)
+            future = self._requested.pop(ref, None)
+            waiting = self._take_waiting(ref) if error is not None else ()
+            self._changed.notify_all()
+        rank, code = info.rank if info else 0, error.code if error else None
+        self._on_load(LoadRecord(ref.name, rank, outcome.tier, outcome.seconds, code))
+        if error is not None:
+            _fail(waiting, error)
+        if future is not None and error is not None:
+            future.set_exception(error)
+        elif future is not None and info is not None:
+            future.set_result(info)
+
+    def _record(self, outcome: LoadOutcome) -> AdapterInfo | None:
+        ref, packed = outcome.ref, outcome.packed
+        self._loading.pop(ref, None)
+        if packed is not None:
+            self._table.mark_ready(ref)
+            self._used[ref] = self._clock()
+            self._info[ref] = AdapterInfo(ref.name, ref.revision, packed.adapter_rank, packed.modules, packed.nbytes)
+            return self._info[ref]
+        self._table.free(ref)
+        if isinstance(outcome.error, InvalidAdapter):
+            self._refused[ref] = outcome.error
+            while len(self._refused) > _MAX_REFUSALS:
+                self._refused.popitem(last=False)
+        return None
+
+    def expire(self, timeout_s: float) -> None:
+        """Fail requests whose adapter has been loading for longer than `timeout_s`; the load goes on."""
+        with self._changed:
+            now_s = self._clock()
+            since = {**self._queued, **self._loading}
+            overdue = [ref for ref, since_s in since.items() if now_s - since_s > timeout_s]
+            waiting = {ref: self._take_waiting(ref) for ref in overdue}
+        for ref, requests in waiting.items():
+            message = (
+                f"adapter {ref.name!r}: expected it within {timeout_s:g} s (engine.load_timeout_s), but its files are "
+                "still being read. Try again"
+            )
+            _fail(requests, StillLoading(message))
+
+    # Administration
+
+    def pin(self, names: Collection[str]) -> None:
+        """Replace the set of adapters that keep their slots once they have one.
+
+        Raises:
+            InvalidRequest: no slot would be left for other adapters.
+        """
+        if len(names) >= self._table.count:
+            raise InvalidRequest(
+                f"pinned: expected fewer adapters than engine.slots ({self._table.count}), got {len(names)}",
+                param="pinned",
+            )
+        self._table.pinned = set(names)
+
+    def release_adapter(self, name: str, keep: str | None, references: Collection[AdapterRef]) -> bool:
+        """Free the slots, host memory and refusals of an adapter, except for the revision `keep`.
+
+        Args:
+            references: adapters in use by requests; they, and running loads, are not freed.
+
+        Returns:
+            Whether nothing of it is left. If not, call again once its requests are answered.
+        """
+        for ref in [ref for ref in self._held_revisions(name) if ref.revision != keep]:
+            self._loader.host.drop(ref)
+            if self._table.drop(ref):
+                self._remove(ref)
         for ref in [ref for ref in self._refused if ref.name == name and ref.revision != keep]:
             del self._refused[ref]
+        left = {*self._held_revisions(name), *(ref for ref in references if ref.name == name)}
+        return not any(ref.revision != keep for ref in left)
 
-    def revisions(self, name: str) -> set[AdapterRef]:
-        """All that is held of an adapter, in slots or in host memory."""
-        return {ref for ref in (*self.table.held(), *self.loader.host.refs()) if ref.name == name}
+    def _held_revisions(self, name: str) -> set[AdapterRef]:
+        return {ref for ref in (*self._table.held(), *self._loader.host.refs()) if ref.name == name}
 
-    def report(self) -> list[AdapterReport]:
-        """Every revision that is held, on its way or refused, its references left out."""
-        held = {*self.table.held(), *self.loader.host.refs(), *self._began}
-        found = [
-            AdapterReport(ref.name, ref.revision, self._where(ref), info=self._info.get(ref), marks=ref.marks)
-            for ref in held
-        ]
-        refused = [
-            AdapterReport(ref.name, ref.revision, "refused", error=error.message, marks=ref.marks)
-            for ref, error in self._refused.items()
-        ]
-        return found + refused
+    def refuse_loads(self, error: RankletError) -> None:
+        """Resolve all requested loads, and those requested later, with an error."""
+        with self._changed:
+            self._stopped = error
+            futures = list(self._requested.values())
+            self._requested.clear()
+        for future in futures:
+            future.set_exception(error)
 
-    def _where(self, ref: AdapterRef) -> str:
-        return "loading" if ref in self._began else self.tier(ref)
+    def stop(self) -> None:
+        """Wait for the running loads and start no more."""
+        self._loader.stop()
 
-    def overdue(self, after_s: float) -> frozenset[AdapterRef]:
-        """Adapters that have been on their way for longer."""
-        now_s = monotonic()
-        since = {**self._queued, **self._began}
-        return frozenset(ref for ref, since_s in since.items() if now_s - since_s > after_s)
 
-    def settle(self, outcome: LoadOutcome) -> tuple[Future[AdapterInfo] | None, AdapterInfo | None]:
-        """Enter a finished load; returns who asked for it and what they get (None: `outcome.error`)."""
-        ref, packed, error = outcome.ref, outcome.packed, outcome.error
-        asked = self.asked.pop(ref, None)
-        self._began.pop(ref, None)
-        if packed is not None:
-            self.table.loaded(ref)
-            self._used[ref] = monotonic()
-            self._info[ref] = AdapterInfo(ref.name, ref.revision, packed.adapter_rank, packed.modules, packed.nbytes)
-            return asked, self._info[ref]
-        self.table.failed(ref)
-        if isinstance(error, InvalidAdapter):
-            self._refused[ref] = error
-            while len(self._refused) > _REMEMBERED_REFUSALS:
-                self._refused.popitem(last=False)
-        return asked, None
+def _fail(requests: Sequence[WaitingRequest], error: RankletError) -> None:
+    for request in requests:
+        request.fail(error)

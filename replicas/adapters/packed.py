@@ -1,4 +1,4 @@
-"""An adapter as it waits in host memory for a slot: one flat buffer, and where its matrices stand in it."""
+"""An adapter packed for a copy into a slot: one flat buffer and a layout of the matrices in it."""
 
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -8,27 +8,33 @@ from torch import Tensor
 
 from ranklet.kernels.packs import PACKS
 from ranklet.kernels.stack import SlotMeta
+from ranklet.replicas.adapters.adapter import AdapterWeights
 from ranklet.replicas.adapters.pinned_memory import Allocate, pageable
-from ranklet.replicas.adapters.verify import EMBEDDING, AdapterWeights, Module
+from ranklet.replicas.model.modules import EMBED_TOKENS, EMBEDDING, Module
 
-_LAYOUTS = 256  # that are remembered
-PARTS = {**PACKS, "embed_tokens": ("embed_tokens",)}  # what a stack is of
+_CACHED_LAYOUTS = 256
+PARTS = {**PACKS, EMBED_TOKENS: (EMBED_TOKENS,)}  # the modules of each stack
 _PART_OF = {name: part for part, names in PARTS.items() for name in names}
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Where one matrix of an adapter stands in its flat buffer. The embedding's A is saved transposed."""
+    """One matrix of an adapter in its flat buffer.
 
-    place: Module
+    Attributes:
+        side: "a" or "b".
+        shape: rows and columns in a slot; the embedding's A is stored transposed.
+    """
+
+    module: Module
     side: str
     offset: int
     shape: tuple[int, int]
 
     @property
     def strides(self) -> tuple[int, int]:
-        """Elements from row to row and from column to column; of the embedding's A, a token is a row."""
-        transposed = self.place[0] == EMBEDDING and self.side == "a"
+        """Elements from row to row and from column to column."""
+        transposed = self.module[0] == EMBEDDING and self.side == "a"
         return (1, self.shape[0]) if transposed else (self.shape[1], 1)
 
     def view(self, flat: Tensor) -> Tensor:
@@ -38,26 +44,31 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the matrices of an adapter stand; one object for all adapters with the same."""
+    """The matrices of an adapter's flat buffer. `layout_of` returns one object for equal pieces."""
 
     pieces: tuple[Piece, ...]
-    places: frozenset[Module] = field(init=False)
+    modules: frozenset[Module] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "places", frozenset(piece.place for piece in self.pieces))
+        object.__setattr__(self, "modules", frozenset(piece.module for piece in self.pieces))
 
 
-layout_of = lru_cache(_LAYOUTS)(Layout)
+layout_of = lru_cache(_CACHED_LAYOUTS)(Layout)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """A verified adapter ready to be copied to a slot: one flat buffer, pinned where there is a GPU."""
+    """A verified adapter in the pool's dtype, in pinned memory if the pool is on a GPU.
+
+    Attributes:
+        metas: ranks and scalings by layer and part (a key of `PARTS`).
+        modules: names of the targeted modules, over all layers.
+    """
 
     adapter_rank: int
     flat: Tensor
     layout: Layout
-    metas: dict[tuple[int, str], SlotMeta]  # by layer and part
+    metas: dict[tuple[int, str], SlotMeta]
     modules: tuple[str, ...]
 
     @property
@@ -66,14 +77,15 @@ class PackedAdapter:
 
 
 def pack(adapter: AdapterWeights, dtype: torch.dtype, allocate: Allocate = pageable) -> PackedAdapter:
-    """An adapter ready to be copied, in its own memory where that is of the pool's dtype."""
+    """Pack an adapter for a pool of this dtype; it shares the adapter's memory if that has the dtype already."""
     flat = adapter.flat
     if flat.dtype != dtype:
         flat = allocate(len(flat), dtype).copy_(flat)
     pieces = []
-    for place, weight in adapter.weights.items():
-        a = (weight.wide, weight.rank) if place[0] == EMBEDDING else (weight.rank, weight.wide)
-        pieces += [Piece(place, "a", weight.a_at, a), Piece(place, "b", weight.b_at, (weight.out, weight.rank))]
+    for module, weight in adapter.weights.items():
+        a, b = (weight.rank, weight.in_features), (weight.out_features, weight.rank)
+        a = a[::-1] if module[0] == EMBEDDING else a
+        pieces += [Piece(module, "a", weight.a_offset, a), Piece(module, "b", weight.b_offset, b)]
     modules = tuple(sorted({name for _, name in adapter.weights}))
     return PackedAdapter(adapter.rank, flat, layout_of(tuple(pieces)), _metas(adapter), modules)
 

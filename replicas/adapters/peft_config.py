@@ -8,11 +8,13 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from ranklet.replicas.adapters.findings import Checked, shorten, show
 
 # They shape training, or describe the file; a forward pass does not depend on them.
 _HARMLESS = {
@@ -93,53 +95,51 @@ def _layer_shape(pattern: str) -> str:
     return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
 
 
-def read_peft_config(path: Path, bases: Sequence[str]) -> tuple[PeftConfig | None, list[str]]:
-    """An adapter's config and every reason to refuse it.
+def read_peft_config(path: Path, bases: Sequence[str]) -> Checked[PeftConfig | None]:
+    """Check an adapter's config. Returns None if it cannot be used at all.
 
     Args:
         path: the `adapter_config.json`.
-        bases: names (fnmatch patterns) that the served base model goes by.
-
-    Returns:
-        The config (None if it cannot be used at all) and the findings; no findings means it is good.
+        bases: names (fnmatch patterns) of the served base model.
     """
     if not path.is_file():
-        return None, [f"{path.name}: expected the config that PEFT saves beside the weights; it is missing"]
+        yield f"{path.name}: expected the config that PEFT saves beside the weights; it is missing"
+        return None
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        return None, [f"{path.name}: expected JSON, got: {error}"]
+        yield f"{path.name}: expected JSON, got: {error}"
+        return None
     if not isinstance(fields, dict):
-        return None, [f"{path.name}: expected a JSON object, got {type(fields).__name__}"]
+        yield f"{path.name}: expected a JSON object, got {type(fields).__name__}"
+        return None
     findings = [*_wrong_types(fields), *_bad_patterns(fields)]
-    if not findings:
-        findings = [*_unsupported(fields), *_wrong_base(fields.get("base_model_name_or_path"), bases)]
-        return PeftConfig(fields), findings
-    return None, findings
+    yield from findings
+    if findings:
+        return None
+    yield from _unsupported(fields)
+    yield from _wrong_base(fields.get("base_model_name_or_path"), bases)
+    return PeftConfig({"r": 8, **fields})
 
 
-def _wrong_types(fields: dict[str, Any]) -> list[str]:
-    findings = []
+def _wrong_types(fields: dict[str, Any]) -> Iterator[str]:
     if not _is_count(fields.get("r", 8)):
-        findings.append(f"r: expected a whole number of at least 1, got {fields.get('r')!r}")
-    for name in ("rank_pattern", "alpha_pattern"):
+        yield f"r: expected a whole number of at least 1, got {show(fields.get('r'))}"
+    for name, good in (("rank_pattern", _is_count), ("alpha_pattern", _is_number)):
         value = fields.get(name) or {}
-        good = _is_count if name == "rank_pattern" else _is_number
         if not isinstance(value, dict) or not all(good(item) for item in value.values()):
-            findings.append(f"{name}: expected an object of numbers by module pattern, got {value!r}")
+            yield f"{name}: expected an object of numbers by module pattern, got {show(value)}"
     if not _is_number(fields.get("lora_alpha", 8)):
-        findings.append(f"lora_alpha: expected a number, got {fields.get('lora_alpha')!r}")
+        yield f"lora_alpha: expected a number, got {show(fields.get('lora_alpha'))}"
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         value = fields.get(name)
         if not (value is None or isinstance(value, str) or _is_list(value, str)):
-            findings.append(f"{name}: expected a list of names or a pattern, got {value!r}")
+            yield f"{name}: expected a list of names or a pattern, got {show(value)}"
     layers = fields.get("layers_to_transform")
     if not (layers is None or isinstance(layers, int) or _is_list(layers, int)):
-        findings.append(f"layers_to_transform: expected layer numbers, got {layers!r}")
+        yield f"layers_to_transform: expected layer numbers, got {show(layers)}"
     if not fields.get("target_modules"):
-        findings.append(f"target_modules: expected at least one module, got {fields.get('target_modules')!r}")
-    fields.setdefault("r", 8)
-    return findings
+        yield f"target_modules: expected at least one module, got {show(fields.get('target_modules'))}"
 
 
 def _is_count(value: Any) -> bool:
@@ -154,7 +154,7 @@ def _is_list(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
-def _bad_patterns(fields: dict[str, Any]) -> list[str]:
+def _bad_patterns(fields: dict[str, Any]) -> Iterator[str]:
     whole = [value for name in ("target_modules", "exclude_modules") if isinstance(value := fields.get(name), str)]
     shapes = {pattern: pattern for pattern in whole}
     for name in ("rank_pattern", "alpha_pattern"):
@@ -163,43 +163,41 @@ def _bad_patterns(fields: dict[str, Any]) -> list[str]:
     layers = fields.get("layers_pattern") or []
     listed = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, list) else []
     shapes |= {pattern: _layer_shape(pattern) for pattern in listed if isinstance(pattern, str)}
-    findings = []
     for pattern, shape in shapes.items():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # "[[": what it may mean in a later Python
                 re.compile(shape)
         except re.error as error:
-            findings.append(f"pattern {pattern!r}: expected a regular expression, got: {error}")
-    return findings
+            yield f"pattern {show(pattern)}: expected a regular expression, got: {error}"
 
 
-def _unsupported(fields: dict[str, Any]) -> list[str]:
-    findings = []
+def _unsupported(fields: dict[str, Any]) -> Iterator[str]:
     if fields.get("peft_type", "LORA") != "LORA":
-        findings.append(f"peft_type: expected LORA, got {fields['peft_type']!r}")
+        yield f"peft_type: expected LORA, got {show(fields['peft_type'])}"
     if fields.get("bias", "none") != "none":
-        findings.append(f"bias: expected 'none', got {fields['bias']!r}; train without biases")
+        yield f"bias: expected 'none', got {show(fields['bias'])}; train without biases"
     if fields.get("init_lora_weights", True) not in _PLAIN_INIT:
-        findings.append(
-            f"init_lora_weights: {fields['init_lora_weights']!r} changes the base weights; "
+        yield (
+            f"init_lora_weights: {show(fields['init_lora_weights'])} changes the base weights; "
             "save the adapter with PEFT's path_initial_model_for_weight_conversion"
         )
     for name, value in fields.items():
         if name not in _HARMLESS and name not in _HONOURED and value not in (None, False, [], {}, ""):
-            findings.append(f"{name}: not supported, got {value!r}; train without it")
-    return findings
+            yield f"{shorten(name)}: not supported; train the adapter without it"
 
 
-def _wrong_base(named: Any, bases: Sequence[str]) -> list[str]:
+def _wrong_base(named: Any, bases: Sequence[str]) -> Iterator[str]:
     if named is None or named == "":
-        return []  # PEFT leaves it empty for models built in memory; shapes are checked all the same
+        return  # PEFT leaves it empty for models built in memory; shapes are checked all the same
     short = _short_name(str(named))
     if any(fnmatch(short.lower(), _short_name(base).lower()) for base in bases):
-        return []
+        return
     served = ", ".join(bases)
-    finding = f"base_model_name_or_path: expected the served base ({served}), got {named!r}; if it is the same model, "
-    return [finding + "add that name to the base's aliases"]
+    yield (
+        f"base_model_name_or_path: expected the served base ({served}), got {show(named)}; if it is the same model, "
+        "add that name to the base's aliases"
+    )
 
 
 def _short_name(name: str) -> str:

@@ -1,21 +1,21 @@
-"""A name for one revision of one adapter, light enough for gateways and routers to hold thousands."""
+"""Frozen descriptions of adapters, shared by engines, replicas and gateways. Imports no torch."""
 
 from dataclasses import dataclass, field
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-FILES = (CONFIG_FILE, WEIGHTS_FILE)  # what an adapter is made of
+FILES = (CONFIG_FILE, WEIGHTS_FILE)  # the files that make an adapter's revision
 
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """One revision of an adapter: where it lies does not matter, only what it is called and what is in it.
+    """One revision of an adapter. Equality depends on name and revision, not on the folder.
 
     Attributes:
-        name: as users say it.
-        path: its folder.
-        revision: of its content.
-        marks: of the files of that content (see `marks_of`); "" where they never change.
+        name: the name that requests use.
+        path: the adapter's folder.
+        revision: hash of the files' content.
+        marks: sizes and times of the files (see `marks_of`); "" where the files never change.
     """
 
     name: str
@@ -26,10 +26,52 @@ class AdapterRef:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """An adapter that is verified and in a slot."""
+    """A verified adapter in a slot."""
 
     name: str
     revision: str
     rank: int
     modules: tuple[str, ...]
     bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReport:
+    """State of one revision of an adapter on one engine.
+
+    Attributes:
+        where: gpu, host, disk, loading or refused.
+        references: number of requests that wait for the adapter or run with it.
+        info: None if the adapter is in no slot.
+        error: the reason for a refusal.
+        marks: marks of the files that were read.
+    """
+
+    name: str
+    revision: str
+    where: str
+    references: int = 0
+    info: AdapterInfo | None = None
+    error: str | None = None
+    marks: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldAdapters:
+    """Names of the adapters that an engine holds at one moment; cheaper to make than a snapshot of a long queue."""
+
+    resident: tuple[str, ...] = ()  # ready in a slot, most recently used last
+    loading: tuple[str, ...] = ()  # being loaded into a slot
+    hosted: tuple[str, ...] = ()  # in the host cache
+    used_slots: int = 0  # slots whose adapter is loading or was used recently
+
+
+@dataclass(frozen=True)
+class LoadRecord:
+    """One finished load. `tier` is where the adapter was found: host or disk; `error` is the code of a refusal."""
+
+    adapter: str
+    rank: int
+    tier: str
+    seconds: float
+    error: str | None = None

@@ -1,7 +1,8 @@
-"""Which adapter has which slot: states, references, pins and LRU eviction. Bookkeeping only, no tensors, no locks.
+"""Assigns slots to adapters: states, references, pins and LRU eviction. No tensors, no locks.
 
-A slot is free, loading, or ready. A ready slot that batches still use can be marked retiring: it takes no new work, and
-is evicted when its last reference goes, unless it is revived first. A slot with references or a pin is never evicted.
+A slot is free, loading or ready. A ready slot that batches still use can be marked as retiring: it takes no new work,
+and is evicted after its last reference is released, unless it is revived first. A slot with references or a pin is
+never evicted.
 """
 
 from collections import OrderedDict
@@ -13,7 +14,7 @@ from ranklet.replicas.adapters.reference import AdapterRef
 
 @dataclass(slots=True)
 class Slot:
-    """One place of the pool and what is known of its tenant."""
+    """State of one slot."""
 
     index: int
     key: AdapterRef | None = None
@@ -36,16 +37,16 @@ class SlotTable:
         self._by_key = OrderedDict()
 
     def usable(self, key: AdapterRef) -> int | None:
-        """The slot that can take new work for this adapter, None if it is not resident, loading or retiring."""
+        """The slot in which the adapter can take new work; None if it has no slot, is loading or retiring."""
         slot = self._by_key.get(key)
         return slot.index if slot is not None and slot.ready and not slot.retiring else None
 
     def holds(self, key: AdapterRef) -> bool:
-        """Whether the adapter has a slot, ready or not."""
+        """Whether the adapter has a slot, ready or loading."""
         return key in self._by_key
 
     def acquire(self, key: AdapterRef) -> int:
-        """Count one more user of a usable adapter and mark it as used now; returns its slot."""
+        """Add a reference to a usable adapter and make it the most recently used; returns its slot."""
         slot = self._by_key[key]
         slot.references += 1
         self._by_key.move_to_end(key)
@@ -65,7 +66,7 @@ class SlotTable:
             keep: adapters that must not be evicted for this one.
 
         Returns:
-            The slot and the adapter evicted from it, if any; None when every slot is in use (see `retire`).
+            The slot and the adapter evicted from it, if any; None if no slot is free or idle (see `retire`).
         """
         if key in self._by_key:
             raise ValueError(f"{key.name!r} has a slot already")
@@ -89,10 +90,10 @@ class SlotTable:
         return found
 
     def retire(self, keep: Collection[AdapterRef] = ()) -> bool:
-        """Stop new work on the least recently used slot that may be evicted, so that `reserve` gets it soon.
+        """Retire the least recently used slot that may be evicted, unless a slot is retiring or loading already.
 
         Returns:
-            Whether a slot is on its way to be free (one more, or one that already was).
+            Whether a slot is retiring or loading now.
         """
         if any(slot.retiring or (slot.key is not None and not slot.ready) for slot in self._slots):
             return True
@@ -103,29 +104,27 @@ class SlotTable:
         return False
 
     def revive(self, key: AdapterRef) -> None:
-        """Undo `retire`, if the adapter has a slot: nobody before it needs the room any more."""
+        """Undo `retire`, if the adapter has a slot."""
         if key in self._by_key:
             self._by_key[key].retiring = False
 
-    def loaded(self, key: AdapterRef) -> None:
-        """The adapter's weights are in its slot."""
+    def mark_ready(self, key: AdapterRef) -> None:
         self._by_key[key].ready = True
 
-    def failed(self, key: AdapterRef) -> None:
-        """The adapter could not be loaded; its slot is free again."""
+    def free(self, key: AdapterRef) -> None:
         slot = self._by_key.pop(key)
         self._slots[slot.index] = Slot(slot.index)
 
     def drop(self, key: AdapterRef) -> bool:
-        """Free an idle adapter's slot; False if it has none, or is loading or in use."""
+        """Free an adapter's slot; returns False if it has none, is loading or in use."""
         slot = self._by_key.get(key)
         if slot is None or not slot.ready or slot.references:
             return False
-        self.failed(key)
+        self.free(key)
         return True
 
     def held(self) -> tuple[AdapterRef, ...]:
-        """Adapters that have a slot, ready or not."""
+        """Adapters with a slot, ready or loading."""
         return tuple(self._by_key)
 
     def resident(self) -> tuple[AdapterRef, ...]:

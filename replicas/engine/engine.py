@@ -8,7 +8,6 @@ loader's threads. One lock guards the queue and the slot table; nothing slow hap
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from threading import Condition, Thread
 from time import perf_counter
 
@@ -16,12 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ranklet.replicas.adapters.loader import Loader, LoadOutcome
+from ranklet.replicas.adapters.loader import Loader
 from ranklet.replicas.adapters.manager import AdapterManager
 from ranklet.replicas.adapters.pool import AdapterPool
-from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
-from ranklet.replicas.adapters.slots import SlotTable
-from ranklet.replicas.adapters.verify import ExpectedModules, Module
+from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, AdapterReport, HeldAdapters
+from ranklet.replicas.adapters.verify import ExpectedModules
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.fair_queue import flow_of
 from ranklet.replicas.engine.fair_share import share_of_room
@@ -31,11 +29,12 @@ from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.request import Answer, Prompt, Request, Ticket
 from ranklet.replicas.engine.runner import Runner
 from ranklet.replicas.engine.scheduler import Scheduler, StepPlan
-from ranklet.replicas.engine.stats import AdapterReport, HeldAdapters, Listener, LoadRecord, Snapshot
-from ranklet.replicas.errors import InternalError, InvalidRequest, RankletError, Saturated, StillLoading, Unavailable
+from ranklet.replicas.engine.stats import Listener, Snapshot
+from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unavailable
 from ranklet.replicas.model.architecture import read_architecture, read_config
 from ranklet.replicas.model.decoder import Decoder
 from ranklet.replicas.model.device import pick_device, pick_dtype
+from ranklet.replicas.model.modules import Module
 from ranklet.replicas.model.pooling import read_pooling
 
 _PROBE = np.zeros(1, dtype=np.int32)
@@ -67,9 +66,12 @@ class Engine:
         self._pool = AdapterPool(architecture, config.slots, config.max_rank, config.lora_modules, device, dtype)
         bases = tuple(dict.fromkeys((config.model_dir.resolve().name, *config.base_aliases)))
         expected = ExpectedModules(architecture, config.max_rank, config.lora_modules, bases, model.embedding)
-        self._loader = Loader(self._pool, expected, config.host_cache_bytes)
-        table = SlotTable(config.slots)
-        self._residency = AdapterManager(table, self._loader, self._loaded, self._listener.evicted)
+        loader = Loader(self._pool, expected, config.host_cache_bytes)
+        self._wake = Condition()
+        self._adapters = AdapterManager(
+            config.slots, loader, self._wake, self._take_waiting,
+            on_load=self._listener.load, on_evicted=self._listener.evicted,
+        )  # fmt: skip
         self.pools_last = pooling.mode == "last"
         most = config.max_batch_tokens
         self.stepper = Runner(model, self._pool, pooling, config.backend, config.merged_bytes, most)
@@ -80,7 +82,6 @@ class Engine:
             max_tokens=config.max_batch_tokens, max_requests=config.max_batch_requests,
             max_adapters=config.adapters_per_batch, max_demand=config.slots,
         )  # fmt: skip
-        self._wake = Condition()
         self._flights: deque[InFlightBatch] = deque()
         self._launching: list[Prompt] = []  # on the CPU, where a launch is the whole computation
         self._suspect = False  # a prompt failed even alone: is it the prompt, or the device?
@@ -110,20 +111,17 @@ class Engine:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
-        self._loader.stop()
+        self._adapters.stop()
         self._refuse_waiting()  # what a batch that failed meanwhile has put back
 
     def _refuse_waiting(self) -> None:
         with self._wake:
             waiting = list(self._scheduler.queue)
             self._scheduler.queue.remove(waiting)
-            asked = list(self._residency.asked.values())
-            self._residency.asked.clear()
         error = Unavailable("this replica is shutting down; send the request again")
         for work in waiting:
             work.call.fail(error)
-        for future in asked:
-            future.set_exception(error)
+        self._adapters.refuse_loads(error)
 
     def submit(
         self, prompts: Sequence[NDArray[np.int32]], adapter: AdapterRef | None, dimensions: int | None,
@@ -147,7 +145,7 @@ class Engine:
         arrived_s = perf_counter()
         with self._wake:
             self._admit(tokens, adapter)
-            tier = None if adapter is None else self._residency.tier(adapter)
+            tier = None if adapter is None else self._adapters.tier(adapter)
             shortened = self._normalize and width < self.limits.hidden
             call = Request(len(prompts), width, shortened=shortened, tier=tier, tokens=tokens, done=done)
             call.works = [Prompt(p, adapter, arrived_s, call=call, index=i) for i, p in enumerate(prompts)]
@@ -167,7 +165,7 @@ class Engine:
         """
         with self._wake:
             self._admit(0, adapter)
-            future = self._residency.ask(adapter)
+            future = self._adapters.request_load(adapter)
             self._wake.notify_all()
         return future.result()
 
@@ -177,13 +175,8 @@ class Engine:
         Raises:
             InvalidRequest: they would leave no slot for the rest.
         """
-        if len(names) >= self.config.slots:
-            raise InvalidRequest(
-                f"pinned: expected fewer adapters than engine.slots ({self.config.slots}), got {len(names)}",
-                param="pinned",
-            )
         with self._wake:
-            self._residency.table.pinned = set(names)
+            self._adapters.pin(names)
 
     def release(self, name: str, keep: str | None = None) -> bool:
         """Free the slots and the host memory that an adapter has, but for the revision `keep`.
@@ -192,22 +185,12 @@ class Engine:
             Whether nothing of it is left; what requests still use stays until they are answered: ask again then.
         """
         with self._wake:
-            self._residency.forget(name, keep)
-            held = {*self._residency.revisions(name), *self._in_use()}
-            return not any(ref.name == name and ref.revision != keep for ref in held)
+            return self._adapters.release_adapter(name, keep, self._in_use())
 
     def report(self) -> list[AdapterReport]:
         """Every adapter that this engine holds, loads, uses or has refused, by revision."""
         with self._wake:
-            used, known = self._in_use(), self._residency.report()
-        listed = {(each.name, each.revision) for each in known}
-        waited_for = [
-            AdapterReport(ref.name, ref.revision, "disk", marks=ref.marks)
-            for ref in used
-            if (ref.name, ref.revision) not in listed
-        ]
-        counts = {(ref.name, ref.revision): count for ref, count in used.items()}
-        return [replace(each, references=counts.get((each.name, each.revision), 0)) for each in known + waited_for]
+            return self._adapters.report(self._in_use())
 
     def _in_use(self) -> Counter[AdapterRef]:
         """Adapters by the number of requests that wait for them or run with them."""
@@ -220,21 +203,17 @@ class Engine:
         """Bring an adapter into a slot ahead of its requests, if no other needs that slot; returns at once."""
         with self._wake:
             if not self._stopping:
-                self._residency.offer(adapter, adapters_of(self._scheduler.queue))
+                self._adapters.prefetch(adapter, adapters_of(self._scheduler.queue))
 
     def resident(self) -> tuple[str, ...]:
         """Names of the adapters ready in a slot, most recently used last; cheaper than a snapshot of a long queue."""
         with self._wake:
-            return tuple(ref.name for ref in self._residency.table.resident())
+            return self._adapters.resident()
 
     def held(self) -> HeldAdapters:
         """What it holds now."""
         with self._wake:
-            coming = tuple(ref.name for ref in self._residency.coming())
-            return HeldAdapters(self.resident(), coming, self._hosted(), self._residency.taken())
-
-    def _hosted(self) -> tuple[str, ...]:
-        return tuple(ref.name for ref in self._loader.host.refs())
+            return self._adapters.held()
 
     def stuck_s(self) -> float:
         """How long the oldest batch has been on the device, 0 without one or where that says nothing (CPU)."""
@@ -244,24 +223,12 @@ class Engine:
 
     def expire(self) -> None:
         """Refuse what has waited too long for an adapter on its way; whoever runs the engine calls it now and then."""
-        limit_s = self.config.load_timeout_s
-        with self._wake:
-            overdue = self._residency.overdue(limit_s)
-            lost = [work for work in self._scheduler.queue if work.adapter in overdue] if overdue else []
-            self._scheduler.queue.remove(lost)
-        for work in lost:
-            assert work.adapter is not None
-            work.call.fail(
-                StillLoading(
-                    f"adapter {work.adapter.name!r}: expected it within {limit_s:g} s (engine.load_timeout_s), but its "
-                    "files are still being read. Try again"
-                )
-            )
+        self._adapters.expire(self.config.load_timeout_s)
 
     def slot_of(self, adapter: AdapterRef) -> int | None:
         """The slot an adapter is ready in, None if it is in none."""
         with self._wake:
-            return self._residency.table.usable(adapter)
+            return self._adapters.slot_of(adapter)
 
     def ranks_in(self, slot: int) -> dict[Module, int]:
         """The rank of each module that the adapter in a slot targets."""
@@ -274,7 +241,7 @@ class Engine:
             running = [*self._launching, *(work for flight in self._flights for work in flight.prompts)]
             return Snapshot(
                 resident=self.resident(),
-                hosted=self._hosted(),
+                hosted=self._adapters.held().hosted,
                 waiting_requests=requests_of(waiting),
                 waiting_tokens=self._scheduler.queue.tokens,
                 running_requests=requests_of(running),
@@ -282,8 +249,8 @@ class Engine:
                 running_adapters=names_of(running),
                 slots=self.config.slots,
                 pool_bytes=self._pool.nbytes,
-                host_bytes=self._loader.host.nbytes,
-                pinned=tuple(sorted(self._residency.table.pinned)),
+                host_bytes=self._adapters.host_bytes,
+                pinned=tuple(sorted(self._adapters.pinned)),
             )
 
     def healthy(self) -> bool:
@@ -295,7 +262,7 @@ class Engine:
     def _admit(self, tokens: int, adapter: AdapterRef | None) -> None:
         if self._stopping:
             raise Unavailable("this replica is shutting down; send the request again")
-        refusal = None if adapter is None else self._residency.refusal(adapter)
+        refusal = None if adapter is None else self._adapters.refusal(adapter)
         if refusal is not None:
             raise refusal
         queue, limit = self._scheduler.queue, self.config.max_waiting_tokens
@@ -337,7 +304,7 @@ class Engine:
                 self._suspect = False
             else:
                 self._scheduler.commit(proposal)
-                slots = self._residency.acquire(adapters_of(proposal.batch))
+                slots = self._adapters.acquire_slots(adapters_of(proposal.batch))
                 self._launching = proposal.batch
         if proposal is None:
             self._probe()
@@ -357,8 +324,8 @@ class Engine:
 
     def _next(self) -> StepPlan[Prompt] | None:
         """The batch to launch now, if any; starts the loads that waiting prompts need."""
-        proposal = self._scheduler.propose(self._residency.usable, self._pace.enough(), self._pace.small())
-        self._residency.bring(proposal.demand, adapters_of(proposal.batch))
+        proposal = self._scheduler.propose(self._adapters.usable, self._pace.enough(), self._pace.small())
+        self._adapters.start_loads(proposal.demand, adapters_of(proposal.batch))
         if not self._flights:
             return proposal if proposal.batch or proposal.cancelled else None
         if not proposal.batch or len(self._flights) == self._depth:
@@ -420,7 +387,7 @@ class Engine:
                 self._pace.lost()
             else:
                 self._pace.landed(compute_s, finished_s)
-            self._residency.release(adapters_of(flight.prompts))
+            self._adapters.release_slots(adapters_of(flight.prompts))
             self._wake.notify_all()
 
     def _failed(self, prompts: list[Prompt], error: Exception, *, acquired: bool = True) -> None:
@@ -430,7 +397,7 @@ class Engine:
         again = [work for work in prompts if not work.solo] if len(prompts) > 1 else []
         with self._wake:
             if acquired:
-                self._residency.release(adapters_of(prompts))
+                self._adapters.release_slots(adapters_of(prompts))
             self._launching = []
             self._suspect = not again
             for work in again:
@@ -444,23 +411,8 @@ class Engine:
 
     # The loader's threads
 
-    def _loaded(self, outcome: LoadOutcome) -> None:
-        ref, error = outcome.ref, outcome.error
-        lost: list[Prompt] = []
-        with self._wake:
-            asked, info = self._residency.settle(outcome)
-            if error is not None:
-                lost = [work for work in self._scheduler.queue if work.adapter == ref]
-                self._scheduler.queue.remove(lost)
-            self._wake.notify_all()
-        record = LoadRecord(
-            ref.name, info.rank if info else 0, outcome.tier, outcome.seconds, error.code if error else None
-        )
-        self._listener.load(record)
-        if error is not None:
-            for work in lost:
-                work.call.fail(error)
-        if asked is not None and error is not None:
-            asked.set_exception(error)
-        elif asked is not None and info is not None:
-            asked.set_result(info)
+    def _take_waiting(self, adapter: AdapterRef) -> list[Request]:
+        """Remove the prompts that wait for an adapter from the queue; returns their requests."""
+        lost = [work for work in self._scheduler.queue if work.adapter == adapter]
+        self._scheduler.queue.remove(lost)
+        return [work.call for work in lost]

@@ -127,8 +127,8 @@ class Runner:
         long = [np.zeros(longest, dtype=np.int32)] * max(1, max_tokens // longest)
         for prompts in ([np.zeros(1, dtype=np.int32)], long):
             self.launch(prompts, [None] * len(prompts)).wait()
-        self._pool.rehearse()
-        with self._pool.posing():
+        self._pool.compile_load()
+        with self._pool.placeholder_adapters():
             for lengths, slots in rehearsals(self._pool.slots, longest, max_tokens, max_requests):
                 self.launch([np.zeros(length, dtype=np.int32) for length in lengths], slots).wait()
             self.shed()  # what was kept of adapters that there are not
@@ -223,13 +223,13 @@ class Runner:
         """
         lora = layout.lora
         bucket = (lora.rows, len(layout.lengths), layout.longest) if self._rounds else layout.lengths
-        tenants = [self._pool.tenants[segment.slot] for segment in lora.segments]
+        contents = [self._pool.contents[segment.slot] for segment in lora.segments]
         if lora.backend == "csgmv":
             kinds = [*lora.tiles, *(layout.last.tiles if layout.last else ())]
             tiles = tuple((k.height, k.rows, len(k.table), len(k.runs), len(k.blocks)) for k in kinds)
-            return bucket, tiles, frozenset().union(*(tenant.places for tenant in tenants))
+            return bucket, tiles, frozenset().union(*(each.modules for each in contents))
         if lora.backend == "native":
-            return layout.lengths, tuple(lora.segments), tuple(tenants)
+            return layout.lengths, tuple(lora.segments), tuple(contents)
         return bucket if lora.backend == "none" else None
 
     def shed(self) -> None:

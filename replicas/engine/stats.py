@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ranklet.replicas.adapters.reference import AdapterInfo
+from ranklet.replicas.adapters.reference import HeldAdapters, LoadRecord
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,6 @@ class BatchRecord:
 
 
 @dataclass(frozen=True)
-class LoadRecord:
-    """One adapter brought into a slot (or refused: `error` set). `tier` is where it was found: host or disk."""
-
-    adapter: str
-    rank: int
-    tier: str
-    seconds: float
-    error: str | None = None
-
-
-@dataclass(frozen=True)
 class Snapshot:
     """An engine at one moment; cheap enough to take several times a second."""
 
@@ -50,37 +39,6 @@ class Snapshot:
     pool_bytes: int
     host_bytes: int
     pinned: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class HeldAdapters:
-    """Names of the adapters that an engine holds at one moment; cheaper than a snapshot of a long queue."""
-
-    resident: tuple[str, ...] = ()  # ready in a slot, most recently used last
-    coming: tuple[str, ...] = ()  # on their way to one
-    hosted: tuple[str, ...] = ()  # in the host cache
-    taken: int = 0  # slots with an adapter on its way, or one that was used of late
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterReport:
-    """One revision of an adapter as an engine has it.
-
-    Attributes:
-        where: gpu, host, loading or refused.
-        references: requests that wait for it or run with it.
-        info: what was found when it was loaded, None if it is in no slot.
-        error: why it was refused.
-        marks: of the files that it was read from.
-    """
-
-    name: str
-    revision: str
-    where: str
-    references: int = 0
-    info: AdapterInfo | None = None
-    error: str | None = None
-    marks: str = ""
 
 
 class Listener:

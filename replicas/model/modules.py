@@ -12,3 +12,7 @@ LORA_MODULES = (*LINEAR_MODULES, EMBED_TOKENS)
 def module_path(module: str) -> str:
     """A linear module's name inside its layer, as checkpoints spell it: `self_attn.q_proj` of `q_proj`."""
     return f"{'self_attn' if module in ATTENTION_MODULES else 'mlp'}.{module}"
+
+
+Module = tuple[int, str]  # (layer, name); the token embedding's layer is EMBEDDING
+EMBEDDING = -1

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from ranklet.replicas.adapters.reference import AdapterRef
-from ranklet.replicas.engine.stats import HeldAdapters
+from ranklet.replicas.adapters.reference import AdapterRef, HeldAdapters
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
+from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, AdapterReport, HeldAdapters
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.request import Answer
-from ranklet.replicas.engine.stats import AdapterReport, HeldAdapters, Listener, Snapshot
+from ranklet.replicas.engine.stats import Listener, Snapshot
 from ranklet.replicas.errors import RankletError, Unavailable
 from ranklet.replicas.process.messages import Cancel, EngineEvent, EngineState, MethodCall, Outbox, Prefetch, Reply
 

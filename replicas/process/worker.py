@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.reference import AdapterRef, LoadRecord
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.request import Answer, Ticket
-from ranklet.replicas.engine.stats import BatchRecord, Listener, LoadRecord
+from ranklet.replicas.engine.stats import BatchRecord, Listener
 from ranklet.replicas.errors import InternalError, RankletError
 from ranklet.replicas.process.messages import Cancel, EngineEvent, EngineState, MethodCall, Outbox, Prefetch, Reply
 

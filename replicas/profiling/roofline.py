@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ranklet.kernels.packs import PACKS
-from ranklet.replicas.adapters.verify import EMBEDDING, Module
 from ranklet.replicas.model.architecture import Architecture
-from ranklet.replicas.model.modules import EMBED_TOKENS
+from ranklet.replicas.model.modules import EMBED_TOKENS, EMBEDDING, Module
 
 STAGES = ("embed", "norm", "qkv", "attention", "o", "gate_up", "down", "pool")
 _RESIDUAL_BYTES = 4  # an element of the residual stream

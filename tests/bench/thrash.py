@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.reference import AdapterRef, LoadRecord
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.request import Answer
-from ranklet.replicas.engine.stats import BatchRecord, Listener, LoadRecord
+from ranklet.replicas.engine.stats import BatchRecord, Listener
 from ranklet.replicas.errors import RankletError
 from tests.bench import report
 from tests.bench.engine import refs

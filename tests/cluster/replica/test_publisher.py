@@ -10,7 +10,8 @@ import pytest
 
 from ranklet.cluster.replica.publisher import StatePublisher
 from ranklet.cluster.replica.state import ReplicaState
-from ranklet.replicas.engine.stats import BatchRecord, HeldAdapters
+from ranklet.replicas.adapters.reference import HeldAdapters
+from ranklet.replicas.engine.stats import BatchRecord
 from ranklet.routing.report import StateReport
 from tests.virtual_time import run_in_virtual_time
 

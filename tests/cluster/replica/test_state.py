@@ -3,7 +3,8 @@
 import pytest
 
 from ranklet.cluster.replica.state import ReplicaState
-from ranklet.replicas.engine.stats import BatchRecord, HeldAdapters, LoadRecord
+from ranklet.replicas.adapters.reference import HeldAdapters, LoadRecord
+from ranklet.replicas.engine.stats import BatchRecord
 
 
 def batch(tokens: int, seconds: float) -> BatchRecord:

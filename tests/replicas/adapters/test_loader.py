@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ranklet.replicas.adapters.loader import HostCache, Loader, LoadOutcome
+from ranklet.replicas.adapters.host_cache import HostCache
+from ranklet.replicas.adapters.loader import Loader, LoadOutcome
 from ranklet.replicas.adapters.packed import Layout, PackedAdapter
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterRef

@@ -1,50 +1,85 @@
-"""Slots, loader and demand together: with a real pool, and batches played by `acquire` and `release`."""
+"""The adapter manager with a real pool and loader; tests play the batches and decide when a load completes."""
 
 import queue
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
+from threading import Condition
 
 import pytest
 
-from ranklet.replicas.adapters import manager
 from ranklet.replicas.adapters.loader import Loader, LoadOutcome
-from ranklet.replicas.adapters.manager import AdapterManager
+from ranklet.replicas.adapters.manager import RECENTLY_USED_S, AdapterManager
 from ranklet.replicas.adapters.pool import AdapterPool
-from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
-from ranklet.replicas.adapters.slots import SlotTable
+from ranklet.replicas.adapters.reference import AdapterRef, LoadRecord
 from ranklet.replicas.adapters.verify import ExpectedModules
-from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter
+from ranklet.replicas.errors import (
+    AdapterNotFound,
+    InvalidAdapter,
+    InvalidRequest,
+    RankletError,
+    StillLoading,
+    Unavailable,
+)
 from tests.assets.broken import edit_config, sound
 from tests.assets.make import AdapterSpec
 from tests.replicas.asking import PATIENCE_S, ref
 
 
+class HoldingLoader(Loader):
+    """Keeps the outcomes of loads until the test completes them."""
+
+    def __init__(self, pool: AdapterPool, expectation: ExpectedModules) -> None:
+        super().__init__(pool, expectation, 1 << 30)
+        self.outcomes: queue.Queue[LoadOutcome] = queue.Queue()
+
+    def start(self, ref: AdapterRef, slot: int, done: Callable[[LoadOutcome], None]) -> None:
+        super().start(ref, slot, self.outcomes.put)
+
+
+class Waiting:
+    """A request that waits for an adapter."""
+
+    def __init__(self) -> None:
+        self.error: RankletError | None = None
+
+    def fail(self, error: RankletError) -> None:
+        self.error = error
+
+
 class Scene:
-    """A residency whose finished loads are settled when the test says so."""
+    """A manager, the requests that wait for it, and a clock that the test sets."""
 
     def __init__(self, pool: AdapterPool, expectation: ExpectedModules, slots: int) -> None:
-        self.outcomes: queue.Queue[LoadOutcome] = queue.Queue()
+        self.loader = HoldingLoader(pool, expectation)
+        self.waiting: dict[AdapterRef, list[Waiting]] = {}
         self.evicted: list[str] = []
-        self.loader = Loader(pool, expectation, 1 << 30)
-        self.residency = AdapterManager(SlotTable(slots), self.loader, self.outcomes.put, self.evicted.append)
+        self.records: list[LoadRecord] = []
+        self.now_s = 0.0
+        self.manager = AdapterManager(
+            slots, self.loader, Condition(), lambda ref: self.waiting.pop(ref, []),
+            on_load=self.records.append, on_evicted=self.evicted.append, clock=lambda: self.now_s,
+        )  # fmt: skip
 
-    def settle(self) -> tuple[Future[AdapterInfo] | None, AdapterInfo | None]:
-        return self.residency.settle(self.outcomes.get(timeout=PATIENCE_S))
+    def complete(self) -> LoadRecord:
+        """Complete the next load."""
+        self.manager.complete_load(self.loader.outcomes.get(timeout=PATIENCE_S))
+        return self.records[-1]
 
-    def bring(self, *refs: AdapterRef) -> None:
-        """Demand, then every load that it starts."""
-        self.residency.bring(refs)
-        for _ in [each for each in refs if not self.residency.usable(each)]:
-            if self.residency.table.holds(refs[0]):
-                self.settle()
+    def load(self, ref: AdapterRef) -> None:
+        """Load an adapter that a prompt needs."""
+        self.manager.start_loads([ref])
+        self.complete()
+
+    def has_slot(self, ref: AdapterRef) -> bool:
+        held = self.manager.held()
+        return ref.name in (*held.resident, *held.loading)
 
 
 @pytest.fixture
 def scene(make_pool: Callable[[], AdapterPool], expectation: ExpectedModules) -> Iterator[Scene]:
     made = Scene(make_pool(), expectation, slots=1)
     yield made
-    made.loader.stop()
+    made.manager.stop()
 
 
 @pytest.fixture
@@ -52,136 +87,184 @@ def refs(adapter_specs: list[AdapterSpec]) -> list[AdapterRef]:
     return [ref(spec.path) for spec in adapter_specs]
 
 
+@pytest.fixture
+def bad(model_dir: Path, tmp_path: Path) -> AdapterRef:
+    return ref(edit_config(sound(model_dir, tmp_path / "bad"), bias="all"))
+
+
 def test_tiers_follow_the_adapter(scene: Scene, refs: list[AdapterRef]) -> None:
     one, two = refs[:2]
-    assert scene.residency.tier(one) == "disk"
-    scene.bring(one)
-    assert scene.residency.tier(one) == "gpu"
-    scene.bring(two)
-    assert (scene.residency.tier(one), scene.residency.tier(two)) == ("host", "gpu")
+    assert scene.manager.tier(one) == "disk"
+    scene.load(one)
+    assert scene.manager.tier(one) == "gpu"
+    scene.load(two)
+    assert (scene.manager.tier(one), scene.manager.tier(two)) == ("host", "gpu")
     assert scene.evicted == [one.name]
 
 
-def test_who_asked_is_told(scene: Scene, refs: list[AdapterRef], adapter_specs: list[AdapterSpec]) -> None:
+def test_a_requested_load_resolves_its_future(
+    scene: Scene, refs: list[AdapterRef], adapter_specs: list[AdapterSpec]
+) -> None:
     spec = adapter_specs[0]
-    future = scene.residency.ask(refs[0])
-    assert scene.residency.ask(refs[0]) is future
-    scene.residency.bring([])
-    asked, info = scene.settle()
-    assert asked is future
-    assert info is not None
+    future = scene.manager.request_load(refs[0])
+    assert scene.manager.request_load(refs[0]) is future
+    scene.manager.start_loads([])
+    assert not future.done()
+    scene.complete()
+    info = future.result(0)
     assert (info.name, info.rank, set(info.modules)) == (spec.name, spec.rank, set(spec.targets))
     assert info.bytes == sum(
         4 * 4 * (spec.rank * (wide + out)) for wide, out in ((128, 192), (128, 96), (128, 96), (192, 128))
     )
-    assert scene.residency.ask(refs[0]).result(0) == info
+    assert scene.manager.request_load(refs[0]).result(0) == info
 
 
-def test_an_adapter_in_use_keeps_its_slot_until_the_batch_lands(scene: Scene, refs: list[AdapterRef]) -> None:
-    one, two = refs[:2]
-    scene.bring(one)
-    scene.residency.acquire([one, None])
-    scene.residency.bring([two])
-    assert not scene.residency.table.holds(two)
-    assert not scene.residency.usable(one), "no new work, or the slot would never come free"
-    scene.residency.release([one, None])
-    scene.bring(two)
-    assert scene.residency.usable(two)
-
-
-def test_an_older_demand_is_not_evicted_for_a_younger(scene: Scene, refs: list[AdapterRef]) -> None:
-    one, two = refs[:2]
-    scene.bring(one)
-    scene.residency.bring([one, two])
-    assert scene.residency.usable(one)
-    assert not scene.residency.table.holds(two)
-
-
-def test_the_proposed_batchs_adapters_are_not_evicted_from_under_it(scene: Scene, refs: list[AdapterRef]) -> None:
-    one, two = refs[:2]
-    scene.bring(one)
-    scene.residency.bring([two], [None, one])
-    assert scene.residency.acquire([None, one]) == [None, 0]
-    scene.residency.release([None, one])
-    scene.bring(two)
-    assert scene.residency.usable(two), "but it leaves after that batch"
-
-
-def test_an_offer_takes_a_free_slot_or_none(
-    scene: Scene, refs: list[AdapterRef], monkeypatch: pytest.MonkeyPatch
+def test_a_failed_load_fails_its_future_and_the_requests_that_wait_for_it(
+    scene: Scene, refs: list[AdapterRef], bad: AdapterRef
 ) -> None:
+    future, waiting, other = scene.manager.request_load(bad), Waiting(), Waiting()
+    scene.waiting = {bad: [waiting], refs[0]: [other]}
+    scene.manager.start_loads([])
+    record = scene.complete()
+    assert (record.adapter, record.rank, record.error) == (bad.name, 0, "invalid_adapter")
+    assert isinstance(future.exception(0), InvalidAdapter)
+    assert waiting.error is future.exception(0)
+    assert other.error is None
+
+
+def test_a_stopping_engine_refuses_the_loads_that_are_requested(scene: Scene, refs: list[AdapterRef]) -> None:
     one, two = refs[:2]
-    scene.residency.offer(one)
-    scene.settle()
-    assert scene.residency.usable(one)
-    scene.residency.offer(two)
-    assert not scene.residency.table.holds(two), "the other has just come"
-    monkeypatch.setattr(manager, "LATELY_S", 0.0)
-    scene.residency.offer(two, needed=[None, one])
-    assert not scene.residency.table.holds(two), "the other is waited for"
-    scene.residency.offer(two)
-    scene.settle()
-    assert scene.residency.usable(two)
+    future, error = scene.manager.request_load(one), Unavailable("stopping")
+    scene.manager.start_loads([])
+    scene.manager.refuse_loads(error)
+    assert future.exception(0) is error
+    assert scene.manager.request_load(two).exception(0) is error
+    scene.complete()
+    assert scene.manager.usable(one)
+
+
+def test_requests_expire_while_their_adapter_loads_or_waits_for_a_loader_thread(
+    make_pool: Callable[[], AdapterPool], expectation: ExpectedModules, refs: list[AdapterRef],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    scene = Scene(make_pool(), expectation, slots=2)
+    early, late = Waiting(), Waiting()
+    scene.waiting = {refs[0]: [early], refs[1]: [late]}
+    scene.manager.start_loads(refs[:1])
+    scene.now_s = 5.0
+    monkeypatch.setattr(scene.loader, "can_start", lambda ref: False)
+    scene.manager.start_loads(refs[:2])
+    scene.now_s = 10.0
+    scene.manager.start_loads(refs[:2])
+    scene.manager.expire(8.0)
+    assert isinstance(early.error, StillLoading)
+    assert late.error is None
+    scene.now_s = 14.0
+    scene.manager.expire(8.0)
+    assert isinstance(late.error, StillLoading)
+    scene.complete()
+    assert scene.manager.usable(refs[0]), "the load goes on"
+    scene.manager.stop()
+
+
+def test_an_adapter_in_use_keeps_its_slot_until_its_batch_ends(scene: Scene, refs: list[AdapterRef]) -> None:
+    one, two = refs[:2]
+    scene.load(one)
+    scene.manager.acquire_slots([one, None])
+    scene.manager.start_loads([two])
+    assert not scene.has_slot(two)
+    assert not scene.manager.usable(one), "without new work, or the slot would never become free"
+    scene.manager.release_slots([one, None])
+    scene.load(two)
+    assert scene.manager.usable(two)
+
+
+def test_an_adapter_wanted_earlier_is_not_evicted_for_a_later_one(scene: Scene, refs: list[AdapterRef]) -> None:
+    one, two = refs[:2]
+    scene.load(one)
+    scene.manager.start_loads([one, two])
+    assert scene.manager.usable(one)
+    assert not scene.has_slot(two)
+
+
+def test_adapters_of_the_next_batch_are_not_evicted(scene: Scene, refs: list[AdapterRef]) -> None:
+    one, two = refs[:2]
+    scene.load(one)
+    scene.manager.start_loads([two], [None, one])
+    assert scene.manager.acquire_slots([None, one]) == [None, 0]
+    scene.manager.release_slots([None, one])
+    scene.load(two)
+    assert scene.manager.usable(two), "evicted after that batch"
+
+
+def test_a_prefetch_evicts_no_adapter_that_is_needed_or_was_used_recently(scene: Scene, refs: list[AdapterRef]) -> None:
+    one, two = refs[:2]
+    scene.manager.prefetch(one)
+    scene.complete()
+    assert scene.manager.usable(one)
+    assert scene.manager.held().used_slots == 1
+    scene.manager.prefetch(two)
+    assert not scene.has_slot(two), "one was loaded just now"
+    scene.now_s = RECENTLY_USED_S
+    assert scene.manager.held().used_slots == 0
+    scene.manager.prefetch(two, needed=[None, one])
+    assert not scene.has_slot(two), "one is needed"
+    scene.manager.prefetch(two)
+    scene.complete()
+    assert scene.manager.usable(two)
     assert scene.evicted == [one.name]
 
 
-def test_a_retired_adapter_is_served_again_when_nobody_needs_its_slot(scene: Scene, refs: list[AdapterRef]) -> None:
-    """The prompt it had to make room for was cancelled: its own prompts must not wait for ever."""
+def test_a_retiring_adapter_is_served_again_when_its_slot_is_no_longer_needed(
+    scene: Scene, refs: list[AdapterRef]
+) -> None:
     one, two = refs[:2]
-    scene.bring(one)
-    scene.residency.acquire([one])
-    scene.residency.bring([two])
-    scene.residency.release([one])
-    scene.residency.bring([one])  # two's client has gone
-    assert scene.residency.usable(one)
+    scene.load(one)
+    scene.manager.acquire_slots([one])
+    scene.manager.start_loads([two])
+    scene.manager.release_slots([one])
+    scene.manager.start_loads([one])  # the request for two was cancelled
+    assert scene.manager.usable(one)
 
 
-def test_asking_for_a_retired_adapter_answers(scene: Scene, refs: list[AdapterRef]) -> None:
+def test_a_requested_load_of_a_retiring_adapter_resolves(scene: Scene, refs: list[AdapterRef]) -> None:
     one, two = refs[:2]
-    scene.bring(one)
-    scene.residency.acquire([one])
-    scene.residency.bring([two])
-    future = scene.residency.ask(one)
-    scene.residency.release([one])
-    scene.residency.bring([])
+    scene.load(one)
+    scene.manager.acquire_slots([one])
+    scene.manager.start_loads([two])
+    future = scene.manager.request_load(one)
+    scene.manager.release_slots([one])
+    scene.manager.start_loads([])
     assert future.result(0).name == one.name
 
 
-def test_a_refusal_is_remembered_for_that_revision_alone(scene: Scene, model_dir: Path, tmp_path: Path) -> None:
-    folder = edit_config(sound(model_dir, tmp_path / "bad"), bias="all")
-    bad = ref(folder)
-    scene.residency.bring([bad])
-    _, info = scene.settle()
-    assert info is None
-    assert isinstance(scene.residency.refusal(bad), InvalidAdapter)
-    assert not scene.residency.table.holds(bad)
-    good = ref(edit_config(folder, bias="none"))
+def test_only_the_refused_revision_is_remembered(scene: Scene, bad: AdapterRef) -> None:
+    scene.load(bad)
+    assert isinstance(scene.manager.refusal(bad), InvalidAdapter)
+    assert not scene.has_slot(bad)
+    good = ref(edit_config(Path(bad.path), bias="none"))
     assert good.revision != bad.revision
-    assert scene.residency.refusal(good) is None
-    scene.bring(good)
-    assert scene.residency.usable(good)
+    assert scene.manager.refusal(good) is None
+    scene.load(good)
+    assert scene.manager.usable(good)
 
 
-def test_a_missing_folder_is_looked_for_again(scene: Scene, tmp_path: Path, model_dir: Path) -> None:
+def test_a_missing_folder_is_looked_up_again(scene: Scene, tmp_path: Path, model_dir: Path) -> None:
     late = AdapterRef("late", str(tmp_path / "late"), "1")
-    scene.residency.bring([late])
-    outcome = scene.outcomes.get(timeout=PATIENCE_S)
-    assert isinstance(outcome.error, AdapterNotFound)
-    scene.residency.settle(outcome)
-    assert scene.residency.refusal(late) is None
+    scene.manager.start_loads([late])
+    assert scene.complete().error == AdapterNotFound.code
+    assert scene.manager.refusal(late) is None
     sound(model_dir, tmp_path / "late")
-    scene.bring(late)
-    assert scene.residency.usable(late)
+    scene.load(late)
+    assert scene.manager.usable(late)
 
 
-def test_a_refusal_does_not_grow_as_it_is_raised_again(scene: Scene, model_dir: Path, tmp_path: Path) -> None:
-    """Each raise adds frames, and their requests with them, to the traceback that an exception carries."""
-    bad = ref(edit_config(sound(model_dir, tmp_path / "bad"), bias="all"))
-    scene.residency.bring([bad])
-    scene.settle()
+def test_the_traceback_of_a_refusal_does_not_grow(scene: Scene, bad: AdapterRef) -> None:
+    """Each raise adds frames, and the requests in them, to the traceback of an exception."""
+    scene.load(bad)
     for _ in range(5):
         with pytest.raises(InvalidAdapter) as caught:
-            _raise(scene.residency.refusal(bad))
+            _raise(scene.manager.refusal(bad))
     depth, trace = 0, caught.value.__traceback__
     while trace is not None:
         depth, trace = depth + 1, trace.tb_next
@@ -191,3 +274,45 @@ def test_a_refusal_does_not_grow_as_it_is_raised_again(scene: Scene, model_dir: 
 def _raise(error: Exception | None) -> None:
     assert error is not None
     raise error
+
+
+def test_a_report_lists_each_revision_once(scene: Scene, refs: list[AdapterRef], bad: AdapterRef) -> None:
+    one, two, three = refs[:3]
+    scene.load(bad)
+    scene.load(one)
+    scene.manager.start_loads([two])
+    reports = {report.name: report for report in scene.manager.report({one: 2, three: 1})}
+    assert {name: report.where for name, report in reports.items()} == {
+        bad.name: "refused", one.name: "host", two.name: "loading", three.name: "disk",
+    }  # fmt: skip
+    assert [reports[each.name].references for each in (bad, one, two, three)] == [0, 2, 0, 1]
+    assert "bias" in (reports[bad.name].error or "")
+    scene.complete()
+    (report,) = [report for report in scene.manager.report({}) if report.where == "gpu"]
+    assert report.info == scene.manager.request_load(two).result(0)
+
+
+def test_a_released_adapter_keeps_the_named_revision_and_what_is_in_use(scene: Scene, refs: list[AdapterRef]) -> None:
+    one = refs[0]
+    scene.load(one)
+    assert scene.manager.release_adapter(one.name, one.revision, []), "nothing but the kept revision"
+    assert scene.manager.usable(one)
+    scene.manager.acquire_slots([one])
+    assert not scene.manager.release_adapter(one.name, None, [one])
+    scene.manager.release_slots([one])
+    assert scene.manager.release_adapter(one.name, None, [])
+    assert scene.manager.tier(one) == "disk"
+
+
+def test_pinned_adapters_leave_a_slot_for_others(
+    make_pool: Callable[[], AdapterPool], expectation: ExpectedModules, refs: list[AdapterRef]
+) -> None:
+    scene = Scene(make_pool(), expectation, slots=2)
+    one, two, three = refs[:3]
+    with pytest.raises(InvalidRequest, match=r"engine\.slots"):
+        scene.manager.pin([one.name, two.name])
+    scene.manager.pin([one.name])
+    for each in (one, two, three):
+        scene.load(each)
+    assert scene.evicted == [two.name]
+    scene.manager.stop()

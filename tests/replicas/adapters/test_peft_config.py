@@ -12,6 +12,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
+from ranklet.replicas.adapters.findings import collect
 from ranklet.replicas.adapters.peft_config import PeftConfig, read_peft_config
 
 PREFIXES = ("", "model.", "0.auto_model.")
@@ -88,7 +89,7 @@ def test_ranks_and_scalings_are_pefts(
 def read(folder: Path, bases: tuple[str, ...] = ("model",), **fields: Any) -> tuple[PeftConfig | None, list[str]]:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"], **fields}))
-    return read_peft_config(path, bases)
+    return collect(read_peft_config(path, bases))
 
 
 @pytest.mark.parametrize(
@@ -165,14 +166,14 @@ def test_whatever_peft_writes_by_default_is_taken(tmp_path: Path) -> None:
     """Every field of the installed PEFT at its default, so that no new one slips by unread."""
     for extra in ({}, {"use_rslora": True}, {"lora_dropout": 0.1}, {"init_lora_weights": "gaussian"}):
         LoraConfig(r=4, target_modules=["q_proj"], **extra).save_pretrained(str(tmp_path))
-        config, findings = read_peft_config(tmp_path / "adapter_config.json", ["model"])
+        config, findings = collect(read_peft_config(tmp_path / "adapter_config.json", ["model"]))
         assert findings == []
         assert config is not None
 
 
 def test_pefts_defaults_stand_in_for_missing_fields(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"target_modules": ["q_proj"]}')
-    config, findings = read_peft_config(tmp_path / "adapter_config.json", ["model"])
+    config, findings = collect(read_peft_config(tmp_path / "adapter_config.json", ["model"]))
     assert findings == []
     assert config is not None
     default = LoraConfig()
@@ -185,7 +186,7 @@ def test_pefts_defaults_stand_in_for_missing_fields(tmp_path: Path) -> None:
 def test_what_is_no_json_object_is_one_finding(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "adapter_config.json"
     path.write_bytes(content)
-    config, findings = read_peft_config(path, ["model"])
+    config, findings = collect(read_peft_config(path, ["model"]))
     assert config is None
     assert len(findings) == 1
     assert findings[0].startswith("adapter_config.json")

@@ -8,11 +8,12 @@ import torch
 
 from ranklet.kernels.packs import PACKS
 from ranklet.kernels.stack import padded_rank
+from ranklet.replicas.adapters.adapter import AdapterWeights
 from ranklet.replicas.adapters.packed import pack
 from ranklet.replicas.adapters.pool import AdapterPool
-from ranklet.replicas.adapters.verify import EMBEDDING, AdapterWeights, ExpectedModules, read_adapter
+from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
 from ranklet.replicas.model.architecture import Architecture
-from ranklet.replicas.model.modules import LORA_MODULES
+from ranklet.replicas.model.modules import EMBEDDING, LORA_MODULES
 from tests.assets.adapters import save_adapter
 from tests.assets.make import AdapterSpec
 from tests.replicas.asking import ref
@@ -32,6 +33,12 @@ def memory(pool: AdapterPool, slot: int) -> torch.Tensor:
     if pool.embedding is not None:
         parts += [pool.embedding.a[slot].flatten(), pool.embedding.b[slot].flatten()]
     return torch.cat(parts)
+
+
+def metadata(pool: AdapterPool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Ranks and scalings of every stack, where kernels read them."""
+    stacks = [stack for layer in pool.layers for stack in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    return [(stack.ranks, stack.scalings) for stack in (*stacks, pool.embedding) if stack is not None]
 
 
 @pytest.fixture
@@ -116,7 +123,7 @@ def test_packing_rounds_once_to_the_pools_dtype(adapters: dict[str, AdapterWeigh
     assert packed.nbytes == 2 * sum(weight.a.numel() + weight.b.numel() for weight in adapter.weights.values())
     assert packed.modules == tuple(sorted({name for _, name in adapter.weights}))
     for piece in packed.layout.pieces:
-        weight = adapter.weights[piece.place]
+        weight = adapter.weights[piece.module]
         assert torch.equal(piece.view(packed.flat), (weight.a if piece.side == "a" else weight.b).bfloat16())
 
 
@@ -144,7 +151,7 @@ def test_a_posing_pool_is_empty_again(
 ) -> None:
     """While it poses each slot has full rank everywhere; afterwards an adapter is as alone as in a new pool."""
     pool = make_pool()
-    with pool.posing():
+    with pool.placeholder_adapters():
         assert set(pool.ranks(1).values()) == {pool.rank}
     assert pool.ranks(1) == {}
     adapter = next(iter(adapters.values()))
@@ -160,7 +167,7 @@ def test_a_gpu_holds_what_the_cpu_does(
 ) -> None:
     """Every adapter over every other, bit for bit: a kernel writes there, torch here."""
     here, there = (AdapterPool(architecture, 2, 64, LORA_MODULES, torch.device(at), dtype) for at in ("cpu", "cuda"))
-    there.rehearse()
+    there.compile_load()
     for _ in range(2):
         for adapter in adapters.values():
             packed = pack(adapter, dtype)
@@ -168,6 +175,7 @@ def test_a_gpu_holds_what_the_cpu_does(
                 pool.load(1, packed)
             assert torch.equal(memory(here, 1), memory(there, 1).cpu())
             assert here.ranks(1) == there.ranks(1)
-            assert torch.equal(here._ranks, there._ranks.cpu())
-            assert torch.equal(here._scalings, there._scalings.cpu())
+            for (ranks, scalings), (their_ranks, their_scalings) in zip(metadata(here), metadata(there), strict=True):
+                assert torch.equal(ranks, their_ranks.cpu())
+                assert torch.equal(scalings, their_scalings.cpu())
     assert not memory(there, 0).any()

@@ -75,10 +75,10 @@ class Slots(RuleBasedStateMachine):
     def settle(self, data: st.DataObject, good: bool) -> None:
         key = data.draw(st.sampled_from([key for key, tenant in self.tenants.items() if not tenant.ready]))
         if good:
-            self.table.loaded(key)
+            self.table.mark_ready(key)
             self.tenants[key].ready = True
         else:
-            self.table.failed(key)
+            self.table.free(key)
             del self.tenants[key]
 
     @rule(target=held, key=st.sampled_from(KEYS))
@@ -139,7 +139,7 @@ class Slots(RuleBasedStateMachine):
         self.retire(frozenset())
         for key, tenant in self.tenants.items():
             if not tenant.ready:
-                self.table.loaded(key)
+                self.table.mark_ready(key)
                 tenant.ready = True
         if not any(tenant.references for tenant in self.tenants.values()):
             assert self.table.reserve(AdapterRef("newcomer", "/n", "1")) is not None
@@ -153,7 +153,7 @@ TestSlots = Slots.TestCase
 def test_a_release_without_an_acquire_is_a_defect() -> None:
     table = SlotTable(1)
     table.reserve(KEYS[0])
-    table.loaded(KEYS[0])
+    table.mark_ready(KEYS[0])
     with pytest.raises(ValueError, match="adapter-0"):
         table.release(KEYS[0])
 
@@ -161,7 +161,7 @@ def test_a_release_without_an_acquire_is_a_defect() -> None:
 def test_a_busy_slot_is_retired_and_freed_by_its_last_reference() -> None:
     table = SlotTable(1)
     table.reserve(KEYS[0])
-    table.loaded(KEYS[0])
+    table.mark_ready(KEYS[0])
     table.acquire(KEYS[0])
     assert table.reserve(KEYS[1]) is None
     assert table.retire()

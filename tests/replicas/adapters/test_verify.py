@@ -10,12 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ranklet.replicas.adapters.adapter import AdapterWeights
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import Revisions
-from ranklet.replicas.adapters.verify import EMBEDDING, AdapterWeights, ExpectedModules, read_adapter
+from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
 from ranklet.replicas.model.architecture import Architecture
+from ranklet.replicas.model.modules import EMBEDDING
 from tests.assets.broken import BROKEN, WEIGHTS, edit_config, edit_weights, sound
 from tests.assets.corpus import TEXTS
 from tests.assets.make import AdapterSpec, make_model

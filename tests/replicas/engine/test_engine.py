@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from ranklet.kernels import native, pointwise
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.stack import LinearStack
-from ranklet.replicas.adapters.reference import WEIGHTS_FILE, AdapterRef
+from ranklet.replicas.adapters.reference import WEIGHTS_FILE, AdapterRef, LoadRecord
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.request import Answer
-from ranklet.replicas.engine.stats import BatchRecord, Listener, LoadRecord
+from ranklet.replicas.engine.stats import BatchRecord, Listener
 from ranklet.replicas.errors import (
     AdapterNotFound,
     InternalError,
@@ -398,7 +398,7 @@ def test_a_failed_batch_fails_only_the_prompt_at_fault(
     good, bad = (ref(spec.path) for spec in adapter_specs[:2])
     engine.load(good)
     engine.load(bad)
-    slot = engine._residency.table.usable(bad)
+    slot = engine.slot_of(bad)
     assert slot is not None
     with failing_slot(slot):
         with engine._wake:
@@ -419,7 +419,7 @@ def test_an_adapter_that_always_fails_leaves_the_engine_healthy(
     engine.start()
     bad = ref(adapter_specs[0].path)
     engine.load(bad)
-    with failing_slot(engine._residency.table.usable(bad) or 0):
+    with failing_slot(engine.slot_of(bad) or 0):
         for _ in range(4):
             with pytest.raises(InternalError):
                 ask(engine, tokens[:1], bad)
@@ -506,7 +506,7 @@ def test_stop_refuses_what_waits_and_what_comes(
     with slow_disk(tmp_path / "slow" / WEIGHTS_FILE):
         waiting, loading = submit(engine, tokens, slow), threading.Thread(target=load)
         loading.start()
-        until(lambda: bool(engine._residency.asked))
+        until(lambda: bool(engine.held().loading))
         stopping = threading.Thread(target=engine.stop)
         stopping.start()
         with pytest.raises(Unavailable):

@@ -25,8 +25,8 @@ def test_requests_do_not_wait_for_a_disk_that_hangs(model_dir: Path, adapters_di
     with hanging(stuck / "adapter_model.safetensors"):
         waiting = submit(engine, prompt, late)
         assert ask(engine, prompt, medical).vectors.shape == (1, 128)
-        assert engine.held().coming == ("stuck",)
-        assert engine.held().taken == 2
+        assert engine.held().loading == ("stuck",)
+        assert engine.held().used_slots == 2
         assert not waiting.done()
         deadline_s = time.monotonic() + PATIENCE_S
         while not waiting.done():
@@ -56,11 +56,11 @@ def test_loads_that_cannot_begin_leave_the_slots_to_those_that_serve(
             hung.enter_context(hanging(folder / "adapter_model.safetensors"))
             stuck.append(submit(engine, prompt, read))
         deadline_s = time.monotonic() + PATIENCE_S
-        while len(engine.held().coming) < READERS:
+        while len(engine.held().loading) < READERS:
             assert time.monotonic() < deadline_s
         waiting = submit(engine, prompt, late)
         assert ask(engine, prompt, medical).tier == "gpu"
-        assert late.name not in engine.held().coming
+        assert late.name not in engine.held().loading
         while not (waiting.done() and all(one.done() for one in stuck)):
             assert time.monotonic() < deadline_s
             engine.expire()

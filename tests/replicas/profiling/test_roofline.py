@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ranklet.replicas.adapters.verify import EMBEDDING, Module
+from ranklet.replicas.model.modules import EMBEDDING, Module
 from ranklet.replicas.profiling.roofline import STAGES, AdapterShare, BatchShape, Ceilings, Cost, costs, lora_costs
 from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B
 
