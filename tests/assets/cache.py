@@ -41,12 +41,12 @@ def _make(folder: Path) -> None:
     from tests.assets.make import make_adapters, make_model
 
     with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as name:
-        aside = Path(name)
+        scratch = Path(name)
         # PEFT writes the base's path into each adapter, so the model must be in its final place first.
         shutil.rmtree(folder / "model", ignore_errors=True)
-        make_model(aside / "model").rename(folder / "model")
+        make_model(scratch / "model").rename(folder / "model")
         (folder / "adapters").mkdir(exist_ok=True)
-        for spec in make_adapters(folder / "model", aside / "adapters"):
+        for spec in make_adapters(folder / "model", scratch / "adapters"):
             target = folder / "adapters" / spec.name
             shutil.rmtree(target, ignore_errors=True)
             spec.path.rename(target)

@@ -67,12 +67,12 @@ def pooling_of(model_dir: Path) -> tuple[str, bool]:
     if not modules.exists():
         return "last", True
     kinds = [module["type"].rsplit(".", 1)[-1] for module in json.loads(modules.read_text())]
-    said = json.loads((model_dir / "1_Pooling" / "config.json").read_text())
-    if "pooling_mode" in said:
-        mode = {"lasttoken": "last", "mean": "mean", "cls": "cls"}[said["pooling_mode"]]
+    config = json.loads((model_dir / "1_Pooling" / "config.json").read_text())
+    if "pooling_mode" in config:
+        mode = {"lasttoken": "last", "mean": "mean", "cls": "cls"}[config["pooling_mode"]]
     else:
         flags = {"pooling_mode_lasttoken": "last", "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-        mode = next(flags[key] for key in flags if said.get(key))
+        mode = next(flags[key] for key in flags if config.get(key))
     return mode, "Normalize" in kinds
 
 

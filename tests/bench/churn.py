@@ -44,21 +44,21 @@ class History:
     def now(self) -> str | None:
         return self.spans[-1][2]
 
-    def begin(self, what: str | None) -> None:
+    def start_change(self, source: str | None) -> None:
         """Start a span before the call that changes the adapter is sent."""
         with self.lock:
-            self.spans.append((time.monotonic(), float("inf"), what))
+            self.spans.append((time.monotonic(), float("inf"), source))
 
-    def done(self) -> None:
+    def finish_change(self) -> None:
         """End the previous span once the call is answered."""
         with self.lock:
-            since, _, what = self.spans[-2]
-            self.spans[-2] = (since, time.monotonic(), what)
+            since, _, source = self.spans[-2]
+            self.spans[-2] = (since, time.monotonic(), source)
             del self.spans[:-16]
 
     def during(self, since_s: float, until_s: float) -> set[str | None]:
         with self.lock:
-            return {what for first, last, what in self.spans if first <= until_s and last >= since_s}
+            return {source for first, last, source in self.spans if first <= until_s and last >= since_s}
 
 
 class Churn:
@@ -68,7 +68,7 @@ class Churn:
         self._service = service
         self._names = {f"churn{number}": History() for number in range(names)}
         self._expected: dict[str, Vectors] = {name: service.embed(name, TEXT) for name in SOURCES}
-        self.seen: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
         self._random = random.Random(0)
 
@@ -76,24 +76,24 @@ class Churn:
         """Load, replace or unload one adapter."""
         name, history = self._random.choice(list(self._names.items()))
         if history.now is not None and self._random.random() < 0.5:
-            history.begin(None)
+            history.start_change(None)
             answer = http.post("/v1/unload_lora_adapter", json={"lora_name": name})
-            self.seen["unload"] += 1
+            self.counts["unload"] += 1
         else:
             source = self._random.choice([each for each in SOURCES if each != history.now])
-            self.seen["load" if history.now is None else "replace"] += 1
-            history.begin(source)
+            self.counts["load" if history.now is None else "replace"] += 1
+            history.start_change(source)
             body = {
                 "lora_name": name,
                 "lora_path": f".sources/{source}",
                 "load_inplace": history.spans[-2][2] is not None,
             }
             answer = http.post("/v1/load_lora_adapter", json=body)
-        history.done()
+        history.finish_change()
         if answer.status_code != 200:
             raise RuntimeError(f"{name}: {answer.text}")
 
-    def ask(self, stop: threading.Event, seed: int) -> None:
+    def send(self, stop: threading.Event, seed: int) -> None:
         """Send requests for random names and check each answer, until `stop` is set."""
         dice = random.Random(seed)
         with httpx.Client(base_url=self._service.url, timeout=60, trust_env=False) as http:
@@ -110,10 +110,10 @@ class Churn:
             vector = vectors_of(answer)
             found = [source for source, known in self._expected.items() if np.abs(vector - known).max() < 1e-5]
             right = bool(found) and found[0] in allowed
-            self.seen["answered"] += 1
+            self.counts["answered"] += 1
         else:
             right = answer.status_code == 404 and None in allowed
-            self.seen["refused, there was none"] += right
+            self.counts["refused, there was none"] += right
         if not right:
             self.wrong.append(f"{name}: {answer.status_code}, allowed {allowed}: {answer.text[:200]}")
 
@@ -133,7 +133,7 @@ def memory(service: Service) -> dict[str, float]:
 def run(service: Service, cycles: int, names: int, clients: int) -> list[dict[str, Any]]:
     """Return rows with memory early and late in the run, and counts of calls and answers."""
     churn, stop = Churn(service, names), threading.Event()
-    asking = [threading.Thread(target=churn.ask, args=(stop, seed)) for seed in range(clients)]
+    asking = [threading.Thread(target=churn.send, args=(stop, seed)) for seed in range(clients)]
     for each in asking:
         each.start()
     sampled: list[tuple[int, dict[str, float]]] = []
@@ -159,10 +159,10 @@ def run(service: Service, cycles: int, names: int, clients: int) -> list[dict[st
         rows.append({
             "what": f"memory of {role}, MB", "first": first, "middle": middle, "last": last, "grown": last / first - 1,
         })  # fmt: skip
-    rows += [{"what": what, "count": count} for what, count in sorted(churn.seen.items())]
+    rows += [{"what": what, "count": count} for what, count in sorted(churn.counts.items())]
     rows += [{"what": "wrong", "count": len(churn.wrong)}, {"what": "seconds", "count": round(seconds)}]
-    for said in churn.wrong[:5]:
-        Console(stderr=True).print(said, markup=False)
+    for line in churn.wrong[:5]:
+        Console(stderr=True).print(line, markup=False)
     return rows
 
 

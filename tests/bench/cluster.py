@@ -75,15 +75,15 @@ def served(
     write_model(folder / "model", layers=layers)
     save_tokenizer(folder / "model", vocab_size=1024, max_length=32_768)
     made = write_adapters(folder / "adapters", adapters, layers=layers)
-    asked = configuration(folder, replicas, gateways, slots)
-    asked["applications"][0]["args"]["engine"]["backend"] = backend
+    content = configuration(folder, replicas, gateways, slots)
+    content["applications"][0]["args"]["engine"]["backend"] = backend
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(asked))
+    path.write_text(yaml.safe_dump(content))
     cluster = LocalCluster(http_port=0, report=print)
     state = cluster.start(path, timeout_s=300)
-    asked["http_options"]["port"] = int(state.base_url.rpartition(":")[2])
+    content["http_options"]["port"] = int(state.base_url.rpartition(":")[2])
     try:
-        yield Served(state, [one.name for one in made], cluster, asked)
+        yield Served(state, [one.name for one in made], cluster, content)
     finally:
         cluster.stop()
 

@@ -37,7 +37,7 @@ _FLOOD_PROMPTS = 4  # prompts in one request
 _GIVE_UP_S = 60.0
 
 
-class Asker:
+class LoadSender:
     """Sends requests to an engine and counts refusals."""
 
     def __init__(self, engine: EngineProcess, tokens: int) -> None:
@@ -45,7 +45,7 @@ class Asker:
         self._prompt = np.arange(1, tokens + 1, dtype=np.int32)
         self.refused = 0
 
-    def ask(self, adapter: AdapterRef, prompts: int, done: Callable[[Answer | RankletError], None]) -> None:
+    def send(self, adapter: AdapterRef, prompts: int, done: Callable[[Answer | RankletError], None]) -> None:
         self._engine.submit([self._prompt] * prompts, adapter, None, done)
 
     def closed(self, adapters: Sequence[AdapterRef], depth: int, prompts: int, seconds: float) -> float:
@@ -53,7 +53,7 @@ class Asker:
         settled: SimpleQueue[Answer | RankletError] = SimpleQueue()
         began_s, answered, sent = time.perf_counter(), 0, 0
         for _ in range(depth):
-            self.ask(adapters[sent % len(adapters)], prompts, settled.put)
+            self.send(adapters[sent % len(adapters)], prompts, settled.put)
             sent += 1
         while (passed_s := time.perf_counter() - began_s) < seconds:
             result = settled.get(timeout=_GIVE_UP_S)
@@ -64,7 +64,7 @@ class Asker:
                 time.sleep(0.01)
             else:
                 answered += prompts
-            self.ask(adapters[sent % len(adapters)], prompts, settled.put)
+            self.send(adapters[sent % len(adapters)], prompts, settled.put)
             sent += 1
         for _ in range(depth):
             settled.get(timeout=_GIVE_UP_S)
@@ -87,7 +87,7 @@ class Asker:
                     latencies.append(time.perf_counter() - due_s)
                 left.release()
 
-            self.ask(draw.choice(adapters), 1, done)
+            self.send(draw.choice(adapters), 1, done)
             sent += 1
         for _ in range(sent):
             if not left.acquire(timeout=_GIVE_UP_S):
@@ -102,27 +102,29 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Return a row without the flood and a row with it."""
     flood, *others = adapters
-    asker = Asker(engine, options.tokens)
+    sender = LoadSender(engine, options.tokens)
     for adapter in adapters:
         engine.load(adapter)
-    asker.closed(others, _DEPTH, 1, options.seconds / 6)  # warms the forecast up
-    capacity = asker.closed(others, _DEPTH, 1, options.seconds / 3)
+    sender.closed(others, _DEPTH, 1, options.seconds / 6)  # warms the forecast up
+    capacity = sender.closed(others, _DEPTH, 1, options.seconds / 3)
     rows = []
     depth = 4 * max(1, 4 * batch_tokens // options.tokens // _FLOOD_PROMPTS)
     rate: list[float] = []
-    thread = threading.Thread(target=lambda: rate.append(asker.closed([flood], depth, _FLOOD_PROMPTS, options.seconds)))
+    thread = threading.Thread(
+        target=lambda: rate.append(sender.closed([flood], depth, _FLOOD_PROMPTS, options.seconds))
+    )
     for flooded in (False, True):
         if flooded:
             thread.start()
             time.sleep(options.seconds / 30)
-        latencies = np.array(asker.steady(others, options.load * capacity, options.seconds * 0.9)) * 1e3
+        latencies = np.array(sender.steady(others, options.load * capacity, options.seconds * 0.9)) * 1e3
         if flooded:
             thread.join()
         rows.append({
             "flood": flooded, "tokens": options.tokens, "batch_tokens": batch_tokens,
             "capacity_per_s": capacity, "load": options.load, "requests": len(latencies),
             "p50_ms": float(np.median(latencies)), "p99_ms": float(np.percentile(latencies, 99)),
-            "flood_prompts_per_s": rate[0] if rate else 0.0, "flood_refused": asker.refused,
+            "flood_prompts_per_s": rate[0] if rate else 0.0, "flood_refused": sender.refused,
         })  # fmt: skip
     return [{**row, "p99_ratio": row["p99_ms"] / rows[0]["p99_ms"]} for row in rows]
 

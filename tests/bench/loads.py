@@ -47,9 +47,9 @@ def first_answers(engine: Engine, adapters: Sequence[AdapterRef], tier: str) -> 
         if tier == "disk":
             forget(Path(adapter.path) / WEIGHTS_FILE)
         began_s = perf_counter()
-        asked = Revisions().reference(adapter.name, adapter.path) if tier == "disk" else adapter
+        ref = Revisions().reference(adapter.name, adapter.path) if tier == "disk" else adapter
         named_s = perf_counter()
-        (answer,) = embed(engine, [prompt], [asked])
+        (answer,) = embed(engine, [prompt], [ref])
         took_s.append((named_s - began_s, perf_counter() - began_s))
         if answer.tier != tier:
             raise RuntimeError(f"expected {adapter.name} in tier {tier}, got {answer.tier}")
@@ -59,8 +59,8 @@ def first_answers(engine: Engine, adapters: Sequence[AdapterRef], tier: str) -> 
 def rows(engine: Engine, adapters: Sequence[AdapterRef], megabytes: float, beside: str) -> list[dict[str, Any]]:
     """Return a row for each tier. There are fewer slots than adapters, so earlier ones are back in host memory."""
     found = []
-    for tier, asked in (("disk", adapters), ("host", adapters), ("gpu", [adapters[-1]] * len(adapters))):
-        named_ms, took_ms = first_answers(engine, asked, tier).T
+    for tier, refs_of_tier in (("disk", adapters), ("host", adapters), ("gpu", [adapters[-1]] * len(adapters))):
+        named_ms, took_ms = first_answers(engine, refs_of_tier, tier).T
         found.append({
             "beside": beside, "tier": tier, "adapter_MB": megabytes, "loads": len(took_ms),
             "p50_ms": float(np.median(took_ms)), "p99_ms": float(np.percentile(took_ms, 99)),

@@ -67,12 +67,15 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         drawn: dict[str, list[SimulationResult]] = {}
         for label, words in PARTS[part](options.replicas):
-            asked = command.parse_args(["simulate", *words])
+            arguments = command.parse_args(["simulate", *words])
             began = perf_counter()
-            found = {outcome.rule: outcome for outcome in simulate.study(asked).run_all(asked.rules, asked.workers)}
+            found = {
+                outcome.rule: outcome
+                for outcome in simulate.study(arguments).run_all(arguments.rules, arguments.workers)
+            }
             console.print(f"{label}: {perf_counter() - began:.0f} s")
-            drawn[label] = [found[name] for name in asked.rules]
-            rows += [{"case": label, **simulate.summary(found[name], asked.flash_s)} for name in asked.rules]
+            drawn[label] = [found[name] for name in arguments.rules]
+            rows += [{"case": label, **simulate.summary(found[name], arguments.flash_s)} for name in arguments.rules]
         path = report.save(f"simulate-{part}", rows, options.out)
         if part in ("steady", "flash", "faults"):
             picture(drawn, path.with_suffix(".png"))

@@ -59,16 +59,16 @@ class Prompts:
         return orjson.dumps({"model": self.names[name], "input": given, "encoding_format": "base64"})
 
 
-async def ask(client: aiohttp.ClientSession, url: str, body: bytes) -> tuple[str, list[NDArray[np.float32]]]:
+async def send(client: aiohttp.ClientSession, url: str, body: bytes) -> tuple[str, list[NDArray[np.float32]]]:
     """Send a request. Returns the error code, "" on success, and the vectors."""
     try:
         async with client.post(f"{url}/v1/embeddings", data=body) as answer:
-            said = orjson.loads(await answer.read())
+            content = orjson.loads(await answer.read())
     except (aiohttp.ClientError, TimeoutError) as error:
         return type(error).__name__, []
     if answer.status != 200:
-        return str(said["error"]["code"]), []
-    return "", [np.frombuffer(base64.b64decode(entry["embedding"]), np.float32) for entry in said["data"]]
+        return str(content["error"]["code"]), []
+    return "", [np.frombuffer(base64.b64decode(entry["embedding"]), np.float32) for entry in content["data"]]
 
 
 async def soak(
@@ -83,7 +83,7 @@ async def soak(
     ) as client:
         for name in range(len(prompts.names)):
             for i in range(_PROMPTS_EACH):
-                failed, vectors = await ask(client, url, prompts.body(name, [i]))
+                failed, vectors = await send(client, url, prompts.body(name, [i]))
                 assert not failed, failed
                 prompts.alone.append(vectors[0])
         names = assign("zipf:0.8", 1 << 20, len(prompts.names), seed=1)
@@ -95,7 +95,7 @@ async def soak(
             while time.monotonic() < until_s:
                 name = names[next(turns) % len(names)]
                 chosen = rng.choice(_PROMPTS_EACH, rng.integers(1, 5), replace=False).tolist()
-                failed, vectors = await ask(client, url, prompts.body(name, chosen))
+                failed, vectors = await send(client, url, prompts.body(name, chosen))
                 if failed:
                     seen.failures[failed] += 1
                 for i, vector in zip(chosen, vectors, strict=False):
@@ -116,8 +116,8 @@ def used(pid: int) -> dict[str, Any]:
     """Return megabytes used on the GPU and resident by kind of process below `pid`."""
     found: dict[str, Any] = {}
     if torch.cuda.is_available():
-        asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        found["gpu"] = int(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[0])
+        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        found["gpu"] = int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
     for below in _below(pid):
         try:
             command = (below / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
@@ -163,8 +163,8 @@ def main() -> None:
         served(Path(scratch), options.layers, options.adapters, **shape) as running,
     ):
         prompts = Prompts(running.adapters, options.longest, QWEN3_EMBEDDING_06B.vocab)
-        asked = soak(running.state.base_url, prompts, options.minutes, options.concurrency, running.state.pid)
-        seen, memory = asyncio.run(asked)
+        run = soak(running.state.base_url, prompts, options.minutes, options.concurrency, running.state.pid)
+        seen, memory = asyncio.run(run)
     cosines = np.array(seen.cosines)
     rows: list[dict[str, Any]] = [{
         "minute": "all", "answers": len(cosines), "failed": dict(seen.failures),

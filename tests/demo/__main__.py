@@ -20,7 +20,7 @@ from rich.markup import escape
 from ranklet.cluster.command.local_cluster import ClusterError, LocalCluster
 from tests.assets.cache import is_made, make_once
 from tests.demo import show
-from tests.demo.ask import Question, Vectors, answers, questions, reference
+from tests.demo.client import Question, Vectors, answers, questions, reference
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "deploy" / "local.yaml"
@@ -61,15 +61,15 @@ def main() -> int:
 
 def run(console: Console, *, port: int | None, keep: bool) -> int:
     """Start the cluster, send the questions and print the table. Computes the reference during the start."""
-    say = Progress(console)
+    progress = Progress(console)
     if not is_made(ROOT / ".demo"):
-        say("writing a model (Qwen3, 4 layers) and six adapters saved by PEFT into .demo")
+        progress("writing a model (Qwen3, 4 layers) and six adapters saved by PEFT into .demo")
     make_once(ROOT / ".demo")
-    asked = questions(ROOT / ".demo")
-    with ThreadPoolExecutor(1) as aside, LocalCluster(directory=ROOT, http_port=_port(port), report=say) as cluster:
-        expected: Future[Vectors] = aside.submit(reference, ROOT / ".demo" / "model", asked)
+    sent = questions(ROOT / ".demo")
+    with ThreadPoolExecutor(1) as pool, LocalCluster(directory=ROOT, http_port=_port(port), report=progress) as cluster:
+        expected: Future[Vectors] = pool.submit(reference, ROOT / ".demo" / "model", sent)
         url = cluster.start(CONFIG).base_url
-        worst = _compare(console, say, url, asked, expected)
+        worst = _compare(console, progress, url, sent, expected)
         if keep:
             console.print("press Ctrl-C to stop")
             with suppress(KeyboardInterrupt):
@@ -77,12 +77,14 @@ def run(console: Console, *, port: int | None, keep: bool) -> int:
     return 0 if worst >= WORST_COSINE else 1
 
 
-def _compare(console: Console, say: Progress, url: str, asked: list[Question], expected: "Future[Vectors]") -> float:
-    say("requesting embeddings with the openai client")
-    rows = answers(url, asked)
-    say("comparing with transformers + PEFT")
+def _compare(
+    console: Console, progress: Progress, url: str, sent: list[Question], expected: "Future[Vectors]"
+) -> float:
+    progress("requesting embeddings with the openai client")
+    rows = answers(url, sent)
+    progress("comparing with transformers + PEFT")
     worst = show.table(console, rows, expected.result())
-    show.banner(console, url, asked)
+    show.banner(console, url, sent)
     if worst < WORST_COSINE:
         console.print(f"[red]expected every cosine to be at least {WORST_COSINE}, the lowest is {worst:.9f}[/]")
     return worst
@@ -95,10 +97,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _port(asked: int | None) -> int | None:
+def _port(requested: int | None) -> int | None:
     """Return the requested port, else None for the configured one if it is free, else 0 for any."""
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     http = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["http_options"]
     with socket.socket() as probe:
         return 0 if probe.connect_ex((http["host"], http["port"])) == 0 else None

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from tests.assets.adapters import ATTENTION, LINEAR, MLP
 from tests.assets.oracle import cosine
-from tests.demo.ask import BASE_MODEL, Question, Row, Vectors
+from tests.demo.client import BASE_MODEL, Question, Row, Vectors
 
 HEADINGS = ("model", "rank", "targets", "tier", "1st ms", "ms", "cosine*")
 NUMBERS = {"rank", "1st ms", "ms"}
@@ -39,9 +39,9 @@ def _described(question: Question) -> tuple[str, str, str]:
     return question.model, str(spec.rank), f"{GROUPS[spec.targets]}{spec.note and f', {spec.note}'}"
 
 
-def banner(console: Console, url: str, asked: list[Question]) -> None:
+def banner(console: Console, url: str, sent: list[Question]) -> None:
     """Print the URL, the model names and a curl command."""
-    adapters = [question.model for question in asked if question.adapter]
+    adapters = [question.model for question in sent if question.adapter]
     lines = Table.grid(padding=(0, 2))
     for name, value in (("URL", f"{url}/v1"), ("base", BASE_MODEL), ("adapters", ", ".join(adapters))):
         lines.add_row(f"[b]{name}[/]", value)

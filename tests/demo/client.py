@@ -38,16 +38,16 @@ class Row:
 
 def questions(folder: Path) -> list[Question]:
     """Return a question for the base model and one for each adapter, with texts of its field."""
-    asked = [Question(BASE_MODEL, SENTENCES["general"], None)]
+    made = [Question(BASE_MODEL, SENTENCES["general"], None)]
     for spec in adapter_specs(folder / "adapters"):
-        asked.append(Question(spec.name, SENTENCES[spec.name.split("-")[0]], spec))
-    return asked
+        made.append(Question(spec.name, SENTENCES[spec.name.split("-")[0]], spec))
+    return made
 
 
-def answers(url: str, asked: list[Question]) -> list[Row]:
+def answers(url: str, sent: list[Question]) -> list[Row]:
     """Send each text as a request of its own, so that a latency is that of one text."""
     with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-        return [_answer(client, question) for question in asked]
+        return [_answer(client, question) for question in sent]
 
 
 def _answer(client: OpenAI, question: Question) -> Row:
@@ -69,9 +69,9 @@ def _answer(client: OpenAI, question: Question) -> Row:
     )
 
 
-def reference(model_dir: Path, asked: list[Question]) -> Vectors:
+def reference(model_dir: Path, sent: list[Question]) -> Vectors:
     """Compute the answers with transformers and PEFT."""
     from tests.assets.oracle import reference_embedding
 
-    paths = {question.model: question.adapter.path if question.adapter else None for question in asked}
-    return {question.model: reference_embedding(model_dir, paths[question.model], question.texts) for question in asked}
+    paths = {question.model: question.adapter.path if question.adapter else None for question in sent}
+    return {question.model: reference_embedding(model_dir, paths[question.model], question.texts) for question in sent}
