@@ -1,21 +1,22 @@
-"""How the routers of this process decided, for its metrics. Counts only grow; reading needs no lock."""
+"""Counts the choices of a gateway's router, for the gateway's metrics."""
 
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 
-from ranklet.routing.affinity import Choice
+from ranklet.routing.policy import Choice
 
-SPILLS = ("load", "retry")  # as `Choice.spill` tells them
+SPILLS = ("load", "retry")  # values of `Choice.spill`
 
 
 @dataclass
 class Counters:
-    """Choices for requests that name an adapter.
+    """Choices for requests that name an adapter. Counts only grow; reading needs no lock.
 
     Attributes:
-        hits: the replica chosen had said that it holds the adapter.
-        misses: it had not.
-        spills: choices of a replica that is none of the adapter's homes, by reason.
+        hits: the chosen replica had reported that it holds the adapter.
+        misses: the chosen replica had not.
+        spills: choices of a replica that is not one of the adapter's homes, by reason.
         prefetches: orders to load an adapter ahead of its requests.
     """
 
@@ -23,21 +24,15 @@ class Counters:
     misses: int = 0
     spills: Counter[str] = field(default_factory=Counter)
     prefetches: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
-    def count(self, choice: Choice) -> None:
-        """Enter a choice; one for the base model counts for nothing."""
+    def add(self, choice: Choice) -> None:
+        """Counts a choice. Choices for the base model are not counted."""
         if choice.hit is None:
             return
-        self.hits += choice.hit
-        self.misses += not choice.hit
-        self.prefetches += len(choice.prefetch)
-        if choice.spill:
-            self.spills[choice.spill] += 1
-
-
-_CURRENT = Counters()
-
-
-def current() -> Counters:
-    """This process's. A function, since Ray may ship the router's class by value, with copies of what it names."""
-    return _CURRENT
+        with self._lock:
+            self.hits += choice.hit
+            self.misses += not choice.hit
+            self.prefetches += len(choice.prefetch)
+            if choice.spill:
+                self.spills[choice.spill] += 1

@@ -1,8 +1,8 @@
-"""How many homes an adapter's traffic is worth. Pure: the caller brings the time.
+"""The traffic of one adapter, and the number of homes that it needs. Pure: callers pass times.
 
-Two averages of its tokens a second: a fast one, so that a flash crowd has its homes within a second, and a slow one, so
-that they are lost slowly. Both count what is certain only: a handful of requests says little of a rate, least of all to
-one router of many, which sees its share alone.
+Two decaying averages of work per second: a fast one, so that a sudden rush gets more homes within a second, and a slow
+one, so that homes are lost slowly. Both are lower bounds: a few requests say little about a rate, and one router of
+several sees only its share of the requests.
 """
 
 import math
@@ -10,58 +10,58 @@ from dataclasses import dataclass
 
 FAST_S = 1.0
 SLOW_S = 30.0
-COOL_S = 5.0  # between the losses of two homes
+SHRINK_INTERVAL_S = 5.0
+_ACTIVE_S = 120.0
+_FREQUENT_REQUESTS = 1.2
+_SHRINK_MARGIN = 0.25  # in homes; keeps the number from flipping at a border
 
 
 @dataclass(slots=True)
 class Demand:
-    """The traffic of one adapter as one router sees it."""
+    """The traffic of one adapter as one router sees it. Work is in prefill-equivalent tokens."""
 
     homes: int = 1
-    _seen_s: float = -math.inf
+    _last_s: float = -math.inf
     _shrunk_s: float = -math.inf
     _fast: float = 0.0  # requests, decaying with FAST_S
-    _slow: float = 0.0  # the same with SLOW_S
-    _tokens: float = 0.0  # of a request, on the average
+    _slow: float = 0.0  # requests, decaying with SLOW_S
+    _mean_work: float = 0.0  # of a request
 
-    def count(self, tokens: int, now_s: float) -> None:
-        """Enter one request."""
+    def add_request(self, work: float, now_s: float) -> None:
         fast, slow = self._decay(now_s)
         self._fast, self._slow = self._fast * fast + 1, self._slow * slow + 1
-        self._tokens += (tokens - self._tokens) / self._slow
-        self._seen_s = now_s
+        self._mean_work += (work - self._mean_work) / self._slow
+        self._last_s = now_s
 
     def _decay(self, now_s: float) -> tuple[float, float]:
-        idle_s = now_s - self._seen_s
+        idle_s = now_s - self._last_s
         if idle_s <= 0.0:
             return 1.0, 1.0
         return math.exp(-idle_s / FAST_S), math.exp(-idle_s / SLOW_S)
 
-    def tokens_per_s(self, now_s: float) -> float:
-        """The greater of both averages, of what is certain: n requests say at least n - 2 sqrt(n), or n - sqrt(n)."""
+    def work_per_s(self, now_s: float) -> float:
+        """The greater of two lower bounds: n requests count as n - 2 sqrt(n) (fast) or n - sqrt(n) (slow)."""
         fast, slow = self._decay(now_s)
         few, many = self._fast * fast, self._slow * slow
-        return self._tokens * max((few - 2 * math.sqrt(few)) / FAST_S, (many - math.sqrt(many)) / SLOW_S, 0.0)
+        return self._mean_work * max((few - 2 * math.sqrt(few)) / FAST_S, (many - math.sqrt(many)) / SLOW_S, 0.0)
 
     def is_active(self, now_s: float) -> bool:
-        """Whether it was asked for of late."""
-        return now_s - self._seen_s < _ACTIVE_S
+        """Whether there was a request in the last two minutes."""
+        return now_s - self._last_s < _ACTIVE_S
 
     @property
     def is_frequent(self) -> bool:
-        """Whether its next request is likely within seconds: more than one came lately."""
-        return self._fast > _FREQUENT
+        """Whether more than one request came recently, so that the next one is likely within seconds."""
+        return self._fast > _FREQUENT_REQUESTS
 
-    def settle(self, wanted: float, most: int, now_s: float, *, hasty: bool = False) -> int:
-        """Homes for traffic worth `wanted` of them (a fraction): grown at once, lost one by one unless `hasty`."""
-        target = min(max(math.ceil(wanted), 1), max(most, 1))
-        if target >= self.homes or self.homes > most or hasty:
+    def update_homes(self, needed: float, limit: int, now_s: float, *, shrink_at_once: bool = False) -> int:
+        """Sets and returns the number of homes for traffic that needs `needed` (a fraction) of them, up to `limit`.
+
+        The number grows at once and shrinks by small steps, or at once with `shrink_at_once`.
+        """
+        target = min(max(math.ceil(needed), 1), max(limit, 1))
+        if target >= self.homes or self.homes > limit or shrink_at_once:
             self.homes, self._shrunk_s = target, now_s
-        elif wanted < self.homes - 1 - _MARGIN and now_s - self._shrunk_s > COOL_S:
+        elif needed < self.homes - 1 - _SHRINK_MARGIN and now_s - self._shrunk_s > SHRINK_INTERVAL_S:
             self.homes, self._shrunk_s = self.homes - max(1, (self.homes - target) // 8), now_s
         return self.homes
-
-
-_ACTIVE_S = 120.0
-_FREQUENT = 1.2
-_MARGIN = 0.25  # of a home: traffic on the border does not make it come and go

@@ -1,11 +1,10 @@
-"""What one router knows of the replicas: told by them, and what it has sent itself. Pure: the caller brings the time.
+"""The replicas as one router sees them: their reports, and the work that it has sent. Pure: callers pass times.
 
-Times are seconds of any clock; one that jumps back makes things look fresh, never wrong. What a replica says is checked
-before it is believed, since one that talks nonsense must not take the router with it.
+Times are seconds of any clock. If the clock jumps back, reports look recent. Reports are checked before use, so that a
+faulty replica cannot break the router.
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,29 +12,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.routing import rendezvous
+from ranklet.routing.in_flight import InFlight
 from ranklet.routing.placement import Placement
+from ranklet.routing.policy import REPLICA_SILENCE_LIMIT_S
 from ranklet.routing.report import Holdings, QueueLoad
 
-MOST_TOKENS = 1 << 50  # a claim above is nonsense
-LEAST_TOKENS_PER_S = 1e-3
-MOST_AGE_S = 10.0
-MOST_LOAD_S = 3600.0
-GUESSED_TOKENS_PER_S = 100_000.0
-GUESSED_FROM_DISK_S = 0.15
-GUESSED_FROM_HOST_S = 0.02
-SILENCE_S = 4.0  # owing answers and saying nothing for so long, a replica is taken for hung
-_NEVER_S = 1e6
-_STALE_S = 1.0  # what is heard so late says nothing of what others have sent since
-_MOST_OVER = 4096
-_LAG_WEIGHT = 0.05
-_LOOK_S = 0.25  # between two looks for hung replicas
+MAX_WORK = 1 << 50  # reports above are rejected
+MIN_WORK_PER_S = 1e-3
+MAX_REPORT_AGE_S = 10.0
+MAX_LOAD_S = 3600.0
+DEFAULT_WORK_PER_S = 100_000.0
+DEFAULT_FROM_DISK_S = 0.15
+DEFAULT_FROM_HOST_S = 0.02
+_HUNG_COST_S = 1e6
+_STALE_S = 1.0  # a report this old shows nothing of the work that other routers have sent since
+_AGE_WEIGHT = 0.05  # of one report, in the mean age of reports
+_HUNG_CHECK_INTERVAL_S = 0.25
 
 Vector = NDArray[np.float64]
+
+# Arrays with one value per replica, kept for replicas that stay when the membership changes.
+_PER_REPLICA = (
+    "_queued", "_sent", "_received", "_owed", "_done", "_reported_s", "_heard_s", "_clear_s", "_least_s", "_rate",
+    "_measured", "full", "slots", "pool_ranks", "from_disk_s", "from_host_s",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A replica's identity. `rank` is its place: one that takes a dead one's place gets its rank, and its adapters."""
+    """A replica's identity. A replacement of a dead replica has its rank, and thereby becomes home of its adapters."""
 
     id: str
     rank: int
@@ -43,255 +48,273 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """What a router has heard of one replica."""
+    """One replica as a router sees it. Work is in prefill-equivalent tokens."""
 
     id: str
     rank: int
     wait_s: float
-    queued_tokens: int
-    tokens_per_s: float
-    silent_s: float  # since it was last heard of
+    queued_work: float
+    work_per_s: float
+    silent_s: float  # since its last sign of life
     holdings: Holdings | None
 
 
 class Fleet:
-    """The replicas by index, in the order given to `join`. Arrays: float64 [replicas]."""
+    """The replicas by index, in the order given to `set_members`.
+
+    Attributes:
+        generation: number of membership changes. Indices are valid within one generation.
+        gateways, gateway_index: number of routers that use the same replicas, and the index of this one.
+        own: bool [replicas], replicas that this router prefers among equals.
+        own_version: number of changes of `own`.
+        rejected_reports: number of reports with impossible values.
+        report_age_s: mean age of reports on arrival.
+        full: bool [replicas], every slot is loading or was used recently.
+        slots, pool_ranks, from_disk_s, from_host_s: float64 [replicas], see `Holdings`.
+        placement: where adapters have slots.
+    """
 
     def __init__(self) -> None:
         self.members: tuple[Member, ...] = ()
         self.index: dict[str, int] = {}
         self.salts = rendezvous.salted(())
-        self.generation = 0  # of the membership: indices of another one mean other replicas
-        self.gateways, self.turn = 1, 0  # routers that send to the same replicas, and which of them this one is
-        self.own: NDArray[np.bool_] = np.ones(0, bool)  # replicas that this router looks after
-        self.divisions = 0  # changes of `own`
-        self.nonsense = 0  # reports that were not believed
-        self.lag_s = 0.0  # how old what is heard is by then, on the average
-        self._looked_s = self._now_s = -math.inf
+        self.generation = 0
+        self.gateways, self.gateway_index = 1, 0
+        self.own: NDArray[np.bool_] = np.ones(0, bool)
+        self.own_version = 0
+        self.rejected_reports = 0
+        self.report_age_s = 0.0
+        self.placement = Placement(0)
+        self._checked_s = self._now_s = -math.inf
         self._hung: NDArray[np.bool_] | None = None  # None: no replica
-        self._open: dict[int, tuple[str, int]] = {}  # requests: replica, tokens
-        self._over: OrderedDict[int, None] = OrderedDict()  # requests that ended before they were sent
-        self._loads: dict[str, int] = {}  # number of the last load, by replica
+        self._in_flight = InFlight()
+        self._load_numbers: dict[str, int] = {}  # of the last load, by replica
         self._holdings: dict[str, Holdings] = {}
-        self.tenancy = Placement(0)
-        self._make(0)
+        self._allocate(0)
 
     def __len__(self) -> int:
         return len(self.members)
 
-    def _make(self, count: int) -> None:
-        self._queued, self._sent, self._received, self._owed = np.zeros((4, count))
-        self._reported_s, self._heard_s, self._done = np.zeros((3, count))
-        self._clear_s, self._least_s = np.zeros((2, count))  # `waits`: when all is done, and how long it takes at least
-        self._rate, self._measured = np.full(count, GUESSED_TOKENS_PER_S), np.zeros(count, bool)
+    def _allocate(self, count: int) -> None:
+        self._queued, self._sent, self._received, self._owed, self._done = np.zeros((5, count))
+        self._reported_s, self._heard_s = np.zeros((2, count))
+        self._clear_s, self._least_s = np.zeros((2, count))  # time at which all work is done; shortest possible wait
+        self._rate, self._measured = np.full(count, DEFAULT_WORK_PER_S), np.zeros(count, bool)
         self.full, self.slots, self.pool_ranks = np.zeros(count, bool), np.zeros(count), np.zeros(count)
-        self.from_disk_s, self.from_host_s = np.full(count, GUESSED_FROM_DISK_S), np.full(count, GUESSED_FROM_HOST_S)
+        self.from_disk_s, self.from_host_s = np.full(count, DEFAULT_FROM_DISK_S), np.full(count, DEFAULT_FROM_HOST_S)
 
-    def join(self, members: Iterable[Member], now_s: float) -> None:
-        """Replace the membership; what is known of those that stay is kept."""
+    # Membership
+
+    def set_members(self, members: Iterable[Member], now_s: float) -> None:
+        """Replaces the membership. Replicas that stay keep their state."""
         members = tuple(members)
         if members == self.members:
             return
-        old, before = dict(self.index), self.__dict__.copy()
+        old_index, old_arrays = self.index, [getattr(self, name) for name in _PER_REPLICA]
         self.members = members
         self.index = {member.id: i for i, member in enumerate(members)}
         self.salts = rendezvous.salted([member.rank for member in members])
         self.generation += 1
-        self._make(len(members))
+        self._allocate(len(members))
         self._reported_s[:], self._heard_s[:] = now_s, now_s
-        stay = [(i, old[member.id]) for i, member in enumerate(members) if member.id in old]
+        stay = [(i, old_index[member.id]) for i, member in enumerate(members) if member.id in old_index]
         if stay:
-            new, was = np.array(stay).T
-            for name, array in before.items():
-                if isinstance(array, np.ndarray) and name not in ("salts", "_hung", "own"):
-                    getattr(self, name)[new] = array[was]
-        self._divide()
-        self._hung, self._looked_s = None, -math.inf
+            new, old = np.array(stay).T
+            for name, array in zip(_PER_REPLICA, old_arrays, strict=True):
+                getattr(self, name)[new] = array[old]
+        self._assign_own()
+        self._hung, self._checked_s = None, -math.inf
         self._guess_rates()
-        self._loads = {id: number for id, number in self._loads.items() if id in self.index}
+        self._load_numbers = {id: number for id, number in self._load_numbers.items() if id in self.index}
         self._holdings = {id: held for id, held in self._holdings.items() if id in self.index}
-        self._open = {key: hint for key, hint in self._open.items() if hint[0] in self.index}
-        self.tenancy = Placement(len(members))
+        self._in_flight.retain(self.index)
+        self.placement = Placement(len(members))
         for id, held in self._holdings.items():
-            self.tenancy.told(self.index[id], None, held)
+            self.placement.update(self.index[id], None, held)
 
-    def share(self, gateways: int, turn: int) -> None:
-        """There are so many routers, and this is the `turn`th of them.
+    def set_gateways(self, gateways: int, gateway_index: int) -> None:
+        """Sets the number of routers that use the same replicas, and the index of this one.
 
-        Each looks after its part of the replicas and prefers them among equals. What is sent to a replica then mostly
-        comes from one router, which knows of it at once, where all would hear of each other's requests too late.
+        Each router prefers its own part of the replicas among equals. Most work of a replica then comes from one
+        router, which counts it at once; other routers see it only in the next report.
         """
-        if (gateways, turn) != (self.gateways, self.turn):
-            self.gateways, self.turn = gateways, turn
-            self._divide()
+        if (gateways, gateway_index) != (self.gateways, self.gateway_index):
+            self.gateways, self.gateway_index = gateways, gateway_index
+            self._assign_own()
 
-    def _divide(self) -> None:
+    def _assign_own(self) -> None:
         parts = max(min(self.gateways, len(self)), 1)
-        self.own = np.arange(len(self)) % parts == self.turn % parts
-        self.divisions += 1
+        self.own = np.arange(len(self)) % parts == self.gateway_index % parts
+        self.own_version += 1
 
-    def others_of(self, place: NDArray[np.int32], homes: int) -> NDArray[np.bool_]:
-        """Which replicas, of an adapter with several homes, other routers look after."""
-        at_home = place < homes
-        own = at_home & self.own
-        if not own.any():
-            own = place == self.turn % homes
-        return ~own
+    def preferred_by_others(self, place: NDArray[np.int32], homes: int) -> NDArray[np.bool_]:
+        """Replicas other than the homes of an adapter that this router prefers.
+
+        Args:
+            place: int32 [replicas], the place of each replica in the adapter's order.
+            homes: number of homes, the first of that order.
+        """
+        own_homes = (place < homes) & self.own
+        if not own_homes.any():
+            own_homes = place == self.gateway_index % homes
+        return ~own_homes
 
     def _guess_rates(self) -> None:
-        """A replica that has not measured itself is taken for as fast as the others."""
+        """Gives replicas without a measured rate the median rate of the others."""
         if self._measured.any():
             self._rate[~self._measured] = np.median(self._rate[self._measured])
 
-    # What replicas tell
+    # Reports of replicas
 
-    def hear(self, replica: str, load: QueueLoad, now_s: float, age_s: float = 0.0) -> bool:
-        """Believe a load, if it is sane and not older than what is known; whether it was.
+    def update_load(self, replica: str, load: QueueLoad, now_s: float, age_s: float = 0.0) -> bool:
+        """Stores a load. Returns False if it is impossible, or older than the stored one.
 
         Args:
-            age_s: of the load, as far as clocks tell; what is out of range is taken for the nearest that is not.
+            age_s: age of the load by wall clocks; clamped to 0 to MAX_REPORT_AGE_S.
         """
-        age_s = min(max(age_s, 0.0), MOST_AGE_S) if math.isfinite(age_s) else 0.0
+        age_s = min(max(age_s, 0.0), MAX_REPORT_AGE_S) if math.isfinite(age_s) else 0.0
         i = self.index.get(replica)
         if i is None:
             return False
-        if not _is_sane(load):
-            self.nonsense += 1
+        if not _is_possible(load):
+            self.rejected_reports += 1
             return False
-        if load.number < self._loads.get(replica, -1):
+        if load.number < self._load_numbers.get(replica, -1):
             return False
-        self._loads[replica] = load.number
-        self.lag_s += (age_s - self.lag_s) * _LAG_WEIGHT
-        if load.done_tokens != self._done[i] or not load.queued_tokens:
+        self._load_numbers[replica] = load.number
+        self.report_age_s += (age_s - self.report_age_s) * _AGE_WEIGHT
+        if load.done_work != self._done[i] or not load.queued_work:
             self._heard_s[i] = now_s
-        self._done[i], self._queued[i], self._reported_s[i] = load.done_tokens, load.queued_tokens, now_s - age_s
-        if load.tokens_per_s > 0:
-            self._rate[i] = load.tokens_per_s
+        self._done[i], self._queued[i], self._reported_s[i] = load.done_work, load.queued_work, now_s - age_s
+        if load.work_per_s > 0:
+            self._rate[i] = load.work_per_s
             if not self._measured[i]:
                 self._measured[i] = True
                 self._guess_rates()
-        self._received[i] = load.received_tokens
-        if self._owed[i] == 0:  # all that was sent has arrived: whatever was miscounted is forgotten
-            self._sent[i] = load.received_tokens
-        self._foresee(i)
+        self._received[i] = load.received_work
+        if self._owed[i] == 0:  # everything sent has arrived: start again from the replica's own number
+            self._sent[i] = load.received_work
+        self._update_wait(i)
         return True
 
-    def alive(self, replica: str, now_s: float) -> None:
-        """A replica has answered, or has said that it is at work."""
+    def mark_alive(self, replica: str, now_s: float) -> None:
+        """Records a sign of life of a replica."""
         i = self.index.get(replica)
         if i is not None:
             self._heard_s[i] = now_s
             if self._hung is not None:
-                self._looked_s = -math.inf
+                self._checked_s = -math.inf
 
-    def hold(self, replica: str, held: Holdings) -> frozenset[str]:
-        """Believe what a replica holds; the names of the adapters for which something changed."""
+    def update_holdings(self, replica: str, held: Holdings) -> frozenset[str]:
+        """Stores the adapters that a replica holds. Returns the names of adapters for which something changed."""
         i = self.index.get(replica)
         before = self._holdings.get(replica)
         if i is None or (before is not None and held.number < before.number):
             return frozenset()
         times = (held.from_disk_s, held.from_host_s)
-        if not all(0 <= s <= MOST_LOAD_S for s in times) or min(held.slots, held.taken, held.pool_rank) < 0:
-            self.nonsense += 1
+        if not all(0 <= s <= MAX_LOAD_S for s in times) or min(held.slots, held.used_slots, held.pool_rank) < 0:
+            self.rejected_reports += 1
             return frozenset()
-        full = held.taken >= held.slots
+        full = held.used_slots >= held.slots
         self.full[i], self.slots[i] = full, held.slots
         self.pool_ranks[i] = held.pool_rank
-        self.from_disk_s[i] = held.from_disk_s or GUESSED_FROM_DISK_S
-        self.from_host_s[i] = held.from_host_s or GUESSED_FROM_HOST_S
+        self.from_disk_s[i] = held.from_disk_s or DEFAULT_FROM_DISK_S
+        self.from_host_s[i] = held.from_host_s or DEFAULT_FROM_HOST_S
         self._holdings[replica] = held
-        return self.tenancy.told(i, before, held)
+        return self.placement.update(i, before, held)
 
-    def crowded(self) -> NDArray[np.bool_]:
-        """Replicas that have room for another adapter at some adapter's cost only."""
-        crowded: NDArray[np.bool_] = (self.slots > 0) & (self.tenancy.owned > self.slots - 0.5)
+    def crowded_replicas(self) -> NDArray[np.bool_]:
+        """Replicas whose every slot holds an adapter's only copy: bool [replicas]."""
+        crowded: NDArray[np.bool_] = (self.slots > 0) & (self.placement.owned > self.slots - 0.5)
         return crowded
 
-    # What this router does
+    # Requests of this router
 
-    def sent(self, request: int, i: int, tokens: int, now_s: float) -> None:
-        """A request goes to replica `i`; one that went elsewhere before has left there."""
-        if request in self._over:  # its client left while it waited for a replica
+    def add_request(self, request: int, i: int, work: float, now_s: float) -> None:
+        """Counts a request at replica `i`; if it was counted at another one, it is removed there."""
+        if request in self._in_flight:
+            self.complete_request(request, arrived=False)
+        if not self._in_flight.add(request, self.members[i].id, work):
             return
-        if request in self._open:
-            self.ended(request, arrived=False)
         if self._owed[i] <= 0:
             self._heard_s[i] = max(self._heard_s[i], now_s)
-        self._open[request] = (self.members[i].id, tokens)
-        self._sent[i] += tokens
-        self._owed[i] += tokens
-        self._foresee(i)
+        self._sent[i] += work
+        self._owed[i] += work
+        self._update_wait(i)
 
-    def ended(self, request: int, *, arrived: bool = True) -> None:
-        """A request was answered or has failed; it may never have `arrived` at its replica."""
-        if request not in self._open:
-            self._over[request] = None
-            if len(self._over) > _MOST_OVER:
-                self._over.popitem(last=False)
+    def complete_request(self, request: int, *, arrived: bool = True) -> None:
+        """Removes a request that was answered or has failed.
+
+        Args:
+            arrived: False if the request may not have reached its replica.
+        """
+        sent = self._in_flight.remove(request)
+        if sent is None:
             return
-        replica, tokens = self._open.pop(request)
+        replica, work = sent
         i = self.index.get(replica)
         if i is None:
             return
-        self._owed[i] = max(self._owed[i] - tokens, 0)
+        self._owed[i] = max(self._owed[i] - work, 0)
         if not arrived:
-            self._sent[i] -= tokens
-        self._foresee(i)
+            self._sent[i] -= work
+        self._update_wait(i)
 
-    def _foresee(self, i: int) -> None:
-        """What `waits` says of a replica, after something about it has changed."""
+    def replica_of(self, request: int) -> str | None:
+        """Id of the replica that a request in flight was sent to."""
+        return self._in_flight.replica_of(request)
+
+    # Expected waits
+
+    def _update_wait(self, i: int) -> None:
+        """Recomputes the inputs of `waits` for one replica."""
         unseen = min(max(self._sent[i] - self._received[i], 0.0), self._owed[i])
         age_s = max(self._now_s - self._reported_s[i], 0.0)
-        alike = 1.0 if self.own[i] else 1.0 + (self.gateways - 1) * min(age_s / _STALE_S, 1.0)
-        self._clear_s[i] = self._reported_s[i] + (self._queued[i] + alike * unseen) / self._rate[i]
+        routers = 1.0 if self.own[i] else 1.0 + (self.gateways - 1) * min(age_s / _STALE_S, 1.0)
+        self._clear_s[i] = self._reported_s[i] + (self._queued[i] + routers * unseen) / self._rate[i]
         self._least_s[i] = self._owed[i] / self._rate[i]
 
-    def where(self, request: int) -> str | None:
-        """The replica that a request in flight was sent to."""
-        return self._open[request][0] if request in self._open else None
-
-    # What follows from it
-
     def waits(self, now_s: float) -> Vector:
-        """Seconds until each replica would begin something sent to it now.
+        """Seconds until each replica would start new work: float64 [replicas].
 
-        What it said was queued, drained since at its own rate, and what this router has sent that it had not seen then.
-        The less is heard of a replica that others look after, the more they are taken to send there what this one does.
-        At least what this router waits for itself.
+        The wait is the reported queue, drained since at the replica's own rate, plus the work that this router has
+        sent and the replica had not received then. At replicas that other routers prefer, other routers are assumed to
+        send as much; the older the last report, the more of it counts. The wait is never less than this router's own
+        unanswered work.
         """
         now_s = self._now_s = max(now_s, self._now_s)
         waits: Vector = np.maximum(self._clear_s - now_s, self._least_s)
-        if now_s - self._looked_s > _LOOK_S:
-            self._looked_s = now_s
+        if now_s - self._checked_s > _HUNG_CHECK_INTERVAL_S:
+            self._checked_s = now_s
             hung = self._is_hung(now_s)
             self._hung = hung if hung.any() else None
-        return waits if self._hung is None else waits + _NEVER_S * self._hung
+        return waits if self._hung is None else waits + _HUNG_COST_S * self._hung
 
-    def seen(self, now_s: float) -> list[ReplicaView]:
-        """All replicas, for people to look at."""
+    def views(self, now_s: float) -> list[ReplicaView]:
+        """A snapshot of every replica, for the status page."""
         waits = self.waits(now_s)
         return [
             ReplicaView(
-                each.id, each.rank, float(waits[i]), int(self._queued[i]), float(self._rate[i]),
+                each.id, each.rank, float(waits[i]), float(self._queued[i]), float(self._rate[i]),
                 max(now_s - float(self._heard_s[i]), 0.0), self._holdings.get(each.id),
             )
             for i, each in enumerate(self.members)
         ]  # fmt: skip
 
-    def hung(self, now_s: float) -> Sequence[str]:
-        """Replicas that owe this router answers and have been silent for too long."""
+    def hung_replicas(self, now_s: float) -> Sequence[str]:
+        """Ids of replicas that owe this router answers and were silent for longer than REPLICA_SILENCE_LIMIT_S."""
         return [self.members[i].id for i in np.flatnonzero(self._is_hung(now_s))]
 
     def _is_hung(self, now_s: float) -> NDArray[np.bool_]:
-        hung: NDArray[np.bool_] = (self._owed > 0) & (now_s - self._heard_s > SILENCE_S)
+        hung: NDArray[np.bool_] = (self._owed > 0) & (now_s - self._heard_s > REPLICA_SILENCE_LIMIT_S)
         return hung
 
-    def rate(self) -> float:
-        """Tokens a second of a replica, on the average."""
-        return float(self._rate.mean()) if len(self) else GUESSED_TOKENS_PER_S
+    def mean_work_per_s(self) -> float:
+        """Mean rate of a replica."""
+        return float(self._rate.mean()) if len(self) else DEFAULT_WORK_PER_S
 
 
-def _is_sane(load: QueueLoad) -> bool:
-    counts = (load.queued_tokens, load.done_tokens, load.received_tokens)
-    rate = load.tokens_per_s
-    return all(0 <= n <= MOST_TOKENS for n in counts) and (rate == 0 or LEAST_TOKENS_PER_S <= rate <= MOST_TOKENS)
+def _is_possible(load: QueueLoad) -> bool:
+    amounts = (load.queued_work, load.done_work, load.received_work)
+    rate = load.work_per_s
+    return all(0 <= n <= MAX_WORK for n in amounts) and (rate == 0 or MIN_WORK_PER_S <= rate <= MAX_WORK)

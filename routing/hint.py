@@ -1,24 +1,46 @@
-"""What a gateway tells its router of a call, beside the call itself."""
+"""The routing hint that a gateway adds to a call for its router, and the prefetch orders that the router returns."""
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-HINT = "hint"  # the keyword argument of a call that carries it
+HINT = "hint"  # keyword argument of a call that carries the hint
 
 
 @dataclass(frozen=True)
 class RoutingHint:
-    """One attempt at a call.
+    """One attempt at a call. Only the router in the gateway's own process reads it.
 
     Attributes:
         id: unique in this process.
-        adapter: its name, None for the base model.
-        tokens: of its prompts; 0 for what is no work, such as an order to load.
+        adapter: name of the adapter, None for the base model.
+        work: of the prompts, in prefill-equivalent tokens (embeddings: one per prompt token). 0 for calls that are no
+            work, such as a load.
         avoid: id of the replica that has just failed the call.
-        only: id of the replica that it is for; any other serves it where that one has gone.
+        only: id of the replica that the call is for. If that replica is gone, any other may serve the call.
+        location: location of the adapter. The router returns it in its prefetch orders and does not read it.
     """
 
     id: int
     adapter: str | None = None
-    tokens: int = 0
+    work: float = 0
     avoid: str | None = None
     only: str | None = None
+    location: object = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leaves everything but the id out of the message to the replica, which has no use for it."""
+        return RoutingHint, (self.id,)
+
+
+class PrefetchOrder(NamedTuple):
+    """A load that a replica should start ahead of requests.
+
+    Attributes:
+        replica: id of the replica.
+        adapter: name of the adapter.
+        location: `RoutingHint.location` of the request that led to the order.
+    """
+
+    replica: str
+    adapter: str
+    location: object

@@ -1,62 +1,90 @@
-"""What a replica says of itself: its load with every answer, what it holds at every change."""
+"""A replica's reports about itself: its queue with every answer, its adapters at every change.
+
+Work is counted in prefill-equivalent tokens. For embeddings, one prompt token is one unit of work.
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-BEAT_S = 1.0  # between two reports of a replica at most, while there are few gateways
-_PACE_S = 0.05  # and at least
-_PACE_EACH_S = 0.005  # a gateway: with many of them, reports are further apart
-_LEVEL_S = 0.05
+REPORT_INTERVAL_S = 1.0  # longest time between two reports of a replica, with few gateways
+_SHORTEST_INTERVAL_S = 0.05
+_SHORTEST_INTERVAL_PER_GATEWAY_S = 0.005
+_FIRST_LEVEL_S = 0.05
 
 
-def pace_s(gateways: int) -> float:
-    """Seconds between two reports of a replica at least."""
-    return max(_PACE_S, _PACE_EACH_S * gateways)
+def min_report_interval_s(gateways: int) -> float:
+    """Shortest time between two reports of a replica. It grows with the number of gateways that each report goes to."""
+    return max(_SHORTEST_INTERVAL_S, _SHORTEST_INTERVAL_PER_GATEWAY_S * gateways)
 
 
-def level(wait_s: float) -> int:
-    """A wait, coarsely: told apart by powers of two from 50 ms on. Changes of it are worth a report."""
-    return math.ceil(math.log2(wait_s / _LEVEL_S)) if wait_s > _LEVEL_S else 0
+def wait_level(wait_s: float) -> int:
+    """Logarithmic level of an expected wait: 0 up to 50 ms, then one more for each doubling.
+
+    A replica reports when its level changes.
+    """
+    return math.ceil(math.log2(wait_s / _FIRST_LEVEL_S)) if wait_s > _FIRST_LEVEL_S else 0
 
 
 @dataclass(frozen=True)
 class QueueLoad:
-    """A replica's queue at one moment.
+    """A replica's queue at one moment. Work is in prefill-equivalent tokens.
 
-    `number` grows with each load a replica tells: an older one that comes late is not believed. `received_tokens` is
-    how much of what the reader has sent was in the queue by then, so that what is still on the way can be added.
+    Attributes:
+        number: increases with each load that the replica sends. A router ignores loads that arrive out of order.
+        queued_work: waiting and running.
+        work_per_s: while the replica computes; 0 if not measured yet.
+        done_work: since the replica started.
+        received_work: work of the reader that had reached the queue. The reader adds the rest as still on its way.
+        at_s: wall clock of the replica's machine.
     """
 
     number: int
-    queued_tokens: int  # waiting and running
-    tokens_per_s: float  # while it computes; 0: not measured yet
-    done_tokens: int  # since it started
-    received_tokens: int
-    at_s: float = 0.0  # when, by the wall clock of the replica's machine
+    queued_work: float
+    work_per_s: float
+    done_work: float
+    received_work: float
+    at_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """Which adapters a replica has where, and what it takes to bring others. Times in seconds, 0: not measured yet."""
+    """The adapters of a replica by place, and how long a load takes there.
+
+    Attributes:
+        number: increases with each change.
+        resident: adapters ready in a slot of the device.
+        loading: adapters on their way to a slot.
+        hosted: adapters in host memory.
+        slots: slots of the device.
+        used_slots: slots whose adapter is loading or was used recently. The other slots can be reused at no cost.
+        pool_rank: rank that every adapter is padded to.
+        from_disk_s, from_host_s: time of a load from disk or host memory; 0 if not measured yet.
+    """
 
     number: int
-    resident: frozenset[str]  # ready in the device's slots
-    coming: frozenset[str]  # on their way to one
-    hosted: frozenset[str]  # in host memory
+    resident: frozenset[str]
+    loading: frozenset[str]
+    hosted: frozenset[str]
     slots: int
-    taken: int  # slots with an adapter on its way, or one that was used of late
-    pool_rank: int  # what every adapter is padded to
+    used_slots: int
+    pool_rank: int
     from_disk_s: float = 0.0
     from_host_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class StateReport:
-    """Both, pushed to every gateway. `received_tokens` by sender stands in for that of `load`."""
+    """A replica's queue and adapters, sent to every gateway.
+
+    Attributes:
+        load: its `received_work` is not set; each gateway reads its own number from `received_work` below.
+        gateways: ids of the gateways that the report is sent to, in an order that all replicas agree on.
+        received_work: by gateway id.
+    """
 
     replica: str
     load: QueueLoad
     holdings: Holdings
-    gateways: tuple[str, ...]  # that it is told to, in an order that all replicas agree on
-    received_tokens: Mapping[str, int] = field(default_factory=dict)
+    gateways: tuple[str, ...]
+    received_work: Mapping[str, float] = field(default_factory=dict)

@@ -1,117 +1,106 @@
-"""Ray Serve's request router over `affinity`: the only file of this room that knows Ray.
+"""Ray Serve's request router on top of `Affinity`. No other file of this room imports Ray.
 
-Ray's router API is alpha, and an exception here makes requests hang for ever with nothing but a log line to show for
-it. So every entry falls back to "any replica, in the order given", and says so in the log once in a while.
+Ray's router API is alpha. An exception here would leave requests hanging with nothing but a log line, so every method
+falls back to any replica in the order given, and logs one failure in a hundred.
 """
 
 import itertools
 import logging
-import time
 import zlib
 from collections.abc import Callable
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from ranklet.routing import affinity, counters
+from ranklet.routing.binding import get_binding
 from ranklet.routing.fleet import Member
 from ranklet.routing.hint import HINT, RoutingHint
+from ranklet.routing.policy import Policy, check_policy
 
 RANK = "rank"  # key of a replica's metadata
-_LOGGED_FAILURES = 100  # one full traceback per so many
+_FAILURES_PER_LOG = 100
 
-_ANY = RoutingHint(-1)
+_NO_HINT = RoutingHint(-1)
 
 logger = logging.getLogger("ray.serve")
 
 
 class AdapterRouter(RequestRouter):
-    """Sends an adapter's requests where the adapter is; `affinity` holds the policy. One instance per gateway process.
+    """Sends requests to the replicas that `Affinity` chooses. Ray creates one per gateway process.
 
-    `request_router_kwargs`: the fields of `affinity.Policy`. Unusable ones are logged and ignored, since raising would
-    hang every request.
+    `request_router_kwargs` are the fields of `Policy`. If any is unusable, the defaults are used and the findings are
+    logged: an exception would leave every request hanging.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
         self._failures = itertools.count()
-        self._joined: list[RunningReplica] = []
-        try:
-            affinity.current().policy = affinity.Policy(**kwargs)
-        except (TypeError, ValueError) as error:
-            logger.error("request_router_kwargs ignored: %s", error)
+        self._members: list[RunningReplica] = []
+        self._affinity, self._counters = get_binding()
+        findings = check_policy(kwargs)
+        if findings:
+            logger.error("request_router_kwargs ignored: %s", "; ".join(findings))
+        else:
+            self._affinity.set_policy(Policy(**kwargs))
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Ray at each change of the replica set."""
         super().update_replicas(replicas)
-        self._guarded(self._join, replicas)
+        self._call_safely(self._set_replicas, replicas)
 
-    def _join(self, replicas: list[RunningReplica]) -> None:
-        routes = affinity.current()
-        with routes.lock:
-            routes.fleet.join([_member(replica) for replica in replicas], time.monotonic())
-            self._joined = list(replicas)
+    def _set_replicas(self, replicas: list[RunningReplica]) -> None:
+        self._affinity.set_members([_member(replica) for replica in replicas])
+        self._members = list(replicas)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """The best few, one per rank of preference, then the others."""
+        """Returns the best replicas, each as a rank of its own, then all candidates."""
         try:
-            if pending_request is not None:
-                # Without it Ray asks again at once, and the event loop spins while every replica is full.
-                pending_request.routing_context.should_backoff = True
-            return self._ordered(candidate_replicas, pending_request)
+            if pending_request is None:
+                return [candidate_replicas]
+            # Else Ray asks again at once, and the event loop spins while every replica is full.
+            pending_request.routing_context.should_backoff = True
+            return self._order(candidate_replicas, pending_request.kwargs.get(HINT) or _NO_HINT)
         except Exception:
-            self._report()
+            self._log_failure()
             return [list(candidate_replicas)]
 
-    def _ordered(self, candidates: list[RunningReplica], pending: PendingRequest | None) -> list[list[RunningReplica]]:
-        if pending is None:
-            return [candidates]
-        hint, routes, now_s = pending.kwargs.get(HINT) or _ANY, affinity.current(), time.monotonic()
+    def _order(self, candidates: list[RunningReplica], hint: RoutingHint) -> list[list[RunningReplica]]:
         if hint.only is not None:
             first = [replica for replica in candidates if replica.replica_id.unique_id == hint.only]
             return [first, candidates] if first else [candidates]
-        with routes.lock:
-            if len(self._joined) != len(candidates):
-                self._join(candidates)
-            choice = routes.choose(hint.adapter, hint.tokens, now_s, avoid=hint.avoid)
-            if hint.tokens and choice.order:
-                routes.fleet.sent(hint.id, choice.order[0], hint.tokens, now_s)
-            best = [[self._joined[i]] for i in choice.order]
-        counters.current().count(choice)
-        if choice.prefetch and hint.adapter is not None and routes.orders is not None:
-            for replica in choice.prefetch:
-                routes.orders.put((replica, hint.adapter))
+        if len(self._members) != len(candidates):
+            self._set_replicas(candidates)
+        choice = self._affinity.route(hint)
+        self._counters.add(choice)
+        best = [[self._members[i]] for i in choice.order]
         return best if len(best) == len(candidates) else [*best, candidates]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        """Called by Ray when a replica has taken a request: not always the first choice."""
-        self._guarded(self._routed, pending_request, replica_id.unique_id)
+        """Called by Ray when a replica has taken a request. It is not always the first choice."""
+        self._call_safely(self._reassign, pending_request, replica_id.unique_id)
 
-    def _routed(self, pending: PendingRequest, replica: str) -> None:
-        hint, routes = pending.kwargs.get(HINT) or _ANY, affinity.current()
-        with routes.lock:
-            i = routes.fleet.index.get(replica)
-            if i is not None and routes.fleet.where(hint.id) not in (None, replica):
-                routes.fleet.sent(hint.id, i, hint.tokens, time.monotonic())
+    def _reassign(self, pending: PendingRequest, replica: str) -> None:
+        hint = pending.kwargs.get(HINT) or _NO_HINT
+        self._affinity.reassign(hint.id, replica, hint.work)
 
-    def _guarded(self, act: Callable[..., None], *arguments: Any) -> None:
+    def _call_safely(self, method: Callable[..., None], *arguments: Any) -> None:
         try:
-            act(*arguments)
+            method(*arguments)
         except Exception:
-            self._report()
+            self._log_failure()
 
-    def _report(self) -> None:
-        if next(self._failures) % _LOGGED_FAILURES == 0:
-            logger.exception("adapter routing failed; falling back to any replica (1 in %d logged)", _LOGGED_FAILURES)
+    def _log_failure(self) -> None:
+        if next(self._failures) % _FAILURES_PER_LOG == 0:
+            logger.exception("adapter routing failed; using any replica (1 in %d failures logged)", _FAILURES_PER_LOG)
 
 
 def _member(replica: RunningReplica) -> Member:
     identity, metadata = replica.replica_id.unique_id, replica.replica_metadata
     rank = metadata.get(RANK) if isinstance(metadata, dict) else None
-    return Member(identity, rank if isinstance(rank, int) else _stand_in(identity))
+    return Member(identity, rank if isinstance(rank, int) else _default_rank(identity))
 
 
-def _stand_in(identity: str) -> int:
-    """A rank for a replica that has not told its own: stable, and far from any real one."""
+def _default_rank(identity: str) -> int:
+    """A rank for a replica without one: stable, and above all real ranks."""
     return 1 << 32 | zlib.crc32(identity.encode())

@@ -45,7 +45,9 @@ from ranklet.cluster.message import GatewayDescription, ReplicaDescription
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.errors import InternalError, InvalidRequest, RankletError, Unavailable
 from ranklet.replicas.model.tokenizer import PromptTokenizer
-from ranklet.routing import affinity
+from ranklet.routing.affinity import Affinity
+from ranklet.routing.binding import bind
+from ranklet.routing.counters import Counters
 from ranklet.routing.report import StateReport
 
 T = TypeVar("T")
@@ -93,10 +95,17 @@ class Gateway:
         self._names = ModelNames(args.base_names, Registry(args.adapters_dir, args.adapters))
         self._tokenizer = PromptTokenizer(args.base.model_dir)
         self._threads = ThreadPoolExecutor(_TOKENISERS, thread_name_prefix="intake")
-        self._metrics = GatewayMetrics(args.metrics.top_adapters)
+        self._affinity, choices = Affinity(), Counters()
+        bind(self._affinity, choices)  # before the first call through `replica`: Ray then creates the router
+        self._metrics = GatewayMetrics(args.metrics.top_adapters, choices)
         limits = args.limits
         self._replicas = ReplicasClient(
-            replica, limits.request_timeout_s, self._metrics.retries.inc, self._id, limits.no_replica_timeout_s
+            replica,
+            self._affinity,
+            limits.request_timeout_s,
+            self._metrics.retries.inc,
+            self._id,
+            limits.no_replica_timeout_s,
         )
         self._watch: asyncio.Task[None] | None = None
         self._keys = ApiKeys(args.security.keys_file, open_admin=_admin_is_open(args.security))
@@ -276,9 +285,7 @@ class Gateway:
         """What the page shows; an admin's call."""
         self._keys.require_admin(request.headers)
         await self._max_model_len()  # a router hears of replicas once it has been used
-        routes = affinity.current()
-        with routes.lock:
-            seen = routes.fleet.seen(time.monotonic())
+        seen = self._affinity.views()
         gateways = await broadcast(serve.get_deployment_handle(*self._here), "recent")
         names = await self._on_thread(self._names.registry.names)
         return _json(status(self._names.base, names, seen, gateways or [await self.recent()]))
@@ -319,7 +326,7 @@ class Gateway:
 
     async def told(self, report: StateReport) -> str:
         """A replica says how it stands; it is told who has heard."""
-        affinity.current().told(report, self._id, time.monotonic(), time.time() - report.load.at_s)
+        self._affinity.on_report(report, self._id, time.time() - report.load.at_s)
         return self._id
 
     async def check_health(self) -> None:

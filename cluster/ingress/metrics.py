@@ -8,13 +8,13 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from ranklet.cluster.labels import BASE, LATENCY_BUCKETS_S, AdapterLabels
-from ranklet.routing import counters
+from ranklet.routing.counters import SPILLS, Counters
 
 
 class GatewayMetrics:
     """Requests as clients see them, one instance per gateway process."""
 
-    def __init__(self, top_adapters: int) -> None:
+    def __init__(self, top_adapters: int, choices: Counters) -> None:
         self.registry = CollectorRegistry()
         counter = partial(Counter, registry=self.registry)
         gauge = partial(Gauge, registry=self.registry)
@@ -39,7 +39,7 @@ class GatewayMetrics:
         for by in ("key", "adapter"):
             self.quota_rejections.labels(by, BASE)
         self.labels = AdapterLabels(top_adapters, self._forget)
-        self.registry.register(_Choices())
+        self.registry.register(_Choices(choices))
         ProcessCollector(registry=self.registry)
 
     def answered(self, adapter: str, status: int, code: str, seconds: float) -> None:
@@ -55,13 +55,16 @@ class GatewayMetrics:
 class _Choices(Collector):
     """What this gateway's router chose, read at each scrape."""
 
+    def __init__(self, choices: Counters) -> None:
+        self._choices = choices
+
     def collect(self) -> Iterable[CounterMetricFamily]:
-        seen = counters.current()
+        seen = self._choices
         hits = "Requests sent to a replica that had said it holds their adapter"
         yield CounterMetricFamily("ranklet_affinity_hits", hits, seen.hits)
         yield CounterMetricFamily("ranklet_affinity_misses", "Requests sent to one that had not", seen.misses)
         spills = CounterMetricFamily("ranklet_spills", "Requests sent elsewhere than home, and why", labels=["reason"])
-        for reason in counters.SPILLS:
+        for reason in SPILLS:
             spills.add_metric([reason], seen.spills[reason])
         yield spills
         ordered = "Replicas told to load an adapter ahead of its requests"

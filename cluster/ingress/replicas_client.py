@@ -6,9 +6,7 @@ import contextvars
 import itertools
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -25,12 +23,11 @@ from ranklet.cluster.message import EmbedResult, InferenceCall, InferenceReply, 
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterReport
 from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unavailable
-from ranklet.routing import affinity
+from ranklet.routing.affinity import Affinity
 from ranklet.routing.hint import HINT, RoutingHint
 
 _WATCH_S = 0.02  # between two looks at orders and hung replicas
 _MOST_PREFETCHES = 64
-_MOST_KNOWN = 65_536
 logger = logging.getLogger("ray.serve")
 
 _EmbedCall = InferenceCall[EmbedParams]
@@ -49,10 +46,11 @@ class ReplicasClient:
     """
 
     def __init__(
-        self, handle: "DeploymentHandle[Any]", timeout_s: float, retried: Callable[[], None], sender: str = "",
-        patience_s: float = 6.0,
+        self, handle: "DeploymentHandle[Any]", affinity: Affinity, timeout_s: float, retried: Callable[[], None],
+        sender: str = "", patience_s: float = 6.0,
     ) -> None:  # fmt: skip
         self._handle = handle
+        self._affinity = affinity
         self._timeout_s = timeout_s
         self._patience_s = patience_s
         self._retried = retried
@@ -60,9 +58,6 @@ class ReplicasClient:
         self._hint_ids = itertools.count()
         self._at_work: dict[int, tuple[asyncio.Task[Any], float]] = {}  # calls, and since when
         self._abandoned: dict[int, str | None] = {}  # calls, and the replica that hangs; None: none is up
-        self._known: OrderedDict[str, AdapterLocation] = (
-            OrderedDict()
-        )  # adapters asked for of late, for orders to load them
         self._prefetches: set[asyncio.Task[None]] = set()
 
     async def embed(
@@ -73,10 +68,6 @@ class ReplicasClient:
         Raises:
             RankletError: what the replica refused, Unavailable when none answered in time or two failed, Saturated.
         """
-        if adapter:
-            self._known[adapter.name] = adapter
-            if len(self._known) > _MOST_KNOWN:
-                self._known.popitem(last=False)
         params = EmbedParams(dimensions)
         calls = [pack(adapter, part, params, self._sender) for part in split(prompts, 4 * hidden)]
         try:
@@ -165,7 +156,8 @@ class ReplicasClient:
                 raise second.error from failure
 
     async def _attempt(self, call: _EmbedCall, avoid: str | None) -> _EmbedReply:
-        hint = RoutingHint(next(self._hint_ids), call.adapter_name, call.total_tokens, avoid)
+        work = call.total_tokens  # embeddings: one unit per prompt token
+        hint = RoutingHint(next(self._hint_ids), call.adapter_name, work, avoid, location=call.adapter)
         result: _EmbedReply | Refusal | None = None
         task = _this_task()
         self._at_work[hint.id] = task, time.monotonic()
@@ -186,40 +178,35 @@ class ReplicasClient:
                 ) from None
             raise _RepeatableError(_gone("hangs"), hung) from None
         except Exception as error:
-            raise _translated(error, affinity.current().fleet.where(hint.id)) from error
+            raise _translated(error, self._affinity.replica_of(hint.id)) from error
         finally:
             del self._at_work[hint.id]
             self._abandoned.pop(hint.id, None)
-            self._settle(hint, result)
+            self._complete(hint, result)
         if isinstance(result, InferenceReply):
             return result
         refused = result.error()
         repeatable = isinstance(refused, Unavailable | Saturated)
         raise _RepeatableError(refused, result.replica) if repeatable else refused
 
-    @staticmethod
-    def _settle(hint: RoutingHint, result: _EmbedReply | Refusal | None) -> None:
-        routes, now_s = affinity.current(), time.monotonic()
-        with routes.lock:
-            routes.fleet.ended(hint.id, arrived=result is not None)
-            if result is not None:
-                routes.fleet.alive(result.replica, now_s)
-                if result.load is not None:
-                    routes.fleet.hear(result.replica, result.load, now_s, time.time() - result.load.at_s)
+    def _complete(self, hint: RoutingHint, result: _EmbedReply | Refusal | None) -> None:
+        if result is None:
+            self._affinity.complete(hint.id)
+        else:
+            age_s = time.time() - result.load.at_s if result.load else 0.0
+            self._affinity.complete(hint.id, result.replica, result.load, age_s)
 
     async def watch(self) -> None:
         """Look after the calls under way, and pass the router's orders on, until cancelled."""
         loop = asyncio.get_running_loop()
-        orders = affinity.current().orders = SimpleQueue()
         while True:
             await asyncio.sleep(_WATCH_S)
             try:
                 self._abandon()
-                while not orders.empty():
-                    replica, name = orders.get_nowait()
-                    known = self._known.get(name)
-                    if known is not None and len(self._prefetches) < _MOST_PREFETCHES:
-                        task = loop.create_task(self._prefetch(known, replica), context=contextvars.Context())
+                for order in self._affinity.pop_prefetch_orders():
+                    if isinstance(order.location, AdapterLocation) and len(self._prefetches) < _MOST_PREFETCHES:
+                        prefetch = self._prefetch(order.location, order.replica)
+                        task = loop.create_task(prefetch, context=contextvars.Context())
                         self._prefetches.add(task)
                         task.add_done_callback(self._prefetches.discard)
             except Exception:
@@ -227,13 +214,10 @@ class ReplicasClient:
 
     def _abandon(self) -> None:
         """Take back what replicas owe that have been silent for too long, and what waits in vain for a replica."""
-        routes, now_s = affinity.current(), time.monotonic()
-        with routes.lock:
-            hung, alone = routes.fleet.hung(now_s), not len(routes.fleet)
-            owed = {id: routes.fleet.where(id) for id in self._at_work} if hung or alone else {}
-        for id, replica in owed.items():
+        now_s = time.monotonic()
+        for id, replica in self._affinity.stranded(self._at_work).items():
             task, since_s = self._at_work[id]
-            given_up = replica in hung if replica is not None else alone and now_s - since_s > self._patience_s
+            given_up = replica is not None or now_s - since_s > self._patience_s
             if given_up and id not in self._abandoned:
                 self._abandoned[id] = replica
                 task.cancel()

@@ -57,7 +57,7 @@ def status(
         held = replica.holdings
         if held is None:
             continue
-        for tier, there in (("host", held.hosted), ("loading", held.coming), ("gpu", held.resident)):
+        for tier, there in (("host", held.hosted), ("loading", held.loading), ("gpu", held.resident)):
             for name in there & tiers.keys():
                 tiers[name][replica.id] = tier
     shown = sorted(tiers, key=lambda name: (not tiers[name], name))  # what is held somewhere first
@@ -67,8 +67,8 @@ def status(
         "in_flight": sum(told["in_flight"] for told in gateways),
         "replicas": [
             {
-                "id": each.id, "rank": each.rank, "wait_s": each.wait_s, "queued_tokens": each.queued_tokens,
-                "tokens_per_s": each.tokens_per_s, "silent_s": each.silent_s,
+                "id": each.id, "rank": each.rank, "wait_s": each.wait_s, "queued_tokens": int(each.queued_work),
+                "tokens_per_s": each.work_per_s, "silent_s": each.silent_s,
                 "resident": len(each.holdings.resident) if each.holdings else 0,
                 "slots": each.holdings.slots if each.holdings else 0,
             }

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from ranklet.cluster.replica.state import ReplicaState
-from ranklet.routing.report import BEAT_S, StateReport, pace_s
+from ranklet.routing.report import REPORT_INTERVAL_S, StateReport, min_report_interval_s
 
 logger = logging.getLogger("ray.serve")
 
@@ -48,10 +48,10 @@ class StatePublisher:
             began_s = loop.time()
             if self._is_responsive():
                 await self._publish()
-            shortest_s = pace_s(len(self._gateways))
+            shortest_s = min_report_interval_s(len(self._gateways))
             await asyncio.sleep(shortest_s)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(began_s + max(BEAT_S, 4 * shortest_s)):
+                async with asyncio.timeout_at(began_s + max(REPORT_INTERVAL_S, 4 * shortest_s)):
                     await self._wait_for_news(changed)
 
     async def _wait_for_news(self, changed: asyncio.Event) -> None:

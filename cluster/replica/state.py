@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from ranklet.replicas.adapters.reference import HeldAdapters, LoadRecord
 from ranklet.replicas.engine.stats import BatchRecord, Listener
-from ranklet.routing.report import Holdings, QueueLoad, StateReport, level
+from ranklet.routing.report import Holdings, QueueLoad, StateReport, wait_level
 
 _SPEED_WINDOW_TOKENS = 500_000
 _LOADS_WINDOW = 8
@@ -89,10 +89,10 @@ class ReplicaState(Listener):
                 self._load_s[record.tier].add(record.seconds)
 
     def holdings_changed(self, held: HeldAdapters) -> None:
-        resident, coming, hosted = frozenset(held.resident), frozenset(held.loading), frozenset(held.hosted)
+        resident, loading, hosted = frozenset(held.resident), frozenset(held.loading), frozenset(held.hosted)
         with self._lock:
             before = self._holdings
-            after = replace(before, resident=resident, coming=coming, hosted=hosted, taken=held.used_slots)
+            after = replace(before, resident=resident, loading=loading, hosted=hosted, used_slots=held.used_slots)
             if after == before:  # only the order of use has changed
                 return
             self._holdings = replace(after, number=before.number + 1)
@@ -115,7 +115,7 @@ class ReplicaState(Listener):
 
     def level(self) -> int:
         """The level of `wait_s`."""
-        return level(self.wait_s())
+        return wait_level(self.wait_s())
 
     def busy(self) -> float:
         """The share of the time since the last call of this method in which the device computed."""
@@ -140,7 +140,7 @@ class ReplicaState(Listener):
 
     def _notice_level(self) -> None:
         with self._lock:
-            before, self._level = self._level, level(self._wait_s())
+            before, self._level = self._level, wait_level(self._wait_s())
             changed = self._level != before
         if changed:
             self._on_change()

@@ -99,8 +99,8 @@ class SimulatedEngine:
         self.changes += 1
         return True
 
-    def taken(self, now_s: float) -> int:
-        """As `Holdings.taken`."""
+    def used_slots(self, now_s: float) -> int:
+        """As `Holdings.used_slots`."""
         return len(self.loading) + sum(now_s - since_s < LATELY_S for since_s in self.resident.values())
 
     def loaded(self, name: str, now_s: float) -> None:

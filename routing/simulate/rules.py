@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ranklet.routing import rendezvous
-from ranklet.routing.affinity import Affinity, Policy
+from ranklet.routing.affinity import Affinity
 from ranklet.routing.fleet import Member
+from ranklet.routing.hint import RoutingHint
+from ranklet.routing.policy import Policy
+from ranklet.routing.report import QueueLoad, StateReport
 from ranklet.routing.simulate.engine import SimulatedEngine, SimulatedRequest
 
 
@@ -17,40 +20,57 @@ class Rule(Protocol):
         """The replica for a request, and replicas that should load its adapter ahead of requests."""
         ...
 
-    def joined(self, engines: Sequence[SimulatedEngine | None], now_s: float) -> None:
+    def set_replicas(self, engines: Sequence[SimulatedEngine | None], now_s: float) -> None:
         """The replicas, by rank; None for one that is gone."""
         ...
 
 
 class Ours:
-    """One `Affinity` a gateway, each with its own view."""
+    """One `Affinity` per gateway, each with its own view of the replicas."""
 
     def __init__(self, gateways: int, policy: Policy = Policy()) -> None:
-        self.views = [Affinity(policy) for _ in range(gateways)]
-        for turn, view in enumerate(self.views):
-            view.fleet.share(gateways, turn)
+        self._now_s = 0.0
+        self._views = [Affinity(policy, clock=self._clock, seed=gateway) for gateway in range(gateways)]
+        for gateway, view in enumerate(self._views):
+            view.set_gateways(gateways, gateway)
         self._ranks: list[int] = []
 
-    def joined(self, engines: Sequence[SimulatedEngine | None], now_s: float) -> None:
+    def _clock(self) -> float:
+        return self._now_s
+
+    def set_replicas(self, engines: Sequence[SimulatedEngine | None], now_s: float) -> None:
+        self._now_s = now_s
         self._ranks = [rank for rank, engine in enumerate(engines) if engine is not None]
-        for view in self.views:
-            view.fleet.join([Member(f"r{rank}", rank) for rank in self._ranks], now_s)
+        for view in self._views:
+            view.set_members([Member(f"r{rank}", rank) for rank in self._ranks])
 
     def choose(self, request: SimulatedRequest, now_s: float) -> tuple[int, Sequence[int]]:
-        view = self.views[request.gateway]
-        choice = view.choose(request.adapter, request.tokens, now_s)
-        view.fleet.sent(request.id, choice.order[0], request.tokens, now_s)
+        return self._route(request, request.adapter, now_s)
+
+    def _route(self, request: SimulatedRequest, adapter: str | None, now_s: float) -> tuple[int, Sequence[int]]:
+        self._now_s = now_s
+        choice = self._views[request.gateway].route(RoutingHint(request.id, adapter, request.tokens))
         return self._ranks[choice.order[0]], [int(replica[1:]) for replica in choice.prefetch]
+
+    def complete(self, request: SimulatedRequest, rank: int | None, load: QueueLoad | None, now_s: float) -> None:
+        """Handles an answer to a request from the replica of this rank, or the replica's loss (None)."""
+        self._now_s = now_s
+        self._views[request.gateway].complete(request.id, None if rank is None else f"r{rank}", load)
+
+    def on_report(self, report: StateReport, now_s: float, age_s: float) -> None:
+        """Handles a report that reaches every gateway."""
+        self._now_s = now_s
+        for gateway, view in enumerate(self._views):
+            view.on_report(report, str(gateway), age_s)
 
 
 class LeastSeen(Ours):
-    """The replica that seems least loaded to one of several gateways, whatever the adapter: our rule for the base."""
+    """The replica that seems least loaded to one of several gateways, whatever the adapter: ranklet's rule for base
+    requests.
+    """
 
     def choose(self, request: SimulatedRequest, now_s: float) -> tuple[int, Sequence[int]]:
-        view = self.views[request.gateway]
-        best = view.choose(None, request.tokens, now_s).order[0]
-        view.fleet.sent(request.id, best, request.tokens, now_s)
-        return self._ranks[best], ()
+        return self._route(request, None, now_s)
 
 
 class _Watching:
@@ -61,7 +81,7 @@ class _Watching:
         self._up: list[int] = []
         self._random = random.Random(seed)
 
-    def joined(self, engines: Sequence[SimulatedEngine | None], now_s: float) -> None:
+    def set_replicas(self, engines: Sequence[SimulatedEngine | None], now_s: float) -> None:
         self._engines = engines
         self._up = [rank for rank, engine in enumerate(engines) if engine is not None]
 
@@ -106,8 +126,8 @@ class Multiplex(_Watching):
         self._most = most  # `max_ongoing_requests`: three batches of prompts of 6,000 tokens
         self._holders: dict[str, dict[int, None]] = {}
 
-    def joined(self, engines: Sequence[SimulatedEngine | None], now_s: float) -> None:
-        super().joined(engines, now_s)
+    def set_replicas(self, engines: Sequence[SimulatedEngine | None], now_s: float) -> None:
+        super().set_replicas(engines, now_s)
         self._holders.clear()
 
     def choose(self, request: SimulatedRequest, now_s: float) -> tuple[int, Sequence[int]]:
@@ -137,8 +157,8 @@ class Multiplex(_Watching):
 class ConsistentHash(_Watching):
     """Each adapter at its one place."""
 
-    def joined(self, engines: Sequence[SimulatedEngine | None], now_s: float) -> None:
-        super().joined(engines, now_s)
+    def set_replicas(self, engines: Sequence[SimulatedEngine | None], now_s: float) -> None:
+        super().set_replicas(engines, now_s)
         self._salts = rendezvous.salted(self._up)
         self._place: dict[str, int] = {}
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
-from ranklet.routing.affinity import Policy
+from ranklet.routing.policy import Policy
 from ranklet.routing.simulate import rules
 from ranklet.routing.simulate.outcome import SimulationResult
 from ranklet.routing.simulate.rules import Rule

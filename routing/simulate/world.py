@@ -11,7 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from ranklet.routing.report import BEAT_S, Holdings, QueueLoad, StateReport, level, pace_s
+from ranklet.routing.report import (
+    REPORT_INTERVAL_S,
+    Holdings,
+    QueueLoad,
+    StateReport,
+    min_report_interval_s,
+    wait_level,
+)
 from ranklet.routing.simulate.engine import SimulatedEngine, SimulatedRequest, Speed
 from ranklet.routing.simulate.outcome import SimulationResult
 from ranklet.routing.simulate.rules import Ours, Rule
@@ -51,7 +58,7 @@ class World:
     def __init__(self, setting: Setting, rule: Rule, traffic: Traffic, name: str) -> None:
         self._setting = setting
         self._rule = rule
-        self._views = rule.views if isinstance(rule, Ours) else []
+        self._ours = rule if isinstance(rule, Ours) else None
         later = set(setting.join[1]) if setting.join else set()
         lost = set(setting.lose[1]) if setting.lose else set()
         self.engines: list[SimulatedEngine | None] = [
@@ -73,7 +80,7 @@ class World:
 
     def run(self, progress: Callable[[float], None] = lambda now_s: None) -> SimulationResult:
         """To the end; `progress` is told the simulated time now and then."""
-        self._rule.joined(self.engines, 0.0)
+        self._rule.set_replicas(self.engines, 0.0)
         for happening, react in ((self._setting.lose, self._lose), (self._setting.join, self._join)):
             if happening:
                 self._at(happening[0], partial(react, ranks=happening[1]))
@@ -141,7 +148,7 @@ class World:
         took_s = engine.launch(now_s)
         if took_s is not None:
             self._at(now_s + took_s, partial(self._batch, rank=rank, engine=engine))
-        if self._views:
+        if self._ours:
             self._tell_soon(now_s, rank, engine)
 
     def _start(self, now_s: float, rank: int, loads: list[tuple[str, float]]) -> None:
@@ -160,12 +167,9 @@ class World:
         batch = engine.finish()
         for request in batch:
             self.outcome.enter(request.arrived_s, request.began_s - request.arrived_s, request.hit)
-            if self._views:
-                fleet = self._views[request.gateway].fleet
-                fleet.ended(request.id)
-                fleet.alive(f"r{rank}", now_s)
-                if not self._setting.late_s:
-                    fleet.hear(f"r{rank}", self._load(engine, request.gateway), now_s)
+            if self._ours:
+                load = None if self._setting.late_s else self._load(engine, request.gateway)
+                self._ours.complete(request, rank, load, now_s)
         if engine.wanted:
             self._start(now_s, rank, engine.bring())
         self._go_on(now_s, rank, engine)
@@ -183,14 +187,15 @@ class World:
         """Push if something worth telling has changed, not before its turn."""
         if rank in self._telling:
             return
-        changes, waits, told_s = self._told.get(rank, (-1, 0, -BEAT_S))
+        changes, waits, told_s = self._told.get(rank, (-1, 0, -REPORT_INTERVAL_S))
         if engine.changes != changes or self._level(engine) != waits:
             self._telling.add(rank)
-            self._at(max(now_s, told_s + pace_s(self._setting.gateways)), partial(self._tell, rank=rank, engine=engine))
+            earliest_s = told_s + min_report_interval_s(self._setting.gateways)
+            self._at(max(now_s, earliest_s), partial(self._tell, rank=rank, engine=engine))
 
     @staticmethod
     def _level(engine: SimulatedEngine) -> int:
-        return level(engine.queued_tokens / engine.speed.tokens_per_s)
+        return wait_level(engine.queued_tokens / engine.speed.tokens_per_s)
 
     def _tell(self, now_s: float, rank: int, engine: SimulatedEngine) -> None:
         """What a replica says now reaches the gateways soon."""
@@ -200,7 +205,7 @@ class World:
         self._told[rank] = engine.changes, self._level(engine), now_s
         held = Holdings(
             next(self._numbers), frozenset(engine.resident), frozenset(engine.loading), frozenset(engine.hosted),
-            engine.slots, engine.taken(now_s), 64, engine.speed.disk_s, engine.speed.host_s,
+            engine.slots, engine.used_slots(now_s), 64, engine.speed.disk_s, engine.speed.host_s,
         )  # fmt: skip
         received = {str(gateway): tokens for gateway, tokens in engine.received.items()}
         said = StateReport(f"r{rank}", self._load(engine, -1), held, self._gateways, received)
@@ -208,9 +213,8 @@ class World:
         self._at(now_s + late_s, partial(self._heard, rank=rank, engine=engine, said=said, late_s=late_s))
 
     def _heard(self, now_s: float, rank: int, engine: SimulatedEngine, said: StateReport, late_s: float) -> None:
-        if self.engines[rank] is engine:
-            for gateway, view in enumerate(self._views):
-                view.told(said, str(gateway), now_s, late_s)
+        if self.engines[rank] is engine and self._ours:
+            self._ours.on_report(said, now_s, late_s)
 
     def _lose(self, now_s: float, ranks: tuple[int, ...]) -> None:
         """Replicas die; what they had is sent again, as gateways do."""
@@ -218,16 +222,16 @@ class World:
         for rank in ranks:
             self.engines[rank] = None
             self._told.pop(rank, None)
-        self._rule.joined(self.engines, now_s)
+        self._rule.set_replicas(self.engines, now_s)
         for engine in lost:
             for request in [*engine.running, *engine.queue] if engine else ():
                 self.outcome.lost += 1
-                if self._views:
-                    self._views[request.gateway].fleet.ended(request.id)
+                if self._ours:
+                    self._ours.complete(request, None, None, now_s)
                 self._send(now_s, request)
 
     def _join(self, now_s: float, ranks: tuple[int, ...]) -> None:
         for rank in ranks:
             engine = self.engines[rank] = self._new()
             self._all[rank].append(engine)
-        self._rule.joined(self.engines, now_s)
+        self._rule.set_replicas(self.engines, now_s)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ranklet.routing.affinity import Affinity
-from ranklet.routing.fleet import Member
+from ranklet.routing.fleet import Fleet, Member
 from ranklet.routing.report import Holdings, QueueLoad, StateReport
 from tests.bench import report
 
@@ -24,23 +24,24 @@ _RATE = 300_000.0
 
 def row(replicas: int, adapters: int) -> dict[str, Any]:
     """Time `choose`, and the bookkeeping of one request and one report."""
-    routes, names = Affinity(), [f"adapter-{i}" for i in range(adapters)]
-    routes.fleet.join([Member(f"r{i}", i) for i in range(replicas)], 0.0)
+    now_s, fleet, names = 0.0, Fleet(), [f"adapter-{i}" for i in range(adapters)]
+    affinity = Affinity(fleet=fleet, clock=lambda: now_s)
+    affinity.set_members([Member(f"r{i}", i) for i in range(replicas)])
     for i in range(replicas):
         held = frozenset(names[(i * _SLOTS + k) % adapters] for k in range(_SLOTS))
         holdings = Holdings(0, held, frozenset(), frozenset(), _SLOTS, len(held), 64)
-        routes.told(StateReport(f"r{i}", QueueLoad(0, 0, _RATE, 0, 0), holdings, ("me", "you")), "me", 0.0)
+        affinity.on_report(StateReport(f"r{i}", QueueLoad(0, 0, _RATE, 0, 0), holdings, ("me", "you")), "me")
     weights = np.arange(1, adapters + 1) ** -1.1
     drawn = np.random.default_rng(0).choice(adapters, _CHOICES, p=weights / weights.sum()).tolist()
     choose_s, rest_s = [], []
     for k, which in enumerate(drawn):
         now_s = k / 5000
         began_s = perf_counter()
-        choice = routes.choose(names[which], 512, now_s)
+        choice = affinity.choose(names[which], 512)
         chosen_s = perf_counter()
-        routes.fleet.sent(k, choice.order[0], 512, now_s)
-        routes.fleet.ended(k - _IN_FLIGHT)
-        routes.fleet.hear(f"r{choice.order[0]}", QueueLoad(k, 1000, _RATE, k, 512 * k), now_s)
+        fleet.add_request(k, choice.order[0], 512, now_s)
+        fleet.complete_request(k - _IN_FLIGHT)
+        fleet.update_load(f"r{choice.order[0]}", QueueLoad(k, 1000, _RATE, k, 512 * k), now_s)
         rest_s.append(perf_counter() - chosen_s)
         choose_s.append(chosen_s - began_s)
     choose_us, rest_us = np.array(choose_s[_CHOICES // 2 :]) * 1e6, np.array(rest_s[_CHOICES // 2 :]) * 1e6

@@ -12,7 +12,7 @@ from ray.serve.schema import ServeDeploySchema
 from ranklet.cluster.app import ROUTER, build
 from ranklet.cluster.autoscaling import by_work
 from ranklet.cluster.config import AdapterList, AppArgs
-from ranklet.routing.affinity import Policy
+from ranklet.routing.policy import Policy
 from tests.ray_internals import bound_deployments
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

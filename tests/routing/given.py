@@ -1,16 +1,38 @@
-"""Replicas as tests want them: told at one moment, by one router's fleet."""
+"""Routers with replicas in a given state and a clock that only the test moves."""
 
 from collections.abc import Iterable, Mapping
 
-from ranklet.routing.affinity import Affinity, Policy
-from ranklet.routing.fleet import Member
+from ranklet.routing.affinity import Affinity
+from ranklet.routing.fleet import Fleet, Member
+from ranklet.routing.policy import Policy
 from ranklet.routing.report import Holdings, QueueLoad, StateReport
 
 RATE = 100_000.0
-NOW_S = 1000.0
+GATEWAY = "me"
 
 
-def load(number: int = 1, queued: int = 0, received: int = 0, done: int = 0, rate: float = RATE) -> QueueLoad:
+class ManualClock:
+    """A clock that stands still until a test sets it."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class ManualAffinity(Affinity):
+    """An `Affinity` whose clock and fleet the test can reach."""
+
+    def __init__(self, policy: Policy = Policy()) -> None:
+        self.clock, self.fleet = ManualClock(), Fleet()
+        super().__init__(policy, self.fleet, clock=self.clock)
+
+    def waits(self) -> list[float]:
+        return [float(wait_s) for wait_s in self.fleet.waits(self.clock())]
+
+
+def load(number: int = 1, queued: float = 0, received: float = 0, done: float = 0, rate: float = RATE) -> QueueLoad:
     return QueueLoad(number, queued, rate, done, received)
 
 
@@ -21,22 +43,22 @@ def holdings(
     return Holdings(number, held, frozenset(), frozenset(hosted), slots, len(held), pool_rank)
 
 
-def told(
-    routes: Affinity, index: int, queued: int = 0, resident: Iterable[str] = (), *, number: int = 1,
-    gateways: tuple[str, ...] = (), now_s: float = NOW_S, slots: int = 8, pool_rank: int = 64,
+def report(
+    affinity: Affinity, index: int, queued: float = 0, resident: Iterable[str] = (), *, number: int = 1,
+    gateways: tuple[str, ...] = (), slots: int = 8, pool_rank: int = 64,
 ) -> None:  # fmt: skip
-    """Replica `r{index}` says how it is."""
+    """Sends a report of replica `r{index}` to the router."""
     held = holdings(resident, number=number, slots=slots, pool_rank=pool_rank)
-    routes.told(StateReport(f"r{index}", load(number, queued), held, gateways), "me", now_s)
+    affinity.on_report(StateReport(f"r{index}", load(number, queued), held, gateways), GATEWAY)
 
 
-def routes_of(
-    count: int, queued: Mapping[int, int] | None = None, resident: Mapping[int, Iterable[str]] | None = None,
+def affinity_with(
+    count: int, queued: Mapping[int, float] | None = None, resident: Mapping[int, Iterable[str]] | None = None,
     policy: Policy = Policy(),
-) -> Affinity:  # fmt: skip
-    """Replicas r0, r1, ... of ranks 0, 1, ..., with these tokens queued and these adapters in slots."""
-    routes = Affinity(policy)
-    routes.fleet.join([Member(f"r{i}", i) for i in range(count)], NOW_S)
+) -> ManualAffinity:  # fmt: skip
+    """A router with replicas r0, r1, ... of ranks 0, 1, ..., with this work queued and these adapters in slots."""
+    affinity = ManualAffinity(policy)
+    affinity.set_members([Member(f"r{i}", i) for i in range(count)])
     for i in range(count):
-        told(routes, i, (queued or {}).get(i, 0), (resident or {}).get(i, ()))
-    return routes
+        report(affinity, i, (queued or {}).get(i, 0), (resident or {}).get(i, ()))
+    return affinity

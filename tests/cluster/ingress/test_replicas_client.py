@@ -14,7 +14,7 @@ from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.message import EmbedResult, InferenceCall, InferenceReply
 from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.errors import Unavailable
-from ranklet.routing import affinity
+from ranklet.routing.affinity import Affinity
 from ranklet.routing.fleet import Member
 from ranklet.routing.hint import HINT
 from ranklet.routing.report import QueueLoad
@@ -53,7 +53,7 @@ class Handle:
 
 async def asked(adapter: AdapterLocation | None) -> Handle:
     handle: Any = Handle()
-    answer = await ReplicasClient(handle, 5.0, lambda: None).embed(adapter, PROMPTS, None, 8)
+    answer = await ReplicasClient(handle, Affinity(), 5.0, lambda: None).embed(adapter, PROMPTS, None, 8)
     assert answer.vectors.shape == (1, 8)
     assert isinstance(handle, Handle)
     return handle
@@ -64,7 +64,7 @@ async def test_the_adapter_is_named_to_the_router(tmp_path: Any) -> None:
     for handle, adapter in ((named, "legal"), (bare, None)):
         hint = handle.kwargs.pop(HINT)
         assert not handle.kwargs
-        assert (hint.adapter, hint.tokens, hint.avoid, hint.only) == (adapter, 4, None, None)
+        assert (hint.adapter, hint.work, hint.avoid, hint.only) == (adapter, 4, None, None)
     assert named.options_given == {"method_name": "embed"}
 
 
@@ -83,25 +83,23 @@ async def test_ray_forgets_a_call_that_was_answered(tmp_path: Any) -> None:
     assert kept() is None
 
 
-async def test_where_there_is_no_replica_nobody_waits_long(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_where_there_is_no_replica_nobody_waits_long() -> None:
     """But as long as it takes one to come up."""
 
     class Nobody(Handle):
         def remote(self, call: InferenceCall[EmbedParams], **kwargs: Any) -> Any:
             return asyncio.get_running_loop().create_future()
 
-    monkeypatch.setattr(affinity, "_CURRENT", affinity.Affinity())
+    affinity = Affinity()
     handle: Any = Nobody()
-    replicas = ReplicasClient(handle, 30.0, lambda: None, patience_s=0.3)
+    replicas = ReplicasClient(handle, affinity, 30.0, lambda: None, patience_s=0.3)
     watch = asyncio.ensure_future(replicas.watch())
     try:
         began_s = time.monotonic()
         with pytest.raises(Unavailable, match="none is up"):
             await replicas.embed(None, PROMPTS, None, 8)
         assert 0.3 <= time.monotonic() - began_s < 5
-        routes = affinity.current()
-        with routes.lock:
-            routes.fleet.join([Member("r0", 0)], time.monotonic())
+        affinity.set_members([Member("r0", 0)])
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.6):
                 await replicas.embed(None, PROMPTS, None, 8)

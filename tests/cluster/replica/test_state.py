@@ -17,8 +17,8 @@ def test_the_queue_holds_calls_that_have_arrived_and_not_finished() -> None:
     state.call_arrived("g2", 50)
     state.call_finished(100)
     first, second = state.load_for("g1"), state.load_for("g3")
-    assert (first.queued_tokens, first.done_tokens, first.received_tokens, first.at_s) == (50, 100, 100, 12.5)
-    assert second.received_tokens == 0
+    assert (first.queued_work, first.done_work, first.received_work, first.at_s) == (50, 100, 100, 12.5)
+    assert second.received_work == 0
     assert second.number > first.number
 
 
@@ -44,11 +44,11 @@ def test_a_report_contains_the_held_adapters_and_the_time_of_loads() -> None:
     state.call_arrived("g", 7)
     report = state.report(("g", "h"))
     held = report.holdings
-    assert [sorted(names) for names in (held.resident, held.coming, held.hosted)] == [["a"], ["b"], ["a", "c"]]
-    assert (held.slots, held.taken, held.pool_rank) == (4, 2, 64)
+    assert [sorted(names) for names in (held.resident, held.loading, held.hosted)] == [["a"], ["b"], ["a", "c"]]
+    assert (held.slots, held.used_slots, held.pool_rank) == (4, 2, 64)
     assert held.from_disk_s == pytest.approx(0.2)
     assert held.from_host_s == 0
-    assert (report.gateways, report.received_tokens) == (("g", "h"), {"g": 7})
+    assert (report.gateways, report.received_work) == (("g", "h"), {"g": 7})
 
 
 def test_subscribers_are_called_when_the_held_adapters_or_the_level_of_the_wait_change() -> None:
