@@ -1,4 +1,4 @@
-"""The engine's settings, checked when they are made."""
+"""The settings of one engine."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,28 +11,44 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Settings of one engine: one base model on one device.
+    """The settings of one engine, which serves one base model on one device.
 
     Raises:
-        ValueError: a field is out of range; the message names it, what was expected and what came.
+        ValueError: a field is out of range; the message names the field, the expected range and the given value.
     """
 
+    # The folder of the base model.
     model_dir: Path
-    device: str = "auto"  # "cuda" when there is one, else "cpu"
-    dtype: str = "auto"  # bfloat16 on CUDA, float32 on the CPU
-    slots: int = 8  # adapters resident on the device at once
-    max_rank: int = 64  # rounded up to a multiple of 16
-    lora_modules: tuple[str, ...] = LORA_MODULES  # what the slots have room for
+    # "auto" is CUDA if available, else the CPU.
+    device: str = "auto"
+    # "auto" is bfloat16 on CUDA and float32 on the CPU.
+    dtype: str = "auto"
+    # Adapters held on the device at the same time.
+    slots: int = 8
+    # The largest LoRA rank that is served, rounded up to a multiple of 16.
+    max_rank: int = 64
+    # Modules that the slots reserve memory for; adapters of other modules are refused.
+    lora_modules: tuple[str, ...] = LORA_MODULES
+    # Tokens of the largest batch.
     max_batch_tokens: int = 32_768
+    # Prompts of the largest batch.
     max_batch_requests: int = 512
-    max_adapters_per_batch: int | None = None  # None: as many as there are slots
-    max_model_len: int | None = None  # None: what the model says, at most max_batch_tokens
-    max_waiting_tokens: int = 4_000_000  # beyond it requests are refused with 503
+    # Adapters that one batch may mix; None for as many as there are slots.
+    max_adapters_per_batch: int | None = None
+    # Tokens of the longest prompt; None for the model's own limit, at most max_batch_tokens.
+    max_model_len: int | None = None
+    # Tokens that may wait for a batch; further requests are refused with 503.
+    max_waiting_tokens: int = 4_000_000
+    # Host memory that caches adapters, so that they load into a slot without reading files.
     host_cache_bytes: int = 4 << 30
-    load_timeout_s: float = 8.0  # requests wait so long for an adapter on its way; then they are told to come back
-    merged_bytes: int = 0  # device memory for merged weights of adapters that dominate traffic
-    backend: str = "auto"  # of LoRA; "fastest" may give up a little accuracy for speed, see kernels/dispatch.py
-    base_aliases: tuple[str, ...] = field(default=())  # names (fnmatch patterns) adapters may call this base by
+    # Seconds that a request waits for its adapter to load before it is refused with 503 and Retry-After.
+    load_timeout_s: float = 8.0
+    # Device memory for the merged weights of adapters that dominate the traffic.
+    merged_bytes: int = 0
+    # LoRA backend; "fastest" may give up a little accuracy for speed (see kernels/dispatch.py).
+    backend: str = "auto"
+    # fnmatch patterns of the names that adapters may give as their base model.
+    base_aliases: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model_dir", Path(self.model_dir))
@@ -63,5 +79,5 @@ class EngineConfig:
 
     @property
     def adapters_per_batch(self) -> int:
-        """The most adapters one batch may mix."""
+        """Adapters that one batch may mix."""
         return min(self.slots, self.max_adapters_per_batch or self.slots)

@@ -1,4 +1,4 @@
-"""What a model folder's `config.json` says of the decoder, or why it cannot be served."""
+"""Reads a decoder's dimensions from a model folder's `config.json`, and refuses models that cannot be served."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,13 @@ from ranklet.replicas.model.modules import LINEAR_MODULES
 
 FAMILIES = ("Qwen3", "Qwen2", "Llama", "Mistral")
 ARCHITECTURES = tuple(f"{family}{head}" for family in FAMILIES for head in ("Model", "ForCausalLM"))
-# Rotary variants whose frequencies do not depend on the length of the prompt.
+# Rotary variants with the same frequencies for every prompt length.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shape of a decoder of the Qwen3, Qwen2, Llama or Mistral family."""
+    """The dimensions of a decoder of the Qwen3, Qwen2, Llama or Mistral family."""
 
     name: str
     layers: int
@@ -32,11 +32,11 @@ class Architecture:
     vocab: int
     eps: float
     qk_norm: bool
-    windows: tuple[int | None, ...]  # per layer: how many tokens back it sees, itself included; None: all
+    windows: tuple[int | None, ...]  # of each layer: tokens that a token sees, itself included; None for no limit
     max_position: int
 
     def module_dims(self) -> dict[str, tuple[int, int]]:
-        """(input width, output width) of each linear module that LoRA may target."""
+        """(input width, output width) of each linear module."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = (self.hidden, query), (self.hidden, key), (self.hidden, key), (query, self.hidden)
         mlp = (self.hidden, self.intermediate), (self.hidden, self.intermediate), (self.intermediate, self.hidden)
@@ -44,10 +44,10 @@ class Architecture:
 
 
 def read_config(model_dir: Path) -> Any:
-    """The folder's transformers config.
+    """Read the folder's transformers config.
 
     Raises:
-        ModelError: no such folder, or no readable config in it.
+        ModelError: the folder does not exist or has no readable config.
     """
     if not (model_dir / "config.json").is_file():
         raise ModelError(f"model_dir: expected a folder with config.json and safetensors, got {str(model_dir)!r}")
@@ -58,10 +58,10 @@ def read_config(model_dir: Path) -> Any:
 
 
 def read_architecture(config: Any) -> Architecture:
-    """The decoder that a config describes.
+    """Return the decoder that a config describes.
 
     Raises:
-        ModelError: the architecture, or something in it, is not one that ranklet runs; the message names it.
+        ModelError: ranklet does not support the architecture or one of its options; the message names it.
     """
     names = config.architectures or ["(none)"]
     if names[0] not in ARCHITECTURES:
@@ -69,7 +69,7 @@ def read_architecture(config: Any) -> Architecture:
     if config.hidden_act != "silu":
         raise ModelError(f"hidden_act: expected silu, got {config.hidden_act}")
     if getattr(config, "quantization_config", None):
-        raise ModelError("quantization_config: expected an unquantised model; serve the bf16 or float32 weights")
+        raise ModelError("quantization_config: expected an unquantized model; serve the bf16 or float32 weights")
     if getattr(config, "is_causal", True) is False:
         raise ModelError("is_causal: expected a causal decoder, got false (bidirectional models are not supported)")
     rope = rope_type(config)
@@ -98,20 +98,19 @@ def read_architecture(config: Any) -> Architecture:
 def _windows(config: Any) -> tuple[int | None, ...]:
     window: int | None = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
-    if kinds is None:  # Mistral slides in every layer, Llama in none
+    if kinds is None:  # Mistral has one window for all layers, Llama has none
         return (window,) * int(config.num_hidden_layers)
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def rope_type(config: Any) -> str:
-    """The rotary variant a config asks for."""
     return str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
 
 
 def rotary_tables(config: Any, architecture: Architecture, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position, float32 [length, head_dim / 2] each.
+    """Return the cosines and sines of every position, float32 [length, head_dim / 2] each.
 
-    The frequencies are transformers' own, so that every variant agrees with it.
+    transformers computes the frequencies of every variant but the default.
     """
     if rope_type(config) == "default":
         theta = config.rope_parameters["rope_theta"]

@@ -1,4 +1,7 @@
-"""Causal attention inside each request of a packed batch, behind one interface.
+"""Causal attention within each request of a packed batch.
+
+`attend` picks the implementation: cuDNN if the spans carry cuDNN's offsets, else torch's varlen kernel for 16-bit
+tensors on a GPU, else a loop over the requests.
 
 Letters: T tokens, Q query heads, G key heads, D head width, B requests.
 """
@@ -21,84 +24,105 @@ from ranklet.replicas.model.cudnn_attention import CudnnSpans
 class Spans:
     """Where each request of a packed batch begins and ends."""
 
-    lengths: tuple[int, ...]
-    offsets: Tensor  # int32 [B + 1] on the device: the running sum of lengths, from 0
-    longest: int  # length, or more
-    cudnn: CudnnSpans | None = None  # the places for cuDNN, where it is the faster
+    lengths: tuple[int, ...]  # tokens of each request
+    offsets: Tensor  # int32 [B + 1] on the device: cumulative lengths, starting at 0
+    longest: int  # at least the largest of the lengths
+    cudnn: CudnnSpans | None = None  # the offsets in cuDNN's form; None if cuDNN is not used
 
 
 def reads_lengths_on_device(device: torch.device, dtype: torch.dtype, windows: Sequence[int | None]) -> bool:
-    """Whether attention launches the same for other lengths, which it reads on the device."""
+    """Whether attention's launches stay the same for other lengths, as a CUDA graph needs.
+
+    True if the kernels read the lengths from device memory. The loop over requests reads them on the host.
+    """
     slides = any(window is not None for window in windows)
-    return device.type == "cuda" and dtype in _HALVES and (not slides or "window_size" in _CAUSAL)
+    return device.type == "cuda" and dtype in _VARLEN_DTYPES and (not slides or "window_size" in _CAUSAL)
 
 
-def attend(qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int, window: int | None) -> Tensor:
-    """Grouped-query causal attention; no token sees another request.
+def attend(
+    qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int, window: int | None, *, last: bool = False
+) -> Tensor:
+    """Grouped-query causal attention. No token sees another request.
 
     Args:
-        qkv: [T, (Q + 2 G) * D], already normed and rotated.
+        qkv: [T, (Q + 2 G) * D], already normalized and rotated.
         spans: the requests' places among the T tokens.
         heads: (Q, G).
-        window: how many tokens back a token sees, itself included; None for all.
+        head_dim: D.
+        window: number of tokens that each token sees, itself included; None for no limit.
+        last: compute only the last token of each request.
 
     Returns:
-        [T, Q * D].
+        [T, Q * D], or [B, Q * D] if `last`.
     """
-    tokens, (queries, keys) = qkv.shape[0], heads
-    q, k, v = qkv.view(tokens, queries + 2 * keys, head_dim).split((queries, keys, keys), dim=1)
     if window is not None and window >= spans.longest:
         window = None
+    if last and window is None:
+        return _attend_last(qkv, spans, heads, head_dim)
+    out = _attend_all(qkv, spans, heads, head_dim, window)
+    return out[spans.offsets[1:] - 1] if last else out
+
+
+def _attend_all(qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int, window: int | None) -> Tensor:
     if spans.cudnn is not None and window is None:
         out = cudnn_attention.attend(qkv, spans.cudnn, spans.longest, heads, head_dim)
         if out is not None:
             return out
-    if qkv.is_cuda and qkv.dtype in _HALVES:
-        return _varlen(q, k, v, spans, window).reshape(tokens, queries * head_dim)
-    return _by_request(q, k, v, spans.lengths, window).reshape(tokens, queries * head_dim)
+    q, k, v = _split(qkv, heads, head_dim)
+    if _takes_varlen(qkv) and (window is None or "window_size" in _CAUSAL):
+        attended = _varlen(q, k, v, spans, window)
+    else:
+        attended = _by_request(q, k, v, spans.lengths, window)
+    return attended.reshape(len(qkv), -1)
 
 
-def attend_last(qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int, window: int | None) -> Tensor:
-    """`attend` for the last token of each request alone: [B, Q * D]."""
-    tokens, (queries, keys), last = qkv.shape[0], heads, spans.offsets[1:] - 1
-    if window is not None and window < spans.longest:
-        return attend(qkv, spans, heads, head_dim, window)[last]
-    q, k, v = qkv.view(tokens, queries + 2 * keys, head_dim).split((queries, keys, keys), dim=1)
-    if qkv.is_cuda and qkv.dtype in _HALVES:
-        one_each = torch.arange(len(last) + 1, dtype=torch.int32, device=qkv.device)
-        out = varlen_attn(q[last], k, v, one_each, spans.offsets, 1, spans.longest, **_WHOLE)
+def _attend_last(qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int) -> Tensor:
+    q, k, v = _split(qkv, heads, head_dim)
+    q = q[spans.offsets[1:] - 1]
+    if _takes_varlen(qkv):
+        query_offsets = torch.arange(len(q) + 1, dtype=torch.int32, device=qkv.device)
+        out = varlen_attn(q, k, v, query_offsets, spans.offsets, 1, spans.longest, **_NOT_CAUSAL)
         assert isinstance(out, Tensor)
     else:
-        grouped, by_request = queries != keys, ((part.transpose(0, 1).split(spans.lengths, 1)) for part in (k, v))
-        requests = zip(q[last].unsqueeze(2), *by_request, strict=True)
-        attended = [functional.scaled_dot_product_attention(a, b, c, enable_gqa=grouped) for a, b, c in requests]
-        out = torch.stack(attended)
-    return out.reshape(len(last), queries * head_dim)
+        own_keys, own_values = (part.transpose(0, 1).split(spans.lengths, 1) for part in (k, v))
+        requests = zip(q.unsqueeze(2), own_keys, own_values, strict=True)
+        grouped = heads[0] != heads[1]
+        out = torch.stack(
+            [functional.scaled_dot_product_attention(a, b, c, enable_gqa=grouped) for a, b, c in requests]
+        )
+    return out.reshape(len(q), -1)
+
+
+def _split(qkv: Tensor, heads: tuple[int, int], head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    queries, keys = heads
+    q, k, v = qkv.view(len(qkv), queries + 2 * keys, head_dim).split((queries, keys, keys), dim=1)
+    return q, k, v
+
+
+def _takes_varlen(qkv: Tensor) -> bool:
+    return qkv.is_cuda and qkv.dtype in _VARLEN_DTYPES
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: int | None) -> Tensor:
     options = dict(_CAUSAL)
     if "window_size" in options:
         options["window_size"] = (-1 if window is None else window - 1, 0)
-    elif window is not None:
-        return _by_request(q, k, v, spans.lengths, window)
-    longest = spans.longest
-    out = varlen_attn(q, k, v, spans.offsets, spans.offsets, longest, longest, **options)
-    assert isinstance(out, Tensor)  # a tuple only when auxiliary outputs are asked for
+    out = varlen_attn(q, k, v, spans.offsets, spans.offsets, spans.longest, spans.longest, **options)
+    assert isinstance(out, Tensor)  # it returns a tuple only if auxiliary outputs are requested
     return out
 
 
 def _varlen_options(*, causal: bool) -> dict[str, Any]:
-    """How this torch spells a grouped-query call: 2.11 and later differ in their keywords."""
+    """The keywords of a grouped-query call, which differ between torch 2.11 and later releases."""
     known = inspect.signature(varlen_attn).parameters
-    seen: dict[str, Any] = (
+    options: dict[str, Any] = (
         {"window_size": (-1, 0 if causal else -1)} if "window_size" in known else {"is_causal": causal}
     )
-    return seen | ({"enable_gqa": True} if "enable_gqa" in known else {})
+    return options | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
-_HALVES = (torch.bfloat16, torch.float16)  # what torch's varlen kernel takes
-_CAUSAL, _WHOLE = _varlen_options(causal=True), _varlen_options(causal=False)
+_VARLEN_DTYPES = (torch.bfloat16, torch.float16)
+_CAUSAL, _NOT_CAUSAL = _varlen_options(causal=True), _varlen_options(causal=False)
 
 
 def _by_request(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:
@@ -107,8 +131,7 @@ def _by_request(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window:
     for length in lengths:
         rows = slice(start, start + length)
         one, two, three = (part[rows].transpose(0, 1).unsqueeze(0) for part in (q, k, v))
-        banded = window is not None and length > window
-        mask = _band(length, window, q.device) if banded and window is not None else None
+        mask = _band(length, window, q.device) if window is not None and length > window else None
         attended = functional.scaled_dot_product_attention(
             one, two, three, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -118,6 +141,6 @@ def _by_request(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window:
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
-    place = torch.arange(length, device=device)
-    back = place[:, None] - place[None, :]
-    return (back >= 0) & (back < window)
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)

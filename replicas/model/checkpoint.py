@@ -1,4 +1,4 @@
-"""A base model's safetensors, sharded or not, read straight onto the device."""
+"""Reads the safetensors of a base model, sharded or not, onto the device."""
 
 import json
 from collections.abc import Sequence
@@ -13,25 +13,25 @@ from torch import Tensor
 
 from ranklet.replicas.errors import ModelError
 
-# Left unread on purpose: the language model's head, and buffers that old checkpoints carry.
+# Tensors that a decoder does not need: the language-model head, and buffers in old checkpoints.
 _IGNORED = ("lm_head.weight", "rotary_emb.inv_freq")
 
 
 class Checkpoint:
-    """The tensors of a model folder, named without the `model.` that causal-LM checkpoints put before them."""
+    """The tensors of a model folder, by name without the `model.` prefix of causal-LM checkpoints."""
 
     def __init__(self, model_dir: Path, device: torch.device, dtype: torch.dtype) -> None:
         self._dir = model_dir
         self._device = device
         self._dtype = dtype
-        self._open = ExitStack()
+        self._open_files = ExitStack()
         self._files: dict[str, tuple[Any, str]] = {}
         self._unread: set[str] = set()
 
     def __enter__(self) -> Self:
         for path in self._shards():
             try:
-                file = self._open.enter_context(safe_open(path, framework="pt", device="cpu"))
+                file = self._open_files.enter_context(safe_open(path, framework="pt", device="cpu"))
             except (OSError, SafetensorError) as error:
                 raise ModelError(f"{path}: expected a safetensors file, got: {error}") from error
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -42,7 +42,7 @@ class Checkpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open.close()
+        self._open_files.close()
 
     def _shards(self) -> list[Path]:
         index = self._dir / "model.safetensors.index.json"
@@ -58,17 +58,28 @@ class Checkpoint:
         return [single]
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One tensor, of exactly this shape.
+        """Read one tensor.
 
         Raises:
-            ModelError: it is missing or has another shape.
+            ModelError: the tensor is missing or has another shape.
         """
         out = torch.empty(shape, dtype=self._dtype, device=self._device)
         self._copy(name, out)
         return out
 
     def read_packed(self, names: Sequence[str], shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor | None]:
-        """Several linear modules as one: weights [sum of N, K] and biases [sum of N], None if they have none."""
+        """Read several linear modules as one packed module.
+
+        Args:
+            names: the modules, without `.weight`.
+            shapes: [N, K] of each module.
+
+        Returns:
+            Weights [sum of N, K], and biases [sum of N], None if no module has a bias.
+
+        Raises:
+            ModelError: a tensor is missing or has another shape.
+        """
         rows = [shape[0] for shape in shapes]
         weight = torch.empty((sum(rows), shapes[0][1]), dtype=self._dtype, device=self._device)
         bias = None
@@ -84,7 +95,7 @@ class Checkpoint:
 
     def _copy(self, name: str, out: Tensor) -> None:
         if name not in self._files:
-            raise ModelError(f"{self._dir}: expected a tensor {name}, the checkpoint has none")
+            raise ModelError(f"{self._dir}: expected a tensor {name}, but the checkpoint has none")
         file, key = self._files[name]
         tensor = file.get_tensor(key)
         if tuple(tensor.shape) != tuple(out.shape):
@@ -93,10 +104,10 @@ class Checkpoint:
         self._unread.discard(name)
 
     def check_all_read(self) -> None:
-        """Check that every tensor was used: one that was not would change the model's answers.
+        """Check that every tensor was read: an unread tensor means that the model computes something else.
 
         Raises:
-            ModelError: tensors are left; the message names some.
+            ModelError: tensors were not read; the message names up to five.
         """
         if self._unread:
             some = ", ".join(sorted(self._unread)[:5])

@@ -1,7 +1,9 @@
 """Causal grouped-query attention of packed requests by cuDNN: about twice the rate of torch's varlen kernel on Hopper.
 
-cuDNN builds a graph for fixed numbers of requests and longest request; these are rounded up to powers of two, and the
-requests that are not there have length 0. Letters as in `attention.py`. After cudnn-frontend's ragged SDPA sample.
+cuDNN builds a graph for a fixed number of requests and a fixed length of the longest request. Both are rounded up to
+powers of two, and the added requests have length 0. Based on cudnn-frontend's ragged SDPA sample.
+
+Letters: T tokens, Q query heads, G key heads, D head width, B requests.
 """
 
 import logging
@@ -19,12 +21,12 @@ from ranklet.kernels.launch import is_hopper
 
 logger = logging.getLogger(__name__)
 
-MIN_LONGEST = 128  # of a graph; shorter requests take the same
+MIN_LONGEST = 128  # the smallest longest request that a graph is built for
 _INT32_MAX = 2**31 - 1
 
 
 class GraphShape(NamedTuple):
-    """What a graph is built for."""
+    """The dimensions and dtype of a graph."""
 
     requests: int
     longest: int
@@ -36,10 +38,10 @@ class GraphShape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CudnnSpans:
-    """The requests' places as cuDNN reads them, the same for all layers of a batch."""
+    """The requests' places in the form that cuDNN reads, used by every layer of a batch."""
 
-    qkv_offsets: Tensor  # int32 [requests + 1]: elements of the packed q, k, v before each request
-    out_offsets: Tensor  # the same of the output
+    qkv_offsets: Tensor  # int32 [requests + 1]: elements of the packed q, k and v before each request
+    out_offsets: Tensor  # int32 [requests + 1]: elements of the output before each request
     lengths: Tensor  # int32 [requests]
 
 
@@ -49,15 +51,15 @@ class _AttentionGraph:
     q: Any
     k: Any
     v: Any
-    qkv_offsets: Any  # element offsets of q, k and v
-    out_offsets: Any  # of the output
+    qkv_offsets: Any
+    out_offsets: Any
     lengths: Any
     out: Any
     workspace_bytes: int
 
 
 def is_available(device: torch.device) -> bool:
-    """Whether cuDNN's frontend is installed and the GPU is one where it is worth it (Hopper or later)."""
+    """Whether cuDNN's frontend is installed and the GPU is Hopper or later, where cuDNN is faster."""
     return is_hopper(device) and _module() is not None
 
 
@@ -66,13 +68,13 @@ def _module() -> Any:
     try:
         import cudnn
     except (ImportError, OSError, RuntimeError) as error:
-        logger.info("no cuDNN frontend (%s): attention runs on torch's varlen kernel", error)
+        logger.info("cuDNN frontend unavailable (%s); attention uses torch's varlen kernel", error)
         return None
     return cudnn
 
 
 def cudnn_spans(offsets: Tensor, requests: int, heads: tuple[int, int], width: int) -> CudnnSpans:
-    """Spans' offsets [B + 1] with requests of length 0 behind them, up to a power of two."""
+    """Append requests of length 0 to the offsets, int32 [B + 1], up to a power of two of requests."""
     queries, keys = heads
     missing = power_of_two(requests) - requests
     padded = torch.cat((offsets, offsets[-1:].expand(missing))) if missing else offsets
@@ -82,7 +84,7 @@ def cudnn_spans(offsets: Tensor, requests: int, heads: tuple[int, int], width: i
 def build_graphs(
     device: torch.device, requests: int, longest: int, heads: tuple[int, int], width: int, dtype: torch.dtype
 ) -> None:
-    """Build and run the graphs of all batches of up to so many requests and tokens a request: some 40 ms each."""
+    """Build and run the graphs of every batch size up to these limits, about 40 ms each."""
     queries, keys = heads
     qkv = torch.zeros(1, (queries + 2 * keys) * width, dtype=dtype, device=device)
     for powers in range(power_of_two(requests).bit_length()):
@@ -92,14 +94,17 @@ def build_graphs(
 
 
 def attend(qkv: Tensor, spans: CudnnSpans, longest: int, heads: tuple[int, int], width: int) -> Tensor | None:
-    """Attention of packed requests, None where cuDNN does not take the shape (said once in the log).
+    """Compute the attention of packed requests.
 
     Args:
-        qkv: [T, (Q + 2 G) * D], 16 bits.
-        longest: tokens of the longest request, or more.
+        qkv: [T, (Q + 2 G) * D], bfloat16 or float16.
+        spans: the requests' places among the T tokens.
+        longest: at least the tokens of the longest request.
+        heads: (Q, G).
+        width: D.
 
     Returns:
-        [T, Q * D].
+        [T, Q * D], or None if cuDNN does not support the shape. The reason is logged once.
     """
     queries, keys = heads
     tokens, row = qkv.shape
@@ -132,7 +137,7 @@ def _engine(device: torch.device) -> "_Engine":
 
 
 class _Engine:
-    """cuDNN's handle of one device, and the graphs built so far."""
+    """cuDNN's handle of one device, and its graphs by shape."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -145,8 +150,8 @@ class _Engine:
             if shape not in self._graphs:
                 try:
                     self._graphs[shape] = self._build(shape)
-                except Exception as error:  # cuDNN's own errors derive from it alone
-                    logger.warning("cuDNN takes no attention of %s: %s", shape, error)
+                except Exception as error:  # the only base class of cuDNN's errors
+                    logger.warning("cuDNN does not support attention of %s: %s", shape, error)
                     self._graphs[shape] = None
             return self._graphs[shape]
 

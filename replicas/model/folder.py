@@ -1,4 +1,4 @@
-"""JSON files of a model folder."""
+"""Reads the JSON files of a model folder."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ from ranklet.replicas.errors import ModelError
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """The file's content, of this type.
+    """Read a JSON file whose top level is of the given type.
 
     Raises:
-        ModelError: it is no JSON, or of another type.
+        ModelError: the file is not valid JSON, or its top level is of another type.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -23,10 +23,10 @@ def read_json(path: Path, kind: type) -> Any:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that a folder need not have; empty without it.
+    """Read the JSON object in an optional file; empty if the file does not exist.
 
     Raises:
-        ModelError: as `read_json`.
+        ModelError: the file is not valid JSON, or not an object.
     """
     settings: dict[str, Any] = read_json(path, dict) if path.is_file() else {}
     return settings

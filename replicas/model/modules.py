@@ -10,7 +10,7 @@ LORA_MODULES = (*LINEAR_MODULES, EMBED_TOKENS)
 
 
 def module_path(module: str) -> str:
-    """A linear module's name inside its layer, as checkpoints spell it: `self_attn.q_proj` of `q_proj`."""
+    """Return a linear module's name within its layer in checkpoints, such as `self_attn.q_proj`."""
     return f"{'self_attn' if module in ATTENTION_MODULES else 'mlp'}.{module}"
 
 

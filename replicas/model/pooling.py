@@ -1,4 +1,4 @@
-"""From token states to one vector a prompt, as the folder's sentence-transformers files say."""
+"""Pools token states into one vector a prompt, as the folder's sentence-transformers files configure it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,22 +18,25 @@ _FLAGS = {"pooling_mode_lasttoken": "last", "pooling_mode_mean_tokens": "mean", 
 
 @dataclass(frozen=True)
 class Pooling:
-    """How a prompt's token states become its vector."""
+    """Pools the token states of each prompt into its vector.
+
+    Letters: T tokens, B prompts, H hidden width.
+    """
 
     mode: str = "last"  # last, mean or cls
     normalize: bool = True
-    max_tokens: int | None = None  # the folder's own limit on a prompt, if it states one
+    max_tokens: int | None = None  # the folder's own limit on a prompt; None if it has no limit
 
     def rows(self, states: Tensor, spans: Spans) -> Tensor:
-        """The states that pooling reads: [T, H] -> [B, H] for last and cls, all of them for mean."""
+        """Select the states that pooling reads: [T, H] -> [B, H] for last and cls, [T, H] for mean."""
         if self.mode == "last":
             return states[spans.offsets[1:] - 1]
-        if self.mode == "cls":  # an empty prompt, of a padded batch, may begin behind the last row
+        if self.mode == "cls":  # an empty prompt of a padded batch may start after the last row
             return states[spans.offsets[:-1].clamp(max=states.shape[0] - 1)]
         return states
 
     def vectors(self, rows: Tensor, spans: Spans) -> Tensor:
-        """What `rows` returned, after the final norm -> float32 [B, H], of length 1 if the folder normalises."""
+        """Pool the rows that `rows` selected, after the final norm, to float32 [B, H]; L2-normalized if `normalize`."""
         pooled = rows.float()
         if self.mode == "mean":
             lengths = spans.offsets.diff()
@@ -45,18 +48,18 @@ class Pooling:
 
 
 def read_pooling(model_dir: Path) -> Pooling:
-    """The folder's pooling; last token and L2 norm (Qwen3-Embedding's) where it says nothing.
+    """Read the folder's pooling; without `modules.json` it is Qwen3-Embedding's: last token and L2 norm.
 
     Raises:
-        ModelError: `modules.json` asks for a module or a mode that ranklet does not have.
+        ModelError: `modules.json` names a module or a pooling mode that ranklet does not support.
     """
-    listed = model_dir / "modules.json"
-    if not listed.is_file():
+    modules_file = model_dir / "modules.json"
+    if not modules_file.is_file():
         return Pooling()
-    modules = {module["type"].rsplit(".", 1)[-1]: module for module in read_json(listed, list)}
+    modules = {module["type"].rsplit(".", 1)[-1]: module for module in read_json(modules_file, list)}
     unknown = sorted(set(modules) - {"Transformer", "Pooling", "Normalize"})
     if unknown:
-        raise ModelError(f"{listed}: expected Transformer, Pooling, Normalize; got also {', '.join(unknown)}")
+        raise ModelError(f"{modules_file}: expected Transformer, Pooling, Normalize; got also {', '.join(unknown)}")
     mode = "last"
     if "Pooling" in modules:
         mode = _mode(model_dir / modules["Pooling"]["path"] / "config.json")
@@ -67,11 +70,11 @@ def read_pooling(model_dir: Path) -> Pooling:
 
 def _mode(path: Path) -> str:
     if not path.is_file():
-        raise ModelError(f"{path}: expected the pooling's config, which modules.json names; it is missing")
+        raise ModelError(f"{path}: expected the pooling config that modules.json names, but the file is missing")
     config: dict[str, Any] = read_json(path, dict)
     flags = [name for name, on in config.items() if name.startswith("pooling_mode_") and on]
-    asked = config.get("pooling_mode") or flags
-    names = [asked] if isinstance(asked, str) else list(asked)
+    configured = config.get("pooling_mode") or flags
+    names = [configured] if isinstance(configured, str) else list(configured)
     known = MODES | _FLAGS
     if len(names) != 1 or names[0] not in known:
         raise ModelError(f"{path}: expected one pooling mode of {', '.join(MODES)}, got {', '.join(names) or 'none'}")

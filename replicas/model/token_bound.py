@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 Weights = NDArray[np.float64]  # one weight for each code point
 
 _CHUNK_CHARACTERS = 1 << 16
-_ROUNDING = 1e-6  # relative; far more than float sums of a text are off by
+_ROUNDING = 1e-6  # relative; far above the rounding error of the sums
 _SIGMAS = [0x3C3, 0x3C2]  # lowercase sigma and final sigma: lowercasing chooses between them by position
 _KEEPS_TEXT = frozenset({"ByteLevel", "Digits", "UnicodeScripts"})  # pre-tokenizers that never drop a character
 _KEEPS_TOKENS = frozenset({"ByteLevel", "BertProcessing", "RobertaProcessing"})  # post-processors
-_SPLITS = frozenset({"Split", "Punctuation"})  # they drop what they match if their behavior says so
+_SPLITS = frozenset({"Split", "Punctuation"})  # pre-tokenizers that drop the matches if `behavior` is "Removed"
 
 
 class TokenBound:
@@ -41,13 +41,8 @@ class TokenBound:
         except _UnboundedError:
             weights = None
         self._weights = None if weights is None else weights.astype(np.float32)
-
-    @property
-    def longest_token_bytes(self) -> int | None:
-        """Upper bound on the UTF-8 bytes of input that one token stands for; None if it cannot be proven."""
-        if self._weights is None or not self._weights.all():
-            return None
-        return math.ceil(float((_utf8_bytes() / self._weights).max()) * (1 - _ROUNDING))
+        # Upper bound on the UTF-8 bytes of input that one token stands for; None if it cannot be proven.
+        self.longest_token_bytes = None if weights is None or not weights.all() else _longest(weights)
 
     def least_tokens(self, text: str) -> int:
         """Lower bound on the tokens of a text; 0 if nothing can be proven. Takes time linear in its length."""
@@ -61,7 +56,7 @@ class TokenBound:
 
 
 class _UnboundedError(Exception):
-    """The tokenizer has a step that may drop characters, or is not understood."""
+    """A step of the tokenizer may drop characters, or is not supported."""
 
 
 def _weights(backend: Any, *, lower: bool) -> Weights:
@@ -102,7 +97,7 @@ def _keeps_tokens(step: dict[str, Any]) -> bool:
 
 
 def _tokens(model: dict[str, Any], *, byte_level: bool) -> list[bytes]:
-    """The vocabulary in bytes of text, if every byte has a token of its own: otherwise text may be lost."""
+    """Return the vocabulary in bytes of text. Every byte must have its own token, or the model may drop text."""
     vocabulary = model["vocab"]
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise _UnboundedError
@@ -117,7 +112,7 @@ def _tokens(model: dict[str, Any], *, byte_level: bool) -> list[bytes]:
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letter by which GPT-2's byte-level vocabularies spell each byte, mapped to that byte."""
+    """Map the letters of GPT-2's byte-level vocabularies to the bytes that they spell."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -143,11 +138,11 @@ def _by_code_point(by_byte: Weights) -> Weights:
     return weights
 
 
-def _utf8_bytes() -> Weights:
-    lengths = np.full(sys.maxunicode + 1, 4.0)
+def _longest(weights: Weights) -> int:
+    utf8_bytes = np.full(len(weights), 4.0)
     for end, length in ((0x10000, 3), (0x800, 2), (0x80, 1)):
-        lengths[:end] = length
-    return lengths
+        utf8_bytes[:end] = length
+    return math.ceil(float((utf8_bytes / weights).max()) * (1 - _ROUNDING))
 
 
 def _before_pre_tokenizer(step: dict[str, Any], weights: Weights) -> Weights:
@@ -180,7 +175,7 @@ def _replaced(weights: Weights, character: str, content: str) -> Weights:
 
 
 def _capped(weights: Weights, added: Iterable[str]) -> Weights:
-    """Let the characters of an added token weigh at most 1 together."""
+    """Lower the weights so that the characters of each added token weigh at most 1 together."""
     out = weights.copy()
     for content in added:
         codes = list(set(map(ord, content)))
@@ -189,7 +184,7 @@ def _capped(weights: Weights, added: Iterable[str]) -> Weights:
 
 
 def _before_composition(weights: Weights, form: str) -> Weights:
-    """Share the weight of a composed character among its parts; a character weighs what its own parts do."""
+    """Divide a composed character's weight among its parts, so that parts weigh no more apart than composed."""
     parts_weights = weights.copy()
     for code, parts in _decompositions("NFD"):
         parts_weights[parts] = np.minimum(parts_weights[parts], weights[code] / len(parts))
@@ -210,7 +205,7 @@ def _before_lower(weights: Weights) -> Weights:
 
 @cache
 def _decompositions(form: Any) -> list[tuple[int, list[int]]]:
-    """The code points that a normal form takes apart, and their parts."""
+    """Return the code points that a normal form decomposes, each with its parts."""
     found = ((code, unicodedata.normalize(form, chr(code))) for code in range(sys.maxunicode + 1))
     return [(code, list(map(ord, parts))) for code, parts in found if parts != chr(code)]
 

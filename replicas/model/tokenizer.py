@@ -1,4 +1,4 @@
-"""Texts to token ids, exactly as the model folder's own tokenizer does it."""
+"""Tokenizes texts exactly as the model folder's own tokenizer does."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +13,10 @@ from ranklet.replicas.model.token_bound import TokenBound
 
 
 class PromptTokenizer:
-    """The folder's fast tokenizer. Safe to call from several threads; it releases the GIL while it works."""
+    """The folder's fast tokenizer. Thread-safe; releases the GIL while it tokenizes."""
 
     def __init__(self, model_dir: Path) -> None:
-        from transformers import AutoTokenizer  # heavy: only processes that tokenise pay for it
+        from transformers import AutoTokenizer  # slow to import, and only gateways tokenize
 
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
@@ -24,7 +24,7 @@ class PromptTokenizer:
         except (OSError, ValueError, AttributeError) as error:
             raise ModelError(f"{model_dir}: expected a fast tokenizer (tokenizer.json), got: {error}") from error
         self._backend.no_padding()
-        self._backend.no_truncation()  # a prompt that is too long is an error, never cut in silence
+        self._backend.no_truncation()  # prompts that are too long are refused instead
         self._prefix = _default_prompt(model_dir)
         self._lower = bool(read_settings(model_dir / "sentence_bert_config.json").get("do_lower_case"))
         self._bound = TokenBound(self._backend, lower=self._lower)
@@ -39,14 +39,14 @@ class PromptTokenizer:
         return self._bound.least_tokens(text)
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """Token ids of each text, int32 [length], special tokens as the tokenizer's post-processor adds them."""
+        """Return the token ids of each text, int32 [length], with the special tokens that the post-processor adds."""
         prompts = [self._prefix + text for text in texts] if self._prefix else list(texts)
         prompts = [prompt.lower() for prompt in prompts] if self._lower else prompts
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in self._backend.encode_batch_fast(prompts)]
 
 
 def _default_prompt(model_dir: Path) -> str:
-    """The prompt that sentence-transformers would put before every text, if the folder names one."""
+    """Return the prefix that sentence-transformers puts before every text; empty if the folder configures none."""
     config = read_settings(model_dir / "config_sentence_transformers.json")
     name = config.get("default_prompt_name")
     return str((config.get("prompts") or {}).get(name) or "") if name else ""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ranklet.replicas.model import cudnn_attention
-from ranklet.replicas.model.attention import Spans, attend, attend_last, reads_lengths_on_device
+from ranklet.replicas.model.attention import Spans, attend, reads_lengths_on_device
 
 
 def spans(lengths: list[int], device: str = "cpu") -> Spans:
@@ -48,7 +48,7 @@ def test_attention_is_causal_grouped_and_windowed(
     qkv = torch.randn(sum(lengths), (heads[0] + 2 * heads[1]) * width)
     ours = attend(qkv, spans(lengths), heads, width, window)
     assert_close(ours.double(), attend64(qkv, lengths, heads, width, window), rtol=1e-5, atol=1e-5)
-    last = attend_last(qkv, spans(lengths), heads, width, window)
+    last = attend(qkv, spans(lengths), heads, width, window, last=True)
     assert_close(last, ours[spans(lengths).offsets[1:] - 1], rtol=1e-5, atol=1e-5)
 
 
@@ -95,7 +95,7 @@ def test_attention_on_cuda(dtype: torch.dtype, window: int | None, heads: tuple[
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
     expected = attend64(qkv, lengths, heads, width, window)
     assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
-    last = attend_last(qkv.cuda(), at, heads, width, window).cpu()
+    last = attend(qkv.cuda(), at, heads, width, window, last=True).cpu()
     assert_close(last.double(), expected[at.offsets[1:].cpu() - 1], rtol=tolerance, atol=tolerance)
 
 
