@@ -1,4 +1,4 @@
-"""How many requests one gateway has, and how many of them may be for one adapter."""
+"""Limits on the requests that one gateway works on, in total and for one model."""
 
 import contextlib
 from collections import Counter
@@ -9,43 +9,46 @@ from ranklet.replicas.errors import Saturated
 
 
 class Admission:
-    """Requests in one gateway.
+    """Counts the requests of one gateway.
 
     Args:
-        limit: of requests, limits.max_in_flight_requests.
-        changed: is told their number.
+        limit: limits.max_in_flight_requests.
+        on_change: called with the number of requests in flight.
     """
 
-    def __init__(self, limit: int, changed: Callable[[int], None] = lambda number: None) -> None:
+    def __init__(self, limit: int, on_change: Callable[[int], None] = lambda in_flight: None) -> None:
         self._limit = limit
-        self._changed = changed
+        self._on_change = on_change
         self._by_model: Counter[str] = Counter()
         self.in_flight = 0
 
     @contextlib.contextmanager
     def admit(self) -> Iterator[None]:
-        """One more, while this is entered. Raises Saturated when there is no room."""
+        """Count a request while the context lasts. Raises Saturated at the limit."""
         if self.in_flight >= self._limit:
             raise Saturated(
                 f"expected fewer than {self._limit} requests in this gateway (limits.max_in_flight_requests). Try again"
             )
         self.in_flight += 1
-        self._changed(self.in_flight)
+        self._on_change(self.in_flight)
         try:
             yield
         finally:
             self.in_flight -= 1
-            self._changed(self.in_flight)
+            self._on_change(self.in_flight)
 
     @contextlib.contextmanager
     def admit_model(self, model: str) -> Iterator[None]:
-        """It is known what that request is for. Raises Saturated when this model has its share of the room already."""
+        """Count an admitted request for its model while the context lasts.
+
+        Raises Saturated if the model has its fair share of the limit already.
+        """
         own = self._by_model[model]
         share = share_of_room(self._limit, self.in_flight - own - 1)
         if own and own >= share:
             raise Saturated(
-                f"expected fewer than {share} requests for {model!r} in this gateway, so that others have room "
-                f"(limits.max_in_flight_requests: {self._limit}). Try again"
+                f"expected fewer than {share} requests for {model!r} in this gateway, so that other models get "
+                f"their share (limits.max_in_flight_requests: {self._limit}). Try again"
             )
         self._by_model[model] += 1
         try:

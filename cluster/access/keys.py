@@ -1,30 +1,31 @@
-"""Who may do what: API keys in a file, by their hashes, read again when it changes."""
+"""API keys: a file lists their hashes and rights and is read again when it changes."""
 
 import fnmatch
 import hashlib
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ranklet.cluster.watched_file import WatchedFile
 from ranklet.replicas.errors import InternalError, RankletError
 
-_LOOK_S = 1.0  # between two looks for a changed file
+_CHECK_INTERVAL_S = 1.0
 _PREFIX = "rk-"
 
 
 class Unauthorized(RankletError):  # noqa: N818  # named as its siblings in replicas/errors.py
-    """No key, or one that is not known."""
+    """The request has no key, or an unknown one."""
 
     code, status = "unauthorized", 401
 
 
 class Forbidden(RankletError):  # noqa: N818
-    """The key may not do this."""
+    """The key does not grant this right."""
 
     code, status = "forbidden", 403
 
@@ -33,11 +34,11 @@ class ApiKey(BaseModel):
     """One entry of the file.
 
     Attributes:
-        name: for people; it appears in refusals, the key itself nowhere.
+        name: shown in error messages. The key itself is never shown.
         sha256: of the key, in hexadecimal.
-        admin: whether it may load and unload adapters, and use all of them.
-        adapters: patterns (`legal-*`) of names that requests may use; the base model's own names count too.
-        tokens_per_minute: of prompts, over all gateways; None for no limit.
+        admin: grants the right to load and unload adapters, and to use all models.
+        adapters: patterns such as `legal-*` for the models that requests may use, the base model included.
+        tokens_per_minute: quota of prompt tokens over all gateways; None for no limit.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,40 +54,47 @@ class ApiKey(BaseModel):
 
 
 class ApiKeys:
-    """The keys of one file. Without a file every request may infer, and `open_admin` says whether it may do the rest.
+    """Authenticates requests by the keys of a file.
+
+    After a faulty change of the file, its last good content stays in force; `file_error` holds the reason.
+
+    Args:
+        path: None lets every request infer without a key.
+        open_admin: without a file, lets every request change adapters too.
+        clock: monotonic, in seconds.
 
     Raises:
-        InternalError: the file is missing or wrong when this is made. Later the last good content stays in force.
+        InternalError: the file is missing or faulty.
     """
 
-    def __init__(self, path: Path | None, *, open_admin: bool = False) -> None:
-        self._path = path
+    def __init__(
+        self, path: Path | None, *, open_admin: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._file = WatchedFile(path, _read, InternalError, _CHECK_INTERVAL_S, clock) if path is not None else None
         self._open_admin = open_admin
-        self._seen: tuple[int, int] | None = None
-        self._looked_s = float("-inf")
-        self._by_hash: dict[str, ApiKey] = {}
-        self.wrong = ""  # why a changed file is not in force
-        if path is not None:
-            self._refresh(first=True)
+
+    @property
+    def file_error(self) -> str:
+        """Why the present content of the file is not in force, "" if it is."""
+        return self._file.error if self._file else ""
 
     def authenticate(self, headers: Mapping[str, str]) -> ApiKey | None:
-        """The key of a request; None where none is needed.
+        """The key of a request; None if the service has no keys.
 
         Raises:
-            Unauthorized: it has none, or one that is not known.
+            Unauthorized: the request has no key, or an unknown one.
         """
-        if self._path is None:
+        if self._file is None:
             return None
-        self._refresh()
         scheme, _, given = headers.get("authorization", "").partition(" ")
         given = given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         if not given:
             raise Unauthorized(
                 "authorization: expected `Bearer KEY`, got none. Ask whoever runs this service for a key"
             )
-        key = self._by_hash.get(hashlib.sha256(given.encode()).hexdigest())
+        key = self._file.content().get(hashlib.sha256(given.encode()).hexdigest())
         if key is None:
-            raise Unauthorized("authorization: expected a key of this service, got one that is not known")
+            raise Unauthorized("authorization: expected a key of this service, got an unknown one")
         return key
 
     def require_admin(self, headers: Mapping[str, str]) -> None:
@@ -94,8 +102,8 @@ class ApiKeys:
         key = self.authenticate(headers)
         if key is None and not self._open_admin:
             raise Unauthorized(
-                "expected an admin's key: this service is reachable from other machines and has no keys. Set "
-                "security.keys_file, or bind http_options.host to 127.0.0.1"
+                "expected an admin's key, but this service has no keys. Set security.keys_file, or set "
+                "security.open_admin: true if only trusted clients can reach the service"
             )
         if key is not None and not key.admin:
             raise Forbidden(f"key {key.name!r}: expected one with admin: true for this call")
@@ -108,29 +116,19 @@ class ApiKeys:
                 f"key {key.name!r}: may use {', '.join(key.adapters) or 'nothing'}; got {name!r}", param="model"
             )
 
-    def _refresh(self, *, first: bool = False) -> None:
-        assert self._path is not None
-        now_s = time.monotonic()
-        if now_s - self._looked_s < _LOOK_S:
-            return
-        self._looked_s = now_s
-        try:
-            status = self._path.stat()
-            if (seen := (status.st_size, status.st_mtime_ns)) != self._seen:
-                self._by_hash = _read(self._path)
-                self._seen, self.wrong = seen, ""
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            self.wrong = (
-                f"security.keys_file {self._path}: expected keys as `ranklet keys new` prints them, got: {error}"
-            )
-            if first:
-                raise InternalError(self.wrong) from error
-
 
 def _read(path: Path) -> dict[str, ApiKey]:
-    content: Any = yaml.safe_load(path.read_text())
+    try:
+        return _parse(yaml.safe_load(path.read_text()))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InternalError(
+            f"security.keys_file {path}: expected keys as `ranklet keys new` prints them, got: {error}"
+        ) from error
+
+
+def _parse(content: Any) -> dict[str, ApiKey]:
     if not isinstance(content, dict) or set(content) != {"keys"} or not isinstance(content["keys"], list):
-        raise ValueError("expected a map with one entry, `keys`, a list")
+        raise ValueError("expected a map whose only entry `keys` is a list")
     try:
         keys = [ApiKey.model_validate(entry) for entry in content["keys"]]
     except ValidationError as error:
@@ -142,7 +140,7 @@ def _read(path: Path) -> dict[str, ApiKey]:
 def new_key(
     name: str, *, admin: bool, adapters: tuple[str, ...], tokens_per_minute: int | None = None
 ) -> tuple[str, ApiKey]:
-    """A key that has never been, and its entry for the file."""
+    """Generate a key. Returns the key and its entry for the file."""
     secret = _PREFIX + secrets.token_urlsafe(32)
     digest = hashlib.sha256(secret.encode()).hexdigest()
     entry = ApiKey(name=name, sha256=digest, admin=admin, adapters=adapters, tokens_per_minute=tokens_per_minute)

@@ -1,7 +1,8 @@
-"""Tokens a minute, for a key or an adapter: buckets that all gateways share.
+"""Quotas in tokens a minute, for a key or for a model, shared by all gateways.
 
-Each gateway decides by itself, at once, by what it was last told and what it has spent since; every fifth of a second
-it settles with one ledger. So a quota is exceeded by at most what all gateways let through in that time.
+Each gateway decides immediately, from the last balance that the ledger returned and its own spending since, and
+synchronises with the ledger every 0.2 s. A quota is exceeded by at most the tokens that all gateways admit in that
+time.
 """
 
 import asyncio
@@ -18,20 +19,20 @@ from ranklet.cluster.access.keys import ApiKey
 from ranklet.replicas.errors import RankletError
 
 SYNC_INTERVAL_S = 0.2
-_IDLE_S = 120.0  # what nobody has used for so long is full again, and forgotten
+_IDLE_S = 120.0  # longer than an empty bucket takes to refill, so an idle bucket can be dropped
 
 logger = logging.getLogger("ray.serve")
 
 
 class OverQuota(RankletError):  # noqa: N818  # named as its siblings in replicas/errors.py
-    """The key or the adapter has used its tokens of this minute."""
+    """The key or the model has used its tokens of this minute."""
 
     code, status = "rate_limit_exceeded", 429
 
 
 @dataclass(frozen=True)
 class QuotaFlow:
-    """Whose tokens are counted: by "key" or by "adapter", and its name."""
+    """The owner of a quota: `by` is "key" or "adapter", `name` that of the key or the model."""
 
     by: str
     name: str
@@ -39,154 +40,164 @@ class QuotaFlow:
 
 @dataclass
 class TokenBucket:
-    """Holds at most a minute's tokens and fills up at that rate. A large request may leave it in debt."""
+    """Token bucket with one minute of burst. A large request may overdraw it."""
 
     per_minute: int
     level: float
     at_s: float
 
     def level_at(self, now_s: float) -> float:
-        """Tokens in it. A clock that goes back adds nothing."""
+        """Tokens in the bucket. A clock that goes back adds nothing."""
         return min(self.per_minute, self.level + max(0.0, now_s - self.at_s) * self.per_minute / 60)
 
-    def take(self, tokens: float, now_s: float) -> float:
-        """Take tokens out, or put them back; returns what is left."""
+    def withdraw(self, tokens: float, now_s: float) -> float:
+        """Remove tokens, or return them if negative. Returns the new level."""
         self.level, self.at_s = self.level_at(now_s) - tokens, now_s
         return self.level
 
 
 @dataclass(frozen=True)
 class Account:
-    """What a gateway says of one flow: its quota, what it has spent, and the level it believes in without that."""
+    """A gateway's statement of one flow.
+
+    Attributes:
+        spent: tokens since the last synchronisation.
+        level: the level of the bucket before `spent`, by the gateway's own count.
+    """
 
     per_minute: int
     spent: float
-    believed: float
+    level: float
 
 
 class Ledger:
-    """The buckets of an application, in a Ray actor of their own; a new one begins with what gateways believe."""
+    """The buckets of an application. A ledger without a bucket starts it at the level that a gateway states."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._buckets: dict[QuotaFlow, TokenBucket] = {}
 
     def sync(self, accounts: Mapping[QuotaFlow, Account]) -> dict[QuotaFlow, float]:
-        """Take what a gateway has spent; returns the levels."""
+        """Withdraw the tokens that a gateway has spent. Returns the new levels."""
         now_s = self._clock()
         self._buckets = {flow: bucket for flow, bucket in self._buckets.items() if now_s - bucket.at_s < _IDLE_S}
         levels = {}
         for flow, account in accounts.items():
-            bucket = self._buckets.setdefault(flow, TokenBucket(account.per_minute, account.believed, now_s))
+            bucket = self._buckets.setdefault(flow, TokenBucket(account.per_minute, account.level, now_s))
             bucket.per_minute = account.per_minute
-            levels[flow] = bucket.take(account.spent, now_s)
+            levels[flow] = bucket.withdraw(account.spent, now_s)
         return levels
 
 
-class Settles(Protocol):
-    """The way to the ledger."""
+class LedgerClient(Protocol):
+    """Sends accounts to `Ledger.sync`. Raises TimeoutError when the ledger does not answer."""
 
     def __call__(self, accounts: Mapping[QuotaFlow, Account]) -> Awaitable[Mapping[QuotaFlow, float]]: ...
 
 
 class Quotas:
-    """One gateway's view of all quotas.
+    """One gateway's copy of all quotas.
 
     Args:
-        settle: the way to the ledger.
-        rejected: is told each refusal: by what, and for which model.
+        on_reject: called for each rejection with `QuotaFlow.by` and the model.
+        clock: monotonic, in seconds.
     """
 
     def __init__(
-        self, settle: Settles, rejected: Callable[[str, str], None] = lambda by, model: None,
+        self, ledger: LedgerClient, on_reject: Callable[[str, str], None] = lambda by, model: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        self._settle = settle
-        self._rejected = rejected
+        self._ledger = ledger
+        self._on_reject = on_reject
         self._clock = clock
-        self._of_models: dict[str, int] = {}
+        self._model_quotas: dict[str, int] = {}
         self._buckets: dict[QuotaFlow, TokenBucket] = {}
         self._used_s: dict[QuotaFlow, float] = {}
-        self._unsettled: dict[QuotaFlow, float] = {}
-        self._settling: asyncio.Task[None] | None = None
+        self._unsynced: dict[QuotaFlow, float] = {}
+        self._sync_task: asyncio.Task[None] | None = None
 
-    def set_model_quotas(self, of_models: Mapping[str, int]) -> None:
-        """Tokens a minute for each model whose name a pattern (`legal-*`) matches; the first that does counts."""
-        self._of_models = dict(of_models)
+    def set_model_quotas(self, per_minute: Mapping[str, int]) -> None:
+        """Set quotas by pattern of model names, such as `legal-*`. The first pattern that matches a name counts."""
+        self._model_quotas = dict(per_minute)
+
+    def check(self, key: ApiKey | None, model: str) -> None:
+        """Raises OverQuota if the tokens of the key or the model are used up. Any thread may call it."""
+        now_s = self._clock()
+        for flow, per_minute in self._flows(key, model).items():
+            bucket = self._buckets.setdefault(flow, TokenBucket(per_minute, per_minute, now_s))
+            bucket.per_minute = per_minute
+            if (level := bucket.level_at(now_s)) <= 0:
+                self._on_reject(flow.by, model)
+                raise OverQuota(_message(flow, per_minute), retry_after_s=math.ceil((1 - level) * 60 / per_minute))
 
     @contextlib.contextmanager
     def charge(self, key: ApiKey | None, model: str, tokens: int) -> Iterator[None]:
-        """A request of so many tokens; it costs nothing if it ends with an exception.
+        """Charge a request; refund it if the context ends with an exception.
 
         Raises:
-            OverQuota: the key's tokens are used up, or the model's.
+            OverQuota: see `check`.
         """
-        flows = dict(self._flows(key, model))
-        now_s = self._clock()
-        for flow, per_minute in flows.items():
-            level = self._level(flow, per_minute, now_s)
-            if level <= 0:
-                self._rejected(flow.by, model)
-                raise OverQuota(_refusal(flow, per_minute), retry_after_s=math.ceil((1 - level) * 60 / per_minute))
-        self._spend(flows, tokens, now_s)
+        flows = self._flows(key, model)
+        self.check(key, model)
+        self._spend(flows, tokens)
         try:
             yield
         except BaseException:
-            self._spend(flows, -tokens, self._clock())
+            self._spend(flows, -tokens)
             raise
 
-    def _flows(self, key: ApiKey | None, model: str) -> Iterator[tuple[QuotaFlow, int]]:
+    def _flows(self, key: ApiKey | None, model: str) -> dict[QuotaFlow, int]:
+        flows = {}
         if key is not None and key.tokens_per_minute is not None:
-            yield QuotaFlow("key", key.name), key.tokens_per_minute
-        for pattern, per_minute in self._of_models.items():
+            flows[QuotaFlow("key", key.name)] = key.tokens_per_minute
+        for pattern, per_minute in self._model_quotas.items():
             if fnmatch.fnmatchcase(model, pattern):
-                yield QuotaFlow("adapter", model), per_minute
-                return
+                flows[QuotaFlow("adapter", model)] = per_minute
+                break
+        return flows
 
-    def _level(self, flow: QuotaFlow, per_minute: int, now_s: float) -> float:
-        bucket = self._buckets.setdefault(flow, TokenBucket(per_minute, per_minute, now_s))
-        bucket.per_minute = per_minute
-        return bucket.level_at(now_s)
-
-    def _spend(self, flows: Mapping[QuotaFlow, int], tokens: int, now_s: float) -> None:
+    def _spend(self, flows: Mapping[QuotaFlow, int], tokens: int) -> None:
+        now_s = self._clock()
         for flow in flows:
-            self._buckets[flow].take(tokens, now_s)
-            self._unsettled[flow] = self._unsettled.get(flow, 0.0) + tokens
+            self._buckets[flow].withdraw(tokens, now_s)
+            self._unsynced[flow] = self._unsynced.get(flow, 0.0) + tokens
             self._used_s[flow] = now_s
-        if flows and (self._settling is None or self._settling.done()):
-            self._settling = asyncio.ensure_future(self._settle_on())
+        if flows and (self._sync_task is None or self._sync_task.done()):
+            self._sync_task = asyncio.ensure_future(self._sync_until_full())
 
-    async def _settle_on(self) -> None:
-        """Settle until all that was used is full again."""
+    async def _sync_until_full(self) -> None:
+        """Synchronise until every recently used bucket has refilled."""
         while self._used_s:
             await asyncio.sleep(SYNC_INTERVAL_S)
             await self.sync()
             now_s = self._clock()
             for flow in [flow for flow, used_s in self._used_s.items() if now_s - used_s > _IDLE_S]:
                 if self._buckets[flow].level_at(now_s) >= self._buckets[flow].per_minute:
-                    for known in (self._used_s, self._buckets, self._unsettled):
-                        known.pop(flow, None)
+                    for kept in (self._used_s, self._buckets, self._unsynced):
+                        kept.pop(flow, None)
 
     async def sync(self) -> None:
-        """Tell the ledger and be told. Without an answer this gateway goes on by its own count."""
+        """Exchange spending and levels with the ledger. If it does not answer, the gateway's own count continues."""
         now_s = self._clock()
         sent = {}
         for flow in self._used_s:
-            bucket, spent = self._buckets[flow], self._unsettled.pop(flow, 0.0)
+            bucket, spent = self._buckets[flow], self._unsynced.pop(flow, 0.0)
             sent[flow] = Account(bucket.per_minute, spent, bucket.level_at(now_s) + spent)
         try:
-            levels = await self._settle(sent)
+            levels = await self._ledger(sent)
         except TimeoutError as error:
-            logger.warning("quotas: the ledger does not answer (%s); counting alone meanwhile", error)
+            logger.warning("quotas of this gateway are not shared with others until the ledger answers: %s", error)
             for flow, account in sent.items():
-                self._unsettled[flow] = self._unsettled.get(flow, 0.0) + account.spent
+                self._unsynced[flow] = self._unsynced.get(flow, 0.0) + account.spent
             return
         now_s = self._clock()
-        for flow, level in levels.items():  # what was spent while the ledger answered, it does not know
-            self._buckets[flow] = TokenBucket(sent[flow].per_minute, level - self._unsettled.get(flow, 0.0), now_s)
+        for flow, level in levels.items():  # tokens spent while the ledger answered are not in its level
+            self._buckets[flow] = TokenBucket(sent[flow].per_minute, level - self._unsynced.get(flow, 0.0), now_s)
 
 
-def _refusal(flow: QuotaFlow, per_minute: int) -> str:
-    whose = f"key {flow.name!r}" if flow.by == "key" else f"adapter {flow.name!r}"
+def _message(flow: QuotaFlow, per_minute: int) -> str:
     where = "its entry in the file of keys" if flow.by == "key" else "user_config of the Gateway"
-    return f"{whose}: expected at most {per_minute} tokens a minute (tokens_per_minute in {where}). Try again later"
+    return (
+        f"{flow.by} {flow.name!r}: expected at most {per_minute} tokens a minute (tokens_per_minute in {where}). "
+        "Try again later"
+    )

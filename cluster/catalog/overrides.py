@@ -1,7 +1,7 @@
-"""What operators have changed about the adapters, in a file beside them: it outlives every process of the cluster.
+"""Adapters that operators have loaded or unloaded by name, in a file that outlives all processes of the cluster.
 
-One file for all gateways of all nodes, replaced whole under a lock, so that a reader sees one state or the next. Only
-what differs from "each folder is an adapter" is written down.
+All gateways of all nodes share one file. A writer holds a lock and replaces the whole file, so that a reader sees
+either the old content or the new. By default each subfolder is an adapter; the file contains only the deviations.
 """
 
 import contextlib
@@ -10,24 +10,25 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ranklet.cluster.watched_file import WatchedFile
 from ranklet.replicas.errors import InternalError
 
 FOLDER = ".ranklet"  # in the adapters' folder; no adapter's name starts with a dot
 _FILE = "adapters.json"
-_LOOK_S = 0.2  # between two looks for changes that nobody told of
+_CHECK_INTERVAL_S = 0.2
 
 
 class Override(BaseModel):
     """An adapter that was loaded or unloaded by name.
 
     Attributes:
-        path: its folder; None for one that was unloaded, and is not served though its folder may be there.
-        pinned: whether it keeps a slot on every replica.
+        path: its folder or URL; None for an unloaded adapter, which is not served even if its folder exists.
+        pinned: keeps a slot on every replica.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,43 +45,35 @@ class _OverridesFile(BaseModel):
 
 
 class Overrides:
-    """The file of one adapters' folder. Any number of processes may have it open.
+    """The overrides of one adapters' folder. Any number of processes may read and write them.
+
+    After a faulty change of the file, its last good content stays in force.
+
+    Args:
+        clock: monotonic, in seconds.
 
     Raises:
-        InternalError: it cannot be read; the message says which file to repair.
+        InternalError: the file is faulty; the message names it.
     """
 
-    def __init__(self, adapters_dir: Path) -> None:
+    def __init__(self, adapters_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = adapters_dir / FOLDER / _FILE
-        self._seen: tuple[int, int, int] | None = None
-        self._entries: dict[str, Override] = {}
-        self._looked_s = float("-inf")
-        self.entries()
+        self._file = WatchedFile(self._path, _read, InternalError, _CHECK_INTERVAL_S, clock)
 
     def entries(self, *, fresh: bool = False) -> Mapping[str, Override]:
-        """All entries by name, at most a fifth of a second old; `fresh` looks at the file now."""
-        now_s = time.monotonic()
-        if fresh or now_s - self._looked_s > _LOOK_S:
-            self._looked_s = now_s
-            try:
-                status = self._path.stat()
-                seen = (status.st_ino, status.st_size, status.st_mtime_ns)
-            except FileNotFoundError:
-                seen = None
-            if seen != self._seen:
-                self._entries = self._read()
-                self._seen = seen
-        return self._entries
+        """All entries by name, up to 0.2 s old; with `fresh`, as they are now."""
+        return self._file.content(fresh=fresh)
 
     def put(self, name: str, entry: Override | None) -> None:
-        """Write an entry, or take it out, and keep what others wrote meanwhile; it is on disk when this returns.
+        """Write an entry, or delete it if None. The change is on disk when this returns.
 
         Raises:
-            OSError: the folder cannot be written to.
+            OSError: the folder is not writable.
+            InternalError: the file is faulty.
         """
         self._path.parent.mkdir(exist_ok=True)
         with self._locked():
-            entries = self._read()
+            entries = _read(self._path)
             if entry is None:
                 entries.pop(name, None)
             else:
@@ -94,17 +87,6 @@ class Overrides:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _read(self) -> dict[str, Override]:
-        try:
-            return dict(_OverridesFile.model_validate_json(self._path.read_bytes()).adapters)
-        except FileNotFoundError:
-            return {}
-        except ValidationError as error:
-            raise InternalError(
-                f"{self._path}: expected what ranklet wrote, got: {error.errors()[0]['msg']}. Repair it, or move it "
-                "away to serve every folder again"
-            ) from error
-
     def _write(self, entries: Mapping[str, Override]) -> None:
         content = {"version": 1, "adapters": {name: entries[name].model_dump() for name in sorted(entries)}}
         with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False) as file:
@@ -112,3 +94,17 @@ class Overrides:
             file.flush()
             os.fsync(file.fileno())
         Path(file.name).replace(self._path)
+
+
+def _read(path: Path) -> dict[str, Override]:
+    try:
+        return dict(_OverridesFile.model_validate_json(path.read_bytes()).adapters)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise InternalError(f"{path}: cannot be read: {error}") from error
+    except ValidationError as error:
+        raise InternalError(
+            f"{path}: expected the file that ranklet wrote, got: {error.errors()[0]['msg']}. Repair it, or "
+            "move it away to serve every folder again"
+        ) from error

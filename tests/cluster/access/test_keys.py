@@ -1,15 +1,23 @@
-"""API keys: by hash, with scopes, read again when the file changes; nothing of them is ever shown."""
+"""API keys: stored by hash, with rights, read again when the file changes."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
-from ranklet.cluster.access import keys
 from ranklet.cluster.access.keys import ApiKeys, Forbidden, Unauthorized, new_key
-from ranklet.cluster.catalog.overrides import Override, Overrides
 from ranklet.cluster.command import cli
 from ranklet.replicas.errors import InternalError
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A file with an administrator's key and a team's key, and both secrets."""
+
+    path: Path
+    admin: str
+    team: str
 
 
 def bearer(secret: str) -> dict[str, str]:
@@ -17,55 +25,60 @@ def bearer(secret: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str, str]:
-    """A file with an admin's key and a team's, and both keys."""
-    monkeypatch.setattr(keys, "_LOOK_S", 0.0)
+def keys(tmp_path: Path) -> Keys:
     admin, entry = new_key("ops", admin=True, adapters=())
     team, other = new_key("team", admin=False, adapters=("legal-*", "base"))
     path = tmp_path / "keys.yaml"
     path.write_text(yaml.safe_dump({"keys": [entry.model_dump(mode="json"), other.model_dump(mode="json")]}))
-    return path, admin, team
+    return Keys(path, admin, team)
 
 
-def test_scopes(written: tuple[Path, str, str]) -> None:
-    path, admin, team = written
-    assert admin not in path.read_text()
-    known = ApiKeys(path)
-    known.require_admin(bearer(admin))
+def test_a_key_grants_its_rights_and_no_others(keys: Keys) -> None:
+    loaded = ApiKeys(keys.path)
+    loaded.require_admin(bearer(keys.admin))
     with pytest.raises(Forbidden, match="team"):
-        known.require_admin(bearer(team))
-    key = known.authenticate({"x-api-key": team})
-    known.authorize(key, "legal-v2")
-    known.authorize(known.authenticate(bearer(admin)), "medical")
+        loaded.require_admin(bearer(keys.team))
+    team = loaded.authenticate({"x-api-key": keys.team})
+    loaded.authorize(team, "legal-v2")
+    loaded.authorize(loaded.authenticate(bearer(keys.admin)), "medical")
     with pytest.raises(Forbidden, match="legal-\\*"):
-        known.authorize(key, "medical")
+        loaded.authorize(team, "medical")
+
+
+def test_the_file_does_not_contain_the_keys_themselves(keys: Keys) -> None:
+    assert not any(secret in keys.path.read_text() for secret in (keys.admin, keys.team))
 
 
 @pytest.mark.parametrize("headers", [{}, {"authorization": "Basic x"}, bearer(""), bearer("wrong"), {"x-api-key": "é"}])
-def test_without_a_known_key_nothing_goes(written: tuple[Path, str, str], headers: dict[str, str]) -> None:
+def test_a_request_without_a_known_key_is_refused(keys: Keys, headers: dict[str, str]) -> None:
     with pytest.raises(Unauthorized):
-        ApiKeys(written[0]).authenticate(headers)
+        ApiKeys(keys.path).authenticate(headers)
 
 
-def test_a_changed_file_is_in_force_and_a_wrong_one_is_not(written: tuple[Path, str, str]) -> None:
-    path, admin, team = written
-    known = ApiKeys(path)
-    content = yaml.safe_load(path.read_text())
-    path.write_text("keys: [{name: x}]")
-    assert known.authenticate(bearer(team)), "the last good content"
-    assert "sha256" in known.wrong
-    path.write_text(yaml.safe_dump({"keys": content["keys"][:1]}))
+def test_a_changed_file_takes_effect_and_a_faulty_one_does_not(keys: Keys) -> None:
+    now_s = 0.5
+    loaded = ApiKeys(keys.path, clock=lambda: now_s)
+    content = yaml.safe_load(keys.path.read_text())
+    keys.path.write_text("keys: [{name: x}]")
+    now_s += 2
+    assert loaded.authenticate(bearer(keys.team)), "the last good content stays in force"
+    assert "sha256" in loaded.file_error
+    keys.path.write_text(yaml.safe_dump({"keys": content["keys"][:1]}))
+    now_s += 2
     with pytest.raises(Unauthorized):
-        known.authenticate(bearer(team))
-    assert known.authenticate(bearer(admin))
-    assert not known.wrong
+        loaded.authenticate(bearer(keys.team))
+    assert loaded.authenticate(bearer(keys.admin))
+    assert not loaded.file_error
 
 
 @pytest.mark.parametrize("text", ["", "keys: 3", "[]", "keys: [{name: x, sha256: abc}]", "{", "keys: []\nmore: 1"])
-def test_a_wrong_file_at_the_start_is_said(tmp_path: Path, text: str) -> None:
+def test_a_faulty_file_is_refused_at_the_start(tmp_path: Path, text: str) -> None:
     (tmp_path / "keys.yaml").write_text(text)
     with pytest.raises(InternalError, match="keys_file"):
         ApiKeys(tmp_path / "keys.yaml")
+
+
+def test_a_missing_file_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(InternalError, match="keys_file"):
         ApiKeys(tmp_path / "absent.yaml")
 
@@ -80,24 +93,8 @@ def test_the_command_prints_an_entry_that_works(tmp_path: Path, capsys: pytest.C
     assert cli.main(["keys", "new", "team", "--tokens-per-minute", "0"]) == 1
 
 
-def test_without_keys_only_an_open_service_takes_an_admins_calls() -> None:
+def test_without_keys_only_an_open_service_lets_requests_change_adapters() -> None:
     assert ApiKeys(None).authenticate({}) is None
     ApiKeys(None, open_admin=True).require_admin({})
-    with pytest.raises(Unauthorized, match=r"127\.0\.0\.1"):
+    with pytest.raises(Unauthorized, match="open_admin"):
         ApiKeys(None).require_admin({})
-
-
-def test_books_of_several_processes_keep_each_others_entries(tmp_path: Path) -> None:
-    one, other = Overrides(tmp_path), Overrides(tmp_path)
-    one.put("a", Override(path="/a"))
-    other.put("b", Override(path="/b", pinned=True))
-    one.put("c", Override())
-    one.put("a", None)
-    assert (
-        other.entries(fresh=True)
-        == {"b": Override(path="/b", pinned=True), "c": Override()}
-        == Overrides(tmp_path).entries()
-    )
-    (tmp_path / ".ranklet" / "adapters.json").write_text("{")
-    with pytest.raises(InternalError, match=r"adapters\.json"):
-        Overrides(tmp_path)

@@ -1,4 +1,4 @@
-"""Quotas: what passes in the end is what was granted, through however many gateways, with the ledger or without."""
+"""Quotas: the tokens that pass match the quota, with any number of gateways, with the ledger or without."""
 
 import asyncio
 from collections.abc import Mapping
@@ -19,22 +19,22 @@ MINUTE = 6000
 
 @dataclass
 class Site:
-    """A clock, a ledger that may fall silent, and gateways."""
+    """A clock, gateways, and a ledger that may stop answering."""
 
     now_s: float = 0.0
-    silent: bool = False
+    is_down: bool = False
     rejected: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(lambda: self.now_s)
 
-    async def settle(self, accounts: Mapping[QuotaFlow, Account]) -> Mapping[QuotaFlow, float]:
-        if self.silent:
+    async def sync(self, accounts: Mapping[QuotaFlow, Account]) -> Mapping[QuotaFlow, float]:
+        if self.is_down:
             raise TimeoutError
         return self.ledger.sync(accounts)
 
     def gateway(self, quotas: Mapping[str, int]) -> Quotas:
-        made = Quotas(self.settle, lambda by, model: self.rejected.append((by, model)), lambda: self.now_s)
+        made = Quotas(self.sync, lambda by, model: self.rejected.append((by, model)), lambda: self.now_s)
         made.set_model_quotas(quotas)
         return made
 
@@ -53,11 +53,11 @@ def passes(gateway: Quotas, tokens: int, model: str = "legal", of: ApiKey | None
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 900), st.booleans())
-def test_what_passes_is_the_quota(gateways: int, tokens: int, silent: bool) -> None:
-    """All gateways are asked far more often than granted, for three minutes."""
+def test_the_tokens_that_pass_match_the_quota(gateways: int, tokens: int, is_down: bool) -> None:
+    """All gateways get far more requests than the quota permits, for three minutes."""
 
     async def run() -> int:
-        site = Site(silent=silent)
+        site = Site(is_down=is_down)
         made = [site.gateway({"legal*": MINUTE}) for _ in range(gateways)]
         passed = 0
         for _ in range(int(180 / SYNC_INTERVAL_S)):
@@ -68,27 +68,27 @@ def test_what_passes_is_the_quota(gateways: int, tokens: int, silent: bool) -> N
         return passed
 
     passed = asyncio.run(run())
-    # A full bucket to begin with, three minutes, and each gateway's last request, which may leave a debt.
-    most = (MINUTE * 4) * (gateways if silent else 1) + tokens * gateways
+    # A full bucket at the start, three minutes, and the last request of each gateway, which may overdraw the bucket.
+    most = (MINUTE * 4) * (gateways if is_down else 1) + tokens * gateways
     assert passed <= most
-    # A gateway asks for no more than this.
+    # With few tokens a request, the gateways get fewer tokens than the quota permits.
     assert passed >= min(0.95 * MINUTE * 4, 0.95 * tokens * gateways * 180 / SYNC_INTERVAL_S) - tokens * gateways
 
 
-async def test_a_key_and_an_adapter_each_have_their_own() -> None:
+async def test_a_key_and_an_adapter_have_separate_quotas() -> None:
     site = Site()
     gateway = site.gateway({"legal": 600, "*": 6000})
     assert passes(gateway, 600, "legal", key(1000))
-    assert not passes(gateway, 1, "legal", key(1000)), "the adapter's is used up"
+    assert not passes(gateway, 1, "legal", key(1000)), "the adapter's quota is used up"
     assert passes(gateway, 400, "medical", key(1000))
-    assert not passes(gateway, 1, "medical", key(1000)), "the key's is"
-    assert passes(gateway, 1, "medical", None), "not the adapter's"
+    assert not passes(gateway, 1, "medical", key(1000)), "the key's quota is used up"
+    assert passes(gateway, 1, "medical", None), "the adapter's quota is not"
     assert site.rejected == [("adapter", "legal"), ("key", "medical")]
-    assert passes(gateway, 10_000, "base", key(None)), "more than a minute's at once is let through, once"
+    assert passes(gateway, 10_000, "base", key(None)), "one request may overdraw a full bucket"
     assert not passes(gateway, 1, "base", key(None))
 
 
-async def test_a_refusal_says_when_to_come_back() -> None:
+async def test_a_refusal_contains_the_time_until_the_quota_has_tokens_again() -> None:
     site = Site()
     gateway = site.gateway({"legal": 600})
     assert passes(gateway, 900)
@@ -97,10 +97,21 @@ async def test_a_refusal_says_when_to_come_back() -> None:
     site.now_s += refused.value.retry_after_s
     assert passes(gateway, 100)
     site.now_s -= 3600
-    assert not passes(gateway, 1), "a clock that jumps back grants nothing"
+    assert not passes(gateway, 1), "a clock that goes back adds no tokens"
 
 
-async def test_what_fails_costs_nothing() -> None:
+async def test_a_check_charges_nothing_and_refuses_once_the_tokens_are_used_up() -> None:
+    site = Site()
+    gateway = site.gateway({"legal": 600})
+    for _ in range(3):
+        gateway.check(None, "legal")
+    assert passes(gateway, 600)
+    with pytest.raises(OverQuota):
+        gateway.check(None, "legal")
+    gateway.check(None, "medical")
+
+
+async def test_a_failed_request_costs_nothing() -> None:
     gateway = Site().gateway({"legal": 600})
     for _ in range(5):
         with pytest.raises(RuntimeError), gateway.charge(None, "legal", 600):
@@ -108,7 +119,7 @@ async def test_what_fails_costs_nothing() -> None:
     assert passes(gateway, 600)
 
 
-async def test_a_new_ledger_begins_with_what_gateways_believe() -> None:
+async def test_a_new_ledger_starts_at_the_levels_of_the_gateways() -> None:
     site = Site()
     gateway = site.gateway({"legal": 600})
     assert passes(gateway, 600)
@@ -118,12 +129,12 @@ async def test_a_new_ledger_begins_with_what_gateways_believe() -> None:
     assert not passes(gateway, 1)
 
 
-async def test_what_the_ledger_missed_it_hears_later() -> None:
-    site = Site(silent=True)
+async def test_spending_during_an_outage_of_the_ledger_reaches_it_later() -> None:
+    site = Site(is_down=True)
     one, other = site.gateway({"legal": 600}), site.gateway({"legal": 600})
     assert passes(one, 600)
     await one.sync()
-    site.silent = False
+    site.is_down = False
     assert passes(other, 1)
     await other.sync()
     await one.sync()
@@ -131,27 +142,27 @@ async def test_what_the_ledger_missed_it_hears_later() -> None:
     assert not passes(other, 1)
 
 
-async def test_gateways_learn_of_each_other() -> None:
+async def test_gateways_share_a_quota_through_the_ledger() -> None:
     site = Site()
     one, other = site.gateway({"legal": 600}), site.gateway({"legal": 600})
     assert passes(one, 600)
     await one.sync()
-    assert passes(other, 1), "not yet settled"
+    assert passes(other, 1), "not yet synchronised"
     await other.sync()
     assert not passes(other, 1)
     other.set_model_quotas({"legal": 60_000})
     site.now_s += 1
-    assert passes(other, 1), "a larger quota is in force at once"
+    assert passes(other, 1), "a larger quota takes effect at once"
 
 
-def test_a_bucket_holds_a_minute_and_no_more() -> None:
+def test_a_bucket_holds_one_minute_of_tokens_at_most() -> None:
     bucket = TokenBucket(600, 600, 0.0)
     assert bucket.level_at(1000) == 600
-    assert bucket.take(700, 0.0) == -100
+    assert bucket.withdraw(700, 0.0) == -100
     assert bucket.level_at(30) == 200
 
 
-def test_one_models_requests_leave_room_for_others() -> None:
+def test_one_model_cannot_use_the_whole_limit() -> None:
     told: list[int] = []
     admission = Admission(10, told.append)
 
