@@ -1,4 +1,4 @@
-"""`ranklet`: a cluster on this machine, up and down; its adapters and keys; load for it; where its time goes."""
+"""The `ranklet` command: a local cluster, adapters, keys, load tests, profiles and kernel tuning."""
 
 import argparse
 import getpass
@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -21,10 +22,10 @@ from ranklet.cluster.datapath import versions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the `ranklet` command; returns the exit status."""
-    asked = _parser().parse_args(arguments)
+    """Run the `ranklet` command. Returns the exit status."""
+    options = _parser().parse_args(arguments)
     try:
-        return int(asked.run(asked))
+        return int(options.run(options))
     except (ClusterError, ValueError, OSError) as error:
         print(f"ranklet: {error}", file=sys.stderr)
         return 1
@@ -32,116 +33,131 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="ranklet", description="Many LoRA adapters of one base model, over Ray Serve."
+        prog="ranklet", description="Serve many LoRA adapters of one base model, over Ray Serve."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    up = commands.add_parser("up", help="start Ray on this machine, deploy a configuration, wait until it answers")
-    up.add_argument("config", type=Path, metavar="CONFIG", help="for instance deploy/local.yaml")
-    up.add_argument(
-        "--proxy", choices=("haproxy", "serve"), default="haproxy", help="what takes HTTP (default: haproxy)"
-    )
-    up.add_argument("--port", type=int, help="HTTP port instead of the configuration's; 0 takes a free one")
-    up.add_argument("--timeout-s", type=float, default=180.0, help="how long to wait (default: %(default)s)")
-    up.set_defaults(run=_up)
-    up.add_argument(
-        "--foreground", action="store_true", help="stay, and stop Ray at SIGTERM or Ctrl-C; 1 if Ray ends before"
-    )
+    _add_up_and_down(commands)
     doctor.add(commands)
-    down = commands.add_parser("down", help="stop what `ranklet up` started, and nothing else")
+    adapters.add(commands)
+    _add_keys(commands)
+    bench.add(commands)
+    profile.add(commands)
+    simulate.add(commands)
+    _add_tune(commands)
+    commands.add_parser("version", help="print installed versions").set_defaults(run=_version)
+    return parser
+
+
+def _add_up_and_down(commands: Any) -> None:
+    up = commands.add_parser("up", help="start Ray on this machine, deploy a configuration, wait until it answers")
+    up.add_argument("config", type=Path, metavar="CONFIG", help="a file such as deploy/local.yaml")
+    up.add_argument(
+        "--proxy", choices=("haproxy", "serve"), default="haproxy", help="HTTP proxy (default: %(default)s)"
+    )
+    up.add_argument("--port", type=int, help="HTTP port in place of the configuration's; 0 selects a free port")
+    up.add_argument("--timeout-s", type=float, default=180.0, help="longest wait (default: %(default)s)")
+    up.add_argument(
+        "--foreground", action="store_true", help="keep running; SIGTERM or Ctrl-C stops Ray; exit with 1 if Ray ends"
+    )
+    up.set_defaults(run=_up)
+    down = commands.add_parser("down", help="stop what `ranklet up` started")
     down.set_defaults(run=_down)
     for command in (up, down):
         command.add_argument(
             "--temp-dir", type=Path, default=_default_temp_dir(), help="Ray's sessions and logs (default: %(default)s)"
         )
-    adapters.add(commands)
-    keys_parser = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="ACTION")
-    new = keys_parser.add_parser("new", help="a new key, and its entry for security.keys_file")
-    new.add_argument("name", help="whose it is")
-    new.add_argument("--admin", action="store_true", help="may load and unload adapters, and use all of them")
-    new.add_argument("--adapters", nargs="+", default=[], metavar="PATTERN", help="names it may use, such as legal-*")
-    new.add_argument("--tokens-per-minute", type=int, metavar="N", help="its quota (default: none)")
+
+
+def _add_keys(commands: Any) -> None:
+    actions = commands.add_parser("keys", help="create API keys").add_subparsers(required=True, metavar="ACTION")
+    new = actions.add_parser("new", help="print a new key, and its entry for security.keys_file")
+    new.add_argument("name", help="the key's owner")
+    new.add_argument("--admin", action="store_true", help="allow loading, unloading and using all adapters")
+    new.add_argument("--adapters", nargs="+", default=[], metavar="PATTERN", help="allowed names, such as legal-*")
+    new.add_argument("--tokens-per-minute", type=int, metavar="N", help="quota (default: none)")
     new.set_defaults(run=_new_key)
-    bench.add(commands)
-    profile.add(commands)
-    simulate.add(commands)
-    tune = commands.add_parser("tune", help="measure a model's kernels on this machine's GPU, once per model and GPU")
-    tune.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="where config.json is")
-    tune.add_argument("--rank", type=int, default=64, help="the rank of adapters, as max_rank (default: %(default)s)")
-    tune.add_argument("--ranks", type=int, nargs="+", default=[], help="more ranks")
-    tune.add_argument("--rows", type=int, nargs="+", default=[], help="batches of these many rows only")
-    tune.add_argument("--gpu-table", type=Path, metavar="PATH", help="the table (default: the GPU's, with the kernels)")
-    tune.add_argument("--no-crossovers", action="store_true", help="do not time the backends against each other")
+
+
+def _add_tune(commands: Any) -> None:
+    tune = commands.add_parser("tune", help="tune the kernels for a model on this machine's GPU, once per GPU type")
+    tune.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="folder with config.json")
+    tune.add_argument("--rank", type=int, default=64, help="rank of the adapters, as max_rank (default: %(default)s)")
+    tune.add_argument("--ranks", type=int, nargs="+", default=[], help="further ranks")
+    tune.add_argument("--rows", type=int, nargs="+", default=[], help="tune only batches of these numbers of rows")
+    tune.add_argument("--gpu-table", type=Path, metavar="PATH", help="output file (default: the kernels' own table)")
+    tune.add_argument("--no-crossovers", action="store_true", help="do not compare the backends' times")
     tune.set_defaults(run=_tune)
-    version = commands.add_parser("version", help="installed versions")
-    version.set_defaults(run=_version)
-    return parser
 
 
 def _default_temp_dir() -> Path:
     return Path(tempfile.gettempdir()) / f"ranklet-{getpass.getuser()}"
 
 
-def _up(asked: argparse.Namespace) -> int:
-    cluster = LocalCluster(
-        asked.temp_dir,
-        proxy=asked.proxy,
-        http_port=asked.port,
-        report=lambda line: print(f"ranklet: {line}", flush=True),
-    )
-    if asked.foreground:
+def _print(line: str) -> None:
+    print(f"ranklet: {line}", flush=True)
+
+
+def _up(options: argparse.Namespace) -> int:
+    cluster = LocalCluster(options.temp_dir, proxy=options.proxy, http_port=options.port, report=_print)
+    if options.foreground:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _end)
-    state = cluster.start(asked.config, asked.timeout_s)
-    settings = " ".join(f"{name}={value}" for name, value in auth_environment(asked.temp_dir.absolute()).items())
-    print(f"ranklet: logs in {state.temp_dir}/session_latest/logs/serve; Serve's own view of it:")
+            signal.signal(number, _exit)
+    state = cluster.start(options.config, options.timeout_s)
+    settings = " ".join(f"{name}={value}" for name, value in auth_environment(options.temp_dir.absolute()).items())
+    _print(f"logs are in {state.temp_dir}/session_latest/logs/serve; Serve's status:")
     print(f"  {settings} serve status -a {state.dashboard}", flush=True)
-    return _stay(cluster) if asked.foreground else 0
+    return _wait(cluster) if options.foreground else 0
 
 
-def _stay(cluster: LocalCluster) -> int:
-    """Until a signal, or Ray, ends it."""
+def _wait(cluster: LocalCluster) -> int:
+    """Wait until a signal raises SystemExit, or until Ray ends; then return 1."""
     with cluster:
         notify_systemd("READY=1")
         while cluster.is_alive:
             time.sleep(1.0)
-    print("ranklet: Ray has ended by itself", file=sys.stderr)
+    print("ranklet: Ray ended unexpectedly", file=sys.stderr)
     return 1
 
 
-def _end(number: int, frame: object) -> None:
+def _exit(number: int, frame: object) -> None:
     notify_systemd("STOPPING=1")
     raise SystemExit(0)
 
 
-def _down(asked: argparse.Namespace) -> int:
-    cluster = LocalCluster(asked.temp_dir, report=lambda line: print(f"ranklet: {line}", flush=True))
+def _down(options: argparse.Namespace) -> int:
+    cluster = LocalCluster(options.temp_dir, report=_print)
     running = cluster.state
     cluster.stop()
-    print(f"ranklet: stopped {running.base_url}")
+    _print(f"stopped {running.base_url}")
     return 0
 
 
-def _new_key(asked: argparse.Namespace) -> int:
-    quota = asked.tokens_per_minute
-    secret, entry = keys.new_key(asked.name, admin=asked.admin, adapters=tuple(asked.adapters), tokens_per_minute=quota)
-    written = yaml.safe_dump([entry.model_dump(mode="json", exclude_none=True)], sort_keys=False)
-    print(f"key, shown this once: {secret}")
-    print(f"entry for security.keys_file:\n{written}", end="")
+def _new_key(options: argparse.Namespace) -> int:
+    secret, entry = keys.new_key(
+        options.name,
+        admin=options.admin,
+        adapters=tuple(options.adapters),
+        tokens_per_minute=options.tokens_per_minute,
+    )
+    entries = yaml.safe_dump([entry.model_dump(mode="json", exclude_none=True)], sort_keys=False)
+    print(f"key, not shown again: {secret}")
+    print(f"entry for security.keys_file:\n{entries}", end="")
     return 0
 
 
-def _tune(asked: argparse.Namespace) -> int:
-    from ranklet.kernels.tuning.tune import tune  # torch and Triton take seconds, which `up` and `down` need not wait
+def _tune(options: argparse.Namespace) -> int:
+    # torch and Triton take seconds to import
+    from ranklet.kernels.tuning.tune import tune
     from ranklet.replicas.model.architecture import read_architecture, read_config
 
-    dims = read_architecture(read_config(asked.model)).module_dims()
-    ranks = sorted({asked.rank, *asked.ranks})
-    path = tune(dims, ranks, path=asked.gpu_table, rows=asked.rows, crossovers=not asked.no_crossovers)
-    print(f"ranklet: wrote {path}")
+    dims = read_architecture(read_config(options.model)).module_dims()
+    ranks = sorted({options.rank, *options.ranks})
+    path = tune(dims, ranks, path=options.gpu_table, rows=options.rows, crossovers=not options.no_crossovers)
+    _print(f"wrote {path}")
     return 0
 
 
-def _version(asked: argparse.Namespace) -> int:
+def _version(options: argparse.Namespace) -> int:
     for name, value in versions().items():
         print(f"{name} {value}")
     return 0

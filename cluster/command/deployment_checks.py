@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from ranklet.cluster.access.keys import ApiKeys
 from ranklet.cluster.catalog.registry import Registry
+from ranklet.cluster.command.deployment_file import SERVE_PORT, http_host
 from ranklet.cluster.command.finding import Finding
 from ranklet.cluster.command.machine_checks import check_port
 from ranklet.cluster.command.token_check import check_manifest_token, check_token
@@ -50,9 +51,8 @@ def _check_cluster(content: dict[str, Any], cluster: dict[str, Any] | None) -> I
     if cluster is not None:
         yield check_manifest_token(cluster)
         return
-    http = content.get("http_options") or {}
-    yield check_token(http.get("host") or "127.0.0.1")
-    yield check_port(int(http.get("port", 8000)), "HTTP")
+    yield check_token(http_host(content))
+    yield check_port(int((content.get("http_options") or {}).get("port", SERVE_PORT)), "HTTP")
 
 
 def _check_paths(args: AppArgs) -> Iterator[Finding]:

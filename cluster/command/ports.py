@@ -1,28 +1,28 @@
-"""Free TCP ports, so that several clusters live on one machine."""
+"""Free TCP ports, so that several clusters can share one machine."""
 
 import contextlib
 import random
 import socket
 from collections.abc import Sequence
 
-_BLOCKS = range(20_000, 32_000)  # above Ray's worker ports, below the kernel's ephemeral ones
+_BLOCKS = range(20_000, 32_000)  # above the ports of Ray's workers, below the kernel's ephemeral ports
 _ATTEMPTS = 200
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct ports that nothing listens on now."""
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+    """Return distinct ports on which no process listens now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for sock in sockets:
             sock.bind(("", 0))
         return [int(sock.getsockname()[1]) for sock in sockets]
 
 
 def free_block(size: int) -> int:
-    """First of `size` consecutive ports that nothing listens on now.
+    """Return the first of `size` consecutive ports on which no process listens now.
 
     Raises:
-        OSError: none was found.
+        OSError: there is no such block.
     """
     for _ in range(_ATTEMPTS):
         first = random.randrange(_BLOCKS.start, _BLOCKS.stop - size)

@@ -1,4 +1,4 @@
-"""Telling one process from a later one with the same id, and ending it."""
+"""Processes by id: telling one from a later one with the same id, ending one, and systemd's notifications."""
 
 import contextlib
 import os
@@ -9,26 +9,27 @@ import time
 from pathlib import Path
 
 _POLL_S = 0.1
+_KILL_TIMEOUT_S = 5.0
 
 
 def process_start_time(pid: int) -> str | None:
-    """When process `pid` began, in the system's own words; None when there is no such process.
+    """Return when process `pid` started, in the system's own format; None if there is no such process.
 
-    Two processes that had the same id one after the other differ in it.
+    Two processes that have the same id, one after the other, have different start times.
     """
     stat = Path(f"/proc/{pid}/stat")
-    if stat.parent.parent.joinpath("self").exists():
+    if Path("/proc/self").exists():
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:
             return None
         return None if fields[0] == "Z" else fields[19]
-    said = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
-    return said.strip() or None
+    command = ["ps", "-o", "lstart=", "-p", str(pid)]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def notify_systemd(state: str) -> None:
-    """Tell systemd (`READY=1`) how this process stands, if it asks to be told."""
+    """Send a state, such as `READY=1`, to systemd if it started this process with `Type=notify`."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
@@ -38,18 +39,21 @@ def notify_systemd(state: str) -> None:
 
 
 def terminate(pid: int, start_time: str, timeout_s: float = 20.0) -> None:
-    """Ask process `pid` to end, and kill it when it has not after `timeout_s`. Does nothing if it is another by now."""
-    for number, patience_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, 5.0)):
+    """Send SIGTERM to process `pid`, and SIGKILL after `timeout_s`.
+
+    Does nothing if the process with this id has another start time.
+    """
+    for number, wait_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, _KILL_TIMEOUT_S)):
         if process_start_time(pid) != start_time:
             return
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-        _wait_for_exit(pid, start_time, patience_s)
+        _wait_for_exit(pid, start_time, wait_s)
 
 
-def _wait_for_exit(pid: int, start_time: str, patience_s: float) -> None:
-    deadline_s = time.monotonic() + patience_s
+def _wait_for_exit(pid: int, start_time: str, timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
     while process_start_time(pid) == start_time and time.monotonic() < deadline_s:
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)  # a child of ours would stay as a zombie
+            os.waitpid(pid, os.WNOHANG)  # a child of this process stays as a zombie otherwise
         time.sleep(_POLL_S)

@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ranklet.cluster.command.deployment_file import SERVE_HOST
 from ranklet.cluster.command.finding import Finding
 from ranklet.cluster.datapath import is_loopback, missing_token
 
 _SUBJECT = "Ray's token"
-_DEFAULT_HOST = "127.0.0.1"  # Serve's
 _NO_TOKEN = "run `ray get-auth-token --generate` and copy ~/.ray/auth_token to every node; `ranklet up` makes its own"
 
 
-def check_token(http_host: str = _DEFAULT_HOST, environment: Mapping[str, str] | None = None) -> Finding:
+def check_token(http_host: str = SERVE_HOST, environment: Mapping[str, str] | None = None) -> Finding:
     """Check the environment in which `ray start` would run. A cluster beyond loopback without a token fails.
 
     Args:

@@ -1,4 +1,4 @@
-"""The board, as code. `python deploy/grafana/board.py` writes dashboards/ranklet.json, which Grafana reads."""
+"""The Grafana board as code. `python deploy/grafana/board.py` writes dashboards/ranklet.json, which Grafana reads."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,12 @@ _WIDTH, _HEIGHT = 24, 7
 
 @dataclass(frozen=True)
 class Panel:
-    """One graph: its queries by legend (`{{label}}` names a label's value)."""
+    """One graph. `exprs` maps each legend to its query; `{{label}}` in a legend shows the label's value."""
 
     title: str
     unit: str  # Grafana's: reqps, s, percentunit, bytes, short, ...
     exprs: dict[str, str]
-    says: str = ""
+    description: str = ""
 
 
 def _quantiles(metric: str, by: str = "") -> dict[str, str]:
@@ -71,7 +71,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel("Loads", "ops", {"{{tier}}, {{outcome}}": _rate("ranklet_adapter_loads_total", "tier, outcome")}),
         Panel("Load time", "s", _quantiles("ranklet_adapter_load_seconds", "tier")),
         Panel("Evictions", "ops", {"{{replica}}": _rate("ranklet_adapter_evictions_total", "replica")},
-              "Above a few a second, for minutes: too few slots"),
+              "More than a few per second, for minutes: too few slots"),
     ),
     "Replicas": (
         Panel("Tokens", "ops", {"{{replica}}": _rate("ranklet_tokens_total", "replica")}),
@@ -104,8 +104,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
 
 
 def board() -> str:
-    """Grafana's JSON."""
-    made = (
+    """Return the board in Grafana's JSON."""
+    built = (
         dashboard.Dashboard("ranklet")
         .uid("ranklet")
         .tags(["ranklet", "lora"])
@@ -114,19 +114,19 @@ def board() -> str:
         .with_variable(dashboard.DatasourceVariable("source").label("Prometheus").type("prometheus"))
     )
     for title, panels in ROWS.items():
-        made = made.with_row(dashboard.Row(title))
+        built = built.with_row(dashboard.Row(title))
         for panel in panels:
-            made = made.with_panel(_drawn(panel))
-    encoded: str = JSONEncoder(sort_keys=True, indent=1).encode(made.build())
+            built = built.with_panel(_build_panel(panel))
+    encoded: str = JSONEncoder(sort_keys=True, indent=1).encode(built.build())
     return encoded + "\n"
 
 
-def _drawn(panel: Panel) -> timeseries.Panel:
-    drawn = timeseries.Panel().title(panel.title).unit(panel.unit).datasource(_SOURCE).min(0)
-    drawn = drawn.description(panel.says).span(_WIDTH // 3).height(_HEIGHT)
+def _build_panel(panel: Panel) -> timeseries.Panel:
+    built = timeseries.Panel().title(panel.title).unit(panel.unit).datasource(_SOURCE).min(0)
+    built = built.description(panel.description).span(_WIDTH // 3).height(_HEIGHT)
     for legend, expr in panel.exprs.items():
-        drawn = drawn.with_target(queries.Dataquery().expr(expr).legend_format(legend).datasource(_SOURCE))
-    return drawn
+        built = built.with_target(queries.Dataquery().expr(expr).legend_format(legend).datasource(_SOURCE))
+    return built
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from rich.console import Console
 
 from ranklet.cluster.command.bench.plan import BenchPlan
 from ranklet.cluster.command.bench.run import run_bench
-from ranklet.cluster.command.local_cluster import ClusterState, LocalCluster
+from ranklet.cluster.command.cluster_state import ClusterState
+from ranklet.cluster.command.local_cluster import LocalCluster
 from tests.assets.tokenizer import save_tokenizer
 from tests.bench import report
 from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model

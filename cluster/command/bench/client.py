@@ -1,6 +1,6 @@
-"""One process of the load client: sends its share of the requests and notes when each was answered, and how.
+"""One process of the load client: sends its share of the requests and records when and how each was answered.
 
-Imports neither torch nor Ray; what it does besides sending is kept small, and what it costs is measured.
+Imports neither torch nor Ray. Its own cost is kept small and is measured.
 """
 
 import asyncio
@@ -16,24 +16,24 @@ import aiohttp
 from ranklet.cluster.command.bench.answer import check_answer
 from ranklet.cluster.command.bench.requests import PlannedRequest
 
-_START_IN_S = 0.05
-_TOLD_EVERY_S = 0.2
+_START_DELAY_S = 0.05
+_PROGRESS_INTERVAL_S = 0.2
 _TICK_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class ClientShare:
-    """What one process sends."""
+    """The requests that one process sends, and how."""
 
     url: str
     headers: dict[str, str]
-    asked: list[PlannedRequest]
+    requests: list[PlannedRequest]
     concurrency: int | None
     timeout_s: float
 
 
 class SentRequest(NamedTuple):
-    """What came of one request. Times in seconds of the machine's monotonic clock."""
+    """One finished request. Times are in seconds of the machine's monotonic clock."""
 
     due_s: float
     sent_s: float
@@ -41,46 +41,46 @@ class SentRequest(NamedTuple):
     tokens: int  # as the server counted them
     prompts: int
     model: str
-    outcome: str  # OK, or the code of what went wrong
+    outcome: str  # OK, or an error code
 
 
 @dataclass(slots=True)
 class ClientLog:
-    """A process's records, as its requests were answered, and what the process itself cost."""
+    """One process's requests, in the order they finished, and the process's own cost."""
 
     records: list[SentRequest] = field(default_factory=list)
     cpu_s: float = 0.0
-    busy: float = 0.0  # the share of a core that the process used while it ran
-    lags_s: list[float] = field(default_factory=list)  # how late it came to each tick of a clock, as to any answer
+    busy: float = 0.0  # share of one core that the process used during the run
+    lags_s: list[float] = field(default_factory=list)  # delay of each tick of a clock, as answers are delayed too
 
 
-def serve(connection: Connection) -> None:
-    """Entry point of a process: takes its share, says that it is ready, is told the starting time.
+def run_client(connection: Connection) -> None:
+    """Entry point of a process. Receives its share, reports that it is ready, receives the start time, and runs.
 
-    While it runs it tells how many requests were answered, several times a second; in the end it hands over its log.
-    Any further message, or the death of whoever started it, ends it early.
+    During the run it sends the number of finished requests several times per second, and at the end its log. A further
+    message, or the end of the parent process, stops it early.
     """
-    with contextlib.suppress(EOFError, ConnectionError):  # nobody is left to hear of it
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent process has ended
         share: ClientShare = connection.recv()
         connection.send(0)
-        begin_s: float = connection.recv()
+        start_s: float = connection.recv()
         log = ClientLog()
-        gc.freeze()  # else collections walk all the requests that wait: 20 ms each with 20,000 of them
-        asyncio.run(_run(share, begin_s, log, connection))
+        gc.freeze()  # otherwise each collection walks all waiting requests: 20 ms with 20,000 of them
+        asyncio.run(_run(share, start_s, log, connection))
         connection.send(log)
 
 
-def starting_time() -> float:
-    """When processes that are ready should begin."""
-    return time.perf_counter() + _START_IN_S
+def choose_start_time() -> float:
+    """Return a time shortly from now, at which all processes can start together."""
+    return time.perf_counter() + _START_DELAY_S
 
 
-async def _run(share: ClientShare, begin_s: float, log: ClientLog, connection: Connection) -> None:
+async def _run(share: ClientShare, start_s: float, log: ClientLog, connection: Connection) -> None:
     loop = asyncio.get_running_loop()
-    await _until(begin_s)
+    await _sleep_until(start_s)
     cpu_s, wall_s = time.process_time(), time.perf_counter()
-    beside = [asyncio.create_task(_tell(log, connection)), asyncio.create_task(_tick(log))]
-    sending = asyncio.create_task(_send(share, begin_s, log))
+    background = [asyncio.create_task(_report_progress(log, connection)), asyncio.create_task(_measure_lags(log))]
+    sending = asyncio.create_task(_send_all(share, start_s, log))
 
     def stop() -> None:
         loop.remove_reader(connection.fileno())
@@ -91,65 +91,65 @@ async def _run(share: ClientShare, begin_s: float, log: ClientLog, connection: C
     log.cpu_s = time.process_time() - cpu_s
     log.busy = log.cpu_s / max(time.perf_counter() - wall_s, 1e-9)
     loop.remove_reader(connection.fileno())
-    for task in beside:
+    for task in background:
         task.cancel()
     if not sending.cancelled():
         sending.result()
 
 
-async def _send(share: ClientShare, begin_s: float, log: ClientLog) -> None:
+async def _send_all(share: ClientShare, start_s: float, log: ClientLog) -> None:
     timeout = aiohttp.ClientTimeout(total=share.timeout_s)
     connector = aiohttp.TCPConnector(limit=0)
-    waiting = iter(share.asked)
+    waiting = iter(share.requests)
 
-    async def one(asked: PlannedRequest) -> None:
+    async def send(request: PlannedRequest) -> None:
         sent_s = time.perf_counter()
         try:
-            async with session.post(share.url, data=asked.body) as answer:
+            async with session.post(share.url, data=request.body) as answer:
                 raw = await answer.read()
-        except Exception as error:  # whatever it is, it is counted, and the others go on
+        except Exception as error:  # every failure is counted, and the run continues
             outcome, tokens, done_s = type(error).__name__, 0, time.perf_counter()
         else:
             done_s = time.perf_counter()
-            outcome, tokens = check_answer(answer.status, raw, asked.prompts, check_values=not log.records)
-        record = SentRequest(begin_s + asked.at_s, sent_s, done_s, tokens, asked.prompts, asked.model, outcome)
+            outcome, tokens = check_answer(answer.status, raw, request.prompts, check_values=not log.records)
+        record = SentRequest(start_s + request.at_s, sent_s, done_s, tokens, request.prompts, request.model, outcome)
         log.records.append(record)
 
-    async def lane() -> None:
-        for asked in waiting:
-            await _until(begin_s + asked.at_s)
-            await one(asked)
+    async def send_one_after_the_other() -> None:
+        for request in waiting:
+            await _sleep_until(start_s + request.at_s)
+            await send(request)
 
     async with (
         aiohttp.ClientSession(connector=connector, timeout=timeout, headers=share.headers) as session,
         asyncio.TaskGroup() as group,
     ):
         if share.concurrency:
-            for _ in range(min(share.concurrency, len(share.asked))):
-                group.create_task(lane())
+            for _ in range(min(share.concurrency, len(share.requests))):
+                group.create_task(send_one_after_the_other())
         else:
-            for asked in waiting:
-                await _until(begin_s + asked.at_s)
-                group.create_task(one(asked))
+            for request in waiting:
+                await _sleep_until(start_s + request.at_s)
+                group.create_task(send(request))
 
 
-async def _until(time_s: float) -> None:
+async def _sleep_until(time_s: float) -> None:
     left_s = time_s - time.perf_counter()
     if left_s > 0:
         await asyncio.sleep(left_s)
 
 
-async def _tell(log: ClientLog, connection: Connection) -> None:
+async def _report_progress(log: ClientLog, connection: Connection) -> None:
     while True:
-        await asyncio.sleep(_TOLD_EVERY_S)
+        await asyncio.sleep(_PROGRESS_INTERVAL_S)
         connection.send(len(log.records))
 
 
-async def _tick(log: ClientLog) -> None:
-    """An answer waits for this process as long as a tick does; a long wait counts as all the ticks it swallowed."""
+async def _measure_lags(log: ClientLog) -> None:
+    """Record how late this process handles each tick. One long delay counts for every tick that fell into it."""
     due_s = time.perf_counter() + _TICK_S
     while True:
-        await _until(due_s)
+        await _sleep_until(due_s)
         now_s = time.perf_counter()
         while due_s <= now_s:
             log.lags_s.append(now_s - due_s)

@@ -1,4 +1,4 @@
-"""`ranklet bench`: the flags, in the habit of SGLang's `bench_serving` and vLLM's `bench serve`."""
+"""`ranklet bench`: its flags follow SGLang's `bench_serving` and vLLM's `bench serve`."""
 
 import argparse
 import dataclasses
@@ -14,51 +14,52 @@ from ranklet.cluster.command.bench.plan import BenchPlan, cpu_cores, flag_name
 
 _KEY_VARIABLES = ("RANKLET_API_KEY", "OPENAI_API_KEY")
 _HELP = {
-    "base_url": "the server", "endpoint": "where it takes embeddings", "api_key": "sent as a bearer token",
-    "model": "the base's name (default: what /v1/models lists first without a parent)",
-    "adapters": "names, or quoted patterns of what /v1/models lists, such as 'legal-*' (default: the base alone)",
-    "adapter_as": "the field that names the adapter: model, or lora_path as SGLang has it",
+    "base_url": "URL of the server", "endpoint": "path of the embeddings API", "api_key": "sent as a bearer token",
+    "model": "name of the base model (default: the first of /v1/models that has no parent)",
+    "adapters": "names, or quoted patterns of names in /v1/models, such as 'legal-*' (default: only the base model)",
+    "adapter_as": "field that names the adapter: model, or lora_path for SGLang",
     "adapter_distribution": "distinct, uniform, skewed, identical or zipf:ALPHA",
     "dataset": "random, or file",
-    "path": "of --dataset file: a text a line, or JSON lines with `text` or `input`, and perhaps `model`",
-    "input_len": "tokens of a random prompt, at most", "range_ratio": "the shortest has this share of --input-len",
-    "vocab": "random token ids are below this",
+    "path": "file for --dataset file: one text per line, or JSON lines with `text` or `input`, and optionally `model`",
+    "input_len": "most tokens in a random prompt", "range_ratio": "length of the shortest prompt / --input-len",
+    "vocab": "upper bound of random token ids",
     "as_text": "send random words instead of token ids",
-    "num_prompts": "how many in all", "batch_size": "prompts a request",
-    "request_rate": "requests a second, Poisson; inf sends all at once",
-    "max_concurrency": "requests in flight, at most", "encoding_format": "base64 or float", "seed": "of what is random",
-    "warmup": "requests before the clock starts, to each adapter in turn", "timeout_s": "for one request",
-    "processes": "that send, so that the client is not the bottleneck (default: as CPU cores allow)",
+    "num_prompts": "number of prompts", "batch_size": "prompts per request",
+    "request_rate": "requests per second, Poisson; inf sends all at once",
+    "max_concurrency": "most requests in flight", "encoding_format": "base64 or float", "seed": "random seed",
+    "warmup": "requests before the measurement, to each adapter in turn", "timeout_s": "per request",
+    "processes": "number of processes that send (default: depends on the CPU cores)",
 }  # fmt: skip
-_WIDTH = 120  # of tables that go to a file
-_KINDS: dict[str, Any] = {"model": str, "path": Path, "max_concurrency": int}
+_FILE_WIDTH = 120  # columns of tables that are not printed to a terminal
+_TYPES: dict[str, Any] = {"model": str, "path": Path, "max_concurrency": int}
 
 
 def add(commands: Any) -> None:
-    """The subcommand's parser."""
+    """Add the subcommand's parser."""
     parser = commands.add_parser(
-        "bench", help="send load to a server and measure it (any with OpenAI's embeddings API)"
+        "bench", help="send load to a server with OpenAI's embeddings API and measure the answers"
     )
     for field in dataclasses.fields(BenchPlan):
-        name, said = flag_name(field.name), _HELP[field.name]
+        name, text = flag_name(field.name), _HELP[field.name]
         if field.name == "adapters":
-            parser.add_argument(name, nargs="+", default=[], metavar="NAME", help=said)
+            parser.add_argument(name, nargs="+", default=[], metavar="NAME", help=text)
         elif field.name == "as_text":
-            parser.add_argument(name, action="store_true", help=said)
+            parser.add_argument(name, action="store_true", help=text)
         else:
             default = field.default if field.default is not dataclasses.MISSING else None
-            kind = _KINDS.get(field.name, int if field.name == "processes" else type(default))
-            shown = said if default in (None, "") else f"{said} (default: %(default)s)"
+            kind = _TYPES.get(field.name, int if field.name == "processes" else type(default))
+            if default not in (None, ""):
+                text += " (default: %(default)s)"
             parser.add_argument(
-                name, dest=field.name, type=kind, default=default, metavar=kind.__name__.upper(), help=shown
+                name, dest=field.name, type=kind, default=default, metavar=kind.__name__.upper(), help=text
             )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the numbers, the plan and the versions")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw latencies and the rate over time")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot latencies and the rate over time")
     parser.set_defaults(run=_run)
 
 
-def _run(asked: argparse.Namespace) -> int:
-    """0 if every request was answered with vectors, else 1."""
+def _run(options: argparse.Namespace) -> int:
+    """Returns 0 if every request was answered with vectors, else 1."""
     from rich.console import Console
     from rich.progress import Progress, TimeElapsedColumn
 
@@ -66,64 +67,63 @@ def _run(asked: argparse.Namespace) -> int:
     from ranklet.cluster.command.bench.server import fetch_version
     from ranklet.cluster.command.bench.show import check_plot_path, plot_result, print_result
 
-    plan = plan_from_args(asked)
-    _check_paths(asked.out, asked.plot)
-    if asked.plot:
-        check_plot_path(asked.plot)
+    plan = plan_from_options(options)
+    _check_folders(options.out, options.plot)
+    if options.plot:
+        check_plot_path(options.plot)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=_WIDTH)
+        console = Console(width=_FILE_WIDTH)
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task(f"{plan.num_prompts:,} prompts to {plan.url}", total=None)
         try:
-            result = run_bench(plan, lambda done, of: bar.update(task, completed=done, total=of))
+            result = run_bench(plan, lambda done, total: bar.update(task, completed=done, total=total))
         except KeyboardInterrupt:
-            raise ValueError("interrupted before anything was measured") from None
+            raise ValueError("interrupted before the measurement began") from None
     print_result(result, console)
-    if asked.out:
-        asked.out.write_text(
-            json.dumps(describe_run(plan, fetch_version(plan)) | result.to_json(), indent=1, allow_nan=False) + "\n"
-        )
-    if asked.plot:
-        plot_result(result, asked.plot)
+    if options.out:
+        content = describe_run(plan, fetch_version(plan)) | result.to_json()
+        options.out.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    if options.plot:
+        plot_result(result, options.plot)
     return int(result.overall.answered < result.planned)
 
 
-def _check_paths(*paths: Path | None) -> None:
-    """A run's numbers must not be lost for a folder that is not there."""
+def _check_folders(*paths: Path | None) -> None:
     for path in paths:
         if path and not path.parent.is_dir():
-            raise ValueError(f"{path}: expected its folder to exist; make {path.parent}")
+            raise ValueError(f"{path}: expected an existing folder; create {path.parent}")
 
 
-def plan_from_args(asked: argparse.Namespace) -> BenchPlan:
-    """The plan that the flags ask for.
+def plan_from_options(options: argparse.Namespace) -> BenchPlan:
+    """Return the plan that the flags describe.
 
     Raises:
         ValueError: as `BenchPlan`.
     """
-    given = {field.name: getattr(asked, field.name) for field in dataclasses.fields(BenchPlan)}
-    given["adapters"] = tuple(given["adapters"])
-    given["api_key"] = given["api_key"] or next((os.environ[name] for name in _KEY_VARIABLES if name in os.environ), "")
-    if given["processes"] is None:
-        del given["processes"]
-    return BenchPlan(**given)
+    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(BenchPlan)}
+    fields["adapters"] = tuple(fields["adapters"])
+    if not fields["api_key"]:
+        fields["api_key"] = next((os.environ[name] for name in _KEY_VARIABLES if name in os.environ), "")
+    if fields["processes"] is None:
+        del fields["processes"]
+    return BenchPlan(**fields)
 
 
 def describe_run(plan: BenchPlan, server: Any) -> dict[str, Any]:
-    """What the numbers hold for; the key stays out.
+    """Return the conditions of a run, without the API key.
 
     Args:
-        server: what it says of its version.
+        server: The server's answer to /version.
     """
-    asked = {name: str(value) if isinstance(value, Path) else value for name, value in vars(plan).items()}
-    asked["request_rate"] = str(plan.request_rate)
-    del asked["api_key"]
+    shown = {name: str(value) if isinstance(value, Path) else value for name, value in vars(plan).items()}
+    shown["request_rate"] = str(plan.request_rate)  # JSON has no infinity
+    del shown["api_key"]
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "client_machine": {
             "cpu_cores": cpu_cores(), "python": platform.python_version(),
             "aiohttp": metadata.version("aiohttp"),
         },
-        "server": server, "plan": asked,
+        "server": server, "plan": shown,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What `ranklet bench` is asked to send, checked before anything is sent."""
+"""The settings of one benchmark run, checked before anything is sent."""
 
 import math
 import os
@@ -9,7 +9,7 @@ from ranklet.kernels.mixes import MIXES, exponent
 
 
 def cpu_cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -19,34 +19,34 @@ def _processes() -> int:
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """One run against one server that speaks OpenAI's embeddings API.
+    """One run against one server with OpenAI's embeddings API.
 
     Raises:
-        ValueError: a field is out of range; the message names its flag, what was expected and what came.
+        ValueError: A field is out of range. The message names the flag, the expected value and the actual one.
     """
 
     base_url: str = "http://127.0.0.1:8000"
     endpoint: str = "/v1/embeddings"
     api_key: str = field(default="", repr=False)
-    model: str | None = None  # the base's name; None: the server's first model without a parent
-    adapters: tuple[str, ...] = ()  # names, or fnmatch patterns of the names that /v1/models lists; none: the base
-    adapter_as: str = "model"  # the field that names the adapter; "lora_path" for SGLang
+    model: str | None = None  # name of the base model; None: the server's first model without a parent
+    adapters: tuple[str, ...] = ()  # names, or fnmatch patterns of names in /v1/models; empty: only the base model
+    adapter_as: str = "model"  # field that names the adapter; "lora_path" for SGLang
     adapter_distribution: str = "uniform"
     dataset: str = "random"
-    path: Path | None = None  # of dataset "file": a text a line, or JSON lines with "text" or "input", and "model"
+    path: Path | None = None  # for dataset "file": one text per line, or JSON lines with "text" or "input", and "model"
     input_len: int = 512  # tokens
     range_ratio: float = 1.0  # lengths are uniform in [range_ratio * input_len, input_len], as in SGLang's benchmark
-    vocab: int = 10_000  # random token ids are below it
-    as_text: bool = False  # random words instead of token ids: the server's tokenizer works too
+    vocab: int = 10_000  # upper bound of random token ids
+    as_text: bool = False  # random words instead of token ids, so that the server tokenizes
     num_prompts: int = 1000
-    batch_size: int = 1  # prompts a request
-    request_rate: float = math.inf  # requests a second, Poisson; infinite: all at once
+    batch_size: int = 1  # prompts per request
+    request_rate: float = math.inf  # requests per second, Poisson; infinite: all at once
     max_concurrency: int | None = None
     encoding_format: str = "base64"
     seed: int = 0
-    warmup: int = 8  # requests before the clock starts, to all adapters in turn; their answers are looked at closely
+    warmup: int = 8  # requests before the measurement, to each adapter in turn; the values of their answers are checked
     timeout_s: float = 300.0
-    processes: int = field(default_factory=_processes)  # fewer where requests or concurrency do not suffice
+    processes: int = field(default_factory=_processes)  # fewer if there are fewer requests, or concurrency is lower
 
     def __post_init__(self) -> None:
         for name in ("input_len", "vocab", "num_prompts", "batch_size", "processes"):
@@ -56,7 +56,7 @@ class BenchPlan:
             if getattr(self, name) < 0:
                 raise ValueError(f"{flag_name(name)}: expected at least 0, got {getattr(self, name)}")
         if not 0 < self.range_ratio <= 1:
-            raise ValueError(f"--range-ratio: expected a number above 0, at most 1, got {self.range_ratio}")
+            raise ValueError(f"--range-ratio: expected a number above 0 and up to 1, got {self.range_ratio}")
         if not self.request_rate > 0:
             raise ValueError(f"--request-rate: expected more than 0 requests a second, or inf; got {self.request_rate}")
         if not self.timeout_s > 0:
@@ -85,5 +85,5 @@ class BenchPlan:
 
 
 def flag_name(field: str) -> str:
-    """What the command line calls a field of the plan."""
+    """Return the command line flag of a field of the plan."""
     return "--vocab-size" if field == "vocab" else "--" + field.replace("_", "-")

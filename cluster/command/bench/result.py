@@ -1,4 +1,4 @@
-"""What a run gave, in numbers: rates, latencies, errors, and what the client itself cost."""
+"""The numbers of a run: rates, latencies, errors, and the cost of the client itself."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ from ranklet.cluster.command.bench.answer import OK
 from ranklet.cluster.command.bench.client import ClientLog
 
 PERCENTILES = (50, 90, 95, 99)
-_BUSY, _LATE_MS = 0.8, 10.0  # above these the client may have been the bottleneck
+_MAX_BUSY, _MAX_LATE_MS = 0.8, 10.0  # above these, the client may have been the bottleneck
 
 
 @dataclass(frozen=True)
 class Latencies:
-    """Answers to some of the requests. Rates are per second of the whole run; latencies are of answers with vectors."""
+    """Answers to some of the requests. Rates are per second of the whole run. Latencies count answers with vectors."""
 
     requests: int
     answered: int
     prompts: int  # of answered requests
-    tokens: int  # the same, as the server counted them
+    tokens: int  # of answered requests, as the server counted them
     requests_per_s: float
     prompts_per_s: float
     tokens_per_s: float
@@ -41,38 +41,38 @@ class ClientLoad:
     processes: int
     busiest: float  # share of a core that the busiest process used
     cpu_ms_per_request: float
-    p99_lag_ms: float  # how long an answer may have waited for its process: how late that came to a clock's ticks
+    p99_lag_ms: float  # how late the process handled a clock's ticks; answers waited for it as long
     max_lag_ms: float
-    mean_late_ms: float | None  # how long after its time a request left; None unless requests have times of their own
+    mean_late_ms: float | None  # how long after its send time a request was sent; None in a closed loop
     p99_late_ms: float | None
     max_late_ms: float | None
 
     @property
     def suspicion(self) -> str | None:
-        """Why the client, and not the server, may have set the numbers; None if it did not."""
-        if self.busiest > _BUSY:
+        """Why the client may have limited the numbers; None if the server did."""
+        if self.busiest > _MAX_BUSY:
             return f"a process used {self.busiest:.0%} of a core: raise --processes"
-        if self.p99_lag_ms > _LATE_MS:
-            return f"answers waited up to {self.p99_lag_ms:.0f} ms for it: raise --processes, or use an idle machine"
-        if self.p99_late_ms is not None and self.p99_late_ms > _LATE_MS:
-            return f"requests left up to {self.p99_late_ms:.0f} ms late: raise --processes, or use an idle machine"
+        if self.p99_lag_ms > _MAX_LATE_MS:
+            return f"answers waited up to {self.p99_lag_ms:.0f} ms: raise --processes, or use an idle machine"
+        if self.p99_late_ms is not None and self.p99_late_ms > _MAX_LATE_MS:
+            return f"requests were sent up to {self.p99_late_ms:.0f} ms late: raise --processes, or use an idle machine"
         return None
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """A whole run."""
+    """All numbers of a run."""
 
     planned: int  # requests; more than `overall.requests` if the run was interrupted
-    seconds: float  # from the first request that left to the last answer
+    seconds: float  # from the first request sent to the last answer
     overall: Latencies
     by_adapter: dict[str, Latencies]
     client: ClientLoad
-    answers: NDArray[np.float64]  # [answered, 2]: when, in seconds after the start, and its latency in seconds
+    answers: NDArray[np.float64]  # [answered, 2]: seconds after the start, latency in seconds
     tokens: NDArray[np.int64]  # [answered]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON, without the single answers; what is not known is null."""
+        """Return the numbers for JSON, without single answers. Unknown numbers are null."""
         return {
             "planned": self.planned, "seconds": self.seconds, "overall": _json(self.overall),
             "by_adapter": {name: _json(numbers) for name, numbers in self.by_adapter.items()},
@@ -81,18 +81,18 @@ class BenchResult:
 
 
 def _json(numbers: Latencies) -> dict[str, Any]:
-    return {name: None if value != value else value for name, value in vars(numbers).items()}  # NaN is no JSON
+    return {name: None if value != value else value for name, value in vars(numbers).items()}  # JSON has no NaN
 
 
 def summarize(logs: Sequence[ClientLog], planned: int, *, open_loop: bool) -> BenchResult:
-    """The numbers of a run.
+    """Compute the numbers of a run.
 
     Args:
-        planned: how many requests were to be sent.
-        open_loop: requests have times of their own; latency counts from when one was due, whether or not it left late.
+        planned: The number of requests in the plan.
+        open_loop: Requests have send times. Latency then counts from the send time, even if a request was sent late.
 
     Raises:
-        ValueError: nothing was answered.
+        ValueError: No request was answered.
     """
     records = [record for log in logs for record in log.records]
     if not records:

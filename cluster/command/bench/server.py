@@ -1,6 +1,6 @@
-"""What a server says of itself before any load: its models, its version, and whether it answers at all.
+"""Requests to a server outside the measurement: its models, its version, and the warm-up.
 
-Asked without the environment's proxies, as the load is: a proxy must not be what is measured.
+Neither these requests nor the load use the environment's proxies, so that no proxy is measured.
 """
 
 import asyncio
@@ -16,20 +16,20 @@ from ranklet.cluster.command.bench.plan import BenchPlan
 from ranklet.cluster.command.bench.requests import PlannedRequest
 
 _PATTERN = frozenset("*?[")
-_PATIENCE_S = 30.0
+_TIMEOUT_S = 30.0
 
 
 def request_headers(plan: BenchPlan) -> dict[str, str]:
-    """Of every request."""
+    """Return the headers of every request."""
     key = {"authorization": f"Bearer {plan.api_key}"} if plan.api_key else {}
     return {"content-type": "application/json", **key}
 
 
 def resolve_models(plan: BenchPlan) -> tuple[str, list[str]]:
-    """The base's name, and those of the adapters to ask.
+    """Return the name of the base model and the names of the adapters to use.
 
     Raises:
-        ValueError: a pattern matches no adapter of the server, or a name is wanted of a server that lists none.
+        ValueError: A pattern matches no adapter of the server, or a model's name is needed and the server lists none.
     """
     patterns = [name for name in plan.adapters if _PATTERN & set(name)]
     if plan.model and not patterns:
@@ -37,7 +37,7 @@ def resolve_models(plan: BenchPlan) -> tuple[str, list[str]]:
     cards = _models(plan)
     bases = [card["id"] for card in cards if not card.get("parent")]
     if not plan.model and not bases:
-        raise ValueError(f"--model: expected {plan.base_url}/v1/models to name a base model, got none; give its name")
+        raise ValueError(f"--model: {plan.base_url}/v1/models lists no base model; name it with --model")
     known = [card["id"] for card in cards if card.get("parent")]
     chosen: list[str] = []
     for name in plan.adapters:
@@ -49,7 +49,7 @@ def resolve_models(plan: BenchPlan) -> tuple[str, list[str]]:
 
 
 def fetch_version(plan: BenchPlan) -> Any:
-    """What /version answers; None of a server that has none."""
+    """Return the answer of /version, or None."""
     try:
         return _get(plan, "/version")
     except (OSError, ValueError):
@@ -69,32 +69,32 @@ def _models(plan: BenchPlan) -> list[dict[str, Any]]:
 
 def _get(plan: BenchPlan, path: str) -> Any:
     request = urllib.request.Request(plan.base_url.rstrip("/") + path, headers=request_headers(plan))
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=_PATIENCE_S) as answer:
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=_TIMEOUT_S) as answer:
         return json.load(answer)
 
 
-def warm_up(plan: BenchPlan, asked: list[PlannedRequest]) -> None:
-    """Send these one after the other.
+def warm_up(plan: BenchPlan, requests: list[PlannedRequest]) -> None:
+    """Send requests one after the other.
 
     Raises:
-        ValueError: the server cannot be reached, refuses, or answers with something else than vectors.
+        ValueError: The server cannot be reached, refuses a request, or answers without vectors.
     """
-    if asked:
-        asyncio.run(_warm_up(plan, asked))
+    if requests:
+        asyncio.run(_warm_up(plan, requests))
 
 
-async def _warm_up(plan: BenchPlan, asked: list[PlannedRequest]) -> None:
+async def _warm_up(plan: BenchPlan, requests: list[PlannedRequest]) -> None:
     timeout = aiohttp.ClientTimeout(total=plan.timeout_s)
     async with aiohttp.ClientSession(timeout=timeout, headers=request_headers(plan)) as session:
-        for one in asked:
+        for request in requests:
             try:
-                async with session.post(plan.url, data=one.body) as answer:
+                async with session.post(plan.url, data=request.body) as answer:
                     raw = await answer.read()
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 raise ValueError(f"expected a server at {plan.url}, got {type(error).__name__}: {error}") from None
-            if check_answer(answer.status, raw, one.prompts, check_values=True)[0] != OK:
-                said = raw[:500].decode(errors="replace")
+            if check_answer(answer.status, raw, request.prompts, check_values=True)[0] != OK:
+                text = raw[:500].decode(errors="replace")
                 raise ValueError(
-                    f"expected {one.prompts} finite vectors of a warm-up request to {one.model}, got {answer.status}: "
-                    f"{said}. --warmup 0 measures all the same"
+                    f"expected {request.prompts} finite vectors from a warm-up request to {request.model}, "
+                    f"got {answer.status}: {text}. --warmup 0 skips this check"
                 )

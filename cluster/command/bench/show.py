@@ -1,4 +1,4 @@
-"""A run's numbers for people: tables, and a picture."""
+"""A run's numbers as a table and as a plot."""
 
 import math
 from importlib.util import find_spec
@@ -10,14 +10,14 @@ from rich.table import Table
 
 from ranklet.cluster.command.bench.result import PERCENTILES, BenchResult, Latencies
 
-_MOST_ROWS = 20
+_MAX_ROWS = 20
 _COLUMNS = ("requests", "failed", "req/s", "texts/s", "tokens/s", "mean ms", *(f"p{p}" for p in PERCENTILES))
 _BINS = 100
 _PICTURES = (".png", ".svg", ".pdf")
 
 
 def print_result(result: BenchResult, console: Console) -> None:
-    """Print it: overall, the busiest adapters, errors, and the client's own cost."""
+    """Print the totals, the adapters with the most requests, errors, and the client's own cost."""
     table = Table(title=f"{result.overall.answered:,} of {result.planned:,} requests in {result.seconds:.2f} s")
     table.add_column("")
     for column in _COLUMNS:
@@ -25,26 +25,26 @@ def print_result(result: BenchResult, console: Console) -> None:
     table.add_row("all", *_row(result.overall), style="bold", end_section=True)
     busiest = sorted(result.by_adapter.items(), key=lambda item: -item[1].requests)
     if len(busiest) > 1:
-        for name, numbers in busiest[:_MOST_ROWS]:
+        for name, numbers in busiest[:_MAX_ROWS]:
             table.add_row(name, *_row(numbers))
-        if len(busiest) > _MOST_ROWS:
-            table.add_row(f"... {len(busiest) - _MOST_ROWS} more")
+        if len(busiest) > _MAX_ROWS:
+            table.add_row(f"... {len(busiest) - _MAX_ROWS} more")
     console.print(table)
     for code, count in result.overall.errors.items():
         console.print(f"[red]{count} x {code}")
     unsent = result.planned - result.overall.requests
     if unsent:
-        console.print(f"[yellow]interrupted: {unsent:,} requests were not sent, or not answered yet")
+        console.print(f"[yellow]interrupted: {unsent:,} requests were not sent or not answered")
     client = result.client
     console.print(
         f"client: {client.processes} process{'es' if client.processes > 1 else ''}, the busiest used "
-        f"{client.busiest:.0%} of a core, {client.cpu_ms_per_request:.2f} ms a request"
+        f"{client.busiest:.0%} of a core, {client.cpu_ms_per_request:.2f} ms per request"
     )
-    console.print(f"  answers waited for it: p99 {client.p99_lag_ms:.1f} ms, at most {client.max_lag_ms:.1f} ms")
+    console.print(f"  answers waited for the client: p99 {client.p99_lag_ms:.1f} ms, max {client.max_lag_ms:.1f} ms")
     if client.mean_late_ms is not None:
         console.print(
-            f"  requests left {client.mean_late_ms:.1f} ms late on average, p99 {client.p99_late_ms:.1f} ms, "
-            f"at most {client.max_late_ms:.1f} ms"
+            f"  requests were sent {client.mean_late_ms:.1f} ms late on average, p99 {client.p99_late_ms:.1f} ms, "
+            f"max {client.max_late_ms:.1f} ms"
         )
     if client.suspicion:
         console.print(f"[yellow]the client may be the bottleneck: {client.suspicion}")
@@ -60,10 +60,10 @@ def _row(numbers: Latencies) -> tuple[str, ...]:
 
 
 def check_plot_path(path: Path) -> None:
-    """Before a run, that its picture can be drawn.
+    """Check before a run that its plot can be written.
 
     Raises:
-        ValueError: matplotlib is not installed, or the path's ending is of no picture.
+        ValueError: matplotlib is not installed, or the path does not end with a picture format.
     """
     if find_spec("matplotlib") is None:
         raise ValueError("--plot: expected matplotlib, which is not installed: pip install 'ranklet[plot]'")
@@ -72,8 +72,8 @@ def check_plot_path(path: Path) -> None:
 
 
 def plot_result(result: BenchResult, path: Path) -> None:
-    """Latency's distribution, and tokens per second over the run, as a picture."""
-    from matplotlib.figure import Figure  # takes a second, which a run without a picture need not wait
+    """Plot the distribution of latencies, and tokens per second over the run."""
+    from matplotlib.figure import Figure  # takes a second to import
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -86,5 +86,7 @@ def plot_result(result: BenchResult, path: Path) -> None:
     sums, edges = np.histogram(result.answers[:, 0], _BINS, (0, result.seconds), weights=result.tokens)
     right.stairs(sums / np.diff(edges), edges, fill=True, alpha=0.5)
     right.axhline(result.overall.tokens_per_s, ls=":", color="black")
-    right.set(xlabel="seconds", ylabel="tokens answered a second", title=f"{result.overall.tokens_per_s:,.0f} tokens/s")
+    right.set(
+        xlabel="seconds", ylabel="tokens answered per second", title=f"{result.overall.tokens_per_s:,.0f} tokens/s"
+    )
     figure.savefig(path)

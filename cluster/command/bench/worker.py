@@ -1,14 +1,13 @@
-"""The program of a load process: `python -m ranklet.cluster.command.bench.worker FD`.
+"""The program of a client process: `python -m ranklet.cluster.command.bench.worker FD`.
 
-FD is a pipe to the process that started it.
-
-Apart from `client.py`, so that what it sends is not pickled as classes of `__main__`.
+FD is a pipe to the parent process. The program is not `client.py`, because its classes would then be pickled as classes
+of `__main__`.
 """
 
 import sys
 from multiprocessing.connection import Connection
 
-from ranklet.cluster.command.bench.client import serve
+from ranklet.cluster.command.bench.client import run_client
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])))
+    run_client(Connection(int(sys.argv[1])))

@@ -118,7 +118,15 @@ def test_progress_ends_at_all() -> None:
 def test_ctrl_c_gives_what_was_answered(tmp_path: Path) -> None:
     flags = f"--num-prompts 4000 --max-concurrency 4 --processes 2 --warmup 0 --out {tmp_path / 'run.json'}"
     with peer.running(slow_s=0.05) as server:
-        command = [sys.executable, "-m", "ranklet.cluster.cli", "bench", "--base-url", server.url, *flags.split()]
+        command = [
+            sys.executable,
+            "-m",
+            "ranklet.cluster.command.cli",
+            "bench",
+            "--base-url",
+            server.url,
+            *flags.split(),
+        ]
         run = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & ignores it
@@ -137,7 +145,7 @@ def test_ctrl_c_gives_what_was_answered(tmp_path: Path) -> None:
 
 def test_load_ends_with_the_one_who_wanted_it() -> None:
     with peer.running(slow_s=0.02) as server:
-        command = [sys.executable, "-m", "ranklet.cluster.cli", "bench", "--base-url", server.url]
+        command = [sys.executable, "-m", "ranklet.cluster.command.cli", "bench", "--base-url", server.url]
         flags = "--num-prompts 20000 --max-concurrency 2 --processes 2 --warmup 0 --input-len 8"
         with subprocess.Popen([*command, *flags.split()], stdout=subprocess.DEVNULL) as run:
             deadline_s = time.monotonic() + 20

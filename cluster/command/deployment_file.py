@@ -1,0 +1,56 @@
+"""A deployment's file as `ranklet up` and `ranklet doctor` read it: the YAML that `serve deploy` takes."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ranklet.cluster.datapath import is_loopback
+
+BUILDER = "ranklet.cluster.app:build"
+SERVE_HOST = "127.0.0.1"  # Serve's default
+SERVE_PORT = 8000
+
+
+def read_configuration(path: Path) -> dict[str, Any]:
+    """Read a configuration and fill in the HTTP port.
+
+    Raises:
+        ValueError: the file is no YAML map.
+        OSError: the file cannot be read.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML, got: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a map, as in deploy/local.yaml; got {type(content).__name__}")
+    content["http_options"] = {"port": SERVE_PORT} | (content.get("http_options") or {})
+    return content
+
+
+def http_host(content: Mapping[str, Any]) -> str:
+    """Return the address that the HTTP server of a configuration listens on."""
+    return str((content.get("http_options") or {}).get("host") or SERVE_HOST)
+
+
+def with_open_admin(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration in which requests without a key may change adapters if only this machine can send them.
+
+    Applications that set `security.open_admin` keep it.
+    """
+    opened = copy.deepcopy(dict(content))
+    if is_loopback(http_host(content)):
+        for application in _applications(opened):
+            security = application["args"]["security"] = dict(application["args"].get("security") or {})
+            security.setdefault("open_admin", True)
+    return opened
+
+
+def _applications(content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield ranklet's own applications among those of a configuration, if they have arguments."""
+    for application in content.get("applications") or []:
+        if application.get("import_path") == BUILDER and isinstance(application.get("args"), dict):
+            yield application
