@@ -1,4 +1,4 @@
-"""`ranklet profile`: where a batch's time goes, stage by stage, beside the least it could take."""
+"""`ranklet profile`: the time of each stage of a batch beside the least time that the device allows."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,7 @@ from ranklet.replicas.adapters.reference import CONFIG_FILE
 from ranklet.replicas.adapters.revision import Revisions
 from ranklet.replicas.config import BACKENDS, EngineConfig
 
-if TYPE_CHECKING:  # torch, which other commands need not wait for
+if TYPE_CHECKING:  # the module imports torch, which takes seconds
     from ranklet.replicas.profiling.profiler import Profile
 
 _GROUP = re.compile(r"([1-9]\d*)x([1-9]\d*)")
@@ -24,24 +24,39 @@ _WIDTH = 110
 
 
 def add(commands: Any) -> None:
-    """The subcommand's parser."""
-    parser = commands.add_parser("profile", help="where a batch's time goes on this machine, stage by stage")
-    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="the base model")
+    """Add the subcommand's parser."""
+    parser = commands.add_parser("profile", help="time each stage of a batch on this machine")
+    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="folder of the base model")
     parser.add_argument(
-        "--adapters", type=Path, nargs="+", default=[], metavar="FOLDER", help="prompts take them in turn"
+        "--adapters",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="adapter folders; prompts use them in turn",
     )
-    parser.add_argument("--adapters-dir", type=Path, metavar="DIR", help="every adapter folder in it, by name")
-    parser.add_argument("--distinct", type=int, metavar="N", help="only the first N adapters; 0: the base alone")
     parser.add_argument(
-        "--prompts", nargs="+", default=["5x6144"], metavar="COUNTxTOKENS", help="the batch (default: 5x6144)"
+        "--adapters-dir", type=Path, metavar="DIR", help="use every adapter folder in DIR, in order of name"
     )
     parser.add_argument(
-        "--rank", "--max-rank", dest="max_rank", type=int, default=64, help="of the slots (default: %(default)s)"
+        "--distinct", type=int, metavar="N", help="use only the first N adapters; 0 for only the base model"
     )
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="of LoRA (default: %(default)s)")
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        default=["5x6144"],
+        metavar="COUNTxTOKENS",
+        help="prompts of the batch (default: 5x6144)",
+    )
+    parser.add_argument(
+        "--rank", "--max-rank", dest="max_rank", type=int, default=64, help="largest LoRA rank (default: %(default)s)"
+    )
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="LoRA backend (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cuda, cpu or auto (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="runs, whose median counts (default: %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the numbers")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timed runs; medians are reported (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="also write the numbers to this file")
     parser.set_defaults(run=_run)
 
 
@@ -74,16 +89,15 @@ def _run(asked: argparse.Namespace) -> int:
 
 
 def _folders(asked: argparse.Namespace) -> list[Path]:
-    """The adapters to take."""
     folders = list(asked.adapters)
     if asked.adapters_dir:
         found = sorted(path.parent for path in asked.adapters_dir.glob(f"*/{CONFIG_FILE}"))
         if not found:
-            raise ValueError(f"--adapters-dir: expected a folder of PEFT folders, got {asked.adapters_dir}, with none")
+            raise ValueError(f"--adapters-dir: expected a folder that contains PEFT folders, got {asked.adapters_dir}")
         folders += found
     distinct = len(folders) if asked.distinct is None else asked.distinct
     if not 0 <= distinct <= len(folders):
-        raise ValueError(f"--distinct: expected 0 to {len(folders)}, as many as adapters are given, got {distinct}")
+        raise ValueError(f"--distinct: expected 0 to {len(folders)}, the number of given adapters, got {distinct}")
     return folders[:distinct]
 
 
@@ -93,16 +107,16 @@ def _check_device(device: str, backend: str) -> None:
     if not _DEVICE.fullmatch(device):
         raise ValueError(f"--device: expected cuda, cuda:0, cpu or auto, got {device!r}")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device: expected a device that PyTorch sees, got {device} and it sees no GPU; try cpu")
+        raise ValueError(f"--device: got {device}, but PyTorch sees no GPU; use cpu")
     if backend in _GPU_BACKENDS and (device == "cpu" or not torch.cuda.is_available()):
-        raise ValueError(f"--backend: {backend} needs a GPU; try native or auto")
+        raise ValueError(f"--backend: {backend} needs a GPU; use native or auto")
 
 
 def lengths_of(groups: list[str]) -> list[int]:
-    """`["2x6144", "3x512"]` -> two prompts of 6144 tokens and three of 512.
+    """Parse prompt groups: `["2x6144", "3x512"]` is two prompts of 6144 tokens and three of 512.
 
     Raises:
-        ValueError: a group is not COUNTxTOKENS.
+        ValueError: a group is not of the form COUNTxTOKENS.
     """
     lengths: list[int] = []
     for group in groups:
@@ -114,14 +128,14 @@ def lengths_of(groups: list[str]) -> list[int]:
 
 
 def show(found: "Profile", console: Console) -> None:
-    """Print it, the stage with the largest gap in bold."""
+    """Print a profile, with the stage of the largest gap in bold."""
     ceilings, shape = found.ceilings, f"{found.tokens} tokens, {found.prompts} prompts, {found.adapters} adapters"
     table = Table(
         title=f"{shape} ({found.backend}), {found.device}",
         caption=f"floors: {ceilings.operations_per_s / 1e12:.1f} TFLOP/s and {ceilings.bytes_per_s / 1e12:.2f} TB/s, "
-        "as large products and a large copy were timed just now",
+        "just measured with large matrix products and a large copy",
     )
-    for column in ("stage", "calls", "ms", "floor", "gap", "bound by", "LoRA adds", "floor", "of all"):
+    for column in ("stage", "calls", "ms", "floor", "gap", "bound by", "LoRA adds", "floor", "share"):
         table.add_column(column, justify="left" if column in ("stage", "bound by") else "right")
     worst = max(found.stages, key=lambda stage: stage.gap_ms)
     total = sum(stage.ms + stage.lora_ms for stage in found.stages)
@@ -138,6 +152,8 @@ def show(found: "Profile", console: Console) -> None:
     console.print(f"all stages {total:.2f} ms, floor {found.floor_ms:.2f} ms = {most:,.0f} tokens/s")
     console.print(f"largest gap: {worst.name}, {worst.gap_ms:.2f} ms")
     if found.device != "cpu":
-        console.print(f"kernel by kernel Python launches it in {found.launch_ms:.2f} ms of {found.eager_ms:.2f} ms")
+        console.print(
+            f"launched kernel by kernel: {found.launch_ms:.2f} ms of Python, {found.eager_ms:.2f} ms of device"
+        )
     if found.launch_bound:
-        console.print("launch bound: the device waits for Python, and the stages' times hold the waiting")
+        console.print("launch bound: the device waits for Python, so the stages' times include waiting")

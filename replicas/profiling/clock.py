@@ -1,4 +1,4 @@
-"""Times between marks: of the device where there is one, else of the CPU."""
+"""Times stages by CUDA events on a GPU, by the wall clock on the CPU."""
 
 import time
 from collections.abc import Callable
@@ -8,41 +8,41 @@ from typing import Any
 
 import torch
 
-_REPEATS, _WARM = 10, 2
+_REPEATS, _WARMUPS = 10, 2
 
 
 @dataclass
-class Clock:
-    """Gathers marks; on CUDA an event each, so that it may be read only once the device is done."""
+class StageClock:
+    """Records when each stage of a batch was launched. On CUDA, synchronize before calling `times_ms`."""
 
     device: torch.device
-    _marks: list[tuple[str, Any]] = field(default_factory=list)
+    _records: list[tuple[str, Any]] = field(default_factory=list)
 
-    def mark(self, stage: str) -> None:
-        """Say that `stage` has just been launched."""
+    def record(self, stage: str) -> None:
+        """Record that `stage` was just launched; the first call only starts the clock."""
         now: Any = time.perf_counter()
         if self.device.type == "cuda":
             now = torch.cuda.current_stream(self.device).record_event(torch.cuda.Event(enable_timing=True))
-        self._marks.append((stage, now))
+        self._records.append((stage, now))
 
-    def read(self) -> dict[str, list[float]]:
-        """Milliseconds of each call of each stage, in the order of their first; the first mark only begins."""
-        found: dict[str, list[float]] = {}
-        for (_, before), (stage, after) in zip(self._marks, self._marks[1:], strict=False):
+    def times_ms(self) -> dict[str, list[float]]:
+        """Return the milliseconds of every call of each stage, in the order in which the stages first ran."""
+        times: dict[str, list[float]] = {}
+        for (_, before), (stage, after) in zip(self._records, self._records[1:], strict=False):
             ms = before.elapsed_time(after) if self.device.type == "cuda" else (after - before) * 1e3
-            found.setdefault(stage, []).append(ms)
-        return found
+            times.setdefault(stage, []).append(ms)
+        return times
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """How long a call keeps the device: the median of some."""
-    times = []
-    for _ in range(_WARM + _REPEATS):
-        clock = Clock(device)
-        clock.mark("begin")
+def median_s(call: Callable[[], object], device: torch.device) -> float:
+    """Return the median time that the device spends on a call, in seconds."""
+    times_s = []
+    for _ in range(_WARMUPS + _REPEATS):
+        clock = StageClock(device)
+        clock.record("start")
         call()
-        clock.mark("call")
+        clock.record("call")
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(clock.read()["call"][0] * 1e-3)
-    return median(times[_WARM:])
+        times_s.append(clock.times_ms()["call"][0] * 1e-3)
+    return median(times_s[_WARMUPS:])

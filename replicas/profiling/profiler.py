@@ -1,4 +1,4 @@
-"""Where a batch's time goes: each stage's time on the device beside the least that it could take."""
+"""Profiles one batch: the time of each stage beside the least time that the device's ceilings allow."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,27 +15,35 @@ from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.runner import Runner
 from ranklet.replicas.model.decoder import ignore_stage
-from ranklet.replicas.profiling.clock import Clock, seconds
-from ranklet.replicas.profiling.roofline import AdapterShare, BatchShape, Ceilings, Cost, costs, lora_costs
+from ranklet.replicas.profiling.clock import StageClock, median_s
+from ranklet.replicas.profiling.roofline import (
+    AdapterShare,
+    BatchShape,
+    Ceilings,
+    Cost,
+    base_costs,
+    lora_costs,
+)  # fmt: skip
 
-_WARM = 3
-# Rows, depth, columns. The best of them is the ceiling: on an H200 a decoder's wide first product outruns a square one.
+_WARMUPS = 3
+# Rows, depth and columns of the products whose best rate is the compute ceiling. On an H200 the wide product of a
+# decoder's qkv projection is faster than a square one.
 _PRODUCTS = {"cuda": ((8192, 8192, 8192), (32_768, 1024, 4096)), "cpu": ((768, 768, 768),)}
 _COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
-_IDLE = 0.8  # of a batch's time on the device: if Python takes longer to launch it, the device waits for Python
+_LAUNCH_BOUND = 0.8  # launch time, as a share of device time, above which the device waits for Python
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage, all layers together. Times in milliseconds."""
+    """The calls of one stage in all layers. Times in milliseconds."""
 
     name: str
     calls: int
     ms: float  # without LoRA
     floor_ms: float
-    bound: str  # by compute or memory
-    lora_ms: float  # what LoRA adds
-    lora_floor_ms: float  # what it must add to the floor
+    bound: str  # "compute" or "memory"
+    lora_ms: float  # added by LoRA
+    lora_floor_ms: float  # added to the floor by LoRA
 
     @property
     def gap_ms(self) -> float:
@@ -44,17 +52,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Profile:
-    """One batch shape. Times in milliseconds."""
+    """The times of one batch. Times in milliseconds."""
 
     tokens: int
     prompts: int
     adapters: int
     backend: str
     stages: tuple[Stage, ...]
-    base_ms: float  # the whole batch without LoRA, ignore_stage
-    lora_ms: float  # the whole batch as asked, as it is served: a small one is replayed from a CUDA graph
-    eager_ms: float  # the same launched kernel by kernel, as the stages are
-    launch_ms: float  # of Python, for that
+    base_ms: float  # the whole batch without LoRA
+    lora_ms: float  # the whole batch as it is served: a small one is replayed from a CUDA graph
+    eager_ms: float  # the whole batch launched kernel by kernel, as the stages are
+    launch_ms: float  # Python's time to launch the batch kernel by kernel
     ceilings: Ceilings
     device: str
 
@@ -64,15 +72,15 @@ class Profile:
 
     @property
     def launch_bound(self) -> bool:
-        """Whether the device waits for Python between kernels, and so the stages' times hold waiting too."""
-        return self.device != "cpu" and self.launch_ms > _IDLE * self.eager_ms
+        """Whether the device waits for Python between kernels, so that the stages' times include waiting."""
+        return self.device != "cpu" and self.launch_ms > _LAUNCH_BOUND * self.eager_ms
 
 
 @dataclass
-class _Runs:
-    """One batch, run again and again. Times in milliseconds."""
+class _BatchTimer:
+    """Runs one batch repeatedly and keeps the times, in milliseconds."""
 
-    stepper: Runner
+    runner: Runner
     device: torch.device
     prompts: Sequence[NDArray[np.int32]]
     slots: Sequence[int | None]
@@ -80,119 +88,122 @@ class _Runs:
     served: list[float] = field(default_factory=list)
     eager: list[float] = field(default_factory=list)
     launching: list[float] = field(default_factory=list)
-    _stages: list[dict[str, list[float]]] = field(default_factory=list)
+    stages: list[dict[str, list[float]]] = field(default_factory=list)
 
-    def warm(self) -> None:
-        running = self.stepper.launch(self.prompts, self.slots)
+    def warm_up(self) -> None:
+        running = self.runner.launch(self.prompts, self.slots)
         running.wait()
         self.backend = running.backend
 
     def time(self) -> None:
-        """Once as it is served, once kernel by kernel, once with marks."""
-        clock = Clock(self.device)
-        served = self.stepper.launch(self.prompts, self.slots)
+        """Run the batch as it is served, then kernel by kernel, then with a clock at each stage."""
+        clock = StageClock(self.device)
+        served = self.runner.launch(self.prompts, self.slots)
         served.wait()
-        eager = self.stepper.launch(self.prompts, self.slots, ignore_stage)  # any mark keeps CUDA graphs out of it
+        eager = self.runner.launch(self.prompts, self.slots, ignore_stage)  # a callback rules out CUDA graphs
         eager.wait()
-        self.stepper.launch(self.prompts, self.slots, clock.mark).wait()
+        self.runner.launch(self.prompts, self.slots, clock.record).wait()
         self.served.append(served.device_s() * 1e3)
         self.eager.append(eager.device_s() * 1e3)
         self.launching.append(eager.took_s * 1e3)
-        self._stages.append(clock.read())
+        self.stages.append(clock.times_ms())
 
-    def calls(self) -> dict[str, int]:
-        """How often each stage ran."""
-        return {name: len(times) for name, times in self._stages[0].items()}
-
-    def stages(self) -> dict[str, float]:
-        """Each stage's time: the median of each call, all calls added up."""
+    def stage_ms(self) -> dict[str, float]:
+        """Sum the calls of each stage, each call the median of all runs."""
         return {
-            name: sum(map(median, zip(*(one[name] for one in self._stages), strict=True))) for name in self._stages[0]
+            name: sum(map(median, zip(*(run[name] for run in self.stages), strict=True))) for name in self.stages[0]
         }
 
 
 def profile(config: EngineConfig, adapters: Sequence[AdapterRef], lengths: Sequence[int], repeats: int = 5) -> Profile:
-    """Time one batch of prompts of these lengths, which take the adapters in turn.
+    """Time one batch of prompts of these lengths; prompt i uses adapter i modulo their number.
 
     Raises:
         ModelError: the model folder cannot be served.
-        InvalidAdapter, AdapterNotFound: an adapter cannot.
-        ValueError: the batch is larger than the settings or the model allow.
+        InvalidAdapter, AdapterNotFound: an adapter cannot be served.
+        ValueError: the batch exceeds a limit of the settings or the model.
     """
     if not lengths or min(lengths) < 1:
         raise ValueError("expected at least one prompt, of at least one token")
-    _fits("prompts (max_batch_requests)", len(lengths), config.max_batch_requests)
-    _fits("tokens (max_batch_tokens)", sum(lengths), config.max_batch_tokens)
-    _fits("adapters (slots)", len(set(adapters)), config.slots)
-    engine = Engine(config)
-    try:
-        _fits("tokens a prompt (the model's own limit, or max_model_len)", max(lengths), engine.limits.max_model_len)
-        engine.start()
-        for adapter in adapters:
-            engine.load(adapter)
-    finally:
-        engine.stop()
+    _check_limit("prompts (max_batch_requests)", len(lengths), config.max_batch_requests)
+    _check_limit("tokens (max_batch_tokens)", sum(lengths), config.max_batch_tokens)
+    _check_limit("adapters (slots)", len(set(adapters)), config.slots)
+    engine = _loaded_engine(config, adapters, max(lengths))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, engine.limits.vocab, length, dtype=np.int32) for length in lengths]
-    taken = [engine.slot_of(adapter) for adapter in adapters] or [None]
-    slots = [taken[i % len(taken)] for i in range(len(lengths))]
-    base = _Runs(engine.stepper, engine.device, prompts, [None] * len(prompts))
-    lora = _Runs(engine.stepper, engine.device, prompts, slots) if adapters else base
-    _run([base, lora] if adapters else [base], repeats)
+    used = [engine.slot_of(adapter) for adapter in adapters] or [None]
+    slots = [used[i % len(used)] for i in range(len(lengths))]
+    base = _BatchTimer(engine.stepper, engine.device, prompts, [None] * len(prompts))
+    lora = _BatchTimer(engine.stepper, engine.device, prompts, slots) if adapters else base
+    _time([base, lora] if adapters else [base], repeats)
     size = torch.empty((), dtype=engine.dtype).element_size()
-    adapted = _adapted(engine, lengths, slots)
-    batch = BatchShape(lengths, engine.pools_last, size, adapted, merged=lora.backend == "merged")
-    ceilings = measure(engine.device, engine.dtype)
+    shares = _shares(engine, lengths, slots)
+    batch = BatchShape(lengths, engine.pools_last, size, shares, merged=lora.backend == "merged")
+    ceilings = measure_ceilings(engine.device, engine.dtype)
     return Profile(
-        sum(lengths), len(lengths), len(adapted), lora.backend, _stages(engine, batch, base, lora, ceilings),
+        sum(lengths), len(lengths), len(shares), lora.backend, _stages(engine, batch, base, lora, ceilings),
         median(base.served), median(lora.served), median(lora.eager), median(lora.launching), ceilings,
         torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu",
     )  # fmt: skip
 
 
-def _fits(what: str, got: int, most: int) -> None:
-    if got > most:
-        raise ValueError(f"expected at most {most} {what}, got {got}")
+def _check_limit(noun: str, count: int, limit: int) -> None:
+    if count > limit:
+        raise ValueError(f"expected at most {limit} {noun}, got {count}")
 
 
-def _adapted(engine: Engine, lengths: Sequence[int], slots: Sequence[int | None]) -> list[AdapterShare]:
-    found = []
+def _loaded_engine(config: EngineConfig, adapters: Sequence[AdapterRef], longest: int) -> Engine:
+    """Return an engine that holds the adapters and whose threads have ended, so that nothing else runs."""
+    engine = Engine(config)
+    try:
+        _check_limit("tokens a prompt (max_model_len, or the model's own limit)", longest, engine.limits.max_model_len)
+        engine.start()
+        for adapter in adapters:
+            engine.load(adapter)
+    finally:
+        engine.stop()
+    return engine
+
+
+def _shares(engine: Engine, lengths: Sequence[int], slots: Sequence[int | None]) -> list[AdapterShare]:
+    shares = []
     for slot in dict.fromkeys(slots):
         if slot is not None:
-            own = [length for length, taken in zip(lengths, slots, strict=True) if taken == slot]
-            found.append(AdapterShare(sum(own), len(own), engine.ranks_in(slot)))
-    return found
+            own = [length for length, used in zip(lengths, slots, strict=True) if used == slot]
+            shares.append(AdapterShare(sum(own), len(own), engine.ranks_in(slot)))
+    return shares
 
 
-def _run(batches: Sequence[_Runs], repeats: int) -> None:
-    """In turns, so that a machine that slows down does so for each."""
-    for _ in range(_WARM):
+def _time(batches: Sequence[_BatchTimer], repeats: int) -> None:
+    """Time the batches in turns, so that a machine that slows down affects each of them."""
+    for _ in range(_WARMUPS):
         for batch in batches:
-            batch.warm()
+            batch.warm_up()
     for _ in range(repeats):
         for batch in batches:
             batch.time()
 
 
-def _stages(engine: Engine, batch: BatchShape, base: _Runs, lora: _Runs, ceilings: Ceilings) -> tuple[Stage, ...]:
-    """Every stage that the model marked; one without a floor would be a KeyError."""
-    floors, more = costs(engine.architecture, batch), lora_costs(engine.architecture, batch)
-    calls, with_lora, stages = base.calls(), lora.stages(), []
-    for name, ms in base.stages().items():
-        together = floors[name] + more.get(name, Cost())
-        floor_s = floors[name].floor_s(ceilings)
+def _stages(
+    engine: Engine, batch: BatchShape, base: _BatchTimer, lora: _BatchTimer, ceilings: Ceilings
+) -> tuple[Stage, ...]:
+    base_floors, lora_floors = base_costs(engine.architecture, batch), lora_costs(engine.architecture, batch)
+    with_lora, stages = lora.stage_ms(), []
+    for name, ms in base.stage_ms().items():
+        together = base_floors[name] + lora_floors.get(name, Cost())
+        floor_s = base_floors[name].floor_s(ceilings)
         added_s = together.floor_s(ceilings) - floor_s
-        bound = together.bound(ceilings)
-        stages.append(Stage(name, calls[name], ms, floor_s * 1e3, bound, with_lora[name] - ms, added_s * 1e3))
+        calls, bound = len(base.stages[0][name]), together.bound(ceilings)
+        stages.append(Stage(name, calls, ms, floor_s * 1e3, bound, with_lora[name] - ms, added_s * 1e3))
     return tuple(stages)
 
 
-def measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """What this device does with the better of some large matrix products, and with a large copy."""
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Measure the best rate of some large matrix products, and the rate of a large copy."""
     rates = []
-    for rows, deep, columns in _PRODUCTS[device.type]:
-        a, b = torch.randn(rows, deep, device=device).to(dtype), torch.randn(columns, deep, device=device).to(dtype)
-        rates.append(2.0 * rows * deep * columns / seconds(partial(functional.linear, a, b), device))
+    for rows, depth, columns in _PRODUCTS[device.type]:
+        a, b = torch.randn(rows, depth, device=device).to(dtype), torch.randn(columns, depth, device=device).to(dtype)
+        rates.append(2.0 * rows * depth * columns / median_s(partial(functional.linear, a, b), device))
     source = torch.empty(_COPIED_BYTES[device.type], dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
-    return Ceilings(max(rates), 2.0 * source.numel() / seconds(lambda: target.copy_(source), device))
+    return Ceilings(max(rates), 2.0 * source.numel() / median_s(lambda: target.copy_(source), device))

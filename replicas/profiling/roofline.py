@@ -1,9 +1,9 @@
-"""What each stage of a forward must at least do, in operations and in bytes of device memory. Pure arithmetic.
+"""Roofline model: the fewest operations and bytes of device memory that each stage of a forward pass needs.
 
-Letters: T tokens, H hidden width, r rank. A stage's floor assumes that it reads its input and its weights once, writes
-its output once, and does nothing else: norms in one pass, q/k-norm and rotation inside the qkv product, SiLU inside the
-gate_up product, LoRA on the way. So it holds however the stage is cut into kernels. What a small batch keeps in the L2
-cache may be read faster than from memory: such a stage can be below its floor.
+A stage's floor assumes that the stage reads its input and its weights once and writes its output once. It counts norms
+as one pass, q/k norms and rotation as part of the qkv product, SiLU as part of the gate_up product, and LoRA as part of
+its stage, so the floor is the same for any division into kernels. A stage of a small batch can be faster than its
+floor, because it may read from the L2 cache instead of memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,13 @@ from ranklet.replicas.model.architecture import Architecture
 from ranklet.replicas.model.modules import EMBED_TOKENS, EMBEDDING, Module
 
 STAGES = ("embed", "norm", "qkv", "attention", "o", "gate_up", "down", "pool")
-_RESIDUAL_BYTES = 4  # an element of the residual stream
+_RESIDUAL_BYTES = 4  # of one element
 _STAGE_OF = {module: stage for stage, modules in PACKS.items() for module in modules} | {EMBED_TOKENS: "embed"}
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Operations and bytes."""
+    """The operations of a stage and the bytes that it reads and writes."""
 
     operations: float = 0.0
     bytes: float = 0.0
@@ -29,18 +29,18 @@ class Cost:
         return Cost(self.operations + other.operations, self.bytes + other.bytes)
 
     def floor_s(self, ceilings: "Ceilings") -> float:
-        """The least time it takes: whichever of the two ceilings is lower."""
+        """Return the least time that both ceilings allow."""
         return max(self.operations / ceilings.operations_per_s, self.bytes / ceilings.bytes_per_s)
 
     def bound(self, ceilings: "Ceilings") -> str:
-        """Which ceiling that is."""
+        """Return the ceiling that sets the floor: "compute" or "memory"."""
         compute = self.operations / ceilings.operations_per_s >= self.bytes / ceilings.bytes_per_s
         return "compute" if compute else "memory"
 
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What a device was seen to do: a large matrix product, and a large copy (bytes read and written)."""
+    """The measured rates of a device: of a large matrix product, and of a large copy (bytes read and written)."""
 
     operations_per_s: float
     bytes_per_s: float
@@ -48,31 +48,31 @@ class Ceilings:
 
 @dataclass(frozen=True, slots=True)
 class AdapterShare:
-    """One adapter's part of a batch."""
+    """The part of a batch that uses one adapter."""
 
     tokens: int
     prompts: int
-    ranks: Mapping[Module, int]  # of each module of each layer that it targets
+    ranks: Mapping[Module, int]  # LoRA rank of each targeted module
 
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """One batch."""
+    """The dimensions of a batch that determine its cost."""
 
     lengths: Sequence[int]
-    last_only: bool  # pooling reads last tokens alone, so the last layer computes no others
+    last_only: bool  # pooling reads only last tokens, so the last layer computes no others
     element_bytes: int
-    adapted: Sequence[AdapterShare] = ()
-    merged: bool = False  # LoRA is added to weights, not to rows
+    shares: Sequence[AdapterShare] = ()
+    merged: bool = False  # LoRA is added to the weights instead of the rows
 
 
-def costs(architecture: Architecture, batch: BatchShape) -> dict[str, Cost]:
-    """Each stage's cost without LoRA, all layers together."""
+def base_costs(architecture: Architecture, batch: BatchShape) -> dict[str, Cost]:
+    """Return the cost of each stage without LoRA, summed over all layers."""
     tokens, hidden, size = sum(batch.lengths), architecture.hidden, batch.element_bytes
     rows = [tokens] * (architecture.layers - 1) + [len(batch.lengths) if batch.last_only else tokens]
     found = dict.fromkeys(STAGES, Cost())
     found["embed"] = Cost(bytes=tokens * hidden * (size + _RESIDUAL_BYTES))
-    found["norm"] = Cost(bytes=tokens * hidden * (_RESIDUAL_BYTES + size))  # the first; the others also add
+    found["norm"] = Cost(bytes=tokens * hidden * (_RESIDUAL_BYTES + size))  # the first norm; later ones also add
     for layer, kept in enumerate(rows):
         adds = 2 if layer + 1 < architecture.layers else 1
         found["norm"] += Cost(bytes=adds * kept * hidden * (2 * _RESIDUAL_BYTES + 2 * size))
@@ -103,40 +103,43 @@ def _attention(
 
 
 def _pairs(length: int, window: int | None, *, last: bool) -> int:
-    """How many keys the queries of one prompt see, added up; of its last query alone if `last`."""
+    """Return the number of (query, key) pairs of one prompt, only those of its last query if `last`."""
     most = min(length, window or length)
     return most if last else most * (most + 1) // 2 + (length - most) * most
 
 
 def lora_costs(architecture: Architecture, batch: BatchShape) -> dict[str, Cost]:
-    """What LoRA adds to each stage that has any: B (A x) of every row, each adapter's A and B read once.
+    """Return the cost that LoRA adds to each stage with an adapted module.
 
-    Merged, it is B A instead, and the sum with W written and read again. Either is what that backend cannot do without:
-    they round differently, so neither may stand in for the other.
+    Unmerged, LoRA computes B (A x) for every row and reads each adapter's A and B once. Merged, it computes B A, writes
+    the sum with W and reads it again. The two round differently, so each backend has its own floor.
     """
     found: dict[str, Cost] = {}
-    for part in batch.adapted:
-        for (layer, module), rank in part.ranks.items():
+    for share in batch.shares:
+        for (layer, module), rank in share.ranks.items():
             stage = _STAGE_OF[module]
             narrow = batch.last_only and layer + 1 == architecture.layers and stage != "qkv"
-            rows = part.prompts if narrow else part.tokens
+            rows = share.prompts if narrow else share.tokens
             if layer == EMBEDDING:
-                cost = _lookup(architecture.hidden, rank, rows)
+                cost = _embedding_lora(architecture.hidden, rank, rows)
+            elif batch.merged and not narrow:
+                cost = _merged_lora(*architecture.module_dims()[module], rank)
             else:
-                cost = _adapted(
-                    *architecture.module_dims()[module], rank, None if batch.merged and not narrow else rows
-                )
+                cost = _linear_lora(*architecture.module_dims()[module], rank, rows)
             found[stage] = found.get(stage, Cost()) + Cost(cost.operations, cost.bytes * batch.element_bytes)
     return found
 
 
-def _lookup(hidden: int, rank: int, rows: int) -> Cost:
-    """A token's column of A, times B; bytes as elements."""
+# The costs below count bytes as elements.
+
+
+def _embedding_lora(hidden: int, rank: int, rows: int) -> Cost:
     return Cost(2.0 * rows * rank * hidden, rank * (rows + hidden))
 
 
-def _adapted(wide: int, out: int, rank: int, rows: int | None) -> Cost:
-    """LoRA of one linear module on so many rows, or merged into its weight; bytes as elements."""
-    if rows is None:
-        return Cost(2.0 * rank * wide * out, rank * (wide + out) + 2 * wide * out)
+def _linear_lora(wide: int, out: int, rank: int, rows: int) -> Cost:
     return Cost(2.0 * rows * rank * (wide + out), rank * (wide + out))
+
+
+def _merged_lora(wide: int, out: int, rank: int) -> Cost:
+    return Cost(2.0 * rank * wide * out, rank * (wide + out) + 2 * wide * out)

@@ -1,4 +1,4 @@
-"""Settings out of range are refused where they are made, by name."""
+"""Engine settings that are out of range are refused by name."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from ranklet.replicas.config import EngineConfig
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "message"),
     [
         ({"slots": 0}, "slots: expected at least 1, got 0"),
         ({"max_rank": -1}, "max_rank"),
@@ -25,13 +25,13 @@ from ranklet.replicas.config import EngineConfig
         ({"lora_modules": ("q_proj", "lm_head")}, "lm_head"),
     ],
 )
-def test_out_of_range(fields: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError) as refused:  # noqa: PT011 - the message is looked at below
+def test_a_field_out_of_range_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 - the message is checked below
         EngineConfig(Path("model"), **fields)
-    assert says in str(refused.value)
+    assert message in str(refused.value)
 
 
-def test_a_path_may_be_a_string_as_yaml_has_it() -> None:
+def test_model_dir_may_be_a_string() -> None:
     assert EngineConfig("model").model_dir == Path("model")  # type: ignore[arg-type]
 
 
