@@ -13,9 +13,14 @@ _WIDENED_ROWS = 8192  # with more, twice the bytes between two steps are too man
 
 
 def base(
-    x: Tensor, weight: Tensor, bias: Tensor | None, rotary: Rotary | None = None, *, out: Tensor | None = None
+    x: Tensor,  # [T, K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    rotary: Rotary | None = None,
+    *,
+    out: Tensor | None = None,  # [T, N]
 ) -> Tensor:
-    """The product without LoRA, then `rotary` if given: x [T, K], weight [N, K] -> [T, N]."""
+    """Compute `W x[t] + bias`, then `rotary` if given. Returns `out`, or a new tensor [T, N]."""
     if out is None:
         out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     if x.shape[0] == 0:
@@ -35,15 +40,19 @@ def base(
 
 
 def may_widen(x: Tensor) -> bool:
-    """Whether a product should stay float32 for what follows it, rather than be rounded twice.
+    """Return whether a product stays float32 for the step that follows it, instead of being rounded twice.
 
-    The products that do the next step too round once. Small batches, which they are not for, must round as often, or a
-    prompt would get another vector alone than among many: at 28 layers with a cosine down to 0.9998.
+    Large batches use products that include the next step and so round once. Small batches must round as often, or a
+    prompt would get another vector alone than among many: after 28 layers, with a cosine down to 0.9998.
     """
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.shape[0] <= _WIDENED_ROWS
 
 
-def widened(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The product without LoRA in float32: x [T, K], weight [N, K] -> [T, N]."""
+def widened(
+    x: Tensor,  # [T, K], 16 bits on CUDA
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None = None,  # [N]
+) -> Tensor:
+    """Compute `W x[t] + bias` in float32 [T, N]."""
     wide = torch.mm(x, weight.t(), out_dtype=torch.float32)
     return wide if bias is None else wide.add_(bias)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ranklet.kernels.crossover import Surface
 
-# Of a Hopper card; choices depend on their ratios alone, which change little from one data-centre GPU to the next.
+# Of a Hopper GPU. Choices depend only on ratios, which differ little between data-centre GPUs.
 _BYTES_PER_S = 4e12
 _FLOPS = 6.5e14
 _LAUNCH_S = 6e-6
@@ -18,16 +18,22 @@ _FUSED_LOSS = 0.1  # how much slower than cuBLAS the fused product is
 
 @dataclass(frozen=True, slots=True)
 class LoraLayer:
-    """A decoder layer as the choice of a backend sees it."""
+    """The properties of a decoder layer that the choice of a backend depends on.
 
-    projections: tuple[tuple[int, tuple[int, ...]], ...]  # input width and slices' output widths of each with LoRA
-    rank: int  # of the pool
+    Attributes:
+        projections: input width and output widths of the slices, for each projection with LoRA.
+        rank: of the adapter pool.
+        measured: times on this GPU; None if there are no measurements that fit.
+    """
+
+    projections: tuple[tuple[int, tuple[int, ...]], ...]
+    rank: int
     cuda: bool
     measured: Surface | None = None
 
 
 def estimate_s(rows: Sequence[int], layer: LoraLayer) -> dict[str, float]:
-    """Estimated seconds by backend for one layer's LoRA, given the rows of each adapter."""
+    """Estimate the seconds that each backend needs for one layer, given the rows of each adapter."""
     costs = dict.fromkeys(("native", "csgmv", "merged"), 0.0)
     for wide, widths in layer.projections:
         out, slices, total = sum(widths), len(widths), sum(rows)

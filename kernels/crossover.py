@@ -1,4 +1,4 @@
-"""What each backend took on batches of one GPU, as the tuner measured it, for `dispatch` to choose by."""
+"""Times of each LoRA backend on one GPU, measured by the tuner. `dispatch` chooses backends by them."""
 
 import json
 import math
@@ -19,25 +19,29 @@ K = TypeVar("K")
 
 @dataclass(frozen=True, slots=True)
 class Crossover:
-    """One batch, its rows shared evenly among its adapters, through the LoRA projections of one decoder layer.
+    """Times of one batch through the LoRA projections of one decoder layer. Adapters share its rows evenly.
 
-    `ms` is wall time by backend ("base": without LoRA), launched eagerly and back to back, so that the CPU's share
-    shows where it is the larger.
+    Attributes:
+        rank: of every adapter. The pool's rank is a multiple of 16.
+        hidden: input width of the model's qkv.
+        scope: "attention" is qkv and o; "layer" adds gate_up and down.
+        ms: wall time by backend; "base" is without LoRA. Calls run back to back without CUDA graphs, so that the time
+            is the CPU's where launching takes longer than computing.
     """
 
     rows: int
     adapters: int
-    rank: int  # of every adapter; the pool's is this padded to 16
-    hidden: int  # input width of the model's qkv
-    scope: Scope  # attention: qkv and o; layer: gate_up and down too
+    rank: int
+    hidden: int
+    scope: Scope
     ms: Mapping[str, float]
 
 
-_ALIKE = 0.7  # natural logarithm: widths within a factor of two belong to the same measurements
+_ALIKE = 0.7  # natural logarithm: about a factor of two
 
 
 class Surface:
-    """Milliseconds by backend of one kind of layer, between the measured batches by straight lines in logarithms."""
+    """Times by backend for one kind of layer, interpolated linearly in logarithms between measured batches."""
 
     def __init__(self, measured: Iterable[Crossover]) -> None:
         points: dict[int, dict[int, dict[int, Mapping[str, float]]]] = {}
@@ -47,10 +51,10 @@ class Surface:
                          for rank, found in sorted(points.items())]  # fmt: skip
 
     def ms(self, rows: int, adapters: int, rank: int) -> dict[str, float]:
-        """What each backend should take; outside of what was measured, as at its edge.
+        """Return the expected milliseconds of each backend. Beyond the measured range, the nearest edge applies.
 
         Args:
-            rank: the pool's.
+            rank: of the pool.
         """
         return _between(
             rank, self._by_rank, lambda ns: _between(adapters, ns, lambda found: _between(rows, found, dict))
@@ -58,7 +62,6 @@ class Surface:
 
 
 def _between(at: float, known: Sequence[tuple[int, K]], value: Callable[[K], dict[str, float]]) -> dict[str, float]:
-    """Values at `at` from the known ones on both sides of it, sorted by their places."""
     above = bisect(known, at, key=lambda pair: pair[0])
     if above in (0, len(known)):
         return value(known[max(0, above - 1)][1])
@@ -69,10 +72,10 @@ def _between(at: float, known: Sequence[tuple[int, K]], value: Callable[[K], dic
 
 
 def surface(measured: Iterable[Crossover], scope: Scope, hidden: int) -> Surface | None:
-    """What was measured of layers like this one, None if nothing was.
+    """Return the measurements that fit a layer, None if there are none.
 
     Args:
-        hidden: input width of the layer's qkv; those within a factor of two count as alike, the nearest are taken.
+        hidden: input width of the layer's qkv. Measurements of the nearest width within a factor of two are used.
     """
     alike = [one for one in measured if one.scope == scope and abs(math.log(one.hidden / hidden)) < _ALIKE]
     if not alike:
@@ -83,23 +86,24 @@ def surface(measured: Iterable[Crossover], scope: Scope, hidden: int) -> Surface
 
 @cache
 def crossovers(device_index: int | None) -> tuple[Crossover, ...]:
-    """All that was measured on a CUDA device; empty if nothing was, or for None (the CPU)."""
+    """Return the measurements of a CUDA device. Empty if it was not measured, and for None (the CPU)."""
     if device_index is None:
         return ()
     path = path_for(torch.cuda.get_device_name(device_index))
     if not path.is_file():
         return ()
-    return tuple(_parse(entry) for entry in json.loads(path.read_text()).get("crossovers", ()))
+    return tuple(from_entry(entry) for entry in json.loads(path.read_text()).get("crossovers", ()))
 
 
-def _parse(entry: Mapping[str, Any]) -> Crossover:
+def from_entry(entry: Mapping[str, Any]) -> Crossover:
+    """Read an entry of a table file."""
     return Crossover(
         entry["rows"], entry["adapters"], entry["rank"], entry["hidden"], entry["scope"], dict(entry["ms"])
     )
 
 
-def entry_of(crossover: Crossover) -> dict[str, Any]:
-    """A crossover as a table holds it."""
+def to_entry(crossover: Crossover) -> dict[str, Any]:
+    """Return a crossover as an entry of a table file."""
     return {
         "rows": crossover.rows, "adapters": crossover.adapters, "rank": crossover.rank, "hidden": crossover.hidden,
         "scope": crossover.scope, "ms": {name: round(ms, 5) for name, ms in crossover.ms.items()},

@@ -1,9 +1,10 @@
-"""The base product with LoRA in its accumulator: y is written once, and rounded once.
+"""The base product with LoRA in its accumulator: y is written once and rounded once.
 
-A block of rows may belong to several adapters: after the base product each adds its own, the rows of others masked. It
-pays on Hopper and later, where a pass over y costs more than a base product somewhat slower than cuBLAS's. For the same
-reason queries and keys may be normed and rotated here, with LoRA or without. Letters as in `stack.py`, T rows. After
-Triton's persistent matmul tutorial.
+A block of rows may belong to several adapters. After the base product, each adapter adds its part with the rows of the
+others masked. That pays on Hopper and later, where a pass over y costs more than a base product somewhat slower than
+cuBLAS's. For the same reason, queries and keys may be normalized and rotated here, with LoRA or without.
+
+Letters as in `stack.py`; T rows (tokens) of the batch. After Triton's persistent matmul tutorial.
 """
 
 from collections.abc import Sequence
@@ -15,14 +16,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ranklet.kernels.batch import BLOCK_ROWS, Tiles
+from ranklet.kernels import tiles as tuned
 from ranklet.kernels.launch import is_hopper, processors_of
 from ranklet.kernels.rotary import Rotary
+from ranklet.kernels.row_tiles import BLOCK_ROWS, RowTiles
 from ranklet.kernels.stack import LinearStack
-from ranklet.kernels.tiles import FusedTile, TileKey, table
+from ranklet.kernels.tiles import FusedTile, TileKey
 
 _LORA_STAGES = 2
-_LEAST_ROWS = 1024  # up to so many, cuBLAS splits K and this does not
+LEAST_ROWS = 1024  # with fewer, cuBLAS is faster: it splits K and this kernel does not
 _MOST_STEPS = 0.75  # of the base product's steps over K: with more for LoRA, a pass of its own is cheaper
 
 
@@ -31,7 +33,7 @@ def _store_head(
     head, y_tma, y, first, start, end, rows, y_stride, weight, c, s, eps,
     HALF: tl.constexpr, NORM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """A query or key head [BLOCK_M, 2 * HALF], normed and rotated, into y's columns from `first` on."""
+    # Normalizes and rotates a query or key head [BLOCK_M, 2 * HALF] and stores it in y's columns from `first` on.
     low, high = tl.split(tl.permute(tl.reshape(head, (BLOCK_M, 2, HALF)), (0, 2, 1)))
     columns = tl.arange(0, HALF)
     if NORM:
@@ -53,7 +55,7 @@ def _store_head(
     do_not_specialize=["count", "begin", "end"],
     do_not_specialize_on_alignment=["runs", "blocks", "begin", "end", "positions"],
 )
-def _gemm_kernel(
+def gemm_kernel(
     x_tma, w_tma, b_tma, y_tma, y_half_tma, h, y, bias, runs, blocks, count, begin, end, N, y_stride, h_stride,
     q_weight, k_weight, cos, sin, positions, eps,
     K: tl.constexpr, R: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -122,36 +124,43 @@ def _gemm_kernel(
 
 
 def gemm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, y: Tensor, stack: LinearStack, tiles: Tiles,
-    tile: FusedTile, rotary: Rotary | None = None, *, chained: bool = False,
-) -> None:  # fmt: skip
-    """Write base product and adapters' output of the tiles' rows, in one accumulator with one rounding.
+    x: Tensor,  # [T, K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    h: Tensor,  # [1, T, slices * R] in the dtype of `x`, as `shrink` wrote it
+    y: Tensor,  # [T, N]
+    stack: LinearStack,
+    tiles: RowTiles,
+    tile: FusedTile,
+    rotary: Rotary | None = None,
+    *,
+    chained: bool = False,
+) -> None:
+    """Compute base product and LoRA of the tiles' rows in one accumulator. Overwrites these rows of `y`.
 
-    Semantics: `y[t] = W x[t] + bias + B[slot(t)] h[t, slice]`.
+    Semantics: `y[t] = rotary(W x[t] + bias + B[slot(t)] h[t])`, rounded once. Requires `can_fuse`.
 
     Args:
-        x: [T, K]; weight: [N, K]; bias: [N] or None; h: [1, T, slices * R] in x's dtype.
-        y: [T, N]. Rows of no tile are left alone.
-        rotary: what becomes of queries and keys on the way (`can_rotate`); y is a packed projection then.
-        chained: `h` comes from a chained `shrink` right before.
+        rotary: for packed queries, keys and values; requires `can_rotate`.
+        chained: whether a `shrink` with `chained` right before this launch writes `h`.
     """
-    assert tiles.device is not None
+    assert tiles.on_device is not None
     b_tma = TensorDescriptor.from_tensor(stack.b, [1, tile.block_n, stack.rank])
-    lora = _Lora(b_tma, h, *tiles.device[1:], stack.rank)
+    lora = _Lora(b_tma, h, *tiles.on_device[1:], stack.rank)
     widths = (*stack.widths, weight.shape[0])[:2]
     _launch(x, weight, bias, y, tile, (len(tiles.blocks), *tiles.rows), widths, rotary, lora, chained=chained)
 
 
-def rotated(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, rotary: Rotary) -> None:
-    """Write the product of the packed queries, keys and values, queries and keys normed and rotated.
+def rotated(
+    x: Tensor,  # [T, K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    y: Tensor,  # [T, N]
+    rotary: Rotary,
+) -> None:
+    """Compute packed queries, keys and values without LoRA. Overwrites `y`.
 
     Semantics: `y[t] = rotary(W x[t] + bias)`, rounded once. Requires `can_rotate_base`.
-
-    Args:
-        x: [T, K]
-        weight: [N, K]
-        bias: [N] or None
-        y: [T, N], overwritten
     """
     rows = x.shape[0]
     blocks = triton.cdiv(rows, BLOCK_ROWS)
@@ -170,7 +179,7 @@ def _launch(
     x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, tile: FusedTile, blocks_and_rows: tuple[int, int, int],
     widths: Sequence[int], rotary: Rotary | None, lora: _Lora | None, *, chained: bool = False,
 ) -> None:  # fmt: skip
-    """What is not there is stood in for by some tensor: the kernel does not touch it."""
+    # In place of what is absent, any tensor is passed: the kernel does not read it.
     block_n, programs = tile.block_n, processors_of(x.device)
     w_tma = TensorDescriptor.from_tensor(weight, [block_n, tile.block_k])
     y_tma = TensorDescriptor.from_tensor(y, [BLOCK_ROWS, block_n // tile.halves])
@@ -179,7 +188,7 @@ def _launch(
     if rotary is not None:
         half, y_half_tma = rotary.half, TensorDescriptor.from_tensor(y, [BLOCK_ROWS, rotary.half])
         turn = (*(rotary.norms or (x, x)), rotary.cos, rotary.sin, rotary.positions, rotary.eps)
-    _gemm_kernel[(min(programs, blocks_and_rows[0] * triton.cdiv(weight.shape[0], block_n)),)](
+    gemm_kernel[(min(programs, blocks_and_rows[0] * triton.cdiv(weight.shape[0], block_n)),)](
         TensorDescriptor.from_tensor(x, [BLOCK_ROWS, tile.block_k]), w_tma, b_tma, y_tma, y_half_tma, h, y,
         weight if bias is None else bias, runs, blocks, *blocks_and_rows, weight.shape[0], y.stride(0), h.stride(-2),
         *turn, K=x.shape[1], R=rank, W0=widths[0], W1=widths[1], PROGRAMS=programs, BLOCK_M=BLOCK_ROWS,
@@ -189,8 +198,11 @@ def _launch(
     )  # fmt: skip
 
 
-def can_fuse(x: Tensor, stack: LinearStack, tiles: Tiles, tile: FusedTile) -> bool:
-    """Whether `gemm` takes this: Hopper or later, 16 bits, slices of whole blocks, many rows, not too many adapters."""
+def can_fuse(x: Tensor, stack: LinearStack, tiles: RowTiles, tile: FusedTile) -> bool:
+    """Return whether `gemm` supports these tensors and gains by it.
+
+    It needs Hopper or later, 16 bits, many rows, slices of whole blocks, and few adapters per block.
+    """
     steps = len(tiles.runs) + len(tiles.blocks) - 1  # at most: a run adds one to each block it touches
     if steps * stack.rank > _MOST_STEPS * x.shape[1] * len(tiles.blocks) or stack.rank not in (16, 32, 64, 128):
         return False
@@ -200,7 +212,7 @@ def can_fuse(x: Tensor, stack: LinearStack, tiles: Tiles, tile: FusedTile) -> bo
 
 
 def can_rotate(tile: FusedTile, rotary: Rotary) -> bool:
-    """Whether a block of this tile holds one whole head or two, of 64 or 128 columns."""
+    """Return whether a block of this tile holds one or two whole heads of 64 or 128 columns."""
     if rotary.half not in (32, 64) or tile.block_n not in (2 * rotary.half, 4 * rotary.half):
         return False
     return not any(width % tile.block_n for width in rotary.widths)
@@ -215,9 +227,9 @@ def can_rotate_base(x: Tensor, weight: Tensor, rotary: Rotary) -> bool:
 
 
 def suits(x: Tensor, rows: int, tile: FusedTile) -> bool:
-    """What every product of this kind asks of x: many rows, 16 bits, whole steps over K, rows that TMA can read."""
+    """Return whether a persistent product supports `x`: many rows, 16 bits, whole steps over K, rows TMA can read."""
     return (
-        rows > _LEAST_ROWS
+        rows > LEAST_ROWS
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.shape[1] % tile.block_k == 0
         and x.stride(0) % 8 == 0
@@ -225,6 +237,6 @@ def suits(x: Tensor, rows: int, tile: FusedTile) -> bool:
 
 
 def _plain(x: Tensor, rotary: Rotary) -> FusedTile:
-    found = table(x.device.index).find(TileKey("rotated", x.shape[1], rotary.widths, 0, BLOCK_ROWS, x.shape[0]))
+    found = tuned.table(x.device.index).find(TileKey("rotated", x.shape[1], rotary.widths, 0, BLOCK_ROWS, x.shape[0]))
     assert isinstance(found, FusedTile)
     return found

@@ -1,7 +1,8 @@
-"""The MLP's first product and its activation in one: gate and up meet in registers, only `silu(gate) * up` is written.
+"""The MLP's first product and its activation in one kernel, which writes only `silu(gate) * up`.
 
-That saves writing both and reading them again, more than cuBLAS gains on a plain product. After Triton's persistent
-matmul tutorial. Letters: T rows, K input width, N width of gate and of up.
+Gate and up are not written and read again, which saves more than cuBLAS gains on a plain product.
+
+Letters: T rows (tokens), K input width, N width of gate and of up. After Triton's persistent matmul tutorial.
 """
 
 import torch
@@ -10,14 +11,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ranklet.kernels.batch import BLOCK_ROWS
+from ranklet.kernels import tiles as tuned
 from ranklet.kernels.fused_gemm import suits
 from ranklet.kernels.launch import is_hopper, processors_of
-from ranklet.kernels.tiles import FusedTile, TileKey, table
+from ranklet.kernels.row_tiles import BLOCK_ROWS
+from ranklet.kernels.tiles import FusedTile, TileKey
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _gated_kernel(
+def gated_kernel(
     x_tma, w_tma, y_tma, rows, N: tl.constexpr, K: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -38,21 +40,19 @@ def _gated_kernel(
         y_tma.store([start, first], (gate * tl.sigmoid(gate) * up).to(y_tma.dtype))
 
 
-def gated(x: Tensor, weight: Tensor) -> Tensor:
-    """Semantics: `silu(Wg x) * Wu x`, rounded once.
+def gated(
+    x: Tensor,  # [T, K], 16 bits
+    weight: Tensor,  # [2 N, K], gate first
+) -> Tensor:
+    """Compute the gated activation of an MLP. Returns a new tensor [T, N].
 
-    Args:
-        x: [T, K], 16 bits.
-        weight: [2 N, K], gate first.
-
-    Returns:
-        [T, N].
+    Semantics: `y[t] = silu(Wg x[t]) * Wu x[t]`, rounded once. Requires `can_gate`.
     """
     rows, wide = x.shape
     width, tile, programs = weight.shape[0] // 2, _tile(x, weight), processors_of(x.device)
     y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     pair = weight.view(2, width, wide)
-    _gated_kernel[(min(programs, triton.cdiv(rows, BLOCK_ROWS) * (width // tile.block_n)),)](
+    gated_kernel[(min(programs, triton.cdiv(rows, BLOCK_ROWS) * (width // tile.block_n)),)](
         TensorDescriptor.from_tensor(x, [BLOCK_ROWS, tile.block_k]),
         TensorDescriptor.from_tensor(pair, [2, tile.block_n, tile.block_k]),
         TensorDescriptor.from_tensor(y, [BLOCK_ROWS, tile.block_n]),
@@ -63,7 +63,10 @@ def gated(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def can_gate(x: Tensor, weight: Tensor) -> bool:
-    """Whether `gated` takes this and gains by it: Hopper or later, 16 bits, whole blocks, many rows."""
+    """Return whether `gated` supports these tensors and gains by it.
+
+    It needs Hopper or later, 16 bits, many rows, and whole blocks.
+    """
     if not is_hopper(x.device):
         return False
     tile = _tile(x, weight)
@@ -71,6 +74,8 @@ def can_gate(x: Tensor, weight: Tensor) -> bool:
 
 
 def _tile(x: Tensor, weight: Tensor) -> FusedTile:
-    found = table(x.device.index).find(TileKey("gated", x.shape[1], (weight.shape[0],), 0, BLOCK_ROWS, x.shape[0]))
+    found = tuned.table(x.device.index).find(
+        TileKey("gated", x.shape[1], (weight.shape[0],), 0, BLOCK_ROWS, x.shape[0])
+    )
     assert isinstance(found, FusedTile)
     return found

@@ -1,4 +1,4 @@
-"""Merged weights of the adapters that dominate traffic, kept from batch to batch within a byte budget."""
+"""Merged weights of adapters that dominate traffic, kept between batches within a byte budget."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,12 +9,14 @@ from torch import Tensor
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.stack import SlotMeta
 
-_NEGLIGIBLE = 0.01  # of a batch's LoRA rows: fewer are not counted, which keeps batches of many adapters cheap
+_NEGLIGIBLE = (
+    0.01  # of a batch's LoRA rows: smaller segments are not counted, which keeps batches of many adapters cheap
+)
 
 
 @dataclass(frozen=True, slots=True)
-class _Copy:
-    """One kept W'. It holds what it was made for, so that no other object can take on the same identity."""
+class _KeptMerge:
+    """One kept W'. References to weight and meta keep their identities from being reused by other objects."""
 
     weight: Tensor
     meta: SlotMeta
@@ -23,19 +25,19 @@ class _Copy:
 
 @dataclass(slots=True)
 class KeptMerges:
-    """Merged weights that outlive their batch, for slots with a large moving share of the LoRA rows. No locks.
+    """Merged weights of the slots with a large moving average share of the LoRA rows. Not thread-safe.
 
-    A slot starts to dominate at a share of `enter` and stops below `leave`. When the budget is full, a slot takes the
-    room of another whose share is smaller by the factor `displace`, the smallest first. A copy is served only to the
-    tenant it was made for: each load into a slot puts new `SlotMeta` objects there, and those are compared by identity.
+    A slot starts to dominate at a share of `enter` and stops below `leave`. When the budget is full, a slot evicts
+    merges of slots whose share is smaller by the factor `displace`, smallest share first. A merge is valid only for the
+    adapter it was made for: each load into a slot creates new `SlotMeta` objects, which are compared by identity.
 
     Attributes:
         max_bytes: the budget, never exceeded; 0 keeps nothing.
-        half_life_batches: after as many batches of others, a slot's share has halved.
-        held_bytes: what is kept now.
+        half_life_batches: after this many batches of other slots, a slot's share has halved.
+        held_bytes: size of the kept weights.
 
     Raises:
-        ValueError: numbers that make no sense together.
+        ValueError: a number is out of range.
     """
 
     max_bytes: int
@@ -46,7 +48,7 @@ class KeptMerges:
     held_bytes: int = field(init=False, default=0)
     _shares: dict[int, float] = field(init=False, default_factory=dict)
     _dominating: set[int] = field(init=False, default_factory=set)
-    _copies: dict[int, dict[int, _Copy]] = field(init=False, default_factory=dict)  # by slot, by id(weight)
+    _merges: dict[int, dict[int, _KeptMerge]] = field(init=False, default_factory=dict)  # by slot, by id(weight)
 
     def __post_init__(self) -> None:
         sound = self.max_bytes >= 0 and self.half_life_batches > 0 and self.displace >= 1
@@ -57,7 +59,7 @@ class KeptMerges:
             )
 
     def observe(self, batch: LoraBatch) -> None:
-        """Count a batch, whatever its backend; to be called once per batch, before its forward."""
+        """Count a batch, whatever its backend. Call it once per batch, before the forward pass."""
         if not self.max_bytes or not batch.lora_rows:
             return
         decay = 0.5 ** (1 / self.half_life_batches)
@@ -72,19 +74,18 @@ class KeptMerges:
         was = self._dominating
         self._dominating = {s for s, share in shares.items() if share >= (self.leave if s in was else self.enter)}
         for slot in was - self._dominating:
-            self._release(slot)
+            self._free(slot)
 
     def share(self, slot: int) -> float:
-        """The slot's moving share of the LoRA rows, 0 to 1."""
+        """Return the slot's moving average share of the LoRA rows, 0 to 1."""
         return self._shares.get(slot, 0.0)
 
     def dominates(self, slot: int) -> bool:
-        """Whether copies are kept for the slot as far as the budget goes."""
         return slot in self._dominating
 
     def find(self, slot: int, weight: Tensor, meta: SlotMeta) -> Tensor | None:
-        """The copy of `weight` merged for the slot's present tenant, None if there is none."""
-        copy = self._copies.get(slot, {}).get(id(weight))
+        """Return the kept merge of `weight` with the slot's current adapter, or None."""
+        copy = self._merges.get(slot, {}).get(id(weight))
         if copy is None:
             return None
         if copy.meta is not meta:
@@ -93,12 +94,12 @@ class KeptMerges:
         return copy.merged
 
     def add(self, slot: int, weight: Tensor, meta: SlotMeta, merge: Callable[[Tensor], None]) -> Tensor | None:
-        """Merge into a copy that is kept from now on; None if the slot does not dominate or there is no room.
+        """Merge into a new tensor and keep it. Returns None if the slot does not dominate or the budget is full.
 
         Args:
-            merge: writes W' into the empty tensor it is given, shape and dtype those of `weight`.
+            merge: writes W' to an empty tensor with shape and dtype of `weight`.
         """
-        if slot not in self._dominating or not self._make_room(slot, weight.nbytes):
+        if slot not in self._dominating or not self._evict_for(slot, weight.nbytes):
             return None
         try:
             merged = empty(weight)[0]
@@ -106,35 +107,35 @@ class KeptMerges:
             self.drop()
             return None
         merge(merged)
-        self._copies.setdefault(slot, {})[id(weight)] = _Copy(weight, meta, merged)
+        self._merges.setdefault(slot, {})[id(weight)] = _KeptMerge(weight, meta, merged)
         self.held_bytes += merged.nbytes
         return merged
 
     def forget(self, slot: int) -> None:
-        """The slot has another tenant: its copies and its share are void."""
-        self._release(slot)
+        """Free the slot's merges and reset its share: it holds another adapter."""
+        self._free(slot)
         self._shares.pop(slot, None)
         self._dominating.discard(slot)
 
     def drop(self) -> int:
-        """Free everything, for a device short of memory, and halve the budget, so that the shortage does not return.
+        """Free all merges and halve the budget, for a device that is out of memory.
 
         Returns:
-            The bytes freed; 0 means that trying the batch again is of no use.
+            The bytes freed. If 0, retrying the batch does not help.
         """
         freed, self.max_bytes = self.held_bytes, self.max_bytes // 2
         for slot in list(self._shares):
             self.forget(slot)
         return freed
 
-    def _release(self, slot: int) -> None:
-        self.held_bytes -= sum(copy.merged.nbytes for copy in self._copies.pop(slot, {}).values())
+    def _free(self, slot: int) -> None:
+        self.held_bytes -= sum(one.merged.nbytes for one in self._merges.pop(slot, {}).values())
 
-    def _make_room(self, slot: int, nbytes: int) -> bool:
-        """Evict what the slot displaces, as little as will do, and nothing at all if that is not enough."""
+    def _evict_for(self, slot: int, nbytes: int) -> bool:
+        """Evict no more than needed, and nothing if that is not enough."""
         excess, chosen = self.held_bytes + nbytes - self.max_bytes, []
         if excess > 0:
-            for copies, key in self._displaced_by(slot):
+            for copies, key in self._evictable_by(slot):
                 chosen.append((copies, key))
                 excess -= copies[key].merged.nbytes
                 if excess <= 0:
@@ -145,13 +146,13 @@ class KeptMerges:
             self.held_bytes -= copies.pop(key).merged.nbytes
         return True
 
-    def _displaced_by(self, slot: int) -> Iterator[tuple[dict[int, _Copy], int]]:
-        for other in sorted(self._copies, key=self.share):
+    def _evictable_by(self, slot: int) -> Iterator[tuple[dict[int, _KeptMerge], int]]:
+        for other in sorted(self._merges, key=self.share):
             if self.share(other) * self.displace <= self.share(slot) and other != slot:
-                yield from ((self._copies[other], key) for key in reversed(self._copies[other]))
+                yield from ((self._merges[other], key) for key in reversed(self._merges[other]))
 
 
 def empty(weight: Tensor, count: int = 1) -> Tensor:
-    """[count, N, K], an ordinary tensor even in inference mode: scratch outlives it, and is written again outside."""
+    """Allocate [count, N, K]: not an inference tensor, so that it can also be written outside of inference mode."""
     with torch.inference_mode(False):
         return torch.empty((count, *weight.shape), dtype=weight.dtype, device=weight.device)

@@ -1,4 +1,4 @@
-"""What the launches of several kernels have in common."""
+"""Helpers that several kernels and their launches share."""
 
 from functools import cache
 
@@ -14,7 +14,7 @@ from ranklet.kernels.stack import LinearStack
 def slice_of(
     program, SLICES: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The slice that a program works on, its first column, its width, and which block of its columns."""
+    # Returns the slice that a program works on, its first column, its width, and the index of the column block.
     PROGRAMS0: tl.constexpr = (W0 + BLOCK - 1) // BLOCK
     PROGRAMS1: tl.constexpr = (W1 + BLOCK - 1) // BLOCK
     piece = 0
@@ -34,28 +34,28 @@ def slice_of(
 
 
 def programs_of(stack: LinearStack, block: int) -> int:
-    """How many programs cover a projection's output if each takes so many columns of one slice."""
+    """Return how many programs cover a projection's output if each takes `block` columns of one slice."""
     return sum(triton.cdiv(width, block) for width in stack.widths)
 
 
 def widths_of(stack: LinearStack) -> dict[str, int]:
-    """The slices as `slice_of` wants them."""
+    """Return the slices as arguments of `slice_of`."""
     w0, w1, w2 = (*stack.widths, 0, 0)[:3]
     return {"SLICES": len(stack.widths), "W0": w0, "W1": w1, "W2": w2}
 
 
 def precision_of(x: Tensor) -> str:
-    """Triton multiplies float32 as TF32 unless told; an adapter's answer would then be off by 3e-4."""
+    # By default Triton multiplies float32 as TF32, which changes an adapter's vectors by 3e-4.
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """Whether it is a GPU with TMA and programmatic dependent launch: Hopper or later."""
+    """Return whether the device has TMA and programmatic dependent launch: Hopper or later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @cache
 def processors_of(device: torch.device) -> int:
-    """A GPU's multiprocessors; a few for the interpreter."""
+    """Return a GPU's multiprocessors, 4 for Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -1,4 +1,4 @@
-"""W + s B A of several adapters in one launch: what the merged backend multiplies with.
+"""The weights of several adapters merged with the base weight in one launch, for the `merged` backend.
 
 Letters as in `stack.py`.
 """
@@ -12,13 +12,13 @@ from torch import Tensor
 from ranklet.kernels.launch import precision_of, programs_of, slice_of, widths_of
 from ranklet.kernels.stack import LinearStack
 
-AT_ONCE = 4  # adapters of one launch: their slots are plain arguments, so that nothing need travel to the device
+AT_ONCE = 4  # adapters of one launch: their slots are plain arguments, which need no copy to the device
 
 _BLOCK_N, _BLOCK_K, _WARPS = 64, 128, 4  # on an H200 the fastest of six for all of Qwen3-0.6B's projections
 
 
 @triton.jit(do_not_specialize=["slot0", "slot1", "slot2", "slot3"])
-def _merge_kernel(
+def merge_kernel(
     w, a, b, out, ranks, scalings, slot0, slot1, slot2, slot3, meta_stride, K, w_stride, a_slot_stride, b_slot_stride,
     out_stride, R: tl.constexpr, SLICES: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
@@ -43,16 +43,22 @@ def _merge_kernel(
     tl.store(out_at, merged.to(out.dtype.element_ty), mask=inside)
 
 
-def merge(out: Tensor, weight: Tensor, stack: LinearStack, slots: Sequence[int]) -> None:
-    """Write `out[i] = W + s B A` of slots[i], summed in float32 and rounded once; slices not targeted stay W.
+def merge(
+    out: Tensor,  # [len(slots) or more, N, K], contiguous
+    weight: Tensor,  # [N, K], rows contiguous
+    stack: LinearStack,
+    slots: Sequence[int],
+) -> None:
+    """Merge adapters into copies of a base weight. Overwrites the first `len(slots)` matrices of `out`.
+
+    Semantics: `out[i] = W + s B A` of `slots[i]`, summed in float32 and rounded once. Slices that the adapter does not
+    target are copies of W.
 
     Args:
-        out: [at least as many as slots, N, K], contiguous.
-        weight: [N, K], rows contiguous.
         slots: at most `AT_ONCE`.
     """
     wide = weight.shape[1]
-    _merge_kernel[(triton.cdiv(wide, _BLOCK_K), programs_of(stack, _BLOCK_N), len(slots))](
+    merge_kernel[(triton.cdiv(wide, _BLOCK_K), programs_of(stack, _BLOCK_N), len(slots))](
         weight, stack.a, stack.b, out, stack.ranks, stack.scalings, *(*slots, 0, 0, 0)[:AT_ONCE],
         stack.ranks.stride(0), wide, weight.stride(0), stack.a.stride(0), stack.b.stride(0), out.stride(0),
         R=stack.rank, **widths_of(stack), BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K,

@@ -1,10 +1,11 @@
-"""LoRA by merging: `W' = W + s * B A` of each adapter into a scratch weight, then one plain GEMM over its rows.
+"""LoRA by merging: `W' = W + s B A` of each adapter in a scratch weight, then one plain product over its rows.
 
-It costs a pass over W per adapter and nothing per row, so it wins with few adapters and many rows. The sum is formed in
-float32 and W' rounded to the weight's dtype once. Error relative to float64 (norm of the error over norm of y, CPU):
-2.4e-3 in bfloat16, 3e-4 in float16, of which rounding y itself is 1.7e-3 and 2.1e-4; it does not grow with K or rank.
+Merging costs a pass over W per adapter and nothing per row, so this backend wins with few adapters and many rows. The
+sum is formed in float32, and W' is rounded to the weight's dtype once. Error relative to float64 (norm of the error
+over norm of y, CPU): 2.4e-3 in bfloat16, 3e-4 in float16. Rounding y itself accounts for 1.7e-3 and 2.1e-4 of it. The
+error does not grow with K or rank.
 
-Adapters that dominate traffic keep their merged weights within a byte budget. Letters as in `stack.py`, T rows.
+Letters as in `stack.py`; T rows (tokens) of the batch.
 """
 
 from collections.abc import Sequence
@@ -23,11 +24,13 @@ _SCRATCH_BYTES = 64 << 20  # of weights merged at once, unless one alone is larg
 
 
 class Merged:
-    """The backend: scratch weights it uses again for each shape, and the copies it keeps. One thread, one stream.
+    """The `merged` backend of one engine: its scratch weights, and the merged weights it keeps between batches.
+
+    For one thread and one stream.
 
     Args:
-        budget_bytes: for kept copies, on top of the scratch weights (of each shape of projection as many as one launch
-            merges, or 64 MiB of them if that is less).
+        budget_bytes: device memory for kept weights. Scratch comes on top: for each shape of projection as many weights
+            as one launch merges, up to 64 MiB or one weight.
     """
 
     NAME = "merged"
@@ -36,30 +39,33 @@ class Merged:
         self.kept = KeptMerges(budget_bytes)
         self._scratch: dict[tuple[torch.device, torch.dtype, torch.Size], Tensor] = {}
 
+    @property
+    def scratch_bytes(self) -> int:
+        return sum(scratch.nbytes for scratch in self._scratch.values())
+
     def observe(self, batch: LoraBatch) -> None:
-        """Count a batch, whatever its backend; to be called once per batch, before its forward."""
+        """Count a batch, whatever its backend. Call it once per batch, before the forward pass."""
         self.kept.observe(batch)
 
     def drop(self) -> int:
-        """Free what is kept, and the scratch weights; returns the kept bytes, see `KeptMerges.drop`."""
+        """Free scratch and kept weights, and halve the budget, see `KeptMerges.drop`. Returns the kept bytes freed."""
         self._scratch.clear()
         return self.kept.drop()
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, batch: LoraBatch) -> Tensor:
-        """Base projection plus each segment's LoRA.
+    def linear(
+        self,
+        x: Tensor,  # [T, K]
+        weight: Tensor,  # [N, K], contiguous
+        bias: Tensor | None,  # [N]
+        stack: LinearStack,
+        batch: LoraBatch,
+    ) -> Tensor:
+        """Compute a projection with LoRA. Returns a new tensor [T, N].
 
-        Semantics: `y[t] = (W + s * B A) x[t] + bias`, with A, B, s of row t's adapter.
-
-        Args:
-            x: [T, K].
-            weight: [N, K], contiguous.
-            bias: [N] or None.
-
-        Returns:
-            [T, N], freshly allocated.
+        Semantics: `y[t] = (W + s B A) x[t] + bias`, with A, B, s of row t's adapter.
 
         Raises:
-            ValueError: x has other rows than the batch.
+            ValueError: the batch has other rows than `x`.
         """
         check_rows(x, batch)
         runs = _runs(stack, batch)
@@ -79,11 +85,11 @@ class Merged:
         return y
 
     def embedding(self, ids: Tensor, table: Tensor, stack: EmbeddingStack, batch: LoraBatch) -> Tensor:
-        """As `native.embedding`: a lookup reads few rows of the table, so merging all of them never pays."""
+        # A lookup reads few rows of the table, so merging the whole table never pays.
         return native.embedding(ids, table, stack, batch)
 
     def _merges(self, weight: Tensor, stack: LinearStack, slots: Sequence[int]) -> dict[int, Tensor]:
-        """W' of each slot: kept copies as they are, the others in scratch, where the next call overwrites them."""
+        """Return W' of each slot: a kept copy, or scratch that the next call overwrites."""
         merges: dict[int, Tensor] = {}
         if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph would outlive a kept copy
             for slot in slots:
@@ -113,7 +119,6 @@ class Merged:
 
 
 def _merge(out: Tensor, weight: Tensor, stack: LinearStack, slots: Sequence[int]) -> None:
-    """Write `W' = W + s * B A` of slots[i] to out[i] [N, K]; slices that are not targeted stay W."""
     if weight.is_cuda:
         merge.merge(out, weight, stack, slots)
         return
@@ -131,7 +136,7 @@ def _merge(out: Tensor, weight: Tensor, stack: LinearStack, slots: Sequence[int]
 
 
 def _runs(stack: LinearStack, batch: LoraBatch) -> list[tuple[int | None, int, int]]:
-    """Slot (None: base), start and stop of each product to make; base rows that stand side by side are one."""
+    """Return slot (None: base), start and stop of each product. Adjacent base rows are one product."""
     runs: list[tuple[int | None, int, int]] = []
     for segment in batch.segments:
         slot = segment.slot if any(stack.meta[segment.slot].ranks) else None

@@ -1,7 +1,12 @@
-"""Which adapter each request asks for: the mixes of punica's paper, one definition for tests, tuner and benchmarks.
+"""Which adapter each request uses: the mixes of punica's paper, for tests, tuner and benchmarks.
 
-distinct: each request another adapter; uniform: drawn evenly; skewed: few adapters take most (Zipf, exponent 1.5);
-identical: one adapter for all; zipf:ALPHA: skewed with another exponent. Imports no torch: load clients use it too.
+- distinct: each request uses another adapter.
+- uniform: drawn evenly.
+- skewed: drawn by Zipf's law with exponent 1.5, so that few adapters get most requests.
+- identical: one adapter for all requests.
+- zipf:ALPHA: as skewed, with another exponent.
+
+Imports no torch, because load clients use it too.
 """
 
 import random
@@ -13,10 +18,10 @@ _SKEWED = 1.5
 
 
 def assign(mix: str, requests: int, adapters: int, *, seed: int = 0) -> list[int]:
-    """The adapter, from 0, of each request; "distinct" begins again at 0 when there are too few adapters.
+    """Return the adapter of each request, counted from 0. "distinct" starts over when it runs out of adapters.
 
     Raises:
-        ValueError: no such mix.
+        ValueError: the mix is unknown.
     """
     if mix == "distinct":
         return [request % adapters for request in range(requests)]
@@ -28,10 +33,10 @@ def assign(mix: str, requests: int, adapters: int, *, seed: int = 0) -> list[int
 
 
 def exponent(mix: str) -> float:
-    """How much more the first adapter is asked for than the next; 0: equally.
+    """Return the exponent of a mix that is drawn by Zipf's law; 0 is uniform.
 
     Raises:
-        ValueError: `mix` is not drawn at random, or says no number.
+        ValueError: the mix is unknown or not drawn at random, or its exponent is not a finite number >= 0.
     """
     name, _, alpha = mix.partition(":")
     if name == "zipf":

@@ -1,38 +1,40 @@
 """LoRA with torch's own matrix products: one call per segment and slice, on any device.
 
-Scalings are Python floats known on the CPU, so nothing here waits for the device. They multiply in B's product, where
-the library applies them in float32. After PEFT's `adapter_names` forward and SGLang's
-torch-native backend. Letters as in `stack.py`, T rows.
+Scalings are Python floats, so no call waits for the device. They multiply in B's product, where the library applies
+them in float32.
+
+Letters as in `stack.py`; T rows (tokens) of the batch. After PEFT's `adapter_names` forward and SGLang's torch-native
+backend.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ranklet.kernels.batch import LoraBatch, Segment
+from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.row_subset import check_rows
+from ranklet.kernels.segments import Segment
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
 
 NAME = "native"
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, batch: LoraBatch) -> Tensor:
-    """Base projection plus each segment's LoRA.
+def linear(
+    x: Tensor,  # [T, K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    stack: LinearStack,
+    batch: LoraBatch,
+) -> Tensor:
+    """Compute a projection with LoRA. Returns a new tensor [T, N].
 
-    Semantics: `y[t] = W x[t] + bias + s * B A x[t]`, with A, B, s of row t's adapter. LoRA is written first and the
-    base product accumulates onto it: y is not read by a pass of its own, and on the CPU the sum is rounded once. cuBLAS
-    rounds a 16-bit product before it adds what is there.
+    Semantics: `y[t] = W x[t] + bias + s B A x[t]`, with A, B, s of row t's adapter.
 
-    Args:
-        x: [T, K].
-        weight: [N, K].
-        bias: [N] or None.
-
-    Returns:
-        [T, N], freshly allocated.
+    LoRA is written first and the base product accumulates onto it, which saves a pass over y. On the CPU the sum is
+    rounded once; cuBLAS rounds a 16-bit product before it adds it to y.
 
     Raises:
-        ValueError: the batch is of other rows than x.
+        ValueError: the batch has other rows than `x`.
     """
     check_rows(x, batch)
     if not any(any(stack.meta[segment.slot].ranks) for segment in batch.segments):
@@ -49,8 +51,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, b
     return y
 
 
-def expand_(y: Tensor, x: Tensor, stack: LinearStack, segment: Segment) -> None:
-    """Write `s * B A x` of one segment's rows to y [T, N], zeros where a slice is not targeted."""
+def expand_(
+    y: Tensor,  # [T, N]
+    x: Tensor,  # [T, K]
+    stack: LinearStack,
+    segment: Segment,
+) -> None:
+    """Compute the LoRA of one segment. Overwrites its rows of `y`.
+
+    Semantics: `y[t] = s B A x[t]`, zero in slices that the adapter does not target.
+    """
     meta = stack.meta[segment.slot]
     rows = slice(segment.start, segment.stop)
     hidden = shrink(x[rows], stack, segment.slot)
@@ -66,15 +76,12 @@ def expand_(y: Tensor, x: Tensor, stack: LinearStack, segment: Segment) -> None:
         column += width
 
 
-def shrink(x: Tensor, stack: LinearStack, slot: int) -> Tensor:
-    """`A x` of one adapter, its targeted slices side by side without padding.
-
-    Args:
-        x: [T, K].
-
-    Returns:
-        [T, sum of the slices' ranks].
-    """
+def shrink(
+    x: Tensor,  # [T, K]
+    stack: LinearStack,
+    slot: int,
+) -> Tensor:
+    """Compute `A x[t]` of one adapter. Returns [T, sum of its ranks]: the targeted slices side by side, no padding."""
     ranks = stack.meta[slot].ranks
     if not any(ranks):
         return x[:, :0]
@@ -85,17 +92,15 @@ def shrink(x: Tensor, stack: LinearStack, slot: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def embedding(ids: Tensor, table: Tensor, stack: EmbeddingStack, batch: LoraBatch) -> Tensor:
-    """Token embedding plus each segment's LoRA.
+def embedding(
+    ids: Tensor,  # [T] integers in [0, V)
+    table: Tensor,  # [V, N]
+    stack: EmbeddingStack,
+    batch: LoraBatch,
+) -> Tensor:
+    """Look up token embeddings with LoRA. Returns a new tensor [T, N].
 
-    Semantics: `y[t] = table[ids[t]] + s * B A[ids[t]]`.
-
-    Args:
-        ids: [T] integers in [0, V).
-        table: [V, N].
-
-    Returns:
-        [T, N], freshly allocated.
+    Semantics: `y[t] = table[ids[t]] + s B A[ids[t]]`, with A, B, s of row t's adapter.
     """
     y = functional.embedding(ids, table)
     for segment in batch.segments:

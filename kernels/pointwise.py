@@ -1,7 +1,7 @@
 """Pointwise steps of the decoder, each one pass over memory: Triton on CUDA, torch elsewhere.
 
-Letters: T rows, H width. Arithmetic is float32 inside, whatever the dtype.
-The RMS norm and SiLU kernels follow Liger-Kernel's one-program-per-row form.
+Letters: T rows (tokens), H width. Arithmetic is float32 inside, whatever the dtype. After Liger-Kernel's RMS norm and
+SiLU kernels, one program per row.
 """
 
 import torch
@@ -12,14 +12,14 @@ from torch.nn import functional
 
 
 @triton.jit
-def _rms_norm_kernel(x, residual, weight, out, eps, H: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+def rms_norm_kernel(x, residual, weight, out, eps, H: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * H
     columns = tl.arange(0, BLOCK)
     mask = columns < H
     value = tl.load(x + row + columns, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         value += tl.load(residual + row + columns, mask=mask, other=0.0).to(tl.float32)
-        # The norm sees what the residual stream holds, its rounding included.
+        # Norm the rounded sum, as the residual stream holds it.
         value = value.to(residual.dtype.element_ty).to(tl.float32)
         tl.store(residual + row + columns, value.to(residual.dtype.element_ty), mask=mask)
     scale = tl.rsqrt(tl.sum(value * value, 0) / H + eps)
@@ -27,8 +27,15 @@ def _rms_norm_kernel(x, residual, weight, out, eps, H: tl.constexpr, BLOCK: tl.c
     tl.store(out + row + columns, normed.to(out.dtype.element_ty), mask=mask)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Semantics: `x / sqrt(mean(x^2) + eps) * weight`, by row. x [T, H], weight [H] -> [T, H] in weight's dtype."""
+def rms_norm(
+    x: Tensor,  # [T, H]
+    weight: Tensor,  # [H]
+    eps: float,
+) -> Tensor:
+    """Normalize each row. Returns a new tensor [T, H] in the dtype of `weight`.
+
+    Semantics: `y[t] = x[t] / sqrt(mean(x[t]^2) + eps) * weight`.
+    """
     if not x.is_cuda:
         return functional.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(weight.dtype)
     out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
@@ -36,16 +43,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Semantics: `residual += x` in place, then its RMS norm.
+def add_rms_norm(
+    x: Tensor,  # [T, H]
+    residual: Tensor,  # [T, H]; float32 keeps what many bf16 layers would round away
+    weight: Tensor,  # [H]
+    eps: float,
+) -> Tensor:
+    """Add `x` to `residual` in place, and normalize the sum. Returns a new tensor [T, H] in the dtype of `weight`.
 
-    Args:
-        x: [T, H].
-        residual: [T, H]; float32 keeps what many bf16 layers would round away.
-        weight: [H].
-
-    Returns:
-        [T, H] in weight's dtype.
+    Semantics: `residual += x`, then `y = rms_norm(residual)`.
     """
     if not x.is_cuda:
         residual += x
@@ -61,11 +67,11 @@ def _launch_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, out: Tensor, e
         return
     block = triton.next_power_of_2(width)
     warps = max(1, min(16, block // 256))
-    _rms_norm_kernel[(rows,)](x, residual, weight, out, eps, H=width, BLOCK=block, ADD=add, num_warps=warps)
+    rms_norm_kernel[(rows,)](x, residual, weight, out, eps, H=width, BLOCK=block, ADD=add, num_warps=warps)
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, H: tl.constexpr, BLOCK: tl.constexpr):
+def silu_mul_kernel(gate_up, out, H: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < H
@@ -74,13 +80,19 @@ def _silu_mul_kernel(gate_up, out, H: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + row * H + columns, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=mask)
 
 
-def silu_mul(gate_up: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Semantics: `silu(gate) * up`. gate_up [T, 2 H], gate first -> [T, H] in its own dtype unless another is given."""
+def silu_mul(
+    gate_up: Tensor,  # [T, 2 H], gate first
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Compute the gated activation of an MLP. Returns a new tensor [T, H], in `dtype` or the dtype of `gate_up`.
+
+    Semantics: `y[t] = silu(gate[t]) * up[t]`.
+    """
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     if not gate_up.is_cuda:
         return (functional.silu(gate_up[:, :width]) * gate_up[:, width:]).to(dtype or gate_up.dtype)
     out = torch.empty((rows, width), dtype=dtype or gate_up.dtype, device=gate_up.device)
     if rows:
         block = min(1024, triton.next_power_of_2(width))
-        _silu_mul_kernel[(rows, triton.cdiv(width, block))](gate_up, out, H=width, BLOCK=block, num_warps=4)
+        silu_mul_kernel[(rows, triton.cdiv(width, block))](gate_up, out, H=width, BLOCK=block, num_warps=4)
     return out

@@ -1,6 +1,6 @@
-"""Compiling before the first request: Triton takes seconds for a kernel that it has not met.
+"""Compiles kernels before the first request: Triton takes seconds for each.
 
-What it made is kept on disk, so only the first start on a machine, or after an update, takes long.
+Triton caches compiled kernels on disk, so only the first start on a machine, or after an update, is slow.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,21 +9,22 @@ from dataclasses import replace
 import torch
 
 from ranklet.kernels import csgmv, merge
-from ranklet.kernels.batch import SHORT_HEIGHTS, TALL_HEIGHTS, LoraBatch
+from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.packs import PACKS
 from ranklet.kernels.rotary import Rotary
+from ranklet.kernels.row_tiles import SHORT_HEIGHTS, TALL_HEIGHTS
 from ranklet.kernels.stack import LinearStack, SlotMeta
 from ranklet.kernels.workloads import even
 
 HEIGHTS = (*SHORT_HEIGHTS, *TALL_HEIGHTS)
-_BATCH_ROWS = (1, 256, 1024, 4096)  # sizes that tables of tiles tell apart
+_BATCH_ROWS = (1, 256, 1024, 4096)  # sizes with different tiles in the tables
 
 
 def batches(slots: int, most_rows: int) -> Iterator[LoraBatch]:
-    """Batches that between them launch every kernel, the largest first.
+    """Yield batches that together launch every kernel in every form, the largest first.
 
-    Of each size one with as many adapters as it can hold, the rest base rows, and one with a few adapters' rows among
-    base rows, too few for one product of base and LoRA.
+    For each size and tile height there is a batch with as many adapters as fit, and a batch with so few LoRA rows that
+    base and LoRA do not share a product.
     """
     for rows in sorted({min(rows, most_rows) for rows in (*_BATCH_ROWS, most_rows)}, reverse=True):
         for height in HEIGHTS:
@@ -36,14 +37,14 @@ def batches(slots: int, most_rows: int) -> Iterator[LoraBatch]:
 
 @torch.inference_mode()
 def precompile(stacks: Sequence[LinearStack], most_rows: int, rotary: Rotary | None = None) -> int:
-    """Launch what `csgmv` and `merged` launch on batches of up to so many rows, once each; the results are thrown away.
+    """Run every kernel that `csgmv` and `merged` launch on batches of up to `most_rows` rows, and discard the results.
 
     Args:
-        stacks: one of each projection; nothing is written to them, and what is in their slots does not matter.
-        rotary: of `most_rows` positions; goes with the packed queries, keys and values.
+        stacks: one per projection. They are not written, and their slots may hold anything.
+        rotary: for the packed queries, keys and values, with `most_rows` positions.
 
     Returns:
-        How many batches of projections were run.
+        The number of batches that were run.
     """
     done = 0
     for stack in stacks:
@@ -53,9 +54,9 @@ def precompile(stacks: Sequence[LinearStack], most_rows: int, rotary: Rotary | N
         full.meta = [SlotMeta((stack.rank,) * slices, (1.0,) * slices)] * slots
         weight = torch.zeros(sum(stack.widths), wide, dtype=dtype, device=device)
         x = torch.zeros(most_rows, wide, dtype=dtype, device=device)
-        turned = rotary if slices == len(PACKS["qkv"]) else None
+        rotated = rotary if slices == len(PACKS["qkv"]) else None
         for batch in batches(slots, most_rows):
-            csgmv.linear(x[: batch.rows], weight, None, full, batch.placed(device), turned)
+            csgmv.linear(x[: batch.rows], weight, None, full, batch.with_tiles(device), rotated)
             done += 1
         merge.merge(torch.empty(1, *weight.shape, dtype=dtype, device=device), weight, full, [0])
     return done

@@ -1,10 +1,11 @@
-"""Query and key heads normed and rotated in place: what a decoder does between its first product and attention.
+"""Normalizes and rotates query and key heads: what a decoder does between its first projection and attention.
 
-Letters: T rows, D head width, Q query heads, G key heads. Arithmetic is float32 inside, whatever the dtype. `gemm.py`
-does the same, where it can, before a row of the product leaves its registers.
+Letters: T rows (tokens), D head width, Q query heads, G key heads. Arithmetic is float32 inside, whatever the dtype.
+`fused_gemm.py` does the same, where it can, before a row of the product leaves its registers.
 """
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 import triton
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions"])
-def _rotary_kernel(
+def rotary_kernel(
     qkv, out, q_weight, k_weight, cos, sin, positions, eps, row_stride,
     Q: tl.constexpr, TURNED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, NORM: tl.constexpr,
@@ -51,13 +52,13 @@ def _rotary_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """RMS norm by head, if the model has it, then rotation by position.
+    """RMS norm of each head, if the model has it, then rotation by position.
 
-    Semantics: with halves (l, h) of each head, `l' = l cos - h sin`, `h' = h cos + l sin`.
+    Semantics: with the halves (l, h) of each head, `l' = l cos - h sin`, `h' = h cos + l sin`.
 
     Attributes:
-        norms: weights of the query and the key norm, each [D]; None for models without them.
-        cos, sin: float32 [positions known, D / 2].
+        norms: weights of the query norm and the key norm, [D] each; None for models without them.
+        cos, sin: float32 [positions, D / 2].
         positions: integers [T].
     """
 
@@ -79,28 +80,27 @@ class Rotary:
         """Columns of the queries and of the keys."""
         return self.query_heads * 2 * self.half, self.key_heads * 2 * self.half
 
-    def of(self, begin: int, end: int | None = None) -> "Rotary":
-        """The same for some of the rows."""
+    def rows(self, begin: int, end: int | None = None) -> Self:
+        """Return the rotation of rows [begin, end) of the batch."""
         return replace(self, positions=self.positions[begin:end])
 
-    def apply_(self, qkv: Tensor) -> Tensor:
-        """In place on the query and key heads of a packed projection; returns it.
-
-        Args:
-            qkv: [T, (Q + 2 G) * D], rows contiguous; value heads are left alone.
-        """
+    def apply_(
+        self,
+        qkv: Tensor,  # [T, (Q + 2 G) * D], rows contiguous
+    ) -> Tensor:
+        """Normalize and rotate the query and key heads in place. Value heads keep their contents. Returns `qkv`."""
         if not qkv.is_cuda:
             _apply_torch(qkv, self)
         elif qkv.shape[0]:
             self._launch(qkv, qkv, self.query_heads + self.key_heads)
         return qkv
 
-    def write(self, qkv: Tensor, out: Tensor) -> None:
-        """The same into `out`, value heads copied: what is float32 in `qkv` is rounded once.
-
-        Args:
-            qkv: [T, (Q + 2 G) * D], rows contiguous; out: the same shape and strides.
-        """
+    def write(
+        self,
+        qkv: Tensor,  # [T, (Q + 2 G) * D], rows contiguous; clobbered on the CPU
+        out: Tensor,  # [T, (Q + 2 G) * D], strides as in `qkv`, any dtype
+    ) -> None:
+        """Write normalized and rotated queries and keys to `out`, and a copy of the values. Rounds once."""
         if not qkv.is_cuda:
             out.copy_(self.apply_(qkv))
         elif qkv.shape[0]:
@@ -109,7 +109,7 @@ class Rotary:
     def _launch(self, qkv: Tensor, out: Tensor, heads: int) -> None:
         assert qkv.stride() == out.stride()
         q_weight, k_weight = self.norms or (self.cos, self.cos)
-        _rotary_kernel[(qkv.shape[0],)](
+        rotary_kernel[(qkv.shape[0],)](
             qkv, out, q_weight, k_weight, self.cos, self.sin, self.positions, self.eps, qkv.stride(0),
             Q=self.query_heads, TURNED=self.query_heads + self.key_heads, HEADS=heads, HALF=self.half,
             BLOCK_HEADS=triton.next_power_of_2(heads), BLOCK_HALF=triton.next_power_of_2(self.half),

@@ -1,9 +1,8 @@
-"""The plan of a batch cut anew, for a projection that sees only some of the batch's rows: `lm_head`.
+"""Batches of some rows of a batch, for a projection that gets only these rows, such as `lm_head`.
 
-Generation keeps a few rows of each request (pruned logits) and may call the head on chunks of those. Each such call
-needs a batch that names exactly its rows: the full one would put adapters on wrong rows without a word. What a backend
-worked out for the full batch (its tiles) is not carried over, only which backend it is. Segments keep their order, so a
-long one may come to stand behind one that was cut short.
+Generation keeps a few rows of each request (pruned logits) and may call the head on chunks of them. Each call needs a
+batch of exactly its rows: with the full batch, rows would silently get the wrong adapter. A subset keeps the backend,
+but not the tiles. Segments keep their order, so a long segment may stand behind a shortened one.
 """
 
 from bisect import bisect_right
@@ -13,18 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ranklet.kernels.batch import LoraBatch, Segment
+from ranklet.kernels.batch import LoraBatch
+from ranklet.kernels.segments import Segment
 
 
 def check_rows(x: Tensor, batch: LoraBatch) -> None:
-    """Refuse an input whose rows are not the batch's.
-
-    Args:
-        x: [T, ...].
-
-    Raises:
-        ValueError: T is not `batch.rows`.
-    """
+    """Raise ValueError if `x` [T, ...] has other rows than the batch."""
     if x.shape[0] != batch.rows:
         raise ValueError(
             f"rows: expected {batch.rows}, as the batch is planned, got {x.shape[0]}; "
@@ -33,13 +26,13 @@ def check_rows(x: Tensor, batch: LoraBatch) -> None:
 
 
 def subset(batch: LoraBatch, rows: NDArray[np.integer]) -> LoraBatch:
-    """The batch of some rows: row i of its input is row `rows[i]` of the full one.
+    """Return the batch whose row i is row `rows[i]` of `batch`.
 
     Args:
-        rows: int [kept], increasing, each in [0, batch.rows).
+        rows: [kept], increasing, each in [0, batch.rows).
 
     Raises:
-        ValueError: a row is out of range, or the rows do not increase (each segment must stay one run).
+        ValueError: a row is out of range, or the rows do not increase.
     """
     if rows.size and not (rows[0] >= 0 and rows[-1] < batch.rows and bool((rows[1:] > rows[:-1]).all())):
         raise ValueError(f"rows: expected increasing indices in [0, {batch.rows}), got {rows}")
@@ -48,11 +41,11 @@ def subset(batch: LoraBatch, rows: NDArray[np.integer]) -> LoraBatch:
 
 
 def subset_by_counts(batch: LoraBatch, kept_per_request: Sequence[int], rows_per_request: Sequence[int]) -> LoraBatch:
-    """The batch when each request keeps some of its rows, whichever they are, in the order they had.
+    """Return the batch in which each request keeps some of its rows, in order.
 
     Args:
-        kept_per_request: how many rows are kept of each request, requests as they are laid out in the batch.
-        rows_per_request: how many it had.
+        kept_per_request: number of rows that each request keeps, in the order of the batch.
+        rows_per_request: number of rows that each request has in `batch`.
 
     Raises:
         ValueError: the counts contradict each other or the batch.
@@ -75,7 +68,7 @@ def subset_by_counts(batch: LoraBatch, kept_per_request: Sequence[int], rows_per
 
 
 def row_range(batch: LoraBatch, start: int, stop: int) -> LoraBatch:
-    """The batch of rows [start, stop): O(segments in it), so that cutting all of a batch into chunks stays linear.
+    """Return the batch of rows [start, stop), in O(its segments).
 
     Raises:
         ValueError: the range does not lie in the batch.
@@ -93,7 +86,6 @@ def row_range(batch: LoraBatch, start: int, stop: int) -> LoraBatch:
 
 
 def _cut(batch: LoraBatch, slots: Iterable[int], stops: Iterable[int], rows: int) -> LoraBatch:
-    """Segments end to end from row 0 that stop where told, those without rows left out."""
     segments, start = [], 0
     for slot, stop in zip(slots, stops, strict=True):
         if stop > start:

@@ -1,8 +1,8 @@
-"""The LoRA weights of every slot, for one projection.
+"""The LoRA weights of all pool slots, for one projection.
 
-Letters: S slots, R the pool's rank (every adapter's rank is at most R and zero-filled up to it), K input width,
-N output width, V vocabulary. A projection may be several slices packed side by side (q|k|v, gate|up): each slice has
-R rows of its own in A and its own columns of the output.
+Letters: S slots, R the pool's rank (an adapter's rank is at most R; the rest is zero), K input width, N output width,
+V vocabulary. A projection may pack several slices side by side (q|k|v, gate|up). Each slice has R rows of its own in A
+and its own columns of the output.
 """
 
 from collections.abc import Iterable
@@ -13,15 +13,15 @@ from torch import Tensor
 
 
 def padded_rank(rank: int) -> int:
-    """The rank a slot keeps for adapters of up to this rank: matrix units take 16 at a time."""
+    """Round a rank up to a multiple of 16, the step of matrix units."""
     return -(-rank // 16) * 16
 
 
 @dataclass(frozen=True, slots=True)
 class SlotMeta:
-    """What is known on the CPU of one slot: per slice its rank (0: not targeted) and its scaling."""
+    """Rank and scaling of each slice of one slot, on the CPU."""
 
-    ranks: tuple[int, ...]
+    ranks: tuple[int, ...]  # 0: the adapter does not target the slice
     scalings: tuple[float, ...]
 
 
@@ -29,25 +29,26 @@ class SlotMeta:
 class LinearStack:
     """A and B of all slots for one packed linear projection.
 
-    `ranks` and `scalings` hold the slots' metadata where kernels read it; rows may be strided.
+    `ranks` and `scalings` are the slots' metadata in device memory, for kernels. Their rows may be strided. They are
+    allocated here if not given.
     """
 
     a: Tensor  # [S, slices * R, K]
     b: Tensor  # [S, N, R]
     widths: tuple[int, ...]  # output columns of each slice; they add up to N
-    ranks: Tensor = field(default=None)  # type: ignore[assignment]  # int32 [S, slices]; made here if not given
-    scalings: Tensor = field(default=None)  # type: ignore[assignment]  # float32 [S, slices]; the same
+    ranks: Tensor = field(default=None)  # type: ignore[assignment]  # int32 [S, slices]
+    scalings: Tensor = field(default=None)  # type: ignore[assignment]  # float32 [S, slices]
     meta: list[SlotMeta] = field(init=False)
 
     def __post_init__(self) -> None:
         self.meta, self.ranks, self.scalings = _metadata(self.a, len(self.widths), self.ranks, self.scalings)
 
     def describe(self, slot: int, meta: SlotMeta) -> None:
-        """Say what is in a slot."""
+        """Set a slot's metadata, on the CPU and in device memory."""
         _describe(self, slot, meta)
 
     def holds_any(self, slots: Iterable[int]) -> bool:
-        """Whether any adapter in these slots has LoRA on this projection."""
+        """Return whether any adapter in these slots targets this projection."""
         return any(any(self.meta[slot].ranks) for slot in slots)
 
     @property
@@ -57,11 +58,11 @@ class LinearStack:
 
 @dataclass(slots=True)
 class EmbeddingStack:
-    """A and B of all slots for the token embedding; A is stored so that one token reads one contiguous row."""
+    """A and B of all slots for the token embedding. A is stored so that a token reads one contiguous row."""
 
     a: Tensor  # [S, V, R]
     b: Tensor  # [S, N, R]
-    ranks: Tensor = field(default=None)  # type: ignore[assignment]  # int32 [S, 1]; as in LinearStack
+    ranks: Tensor = field(default=None)  # type: ignore[assignment]  # int32 [S, 1]
     scalings: Tensor = field(default=None)  # type: ignore[assignment]  # float32 [S, 1]
     meta: list[SlotMeta] = field(init=False)
 
@@ -69,7 +70,7 @@ class EmbeddingStack:
         self.meta, self.ranks, self.scalings = _metadata(self.a, 1, self.ranks, self.scalings)
 
     def describe(self, slot: int, meta: SlotMeta) -> None:
-        """Say what is in a slot."""
+        """Set a slot's metadata, on the CPU and in device memory."""
         _describe(self, slot, meta)
 
     @property

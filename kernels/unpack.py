@@ -1,7 +1,7 @@
-"""A slot written in one launch: every matrix of its new tenant where it belongs, zeros everywhere else.
+"""Writes a whole slot in one launch: every matrix of its new adapter, and zeros everywhere else.
 
-An adapter of 28 layers has hundreds of matrices. Copied one by one they cost Python, which launches batches meanwhile,
-ten times as long as the device.
+An adapter of 28 layers has hundreds of matrices. Copying them one by one costs ten times as much Python as device time,
+and delays the batches that the same interpreter launches.
 """
 
 from collections.abc import Sequence
@@ -17,24 +17,32 @@ _BLOCK, _PARTS, _WARPS = 2048, 8, 4
 
 
 class Destination(NamedTuple):
-    """A matrix of a slot, and where its tenant's stands in the flat buffer that it comes in. Numbers of elements."""
+    """A matrix of a slot, and the adapter's matrix that goes there. All numbers count elements.
 
-    at: int  # in the slot
+    Attributes:
+        at: offset in the slot.
+        rows, columns: of the slot's matrix, which is contiguous.
+        source: offset in the adapter's flat buffer.
+        source_rows, source_columns: of the adapter's matrix; 0 if it has none. The rest is filled with zeros.
+        row_stride, column_stride: of the adapter's matrix.
+    """
+
+    at: int
     rows: int
     columns: int
     source: int = 0
-    source_rows: int = 0  # 0: the tenant has none, zeros are written
+    source_rows: int = 0
     source_columns: int = 0
     row_stride: int = 0
     column_stride: int = 1
 
 
 @triton.jit
-def _unpack_kernel(flat, slot, rooms, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    room = rooms + tl.program_id(0) * 8
-    at, rows, columns = tl.load(room), tl.load(room + 1), tl.load(room + 2)
-    source, source_rows, source_columns = tl.load(room + 3), tl.load(room + 4), tl.load(room + 5)
-    row_stride, column_stride = tl.load(room + 6), tl.load(room + 7)
+def unpack_kernel(flat, slot, destinations, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    destination = destinations + tl.program_id(0) * 8
+    at, rows, columns = tl.load(destination), tl.load(destination + 1), tl.load(destination + 2)
+    source, source_rows, source_columns = tl.load(destination + 3), tl.load(destination + 4), tl.load(destination + 5)
+    row_stride, column_stride = tl.load(destination + 6), tl.load(destination + 7)
     size = rows * columns
     for first in range(tl.program_id(1) * BLOCK, size, PARTS * BLOCK):
         element = first + tl.arange(0, BLOCK)
@@ -44,23 +52,26 @@ def _unpack_kernel(flat, slot, rooms, PARTS: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(slot + at + element, value, mask=element < size)
 
 
-def table(rooms: Sequence[Destination], device: torch.device) -> Tensor:
-    """The rooms as the kernel reads them: int32 [rooms, 8].
+def table(destinations: Sequence[Destination], device: torch.device) -> Tensor:
+    """Return the destinations as `unpack` reads them: int32 [destinations, 8] on the device.
 
     Raises:
         ValueError: the slot has `MOST_ELEMENTS` or more.
     """
-    if max(room.at + room.rows * room.columns for room in rooms) >= MOST_ELEMENTS:
+    if max(one.at + one.rows * one.columns for one in destinations) >= MOST_ELEMENTS:
         raise ValueError("a slot of 2^31 elements or more: its offsets do not fit int32")
-    return torch.tensor(rooms, dtype=torch.int32).to(device)
+    return torch.tensor(destinations, dtype=torch.int32).to(device)
 
 
-def unpack(flat: Tensor, slot: Tensor, rooms: Tensor) -> None:
-    """Write a slot; what no room covers stays as it is.
+def unpack(
+    flat: Tensor,  # [elements], the adapter's matrices; dtype and device of the slot
+    slot: Tensor,  # [elements], contiguous
+    destinations: Tensor,  # int32 [destinations, 8], from `table`
+) -> None:
+    """Write an adapter's matrices into a slot. Overwrites every destination; the rest of the slot is kept.
 
-    Args:
-        flat: the tenant's matrices, one run; of the slot's dtype, on its device.
-        slot: one run of memory.
-        rooms: from `table`.
+    Semantics: `slot[at + i * columns + j] = flat[source + i * row_stride + j * column_stride]` inside the adapter's
+    matrix, 0 outside of it.
     """
-    _unpack_kernel[(rooms.shape[0], _PARTS)](flat, slot, rooms, PARTS=_PARTS, BLOCK=_BLOCK, num_warps=_WARPS)
+    grid = (destinations.shape[0], _PARTS)
+    unpack_kernel[grid](flat, slot, destinations, PARTS=_PARTS, BLOCK=_BLOCK, num_warps=_WARPS)

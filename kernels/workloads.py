@@ -1,4 +1,4 @@
-"""Batches of known make-up, shared by tests, tuner and benchmarks; the mixes of adapters are those of `mixes.py`."""
+"""Batches with a given mix of adapters, for tests, tuner and benchmarks."""
 
 from dataclasses import dataclass
 
@@ -16,10 +16,10 @@ class Workload:
     adapters: int
 
     def batch(self) -> LoraBatch:
-        """The plan of it, adapter i in slot i."""
+        """Plan the batch, with adapter i in slot i."""
         return plan([self.length_tokens] * self.requests, assign(self.mix, self.requests, self.adapters))[1]
 
 
 def even(rows: int, adapters: int) -> LoraBatch:
-    """The plan of `rows` rows shared evenly among adapters, adapter i in slot i; rows >= adapters."""
+    """Plan a batch of rows shared evenly among adapters, with adapter i in slot i. Requires rows >= adapters."""
     return plan([rows // adapters + (i < rows % adapters) for i in range(adapters)], list(range(adapters)))[1]

@@ -1,4 +1,4 @@
-"""Times the three backends against each other on whole layers: the crossovers that `dispatch` chooses by."""
+"""Times the LoRA backends on whole decoder layers: the crossovers by which `dispatch` chooses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.cost_model import LoraLayer
-from ranklet.kernels.crossover import Crossover, Scope, crossovers, entry_of
+from ranklet.kernels.crossover import Crossover, Scope, crossovers, to_entry
 from ranklet.kernels.dispatch import NAMES, Backends
 from ranklet.kernels.stack import padded_rank
 from ranklet.kernels.tuning.compile import compile_all
@@ -26,7 +26,7 @@ SCOPES: dict[Scope, tuple[str, ...]] = {"attention": ("qkv", "o"), "layer": ("qk
 
 
 class MeasuredLayer:
-    """The projections of a decoder layer with random weights and inputs, adapters of one rank in all slots."""
+    """The projections of a decoder layer with random weights and inputs, and adapters of one rank in all slots."""
 
     def __init__(
         self, projections: Sequence[ProjectionShape], rank: int, slots: int, rows: int, *, device: torch.device,
@@ -34,7 +34,7 @@ class MeasuredLayer:
     ) -> None:  # fmt: skip
         self.rank = rank
         self.hidden = projections[0].wide
-        self.probes: dict[str, RandomLora] = {
+        self.loras: dict[str, RandomLora] = {
             p.name: random_lora(p, rank, slots, device=device, dtype=dtype) for p in projections
         }
         wides = {p.wide for p in projections}
@@ -44,14 +44,14 @@ class MeasuredLayer:
         self.backends = Backends(LoraLayer(shapes, padded_rank(rank), device.type == "cuda"))
 
     def input(self, name: str, rows: int) -> Tensor:
-        """What a projection reads: [rows, K]."""
-        return self._inputs[self.probes[name].projection.wide][:rows]
+        """Return a projection's input [rows, K]."""
+        return self._inputs[self.loras[name].projection.wide][:rows]
 
     def run(self, backend: str, batch: LoraBatch, names: Sequence[str]) -> list[Tensor]:
-        """The named projections one after the other; "base" runs them without LoRA."""
+        """Compute projections one after the other, and return their outputs. "base" computes them without LoRA."""
         made = []
         for name in names:
-            x, found = self.input(name, batch.rows), self.probes[name]
+            x, found = self.input(name, batch.rows), self.loras[name]
             if backend == "base":
                 made.append(functional.linear(x, found.weight))
             else:
@@ -60,8 +60,12 @@ class MeasuredLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class Warmth:
-    """A batch whose kernels are to be compiled."""
+class CompileJob:
+    """A batch whose csgmv kernels one process compiles.
+
+    Attributes:
+        slots, most_rows: of all jobs, so that jobs of one rank share a layer.
+    """
 
     projections: tuple[ProjectionShape, ...]
     rank: int
@@ -74,21 +78,19 @@ class Warmth:
 _held: dict[tuple[tuple[ProjectionShape, ...], int], MeasuredLayer] = {}
 
 
-def warm(job: Warmth) -> None:
+def compile_batch(job: CompileJob) -> None:
     """Run a batch through csgmv once."""
-    asked = (job.projections, job.rank)
-    if asked not in _held:
+    key = (job.projections, job.rank)
+    if key not in _held:
         _held.clear()
         torch.cuda.empty_cache()
-        _held[asked] = MeasuredLayer(
-            job.projections, job.rank, job.slots, job.most_rows, device=torch.device("cuda", 0)
-        )
-    layer = _held[asked]
-    layer.run("csgmv", even(job.rows, job.adapters).placed(layer.device), list(layer.probes))
+        _held[key] = MeasuredLayer(job.projections, job.rank, job.slots, job.most_rows, device=torch.device("cuda", 0))
+    layer = _held[key]
+    layer.run("csgmv", even(job.rows, job.adapters).with_tiles(layer.device), list(layer.loras))
 
 
 def points(rows: Sequence[int], adapters: Sequence[int]) -> list[tuple[int, int]]:
-    """(rows, adapters) of the grid, without those of fewer rows than adapters."""
+    """Return the (rows, adapters) of a grid that have at least one row per adapter."""
     return [(t, n) for t in rows for n in adapters if t >= n]
 
 
@@ -96,23 +98,25 @@ def compile_batches(
     projections: Sequence[ProjectionShape], ranks: Sequence[int], batches: Sequence[tuple[int, int]],
     workers: int | None = None,
 ) -> None:  # fmt: skip
-    """Fill the cache with what csgmv launches on batches of (rows, adapters)."""
+    """Compile the kernels that csgmv launches on batches of (rows, adapters)."""
     most, slots = max(rows for rows, _ in batches), max(adapters for _, adapters in batches)
-    jobs = [Warmth(tuple(projections), rank, rows, n, slots, most) for rank in ranks for rows, n in batches]
-    for _ in track(compile_all(warm, jobs, workers=workers), "compiling", len(jobs), console=Console(stderr=True)):
+    jobs = [CompileJob(tuple(projections), rank, rows, n, slots, most) for rank in ranks for rows, n in batches]
+    for _ in track(
+        compile_all(compile_batch, jobs, workers=workers), "compiling", len(jobs), console=Console(stderr=True)
+    ):
         pass
 
 
 def times_ms(layer: MeasuredLayer, rows: int, adapters: int, scope: Scope, backends: Sequence[str]) -> dict[str, float]:
-    """Wall time of each backend on one batch, see `Crossover.ms`."""
-    batch = even(rows, adapters).placed(layer.device)
+    """Return the wall time of each backend on one batch, see `Crossover.ms`."""
+    batch = even(rows, adapters).with_tiles(layer.device)
     return {name: wall_ms(partial(layer.run, name, batch, SCOPES[scope])) for name in backends}
 
 
 def measure(
     projections: Sequence[ProjectionShape], ranks: Sequence[int], *, workers: int | None = None
 ) -> list[dict[str, Any]]:
-    """The crossovers of a model at adapters of these ranks, as a table's entries."""
+    """Measure a model's crossovers for adapters of these ranks. Returns entries of a table file."""
     compile_batches(projections, ranks, points(ROWS, ADAPTERS), workers)
     entries = []
     for rank in ranks:
@@ -120,6 +124,6 @@ def measure(
         grid = [(t, n, scope) for t, n in points(ROWS, ADAPTERS) for scope in SCOPES]
         for t, n, scope in track(grid, f"backends at rank {rank}", console=Console(stderr=True)):
             ms: Mapping[str, float] = times_ms(layer, t, n, scope, ("base", *NAMES))
-            entries.append(entry_of(Crossover(t, n, rank, layer.hidden, scope, ms)))
+            entries.append(to_entry(Crossover(t, n, rank, layer.hidden, scope, ms)))
     crossovers.cache_clear()
     return entries

@@ -1,13 +1,14 @@
-"""The launch numbers worth trying on an operation, and the workloads they are tried on.
+"""The tiles that the tuner tries for each operation, and the workloads it tries them on.
 
-Few of each: on an H200 the best of 24 to 60 were always among these or within 2 % of one of them.
+On an H200, the best of 24 to 60 tiles was always among these or within 2 % of one of them.
 """
 
-from ranklet.kernels.batch import Tiles, cut
+from ranklet.kernels.batch import cut
+from ranklet.kernels.row_tiles import RowTiles
 from ranklet.kernels.tiles import ExpandTile, FusedTile, Op, ShrinkTile, Tile
 from ranklet.kernels.workloads import Workload
 
-FEW_ROWS = 1024  # batches below leave a GPU empty unless the parts of K run side by side
+FEW_ROWS = 1024  # smaller batches leave most of a GPU idle unless the parts of K run side by side
 
 WORKLOADS = (
     Workload("distinct", 256, 1, 32),
@@ -27,9 +28,9 @@ WORKLOADS = (
 )
 
 
-def cases(workloads: tuple[Workload, ...] = WORKLOADS) -> dict[tuple[int, int], list[Tiles]]:
-    """The workloads' tiles by what tables tell apart: tile height, and rows of the whole batch."""
-    found: dict[tuple[int, int], list[Tiles]] = {}
+def cases(workloads: tuple[Workload, ...] = WORKLOADS) -> dict[tuple[int, int], list[RowTiles]]:
+    """Return the workloads' tiles by tile height and rows of the whole batch."""
+    found: dict[tuple[int, int], list[RowTiles]] = {}
     for workload in workloads:
         batch = workload.batch()
         for tiles in cut(batch):
@@ -38,7 +39,7 @@ def cases(workloads: tuple[Workload, ...] = WORKLOADS) -> dict[tuple[int, int], 
 
 
 def candidates(op: Op, height: int, rows: int) -> tuple[Tile, ...]:
-    """What to try, the safest first; nothing for an operation that has no use for such tiles."""
+    """Return the tiles to try, the safest first. Empty if the operation does not use tiles of this height."""
     if op == "shrink":
         return _shrink(height, rows)
     if op == "expand":

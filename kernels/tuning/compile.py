@@ -1,4 +1,4 @@
-"""Triton compiles one kernel at a time: here many processes do, each filling the on-disk cache that all share."""
+"""Compiles kernels in many processes, which share Triton's on-disk cache. One process compiles one kernel at a time."""
 
 import multiprocessing
 import os
@@ -10,16 +10,16 @@ from typing import TypeVar
 import torch
 
 J = TypeVar("J")
-_ATTEMPTS = 3  # a compiler that crashes takes its process, and with it the pool, along
+_ATTEMPTS = 3  # a crash of the compiler ends its process, and with it the pool
 
 
 def compile_all(launch: Callable[[J], object], jobs: Sequence[J], *, workers: int | None = None) -> Iterator[bool]:
-    """Launch each job once in some process, and say in order of the jobs whether that worked.
+    """Launch each job once in some process. Yields whether that worked, in the order of the jobs.
 
     Args:
-        launch: a module's function that starts the job's kernels on the GPU; processes find it by its name.
-        workers: processes; the machine's cores less one if not given. 0 says True without launching anything, for
-            the interpreter, which compiles nothing.
+        launch: starts a job's kernels on the GPU. Must be importable, as processes find it by name.
+        workers: number of processes; one less than the machine's cores if not given. 0 launches nothing and yields
+            True, for the interpreter, which compiles nothing.
     """
     workers = max(1, len(os.sched_getaffinity(0)) - 1) if workers is None else workers
     if workers == 0:
@@ -43,7 +43,7 @@ def compile_all(launch: Callable[[J], object], jobs: Sequence[J], *, workers: in
 
 
 def _mute() -> None:
-    """Triton prints whole programs to stderr, past Python's, for a launch that does not fit the GPU."""
+    # Triton prints whole programs to the process's stderr for a launch that does not fit the GPU.
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - a descriptor is needed, not a path
         os.dup2(nowhere.fileno(), 2)
 

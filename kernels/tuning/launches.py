@@ -1,6 +1,6 @@
-"""One projection on one GPU, set up so that any launch of it can be made, checked and timed.
+"""Runs one projection's launches on one GPU, to check and time them.
 
-Letters as in `stack.py`, T rows.
+Letters as in `stack.py`; T rows (tokens) of the batch.
 """
 
 from collections.abc import Iterator
@@ -9,9 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ranklet.kernels import csgmv, fused_gemm
-from ranklet.kernels.batch import Segments, Tiles
+from ranklet.kernels import fused_gemm
+from ranklet.kernels.expand import expand
 from ranklet.kernels.launch import is_hopper
+from ranklet.kernels.row_tiles import RowTiles
+from ranklet.kernels.segments import Segments
+from ranklet.kernels.shrink import shrink
 from ranklet.kernels.tiles import ExpandTile, FusedTile, Op, ShrinkTile, Tile, TileKey
 from ranklet.kernels.tuning.candidates import FEW_ROWS, candidates, cases
 from ranklet.kernels.tuning.random_lora import (
@@ -29,10 +32,14 @@ MOST_PARTS = 4  # the largest `ShrinkTile.split` among the candidates
 
 
 class TileLauncher:
-    """Buffers for the largest of the workloads, whose tiles are in `cases` by (height, rows).
+    """Launches any tile of one projection with random weights, on the given workloads.
 
     Args:
-        rank: the pool's; every adapter has it in full.
+        rank: of the pool. Every adapter has this rank.
+
+    Attributes:
+        cases: the workloads' tiles by tile height and rows of the batch.
+        chosen: the best `ShrinkTile` by tile height and rows of the batch, set by the tuner.
     """
 
     def __init__(
@@ -40,7 +47,7 @@ class TileLauncher:
         dtype: torch.dtype,
     ) -> None:  # fmt: skip
         made = cases(workloads)
-        self.cases = {key: [tiles.on(device) for tiles in found] for key, found in made.items()}
+        self.cases = {key: [tiles.to(device) for tiles in found] for key, found in made.items()}
         rows = max(rows for _, rows in made)
         slots = 1 + max(int(tiles.table[:, 2].max()) for found in made.values() for tiles in found)
         self.weights = random_lora(projection, rank, slots, device=device, dtype=dtype)
@@ -50,74 +57,65 @@ class TileLauncher:
         self.y = torch.randn(rows, sum(projection.widths), device=device, dtype=dtype)
         self.h = torch.randn(rows, hidden, device=device, dtype=dtype)
         self.parts = torch.zeros(MOST_PARTS, rows, hidden, device=device)
-        self.chosen: dict[tuple[int, int], Tile] = {}  # for `shrink`, by tile height and rows of the batch
+        self.chosen: dict[tuple[int, int], Tile] = {}
 
-    def can_take(self, tile: Tile, key: TileKey) -> bool:
-        """Whether the operation exists on this device for this projection and these batches."""
+    def supports(self, tile: Tile, key: TileKey) -> bool:
+        """Return whether this device can run the tile on the key's projection and batches."""
         if isinstance(tile, ShrinkTile | ExpandTile):
             return True
         return all(fused_gemm.can_fuse(self.x, self.weights.stack, tiles, tile) for tiles in self._tiles(key))
 
-    def launch(self, tile: Tile, tiles: Tiles, rows: int, *, parts: int = 1, chained: bool = False) -> Tensor:
-        """Start the operation a tile belongs to on a batch of so many rows, and return what it writes.
+    def launch(self, tile: Tile, tiles: RowTiles, rows: int, *, parts: int = 1, chained: bool = False) -> Tensor:
+        """Launch a tile's operation on a batch of `rows` rows, and return its output.
 
         Args:
-            parts: of h, as `expand` reads it.
-            chained: as in `csgmv`.
+            parts: number of parts of h that `expand` sums.
+            chained: see `shrink`.
         """
         stack, y = self.weights.stack, self.y[:rows]
         if isinstance(tile, ShrinkTile):
             out = self._hidden(rows, tile.split)
-            csgmv.shrink(self.x[:rows], out, stack, tiles, tile, chained=chained)
+            shrink(self.x[:rows], out, stack, tiles, tile, chained=chained)
             return out
         if isinstance(tile, ExpandTile):
-            csgmv.expand(self._hidden(rows, parts), y, stack, tiles, tile, chained=chained)
+            expand(self._hidden(rows, parts), y, stack, tiles, tile, chained=chained)
         else:
             fused_gemm.gemm(self.x[:rows], self.weights.weight, None, self._hidden(rows, 1), y, stack, tiles, tile)
         return y
 
     def time_ms(self, tile: Tile, key: TileKey) -> float:
-        """Time of a launch summed over the workloads that share a key.
+        """Return the time of a launch, summed over the workloads that share the key.
 
-        In small batches the launches of a projection overlap, and one pays for how the other works: they are timed
-        together.
+        In small batches, the launches of a projection overlap and affect each other's time, so `shrink` and `expand`
+        are timed together.
         """
         if isinstance(tile, FusedTile) or key.rows > FEW_ROWS:
             return sum(gpu_ms(graphed(partial(self.launch, tile, tiles, key.rows))) for tiles in self._tiles(key))
         return sum(gpu_ms(graphed(partial(self._pair, tile, key, tiles))) for tiles in self._tiles(key))
 
-    def _pair(self, tile: ShrinkTile | ExpandTile, key: TileKey, tiles: Tiles) -> None:
-        """The base product, `shrink` and `expand`: the tile with the other's choice, or first candidate."""
-        pair = [candidates(op, key.height, key.rows)[0] for op in ("shrink", "expand")]
-        if isinstance(tile, ExpandTile):
-            pair = [self.chosen.get((key.height, key.rows), pair[0]), tile]
-        else:
-            pair[0] = tile
-        assert isinstance(pair[0], ShrinkTile)
-        chained = is_hopper(self.x.device)
-        torch.mm(self.x[: key.rows], self.weights.weight.t(), out=self.y[: key.rows])
-        self.launch(pair[0], tiles, key.rows, chained=chained)
-        self.launch(pair[1], tiles, key.rows, parts=pair[0].split, chained=chained)
-
     def base_ms(self, key: TileKey) -> float:
-        """Time of the base product of the same rows, summed likewise."""
+        """Return the time of the base product of the key's rows, summed over the same workloads."""
         weight = self.weights.weight.t()
         ranges = [slice(*tiles.rows) for tiles in self._tiles(key)]
         return sum(gpu_ms(partial(torch.mm, self.x[rows], weight, out=self.y[rows])) for rows in ranges)
 
     def error(self, tile: Tile, key: TileKey, wanted: Tensor) -> float:
-        """Relative error of a launch, its output poisoned before; `wanted` as `reference` gives it."""
+        """Return the relative error of a launch. Its output buffer is overwritten first.
+
+        Args:
+            wanted: from `reference`.
+        """
         tiles = self._tiles(key)[0]
         low, high = tiles.rows
         if isinstance(tile, ShrinkTile):
             self._hidden(key.rows, tile.split).fill_(torch.nan)
             return relative_error(self.launch(tile, tiles, key.rows)[:, low:high].float().sum(0), wanted)
-        # `expand` adds to what is there, hence zeros; the fused product must write all of it.
+        # `expand` adds to its output, hence zeros; the fused product must write every row.
         self.y.fill_(0.0 if isinstance(tile, ExpandTile) else torch.nan)
         return relative_error(self.launch(tile, tiles, key.rows)[low:high], wanted)
 
     def reference(self, key: TileKey) -> Tensor:
-        """What the operation must write for the key's first workload, in float32 by torch: its rows of h or y."""
+        """Return the operation's output rows for the key's first workload, computed by torch in float32."""
         tiles = self._tiles(key)[0]
         stack = self.weights.stack
         if key.op == "shrink":
@@ -129,11 +127,24 @@ class TileLauncher:
         return torch.addmm(torch.cat(added), self.x[low:high].float(), self.weights.weight.float().t())
 
     def keys(self, op: Op) -> Iterator[TileKey]:
-        """The keys of one operation, one for each tile height and number of rows."""
+        """Yield the operation's keys, one per tile height and number of rows."""
         wide, widths = self.weights.projection.wide, self.weights.projection.widths
         yield from (TileKey(op, wide, widths, self.rank, height, rows) for height, rows in sorted(self.cases))
 
-    def _tiles(self, key: TileKey) -> list[Tiles]:
+    def _pair(self, tile: ShrinkTile | ExpandTile, key: TileKey, tiles: RowTiles) -> None:
+        # The base product, `shrink` and `expand`: one with `tile`, the other as chosen or with its first candidate.
+        pair = [candidates(op, key.height, key.rows)[0] for op in ("shrink", "expand")]
+        if isinstance(tile, ExpandTile):
+            pair = [self.chosen.get((key.height, key.rows), pair[0]), tile]
+        else:
+            pair[0] = tile
+        assert isinstance(pair[0], ShrinkTile)
+        chained = is_hopper(self.x.device)
+        torch.mm(self.x[: key.rows], self.weights.weight.t(), out=self.y[: key.rows])
+        self.launch(pair[0], tiles, key.rows, chained=chained)
+        self.launch(pair[1], tiles, key.rows, parts=pair[0].split, chained=chained)
+
+    def _tiles(self, key: TileKey) -> list[RowTiles]:
         return self.cases[key.height, key.rows]
 
     def _hidden(self, rows: int, parts: int) -> Tensor:

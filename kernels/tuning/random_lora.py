@@ -1,6 +1,6 @@
-"""Projections with random weights and adapters, and the clocks to time them with: what tuner and benchmarks share.
+"""Projections with random weights and adapters, and functions to time calls, for tuner and benchmarks.
 
-Letters as in `stack.py`, T rows.
+Letters as in `stack.py`; T rows (tokens) of the batch.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from ranklet.kernels.batch import Segment
 from ranklet.kernels.packs import PACKS
+from ranklet.kernels.segments import Segment
 from ranklet.kernels.stack import LinearStack, SlotMeta, padded_rank
 
 SCALING = 1.5
@@ -30,10 +30,10 @@ class ProjectionShape(NamedTuple):
 
 
 def projections(dims: Mapping[str, tuple[int, int]]) -> tuple[ProjectionShape, ...]:
-    """A decoder layer's packed projections.
+    """Return a decoder layer's packed projections.
 
     Args:
-        dims: (input width, output width) by module, as a model's `Architecture.module_dims` gives them.
+        dims: (input width, output width) by module, as in `Architecture.module_dims`.
     """
     return tuple(
         ProjectionShape(name, dims[modules[0]][0], tuple(dims[module][1] for module in modules))
@@ -43,7 +43,7 @@ def projections(dims: Mapping[str, tuple[int, int]]) -> tuple[ProjectionShape, .
 
 @dataclass(frozen=True, slots=True)
 class RandomLora:
-    """One projection with random weights, every slot filled with a random adapter."""
+    """One projection with random weights, and a random adapter in every slot."""
 
     projection: ProjectionShape
     weight: Tensor  # [N, K]
@@ -53,7 +53,7 @@ class RandomLora:
 def random_lora(
     projection: ProjectionShape, rank: int, slots: int, *, device: torch.device, dtype: torch.dtype
 ) -> RandomLora:
-    """Weights such that the base's output has size 1, and LoRA's about as much; zero beyond the adapters' rank."""
+    """Draw weights for which base and LoRA outputs have a standard deviation of about 1. Zero beyond the rank."""
     wide, widths = projection.wide, projection.widths
     padded, slices = padded_rank(rank), len(widths)
 
@@ -70,28 +70,36 @@ def random_lora(
     return RandomLora(projection, draw(wide**-0.5, sum(widths), wide), stack)
 
 
-def shrunk(x: Tensor, stack: LinearStack, segment: Segment) -> Tensor:
-    """`s A x` of a segment's rows in float32: [rows, slices * R]."""
+def shrunk(
+    x: Tensor,  # [T, K]
+    stack: LinearStack,
+    segment: Segment,
+) -> Tensor:
+    """Return `s A x` of a segment's rows in float32: [rows, slices * R]."""
     return SCALING * (x[segment.start : segment.stop].float() @ stack.a[segment.slot].float().t())
 
 
-def expanded(h: Tensor, stack: LinearStack, slot: int) -> Tensor:
-    """`B h` in float32, h [rows, slices * R] -> [rows, N]."""
+def expanded(
+    h: Tensor,  # [rows, slices * R]
+    stack: LinearStack,
+    slot: int,
+) -> Tensor:
+    """Return `B h` in float32: [rows, N]."""
     pieces = h.float().split(stack.rank, dim=1)
     weights = stack.b[slot].float().split(stack.widths)
     return torch.cat([piece @ weight.t() for piece, weight in zip(pieces, weights, strict=True)], dim=1)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Norm of the error over the norm of what is wanted; NaN if anything found is NaN."""
+    """Return the norm of the error over the norm of `wanted`. NaN if any value found is NaN."""
     return float((found.float() - wanted).norm() / wanted.norm())
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], object]:
-    """The call as one CUDA graph; itself on the CPU."""
+    """Capture a call in a CUDA graph and return the function that replays it. On the CPU, return the call itself."""
     if not torch.cuda.is_available():
         return call
-    call()  # compiles, and allocates what must outlive the graph
+    call()  # compiles, and allocates memory that must outlive the graph
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -100,19 +108,19 @@ def graphed(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def gpu_ms(call: Callable[[], object], *, rep_ms: int = 8) -> float:
-    """Median time on the GPU with the L2 cache cleared before each call; on the CPU, wall time."""
+    """Return the median time on the GPU, with the L2 cache cleared before each call. On the CPU, see `wall_ms`."""
     if not torch.cuda.is_available():
         return wall_ms(call)
     found = float(do_bench(call, warmup=2, rep=rep_ms, return_mode="median"))
-    if found * _LEAST_REPEATS > rep_ms:  # too long a call for a median
+    if found * _LEAST_REPEATS > rep_ms:  # too few repeats for a median
         found = float(do_bench(call, warmup=1, rep=found * (_LEAST_REPEATS + 1), return_mode="median"))
     return found
 
 
 def wall_ms(call: Callable[[], object], *, budget_ms: float = 20.0) -> float:
-    """Time of one of several calls back to back, as an engine makes them: the CPU's share shows where it is the larger.
+    """Return the mean time of calls back to back, which is the CPU's time where launching takes longer than computing.
 
-    The median of three rounds, which together take about `budget_ms`.
+    The median of three rounds, which take about `budget_ms` together.
     """
     call()
     once = _round_ms(call, 1)

@@ -1,8 +1,8 @@
-"""The offline tuner: finds the launch numbers of each projection and the backends' crossovers, and writes them down.
+"""The offline tuner: finds the fastest tiles of each projection and the crossovers of the backends.
 
-Two passes. Compiling takes seconds a candidate, so many processes do it first and fill Triton's on-disk cache; then
-one process has the GPU for itself, checks each candidate against float32 and times it. A candidate that is wrong is
-dropped with a line, one that does not fit the GPU without.
+Compiling takes seconds per candidate, so many processes compile first and fill Triton's on-disk cache. Then one process
+checks each candidate against float32 and times it. A wrong candidate is dropped with a message; a candidate that does
+not fit the GPU is dropped silently.
 """
 
 import json
@@ -19,7 +19,7 @@ from rich.progress import track
 
 from ranklet.kernels.launch import is_hopper
 from ranklet.kernels.stack import padded_rank
-from ranklet.kernels.tiles import ExpandTile, FusedTile, Op, Tile, TileKey, entry_of, path_for, table
+from ranklet.kernels.tiles import ExpandTile, FusedTile, Op, Tile, TileKey, path_for, table, to_entry
 from ranklet.kernels.tuning import backends
 from ranklet.kernels.tuning.candidates import FEW_ROWS, WORKLOADS, candidates, cases
 from ranklet.kernels.tuning.compile import compile_all
@@ -33,7 +33,7 @@ OPS: tuple[Op, ...] = ("shrink", "expand", "fused")
 
 @dataclass(frozen=True, slots=True)
 class TunePlan:
-    """What to tune: each projection at each rank of pool, on these workloads."""
+    """The launches to tune: each projection at each pool rank, on these workloads."""
 
     projections: tuple[ProjectionShape, ...]
     ranks: tuple[int, ...]
@@ -44,7 +44,7 @@ class TunePlan:
 
 @dataclass(frozen=True, slots=True)
 class TuneJob:
-    """A candidate on all the batches cut to one tile height: what one process compiles."""
+    """A candidate tile on all batches of one tile height, which one process compiles."""
 
     plan: TunePlan
     projection: ProjectionShape
@@ -58,21 +58,21 @@ def tune(
     dims: Mapping[str, tuple[int, int]], ranks: Sequence[int], *, path: Path | None = None, rows: Sequence[int] = (),
     crossovers: bool = True, workers: int | None = None,
 ) -> Path:  # fmt: skip
-    """Tune a model's projections on this machine's GPU and merge what was found into the GPU's table.
+    """Tune a model's projections on this machine's GPU and merge the results into the GPU's table.
 
     Args:
         dims: (input width, output width) by module.
-        ranks: of adapters; tiles are tuned for the pool that holds each.
-        path: the table, `tuned/<GPU>.json` if not given.
-        rows: tune for batches of these many rows only; all that are worth it if empty.
-        crossovers: also time the backends against each other, at the least and the greatest rank.
-        workers: processes that compile.
+        ranks: of adapters. Tiles are tuned for the rank of the pool that holds them.
+        path: the table file, `tuned/<GPU>.json` if not given.
+        rows: batch sizes to tune for; all if empty.
+        crossovers: whether to time the backends against each other too, at the smallest and the largest rank.
+        workers: number of processes that compile.
 
     Returns:
-        The table's path.
+        The path of the table file.
 
     Raises:
-        ValueError: no CUDA device, or no workload of so many rows.
+        ValueError: there is no CUDA device, or no workload has one of `rows`.
     """
     if not torch.cuda.is_available():
         raise ValueError("tune: expected a CUDA device, got none; run it on the GPU that will serve")
@@ -92,16 +92,16 @@ def tune(
 
 
 def tune_tiles(plan: TunePlan, *, workers: int | None = None) -> Iterator[list[dict[str, Any]]]:
-    """The fastest right tile of every launch, as a table's entries, by projection and rank."""
+    """Yield the fastest correct tile of every launch, as entries of a table file, one list per projection and rank."""
     console = Console(stderr=True)
     jobs = list(_jobs(plan))
     attempts = compile_all(_compile, jobs, workers=workers)
     compiled = track(zip(jobs, attempts, strict=True), "compiling", len(jobs), console=console)
     fits = {job for job, done in compiled if done}
     console.print(f"{len(fits)} of {len(jobs)} candidates fit this GPU")
-    rigs = [(projection, rank) for projection in plan.projections for rank in plan.ranks]
-    for projection, rank in track(rigs, "timing", console=console):
-        yield list(_best(_rig(plan, projection, rank), plan, fits, console.print))
+    pairs = [(projection, rank) for projection in plan.projections for rank in plan.ranks]
+    for projection, rank in track(pairs, "timing", console=console):
+        yield list(_best(_launcher(plan, projection, rank), plan, fits, console.print))
 
 
 def _jobs(plan: TunePlan) -> Iterator[TuneJob]:
@@ -119,88 +119,91 @@ def _jobs(plan: TunePlan) -> Iterator[TuneJob]:
 _held: dict[tuple[TunePlan, ProjectionShape, int], TileLauncher] = {}
 
 
-def _rig(plan: TunePlan, projection: ProjectionShape, rank: int) -> TileLauncher:
-    """The rig in use; only one at a time, since a large model's takes gigabytes."""
-    asked = (plan, projection, rank)
-    if asked not in _held:
+def _launcher(plan: TunePlan, projection: ProjectionShape, rank: int) -> TileLauncher:
+    # One at a time: for a large model it takes gigabytes.
+    key = (plan, projection, rank)
+    if key not in _held:
         _held.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        _held[asked] = TileLauncher(projection, rank, plan.workloads, plan.device, plan.dtype)
-    return _held[asked]
+        _held[key] = TileLauncher(projection, rank, plan.workloads, plan.device, plan.dtype)
+    return _held[key]
 
 
 def _compile(job: TuneJob) -> None:
-    rig = _rig(job.plan, job.projection, job.rank)
-    for key in rig.keys(job.op):
+    launcher = _launcher(job.plan, job.projection, job.rank)
+    for key in launcher.keys(job.op):
         height, rows = key.height, key.rows
-        found = rig.cases[height, rows]
-        if height == job.height and job.tile in candidates(job.op, height, rows) and rig.can_take(job.tile, key):
+        found = launcher.cases[height, rows]
+        if height == job.height and job.tile in candidates(job.op, height, rows) and launcher.supports(job.tile, key):
             for tiles in found:
-                rig.launch(job.tile, tiles, rows)
+                launcher.launch(job.tile, tiles, rows)
             if not isinstance(job.tile, FusedTile) and rows <= FEW_ROWS:
                 for parts in (1, 2, MOST_PARTS) if isinstance(job.tile, ExpandTile) else ():
-                    rig.launch(job.tile, found[0], rows, parts=parts, chained=is_hopper(rig.x.device))
-                rig.time_ms(job.tile, key)
+                    launcher.launch(job.tile, found[0], rows, parts=parts, chained=is_hopper(launcher.x.device))
+                launcher.time_ms(job.tile, key)
 
 
 def _best(
-    rig: TileLauncher, plan: TunePlan, fits: set[TuneJob], say: Callable[[str], None]
+    launcher: TileLauncher, plan: TunePlan, fits: set[TuneJob], report: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
     expand_ms: dict[tuple[int, int], float] = {}
     for op in OPS:
-        for key in rig.keys(op):
+        for key in launcher.keys(op):
             tried = candidates(op, key.height, key.rows)
-            jobs = {tile: TuneJob(plan, rig.weights.projection, rig.rank, op, key.height, tile) for tile in tried}
-            fit = [tile for tile, job in jobs.items() if job in fits and rig.can_take(tile, key)]
-            right = list(_right(rig, key, fit, say))  # all of them first: timing overwrites what they are checked with
-            times = {tile: rig.time_ms(tile, key) for tile in right}
+            jobs = {
+                tile: TuneJob(plan, launcher.weights.projection, launcher.rank, op, key.height, tile) for tile in tried
+            }
+            fit = [tile for tile, job in jobs.items() if job in fits and launcher.supports(tile, key)]
+            correct = list(_correct(launcher, key, fit, report))  # all before timing, which overwrites their inputs
+            times = {tile: launcher.time_ms(tile, key) for tile in correct}
             if not times:
                 continue
             best = min(times, key=times.__getitem__)
             if op == "shrink":
-                rig.chosen[key.height, key.rows] = best
+                launcher.chosen[key.height, key.rows] = best
             elif op == "expand":
                 expand_ms[key.height, key.rows] = times[best]
             if isinstance(best, FusedTile):
-                unfused_ms = rig.base_ms(key) + expand_ms.get((key.height, key.rows), float("inf"))
-                yield entry_of(key, replace(best, pays=times[best] <= unfused_ms), times[best])
+                unfused_ms = launcher.base_ms(key) + expand_ms.get((key.height, key.rows), float("inf"))
+                yield to_entry(key, replace(best, pays=times[best] <= unfused_ms), times[best])
             else:
-                yield entry_of(key, best, times[best])
+                yield to_entry(key, best, times[best])
 
 
-def _right(rig: TileLauncher, key: TileKey, tiles: Sequence[Tile], say: Callable[[str], None]) -> Iterator[Tile]:
-    """Those that compute what float32 does."""
+def _correct(
+    launcher: TileLauncher, key: TileKey, tiles: Sequence[Tile], report: Callable[[str], None]
+) -> Iterator[Tile]:
+    """Yield the tiles that agree with float32."""
     if not tiles:
         return
-    wanted = rig.reference(key)
+    wanted = launcher.reference(key)
     for tile in tiles:
-        error = rig.error(tile, key, wanted)
+        error = launcher.error(tile, key, wanted)
         if error <= TOLERANCE:
             yield tile
         else:
-            say(f"dropped: {tile} on {key} is off by {error:.1e} of float32")
+            report(f"dropped: {tile} on {key} differs from float32 by {error:.1e}")
 
 
 def write(path: Path, **found: list[dict[str, Any]]) -> None:
-    """Merge entries into a table's lists (`tiles`, `crossovers`): same key replaced, others kept."""
+    """Merge entries into the lists `tiles` and `crossovers` of a table file. Entries of equal keys are replaced."""
     old = json.loads(path.read_text()) if path.is_file() else {}
     head = {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "triton": triton.__version__, "torch": torch.__version__, "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }  # fmt: skip
-    lists = {name: merged(old.get(name, []), found.get(name, [])) for name in ("tiles", "crossovers")}
+    lists = {name: _merge(old.get(name, []), found.get(name, [])) for name in ("tiles", "crossovers")}
     path.parent.mkdir(parents=True, exist_ok=True)
     body = ",\n".join(f' "{name}": [\n{_lines(entries)}\n ]' for name, entries in lists.items())
     path.write_text("{\n" + "".join(f' "{k}": {json.dumps(v)},\n' for k, v in head.items()) + body + "\n}\n")
 
 
-def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Entries of two measurements; where both measured the same thing, the new one."""
-    return list({json.dumps(_what(entry)): entry for entry in [*old, *new]}.values())
+def _merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({json.dumps(_key(entry)): entry for entry in [*old, *new]}.values())
 
 
-def _what(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _key(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entry.items() if name not in ("tile", "ms")}
 
 

@@ -7,7 +7,7 @@ counts the shapes of random batches. Letters: T tokens, B prompts.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ranklet.kernels.batch import power_of_four, power_of_two
+from ranklet.kernels.powers import power_of_four, power_of_two
 from ranklet.replicas.model.cudnn_attention import MIN_LONGEST
 
 _LEAST_TOKENS = 16

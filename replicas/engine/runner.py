@@ -200,7 +200,7 @@ class Runner:
         kinds = [*lora.tiles, *(layout.last.tiles if layout.last else ())]
         sizes = (sum(lengths), sum(lengths), len(lengths) + 1, *(array.size for kind in kinds for array in kind.arrays))
         ids, places, offsets, *tables = moved.split(sizes)
-        placed = [replace(kind, device=tables[3 * i : 3 * i + 3]) for i, kind in enumerate(kinds)]
+        placed = [replace(kind, on_device=tables[3 * i : 3 * i + 3]) for i, kind in enumerate(kinds)]
         whole = replace(lora, tiles=tuple(placed[: len(lora.tiles)]))
         last = layout.last and replace(layout.last, tiles=tuple(placed[len(lora.tiles) :]))
         shape, padded = self._model.architecture, None

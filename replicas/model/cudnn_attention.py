@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ranklet.kernels.batch import power_of_two
 from ranklet.kernels.launch import is_hopper
+from ranklet.kernels.powers import power_of_two
 
 logger = logging.getLogger(__name__)
 

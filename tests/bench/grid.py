@@ -33,7 +33,7 @@ TINY_SIZES = Sizes((1, 4), (1, 16, 64))
 
 def picked(layer: MeasuredLayer, rows: int, adapters: int, scope: Scope) -> str:
     """Return the backend that dispatch chooses for the batch."""
-    projections = tuple((p.wide, p.widths) for p in (layer.probes[name].projection for name in SCOPES[scope]))
+    projections = tuple((p.wide, p.widths) for p in (layer.loras[name].projection for name in SCOPES[scope]))
     known = surface(crossovers(layer.device.index), scope, layer.hidden)
     lora = LoraLayer(projections, padded_rank(layer.rank), layer.device.type == "cuda", known)
     return Backends(lora).choose(even(rows, adapters), "fastest").backend

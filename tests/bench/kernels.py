@@ -89,7 +89,7 @@ def row(part: str, what: str, measured: float, must: float | None, unit: str, ba
 def few(on: Sizing) -> Iterator[dict[str, Any]]:
     """Measure every backend with few adapters and long prompts. The target applies to the fastest."""
     rows, adapters = on.batch(30_720, 4)
-    layer, batch = on.layer(64, adapters, rows), even(rows, adapters).placed(on.device)
+    layer, batch = on.layer(64, adapters, rows), even(rows, adapters).with_tiles(on.device)
     found = {backend: added_ms(layer, backend, batch, ATTENTION) for backend in on.backends}
     best = min(found, key=lambda name: found[name][0])
     for backend, (added, base) in found.items():
@@ -109,7 +109,7 @@ def short(on: Sizing) -> Iterator[dict[str, Any]]:
 
 
 def _csgmv(on: Sizing, part: str, rows: int, adapters: int, targets: dict[str, float]) -> Iterator[dict[str, Any]]:
-    layer, batch = on.layer(64, adapters, rows), even(rows, adapters).placed(on.device)
+    layer, batch = on.layer(64, adapters, rows), even(rows, adapters).with_tiles(on.device)
     for name, must in targets.items():
         added, base = added_ms(layer, _tiled(on), batch, (name,))
         what = f"{adapters} x {rows // adapters} {name}, {_tiled(on)}"
@@ -120,7 +120,7 @@ def decode(on: Sizing) -> Iterator[dict[str, Any]]:
     """Measure 256 requests of one row, with the four projections in one graph."""
     for count, must in ((32, 0.07), (8, 0.05)):
         rows, adapters = on.batch(256, count)
-        layer, batch = on.layer(64, adapters, rows), even(rows, adapters).placed(on.device)
+        layer, batch = on.layer(64, adapters, rows), even(rows, adapters).with_tiles(on.device)
         added, base = added_ms(layer, _tiled(on), batch, ALL)
         what = f"{rows} x 1 of {adapters} adapters, all four, {_tiled(on)}"
         yield row("decode", what, added, must if on.divisor == 1 else None, "ms", base)
@@ -145,7 +145,7 @@ def planning(on: Sizing) -> Iterator[dict[str, Any]]:
 def error(on: Sizing) -> Iterator[dict[str, Any]]:
     """Compare each backend with float32, and backends with each other in units in the last place (ULP)."""
     lengths = [(1, 20, 50, 185)[i % 4] for i in range(64)]  # covers every tile height
-    batch = plan(lengths, [None, *(i % 24 for i in range(1, 64))])[1].placed(on.device)
+    batch = plan(lengths, [None, *(i % 24 for i in range(1, 64))])[1].with_tiles(on.device)
     for rank in (8, 64):
         layer = on.layer(rank, 24, batch.rows)
         found = {backend: layer.run(backend, batch, ALL) for backend in on.backends}
@@ -161,7 +161,7 @@ def error(on: Sizing) -> Iterator[dict[str, Any]]:
 
 
 def _float32(layer: MeasuredLayer, batch: LoraBatch, name: str) -> Tensor:
-    x, made = layer.input(name, batch.rows), layer.probes[name]
+    x, made = layer.input(name, batch.rows), layer.loras[name]
     y = x.float() @ made.weight.float().t()
     for s in batch.segments:
         y[s.start : s.stop] += expanded(shrunk(x, made.stack, s), made.stack, s.slot)

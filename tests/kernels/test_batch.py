@@ -5,8 +5,11 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ranklet.kernels.batch import BLOCK_ROWS, LoraBatch, Segment, Segments, cut, plan, power_of_four
+from ranklet.kernels.batch import LoraBatch, cut, plan
 from ranklet.kernels.mixes import MIXES, Mix, assign
+from ranklet.kernels.powers import power_of_four
+from ranklet.kernels.row_tiles import BLOCK_ROWS
+from ranklet.kernels.segments import Segment, Segments
 
 requests = st.lists(st.tuples(st.integers(0, 9), st.none() | st.integers(0, 5)), max_size=40)
 

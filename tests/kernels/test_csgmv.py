@@ -1,6 +1,6 @@
-"""The Triton backend against LoRA in float64: through the interpreter on the CPU, compiled on a GPU.
+"""The Triton backend against LoRA in float64: interpreted on the CPU, compiled on a GPU.
 
-bfloat16 is checked on the GPU alone: the interpreter's bfloat16 `tl.dot` returns garbage.
+bfloat16 is tested on the GPU only: the interpreter's bfloat16 `tl.dot` returns garbage.
 """
 
 from dataclasses import replace
@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ranklet.kernels import csgmv, fused_gemm
+from ranklet.kernels import base_gemm, csgmv, fused_gemm
 from ranklet.kernels.batch import cut, plan
 from ranklet.kernels.mixes import MIXES, Mix, assign
 from ranklet.kernels.tiles import FusedTile
 from tests.kernels import oracle
+from tests.kernels.fixed_tiles import fuse_small_batches
 
 NAN = float("nan")
 RANKS = {0: (1, 1, 1), 1: (3, 0, 8), 2: (8, 8, 8), 3: (40, 64, 40), 4: (64, 64, 64), 5: (0, 0, 0)}
@@ -42,7 +43,7 @@ def check(
     on = [None if t is None else t.to(DEVICE) for t in (x, weight, offset)]
     assert on[0] is not None
     assert on[1] is not None
-    y = csgmv.linear(on[0], on[1], on[2], stack, batch.placed(torch.device(DEVICE))).cpu()
+    y = csgmv.linear(on[0], on[1], on[2], stack, batch.with_tiles(torch.device(DEVICE))).cpu()
     wanted = oracle.linear(x, weight, offset, by_row(lengths, slots), adapters)
     assert_close(y.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     if batch.rows:
@@ -69,7 +70,7 @@ def test_the_four_mixes(mix: Mix, dtype: torch.dtype) -> None:
     ],
     ids=["nothing", "empty runs", "one row", "a row each", "base only", "not targeted", "tall", "mixed heights"],
 )
-def test_ugly_shapes(lengths: list[int], slots: list[int | None]) -> None:
+def test_unusual_batches(lengths: list[int], slots: list[int | None]) -> None:
     check(lengths, slots)
     check(lengths, slots, widths=(24,), bias=True)
     check(lengths, slots, wide=72, widths=(40, 136))
@@ -81,7 +82,7 @@ def test_hundreds_of_adapters_of_one_row() -> None:
     stack = oracle.linear_stack(lora, slots, 16, 32, (16,), stale=NAN, device=DEVICE)
     _, batch = plan([1] * slots, list(range(slots)))
     x, weight = torch.randn(slots, 32), torch.randn(16, 32)
-    y = csgmv.linear(x.to(DEVICE), weight.to(DEVICE), None, stack, batch.placed(torch.device(DEVICE))).cpu()
+    y = csgmv.linear(x.to(DEVICE), weight.to(DEVICE), None, stack, batch.with_tiles(torch.device(DEVICE))).cpu()
     wanted = oracle.linear(x, weight, None, list(range(slots)), lora)  # scalings here go up to 250
     assert ((y.double() - wanted).norm(dim=1) <= 1e-5 * wanted.norm(dim=1)).all()
 
@@ -91,30 +92,30 @@ def test_hundreds_of_adapters_of_one_row() -> None:
 @pytest.mark.parametrize(
     ("lengths", "slots"),
     [([150, 129, 7, 20], [4, 3, 2, None]), ([33, 70, 128, 64, 5], [1, 3, 5, 4, 2]), ([13] * 10, [0, 1, 2, 3, 4] * 2)],
-    ids=["long, short and base", "blocks of several segments", "short ones alone"],
+    ids=["long, short and base", "blocks of several segments", "only short"],
 )
 def test_base_and_lora_from_one_product(
     monkeypatch: pytest.MonkeyPatch, lengths: list[int], slots: list[int | None], dtype: torch.dtype, bias: bool
 ) -> None:
     wide, widths = 512, (256, 128, 128)
-    tile, product, taken = FusedTile(128, 64, 8, 1, 8, 3), fused_gemm.gemm, []
+    tile, product, heights = FusedTile(128, 64, 8, 1, 8, 3), fused_gemm.gemm, []
 
-    def counted(*given: Any, **how: Any) -> None:
-        taken.append(given[6].height)
-        product(*given, **how)
+    def counted(*args: Any, **options: Any) -> None:
+        heights.append(args[6].height)
+        product(*args, **options)
 
-    monkeypatch.setattr(csgmv, "_fused", lambda *_: tile)
+    fuse_small_batches(monkeypatch, tile)
     monkeypatch.setattr(fused_gemm, "gemm", counted)
     check(lengths, slots, wide=wide, widths=widths, dtype=dtype, bias=bias, stale=0.0)
     check(lengths, slots, wide=wide, widths=widths[:1], dtype=dtype, bias=bias, stale=0.0)
     expected = [tiles.height for tiles in cut(plan(lengths, slots)[1])] * 2
-    assert taken == expected
+    assert heights == expected
 
 
 @pytest.mark.parametrize(
     ("lengths", "slots"),
     [([7, 20, 3], [1, 3, None]), ([33, 70, 5], [1, 3, 5]), ([6, 2], [4, 2]), ([200, 3, 40], [4, 2, None])],
-    ids=["with base rows", "not targeted", "adapters alone", "mixed heights"],
+    ids=["with base rows", "not targeted", "no base rows", "mixed heights"],
 )
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
@@ -125,16 +126,15 @@ def test_a_base_product_kept_in_float32_is_rounded_once(
         wide = x.float() @ weight.float().t()
         return wide if offset is None else wide + offset
 
-    monkeypatch.setattr(fused_gemm, "may_widen", lambda x: True)
-    monkeypatch.setattr(fused_gemm, "widened", widened)
-    monkeypatch.setattr(csgmv, "_fused", lambda *_: None)
+    monkeypatch.setattr(base_gemm, "may_widen", lambda x: True)
+    monkeypatch.setattr(base_gemm, "widened", widened)
     dtype, wide, widths = torch.float16, 40, (24, 8, 8)
     _, batch = plan(lengths, slots)
     adapters = oracle.random_adapters(RANKS, wide, widths, dtype=dtype)
     stack = oracle.linear_stack(adapters, 6, 64, wide, widths, stale=NAN, device=DEVICE)
     x, weight = torch.randn(batch.rows, wide).to(dtype), (torch.randn(sum(widths), wide) * wide**-0.5).to(dtype)
     offset = torch.randn(sum(widths)).to(dtype) if bias else None
-    tiles = tuple(kind.on(torch.device(DEVICE)) for kind in cut(batch, padded=padded))
+    tiles = tuple(kind.to(torch.device(DEVICE)) for kind in cut(batch, padded=padded))
     given = (x.to(DEVICE), weight.to(DEVICE), None if offset is None else offset.to(DEVICE), stack)
     y = csgmv.linear(*given, replace(batch, tiles=tiles, padded=padded)).cpu()
     assert y.dtype == dtype
@@ -142,10 +142,10 @@ def test_a_base_product_kept_in_float32_is_rounded_once(
     assert (y.double() - wanted).norm() <= 6e-4 * wanted.norm()
 
 
-def test_what_the_product_does_not_take() -> None:
+def test_the_fused_product_supports_only_many_rows_of_16_bits_and_whole_blocks() -> None:
     tile = FusedTile(128, 64, 8, 1, 8, 3)
     hopper = DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
-    for wide, widths, dtype, segments, takes in (
+    for wide, widths, dtype, segments, supported in (
         (512, (256, 128), torch.float16, 4, hopper),
         (512, (256, 128), torch.float16, 1024, False),  # too many adapters in a block
         (512, (256, 128), torch.float16, 0, False),  # few rows
@@ -158,9 +158,9 @@ def test_what_the_product_does_not_take() -> None:
         lengths = [2048 // segments] * segments if segments else [1024]
         _, batch = plan(lengths, list(range(len(lengths))))
         (tiles,) = cut(batch)
-        assert fused_gemm.can_fuse(x, stack, tiles, tile) == takes
+        assert fused_gemm.can_fuse(x, stack, tiles, tile) == supported
         (padded,) = cut(batch, padded=True)
-        assert fused_gemm.can_fuse(x, stack, padded, tile) == takes
+        assert fused_gemm.can_fuse(x, stack, padded, tile) == supported
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -170,7 +170,7 @@ def test_embedding(dtype: torch.dtype) -> None:
     _, batch = plan(lengths, slots)
     ids, table = torch.randint(500, (batch.rows,), dtype=torch.int32), torch.randn(500, 136).to(dtype)
     stack = oracle.embedding_stack(adapters, 4, 64, 500, 136, stale=NAN, device=DEVICE)
-    placed = batch.placed(torch.device(DEVICE))
+    placed = batch.with_tiles(torch.device(DEVICE))
     y = csgmv.embedding(ids.to(DEVICE), table.to(DEVICE), stack, placed).cpu()
     wanted = oracle.embedding(ids, table, by_row(lengths, slots), adapters)
     assert_close(y.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
@@ -183,6 +183,6 @@ def test_two_ranks_and_two_dtypes_in_one_process() -> None:
             stack = oracle.linear_stack(adapters, 1, rank, 48, (32,), stale=NAN, device=DEVICE)
             _, batch = plan([9], [0])
             x, weight = torch.randn(9, 48).to(dtype), torch.randn(32, 48).to(dtype)
-            y = csgmv.linear(x.to(DEVICE), weight.to(DEVICE), None, stack, batch.placed(torch.device(DEVICE))).cpu()
+            y = csgmv.linear(x.to(DEVICE), weight.to(DEVICE), None, stack, batch.with_tiles(torch.device(DEVICE))).cpu()
             wanted = oracle.linear(x, weight, None, [0] * 9, adapters)
             assert (y.double() - wanted).norm() <= 3e-3 * wanted.norm()

@@ -8,9 +8,10 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from ranklet.kernels import dispatch
-from ranklet.kernels.batch import LoraBatch, Segment, plan
+from ranklet.kernels.batch import LoraBatch, plan
 from ranklet.kernels.cost_model import LoraLayer
 from ranklet.kernels.crossover import Crossover, surface
+from ranklet.kernels.segments import Segment
 from tests.kernels import oracle
 
 WIDE, WIDTHS, VOCAB = 12, (8, 4), 30

@@ -1,9 +1,8 @@
-"""The pointwise steps: torch against transformers' own modules, Triton (interpreted, and on CUDA) against float64."""
-
-from types import ModuleType
+"""The pointwise steps: torch against transformers' modules, Triton (interpreted and compiled) against float64."""
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import Qwen3Config
@@ -13,6 +12,7 @@ from ranklet.kernels import pointwise
 
 EPS = 1e-6
 SHAPES = [(1, 48), (7, 130), (5, 1)]  # rows, width
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles the kernels on a GPU")
 
 
 def norm64(x: Tensor, weight: Tensor) -> Tensor:
@@ -20,10 +20,10 @@ def norm64(x: Tensor, weight: Tensor) -> Tensor:
     return wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
 
 
-# torch, against the modules the oracle's model is made of
+# torch against transformers
 
 
-def test_rms_norm_is_transformers_own() -> None:
+def test_rms_norm_agrees_with_transformers() -> None:
     x, norm = 3 * torch.randn(9, 96), Qwen3RMSNorm(96, eps=EPS)
     weight = 1 + 0.2 * torch.randn(96)
     norm.weight.data.copy_(weight)
@@ -37,7 +37,7 @@ def test_add_rms_norm_adds_in_place_and_norms_the_sum() -> None:
     assert torch.equal(residual, total)
 
 
-def test_silu_mul_is_the_mlps_activation() -> None:
+def test_silu_mul_agrees_with_transformers() -> None:
     mlp = Qwen3MLP(Qwen3Config(hidden_size=8, intermediate_size=20))
     x = torch.randn(5, 8)
     with torch.no_grad():
@@ -46,33 +46,36 @@ def test_silu_mul_is_the_mlps_activation() -> None:
     assert_close(pointwise.silu_mul(torch.cat([gate, up], dim=1)), expected)
 
 
-def test_no_rows_at_all() -> None:
+def test_no_rows() -> None:
     assert pointwise.rms_norm(torch.empty(0, 8), torch.ones(8), EPS).shape == (0, 8)
     assert pointwise.add_rms_norm(torch.empty(0, 8), torch.empty(0, 8), torch.ones(8), EPS).shape == (0, 8)
     assert pointwise.silu_mul(torch.empty(0, 16)).shape == (0, 8)
 
 
-# Triton, interpreted on the CPU: the launchers ask for CUDA, so the one without a launch helper is called as there
+# Triton, interpreted on the CPU. The launchers use Triton only on CUDA, so the kernels are called directly.
 
 
+@interpreted
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
 @pytest.mark.parametrize("add", [True, False])
-def test_interpreted_norm(interpreted_fused: ModuleType, rows: int, width: int, add: bool) -> None:
+def test_interpreted_norm(rows: int, width: int, add: bool) -> None:
     x, residual, weight, out = (
         *(torch.randn(rows, width) for _ in range(2)),
         torch.randn(width),
         torch.empty(rows, width),
     )
     total = x + residual if add else x
-    interpreted_fused._launch_rms_norm(x, residual, weight, out, EPS, add=add)
+    block = triton.next_power_of_2(width)
+    pointwise.rms_norm_kernel[(rows,)](x, residual, weight, out, EPS, H=width, BLOCK=block, ADD=add)
     assert_close(out.double(), norm64(total, weight), rtol=1e-5, atol=1e-5)
     assert not add or torch.equal(residual, total)
 
 
+@interpreted
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
-def test_interpreted_silu_mul(interpreted_fused: ModuleType, rows: int, width: int) -> None:
+def test_interpreted_silu_mul(rows: int, width: int) -> None:
     gate_up, out = torch.randn(rows, 2 * width), torch.empty(rows, width)
-    interpreted_fused._silu_mul_kernel[(rows, -(-width // 64))](gate_up, out, H=width, BLOCK=64)
+    pointwise.silu_mul_kernel[(rows, -(-width // 64))](gate_up, out, H=width, BLOCK=64)
     gate, up = gate_up.double().chunk(2, dim=1)
     assert_close(out.double(), gate * gate.sigmoid() * up, rtol=1e-5, atol=1e-5)
 

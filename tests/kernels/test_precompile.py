@@ -5,15 +5,18 @@ import random
 import pytest
 import torch
 
-from ranklet.kernels import csgmv, fused_gemm, rotary
+from ranklet.kernels import csgmv
 from ranklet.kernels.batch import cut, plan
+from ranklet.kernels.expand import expand_kernel
+from ranklet.kernels.fused_gemm import gemm_kernel
 from ranklet.kernels.precompile import batches, precompile
-from ranklet.kernels.rotary import Rotary
+from ranklet.kernels.rotary import Rotary, rotary_kernel
+from ranklet.kernels.shrink import shrink_kernel
 from ranklet.kernels.stack import LinearStack
 from ranklet.kernels.tuning.random_lora import ProjectionShape, random_lora
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-KERNELS = (csgmv._shrink_kernel, csgmv._expand_kernel, fused_gemm._gemm_kernel, rotary._rotary_kernel)
+KERNELS = (shrink_kernel, expand_kernel, gemm_kernel, rotary_kernel)
 
 
 @pytest.mark.parametrize("slots", [1, 8, 300])
@@ -54,7 +57,7 @@ def test_nothing_is_left_to_compile() -> None:
         _, batch = plan(lengths, [draw.choice((None, *range(slots))) for _ in lengths])
         for p in probes:
             x = torch.randn(batch.rows, p.projection.wide, device=DEVICE, dtype=torch.bfloat16)
-            at = turned.of(most_rows - batch.rows) if p.projection.name == "qkv" else None
-            csgmv.linear(x, p.weight, None, p.stack, batch.placed(DEVICE), at)
+            at = turned.rows(most_rows - batch.rows) if p.projection.name == "qkv" else None
+            csgmv.linear(x, p.weight, None, p.stack, batch.with_tiles(DEVICE), at)
     found = [set(kernel.device_caches[0][0]) for kernel in KERNELS]
     assert [more - known for more, known in zip(found, compiled, strict=True)] == [set()] * len(KERNELS)

@@ -1,4 +1,4 @@
-"""Norm and rotation of queries and keys: alone, and on the way out of the product, against float64."""
+"""Norm and rotation of queries and keys, in a kernel of its own and in the fused product, against float64."""
 
 from typing import Any
 
@@ -9,11 +9,12 @@ from torch.testing import assert_close
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
 
-from ranklet.kernels import csgmv, fused_gemm, rotary
+from ranklet.kernels import csgmv, fused_gemm
 from ranklet.kernels.batch import plan
-from ranklet.kernels.rotary import Rotary
+from ranklet.kernels.rotary import Rotary, rotary_kernel
 from ranklet.kernels.tiles import FusedTile
 from tests.kernels import oracle
+from tests.kernels.fixed_tiles import fuse_small_batches
 
 EPS = 1e-6
 HEADS = [(1, 4, 2, 48), (6, 3, 1, 6), (5, 2, 2, 64), (3, 1, 1, 2), (0, 4, 2, 48)]  # tokens, Q, G, head width
@@ -58,7 +59,7 @@ def on(device: torch.device, turned: Rotary) -> Rotary:
     return Rotary(norms, cos, sin, positions, turned.query_heads, turned.key_heads, EPS)
 
 
-def test_it_is_transformers_own() -> None:
+def test_torch_agrees_with_transformers() -> None:
     config = Qwen3Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=48)
     embedding = Qwen3RotaryEmbedding(config)
     q_norm, k_norm = Qwen3RMSNorm(48, eps=EPS), Qwen3RMSNorm(48, eps=EPS)
@@ -78,7 +79,9 @@ def test_it_is_transformers_own() -> None:
 @pytest.mark.parametrize("shape", [*HEADS, (300, 16, 8, 128)])
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-def test_in_place(shape: tuple[int, int, int, int], normed: bool, dtype: torch.dtype, tolerance: float) -> None:
+def test_apply_in_place_and_write(
+    shape: tuple[int, int, int, int], normed: bool, dtype: torch.dtype, tolerance: float
+) -> None:
     tokens, query, key, width = shape
     turned, qkv = turn(shape, dtype, normed=normed), torch.randn(tokens, (query + 2 * key) * width).to(dtype)
     expected = rotary64(qkv, turned)
@@ -87,10 +90,10 @@ def test_in_place(shape: tuple[int, int, int, int], normed: bool, dtype: torch.d
     assert_close(exact.cpu().double(), expected, rtol=tolerance / 2, atol=tolerance / 2)
     out = on(DEVICE, turned).apply_(qkv.clone().to(DEVICE)).cpu()
     assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
-    assert torch.equal(out[:, (query + key) * width :], qkv[:, (query + key) * width :]), "values are left alone"
+    assert torch.equal(out[:, (query + key) * width :], qkv[:, (query + key) * width :]), "values are kept"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled there")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles the kernel on a GPU")
 @pytest.mark.parametrize("shape", HEADS[:-1])
 @pytest.mark.parametrize("normed", [True, False])
 def test_the_interpreted_kernel(shape: tuple[int, int, int, int], normed: bool) -> None:
@@ -98,7 +101,7 @@ def test_the_interpreted_kernel(shape: tuple[int, int, int, int], normed: bool) 
     qkv = torch.randn(tokens, (query + 2 * key) * width)
     expected, heads, half = rotary64(qkv, turned), query + key, turned.half
     for target, written in ((qkv.clone().fill_(float("nan")), heads + key), (qkv, heads)):
-        rotary._rotary_kernel[(tokens,)](
+        rotary_kernel[(tokens,)](
             qkv, target, *(turned.norms or (turned.cos, turned.cos)), turned.cos, turned.sin, turned.positions, EPS,
             qkv.stride(0), Q=query, TURNED=heads, HEADS=written, HALF=half,
             BLOCK_HEADS=1 << (written - 1).bit_length(), BLOCK_HALF=1 << (half - 1).bit_length(), NORM=normed,
@@ -114,24 +117,27 @@ def test_the_interpreted_kernel(shape: tuple[int, int, int, int], normed: bool) 
     [([129, 7, 20], [1, 0, None]), ([150], [1]), ([60, 7], [1, 0]), ([70, 68], [None, None])],
     ids=["long, short and base", "long", "added later", "base"],
 )
-def test_on_the_way_out_of_the_product(
+def test_rotation_in_the_fused_product(
     monkeypatch: pytest.MonkeyPatch, width: int, normed: bool, bias: bool, lengths: list[int], slots: list[int | None]
 ) -> None:
-    """Whichever rows are made by the fused product, by the plain one, or added to later."""
     query, key, wide, dtype = 512 // width, 256 // width, 128, torch.float16
     widths = (512, 256, 256)
     order, batch = plan(lengths, slots)
     tile = FusedTile(256 if width == 128 else 128, 64, 8, 2 if width == 128 else 1, 8, 3)
-    monkeypatch.setattr(csgmv, "_fused", lambda x, stack, tiles: tile if tiles.height == 128 else None)
-    monkeypatch.setattr(fused_gemm, "_can_rotate_plain", lambda *_: True)
-    monkeypatch.setattr(fused_gemm, "_plain", lambda *_: tile)
-    launch, launched = fused_gemm._launch, []
+    fuse_small_batches(monkeypatch, tile, lambda key: key.height == 128)
+    monkeypatch.setattr(fused_gemm, "can_rotate_base", lambda *_: True)
+    gemm, rotated, rotaries = fused_gemm.gemm, fused_gemm.rotated, list[Rotary | None]()
 
-    def counted(*given: Any, **how: Any) -> None:
-        launched.append(given[7])
-        launch(*given, **how)
+    def counted_gemm(*args: Any, **options: Any) -> None:
+        rotaries.append(args[8])
+        gemm(*args, **options)
 
-    monkeypatch.setattr(fused_gemm, "_launch", counted)
+    def counted_rotated(*args: Any) -> None:
+        rotaries.append(args[4])
+        rotated(*args)
+
+    monkeypatch.setattr(fused_gemm, "gemm", counted_gemm)
+    monkeypatch.setattr(fused_gemm, "rotated", counted_rotated)
     adapters = oracle.random_adapters({0: (8, 8, 8), 1: (16, 0, 16)}, wide, widths, dtype=dtype)
     stack = oracle.linear_stack(adapters, 2, 16, wide, widths, stale=0.0, device=str(DEVICE))
     x, weight = torch.randn(batch.rows, wide).to(dtype), (torch.randn(sum(widths), wide) * wide**-0.5).to(dtype)
@@ -139,9 +145,9 @@ def test_on_the_way_out_of_the_product(
     turned = turn((batch.rows, query, key, width), dtype, normed=normed)
     rows = [slots[i] for i in order for _ in range(lengths[i])]
     wanted = rotary64(oracle.linear(x, weight, offset, rows, adapters), turned)
-    placed = batch.placed(DEVICE)
-    given = (x.to(DEVICE), weight.to(DEVICE), None if offset is None else offset.to(DEVICE), stack, placed)
+    tiled = batch.with_tiles(DEVICE)
+    given = (x.to(DEVICE), weight.to(DEVICE), None if offset is None else offset.to(DEVICE), stack, tiled)
     out = csgmv.linear(*given, on(DEVICE, turned)).cpu().double()
-    assert (len(launched), all(launched)) == (0 if lengths == [60, 7] else 1, True)
+    assert (len(rotaries), all(rotaries)) == (0 if lengths == [60, 7] else 1, True)
     assert_close(out, wanted, rtol=3e-3, atol=3e-3 * float(wanted.abs().max()))
     assert (out - wanted).norm() <= 3e-3 * wanted.norm()

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ranklet.kernels import native
-from ranklet.kernels.batch import LoraBatch, Segment, plan
+from ranklet.kernels.batch import LoraBatch, plan
 from ranklet.kernels.row_subset import check_rows, row_range, subset, subset_by_counts
+from ranklet.kernels.segments import Segment
 from tests.kernels import oracle
 
 WIDE, WIDTHS, SLOTS, RANK = 12, (20,), 4, 16
@@ -101,7 +102,7 @@ def test_the_backend_goes_along_unless_no_row_has_an_adapter() -> None:
 
 
 def test_tiles_of_the_full_batch_are_not_carried_over() -> None:
-    placed = BATCH.placed(torch.device("cpu"))
+    placed = BATCH.with_tiles(torch.device("cpu"))
     assert placed.tiles
     for part in (
         row_range(placed, 2, 7),

@@ -2,8 +2,9 @@
 
 import torch
 
-from ranklet.kernels.batch import LoraBatch, Segment
+from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.native import embedding, linear
+from ranklet.kernels.segments import Segment
 from ranklet.kernels.stack import EmbeddingStack, LinearStack, SlotMeta
 
 

@@ -1,4 +1,4 @@
-"""Tables of launch numbers: the exact entry, else the nearest that fits, else a default."""
+"""Tables of tiles: the exact entry, else the nearest, else a default."""
 
 import json
 import logging
@@ -17,9 +17,10 @@ from ranklet.kernels.tiles import (
     TileKey,
     TileTable,
     default,
-    entry_of,
     fitted,
+    from_entry,
     table,
+    to_entry,
 )
 
 QKV = TileKey("shrink", 1024, (2048, 1024, 1024), 64, 128, 30_720)
@@ -46,17 +47,17 @@ def test_nearest_entry(key: TileKey, wanted: ShrinkTile) -> None:
     assert TABLE.find(key) == wanted
 
 
-def test_a_far_entry_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_distant_entry_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     found = TileTable({QKV: TALL}, "some.json", 227 << 10)
     for _ in range(2):
         found.find(QKV._replace(rows=16_000))
         found.find(QKV._replace(rows=1))
     assert [record.levelname for record in caplog.records] == ["INFO"]
-    assert "some.json has no tile for Key(op='shrink'" in caplog.text
+    assert "some.json has no tile for TileKey(op='shrink'" in caplog.text
 
 
-def test_default_where_nothing_compares() -> None:
+def test_default_without_a_similar_entry() -> None:
     for key in (QKV._replace(op="expand"), QKV._replace(widths=(1024,)), QKV._replace(op="fused")):
         assert type(TABLE.find(key)) is tiles.KINDS[key.op]
     assert TileTable({}, "empty", 227 << 10).find(QKV) == default(QKV)
@@ -75,12 +76,14 @@ def test_default_where_nothing_compares() -> None:
     ],
     ids=["fits", "float32", "step in half", "columns in half", "fused fits", "fused", "least of all"],
 )
-def test_stages_as_many_as_memory_holds(tile: tiles.Tile, key: TileKey, shared_bytes: int, wanted: tiles.Tile) -> None:
+def test_tiles_are_fitted_to_shared_memory(
+    tile: tiles.Tile, key: TileKey, shared_bytes: int, wanted: tiles.Tile
+) -> None:
     assert fitted(tile, key, shared_bytes) == wanted
 
 
-def test_float32_never_takes_a_tile_tuned_for_half_of_it() -> None:
-    """It would take more shared memory than there is, and minutes to compile."""
+def test_float32_never_uses_a_tile_tuned_for_16_bits() -> None:
+    """Such a tile would need too much shared memory, and minutes to compile."""
     found = TileTable({QKV: TALL}, "test", 227 << 10)
     assert found.find(QKV) == TALL
     wide = [found.find(QKV._replace(itemsize=4, rows=rows)) for rows in (1, 30_720)]
@@ -93,16 +96,15 @@ def test_the_interpreter_has_an_empty_table() -> None:
 
 
 @pytest.mark.parametrize("tuned_with", [triton.__version__, "0.1"])
-def test_a_gpu_s_file(
+def test_a_gpus_table_file(
     tuned_with: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What `entry_of` writes, a table of that GPU reads; the file's name is made of the GPU's."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(tiles, "TUNED", tmp_path)
     gpu = SimpleNamespace(name="NVIDIA H200/80", shared_memory_per_block_optin=227 << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
     fused = FusedTile(256, 64, 8, 2, 8, 4, pays=False)
-    entries = [entry_of(QKV, TALL, 0.04), entry_of(QKV._replace(op="fused"), fused, 0.4)]
+    entries = [to_entry(QKV, TALL, 0.04), to_entry(QKV._replace(op="fused"), fused, 0.4)]
     (tmp_path / "NVIDIA_H200-80.json").write_text(json.dumps({"triton": tuned_with, "tiles": entries}))
     table.cache_clear()
     try:
@@ -113,7 +115,7 @@ def test_a_gpu_s_file(
     assert ("was tuned with Triton 0.1" in caplog.text) == (tuned_with == "0.1")
 
 
-def test_a_gpu_without_a_file_says_what_to_do(
+def test_a_gpu_without_a_table_logs_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -124,7 +126,7 @@ def test_a_gpu_without_a_file_says_what_to_do(
         assert table(0).find(QKV) == fitted(default(QKV), QKV, 99 << 10)
     finally:
         table.cache_clear()
-    assert "no Other.json: taking default tiles. `ranklet tune` measures this GPU" in caplog.text
+    assert "no Other.json: using default tiles; `ranklet tune` measures this GPU" in caplog.text
 
 
 def test_every_shipped_table_can_be_read() -> None:
@@ -132,4 +134,4 @@ def test_every_shipped_table_can_be_read() -> None:
         content = json.loads(path.read_text())
         assert {"gpu", "triton", "torch", "date", "tiles"} <= set(content)
         assert path == tiles.path_for(content["gpu"])
-        assert all(tiles._parse(entry) for entry in content["tiles"])
+        assert all(from_entry(entry) for entry in content["tiles"])

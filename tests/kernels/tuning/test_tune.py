@@ -1,4 +1,4 @@
-"""The tuner from candidates to table, with Triton's interpreter in the place of a GPU."""
+"""The tuner from candidates to table file, with Triton's interpreter in place of a GPU."""
 
 import json
 from dataclasses import replace
@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ranklet.kernels import csgmv
-from ranklet.kernels.batch import Tiles
-from ranklet.kernels.crossover import Crossover, _parse, entry_of
+from ranklet.kernels.crossover import Crossover, from_entry, to_entry
+from ranklet.kernels.row_tiles import RowTiles
+from ranklet.kernels.shrink import shrink
 from ranklet.kernels.stack import LinearStack, padded_rank
 from ranklet.kernels.tiles import KINDS, ShrinkTile
 from ranklet.kernels.tuning import tune
@@ -41,7 +41,7 @@ def test_a_layer_has_four_projections() -> None:
     }  # fmt: skip
 
 
-def test_every_height_is_tuned_and_every_candidate_is_of_its_kind() -> None:
+def test_every_tile_height_has_candidates_of_the_right_kind() -> None:
     found = cases(WORKLOADS)
     assert {height for height, _ in found} == {16, 32, 64, 128}
     for height, rows in found:
@@ -58,7 +58,7 @@ def test_rows_are_shared_evenly() -> None:
     assert [padded_rank(rank) for rank in (1, 8, 16, 17, 64)] == [16, 16, 16, 32, 64]
 
 
-def test_a_probe_is_zero_beyond_its_rank() -> None:
+def test_random_lora_is_zero_beyond_its_rank() -> None:
     made = random_lora(ProjectionShape("qkv", 24, (16, 8, 8)), 3, 2, device=CPU, dtype=torch.float32)
     assert made.stack.rank == 16
     a = made.stack.a.view(2, 3, 16, 24)
@@ -87,42 +87,41 @@ def test_the_best_of_each_launch_is_written(tmp_path: Path) -> None:
 def test_a_wrong_candidate_is_dropped_and_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = csgmv.shrink
 
-    def wrong(x: Tensor, h: Tensor, stack: LinearStack, tiles: Tiles, tile: ShrinkTile, *, chained: bool) -> None:
-        right(x, h, stack, tiles, tile, chained=chained)
+    def wrong(x: Tensor, h: Tensor, stack: LinearStack, tiles: RowTiles, tile: ShrinkTile, *, chained: bool) -> None:
+        shrink(x, h, stack, tiles, tile, chained=chained)
         if tile.block_k == 64:
             h[0, 0] = 0
 
-    monkeypatch.setattr(csgmv, "shrink", wrong)
+    monkeypatch.setattr("ranklet.kernels.tuning.launches.shrink", wrong)
     plan = replace(TINY, workloads=TINY.workloads[:1])
     (entries,) = tune.tune_tiles(plan, workers=0)
     assert next(e for e in entries if e["op"] == "shrink")["tile"]["block_k"] == 128
-    said = " ".join(capsys.readouterr().err.split())
-    assert "dropped: ShrinkTile(block_k=64" in said
-    assert "dropped: ExpandTile" not in said
+    output = " ".join(capsys.readouterr().err.split())
+    assert "dropped: ShrinkTile(block_k=64" in output
+    assert "dropped: ExpandTile" not in output
 
 
-def test_a_table_is_merged_not_overwritten(tmp_path: Path) -> None:
+def test_new_entries_are_merged_into_the_table_file(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "gpu.json"
     key = {"op": "shrink", "k": 8, "widths": [8], "rank": 16, "height": 16, "rows": 4}
     tune.write(path, tiles=[{**key, "tile": {"split": 1}, "ms": 2.0}, {**key, "rank": 32, "tile": {}, "ms": 1.0}])
-    contest = entry_of(Crossover(256, 4, 8, 1024, "layer", {"native": 2.0, "csgmv": 1.0}))
-    tune.write(path, crossovers=[contest])
+    measured = to_entry(Crossover(256, 4, 8, 1024, "layer", {"native": 2.0, "csgmv": 1.0}))
+    tune.write(path, crossovers=[measured])
     tune.write(path, tiles=[{**key, "tile": {"split": 2}, "ms": 3.0}])
     content = json.loads(path.read_text())
     assert [(e["rank"], e["ms"]) for e in content["tiles"]] == [(16, 3.0), (32, 1.0)]
-    assert [_parse(entry) for entry in content["crossovers"]] == [
+    assert [from_entry(entry) for entry in content["crossovers"]] == [
         Crossover(256, 4, 8, 1024, "layer", {"native": 2.0, "csgmv": 1.0})
     ]
     assert {"gpu", "triton", "torch", "date"} < set(content)
 
 
-def test_processes_say_in_order_which_jobs_worked() -> None:
+def test_results_of_processes_come_in_the_order_of_the_jobs() -> None:
     assert list(compile_all(halve, [1.0, 0.0, 2.0], workers=1)) == [True, False, True]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_no_gpu_is_said_plainly() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tuning_without_a_gpu_is_an_error() -> None:
     with pytest.raises(ValueError, match="expected a CUDA device"):
         tune.tune(QWEN3_EMBEDDING_06B.module_dims(), [64])

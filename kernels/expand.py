@@ -1,0 +1,92 @@
+"""The second half of LoRA for every adapter of a batch in one launch: adds `B h` to the base model's output.
+
+Letters as in `stack.py`; T rows (tokens) of the batch. After SGLang's csgmv and Punica's SGMV.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ranklet.kernels.launch import precision_of, programs_of, slice_of, widths_of
+from ranklet.kernels.row_tiles import RowTiles
+from ranklet.kernels.stack import LinearStack
+from ranklet.kernels.tiles import ExpandTile
+
+
+@triton.jit(do_not_specialize=["first_row"], do_not_specialize_on_alignment=["tiles"])
+def expand_kernel(
+    h, b, y, out, tiles, ranks, meta_stride, h_stride, h_split_stride, b_slot_stride, y_stride, first_row,
+    R: tl.constexpr, SLICES: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr, MOVED: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    start = tl.load(tiles + tile * 3)
+    stop = tl.load(tiles + tile * 3 + 1)
+    slot = tl.load(tiles + tile * 3 + 2)
+    if start >= stop:
+        return
+    piece, first, width, program = slice_of(tl.program_id(1), SLICES, W0, W1, W2, BLOCK_N * LOOP)
+    rank = tl.load(ranks + slot * meta_stride + piece)
+    if rank == 0 and not MOVED:
+        return
+    rows = start + tl.arange(0, BLOCK_M)
+    in_rows = (rows < stop)[:, None]
+    r = tl.arange(0, BLOCK_R)
+    in_rank = (r < rank)[:, None]
+    b_at = b + slot.to(tl.int64) * b_slot_stride + r[:, None]
+    columns = program * LOOP * BLOCK_N + tl.arange(0, BLOCK_N)
+    if LOOP == 1:
+        fetched = tl.load(b_at + (first + columns)[None, :] * R, mask=(columns < width)[None, :] & in_rank, other=0.0)
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+    h_at = h + rows.to(tl.int64)[:, None] * h_stride + piece * R + r[None, :]
+    in_h = in_rows & (r < rank)[None, :]
+    hidden = tl.load(h_at, mask=in_h, other=0.0)
+    for part in tl.static_range(1, SPLIT):
+        hidden += tl.load(h_at + part * h_split_stride, mask=in_h, other=0.0)
+    hidden = hidden.to(b.dtype.element_ty)
+    for j in tl.range(0, LOOP, num_stages=STAGES):
+        columns = (program * LOOP + j) * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_columns = (columns < width)[None, :]
+        if LOOP == 1:
+            weight = fetched
+        else:
+            weight = tl.load(b_at + (first + columns)[None, :] * R, mask=in_columns & in_rank, other=0.0)
+        at = (rows - first_row).to(tl.int64)[:, None] * y_stride + (first + columns)[None, :]
+        before = tl.load(y + at, mask=in_rows & in_columns, other=0.0)
+        after = tl.dot(hidden, weight, input_precision=PRECISION) + before.to(tl.float32)
+        tl.store(out + at, after.to(out.dtype.element_ty), mask=in_rows & in_columns)
+
+
+def expand(
+    h: Tensor,  # [split, T, slices * R], as `shrink` wrote it
+    y: Tensor,  # [T - first_row, N], the batch's rows from `first_row` on
+    stack: LinearStack,
+    tiles: RowTiles,
+    tile: ExpandTile,
+    *,
+    out: Tensor | None = None,  # [T - first_row, N], of any dtype
+    first_row: int = 0,
+    chained: bool = False,
+) -> None:
+    """Add the adapters' output to the base model's, in float32 before one rounding. In place, or into `out`.
+
+    Semantics: `y[t, n] += sum over p, j of B[slot(t), n, j] h[p, t, i * R + j]`, where slice i holds column n. With
+    `out`, the sum is written there and y is kept: every row of a tile is written, also where no slice is targeted.
+
+    Args:
+        chained: whether a `shrink` with `chained` right before this launch writes `h`.
+    """
+    assert tiles.on_device is not None
+    moved = out is not None and out is not y
+    block_n = min(tile.block_n, triton.next_power_of_2(max(stack.widths)))
+    programs = programs_of(stack, block_n * tile.loop)
+    expand_kernel[(len(tiles.table), programs)](
+        h, stack.b, y, out if moved else y, tiles.on_device[0], stack.ranks, stack.ranks.stride(0),
+        h.stride(1), h.stride(0), stack.b.stride(0), y.stride(0), first_row,
+        R=stack.rank, **widths_of(stack), BLOCK_M=tiles.height,
+        BLOCK_R=triton.next_power_of_2(stack.rank), BLOCK_N=block_n, LOOP=tile.loop, SPLIT=h.shape[0],
+        STAGES=tile.stages, PRECISION=precision_of(stack.b), CHAINED=chained, MOVED=moved,
+        num_warps=tile.warps, launch_pdl=chained, maxnreg=tile.registers or None,
+    )  # fmt: skip
