@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from ranklet.cluster.access.keys import ApiKeys
 from ranklet.cluster.catalog.registry import Registry
-from ranklet.cluster.command.deployment_file import SERVE_PORT, http_host
+from ranklet.cluster.command.deployment_file import SERVE_PORT, check_router, http_host
 from ranklet.cluster.command.finding import Finding
 from ranklet.cluster.command.machine_checks import check_port
 from ranklet.cluster.command.token_check import check_manifest_token, check_token
@@ -33,6 +33,7 @@ def check_deployment(path: Path) -> Iterator[Finding]:
             yield Finding("fail", f"args.{where}", each["msg"], "correct it in the file")
     else:
         yield Finding("ok", str(path), "valid")
+        yield from (Finding("fail", "router", each, "correct it in the file") for each in check_router(content))
         yield from _check_cluster(content, cluster)
         if cluster is None:
             yield from _check_paths(args)

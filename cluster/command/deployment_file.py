@@ -8,7 +8,9 @@ from typing import Any
 import yaml
 
 from ranklet.cluster.datapath import is_loopback
+from ranklet.routing.policy import check_policy
 
+ROUTER = "ranklet.routing.router:AdapterRouter"
 BUILDER = "ranklet.cluster.app:build"
 SERVE_HOST = "127.0.0.1"  # Serve's default
 SERVE_PORT = 8000
@@ -18,8 +20,8 @@ def read_configuration(path: Path) -> dict[str, Any]:
     """Read a configuration and fill in the HTTP port.
 
     Raises:
-        ValueError: the file is no YAML map.
-        OSError: the file cannot be read.
+        ValueError: The file is no YAML map, or the router does not have one of the settings.
+        OSError: The file cannot be read.
     """
     try:
         content = yaml.safe_load(path.read_text())
@@ -27,6 +29,9 @@ def read_configuration(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected YAML, got: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a map, as in deploy/local.yaml; got {type(content).__name__}")
+    findings = check_router(content)
+    if findings:
+        raise ValueError(f"{path}: {'; '.join(findings)}")
     content["http_options"] = {"port": SERVE_PORT} | (content.get("http_options") or {})
     return content
 
@@ -47,6 +52,28 @@ def with_open_admin(content: Mapping[str, Any]) -> dict[str, Any]:
             security = application["args"]["security"] = dict(application["args"].get("security") or {})
             security.setdefault("open_admin", True)
     return opened
+
+
+def check_router(content: Mapping[str, Any]) -> list[str]:
+    """Return one finding per unusable setting in `request_router_kwargs` of ranklet's router.
+
+    The router itself cannot refuse them: an exception there would block every request.
+    """
+    return [
+        f"{deployment.get('name')}: request_router_kwargs: {finding}"
+        for application in _applications(content)
+        for deployment in application.get("deployments") or []
+        for finding in _check_router_config(deployment.get("request_router_config") or {})
+    ]
+
+
+def _check_router_config(config: Mapping[str, Any]) -> list[str]:
+    if config.get("request_router_class", ROUTER) != ROUTER:
+        return []
+    settings = config.get("request_router_kwargs") or {}
+    if not isinstance(settings, dict):
+        return [f"expected a map, got {settings!r}"]
+    return check_policy(settings)
 
 
 def _applications(content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

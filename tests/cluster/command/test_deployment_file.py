@@ -1,11 +1,15 @@
-"""`ranklet up` opens calls that change adapters where only this machine can send them, and nowhere else."""
+"""`ranklet up` opens admin calls only on loopback, and refuses unknown router settings before it starts anything."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from ranklet.cluster.command.deployment_file import with_open_admin
+from ranklet.cluster.app import ROUTER as DEPLOYED_ROUTER
+from ranklet.cluster.command import cli
+from ranklet.cluster.command.deployment_file import ROUTER, check_router, with_open_admin
 from tests.cluster.service import Service, local_configuration
 
 
@@ -41,6 +45,47 @@ def test_other_applications_are_left_alone() -> None:
     content = {"applications": [{"name": "other", "import_path": "other:app", "args": {}}]}
     assert with_open_admin(content) == content
     assert with_open_admin({}) == {}
+
+
+def with_router(model_dir: Path, adapters_dir: Path, router: Any) -> dict[str, Any]:
+    content = local_configuration(model_dir, adapters_dir)
+    content["applications"][0]["deployments"][1]["request_router_config"] = router
+    return content
+
+
+@pytest.mark.parametrize(
+    ("settings", "finding"),
+    [
+        ({"scatter_s": 0.1}, "scatter_s: renamed to extra_home_cost_s"),
+        ({"extra_home_costs": 0.1}, "did you mean extra_home_cost_s?"),
+        ({"extra_home_cost_s": -1}, "expected a number"),
+        (["extra_home_cost_s"], "expected a map"),
+    ],
+)
+def test_an_unusable_router_setting_is_refused_before_ray_starts(
+    settings: Any, finding: str, model_dir: Path, adapters_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(with_router(model_dir, adapters_dir, {"request_router_kwargs": settings})))
+    with tempfile.TemporaryDirectory(prefix="r-") as folder:
+        assert cli.main(["up", str(config), "--temp-dir", folder]) == 1
+        assert not list(Path(folder).iterdir())
+    output = capsys.readouterr()
+    assert finding in output.err
+    assert "Replica: request_router_kwargs" in output.err
+    assert "starting Ray" not in output.out
+    assert cli.main(["doctor", str(config)]) == 1
+    assert "router" in capsys.readouterr().out
+
+
+def test_valid_router_settings_and_other_routers_pass(model_dir: Path, adapters_dir: Path) -> None:
+    assert ROUTER == DEPLOYED_ROUTER
+    for router in (
+        None,
+        {"request_router_kwargs": {"extra_home_cost_s": 0.2}},
+        {"request_router_class": "other:Router", "request_router_kwargs": {"anything": 1}},
+    ):
+        assert check_router(with_router(model_dir, adapters_dir, router)) == []
 
 
 def test_a_local_service_lets_its_machine_unload_adapters(service: Service) -> None:
