@@ -1,6 +1,6 @@
-"""Rendezvous hashing: an adapter's order of preference over ranks, the same in every process.
+"""Rendezvous hashing: an adapter's order of preference over replicas' ranks, the same in every process.
 
-The order of the others stays when ranks come and go (highest random weight, Thaler and Ravishankar 1996).
+Adding or removing a rank keeps the order of the others (highest random weight, Thaler and Ravishankar 1996).
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _MASK = (1 << 64) - 1
 
 
 def salted(ranks: Sequence[int]) -> NDArray[np.uint64]:
-    """What `order` needs of ranks (any integers): uint64 [ranks]."""
+    """Hashes of ranks (any integers), the input of `order`: uint64 [ranks]."""
     return _mix(np.array([rank & _MASK for rank in ranks], dtype=np.uint64))
 
 

@@ -1,4 +1,4 @@
-"""`ranklet simulate`: the routing rules side by side on a cluster of any size, without one."""
+"""`ranklet simulate`: compares routing rules on a simulated cluster of any size."""
 
 import argparse
 import json
@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from ranklet.replicas.adapters.reference import RECENTLY_USED_S
 from ranklet.routing.simulate.outcome import SimulationResult
+from ranklet.routing.simulate.simulator import SimulatedCluster
 from ranklet.routing.simulate.study import RULES, Study, rate_for
 from ranklet.routing.simulate.traffic import Traffic
-from ranklet.routing.simulate.world import Setting
 
-RECOVERED = 2.0  # times the steady p99
-_HEADS = {
+_RECOVERED_FACTOR = 2.0  # of the p99 before the flash crowd
+_HEADINGS = {
     "hit rate": "hits", "p50_ms": "p50 ms", "p99_ms": "p99 ms", "mean_ms": "mean ms", "loads_per_s": "loads/s",
     "busiest / mean": "busiest", "steady_p99_ms": "steady p99", "worst_p99_ms": "worst p99",
     "recovered_s": "recovered s",
@@ -25,23 +26,27 @@ _HEADS = {
 
 
 def add(commands: Any) -> None:
-    """The command's arguments."""
-    parser = commands.add_parser("simulate", help="routing rules side by side on a simulated cluster of any size")
+    """Adds the command and its arguments."""
+    parser = commands.add_parser("simulate", help="compare routing rules on a simulated cluster of any size")
     parser.add_argument("--replicas", type=int, default=64)
     parser.add_argument("--adapters", type=int, default=1000)
-    parser.add_argument("--slots", type=int, default=64, help="of each replica (default: %(default)s)")
+    parser.add_argument("--slots", type=int, default=64, help="adapter slots of each replica (default: %(default)s)")
     parser.add_argument("--gateways", type=int, default=8)
-    parser.add_argument("--zipf", type=float, default=1.1, help="exponent; 0 is uniform (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=6000, help="mean of a prompt (default: %(default)s)")
+    parser.add_argument("--zipf", type=float, default=1.1, help="exponent of adapters' shares (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=6000, help="mean length of a prompt (default: %(default)s)")
     rate = parser.add_mutually_exclusive_group()
-    rate.add_argument("--rate", type=float, help="requests a second")
-    rate.add_argument("--load", type=float, default=0.7, help="share of what the replicas can do (default: 0.7)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="simulated (default: %(default)s)")
-    parser.add_argument("--warm-s", type=float, help="not counted, from the start (default: half of it)")
-    parser.add_argument("--flash-s", type=float, help="when a quiet adapter starts to get 30 %% of the traffic")
-    parser.add_argument("--lose", type=float, nargs=2, metavar=("SECOND", "COUNT"), help="replicas that die")
-    parser.add_argument("--join", type=float, nargs=2, metavar=("SECOND", "COUNT"), help="replicas that come then")
-    parser.add_argument("--late-s", type=float, default=0.0, help="how late gateways hear of replicas")
+    rate.add_argument("--rate", type=float, help="requests per second")
+    rate.add_argument("--load", type=float, default=0.7, help="share of the replicas' capacity (default: 0.7)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="simulated time (default: %(default)s)")
+    parser.add_argument("--warm-s", type=float, help="start of the measurement (default: half of the simulated time)")
+    parser.add_argument("--flash-s", type=float, help="time at which a quiet adapter gets 30 %% of the traffic")
+    parser.add_argument(
+        "--lose", type=float, nargs=2, metavar=("SECOND", "COUNT"), help="when replicas die, and how many"
+    )
+    parser.add_argument(
+        "--join", type=float, nargs=2, metavar=("SECOND", "COUNT"), help="when replicas start, and how many"
+    )
+    parser.add_argument("--late-s", type=float, default=0.0, help="additional delay of the replicas' reports")
     parser.add_argument("--rules", nargs="+", choices=tuple(RULES), default=list(RULES)[:5])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
@@ -50,7 +55,7 @@ def add(commands: Any) -> None:
 
 
 def study(asked: argparse.Namespace) -> Study:
-    """What was asked for.
+    """The study that the arguments describe.
 
     Raises:
         ValueError: a number is out of range.
@@ -61,8 +66,9 @@ def study(asked: argparse.Namespace) -> Study:
     for name in ("seconds", "load") if asked.rate is None else ("seconds", "rate"):
         if not getattr(asked, name) > 0:
             raise ValueError(f"--{name}: expected more than 0, got {getattr(asked, name)}")
-    setting = Setting(
+    cluster = SimulatedCluster(
         replicas=asked.replicas + (int(asked.join[1]) if asked.join else 0),
+        recently_used_s=RECENTLY_USED_S,
         slots=asked.slots,
         gateways=asked.gateways,
         lose=_ranks(asked.lose, 0, asked.replicas),
@@ -70,13 +76,11 @@ def study(asked: argparse.Namespace) -> Study:
         late_s=asked.late_s,
         warm_s=asked.seconds / 2 if asked.warm_s is None else asked.warm_s,
     )
-    if not 0 <= setting.warm_s < asked.seconds:
-        raise ValueError(f"--warm-s: expected 0 or more and less than --seconds, got {setting.warm_s:g}")
-    at_first = rate_for(asked.load, setting, asked.tokens) * asked.replicas / setting.replicas
-    traffic = Traffic(
-        asked.rate or at_first, asked.adapters, asked.zipf, asked.tokens, asked.seconds, asked.flash_s, seed=asked.seed
-    )
-    return Study(setting, traffic)
+    if not 0 <= cluster.warm_s < asked.seconds:
+        raise ValueError(f"--warm-s: expected 0 or more and less than --seconds, got {cluster.warm_s:g}")
+    rate = asked.rate or rate_for(asked.load, cluster, asked.tokens) * asked.replicas / cluster.replicas
+    traffic = Traffic(rate, asked.adapters, asked.zipf, asked.tokens, asked.seconds, asked.flash_s, seed=asked.seed)
+    return Study(cluster, traffic)
 
 
 def _ranks(given: list[float] | None, first: int, most: int | None) -> tuple[float, tuple[int, ...]] | None:
@@ -89,7 +93,7 @@ def _ranks(given: list[float] | None, first: int, most: int | None) -> tuple[flo
 
 
 def summary(outcome: SimulationResult, flash_s: float | None) -> dict[str, Any]:
-    """An outcome's row; of a flash crowd, also how long its waits stayed long."""
+    """The result as one row of a table; with a flash crowd, also its effect (see `flash`)."""
     row = outcome.row()
     if flash_s is not None:
         row |= flash(outcome, flash_s)
@@ -97,12 +101,12 @@ def summary(outcome: SimulationResult, flash_s: float | None) -> dict[str, Any]:
 
 
 def flash(outcome: SimulationResult, flash_s: float) -> dict[str, Any]:
-    """The p99 before, the worst second's after, and the seconds until it stays below twice the one before."""
+    """The median p99 of a second before, the worst one after, and the seconds until all are below twice the median."""
     seconds = outcome.by_second()
     before = [p99 for second, p99, _ in seconds if outcome.warm_s <= second < int(flash_s)]
     steady_s = sorted(before)[len(before) // 2]
     after = [(second, p99) for second, p99, _ in seconds if second >= int(flash_s)]
-    late = [second for second, p99 in after if p99 > RECOVERED * steady_s]
+    late = [second for second, p99 in after if p99 > _RECOVERED_FACTOR * steady_s]
     return {
         "steady_p99_ms": steady_s * 1e3, "worst_p99_ms": max(p99 for _, p99 in after) * 1e3,
         "recovered_s": max(late) + 1 - flash_s if late else 0.0,
@@ -118,19 +122,21 @@ def _run(asked: argparse.Namespace) -> int:
             rows[outcome.rule] = summary(outcome, asked.flash_s)
             progress.advance(task)
     ordered = [rows[name] for name in asked.rules]
-    rate = chosen.traffic.rate
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        title=f"{chosen.setting.replicas} replicas, {asked.adapters} adapters, {rate:,.0f} requests/s",
-    )
-    shown = [name for name in ordered[0] if name == "rule" or any(row[name] for row in ordered)]
-    for name in shown:
-        table.add_column(_HEADS.get(name, name), justify="left" if name == "rule" else "right", no_wrap=name == "rule")
-    for row in ordered:
-        table.add_row(*(f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in shown))
-    Console().print(table)
+    Console().print(_table(chosen, ordered))
     if asked.out:
         settings = {name: str(value) for name, value in vars(asked).items() if name != "run"}
         asked.out.write_text(json.dumps({"asked": settings, "rows": ordered}, indent=1))
     return 0
+
+
+def _table(chosen: Study, rows: list[dict[str, Any]]) -> Table:
+    cluster, traffic = chosen.cluster, chosen.traffic
+    title = f"{cluster.replicas} replicas, {traffic.adapters} adapters, {traffic.rate:,.0f} requests/s"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title)
+    shown = [name for name in rows[0] if name == "rule" or any(row[name] for row in rows)]
+    for name in shown:
+        is_rule = name == "rule"
+        table.add_column(_HEADINGS.get(name, name), justify="left" if is_rule else "right", no_wrap=is_rule)
+    for row in rows:
+        table.add_row(*(f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in shown))
+    return table

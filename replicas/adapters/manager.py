@@ -8,11 +8,17 @@ from time import monotonic
 from typing import Protocol
 
 from ranklet.replicas.adapters.loader import Loader, LoadOutcome
-from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, AdapterReport, HeldAdapters, LoadRecord
+from ranklet.replicas.adapters.reference import (
+    RECENTLY_USED_S,
+    AdapterInfo,
+    AdapterRef,
+    AdapterReport,
+    HeldAdapters,
+    LoadRecord,
+)
 from ranklet.replicas.adapters.slots import SlotTable
 from ranklet.replicas.errors import InvalidAdapter, InvalidRequest, RankletError, StillLoading
 
-RECENTLY_USED_S = 30.0  # a prefetch does not evict adapters that were used within this time
 _MAX_REFUSALS = 256
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FILES = (CONFIG_FILE, WEIGHTS_FILE)  # the files that make an adapter's revision
+RECENTLY_USED_S = 30.0  # a prefetch does not evict adapters that were used within this time
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,24 @@
-"""Requests to come: when, for which adapter, how long. Arrivals are Poisson, lengths lognormal."""
+"""Random traffic: Poisson arrivals, adapters by Zipf's law, lognormal lengths."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-_CHUNK = 65_536
-SIGMA = 0.5  # of the logarithm of a prompt's length
+_CHUNK = 65_536  # requests drawn at once
+SIGMA = 0.5  # standard deviation of the logarithm of a prompt's length
 FLASH_RAMP_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What to draw.
+    """The parameters of the traffic.
 
     Attributes:
-        rate: requests a second.
-        zipf: exponent over adapters; 0 is uniform.
+        rate: requests per second.
+        zipf: exponent of the adapters' shares; 0 is uniform.
         tokens: mean length of a prompt.
-        flash_s: from here on, one adapter of the middle gets `flash_share` of the traffic, within a second.
+        flash_s: time of a flash crowd: within a second, one adapter of the middle gets `flash_share` of the traffic.
     """
 
     rate: float
@@ -31,7 +31,7 @@ class Traffic:
     seed: int = 0
 
     def draw(self) -> Iterator[tuple[float, str, int]]:
-        """(time, adapter, tokens), in order of time."""
+        """Yields (time, adapter, tokens) in order of time."""
         rng = np.random.default_rng(self.seed)
         weights = np.arange(1, self.adapters + 1, dtype=float) ** -self.zipf
         edges = np.cumsum(weights / weights.sum())

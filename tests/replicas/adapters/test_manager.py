@@ -8,9 +8,9 @@ from threading import Condition
 import pytest
 
 from ranklet.replicas.adapters.loader import Loader, LoadOutcome
-from ranklet.replicas.adapters.manager import RECENTLY_USED_S, AdapterManager
+from ranklet.replicas.adapters.manager import AdapterManager
 from ranklet.replicas.adapters.pool import AdapterPool
-from ranklet.replicas.adapters.reference import AdapterRef, LoadRecord
+from ranklet.replicas.adapters.reference import RECENTLY_USED_S, AdapterRef, LoadRecord
 from ranklet.replicas.adapters.verify import ExpectedModules
 from ranklet.replicas.errors import (
     AdapterNotFound,
