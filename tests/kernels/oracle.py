@@ -1,4 +1,4 @@
-"""LoRA written out row by row in float64, and stacks filled with random adapters to hold it against."""
+"""LoRA in float64, row by row, and stacks of random adapters to compare backends with it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ class Lora:
     scaling: float
 
 
-Adapters = dict[int, list[Lora]]  # by slot, one entry a slice; rank 0 where a slice is not targeted
+Adapters = dict[int, list[Lora]]  # by slot, one entry per slice; rank 0 if the slice is not targeted
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Sequence[int | None], adapters: Adapters) -> Tensor:
-    """`W x + bias + s B A x` of every row's own adapter, float64 [T, N]."""
+    """Return `W x + bias + s B A x` with each row's adapter, float64 [T, N]."""
     y = x.double() @ weight.double().t() + (0.0 if bias is None else bias.double())
     for t, slot in enumerate(rows):
         if slot is not None:
@@ -33,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Sequence[int | 
 
 
 def embedding(ids: Tensor, table: Tensor, rows: Sequence[int | None], adapters: Adapters) -> Tensor:
-    """`table[id] + s B A[:, id]` of every row's own adapter, float64 [T, N]."""
+    """Return `table[id] + s B A[:, id]` with each row's adapter, float64 [T, N]."""
     y = table.double()[ids]
     for t, slot in enumerate(rows):
         if slot is not None:
@@ -50,7 +50,11 @@ def random_adapters(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Adapters:
-    """Adapters whose change is about as large as a base output of size 1; `ranks` by slot, one a slice."""
+    """Draw adapters whose output is about as large as a base output of size 1.
+
+    Args:
+        ranks: by slot, one per slice.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(rows: int, columns: int, std: float) -> Tensor:
@@ -68,7 +72,11 @@ def random_adapters(
 def linear_stack(
     adapters: Adapters, slots: int, rank: int, wide: int, widths: Sequence[int], *, stale: float, device: str = "cpu"
 ) -> LinearStack:
-    """A stack that holds `adapters`; whatever none of them covers is `stale`, as an earlier tenant may have left it."""
+    """Return a stack that holds `adapters`.
+
+    Args:
+        stale: value of all other elements, as an earlier adapter may have left them.
+    """
     dtype = next((lora.a.dtype for loras in adapters.values() for lora in loras), torch.float32)
     a = torch.full((slots, len(widths) * rank, wide), stale, dtype=dtype, device=device)
     b = torch.full((slots, sum(widths), rank), stale, dtype=dtype, device=device)
@@ -87,7 +95,7 @@ def linear_stack(
 def embedding_stack(
     adapters: Adapters, slots: int, rank: int, vocab: int, width: int, *, stale: float, device: str = "cpu"
 ) -> EmbeddingStack:
-    """The same for the token embedding."""
+    """Return a token embedding's stack that holds `adapters`; `stale` as in `linear_stack`."""
     dtype = next((loras[0].a.dtype for loras in adapters.values()), torch.float32)
     a = torch.full((slots, vocab, rank), stale, dtype=dtype, device=device)
     b = torch.full((slots, width, rank), stale, dtype=dtype, device=device)

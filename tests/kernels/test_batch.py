@@ -1,4 +1,4 @@
-"""The plan of a batch: nothing lost, each adapter's rows together, the base outside."""
+"""Planning of batches, and cutting them into tiles."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ requests = st.lists(st.tuples(st.integers(0, 9), st.none() | st.integers(0, 5)),
 
 
 def rows_in_order(lengths: list[int], slots: list[int | None], order: list[int]) -> list[int | None]:
-    """The slot of every row of the batch as it is laid out."""
+    """Return the slot of every row of the batch."""
     return [slots[i] for i in order for _ in range(lengths[i])]
 
 
@@ -36,7 +36,7 @@ def test_a_plan_covers_each_adapters_rows_and_nothing_else(made: list[tuple[int,
 
 
 @given(requests)
-def test_one_segment_an_adapter_in_row_order(made: list[tuple[int, int | None]]) -> None:
+def test_each_adapter_has_one_segment_in_row_order(made: list[tuple[int, int | None]]) -> None:
     _, batch = plan([length for length, _ in made], [slot for _, slot in made])
     assert len({segment.slot for segment in batch.segments}) == batch.adapters == len(batch.segments)
     starts = [segment.start for segment in batch.segments]
@@ -71,7 +71,7 @@ def test_tiles_and_blocks_cover_each_segment(made: list[tuple[int, int | None]],
 
 
 @given(requests, st.integers(1, 90), st.integers(0, 500))
-def test_padded_tiles_are_laid_out_by_rows_and_adapters_alone(
+def test_the_layout_of_padded_tiles_depends_only_on_rows_and_adapters(
     made: list[tuple[int, int | None]], times: int, more: int
 ) -> None:
     _, batch = plan([length * times for length, _ in made], [slot for _, slot in made])
@@ -97,7 +97,7 @@ def test_powers_of_four() -> None:
     assert [power_of_four(count) for count in (0, 1, 2, 4, 5, 16, 17)] == [1, 1, 4, 4, 16, 16, 64]
 
 
-def test_slot_zero_is_not_taken_for_the_base() -> None:
+def test_slot_zero_is_not_the_base_model() -> None:
     order, batch = plan([2, 3, 1], [None, 0, None])
     assert order == [1, 0, 2]
     assert batch == LoraBatch((Segment(0, 0, 3),), rows=6)
@@ -107,7 +107,7 @@ def test_an_adapter_whose_requests_are_all_empty_has_no_segment() -> None:
     assert plan([0, 4], [1, 2])[1].segments == (Segment(2, 0, 4),)
 
 
-def test_nothing_to_plan() -> None:
+def test_no_requests() -> None:
     assert plan([], []) == ([], LoraBatch((), rows=0))
 
 
@@ -118,7 +118,7 @@ def adapters_of(mix: Mix) -> list[int]:
     return made
 
 
-def test_the_mixes_are_what_their_names_say() -> None:
+def test_mixes_distribute_requests_as_named() -> None:
     counts = {mix: sorted((adapters_of(mix).count(a) for a in range(50)), reverse=True) for mix in MIXES}
     assert counts["distinct"] == [4] * 50
     assert counts["identical"][:2] == [200, 0]

@@ -1,4 +1,4 @@
-"""Which backend a batch gets, and that the two calls follow it."""
+"""Which backend a batch gets, and that projections and embeddings use it."""
 
 from dataclasses import replace
 
@@ -21,20 +21,20 @@ LINEAR = oracle.random_adapters({0: (3, 5), 1: (16, 16)}, WIDE, WIDTHS)
 EMBEDDING = oracle.random_adapters({0: (3,), 1: (16,)}, VOCAB, (12,))
 
 
-def test_a_batch_without_adapters_needs_no_backend() -> None:
+def test_a_batch_without_adapters_has_no_backend() -> None:
     for override in ("auto", "fastest", "native"):
         assert dispatch.Backends(CPU).choose(plan([3, 2], [None, None])[1], override).backend == "none"
 
 
 @pytest.mark.parametrize("override", ["auto", "fastest", *dispatch.NAMES])
-def test_a_batch_with_adapters_gets_a_backend_that_exists(override: str) -> None:
+def test_a_batch_with_adapters_gets_a_backend(override: str) -> None:
     chosen = dispatch.Backends(CPU).choose(LoraBatch((Segment(0, 0, 4),), rows=9), override)
     assert chosen.backend in dispatch.NAMES
     assert override in ("auto", "fastest", chosen.backend)
     assert (chosen.segments, chosen.rows) == ((Segment(0, 0, 4),), 9)
 
 
-def test_a_chosen_backend_gives_the_oracles_rows() -> None:
+def test_projections_and_embeddings_use_the_chosen_backend() -> None:
     _, batch = plan([2, 1, 3], [1, 0, None])
     batch = dispatch.Backends(CPU).choose(batch, "native")
     rows = [0, 1, 1, None, None, None]
@@ -44,7 +44,7 @@ def test_a_chosen_backend_gives_the_oracles_rows() -> None:
         torch.randint(VOCAB, (6,)),
         torch.randn(VOCAB, 12),
     )
-    stale = 0.0  # what the pool leaves beyond an adapter's rank
+    stale = 0.0  # the pool fills with zeros beyond an adapter's rank
     linear = dispatch.linear(x, weight, None, oracle.linear_stack(LINEAR, 2, 16, WIDE, WIDTHS, stale=stale), batch)
     assert_close(linear.double(), oracle.linear(x, weight, None, rows, LINEAR), rtol=1e-5, atol=1e-5)
     embedded = dispatch.embedding(ids, table, oracle.embedding_stack(EMBEDDING, 2, 16, VOCAB, 12, stale=stale), batch)
@@ -66,7 +66,7 @@ def test_two_engines_in_one_process_keep_separate_merged_weights() -> None:
     assert (keeps.merged.kept.held_bytes, keeps_nothing.merged.kept.held_bytes) == (weight.nbytes, 0)
 
 
-def test_the_base_alone_reads_no_stack() -> None:
+def test_a_batch_without_adapters_reads_no_stack() -> None:
     batch = dispatch.Backends(CPU).choose(plan([4], [None])[1])
     x, weight, bias = torch.randn(4, WIDE), torch.randn(12, WIDE), torch.randn(12)
     poisoned = oracle.linear_stack({}, 2, 16, WIDE, WIDTHS, stale=NAN)
@@ -76,7 +76,7 @@ def test_the_base_alone_reads_no_stack() -> None:
     assert torch.equal(dispatch.embedding(ids, table, nothing, batch), table[ids])
 
 
-def test_a_projection_without_room_in_the_pool_is_the_base() -> None:
+def test_a_projection_without_a_stack_is_the_base_model() -> None:
     batch = dispatch.Backends(CPU).choose(LoraBatch((Segment(0, 0, 4),), rows=4))
     x, weight, ids, table = (
         torch.randn(4, WIDE),
@@ -100,7 +100,7 @@ def evenly(adapters: int, rows: int) -> LoraBatch:
     ("adapters", "rows", "best"),
     [(1, 30_720, "merged"), (4, 30_720, "merged"), (64, 30_720, "csgmv"), (256, 4096, "csgmv"), (32, 256, "csgmv")],
 )
-def test_the_cost_model_knows_the_h200s_crossovers(adapters: int, rows: int, best: str) -> None:
+def test_the_cost_model_agrees_with_an_h200(adapters: int, rows: int, best: str) -> None:
     assert dispatch.Backends(GPU).choose(evenly(adapters, rows), "fastest").backend == best
     assert dispatch.Backends(GPU).choose(evenly(adapters, rows)).backend == "csgmv", "auto rounds once"
 
@@ -117,18 +117,18 @@ MEASURED = [
 ]  # fmt: skip
 
 
-def test_measurements_outweigh_the_model() -> None:
+def test_measurements_take_precedence_over_the_cost_model() -> None:
     layer = replace(GPU, measured=surface(MEASURED, "attention", 1024))
     assert dispatch.fastest(evenly(5, 25_000), layer) == "merged"
     assert dispatch.fastest(evenly(50, 25_000), layer) == "csgmv"
     assert dispatch.fastest(evenly(5, 25_000), replace(layer, rank=16)) == "csgmv"
 
 
-def test_straight_lines_between_what_was_measured() -> None:
+def test_times_are_interpolated_between_measurements() -> None:
     found = surface(MEASURED, "attention", 1500)
     assert found is not None
     assert found.ms(30_720, 4, 64)["csgmv"] == pytest.approx(0.5)
-    assert found.ms(30_720, 16, 64)["csgmv"] == pytest.approx((0.5 * 0.15) ** 0.5), "halfway, in logarithms"
+    assert found.ms(30_720, 16, 64)["csgmv"] == pytest.approx((0.5 * 0.15) ** 0.5), "halfway in logarithms"
     assert found.ms(2804, 4, 64)["csgmv"] == pytest.approx((0.1 * 0.5) ** 0.5, rel=1e-3)
     assert found.ms(30_720, 4, 32)["csgmv"] == pytest.approx((0.1 * 0.5) ** 0.5)
     assert found.ms(1, 1, 8)["csgmv"] == 0.1, "the edge"

@@ -12,7 +12,7 @@ DTYPES = [torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else []
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "wide", "width"), [(1, 64, 128), (128, 128, 256), (300, 192, 128), (129, 64, 384)])
-def test_it_is_the_activation_of_the_product(rows: int, wide: int, width: int, dtype: torch.dtype) -> None:
+def test_gated_is_the_activation_of_the_product(rows: int, wide: int, width: int, dtype: torch.dtype) -> None:
     x, weight = torch.randn(rows, wide).to(dtype), (torch.randn(2 * width, wide) * wide**-0.5).to(dtype)
     gate, up = (x.double() @ weight.double().t()).chunk(2, dim=1)
     wanted = functional.silu(gate) * up
@@ -22,11 +22,10 @@ def test_it_is_the_activation_of_the_product(rows: int, wide: int, width: int, d
 
 
 @pytest.mark.gpu
-def test_what_it_takes() -> None:
-    """Many rows of 16 bits and whole blocks."""
-    takes = torch.cuda.get_device_capability()[0] >= 9
+def test_gated_supports_only_many_rows_of_16_bits_and_whole_blocks() -> None:
+    hopper = torch.cuda.get_device_capability()[0] >= 9
     for rows, wide, width, dtype, expected in (
-        (4096, 1024, 3072, torch.bfloat16, takes),
+        (4096, 1024, 3072, torch.bfloat16, hopper),
         (1024, 1024, 3072, torch.bfloat16, False),
         (4096, 1024, 3072, torch.float32, False),
         (4096, 1000, 3072, torch.bfloat16, False),

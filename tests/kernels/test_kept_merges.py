@@ -1,4 +1,4 @@
-"""Which merged weights are kept between batches: of which adapters, and how many."""
+"""Which adapters' merged weights are kept between batches, and how many."""
 
 from typing import Literal
 
@@ -22,14 +22,14 @@ BYTES = sum(QKV) * WIDE * 4  # of one merged weight
 
 
 def kept_backend(budget: int = 100 * BYTES) -> Merged:
-    """A backend that takes a slot for dominating after one batch of it alone."""
+    """Return a backend for which a slot dominates after one batch of that slot only."""
     backend = Merged(budget)
     backend.kept.half_life_batches = 1.0
     return backend
 
 
 def run(backend: Merged, weight: Tensor, stack: LinearStack, adapters: oracle.Adapters, batch: LoraBatch) -> None:
-    """A batch through one projection, held against float64."""
+    """Compute a batch and compare it with float64."""
     backend.observe(batch)
     x = torch.randn(batch.rows, WIDE)
     y = backend.linear(x, weight, None, stack, batch)
@@ -37,24 +37,24 @@ def run(backend: Merged, weight: Tensor, stack: LinearStack, adapters: oracle.Ad
 
 
 def load(stack: LinearStack, adapters: oracle.Adapters, slot: int, seed: int) -> None:
-    """Another adapter of the same ranks in a slot, as the pool loads it: new weights, new metadata."""
+    """Load another adapter of the same ranks into a slot, as the pool does: new weights, new metadata."""
     adapters |= oracle.random_adapters({slot: RANKS[slot]}, WIDE, QKV, seed=seed)
     fresh = stack_of({slot: adapters[slot]})
     stack.a[slot], stack.b[slot] = fresh.a[slot], fresh.b[slot]
     stack.describe(slot, fresh.meta[slot])
 
 
-def test_a_kept_copy_is_served_without_merging_again() -> None:
+def test_a_kept_merge_is_used_without_merging_again() -> None:
     backend, weight, stack = kept_backend(), torch.randn(sum(QKV), WIDE), stack_of(LINEAR)
     run(backend, weight, stack, LINEAR, batch_of(2))
     assert backend.kept.held_bytes == BYTES
     copy = backend.kept.find(2, weight, stack.meta[2])
-    stack.a[2].fill_(NAN)  # it would show if A were read
+    stack.a[2].fill_(NAN)  # the output would be NaN if A were read
     run(backend, weight, stack, LINEAR, batch_of(2))
     assert backend.kept.find(2, weight, stack.meta[2]) is copy
 
 
-def test_each_projection_has_its_own_copy() -> None:
+def test_each_projection_has_its_own_merge() -> None:
     backend, stack = kept_backend(), stack_of(LINEAR)
     weights = [torch.randn(sum(QKV), WIDE) for _ in range(3)]
     for weight in (*weights, *weights):
@@ -62,7 +62,7 @@ def test_each_projection_has_its_own_copy() -> None:
     assert backend.kept.held_bytes == 3 * BYTES
 
 
-def test_another_tenant_of_the_slot_gets_its_own_weights_and_a_share_of_its_own() -> None:
+def test_another_adapter_in_the_slot_gets_its_own_weights_and_share() -> None:
     backend, weight, adapters = kept_backend(), torch.randn(sum(QKV), WIDE), dict(LINEAR)
     stack = stack_of(adapters)
     run(backend, weight, stack, adapters, batch_of(2))
@@ -80,12 +80,12 @@ def test_without_a_budget_nothing_is_kept() -> None:
     assert (backend.kept.held_bytes, backend.kept.dominates(2)) == (0, False)
 
 
-def test_the_share_moves_by_batches_and_enters_and_leaves_with_hysteresis() -> None:
+def test_a_slot_dominates_by_its_moving_average_with_hysteresis() -> None:
     kept = KeptMerges(BYTES, half_life_batches=2.0, enter=0.3, leave=0.1)
     kept.observe(batch_of(1))
     assert kept.share(1) == pytest.approx(1 - 0.5**0.5)
     assert not kept.dominates(1)
-    kept.observe(LoraBatch((), rows=9))  # no LoRA rows: says nothing of their shares
+    kept.observe(LoraBatch((), rows=9))  # no LoRA rows: shares do not change
     kept.observe(batch_of(1, rows=1000))
     assert kept.share(1) == pytest.approx(0.5)
     assert kept.dominates(1)
@@ -102,7 +102,7 @@ def test_the_share_moves_by_batches_and_enters_and_leaves_with_hysteresis() -> N
     assert (0.1 < kept.share(1) < 0.3, kept.dominates(1)) == (True, False)
 
 
-def test_a_slot_that_stops_dominating_gives_its_copies_back() -> None:
+def test_a_slot_that_stops_dominating_frees_its_merges() -> None:
     backend, stack, weight = kept_backend(), stack_of(LINEAR), torch.randn(sum(QKV), WIDE)
     run(backend, weight, stack, LINEAR, batch_of(2))
     for _ in range(3):
@@ -125,7 +125,7 @@ def fill(out: Tensor) -> None:
     out.zero_()
 
 
-def test_room_is_taken_from_the_least_dominating_and_no_more_than_needed() -> None:
+def test_the_least_dominating_slots_are_evicted_and_no_more_than_needed() -> None:
     kept = KeptMerges(4 * BYTES, half_life_batches=1e-3, enter=0.1, leave=0.05)
     metas = {slot: SlotMeta((1,), (1.0,)) for slot in range(4)}
     weights = [torch.randn(sum(QKV), WIDE) for _ in range(5)]
@@ -140,20 +140,20 @@ def test_room_is_taken_from_the_least_dominating_and_no_more_than_needed() -> No
     assert kept.add(2, weights[2], metas[2], fill) is not None  # 30 displaces 19
     assert holders() == {0: 0, 1: 1, 2: 3, 3: 0}
     assert kept.add(1, weights[2], metas[1], fill) is None
-    assert kept.add(0, weights[0], metas[0], fill) is None  # not seen at all
+    assert kept.add(0, weights[0], metas[0], fill) is None  # never seen
     assert kept.add(3, weights[0], metas[3], fill) is not None
     assert kept.add(3, weights[1], metas[3], fill) is not None
     assert holders() == {0: 0, 1: 0, 2: 2, 3: 2}
     assert kept.held_bytes == 4 * BYTES
-    kept.observe(shared(s2=49, s3=51))  # hardly more: not worth changing places
+    kept.observe(shared(s2=49, s3=51))  # a share too similar to displace the other
     assert kept.add(3, weights[2], metas[3], fill) is None
     big = torch.randn(5 * sum(QKV), WIDE)
     kept.observe(shared(s2=20, s3=80))
-    assert kept.add(3, big, metas[3], fill) is None  # nothing is evicted in vain
+    assert kept.add(3, big, metas[3], fill) is None  # eviction would not free enough
     assert holders() == {0: 0, 1: 0, 2: 2, 3: 2}
 
 
-def test_a_slot_never_displaces_itself() -> None:
+def test_a_slot_never_evicts_its_own_merges() -> None:
     kept = KeptMerges(BYTES, displace=1.0, half_life_batches=1.0)
     meta, first, second = SlotMeta((1,), (1.0,)), torch.randn(sum(QKV), WIDE), torch.randn(sum(QKV), WIDE)
     kept.observe(batch_of(0))
@@ -162,7 +162,7 @@ def test_a_slot_never_displaces_itself() -> None:
     assert kept.find(0, first, meta) is not None
 
 
-def test_a_handful_of_rows_among_many_is_not_counted() -> None:
+def test_a_negligible_number_of_rows_is_not_counted() -> None:
     kept = KeptMerges(BYTES)
     kept.observe(shared(s0=991, s1=9))
     kept.observe(shared(s0=990, s2=10))
@@ -184,7 +184,7 @@ def test_drop_frees_everything_and_halves_the_budget() -> None:
     assert backend.drop() == 0
 
 
-def test_a_copy_that_finds_no_memory_drops_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_drops_all_merges(monkeypatch: pytest.MonkeyPatch) -> None:
     backend, stack = kept_backend(), stack_of(LINEAR)
     first, second = torch.randn(sum(QKV), WIDE), torch.randn(sum(QKV), WIDE)
     run(backend, first, stack, LINEAR, batch_of(2))
@@ -207,7 +207,7 @@ def test_a_copy_that_finds_no_memory_drops_the_others(monkeypatch: pytest.Monkey
     [{"max_bytes": -1}, {"half_life_batches": 0.0}, {"enter": 0.1, "leave": 0.1}, {"enter": 1.1}, {"displace": 0.9}],
     ids=lambda wrong: "-".join(wrong),
 )
-def test_numbers_that_make_no_sense(wrong: dict[str, float]) -> None:
+def test_numbers_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="kept merges: expected"):
         KeptMerges(**{"max_bytes": 1, **wrong})  # type: ignore[arg-type]
 
@@ -218,7 +218,7 @@ acts = st.tuples(st.sampled_from(["run"] * 8 + ["load", "load", "drop"]), st.per
 
 @settings(max_examples=40)
 @given(st.integers(0, 6), st.lists(acts, max_size=25))
-def test_any_history_keeps_to_the_budget_and_serves_the_present_tenants(budget: int, history: list[Act]) -> None:
+def test_any_history_stays_within_the_budget_and_serves_the_current_adapters(budget: int, history: list[Act]) -> None:
     backend, adapters = kept_backend(budget * BYTES), dict(LINEAR)
     stacks = [stack_of(adapters), stack_of(adapters)]
     weights = [torch.randn(sum(QKV), WIDE) for _ in stacks]

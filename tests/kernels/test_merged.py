@@ -53,9 +53,16 @@ def test_linear_on_any_batch(made: list[tuple[int, int | None]], bias: bool) -> 
         batch_of(5, rows=7),
         LoraBatch((Segment(5, 0, 2), Segment(2, 2, 4), Segment(1, 4, 4), Segment(5, 4, 6)), rows=8),
     ],
-    ids=["no rows", "base only", "one row", "a row each", "not targeted", "runs of base rows and an empty one"],
+    ids=[
+        "no rows",
+        "base only",
+        "one row",
+        "a row each",
+        "not targeted",
+        "base rows between adapters and an empty segment",
+    ],
 )
-def test_ugly_shapes(batch: LoraBatch) -> None:
+def test_unusual_batches(batch: LoraBatch) -> None:
     check_linear(batch)
     check_linear(batch, bias=True)
 
@@ -66,7 +73,7 @@ def test_the_four_mixes(mix: Mix) -> None:
 
 
 def wide_case(dtype: torch.dtype, mix: Mix, device: str) -> tuple[Tensor, Tensor, LinearStack, LoraBatch, Tensor]:
-    """Input, weight, stack and batch of a realistic width, and what float64 makes of them."""
+    """Return input, weight, stack, batch and the output in float64, of a realistic width."""
     wide, widths = 1024, (256, 128, 128)
     adapters = oracle.random_adapters(RANKS, wide, widths, dtype=dtype)
     slots: list[int | None] = [*assign(mix, 28, 6), None, None]
@@ -82,7 +89,7 @@ def test_error_relative_to_float64(dtype: torch.dtype, tolerance: float) -> None
     assert relative_error(Merged().linear(x, weight, None, stack, batch), expected) <= tolerance
 
 
-def test_dtypes_and_shapes_in_turn_do_not_share_scratch() -> None:
+def test_dtypes_and_shapes_do_not_share_scratch() -> None:
     backend = Merged()
     for dtype, tolerance in (*DTYPES, *DTYPES):
         for widths, wide in ((QKV, WIDE), ((20, 10, 10), WIDE), ((24, 8, 8), 56), ((16, 16, 24), WIDE)):
@@ -94,14 +101,14 @@ def test_dtypes_and_shapes_in_turn_do_not_share_scratch() -> None:
             assert relative_error(y, oracle.linear(x, weight, None, slots_by_row(batch), adapters)) <= tolerance
 
 
-def test_scratch_made_in_inference_mode_serves_outside_of_it() -> None:
+def test_scratch_allocated_in_inference_mode_is_usable_outside() -> None:
     backend, x, weight, stack = Merged(), torch.randn(4, WIDE), torch.randn(sum(QKV), WIDE), stack_of(LINEAR)
     with torch.inference_mode():
         inside = backend.linear(x, weight, None, stack, batch_of(2))
     assert torch.equal(backend.linear(x, weight, None, stack, batch_of(2)), inside)
 
 
-def test_scratch_holds_as_many_as_a_launch_merges_and_no_more() -> None:
+def test_scratch_holds_at_most_the_weights_of_one_launch() -> None:
     backend, x, weight, stack = Merged(), torch.randn(5, WIDE), torch.randn(sum(QKV), WIDE), stack_of(LINEAR)
     for slots, held in (([0, 1], 2), ([3], 2), ([4, 3, 2, 1, 0], merge.AT_ONCE)):
         _, batch = plan([1] * len(slots), slots)
@@ -109,8 +116,7 @@ def test_scratch_holds_as_many_as_a_launch_merges_and_no_more() -> None:
         assert backend.scratch_bytes == held * weight.nbytes
 
 
-def test_scalings_multiply_once_a_slice() -> None:
-    """Twice the scaling is twice the change, on each slice by itself."""
+def test_each_slice_has_its_own_scaling() -> None:
     x, weight, stack = torch.randn(4, WIDE), torch.zeros(sum(QKV), WIDE), stack_of(LINEAR)
     stack.describe(2, SlotMeta((8, 8, 8), (1.0, 1.0, 1.0)))
     once = Merged().linear(x, weight, None, stack, batch_of(2))
@@ -129,12 +135,12 @@ def test_an_adapter_changes_only_its_own_rows() -> None:
     assert torch.equal(after[3:], before[3:])
 
 
-def test_other_rows_than_planned_are_refused() -> None:
+def test_an_input_with_other_rows_than_the_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="expected 4, as the batch is planned, got 5"):
         Merged().linear(torch.randn(5, WIDE), torch.randn(sum(QKV), WIDE), None, stack_of(LINEAR), batch_of(2))
 
 
-def test_the_embedding_is_natives() -> None:
+def test_the_embedding_agrees_with_native() -> None:
     adapters = oracle.random_adapters({2: (8,)}, 50, (24,))
     stack = oracle.embedding_stack(adapters, SLOTS, RANK, 50, 24, stale=NAN)
     ids, table = torch.randint(50, (4,)), torch.randn(50, 24)
@@ -154,7 +160,7 @@ def test_merged_on_cuda(mix: Mix, dtype: torch.dtype, tolerance: float) -> None:
     backend = Merged(2 * weight.nbytes)
     for _ in range(40):
         backend.observe(batch)
-    for _ in range(2):  # scratch and new copies, then kept copies
+    for _ in range(2):  # scratch and new merges, then kept merges
         assert relative_error(backend.linear(x, weight, None, stack, batch), expected) <= tolerance
     assert (backend.kept.held_bytes > 0) == any(backend.kept.dominates(slot) for slot in RANKS if any(RANKS[slot]))
     bias = torch.randn(weight.shape[0], device="cuda", dtype=dtype)
@@ -163,9 +169,9 @@ def test_merged_on_cuda(mix: Mix, dtype: torch.dtype, tolerance: float) -> None:
 
 
 @pytest.mark.gpu
-def test_drop_gives_device_memory_back() -> None:
+def test_drop_frees_device_memory() -> None:
     x, weight, stack, batch, _ = wide_case(torch.bfloat16, "identical", "cuda")
-    Merged().linear(x, weight, None, stack, batch)  # cuBLAS takes its workspace at the first product
+    Merged().linear(x, weight, None, stack, batch)  # cuBLAS allocates its workspace at the first product
     backend = Merged(weight.nbytes)
     before = torch.cuda.memory_allocated()
     for _ in range(40):
@@ -177,7 +183,7 @@ def test_drop_gives_device_memory_back() -> None:
 
 
 @pytest.mark.gpu
-def test_a_captured_graph_follows_the_slots_weights_and_not_a_kept_copy() -> None:
+def test_a_cuda_graph_reads_the_slots_weights_and_no_kept_merge() -> None:
     x, weight, stack, batch, expected = wide_case(torch.bfloat16, "identical", "cuda")
     backend = Merged(weight.nbytes)
     for _ in range(40):

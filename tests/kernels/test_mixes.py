@@ -1,4 +1,4 @@
-"""Mixes by exponent: what zipf:ALPHA means, and what is refused."""
+"""Mixes that are drawn by Zipf's law."""
 
 import subprocess
 import sys
@@ -9,20 +9,20 @@ import pytest
 from ranklet.kernels.mixes import assign, exponent
 
 
-def test_zipf_falls_with_the_rank_to_the_power_of_alpha() -> None:
+def test_zipf_frequency_falls_with_rank_to_the_power_of_alpha() -> None:
     counts = Counter(assign("zipf:1", 100_000, 10))
     for rank in range(1, 10):
         assert counts[0] / counts[rank] == pytest.approx(rank + 1, rel=0.1)
 
 
-def test_skewed_and_uniform_are_two_of_its_kind() -> None:
+def test_skewed_and_uniform_are_zipf_mixes() -> None:
     assert assign("skewed", 500, 9, seed=3) == assign("zipf:1.5", 500, 9, seed=3)
     assert assign("uniform", 500, 9, seed=3) == assign("zipf:0", 500, 9, seed=3)
     assert assign("zipf:1", 500, 9, seed=3) != assign("zipf:1", 500, 9, seed=4)
 
 
 @pytest.mark.parametrize("mix", ["zipf", "zipf:", "zipf:a", "zipf:-1", "zipf:nan", "zipf:inf", "normal", ""])
-def test_what_is_no_mix(mix: str) -> None:
+def test_an_unknown_mix_is_refused(mix: str) -> None:
     with pytest.raises(ValueError, match="zipf:ALPHA"):
         exponent(mix)
     with pytest.raises(ValueError, match="zipf:ALPHA"):
@@ -30,6 +30,6 @@ def test_what_is_no_mix(mix: str) -> None:
 
 
 def test_mixes_import_no_torch() -> None:
-    probe = "import sys, ranklet.kernels.mixes; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", probe], check=True, capture_output=True, text=True, timeout=30)
+    code = "import sys, ranklet.kernels.mixes; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=30)
     assert done.stdout.strip() == "False"

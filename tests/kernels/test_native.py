@@ -1,4 +1,4 @@
-"""The torch backend against LoRA written out in float64, over stacks whose stale parts are NaN."""
+"""The torch backend against LoRA in float64, with NaN in the unused parts of stacks."""
 
 import math
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ EMBEDDING = oracle.random_adapters({slot: ranks[:1] for slot, ranks in RANKS.ite
 
 @dataclass(frozen=True)
 class Rows:
-    """Requests laid out as a batch."""
+    """Requests of a batch."""
 
     lengths: list[int]
     slots: list[int | None]
@@ -94,11 +94,11 @@ def test_the_four_mixes(mix: Mix) -> None:
         Rows([1], [3]),
         Rows([1, 1, 1, 1, 1], [4, 3, 2, 1, 0]),  # many adapters of one row
         Rows([3, 2], [None, None]),
-        Rows([7], [5]),  # an adapter that targets nothing here
+        Rows([7], [5]),  # an adapter that does not target the projection
     ],
     ids=["no requests", "empty runs", "one row", "a row each", "base only", "not targeted"],
 )
-def test_ugly_shapes(rows: Rows) -> None:
+def test_unusual_batches(rows: Rows) -> None:
     check_linear(rows)
     check_embedding(rows)
 
@@ -157,8 +157,7 @@ def test_native_embedding_on_cuda(dtype: torch.dtype, tolerance: float) -> None:
     assert_close(y.double(), oracle.embedding(ids, table, rows.by_row, adapters), rtol=tolerance, atol=tolerance)
 
 
-def test_scalings_multiply_once_a_slice() -> None:
-    """Twice the scaling is twice the change, on each slice by itself."""
+def test_each_slice_has_its_own_scaling() -> None:
     rows, x, weight = Rows([4], [2]), torch.randn(4, WIDE), torch.zeros(sum(QKV), WIDE)
     _, batch = plan(rows.lengths, rows.slots)
     stack = oracle.linear_stack(LINEAR, SLOTS, RANK, WIDE, QKV, stale=NAN)

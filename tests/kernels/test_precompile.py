@@ -1,4 +1,4 @@
-"""After the warm-up no batch finds a kernel that is not compiled."""
+"""After `precompile`, no batch compiles a kernel."""
 
 import random
 
@@ -20,7 +20,7 @@ KERNELS = (shrink_kernel, expand_kernel, gemm_kernel, rotary_kernel)
 
 
 @pytest.mark.parametrize("slots", [1, 8, 300])
-def test_batches_have_tiles_of_every_height_the_slots_allow(slots: int) -> None:
+def test_batches_have_tiles_of_every_height(slots: int) -> None:
     found = list(batches(slots, 30_000))
     assert len(found) <= 40
     assert all(1 <= batch.adapters <= slots and batch.lora_rows <= batch.rows for batch in found)
@@ -30,7 +30,7 @@ def test_batches_have_tiles_of_every_height_the_slots_allow(slots: int) -> None:
         ]
 
 
-def test_it_leaves_the_stacks_alone() -> None:
+def test_stacks_are_not_written() -> None:
     stack = random_lora(ProjectionShape("o", 32, (16,)), 8, 3, device=DEVICE, dtype=torch.float16).stack
     tensors, meta = (stack.a, stack.b, stack.ranks, stack.scalings), list(stack.meta)
     before = [tensor.clone() for tensor in tensors]
@@ -40,22 +40,22 @@ def test_it_leaves_the_stacks_alone() -> None:
 
 
 @pytest.mark.gpu
-def test_nothing_is_left_to_compile() -> None:
+def test_random_batches_compile_nothing_after_it() -> None:
     slots, most_rows = 64, 8192
-    probes = [
+    loras = [
         random_lora(p, 64, slots, device=DEVICE, dtype=torch.bfloat16)
         for p in (ProjectionShape("qkv", 1024, (2048, 1024, 1024)), ProjectionShape("down", 3072, (1024,)))
     ]
     places = torch.zeros(most_rows, dtype=torch.int32, device=DEVICE)
     turned = Rotary(None, torch.ones(64, 64, device=DEVICE), torch.ones(64, 64, device=DEVICE), places, 16, 8, 1e-6)
-    precompile([LinearStack(p.stack.a, p.stack.b, p.stack.widths) for p in probes], most_rows, turned)
+    precompile([LinearStack(p.stack.a, p.stack.b, p.stack.widths) for p in loras], most_rows, turned)
     compiled = [set(kernel.device_caches[0][0]) for kernel in KERNELS]
     draw = random.Random(0)
     for _ in range(40):
         longest = draw.choice((1, 20, 100, 900))
         lengths = [draw.randint(1, longest) for _ in range(draw.randint(1, most_rows // longest // 2))][:512]
         _, batch = plan(lengths, [draw.choice((None, *range(slots))) for _ in lengths])
-        for p in probes:
+        for p in loras:
             x = torch.randn(batch.rows, p.projection.wide, device=DEVICE, dtype=torch.bfloat16)
             at = turned.rows(most_rows - batch.rows) if p.projection.name == "qkv" else None
             csgmv.linear(x, p.weight, None, p.stack, batch.with_tiles(DEVICE), at)

@@ -28,7 +28,7 @@ def norm64(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotary64(qkv: Tensor, turned: Rotary) -> Tensor:
-    """Head by head in float64; angles of position p are p / 100**(i / half)."""
+    """Return norm and rotation head by head in float64. Position p has the angles p / 100**(i / half)."""
     query, key, half, norms = turned.query_heads, turned.key_heads, turned.half, turned.norms
     out, width = qkv.double().clone(), 2 * half
     angle = turned.positions.double()[:, None] / 100 ** (torch.arange(half, dtype=torch.float64) / half)

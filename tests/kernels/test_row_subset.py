@@ -1,4 +1,4 @@
-"""Batches cut anew: what the head gets for pruned rows, or for chunks of them, is what it would have got in one go."""
+"""Batches of some rows of a batch: outputs are rows of the full batch's output."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ requests = st.lists(st.tuples(st.integers(0, 6), st.none() | st.integers(0, SLOT
 
 
 def by_row(batch: LoraBatch) -> list[int | None]:
-    """The slot of each row; checks on the way what every batch promises."""
+    """Return the slot of each row. Asserts that segments are joined, not empty, and of different slots."""
     rows: list[int | None] = []
     for segment in batch.segments:
         assert segment.start == len(rows)
@@ -42,7 +42,7 @@ def head(x: Tensor, batch: LoraBatch) -> Tensor:
 
 
 def planned(made: Sequence[tuple[int, int | None]]) -> tuple[LoraBatch, list[int]]:
-    """A batch, and its requests' lengths in the order of their rows."""
+    """Return a batch, and the lengths of its requests in the order of their rows."""
     lengths = [length for length, _ in made]
     order, batch = plan(lengths, [slot for _, slot in made])
     return batch, [lengths[i] for i in order]
@@ -50,7 +50,9 @@ def planned(made: Sequence[tuple[int, int | None]]) -> tuple[LoraBatch, list[int
 
 @settings(max_examples=60)
 @given(requests, st.data())
-def test_pruned_rows_are_rows_of_the_full_output(made: list[tuple[int, int | None]], data: st.DataObject) -> None:
+def test_the_output_of_a_subset_is_rows_of_the_full_output(
+    made: list[tuple[int, int | None]], data: st.DataObject
+) -> None:
     batch, _ = planned(made)
     kept = data.draw(st.lists(st.booleans(), min_size=batch.rows, max_size=batch.rows))
     rows = np.flatnonzero(kept)
@@ -63,9 +65,7 @@ def test_pruned_rows_are_rows_of_the_full_output(made: list[tuple[int, int | Non
 
 @settings(max_examples=60)
 @given(requests, st.data())
-def test_counts_by_request_give_the_batch_of_those_rows(
-    made: list[tuple[int, int | None]], data: st.DataObject
-) -> None:
+def test_counts_per_request_select_the_same_rows(made: list[tuple[int, int | None]], data: st.DataObject) -> None:
     batch, lengths = planned(made)
     kept = [data.draw(st.integers(0, length)) for length in lengths]
     ends = np.cumsum([0, *lengths])
@@ -75,7 +75,7 @@ def test_counts_by_request_give_the_batch_of_those_rows(
 
 @settings(max_examples=60)
 @given(requests, st.integers(1, 9))
-def test_chunks_end_to_end_are_the_whole(made: list[tuple[int, int | None]], size: int) -> None:
+def test_the_outputs_of_all_chunks_are_the_full_output(made: list[tuple[int, int | None]], size: int) -> None:
     batch, _ = planned(made)
     x = torch.randn(batch.rows, WIDE)
     ranges = [(start, min(start + size, batch.rows)) for start in range(0, batch.rows, size)]
@@ -94,14 +94,14 @@ def test_chunks_of_pruned_rows() -> None:
     assert_close(torch.cat(parts), head(x, BATCH)[rows])
 
 
-def test_the_backend_goes_along_unless_no_row_has_an_adapter() -> None:
+def test_the_backend_is_kept_unless_no_row_has_an_adapter() -> None:
     assert row_range(BATCH, 2, 5) == LoraBatch((Segment(2, 0, 1), Segment(0, 1, 2), Segment(1, 2, 3)), 3, native)
     assert row_range(BATCH, 9, 12) == subset(BATCH, np.array([9, 10, 11])) == LoraBatch((), 3)
     assert subset_by_counts(BATCH, [0, 0, 0, 2], [3, 1, 5, 3]) == LoraBatch((), 2)
     assert row_range(BATCH, 4, 4) == subset(BATCH, np.array([], dtype=np.int64)) == LoraBatch((), 0)
 
 
-def test_tiles_of_the_full_batch_are_not_carried_over() -> None:
+def test_tiles_are_not_kept() -> None:
     placed = BATCH.with_tiles(torch.device("cpu"))
     assert placed.tiles
     for part in (
@@ -124,7 +124,7 @@ def test_requests_without_rows_and_adapters_of_several_requests() -> None:
     [([-1, 2], "-1"), ([3, 12], "12"), ([4, 3], r"\[4 3\]"), ([3, 3], r"\[3 3\]")],
     ids=["negative", "beyond", "decreasing", "twice"],
 )
-def test_rows_that_cannot_be_selected(rows: list[int], message: str) -> None:
+def test_rows_out_of_order_or_range_are_refused(rows: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=f"increasing indices in \\[0, 12\\), got .*{message}"):
         subset(BATCH, np.array(rows))
 
@@ -142,18 +142,18 @@ def test_rows_that_cannot_be_selected(rows: list[int], message: str) -> None:
     ],
     ids=["count", "more than there are", "negative", "too few rows", "other order", "too many rows", "none"],
 )
-def test_counts_that_contradict_the_batch(kept: list[int], lengths: list[int]) -> None:
+def test_counts_that_contradict_the_batch_are_refused(kept: list[int], lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="expected"):
         subset_by_counts(BATCH, kept, lengths)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 13)])
-def test_chunks_outside_the_batch(start: int, stop: int) -> None:
+def test_ranges_outside_the_batch_are_refused(start: int, stop: int) -> None:
     with pytest.raises(ValueError, match=f"expected a range in \\[0, 12\\], got \\[{start}, {stop}\\)"):
         row_range(BATCH, start, stop)
 
 
-def test_other_rows_than_planned_are_refused() -> None:
+def test_an_input_with_other_rows_than_the_batch_is_refused() -> None:
     check_rows(torch.empty(12, WIDE), BATCH)
     for rows in (0, 11, 13):
         with pytest.raises(ValueError, match=f"expected 12, as the batch is planned, got {rows}; make"):

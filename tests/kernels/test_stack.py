@@ -1,4 +1,4 @@
-"""A stack knows its rank and starts with slots that change nothing."""
+"""Stacks of LoRA weights: rank, metadata and new slots."""
 
 import torch
 
@@ -8,7 +8,7 @@ from ranklet.kernels.segments import Segment
 from ranklet.kernels.stack import EmbeddingStack, LinearStack, SlotMeta
 
 
-def test_a_fresh_slot_changes_nothing_whatever_its_memory_holds() -> None:
+def test_a_new_slot_has_no_effect_whatever_its_memory_holds() -> None:
     batch = LoraBatch((Segment(1, 0, 3),), rows=3)
     x, weight = torch.randn(3, 6), torch.randn(10, 6)
     stack = LinearStack(torch.full((2, 2 * 16, 6), float("nan")), torch.full((2, 10, 16), float("nan")), (7, 3))

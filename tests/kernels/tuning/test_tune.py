@@ -29,7 +29,7 @@ TINY = tune.TunePlan(
 
 
 def halve(x: float) -> float:
-    """A job for processes: raises for 0."""
+    """Job for `compile_all` that raises for 0."""
     return 1 / x
 
 
