@@ -1,94 +1,106 @@
-"""Which revision of an adapter is on this node, and in which folder; whatever is slow is done off the event loop."""
+"""Resolves the location of an adapter to its current revision and its folder on this node, on threads."""
 
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ranklet.cluster.catalog.remote import RemoteCache, is_remote
+from ranklet.cluster.catalog.remote import RemoteCache
+from ranklet.cluster.catalog.source import is_remote
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import Revisions, age_of
 from ranklet.replicas.errors import StillLoading
 
-_LOOKERS = 32  # folders looked at at once
-_FETCHERS = 8  # adapters that are elsewhere, fetched at once
-_LOOK_S = 0.2  # a known adapter's request waits so long for news of its folder
-_HOLDS_S = 1.0  # how long a revision is believed before the files are looked at again
-_SETTLES_S = 1.0  # files that somebody wrote so lately may not all be there: what was known goes on until then
-_Key = tuple[str, str]  # name and place
+_FOLDER_THREADS = 32
+_DOWNLOAD_THREADS = 8
+_CHECK_INTERVAL_S = 1.0  # between two checks of an adapter's files
+_CHECK_WAIT_S = 0.2  # a request for a known adapter waits this long for a check, then uses the known revision
+_SETTLE_S = 1.0  # files written more recently may be incomplete, so the known revision is used until then
+_Key = tuple[str, str]  # name and source
 
 
 @dataclass(frozen=True)
 class ResolvedAdapter:
-    """An adapter as it is on this node."""
+    """The current revision of an adapter on this node."""
 
     adapter: AdapterRef
-    downloaded: bool = False  # for this look
+    downloaded: bool = False  # by the call that resolved it
 
 
 class AdapterResolver:
-    """Looks at folders, and fetches what is elsewhere, once for all who ask at the same time.
+    """Checks folders and downloads remote adapters. Concurrent requests for an adapter share one check.
 
     Args:
         timeout_s: how long a request waits for an adapter that is not known yet.
+        clock: monotonic, in seconds.
     """
 
-    def __init__(self, sources: RemoteCache, timeout_s: float) -> None:
-        self._sources = sources
+    def __init__(self, cache: RemoteCache, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._cache = cache
         self._timeout_s = timeout_s
+        self._clock = clock
         self._revisions = Revisions()
         self._known: dict[_Key, tuple[float, AdapterRef]] = {}
-        self._looks: dict[_Key, asyncio.Future[ResolvedAdapter]] = {}
-        self._lookers = ThreadPoolExecutor(_LOOKERS, thread_name_prefix="look")
-        self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="fetch")
+        self._checks: dict[_Key, asyncio.Future[ResolvedAdapter]] = {}
+        self._folder_threads = ThreadPoolExecutor(_FOLDER_THREADS, thread_name_prefix="check")
+        self._download_threads = ThreadPoolExecutor(_DOWNLOAD_THREADS, thread_name_prefix="download")
 
     def invalidate(self, name: str) -> None:
-        """Look anew when this adapter is next asked for; a look that has begun tells those alone who wait for it."""
-        for kept in (self._known, self._looks):
+        """Check the adapter's files at its next request. The result of a running check goes only to its own waiters."""
+        for kept in (self._known, self._checks):
             for key in [key for key in kept if key[0] == name]:
                 del kept[key]
 
-    async def resolve(self, name: str, place: str) -> ResolvedAdapter:
-        """The adapter's present revision; its files are looked at once a second.
+    async def resolve(self, name: str, source: str) -> ResolvedAdapter:
+        """The adapter's current revision. Its files are checked at most once a second.
 
-        A disk or a source that hangs holds up requests for adapters that are there and not yet known; those that are
-        keep the revision last seen.
+        While a disk or a remote source hangs, known adapters keep the revision of the last check.
 
         Raises:
-            RankletError: AdapterNotFound, StillLoading, or as `RemoteCache.fetch` says.
+            AdapterNotFound: the folder does not exist.
+            StillLoading: the adapter is not known yet, and its check exceeds `timeout_s`.
+            RankletError: see `RemoteCache.fetch`.
         """
-        key = name, place
+        key = name, source
         checked_s, known = self._known.get(key, (float("-inf"), None))
-        if known is not None and time.monotonic() - checked_s <= _HOLDS_S:
+        if known is not None and self._clock() - checked_s <= _CHECK_INTERVAL_S:
             return ResolvedAdapter(known)
-        look = self._looks.get(key)
-        if look is None:
-            pool = self._fetchers if is_remote(place) else self._lookers
-            look = self._looks[key] = asyncio.get_running_loop().run_in_executor(pool, self._look, *key)
-            look.add_done_callback(lambda done: self._looked(key, done))
-        patience_s = _LOOK_S if known else self._timeout_s
-        await asyncio.wait([look], timeout=patience_s)
-        if look.done():
-            return look.result()
-        if known is None:
-            what = "its download" if is_remote(place) else "the disk"
-            raise StillLoading(
-                f"adapter {name!r}: expected its files within {patience_s:g} s, but {what} has not finished. Try again"
-            )
-        return ResolvedAdapter(known)
+        check = self._checks.get(key) or self._start_check(key)
+        wait_s = _CHECK_WAIT_S if known else self._timeout_s
+        await asyncio.wait([check], timeout=wait_s)
+        if check.done():
+            return check.result()
+        if known is not None:
+            return ResolvedAdapter(known)
+        slow = "its download" if is_remote(source) else "the disk"
+        raise StillLoading(
+            f"adapter {name!r}: expected its files within {wait_s:g} s, but {slow} has not finished. Try again"
+        )
 
-    def _look(self, name: str, place: str) -> ResolvedAdapter:
-        if not is_remote(place):
-            known = self._known.get((name, place))
-            if known is not None and 0 <= age_of(place) < _SETTLES_S:
-                return ResolvedAdapter(known[1])
-            return ResolvedAdapter(self._revisions.reference(name, place))
-        fetched = self._sources.fetch(place)
+    def _start_check(self, key: _Key) -> "asyncio.Future[ResolvedAdapter]":
+        check, threads = (
+            (self._download, self._download_threads)
+            if is_remote(key[1])
+            else (self._check_folder, self._folder_threads)
+        )
+        future = self._checks[key] = asyncio.get_running_loop().run_in_executor(threads, check, *key)
+        future.add_done_callback(lambda done: self._finish_check(key, done))
+        return future
+
+    def _check_folder(self, name: str, folder: str) -> ResolvedAdapter:
+        _, known = self._known.get((name, folder), (0.0, None))
+        if known is not None and 0 <= age_of(folder) < _SETTLE_S:
+            return ResolvedAdapter(known)
+        return ResolvedAdapter(self._revisions.reference(name, folder))
+
+    def _download(self, name: str, source: str) -> ResolvedAdapter:
+        fetched = self._cache.fetch(source)
         return ResolvedAdapter(AdapterRef(name, str(fetched.folder), fetched.revision), fetched.downloaded)
 
-    def _looked(self, key: _Key, look: "asyncio.Future[ResolvedAdapter]") -> None:
-        if self._looks.get(key) is not look:
-            return  # forgotten meanwhile
-        del self._looks[key]
-        if not look.cancelled() and look.exception() is None:
-            self._known[key] = time.monotonic(), look.result().adapter
+    def _finish_check(self, key: _Key, check: "asyncio.Future[ResolvedAdapter]") -> None:
+        if self._checks.get(key) is not check:  # invalidated
+            return
+        del self._checks[key]
+        if not check.cancelled() and check.exception() is None:
+            self._known[key] = self._clock(), check.result().adapter

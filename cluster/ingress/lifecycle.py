@@ -10,10 +10,10 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from ray.serve.handle import DeploymentHandle
 
 from ranklet.cluster.broadcast import broadcast
-from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.cluster.catalog.location import AdapterLocation, name_error
 from ranklet.cluster.catalog.overrides import Override, Overrides
-from ranklet.cluster.catalog.registry import Registry, name_error
-from ranklet.cluster.catalog.remote import check_url_allowed, is_remote, pinned_revision
+from ranklet.cluster.catalog.registry import Registry
+from ranklet.cluster.catalog.source import check_url_allowed, is_remote, pinned_revision
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterReport
 from ranklet.replicas.adapters.revision import Revisions, marks_of

@@ -1,4 +1,4 @@
-"""Names: which adapters exist, and what a request means by one."""
+"""Names of adapters, and the adapters that requests mean by them."""
 
 from pathlib import Path
 
@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ranklet.cluster.catalog.registry import Registry, name_error
+from ranklet.cluster.catalog.location import name_error
+from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, RankletError, UnknownModel
 
@@ -27,14 +28,14 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-def test_folders_are_adapters(root: Path) -> None:
+def test_subfolders_and_configured_folders_are_adapters(root: Path) -> None:
     registry = Registry(root, {"mapped": root.parent / "secret"})
     assert registry.names() == ["legal-v1", "legal-v2", "mapped", "médical"]
     assert registry.locate("médical").source == str(root / "médical")
     assert registry.locate("mapped").source == str(root.parent / "secret")
 
 
-def test_a_folder_is_found_the_moment_it_is_there(root: Path) -> None:
+def test_a_new_folder_is_found_at_once(root: Path) -> None:
     registry = Registry(root, {})
     with pytest.raises(UnknownModel):
         registry.locate("new")
@@ -60,12 +61,12 @@ def test_links_may_not_leave_the_root(root: Path) -> None:
         registry.locate("broken")
 
 
-def test_near_names_are_told(root: Path) -> None:
-    with pytest.raises(UnknownModel, match=r"Near names: legal-v[12], legal-v[12]"):
+def test_the_error_for_an_unknown_name_lists_similar_names(root: Path) -> None:
+    with pytest.raises(UnknownModel, match=r"Similar names: legal-v[12], legal-v[12]"):
         Registry(root, {}).locate("legal")
 
 
-def test_configured_entries_that_are_wrong_say_why(root: Path) -> None:
+def test_faulty_configured_folders_are_refused_with_a_reason(root: Path) -> None:
     registry = Registry(root, {"up": root / ".." / "secret", "gone": root / "gone", "a:b": root, "file": root / "file"})
     for name, kind in (
         ("up", InvalidAdapter),
@@ -77,7 +78,7 @@ def test_configured_entries_that_are_wrong_say_why(root: Path) -> None:
             registry.locate(name)
 
 
-def test_what_is_added_wins_and_goes(root: Path) -> None:
+def test_user_config_takes_precedence_until_it_is_removed(root: Path) -> None:
     registry = Registry(root, {"x": root / "legal-v1"})
     registry.set_user_config({"x": root / "legal-v2", "y": root / "legal-v2"})
     assert registry.locate("x").source == registry.locate("y").source == str(root / "legal-v2")
@@ -91,10 +92,10 @@ def test_what_is_added_wins_and_goes(root: Path) -> None:
 def test_no_name_leaves_the_root(name: str) -> None:
     root = Path(__file__).parent  # any folder that has neighbours
     try:
-        known = Registry(root, {}).locate(name)
+        location = Registry(root, {}).locate(name)
     except RankletError:
         return
-    assert Path(known.source).parent == root
+    assert Path(location.source).parent == root
     assert name_error(name) is None
 
 
@@ -103,7 +104,7 @@ def names(root: Path) -> ModelNames:
 
 
 @pytest.mark.parametrize("model", ["base", "org/base"])
-def test_the_base_goes_by_all_its_names(root: Path, model: str) -> None:
+def test_the_base_model_has_several_names(root: Path, model: str) -> None:
     assert names(root).resolve(model) is None
 
 
@@ -119,10 +120,10 @@ def test_the_base_goes_by_all_its_names(root: Path, model: str) -> None:
         ("legal-v2", ""),
     ],
 )
-def test_an_adapter_may_be_named_in_several_ways(root: Path, model: str | None, lora_path: str | None) -> None:
-    known = names(root).resolve(model, lora_path)
-    assert known is not None
-    assert known.name == "legal-v2"
+def test_a_request_may_name_an_adapter_in_several_ways(root: Path, model: str | None, lora_path: str | None) -> None:
+    location = names(root).resolve(model, lora_path)
+    assert location is not None
+    assert location.name == "legal-v2"
 
 
 @pytest.mark.parametrize("model", ["other:legal-v2", "base:", "base:base", "Base", "org/other"])
@@ -131,7 +132,7 @@ def test_other_names_are_unknown(root: Path, model: str) -> None:
         names(root).resolve(model)
 
 
-def test_contradictions_are_refused(root: Path) -> None:
+def test_contradictory_names_are_refused(root: Path) -> None:
     with pytest.raises(InvalidRequest, match="lora_path"):
         names(root).resolve("legal-v1", "legal-v2")
     with pytest.raises(InvalidRequest, match="model"):

@@ -1,4 +1,4 @@
-"""Adapters fetched from a real S3 server and over HTTP: once, whole, of the revision asked for, within the bound."""
+"""Remote adapters are downloaded from a real S3 server and over HTTP: once, completely, within the size limits."""
 
 import asyncio
 import threading
@@ -7,13 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
-from ranklet.cluster.catalog import remote
-from ranklet.cluster.catalog.remote import RemoteCache, check_url_allowed
+from ranklet.cluster.catalog.remote import FetchedAdapter, RemoteCache
+from ranklet.cluster.catalog.remote_folder import RemoteFolder
 from ranklet.cluster.catalog.resolver import AdapterResolver
+from ranklet.cluster.catalog.source import check_url_allowed
 from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, StillLoading, Unavailable
 from tests.cluster.catalog.bucket import Bucket, bucket
@@ -34,16 +36,18 @@ def s3(served: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
 class Cache(RemoteCache):
     """A cache that counts its downloads."""
 
-    def __init__(self, root: Path, most_bytes: int = 1 << 30, most_adapter_bytes: int = 1 << 30) -> None:
+    def __init__(self, root: Path, max_bytes: int = 1 << 30, max_adapter_bytes: int = 1 << 30, **options: Any) -> None:
         self.downloads: list[str] = []
-        super().__init__(root, most_bytes, most_adapter_bytes, lambda url, seconds, size: self.downloads.append(url))
+        super().__init__(
+            root, max_bytes, max_adapter_bytes, lambda url, seconds, size: self.downloads.append(url), **options
+        )
 
 
 def same(folder: Path, original: Path) -> bool:
     return all((folder / name).read_bytes() == (original / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE))
 
 
-def test_an_adapter_is_fetched_once(s3: Bucket, adapters_dir: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_downloaded_once_per_node(s3: Bucket, adapters_dir: Path, tmp_path: Path) -> None:
     url, cache = s3.put(adapters_dir / "legal-v2", "once"), Cache(tmp_path / "cache")
     first = cache.fetch(url)
     assert same(first.folder, adapters_dir / "legal-v2")
@@ -56,63 +60,78 @@ def test_an_adapter_is_fetched_once(s3: Bucket, adapters_dir: Path, tmp_path: Pa
     assert Cache(tmp_path / "elsewhere").fetch(url).revision == first.revision, "another node"
 
 
-def test_what_was_loaded_is_served_and_nothing_newer(s3: Bucket, adapters_dir: Path, tmp_path: Path) -> None:
+def test_a_loaded_revision_is_served_and_no_newer_one(s3: Bucket, adapters_dir: Path, tmp_path: Path) -> None:
     url, cache = s3.put(adapters_dir / "legal-v2", "moving"), Cache(tmp_path / "cache")
     old = cache.fetch(url)
     s3.put(adapters_dir / "medical", "moving")
     assert cache.fetch(f"{url}#{old.revision}").folder == old.folder
-    with pytest.raises(InvalidAdapter, match="has changed"):
+    with pytest.raises(InvalidAdapter, match=f"expected revision {old.revision}"):
         Cache(tmp_path / "late").fetch(f"{url}#{old.revision}")
     new = cache.fetch(url)
     assert new.revision != old.revision
     assert same(new.folder, adapters_dir / "medical")
 
 
-def test_many_who_ask_at_once_cause_one_download(s3: Bucket, adapters_dir: Path, tmp_path: Path) -> None:
+def test_concurrent_requests_cause_one_download(s3: Bucket, adapters_dir: Path, tmp_path: Path) -> None:
     url, cache = s3.put(adapters_dir / "legal-v2", "popular"), Cache(tmp_path / "cache")
     with ThreadPoolExecutor(8) as pool:
         found = set(pool.map(lambda turn: cache.fetch(url).folder, range(8)))
     assert len(found) == len(cache.downloads) == 1
 
 
-def test_a_download_that_broke_off_goes_on(
-    s3: Bucket, adapters_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(remote, "_CHUNK", 10_000)
-    url, cache = s3.put(adapters_dir / "legal-v2", "broken-off"), Cache(tmp_path / "cache")
+class CutFolder(RemoteFolder):
+    """Reads small chunks, and breaks off in the weights' file after `limit` bytes."""
+
+    limit: int | None = None
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, chunk_bytes=10_000)
+        self.starts: dict[str, int] = {}
+
+    def read(self, name: str, start: int) -> Iterator[bytes]:
+        self.starts[name] = start
+        size = start
+        for chunk in super().read(name, start):
+            size += len(chunk)
+            yield chunk
+            if name == WEIGHTS_FILE and self.limit is not None and size > self.limit:
+                raise ConnectionError("the connection broke")
+
+
+class Cuts:
+    """Opens folders whose reads break off while `limit` is set."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit: int | None = limit
+        self.opened: list[CutFolder] = []
+
+    def __call__(self, url: str) -> CutFolder:
+        folder = CutFolder(url)
+        folder.limit = self.limit
+        self.opened.append(folder)
+        return folder
+
+
+def test_an_interrupted_download_is_resumed(s3: Bucket, adapters_dir: Path, tmp_path: Path) -> None:
     size = (adapters_dir / "legal-v2" / WEIGHTS_FILE).stat().st_size
-    read: list[int] = []
-
-    def grown(cache: RemoteCache, url: str, others: int, now: int) -> None:
-        read.append(now)
-        if breaking and others and now > size // 2:
-            raise ConnectionError("the wire was cut")
-
-    monkeypatch.setattr(RemoteCache, "_refuse_large", grown)
-    breaking = True
-    with pytest.raises(Unavailable, match="the wire was cut"):
+    cuts = Cuts(limit=size // 2)
+    url, cache = s3.put(adapters_dir / "legal-v2", "interrupted"), Cache(tmp_path / "cache", open_folder=cuts)
+    with pytest.raises(Unavailable, match="the connection broke"):
         cache.fetch(url)
-    breaking, had = False, read[-1]
-    read.clear()
+    cuts.limit = None
     found = cache.fetch(url)
     assert same(found.folder, adapters_dir / "legal-v2")
-    assert min(now for now in read if now > had // 2) > had, "it began behind what it had"
+    assert size // 2 < cuts.opened[-1].starts[WEIGHTS_FILE] < size
     assert cache.downloads == [url]
 
 
-def test_what_came_wrong_is_not_served(s3: Bucket, adapters_dir: Path, tmp_path: Path) -> None:
-    """A part of an earlier try that is not what the source has: its checksum tells, and the next try is whole."""
-    url, cache = s3.put(adapters_dir / "legal-v2", "rotten"), Cache(tmp_path / "cache")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(remote, "_CHUNK", 10_000)
-
-        def cut(cache: RemoteCache, url: str, others: int, now: int) -> None:
-            if others and now > 50_000:
-                raise ConnectionError
-
-        patched.setattr(RemoteCache, "_refuse_large", cut)
-        with pytest.raises(Unavailable):
-            cache.fetch(url)
+def test_a_corrupt_part_of_an_earlier_download_is_not_served(s3: Bucket, adapters_dir: Path, tmp_path: Path) -> None:
+    """The checksum of the source reveals the corruption, and the next attempt downloads the whole file."""
+    cuts = Cuts(limit=50_000)
+    url, cache = s3.put(adapters_dir / "legal-v2", "corrupt"), Cache(tmp_path / "cache", open_folder=cuts)
+    with pytest.raises(Unavailable):
+        cache.fetch(url)
+    cuts.limit = None
     (part,) = (tmp_path / "cache").glob(f"*.part/{WEIGHTS_FILE}")
     part.write_bytes(bytes(len(part.read_bytes())))
     with pytest.raises(Unavailable, match="MD5"):
@@ -120,23 +139,22 @@ def test_what_came_wrong_is_not_served(s3: Bucket, adapters_dir: Path, tmp_path:
     assert same(cache.fetch(url).folder, adapters_dir / "legal-v2")
 
 
-def test_the_least_recently_used_make_room(
-    s3: Bucket, adapters_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_least_recently_used_entries_are_evicted(s3: Bucket, adapters_dir: Path, tmp_path: Path) -> None:
     one = sum((adapters_dir / "legal-v2" / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE))
-    cache = Cache(tmp_path / "cache", most_bytes=2 * one + 20_000)
+    most_bytes = 2 * one + 20_000
+    cache = Cache(tmp_path / "cache", most_bytes)
     urls = [s3.put(adapters_dir / "legal-v2", f"lru{number}") for number in range(3)]
     first, second = (cache.fetch(url) for url in urls[:2])
     third = cache.fetch(urls[2])
-    assert all(found.folder.exists() for found in (first, second, third)), "all were used just now"
-    monkeypatch.setattr(remote, "_JUST_USED_S", 0.0)
+    assert all(found.folder.exists() for found in (first, second, third)), "recently used entries stay"
+    cache = Cache(tmp_path / "cache", most_bytes, keep_used_s=0.0)
     cache.fetch(f"{urls[0]}#{first.revision}")
     cache.fetch(urls[2])
     assert [found.folder.exists() for found in (first, second, third)] == [True, False, True]
     assert cache.fetch(f"{urls[1]}#{second.revision}").downloaded
 
 
-def test_plain_https_servers_too(adapters_dir: Path, tmp_path: Path) -> None:
+def test_adapters_are_downloaded_over_http(adapters_dir: Path, tmp_path: Path) -> None:
     handler = partial(SimpleHTTPRequestHandler, directory=str(adapters_dir))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -158,52 +176,78 @@ def test_plain_https_servers_too(adapters_dir: Path, tmp_path: Path) -> None:
             cache.fetch(f"{url}/medical")
 
 
-def test_each_refusal_says_why(s3: Bucket, adapters_dir: Path, tmp_path: Path) -> None:
+def test_each_error_contains_its_reason(s3: Bucket, adapters_dir: Path, tmp_path: Path) -> None:
     url = s3.put(adapters_dir / "legal-v2", "sound")
     with pytest.raises(AdapterNotFound, match=CONFIG_FILE):
         Cache(tmp_path / "a").fetch(f"{s3.url}/absent")
     with pytest.raises(InvalidAdapter, match="at most 1000 bytes"):
-        Cache(tmp_path / "b", most_adapter_bytes=1000).fetch(url)
+        Cache(tmp_path / "b", max_adapter_bytes=1000).fetch(url)
     with pytest.raises(InvalidRequest, match="nosuch"):
         Cache(tmp_path / "c").fetch("nosuch://bucket/adapter")
     assert not list(tmp_path.glob(f"*/*/{WEIGHTS_FILE}"))
 
 
-async def test_a_source_that_hangs_holds_up_its_own_adapter_alone(adapters_dir: Path, tmp_path: Path) -> None:
-    gate = threading.Event()
+class Gated(Cache):
+    """A cache whose first download waits for `gate`. Each download has another revision: r1, r2."""
 
-    class Hanging(Cache):
-        def fetch(self, place: str) -> remote.FetchedAdapter:
-            gate.wait(20)
-            return remote.FetchedAdapter(adapters_dir / "legal-v2", "r1", downloaded=True)
+    def __init__(self, root: Path, folder: Path) -> None:
+        super().__init__(root)
+        self.folder = folder
+        self.started, self.gate = threading.Event(), threading.Event()
 
-    resolver = AdapterResolver(Hanging(tmp_path), timeout_s=0.2)
-    with pytest.raises(StillLoading, match="download"):
-        await resolver.resolve("far", "s3://models/far")
+    def fetch(self, source: str) -> FetchedAdapter:
+        self.downloads.append(source)
+        number = len(self.downloads)
+        self.started.set()
+        assert number > 1 or self.gate.wait(60)
+        return FetchedAdapter(self.folder, f"r{number}", downloaded=True)
+
+
+FAR = ("far", "s3://models/far")
+
+
+async def test_a_source_that_hangs_delays_only_its_own_adapter(adapters_dir: Path, tmp_path: Path) -> None:
+    cache = Gated(tmp_path, adapters_dir / "legal-v2")
+    resolver = AdapterResolver(cache, timeout_s=60)
+    far = asyncio.create_task(resolver.resolve(*FAR))
     assert (await resolver.resolve("near", str(adapters_dir / "medical"))).adapter.name == "near"
-    gate.set()
-    found = await resolver.resolve("far", "s3://models/far")
+    assert not far.done()
+    cache.gate.set()
+    found = await far
     assert (found.adapter.revision, found.downloaded) == ("r1", True)
-    assert not (await resolver.resolve("far", "s3://models/far")).downloaded
+    assert not (await resolver.resolve(*FAR)).downloaded
 
 
-async def test_a_look_that_began_before_a_change_was_told_is_not_believed(adapters_dir: Path, tmp_path: Path) -> None:
-    gate, revisions = threading.Event(), iter(("old", "new"))
+async def test_a_request_waits_for_a_download_up_to_the_time_limit(adapters_dir: Path, tmp_path: Path) -> None:
+    cache = Gated(tmp_path, adapters_dir / "legal-v2")
+    resolver = AdapterResolver(cache, timeout_s=0.05)
+    with pytest.raises(StillLoading, match="download"):
+        await resolver.resolve(*FAR)
+    cache.gate.set()
 
-    class Changing(Cache):
-        def fetch(self, place: str) -> remote.FetchedAdapter:
-            revision = next(revisions)
-            assert revision == "new" or gate.wait(20)
-            return remote.FetchedAdapter(adapters_dir / "legal-v2", revision, downloaded=True)
 
-    resolver = AdapterResolver(Changing(tmp_path), timeout_s=10)
-    early = asyncio.create_task(resolver.resolve("far", "s3://models/far"))
-    await asyncio.sleep(0.1)
+async def test_a_check_that_began_before_an_invalidation_is_not_kept(adapters_dir: Path, tmp_path: Path) -> None:
+    cache = Gated(tmp_path, adapters_dir / "legal-v2")
+    resolver = AdapterResolver(cache, timeout_s=60)
+    early = asyncio.create_task(resolver.resolve(*FAR))
+    assert await asyncio.to_thread(cache.started.wait, 60)
     resolver.invalidate("far")
-    assert (await resolver.resolve("far", "s3://models/far")).adapter.revision == "new"
-    gate.set()
-    assert (await early).adapter.revision == "old"
-    assert (await resolver.resolve("far", "s3://models/far")).adapter.revision == "new"
+    assert (await resolver.resolve(*FAR)).adapter.revision == "r2"
+    cache.gate.set()
+    assert (await early).adapter.revision == "r1"
+    assert (await resolver.resolve(*FAR)).adapter.revision == "r2"
+
+
+async def test_files_are_checked_again_after_a_second(adapters_dir: Path, tmp_path: Path) -> None:
+    now_s = 0.5
+    cache = Gated(tmp_path, adapters_dir / "legal-v2")
+    cache.gate.set()
+    resolver = AdapterResolver(cache, timeout_s=60, clock=lambda: now_s)
+    revisions = []
+    for step_s in (0, 0.9, 0.2):
+        now_s += step_s
+        revisions.append((await resolver.resolve(*FAR)).adapter.revision)
+    assert revisions == ["r1", "r1", "r2"]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +267,7 @@ async def test_a_look_that_began_before_a_change_was_told_is_not_believed(adapte
         ("https://hub.example/team/legal#abc", False),
     ],
 )
-def test_only_what_is_allowed_can_be_named(url: str, fine: bool) -> None:
+def test_only_allowed_urls_are_accepted(url: str, fine: bool) -> None:
     allowed = ("s3://models/adapters", "https://hub.example/")
     if fine:
         check_url_allowed(url, allowed)

@@ -1,0 +1,78 @@
+"""Reads the files of a remote adapter with fsspec."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+
+from ranklet.replicas.adapters.reference import FILES
+from ranklet.replicas.errors import AdapterNotFound, InvalidRequest, RankletError, Unavailable
+
+_CHUNK_BYTES = 8 << 20
+_MD5 = re.compile("[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class FileMark:
+    """Metadata of a remote file that changes with its content.
+
+    Attributes:
+        size: in bytes; None if the source does not report it.
+        key: ETag, blob id or modification time; "" if the source reports none of them.
+        md5: of the content; "" if the source does not report it.
+    """
+
+    size: int | None
+    key: str
+    md5: str = ""
+
+    @classmethod
+    def of(cls, info: dict[str, Any]) -> "FileMark":
+        """From the result of fsspec's `info`, whose keys depend on the file system."""
+        tag = str(info.get("ETag") or info.get("etag") or "").strip('"')
+        others = (info.get(name) for name in ("blob_id", "crc32c", "LastModified", "Last-Modified", "mtime"))
+        is_md5 = _MD5.fullmatch(tag) and "StorageClass" in info  # S3, for files that were not uploaded in parts
+        return cls(info.get("size"), tag or str(next(filter(None, others), "")), tag if is_md5 else "")
+
+
+class RemoteFolder:
+    """The files of an adapter at a URL."""
+
+    def __init__(self, url: str, chunk_bytes: int = _CHUNK_BYTES) -> None:
+        self._files, self._path = fsspec.core.url_to_fs(url.rstrip("/"))
+        self._chunk_bytes = chunk_bytes
+
+    def marks(self) -> dict[str, FileMark]:
+        """The current mark of each file, without caches."""
+        self._files.invalidate_cache()
+        return {name: FileMark.of(self._files.info(f"{self._path}/{name}")) for name in FILES}
+
+    def read(self, name: str, start: int) -> Iterator[bytes]:
+        """The content of a file from byte `start` on, in chunks."""
+        with self._files.open(f"{self._path}/{name}", "rb") as file:
+            file.seek(start)
+            while chunk := file.read(self._chunk_bytes):
+                yield chunk
+
+
+@contextlib.contextmanager
+def translated_errors(url: str) -> Iterator[None]:
+    """Turns the exceptions of file systems, which differ between them, into RankletErrors."""
+    try:
+        yield
+    except RankletError:
+        raise
+    except FileNotFoundError as error:
+        cause = error.__cause__  # over HTTP, fsspec raises FileNotFoundError for an unreachable server too
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            raise Unavailable(f"{url} cannot be read now: {cause}. Try again") from error
+        raise AdapterNotFound(f"{url}: expected {' and '.join(FILES)}, not found: {error}", param="path") from error
+    except PermissionError as error:
+        raise AdapterNotFound(f"{url}: this node has no permission to read it: {error}", param="path") from error
+    except (ImportError, ValueError) as error:
+        raise InvalidRequest(f"path: {url} cannot be read here: {error}", param="path") from error
+    except Exception as error:
+        raise Unavailable(f"{url} cannot be read now: {type(error).__name__}: {error}. Try again") from error
