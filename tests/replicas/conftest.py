@@ -1,4 +1,4 @@
-"""Fixtures of the engine tests: one running engine, and what a pool or a verification needs without one."""
+"""Fixtures of the engine tests: running engines, and the parts that adapter tests need without one."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,13 +35,13 @@ def expectation(model_dir: Path, architecture: Architecture) -> ExpectedModules:
 
 @pytest.fixture
 def make_pool(architecture: Architecture) -> Callable[[], AdapterPool]:
-    """Makes pools of two slots on the CPU."""
+    """Return a function that makes pools of two slots on the CPU."""
     return lambda: AdapterPool(architecture, 2, 64, LORA_MODULES, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="session")
 def engine(model_dir: Path) -> Iterator[Engine]:
-    """An engine with a slot for each of the six adapters and more."""
+    """A running engine with more slots than there are adapters."""
     running = Engine(EngineConfig(model_dir, slots=8, max_batch_tokens=4096, max_model_len=1024))
     running.start()
     yield running
@@ -50,7 +50,7 @@ def engine(model_dir: Path) -> Iterator[Engine]:
 
 @pytest.fixture
 def make_engine(model_dir: Path) -> Iterator[Callable[..., Engine]]:
-    """Makes engines, not started, that are stopped after the test; takes a listener and EngineConfig's fields."""
+    """Return a function that makes engines from fields of EngineConfig. The caller starts them."""
     made: list[Engine] = []
 
     def make(folder: Path = model_dir, listener: Listener | None = None, **fields: Any) -> Engine:

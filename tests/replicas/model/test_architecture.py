@@ -1,4 +1,4 @@
-"""Which configs are served, which are refused by name, and that the rotary tables are transformers' own."""
+"""Dimensions and rotary tables equal those of transformers; unsupported configs are refused by name."""
 
 import json
 from pathlib import Path
@@ -31,11 +31,11 @@ def config(kind: str, **fields: Any) -> Any:
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama", "mistral"])
 @pytest.mark.parametrize("head_dim", [None, 32])
-def test_widths_are_those_of_transformers_modules(kind: str, head_dim: int | None) -> None:
-    said = config(kind, **({} if head_dim is None else {"head_dim": head_dim}))
-    shape = read_architecture(said)
+def test_dimensions_equal_those_of_transformers_modules(kind: str, head_dim: int | None) -> None:
+    model_config = config(kind, **({} if head_dim is None else {"head_dim": head_dim}))
+    shape = read_architecture(model_config)
     with torch.device("meta"):
-        layer = AutoModel.from_config(said).layers[0]
+        layer = AutoModel.from_config(model_config).layers[0]
     for name, (wide, out) in shape.module_dims().items():
         linear = getattr(layer.self_attn if name[0] in "qkvo" else layer.mlp, name)
         assert (linear.in_features, linear.out_features) == (wide, out), name
@@ -50,7 +50,7 @@ def test_widths_are_those_of_transformers_modules(kind: str, head_dim: int | Non
         ("mistral", {"sliding_window": 7}, (7, 7, 7)),
         ("mistral", {"sliding_window": None}, (None, None, None)),
         ("llama", {}, (None, None, None)),
-        ("qwen2", {"sliding_window": 7}, (None, None, None)),  # stated, and not used
+        ("qwen2", {"sliding_window": 7}, (None, None, None)),  # given but not used
         ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, (None, 7, 7)),
         (
             "qwen3",
@@ -63,12 +63,12 @@ def test_widths_are_those_of_transformers_modules(kind: str, head_dim: int | Non
         ),
     ],
 )
-def test_windows_by_layer(kind: str, fields: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+def test_each_layer_has_its_window(kind: str, fields: dict[str, Any], windows: tuple[int | None, ...]) -> None:
     assert read_architecture(config(kind, **fields)).windows == windows
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "message"),
     [
         ({"architectures": ["BertModel"]}, "BertModel"),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
@@ -84,10 +84,10 @@ def test_windows_by_layer(kind: str, fields: dict[str, Any], windows: tuple[int 
         ),
     ],
 )
-def test_what_ranklet_does_not_run_is_refused_by_name(fields: dict[str, Any], says: str) -> None:
+def test_an_unsupported_config_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError) as refused:
         read_architecture(config("qwen3", **fields))
-    assert says in refused.value.message
+    assert message in refused.value.message
     assert "expected" in refused.value.message
 
 
@@ -102,20 +102,20 @@ def test_what_ranklet_does_not_run_is_refused_by_name(fields: dict[str, Any], sa
     ],
     ids=lambda rope: f"{rope['rope_type']}-{rope['rope_theta']:g}",
 )
-def test_rotary_tables_are_transformers(rope: dict[str, Any]) -> None:
-    said = config("llama", rope_parameters=rope)
-    shape: Architecture = read_architecture(said)
-    cos, sin = rotary_tables(said, shape, 300, torch.device("cpu"))
+def test_rotary_tables_equal_those_of_transformers(rope: dict[str, Any]) -> None:
+    model_config = config("llama", rope_parameters=rope)
+    shape: Architecture = read_architecture(model_config)
+    cos, sin = rotary_tables(model_config, shape, 300, torch.device("cpu"))
     assert cos.shape == sin.shape == (300, shape.head_dim // 2)
-    their_cos, their_sin = LlamaRotaryEmbedding(said)(torch.zeros(1), torch.arange(300)[None])
+    their_cos, their_sin = LlamaRotaryEmbedding(model_config)(torch.zeros(1), torch.arange(300)[None])
     half = shape.head_dim // 2
     torch.testing.assert_close(cos, their_cos[0, :, :half], rtol=0, atol=2e-6)
     torch.testing.assert_close(sin, their_sin[0, :, :half], rtol=0, atol=2e-6)
 
 
-def test_folders_without_a_readable_config(tmp_path: Path) -> None:
+def test_a_folder_without_a_readable_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="expected a folder"):
-        read_config(tmp_path / "gone")
+        read_config(tmp_path / "missing")
     for content in ("{", "[]", "{}", json.dumps({"model_type": "no-such-model"})):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ModelError, match=r"config\.json"):

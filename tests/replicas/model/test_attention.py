@@ -1,4 +1,4 @@
-"""Packed attention against a float64 loop over requests, and no request sees another."""
+"""Packed attention equals a float64 loop over requests, and no request sees another."""
 
 from dataclasses import replace
 from itertools import accumulate
@@ -53,21 +53,21 @@ def test_attention_is_causal_grouped_and_windowed(
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_no_request_reads_another(window: int | None) -> None:
+def test_no_request_sees_another(window: int | None) -> None:
     lengths, heads, width = [5, 1, 7, 4], (4, 2), 8
     qkv = torch.randn(17, (4 + 4) * width)
     before = attend(qkv, spans(lengths), heads, width, window)
     for index, (start, length) in enumerate(zip([0, 5, 6, 13], lengths, strict=True)):
-        spoilt = qkv.clone()
-        spoilt[start : start + length] = float("nan")
-        after = attend(spoilt, spans(lengths), heads, width, window)
+        poisoned = qkv.clone()
+        poisoned[start : start + length] = float("nan")
+        after = attend(poisoned, spans(lengths), heads, width, window)
         others = [t for t in range(17) if not start <= t < start + length]
         assert torch.equal(after[others], before[others]), f"request {index} leaks"
         assert after[start : start + length].isnan().all()
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_no_token_reads_a_later_one(window: int | None) -> None:
+def test_no_token_sees_a_later_one(window: int | None) -> None:
     qkv = torch.randn(6, 3 * 8)
     before = attend(qkv, spans([6]), (1, 1), 8, window)
     qkv[4:] = 100.0
@@ -76,7 +76,7 @@ def test_no_token_reads_a_later_one(window: int | None) -> None:
     assert not torch.allclose(after[4:], before[4:])
 
 
-def test_only_packed_kernels_read_lengths_on_the_device() -> None:
+def test_only_16_bit_kernels_on_a_gpu_read_lengths_on_the_device() -> None:
     cuda = torch.device("cuda", 0)
     assert reads_lengths_on_device(cuda, torch.bfloat16, (None, None))
     assert reads_lengths_on_device(cuda, torch.float16, (None,))
@@ -87,16 +87,18 @@ def test_only_packed_kernels_read_lengths_on_the_device() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("window", "heads", "width"), [(None, (16, 8), 128), (None, (4, 4), 64), (30, (8, 2), 64)])
-def test_attention_on_cuda(dtype: torch.dtype, window: int | None, heads: tuple[int, int], width: int) -> None:
+def test_attention_on_a_gpu_equals_the_loop(
+    dtype: torch.dtype, window: int | None, heads: tuple[int, int], width: int
+) -> None:
     lengths = [70, 1, 129, 33]
     qkv = torch.randn(sum(lengths), (heads[0] + 2 * heads[1]) * width).to(dtype)
-    at = spans(lengths, "cuda")
-    ours = attend(qkv.cuda(), at, heads, width, window).cpu()
+    packed = spans(lengths, "cuda")
+    ours = attend(qkv.cuda(), packed, heads, width, window).cpu()
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
     expected = attend64(qkv, lengths, heads, width, window)
     assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
-    last = attend(qkv.cuda(), at, heads, width, window, last=True).cpu()
-    assert_close(last.double(), expected[at.offsets[1:].cpu() - 1], rtol=tolerance, atol=tolerance)
+    last = attend(qkv.cuda(), packed, heads, width, window, last=True).cpu()
+    assert_close(last.double(), expected[packed.offsets[1:].cpu() - 1], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.gpu
@@ -107,18 +109,17 @@ def test_attention_on_cuda(dtype: torch.dtype, window: int | None, heads: tuple[
 )
 @pytest.mark.parametrize(("heads", "width"), [((16, 8), 128), ((32, 8), 64), ((6, 6), 128)])
 def test_cudnn_agrees_with_varlen(lengths: list[int], heads: tuple[int, int], width: int) -> None:
-    """On every length, with other requests' rows poisoned as far as that can be told."""
     pytest.importorskip("cudnn")
-    at, device = spans(lengths, "cuda"), torch.device("cuda", 0)
+    packed, device = spans(lengths, "cuda"), torch.device("cuda", 0)
     assert cudnn_attention.is_available(device)
     qkv = torch.randn(sum(lengths), (heads[0] + 2 * heads[1]) * width, device=device, dtype=torch.bfloat16)
-    padded = replace(at, cudnn=cudnn_attention.cudnn_spans(at.offsets, len(lengths), heads, width))
-    expected = attend(qkv, at, heads, width, None).float()
-    ours = attend(qkv, padded, heads, width, None)
+    with_cudnn = replace(packed, cudnn=cudnn_attention.cudnn_spans(packed.offsets, len(lengths), heads, width))
+    expected = attend(qkv, packed, heads, width, None).float()
+    ours = attend(qkv, with_cudnn, heads, width, None)
     assert (ours.float() - expected).norm() <= 4e-3 * expected.norm()
-    for start, length in zip(at.offsets.tolist(), lengths, strict=False):
+    for start, length in zip(packed.offsets.tolist(), lengths, strict=False):
         rows = slice(start, start + length)
         assert (ours[rows].float() - expected[rows]).norm() <= 6e-3 * expected[rows].norm()
-    spoilt = qkv.clone()
-    spoilt[: lengths[0]] = float("nan")
-    assert torch.equal(attend(spoilt, padded, heads, width, None)[lengths[0] :], ours[lengths[0] :])
+    poisoned = qkv.clone()
+    poisoned[: lengths[0]] = float("nan")
+    assert torch.equal(attend(poisoned, with_cudnn, heads, width, None)[lengths[0] :], ours[lengths[0] :])

@@ -1,7 +1,6 @@
-"""Checkpoints as they come: whole, sharded, with or without a prefix, and spoilt ones refused by tensor."""
+"""Checkpoints are read whole, sharded, with or without a prefix; wrong tensors are refused by name."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ CPU = torch.device("cpu")
 Tensors = dict[str, torch.Tensor]
 
 
-def opened(folder: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
+def open_checkpoint(folder: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
     return Checkpoint(folder, CPU, dtype)
 
 
@@ -26,17 +25,18 @@ def save(folder: Path, tensors: Tensors) -> Path:
     return folder
 
 
-SAVED: Callable[[], Tensors] = lambda: {  # noqa: E731 - a fresh copy for each test
-    "model.norm.weight": torch.arange(4.0),
-    "model.layers.0.q.weight": torch.ones(2, 4),
-    "model.layers.0.k.weight": torch.full((3, 4), 2.0),
-    "model.layers.0.k.bias": torch.full((3,), 5.0),
-    "lm_head.weight": torch.zeros(9, 4),
-}
+def small_tensors() -> Tensors:
+    return {
+        "model.norm.weight": torch.arange(4.0),
+        "model.layers.0.q.weight": torch.ones(2, 4),
+        "model.layers.0.k.weight": torch.full((3, 4), 2.0),
+        "model.layers.0.k.bias": torch.full((3,), 5.0),
+        "lm_head.weight": torch.zeros(9, 4),
+    }
 
 
-def test_modules_are_packed_in_order_with_biases_where_there_are_any(tmp_path: Path) -> None:
-    with opened(save(tmp_path, SAVED())) as checkpoint:
+def test_modules_are_packed_in_order_with_zeros_for_missing_biases(tmp_path: Path) -> None:
+    with open_checkpoint(save(tmp_path, small_tensors())) as checkpoint:
         weight, bias = checkpoint.read_packed(["layers.0.q", "layers.0.k"], [(2, 4), (3, 4)])
         assert torch.equal(checkpoint.read("norm.weight", (4,)), torch.arange(4.0))
         checkpoint.check_all_read()
@@ -51,7 +51,7 @@ def test_sharded_and_bare_checkpoints_give_the_same_tensors(tmp_path: Path, mode
     assert len(list(sharded.glob("*.safetensors"))) > 2
     reference = load_file(model_dir / "model.safetensors")
     for folder in (sharded, bare):
-        with opened(folder) as checkpoint:
+        with open_checkpoint(folder) as checkpoint:
             for key, tensor in reference.items():
                 assert torch.equal(checkpoint.read(key.removeprefix("model."), tuple(tensor.shape)), tensor)
             checkpoint.check_all_read()
@@ -59,12 +59,12 @@ def test_sharded_and_bare_checkpoints_give_the_same_tensors(tmp_path: Path, mode
 
 def test_weights_are_rounded_to_the_served_dtype(tmp_path: Path) -> None:
     tensors = {"norm.weight": torch.randn(8)}
-    with opened(save(tmp_path, tensors), torch.bfloat16) as checkpoint:
+    with open_checkpoint(save(tmp_path, tensors), torch.bfloat16) as checkpoint:
         assert torch.equal(checkpoint.read("norm.weight", (8,)), tensors["norm.weight"].bfloat16())
 
 
-def test_missing_extra_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
-    with opened(save(tmp_path, SAVED())) as checkpoint:
+def test_missing_misshapen_and_unread_tensors_are_refused_by_name(tmp_path: Path) -> None:
+    with open_checkpoint(save(tmp_path, small_tensors())) as checkpoint:
         with pytest.raises(ModelError, match=r"layers\.9\.q\.weight"):
             checkpoint.read_packed(["layers.9.q"], [(2, 4)])
         with pytest.raises(ModelError, match=r"model\.norm\.weight: expected shape \[5\], got \[4\]"):
@@ -73,20 +73,20 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
             checkpoint.check_all_read()
 
 
-def test_heads_and_old_rotary_buffers_may_stay_unread(tmp_path: Path) -> None:
+def test_language_model_heads_and_old_rotary_buffers_may_stay_unread(tmp_path: Path) -> None:
     tensors = {"lm_head.weight": torch.zeros(3, 4), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}
-    with opened(save(tmp_path, tensors)) as checkpoint:
+    with open_checkpoint(save(tmp_path, tensors)) as checkpoint:
         checkpoint.check_all_read()
 
 
-def test_folders_without_whole_safetensors(tmp_path: Path) -> None:
+def test_missing_and_broken_files_are_refused_by_name(tmp_path: Path) -> None:
     def enter(folder: Path) -> None:
-        with opened(folder):
+        with open_checkpoint(folder):
             pass
 
     with pytest.raises(ModelError, match=r"model\.safetensors"):
         enter(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"nothing of the kind")
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ModelError, match="expected a safetensors file"):
         enter(tmp_path)
     index = tmp_path / "model.safetensors.index.json"

@@ -1,8 +1,7 @@
-"""Token ids are the folder's own, as transformers and sentence-transformers give them."""
+"""Token ids equal those of transformers and sentence-transformers."""
 
 import json
 import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,27 +27,27 @@ def pair(model_dir: Path) -> Pair:
 
 @settings(max_examples=60)
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=40), max_size=5))
-def test_any_text_is_tokenised_as_transformers_does(pair: Pair, texts: list[str]) -> None:
+def test_any_text_is_tokenized_as_by_transformers(pair: Pair, texts: list[str]) -> None:
     ours, theirs = pair
     encoded = ours.encode(texts)
     assert [list(ids) for ids in encoded] == [theirs(text)["input_ids"] for text in texts]
     assert all(ids.dtype == np.int32 for ids in encoded)
 
 
-def test_as_sentence_transformers_does_and_ends_with_eos(pair: Pair, model_dir: Path) -> None:
+def test_texts_are_tokenized_as_by_sentence_transformers_and_end_with_eos(pair: Pair, model_dir: Path) -> None:
     model = SentenceTransformer(str(model_dir), device="cpu")
-    texts = [*TEXTS, " kept blanks ", f"a {EOS} in the text", ""]
+    texts = [*TEXTS, " surrounding spaces ", f"a {EOS} in the text", ""]
     for text, ids in zip(texts, pair[0].encode(texts), strict=True):
         assert list(ids) == model.preprocess([text])["input_ids"][0].tolist()
         assert ids[-1] == pair[1].convert_tokens_to_ids(EOS)
 
 
-def test_nothing_is_cut_however_long(tmp_path: Path) -> None:
+def test_a_text_longer_than_the_tokenizers_limit_is_not_truncated(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, vocab_size=400, max_length=16)
     assert len(PromptTokenizer(tmp_path).encode(["word " * 500])[0]) > 500
 
 
-def test_special_tokens_are_the_post_processors(tmp_path: Path) -> None:
+def test_the_post_processor_adds_the_special_tokens(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, vocab_size=400, max_length=512, append_eos=False, bos=True)
     theirs = AutoTokenizer.from_pretrained(str(tmp_path))
     (ids,) = PromptTokenizer(tmp_path).encode(["one two"])
@@ -57,7 +56,7 @@ def test_special_tokens_are_the_post_processors(tmp_path: Path) -> None:
     assert ids[-1] != theirs.convert_tokens_to_ids(EOS)
 
 
-def test_the_folders_default_prompt_comes_first(tmp_path: Path, model_dir: Path) -> None:
+def test_the_default_prompt_of_the_folder_is_prepended(tmp_path: Path, model_dir: Path) -> None:
     save_tokenizer(tmp_path, vocab_size=1024, max_length=512)
     config = {"prompts": {"query": "Query: ", "document": ""}, "default_prompt_name": "query"}
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(config))
@@ -66,11 +65,11 @@ def test_the_folders_default_prompt_comes_first(tmp_path: Path, model_dir: Path)
     assert list(ids) == AutoTokenizer.from_pretrained(str(tmp_path))("Query: who?")["input_ids"]
 
 
-def test_a_folder_that_lowers_its_texts(tmp_path: Path, model_dir: Path) -> None:
+def test_a_folder_may_lowercase_its_texts(tmp_path: Path, model_dir: Path) -> None:
     folder = Path(shutil.copytree(model_dir, tmp_path / "model"))
     settings_file = folder / "sentence_bert_config.json"
-    said = json.loads(settings_file.read_text()) if settings_file.exists() else {}
-    settings_file.write_text(json.dumps(said | {"do_lower_case": True}))
+    before = json.loads(settings_file.read_text()) if settings_file.exists() else {}
+    settings_file.write_text(json.dumps(before | {"do_lower_case": True}))
     theirs = SentenceTransformer(str(folder), device="cpu").preprocess(["The COURT Ruled"])["input_ids"][0].tolist()
     (ours,) = PromptTokenizer(folder).encode(["The COURT Ruled"])
     assert list(ours) == theirs
@@ -78,19 +77,21 @@ def test_a_folder_that_lowers_its_texts(tmp_path: Path, model_dir: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["config_sentence_transformers.json", "sentence_bert_config.json"])
-def test_a_broken_settings_file_is_named(name: str, tmp_path: Path, model_dir: Path) -> None:
+def test_a_broken_settings_file_is_refused_by_name(name: str, tmp_path: Path, model_dir: Path) -> None:
     folder = Path(shutil.copytree(model_dir, tmp_path / "model"))
     (folder / name).write_text("{")
     with pytest.raises(ModelError, match=name):
         PromptTokenizer(folder)
 
 
-def test_several_threads_at_once(pair: Pair) -> None:
-    encode: Callable[[str], list[int]] = lambda text: list(pair[0].encode([text])[0])  # noqa: E731 - typed for map
+def test_several_threads_may_tokenize_at_once(pair: Pair) -> None:
+    def encode(text: str) -> list[int]:
+        return list(pair[0].encode([text])[0])
+
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(encode, TEXTS * 4)) == [pair[1](text)["input_ids"] for text in TEXTS * 4]
 
 
-def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=str(tmp_path)):
         PromptTokenizer(tmp_path)
