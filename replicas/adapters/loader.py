@@ -8,6 +8,7 @@ from time import perf_counter
 
 from ranklet.replicas.adapters.host_cache import HostCache
 from ranklet.replicas.adapters.packed import PackedAdapter, pack
+from ranklet.replicas.adapters.pattern_matcher import PatternMatcher
 from ranklet.replicas.adapters.pinned_memory import PinnedMemory, pageable
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterRef
@@ -37,6 +38,7 @@ class Loader:
         self._pool = pool
         self._expected = expected
         self._allocate = PinnedMemory(READERS).allocate if pool.device.type == "cuda" else pageable
+        self._matcher = PatternMatcher()
         self._lock = Lock()
         self._reading = self._copying = 0
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="ranklet-read")
@@ -82,9 +84,11 @@ class Loader:
         return LoadOutcome(ref, tier, perf_counter() - began, packed if error is None else None, error)
 
     def _read(self, ref: AdapterRef) -> PackedAdapter:
-        return pack(read_adapter(ref, self._expected, self._allocate), self._pool.dtype, self._allocate)
+        adapter = read_adapter(ref, self._expected, self._allocate, self._matcher)
+        return pack(adapter, self._pool.dtype, self._allocate)
 
     def stop(self) -> None:
         """Wait for the running loads and start no more."""
         for threads in (self._copiers, self._readers):
             threads.shutdown(cancel_futures=True)
+        self._matcher.close()

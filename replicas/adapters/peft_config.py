@@ -1,13 +1,12 @@
-"""`adapter_config.json`, as PEFT 0.21 reads it: every field is honoured, harmless, or refused by name.
+"""Reads `adapter_config.json` as PEFT 0.21 does: every field is applied, ignored as harmless, or refused by name.
 
-The matching rules are PEFT's own (`check_target_module_exists`, `get_pattern_key`), so that a folder means here what it
-meant where it was trained.
+The matching rules are those of PEFT's `check_target_module_exists` and `get_pattern_key`, so that an adapter means the
+same here as where it was trained.
 """
 
 import json
 import math
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -15,8 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ranklet.replicas.adapters.findings import Checked, shorten, show
+from ranklet.replicas.adapters.pattern_matcher import PatternMatcher
+from ranklet.replicas.adapters.patterns import NO_LAYER, Pattern, PatternMatches, PatternShape, dotted_suffixes
 
-# They shape training, or describe the file; a forward pass does not depend on them.
+# These fields shape training or describe the file; a forward pass does not depend on them.
 _HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "megatron_core",
     "loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
@@ -28,71 +29,108 @@ _HONOURED = {
 # These initialisations leave the base weights as they were; the others (pissa, olora, loftq, ...) change them.
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
 _FLOAT32_MAX = 3.4028234e38
+_ALL_LINEAR = "all-linear"
+_ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")  # PEFT's rule without a layers_pattern
+MAX_CONFIG_BYTES = 1 << 20
+MAX_PATTERN_CHARS = 8192
+_MAX_ENTRIES = {
+    "target_modules": 4096, "exclude_modules": 4096, "rank_pattern": 4096, "alpha_pattern": 4096, "layers_pattern": 64,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The part of an adapter's config that its forward pass depends on."""
+    """Fields of an adapter's config whose types and limits are checked."""
 
     fields: dict[str, Any]
 
-    def targets(self, module: str) -> bool:
-        """Whether the config puts LoRA on the module of this full name."""
-        excluded, wanted = self.fields.get("exclude_modules"), self.fields.get("target_modules")
-        if _names(excluded, module):
-            return False
-        if isinstance(wanted, str):
-            # "all-linear" is every linear layer but the output head
-            return not module.endswith(("embed_tokens", "lm_head")) if wanted == "all-linear" else _full(wanted, module)
-        # a module named in full is targeted whatever its layer
-        return module in (wanted or ()) or (_names(wanted, module) and self._in_layers(module))
+    def apply(self, modules: Sequence[str], matcher: PatternMatcher) -> Checked["LoraSettings | None"]:
+        """Match the config's patterns against the full names of a model's modules."""
+        matches = matcher.match(self._patterns(), modules)
+        for pattern, reason in matches.errors.items():
+            yield f"{pattern.field}: pattern {show(pattern.text)}: {shorten(reason)}"
+        return None if matches.errors else LoraSettings(self.fields, matches)
 
-    def _in_layers(self, module: str) -> bool:
-        wanted = self.fields.get("layers_to_transform")
-        if wanted is None or wanted == []:
-            return True
-        patterns = self.fields.get("layers_pattern") or []
-        shapes = [_layer_shape(pattern) for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
-        shapes = shapes or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-        found = next(filter(None, (re.match(shape, module) for shape in shapes)), None)
-        return found is not None and int(found["idx"]) in ([wanted] if isinstance(wanted, int) else wanted)
+    def _patterns(self) -> Iterator[Pattern]:
+        for name in ("target_modules", "exclude_modules"):
+            value = self.fields.get(name)
+            if isinstance(value, str) and (name, value) != ("target_modules", _ALL_LINEAR):
+                yield Pattern(name, PatternShape.FULL, value)
+        for name in ("rank_pattern", "alpha_pattern"):
+            yield from (Pattern(name, PatternShape.SUFFIX, text) for text in self.fields.get(name) or {})
+        yield from (Pattern("layers_pattern", PatternShape.LAYER, text) for text in _layer_patterns(self.fields))
+
+
+class LoraSettings:
+    """An adapter's config applied to the modules of a model; its methods take full names of these modules."""
+
+    def __init__(self, fields: dict[str, Any], matches: PatternMatches) -> None:
+        self._fields = fields
+        self._matches = matches
+        self._ranks = self._values("rank_pattern")
+        self._alphas = self._values("alpha_pattern")
+        layers = fields.get("layers_to_transform")
+        self._layers = frozenset([layers] if isinstance(layers, int) else layers or ())
+        self._any_layer = layers is None or layers == []
+        self._names = {
+            name: frozenset(value)
+            for name in ("target_modules", "exclude_modules")
+            if not isinstance(value := fields.get(name) or (), str)
+        }
+        self._dotted = {name for name, value in self._names.items() if any("." in each for each in value)}
+
+    def targets(self, module: str) -> bool:
+        """Whether the config puts LoRA on the module."""
+        if self._selects("exclude_modules", module):
+            return False
+        if "target_modules" not in self._names:
+            if self._fields["target_modules"] == _ALL_LINEAR:  # every linear layer except the output head
+                return not module.endswith(("embed_tokens", "lm_head"))
+            return self._selects("target_modules", module)
+        # layers_to_transform does not apply to a module that is named in full
+        full_name = module in self._names["target_modules"]
+        return full_name or (self._selects("target_modules", module) and self._in_layers(module))
 
     def rank(self, module: str) -> int:
-        """The rank of one module, `rank_pattern` applied."""
-        return int(_by_pattern(self.fields.get("rank_pattern"), module, self.fields["r"]))
+        return int(self._ranks.get(module, self._fields.get("r", 8)))
 
     def scaling(self, module: str) -> float:
-        """What B A x is multiplied by: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
-        alpha = float(_by_pattern(self.fields.get("alpha_pattern"), module, self.fields.get("lora_alpha", 8)))
-        rank = self.rank(module)
-        return alpha / math.sqrt(rank) if self.fields.get("use_rslora") else alpha / rank
+        """The factor of B A x: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
+        alpha, rank = float(self._alphas.get(module, self._fields.get("lora_alpha", 8))), self.rank(module)
+        return alpha / math.sqrt(rank) if self._fields.get("use_rslora") else alpha / rank
+
+    def _values(self, name: str) -> dict[str, Any]:
+        """Values of a field by module; the first pattern that matches a module decides."""
+        values: dict[str, Any] = {}
+        for text, value in (self._fields.get(name) or {}).items():
+            for module in self._matched(Pattern(name, PatternShape.SUFFIX, text)):
+                values.setdefault(module, value)
+        return values
+
+    def _matched(self, pattern: Pattern) -> dict[str, int]:
+        return self._matches.layers.get(pattern, {})
+
+    def _selects(self, name: str, module: str) -> bool:
+        if name in self._names:
+            names = self._names[name]
+            last = module.rpartition(".")[2]
+            return last in names or (name in self._dotted and any(part in names for part in dotted_suffixes(module)))
+        return module in self._matched(Pattern(name, PatternShape.FULL, self._fields[name]))
+
+    def _in_layers(self, module: str) -> bool:
+        if self._any_layer:
+            return True
+        patterns = [Pattern("layers_pattern", PatternShape.LAYER, text) for text in _layer_patterns(self._fields)]
+        if not patterns:
+            found = _ANY_LAYER.match(module)
+            return found is not None and int(found["idx"]) in self._layers
+        first = next((matched for matched in map(self._matched, patterns) if module in matched), {})
+        return first.get(module, NO_LAYER) in self._layers - {NO_LAYER}
 
 
-def _names(wanted: Any, module: str) -> bool:
-    if not wanted:
-        return False
-    if isinstance(wanted, str):
-        return _full(wanted, module)
-    return any(module == name or module.endswith(f".{name}") for name in wanted)
-
-
-def _full(pattern: str, module: str) -> bool:
-    return re.fullmatch(pattern, module) is not None
-
-
-def _by_pattern(patterns: Any, module: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(_suffix_shape(pattern), module):
-            return value
-    return default
-
-
-def _suffix_shape(pattern: str) -> str:
-    return rf"(.*\.)?({pattern})$"
-
-
-def _layer_shape(pattern: str) -> str:
-    return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
+def _layer_patterns(fields: dict[str, Any]) -> list[str]:
+    patterns = fields.get("layers_pattern") or []
+    return [patterns] if isinstance(patterns, str) else patterns
 
 
 def read_peft_config(path: Path, bases: Sequence[str]) -> Checked[PeftConfig | None]:
@@ -106,20 +144,25 @@ def read_peft_config(path: Path, bases: Sequence[str]) -> Checked[PeftConfig | N
         yield f"{path.name}: expected the config that PEFT saves beside the weights; it is missing"
         return None
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+        if len(content) > MAX_CONFIG_BYTES:
+            yield f"{path.name}: expected at most {MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}"
+            return None
+        fields = json.loads(content.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        yield f"{path.name}: expected JSON, got: {error}"
+        yield f"{path.name}: expected JSON, got: {shorten(str(error))}"
         return None
     if not isinstance(fields, dict):
         yield f"{path.name}: expected a JSON object, got {type(fields).__name__}"
         return None
-    findings = [*_wrong_types(fields), *_bad_patterns(fields)]
-    yield from findings
-    if findings:
+    unusable = [*_wrong_types(fields), *_beyond_limits(fields)]
+    yield from unusable
+    if unusable:
         return None
     yield from _unsupported(fields)
     yield from _wrong_base(fields.get("base_model_name_or_path"), bases)
-    return PeftConfig({"r": 8, **fields})
+    return PeftConfig(fields)
 
 
 def _wrong_types(fields: dict[str, Any]) -> Iterator[str]:
@@ -142,6 +185,18 @@ def _wrong_types(fields: dict[str, Any]) -> Iterator[str]:
         yield f"target_modules: expected at least one module, got {show(fields.get('target_modules'))}"
 
 
+def _beyond_limits(fields: dict[str, Any]) -> Iterator[str]:
+    for name, limit in _MAX_ENTRIES.items():
+        value = fields.get(name) or ()
+        entries = [value] if isinstance(value, str) else value if isinstance(value, list | dict) else []
+        if len(entries) > limit:
+            yield f"{name}: expected at most {limit} entries, got {len(entries)}"
+        longest = max((entry for entry in entries if isinstance(entry, str)), key=len, default="")
+        if len(longest) > MAX_PATTERN_CHARS:
+            got = f"{len(longest)}: {show(longest)}"
+            yield f"{name}: expected entries of at most {MAX_PATTERN_CHARS} characters, got {got}"
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
@@ -152,24 +207,6 @@ def _is_number(value: Any) -> bool:
 
 def _is_list(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
-
-
-def _bad_patterns(fields: dict[str, Any]) -> Iterator[str]:
-    whole = [value for name in ("target_modules", "exclude_modules") if isinstance(value := fields.get(name), str)]
-    shapes = {pattern: pattern for pattern in whole}
-    for name in ("rank_pattern", "alpha_pattern"):
-        named = fields[name] if isinstance(fields.get(name), dict) else {}
-        shapes |= {pattern: _suffix_shape(pattern) for pattern in named}
-    layers = fields.get("layers_pattern") or []
-    listed = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, list) else []
-    shapes |= {pattern: _layer_shape(pattern) for pattern in listed if isinstance(pattern, str)}
-    for pattern, shape in shapes.items():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # "[[": what it may mean in a later Python
-                re.compile(shape)
-        except re.error as error:
-            yield f"pattern {show(pattern)}: expected a regular expression, got: {error}"
 
 
 def _unsupported(fields: dict[str, Any]) -> Iterator[str]:

@@ -83,7 +83,10 @@ def _check_header(path: Path) -> int:
             raise UnreadableWeightsError(
                 f"{path.name}: expected a header of at most {MAX_HEADER_BYTES} bytes, got {size}"
             )
-        braces = sum(file.read(_READ_BYTES).count(b"{") for _ in range(0, min(size, MAX_HEADER_BYTES), _READ_BYTES))
+        braces, rest = 0, min(size, MAX_HEADER_BYTES)
+        while chunk := file.read(min(rest, _READ_BYTES)):
+            braces += chunk.count(b"{")
+            rest -= len(chunk)
     if braces > MAX_TENSORS + 2:  # each tensor is an object; so are the header and its metadata
         raise UnreadableWeightsError(f"{path.name}: expected at most {MAX_TENSORS} tensors, got about {braces - 1}")
     return 8 + size

@@ -7,6 +7,7 @@ half of itself. Both are findings; all findings are reported together.
 import math
 import re
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from ranklet.replicas.adapters.adapter import AdapterWeights, LoraWeight
 from ranklet.replicas.adapters.findings import Checked, collect, join, shorten
-from ranklet.replicas.adapters.peft_config import PeftConfig, read_peft_config
+from ranklet.replicas.adapters.pattern_matcher import PatternMatcher
+from ranklet.replicas.adapters.peft_config import LoraSettings, read_peft_config
 from ranklet.replicas.adapters.pinned_memory import Allocate, pageable
 from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE, AdapterRef
 from ranklet.replicas.adapters.revision import marks_of
@@ -73,11 +75,17 @@ class ExpectedModules:
         return (rank, wide), (out, rank)
 
 
-def read_adapter(ref: AdapterRef, expected: ExpectedModules, allocate: Allocate = pageable) -> AdapterWeights:
+def read_adapter(
+    ref: AdapterRef,
+    expected: ExpectedModules,
+    allocate: Allocate = pageable,
+    matcher: PatternMatcher | None = None,
+) -> AdapterWeights:
     """Read and verify an adapter folder.
 
     Args:
         allocate: makes the memory for the weights.
+        matcher: matches the patterns of the config; None makes one for this call.
 
     Raises:
         AdapterNotFound: the folder does not exist.
@@ -87,7 +95,8 @@ def read_adapter(ref: AdapterRef, expected: ExpectedModules, allocate: Allocate 
     folder = Path(ref.path)
     if not folder.is_dir():
         raise AdapterNotFound(f"adapter {ref.name!r}: expected a folder, {ref.path!r} does not exist", param="model")
-    adapter, findings = collect(_verify(ref, folder, expected, allocate))
+    with PatternMatcher() if matcher is None else nullcontext(matcher) as matching:
+        adapter, findings = collect(_verify(ref, folder, expected, allocate, matching))
     if ref.marks and marks_of(folder) != ref.marks:
         raise AdapterChanged(f"adapter {ref.name!r}: its files have changed while they were read. Try again")
     if findings or adapter is None:
@@ -96,29 +105,38 @@ def read_adapter(ref: AdapterRef, expected: ExpectedModules, allocate: Allocate 
 
 
 def _verify(
-    ref: AdapterRef, folder: Path, expected: ExpectedModules, allocate: Allocate
+    ref: AdapterRef, folder: Path, expected: ExpectedModules, allocate: Allocate, matcher: PatternMatcher
 ) -> Checked[AdapterWeights | None]:
-    config = yield from read_peft_config(folder / CONFIG_FILE, expected.bases)
     path = folder / WEIGHTS_FILE
+    config = yield from read_peft_config(folder / CONFIG_FILE, expected.bases)
+    stored = yield from _read_header(path)
+    prefix = _module_prefix(stored or ())
+    names = {module: prefix + _path_in_model(module) for module in expected.every_module()}
+    settings = (yield from config.apply(list(names.values()), matcher)) if config is not None else None
+    if settings is None or stored is None:
+        return None
     try:
-        _check_present(path)
-        stored = read_header(path)
-        if config is None:
-            return None
-        prefix = _module_prefix(stored)
-        names = {module: prefix + _path_in_model(module) for module in expected.every_module()}
         pairs = yield from _match(path, stored, expected)
-        yield from _check_targets(pairs, names, config, expected)
+        yield from _check_targets(pairs, names, settings, expected)
         sound: Pairs = {}
         for module, sides in pairs.items():
-            if (yield from _check_pair(module, names[module], sides, config, expected)):
+            if (yield from _check_pair(module, names[module], sides, settings, expected)):
                 sound[module] = sides
-        adapter = _read(ref, path, sound, names, config, expected, allocate)
+        adapter = _read(ref, path, sound, names, settings, expected, allocate)
     except UnreadableWeightsError as error:
         yield str(error)
         return None
     yield from _check_finite(adapter, names)
     return adapter
+
+
+def _read_header(path: Path) -> Checked[list[StoredTensor] | None]:
+    try:
+        _check_present(path)
+        return read_header(path)
+    except UnreadableWeightsError as error:
+        yield str(error)
+        return None
 
 
 def _check_present(path: Path) -> None:
@@ -184,9 +202,9 @@ def _check_base_copy(path: Path, stored: StoredTensor, embedding: Tensor) -> Che
 
 
 def _check_targets(
-    pairs: Pairs, names: dict[Module, str], config: PeftConfig, expected: ExpectedModules
+    pairs: Pairs, names: dict[Module, str], settings: LoraSettings, expected: ExpectedModules
 ) -> Checked[None]:
-    targeted = {module for module, name in names.items() if config.targets(name)}
+    targeted = {module for module, name in names.items() if settings.targets(name)}
     missing = [names[module] for module in targeted - pairs.keys()]
     if missing:
         yield f"{len(missing)} modules that target_modules names have no tensors: {join(missing)}"
@@ -201,10 +219,10 @@ def _check_targets(
 
 
 def _check_pair(
-    module: Module, name: str, sides: dict[str, StoredTensor], config: PeftConfig, expected: ExpectedModules
+    module: Module, name: str, sides: dict[str, StoredTensor], settings: LoraSettings, expected: ExpectedModules
 ) -> Checked[bool]:
     sound = True
-    rank = config.rank(name)
+    rank = settings.rank(name)
     if rank > expected.max_rank:
         sound = False
         yield f"{name}: expected a rank of at most {expected.max_rank} (engine.max_rank), got {shorten(str(rank))}"
@@ -227,7 +245,7 @@ def _read(
     path: Path,
     pairs: Pairs,
     names: dict[Module, str],
-    config: PeftConfig,
+    settings: LoraSettings,
     expected: ExpectedModules,
     allocate: Allocate,
 ) -> AdapterWeights:
@@ -237,7 +255,7 @@ def _read(
     for module, sides in pairs.items():
         a, b = sides["A"], sides["B"]
         weights[module] = LoraWeight(
-            flat, offsets[a.key], offsets[b.key], a.shape[0], a.shape[1], b.shape[0], config.scaling(names[module])
+            flat, offsets[a.key], offsets[b.key], a.shape[0], a.shape[1], b.shape[0], settings.scaling(names[module])
         )  # fmt: skip
     return AdapterWeights(ref, flat, weights)
 

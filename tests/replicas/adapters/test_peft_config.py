@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from ranklet.replicas.adapters.findings import collect
-from ranklet.replicas.adapters.peft_config import PeftConfig, read_peft_config
+from ranklet.replicas.adapters.findings import Checked, collect
+from ranklet.replicas.adapters.pattern_matcher import PatternMatcher
+from ranklet.replicas.adapters.peft_config import LoraSettings, PeftConfig, read_peft_config
 
 PREFIXES = ("", "model.", "0.auto_model.")
 NAMES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj", "mlp.up_proj")
@@ -43,6 +45,19 @@ number_patterns = st.dictionaries(
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def matcher() -> Iterator[PatternMatcher]:
+    with PatternMatcher() as made:
+        yield made
+
+
+def applied(fields: dict[str, Any], matcher: PatternMatcher) -> LoraSettings:
+    settings, findings = collect(PeftConfig(fields).apply(MODULES, matcher))
+    assert findings == []
+    assert settings is not None
+    return settings
+
+
 @given(
     st.sampled_from(MODULES),
     short_names | patterns,
@@ -52,7 +67,9 @@ number_patterns = st.dictionaries(
 )
 @example("model.layers.1.mlp.up_proj", ["model.layers.1.mlp.up_proj"], None, [0], None)  # in full: whatever its layer
 @example("model.layers.1.mlp.up_proj", ["up_proj"], None, [1], "(lay)ers")
-def test_targets_are_pefts(module: str, wanted: Any, excluded: Any, layers: Any, layers_pattern: Any) -> None:
+def test_targets_are_pefts(
+    matcher: PatternMatcher, module: str, wanted: Any, excluded: Any, layers: Any, layers_pattern: Any
+) -> None:  # fmt: skip
     if isinstance(wanted, str):
         layers = layers_pattern = None  # PEFT refuses to combine them
     if layers is None:
@@ -60,14 +77,13 @@ def test_targets_are_pefts(module: str, wanted: Any, excluded: Any, layers: Any,
     theirs = LoraConfig(
         target_modules=wanted, exclude_modules=excluded, layers_to_transform=layers, layers_pattern=layers_pattern
     )
-    ours = PeftConfig(
-        {
-            "target_modules": wanted,
-            "exclude_modules": excluded,
-            "layers_to_transform": layers,
-            "layers_pattern": layers_pattern,
-        }
-    )
+    fields = {
+        "target_modules": wanted,
+        "exclude_modules": excluded,
+        "layers_to_transform": layers,
+        "layers_pattern": layers_pattern,
+    }
+    ours = applied(fields, matcher)
     assert ours.targets(module) == bool(check_target_module_exists(theirs, module))
 
 
@@ -75,10 +91,17 @@ def test_targets_are_pefts(module: str, wanted: Any, excluded: Any, layers: Any,
     st.sampled_from(MODULES), st.integers(1, 64), st.integers(1, 128), number_patterns, number_patterns, st.booleans()
 )
 def test_ranks_and_scalings_are_pefts(
-    module: str, rank: int, alpha: int, ranks: dict[str, int], alphas: dict[str, int], stabilised: bool
+    matcher: PatternMatcher,
+    module: str,
+    rank: int,
+    alpha: int,
+    ranks: dict[str, int],
+    alphas: dict[str, int],
+    stabilised: bool,
 ) -> None:
-    ours = PeftConfig(
-        {"r": rank, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas, "use_rslora": stabilised}
+    ours = applied(
+        {"r": rank, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas, "use_rslora": stabilised},
+        matcher,
     )
     their_rank = ranks.get(get_pattern_key(list(ranks), module), rank)
     their_alpha = alphas.get(get_pattern_key(list(alphas), module), alpha)
@@ -86,10 +109,20 @@ def test_ranks_and_scalings_are_pefts(
     assert ours.scaling(module) == pytest.approx(their_alpha / (math.sqrt(their_rank) if stabilised else their_rank))
 
 
-def read(folder: Path, bases: tuple[str, ...] = ("model",), **fields: Any) -> tuple[PeftConfig | None, list[str]]:
+def read(folder: Path, bases: tuple[str, ...] = ("model",), **fields: Any) -> tuple[LoraSettings | None, list[str]]:
+    """Write a config, read it and apply it to `MODULES`."""
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"], **fields}))
-    return collect(read_peft_config(path, bases))
+    return read_file(path, bases)
+
+
+def read_file(path: Path, bases: tuple[str, ...] = ("model",)) -> tuple[LoraSettings | None, list[str]]:
+    def check(matcher: PatternMatcher) -> Checked[LoraSettings | None]:
+        config = yield from read_peft_config(path, bases)
+        return None if config is None else (yield from config.apply(MODULES, matcher))
+
+    with PatternMatcher() as matcher:
+        return collect(check(matcher))
 
 
 @pytest.mark.parametrize(
@@ -166,18 +199,18 @@ def test_whatever_peft_writes_by_default_is_taken(tmp_path: Path) -> None:
     """Every field of the installed PEFT at its default, so that no new one slips by unread."""
     for extra in ({}, {"use_rslora": True}, {"lora_dropout": 0.1}, {"init_lora_weights": "gaussian"}):
         LoraConfig(r=4, target_modules=["q_proj"], **extra).save_pretrained(str(tmp_path))
-        config, findings = collect(read_peft_config(tmp_path / "adapter_config.json", ["model"]))
+        config, findings = read_file(tmp_path / "adapter_config.json")
         assert findings == []
         assert config is not None
 
 
 def test_pefts_defaults_stand_in_for_missing_fields(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"target_modules": ["q_proj"]}')
-    config, findings = collect(read_peft_config(tmp_path / "adapter_config.json", ["model"]))
+    config, findings = read_file(tmp_path / "adapter_config.json")
     assert findings == []
     assert config is not None
     default = LoraConfig()
-    assert (config.rank("q_proj"), config.scaling("q_proj")) == (default.r, default.lora_alpha / default.r)
+    assert (config.rank(MODULES[0]), config.scaling(MODULES[0])) == (default.r, default.lora_alpha / default.r)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +219,7 @@ def test_pefts_defaults_stand_in_for_missing_fields(tmp_path: Path) -> None:
 def test_what_is_no_json_object_is_one_finding(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "adapter_config.json"
     path.write_bytes(content)
-    config, findings = collect(read_peft_config(path, ["model"]))
+    config, findings = read_file(path)
     assert config is None
     assert len(findings) == 1
     assert findings[0].startswith("adapter_config.json")
