@@ -12,7 +12,7 @@ from ranklet.cluster.access.keys import new_key
 from ranklet.cluster.command.local_cluster import LocalCluster
 from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE
 from tests.cluster import load
-from tests.cluster.catalog.bucket import Bucket, bucket
+from tests.cluster.catalog.bucket import S3Bucket, bucket
 from tests.cluster.collector import Collector, collecting
 from tests.cluster.service import (
     BASE,
@@ -32,14 +32,14 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[Bucket]:
+def s3() -> Iterator[S3Bucket]:
     with bucket() as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def plain(
-    model_dir: Path, adapters_dir: Path, collector: Collector, s3: Bucket, tmp_path_factory: pytest.TempPathFactory
+    model_dir: Path, adapters_dir: Path, collector: Collector, s3: S3Bucket, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("plain")
     content = own_configuration(model_dir, adapters_dir, folder)
@@ -138,7 +138,7 @@ def test_it_serves_and_says_which_path_it_is(plain: Service) -> None:
     assert (too_large.status_code, too_large.json()["error"]["code"]) == (413, "body_too_large")
 
 
-def test_adapters_come_from_an_object_store(plain: Service, s3: Bucket, adapters_dir: Path) -> None:
+def test_adapters_come_from_an_object_store(plain: Service, s3: S3Bucket, adapters_dir: Path) -> None:
     """Loaded by name, served in that revision by all replicas until it is loaded again."""
     url = s3.put(adapters_dir / "legal-v2", "far")
     load_it = {"lora_name": "far", "lora_path": url}

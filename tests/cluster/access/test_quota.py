@@ -18,7 +18,7 @@ MINUTE = 6000
 
 
 @dataclass
-class Site:
+class QuotaSite:
     """A clock, gateways, and a ledger that may stop answering."""
 
     now_s: float = 0.0
@@ -57,7 +57,7 @@ def test_the_tokens_that_pass_match_the_quota(gateways: int, tokens: int, is_dow
     """All gateways get far more requests than the quota permits, for three minutes."""
 
     async def run() -> int:
-        site = Site(is_down=is_down)
+        site = QuotaSite(is_down=is_down)
         made = [site.gateway({"legal*": MINUTE}) for _ in range(gateways)]
         passed = 0
         for _ in range(int(180 / SYNC_INTERVAL_S)):
@@ -76,7 +76,7 @@ def test_the_tokens_that_pass_match_the_quota(gateways: int, tokens: int, is_dow
 
 
 async def test_a_key_and_an_adapter_have_separate_quotas() -> None:
-    site = Site()
+    site = QuotaSite()
     gateway = site.gateway({"legal": 600, "*": 6000})
     assert passes(gateway, 600, "legal", key(1000))
     assert not passes(gateway, 1, "legal", key(1000)), "the adapter's quota is used up"
@@ -89,7 +89,7 @@ async def test_a_key_and_an_adapter_have_separate_quotas() -> None:
 
 
 async def test_a_refusal_contains_the_time_until_the_quota_has_tokens_again() -> None:
-    site = Site()
+    site = QuotaSite()
     gateway = site.gateway({"legal": 600})
     assert passes(gateway, 900)
     with pytest.raises(OverQuota, match="600 tokens a minute") as refused, gateway.charge(None, "legal", 1):
@@ -101,7 +101,7 @@ async def test_a_refusal_contains_the_time_until_the_quota_has_tokens_again() ->
 
 
 async def test_a_check_charges_nothing_and_refuses_once_the_tokens_are_used_up() -> None:
-    site = Site()
+    site = QuotaSite()
     gateway = site.gateway({"legal": 600})
     for _ in range(3):
         gateway.check(None, "legal")
@@ -112,7 +112,7 @@ async def test_a_check_charges_nothing_and_refuses_once_the_tokens_are_used_up()
 
 
 async def test_a_failed_request_costs_nothing() -> None:
-    gateway = Site().gateway({"legal": 600})
+    gateway = QuotaSite().gateway({"legal": 600})
     for _ in range(5):
         with pytest.raises(RuntimeError), gateway.charge(None, "legal", 600):
             raise RuntimeError
@@ -120,7 +120,7 @@ async def test_a_failed_request_costs_nothing() -> None:
 
 
 async def test_a_new_ledger_starts_at_the_levels_of_the_gateways() -> None:
-    site = Site()
+    site = QuotaSite()
     gateway = site.gateway({"legal": 600})
     assert passes(gateway, 600)
     await gateway.sync()
@@ -130,7 +130,7 @@ async def test_a_new_ledger_starts_at_the_levels_of_the_gateways() -> None:
 
 
 async def test_spending_during_an_outage_of_the_ledger_reaches_it_later() -> None:
-    site = Site(is_down=True)
+    site = QuotaSite(is_down=True)
     one, other = site.gateway({"legal": 600}), site.gateway({"legal": 600})
     assert passes(one, 600)
     await one.sync()
@@ -143,7 +143,7 @@ async def test_spending_during_an_outage_of_the_ledger_reaches_it_later() -> Non
 
 
 async def test_gateways_share_a_quota_through_the_ledger() -> None:
-    site = Site()
+    site = QuotaSite()
     one, other = site.gateway({"legal": 600}), site.gateway({"legal": 600})
     assert passes(one, 600)
     await one.sync()

@@ -13,7 +13,7 @@ NAME = "models"
 
 
 @dataclass(frozen=True)
-class Bucket:
+class S3Bucket:
     """Where adapters lie in folders under `url`."""
 
     endpoint: str
@@ -37,13 +37,13 @@ class Bucket:
 
 
 @contextmanager
-def bucket() -> Iterator[Bucket]:
+def bucket() -> Iterator[S3Bucket]:
     """The server on a free port, with an empty bucket."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
         host, port = server.get_host_and_port()
-        made = Bucket(f"http://{host}:{port}")
+        made = S3Bucket(f"http://{host}:{port}")
         fsspec.filesystem("s3", **made.settings, skip_instance_cache=True).makedirs(NAME, exist_ok=True)
         yield made
     finally:

@@ -18,17 +18,17 @@ from ranklet.cluster.catalog.resolver import AdapterResolver
 from ranklet.cluster.catalog.source import check_url_allowed
 from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, StillLoading, Unavailable
-from tests.cluster.catalog.bucket import Bucket, bucket
+from tests.cluster.catalog.bucket import S3Bucket, bucket
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Bucket]:
+def served() -> Iterator[S3Bucket]:
     with bucket() as made:
         yield made
 
 
 @pytest.fixture
-def s3(served: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+def s3(served: S3Bucket, monkeypatch: pytest.MonkeyPatch) -> S3Bucket:
     monkeypatch.setitem(fsspec.config.conf, "s3", served.settings)
     return served
 
@@ -47,7 +47,7 @@ def same(folder: Path, original: Path) -> bool:
     return all((folder / name).read_bytes() == (original / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE))
 
 
-def test_an_adapter_is_downloaded_once_per_node(s3: Bucket, adapters_dir: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_downloaded_once_per_node(s3: S3Bucket, adapters_dir: Path, tmp_path: Path) -> None:
     url, cache = s3.put(adapters_dir / "legal-v2", "once"), Cache(tmp_path / "cache")
     first = cache.fetch(url)
     assert same(first.folder, adapters_dir / "legal-v2")
@@ -60,7 +60,7 @@ def test_an_adapter_is_downloaded_once_per_node(s3: Bucket, adapters_dir: Path, 
     assert Cache(tmp_path / "elsewhere").fetch(url).revision == first.revision, "another node"
 
 
-def test_a_loaded_revision_is_served_and_no_newer_one(s3: Bucket, adapters_dir: Path, tmp_path: Path) -> None:
+def test_a_loaded_revision_is_served_and_no_newer_one(s3: S3Bucket, adapters_dir: Path, tmp_path: Path) -> None:
     url, cache = s3.put(adapters_dir / "legal-v2", "moving"), Cache(tmp_path / "cache")
     old = cache.fetch(url)
     s3.put(adapters_dir / "medical", "moving")
@@ -72,7 +72,7 @@ def test_a_loaded_revision_is_served_and_no_newer_one(s3: Bucket, adapters_dir: 
     assert same(new.folder, adapters_dir / "medical")
 
 
-def test_concurrent_requests_cause_one_download(s3: Bucket, adapters_dir: Path, tmp_path: Path) -> None:
+def test_concurrent_requests_cause_one_download(s3: S3Bucket, adapters_dir: Path, tmp_path: Path) -> None:
     url, cache = s3.put(adapters_dir / "legal-v2", "popular"), Cache(tmp_path / "cache")
     with ThreadPoolExecutor(8) as pool:
         found = set(pool.map(lambda turn: cache.fetch(url).folder, range(8)))
@@ -112,7 +112,7 @@ class Cuts:
         return folder
 
 
-def test_an_interrupted_download_is_resumed(s3: Bucket, adapters_dir: Path, tmp_path: Path) -> None:
+def test_an_interrupted_download_is_resumed(s3: S3Bucket, adapters_dir: Path, tmp_path: Path) -> None:
     size = (adapters_dir / "legal-v2" / WEIGHTS_FILE).stat().st_size
     cuts = Cuts(limit=size // 2)
     url, cache = s3.put(adapters_dir / "legal-v2", "interrupted"), Cache(tmp_path / "cache", open_folder=cuts)
@@ -125,7 +125,7 @@ def test_an_interrupted_download_is_resumed(s3: Bucket, adapters_dir: Path, tmp_
     assert cache.downloads == [url]
 
 
-def test_a_corrupt_part_of_an_earlier_download_is_not_served(s3: Bucket, adapters_dir: Path, tmp_path: Path) -> None:
+def test_a_corrupt_part_of_an_earlier_download_is_not_served(s3: S3Bucket, adapters_dir: Path, tmp_path: Path) -> None:
     """The checksum of the source reveals the corruption, and the next attempt downloads the whole file."""
     cuts = Cuts(limit=50_000)
     url, cache = s3.put(adapters_dir / "legal-v2", "corrupt"), Cache(tmp_path / "cache", open_folder=cuts)
@@ -139,7 +139,7 @@ def test_a_corrupt_part_of_an_earlier_download_is_not_served(s3: Bucket, adapter
     assert same(cache.fetch(url).folder, adapters_dir / "legal-v2")
 
 
-def test_the_least_recently_used_entries_are_evicted(s3: Bucket, adapters_dir: Path, tmp_path: Path) -> None:
+def test_the_least_recently_used_entries_are_evicted(s3: S3Bucket, adapters_dir: Path, tmp_path: Path) -> None:
     one = sum((adapters_dir / "legal-v2" / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE))
     most_bytes = 2 * one + 20_000
     cache = Cache(tmp_path / "cache", most_bytes)
@@ -176,7 +176,7 @@ def test_adapters_are_downloaded_over_http(adapters_dir: Path, tmp_path: Path) -
             cache.fetch(f"{url}/medical")
 
 
-def test_each_error_contains_its_reason(s3: Bucket, adapters_dir: Path, tmp_path: Path) -> None:
+def test_each_error_contains_its_reason(s3: S3Bucket, adapters_dir: Path, tmp_path: Path) -> None:
     url = s3.put(adapters_dir / "legal-v2", "sound")
     with pytest.raises(AdapterNotFound, match=CONFIG_FILE):
         Cache(tmp_path / "a").fetch(f"{s3.url}/absent")

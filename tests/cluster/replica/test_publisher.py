@@ -21,7 +21,7 @@ GATEWAYS = ("g1", "g2")
 
 
 @dataclass
-class Site:
+class PublisherSite:
     """A publisher at work, in virtual time, and the reports that it has sent."""
 
     state: ReplicaState = field(default_factory=lambda: ReplicaState("r", 4, 64))
@@ -55,7 +55,7 @@ class Site:
 
 def test_without_changes_a_report_goes_out_at_each_heartbeat() -> None:
     async def run() -> None:
-        site = Site()
+        site = PublisherSite()
         async with site.publishing():
             await asyncio.sleep(3 * HEARTBEAT_S)
         assert site.times() == [0, HEARTBEAT_S, 2 * HEARTBEAT_S, 3 * HEARTBEAT_S]
@@ -65,7 +65,7 @@ def test_without_changes_a_report_goes_out_at_each_heartbeat() -> None:
 
 def test_a_change_is_reported_at_once_and_the_changes_after_it_together() -> None:
     async def run() -> None:
-        site = Site()
+        site = PublisherSite()
         async with site.publishing():
             for names in ("a", "ab", "abc"):
                 change = threading.Thread(target=site.hold, args=tuple(names))  # as the engine's process does
@@ -83,7 +83,7 @@ def test_a_change_is_reported_at_once_and_the_changes_after_it_together() -> Non
 @pytest.mark.parametrize(("answers", "reports"), [(0, 2), (1, 2), (2, 1)])
 def test_another_level_of_the_wait_is_reported_unless_answers_carried_it(answers: int, reports: int) -> None:
     async def run() -> None:
-        site = Site()
+        site = PublisherSite()
         site.state.batch(BatchRecord({"": 1}, {"": 1000}, "none", [], 1.0))
         async with site.publishing():
             for _ in range(answers):
@@ -97,7 +97,7 @@ def test_another_level_of_the_wait_is_reported_unless_answers_carried_it(answers
 
 def test_nothing_is_sent_while_the_engine_does_not_respond() -> None:
     async def run() -> None:
-        site = Site()
+        site = PublisherSite()
         async with site.publishing():
             site.responsive = False
             site.hold("a")
@@ -113,7 +113,7 @@ def test_nothing_is_sent_while_the_engine_does_not_respond() -> None:
 
 def test_a_failure_to_send_does_not_end_the_reports(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
-        site = Site(failing=True)
+        site = PublisherSite(failing=True)
         async with site.publishing():
             site.failing = False
             await asyncio.sleep(HEARTBEAT_S)
@@ -125,7 +125,7 @@ def test_a_failure_to_send_does_not_end_the_reports(caplog: pytest.LogCaptureFix
 
 def test_with_many_gateways_reports_are_further_apart() -> None:
     async def run() -> None:
-        site = Site(gateways=[f"g{number:03}" for number in range(100)])
+        site = PublisherSite(gateways=[f"g{number:03}" for number in range(100)])
         async with site.publishing():
             await asyncio.sleep(4 * HEARTBEAT_S)
             site.hold("a")
