@@ -4,7 +4,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from ranklet.replicas.engine.fair_share import share_of_room
+from ranklet.replicas.engine.fair_share import fair_share
 from ranklet.replicas.errors import Saturated
 
 
@@ -44,7 +44,7 @@ class Admission:
         Raises Saturated if the model has its fair share of the limit already.
         """
         own = self._by_model[model]
-        share = share_of_room(self._limit, self.in_flight - own - 1)
+        share = fair_share(self._limit, self.in_flight - own - 1)
         if own and own >= share:
             raise Saturated(
                 f"expected fewer than {share} requests for {model!r} in this gateway, so that other models get "

@@ -43,5 +43,6 @@ def take_in(body: bytes, names: ModelNames, tokenizer: Tokenizer, max_texts: int
     entries = parse_input(request.input, max_texts)
     prompts = tokenizer.encode(entries) if isinstance(entries[0], str) else entries
     # The engine checks too, but of a request that is split it sees the parts, so its indices would mislead.
-    limits.check(prompts, request.dimensions)
+    limits.check_prompts(prompts)
+    limits.check_dimensions(request.dimensions)
     return Intake(request, adapter, prompts)

@@ -25,7 +25,7 @@ from ranklet.cluster.replica.publisher import StatePublisher
 from ranklet.cluster.replica.state import ReplicaState
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, AdapterReport
 from ranklet.replicas.engine.params import EmbedParams
-from ranklet.replicas.engine.request import Answer
+from ranklet.replicas.engine.request import Answer, AnswerSink
 from ranklet.replicas.errors import AdapterChanged, InternalError, RankletError
 from ranklet.replicas.process.process import EngineProcess
 from ranklet.routing.hint import RoutingHint
@@ -143,7 +143,7 @@ class Replica:
 
     async def _prefetch(self, name: str, source: str) -> None:
         with contextlib.suppress(RankletError):  # the next request for the adapter gets the error
-            self._engine.offer((await self._resolver.resolve(name, source)).adapter)
+            self._engine.prefetch((await self._resolver.resolve(name, source)).adapter)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -194,7 +194,7 @@ class Replica:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
                 loop.call_soon_threadsafe(resolve, result)
 
-        ticket = self._engine.submit(call.prompts(), adapter, call.params.dimensions, done)
+        ticket = self._engine.submit(call.prompts(), adapter, call.params, AnswerSink(done))
         try:
             return await answer
         except asyncio.CancelledError:
@@ -203,7 +203,7 @@ class Replica:
 
     def _reply(self, answer: Answer, resolved: ResolvedAdapter | None, load: QueueLoad) -> InferenceReply[EmbedResult]:
         return InferenceReply(
-            result=EmbedResult(answer.vectors.tobytes(), answer.vectors.shape[1]),
+            result=EmbedResult(answer.result.tobytes(), answer.result.shape[1]),
             prompt_tokens=answer.prompt_tokens,
             tier="remote" if resolved and resolved.downloaded and answer.tier == "disk" else answer.tier,
             backend=answer.backend,

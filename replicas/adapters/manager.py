@@ -39,7 +39,11 @@ class AdapterManager:
         take_waiting: removes the requests that wait for an adapter from the engine's queue; called under the lock. The
             manager then fails them.
         on_load: called with the record of each load, without the lock.
+        on_loading: called with the name of each adapter whose load starts, under the lock.
         on_evicted: called with the name of each adapter that lost its slot to another, under the lock.
+
+    Attributes:
+        lacks_slot: whether a load waits until a slot is released.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class AdapterManager:
         take_waiting: Callable[[AdapterRef], Sequence[WaitingRequest]],
         *,
         on_load: Callable[[LoadRecord], None],
+        on_loading: Callable[[str], None],
         on_evicted: Callable[[str], None],
         clock: Callable[[], float] = monotonic,
     ) -> None:
@@ -58,6 +63,7 @@ class AdapterManager:
         self._changed = changed
         self._take_waiting = take_waiting
         self._on_load = on_load
+        self._on_loading = on_loading
         self._on_evicted = on_evicted
         self._clock = clock
         self._requested: dict[AdapterRef, Future[AdapterInfo]] = {}
@@ -67,6 +73,7 @@ class AdapterManager:
         self._info: dict[AdapterRef, AdapterInfo] = {}
         self._refused: OrderedDict[AdapterRef, RankletError] = OrderedDict()
         self._stopped: RankletError | None = None
+        self.lacks_slot = False
 
     # State
 
@@ -165,7 +172,7 @@ class AdapterManager:
         """
         batch = {ref for ref in using if ref is not None}
         wanted = [*self._requested, *demand]
-        before, self._queued = self._queued, {}
+        before, self._queued, self.lacks_slot = self._queued, {}, False
         for i, ref in enumerate(wanted):
             if self._table.holds(ref):
                 self._table.revive(ref)  # adapters that are wanted earlier have their slots already
@@ -176,6 +183,7 @@ class AdapterManager:
             place = self._table.reserve(ref, batch.union(wanted[:i]))
             if place is None:
                 self._table.retire(wanted[:i])
+                self.lacks_slot = True
                 return
             self._start(ref, *place)
 
@@ -199,6 +207,7 @@ class AdapterManager:
             self._remove(evicted)
             self._on_evicted(evicted.name)
         self._loading[ref] = self._clock()
+        self._on_loading(ref.name)
         self._loader.start(ref, slot, self.complete_load)
 
     def _remove(self, ref: AdapterRef) -> None:

@@ -1,7 +1,7 @@
-"""CUDA graphs of batches whose shape comes again: Python launches them once and the device replays them.
+"""CUDA graphs of steps: Python launches a step's kernels once, and the device replays them for equal steps.
 
-A small batch is over on the device long before Python has launched its hundreds of kernels. A full one is not, but with
-full batches there is much else that Python must do meanwhile: requests to read, answers to send, adapters to load.
+A small step is over on the device long before Python has launched its hundreds of kernels. A full step is not, but
+while it runs Python also has requests to read, answers to send and adapters to load.
 """
 
 import logging
@@ -9,87 +9,88 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-_SIGHTINGS = 2  # of a shape before it is worth a graph
-_REMEMBERED = 4096  # shapes whose sightings are counted
+_CAPTURE_AFTER = 2  # eager runs of a key before it is captured
+_COUNTED_KEYS = 4096
 
 logger = logging.getLogger(__name__)
+Outputs = TypeVar("Outputs")
 
 
 @dataclass(frozen=True, slots=True)
 class _CapturedGraph:
     graph: Any
     inputs: Tensor
-    outputs: Tensor
+    outputs: Any
 
 
 class GraphCache:
-    """Graphs by shape, the least recently used dropped first. One thread, one stream.
+    """Graphs by key; the least recently used is dropped first. For one thread and one stream.
 
-    All share one pool of memory: what one returns holds until the next is replayed. A capture takes as long as some
-    launches, for which other batches wait, and may enlarge the pool: `tests/bench/buckets.py` measures both.
+    All graphs share one memory pool: the outputs of a graph hold until the next replay. A capture takes as long as some
+    eager launches and may enlarge the pool; `tests/bench/buckets.py` measures both.
 
     Args:
-        device: of the batches.
-        most: graphs that are kept.
+        max_graphs: graphs that are kept.
     """
 
-    def __init__(self, device: torch.device, most: int = 256) -> None:
+    def __init__(self, device: torch.device, max_graphs: int = 256) -> None:
         self._device = device
-        self._most = most
+        self._max_graphs = max_graphs
         self._graphs: OrderedDict[Hashable, _CapturedGraph] = OrderedDict()
-        self._sightings: OrderedDict[Hashable, float] = OrderedDict()  # of shapes without a graph
+        self._eager_runs: OrderedDict[Hashable, float] = OrderedDict()  # of keys without a graph
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def run(self, shape: Hashable, inputs: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
-        """`forward(inputs on the device)`, replayed if a graph of this shape exists.
+    def run(self, key: Hashable, inputs: Tensor, forward: Callable[[Tensor], Outputs]) -> Outputs:
+        """Return `forward(inputs on the device)`, replayed if a graph of this key exists.
 
         Args:
-            shape: equal only for calls that launch the same kernels with the same arguments, inputs' values aside.
-            inputs: pinned, on the host.
-            forward: reads nothing that changes between calls but its argument and device memory that stays in place.
+            key: equal only for calls that launch the same kernels with the same arguments, apart from input values.
+            inputs: pinned host memory.
+            forward: reads only its argument and device memory that stays in place.
         """
-        found = self._graphs.get(shape)
-        if found is None and self._is_due(shape):
-            found = self._capture(shape, inputs, forward)
+        found = self._graphs.get(key)
+        if found is None and self._is_due(key):
+            found = self._capture(key, inputs, forward)
         if found is None:
             return forward(inputs.to(self._device, non_blocking=True))
-        self._graphs.move_to_end(shape)
+        self._graphs.move_to_end(key)
         found.inputs.copy_(inputs, non_blocking=True)
         found.graph.replay()
-        return found.outputs
+        outputs: Outputs = found.outputs
+        return outputs
 
     def clear(self) -> None:
-        """Drop all graphs, and the memory they hold."""
+        """Drop all graphs and their memory."""
         if self._graphs:
             torch.cuda.current_stream(self._device).synchronize()
         self._graphs.clear()
-        self._sightings.clear()
+        self._eager_runs.clear()
 
-    def _is_due(self, shape: Hashable) -> bool:
-        count = self._sightings.pop(shape, 0) + 1
-        if count > _SIGHTINGS:
+    def _is_due(self, key: Hashable) -> bool:
+        count = self._eager_runs.pop(key, 0) + 1
+        if count > _CAPTURE_AFTER:
             return True
-        self._sightings[shape] = count
-        if len(self._sightings) > _REMEMBERED:
-            self._sightings.popitem(last=False)
+        self._eager_runs[key] = count
+        if len(self._eager_runs) > _COUNTED_KEYS:
+            self._eager_runs.popitem(last=False)
         return False
 
-    def _capture(self, shape: Hashable, inputs: Tensor, forward: Callable[[Tensor], Tensor]) -> _CapturedGraph | None:
+    def _capture(self, key: Hashable, inputs: Tensor, forward: Callable[[Tensor], Any]) -> _CapturedGraph | None:
         main, graph = torch.cuda.current_stream(self._device), torch.cuda.CUDAGraph()
         static = inputs.to(self._device, non_blocking=True)
-        if len(self._graphs) >= self._most:
+        if len(self._graphs) >= self._max_graphs:
             main.synchronize()  # the graph to drop may be running
             self._graphs.popitem(last=False)
-        if not self._graphs:  # torch gives a pool up with its last graph, and then refuses to capture into it
+        if not self._graphs:  # torch frees a pool with its last graph, and then refuses to capture into it
             self._pool = torch.cuda.graph_pool_handle()
         self._stream.wait_stream(main)
         try:
@@ -99,10 +100,10 @@ class GraphCache:
                     outputs = forward(static)
                 finally:
                     graph.capture_end()
-        except Exception:  # some kernel cannot be captured: such batches are launched one kernel at a time
-            logger.warning("no CUDA graph of a batch", exc_info=True)
-            self._sightings[shape] = -math.inf
+        except Exception:  # a kernel cannot be captured: steps of this key are launched from Python
+            logger.warning("a step could not be captured as a CUDA graph", exc_info=True)
+            self._eager_runs[key] = -math.inf
             return None
         main.wait_stream(self._stream)
-        self._graphs[shape] = _CapturedGraph(graph, static, outputs)
-        return self._graphs[shape]
+        self._graphs[key] = _CapturedGraph(graph, static, outputs)
+        return self._graphs[key]

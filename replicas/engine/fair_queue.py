@@ -1,150 +1,119 @@
-"""The prompts that wait for one engine, in an order in which no adapter can crowd the others out.
+"""The sequences that wait for one engine, in an order in which no adapter crowds out the others.
 
-The order is that of arrival, as long as no adapter has more than an allowance of tokens waiting. What an adapter has
-beyond that stands back: it is ordered as if served in turn with the others, token for token. That is fair queueing with
-the virtual time of WF2Q+ (Bennett, Zhang 1997) and an allowance, so that requests which nobody suffers from stay whole.
+The order is that of arrival as long as no adapter has more than an allowance of tokens waiting. Sequences beyond an
+adapter's allowance are ordered as if the adapters were served in turn, token for token: fair queueing with the virtual
+time of WF2Q+ (Bennett and Zhang, 1997). The allowance keeps requests whole where nobody has to wait for them.
+
+The cost of a sequence is the token count of its next pass.
 """
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from math import inf
 from operator import attrgetter
-from typing import Generic, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
+from ranklet.replicas.engine.sequence import Sequence
 
-from ranklet.replicas.adapters.reference import AdapterRef
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One prompt on its way to the device."""
-
-    tokens: NDArray[np.int32]  # [length]
-    adapter: AdapterRef | None
-    arrived_s: float
-    passed_over: int = 0
-    solo: bool = False  # must run alone: it was in a batch that failed
-    cancelled: bool = False
-    turn: tuple[float, int] = field(default=(0.0, 0), init=False)  # its place in the queue
-
-    @property
-    def flow(self) -> str:
-        """Whose share it counts for: its adapter's name, whatever the revision, "" for the base."""
-        return flow_of(self.adapter)
-
-
-def flow_of(adapter: AdapterRef | None) -> str:
-    """`Sequence.flow` of prompts for an adapter."""
-    return adapter.name if adapter else ""
-
-
-W = TypeVar("W", bound=Sequence)
-_IN_USE = 16  # allowances that are served until an adapter that is not asked for counts no more
+_ACTIVE_ALLOWANCES = 16  # an adapter without requests stays active until this many allowances have been served
 _TURN = attrgetter("turn")
 
 
 @dataclass(slots=True)
 class _Flow:
-    """What waits of one adapter."""
+    """Waiting sequences of one adapter."""
 
-    prompts: int = 0
+    sequences: int = 0
     tokens: int = 0
-    last: float = -inf  # turn of the one that came last
+    last: float = -inf  # turn of the newest sequence
 
 
-class FairQueue(Generic[W]):
-    """Waiting prompts, first to be served first.
+class FairQueue:
+    """Waiting sequences in the order in which they are served.
 
     Args:
-        allowance: tokens that an adapter may have waiting before the rest of its prompts stand back.
+        allowance: tokens that an adapter may have waiting before its further sequences are ordered by virtual time.
     """
 
     def __init__(self, allowance: int) -> None:
         self._allowance = allowance
-        self._ordered: list[W] = []
+        self._ordered: list[Sequence] = []
         self._flows: dict[str, _Flow] = {}
         self._arrivals = count()
-        self._now = 0.0  # virtual time: the tokens that each adapter in use should have been served by now
+        self._now = 0.0  # virtual time: tokens that each active adapter should have been served by now
         self._served = 0  # tokens in all
-        self._used: OrderedDict[str, int] = OrderedDict()  # adapters in use: `_served` when last asked for
+        self._active: OrderedDict[str, int] = OrderedDict()  # adapters: `_served` at their last request
         self.tokens = 0
 
     def __len__(self) -> int:
         return len(self._ordered)
 
-    def __iter__(self) -> Iterator[W]:
+    def __iter__(self) -> Iterator[Sequence]:
         return iter(self._ordered)
 
     def tokens_of(self, flow: str) -> int:
-        """How many tokens of an adapter ("": the base) wait."""
+        """Return the waiting tokens of an adapter; "" is the base model."""
         return self._flows[flow].tokens if flow in self._flows else 0
 
     def tokens_within(self) -> int:
-        """Waiting tokens of the adapters that keep to their allowance."""
+        """Return the waiting tokens of adapters that are within their allowance."""
         return sum(flow.tokens for flow in self._flows.values() if flow.tokens <= self._allowance)
 
-    def floods(self, work: W) -> bool:
-        """Whether its adapter has more waiting than its allowance."""
-        return self._flows[work.flow].tokens > self._allowance
+    def floods(self, sequence: Sequence) -> bool:
+        """Whether the sequence's adapter has more tokens waiting than its allowance."""
+        return self.tokens_of(sequence.flow) > self._allowance
 
-    def add(self, work: W) -> None:
-        """Put a prompt where its turn is."""
-        flow = self._flows.setdefault(work.flow, _Flow())
-        within = flow.tokens + len(work.tokens) <= self._allowance
-        self._put(work, flow, max(flow.last, self._now + (0 if within else flow.tokens)))
-        self._used[work.flow] = self._served
-        self._used.move_to_end(work.flow)
+    def add(self, sequence: Sequence) -> None:
+        flow = self._flows.setdefault(sequence.flow, _Flow())
+        within = flow.tokens + sequence.need.tokens <= self._allowance
+        self._insert(sequence, flow, max(flow.last, self._now + (0 if within else flow.tokens)))
+        self._active[sequence.flow] = self._served
+        self._active.move_to_end(sequence.flow)
 
-    def put_back(self, works: Iterable[W]) -> None:
-        """Put prompts of a failed batch at the front, in this order."""
-        for work in works:
-            self._put(work, self._flows.setdefault(work.flow, _Flow()), -inf)
+    def put_back(self, sequences: Iterable[Sequence]) -> None:
+        """Insert sequences of a failed step at the front, in this order."""
+        for sequence in sequences:
+            self._insert(sequence, self._flows.setdefault(sequence.flow, _Flow()), -inf)
 
-    def _forget(self) -> None:
-        """Adapters that nobody has asked for of late are in use no more."""
-        while self._used:
-            name, asked = next(iter(self._used.items()))
-            if asked > self._served - _IN_USE * self._allowance:
+    def _insert(self, sequence: Sequence, flow: _Flow, turn: float) -> None:
+        tokens = sequence.need.tokens
+        sequence.turn = turn, next(self._arrivals)
+        flow.last = max(flow.last, turn)
+        flow.sequences += 1
+        flow.tokens += tokens
+        self.tokens += tokens
+        insort(self._ordered, sequence, key=_TURN)
+
+    def remove(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            at = bisect_left(self._ordered, sequence.turn, key=_TURN)
+            assert self._ordered[at] is sequence
+            del self._ordered[at]
+            tokens = sequence.need.tokens
+            self.tokens -= tokens
+            flow = self._flows[sequence.flow]
+            flow.sequences -= 1
+            flow.tokens -= tokens
+            if not flow.sequences:
+                del self._flows[sequence.flow]
+
+    def charge(self, tokens: int) -> None:
+        """Advance virtual time by the tokens of a step, after its sequences were removed."""
+        self._now += tokens / max(len(self._active), 1)
+        self._served += tokens
+        self._expire_active()
+        if self._ordered:  # an adapter's surplus from idle times is forgotten, up to one allowance
+            self._now = max(self._now, self._ordered[0].turn[0] - self._allowance)
+
+    def _expire_active(self) -> None:
+        while self._active:
+            name, last = next(iter(self._active.items()))
+            if last > self._served - _ACTIVE_ALLOWANCES * self._allowance:
                 return
             if name in self._flows:
-                self._used[name] = self._served
-                self._used.move_to_end(name)
+                self._active[name] = self._served
+                self._active.move_to_end(name)
             else:
-                del self._used[name]
-
-    def _put(self, work: W, flow: _Flow, turn: float) -> None:
-        work.turn = turn, next(self._arrivals)
-        flow.last = max(flow.last, turn)
-        flow.prompts += 1
-        flow.tokens += len(work.tokens)
-        self.tokens += len(work.tokens)
-        insort(self._ordered, work, key=_TURN)
-
-    def remove(self, works: Iterable[W]) -> None:
-        """Take prompts out."""
-        for work in works:
-            at = bisect_left(self._ordered, work.turn, key=_TURN)
-            assert self._ordered[at] is work
-            del self._ordered[at]
-            self.tokens -= len(work.tokens)
-            flow = self._flows[work.flow]
-            flow.prompts -= 1
-            flow.tokens -= len(work.tokens)
-            if not flow.prompts:
-                del self._flows[work.flow]
-
-    def served(self, works: Iterable[W]) -> None:
-        """Take prompts out that are computed now: it is the turn of those that come after them."""
-        served = list(works)
-        self.remove(served)
-        tokens = sum(len(work.tokens) for work in served)
-        self._now += tokens / max(len(self._used), 1)
-        self._served += tokens
-        self._forget()
-        if self._ordered:  # what the first has had beyond its share is forgotten, but for an allowance
-            self._now = max(self._now, self._ordered[0].turn[0] - self._allowance)
+                del self._active[name]

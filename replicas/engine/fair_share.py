@@ -1,12 +1,12 @@
-"""How a room that all share stays open to those who come late."""
+"""Dynamic thresholds of a shared limit: how much of it one flow may hold."""
 
-_ALPHA = 4  # what one may hold, in what is left free
+_ALPHA = 4  # a flow may hold this many times the space that is left free
 
 
-def share_of_room(limit: int, others: int) -> int:
-    """How much one flow may hold of `limit` while others hold `others`: four fifths of what they leave.
+def fair_share(limit: int, held_by_others: int) -> int:
+    """Return how much of `limit` one flow may hold: four fifths of what the others leave free.
 
-    Some room is always free for a newcomer: N flows that each take all they may hold 4N / (4N + 1) of it. These are the
-    dynamic thresholds of switches (Choudhury, Hahne 1998).
+    Space is always left for a new flow: N flows that each hold their maximum take 4N / (4N + 1) of it. These are the
+    dynamic thresholds of shared-memory switches (Choudhury and Hahne, 1998).
     """
-    return max(0, limit - others) * _ALPHA // (_ALPHA + 1)
+    return max(0, limit - held_by_others) * _ALPHA // (_ALPHA + 1)

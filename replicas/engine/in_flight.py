@@ -1,66 +1,76 @@
-"""A batch between launch and answer."""
+"""A step between its launch and the delivery of its outputs."""
 
+import logging
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.replicas.adapters.reference import AdapterRef
-from ranklet.replicas.engine.request import Prompt
-from ranklet.replicas.engine.runner import Running
+from ranklet.replicas.engine.plan import Part
+from ranklet.replicas.engine.runner import LaunchedStep
+from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.engine.stats import BatchRecord
 from ranklet.replicas.errors import InternalError
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(slots=True, eq=False)
-class InFlightBatch:
-    """Prompts and the batch they run in."""
+class InFlightStep:
+    """The parts of a step and the step on the device."""
 
-    prompts: list[Prompt]
-    running: Running
+    parts: list[Part]
+    launched: LaunchedStep
 
     @property
     def tokens(self) -> int:
-        return sum(len(work.tokens) for work in self.prompts)
+        return sum(part.tokens for part in self.parts)
 
-    def answer(self, vectors: NDArray[np.float32], began_s: float, compute_s: float) -> None:
-        """Hand each prompt its vector; one that is not finite fails its own request alone.
+    def deliver(self, outputs: list[NDArray[Any]], began_s: float, compute_s: float) -> list[Sequence]:
+        """Give each sequence its output. An invalid output fails only its own request.
 
         Args:
-            vectors: [prompts, hidden].
-            began_s: when the device began with the batch.
+            outputs: of each head of the step, [parts, ...].
+            began_s: when the device began the step.
+
+        Returns:
+            Sequences that need another pass.
         """
-        backend = self.running.backend
-        finite: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(vectors), axis=1)
-        for work, vector, sound in zip(self.prompts, vectors, finite, strict=True):
-            if sound:
-                waited_s = max(0.0, began_s - work.arrived_s)
-                work.call.complete(work.index, vector, backend=backend, queue_s=waited_s, compute_s=compute_s)
-            else:
-                work.call.fail(InternalError("the answer to this prompt is not finite; the adapter may overflow"))
+        heads, backend, again = self.launched.heads, self.launched.backend, []
+        valid = [head.are_valid(output) for head, output in zip(heads, outputs, strict=True)]
+        for i, part in enumerate(self.parts):
+            sequence, at = part.sequence, 0 if len(heads) == 1 else heads.index(part.head)
+            request = sequence.request
+            if not valid[at][i]:
+                request.fail(InternalError("the output for this prompt is not finite; the adapter may overflow"))
+                continue
+            try:
+                if request.on_output(sequence, outputs[at][i], backend=backend, began_s=began_s, compute_s=compute_s):
+                    again.append(sequence)
+            except Exception as error:  # a defect of a task must not end the thread that answers every request
+                logger.exception("a task failed")
+                request.fail(InternalError(f"the engine failed on this output: {type(error).__name__}: {error}"))
+        return again
 
     def record(self, began_s: float, compute_s: float) -> BatchRecord:
-        """What statistics say of it."""
-        requests: dict[str, int] = {}
-        tokens: dict[str, int] = {}
-        for work in self.prompts:
-            requests[work.flow] = requests.get(work.flow, 0) + 1
-            tokens[work.flow] = tokens.get(work.flow, 0) + len(work.tokens)
-        waits = [max(0.0, began_s - work.arrived_s) for work in self.prompts]
-        return BatchRecord(requests, tokens, self.running.backend, waits, compute_s)
+        sequences: Counter[str] = Counter()
+        tokens: Counter[str] = Counter()
+        waits = []
+        for part in self.parts:
+            flow = part.sequence.flow
+            sequences[flow] += 1
+            tokens[flow] += part.tokens
+            waits.append(max(0.0, began_s - part.sequence.arrived_s))
+        return BatchRecord(dict(sequences), dict(tokens), self.launched.backend, waits, compute_s)
 
 
-def adapters_of(prompts: Iterable[Prompt]) -> list[AdapterRef | None]:
-    """Each prompt's adapter, None for the base."""
-    return [work.adapter for work in prompts]
+def names_of(sequences: Iterable[Sequence]) -> tuple[str, ...]:
+    """Return the names of the sequences' adapters, sorted."""
+    return tuple(sorted({sequence.adapter.name for sequence in sequences if sequence.adapter is not None}))
 
 
-def names_of(prompts: Iterable[Prompt]) -> tuple[str, ...]:
-    """The adapters' names, each once."""
-    return tuple(sorted({work.adapter.name for work in prompts if work.adapter is not None}))
-
-
-def requests_of(prompts: Iterable[Prompt]) -> int:
-    """How many requests the prompts belong to."""
-    return len({id(work.call) for work in prompts})
+def requests_of(sequences: Iterable[Sequence]) -> int:
+    """Return the number of requests that the sequences belong to."""
+    return len({id(sequence.request) for sequence in sequences})

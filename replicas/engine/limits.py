@@ -1,4 +1,4 @@
-"""What a request may ask of an engine, checked before anything is queued."""
+"""Limits of requests and of the queue, checked before anything is queued."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,32 +6,39 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.replicas.errors import InvalidRequest
+from ranklet.replicas.engine.fair_queue import FairQueue
+from ranklet.replicas.engine.fair_share import fair_share
+from ranklet.replicas.errors import InvalidRequest, Saturated
 
 MIN_DIMENSIONS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """The bounds of one engine's requests."""
+    """Bounds of one request.
+
+    Attributes:
+        max_model_len: tokens of a prompt.
+        hidden: width of an embedding.
+        vocab: token ids are below it.
+    """
 
     max_model_len: int
     hidden: int
     vocab: int
 
-    def check(self, prompts: Sequence[NDArray[np.int32]], dimensions: int | None) -> int:
-        """The width of the vectors that the request will get.
-
-        Raises:
-            InvalidRequest: a prompt is empty or too long, a token id or `dimensions` is out of range.
-        """
-        least = min(MIN_DIMENSIONS, self.hidden)
-        if dimensions is not None and not least <= dimensions <= self.hidden:
-            raise InvalidRequest(f"dimensions: expected {least} to {self.hidden}, got {dimensions}", param="dimensions")
+    def check_prompts(self, prompts: Sequence[NDArray[np.int32]]) -> None:
+        """Raise InvalidRequest if there is no prompt, or one is empty, too long or has an unknown token id."""
         if not prompts:
             raise InvalidRequest("input: expected at least one prompt, got none", param="input")
         for index, prompt in enumerate(prompts):
             self._check_prompt(index, prompt)
+
+    def check_dimensions(self, dimensions: int | None) -> int:
+        """Return the width of the answer's vectors; raise InvalidRequest if `dimensions` is out of range."""
+        least = min(MIN_DIMENSIONS, self.hidden)
+        if dimensions is not None and not least <= dimensions <= self.hidden:
+            raise InvalidRequest(f"dimensions: expected {least} to {self.hidden}, got {dimensions}", param="dimensions")
         return dimensions or self.hidden
 
     def _check_prompt(self, index: int, prompt: NDArray[np.int32]) -> None:
@@ -47,3 +54,20 @@ class RequestLimits:
             raise InvalidRequest(
                 f"input[{index}]: expected token ids from 0 to {self.vocab - 1}, got {wrong}", param="input"
             )
+
+
+def check_space(queue: FairQueue, max_tokens: int, flow: str, tokens: int) -> None:
+    """Raise Saturated if a request does not fit into the queue, or its adapter has its share of the queue already.
+
+    A request always fits into an empty queue, and an adapter without waiting tokens always has a share.
+    """
+    waiting, own = queue.tokens, queue.tokens_of(flow)
+    if waiting and waiting + tokens > max_tokens:
+        raise Saturated(f"this replica has {waiting} tokens waiting, its limit is {max_tokens}; try again later")
+    share = fair_share(max_tokens, waiting - own)
+    if own and own + tokens > share:
+        owner = f"adapter {flow!r}" if flow else "the base model"
+        raise Saturated(
+            f"{own} tokens of {owner} wait on this replica. It may hold {share} of the limit of {max_tokens} now; "
+            "the rest is kept for other adapters. Try again later"
+        )

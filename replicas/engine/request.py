@@ -1,13 +1,17 @@
-"""One request to an engine: its prompts, gathered again from whichever batches they ran in."""
+"""A request to an engine: its sequences, gathered again from the steps they ran in."""
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.replicas.engine.fair_queue import Sequence
+from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.engine.sequence import Sequence
+from ranklet.replicas.engine.tasks import Delta, Task
 from ranklet.replicas.errors import RankletError
 
 logger = logging.getLogger(__name__)
@@ -15,87 +19,121 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Answer:
-    """The vectors of one request, in the order of its prompts. Times in seconds."""
+    """The answer to one request.
 
-    vectors: NDArray[np.float32]  # [prompts, dimensions]
-    tier: str | None  # where the adapter was when the request arrived: gpu, host, disk; None for the base
+    Attributes:
+        result: content made by the task; for embeddings float32 [prompts, dimensions].
+        tier: where the adapter was when the request arrived: gpu, host or disk; None for the base model.
+        backend: LoRA backend of the last step.
+        queue_s: longest wait of a sequence for its first step.
+        compute_s: longest device time of a sequence.
+    """
+
+    result: Any
+    tier: str | None
     backend: str
     prompt_tokens: int
-    queue_s: float  # the longest wait of any prompt
-    compute_s: float  # the longest batch of any prompt
+    queue_s: float
+    compute_s: float
 
 
-@dataclass(slots=True, eq=False)
-class Prompt(Sequence):
-    """A prompt that knows its request and its place in it."""
+class Sink(Protocol):
+    """Receives a request's outputs on the engine's threads. Methods must be quick and must not raise."""
 
-    call: "Request" = field(kw_only=True)
-    index: int = field(kw_only=True)
+    def delta(self, index: int, piece: Any) -> None:
+        """Receive a piece of the output of sequence `index`, before the request is done."""
+
+    def done(self, result: Answer | RankletError) -> None:
+        """Receive the answer or the error; called once, last."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerSink:
+    """A sink for callers that need only the whole answer."""
+
+    callback: Callable[[Answer | RankletError], None]
+
+    def delta(self, index: int, piece: Any) -> None:
+        pass
+
+    def done(self, result: Answer | RankletError) -> None:
+        self.callback(result)
 
 
 class Request:
-    """Gathers the vectors of one request; `done` is called once, when the last is there or the first failed."""
+    """Gathers the outputs of its sequences. Ends once: when the last sequence is done, or the first fails."""
 
     def __init__(
-        self, prompts: int, dimensions: int, *, shortened: bool, tier: str | None, tokens: int,
-        done: Callable[[Answer | RankletError], None],
+        self, task: Task, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None, sink: Sink, *,
+        arrived_s: float = 0.0, tier: str | None = None,
     ) -> None:  # fmt: skip
-        self.works: list[Prompt] = []
-        self._vectors = np.full((prompts, dimensions), np.nan, dtype=np.float32)
-        self._shortened = shortened
+        self._task = task
+        self._sink = sink
         self._tier = tier
-        self._tokens = tokens
-        self._left = prompts
-        self._done: Callable[[Answer | RankletError], None] | None = done
-        self._backend = "none"
+        self._prompt_tokens = sum(map(len, prompts))
+        self._unfinished = len(prompts)
         self._queue_s = self._compute_s = 0.0
+        self.is_open = True
+        self.sequences = [Sequence(ids, adapter, arrived_s, self, i) for i, ids in enumerate(prompts)]
+        for sequence in self.sequences:
+            sequence.need = task.need(sequence)
 
-    def complete(
-        self, index: int, vector: NDArray[np.float32], *, backend: str, queue_s: float, compute_s: float
-    ) -> None:
-        """One prompt's vector is there, of the model's full width."""
-        vector = vector[: self._vectors.shape[1]]
-        if self._shortened:
-            vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
-        self._vectors[index] = vector
-        self._backend = backend
-        self._queue_s = max(self._queue_s, queue_s)
-        self._compute_s = max(self._compute_s, compute_s)
-        self._left -= 1
-        if self._left == 0:
-            self._finish(Answer(self._vectors, self._tier, self._backend, self._tokens, self._queue_s, self._compute_s))
+    def on_output(
+        self, sequence: Sequence, output: NDArray[Any], *, backend: str, began_s: float, compute_s: float
+    ) -> bool:
+        """Pass the output of a step to the task. Returns whether the sequence needs another pass.
+
+        Args:
+            output: the sequence's row of what its head returned.
+            began_s: when the device began the step.
+            compute_s: device time of the step.
+        """
+        if not sequence.passes:
+            self._queue_s = max(self._queue_s, began_s - sequence.arrived_s)
+        sequence.passes += 1
+        sequence.compute_s += compute_s
+        outcome = self._task.accept(sequence, output)
+        if isinstance(outcome, Delta):
+            if outcome.piece is not None and self.is_open:
+                self._call(self._sink.delta, sequence.index, outcome.piece)
+            sequence.need = self._task.need(sequence)
+            return True
+        self._compute_s = max(self._compute_s, sequence.compute_s)
+        self._unfinished -= 1
+        if not self._unfinished:
+            self._finish(
+                Answer(self._task.result(), self._tier, backend, self._prompt_tokens, self._queue_s, self._compute_s)
+            )
+        return False
 
     def fail(self, error: RankletError) -> None:
-        """The request cannot be answered; its other prompts are dropped."""
+        """End the request with an error and drop its sequences."""
         self.cancel()
         self._finish(error)
 
     def cancel(self) -> None:
-        """Drop what has not reached the device."""
-        for work in self.works:
-            work.cancelled = True
+        """Drop the sequences at their next step. The sink may then never be called."""
+        for sequence in self.sequences:
+            sequence.cancelled = True
 
     def _finish(self, result: Answer | RankletError) -> None:
-        done, self._done = self._done, None
-        if done is None:
-            return
-        try:
-            done(result)
-        except Exception:  # the caller's defect must not end the thread that answers everyone
-            logger.exception("the callback of a request failed")
+        if self.is_open:
+            self.is_open = False
+            self._call(self._sink.done, result)
 
-    @property
-    def open(self) -> bool:
-        """Whether nobody has been answered yet."""
-        return self._done is not None
+    def _call(self, method: Callable[..., None], *arguments: Any) -> None:
+        try:
+            method(*arguments)
+        except Exception:  # a defect of the caller must not end the thread that answers every request
+            logger.exception("the sink of a request failed")
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """The caller's hold on a submitted request."""
+    """The caller's handle of a submitted request."""
 
-    call: Request
+    request: Request
 
     def cancel(self) -> None:
-        """Drop the prompts that have not reached the device; the answer may then never come."""
-        self.call.cancel()
+        """Drop the sequences that have not reached the device. The sink may then never be called."""
+        self.request.cancel()

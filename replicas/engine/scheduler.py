@@ -1,105 +1,138 @@
-"""Which waiting prompts make the next batch, and which adapters they need. Pure: no clock, no locks, no tensors.
+"""Chooses the sequences of the next step and the adapters to load. No clock, no locks, no tensors.
 
-The queue is oldest first, but for adapters that have more than their share (`fair_queue.py`). A prompt whose
-adapter is not resident is passed by until it is; a prompt that is ready but does not fit beside earlier ones is passed
-by at most `PATIENCE` times, then no later one may enter before it. So:
+Sequences between two passes come first. The queue follows in its own order (`fair_queue.py`). A sequence is passed over
+while its adapter is not in a slot. A sequence whose adapter is ready but that does not fit beside earlier ones is
+passed over at most `PATIENCE` times; then no later sequence enters a step before it. Therefore:
 
-- the first ready prompt is always in the next batch;
-- a ready prompt is overtaken in at most `PATIENCE` batches;
-- slots go to the adapters of the first prompts: with S slots, the first S distinct adapters in the queue are
-  loaded and kept, so a prompt's adapter is on its way once fewer than S others have earlier prompts waiting.
+- the first ready sequence is in the next step;
+- a ready sequence is overtaken in at most `PATIENCE` steps;
+- slots go to the adapters of the first sequences: with S slots, the first S distinct adapters of the queue are loaded
+  and kept, so that an adapter is being loaded once fewer than S others have earlier sequences waiting.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Generic
+from collections.abc import Callable, Iterable
 
 from ranklet.replicas.adapters.reference import AdapterRef
-from ranklet.replicas.engine.fair_queue import FairQueue, W
+from ranklet.replicas.engine.fair_queue import FairQueue
+from ranklet.replicas.engine.plan import StepPlan
+from ranklet.replicas.engine.request import Request
+from ranklet.replicas.engine.sequence import Sequence
 
 PATIENCE = 4
-_REMEMBERED = 8
-_LOOKAHEAD = 512  # prompts looked at beyond a full batch, for adapters to load early
+_REMEMBERED_STEPS = 8
+_LOOKAHEAD = 512  # sequences examined beyond a full step, so that their adapters are loaded early
 
 
-@dataclass(slots=True)
-class StepPlan(Generic[W]):
-    """A proposal for the next batch; nothing has changed until `Scheduler.commit`."""
+class Scheduler:
+    """Plans the steps of one engine from its queue and from the sequences between two passes."""
 
-    batch: list[W] = field(default_factory=list)
-    passed: list[W] = field(default_factory=list)  # ready, but not in this batch
-    cancelled: list[W] = field(default_factory=list)
-    demand: list[AdapterRef] = field(default_factory=list)  # adapters of waiting prompts, oldest first
-    tokens: int = 0
-
-
-class Scheduler(Generic[W]):
-    """Plans the batches of one engine from its queue."""
-
-    def __init__(self, *, max_tokens: int, max_requests: int, max_adapters: int, max_demand: int) -> None:
+    def __init__(self, *, max_tokens: int, max_sequences: int, max_adapters: int, max_demand: int) -> None:
         self._max_tokens = max_tokens
-        self._max_requests = max_requests
+        self._max_sequences = max_sequences
         self._max_adapters = max_adapters
         self._max_demand = max_demand
-        self._others = 0  # batches for which it is remembered that there are others beside a flood
-        self.queue: FairQueue[W] = FairQueue(max_tokens)
+        self._steps_beside_others = 0  # steps for which it is remembered that others wait beside a flooding adapter
+        self.queue = FairQueue(max_tokens)
+        self.between: list[Sequence] = []  # started sequences whose next pass is due; they hold their slots
 
     def propose(
-        self, usable: Callable[[AdapterRef], bool], enough: int | None = None, beside: int | None = None
-    ) -> StepPlan[W]:
-        """The next batch, given which adapters are ready in a slot; closed when it has `enough` tokens.
+        self, is_ready: Callable[[AdapterRef], bool], enough: int | None = None, beside: int | None = None
+    ) -> StepPlan:
+        """Return the next step; nothing changes until `commit`.
 
-        When more waits than fits it goes on to the limit. Adapters that flood the queue do not count for that if there
-        are others of late, and do not fill a batch beyond `beside` tokens: the others shall not wait for a large one.
+        Args:
+            is_ready: whether an adapter is in a slot.
+            enough: tokens from which larger steps are not faster per token. A step is closed there, unless more waits
+                than fits into a full one.
+            beside: tokens up to which sequences of flooding adapters fill a step while other adapters have requests, so
+                that these need not wait for a large step.
         """
-        backlog = self.queue.tokens > self._max_tokens
-        if backlog and self._others:
-            backlog = self.queue.tokens_within() > self._max_tokens
-        most = self._max_tokens if backlog or enough is None else min(enough, self._max_tokens)
-        found: StepPlan[W] = StepPlan()
+        most = self._target_tokens(enough)
+        plan = StepPlan()
         adapters: set[AdapterRef] = set()
-        demand: dict[AdapterRef, bool] = {}
-        full, beyond, others = False, 0, self._others > 0
-        for work in self.queue:
-            if work.cancelled:
-                found.cancelled.append(work)
+        ready: dict[AdapterRef, bool] = {}
+        beyond, others = 0, self._steps_beside_others > 0
+        for sequence in self.between:
+            self._add_started(sequence, plan, adapters)
+        full = len(plan.parts) == self._max_sequences or plan.tokens >= most
+        for sequence in self.queue:
+            if sequence.cancelled:
+                plan.cancelled.append(sequence)
                 continue
-            ready = work.adapter is None or self._ready(work.adapter, demand, usable)
-            full = full or (others and found.tokens >= (beside or most) and self.queue.floods(work))
+            adapter = sequence.adapter
+            if adapter is not None and adapter not in ready:
+                ready[adapter] = is_ready(adapter)
+            full = full or (others and plan.tokens >= (beside or most) and self.queue.floods(sequence))
             if full:
                 beyond += 1
                 if beyond > _LOOKAHEAD:
                     break
-            elif ready and self._fits(work, found, adapters):
-                found.batch.append(work)
-                found.tokens += len(work.tokens)
-                others = others or not self.queue.floods(work)
-                if work.adapter is not None:
-                    adapters.add(work.adapter)
-                full = work.solo or len(found.batch) == self._max_requests or found.tokens >= most
-            elif ready:
-                found.passed.append(work)
-                full = work.passed_over >= PATIENCE
-        found.demand = list(demand)[: self._max_demand]
-        return found
+            elif adapter is None or ready[adapter]:
+                if not self._fits(sequence, plan, adapters):
+                    plan.passed.append(sequence)
+                    full = sequence.passed_over >= PATIENCE
+                    continue
+                self._add(sequence, plan, adapters)
+                others = others or not self.queue.floods(sequence)
+                full = sequence.solo or len(plan.parts) == self._max_sequences or plan.tokens >= most
+        plan.demand = list(ready)[: self._max_demand]
+        return plan
 
-    def _ready(self, adapter: AdapterRef, demand: dict[AdapterRef, bool], usable: Callable[[AdapterRef], bool]) -> bool:
-        if adapter not in demand:
-            demand[adapter] = usable(adapter)
-        return demand[adapter]
+    def _target_tokens(self, enough: int | None) -> int:
+        backlog = self.queue.tokens > self._max_tokens
+        if backlog and self._steps_beside_others:
+            backlog = self.queue.tokens_within() > self._max_tokens
+        return self._max_tokens if backlog or enough is None else min(enough, self._max_tokens)
 
-    def _fits(self, work: W, found: StepPlan[W], adapters: set[AdapterRef]) -> bool:
-        if not found.batch:
+    def _add_started(self, sequence: Sequence, plan: StepPlan, adapters: set[AdapterRef]) -> None:
+        if sequence.cancelled:
+            plan.cancelled.append(sequence)
+        elif len(plan.parts) < self._max_sequences and self._fits(sequence, plan, adapters):
+            self._add(sequence, plan, adapters)
+
+    def _add(self, sequence: Sequence, plan: StepPlan, adapters: set[AdapterRef]) -> None:
+        plan.add(sequence)
+        if sequence.adapter is not None:
+            adapters.add(sequence.adapter)
+
+    def _fits(self, sequence: Sequence, plan: StepPlan, adapters: set[AdapterRef]) -> bool:
+        if not plan.parts:
             return True
-        if work.solo or found.tokens + len(work.tokens) > self._max_tokens:
+        if sequence.solo or plan.parts[0].sequence.solo or plan.tokens + sequence.need.tokens > self._max_tokens:
             return False
-        return work.adapter is None or work.adapter in adapters or len(adapters) < self._max_adapters
+        return sequence.adapter is None or sequence.adapter in adapters or len(adapters) < self._max_adapters
 
-    def commit(self, proposal: StepPlan[W]) -> None:
-        """Take a proposed batch, and the cancelled prompts, out of the queue."""
-        others = any(not self.queue.floods(work) for work in proposal.batch)
-        self._others = _REMEMBERED if others else max(0, self._others - 1)
-        self.queue.remove(proposal.cancelled)
-        self.queue.served(proposal.batch)
-        for work in proposal.passed:
-            work.passed_over += 1
+    def commit(self, plan: StepPlan) -> None:
+        """Take the parts of a step, and cancelled sequences, out of what waits."""
+        others = any(not self.queue.floods(sequence) for sequence in plan.sequences)
+        self._steps_beside_others = _REMEMBERED_STEPS if others else max(0, self._steps_beside_others - 1)
+        self.drop([*plan.cancelled, *plan.sequences])
+        self.queue.charge(plan.tokens)
+        for sequence in plan.passed:
+            sequence.passed_over += 1
+
+    def drop(self, sequences: Iterable[Sequence]) -> None:
+        """Remove sequences, from the queue or from those between two passes."""
+        leaving = list(sequences)
+        if self.between:
+            ids, started = {id(each) for each in leaving}, {id(each) for each in self.between}
+            self.between = [each for each in self.between if id(each) not in ids]
+            leaving = [each for each in leaving if id(each) not in started]
+        self.queue.remove(leaving)
+
+    def take_waiting(self, adapter: AdapterRef) -> list[Request]:
+        """Remove the queued sequences of an adapter. Returns their requests."""
+        lost = [sequence for sequence in self.queue if sequence.adapter == adapter]
+        self.queue.remove(lost)
+        return list(dict.fromkeys(sequence.request for sequence in lost))
+
+    def resume(self, sequences: Iterable[Sequence]) -> None:
+        """Plan further passes of sequences that are not done."""
+        self.between += sequences
+
+    def waiting(self) -> list[Sequence]:
+        """Return the sequences that are in no step."""
+        return [*self.queue, *self.between]
+
+    def has_waiting(self) -> bool:
+        return len(self.queue) > 0 or bool(self.between)

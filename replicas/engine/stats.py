@@ -1,4 +1,4 @@
-"""What an engine tells the outside: records pushed to a `Listener`, and a snapshot polled from it."""
+"""Records that an engine pushes to a `Listener`, and snapshots of its state."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,14 @@ from ranklet.replicas.adapters.reference import HeldAdapters, LoadRecord
 
 @dataclass(frozen=True)
 class BatchRecord:
-    """One batch that ran. Times in seconds; `compute_s` is how long it had the device, which runs one at a time."""
+    """One step that ran.
 
-    requests_by_adapter: dict[str, int]  # "" is the base model
+    Attributes:
+        requests_by_adapter: sequences by adapter name; "" is the base model.
+        compute_s: how long the step had the device, which runs one step at a time.
+    """
+
+    requests_by_adapter: dict[str, int]
     tokens_by_adapter: dict[str, int]
     backend: str
     queue_waits_s: list[float]
@@ -26,10 +31,15 @@ class BatchRecord:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """An engine at one moment; cheap enough to take several times a second."""
+    """An engine at one moment; cheap enough to take several times a second.
 
-    resident: tuple[str, ...]  # adapter names ready in a slot, most recently used last
-    hosted: tuple[str, ...]  # adapter names in the host cache
+    Attributes:
+        resident: names of adapters in slots, most recently used last.
+        hosted: names of adapters in the host cache.
+    """
+
+    resident: tuple[str, ...]
+    hosted: tuple[str, ...]
     waiting_requests: int
     waiting_tokens: int
     running_requests: int
@@ -42,22 +52,25 @@ class Snapshot:
 
 
 class Listener:
-    """Receives an engine's records, on the engine's threads: methods must be quick and must not raise."""
+    """Receives an engine's records on the engine's threads. Methods must be quick and must not raise."""
 
     def batch(self, record: BatchRecord) -> None:
-        """A batch was answered."""
+        """Receive a step that was answered."""
 
     def load(self, record: LoadRecord) -> None:
-        """An adapter was loaded into a slot, or refused."""
+        """Receive an adapter that was loaded into a slot, or refused."""
+
+    def loading(self, adapter: str) -> None:
+        """Receive the name of an adapter whose load starts."""
 
     def evicted(self, adapter: str) -> None:
-        """An adapter lost its slot to another."""
-
-    def holdings_changed(self, held: HeldAdapters) -> None:
-        """The adapters that the engine holds have changed, or the order of their use has."""
+        """Receive the name of an adapter that lost its slot to another."""
 
     def tier_hit(self, tier: str) -> None:
-        """A request arrived for an adapter found in `tier`: gpu, host or disk."""
+        """Receive where a request found its adapter: gpu, host or disk."""
 
     def cancelled(self, requests: int) -> None:
-        """Requests were dropped before they reached the device, because their client had gone."""
+        """Receive how many requests were dropped before they reached the device."""
+
+    def holdings_changed(self, held: HeldAdapters) -> None:
+        """Receive what the engine holds, at each change. Only an `EngineProcess` calls it."""

@@ -1,6 +1,6 @@
-"""What travels between an engine's process and the one that asks it: lists of messages, pickled, over a socket.
+"""Messages between an engine's process and its parent: lists of messages, pickled, over a socket.
 
-Both ends are this package, one the child of the other; nothing from outside is ever unpickled.
+Both ends run this package, and one is the child of the other. Nothing from outside is unpickled.
 """
 
 import threading
@@ -14,7 +14,7 @@ from ranklet.replicas.adapters.reference import AdapterRef, HeldAdapters
 
 @dataclass(frozen=True)
 class MethodCall:
-    """Asks for a method of the engine; a `Reply` of the same number follows."""
+    """Calls a method of the engine. A `Reply` with the same number follows."""
 
     number: int
     method: str
@@ -23,21 +23,30 @@ class MethodCall:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Nobody waits for a reply any more."""
+    """Cancels the request of a call; its reply may be left out."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class Prefetch:
-    """An adapter that may be wanted soon."""
+    """Asks for an adapter to be loaded if that needs no other adapter's slot. Has no reply."""
 
     adapter: AdapterRef
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A piece of the output of sequence `index` of a request."""
+
+    number: int
+    index: int
+    piece: Any
+
+
+@dataclass(frozen=True)
 class Reply:
-    """A result, or the exception that came instead."""
+    """The result of a call, or the RankletError it raised."""
 
     number: int
     result: Any
@@ -45,7 +54,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class EngineEvent:
-    """A record for the engine's listener: the name of its method, and what it is given."""
+    """A call of the engine's listener: the method's name and its argument."""
 
     method: str
     record: Any
@@ -53,15 +62,19 @@ class EngineEvent:
 
 @dataclass(frozen=True)
 class EngineState:
-    """How the engine is, said at every change and a few times a second."""
+    """State of the engine, sent at each change and twice a second.
+
+    Attributes:
+        stuck_s: how long the oldest step has been on the device.
+    """
 
     healthy: bool
     held: HeldAdapters
-    stuck_s: float = 0.0  # how long the batch on the device has been there
+    stuck_s: float = 0.0
 
 
 class Outbox:
-    """Sends from a thread of its own, all that waits in one go: who puts something in never waits for the other end."""
+    """Sends messages from a thread of its own, all waiting messages at once. `put` never waits for the other end."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -72,13 +85,13 @@ class Outbox:
         self._thread.start()
 
     def put(self, message: object) -> None:
-        """Send it soon; what is put in after the other end has gone is lost."""
+        """Queue a message. Messages are lost once the other end is gone."""
         with self._changed:
             self._waiting.append(message)
             self._changed.notify()
 
     def close(self) -> None:
-        """Send what waits, then stop."""
+        """Send the waiting messages and end the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -95,5 +108,5 @@ class Outbox:
                 return
             try:
                 self._connection.send(messages)
-            except OSError:  # the other end has gone, which its reader sees too
+            except OSError:  # the other end is gone; its reader notices too
                 return

@@ -1,6 +1,6 @@
-"""An engine in a process of its own, with the face of `Engine`; imports no torch.
+"""An engine in a process of its own. Imports no torch.
 
-Python runs one thread at a time: an engine beside an RPC server loses a tenth of its batches' time to it.
+Python runs one thread at a time: an engine in the process of an RPC server loses a tenth of its time to that server.
 """
 
 import itertools
@@ -9,47 +9,87 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from time import monotonic
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, AdapterReport, HeldAdapters
+from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, HeldAdapters
 from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.engine.api import EngineApi, QuickCalls
 from ranklet.replicas.engine.limits import RequestLimits
-from ranklet.replicas.engine.request import Answer
-from ranklet.replicas.engine.stats import Listener, Snapshot
-from ranklet.replicas.errors import RankletError, Unavailable
-from ranklet.replicas.process.messages import Cancel, EngineEvent, EngineState, MethodCall, Outbox, Prefetch, Reply
+from ranklet.replicas.engine.params import EmbedParams
+from ranklet.replicas.engine.request import AnswerSink, Sink
+from ranklet.replicas.engine.stats import Listener
+from ranklet.replicas.errors import AdapterLoadCrashed, RankletError, Unavailable
+from ranklet.replicas.process.messages import (
+    Cancel,
+    EngineEvent,
+    EngineState,
+    MethodCall,
+    Outbox,
+    Piece,
+    Prefetch,
+    Reply,
+)
 
 _PROGRAM = "ranklet.replicas.process.worker"
-_SILENCE_S = 10.0  # without a sign of life for so long it counts as hung
-_PAUSE_S = 2.0  # and is not at work after so long, or with a batch that long on the device
-_SNAPSHOT_TIMEOUT_S = 5.0
+_HUNG_AFTER_S = 10.0  # without a message for this long the process counts as hung
+_PAUSED_AFTER_S = 2.0  # without a message, or with a step on the device, for this long it counts as paused
+_QUICK_CALL_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 30.0
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteTicket:
-    """The caller's hold on a submitted request, as `Ticket`."""
+    """The caller's handle of a submitted request."""
 
     cancel: Callable[[], None]
 
 
-class EngineProcess:
-    """An `Engine` elsewhere: what `submit` would raise comes to `done` instead, but for `Unavailable`.
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    sink: Sink
+    adapter: AdapterRef | None
+
+
+def _quick(method: Callable[Concatenate[QuickCalls, P], R]) -> Callable[Concatenate["EngineProcess", P], R]:
+    """Make a method of `EngineProcess` that calls the engine's method of the same name.
+
+    Raises:
+        Unavailable: the process has ended.
+        TimeoutError: the process does not answer.
+    """
+
+    def call(self: "EngineProcess", /, *arguments: P.args, **keywords: P.kwargs) -> R:
+        assert not keywords, "arguments travel by position"
+        result: R = self.call(method.__name__, *arguments).result(_QUICK_CALL_TIMEOUT_S)
+        return result
+
+    return call
+
+
+class EngineProcess(EngineApi):
+    """Runs an `Engine` in a child process. Errors of `submit` come to its sink, except `Unavailable`.
 
     Raises:
         ModelError: the model folder cannot be served; the message says why.
         Unavailable: the process ended before its engine was made.
     """
+
+    pin = _quick(QuickCalls.pin)
+    release = _quick(QuickCalls.release)
+    report = _quick(QuickCalls.report)
+    snapshot = _quick(QuickCalls.snapshot)
 
     def __init__(self, config: EngineConfig, *listeners: Listener) -> None:
         self._listeners = listeners
@@ -60,14 +100,14 @@ class EngineProcess:
             self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=environment)
         self._outbox = Outbox(self._connection)
         self._numbers = itertools.count()
-        self._waiting: dict[int, Callable[[Any], None]] = {}
+        self._waiting: dict[int, _Waiting] = {}
         self._lock = threading.Lock()
-        self._gone = False
+        self._has_ended = False
         self._state = EngineState(healthy=False, held=HeldAdapters())
-        self._heard_s = monotonic()
-        threading.Thread(target=self._listen, name="ranklet-replies", daemon=True).start()
+        self._last_message_s = monotonic()
+        threading.Thread(target=self._receive, name="ranklet-replies", daemon=True).start()
         try:
-            self.limits: RequestLimits = self._ask("make", config).result()
+            self.limits: RequestLimits = self.call("make", config).result()
         except RankletError:
             self.stop()
             raise
@@ -76,24 +116,26 @@ class EngineProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def open_calls(self) -> int:
+        """Calls without a reply."""
+        return len(self._waiting)
+
     def start(self) -> None:
-        """As `Engine.start`."""
-        self._ask("start").result()
+        self.call("start").result()
 
     def stop(self) -> None:
-        """As `Engine.stop`; the process ends."""
+        """Stop the engine and end the process."""
         try:
-            self._ask("stop").result(_STOP_TIMEOUT_S)
+            self.call("stop").result(_STOP_TIMEOUT_S)
         except (RankletError, TimeoutError):
             self._process.kill()
         self._process.wait()
 
     def submit(
-        self, prompts: Sequence[NDArray[np.int32]], adapter: AdapterRef | None, dimensions: int | None,
-        done: Callable[[Answer | RankletError], None],
-    ) -> RemoteTicket:  # fmt: skip
-        """As `Engine.submit`, but every refusal goes to `done`, on this object's thread."""
-        number = self._call("submit", (list(prompts), adapter, dimensions), done)
+        self, prompts: Sequence[NDArray[np.int32]], adapter: AdapterRef | None, params: EmbedParams, sink: Sink
+    ) -> RemoteTicket:
+        number = self._send("submit", (list(prompts), adapter, params), _Waiting(sink, adapter))
 
         def cancel() -> None:
             with self._lock:
@@ -103,55 +145,35 @@ class EngineProcess:
         return RemoteTicket(cancel)
 
     def load(self, adapter: AdapterRef) -> AdapterInfo:
-        """As `Engine.load`."""
-        info: AdapterInfo = self._ask("load", adapter).result()
+        info: AdapterInfo = self.call("load", adapter, adapter=adapter).result()
         return info
 
-    def pin(self, names: Collection[str]) -> None:
-        """As `Engine.pin`."""
-        self._ask("pin", tuple(names)).result(_SNAPSHOT_TIMEOUT_S)
-
-    def release(self, name: str, keep: str | None = None) -> bool:
-        """As `Engine.release`."""
-        return bool(self._ask("release", name, keep).result(_SNAPSHOT_TIMEOUT_S))
-
-    def report(self) -> list[AdapterReport]:
-        """As `Engine.report`. Raises as `snapshot` does."""
-        found: list[AdapterReport] = self._ask("report").result(_SNAPSHOT_TIMEOUT_S)
-        return found
-
-    def offer(self, adapter: AdapterRef) -> None:
-        """As `Engine.offer`."""
+    def prefetch(self, adapter: AdapterRef) -> None:
         self._outbox.put(Prefetch(adapter))
 
-    def snapshot(self) -> Snapshot:
-        """As `Engine.snapshot`.
-
-        Raises:
-            Unavailable: the process has ended.
-            TimeoutError: it does not answer.
-        """
-        now: Snapshot = self._ask("snapshot").result(_SNAPSHOT_TIMEOUT_S)
-        return now
-
     def resident(self) -> tuple[str, ...]:
-        """As `Engine.resident`, as of the last news."""
+        """Return the names of the adapters in slots, by the last state message."""
         return self._state.held.resident
 
-    def healthy(self) -> bool:
-        """Whether the process lives, was heard of lately, and calls its engine healthy."""
-        return not self._gone and self._state.healthy and monotonic() - self._heard_s < _SILENCE_S
-
     def held(self) -> HeldAdapters:
-        """As `Engine.held`, as of the last news."""
+        """Return what the engine holds, by the last state message."""
         return self._state.held
 
-    def at_work(self) -> bool:
-        """Whether it would answer soon: healthy, heard of just now, and no batch hangs."""
-        paused = monotonic() - self._heard_s > _PAUSE_S or self._state.stuck_s > _PAUSE_S
-        return self.healthy() and not paused
+    def healthy(self) -> bool:
+        """Whether the process runs, sent a message recently, and reports a healthy engine."""
+        return not self._has_ended and self._state.healthy and monotonic() - self._last_message_s < _HUNG_AFTER_S
 
-    def _ask(self, method: str, *arguments: Any) -> "Future[Any]":
+    def at_work(self) -> bool:
+        """Whether an answer can be expected soon: healthy, with a message just now, and no step hangs."""
+        silent_s = monotonic() - self._last_message_s
+        return self.healthy() and max(silent_s, self._state.stuck_s) <= _PAUSED_AFTER_S
+
+    def call(self, method: str, *arguments: Any, adapter: AdapterRef | None = None) -> "Future[Any]":
+        """Call a method of the engine.
+
+        Args:
+            adapter: adapter that the call loads, if any.
+        """
         future: Future[Any] = Future()
 
         def done(result: Any) -> None:
@@ -160,59 +182,74 @@ class EngineProcess:
             else:
                 future.set_result(result)
 
-        self._call(method, arguments, done)
+        self._send(method, arguments, _Waiting(AnswerSink(done), adapter))
         return future
 
-    def _call(self, method: str, arguments: tuple[Any, ...], done: Callable[[Any], None]) -> int:
+    def _send(self, method: str, arguments: tuple[Any, ...], waiting: _Waiting) -> int:
         number = next(self._numbers)
         with self._lock:
-            gone = self._gone
-            if not gone:
-                self._waiting[number] = done
-        if gone:
-            done(_ended())
+            has_ended = self._has_ended
+            if not has_ended:
+                self._waiting[number] = waiting
+        if has_ended:
+            waiting.sink.done(_process_ended())
         else:
             self._outbox.put(MethodCall(number, method, arguments))
         return number
 
-    def _listen(self) -> None:
+    def _receive(self) -> None:
         try:
             while True:
                 for message in self._connection.recv():
-                    self._take(message)
+                    self._on_message(message)
         except (EOFError, OSError):
             pass
         with self._lock:
-            self._gone = True
+            self._has_ended = True
             waiting, self._waiting = self._waiting, {}
-        for done in waiting.values():
-            self._tell(done, _ended())
+        for each in waiting.values():
+            self._notify(each.sink.done, self._error_at_end(each.adapter))
         if waiting:
-            logger.error("the engine's process %d has ended with %d requests in it", self._process.pid, len(waiting))
+            logger.error("the engine's process %d has ended with %d open calls", self._process.pid, len(waiting))
 
-    def _take(self, message: Reply | EngineEvent | EngineState) -> None:
-        self._heard_s = monotonic()
+    def _on_message(self, message: Reply | Piece | EngineEvent | EngineState) -> None:
+        self._last_message_s = monotonic()
         if isinstance(message, EngineState):
             changed, self._state = message.held != self._state.held, message
-            if changed:
-                for listener in self._listeners:
-                    self._tell(listener.holdings_changed, message.held)
+            for listener in self._listeners if changed else ():
+                self._notify(listener.holdings_changed, message.held)
         elif isinstance(message, EngineEvent):
             for listener in self._listeners:
-                self._tell(getattr(listener, message.method), message.record)
+                self._notify(getattr(listener, message.method), message.record)
+        elif isinstance(message, Piece):
+            found = self._waiting.get(message.number)
+            if found is not None:
+                self._notify(found.sink.delta, message.index, message.piece)
         else:
             with self._lock:
-                done = self._waiting.pop(message.number, None)
-            if done is not None:
-                self._tell(done, message.result)
+                found = self._waiting.pop(message.number, None)
+            if found is not None:
+                self._notify(found.sink.done, message.result)
+
+    def _error_at_end(self, adapter: AdapterRef | None) -> RankletError:
+        """Return the error of a call that was open when the process ended.
+
+        An adapter that was loading then may be the cause. Its requests must not be repeated on another replica.
+        """
+        if adapter is not None and adapter.name in self._state.held.loading:
+            return AdapterLoadCrashed(
+                f"adapter {adapter.name!r}: the engine's process ended while it loaded this adapter. Check the adapter "
+                "with `ranklet adapters verify` before it is asked for again"
+            )
+        return _process_ended()
 
     @staticmethod
-    def _tell(told: Callable[[Any], None], what: Any) -> None:
+    def _notify(method: Callable[..., None], *arguments: Any) -> None:
         try:
-            told(what)
-        except Exception:  # a caller's defect must not end the thread that answers everyone
+            method(*arguments)
+        except Exception:  # a defect of the caller must not end the thread that answers every call
             logger.exception("a callback of the engine failed")
 
 
-def _ended() -> Unavailable:
+def _process_ended() -> Unavailable:
     return Unavailable("the engine's process has ended; this replica is being replaced. Send the request again")

@@ -1,6 +1,6 @@
-"""The program of an engine's process: `python -m ranklet.replicas.process.worker FD`, FD a socket to the one that asks.
+"""The program of an engine's process: `python -m ranklet.replicas.process.worker FD`, FD a socket to its parent.
 
-The engine has this interpreter for itself: no HTTP and no RPC competes with the thread that launches batches.
+The engine has this interpreter to itself: no HTTP or RPC server competes with the thread that launches steps.
 """
 
 import gc
@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -18,159 +19,192 @@ from numpy.typing import NDArray
 
 from ranklet.replicas.adapters.reference import AdapterRef, LoadRecord
 from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.engine.api import QUICK_CALLS
 from ranklet.replicas.engine.engine import Engine
+from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.engine.request import Answer, Ticket
 from ranklet.replicas.engine.stats import BatchRecord, Listener
 from ranklet.replicas.errors import InternalError, RankletError
-from ranklet.replicas.process.messages import Cancel, EngineEvent, EngineState, MethodCall, Outbox, Prefetch, Reply
+from ranklet.replicas.process.messages import (
+    Cancel,
+    EngineEvent,
+    EngineState,
+    MethodCall,
+    Outbox,
+    Piece,
+    Prefetch,
+    Reply,
+)
 
-_BEAT_S = 0.5
-_SWITCH_S = 0.0005  # a thread that waits for the interpreter asks for it after so long, not Python's 5 ms
-_LOADERS = 4  # calls of `load` at once; the engine has its own threads behind them
+_STATE_INTERVAL_S = 0.5
+_SWITCH_INTERVAL_S = 0.0005  # how soon a waiting thread asks for the interpreter; Python's default is 5 ms
+_LOAD_THREADS = 4  # concurrent calls of `load`; the engine has threads of its own behind them
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _ReplySink:
+    """Sends the outputs of one request to the parent process."""
+
+    number: int
+    outbox: Outbox
+    finished: Callable[[int], None]
+
+    def delta(self, index: int, piece: Any) -> None:
+        self.outbox.put(Piece(self.number, index, piece))
+
+    def done(self, result: Answer | RankletError) -> None:
+        self.finished(self.number)
+        self.outbox.put(Reply(self.number, _picklable(result)))
+
+
 class Worker:
-    """One engine, called by messages."""
+    """Runs one engine and answers messages."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._outbox = Outbox(connection)
-        self._engine: Engine | None = None
+        self._made: Engine | None = None
         self._tickets: dict[int, Ticket] = {}
-        self._loads = ThreadPoolExecutor(_LOADERS, thread_name_prefix="load")
+        self._loads = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="load")
         self._stopped = threading.Event()
         self._methods: dict[str, Callable[..., None]] = {
-            "make": self._make, "start": self._start, "submit": self._submit, "load": self._load,
-            "snapshot": self._answering("snapshot"), "report": self._answering("report"), "pin": self._answering("pin"),
-            "release": self._answering("release"), "stop": self._stop,
+            "make": self._make, "start": self._start, "submit": self._submit, "load": self._load, "stop": self._stop,
+            **{name: self._reply_with(name) for name in QUICK_CALLS},
         }  # fmt: skip
 
     def serve(self) -> None:
-        """Answer until told to stop. When the other end is gone nobody waits for anything: end at once."""
+        """Answer messages until `stop`. Exits at once when the parent process is gone."""
         while not self._stopped.is_set():
             try:
                 messages = self._connection.recv()
             except (EOFError, OSError):
                 os._exit(1)
             for message in messages:
-                self._take(message)
+                self._on_message(message)
         self._outbox.close()
 
-    def _take(self, message: MethodCall | Cancel | Prefetch) -> None:
+    def _on_message(self, message: MethodCall | Cancel | Prefetch) -> None:
         if isinstance(message, Prefetch):
-            self._made.offer(message.adapter)
-            return
-        if isinstance(message, Cancel):
+            self._engine.prefetch(message.adapter)
+        elif isinstance(message, Cancel):
             ticket = self._tickets.pop(message.number, None)
             if ticket is not None:
                 ticket.cancel()
-            return
+        else:
+            self._call(message)
+
+    def _call(self, call: MethodCall) -> None:
         try:
-            self._methods[message.method](message.number, *message.arguments)
+            self._methods[call.method](call.number, *call.arguments)
         except RankletError as error:
-            self._reply(message.number, error)
+            self._reply(call.number, error)
         except Exception as error:
-            logger.exception("%s failed", message.method)
-            self._reply(message.number, InternalError(f"the engine failed: {type(error).__name__}: {error}"))
+            logger.exception("%s failed", call.method)
+            self._reply(call.number, InternalError(f"the engine failed: {type(error).__name__}: {error}"))
 
     def _reply(self, number: int, result: Any) -> None:
-        if isinstance(result, RankletError):
-            result = result.with_traceback(None)
-        self._outbox.put(Reply(number, result))
+        self._outbox.put(Reply(number, _picklable(result)))
 
     def _make(self, number: int, config: EngineConfig) -> None:
-        self._engine = Engine(config, _Reporter(self._outbox, self.tell))
-        self._reply(number, self._engine.limits)
+        self._made = Engine(config, _EventListener(self._outbox, self.send_state))
+        self._reply(number, self._made.limits)
 
     def _start(self, number: int) -> None:
-        self._made.start()
-        _freeze()
-        self.tell()
-        threading.Thread(target=self._beat, name="ranklet-beat", daemon=True).start()
+        self._engine.start()
+        _freeze_garbage_collector()
+        self.send_state()
+        threading.Thread(target=self._send_states, name="ranklet-state", daemon=True).start()
         self._reply(number, None)
 
     def _submit(
-        self, number: int, prompts: list[NDArray[np.int32]], adapter: AdapterRef | None, dimensions: int | None
+        self, number: int, prompts: list[NDArray[np.int32]], adapter: AdapterRef | None, params: EmbedParams
     ) -> None:
-        def done(result: Answer | RankletError) -> None:
-            self._tickets.pop(number, None)
-            self._reply(number, result)
-
-        ticket = self._made.submit(prompts, adapter, dimensions, done)
-        if ticket.call.open:
+        sink = _ReplySink(number, self._outbox, self._forget)
+        ticket = self._engine.submit(prompts, adapter, params, sink)
+        if ticket.request.is_open:
             self._tickets[number] = ticket
-            if not ticket.call.open:  # answered between the two lines
-                self._tickets.pop(number, None)
+            if not ticket.request.is_open:  # answered between the two lines
+                self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        self._tickets.pop(number, None)
 
     def _load(self, number: int, adapter: AdapterRef) -> None:
         def run() -> None:
             try:
-                self._reply(number, self._made.load(adapter))
+                self._reply(number, self._engine.load(adapter))
+            except RankletError as error:
+                self._reply(number, error)
             except Exception as error:
-                expected = isinstance(error, RankletError)
-                self._reply(number, error if expected else InternalError(f"{type(error).__name__}: {error}"))
+                self._reply(number, InternalError(f"{type(error).__name__}: {error}"))
 
         self._loads.submit(run)
 
-    def _answering(self, method: str) -> Callable[..., None]:
-        """Calls a quick method of the engine and replies with what it returns."""
-
+    def _reply_with(self, method: str) -> Callable[..., None]:
         def call(number: int, *arguments: Any) -> None:
-            self._reply(number, getattr(self._made, method)(*arguments))
+            self._reply(number, getattr(self._engine, method)(*arguments))
 
         return call
 
     def _stop(self, number: int) -> None:
-        if self._engine is not None:
-            self._engine.stop()
+        if self._made is not None:
+            self._made.stop()
         self._stopped.set()
         self._reply(number, None)
 
     @property
-    def _made(self) -> Engine:
-        assert self._engine is not None, "`make` comes first"
-        return self._engine
+    def _engine(self) -> Engine:
+        assert self._made is not None, "`make` is the first call"
+        return self._made
 
-    def tell(self) -> None:
-        """Say how the engine is."""
-        if self._engine is not None:
-            engine = self._engine
+    def send_state(self) -> None:
+        if self._made is not None:
+            engine = self._made
             self._outbox.put(EngineState(engine.healthy(), engine.held(), engine.stuck_s()))
 
-    def _beat(self) -> None:
-        while not self._stopped.wait(_BEAT_S):
-            self._made.expire()
-            self.tell()
+    def _send_states(self) -> None:
+        while not self._stopped.wait(_STATE_INTERVAL_S):
+            self._engine.expire()
+            self.send_state()
 
 
-def _freeze() -> None:
-    """Spare the collector what is here to stay: 300,000 objects, most of PyTorch, and each walk over them holds up
-    launches for 0.2 s of a slow core. The last collection tells it how little is left to walk over.
+def _picklable(result: Any) -> Any:
+    return result.with_traceback(None) if isinstance(result, RankletError) else result
+
+
+def _freeze_garbage_collector() -> None:
+    """Exempt the present objects from garbage collection.
+
+    There are 300,000, most of them PyTorch's, and each walk over them delays launches by 0.2 s on a slow core. The last
+    collection makes the collector count only new objects.
     """
     gc.collect()
     gc.freeze()
     gc.collect()
 
 
-class _Reporter(Listener):
-    """Sends the engine's records on."""
+class _EventListener(Listener):
+    """Sends the engine's records to the parent process."""
 
-    def __init__(self, outbox: Outbox, changed: Callable[[], None]) -> None:
+    def __init__(self, outbox: Outbox, send_state: Callable[[], None]) -> None:
         self._outbox = outbox
-        self._changed = changed
+        self._send_state = send_state
 
     def batch(self, record: BatchRecord) -> None:
         self._outbox.put(EngineEvent("batch", record))
 
     def load(self, record: LoadRecord) -> None:
         self._outbox.put(EngineEvent("load", record))
-        self._changed()
+        self._send_state()
+
+    def loading(self, adapter: str) -> None:
+        self._send_state()
 
     def evicted(self, adapter: str) -> None:
         self._outbox.put(EngineEvent("evicted", adapter))
-        self._changed()
+        self._send_state()
 
     def tier_hit(self, tier: str) -> None:
         self._outbox.put(EngineEvent("tier_hit", tier))
@@ -181,5 +215,5 @@ class _Reporter(Listener):
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
-    sys.setswitchinterval(_SWITCH_S)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     Worker(Connection(int(sys.argv[1]))).serve()

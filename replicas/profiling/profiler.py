@@ -13,8 +13,10 @@ from torch.nn import functional
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
-from ranklet.replicas.engine.runner import Runner
-from ranklet.replicas.model.decoder import ignore_stage
+from ranklet.replicas.engine.layout import whole_prompts
+from ranklet.replicas.engine.runner import LaunchedStep, Runner
+from ranklet.replicas.model.decoder import StageCallback, ignore_stage
+from ranklet.replicas.model.heads import Head
 from ranklet.replicas.profiling.clock import StageClock, median_s
 from ranklet.replicas.profiling.roofline import (
     AdapterShare,
@@ -81,6 +83,7 @@ class _BatchTimer:
     """Runs one batch repeatedly and keeps the times, in milliseconds."""
 
     runner: Runner
+    head: Head
     device: torch.device
     prompts: Sequence[NDArray[np.int32]]
     slots: Sequence[int | None]
@@ -90,22 +93,25 @@ class _BatchTimer:
     launching: list[float] = field(default_factory=list)
     stages: list[dict[str, list[float]]] = field(default_factory=list)
 
+    def _launch(self, on_stage: StageCallback | None = None) -> LaunchedStep:
+        return self.runner.launch(whole_prompts(self.prompts, self.head), self.slots, on_stage)
+
     def warm_up(self) -> None:
-        running = self.runner.launch(self.prompts, self.slots)
+        running = self._launch()
         running.wait()
         self.backend = running.backend
 
     def time(self) -> None:
         """Run the batch as it is served, then kernel by kernel, then with a clock at each stage."""
         clock = StageClock(self.device)
-        served = self.runner.launch(self.prompts, self.slots)
+        served = self._launch()
         served.wait()
-        eager = self.runner.launch(self.prompts, self.slots, ignore_stage)  # a callback rules out CUDA graphs
+        eager = self._launch(ignore_stage)  # a callback rules out CUDA graphs
         eager.wait()
-        self.runner.launch(self.prompts, self.slots, clock.record).wait()
+        self._launch(clock.record).wait()
         self.served.append(served.device_s() * 1e3)
         self.eager.append(eager.device_s() * 1e3)
-        self.launching.append(eager.took_s * 1e3)
+        self.launching.append(eager.launch_s * 1e3)
         self.stages.append(clock.times_ms())
 
     def stage_ms(self) -> dict[str, float]:
@@ -133,12 +139,12 @@ def profile(config: EngineConfig, adapters: Sequence[AdapterRef], lengths: Seque
     prompts = [rng.integers(0, engine.limits.vocab, length, dtype=np.int32) for length in lengths]
     used = [engine.slot_of(adapter) for adapter in adapters] or [None]
     slots = [used[i % len(used)] for i in range(len(lengths))]
-    base = _BatchTimer(engine.stepper, engine.device, prompts, [None] * len(prompts))
-    lora = _BatchTimer(engine.stepper, engine.device, prompts, slots) if adapters else base
+    base = _BatchTimer(engine.runner, engine.head, engine.device, prompts, [None] * len(prompts))
+    lora = _BatchTimer(engine.runner, engine.head, engine.device, prompts, slots) if adapters else base
     _time([base, lora] if adapters else [base], repeats)
     size = torch.empty((), dtype=engine.dtype).element_size()
     shares = _shares(engine, lengths, slots)
-    batch = BatchShape(lengths, engine.pools_last, size, shares, merged=lora.backend == "merged")
+    batch = BatchShape(lengths, engine.head.reads_last, size, shares, merged=lora.backend == "merged")
     ceilings = measure_ceilings(engine.device, engine.dtype)
     return Profile(
         sum(lengths), len(lengths), len(shares), lora.backend, _stages(engine, batch, base, lora, ceilings),

@@ -15,7 +15,7 @@ import torch
 
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
-from ranklet.replicas.engine.runner import Runner
+from ranklet.replicas.engine.layout import whole_prompts
 from tests.bench import report
 from tests.bench.engine import refs
 from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model
@@ -25,34 +25,36 @@ _GRAPHED = 3  # launches before a graph exists
 _REPEATS = 20
 
 
-def fixed(stepper: Runner, batch: str, slots: list[int | None]) -> dict[str, Any]:
+def fixed(engine: Engine, batch: str, slots: list[int | None]) -> dict[str, Any]:
     """Time one batch launched kernel by kernel, from a graph of its exact lengths, and from its bucket's graph."""
     count, length = map(int, batch.split("x"))
     prompts = [np.full(length, i, dtype=np.int32) for i in range(count)]
     taken = [slots[i % len(slots)] for i in range(count)]
     row: dict[str, Any] = {"batch": batch, "adapters": sum(slot is not None for slot in slots)}
-    replays, rounds = stepper._replays, stepper._rounds
+    runner = engine.runner
+    replays, rounds = runner.graphs, runner.pads
     assert replays is not None
     for how, graphs, rounded in (("launched", None, False), ("exact", replays, False), ("bucket", replays, rounds)):
-        stepper._replays, stepper._rounds = graphs, rounded
+        runner.graphs, runner.pads = graphs, rounded
         for _ in range(_GRAPHED):
-            stepper.launch(prompts, taken).wait()
+            runner.launch(whole_prompts(prompts, engine.head), taken).wait()
         runs, took_s = [], []
         for _ in range(_REPEATS):
             began_s = perf_counter()
-            running = stepper.launch(prompts, taken)
+            running = runner.launch(whole_prompts(prompts, engine.head), taken)
             running.wait()
             took_s.append(perf_counter() - began_s)
             runs.append(running)
         row[f"{how}_ms"] = round(median(took_s) * 1e3, 3)
         row[f"{how}_device_ms"] = round(median(running.device_s() for running in runs) * 1e3, 3)
-    stepper._replays, stepper._rounds = replays, rounds
+    runner.graphs, runner.pads = replays, rounds
     return row
 
 
-def traffic(stepper: Runner, slots: list[int | None], turns: int, most: int, *, graphs: bool) -> dict[str, Any]:
+def traffic(engine: Engine, slots: list[int | None], turns: int, most: int, *, graphs: bool) -> dict[str, Any]:
     """Time random batches of up to `most` prompts, one at a time, and the device memory reserved while they run."""
-    rng, replays = np.random.default_rng(most), stepper._replays
+    runner = engine.runner
+    rng, replays = np.random.default_rng(most), runner.graphs
     assert replays is not None
     replays.clear()
     torch.cuda.empty_cache()
@@ -63,13 +65,13 @@ def traffic(stepper: Runner, slots: list[int | None], turns: int, most: int, *, 
         lengths = lengths[: max(1, int((lengths.cumsum() <= 8192).sum()))]
         prompts = [rng.integers(0, 1000, length, dtype=np.int32) for length in lengths]
         taken = [slots[int(rng.integers(len(slots)))] for _ in prompts]
-        stepper._replays, held, began_s = replays if graphs else None, len(replays), perf_counter()
-        running = stepper.launch(prompts, taken)
+        runner.graphs, held, began_s = replays if graphs else None, len(replays), perf_counter()
+        running = runner.launch(whole_prompts(prompts, engine.head), taken)
         running.wait()
         took_s.append(perf_counter() - began_s)
         if len(replays) > held:
-            capture_s.append(running.took_s)
-    stepper._replays, late_s = replays, sorted(took_s[turns // 2 :])
+            capture_s.append(running.launch_s)
+    runner.graphs, late_s = replays, sorted(took_s[turns // 2 :])
     return {
         "batch": f"up to {most} prompts", "graphs": len(replays) if graphs else 0,
         "ms": round(sum(took_s) / turns * 1e3, 3), "later_ms": round(sum(late_s) / len(late_s) * 1e3, 3),
@@ -99,9 +101,9 @@ def main() -> None:
             engine.stop()
         base: list[int | None] = [None]
         slots = [engine.slot_of(adapter) for adapter in made]
-        batches = [fixed(engine.stepper, batch, taken) for taken in (base, slots) for batch in _BATCHES]
+        batches = [fixed(engine, batch, taken) for taken in (base, slots) for batch in _BATCHES]
         mixed = [
-            traffic(engine.stepper, [*base, *slots], options.turns, most, graphs=graphs)
+            traffic(engine, [*base, *slots], options.turns, most, graphs=graphs)
             for most in (1, 8, 32)
             for graphs in (False, True)
         ]

@@ -6,6 +6,7 @@ usage: python -m tests.bench.engine [--layers 28] [--adapters 4 64] [--out FOLDE
 import argparse
 import tempfile
 import threading
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,7 +18,8 @@ from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import Revisions
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
-from ranklet.replicas.engine.request import Answer
+from ranklet.replicas.engine.params import EmbedParams
+from ranklet.replicas.engine.request import Answer, AnswerSink
 from ranklet.replicas.errors import RankletError
 from tests.bench import report
 from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model
@@ -40,7 +42,7 @@ def embed(engine: Engine, prompts: list[np.ndarray], adapters: list[AdapterRef |
         left.release()
 
     for i, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
-        engine.submit([prompt], adapter, None, lambda answer, i=i: finish(i, answer))  # type: ignore[misc]
+        engine.submit([prompt], adapter, EmbedParams(), AnswerSink(partial(finish, i)))
     for _ in prompts:
         left.acquire()
     failed = [answer for answer in answers if isinstance(answer, RankletError)]

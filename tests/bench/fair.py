@@ -24,7 +24,8 @@ from rich.console import Console
 
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.config import EngineConfig
-from ranklet.replicas.engine.request import Answer
+from ranklet.replicas.engine.params import EmbedParams
+from ranklet.replicas.engine.request import Answer, AnswerSink
 from ranklet.replicas.errors import RankletError, Saturated
 from ranklet.replicas.process.process import EngineProcess
 from tests.bench import report
@@ -46,7 +47,7 @@ class LoadSender:
         self.refused = 0
 
     def send(self, adapter: AdapterRef, prompts: int, done: Callable[[Answer | RankletError], None]) -> None:
-        self._engine.submit([self._prompt] * prompts, adapter, None, done)
+        self._engine.submit([self._prompt] * prompts, adapter, EmbedParams(), AnswerSink(done))
 
     def closed(self, adapters: Sequence[AdapterRef], depth: int, prompts: int, seconds: float) -> float:
         """Keep `depth` requests in flight. Returns prompts answered per second."""

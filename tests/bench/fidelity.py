@@ -65,7 +65,7 @@ def main() -> None:
             engine.stop()
             for path in wanted:
                 pairs = [
-                    (a.vectors[0], wanted[path][i]) for a, (p, i) in zip(answers, sources, strict=True) if p == path
+                    (a.result[0], wanted[path][i]) for a, (p, i) in zip(answers, sources, strict=True) if p == path
                 ]
                 rows.append({
                     "backend": backend, "adapter": path.name if path else "base", "dtype": str(engine.dtype),

@@ -20,7 +20,8 @@ from rich.progress import track
 from ranklet.replicas.adapters.reference import AdapterRef, LoadRecord
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
-from ranklet.replicas.engine.request import Answer
+from ranklet.replicas.engine.params import EmbedParams
+from ranklet.replicas.engine.request import Answer, AnswerSink
 from ranklet.replicas.engine.stats import BatchRecord, Listener
 from ranklet.replicas.errors import RankletError
 from tests.bench import report
@@ -76,7 +77,7 @@ class RandomTraffic:
         while not self._over:
             self._free.acquire()
             adapter = self._adapters[int(self._rng.integers(len(self._adapters)))]
-            self._engine.submit([self._prompt], adapter, None, self._done)
+            self._engine.submit([self._prompt], adapter, EmbedParams(), AnswerSink(self._done))
 
     def _done(self, answer: Answer | RankletError) -> None:
         if isinstance(answer, RankletError):

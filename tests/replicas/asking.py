@@ -1,8 +1,9 @@
 """Asking an engine, and holding its answers against the oracle's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from time import monotonic, sleep
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +11,12 @@ from numpy.typing import NDArray
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import revision_of
 from ranklet.replicas.engine.engine import Engine
-from ranklet.replicas.engine.request import Answer
+from ranklet.replicas.engine.layout import whole_prompts
+from ranklet.replicas.engine.params import EmbedParams
+from ranklet.replicas.engine.request import Answer, AnswerSink
+from ranklet.replicas.engine.runner import LaunchedStep
 from ranklet.replicas.errors import RankletError
+from ranklet.replicas.model.decoder import StageCallback
 from ranklet.replicas.process.process import EngineProcess
 from tests.assets.oracle import cosine, encode
 
@@ -40,7 +45,7 @@ def submit(
         else:
             future.set_result(result)
 
-    engine.submit(asked, adapter, dimensions, done)
+    engine.submit(asked, adapter, EmbedParams(dimensions), AnswerSink(done))
     return future
 
 
@@ -57,3 +62,27 @@ def assert_same(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> None:
     for index, (our, their) in enumerate(zip(ours, theirs, strict=True)):
         assert cosine(our, their) >= 0.999999, f"row {index}"
         assert np.abs(our - their).max() <= 1e-5, f"row {index}"
+
+
+def launch(
+    engine: Engine,
+    asked: Sequence[NDArray[np.int32]],
+    slots: Sequence[int | None],
+    on_stage: StageCallback | None = None,
+) -> LaunchedStep:
+    """Launch whole prompts in one step, past the queue."""
+    return engine.runner.launch(whole_prompts(asked, engine.head), slots, on_stage)
+
+
+def vectors_of(step: LaunchedStep) -> NDArray[np.float32]:
+    """Wait for a step of one head. Returns its outputs in the order of the prompts."""
+    (outputs,) = step.wait()
+    return outputs
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition, polling."""
+    end_s = monotonic() + PATIENCE_S
+    while not condition():
+        assert monotonic() < end_s, "the condition did not become true in time"
+        sleep(0.002)

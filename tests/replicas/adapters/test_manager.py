@@ -57,7 +57,8 @@ class Scene:
         self.now_s = 0.0
         self.manager = AdapterManager(
             slots, self.loader, Condition(), lambda ref: self.waiting.pop(ref, []),
-            on_load=self.records.append, on_evicted=self.evicted.append, clock=lambda: self.now_s,
+            on_load=self.records.append, on_loading=lambda name: None, on_evicted=self.evicted.append,
+            clock=lambda: self.now_s,
         )  # fmt: skip
 
     def complete(self) -> LoadRecord:

@@ -56,7 +56,7 @@ def test_forms_seen_in_the_wild_answer_as_peft_does(name: str, model_dir: Path, 
     folder = VARIANTS[name](model_dir, tmp_path / name)
     texts = TEXTS[:3]
     answer = ask(engine, prompts(model_dir, texts), ref(folder))
-    assert_same(answer.vectors, reference_embedding(model_dir, folder, texts))
+    assert_same(answer.result, reference_embedding(model_dir, folder, texts))
 
 
 def test_the_six_adapters_are_read_to_the_bit(adapter_specs: list[AdapterSpec], expectation: ExpectedModules) -> None:

@@ -22,7 +22,8 @@ from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.stack import LinearStack
 from ranklet.replicas.adapters.reference import WEIGHTS_FILE, AdapterRef, LoadRecord
 from ranklet.replicas.engine.engine import Engine
-from ranklet.replicas.engine.request import Answer
+from ranklet.replicas.engine.params import EmbedParams
+from ranklet.replicas.engine.request import Answer, AnswerSink
 from ranklet.replicas.engine.stats import BatchRecord, Listener
 from ranklet.replicas.errors import (
     AdapterNotFound,
@@ -38,7 +39,7 @@ from tests.assets.broken import BROKEN, edit_weights, sound
 from tests.assets.corpus import TEXTS
 from tests.assets.make import AdapterSpec
 from tests.assets.oracle import cosine, reference_embedding
-from tests.replicas.asking import PATIENCE_S, ask, assert_same, prompts, ref, submit
+from tests.replicas.asking import PATIENCE_S, ask, assert_same, prompts, ref, submit, until
 
 MakeEngine = Callable[..., Engine]
 Prompts = list[NDArray[np.int32]]
@@ -70,13 +71,6 @@ class Diary(Listener):
         self.dropped += requests
 
 
-def until(true: Callable[[], bool]) -> None:
-    end = monotonic() + PATIENCE_S
-    while not true():
-        assert monotonic() < end, "it did not come"
-        sleep(0.002)
-
-
 @pytest.fixture(scope="module")
 def expected(model_dir: Path, adapter_specs: list[AdapterSpec]) -> dict[str | None, NDArray[np.float32]]:
     """The oracle's vectors of TEXTS[:8], by adapter; None is the base."""
@@ -100,11 +94,11 @@ def test_each_adapter_alone(
 ) -> None:
     for spec in adapter_specs:
         answer = ask(engine, tokens, ref(spec.path))
-        assert_same(answer.vectors, expected[spec.name])
+        assert_same(answer.result, expected[spec.name])
         assert answer.prompt_tokens == sum(map(len, tokens))
         assert answer.backend == "native"
     base = ask(engine, tokens)
-    assert_same(base.vectors, expected[None])
+    assert_same(base.result, expected[None])
     assert (base.backend, base.tier) == ("none", None)
 
 
@@ -118,10 +112,10 @@ def test_all_mixed_in_one_batch(
     for each in refs:
         if each is not None:
             engine.load(each)
-    with engine._wake:  # so that all of it waits when the next batch is made
+    with engine.paused():  # so that all of it waits when the next batch is made
         asked = [(each, i, submit(engine, [tokens[i]], each)) for i in range(len(tokens)) for each in refs]
     for each, i, future in asked:
-        assert_same(future.result(PATIENCE_S).vectors, expected[each.name if each else None][i : i + 1])
+        assert_same(future.result(PATIENCE_S).result, expected[each.name if each else None][i : i + 1])
     until(lambda: len(diary.batches) == 1)
     assert diary.batches[0].adapters == 6
     assert diary.batches[0].requests_by_adapter[""] == len(tokens)
@@ -134,8 +128,8 @@ def test_dimensions_are_cut_and_normalised_again(
     spec = adapter_specs[1]
     for width in (32, 100, 128):
         answer = ask(engine, tokens[:3], ref(spec.path), width)
-        assert_same(answer.vectors, reference_embedding(model_dir, spec.path, TEXTS[:3], dimensions=width))
-        np.testing.assert_allclose(np.linalg.norm(answer.vectors, axis=1), 1.0, rtol=1e-6)
+        assert_same(answer.result, reference_embedding(model_dir, spec.path, TEXTS[:3], dimensions=width))
+        np.testing.assert_allclose(np.linalg.norm(answer.result, axis=1), 1.0, rtol=1e-6)
 
 
 def test_prompts_of_any_length_up_to_the_limit(
@@ -148,12 +142,12 @@ def test_prompts_of_any_length_up_to_the_limit(
     draw = np.random.default_rng(0)
     asked = [draw.integers(0, 1024, size, dtype=np.int32) for size in (1, 600, 599, 2, 300, 301, 17, 598, 3)]
     wanted = ref(adapter_specs[0].path)
-    assert_same(ask(engine, asked, wanted).vectors, reference_embedding(model_dir, adapter_specs[0].path, asked))
+    assert_same(ask(engine, asked, wanted).result, reference_embedding(model_dir, adapter_specs[0].path, asked))
     until(lambda: sum(record.tokens for record in diary.batches) == sum(map(len, asked)))
     assert max(record.tokens for record in diary.batches) <= 600
     assert engine.limits.max_model_len == 600
     with pytest.raises(InvalidRequest, match="601"):
-        engine.submit([np.zeros(601, np.int32)], None, None, print)
+        engine.submit([np.zeros(601, np.int32)], None, EmbedParams(), AnswerSink(print))
 
 
 def test_a_neighbour_never_changes_an_answer(
@@ -162,14 +156,14 @@ def test_a_neighbour_never_changes_an_answer(
     """The same prompt beside ever other company, adapters and lengths."""
     draw, wanted = np.random.default_rng(1), ref(adapter_specs[3].path)
     for spec in adapter_specs:
-        with engine._wake:
+        with engine.paused():
             ours = submit(engine, tokens[:1], wanted)
             theirs = [
                 submit(engine, [draw.integers(0, 1024, int(size), dtype=np.int32)], ref(spec.path))
                 for size in (1, 40, 200)
             ]
-        assert_same(ours.result(PATIENCE_S).vectors, expected[wanted.name][:1])
-        assert all(np.isfinite(future.result(PATIENCE_S).vectors).all() for future in theirs)
+        assert_same(ours.result(PATIENCE_S).result, expected[wanted.name][:1])
+        assert all(np.isfinite(future.result(PATIENCE_S).result).all() for future in theirs)
 
 
 # Pressure
@@ -189,7 +183,7 @@ def test_more_adapters_than_slots_under_many_threads(
         wanted, first, count = job
         places = [(first + i) % 8 for i in range(count)]
         answer = ask(engine, [tokens[i] for i in places], wanted)
-        assert_same(answer.vectors, expected[wanted.name if wanted else None][places])
+        assert_same(answer.result, expected[wanted.name if wanted else None][places])
 
     with ThreadPoolExecutor(12) as threads:
         list(threads.map(one, plan))
@@ -213,14 +207,14 @@ def test_saturation_refuses_at_once_and_ends(make_engine: MakeEngine, tokens: Pr
     assert refused.value.retry_after_s > 0
     engine.start()
     first.result(PATIENCE_S)
-    assert ask(engine, tokens[:1]).vectors.shape == (1, 128)
+    assert ask(engine, tokens[:1]).result.shape == (1, 128)
 
 
 def test_a_cancelled_request_never_reaches_the_device(make_engine: MakeEngine, tokens: Prompts) -> None:
     diary = Diary()
     engine = make_engine(listener=diary)
     called: list[Answer | RankletError] = []
-    ticket = engine.submit(tokens[:3], None, None, called.append)
+    ticket = engine.submit(tokens[:3], None, EmbedParams(), AnswerSink(called.append))
     kept = submit(engine, tokens[3:4])
     ticket.cancel()
     engine.start()
@@ -258,16 +252,16 @@ def test_a_folder_replaced_under_its_name_is_a_new_revision(
 
     folder = saved("live", 1)
     old = ref(folder)
-    before = ask(engine, tokens, old).vectors
+    before = ask(engine, tokens, old).result
     assert_same(before, reference_embedding(model_dir, folder, TEXTS[:8]))
     other = saved("other", 2)
     shutil.copy(other / WEIGHTS_FILE, folder / WEIGHTS_FILE)
     new = ref(folder)
     assert new.revision != old.revision
-    after = ask(engine, tokens, new).vectors
+    after = ask(engine, tokens, new).result
     assert_same(after, reference_embedding(model_dir, other, TEXTS[:8]))
     assert max(cosine(a, b) for a, b in zip(before, after, strict=True)) < 0.999
-    assert_same(ask(engine, tokens, old).vectors, before)  # what still asks for the old one gets the old one
+    assert_same(ask(engine, tokens, old).result, before)  # what still asks for the old one gets the old one
 
 
 def test_a_bad_folder_fails_its_own_requests_only(
@@ -281,14 +275,14 @@ def test_a_bad_folder_fails_its_own_requests_only(
     bad = ref(BROKEN["nan"].make(model_dir, tmp_path / "nan"))
     gone = AdapterRef("gone", str(tmp_path / "gone"), "1")
     good = ref(adapter_specs[0].path)
-    with engine._wake:
+    with engine.paused():
         futures = {each: submit(engine, tokens, each) for each in (bad, gone, good, None)}
     with pytest.raises(InvalidAdapter, match="NaN"):
         futures[bad].result(PATIENCE_S)
     with pytest.raises(AdapterNotFound):
         futures[gone].result(PATIENCE_S)
-    assert_same(futures[good].result(PATIENCE_S).vectors, expected[good.name])
-    assert_same(futures[None].result(PATIENCE_S).vectors, expected[None])
+    assert_same(futures[good].result(PATIENCE_S).result, expected[good.name])
+    assert_same(futures[None].result(PATIENCE_S).result, expected[None])
     with pytest.raises(InvalidAdapter, match="NaN"):  # remembered: refused at once, with the same findings
         submit(engine, tokens, bad)
     with pytest.raises(InvalidAdapter, match="NaN"):
@@ -345,12 +339,12 @@ def test_a_slow_load_holds_up_nobody_else(
     with slow_disk(tmp_path / "slow" / WEIGHTS_FILE):
         stuck = submit(engine, tokens, slow)
         for _ in range(3):
-            assert_same(ask(engine, tokens).vectors, expected[None])
-            assert_same(ask(engine, tokens, resident).vectors, expected[resident.name])
-        assert_same(ask(engine, tokens, fresh).vectors, expected[fresh.name])
+            assert_same(ask(engine, tokens).result, expected[None])
+            assert_same(ask(engine, tokens, resident).result, expected[resident.name])
+        assert_same(ask(engine, tokens, fresh).result, expected[fresh.name])
         assert not stuck.done()
         assert engine.snapshot().waiting_adapters == ("slow",)
-    assert_same(stuck.result(PATIENCE_S).vectors, reference_embedding(model_dir, tmp_path / "slow", TEXTS[:8]))
+    assert_same(stuck.result(PATIENCE_S).result, reference_embedding(model_dir, tmp_path / "slow", TEXTS[:8]))
 
 
 # Failures
@@ -365,11 +359,11 @@ def test_an_answer_that_is_not_finite_fails_its_own_request_only(
 
     huge = ref(edit_weights(sound(model_dir, tmp_path / "huge"), explode))
     engine.load(huge)
-    with engine._wake:
+    with engine.paused():
         poisoned, good = submit(engine, tokens, huge), submit(engine, tokens)
     with pytest.raises(InternalError, match="not finite"):
         poisoned.result(PATIENCE_S)
-    assert_same(good.result(PATIENCE_S).vectors, expected[None])
+    assert_same(good.result(PATIENCE_S).result, expected[None])
     assert engine.healthy()
 
 
@@ -401,15 +395,15 @@ def test_a_failed_batch_fails_only_the_prompt_at_fault(
     slot = engine.slot_of(bad)
     assert slot is not None
     with failing_slot(slot):
-        with engine._wake:
+        with engine.paused():
             wrong = submit(engine, tokens[:1], bad)
             right = [submit(engine, tokens, each) for each in (good, None)]
         with pytest.raises(InternalError, match="out of luck"):
             wrong.result(PATIENCE_S)
-        assert_same(right[0].result(PATIENCE_S).vectors, expected[good.name])
-        assert_same(right[1].result(PATIENCE_S).vectors, expected[None])
+        assert_same(right[0].result(PATIENCE_S).result, expected[good.name])
+        assert_same(right[1].result(PATIENCE_S).result, expected[None])
         assert engine.healthy()
-    assert_same(ask(engine, tokens, bad).vectors, expected[bad.name])
+    assert_same(ask(engine, tokens, bad).result, expected[bad.name])
 
 
 def test_an_adapter_that_always_fails_leaves_the_engine_healthy(
@@ -423,7 +417,7 @@ def test_an_adapter_that_always_fails_leaves_the_engine_healthy(
         for _ in range(4):
             with pytest.raises(InternalError):
                 ask(engine, tokens[:1], bad)
-        assert_same(ask(engine, tokens, None).vectors, expected[None])
+        assert_same(ask(engine, tokens, None).result, expected[None])
         assert engine.healthy()
 
 
@@ -437,7 +431,7 @@ def test_a_device_that_computes_nothing_makes_the_engine_unhealthy(make_engine: 
     assert engine.healthy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pointwise, "rms_norm", dead)
-        with engine._wake:  # a queue that never runs empty must not keep the engine from finding out
+        with engine.paused():  # a queue that never runs empty must not keep the engine from finding out
             asked = [submit(engine, tokens[:1], None) for _ in range(3)]
         for each in asked:
             with pytest.raises(InternalError, match="device lost"):
@@ -455,8 +449,8 @@ def test_a_callback_that_raises_harms_nobody_else(make_engine: MakeEngine, token
     def careless(_: object) -> None:
         raise RuntimeError("Event loop is closed")
 
-    engine.submit(tokens[:1], None, None, careless)
-    assert_same(ask(engine, tokens, None).vectors, expected[None])
+    engine.submit(tokens[:1], None, EmbedParams(), AnswerSink(careless))
+    assert_same(ask(engine, tokens, None).result, expected[None])
     assert engine.healthy()
 
 
@@ -483,7 +477,7 @@ def test_bad_requests_are_refused_where_they_are_made(
     engine: Engine, asked: Prompts, dimensions: int | None, says: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=says):
-        engine.submit(asked, None, dimensions, print)
+        engine.submit(asked, None, EmbedParams(dimensions), AnswerSink(print))
 
 
 # The end
@@ -504,9 +498,10 @@ def test_stop_refuses_what_waits_and_what_comes(
             failures.append(error)
 
     with slow_disk(tmp_path / "slow" / WEIGHTS_FILE):
-        waiting, loading = submit(engine, tokens, slow), threading.Thread(target=load)
+        loading = threading.Thread(target=load)
         loading.start()
-        until(lambda: bool(engine.held().loading))
+        until(lambda: [each.where for each in engine.report()] == ["loading"])
+        waiting = submit(engine, tokens, slow)
         stopping = threading.Thread(target=engine.stop)
         stopping.start()
         with pytest.raises(Unavailable):

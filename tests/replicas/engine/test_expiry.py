@@ -24,7 +24,7 @@ def test_requests_do_not_wait_for_a_disk_that_hangs(model_dir: Path, adapters_di
     medical, late = ref(adapters_dir / "medical"), ref(stuck)
     with hanging(stuck / "adapter_model.safetensors"):
         waiting = submit(engine, prompt, late)
-        assert ask(engine, prompt, medical).vectors.shape == (1, 128)
+        assert ask(engine, prompt, medical).result.shape == (1, 128)
         assert engine.held().loading == ("stuck",)
         assert engine.held().used_slots == 2
         assert not waiting.done()
@@ -34,7 +34,7 @@ def test_requests_do_not_wait_for_a_disk_that_hangs(model_dir: Path, adapters_di
             engine.expire()
         assert isinstance(waiting.exception(), StillLoading)
         assert ask(engine, prompt, medical).tier == "gpu"
-    assert ask(engine, prompt, late).vectors.shape == (1, 128), "the load has gone on"
+    assert ask(engine, prompt, late).result.shape == (1, 128), "the load has gone on"
     engine.stop()
 
 
@@ -66,5 +66,5 @@ def test_loads_that_cannot_begin_leave_the_slots_to_those_that_serve(
             engine.expire()
         assert all(isinstance(one.exception(), StillLoading) for one in (waiting, *stuck))
         assert ask(engine, prompt, medical).tier == "gpu"
-    assert ask(engine, prompt, late).vectors.shape == (1, 128)
+    assert ask(engine, prompt, late).result.shape == (1, 128)
     engine.stop()

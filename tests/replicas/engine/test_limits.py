@@ -1,4 +1,4 @@
-"""Requests out of bounds are refused before anything is queued, naming what was expected and what came."""
+"""Requests out of bounds are refused; the message has the bounds and the value."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,9 @@ def tokens(*ids: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("dimensions", "width"), [(None, 64), (32, 32), (64, 64), (33, 33)])
-def test_what_is_in_bounds_gives_its_width(dimensions: int | None, width: int) -> None:
-    assert LIMITS.check([tokens(0), tokens(*range(90, 100))], dimensions) == width
+def test_the_width_is_that_of_the_request_or_the_model(dimensions: int | None, width: int) -> None:
+    LIMITS.check_prompts([tokens(0), tokens(*range(90, 100))])
+    assert LIMITS.check_dimensions(dimensions) == width
 
 
 @pytest.mark.parametrize(
@@ -34,12 +35,18 @@ def test_what_is_in_bounds_gives_its_width(dimensions: int | None, width: int) -
         ([tokens(1)], -5, "dimensions", "got -5"),
     ],
 )
-def test_what_is_not_is_named(prompts: list[np.ndarray], dimensions: int | None, param: str, says: str) -> None:
+def test_an_error_names_the_field_and_the_bounds(
+    prompts: list[np.ndarray], dimensions: int | None, param: str, says: str
+) -> None:
+    def check() -> None:
+        LIMITS.check_prompts(prompts)
+        LIMITS.check_dimensions(dimensions)
+
     with pytest.raises(InvalidRequest) as refused:
-        LIMITS.check(prompts, dimensions)
+        check()
     assert refused.value.param == param
     assert says in refused.value.message
 
 
-def test_a_model_narrower_than_the_usual_minimum_takes_its_own_width() -> None:
-    assert RequestLimits(10, hidden=16, vocab=5).check([tokens(1)], 16) == 16
+def test_a_narrow_model_accepts_its_own_width() -> None:
+    assert RequestLimits(10, hidden=16, vocab=5).check_dimensions(16) == 16

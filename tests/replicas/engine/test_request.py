@@ -1,66 +1,93 @@
-"""A request gathers its prompts in order, ends once, and drops the rest when one fails."""
+"""A request gathers its outputs in order, ends once, and drops its other sequences when one fails."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from ranklet.replicas.engine.request import Answer, Prompt, Request, Ticket
+from ranklet.replicas.engine.limits import RequestLimits
+from ranklet.replicas.engine.params import EmbedParams
+from ranklet.replicas.engine.request import Answer, AnswerSink, Request, Ticket
+from ranklet.replicas.engine.tasks import EmbedTask
 from ranklet.replicas.errors import InternalError, RankletError
+from tests.replicas.engine.given import HEAD
+
+LIMITS = RequestLimits(max_model_len=10, hidden=4, vocab=100)
+Ended = list[Answer | RankletError]
 
 
-def call(prompts: int, dimensions: int = 4, *, shortened: bool = False) -> tuple[Request, list[Answer | RankletError]]:
-    ended: list[Answer | RankletError] = []
-    made = Request(prompts, dimensions, shortened=shortened, tier="host", tokens=7, done=ended.append)
-    made.works = [Prompt(np.zeros(1, np.int32), None, 0.0, call=made, index=index) for index in range(prompts)]
-    return made, ended
+def make_request(prompts: int) -> tuple[Request, Ended]:
+    ended: Ended = []
+    task = EmbedTask(EmbedParams(), prompts, LIMITS, HEAD, normalize=True)
+    ids = [np.zeros(i + 1, np.int32) for i in range(prompts)]
+    return Request(task, ids, None, AnswerSink(ended.append), arrived_s=10.0, tier="host"), ended
 
 
-def complete(made: Request, index: int, vector: Sequence[float], *, waited: float = 0.0, ran: float = 0.0) -> None:
-    made.complete(index, np.asarray(vector, np.float32), backend="native", queue_s=waited, compute_s=ran)
+def complete(
+    request: Request, index: int, vector: Sequence[float], *, began_s: float = 10.0, ran_s: float = 0.0
+) -> bool:
+    output = np.asarray(vector, np.float32)
+    sequence = request.sequences[index]
+    return request.on_output(sequence, output, backend="native", began_s=began_s, compute_s=ran_s)
 
 
-def test_vectors_stand_in_the_order_of_the_prompts() -> None:
-    made, ended = call(3)
+def test_vectors_are_in_the_order_of_the_prompts() -> None:
+    request, ended = make_request(3)
     for index in (2, 0, 1):
         assert not ended
-        complete(made, index, [index, 1, 2, 3], waited=1.0 + index, ran=0.5 - 0.1 * index)
+        assert not complete(request, index, [index, 1, 2, 3], began_s=11.0 + index, ran_s=0.5 - 0.1 * index)
     (answer,) = ended
     assert isinstance(answer, Answer)
-    assert answer.vectors[:, 0].tolist() == [0, 1, 2]
-    assert (answer.tier, answer.backend, answer.prompt_tokens) == ("host", "native", 7)
+    assert answer.result[:, 0].tolist() == [0, 1, 2]
+    assert (answer.tier, answer.backend, answer.prompt_tokens) == ("host", "native", 1 + 2 + 3)
     assert (answer.queue_s, answer.compute_s) == (3.0, 0.5)
 
 
-def test_shortened_vectors_have_length_one_again() -> None:
-    made, ended = call(2, dimensions=2, shortened=True)
-    complete(made, 0, [3.0, 4.0, 12.0])
-    complete(made, 1, [0.0, 0.0, 1.0])
+def shortened(vector: list[float], *, normalize: bool) -> list[float]:
+    wide = RequestLimits(max_model_len=10, hidden=33, vocab=100)
+    ended: Ended = []
+    task = EmbedTask(EmbedParams(32), 1, wide, HEAD, normalize=normalize)
+    request = Request(task, [np.zeros(1, np.int32)], None, AnswerSink(ended.append))
+    complete(request, 0, vector + [0.0] * (32 - len(vector)) + [12.0])
     (answer,) = ended
     assert isinstance(answer, Answer)
-    np.testing.assert_allclose(answer.vectors, [[0.6, 0.8], [0.0, 0.0]], rtol=1e-6)
+    assert answer.result.shape == (1, 32)
+    values: list[float] = answer.result[0, : len(vector)].tolist()
+    return values
 
 
-def test_unnormalised_models_are_only_cut() -> None:
-    made, ended = call(1, dimensions=2)
-    complete(made, 0, [3.0, 4.0, 12.0])
-    (answer,) = ended
-    assert isinstance(answer, Answer)
-    assert answer.vectors.tolist() == [[3.0, 4.0]]
+def test_shortened_vectors_are_normalized_again() -> None:
+    np.testing.assert_allclose(shortened([3.0, 4.0], normalize=True), [0.6, 0.8], rtol=1e-6)
+    assert shortened([0.0, 0.0], normalize=True) == [0.0, 0.0]
 
 
-def test_the_first_failure_ends_the_request_and_drops_its_other_prompts() -> None:
-    made, ended = call(2)
+def test_vectors_of_a_model_without_normalization_are_only_shortened() -> None:
+    assert shortened([3.0, 4.0], normalize=False) == [3.0, 4.0]
+
+
+def test_the_first_failure_ends_the_request_and_drops_its_other_sequences() -> None:
+    request, ended = make_request(2)
     error = InternalError("no")
-    made.fail(error)
-    made.fail(InternalError("again"))
-    complete(made, 0, [1, 1, 1, 1])
-    complete(made, 1, [1, 1, 1, 1])
+    request.fail(error)
+    request.fail(InternalError("again"))
+    complete(request, 0, [1, 1, 1, 1])
+    complete(request, 1, [1, 1, 1, 1])
     assert ended == [error]
-    assert all(work.cancelled for work in made.works)
+    assert all(sequence.cancelled for sequence in request.sequences)
 
 
-def test_a_ticket_cancels_every_prompt() -> None:
-    made, ended = call(3)
-    Ticket(made).cancel()
-    assert all(work.cancelled for work in made.works)
+def test_a_ticket_cancels_every_sequence() -> None:
+    request, ended = make_request(3)
+    Ticket(request).cancel()
+    assert all(sequence.cancelled for sequence in request.sequences)
     assert ended == []
+
+
+def test_a_sink_that_raises_does_not_disturb_the_engine() -> None:
+    def careless(result: Any) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    task = EmbedTask(EmbedParams(), 1, LIMITS, HEAD, normalize=True)
+    request = Request(task, [np.zeros(1, np.int32)], None, AnswerSink(careless))
+    assert not complete(request, 0, [1, 0, 0, 0])
+    assert not request.is_open

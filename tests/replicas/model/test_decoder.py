@@ -59,16 +59,16 @@ def test_base_and_adapter_are_transformers_and_pefts(name: str, tmp_path: Path, 
     engine.start()
     texts = [LONG, TEXTS[20], "x"]
     assert len(prompts(folder, [LONG])[0]) > 200
-    assert_same(ask(engine, prompts(folder, texts)).vectors, reference_embedding(folder, None, texts))
+    assert_same(ask(engine, prompts(folder, texts)).result, reference_embedding(folder, None, texts))
     answer = ask(engine, prompts(folder, texts), ref(adapter))
-    assert_same(answer.vectors, reference_embedding(folder, adapter, texts))
+    assert_same(answer.result, reference_embedding(folder, adapter, texts))
 
 
 def test_a_bfloat16_folder_is_served_in_float32(tmp_path: Path, make_engine: MakeEngine) -> None:
     folder = make_model(tmp_path / "model", **SMALL, dtype="bfloat16")
     engine = make_engine(folder)
     engine.start()
-    assert_same(ask(engine, prompts(folder, TEXTS[:3])).vectors, reference_embedding(folder, None, TEXTS[:3]))
+    assert_same(ask(engine, prompts(folder, TEXTS[:3])).result, reference_embedding(folder, None, TEXTS[:3]))
 
 
 def _without(tensors: dict[str, torch.Tensor]) -> None:

@@ -48,7 +48,7 @@ def test_vectors_are_sentence_transformers(
     engine.start()
     texts = [*TEXTS[:5], "x"]
     theirs = SentenceTransformer(str(folder), device="cpu").encode(texts)
-    np.testing.assert_allclose(ask(engine, prompts(folder, texts)).vectors, theirs, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(ask(engine, prompts(folder, texts)).result, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_a_folder_that_says_nothing_is_qwen3_embeddings(tmp_path: Path) -> None:

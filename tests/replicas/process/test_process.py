@@ -5,21 +5,21 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
+from ranklet.replicas.engine.params import EmbedParams
+from ranklet.replicas.engine.request import AnswerSink
 from ranklet.replicas.engine.stats import BatchRecord, Listener
 from ranklet.replicas.errors import InvalidAdapter, InvalidRequest, ModelError, RankletError, Saturated, Unavailable
 from ranklet.replicas.process.process import EngineProcess
 from tests.assets.make import AdapterSpec
-from tests.replicas.asking import PATIENCE_S, ask, ref, submit
+from tests.replicas.asking import PATIENCE_S, ask, ref, submit, until
 
 PROMPTS = [np.arange(1, length, dtype=np.int32) for length in (5, 40, 9)]
 
@@ -49,19 +49,12 @@ def remote(model_dir: Path) -> Iterator[EngineProcess]:
     made.stop()
 
 
-def until(happened: Any) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_answers_are_those_of_an_engine_here(
     remote: EngineProcess, engine: Engine, adapter_specs: list[AdapterSpec]
 ) -> None:
     for adapter in (None, ref(adapter_specs[0].path)):
         ours, theirs = submit(remote, PROMPTS, adapter).result(PATIENCE_S), ask(engine, PROMPTS, adapter)
-        np.testing.assert_allclose(ours.vectors, theirs.vectors, atol=1e-5)
+        np.testing.assert_allclose(ours.result, theirs.result, atol=1e-5)
         assert (ours.prompt_tokens, ours.backend) == (theirs.prompt_tokens, theirs.backend)
     assert ours.compute_s > 0
     until(lambda: sum(record.tokens for record in RECORDS.batches) >= 2 * sum(map(len, PROMPTS)))
@@ -102,11 +95,13 @@ def test_a_refusal_survives_pickling(error: RankletError) -> None:
 def test_a_cancelled_request_is_dropped_and_forgotten(remote: EngineProcess) -> None:
     long = [np.ones(1000, dtype=np.int32)]
     first = submit(remote, long)
-    ticket = remote.submit(long, None, None, lambda result: pytest.fail("cancelled requests are not answered"))
+    ticket = remote.submit(
+        long, None, EmbedParams(), AnswerSink(lambda result: pytest.fail("cancelled requests are not answered"))
+    )
     ticket.cancel()
     first.result(PATIENCE_S)
     submit(remote, PROMPTS).result(PATIENCE_S)
-    assert remote._waiting == {}
+    assert remote.open_calls == 0
 
 
 def test_who_waits_when_it_dies_is_told(model_dir: Path) -> None:

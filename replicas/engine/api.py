@@ -1,0 +1,46 @@
+"""The interface of an engine, whether it runs in this process or in one of its own. Imports no torch."""
+
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, AdapterReport, HeldAdapters
+from ranklet.replicas.engine.limits import RequestLimits
+from ranklet.replicas.engine.params import EmbedParams
+from ranklet.replicas.engine.request import Sink
+from ranklet.replicas.engine.stats import Snapshot
+
+
+class Cancellable(Protocol):
+    def cancel(self) -> None: ...
+
+
+class QuickCalls(Protocol):
+    """Methods that return at once. `Engine` documents them."""
+
+    def pin(self, names: Collection[str]) -> None: ...
+    def release(self, name: str, keep: str | None = None) -> bool: ...
+    def report(self) -> list[AdapterReport]: ...
+    def snapshot(self) -> Snapshot: ...
+
+
+class EngineApi(QuickCalls, Protocol):
+    """Methods of `Engine` and `EngineProcess`. `Engine` documents them."""
+
+    limits: RequestLimits
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def submit(
+        self, prompts: Sequence[NDArray[np.int32]], adapter: AdapterRef | None, params: EmbedParams, sink: Sink
+    ) -> Cancellable: ...
+    def load(self, adapter: AdapterRef) -> AdapterInfo: ...
+    def prefetch(self, adapter: AdapterRef) -> None: ...
+    def resident(self) -> tuple[str, ...]: ...
+    def held(self) -> HeldAdapters: ...
+    def healthy(self) -> bool: ...
+
+
+QUICK_CALLS = tuple(name for name, value in vars(QuickCalls).items() if callable(value) and not name.startswith("_"))

@@ -1,0 +1,131 @@
+"""One step's arrays in a single buffer, so that they reach the device in one copy.
+
+Letters: T tokens, B sequences.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ranklet.kernels.batch import LoraBatch, cut
+from ranklet.kernels.powers import power_of_two
+from ranklet.kernels.row_tiles import RowTiles
+from ranklet.replicas.engine.bucket import Bucket
+from ranklet.replicas.model.heads import Head
+
+ChooseLast = Callable[[LoraBatch, Sequence[int]], LoraBatch]
+
+
+class TokenSpan(NamedTuple):
+    """The tokens of one sequence in a step.
+
+    Attributes:
+        ids: int32 [length].
+        start: position of the first of them in the sequence.
+        head: what to compute of their hidden states.
+    """
+
+    ids: NDArray[np.int32]
+    start: int
+    head: Head
+
+
+def whole_prompts(prompts: Iterable[NDArray[np.int32]], head: Head) -> list[TokenSpan]:
+    return [TokenSpan(ids, 0, head) for ids in prompts]
+
+
+class DeviceArrays(NamedTuple):
+    """A layout's arrays on the device: int32 [T], [T], [B + 1], and the batches with their tile tables."""
+
+    ids: Tensor
+    positions: Tensor
+    offsets: Tensor
+    lora: LoraBatch
+    last: LoraBatch | None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A packed step.
+
+    Attributes:
+        lengths: tokens of each sequence, fillers of a padded step included.
+        longest: the largest length, or more.
+        last: LoRA of one row a sequence; None where the last layer computes all rows.
+        buffer: int32: ids, positions, offsets, then the tile tables of `lora` and `last`. Pinned for a GPU.
+    """
+
+    lengths: tuple[int, ...]
+    longest: int
+    lora: LoraBatch
+    last: LoraBatch | None
+    buffer: Tensor
+
+    @classmethod
+    def pack(
+        cls, spans: Sequence[TokenSpan], lora: LoraBatch, choose_last: ChooseLast | None,
+        bucket: Bucket | None = None, *, pinned: bool = False,
+    ) -> "Layout":  # fmt: skip
+        """Pack spans that are in the order of `lora`.
+
+        Args:
+            choose_last: makes the batch of the sequences' last tokens; None if all rows are needed.
+            bucket: pad to it, with filler sequences behind the others.
+        """
+        lengths = tuple(len(span.ids) for span in spans)
+        longest, tokens = max(lengths), sum(lengths)
+        if bucket is not None:
+            lengths, longest, lora = bucket.filled(lengths), bucket.longest, replace(lora, rows=bucket.tokens)
+        lora = _tiled(lora, padded=bucket is not None)
+        last = None if choose_last is None else _tiled(choose_last(lora, lengths), padded=bucket is not None)
+        count = _positions(power_of_two(max(span.start + len(span.ids) for span in spans)))
+        # Fillers get position 0: one may be longer than the model's longest prompt.
+        filler = np.zeros(lora.rows - tokens, dtype=np.int32)
+        parts = [span.ids for span in spans] + [filler]
+        parts += [count[span.start : span.start + len(span.ids)] for span in spans]
+        parts += [filler, np.array((0, *accumulate(lengths)), dtype=np.int32)]
+        parts += [array.reshape(-1) for tiles in _all_tiles(lora, last) for array in tiles.arrays]
+        buffer = torch.empty(sum(map(len, parts)), dtype=torch.int32, pin_memory=pinned)
+        np.concatenate(parts, out=buffer.numpy())
+        return cls(lengths, longest, lora, last, buffer)
+
+    def unpack(self, moved: Tensor) -> DeviceArrays:
+        """Split the buffer's copy on the device."""
+        tiles = _all_tiles(self.lora, self.last)
+        tokens = sum(self.lengths)
+        sizes = (tokens, tokens, len(self.lengths) + 1, *(array.size for kind in tiles for array in kind.arrays))
+        ids, positions, offsets, *tables = moved.split(sizes)
+        placed = [
+            replace(kind, on_device=(tables[3 * i], tables[3 * i + 1], tables[3 * i + 2]))
+            for i, kind in enumerate(tiles)
+        ]
+        count = len(self.lora.tiles)
+        lora = replace(self.lora, tiles=tuple(placed[:count]))
+        last = None if self.last is None else replace(self.last, tiles=tuple(placed[count:]))
+        return DeviceArrays(ids, positions, offsets, lora, last)
+
+    @property
+    def tile_shapes(self) -> tuple[tuple[int | tuple[int, int], ...], ...]:
+        """The sizes of the tile tables, on which kernel launches depend."""
+        tiles = _all_tiles(self.lora, self.last)
+        return tuple((t.height, t.rows, len(t.table), len(t.runs), len(t.blocks)) for t in tiles)
+
+
+def _all_tiles(lora: LoraBatch, last: LoraBatch | None) -> list[RowTiles]:
+    return [*lora.tiles, *(last.tiles if last is not None else ())]
+
+
+def _tiled(batch: LoraBatch, *, padded: bool) -> LoraBatch:
+    return replace(batch, tiles=cut(batch, padded=padded), padded=padded) if batch.backend == "csgmv" else batch
+
+
+@cache
+def _positions(size: int) -> NDArray[np.int32]:
+    return np.arange(size, dtype=np.int32)

@@ -1,0 +1,68 @@
+"""Compiles kernels and captures what can be captured before an engine takes requests."""
+
+import logging
+from collections.abc import Iterator
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from ranklet.kernels.precompile import precompile
+from ranklet.replicas.engine.layout import whole_prompts
+from ranklet.replicas.engine.runner import Runner
+from ranklet.replicas.model import cudnn_attention
+from ranklet.replicas.model.heads import Head
+
+logger = logging.getLogger(__name__)
+
+_TOKENS = (16, 300, 1100, 5000)
+_ADAPTERS = (1, 2, 8, 64)
+
+
+def warmup_steps(
+    slots: int, longest: int, max_tokens: int, max_sequences: int
+) -> Iterator[tuple[list[int], list[int | None]]]:
+    """Yield steps, as prompt lengths and slots, that together launch every kernel of a model in every specialization.
+
+    Triton compiles a kernel again for an argument that is 1 or a multiple of 16. The steps therefore have one adapter
+    and several, with base rows and without, and are small and large.
+    """
+    for tokens in sorted({min(tokens, max_tokens) for tokens in (*_TOKENS, max_tokens)}):
+        for adapters in sorted({min(count, slots, tokens) for count in _ADAPTERS}):
+            for base in (0, 1):
+                count = min(max(adapters + base, tokens // min(longest, 512)), max_sequences, tokens)
+                taken: list[int | None] = [i % adapters if i >= base else None for i in range(count)]
+                yield [max(1, min(tokens // count, longest))] * count, taken
+
+
+def warm_up(runner: Runner, head: Head, longest: int, max_sequences: int) -> None:
+    """Compile and load what steps of up to `max_sequences` prompts of up to `longest` tokens need.
+
+    Does nothing on the CPU, and in float32, which is for comparisons: Triton takes seconds for each of some hundred
+    kernels.
+    """
+    model, pool = runner.model, runner.pool
+    if model.device.type != "cuda" or model.dtype == torch.float32:
+        return
+    began_s, max_tokens = perf_counter(), runner.max_tokens
+    if runner.backend != "native":
+        positions = torch.zeros(max_tokens, dtype=torch.int32, device=model.device)
+        precompile(pool.stacks_of_one_layer(), max_tokens, model.rotary(model.layers[0], positions))
+    if runner.uses_cudnn:
+        shape = model.architecture
+        heads = (shape.heads, shape.kv_heads)
+        cudnn_attention.build_graphs(model.device, max_sequences, longest, heads, shape.head_dim, model.dtype)
+    full = [longest] * max(1, max_tokens // longest)
+    for lengths in ([1], full):
+        _run(runner, head, lengths, [None] * len(lengths))
+    pool.compile_load()
+    with pool.placeholder_adapters():
+        for lengths, slots in warmup_steps(pool.slots, longest, max_tokens, max_sequences):
+            _run(runner, head, lengths, slots)
+        runner.free_caches()  # they hold graphs and merged weights of adapters that do not exist
+    logger.info("warm-up took %.1f s", perf_counter() - began_s)
+
+
+def _run(runner: Runner, head: Head, lengths: list[int], slots: list[int | None]) -> None:
+    prompts = [np.zeros(length, dtype=np.int32) for length in lengths]
+    runner.launch(whole_prompts(prompts, head), slots).wait()

@@ -1,0 +1,38 @@
+"""Sequences for tests of the queue and the scheduler, made through requests as the engine makes them."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.engine.plan import Need
+from ranklet.replicas.engine.request import AnswerSink, Request
+from ranklet.replicas.engine.sequence import Sequence
+from ranklet.replicas.engine.tasks import Delta, Done
+from ranklet.replicas.model.heads import PoolingHead
+from ranklet.replicas.model.pooling import Pooling
+
+HEAD = PoolingHead(Pooling())
+
+
+class OnePassTask:
+    """Computes all tokens once and drops the output."""
+
+    def need(self, sequence: Sequence) -> Need:
+        return Need(len(sequence.ids), HEAD)
+
+    def accept(self, sequence: Sequence, output: NDArray[Any]) -> Delta | Done:
+        return Done()
+
+    def result(self) -> None:
+        return None
+
+
+def make_sequence(
+    tokens: int, adapter: AdapterRef | None = None, *, solo: bool = False, cancelled: bool = False
+) -> Sequence:
+    request = Request(OnePassTask(), [np.zeros(tokens, np.int32)], adapter, AnswerSink(lambda result: None))
+    (sequence,) = request.sequences
+    sequence.solo, sequence.cancelled = solo, cancelled
+    return sequence
