@@ -1,4 +1,4 @@
-"""The application: gateways in front of engine replicas. `deploy/*.yaml` name this builder as their import_path."""
+"""The application: gateways in front of engine replicas. `build` is the import_path in deploy/*.yaml."""
 
 import logging
 from typing import Any
@@ -13,10 +13,10 @@ from ranklet.cluster.ingress.gateway import Gateway
 from ranklet.cluster.replica.deployment import Replica
 from ranklet.cluster.replica.gateways_client import GATEWAY
 
-# A path and not the class: Ray would pickle a class, and then change it on every node at every release.
+# A path instead of the class, which Ray would pickle into the configuration of the deployment.
 ROUTER = "ranklet.routing.router:AdapterRouter"
-# Serve's own limits are kept out of the way: a full replica makes its router poll (25 ms to 0.5 s), a full gateway
-# answers in plain text. What is refused is up to engine.max_waiting_tokens and limits.max_in_flight_requests.
+# Serve's own limits are too high to be reached: Serve polls a full replica (every 25 ms to 0.5 s), and a full gateway
+# answers in plain text. engine.max_waiting_tokens and limits.max_in_flight_requests limit the load instead.
 _ONGOING = 10_000
 _QUEUED = 20_000
 _COMMON: dict[str, Any] = {
@@ -32,7 +32,7 @@ logger = logging.getLogger("ray.serve")
 
 
 def build(args: AppArgs) -> Application:
-    """One base model, its adapters, and the HTTP API in front. Any option of a deployment can be set in YAML instead.
+    """Build the application. Options of its two deployments can be set in YAML as well.
 
     Raises:
         ValidationError: see `AppArgs`.

@@ -1,4 +1,4 @@
-"""What an operator writes under `args:` of the application, checked before anything starts."""
+"""Settings of the application: `args` and `user_config` in its YAML file."""
 
 import dataclasses
 import difflib
@@ -17,20 +17,20 @@ _SET_ELSEWHERE = {"model_dir": "base.model_dir"}
 
 
 class _StrictModel(BaseModel):
-    """Refuses keys it does not know, and says which ones it does."""
+    """Refuses unknown keys and names the known ones."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
-    def _known_keys(cls, values: Any) -> Any:
+    def _refuse_unknown(cls, values: Any) -> Any:
         if isinstance(values, Mapping):
             refuse_unknown(values, cls.model_fields)
         return values
 
 
 def refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Raises ValueError naming every key of `values` that is not in `known`, with the nearest one that is."""
+    """Raises ValueError if a key of `values` is not in `known`; the message suggests the most similar known key."""
     unknown = [key for key in values if key not in known]
     if unknown:
         raise ValueError(
@@ -48,64 +48,102 @@ def _validated(kind: Any, value: Any) -> Any:
 
 
 class BaseConfig(_StrictModel):
-    """The base model."""
+    """The base model.
+
+    Attributes:
+        model_dir: folder with config.json, safetensors and tokenizer.
+        name: the model's name in requests and answers; None for the folder's name.
+        aliases: other names for it in requests.
+    """
 
     model_dir: Path
-    name: str | None = None  # None: the folder's name
-    aliases: tuple[str, ...] = ()  # further names requests may call it by
+    name: str | None = None
+    aliases: tuple[str, ...] = ()
 
 
 class LimitsConfig(_StrictModel):
-    """What one request, and one gateway, may ask."""
+    """Limits of each gateway.
+
+    Attributes:
+        max_body_bytes: larger bodies get 413.
+        max_texts_per_request: requests with more inputs get 400.
+        request_timeout_s: time for replicas to answer a request; then 503.
+        no_replica_timeout_s: time to wait for a replica while there is none; then 503.
+        body_timeout_s: time for a client to send its request; then 408.
+        max_in_flight_requests: further requests get 503.
+    """
 
     max_body_bytes: int = Field(default=32 << 20, ge=1)
     max_texts_per_request: int = Field(default=2048, ge=1)
     request_timeout_s: float = Field(default=60.0, gt=0)
-    no_replica_timeout_s: float = Field(default=6.0, gt=0)  # for a replica to come up; beyond it 503
-    body_timeout_s: float = Field(default=30.0, gt=0)  # for a client to send its request
-    max_in_flight_requests: int = Field(default=2000, ge=1)  # per gateway; beyond it 503
+    no_replica_timeout_s: float = Field(default=6.0, gt=0)
+    body_timeout_s: float = Field(default=30.0, gt=0)
+    max_in_flight_requests: int = Field(default=2000, ge=1)
 
 
 class MetricsConfig(_StrictModel):
-    """Where each process exports its own metrics."""
+    """The Prometheus endpoint of each gateway and each replica.
 
-    host: str = "127.0.0.1"  # 0.0.0.0 when Prometheus runs on another machine
-    first_port: int = Field(default=0, ge=0, le=65_535)  # 0: any free port; else the first free one from here on
-    top_adapters: int = Field(default=100, ge=1)  # adapters with a label of their own; the rest are "other"
+    Attributes:
+        host: address to listen on. Prometheus on another machine needs 0.0.0.0.
+        first_port: the endpoint takes the first free port from this one on; 0 selects any free port.
+        top_adapters: number of adapters with their own label. The others share the label "other".
+    """
+
+    host: str = "127.0.0.1"
+    first_port: int = Field(default=0, ge=0, le=65_535)
+    top_adapters: int = Field(default=100, ge=1)
 
 
 class LogConfig(_StrictModel):
-    """What gateways write to Serve's log of each request."""
+    """Serve's log of the gateways.
 
-    requests: Requests = "refused"  # which of them have a line
+    Attributes:
+        requests: which requests get a line.
+    """
+
+    requests: Requests = "refused"
 
 
 class SourcesConfig(_StrictModel):
-    """Adapters at `s3://`, `gs://`, `hf://` or `https://`. Credentials are where fsspec looks for them."""
+    """Remote adapters: `s3://`, `gs://`, `hf://`, `https://`. fsspec finds the credentials.
 
-    allowed: tuple[str, ...] = ()  # prefixes of URLs that adapters may be loaded from by name, such as s3://models/
-    cache_dir: Path = Path(tempfile.gettempdir()) / f"ranklet-sources-{os.getuid()}"  # of each node
-    cache_bytes: int = Field(default=64 << 30, ge=0)  # of all together; the least recently used go
+    Attributes:
+        allowed: prefixes of the URLs that adapters may be loaded from by name, such as s3://models/.
+        cache_dir: folder on each node for downloaded adapters.
+        cache_bytes: size of all downloaded adapters. The least recently used ones are deleted.
+        max_adapter_bytes: size of one adapter. Larger ones are refused.
+    """
+
+    allowed: tuple[str, ...] = ()
+    cache_dir: Path = Path(tempfile.gettempdir()) / f"ranklet-sources-{os.getuid()}"
+    cache_bytes: int = Field(default=64 << 30, ge=0)
     max_adapter_bytes: int = Field(default=4 << 30, ge=1)
 
 
 class SecurityConfig(_StrictModel):
-    """Who may ask, and where adapters may come from."""
+    """Access to the service.
 
-    keys_file: Path | None = None  # None: everybody may infer; who may load adapters, see `open_admin`
-    open_admin: bool | None = None  # without keys; None: if HTTP is bound to loopback alone
-    adapter_roots: tuple[Path, ...] = ()  # folders that adapters may be loaded from by name, beside adapters_dir
+    Attributes:
+        keys_file: file of API keys. Without one, every client may infer.
+        open_admin: without a keys file, lets every client load and unload adapters. `ranklet up` turns it on if it is
+            not set and HTTP listens on loopback.
+        adapter_roots: folders that adapters may be loaded from by name, besides adapters_dir.
+    """
+
+    keys_file: Path | None = None
+    open_admin: bool | None = None
+    adapter_roots: tuple[Path, ...] = ()
 
 
 class AdapterList(_StrictModel):
-    """In `user_config` of both deployments: changed by `serve deploy` without a restart."""
+    """Folders of adapters by name: `user_config` of the replicas, which load them when they start."""
 
     adapters: dict[str, Path] = Field(default_factory=dict)
 
     @field_validator("adapters", mode="before")
     @classmethod
     def _map_or_list(cls, value: Any) -> Any:
-        """`{name: path}`, or `[{name: ..., path: ...}]`."""
         if isinstance(value, list):
             for entry in value:
                 if not isinstance(entry, Mapping) or set(entry) != {"name", "path"}:
@@ -117,27 +155,34 @@ class AdapterList(_StrictModel):
         if isinstance(value, Mapping):
             for name, path in value.items():
                 if "://" in str(path):
-                    raise ValueError(f"{name}: expected a folder, got {path}. Load what is elsewhere by name")
+                    raise ValueError(f"{name}: expected a folder, got {path}. Load remote adapters by name")
         return value
 
 
 class GatewayUserConfig(AdapterList):
-    """`user_config` of the gateway: what may change while requests run."""
+    """`user_config` of the gateways: settings that change without a restart.
 
-    tokens_per_minute: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)  # by pattern of models
+    Attributes:
+        tokens_per_minute: quotas by pattern of model names, such as `free-*`. Further requests get 429.
+    """
+
+    tokens_per_minute: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
 
 
 class AppArgs(AdapterList):
-    """Arguments of `ranklet.cluster.app:build`.
+    """Arguments of `ranklet.cluster.app:build`. Relative paths start at the folder that Ray was started in.
 
-    Relative paths start at the folder Ray was started in.
+    Attributes:
+        engine: fields of EngineConfig.
+        adapters_dir: each subfolder is an adapter with the subfolder's name, loaded at its first request.
+        adapters: further adapters, by name.
 
     Raises:
-        ValidationError: an unknown key, or a value of the wrong type or out of range.
+        ValidationError: a key is unknown, or a value has the wrong type or is out of range.
     """
 
     base: BaseConfig
-    engine: dict[str, Any] = Field(default_factory=dict)  # fields of EngineConfig
+    engine: dict[str, Any] = Field(default_factory=dict)
     adapters_dir: Path | None = None
     limits: LimitsConfig = LimitsConfig()
     metrics: MetricsConfig = MetricsConfig()
@@ -162,22 +207,22 @@ class AppArgs(AdapterList):
 
     @model_validator(mode="after")
     def _engine_ranges(self) -> Self:
-        self.engine_config()  # raises what EngineConfig raises
+        self.engine_config()  # EngineConfig checks its own values
         return self
 
     def engine_config(self) -> EngineConfig:
-        """The engine's own settings. An adapter may call its base by any name that requests may."""
+        """Settings of each engine. An adapter may name its base model by any name that requests may use."""
         fields = dict(self.engine)
         fields["base_aliases"] = (*fields.get("base_aliases", ()), *self.base_names)
         return EngineConfig(model_dir=self.base.model_dir, **fields)
 
     @property
     def base_names(self) -> tuple[str, ...]:
-        """Names of the base model, the one shown to users first."""
+        """Names of the base model. Answers contain the first one."""
         return (self.base.name or self.base.model_dir.resolve().name, *self.base.aliases)
 
     def resolved(self) -> "AppArgs":
-        """The same with absolute paths, so that they mean the same in every process."""
+        """A copy with absolute paths, which are valid in every process."""
         return self.model_copy(
             update={
                 "base": self.base.model_copy(update={"model_dir": self.base.model_dir.absolute()}),

@@ -1,4 +1,4 @@
-"""A Prometheus endpoint per process, on a port of its own, with a registry of its own."""
+"""The Prometheus endpoint of one process."""
 
 import logging
 from dataclasses import dataclass
@@ -17,14 +17,18 @@ logger = logging.getLogger("ray.serve")
 
 @dataclass(frozen=True)
 class Exporter:
-    """A running endpoint; `target` is `host:port` as Prometheus can reach it, "" when no port could be had."""
+    """A running endpoint.
+
+    Attributes:
+        target: `host:port` for Prometheus; "" if no port was free.
+    """
 
     target: str
 
     @classmethod
     def start(cls, registry: CollectorRegistry, config: MetricsConfig) -> "Exporter":
-        """Serve `registry` from a thread. Never raises: a process without metrics is better than none."""
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a gauge beside each counter that nobody asks for
+        """Serve `registry` from a thread. Logs an error if no port is free, and the process goes on without metrics."""
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # one more gauge for each counter
         for port in _ports(config.first_port):
             try:
                 server: Any = start_http_server(port, config.host, registry)[0]
@@ -32,7 +36,7 @@ class Exporter:
                 logger.debug("metrics port %d: %s", port, error)
                 continue
             return cls(f"{_reachable(config.host)}:{server.server_port}")
-        logger.error("metrics: no free port from %d on %s; this process exports none", config.first_port, config.host)
+        logger.error("metrics: no free port from %d on %s; this process has no metrics", config.first_port, config.host)
         return cls("")
 
 

@@ -1,4 +1,4 @@
-"""Keeps metrics small: only the busiest adapters have a label value of their own."""
+"""Bounds the number of series: only the busiest adapters have a label value of their own."""
 
 import threading
 from collections import Counter
@@ -7,39 +7,41 @@ from collections.abc import Callable
 BASE = "base"
 OTHER = "other"
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-_HALVE_EVERY = 10_000  # observations, so that yesterday's adapters make room for today's
+_HALVE_EVERY = 10_000  # observations, so that adapters that are no longer used lose their label
 
 
 class AdapterLabels:
-    """Maps adapter names to label values: at most `limit` names, the rest OTHER, and BASE for the base model.
+    """Maps adapter names to label values: up to `limit` names, OTHER for other adapters, BASE for the base model.
 
-    A newcomer takes the seat of the quietest once it is twice as busy; `dropped` is told, so that the old series can be
-    removed. Any thread may call.
+    A busy adapter replaces the least busy labelled one once it has twice its weight. Thread-safe.
+
+    Args:
+        on_drop: called with the replaced name, so that its series can be removed.
     """
 
-    def __init__(self, limit: int, dropped: Callable[[str], None] = lambda name: None) -> None:
+    def __init__(self, limit: int, on_drop: Callable[[str], None] = lambda name: None) -> None:
         self.limit = limit
-        self._dropped = dropped
-        self._seated: set[str] = set()
+        self._on_drop = on_drop
+        self._labelled: set[str] = set()
         self._counts: Counter[str] = Counter()
         self._observed = 0
         self._lock = threading.Lock()
 
     def label(self, adapter: str | None, weight: int = 1) -> str:
-        """The label value of `adapter` (None or "": the base), counting `weight` for it."""
+        """The label value of an adapter; None or "" is the base model. Adds `weight` to its count."""
         if not adapter:
             return BASE
         with self._lock:
             self._count(adapter, weight)
-            if adapter in self._seated or len(self._seated) < self.limit:
-                self._seated.add(adapter)
+            if adapter in self._labelled or len(self._labelled) < self.limit:
+                self._labelled.add(adapter)
                 return adapter
-            quietest = min(self._seated, key=lambda name: self._counts[name])
-            if self._counts[adapter] < 2 * self._counts[quietest] + _HALVE_EVERY // 100:
+            least_busy = min(self._labelled, key=lambda name: self._counts[name])
+            if self._counts[adapter] < 2 * self._counts[least_busy] + _HALVE_EVERY // 100:
                 return OTHER
-            self._seated.remove(quietest)
-            self._seated.add(adapter)
-        self._dropped(quietest)
+            self._labelled.remove(least_busy)
+            self._labelled.add(adapter)
+        self._on_drop(least_busy)
         return adapter
 
     def _count(self, adapter: str, weight: int) -> None:

@@ -53,7 +53,7 @@ class Replica:
         self._engine.start()
         metrics.watch(self._engine.snapshot, self._engine.pid)
         self._pins = Registry(args.adapters_dir, args.adapters).pins()
-        cache = RemoteCache(sources.cache_dir, sources.cache_bytes, sources.max_adapter_bytes, metrics.fetched)
+        cache = RemoteCache(sources.cache_dir, sources.cache_bytes, sources.max_adapter_bytes, metrics.downloaded)
         self._resolver = AdapterResolver(cache, config.load_timeout_s)
         self._metrics_target = Exporter.start(metrics.registry, args.metrics).target
         self._threads = ThreadPoolExecutor(_BLOCKING_THREADS, thread_name_prefix="engine-call")

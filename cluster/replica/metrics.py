@@ -18,7 +18,7 @@ _ADAPTERS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class ReplicaMetrics(Listener):
-    """An engine's records as metrics, one instance per replica process."""
+    """Turns an engine's records into metrics."""
 
     def __init__(self, top_adapters: int) -> None:
         self.registry = CollectorRegistry()
@@ -30,20 +30,26 @@ class ReplicaMetrics(Listener):
         self.tokens = counter("ranklet_tokens_total", "Prompt tokens embedded", ["adapter"])
         self.batches = counter("ranklet_batches_total", "Batches run, by LoRA backend", ["backend"])
         self.queue_wait = latency("ranklet_queue_wait_seconds", "Wait of a prompt for its batch")
-        self.compute = latency("ranklet_batch_compute_seconds", "Time a batch has the device", ["backend"])
-        self.busy = counter("ranklet_device_busy_seconds_total", "Time the device computed: its rate is the busy share")
+        self.compute = latency("ranklet_batch_compute_seconds", "Time a batch occupies the device", ["backend"])
+        self.busy = counter(
+            "ranklet_device_busy_seconds_total", "Computing time of the device; its rate is the utilisation"
+        )
         self.batch_tokens = histogram("ranklet_batch_tokens", "Tokens of a batch", buckets=_TOKENS)
         self.batch_adapters = histogram("ranklet_batch_adapters", "Adapters mixed in a batch", buckets=_ADAPTERS)
-        self.tier_hits = counter("ranklet_tier_hits_total", "Where a request found its adapter", ["tier"])
-        self.loads = counter("ranklet_adapter_loads_total", "Adapters brought into a slot", ["tier", "outcome"])
-        for tier in ("disk", "host"):  # from 0 on: of a counter that begins with 1, no rate sees the first
-            for outcome in ("loaded", "refused", "changed"):  # the last: its files, under way; it is loaded again
+        self.tier_hits = counter("ranklet_tier_hits_total", "Requests by the tier that held their adapter", ["tier"])
+        self.loads = counter("ranklet_adapter_loads_total", "Loads of an adapter into a slot", ["tier", "outcome"])
+        for tier in ("disk", "host"):  # a rate misses the first event of a series that does not start at 0
+            for outcome in (
+                "loaded",
+                "refused",
+                "changed",
+            ):
                 self.loads.labels(tier, outcome)
-        self.load_seconds = latency("ranklet_adapter_load_seconds", "Time a load takes", ["tier"])
-        self.fetches = latency("ranklet_source_fetch_seconds", "Time a download into the node's cache takes")
+        self.load_seconds = latency("ranklet_adapter_load_seconds", "Duration of a load", ["tier"])
+        self.fetches = latency("ranklet_source_fetch_seconds", "Duration of a download into the node's cache")
         self.fetched_bytes = counter("ranklet_source_bytes_total", "Bytes downloaded into the node's cache")
-        self.evictions = counter("ranklet_adapter_evictions_total", "Adapters that lost their slot")
-        self.cancelled_prompts = counter("ranklet_cancelled_prompts_total", "Prompts dropped, their client gone")
+        self.evictions = counter("ranklet_adapter_evictions_total", "Adapters evicted from a slot")
+        self.cancelled_prompts = counter("ranklet_cancelled_prompts_total", "Prompts of clients that disconnected")
         self.labels = AdapterLabels(top_adapters, self._forget)
         self.ranks: dict[str, int] = {}
 
@@ -67,8 +73,7 @@ class ReplicaMetrics(Listener):
             self.load_seconds.labels(record.tier).observe(record.seconds)
             self.ranks[record.adapter] = record.rank
 
-    def fetched(self, url: str, seconds: float, size: int) -> None:
-        """An adapter was downloaded."""
+    def downloaded(self, url: str, seconds: float, size: int) -> None:
         self.fetches.observe(seconds)
         self.fetched_bytes.inc(size)
 
@@ -82,7 +87,7 @@ class ReplicaMetrics(Listener):
         self.cancelled_prompts.inc(requests)
 
     def watch(self, snapshot: Callable[[], Snapshot], pid: int) -> None:
-        """Export gauges read from the engine at each scrape, and what its process takes."""
+        """Export gauges of the engine, read at each scrape, and the resources of its process."""
         self.registry.register(_EngineGauges(snapshot, self.ranks, self.labels))
         ProcessCollector(namespace="ranklet_engine", pid=lambda: pid, registry=self.registry)
 
@@ -92,7 +97,7 @@ class ReplicaMetrics(Listener):
 
 
 class _EngineGauges(Collector):
-    """Gauges of the engine's state, and the two gauges by which other routers know vLLM."""
+    """Gauges of the engine's state, and the two gauges of vLLM that other routers read."""
 
     def __init__(self, snapshot: Callable[[], Snapshot], ranks: dict[str, int], labels: AdapterLabels) -> None:
         self._snapshot = snapshot
@@ -102,7 +107,7 @@ class _EngineGauges(Collector):
     def collect(self) -> Iterable[GaugeMetricFamily]:
         try:
             now = self._snapshot()
-        except (RankletError, TimeoutError):  # an engine that has ended or hangs has no gauges; the counters stay
+        except (RankletError, TimeoutError):  # the engine has ended or hangs
             return
         yield GaugeMetricFamily("ranklet_waiting_requests", "Requests waiting for a batch", now.waiting_requests)
         yield GaugeMetricFamily("ranklet_waiting_tokens", "Tokens waiting for a batch", now.waiting_tokens)
@@ -120,7 +125,7 @@ class _EngineGauges(Collector):
     def _lora_requests(now: Snapshot) -> GaugeMetricFamily:
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",
-            "Adapters waiting and running; the value is the time of the reading",
+            "Adapters waiting and running; the value is the time of the scrape",
             labels=["max_lora", "waiting_lora_adapters", "running_lora_adapters"],
         )
         waiting, running = ",".join(now.waiting_adapters), ",".join(now.running_adapters)
@@ -129,7 +134,9 @@ class _EngineGauges(Collector):
 
     def _adapters_loaded(self, now: Snapshot) -> GaugeMetricFamily:
         loaded = GaugeMetricFamily(
-            "vllm:lora_adapter_loaded", "Adapters held, and where", labels=["adapter_name", "level", "pinned", "rank"]
+            "vllm:lora_adapter_loaded",
+            "Adapters in GPU or host memory",
+            labels=["adapter_name", "level", "pinned", "rank"],
         )
         hosted = [name for name in now.hosted if name not in now.resident]
         for level, names in (("gpu", now.resident), ("cpu", hosted[: self._labels.limit])):

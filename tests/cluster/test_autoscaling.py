@@ -1,4 +1,4 @@
-"""Replicas come with load and go without it, and nothing is lost on the way."""
+"""The number of replicas follows the load, and no request fails when it changes."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -29,15 +29,17 @@ PUSH_S = {
         ([], [], 2),
     ],
 )
-def test_the_policy(busy: list[float], wait_s: list[float], wanted: float) -> None:
-    told = {BUSY: dict(enumerate(busy)), WAIT_S: dict(enumerate(wait_s))}
-    ctx: Any = SimpleNamespace(aggregated_metrics=told, current_num_replicas=2, target_num_replicas=2, policy_state={})
+def test_the_policy_follows_utilisation_and_wait(busy: list[float], wait_s: list[float], wanted: float) -> None:
+    metrics = {BUSY: dict(enumerate(busy)), WAIT_S: dict(enumerate(wait_s))}
+    ctx: Any = SimpleNamespace(
+        aggregated_metrics=metrics, current_num_replicas=2, target_num_replicas=2, policy_state={}
+    )
     assert by_work(ctx)[0] == pytest.approx(wanted, rel=0.01)
     ctx.aggregated_metrics = None
     assert by_work(ctx)[0] == 2
 
 
-def test_replicas_come_with_load_and_go_without(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
+def test_replicas_start_under_load_and_stop_without_it(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
     content = local_configuration(model_dir, adapters_dir)
     replica = content["applications"][0]["deployments"][1]
     del replica["num_replicas"]
@@ -56,7 +58,7 @@ def test_replicas_come_with_load_and_go_without(model_dir: Path, adapters_dir: P
 
 
 def _more(service: Service) -> None:
-    """Long requests on top, until there is a second replica."""
+    """Send long requests too, until there is a second replica."""
     texts = [f"{number} {load.LONG_TEXT}" for number in range(200)]
     enough = threading.Event()
 

@@ -1,4 +1,4 @@
-"""The operator's side: what a configuration may say, and that the shipped ones say it."""
+"""Settings are checked, and the shipped files are valid."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def args(**fields: Any) -> AppArgs:
 
 
 @pytest.mark.parametrize("file", ["config.yaml", "local.yaml"])
-def test_the_shipped_files_suit_ray_and_the_builder(file: str) -> None:
+def test_the_shipped_files_are_valid_for_ray_and_the_builder(file: str) -> None:
     content = yaml.safe_load((DEPLOY / file).read_text())
     schema = ServeDeploySchema.model_validate(content)
     application = schema.applications[0]
@@ -33,8 +33,7 @@ def test_the_shipped_files_suit_ray_and_the_builder(file: str) -> None:
     assert {deployment.name for deployment in application.deployments} == names == {"Gateway", "Replica"}
 
 
-def test_the_comments_of_the_shipped_file_are_true() -> None:
-    """What is commented out may be commented in."""
+def test_the_commented_settings_of_the_shipped_file_are_valid() -> None:
     lines = (DEPLOY / "config.yaml").read_text().splitlines()
     start = next(index for index, line in enumerate(lines) if "# request_router_config:" in line)
     block = yaml.safe_load("\n".join(line.replace("# ", "", 1) for line in lines[start:]))
@@ -45,7 +44,7 @@ def test_the_comments_of_the_shipped_file_are_true() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"adapter_dir": "/a"}, "did you mean 'adapters_dir'"),
         ({"base": {"model_dir": "/m", "alias": ["x"]}}, "did you mean 'aliases'"),
@@ -62,8 +61,8 @@ def test_the_comments_of_the_shipped_file_are_true() -> None:
         ({"base": {}}, "model_dir"),
     ],
 )
-def test_wrong_settings_are_refused_with_a_remedy(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_faulty_settings_are_refused_with_a_remedy(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         args(**fields)
 
 
@@ -89,6 +88,6 @@ def test_relative_paths_start_at_the_working_directory(monkeypatch: pytest.Monke
     assert resolved.adapters == {"x": tmp_path / "b" / "x"}
 
 
-def test_the_base_is_called_by_its_folder_unless_told_otherwise() -> None:
+def test_the_base_model_is_named_after_its_folder_by_default() -> None:
     assert args().base_names == ("base",)
     assert args(base={"model_dir": "/m/b", "name": "n", "aliases": ["o"]}).base_names == ("n", "o")

@@ -1,4 +1,4 @@
-"""What crosses process borders arrives as it was sent: input, prompts, refusals, vectors."""
+"""Messages between processes arrive as they were sent; input, answers and labels around them."""
 
 import pickle
 from collections.abc import Callable
@@ -17,7 +17,6 @@ from ranklet.cluster.ingress.answers import join, render
 from ranklet.cluster.ingress.body import BodyTooLarge
 from ranklet.cluster.ingress.protocol import parse_input, parse_request
 from ranklet.cluster.ingress.refusals import body_of, refuse
-from ranklet.cluster.labels import BASE, OTHER, AdapterLabels
 from ranklet.cluster.message import EmbedResult, InferenceReply, Refusal, pack, split
 from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.errors import (
@@ -42,7 +41,7 @@ JSON = st.recursive(
 
 
 @given(TOKEN_LISTS)
-def test_prompts_survive_the_message(prompts: list[list[int]]) -> None:
+def test_a_call_survives_pickling(prompts: list[list[int]]) -> None:
     adapter = AdapterLocation("a", "/a", "r1")
     call = pickle.loads(pickle.dumps(pack(adapter, parse_input(prompts, 100), EmbedParams(64), "g")))  # type: ignore[arg-type]
     assert [prompt.tolist() for prompt in call.prompts()] == prompts
@@ -50,7 +49,7 @@ def test_prompts_survive_the_message(prompts: list[list[int]]) -> None:
 
 
 @given(TOKEN_LISTS, st.integers(4, 400), st.integers(1, 6))
-def test_parts_keep_order_and_limits(prompts: list[list[int]], vector_bytes: int, most: int) -> None:
+def test_split_keeps_order_and_limits(prompts: list[list[int]], vector_bytes: int, most: int) -> None:
     arrays = [np.array(prompt, np.int32) for prompt in prompts]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(message, "MAX_MESSAGE_BYTES", 200)
@@ -105,7 +104,7 @@ def _fits(value: Any) -> bool:
         (InternalError("m"), 500),
     ],
 )
-def test_refusals_come_out_of_the_message_as_they_went_in(error: RankletError, status: int) -> None:
+def test_a_refusal_gives_back_the_error_that_it_was_made_of(error: RankletError, status: int) -> None:
     sent = pickle.loads(pickle.dumps(Refusal.of(error, "replica", "a", None)))
     came = sent.error()
     assert type(came) is type(error)
@@ -114,7 +113,7 @@ def test_refusals_come_out_of_the_message_as_they_went_in(error: RankletError, s
     assert ("retry-after" in refuse(came).headers) == (status == 503)
 
 
-def test_saturation_says_when_to_come_back() -> None:
+def test_a_refusal_keeps_the_time_until_a_retry() -> None:
     assert refuse(Refusal.of(Saturated("m", retry_after_s=2.5), "r", "", None).error()).headers["retry-after"] == "3"
     assert BodyTooLarge("m").status == 413
 
@@ -135,22 +134,3 @@ def test_replies_are_joined_in_order() -> None:
     body = orjson.loads(render(answer, "m", "float"))
     assert [entry["embedding"] for entry in body["data"]] == rows.tolist()
     assert body["usage"] == {"prompt_tokens": 12, "total_tokens": 12}
-
-
-@given(st.lists(st.text("abcdef", min_size=1, max_size=2), max_size=300), st.integers(1, 4))
-def test_labels_stay_few(adapters: list[str], limit: int) -> None:
-    dropped: list[str] = []
-    labels = AdapterLabels(limit, dropped.append)
-    given_out = {labels.label(adapter) for adapter in adapters}
-    assert len(given_out - {OTHER} - set(dropped)) <= limit
-    assert labels.label(None) == labels.label("") == BASE
-
-
-def test_a_busy_newcomer_takes_the_seat_of_a_quiet_adapter() -> None:
-    dropped: list[str] = []
-    labels = AdapterLabels(1, dropped.append)
-    assert labels.label("quiet") == "quiet"
-    assert labels.label("busy") == OTHER
-    assert labels.label("busy", 1000) == "busy"
-    assert dropped == ["quiet"]
-    assert labels.label("quiet") == OTHER
