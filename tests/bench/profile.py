@@ -7,15 +7,27 @@ import argparse
 import dataclasses
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from ranklet.cluster.command.profile import lengths_of, show
 from ranklet.replicas.config import EngineConfig
-from ranklet.replicas.profiling.profiler import profile
+from ranklet.replicas.profiling.profiler import Profile, profile
 from tests.bench import report
 from tests.bench.engine import refs
 from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model
+
+COLUMNS = ("stage", "ms", "floor_ms", "bound", "lora_ms", "lora_floor_ms", "launch_ms", "TFLOP/s", "TB/s")
+
+
+def rows_of(found: Profile, prompts: str) -> list[dict[str, Any]]:
+    """Return one row for each stage and one for the whole batch."""
+    whole = {"stage": "whole batch", "ms": found.base_ms, "lora_ms": found.lora_ms - found.base_ms}
+    whole |= {"floor_ms": found.floor_ms, "launch_ms": found.launch_ms}
+    whole |= {"TFLOP/s": found.ceilings.operations_per_s / 1e12, "TB/s": found.ceilings.bytes_per_s / 1e12}
+    stages = [{"stage": stage.name} | dataclasses.asdict(stage) for stage in found.stages]
+    return [{"prompts": prompts} | {column: row.get(column, "") for column in COLUMNS} for row in (*stages, whole)]
 
 
 def main() -> None:
@@ -25,7 +37,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     parser.add_argument("--name", default="profile-h200")
     options = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = write_model(folder / "model", layers=options.layers)
@@ -34,23 +46,7 @@ def main() -> None:
         for group in options.prompts:
             found = profile(config, made, lengths_of([group]))
             show(found, Console(width=120))
-            whole = {"stage": "whole batch", "ms": found.base_ms, "lora_ms": found.lora_ms - found.base_ms}
-            whole |= {"floor_ms": found.floor_ms, "launch_ms": found.launch_ms}
-            whole |= {"TFLOP/s": found.ceilings.operations_per_s / 1e12, "TB/s": found.ceilings.bytes_per_s / 1e12}
-            for stage in (*map(dataclasses.asdict, found.stages), whole):
-                stage["stage"] = stage.pop("name", "whole batch")
-                columns = (
-                    "stage",
-                    "ms",
-                    "floor_ms",
-                    "bound",
-                    "lora_ms",
-                    "lora_floor_ms",
-                    "launch_ms",
-                    "TFLOP/s",
-                    "TB/s",
-                )
-                rows.append({"prompts": group} | {column: stage.get(column, "") for column in columns})
+            rows += rows_of(found, group)
     report.save(options.name, rows, options.out)
 
 
