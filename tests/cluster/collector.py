@@ -1,4 +1,4 @@
-"""An OpenTelemetry collector that keeps what it is sent."""
+"""An OpenTelemetry collector that stores the spans it receives."""
 
 import threading
 from collections.abc import Iterator
@@ -12,24 +12,26 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 @dataclass
 class Collector:
-    """Takes OTLP over HTTP at `url`."""
+    """Stores spans received at `url`, in OTLP over HTTP."""
 
     url: str
     spans: list[Span] = field(default_factory=list)
 
-    def of(self, trace: str) -> list[Span]:
-        """Spans of one trace, by its id in hexadecimal."""
+    def spans_of(self, trace: str) -> list[Span]:
+        """Return the spans of one trace, given its id in hexadecimal."""
         return [span for span in self.spans if span.trace_id.hex() == trace]
 
 
 @contextmanager
 def collecting() -> Iterator[Collector]:
-    """A collector on a free port."""
+    """Run a collector on a free port."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # http.server's name for it
-            sent = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"])))
-            made.spans += [span for each in sent.resource_spans for scope in each.scope_spans for span in scope.spans]
+        def do_POST(self) -> None:  # the name that http.server requires
+            request = ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"])))
+            collector.spans += [
+                span for each in request.resource_spans for scope in each.scope_spans for span in scope.spans
+            ]
             self.send_response(200)
             self.send_header("content-length", "0")
             self.end_headers()
@@ -38,11 +40,11 @@ def collecting() -> Iterator[Collector]:
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        made = Collector(f"http://127.0.0.1:{server.server_port}")
+        collector = Collector(f"http://127.0.0.1:{server.server_port}")
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            yield made
+            yield collector
         finally:
             server.shutdown()
             thread.join()

@@ -1,4 +1,4 @@
-"""More nodes of a cluster on this machine, each a `ray start` of its own that a test may end."""
+"""Further nodes of a cluster on this machine, each a `ray start` of its own that a test may kill."""
 
 import contextlib
 import os
@@ -10,19 +10,19 @@ from pathlib import Path
 
 from ranklet.cluster.command.local_cluster import LocalCluster
 
-TRIES = 3
+ATTEMPTS = 3
 _STARTED = "Ray runtime started"
 
 
 class Node:
-    """One node; replicas that ask for the resource `engine` go there. Returns when it has joined.
+    """One node, for replicas that need the resource `engine`. The constructor returns when the node has joined.
 
-    On a busy machine Ray gives a node up before it is there: then there is another try.
+    On a busy machine Ray may give up before the node has joined, so there are several attempts.
     """
 
     def __init__(self, cluster: LocalCluster, log: Path, engines: int) -> None:
         command, environment = cluster.node_command({"engine": engines}, num_cpus=4)
-        for _ in range(TRIES):
+        for _ in range(ATTEMPTS):
             with log.open("w") as output:
                 self.process = subprocess.Popen(
                     command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
@@ -32,10 +32,10 @@ class Node:
                 if _STARTED in log.read_text(errors="replace"):
                     return
                 time.sleep(0.1)
-        raise AssertionError(f"no node joined in {TRIES} tries; the last said:\n{log.read_text(errors='replace')}")
+        raise AssertionError(f"no node joined in {ATTEMPTS} attempts; last log:\n{log.read_text(errors='replace')}")
 
     def kill(self) -> None:
-        """All of its processes at once, without a word to anybody."""
+        """Send SIGKILL to all processes of the node."""
         for pid in list(process_tree(self.process.pid)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -43,14 +43,13 @@ class Node:
 
 
 def process_tree(pid: int) -> Iterator[int]:
-    """A process and all that it has started, by id."""
+    """Yield the ids of a process and of its descendants."""
     yield pid
     for child in child_processes(pid):
         yield from process_tree(child)
 
 
 def child_processes(pid: int) -> list[int]:
-    """Ids of the processes that a process has started."""
     found: list[int] = []
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -59,7 +58,7 @@ def child_processes(pid: int) -> list[int]:
 
 
 def command_line(pid: int) -> str:
-    """What a process calls itself."""
+    """Return the command line or title of a process; empty if there is no such process."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
     except OSError:

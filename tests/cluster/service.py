@@ -1,4 +1,4 @@
-"""The running application as tests see it: real HTTP, the real openai client, and Ray's own view of its processes."""
+"""A running application for tests: real HTTP, the official openai client, and Ray's own list of processes."""
 
 import base64
 import shutil
@@ -29,7 +29,7 @@ Vectors = npt.NDArray[np.float32]
 
 @dataclass
 class Service:
-    """One cluster with its model, and an adapters' folder that tests may write into."""
+    """One cluster with its model, and an adapters folder that tests may write to."""
 
     cluster: LocalCluster
     model_dir: Path
@@ -45,7 +45,7 @@ class Service:
         return self.cluster.state.base_url
 
     def openai(self) -> openai.OpenAI:
-        """The official client; use it as a context manager."""
+        """Return the official client. Use it as a context manager."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=100)
 
     def post(self, model: str | None, given: Any, **fields: Any) -> httpx.Response:
@@ -53,30 +53,30 @@ class Service:
         return self.http.post("/v1/embeddings", json={**named, "input": given, **fields})
 
     def embed(self, model: str | None, given: Any, **fields: Any) -> Vectors:
-        """float32 [prompts, dimensions]; fails the test unless the answer is 200."""
+        """Return float32 [prompts, dimensions]. The answer must be 200."""
         answer = self.post(model, given, **{"encoding_format": "base64", **fields})
         assert answer.status_code == 200, answer.text
         return vectors_of(answer)
 
     def expected(self, adapter: str | None, prompts: list[Prompt], dimensions: int | None = None) -> Vectors:
-        """What transformers and PEFT say."""
+        """Return the embeddings that transformers and PEFT compute."""
         folder = self.adapters / adapter if adapter else None
         return reference_embedding(self.model_dir, folder, prompts, dimensions=dimensions)
 
     def processes(self, deployment: str) -> dict[str, int]:
-        """Serve's replicas of a deployment that run: id to process id."""
+        """Return the running replicas of a deployment: id to process id."""
         applications = self.cluster.applications()
         assert applications is not None, "Serve's REST API does not answer"
         replicas = applications["ranklet"]["deployments"].get(deployment, {}).get("replicas", [])
         return {replica["replica_id"]: replica["pid"] for replica in replicas if replica["state"] in _ALIVE}
 
     def targets(self) -> list[dict[str, Any]]:
-        """What Prometheus would scrape."""
+        """Return the scrape targets that Prometheus discovers."""
         groups: list[dict[str, Any]] = self.http.get("/metrics/targets").raise_for_status().json()
         return groups
 
     def samples(self, role: str, **labels: str) -> Mapping[str, float]:
-        """Samples of all processes of a role whose labels include `labels`, summed by name."""
+        """Return the samples of all processes of a role whose labels include `labels`, summed by name."""
         summed: dict[str, float] = {}
         for group in self.targets():
             if group["labels"]["role"] != role:
@@ -89,7 +89,7 @@ class Service:
         return summed
 
     def deploy(self, user_config: Mapping[str, Any]) -> None:
-        """`serve deploy` of the same configuration with another user_config of the gateway."""
+        """Run `serve deploy` with another user_config of the gateway."""
         gateway, *others = self.content["applications"][0]["deployments"]
         assert gateway["name"] == "Gateway"
         application = {
@@ -101,7 +101,7 @@ class Service:
 
 @contextmanager
 def serving(content: dict[str, Any], folder: Path, cluster: LocalCluster | None = None) -> Iterator[Service]:
-    """A configuration of `local_configuration`, up in a cluster of its own; `folder` keeps its file."""
+    """Serve a configuration of `local_configuration` in its own cluster. Its file is written to `folder`."""
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(content))
     arguments = content["applications"][0]["args"]
@@ -114,7 +114,7 @@ def serving(content: dict[str, Any], folder: Path, cluster: LocalCluster | None 
 
 
 def local_configuration(model_dir: Path, adapters: Path) -> dict[str, Any]:
-    """deploy/local.yaml, with the tests' model and adapters."""
+    """Return deploy/local.yaml with the tests' model and adapters."""
     content: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "local.yaml").read_text())
     arguments = content["applications"][0]["args"]
     arguments["base"]["model_dir"], arguments["adapters_dir"] = str(model_dir), str(adapters)
@@ -122,25 +122,25 @@ def local_configuration(model_dir: Path, adapters: Path) -> dict[str, Any]:
 
 
 def own_configuration(model_dir: Path, adapters_dir: Path, folder: Path) -> dict[str, Any]:
-    """The same with a copy of the adapters, `folder`/adapters, that a test may write into."""
+    """Return deploy/local.yaml with a copy of the adapters in `folder`/adapters, which a test may write to."""
     shutil.copytree(adapters_dir, folder / "adapters")
     return local_configuration(model_dir, folder / "adapters")
 
 
 def vectors_of(answer: httpx.Response) -> Vectors:
-    """float32 [prompts, dimensions] of an answer in base64."""
+    """Return float32 [prompts, dimensions] from an answer in base64."""
     rows = [np.frombuffer(base64.b64decode(entry["embedding"]), "<f4") for entry in answer.json()["data"]]
     return np.stack(rows)
 
 
 def assert_close(vectors: npt.ArrayLike, expected: npt.ArrayLike) -> None:
-    """Equal to what float32 on a CPU can differ by when sums are ordered otherwise."""
+    """Assert equality up to the rounding of float32 sums in another order."""
     np.testing.assert_allclose(np.asarray(vectors), np.asarray(expected), rtol=0.0, atol=1e-5)
 
 
-def eventually(what: str, check: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
-    """Waits until `check` holds; fails the test when it never does."""
+def eventually(event: str, check: Callable[[], bool], timeout_s: float = TIMEOUT_S, *, poll_s: float = 0.2) -> None:
+    """Wait until `check` returns True. Fails the test after `timeout_s`."""
     deadline_s = time.monotonic() + timeout_s
     while not check():
-        assert time.monotonic() < deadline_s, f"did not happen within {timeout_s:g} s: {what}"
-        time.sleep(0.2)
+        assert time.monotonic() < deadline_s, f"did not happen within {timeout_s:g} s: {event}"
+        time.sleep(poll_s)

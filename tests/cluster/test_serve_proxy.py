@@ -114,8 +114,8 @@ def test_a_request_can_be_followed(plain: Service, collector: Collector) -> None
     assert line["answered_by"] == said["x-ranklet-replica"]
     assert 0 < line["compute_ms"] <= line["compute_ms"] + line["queue_ms"] <= line["total_ms"]
 
-    eventually("its spans came", lambda: len(collector.of(trace)) == 3, 20)
-    spans = {span.name: span for span in collector.of(trace)}
+    eventually("its spans came", lambda: len(collector.spans_of(trace)) == 3, 20)
+    spans = {span.name: span for span in collector.spans_of(trace)}
     whole = spans.pop("POST /v1/embeddings")
     assert whole.parent_span_id.hex() == "b7ad6b7169203331"
     assert set(spans) == {"queue", "compute"}

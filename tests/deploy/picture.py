@@ -1,7 +1,7 @@
-"""Draws the Grafana board's panels from a real Prometheus beside a small cluster under load: deploy/board.png.
+"""Plots the Grafana board's panels to deploy/board.png, with data of a real Prometheus and a small cluster under load.
 
-The same queries as the board's, over the minutes that the load ran. On a machine without a GPU the numbers are small;
-the picture shows what is on the board, not how fast ranklet is.
+The queries are the board's. On a machine without a GPU the numbers are small: the picture shows what the board
+contains, not ranklet's speed.
 
 usage: python -m tests.deploy.picture [--seconds 150] [--out deploy/board.png]
 """
@@ -32,25 +32,25 @@ from tests.deploy.prometheus import DEPLOY, Prometheus, scraping
 
 Line = tuple[str, list[float], list[float]]
 _COLUMNS = 3
-_MOST_SERIES = 10
-_EVERYBODY = (BASE, "legal-v2", "medical", "support-rs", "finance-mlp", "code-mixed", "catalog-embed")
+_MAX_SERIES = 10
+_MODELS = (BASE, "legal-v2", "medical", "support-rs", "finance-mlp", "code-mixed", "catalog-embed")
 _INK, _PAPER, _GRID = "#d8d9da", "#181b1f", "#2c3235"
 
 
-def use(service: Service, stop: Event, turn: int, began_s: float, seconds: float) -> None:
-    """All adapters in turn; in the middle third one of them is asked for by almost everybody; some ask wrongly."""
+def send_requests(service: Service, stop: Event, turn: int, start_s: float, seconds: float) -> None:
+    """Use all adapters in turn, in the middle third mostly one of them. Some requests are invalid."""
     for number in itertools.count(turn):
         if stop.is_set():
             return
-        crowd = seconds / 3 < time.monotonic() - began_s < seconds * 2 / 3
-        model = "medical" if crowd and number % 4 else _EVERYBODY[number % len(_EVERYBODY)]
+        crowded = seconds / 3 < time.monotonic() - start_s < seconds * 2 / 3
+        model = "medical" if crowded and number % 4 else _MODELS[number % len(_MODELS)]
         if number % 40 == 0:
             model = ("nobody", "broken")[number % 80 == 0]
         service.post(model, [f"text {number} about one thing and another"] * (1 + number % 6))
 
 
 def series(prometheus: Prometheus, panel: board.Panel, seconds: float) -> list[Line]:
-    """Each line of a panel: its legend, seconds from the start, values."""
+    """Return each line of a panel: its legend, its times, its values."""
     lines = []
     for legend, expr in panel.exprs.items():
         for found in prometheus.query_range(expr.replace("$__rate_interval", "10s"), seconds):
@@ -63,7 +63,7 @@ def series(prometheus: Prometheus, panel: board.Panel, seconds: float) -> list[L
 
 
 def draw(prometheus: Prometheus, seconds: float, out: Path) -> None:
-    """All rows of the board, as Grafana lays them out."""
+    """Plot all rows of the board in Grafana's order."""
     rows = [(title, panels[i : i + _COLUMNS]) for title, panels in board.ROWS.items() for i in range(0, len(panels), 3)]
     style: dict[Any, Any] = {
         "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "font.size": 7,
@@ -71,7 +71,7 @@ def draw(prometheus: Prometheus, seconds: float, out: Path) -> None:
     }  # fmt: skip
     with plt.rc_context(style):
         figure, grid = plt.subplots(len(rows), _COLUMNS, figsize=(14, 2.1 * len(rows)), squeeze=False)
-        begin_s = time.time() - seconds
+        start_s = time.time() - seconds
         titled = set[str]()
         for (title, panels), axes in zip(rows, grid, strict=True):
             if title not in titled:
@@ -81,16 +81,16 @@ def draw(prometheus: Prometheus, seconds: float, out: Path) -> None:
                 if panel is None:
                     ax.set_visible(False)
                 else:
-                    _panel(ax, panel, series(prometheus, panel, seconds), begin_s, seconds)
+                    _plot_panel(ax, panel, series(prometheus, panel, seconds), start_s, seconds)
         figure.tight_layout()
         figure.savefig(out, dpi=90)
 
 
-def _panel(ax: Axes, panel: board.Panel, lines: list[Line], begin_s: float, seconds: float) -> None:
+def _plot_panel(ax: Axes, panel: board.Panel, lines: list[Line], start_s: float, seconds: float) -> None:
     if not lines:
         raise RuntimeError(f"{panel.title}: no data")
-    for text, at, values in sorted(lines, key=lambda line: -max(line[2], default=0.0))[:_MOST_SERIES]:
-        ax.plot([each - begin_s for each in at], values, linewidth=0.9, label=text)
+    for text, at, values in sorted(lines, key=lambda line: -max(line[2], default=0.0))[:_MAX_SERIES]:
+        ax.plot([each - start_s for each in at], values, linewidth=0.9, label=text)
     ax.set_title(panel.title, loc="left", fontsize=8)
     ax.set_xlim(0, seconds)
     ax.set_ylim(0, (max((max(values, default=0.0) for _, _, values in lines), default=0.0) or 1.0) * 1.3)
@@ -116,8 +116,10 @@ def main() -> None:
         content["applications"][0]["args"]["engine"]["slots"] = 2
         with serving(content, folder) as service, scraping(service.url, folder) as prometheus:
             service.deploy({"tokens_per_minute": {"support-*": 6000}})
-            stop, began_s = Event(), time.monotonic()
-            loading = [Thread(target=use, args=(service, stop, turn, began_s, options.seconds)) for turn in range(5)]
+            stop, start_s = Event(), time.monotonic()
+            loading = [
+                Thread(target=send_requests, args=(service, stop, turn, start_s, options.seconds)) for turn in range(5)
+            ]
             for each in loading:
                 each.start()
             for _ in track(range(int(options.seconds)), "under load", console=Console(stderr=True)):

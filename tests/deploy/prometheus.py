@@ -1,4 +1,4 @@
-"""A real Prometheus on a free port, which scrapes a running service by the deployed configuration."""
+"""A real Prometheus on a free port that scrapes a running service with deploy/prometheus.yml."""
 
 import contextlib
 import subprocess
@@ -19,19 +19,19 @@ SCRAPE_S = 1
 
 @dataclass(frozen=True)
 class Prometheus:
-    """Its HTTP API."""
+    """The HTTP API of a Prometheus."""
 
     url: str
 
     def query(self, expr: str) -> list[dict[str, Any]]:
-        """The samples of an instant query; raises on a malformed one."""
+        """Return the samples of an instant query. Fails if the query is malformed."""
         return list(self._get("query", {"query": expr})["result"])
 
     def query_range(self, expr: str, seconds: float, step_s: float = 1.0) -> list[dict[str, Any]]:
-        """The series of the last `seconds`."""
+        """Return the series of the last `seconds`."""
         now_s = time.time()
-        asked = {"query": expr, "start": now_s - seconds, "end": now_s, "step": step_s}
-        return list(self._get("query_range", asked)["result"])
+        parameters = {"query": expr, "start": now_s - seconds, "end": now_s, "step": step_s}
+        return list(self._get("query_range", parameters)["result"])
 
     def targets(self) -> list[dict[str, Any]]:
         return list(self._get("targets", {})["activeTargets"])
@@ -47,7 +47,7 @@ class Prometheus:
 
 @contextlib.contextmanager
 def scraping(service_url: str, folder: Path) -> Iterator[Prometheus]:
-    """Prometheus with deploy/prometheus.yml, at the service's address and in a hurry."""
+    """Run Prometheus with deploy/prometheus.yml, but with the service's address and short intervals."""
     content = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
     content["global"] = {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": f"{SCRAPE_S}s"}
     content["rule_files"] = [str(DEPLOY / name) for name in content["rule_files"]]
@@ -64,13 +64,13 @@ def scraping(service_url: str, folder: Path) -> Iterator[Prometheus]:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
         found = Prometheus(f"http://127.0.0.1:{port}")
-        deadline_s = time.monotonic() + 30
+        deadline_s = time.monotonic() + 120
         while True:
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"{found.url}/-/ready", trust_env=False).status_code == 200:
                     break
             assert process.poll() is None, (folder / "prometheus.log").read_text()[-2000:]
-            assert time.monotonic() < deadline_s, "Prometheus did not come up"
+            assert time.monotonic() < deadline_s, "Prometheus did not start"
             time.sleep(0.2)
         yield found
     finally:

@@ -1,4 +1,4 @@
-"""The files that people deploy with: linted, checked against what reads them, and their steps run."""
+"""The files in deploy/ pass their linters and schemas, and the Dockerfile's steps work."""
 
 import os
 import re
@@ -25,7 +25,7 @@ KUBERNETES = "1.33"
 
 
 def dockerfile() -> list[tuple[str, str]]:
-    """Its instructions, continued lines joined."""
+    """Return its instructions, with continued lines joined."""
     text = re.sub(r"^#.*\n", "", (DEPLOY / "Dockerfile").read_text(), flags=re.MULTILINE)
     lines = re.sub(r"\\\n", " ", text).splitlines()
     return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in lines) if word]
@@ -37,8 +37,8 @@ def test_the_dockerfile_passes_its_linter() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_dockerfiles_steps_make_a_package_that_runs(tmp_path: Path) -> None:
-    """Its COPY and pip steps in an empty folder and a fresh environment; dependencies are those of here."""
+def test_the_dockerfiles_steps_install_a_working_package(tmp_path: Path) -> None:
+    """Run its COPY and pip steps in an empty folder and a new environment with this environment's dependencies."""
     image, home = tmp_path / "image", tmp_path / "home"
     image.mkdir()
     home.mkdir()
@@ -46,7 +46,7 @@ def test_the_dockerfiles_steps_make_a_package_that_runs(tmp_path: Path) -> None:
     for word, rest in dockerfile():
         if word == "COPY":
             *sources, target = rest.split()
-            assert set(sources) <= allowed, ".dockerignore keeps it from the build"
+            assert set(sources) <= allowed, ".dockerignore excludes a source from the build"
             for source in sources:
                 into = image / target if (ROOT / source).is_dir() else image
                 subprocess.run(["cp", "-r", ROOT / source, into], check=True)
@@ -63,12 +63,12 @@ def test_the_dockerfiles_steps_make_a_package_that_runs(tmp_path: Path) -> None:
     assert installed.exists()
     assert (image / command[2].removeprefix("/opt/ranklet/")).exists()
     where = "import ranklet.cluster.app, ranklet.replicas.engine.engine; print(ranklet.cluster.app.__file__)"
-    said = subprocess.run(
+    imported = subprocess.run(
         [binaries / "python", "-c", where], cwd=home, env=environment, capture_output=True, text=True, check=True
     )
-    assert said.stdout.startswith(str(tmp_path / "env"))
-    helped = subprocess.run([installed, *command[1:], "--help"], cwd=home, env=environment, capture_output=True)
-    assert helped.returncode == 0
+    assert imported.stdout.startswith(str(tmp_path / "env"))
+    shown = subprocess.run([installed, *command[1:], "--help"], cwd=home, env=environment, capture_output=True)
+    assert shown.returncode == 0
 
 
 def documents() -> list[dict[str, Any]]:
@@ -126,7 +126,7 @@ def test_only_the_pods_of_ranklet_reach_rays_ports() -> None:
         (("spec", "rayClusterConfig", "authOptions", "mode"), "basic"),
     ],
 )
-def test_a_wrong_manifest_is_found(where: tuple[str, ...], value: Any) -> None:
+def test_an_invalid_manifest_is_rejected(where: tuple[str, ...], value: Any) -> None:
     content = manifest()
     inner = content
     for name in where[:-1]:
@@ -137,15 +137,15 @@ def test_a_wrong_manifest_is_found(where: tuple[str, ...], value: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "local.yaml", "kuberay.yaml"])
-def test_ray_and_ranklet_take_each_configuration(name: str) -> None:
+def test_ray_and_ranklet_accept_each_configuration(name: str) -> None:
     content = manifest()["spec"]["serveConfigV2"] if name == "kuberay.yaml" else (DEPLOY / name).read_text()
     parsed = ServeDeploySchema.model_validate(yaml.safe_load(content))
     (application,) = parsed.applications
     AppArgs.model_validate(application.args)
 
 
-def test_the_manifest_has_room_for_what_it_deploys() -> None:
-    """Ray would leave replicas pending without a word if not."""
+def test_the_manifest_requests_enough_cpus_and_gpus() -> None:
+    """Otherwise Ray would leave replicas pending, without an error."""
     spec = manifest()["spec"]
     (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
     cluster = spec["rayClusterConfig"]
@@ -163,7 +163,7 @@ def test_the_manifest_has_room_for_what_it_deploys() -> None:
 
 
 @needs("systemd-analyze")
-def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     program = Path(sys.executable).parent / "ranklet"
     unit = tmp_path / "ranklet.service"
     unit.write_text((DEPLOY / "ranklet.service").read_text().replace("/opt/ranklet/bin/ranklet", str(program)))

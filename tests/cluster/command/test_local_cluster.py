@@ -1,4 +1,4 @@
-"""The local cluster's small parts: ports, processes, and refusals that need no cluster."""
+"""The local cluster: ports, processes, refusals, and `ranklet up --foreground`."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ def test_ports_are_free_and_distinct() -> None:
 
 
 @pytest.mark.parametrize("command", [SLEEP, STUBBORN])
-def test_a_process_is_ended_and_collected(command: list[str]) -> None:
+def test_a_process_is_terminated_and_collected(command: list[str]) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -60,20 +60,20 @@ def test_a_long_temp_dir_is_refused_before_ray_would_fail(tmp_path: Path) -> Non
         LocalCluster(tmp_path / ("x" * 40))
 
 
-def test_down_without_a_cluster_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_down_without_a_cluster_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["down", "--temp-dir", "/tmp/ranklet-none"]) == 1
     assert "no cluster" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("content", "says"), [("- a\n- b\n", "expected a map"), ("a: [", "expected YAML")])
+@pytest.mark.parametrize(("content", "message"), [("- a\n- b\n", "expected a map"), ("a: [", "expected YAML")])
 def test_a_configuration_of_another_form_is_refused(
-    content: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(content)
     with tempfile.TemporaryDirectory(prefix="r-") as folder:
         assert cli.main(["up", str(config), "--temp-dir", folder]) == 1
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,10 +81,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ray 2.60" in capsys.readouterr().out
 
 
-def test_in_the_foreground_it_ends_with_its_cluster_at_sigterm(
-    model_dir: Path, adapters_dir: Path, tmp_path: Path
-) -> None:
-    """As systemd and containers run it. The next one serves what was loaded by name before."""
+def test_in_the_foreground_sigterm_stops_the_cluster(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
+    """systemd and containers run it like this. The next cluster serves adapters that were loaded by name before."""
     adapters = tmp_path / "adapters"
     shutil.copytree(adapters_dir / "medical", adapters / ".sources" / "kept")
     for turn in range(2):
@@ -99,12 +97,12 @@ def _serve_once(model_dir: Path, adapters_dir: Path, *, first: bool) -> None:
             sys.executable, "-m", "ranklet.cluster.command.cli", "up", str(config), "--foreground", "--port", "0",
             "--temp-dir", folder,
         ]  # fmt: skip
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
-            told.bind(f"{folder}/notify")
-            told.settimeout(200)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifications:
+            notifications.bind(f"{folder}/notify")
+            notifications.settimeout(200)
             environment = {**os.environ, "NOTIFY_SOCKET": f"{folder}/notify"}
             with subprocess.Popen(command, env=environment, start_new_session=True) as process:
-                assert told.recv(100) == b"READY=1"
+                assert notifications.recv(100) == b"READY=1"
                 state = find_cluster(Path(folder))
                 assert state is not None
                 with httpx.Client(base_url=state.base_url, trust_env=False, timeout=30) as http:
@@ -114,7 +112,7 @@ def _serve_once(model_dir: Path, adapters_dir: Path, *, first: bool) -> None:
                     assert http.post("/v1/embeddings", json={"model": "kept", "input": "text"}).status_code == 200
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(60) == 0
-            assert told.recv(100) == b"STOPPING=1"
+            assert notifications.recv(100) == b"STOPPING=1"
         assert process_start_time(state.pid) is None
         assert find_cluster(Path(folder)) is None
 
@@ -128,5 +126,5 @@ def test_a_second_start_in_the_same_folder_is_refused(service: Service, tmp_path
 def test_gateways_and_routers_import_without_torch() -> None:
     imported = "ranklet.cluster.ingress.gateway, ranklet.cluster.app, ranklet.routing.router"
     code = f"import sys, {imported}; print('torch' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said.strip() == "False"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "False"

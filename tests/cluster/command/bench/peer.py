@@ -1,4 +1,4 @@
-"""A small server with OpenAI's embeddings API, in a thread; it answers by the model's name, well or badly."""
+"""A small server with OpenAI's embeddings API, in a thread. The model's name decides whether an answer is valid."""
 
 import asyncio
 import base64
@@ -18,14 +18,14 @@ BASE = "the-base"
 
 @dataclass
 class Peer:
-    """What came, and how many of them at once."""
+    """The server, and the requests it received."""
 
     slow_s: float = 0.0
     port: int = 0
-    asked: list[dict[str, Any]] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
     keys: set[str | None] = field(default_factory=set)
-    now: int = 0
-    most_at_once: int = 0
+    in_flight: int = 0
+    most_in_flight: int = 0
 
     @property
     def url(self) -> str:
@@ -33,15 +33,15 @@ class Peer:
 
     async def embed(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        self.asked.append(body)
+        self.requests.append(body)
         self.keys.add(request.headers.get("authorization"))
-        self.now += 1
-        self.most_at_once = max(self.most_at_once, self.now)
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
         await asyncio.sleep(self.slow_s)
-        self.now -= 1
+        self.in_flight -= 1
         name = body.get("lora_path") or body["model"]
-        given = body["input"]
-        prompts = given if isinstance(given[0], (list, str)) and isinstance(given, list) else [given]
+        content = body["input"]
+        prompts = content if isinstance(content, list) and isinstance(content[0], (list, str)) else [content]
         if name == "busy":
             return web.json_response({"error": {"message": "too much", "code": "quota"}}, status=429)
         if name == "plain":
@@ -68,7 +68,7 @@ class Peer:
 
 @contextlib.contextmanager
 def running(slow_s: float = 0.0) -> Iterator[Peer]:
-    """A peer on a free port of the loopback."""
+    """Run a peer on a free loopback port."""
     peer, up, loop, stop = Peer(slow_s), threading.Event(), asyncio.new_event_loop(), asyncio.Event()
 
     async def serve() -> None:
@@ -87,9 +87,9 @@ def running(slow_s: float = 0.0) -> Iterator[Peer]:
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
     thread.start()
     try:
-        assert up.wait(10)
+        assert up.wait(60)
         yield peer
     finally:
         loop.call_soon_threadsafe(stop.set)
-        thread.join(10)
+        thread.join(60)
         loop.close()

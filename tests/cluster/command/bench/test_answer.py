@@ -25,7 +25,7 @@ def test_vectors_in_both_encodings(vector: Any, check_values: bool) -> None:
     assert check_answer(200, answer(vector, vector), 2, check_values=check_values) == ("ok", 9)
 
 
-def test_a_server_that_counts_no_tokens() -> None:
+def test_a_server_may_count_no_tokens() -> None:
     assert check_answer(200, answer([1.0], usage=None), 1) == ("ok", 0)
 
 
@@ -36,19 +36,23 @@ def test_a_server_that_counts_no_tokens() -> None:
         answer([1.0], usage={"prompt_tokens": "many"}),
     ],
 )  # fmt: skip
-def test_what_is_no_answer(raw: bytes) -> None:
+def test_a_malformed_answer_is_bad(raw: bytes) -> None:
     assert check_answer(200, raw, 1) == ("bad_answer", 0)
 
 
 @pytest.mark.parametrize("vector", [coded(1, float("nan")), coded(float("inf")), "", "!", "AAA=", [], [1.0, None], 5])
-def test_a_close_look_finds_vectors_that_are_none(vector: Any) -> None:
+def test_checking_values_finds_invalid_vectors(vector: Any) -> None:
     assert check_answer(200, answer(vector), 1, check_values=True) == ("bad_answer", 0)
 
 
 @pytest.mark.parametrize(
-    ("status", "said", "code"),
+    ("status", "content", "code"),
     [
-        (404, {"error": {"message": "no", "type": "t", "code": "model_not_found"}}, "model_not_found"),  # OpenAI, ours
+        (
+            404,
+            {"error": {"message": "no", "type": "t", "code": "model_not_found"}},
+            "model_not_found",
+        ),  # OpenAI, ranklet
         (404, {"error": {"message": "no", "type": "NotFoundError", "code": 404}}, "404"),  # vLLM
         (400, {"object": "error", "message": "no", "type": "Bad", "code": 400}, "400"),  # SGLang
         (400, {"error": {"message": "no", "type": "Bad", "code": None}}, "Bad"),
@@ -58,8 +62,8 @@ def test_a_close_look_finds_vectors_that_are_none(vector: Any) -> None:
         (502, None, "502"),
     ],
 )
-def test_error_codes_of_several_servers(status: int, said: Any, code: str) -> None:
-    assert check_answer(status, orjson.dumps(said), 1) == (code, 0)
+def test_error_codes_of_several_servers(status: int, content: Any, code: str) -> None:
+    assert check_answer(status, orjson.dumps(content), 1) == (code, 0)
 
 
 def test_an_error_in_plain_text() -> None:

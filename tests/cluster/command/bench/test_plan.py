@@ -1,4 +1,4 @@
-"""What a plan refuses, and what it says of it."""
+"""A plan refuses fields out of range, with the flag, the expected value and the actual one."""
 
 import math
 from pathlib import Path
@@ -37,7 +37,7 @@ from ranklet.cluster.command.cli import main
         ({"base_url": "localhost:8000"}, "--base-url", "localhost:8000"),
     ],
 )
-def test_a_wrong_field_is_named_with_what_came(fields: dict[str, Any], flag: str, got: str) -> None:
+def test_a_field_out_of_range_is_refused(fields: dict[str, Any], flag: str, got: str) -> None:
     with pytest.raises(ValueError, match="expected") as error:
         BenchPlan(**fields)
     assert str(error.value).startswith(flag)
@@ -51,6 +51,6 @@ def test_the_key_is_not_shown() -> None:
 @pytest.mark.parametrize("flags", [["--input-len", "0"], ["--out", "no/such/folder/a.json"], ["--plot", "a.txt"]])
 def test_the_command_refuses_before_it_sends(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--base-url", "http://127.0.0.1:9", *flags]) == 1
-    said = capsys.readouterr().err
-    assert "expected" in said
-    assert flags[-1].split("/")[0] in said
+    output = capsys.readouterr().err
+    assert "expected" in output
+    assert flags[-1].split("/")[0] in output

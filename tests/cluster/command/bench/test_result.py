@@ -1,4 +1,4 @@
-"""Rates and percentiles of records whose numbers are known."""
+"""Rates and percentiles of records with known results."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from ranklet.cluster.command.bench.show import plot_result, print_result
 
 
 def logs() -> list[ClientLog]:
-    """Two processes: 100 answers of 1..100 ms from "a", then two failures of "b"; the run lasts 2 s."""
+    """Return logs of two processes: 100 answers of 1..100 ms from "a", two failures of "b", in a run of 2 s."""
     first = [SentRequest(10.0, 10.001, 10.001 + i / 1e3, 7, 2, "a", "ok") for i in range(1, 101)]
     second = [
         SentRequest(11.0, 11.5, 11.6, 0, 2, "b", "quota"),
@@ -38,7 +38,7 @@ def test_numbers_of_a_closed_loop() -> None:
     assert math.isnan(found.by_adapter["b"].p50_ms)
 
 
-def test_the_clients_own_cost() -> None:
+def test_the_clients_own_cost_is_measured() -> None:
     client = summarize(logs(), 102, open_loop=False).client
     assert (client.processes, client.busiest) == (2, 0.26)
     assert client.cpu_ms_per_request == pytest.approx(10.0)
@@ -47,7 +47,7 @@ def test_the_clients_own_cost() -> None:
     assert client.suspicion is None
 
 
-def test_in_an_open_loop_latency_counts_from_when_a_request_was_due() -> None:
+def test_latency_in_an_open_loop_counts_from_the_planned_time() -> None:
     found = summarize(logs(), 102, open_loop=True)
     assert found.overall.p50_ms == pytest.approx(51.5)
     client = found.client
@@ -57,32 +57,32 @@ def test_in_an_open_loop_latency_counts_from_when_a_request_was_due() -> None:
     assert "late" in client.suspicion
 
 
-@pytest.mark.parametrize(("busiest", "lag", "said"), [(0.9, 0.0, "90%"), (0.1, 30.0, "30 ms"), (0.8, 10.0, None)])
-def test_a_client_that_may_be_the_bottleneck_says_so(busiest: float, lag: float, said: str | None) -> None:
+@pytest.mark.parametrize(("busiest", "lag", "expected"), [(0.9, 0.0, "90%"), (0.1, 30.0, "30 ms"), (0.8, 10.0, None)])
+def test_a_client_that_may_be_the_bottleneck_is_reported(busiest: float, lag: float, expected: str | None) -> None:
     suspicion = ClientLoad(1, busiest, 0.1, lag, lag, None, None, None).suspicion
-    assert suspicion is None if said is None else said in str(suspicion)
+    assert suspicion is None if expected is None else expected in str(suspicion)
 
 
-def test_what_is_not_known_is_null() -> None:
+def test_unknown_numbers_are_null() -> None:
     facts = json.loads(json.dumps(summarize(logs(), 110, open_loop=False).to_json(), allow_nan=False))
     assert facts["by_adapter"]["b"]["p99_ms"] is None
     assert facts["client"]["p99_late_ms"] is None
     assert (facts["planned"], facts["overall"]["requests"]) == (110, 102)
 
 
-def test_nothing_answered() -> None:
+def test_a_run_without_answers_has_no_result() -> None:
     with pytest.raises(ValueError, match="expected at least one request"):
         summarize([ClientLog()], 5, open_loop=False)
 
 
-def test_the_table_and_the_picture(tmp_path: Path) -> None:
+def test_the_table_and_the_plot(tmp_path: Path) -> None:
     found = summarize(logs(), 110, open_loop=True)
     console = Console(width=120, record=True, file=(tmp_path / "table").open("w"))
     with console.file:
         print_result(found, console)
     text = console.export_text()
-    for said in ("100 of 110 requests", "1 x quota", "1 x TimeoutError", "interrupted: 8", "bottleneck", "51.5"):
-        assert said in text
+    for expected in ("100 of 110 requests", "1 x quota", "1 x TimeoutError", "interrupted: 8", "bottleneck", "51.5"):
+        assert expected in text
     plot_result(found, tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
     plot_result(summarize([logs()[1]], 2, open_loop=False), tmp_path / "failed.svg")
