@@ -37,7 +37,6 @@ def read_configuration(path: Path) -> dict[str, Any]:
 
 
 def http_host(content: Mapping[str, Any]) -> str:
-    """Return the address that the HTTP server of a configuration listens on."""
     return str((content.get("http_options") or {}).get("host") or SERVE_HOST)
 
 

@@ -37,7 +37,6 @@ def check_machine() -> Iterator[Finding]:
 
 
 def check_port(port: int, purpose: str) -> Finding:
-    """Check that no process listens on a port."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

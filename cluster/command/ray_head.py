@@ -37,13 +37,11 @@ class RayHead:
 
     @property
     def address(self) -> str:
-        """The address for `ray.init`."""
-        return f"127.0.0.1:{self.gcs_port}"
+        return f"127.0.0.1:{self.gcs_port}"  # for `ray.init`
 
     @property
     def dashboard(self) -> str:
-        """The URL for `serve -a`."""
-        return f"http://127.0.0.1:{self.dashboard_port}"
+        return f"http://127.0.0.1:{self.dashboard_port}"  # for `serve -a`
 
     def head_command(self) -> list[str]:
         """Return `ray start` in the foreground. Its child processes end with it."""
@@ -59,7 +57,6 @@ class RayHead:
         ]  # fmt: skip
 
     def node_command(self, resources: Mapping[str, float], num_cpus: int) -> list[str]:
-        """Return `ray start` of one more node of this cluster, on the same machine."""
         agent, agent_grpc, metrics, runtime_env = free_ports(4)
         return [
             script_path("ray"), "start", f"--address={self.address}", "--block", "--disable-usage-stats",

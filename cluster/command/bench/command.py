@@ -35,7 +35,6 @@ _TYPES: dict[str, Any] = {"model": str, "path": Path, "max_concurrency": int}
 
 
 def add(commands: Any) -> None:
-    """Add the subcommand's parser."""
     parser = commands.add_parser(
         "bench", help="send load to a server with OpenAI's embeddings API and measure the answers"
     )

@@ -9,7 +9,6 @@ from ranklet.kernels.mixes import MIXES, exponent
 
 
 def cpu_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -85,5 +84,4 @@ class BenchPlan:
 
 
 def flag_name(field: str) -> str:
-    """Return the command line flag of a field of the plan."""
     return "--vocab-size" if field == "vocab" else "--" + field.replace("_", "-")

@@ -20,7 +20,6 @@ _TIMEOUT_S = 30.0
 
 
 def request_headers(plan: BenchPlan) -> dict[str, str]:
-    """Return the headers of every request."""
     key = {"authorization": f"Bearer {plan.api_key}"} if plan.api_key else {}
     return {"content-type": "application/json", **key}
 
@@ -49,7 +48,6 @@ def resolve_models(plan: BenchPlan) -> tuple[str, list[str]]:
 
 
 def fetch_version(plan: BenchPlan) -> Any:
-    """Return the answer of /version, or None."""
     try:
         return _get(plan, "/version")
     except (OSError, ValueError):

@@ -17,7 +17,6 @@ _PICTURES = (".png", ".svg", ".pdf")
 
 
 def print_result(result: BenchResult, console: Console) -> None:
-    """Print the totals, the adapters with the most requests, errors, and the client's own cost."""
     table = Table(title=f"{result.overall.answered:,} of {result.planned:,} requests in {result.seconds:.2f} s")
     table.add_column("")
     for column in _COLUMNS:
