@@ -32,10 +32,10 @@ def fixed(engine: Engine, batch: str, slots: list[int | None]) -> dict[str, Any]
     taken = [slots[i % len(slots)] for i in range(count)]
     row: dict[str, Any] = {"batch": batch, "adapters": sum(slot is not None for slot in slots)}
     runner = engine.runner
-    replays, rounds = runner.graphs, runner.pads
-    assert replays is not None
-    for how, graphs, rounded in (("launched", None, False), ("exact", replays, False), ("bucket", replays, rounds)):
-        runner.graphs, runner.pads = graphs, rounded
+    cache, pads = runner.graphs, runner.pads
+    assert cache is not None
+    for how, graphs, padded in (("launched", None, False), ("exact", cache, False), ("bucket", cache, pads)):
+        runner.graphs, runner.pads = graphs, padded
         for _ in range(_GRAPHED):
             runner.launch(whole_prompts(prompts, engine.head), taken).wait()
         runs, took_s = [], []
@@ -47,16 +47,16 @@ def fixed(engine: Engine, batch: str, slots: list[int | None]) -> dict[str, Any]
             runs.append(running)
         row[f"{how}_ms"] = round(median(took_s) * 1e3, 3)
         row[f"{how}_device_ms"] = round(median(running.device_s() for running in runs) * 1e3, 3)
-    runner.graphs, runner.pads = replays, rounds
+    runner.graphs, runner.pads = cache, pads
     return row
 
 
 def traffic(engine: Engine, slots: list[int | None], turns: int, most: int, *, graphs: bool) -> dict[str, Any]:
     """Time random batches of up to `most` prompts, one at a time, and the device memory reserved while they run."""
     runner = engine.runner
-    rng, replays = np.random.default_rng(most), runner.graphs
-    assert replays is not None
-    replays.clear()
+    rng, cache = np.random.default_rng(most), runner.graphs
+    assert cache is not None
+    cache.clear()
     torch.cuda.empty_cache()
     before_bytes = torch.cuda.memory_reserved()
     took_s, capture_s = [], []
@@ -65,15 +65,15 @@ def traffic(engine: Engine, slots: list[int | None], turns: int, most: int, *, g
         lengths = lengths[: max(1, int((lengths.cumsum() <= 8192).sum()))]
         prompts = [rng.integers(0, 1000, length, dtype=np.int32) for length in lengths]
         taken = [slots[int(rng.integers(len(slots)))] for _ in prompts]
-        runner.graphs, held, began_s = replays if graphs else None, len(replays), perf_counter()
+        runner.graphs, held, began_s = cache if graphs else None, len(cache), perf_counter()
         running = runner.launch(whole_prompts(prompts, engine.head), taken)
         running.wait()
         took_s.append(perf_counter() - began_s)
-        if len(replays) > held:
+        if len(cache) > held:
             capture_s.append(running.launch_s)
-    runner.graphs, late_s = replays, sorted(took_s[turns // 2 :])
+    runner.graphs, late_s = cache, sorted(took_s[turns // 2 :])
     return {
-        "batch": f"up to {most} prompts", "graphs": len(replays) if graphs else 0,
+        "batch": f"up to {most} prompts", "graphs": len(cache) if graphs else 0,
         "ms": round(sum(took_s) / turns * 1e3, 3), "later_ms": round(sum(late_s) / len(late_s) * 1e3, 3),
         "later_p50_ms": round(median(late_s) * 1e3, 3), "later_p99_ms": round(late_s[len(late_s) * 99 // 100] * 1e3, 3),
         "capture_ms": round(median(capture_s) * 1e3, 3) if capture_s else "",
