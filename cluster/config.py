@@ -71,6 +71,8 @@ class LimitsConfig(_StrictModel):
         no_replica_timeout_s: time to wait for a replica while there is none; then 503.
         body_timeout_s: time for a client to send its request; then 408.
         max_in_flight_requests: further requests get 503.
+        max_tokenising_bytes: texts of large requests that one gateway tokenises at once. Further texts wait, and keys
+            take turns.
     """
 
     max_body_bytes: int = Field(default=32 << 20, ge=1)
@@ -79,6 +81,7 @@ class LimitsConfig(_StrictModel):
     no_replica_timeout_s: float = Field(default=6.0, gt=0)
     body_timeout_s: float = Field(default=30.0, gt=0)
     max_in_flight_requests: int = Field(default=2000, ge=1)
+    max_tokenising_bytes: int = Field(default=8 << 20, ge=1)
 
 
 class MetricsConfig(_StrictModel):

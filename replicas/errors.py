@@ -13,10 +13,9 @@ RankletError
 ├── ModelError              the base model folder cannot be served             500 model_error (only at start-up)
 └── InternalError           a defect of ranklet, or the device failed          500 internal_error
 
-Other packages subclass `RankletError` next to the code that raises their errors: see the bases of `Unauthorized` and
-`Forbidden` (cluster/access/keys.py), `OverQuota` (cluster/access/quota.py), `AdapterExists` (cluster/ingress/admin.py),
-`BodyTooLarge` and `BodyTooSlow` (cluster/ingress/body.py), `PathNotFound` and `MethodNotAllowed`
-(cluster/ingress/refusals.py).
+Other packages subclass `RankletError` next to the code that raises their errors: cluster/access/keys.py (Unauthorized,
+Forbidden), cluster/access/quota.py (OverQuota), cluster/ingress/lifecycle.py (AdapterExists), cluster/ingress/body.py
+(BodyTooLarge, BodyTooSlow), cluster/ingress/refusals.py (PathNotFound, MethodNotAllowed).
 """
 
 from collections.abc import Sequence

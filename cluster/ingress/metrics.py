@@ -12,60 +12,68 @@ from ranklet.routing.counters import SPILLS, Counters
 
 
 class GatewayMetrics:
-    """Requests as clients see them, one instance per gateway process."""
+    """Requests of one gateway process, as clients see them."""
 
-    def __init__(self, top_adapters: int, choices: Counters) -> None:
+    def __init__(self, top_adapters: int, routing: Counters) -> None:
         self.registry = CollectorRegistry()
         counter = partial(Counter, registry=self.registry)
         gauge = partial(Gauge, registry=self.registry)
-        histogram = partial(Histogram, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry, buckets=LATENCY_BUCKETS_S)
         self.requests = counter(
             "ranklet_requests_total",
             "Requests answered, by adapter, HTTP status and error code",
             ["adapter", "status", "code"],
         )
-        self.seconds = histogram(
-            "ranklet_request_seconds",
-            "From the first byte of the body to the answer",
-            ["adapter"],
-            buckets=LATENCY_BUCKETS_S,
-        )
+        self.seconds = histogram("ranklet_request_seconds", "From the request's headers to its answer", ["adapter"])
         self.in_flight = gauge("ranklet_requests_in_flight", "Requests in this gateway")
         self.retries = counter("ranklet_retries_total", "Calls repeated on another replica")
-        self.client_gone = counter("ranklet_client_gone_total", "Requests whose client left before the answer")
+        self.client_gone = counter("ranklet_client_gone_total", "Requests whose client disconnected before the answer")
         self.quota_rejections = counter(
             "ranklet_quota_rejections_total", "Requests over the quota of their key or adapter", ["by", "adapter"]
         )
         for by in ("key", "adapter"):
             self.quota_rejections.labels(by, BASE)
-        self.labels = AdapterLabels(top_adapters, self._forget)
-        self.registry.register(_Choices(choices))
+        self.labels = AdapterLabels(top_adapters, self._drop_series)
+        self.registry.register(_RoutingCounters(routing))
         ProcessCollector(registry=self.registry)
 
-    def answered(self, adapter: str, status: int, code: str, seconds: float) -> None:
-        """`adapter` is a label value; `code` the error's code, "" for success."""
+    def on_answer(self, adapter: str, status: int, code: str, seconds: float) -> None:
+        """Count a request.
+
+        Args:
+            adapter: a label value of `labels`.
+            code: the error's code, "" for success.
+        """
         self.requests.labels(adapter, str(status), code).inc()
         self.seconds.labels(adapter).observe(seconds)
 
-    def _forget(self, adapter: str) -> None:
+    def on_over_quota(self, by: str, adapter: str | None) -> None:
+        """Count a request over the quota of its key or adapter; `adapter` is None for the base model."""
+        self.quota_rejections.labels(by, self.labels.label(adapter, 0)).inc()
+
+    def _drop_series(self, adapter: str) -> None:
         for metric in (self.requests, self.seconds, self.quota_rejections):
             metric.remove_by_labels({"adapter": adapter})
 
 
-class _Choices(Collector):
-    """What this gateway's router chose, read at each scrape."""
+class _RoutingCounters(Collector):
+    """Counters of this gateway's router, read at each scrape."""
 
-    def __init__(self, choices: Counters) -> None:
-        self._choices = choices
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
 
     def collect(self) -> Iterable[CounterMetricFamily]:
-        seen = self._choices
-        hits = "Requests sent to a replica that had said it holds their adapter"
-        yield CounterMetricFamily("ranklet_affinity_hits", hits, seen.hits)
-        yield CounterMetricFamily("ranklet_affinity_misses", "Requests sent to one that had not", seen.misses)
-        spills = CounterMetricFamily("ranklet_spills", "Requests sent elsewhere than home, and why", labels=["reason"])
+        seen = self._counters
+        yield CounterMetricFamily(
+            "ranklet_affinity_hits", "Requests sent to a replica that has reported their adapter", seen.hits
+        )
+        yield CounterMetricFamily(
+            "ranklet_affinity_misses", "Requests sent to a replica that has not reported their adapter", seen.misses
+        )
+        spills = CounterMetricFamily(
+            "ranklet_spills", "Requests sent to another replica than their adapter's home, by reason", labels=["reason"]
+        )
         for reason in SPILLS:
             spills.add_metric([reason], seen.spills[reason])
         yield spills
-        ordered = "Replicas told to load an adapter ahead of its requests"
-        yield CounterMetricFamily("ranklet_prefetches", ordered, seen.prefetches)
+        yield CounterMetricFamily("ranklet_prefetches", "Prefetch orders sent to replicas", seen.prefetches)

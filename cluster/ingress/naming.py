@@ -1,17 +1,24 @@
-"""From what a request says (`model`, `lora_path`) to the base model or an adapter."""
+"""Resolves the model's name in a request to the base model or an adapter."""
 
 from collections.abc import Sequence
 
-from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.cluster.catalog.location import MAX_NAME_CHARACTERS, AdapterLocation
 from ranklet.cluster.catalog.registry import Registry
-from ranklet.replicas.errors import InvalidRequest
+from ranklet.replicas.errors import InvalidRequest, UnknownModel
+
+_MAX_REVISION_CHARACTERS = 64
 
 
 class ModelNames:
-    """The names requests may use: those of the base, of adapters, and `base:adapter`."""
+    """Names that requests may use: of the base model, `adapter`, `adapter@revision`, and `base:` before an adapter.
+
+    Args:
+        base_names: the base model's own name first, then its aliases.
+    """
 
     def __init__(self, base_names: Sequence[str], registry: Registry) -> None:
         self._bases = tuple(base_names)
+        self._max_characters = max(map(len, base_names)) + MAX_NAME_CHARACTERS + _MAX_REVISION_CHARACTERS + len(":@")
         self.registry = registry
 
     @property
@@ -20,32 +27,43 @@ class ModelNames:
         return self._bases[0]
 
     def resolve(self, model: str | None, lora_path: str | None = None) -> AdapterLocation | None:
-        """The adapter a request means; None is the base model.
+        """The adapter that a request names; None for the base model. Reads the file system.
 
         Raises:
-            InvalidRequest: neither is given, or they contradict each other.
-            UnknownModel, AdapterNotFound, InvalidAdapter: see `Registry.find`.
+            InvalidRequest: neither field is given, or they name different adapters.
+            UnknownModel, AdapterNotFound, InvalidAdapter: see `Registry.locate`.
         """
         if not model and not lora_path:
             raise InvalidRequest(
                 f"model: expected the name of an adapter or of the base model ({self.base!r}), got none", param="model"
             )
-        named = self._adapter_of(model) if model else None
+        named = self._locate(model) if model else None
         if not lora_path:
             return named
-        asked = self.registry.locate(lora_path, param="lora_path")
-        if named is not None and named.name != asked.name:
+        self._check_length(lora_path, "lora_path")
+        adapter = self.registry.locate(lora_path, param="lora_path")
+        if named is not None and named.name != adapter.name:
             raise InvalidRequest(
-                f"lora_path: model already names the adapter {named.name!r}, and lora_path names another, "
-                f"{asked.name!r}. Give one of them",
+                f"lora_path: expected {named.name!r}, the adapter that `model` names, got {adapter.name!r}. "
+                "Give one of the two fields",
                 param="lora_path",
             )
-        return asked
+        return adapter
 
-    def _adapter_of(self, model: str) -> AdapterLocation | None:
+    def _locate(self, model: str) -> AdapterLocation | None:
+        self._check_length(model, "model")
         if model in self._bases:
             return None
         for base in self._bases:
             if model.startswith(base + ":"):
                 return self.registry.locate(model[len(base) + 1 :])
         return self.registry.locate(model)
+
+    def _check_length(self, name: str, param: str) -> None:
+        # The search for similar names is slow for a long name.
+        if len(name) > self._max_characters:
+            raise UnknownModel(
+                f"{param}: expected a name of at most {self._max_characters} characters, got {len(name)}. "
+                "GET /v1/models lists what is served",
+                param=param,
+            )

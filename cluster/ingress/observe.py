@@ -1,4 +1,4 @@
-"""What is kept of each request: counts, a line in the log, a span. Never its texts, and never a key."""
+"""Records each request as metrics, a line in the log and a span; never its texts, and never a key."""
 
 import logging
 import os
@@ -10,9 +10,10 @@ from opentelemetry import propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from ranklet.cluster.config import Requests
-from ranklet.cluster.ingress.answers import Embeddings
+from ranklet.cluster.ingress.answers import Answer
 from ranklet.cluster.ingress.metrics import GatewayMetrics
 from ranklet.cluster.ingress.status import RecentRequests
+from ranklet.replicas.errors import InternalError, InvalidRequest, RankletError
 
 UNRESOLVED = "unknown"  # label of requests refused before their adapter was known
 
@@ -23,25 +24,39 @@ logger = logging.getLogger("ray.serve.requests")
 
 @dataclass
 class RequestRecord:
-    """One request, filled in as it becomes known."""
+    """One inference request; fields are filled in as they become known.
+
+    Attributes:
+        label: the `adapter` label in metrics.
+        model: name of the adapter or base model.
+        message: of the error, for the status page.
+    """
 
     span: Span
     began_s: float = field(default_factory=time.perf_counter)
     label: str = UNRESOLVED
-    model: str = ""  # the adapter's name or the base's
+    model: str = ""
     prompts: int = 0
     tokens: int = 0
-    answer: Embeddings | None = None
+    answer: Answer | None = None
     status: int = 200
     code: str = ""
     message: str = ""
 
+    def refused(self, error: RankletError) -> None:
+        self.status, self.code = error.status, error.code
+        # The message of an invalid request may contain the client's text.
+        self.message = f"in {error.param}" if isinstance(error, InvalidRequest) else error.message
+
+    def failed(self) -> None:
+        self.status, self.code = InternalError.status, InternalError.code
+
 
 class Observer:
-    """Keeps what one gateway's requests came to.
+    """Records the requests of one gateway.
 
     Args:
-        requests: which of them have a line in the log; Serve's JSON encoding makes its fields columns.
+        requests: which requests are logged. With Serve's JSON encoding, the fields of a line become columns.
     """
 
     def __init__(self, metrics: GatewayMetrics, recent: RecentRequests, requests: Requests, gateway: str) -> None:
@@ -50,65 +65,63 @@ class Observer:
         self._requests = requests
         self._tracer = _tracer(gateway)
 
-    def begin(self, headers: Mapping[str, str]) -> RequestRecord:
-        """A request has come."""
-        context = propagate.extract(headers)
-        return RequestRecord(self._tracer.start_span("POST /v1/embeddings", context, SpanKind.SERVER))
+    def begin(self, operation: str, headers: Mapping[str, str]) -> RequestRecord:
+        """Start a request's span, as a child of the client's if the headers name one."""
+        return RequestRecord(self._tracer.start_span(operation, propagate.extract(headers), SpanKind.SERVER))
 
-    def left(self, outcome: RequestRecord) -> None:
-        """Its client has gone before the answer."""
+    def on_disconnect(self, record: RequestRecord) -> None:
+        """Record a request whose client disconnected before the answer."""
         self._metrics.client_gone.inc()
-        outcome.span.set_status(Status(StatusCode.ERROR, "the client has gone"))
-        outcome.span.end()
+        record.span.set_status(Status(StatusCode.ERROR, "the client disconnected"))
+        record.span.end()
 
-    def answered(self, outcome: RequestRecord) -> None:
-        """It has been answered, or refused."""
-        seconds = time.perf_counter() - outcome.began_s
-        self._recent.answered(outcome.status, outcome.code, outcome.message)
-        self._metrics.answered(outcome.label, outcome.status, outcome.code, seconds)
-        refused = outcome.status >= 400
-        logged = self._requests == "all" or (self._requests == "refused" and refused)
-        if logged or outcome.span.is_recording():
-            fields = _fields(outcome, seconds)
+    def on_answer(self, record: RequestRecord) -> None:
+        """Record a request that was answered or refused."""
+        seconds = time.perf_counter() - record.began_s
+        self._recent.on_answer(record.status, record.code, record.message)
+        self._metrics.on_answer(record.label, record.status, record.code, seconds)
+        logged = self._requests == "all" or (self._requests == "refused" and record.status >= 400)
+        if logged or record.span.is_recording():
+            fields = _fields(record, seconds)
             if logged:
-                said = " ".join(f"{name}={value}" for name, value in fields.items())
-                logger.log(logging.WARNING if outcome.status >= 500 else logging.INFO, said, extra=fields)
-            self._traced(outcome, fields)
-        outcome.span.end()
+                line = " ".join(f"{name}={value}" for name, value in fields.items())
+                logger.log(logging.WARNING if record.status >= 500 else logging.INFO, line, extra=fields)
+            self._trace(record, fields)
+        record.span.end()
 
-    def _traced(self, outcome: RequestRecord, fields: Mapping[str, str | int | float]) -> None:
-        """Its span's attributes; below it one for the wait in the replica's queue and one for the batch."""
-        span = outcome.span
+    def _trace(self, record: RequestRecord, fields: Mapping[str, str | int | float]) -> None:
+        """Set the span's attributes, and add child spans for the replica's queue and for the batch."""
+        span = record.span
         span.set_attributes({f"ranklet.{name}": value for name, value in fields.items()})
-        span.set_attribute("http.response.status_code", outcome.status)
-        if outcome.status >= 500:
-            span.set_status(Status(StatusCode.ERROR, outcome.code))
-        if outcome.answer is None:
+        span.set_attribute("http.response.status_code", record.status)
+        if record.status >= 500:
+            span.set_status(Status(StatusCode.ERROR, record.code))
+        if record.answer is None:
             return
-        below = trace.set_span_in_context(span)
-        done = outcome.answer.came_ns
-        computed = done - int(outcome.answer.compute_s * 1e9)
-        waited = computed - int(outcome.answer.queue_s * 1e9)
-        self._tracer.start_span("queue", below, start_time=waited).end(computed)
-        self._tracer.start_span("compute", below, start_time=computed).end(done)
+        parent = trace.set_span_in_context(span)
+        end_ns = record.answer.completed_ns
+        compute_ns = end_ns - int(record.answer.compute_s * 1e9)
+        queue_ns = compute_ns - int(record.answer.queue_s * 1e9)
+        self._tracer.start_span("queue", parent, start_time=queue_ns).end(compute_ns)
+        self._tracer.start_span("compute", parent, start_time=compute_ns).end(end_ns)
 
 
-def _fields(outcome: RequestRecord, seconds: float) -> dict[str, str | int | float]:
-    fields: dict[str, str | int | float] = {"status": outcome.status, "total_ms": round(seconds * 1e3, 2)}
-    if outcome.code:
-        fields["code"] = outcome.code
-    if outcome.model:
-        fields |= {"model": outcome.model, "prompts": outcome.prompts, "tokens": outcome.tokens}
-    if outcome.answer is not None:
-        answer = outcome.answer
+def _fields(record: RequestRecord, seconds: float) -> dict[str, str | int | float]:
+    fields: dict[str, str | int | float] = {"status": record.status, "total_ms": round(seconds * 1e3, 2)}
+    if record.code:
+        fields["code"] = record.code
+    if record.model:
+        fields |= {"model": record.model, "prompts": record.prompts, "tokens": record.tokens}
+    if record.answer is not None:
+        answer = record.answer
         fields |= {name.removeprefix("x-ranklet-"): value for name, value in answer.headers.items()}
-        fields["answered_by"] = fields.pop("replica")  # Serve's own log says `replica` of whoever writes the line
+        fields["answered_by"] = fields.pop("replica")  # in Serve's log, `replica` is the process that writes the line
         fields |= {"queue_ms": round(answer.queue_s * 1e3, 2), "compute_ms": round(answer.compute_s * 1e3, 2)}
     return fields
 
 
 def _tracer(gateway: str) -> trace.Tracer:
-    """One that exports to the collector that the environment names; else OpenTelemetry's own, which does nothing."""
+    """Exports to the collector that the environment names. Without one, OpenTelemetry's own tracer does nothing."""
     if not any(os.environ.get(name) for name in _ENDPOINTS):
         return trace.get_tracer("ranklet")
     try:
@@ -119,7 +132,7 @@ def _tracer(gateway: str) -> trace.Tracer:
     except ImportError as error:
         logger.warning("spans are not exported: %s. pip install 'ranklet[otel]'", error)
         return trace.get_tracer("ranklet")
-    named = {"service.name": os.environ.get("OTEL_SERVICE_NAME", "ranklet"), "service.instance.id": gateway}
-    provider = TracerProvider(resource=Resource.create(named))
+    resource = {"service.name": os.environ.get("OTEL_SERVICE_NAME", "ranklet"), "service.instance.id": gateway}
+    provider = TracerProvider(resource=Resource.create(resource))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return provider.get_tracer("ranklet")

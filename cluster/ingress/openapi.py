@@ -1,4 +1,4 @@
-"""`GET /openapi.json`: what the HTTP API takes and answers, from the forms that check it."""
+"""The OpenAPI description of the HTTP API, built from the pydantic models that check request bodies."""
 
 from collections.abc import Mapping
 from importlib import metadata
@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ranklet.cluster.ingress.embeddings import EmbeddingsRequest
 from ranklet.cluster.ingress.lifecycle import LoadRequest, UnloadRequest
-from ranklet.cluster.ingress.protocol import EmbeddingsRequest
 
 _TEXT, _NUMBER, _FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
 _MAYBE_TEXT = {"type": ["string", "null"]}
@@ -50,39 +50,44 @@ _CARDS, _ADAPTERS = _list_of({"$ref": "#/components/schemas/Card"}), _list_of({"
 
 _USER = ("401", "403")
 _LOAD = (
-    "What is loaded, replaced or pinned",
+    "Load, replace or pin an adapter",
     LoadRequest,
     "Loaded",
     (*_USER, "400", "404", "408", "409", "413", "503"),
 )
-_UNLOAD = ("Serve an adapter no more", UnloadRequest, "Unloaded", (*_USER, "400", "404", "408", "409", "413", "503"))
+_UNLOAD = (
+    "Unload an adapter",
+    UnloadRequest,
+    "Unloaded",
+    (*_USER, "400", "404", "408", "409", "413", "503"),
+)
 _Operation = tuple[str, type[BaseModel] | None, "str | dict[str, Any]", tuple[str, ...]]
-# By path and method: what it does, the form of its body, the schema of its answer, how it may be refused.
+# By path and method: summary, model of the body, schema of the answer, and statuses of refusals.
 OPERATIONS: Mapping[tuple[str, str], _Operation] = {
     ("/v1/embeddings", "post"): (
-        "Vectors of texts or token ids; `model` names an adapter or the base", EmbeddingsRequest, "Embeddings",
+        "Embed texts or token ids; `model` names an adapter or the base model", EmbeddingsRequest, "Embeddings",
         (*_USER, "400", "404", "408", "413", "429", "503"),
     ),
-    ("/v1/models", "get"): ("The base and every adapter that the key may use", None, _CARDS, _USER),
-    ("/v1/models/{name}", "get"): ("One of them, by any name of `model`", None, "Card", (*_USER, "400", "404")),
-    ("/v1/adapters", "get"): ("Every adapter with its state, and where it is", None, _ADAPTERS, _USER),
+    ("/v1/models", "get"): ("List the base model and the adapters that the key may use", None, _CARDS, _USER),
+    ("/v1/models/{name}", "get"): ("Describe one model, by any of its names", None, "Card", (*_USER, "400", "404")),
+    ("/v1/adapters", "get"): ("List all adapters with their states and replicas", None, _ADAPTERS, _USER),
     ("/v1/adapters", "post"): _LOAD,
     ("/v1/load_lora_adapter", "post"): _LOAD,
     ("/load_lora_adapter", "post"): _LOAD,
     ("/v1/unload_lora_adapter", "post"): _UNLOAD,
     ("/unload_lora_adapter", "post"): _UNLOAD,
-    ("/v1/adapters/{name}", "get"): ("One of them", None, "Adapter", (*_USER, "400", "404")),
-    ("/v1/adapters/{name}", "delete"): ("Serve it no more", None, "Unloaded", (*_USER, "400", "404", "409", "503")),
-    ("/v1/status", "get"): ("What the status page shows", None, _OBJECT, _USER),
-    ("/health", "get"): ("This process is up", None, _OBJECT, ()),
-    ("/ready", "get"): ("A replica can compute", None, _OBJECT, ("503",)),
-    ("/version", "get"): ("Versions and the data path", None, _OBJECT, ()),
-    ("/metrics/targets", "get"): ("Prometheus' http_sd", None, "Targets", ()),
+    ("/v1/adapters/{name}", "get"): ("Describe one adapter", None, "Adapter", (*_USER, "400", "404")),
+    ("/v1/adapters/{name}", "delete"): ("Unload an adapter", None, "Unloaded", (*_USER, "400", "404", "409", "503")),
+    ("/v1/status", "get"): ("Data of the status page", None, _OBJECT, _USER),
+    ("/health", "get"): ("Check that this process is up", None, _OBJECT, ()),
+    ("/ready", "get"): ("Check that a replica is ready", None, _OBJECT, ("503",)),
+    ("/version", "get"): ("Installed versions and the data path", None, _OBJECT, ()),
+    ("/metrics/targets", "get"): ("Metrics endpoints, for Prometheus http_sd", None, "Targets", ()),
 }  # fmt: skip
 
 
 def document() -> dict[str, Any]:
-    """The description, of OpenAPI 3.1."""
+    """The description, in OpenAPI 3.1."""
     paths: dict[str, dict[str, Any]] = {}
     for (path, method), operation in OPERATIONS.items():
         paths.setdefault(path, {})[method] = _operation(path, method, *operation)
@@ -90,13 +95,13 @@ def document() -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {
             "title": "ranklet", "version": metadata.version("ranklet"),
-            "description": "Many LoRA adapters of one base model. Every refusal says what was expected, what came, and "
-            "what to do.",
+            "description": "Serves many LoRA adapters of one base model. The message of every error names the expected "
+            "value, the value received and the remedy.",
         },
         "paths": paths,
         "components": {
             "schemas": _SCHEMAS,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "where there are keys"}},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "if there are keys"}},
         },
         "security": [{"key": []}, {}],
     }  # fmt: skip

@@ -1,12 +1,12 @@
-"""The OpenAI embeddings API on the wire: what a request may say, checked field by field."""
+"""Parses and checks the JSON of requests; every error names the field, the expected value and the value received."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
+from pydantic import BaseModel, ValidationError
 
 from ranklet.replicas.errors import InvalidRequest
 
@@ -21,43 +21,12 @@ _KINDS: dict[type, str] = {
 _EMPTY: dict[type, str] = {list: "an empty list", str: "an empty text"}
 
 
-_INPUT = {
-    "anyOf": [
-        {"type": "string", "minLength": 1},
-        {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
-        {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}},
-        {
-            "type": "array", "minItems": 1,
-            "items": {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}},
-        },
-    ]
-}  # fmt: skip
-
-
-class EmbeddingsRequest(BaseModel):
-    """Body of `POST /v1/embeddings`. Fields that are not here are ignored, since clients send their own."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
-
-    model: str | None = None
-    input: Annotated[Any, WithJsonSchema(_INPUT)]
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = None
-    user: str | None = None
-    lora_path: str | None = None  # SGLang's way to name an adapter
-
-
-def parse_request(body: bytes) -> EmbeddingsRequest:
-    """Raises InvalidRequest naming the field, what was expected and what came."""
-    return parse_body(body, EmbeddingsRequest)
-
-
 def parse_body(body: bytes, form: type[Form]) -> Form:
-    """A body as the form that a call takes. Raises as `parse_request`."""
+    """Parse a JSON body into a pydantic model. Raises InvalidRequest."""
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"body: expected JSON, got something else: {error}", param="body") from None
+        raise InvalidRequest(f"body: expected JSON, got: {error}", param="body") from None
     if not isinstance(fields, dict):
         raise InvalidRequest(f"body: expected a JSON object, got {_kind(fields)}", param="body")
     try:
@@ -70,17 +39,15 @@ def parse_body(body: bytes, form: type[Form]) -> Form:
 
 
 def parse_input(value: Any, max_texts: int) -> Texts | TokenIds:
-    """Texts, or token ids, of `input`: str | [str] | [int] | [[int]]. Never an empty list.
+    """Parse `input`: str | [str] | [int] | [[int]]. The result is not empty.
 
     Raises:
-        InvalidRequest: another type, an empty text or list, a mixed list, too many texts, an impossible token id.
+        InvalidRequest: another type, an empty text or list, a mixed list, too many texts, or a token id out of range.
     """
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list) or not value:
-        raise _bad_input(
-            f"expected a text, a list of texts, a list of token ids or a list of those; got {_shown(value)}"
-        )
+        raise _bad_input(f"expected a text, texts, token ids or lists of token ids; got {_shown(value)}")
     kinds = set(map(type, value))
     if kinds == {int}:
         return [_token_ids(value, None)]
@@ -96,7 +63,7 @@ def parse_input(value: Any, max_texts: int) -> Texts | TokenIds:
 def _texts(texts: Texts) -> Texts:
     for index, text in enumerate(texts):
         if not text:
-            raise _bad_input(f"expected texts that are not empty; text {index} of {len(texts)} is empty")
+            raise _bad_input(f"expected no empty texts, text {index} of {len(texts)} is empty")
     return texts
 
 
@@ -123,7 +90,7 @@ def _kind(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as far as it helps: its kind, and the start of it."""
+    """The kind of a value and its first characters."""
     if value is None or value == [] or value == "":
         return _EMPTY.get(type(value), "null")
     text = repr(value)

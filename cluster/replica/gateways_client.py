@@ -32,4 +32,4 @@ class GatewaysClient:
         except (RayError, RayServeException) as error:
             logger.info("no gateway to report to: %s", type(error).__name__)
             return []
-        return await broadcast(self._handle, "told", report, timeout_s=_TIMEOUT_S)
+        return await broadcast(self._handle, "on_report", report, timeout_s=_TIMEOUT_S)

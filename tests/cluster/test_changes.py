@@ -1,4 +1,4 @@
-"""Adapters come and change while the application runs; its processes stay."""
+"""Adapters are added and changed while the application runs, without new processes."""
 
 import shutil
 import time
@@ -15,21 +15,21 @@ TEXT = "The tenant shall give notice."
 TEXTS: list[Prompt] = [TEXT]
 
 
-def test_a_folder_dropped_in_is_served_at_once(service: Service) -> None:
-    assert service.post("dropped-in", TEXT).status_code == 404
-    shutil.copytree(service.adapters / "legal-v2", service.adapters / "dropped-in")
-    assert_array_equal(service.embed("dropped-in", TEXT), service.embed("legal-v2", TEXT))
-    assert "dropped-in" in service.http.get("/v1/models").text
-    shutil.rmtree(service.adapters / "dropped-in")
-    assert service.post("dropped-in", TEXT).status_code == 404
+def test_a_new_folder_is_served_at_once(service: Service) -> None:
+    assert service.post("new-folder", TEXT).status_code == 404
+    shutil.copytree(service.adapters / "legal-v2", service.adapters / "new-folder")
+    assert_array_equal(service.embed("new-folder", TEXT), service.embed("legal-v2", TEXT))
+    assert "new-folder" in service.http.get("/v1/models").text
+    shutil.rmtree(service.adapters / "new-folder")
+    assert service.post("new-folder", TEXT).status_code == 404
 
 
-def test_a_folder_that_changes_is_served_anew(service: Service) -> None:
-    """File by file, as people copy: while it is neither the one nor the other, the old one answers."""
+def test_a_changed_folder_is_served_after_the_last_write(service: Service) -> None:
+    """The old adapter answers while the new files are copied one by one."""
     folder, other = service.adapters / "changing", service.adapters / "medical"
     shutil.copytree(service.adapters / "legal-v2", folder)
     old, new = service.embed("changing", TEXT), service.embed("medical", TEXT)
-    time.sleep(1.2)  # the revision is looked at again at each request from now on
+    time.sleep(1.2)  # from now on, each request checks the revision
     for file in sorted(other.iterdir()):
         with (folder / file.name).open("wb") as copy:
             for half in (file.read_bytes()[:1000], file.read_bytes()[1000:]):
@@ -52,11 +52,11 @@ def test_user_config_changes_the_list_without_a_restart(service: Service, adapte
     assert_close(service.embed(f"{BASE}:{name}", TEXT), service.expected("support-rs", TEXTS))
     assert name in service.http.get("/v1/models").text
     service.deploy({"adapters": {}})
-    eventually("it is gone again", lambda: service.post(name, TEXT).status_code == 404, 20)
+    eventually("the adapter is no longer served", lambda: service.post(name, TEXT).status_code == 404, 20)
     assert {name: service.processes(name) for name in ("Gateway", "Replica")} == before
 
 
-def test_an_adapter_over_its_quota_is_told_when_to_come_back(service: Service) -> None:
+def test_requests_over_the_quota_of_an_adapter_are_refused_with_retry_after(service: Service) -> None:
     service.deploy({"tokens_per_minute": {"support-*": 60}})
     try:
         eventually("the quota is in force", lambda: service.post("support-rs", TEXT).status_code == 429, 20)
@@ -70,17 +70,15 @@ def test_an_adapter_over_its_quota_is_told_when_to_come_back(service: Service) -
         assert counted["ranklet_quota_rejections_total"] >= 3
     finally:
         service.deploy({})
-    eventually("it is lifted", lambda: service.post("support-rs", TEXT).status_code == 200, 20)
+    eventually("the quota is lifted", lambda: service.post("support-rs", TEXT).status_code == 200, 20)
 
 
-def test_wrong_entries_of_user_config_are_refused_by_request_and_the_rest_is_served(
-    service: Service, adapters_dir: Path
-) -> None:
+def test_wrong_entries_of_user_config_refuse_their_own_requests_only(service: Service, adapters_dir: Path) -> None:
     good = str(adapters_dir / "support-rs")
     service.deploy({"adapters": {"good": good, "up": f"{good}/../legal-v2", "gone": f"{good}-gone", "a/b": good}})
     eventually("the good one is served", lambda: service.post("good", TEXT).status_code == 200, 20)
-    said = {name: service.post(name, TEXT) for name in ("up", "gone", "a/b")}
-    codes = {name: (answer.status_code, answer.json()["error"]["code"]) for name, answer in said.items()}
+    answers = {name: service.post(name, TEXT) for name in ("up", "gone", "a/b")}
+    codes = {name: (answer.status_code, answer.json()["error"]["code"]) for name, answer in answers.items()}
     assert codes == {
         "up": (400, "invalid_adapter"),
         "gone": (404, "adapter_not_found"),

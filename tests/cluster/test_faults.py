@@ -1,4 +1,4 @@
-"""Things die, hang and change on a cluster of three nodes under load: every request ends, and ends rightly."""
+"""Processes and nodes of a cluster of three die, hang and change under load: every request ends with a right answer."""
 
 import contextlib
 import os
@@ -27,8 +27,8 @@ BACK_S = 30.0  # the replicas, after one was lost
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Where the GCS keeps what it knows: in a Redis, if one is installed, else in itself."""
+def gcs_storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Environment of a GCS that stores its state in Redis if one is installed, else in its own memory."""
     if not is_installed("redis-server"):
         yield {}
         return
@@ -38,9 +38,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def nodes(
-    model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory, kept: dict[str, str]
+    model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory, gcs_storage: dict[str, str]
 ) -> Iterator[Nodes]:
-    """Two gateways, which a deploy replaces in turn, HAProxy on the head; two nodes with room for two replicas each."""
+    """HAProxy and two gateways on the head, and two nodes with space for two replicas each."""
     require("haproxy")
     folder = tmp_path_factory.mktemp("nodes")
     content = own_configuration(model_dir, adapters_dir, folder)
@@ -52,10 +52,10 @@ def nodes(
     content["applications"][0]["args"]["engine"]["load_timeout_s"] = 3.0
     started: list[Node] = []
     over = threading.Event()
-    cluster = LocalCluster(http_port=0, report=print, environment=kept)
+    cluster = LocalCluster(http_port=0, report=print, environment=gcs_storage)
 
     def join() -> None:
-        """Serve waits for the nodes, and they for Ray."""
+        """Serve waits for the nodes, and the nodes wait for Ray."""
         while not cluster.is_up:
             if over.wait(0.1):
                 return
@@ -85,22 +85,21 @@ def judge(seen: LoadResult, least: int = 20) -> None:
 
 
 @pytest.mark.parametrize("hung", ["engine", "actor"])
-def test_a_replica_that_hangs_is_passed_over_and_replaced(nodes: Nodes, hung: str) -> None:
-    """SIGSTOP: it takes requests and never answers."""
+def test_a_replica_that_hangs_is_avoided_and_replaced(nodes: Nodes, hung: str) -> None:
+    """After SIGSTOP it accepts requests and never answers."""
     service, _, _ = nodes
     actor = next(iter(service.processes("Replica").values()))
     stopped = child_processes(actor)[0] if hung == "engine" else actor
     try:
         judge(load.run_under_load(service, lambda: os.kill(stopped, signal.SIGSTOP), 18))
-        eventually("another in its place", lambda: actor not in service.processes("Replica").values(), BACK_S)
+        eventually("another replica in its place", lambda: actor not in service.processes("Replica").values(), BACK_S)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(stopped, signal.SIGKILL)
     load.wait_for_two(service)
 
 
-def test_a_node_is_lost(nodes: Nodes) -> None:
-    """The other has room for its replicas."""
+def test_the_replicas_of_a_lost_node_start_on_the_other_node(nodes: Nodes) -> None:
     service, started, folder = nodes
     judge(load.run_under_load(service, started[0].kill))
     began_s = time.monotonic()
@@ -109,8 +108,8 @@ def test_a_node_is_lost(nodes: Nodes) -> None:
     started[0] = Node(service.cluster, folder / "node2.log", 2)
 
 
-def test_the_controller_is_killed(nodes: Nodes) -> None:
-    """Requests go on without it, and the new one finds all as it was."""
+def test_requests_are_answered_while_the_controller_is_replaced(nodes: Nodes) -> None:
+    """The new controller finds the same replicas."""
     service, _, _ = nodes
     before = service.processes("Replica")
     judge(load.run_under_load(service, lambda: os.kill(_controller(service), signal.SIGKILL)))
@@ -118,7 +117,7 @@ def test_the_controller_is_killed(nodes: Nodes) -> None:
 
 
 def _controller(service: Service) -> int:
-    """Its process, found among all of this cluster's."""
+    """Process id of the controller."""
     named = [
         pid for pid in process_tree(service.cluster.state.pid) if command_line(pid).startswith("ray::ServeController")
     ]
@@ -126,7 +125,7 @@ def _controller(service: Service) -> int:
     return named[0]
 
 
-def test_a_disk_that_hangs_holds_up_its_own_adapter_alone(nodes: Nodes) -> None:
+def test_a_disk_that_hangs_delays_only_the_adapters_on_it(nodes: Nodes) -> None:
     service, _, _ = nodes
     stuck = service.adapters / "stuck"
     shutil.copytree(service.adapters / "legal-v2", stuck)
@@ -142,8 +141,8 @@ def test_a_disk_that_hangs_holds_up_its_own_adapter_alone(nodes: Nodes) -> None:
     shutil.rmtree(stuck)
 
 
-def test_an_adapter_is_deleted_while_it_loads(nodes: Nodes) -> None:
-    """Whoever asked gets the right vector or is told that it is gone; others notice nothing."""
+def test_an_adapter_that_is_deleted_while_it_loads_affects_only_its_own_requests(nodes: Nodes) -> None:
+    """They get the right vector or an error."""
     service, _, _ = nodes
     expected = service.embed("medical", "text")
     for turn in range(6):
@@ -162,8 +161,8 @@ def test_an_adapter_is_deleted_while_it_loads(nodes: Nodes) -> None:
     assert abs(service.embed("medical", "text") - expected).max() < 1e-5
 
 
-def test_a_new_configuration_is_deployed(nodes: Nodes) -> None:
-    """Other arguments replace every process, one by one; the new ones know what was loaded by name."""
+def test_a_new_configuration_replaces_every_process_without_failed_requests(nodes: Nodes) -> None:
+    """The new processes serve the adapters that were loaded by name."""
     service, _, _ = nodes
     shutil.copytree(service.adapters / "medical", service.adapters / ".sources" / "kept")
     kept = {"lora_name": "kept", "lora_path": ".sources/kept", "pinned": True}
@@ -174,14 +173,14 @@ def test_a_new_configuration_is_deployed(nodes: Nodes) -> None:
     judge(load.run_under_load(service, lambda: service.cluster.deploy(service.content), 30))
     eventually("all replicas are new", lambda: not before & set(service.processes("Replica").values()), 60)
     load.wait_for_two(service)
-    eventually("they serve it", lambda: service.post("kept", "text").status_code == 200)
+    eventually("the new replicas serve the adapter", lambda: service.post("kept", "text").status_code == 200)
     assert abs(service.embed("kept", "text") - service.embed("medical", "text")).max() < 1e-5
     shown = service.http.get("/v1/adapters/kept").json()
     assert (shown["pinned"], shown["state"]) == (True, "ready")
 
 
-def test_all_replicas_are_lost(nodes: Nodes) -> None:
-    """Nobody waits long for what is not there, and it serves again as soon as there are nodes."""
+def test_requests_are_refused_soon_while_there_is_no_node(nodes: Nodes) -> None:
+    """They are answered again as soon as there are nodes."""
     service, started, folder = nodes
     expected = service.embed("medical", "text")
     for node in started:
@@ -194,29 +193,29 @@ def test_all_replicas_are_lost(nodes: Nodes) -> None:
     assert int(answer.headers["retry-after"]) >= 1
     assert time.monotonic() - began_s < ENDS_S
     started[:] = [Node(service.cluster, folder / f"again{number}.log", 2) for number in range(2)]
-    eventually("it serves again", lambda: service.post("medical", "text").status_code == 200)
+    eventually("requests are answered again", lambda: service.post("medical", "text").status_code == 200)
     assert abs(service.embed("medical", "text") - expected).max() < 1e-5
 
 
 @needs("redis-server")
-def test_the_gcs_is_lost_and_comes_back(nodes: Nodes) -> None:
-    """Requests go on without it; then Serve goes on with the same processes, and can replace one. Ends the cluster."""
+def test_requests_are_answered_without_the_gcs(nodes: Nodes) -> None:
+    """After its restart Serve has the same replicas and can replace one. Ends the cluster."""
     service, _, folder = nodes
 
-    def known() -> dict[str, int]:
-        """The replicas; none while Serve's REST API looks for the GCS."""
+    def replicas() -> dict[str, int]:
+        """The replicas; empty while Serve's REST API waits for the GCS."""
         return service.processes("Replica") if service.cluster.applications() else {}
 
-    eventually("both replicas run", lambda: len(known()) == 2, BACK_S)
-    before = known()
+    eventually("both replicas run", lambda: len(replicas()) == 2, BACK_S)
+    before = replicas()
     gcs = Gcs(service.cluster.state.pid, folder / "gcs.log")
     try:
         judge(load.run_under_load(service, lambda: gcs.kill_and_restart(3), 12))
-        eventually("it knows them as they were", lambda: known() == before, BACK_S)
+        eventually("Serve has the same replicas", lambda: replicas() == before, BACK_S)
         os.kill(next(iter(before.values())), signal.SIGKILL)
-        eventually("it is gone", lambda: len(set(before) & set(known())) == 1, BACK_S)
-        eventually("another in its place", lambda: len(known()) == 2, BACK_S)
+        eventually("the killed replica is gone", lambda: len(set(before) & set(replicas())) == 1, BACK_S)
+        eventually("another replica in its place", lambda: len(replicas()) == 2, BACK_S)
         service.deploy({"adapters": {"late": str(service.adapters / "medical")}})
-        eventually("what was deployed is served", lambda: service.post("late", "text").status_code == 200, BACK_S)
+        eventually("the deployed adapter is served", lambda: service.post("late", "text").status_code == 200, BACK_S)
     finally:
         gcs.close()

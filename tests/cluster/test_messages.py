@@ -13,9 +13,10 @@ from numpy.testing import assert_array_equal
 
 from ranklet.cluster import message
 from ranklet.cluster.catalog.location import AdapterLocation
-from ranklet.cluster.ingress.answers import join, render
+from ranklet.cluster.ingress.answers import join_embeddings
 from ranklet.cluster.ingress.body import BodyTooLarge
-from ranklet.cluster.ingress.protocol import parse_input, parse_request
+from ranklet.cluster.ingress.embeddings import EmbeddingsTask, render_embeddings
+from ranklet.cluster.ingress.protocol import parse_input
 from ranklet.cluster.ingress.refusals import body_of, refuse
 from ranklet.cluster.message import EmbedResult, InferenceReply, Refusal, pack, split
 from ranklet.replicas.engine.params import EmbedParams
@@ -62,7 +63,7 @@ def test_split_keeps_order_and_limits(prompts: list[list[int]], vector_bytes: in
 
 
 def refusal(parse: Callable[[], Any]) -> InvalidRequest | None:
-    """How `parse` refused its input, None when it took it; anything else it raises fails the test."""
+    """The InvalidRequest that `parse` raises; None if it raises nothing."""
     try:
         parse()
     except InvalidRequest as error:
@@ -71,7 +72,7 @@ def refusal(parse: Callable[[], Any]) -> InvalidRequest | None:
 
 
 @given(JSON)
-def test_any_input_is_taken_or_refused_by_name(value: Any) -> None:
+def test_any_input_is_accepted_or_refused_with_the_fields_name(value: Any) -> None:
     error = refusal(lambda: parse_input(value, 10))
     if error is not None:
         assert error.param == "input"
@@ -79,8 +80,8 @@ def test_any_input_is_taken_or_refused_by_name(value: Any) -> None:
 
 
 @given(st.binary() | JSON.filter(lambda value: _fits(value)).map(orjson.dumps))
-def test_any_body_is_taken_or_refused_by_name(body: bytes) -> None:
-    error = refusal(lambda: parse_request(body))
+def test_any_body_is_accepted_or_refused_with_the_fields_name(body: bytes) -> None:
+    error = refusal(lambda: EmbeddingsTask.parse(body))
     assert error is None or error.param
 
 
@@ -125,12 +126,12 @@ def test_replies_are_joined_in_order() -> None:
         InferenceReply(EmbedResult(part.tobytes(), 4), tokens, tier, "native", name, "v1", 0.0, 0.0, LOAD)
         for part, tokens, tier, name in parts
     ]
-    answer = join(replies)
+    answer = join_embeddings(replies)
     assert_array_equal(answer.vectors, rows)
     assert answer.headers == {
         "x-ranklet-replica": "r1,r2", "x-ranklet-revision": "v1", "x-ranklet-tier": "gpu,disk",
         "x-ranklet-backend": "native",
     }  # fmt: skip
-    body = orjson.loads(render(answer, "m", "float"))
+    body = orjson.loads(render_embeddings(answer, "m", "float"))
     assert [entry["embedding"] for entry in body["data"]] == rows.tolist()
     assert body["usage"] == {"prompt_tokens": 12, "total_tokens": 12}

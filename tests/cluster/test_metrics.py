@@ -1,10 +1,10 @@
-"""What Prometheus would read, from the very ports that http_sd lists, against what was sent."""
+"""Metrics at the endpoints that http_sd lists, against the requests that were sent."""
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.assets.oracle import encode
-from tests.cluster.service import BASE, Service
+from tests.cluster.service import BASE, Service, eventually
 
 
 def test_http_sd_lists_every_process(service: Service) -> None:
@@ -32,15 +32,21 @@ def test_requests_prompts_and_tokens_are_counted(service: Service) -> None:
     assert grown(1, "ranklet_tokens_total") == 4 * sum(len(encode(service.model_dir, text)) for text in texts)
 
 
-def test_the_router_says_how_it_chose(service: Service) -> None:
-    service.embed("medical", ["a"])
-    before = service.samples("gateway")
-    for _ in range(5):
-        service.embed("medical", ["a"])
-    after = service.samples("gateway")
-    names = ("ranklet_affinity_hits_total", "ranklet_affinity_misses_total")
-    assert sum(after[name] - before[name] for name in names) == 5
-    assert after["ranklet_spills_total"] >= before["ranklet_spills_total"]
+def test_choices_of_the_router_are_counted(service: Service) -> None:
+    """On an idle cluster, every request goes to the replica that has reported its adapter."""
+
+    def growth(requests: int) -> dict[str, float]:
+        before = service.samples("gateway")
+        for _ in range(requests):
+            service.embed("medical", ["a"])
+        after = service.samples("gateway")
+        choices = {name: after[f"ranklet_{name}_total"] - before[f"ranklet_{name}_total"] for name in names}
+        assert choices["affinity_hits"] + choices["affinity_misses"] == requests
+        return choices
+
+    names = ("affinity_hits", "affinity_misses", "spills")
+    eventually("a replica has reported the adapter", lambda: growth(1)["affinity_hits"] == 1, 30)
+    assert growth(5) == {"affinity_hits": 5, "affinity_misses": 0, "spills": 0}
 
 
 def test_refusals_are_counted_by_status_and_code(service: Service) -> None:
@@ -62,7 +68,7 @@ def test_batches_add_up(service: Service) -> None:
     assert samples["ranklet_pool_bytes"] > 0
 
 
-def test_residency_in_words_other_routers_know(service: Service) -> None:
+def test_resident_adapters_are_exported_under_vllms_names(service: Service) -> None:
     service.embed("medical", "a")
     assert service.samples("replica", adapter_name="medical", level="gpu", rank="16")["vllm:lora_adapter_loaded"] >= 1
     assert service.samples("replica", max_lora="8", waiting_lora_adapters="")["vllm:lora_requests_info"] > 1e9

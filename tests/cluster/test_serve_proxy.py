@@ -1,4 +1,4 @@
-"""The same application behind Serve's own proxy, whose transport, threads and event loops differ from the fast path."""
+"""The application behind Serve's own proxy, whose transport, threads and event loops differ from those of HAProxy."""
 
 import json
 from collections.abc import Iterator
@@ -64,8 +64,8 @@ def plain(
         yield service
 
 
-def test_keys_say_who_may_do_what(plain: Service) -> None:
-    """Health and metrics' targets are for everybody, the rest for those who have a key for it."""
+def test_keys_limit_models_and_admin_calls(plain: Service) -> None:
+    """Health checks and metrics targets need no key."""
     team = (plain.adapters.parent / "team").read_text()
     without, limited = {"authorization": ""}, {"authorization": f"Bearer {team}"}
     ask = {"model": "legal-v2", "input": "a text"}
@@ -89,14 +89,14 @@ def test_keys_say_who_may_do_what(plain: Service) -> None:
         assert team not in log.read_text(errors="replace"), log
 
 
-def test_a_request_can_be_followed(plain: Service, collector: Collector) -> None:
-    """By its id in the log, and by a trace that began at its client; its text is in neither."""
+def test_a_request_is_in_the_log_and_in_its_clients_trace(plain: Service, collector: Collector) -> None:
+    """Neither contains its text."""
     secret = "never to be written down"
     trace = "0af7651916cd43dd8448eb211c80319c"
     headers = {"x-request-id": "request-of-mine", "traceparent": f"00-{trace}-b7ad6b7169203331-01"}
     answer = plain.http.post("/v1/embeddings", json={"model": "medical", "input": secret}, headers=headers)
-    said = answer.headers
-    assert (answer.status_code, said["x-request-id"]) == (200, "request-of-mine")
+    headers_received = answer.headers
+    assert (answer.status_code, headers_received["x-request-id"]) == (200, "request-of-mine")
     assert plain.post("no-such", secret).status_code == 404
     logs = Path(plain.cluster.state.temp_dir) / "session_latest" / "logs" / "serve"
 
@@ -106,12 +106,12 @@ def test_a_request_can_be_followed(plain: Service, collector: Collector) -> None
         found: list[dict[str, Any]] = [json.loads(line) for line in written if line.startswith("{")]
         return [line for line in found if "total_ms" in line]
 
-    eventually("both are in the log", lambda: {200, 404} <= {line["status"] for line in lines()}, 20)
+    eventually("both requests are in the log", lambda: {200, 404} <= {line["status"] for line in lines()}, 20)
     (line,) = [line for line in lines() if line["request_id"] == "request-of-mine"]
     assert (line["model"], line["prompts"], line["tokens"]) == ("medical", 1, answer.json()["usage"]["prompt_tokens"])
     for name in ("revision", "tier", "backend"):
-        assert line[name] == said[f"x-ranklet-{name}"]
-    assert line["answered_by"] == said["x-ranklet-replica"]
+        assert line[name] == headers_received[f"x-ranklet-{name}"]
+    assert line["answered_by"] == headers_received["x-ranklet-replica"]
     assert 0 < line["compute_ms"] <= line["compute_ms"] + line["queue_ms"] <= line["total_ms"]
 
     eventually("its spans came", lambda: len(collector.spans_of(trace)) == 3, 20)
@@ -127,7 +127,7 @@ def test_a_request_can_be_followed(plain: Service, collector: Collector) -> None
     assert secret not in str(whole)
 
 
-def test_it_serves_and_says_which_path_it_is(plain: Service) -> None:
+def test_the_version_names_the_data_path(plain: Service) -> None:
     versions = plain.http.get("/version").json()
     assert (versions["data_path"], versions["throughput_optimized"]) == ("serve-proxy", False)
     for adapter in (None, "legal-v2", "catalog-embed"):
@@ -138,8 +138,9 @@ def test_it_serves_and_says_which_path_it_is(plain: Service) -> None:
     assert (too_large.status_code, too_large.json()["error"]["code"]) == (413, "body_too_large")
 
 
-def test_adapters_come_from_an_object_store(plain: Service, s3: S3Bucket, adapters_dir: Path) -> None:
-    """Loaded by name, served in that revision by all replicas until it is loaded again."""
+def test_an_adapter_in_an_object_store_is_served_in_one_revision_until_it_is_loaded_again(
+    plain: Service, s3: S3Bucket, adapters_dir: Path
+) -> None:
     url = s3.put(adapters_dir / "legal-v2", "far")
     load_it = {"lora_name": "far", "lora_path": url}
     loaded = plain.http.post("/v1/load_lora_adapter", json=load_it)
@@ -153,7 +154,7 @@ def test_adapters_come_from_an_object_store(plain: Service, s3: S3Bucket, adapte
     assert {"far"} < {card["id"] for card in plain.http.get("/v1/models").json()["data"]}
 
     s3.put(adapters_dir / "medical", "far")
-    assert (plain.embed("far", "a text") == old).all(), "nobody has loaded the new one"
+    assert (plain.embed("far", "a text") == old).all(), "the new revision has not been loaded"
     replaced = plain.http.post("/v1/load_lora_adapter", json={**load_it, "load_inplace": True, "pinned": True})
     assert replaced.status_code == 200, replaced.text
     answer = plain.post("far", "a text", encoding_format="base64")
@@ -166,7 +167,7 @@ def test_adapters_come_from_an_object_store(plain: Service, s3: S3Bucket, adapte
     )
     files = [adapters_dir / name / file for name in ("legal-v2", "medical") for file in (CONFIG_FILE, WEIGHTS_FILE)]
     fetched = plain.samples("replica")["ranklet_source_bytes_total"]
-    assert fetched == sum(file.stat().st_size for file in files), "once each, for both replicas of this node"
+    assert fetched == sum(file.stat().st_size for file in files), "one download for both replicas of this node"
 
     elsewhere = plain.http.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "s3://others/x"})
     assert (elsewhere.status_code, elsewhere.json()["error"]["param"]) == (400, "path")
@@ -176,7 +177,7 @@ def test_adapters_come_from_an_object_store(plain: Service, s3: S3Bucket, adapte
     assert plain.post("far", "a text").status_code == 404
 
 
-def test_work_of_a_client_that_left_is_dropped(plain: Service) -> None:
+def test_work_for_a_client_that_disconnected_is_dropped(plain: Service) -> None:
     load.disconnect_early(plain)
 
 

@@ -1,4 +1,4 @@
-"""Right answers over the real path: HTTP, HAProxy, gateway, router, replica, engine."""
+"""Answers over the real path (HTTP, HAProxy, gateway, router, replica, engine) against transformers and peft."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +34,7 @@ def test_the_base_and_every_adapter_agree_with_transformers_and_peft(service: Se
         assert cosine(vectors[0], base[0]) < 0.999, f"{name} answers like the base model"
 
 
-def test_the_openai_client_gets_the_same_in_both_encodings(service: Service, names: list[str]) -> None:
+def test_the_openai_client_gets_the_same_vectors_in_both_encodings(service: Service, names: list[str]) -> None:
     with service.openai() as client:
         encoded = client.embeddings.create(model=names[0], input=[str(text) for text in TEXTS])
         plain = client.embeddings.create(model=names[0], input=str(TEXTS[1]), encoding_format="float")
@@ -47,7 +47,7 @@ def test_the_openai_client_gets_the_same_in_both_encodings(service: Service, nam
     assert encoded.model == names[0]
 
 
-def test_the_adapter_may_be_named_in_three_ways(service: Service) -> None:
+def test_an_adapter_can_be_named_in_three_ways(service: Service) -> None:
     expected = service.expected("medical", TEXTS[:1])
     assert_close(service.embed("medical", TEXTS[0]), expected)
     assert_close(service.embed(f"{BASE}:medical", TEXTS[0]), expected)
@@ -55,21 +55,23 @@ def test_the_adapter_may_be_named_in_three_ways(service: Service) -> None:
     assert_close(service.embed(None, TEXTS[0], lora_path="medical"), expected)
 
 
-def test_token_ids_are_taken_as_they_are(service: Service) -> None:
+def test_token_ids_are_embedded_like_their_texts(service: Service) -> None:
     ids = [encode(service.model_dir, str(text)) for text in TEXTS[:3]]
     expected = service.expected("legal-v2", TEXTS[:3])
     assert_close(service.embed("legal-v2", ids), expected)
     assert_close(service.embed("legal-v2", ids[1]), expected[1:2])
 
 
-def test_dimensions_cut_and_normalise(service: Service) -> None:
+def test_dimensions_truncates_and_normalises_vectors(service: Service) -> None:
     vectors = service.embed("legal-v2", TEXTS, dimensions=48)
     assert vectors.shape == (4, 48)
     assert_close(vectors, service.expected("legal-v2", TEXTS, dimensions=48))
     assert_close(np.linalg.norm(vectors, axis=1), np.ones(4))
 
 
-async def test_mixed_adapters_at_once_each_get_their_own_answer(service: Service, names: list[str]) -> None:
+async def test_concurrent_requests_for_different_adapters_get_their_own_answers(
+    service: Service, names: list[str]
+) -> None:
     expected = {name: service.expected(name, TEXTS) for name in names} | {BASE: service.expected(None, TEXTS)}
     jobs = [(list(expected)[number % 7], number % 4) for number in range(140)]
     async with httpx.AsyncClient(base_url=service.url, timeout=60, trust_env=False) as client:
@@ -81,7 +83,7 @@ async def test_mixed_adapters_at_once_each_get_their_own_answer(service: Service
         assert_close(answer.json()["data"][0]["embedding"], expected[model][text])
 
 
-def test_a_large_request_is_split_and_joined_in_order(service: Service) -> None:
+def test_the_vectors_of_a_large_request_are_in_the_order_of_its_texts(service: Service) -> None:
     texts: list[Prompt] = [f"paragraph number {number} about leases" for number in range(2048)]
     assert len(texts) > 2 * MAX_MESSAGE_PROMPTS
     vectors = service.embed("medical", texts)
@@ -90,7 +92,7 @@ def test_a_large_request_is_split_and_joined_in_order(service: Service) -> None:
     assert_close(vectors[sampled], service.expected("medical", [texts[index] for index in sampled]))
 
 
-def test_an_adapter_stays_where_it_is(service: Service, names: list[str]) -> None:
+def test_requests_for_an_adapter_go_to_the_replica_that_has_it(service: Service, names: list[str]) -> None:
     for name in names:
         service.embed(name, TEXTS[0])
         answers = [service.post(name, TEXTS[0]) for _ in range(10)]
@@ -99,16 +101,16 @@ def test_an_adapter_stays_where_it_is(service: Service, names: list[str]) -> Non
         assert {answer.headers["x-ranklet-backend"] for answer in answers} == {"native"}
 
 
-def test_answer_headers(service: Service) -> None:
-    told = service.http.post("/v1/embeddings", json={"model": BASE, "input": "a"}, headers={"x-request-id": "mine-1"})
-    assert told.headers["x-request-id"] == "mine-1"
-    assert told.headers["x-ranklet-replica"] in str(service.processes("Replica"))
-    assert told.headers["x-ranklet-backend"] == "none"
-    assert "x-ranklet-tier" not in told.headers
+def test_headers_name_the_request_and_the_replica(service: Service) -> None:
+    answer = service.http.post("/v1/embeddings", json={"model": BASE, "input": "a"}, headers={"x-request-id": "mine-1"})
+    assert answer.headers["x-request-id"] == "mine-1"
+    assert answer.headers["x-ranklet-replica"] in service.processes("Replica")
+    assert answer.headers["x-ranklet-backend"] == "none"
+    assert "x-ranklet-tier" not in answer.headers
     assert service.post(BASE, "a").headers["x-request-id"]
 
 
-def test_models_are_listed_as_cards(service: Service, names: list[str]) -> None:
+def test_models_are_listed_as_openai_cards(service: Service, names: list[str]) -> None:
     with service.openai() as client:
         cards = {card.id: card.model_dump() for card in client.models.list()}
         one = client.models.retrieve("legal-v2").model_dump()
@@ -121,7 +123,7 @@ def test_models_are_listed_as_cards(service: Service, names: list[str]) -> None:
     assert service.http.get(f"/v1/models/{BASE}:legal-v2").json()["id"] == "legal-v2"
 
 
-def test_probes_and_versions(service: Service) -> None:
+def test_health_readiness_and_versions(service: Service) -> None:
     assert service.http.get("/health").json() == {"status": "ok"}
     assert service.http.get("/ready").json()["status"] == "ready"
     assert service.http.get("/-/healthz").text == "success"
@@ -130,7 +132,7 @@ def test_probes_and_versions(service: Service) -> None:
     assert (versions["data_path"], versions["throughput_optimized"]) == ("haproxy", True)
 
 
-def test_many_clients_at_once(service: Service) -> None:
+def test_sixteen_clients_are_served_at_once(service: Service) -> None:
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda number: service.post(BASE, f"text {number}").status_code, range(200)))
     assert set(answers) == {200}

@@ -1,4 +1,4 @@
-"""What happens when processes die and clients leave, over HAProxy."""
+"""Processes that die and clients that disconnect, over HAProxy."""
 
 import pytest
 
@@ -17,11 +17,11 @@ def test_a_replica_killed_under_load_loses_no_request(service: Service, victim: 
     assert len(set(service.processes("Replica").values()) - set(before.values())) == 1
 
 
-def test_a_request_survives_the_replica_that_had_it(service: Service) -> None:
+def test_a_request_is_answered_although_its_replica_died(service: Service) -> None:
     load.kill_during_request(service)
     load.wait_for_recovery(service)
 
 
-def test_work_of_a_client_that_left_is_dropped(service: Service) -> None:
+def test_work_for_a_client_that_disconnected_is_dropped(service: Service) -> None:
     load.disconnect_early(service)
     assert service.embed("legal-v2", "still here").shape == (1, 128)

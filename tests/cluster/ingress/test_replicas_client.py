@@ -1,4 +1,4 @@
-"""What a gateway hands to Ray for each call, and that Ray keeps none of it."""
+"""Calls to replicas: the routing hint, repetition of failed calls, the wait for a replica; Ray keeps no call."""
 
 import asyncio
 import gc
@@ -11,9 +11,9 @@ import pytest
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
-from ranklet.cluster.message import EmbedResult, InferenceCall, InferenceReply
+from ranklet.cluster.message import EmbedResult, InferenceCall, InferenceReply, Refusal
 from ranklet.replicas.engine.params import EmbedParams
-from ranklet.replicas.errors import Unavailable
+from ranklet.replicas.errors import AdapterLoadCrashed, InvalidRequest, RankletError, Saturated, Unavailable
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.fleet import Member
 from ranklet.routing.hint import HINT
@@ -22,60 +22,90 @@ from ranklet.routing.router import AdapterRouter
 from tests.ray_internals import DeploymentHandleSource, DeploymentID, pending_request, queue_and_dequeue
 
 PROMPTS = [np.arange(1, 5, dtype=np.int32)]
+REPLY = InferenceReply(
+    result=EmbedResult(np.ones(8, np.float32).tobytes(), 8),
+    prompt_tokens=4,
+    tier="gpu",
+    backend="csgmv",
+    replica="r0",
+    revision=None,
+    queue_s=0.0,
+    compute_s=0.0,
+    load=QueueLoad(1, 0, 0.0, 0, 4),
+)
 
 
-class Handle:
-    """Stands where Ray's handle stands and notes what it is given."""
+class FakeHandle:
+    """Stands in for Ray's handle: records the calls and returns `results` in their order."""
 
-    def __init__(self) -> None:
+    def __init__(self, *results: InferenceReply[EmbedResult] | Refusal) -> None:
+        self.results = list(results)
         self.options_given: dict[str, Any] = {}
-        self.call: InferenceCall[EmbedParams] | None = None
-        self.kwargs: dict[str, Any] = {}
+        self.calls: list[InferenceCall[EmbedParams]] = []
+        self.kwargs: list[dict[str, Any]] = []
 
-    def options(self, **options: Any) -> "Handle":
+    def options(self, **options: Any) -> "FakeHandle":
         self.options_given = options
         return self
 
-    async def remote(self, call: InferenceCall[EmbedParams], **kwargs: Any) -> InferenceReply[EmbedResult]:
-        self.call, self.kwargs = call, kwargs
-        return InferenceReply(
-            EmbedResult(np.ones(8, np.float32).tobytes(), 8),
-            4,
-            "gpu",
-            "csgmv",
-            "r0",
-            None,
-            0.0,
-            0.0,
-            QueueLoad(1, 0, 0.0, 0, 4),
-        )
+    async def remote(self, call: InferenceCall[EmbedParams], **kwargs: Any) -> InferenceReply[EmbedResult] | Refusal:
+        self.calls.append(call)
+        self.kwargs.append(kwargs)
+        return self.results.pop(0)
 
 
-async def asked(adapter: AdapterLocation | None) -> Handle:
-    handle: Any = Handle()
-    answer = await ReplicasClient(handle, Affinity(), 5.0, lambda: None).embed(adapter, PROMPTS, None, 8)
-    assert answer.vectors.shape == (1, 8)
-    assert isinstance(handle, Handle)
-    return handle
+def client_of(handle: Any, affinity: Affinity | None = None, **options: Any) -> ReplicasClient:
+    return ReplicasClient(handle, affinity or Affinity(), 30.0, lambda: None, **options)
 
 
-async def test_the_adapter_is_named_to_the_router(tmp_path: Any) -> None:
-    named, bare = await asked(AdapterLocation("legal", tmp_path)), await asked(None)
-    for handle, adapter in ((named, "legal"), (bare, None)):
-        hint = handle.kwargs.pop(HINT)
-        assert not handle.kwargs
-        assert (hint.adapter, hint.work, hint.avoid, hint.only) == (adapter, 4, None, None)
-    assert named.options_given == {"method_name": "embed"}
+async def embed(replicas: ReplicasClient, adapter: AdapterLocation | None = None) -> list[InferenceReply[EmbedResult]]:
+    return await replicas.infer("embed", adapter, PROMPTS, EmbedParams(), 32)
 
 
-async def test_ray_forgets_a_call_that_was_answered(tmp_path: Any) -> None:
-    """With a multiplexed model id among the options, Ray 2.60's router would keep it for ever."""
-    handle = await asked(AdapterLocation("legal", tmp_path))
+@pytest.mark.parametrize("adapter", [AdapterLocation("legal", "/adapters/legal"), None])
+async def test_the_hint_names_the_adapter_and_the_work(adapter: AdapterLocation | None) -> None:
+    handle = FakeHandle(REPLY)
+    assert await embed(client_of(handle), adapter) == [REPLY]
+    (kwargs,) = handle.kwargs
+    hint = kwargs.pop(HINT)
+    assert not kwargs
+    assert (hint.adapter, hint.work) == (adapter and "legal", 4)
+    assert (hint.avoid, hint.only) == (None, None)
+    assert handle.options_given == {"method_name": "embed"}
+
+
+def refusal(error: RankletError) -> Refusal:
+    return Refusal.of(error, "r0", "legal", None)
+
+
+@pytest.mark.parametrize("error", [Unavailable("the engine has stopped"), Saturated("the queue is full")])
+async def test_a_call_that_another_replica_may_answer_is_repeated_once_and_elsewhere(error: RankletError) -> None:
+    handle = FakeHandle(refusal(error), REPLY)
+    assert await embed(client_of(handle)) == [REPLY]
+    assert [kwargs[HINT].avoid for kwargs in handle.kwargs] == [None, "r0"]
+    handle = FakeHandle(refusal(error), refusal(error))
+    with pytest.raises(type(error)):
+        await embed(client_of(handle))
+    assert len(handle.calls) == 2
+
+
+@pytest.mark.parametrize("error", [AdapterLoadCrashed("the engine died"), InvalidRequest("too long", param="input")])
+async def test_a_call_that_would_fail_or_kill_another_replica_too_is_not_repeated(error: RankletError) -> None:
+    handle = FakeHandle(refusal(error))
+    with pytest.raises(type(error), match=error.message):
+        await embed(client_of(handle), AdapterLocation("legal", "/adapters/legal"))
+    assert len(handle.calls) == 1
+
+
+async def test_ray_keeps_no_answered_call() -> None:
+    """With a multiplexed model id among the options, Ray 2.60's router would keep every call."""
+    handle = FakeHandle(REPLY)
+    await embed(client_of(handle), AdapterLocation("legal", "/adapters/legal"))
     router = AdapterRouter(
         deployment_id=DeploymentID("Replica", "ranklet"), handle_source=DeploymentHandleSource.REPLICA
     )
     options = {name: value for name, value in handle.options_given.items() if name == "multiplexed_model_id"}
-    pending = pending_request([handle.call], handle.kwargs, **options)
+    pending = pending_request(list(handle.calls), handle.kwargs[0], **options)
     kept = weakref.ref(pending)
     queue_and_dequeue(router, pending)
     del pending
@@ -83,25 +113,22 @@ async def test_ray_forgets_a_call_that_was_answered(tmp_path: Any) -> None:
     assert kept() is None
 
 
-async def test_where_there_is_no_replica_nobody_waits_long() -> None:
-    """But as long as it takes one to come up."""
-
-    class Nobody(Handle):
+async def test_a_call_waits_for_a_replica_for_a_limited_time_while_there_is_none() -> None:
+    class SilentHandle(FakeHandle):
         def remote(self, call: InferenceCall[EmbedParams], **kwargs: Any) -> Any:
             return asyncio.get_running_loop().create_future()
 
     affinity = Affinity()
-    handle: Any = Nobody()
-    replicas = ReplicasClient(handle, affinity, 30.0, lambda: None, patience_s=0.3)
-    watch = asyncio.ensure_future(replicas.watch())
+    replicas = client_of(SilentHandle(), affinity, no_replica_timeout_s=0.3)
+    watching = asyncio.ensure_future(replicas.watchdog.run())
     try:
         began_s = time.monotonic()
         with pytest.raises(Unavailable, match="none is up"):
-            await replicas.embed(None, PROMPTS, None, 8)
-        assert 0.3 <= time.monotonic() - began_s < 5
+            await embed(replicas)
+        assert time.monotonic() - began_s >= 0.3
         affinity.set_members([Member("r0", 0)])
-        with pytest.raises(TimeoutError):
+        with pytest.raises(TimeoutError):  # now it waits for the replica's answer
             async with asyncio.timeout(0.6):
-                await replicas.embed(None, PROMPTS, None, 8)
+                await embed(replicas)
     finally:
-        watch.cancel()
+        watching.cancel()

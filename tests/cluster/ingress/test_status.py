@@ -41,7 +41,7 @@ def test_the_page_shows_replicas_adapters_and_refusals(service: Service, tmp_pat
     assert "model_not_found" in page
     assert re.search(r'id="rate">\d', page), "a second look has given a rate"
     assert secret not in page
-    assert re.search(r'id="says"[^>]*></p>', page), "nothing went wrong"
+    assert re.search(r'id="message"[^>]*></p>', page), "nothing went wrong"
 
 
 def test_it_can_be_looked_at(service: Service, tmp_path: Path) -> None:

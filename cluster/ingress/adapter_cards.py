@@ -1,0 +1,116 @@
+"""Describes adapters and where they are, for `GET /v1/adapters`."""
+
+import asyncio
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.cluster.catalog.registry import Registry
+from ranklet.cluster.catalog.source import is_remote, pinned_revision
+from ranklet.cluster.ingress.replicas_client import ReplicasClient
+from ranklet.replicas.adapters.reference import AdapterReport
+from ranklet.replicas.adapters.revision import Revisions, marks_of
+from ranklet.replicas.errors import AdapterNotFound, RankletError
+
+_Reports = Sequence[tuple[str, AdapterReport]]  # with the id of the replica
+
+
+class AdapterCards:
+    """Builds cards from the registry and from the replicas' reports."""
+
+    def __init__(self, registry: Registry, replicas: ReplicasClient) -> None:
+        self._registry = registry
+        self._replicas = replicas
+        self._revisions = Revisions()
+
+    async def cards(self) -> list[dict[str, Any]]:
+        """Cards of all adapters.
+
+        The state is registered, loading, ready or failed; draining, if the adapter was unloaded and requests in flight
+        still use it. No files are read: the revision of an adapter that no replica has read is None.
+        """
+        reports = await self._replicas.reports()
+        names = await asyncio.to_thread(self._registry.names)
+        by_name: dict[str, list[tuple[str, AdapterReport]]] = {name: [] for name in names}
+        for replica, adapters in reports:
+            for report in adapters:
+                if report.name in by_name or report.references:
+                    by_name.setdefault(report.name, []).append((replica, report))
+        pinned, served = self._registry.pins(), set(names)
+
+        def build() -> list[dict[str, Any]]:
+            return [
+                self._card(name, found, pinned=name in pinned, served=name in served)
+                for name, found in sorted(by_name.items())
+            ]
+
+        return await asyncio.to_thread(build)
+
+    async def card(self, name: str) -> dict[str, Any]:
+        """The card of one adapter, with its revision.
+
+        Raises:
+            UnknownModel: there is no adapter of this name.
+        """
+        found = [card for card in await self.cards() if card["name"] == name]
+        if not found:
+            self._registry.locate(name, "name")  # raises UnknownModel with similar names
+        card = found[0]
+        if card["revision"] is None and card["path"]:
+            with contextlib.suppress(AdapterNotFound):
+                location = AdapterLocation(name, card["path"])
+                card["revision"] = await asyncio.to_thread(self._read_revision, location)
+        return card
+
+    async def check_revision(self, location: AdapterLocation) -> None:
+        """Raises UnknownModel if the request names another revision than the one that is served."""
+        if location.requested_revision is not None:
+            revision = await asyncio.to_thread(self._read_revision, location)
+            if revision is not None:
+                location.check_revision(revision)
+
+    def _card(self, name: str, reports: _Reports, *, pinned: bool, served: bool) -> dict[str, Any]:
+        path = revision = error = None
+        if served:
+            try:
+                location = self._registry.locate(name)
+                path, revision = location.source, self._revision(location, reports)
+            except RankletError as refusal:
+                error = refusal.message
+        current = [report for _, report in reports if report.revision == revision]
+        error = error or next((report.error for report in current if report.error), None)
+        info = next((report.info for report in current if report.info), None)
+        return {
+            "name": name, "state": _state(error, current) if served else "draining",
+            "revision": revision, "path": path, "pinned": pinned,
+            "rank": info.rank if info else None, "target_modules": list(info.modules) if info else None,
+            "bytes": info.bytes if info else None, "references": sum(report.references for _, report in reports),
+            "replicas": [
+                {"replica": replica, "tier": report.where, "revision": report.revision, "references": report.references}
+                for replica, report in reports
+                if report.where != "refused"
+            ],
+            "error": error,
+        }  # fmt: skip
+
+    def _revision(self, location: AdapterLocation, reports: _Reports) -> str | None:
+        """The revision that is served now. Files are read only if replicas have read other versions of them."""
+        if is_remote(location.source):
+            return self._read_revision(location) or next((report.revision for _, report in reports), None)
+        marks = marks_of(location.source)
+        revision = next((report.revision for _, report in reports if report.marks == marks), None)
+        return revision or (self._read_revision(location) if reports else None)
+
+    def _read_revision(self, location: AdapterLocation) -> str | None:
+        """The revision of an adapter's files; None for a URL without a revision, which only replicas fetch."""
+        if is_remote(location.source):
+            return pinned_revision(location.source) or None
+        return self._revisions.reference(location.name, location.source).revision
+
+
+def _state(error: str | None, current: Iterable[AdapterReport]) -> str:
+    tiers = {report.where for report in current}
+    if error:
+        return "failed"
+    return "ready" if "gpu" in tiers else "loading" if "loading" in tiers else "registered"

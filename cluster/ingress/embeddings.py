@@ -1,0 +1,101 @@
+"""The task of `POST /v1/embeddings`, OpenAI's embeddings API."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, WithJsonSchema
+
+from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.cluster.ingress.answers import Embeddings, join_embeddings
+from ranklet.cluster.ingress.protocol import Texts, TokenIds, parse_body, parse_input
+from ranklet.cluster.ingress.replicas_client import ReplicasClient
+from ranklet.replicas.engine.limits import RequestLimits
+from ranklet.replicas.engine.params import EmbedParams
+
+_INPUT = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
+        {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}},
+        {
+            "type": "array", "minItems": 1,
+            "items": {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}},
+        },
+    ]
+}  # fmt: skip
+
+
+class EmbeddingsRequest(BaseModel):
+    """Body of `POST /v1/embeddings`. Unknown fields are ignored, since clients send fields of their own."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    model: str | None = None
+    input: Annotated[Any, WithJsonSchema(_INPUT)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: str | None = None
+    lora_path: str | None = None  # SGLang's field for the adapter
+
+
+@dataclass(frozen=True)
+class EmbeddingsTask:
+    """One embeddings request; implements `ranklet.cluster.ingress.task.InferenceTask`."""
+
+    form: EmbeddingsRequest
+
+    @classmethod
+    def parse(cls, body: bytes) -> "EmbeddingsTask":
+        """Raises InvalidRequest with the field, the expected value and the value received."""
+        return cls(parse_body(body, EmbeddingsRequest))
+
+    @property
+    def model(self) -> str | None:
+        return self.form.model
+
+    @property
+    def lora_path(self) -> str | None:
+        return self.form.lora_path
+
+    def inputs(self, max_texts: int) -> Texts | TokenIds:
+        return parse_input(self.form.input, max_texts)
+
+    def check_params(self, limits: RequestLimits) -> None:
+        limits.check_dimensions(self.form.dimensions)
+
+    async def send(
+        self,
+        replicas: ReplicasClient,
+        adapter: AdapterLocation | None,
+        prompts: Sequence[NDArray[np.int32]],
+        limits: RequestLimits,
+    ) -> Embeddings:
+        params = EmbedParams(self.form.dimensions)
+        return join_embeddings(await replicas.infer("embed", adapter, prompts, params, 4 * limits.hidden))
+
+    def render(self, answer: Embeddings, model: str) -> bytes:
+        return render_embeddings(answer, self.form.model or model, self.form.encoding_format)
+
+
+def render_embeddings(answer: Embeddings, model: str, encoding_format: str | None) -> bytes:
+    """Body of the answer. `base64` encodes little-endian float32, as OpenAI's clients expect."""
+    encoded = encoding_format == "base64"
+    body = {
+        "object": "list",
+        "model": model,
+        "data": [
+            {"object": "embedding", "index": index, "embedding": _base64(vector) if encoded else vector}
+            for index, vector in enumerate(answer.vectors)
+        ],
+        "usage": {"prompt_tokens": answer.prompt_tokens, "total_tokens": answer.prompt_tokens},
+    }
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _base64(vector: NDArray[np.float32]) -> str:
+    return base64.b64encode(vector.tobytes()).decode("ascii")

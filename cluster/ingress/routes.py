@@ -1,0 +1,62 @@
+"""The HTTP routes of a gateway."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from ranklet.cluster.ingress.admin import AdminApi, StatusApi
+from ranklet.cluster.ingress.models import ModelsApi
+from ranklet.cluster.ingress.probes import ProbesApi
+from ranklet.cluster.ingress.refusals import on_error, on_http_error
+from ranklet.replicas.errors import RankletError
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Handlers:
+    """The handlers of one gateway."""
+
+    embeddings: Handler
+    models: ModelsApi
+    admin: AdminApi
+    status: StatusApi
+    probes: ProbesApi
+
+
+def build_app(handlers: Handlers) -> Starlette:
+    """The ASGI app that Serve runs in each gateway."""
+    models, admin, probes = handlers.models, handlers.admin, handlers.probes
+    routes = [
+        _route("POST", "/v1/embeddings", handlers.embeddings),
+        _route("GET", "/v1/models", models.list_models),
+        _route("GET", "/v1/models/{name:path}", models.get_model),
+        _route("GET", "/v1/adapters", admin.list_adapters),
+        _route("POST", "/v1/adapters", admin.load_adapter),
+        _route("GET", "/v1/adapters/{name}", admin.get_adapter),
+        _route("DELETE", "/v1/adapters/{name}", admin.delete_adapter),
+        _route("POST", "/v1/load_lora_adapter", admin.load_adapter),
+        _route("POST", "/load_lora_adapter", admin.load_adapter),
+        _route("POST", "/v1/unload_lora_adapter", admin.unload_adapter),
+        _route("POST", "/unload_lora_adapter", admin.unload_adapter),
+        _route("GET", "/v1/status", handlers.status.get_status),
+        _route("GET", "/", probes.page),
+        _route("GET", "/openapi.json", probes.openapi),
+        _route("GET", "/health", probes.health),
+        _route("GET", "/ready", probes.ready),
+        _route("GET", "/version", probes.version),
+        _route("GET", "/metrics/targets", probes.metrics_targets),
+    ]
+    errors = {HTTPException: on_http_error, RankletError: on_error, Exception: on_error}
+    return Starlette(routes=routes, exception_handlers=errors)
+
+
+def _route(method: str, path: str, handler: Handler) -> Route:
+    route = Route(path, handler, methods=[method])
+    route.methods = {method}  # Starlette adds HEAD to GET
+    return route

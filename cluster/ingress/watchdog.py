@@ -1,0 +1,94 @@
+"""Cancels calls to replicas that hang, and sends the router's prefetch orders."""
+
+import asyncio
+import contextvars
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.routing.affinity import Affinity
+from ranklet.routing.hint import PrefetchOrder
+
+_POLL_S = 0.02
+_MAX_PREFETCHES = 64  # under way at once; further orders are dropped
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class Abandoned:
+    """A call that the watchdog cancelled.
+
+    Attributes:
+        replica: the id of the replica that hangs; None if no replica was up in time.
+    """
+
+    replica: str | None
+
+
+class Watchdog:
+    """Watches the calls of one gateway.
+
+    Args:
+        affinity: the router's state: which replica has which call, which replicas hang, and prefetch orders.
+        prefetch: has a replica load an adapter.
+        no_replica_timeout_s: how long a call waits for a replica to come up.
+    """
+
+    def __init__(
+        self,
+        affinity: Affinity,
+        prefetch: Callable[[AdapterLocation, str], Coroutine[Any, Any, None]],
+        no_replica_timeout_s: float,
+    ) -> None:
+        self._affinity = affinity
+        self._prefetch = prefetch
+        self._no_replica_timeout_s = no_replica_timeout_s
+        self._calls: dict[int, tuple[asyncio.Task[Any], float]] = {}  # by hint id, with the start time
+        self._abandoned: dict[int, Abandoned] = {}
+        self._prefetches: set[asyncio.Task[None]] = set()
+
+    def watch(self, hint_id: int) -> None:
+        """Watch a call of the current task, until `unwatch`."""
+        task = asyncio.current_task()
+        assert task is not None, "called outside of a task"
+        self._calls[hint_id] = task, time.monotonic()
+
+    def unwatch(self, hint_id: int) -> None:
+        del self._calls[hint_id]
+        self._abandoned.pop(hint_id, None)
+
+    def abandoned(self, hint_id: int) -> Abandoned | None:
+        """Why the watchdog cancelled a call; None if it did not."""
+        return self._abandoned.get(hint_id)
+
+    async def run(self) -> None:
+        """Watch calls and send prefetch orders until cancelled."""
+        while True:
+            await asyncio.sleep(_POLL_S)
+            try:
+                self._cancel_hopeless_calls()
+                for order in self._affinity.pop_prefetch_orders():
+                    self._start_prefetch(order)
+            except Exception:
+                logger.exception("the watchdog failed once and continues")
+
+    def _cancel_hopeless_calls(self) -> None:
+        now_s = time.monotonic()
+        for id, replica in self._affinity.stranded(self._calls).items():
+            task, started_s = self._calls[id]
+            hopeless = replica is not None or now_s - started_s > self._no_replica_timeout_s
+            if hopeless and id not in self._abandoned:
+                self._abandoned[id] = Abandoned(replica)
+                task.cancel()
+
+    def _start_prefetch(self, order: PrefetchOrder) -> None:
+        if not isinstance(order.location, AdapterLocation) or len(self._prefetches) >= _MAX_PREFETCHES:
+            return
+        work = self._prefetch(order.location, order.replica)
+        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        self._prefetches.add(task)
+        task.add_done_callback(self._prefetches.discard)

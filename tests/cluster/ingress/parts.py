@@ -1,0 +1,160 @@
+"""The inference path of a gateway without Ray; the replicas and the tokenizer are fakes."""
+
+import asyncio
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from ranklet.cluster.access.admission import Admission
+from ranklet.cluster.access.keys import ApiKeys, new_key
+from ranklet.cluster.access.quota import Account, Ledger, QuotaFlow, Quotas
+from ranklet.cluster.catalog.registry import Registry
+from ranklet.cluster.config import LimitsConfig
+from ranklet.cluster.ingress.embeddings import EmbeddingsTask
+from ranklet.cluster.ingress.exchange import Exchange, InferenceServices
+from ranklet.cluster.ingress.intake import Intake
+from ranklet.cluster.ingress.metrics import GatewayMetrics
+from ranklet.cluster.ingress.naming import ModelNames
+from ranklet.cluster.ingress.observe import Observer
+from ranklet.cluster.ingress.replicas_client import ReplicasClient
+from ranklet.cluster.ingress.status import RecentRequests
+from ranklet.cluster.message import EmbedResult, InferenceCall, InferenceReply, Refusal, ReplicaDescription
+from ranklet.replicas.engine.limits import RequestLimits
+from ranklet.routing.affinity import Affinity
+from ranklet.routing.counters import Counters
+from ranklet.routing.report import QueueLoad
+
+BASE = "base"
+HIDDEN = 32
+MAX_MODEL_LEN = 4096
+DESCRIPTION = ReplicaDescription("r0", 0, 1, True, "", RequestLimits(MAX_MODEL_LEN, HIDDEN, 1000), ())
+
+
+class FakeTokenizer:
+    """A token per word, and never fewer than a token per 64 bytes. Records its calls, and may be held up."""
+
+    def __init__(self) -> None:
+        self.encoded: list[Sequence[str]] = []
+        self.most_bytes = 0  # under tokenisation at once
+        self.held_up = threading.Event()  # large texts wait for it
+        self.held_up.set()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def least_tokens(self, text: str) -> int:
+        return len(text.encode()) // 64
+
+    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        size_bytes = sum(map(len, texts))
+        with self._lock:
+            self.encoded.append(texts)
+            self._bytes += size_bytes
+            self.most_bytes = max(self.most_bytes, self._bytes)
+        if size_bytes > 1000:
+            assert self.held_up.wait(60)
+        with self._lock:
+            self._bytes -= size_bytes
+        return [np.ones(len(text.split()), np.int32) for text in texts]
+
+
+class FakeReplicas:
+    """Stands in for Ray's handle. Answers every call with ones, or with `refusal`, or never."""
+
+    def __init__(self) -> None:
+        self.refusal: Refusal | None = None
+        self.is_silent = False
+        self.calls: list[InferenceCall[Any]] = []
+        self._method = ""
+
+    def options(self, *, method_name: str) -> "FakeReplicas":
+        self._method = method_name
+        return self
+
+    def remote(self, *arguments: Any, **kwargs: Any) -> "asyncio.Future[Any]":
+        result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if self._method == "describe":
+            result.set_result(DESCRIPTION)
+            return result
+        self.calls.append(arguments[0])
+        if not self.is_silent:
+            result.set_result(self.refusal or _reply(arguments[0]))
+        return result
+
+
+def _reply(call: InferenceCall[Any]) -> InferenceReply[EmbedResult]:
+    vectors = np.ones((len(call.prompts()), HIDDEN), np.float32)
+    load = QueueLoad(1, 0, 0.0, 0, 0)
+    return InferenceReply(
+        EmbedResult(vectors.tobytes(), HIDDEN), call.total_tokens, None, "none", "r0", None, 0.0, 0.0, load
+    )
+
+
+@dataclass
+class Parts:
+    """A gateway's inference path, and an HTTP client for it.
+
+    Args:
+        folder: of adapters, and of the file of keys. Every subfolder `legal-*` is an adapter.
+        keys: by name, the patterns of models that each may use, and its tokens per minute.
+    """
+
+    folder: Path
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    keys: Mapping[str, tuple[tuple[str, ...], int | None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        (self.folder / "legal-v2").mkdir(exist_ok=True)
+        self.tokenizer, self.handle = FakeTokenizer(), FakeReplicas()
+        self.metrics = GatewayMetrics(10, Counters())
+        self.admission = Admission(self.limits.max_in_flight_requests)
+        self.quotas = Quotas(self._sync, self.metrics.on_over_quota)
+        names = ModelNames([BASE], Registry(self.folder, {}))
+        handle: Any = self.handle
+        self.services = InferenceServices(
+            base=BASE,
+            limits=self.limits,
+            keys=ApiKeys(self._write_keys() if self.keys else None),
+            admission=self.admission,
+            intake=Intake(names, self.tokenizer, self.limits),
+            quotas=self.quotas,
+            replicas=ReplicasClient(handle, Affinity(), 60.0, lambda: None),
+            observer=Observer(self.metrics, RecentRequests(), "none", "gateway"),
+            label=self.metrics.labels.label,
+        )
+
+        async def embeddings(request: Request) -> Response:
+            return await Exchange(self.services, EmbeddingsTask.parse, request).answer()
+
+        self.app = Starlette(routes=[Route("/v1/embeddings", embeddings, methods=["POST"])])
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://gateway", timeout=60)
+
+    async def post(self, model: str, texts: Any, key: str | None = None) -> httpx.Response:
+        headers = {"authorization": f"Bearer {self.secrets[key]}"} if key else {}
+        return await self.http.post("/v1/embeddings", json={"model": model, "input": texts}, headers=headers)
+
+    def sample(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    async def _sync(self, accounts: Mapping[QuotaFlow, Account]) -> Mapping[QuotaFlow, float]:
+        return Ledger().sync(accounts)
+
+    def _write_keys(self) -> Path:
+        self.secrets, entries = {}, []
+        for name, (adapters, tokens_per_minute) in self.keys.items():
+            secret, entry = new_key(name, admin=False, adapters=adapters, tokens_per_minute=tokens_per_minute)
+            self.secrets[name] = secret
+            entries.append(entry.model_dump(mode="json"))
+        path = self.folder / "keys.yaml"
+        path.write_text(yaml.safe_dump({"keys": entries}))
+        return path
