@@ -32,7 +32,7 @@ class LoraBatch:
     Attributes:
         segments: as `plan` orders them, segments of more than `SHORT_ROWS` rows first.
         rows: all rows of the batch.
-        implementation: set by `Backends.choose`; None computes the base model only.
+        implementation: set by `Backends.choose`; None computes the base model only, and `backend` is "none".
         tiles: filled in for backends that read them.
         padded: whether `tiles` were cut with `padded`. Launches must then not depend on the segments.
 
@@ -55,7 +55,6 @@ class LoraBatch:
 
     @property
     def backend(self) -> str:
-        """The implementation's name, or "none"."""
         return "none" if self.implementation is None else self.implementation.NAME
 
     @property
@@ -118,6 +117,6 @@ def one_each(batch: LoraBatch, lengths: Sequence[int]) -> LoraBatch:
 
 
 def cut(batch: LoraBatch, *, padded: bool = False) -> tuple[RowTiles, ...]:
-    """Cut the batch's segments into tiles; `padded` for CUDA graphs, see `cut_padded`."""
+    """Cut the batch's segments into tiles, `padded` for CUDA graphs (`cut_padded`)."""
     runs = runs_of(batch.segments)
     return cut_padded(runs, batch.rows) if padded else cut_runs(runs)

@@ -96,14 +96,12 @@ def crossovers(device_index: int | None) -> tuple[Crossover, ...]:
 
 
 def from_entry(entry: Mapping[str, Any]) -> Crossover:
-    """Read an entry of a table file."""
     return Crossover(
         entry["rows"], entry["adapters"], entry["rank"], entry["hidden"], entry["scope"], dict(entry["ms"])
     )
 
 
 def to_entry(crossover: Crossover) -> dict[str, Any]:
-    """Return a crossover as an entry of a table file."""
     return {
         "rows": crossover.rows, "adapters": crossover.adapters, "rank": crossover.rank, "hidden": crossover.hidden,
         "scope": crossover.scope, "ms": {name: round(ms, 5) for name, ms in crossover.ms.items()},

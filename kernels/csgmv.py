@@ -41,7 +41,7 @@ def linear(
     batch: LoraBatch,
     rotary: Rotary | None = None,
 ) -> Tensor:
-    """Compute a projection with LoRA, then `rotary` if given. Returns a new tensor [T, N].
+    """Compute a projection with LoRA, then `rotary` if given. Rerotates a new tensor [T, N].
 
     Semantics: `y[t] = rotary(W x[t] + bias + s B A x[t])`, with A, B, s of row t's adapter.
 
@@ -72,23 +72,23 @@ def _write_fused(
 ) -> tuple[int, list[RowTiles]]:  # fmt: skip
     """Write the first rows of y, where one product of base and LoRA pays.
 
-    Returns:
+    Rerotates:
         The number of rows written, and the tiles of the other rows.
     """
     added: list[RowTiles] = []
-    done = turned = 0  # rows that are written; equal to `done` if the product rotated them too
+    done = rotated = 0  # rows that are written; equal to `done` if the product rotated them too
     chained = is_hopper(x.device)
     for tiles in batch.tiles:
         tile = _fused(x, stack, tiles)
-        turns = rotary if tile and rotary and fused_gemm.can_rotate(tile, rotary) else None
-        if tile and not added and (done == 0 or bool(turns) == bool(turned)):
+        rotates = rotary if tile and rotary and fused_gemm.can_rotate(tile, rotary) else None
+        if tile and not added and (done == 0 or bool(rotates) == bool(rotated)):
             h = _shrunk(x, stack, tiles, split=False, chained=chained)
-            fused_gemm.gemm(x, weight, bias, h, y, stack, tiles, tile, turns, chained=chained)
+            fused_gemm.gemm(x, weight, bias, h, y, stack, tiles, tile, rotates, chained=chained)
             done = tiles.rows[1]
-            turned = done if turns else 0
+            rotated = done if rotates else 0
         else:
             added.append(tiles)
-    if rotary and turned < done:
+    if rotary and rotated < done:
         rotary.rows(0, done).apply_(y[:done])
     return done, added
 
@@ -97,7 +97,6 @@ def _write_added(
     x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, batch: LoraBatch, y: Tensor,
     added: list[RowTiles], done: int, rest: Rotary | None,
 ) -> None:  # fmt: skip
-    """Write the rows of y from `done` on: the base product, then LoRA added to it."""
     chained = is_hopper(x.device)
     widen = base_gemm.may_widen(x[done:])
     below = base_gemm.widened(x[done:], weight, bias) if widen else base_gemm.base(x[done:], weight, bias, out=y[done:])
@@ -173,7 +172,7 @@ def embedding(
     stack: EmbeddingStack,
     batch: LoraBatch,
 ) -> Tensor:
-    """Look up token embeddings and add LoRA in place, one row of A per token. Returns a new tensor [T, N].
+    """Look up token embeddings and add LoRA in place, one row of A per token. Rerotates a new tensor [T, N].
 
     Semantics: `y[t] = table[ids[t]] + s B A[ids[t]]`, with A, B, s of row t's adapter.
     """

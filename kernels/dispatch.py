@@ -1,11 +1,10 @@
 """Chooses the LoRA backend of a batch, and computes a model's projections with it.
 
-"fastest" takes the backend that should need least time: a pure function of the batch's rows and adapters, the layer's
-dimensions, and what was measured on the GPU (`crossover.py`). Where nothing was measured, `cost_model.py` decides.
-"auto" keeps to the backend that rounds nothing but its output.
+"auto" chooses the backend that rounds nothing but its output. "fastest" chooses the backend with the shortest expected
+time, by measurements of the GPU (`crossover.py`) or else by estimates (`cost_model.py`).
 
-Backends differ on a GPU in 16 bits, where `merged` rounds its weights and cuBLAS rounds native's product before it adds
-it to what is there: on an H200 a 28-layer model's cosine to float32 is 0.99993 with csgmv and 0.99986 with merged.
+Backends differ on a GPU in 16 bits, where `merged` rounds its weights, and cuBLAS rounds native's product before adding
+it to the output. On an H200, a 28-layer model's cosine to float32 is 0.99993 with csgmv and 0.99986 with merged.
 
 Letters: T rows (tokens), K input width, N output width, V vocabulary.
 """
@@ -32,12 +31,12 @@ class Backends:
     """The LoRA backends of one engine. A batch carries the one that `choose` set.
 
     Args:
-        layer: the decoder layer that choices are made for.
-        merged_bytes: device memory for merged weights kept from batch to batch.
+        layer: the decoder layer that batches go through.
+        merged_bytes: device memory for merged weights that are kept between batches.
 
     Attributes:
-        by_name: the backends, without "none".
-        merged: the only backend with state of its own.
+        by_name: all backends except "none".
+        merged: the `merged` backend, the only one with state.
     """
 
     def __init__(self, layer: LoraLayer, merged_bytes: int = 0) -> None:
@@ -69,7 +68,6 @@ def scope_of(projections: Sequence[object]) -> Scope:
 
 
 def fastest(batch: LoraBatch, layer: LoraLayer) -> str:
-    """Return the name of the backend that should take least time for the batch."""
     if not layer.cuda:
         return native.NAME  # csgmv is for GPUs, and a CPU gains nothing from fewer launches
     if layer.measured is not None:
@@ -79,26 +77,28 @@ def fastest(batch: LoraBatch, layer: LoraLayer) -> str:
     return min(NAMES, key=costs.__getitem__)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack | None, batch: LoraBatch) -> Tensor:
-    """Return a projection of the base model with the batch's LoRA: x [T, K], weight [N, K] -> [T, N]."""
+def linear(
+    x: Tensor,  # [T, K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    stack: LinearStack | None,
+    batch: LoraBatch,
+) -> Tensor:
+    """Compute a projection with the batch's LoRA. Returns a new tensor [T, N]."""
     if stack is None or batch.implementation is None:
         return functional.linear(x, weight, bias)
     return batch.implementation.linear(x, weight, bias, stack, batch)
 
 
 def rotated(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack | None, batch: LoraBatch, rotary: Rotary
+    x: Tensor,  # [T, K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    stack: LinearStack | None,
+    batch: LoraBatch,
+    rotary: Rotary,
 ) -> Tensor:
-    """Return the packed queries, keys and values with the batch's LoRA, queries and keys normed and rotated.
-
-    Args:
-        x: [T, K]
-        weight: [N, K]
-        bias: [N] or None
-
-    Returns:
-        [T, N]
-    """
+    """Compute packed queries, keys and values with the batch's LoRA, then `rotary`. Returns a new tensor [T, N]."""
     if stack is None or batch.implementation is None:
         return base_gemm.base(x, weight, bias, rotary)
     if batch.implementation is csgmv:
@@ -106,8 +106,14 @@ def rotated(
     return rotary.apply_(linear(x, weight, bias, stack, batch))
 
 
-def gated(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack | None, batch: LoraBatch) -> Tensor:
-    """Return `silu(gate) * up` of the packed gate and up projection: x [T, K], weight [2 N, K] -> [T, N]."""
+def gated(
+    x: Tensor,  # [T, K]
+    weight: Tensor,  # [2 N, K], gate first
+    bias: Tensor | None,  # [2 N]
+    stack: LinearStack | None,
+    batch: LoraBatch,
+) -> Tensor:
+    """Compute `silu(gate) * up` with the batch's LoRA on gate and up. Returns a new tensor [T, N]."""
     adapted = stack is not None and stack.holds_any(segment.slot for segment in batch.segments)
     if not adapted and bias is None and gated_mlp.can_gate(x, weight):
         return gated_mlp.gated(x, weight)
@@ -116,8 +122,13 @@ def gated(x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack | N
     return pointwise.silu_mul(linear(x, weight, bias, stack, batch))
 
 
-def embedding(ids: Tensor, table: Tensor, stack: EmbeddingStack | None, batch: LoraBatch) -> Tensor:
-    """Return the token embedding with the batch's LoRA: ids [T], table [V, N] -> [T, N]."""
+def embedding(
+    ids: Tensor,  # [T] integers in [0, V)
+    table: Tensor,  # [V, N]
+    stack: EmbeddingStack | None,
+    batch: LoraBatch,
+) -> Tensor:
+    """Look up token embeddings with the batch's LoRA. Returns a new tensor [T, N]."""
     if stack is None or batch.implementation is None:
         return functional.embedding(ids, table)
     return batch.implementation.embedding(ids, table, stack, batch)

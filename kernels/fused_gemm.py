@@ -40,15 +40,15 @@ def _store_head(
         scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[:, None]
         low = low * scale * tl.load(weight + columns).to(tl.float32)[None, :]
         high = high * scale * tl.load(weight + HALF + columns).to(tl.float32)[None, :]
-    turned_low = (low * c - high * s).to(y.dtype.element_ty)
-    turned_high = (high * c + low * s).to(y.dtype.element_ty)
+    rotated_low = (low * c - high * s).to(y.dtype.element_ty)
+    rotated_high = (high * c + low * s).to(y.dtype.element_ty)
     if start + BLOCK_M <= end:
-        y_tma.store([start, first], turned_low)
-        y_tma.store([start, first + HALF], turned_high)
+        y_tma.store([start, first], rotated_low)
+        y_tma.store([start, first + HALF], rotated_high)
     else:
         at = y + rows.to(tl.int64)[:, None] * y_stride + (first + columns)[None, :]
-        tl.store(at, turned_low, mask=(rows < end)[:, None])
-        tl.store(at + HALF, turned_high, mask=(rows < end)[:, None])
+        tl.store(at, rotated_low, mask=(rows < end)[:, None])
+        tl.store(at + HALF, rotated_high, mask=(rows < end)[:, None])
 
 
 @triton.jit(
@@ -118,7 +118,7 @@ def gemm_kernel(
                 left, right = tl.split(halves)
                 y_tma.store([start, first], left.to(y.dtype.element_ty))
                 y_tma.store([start, first + BLOCK_N // 2], right.to(y.dtype.element_ty))
-        else:  # the last block: the rows below are not its own
+        else:  # the last block: the rows after `end` are not its own
             at = y + rows.to(tl.int64)[:, None] * y_stride + (first + tl.arange(0, BLOCK_N))[None, :]
             tl.store(at, acc.to(y.dtype.element_ty), mask=(rows < end)[:, None])
 
@@ -184,14 +184,14 @@ def _launch(
     w_tma = TensorDescriptor.from_tensor(weight, [block_n, tile.block_k])
     y_tma = TensorDescriptor.from_tensor(y, [BLOCK_ROWS, block_n // tile.halves])
     b_tma, h, runs, blocks, rank = lora or _Lora(w_tma, x, x, x, 0)
-    half, y_half_tma, turn = 0, y_tma, (x, x, x, x, x, 0.0)
+    half, y_half_tma, rotation = 0, y_tma, (x, x, x, x, x, 0.0)
     if rotary is not None:
         half, y_half_tma = rotary.half, TensorDescriptor.from_tensor(y, [BLOCK_ROWS, rotary.half])
-        turn = (*(rotary.norms or (x, x)), rotary.cos, rotary.sin, rotary.positions, rotary.eps)
+        rotation = (*(rotary.norms or (x, x)), rotary.cos, rotary.sin, rotary.positions, rotary.eps)
     gemm_kernel[(min(programs, blocks_and_rows[0] * triton.cdiv(weight.shape[0], block_n)),)](
         TensorDescriptor.from_tensor(x, [BLOCK_ROWS, tile.block_k]), w_tma, b_tma, y_tma, y_half_tma, h, y,
         weight if bias is None else bias, runs, blocks, *blocks_and_rows, weight.shape[0], y.stride(0), h.stride(-2),
-        *turn, K=x.shape[1], R=rank, W0=widths[0], W1=widths[1], PROGRAMS=programs, BLOCK_M=BLOCK_ROWS,
+        *rotation, K=x.shape[1], R=rank, W0=widths[0], W1=widths[1], PROGRAMS=programs, BLOCK_M=BLOCK_ROWS,
         BLOCK_N=block_n, BLOCK_K=tile.block_k, GROUP=tile.group, HALVES=tile.halves, BIAS=bias is not None,
         LORA=lora is not None, HALF=half, NORM=rotary is not None and rotary.norms is not None, STAGES=tile.stages,
         LORA_STAGES=_LORA_STAGES, CHAINED=chained, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=chained,

@@ -9,9 +9,7 @@ from torch import Tensor
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.stack import SlotMeta
 
-_NEGLIGIBLE = (
-    0.01  # of a batch's LoRA rows: smaller segments are not counted, which keeps batches of many adapters cheap
-)
+_NEGLIGIBLE = 0.01  # of a batch's LoRA rows: smaller segments are not counted, so that batches of many are cheap
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +57,6 @@ class KeptMerges:
             )
 
     def observe(self, batch: LoraBatch) -> None:
-        """Count a batch, whatever its backend. Call it once per batch, before the forward pass."""
         if not self.max_bytes or not batch.lora_rows:
             return
         decay = 0.5 ** (1 / self.half_life_batches)
@@ -77,7 +74,6 @@ class KeptMerges:
             self._free(slot)
 
     def share(self, slot: int) -> float:
-        """Return the slot's moving average share of the LoRA rows, 0 to 1."""
         return self._shares.get(slot, 0.0)
 
     def dominates(self, slot: int) -> bool:
@@ -85,13 +81,13 @@ class KeptMerges:
 
     def find(self, slot: int, weight: Tensor, meta: SlotMeta) -> Tensor | None:
         """Return the kept merge of `weight` with the slot's current adapter, or None."""
-        copy = self._merges.get(slot, {}).get(id(weight))
-        if copy is None:
+        kept = self._merges.get(slot, {}).get(id(weight))
+        if kept is None:
             return None
-        if copy.meta is not meta:
+        if kept.meta is not meta:
             self.forget(slot)
             return None
-        return copy.merged
+        return kept.merged
 
     def add(self, slot: int, weight: Tensor, meta: SlotMeta, merge: Callable[[Tensor], None]) -> Tensor | None:
         """Merge into a new tensor and keep it. Returns None if the slot does not dominate or the budget is full.
@@ -132,18 +128,17 @@ class KeptMerges:
         self.held_bytes -= sum(one.merged.nbytes for one in self._merges.pop(slot, {}).values())
 
     def _evict_for(self, slot: int, nbytes: int) -> bool:
-        """Evict no more than needed, and nothing if that is not enough."""
         excess, chosen = self.held_bytes + nbytes - self.max_bytes, []
         if excess > 0:
-            for copies, key in self._evictable_by(slot):
-                chosen.append((copies, key))
-                excess -= copies[key].merged.nbytes
+            for merges, key in self._evictable_by(slot):
+                chosen.append((merges, key))
+                excess -= merges[key].merged.nbytes
                 if excess <= 0:
                     break
         if excess > 0:
             return False
-        for copies, key in chosen:
-            self.held_bytes -= copies.pop(key).merged.nbytes
+        for merges, key in chosen:
+            self.held_bytes -= merges.pop(key).merged.nbytes
         return True
 
     def _evictable_by(self, slot: int) -> Iterator[tuple[dict[int, _KeptMerge], int]]:

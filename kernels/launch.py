@@ -39,7 +39,6 @@ def programs_of(stack: LinearStack, block: int) -> int:
 
 
 def widths_of(stack: LinearStack) -> dict[str, int]:
-    """Return the slices as arguments of `slice_of`."""
     w0, w1, w2 = (*stack.widths, 0, 0)[:3]
     return {"SLICES": len(stack.widths), "W0": w0, "W1": w1, "W2": w2}
 

@@ -20,7 +20,7 @@ from ranklet.kernels.kept_merges import KeptMerges, empty
 from ranklet.kernels.row_subset import check_rows
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
 
-_SCRATCH_BYTES = 64 << 20  # of weights merged at once, unless one alone is larger
+_SCRATCH_BYTES = 64 << 20  # of weights merged at once, unless a single weight is larger
 
 
 class Merged:
@@ -89,9 +89,9 @@ class Merged:
         return native.embedding(ids, table, stack, batch)
 
     def _merges(self, weight: Tensor, stack: LinearStack, slots: Sequence[int]) -> dict[int, Tensor]:
-        """Return W' of each slot: a kept copy, or scratch that the next call overwrites."""
+        """Return W' of each slot: a kept merge, or scratch that the next call overwrites."""
         merges: dict[int, Tensor] = {}
-        if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph would outlive a kept copy
+        if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):  # a graph would outlive a kept merge
             for slot in slots:
                 kept = self._kept(weight, stack, slot)
                 if kept is not None:
@@ -128,7 +128,7 @@ def _merge(out: Tensor, weight: Tensor, stack: LinearStack, slots: Sequence[int]
             rows = slice(column, column + width)
             if rank:
                 a = stack.a[slot, index * stack.rank : index * stack.rank + rank]
-                b = stack.b[slot, rows, :rank].contiguous()  # oneDNN's AMX product reads on behind an odd rank
+                b = stack.b[slot, rows, :rank].contiguous()  # oneDNN's AMX product reads beyond an odd rank
                 torch.addmm(weight[rows], b, a, alpha=meta.scalings[index], out=merged[rows])
             else:
                 merged[rows] = weight[rows]

@@ -2,10 +2,8 @@
 
 
 def power_of_two(count: int) -> int:
-    """Return the smallest power of two that is at least `count`; 1 for 0."""
     return 1 << max(count - 1, 0).bit_length()
 
 
 def power_of_four(count: int) -> int:
-    """Return the smallest power of four that is at least `count`; 1 for 0."""
     return 1 << (max(count - 1, 0).bit_length() + 1) // 2 * 2

@@ -1,7 +1,7 @@
 """Normalizes and rotates query and key heads: what a decoder does between its first projection and attention.
 
 Letters: T rows (tokens), D head width, Q query heads, G key heads. Arithmetic is float32 inside, whatever the dtype.
-`fused_gemm.py` does the same, where it can, before a row of the product leaves its registers.
+Where possible, `fused_gemm.py` does this before a row of the product leaves its registers.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from torch.nn import functional
 @triton.jit(do_not_specialize_on_alignment=["positions"])
 def rotary_kernel(
     qkv, out, q_weight, k_weight, cos, sin, positions, eps, row_stride,
-    Q: tl.constexpr, TURNED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    Q: tl.constexpr, ROTATED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
@@ -39,13 +39,13 @@ def rotary_kernel(
         weight_high = tl.where(
             is_query, tl.load(q_weight + HALF + columns, mask=in_head), tl.load(k_weight + HALF + columns, mask=in_head)
         )
-        is_value = heads >= TURNED
+        is_value = heads >= ROTATED
         low = tl.where(is_value, low, low * scale * weight_low.to(tl.float32))
         high = tl.where(is_value, high, high * scale * weight_high.to(tl.float32))
     c = tl.load(cos + position * HALF + columns, mask=columns < HALF, other=0.0)
     s = tl.load(sin + position * HALF + columns, mask=columns < HALF, other=0.0)
-    c = tl.where(heads < TURNED, c, 1.0)
-    s = tl.where(heads < TURNED, s, 0.0)
+    c = tl.where(heads < ROTATED, c, 1.0)
+    s = tl.where(heads < ROTATED, s, 0.0)
     tl.store(out + at, (low * c - high * s).to(out.dtype.element_ty), mask=mask)
     tl.store(out + at + HALF, (high * c + low * s).to(out.dtype.element_ty), mask=mask)
 
@@ -72,16 +72,13 @@ class Rotary:
 
     @property
     def half(self) -> int:
-        """Half a head's width."""
         return self.cos.shape[1]
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Columns of the queries and of the keys."""
         return self.query_heads * 2 * self.half, self.key_heads * 2 * self.half
 
     def rows(self, begin: int, end: int | None = None) -> Self:
-        """Return the rotation of rows [begin, end) of the batch."""
         return replace(self, positions=self.positions[begin:end])
 
     def apply_(
@@ -111,7 +108,7 @@ class Rotary:
         q_weight, k_weight = self.norms or (self.cos, self.cos)
         rotary_kernel[(qkv.shape[0],)](
             qkv, out, q_weight, k_weight, self.cos, self.sin, self.positions, self.eps, qkv.stride(0),
-            Q=self.query_heads, TURNED=self.query_heads + self.key_heads, HEADS=heads, HALF=self.half,
+            Q=self.query_heads, ROTATED=self.query_heads + self.key_heads, HEADS=heads, HALF=self.half,
             BLOCK_HEADS=triton.next_power_of_2(heads), BLOCK_HALF=triton.next_power_of_2(self.half),
             NORM=self.norms is not None, num_warps=4,
         )  # fmt: skip

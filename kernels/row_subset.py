@@ -20,8 +20,8 @@ def check_rows(x: Tensor, batch: LoraBatch) -> None:
     """Raise ValueError if `x` [T, ...] has other rows than the batch."""
     if x.shape[0] != batch.rows:
         raise ValueError(
-            f"rows: expected {batch.rows}, as the batch is planned, got {x.shape[0]}; "
-            "make a batch for the rows that are passed (ranklet.kernels.row_subset)"
+            f"rows: expected {batch.rows}, the rows of the batch, got {x.shape[0]}; "
+            "make a batch of the rows that are passed with ranklet.kernels.row_subset"
         )
 
 
@@ -52,17 +52,15 @@ def subset_by_counts(batch: LoraBatch, kept_per_request: Sequence[int], rows_per
     """
     kept, rows = np.asarray(kept_per_request, dtype=np.int64), np.asarray(rows_per_request, dtype=np.int64)
     if kept.shape != rows.shape or (kept < 0).any() or (kept > rows).any():
-        raise ValueError(
-            f"kept rows: expected from 0 to all of each request's {rows_per_request}, got {kept_per_request}"
-        )
+        raise ValueError(f"kept rows: expected at most {rows_per_request} of the requests, got {kept_per_request}")
     ends = np.concatenate(([0], rows.cumsum()))
     kept_ends = np.concatenate(([0], kept.cumsum()))
     stops = np.array([segment.stop for segment in batch.segments], dtype=np.int64)
     at = np.searchsorted(ends, stops)
     if ends[-1] != batch.rows or (ends[at] != stops).any():
         raise ValueError(
-            f"rows of the requests: expected {batch.rows} in all and segments {batch.segments} that end where requests "
-            f"do, got {rows_per_request}; pass the requests in the order that `plan` gave"
+            f"rows of the requests: expected a sum of {batch.rows}, and segments {batch.segments} that end where "
+            f"requests end, got {rows_per_request}; pass the requests in the order that `plan` returned"
         )
     return _cut(batch, [segment.slot for segment in batch.segments], kept_ends[at].tolist(), int(kept_ends[-1]))
 

@@ -43,11 +43,9 @@ class RowTiles:
 
     @property
     def arrays(self) -> tuple[NDArray[np.int32], ...]:
-        """The arrays that kernels read: table, runs and blocks."""
         return self.table, self.runs, self.blocks
 
     def to(self, device: torch.device) -> Self:
-        """Return a copy whose arrays are also on the device."""
         table, runs, blocks = (torch.from_numpy(array).to(device) for array in self.arrays)
         return replace(self, on_device=(table, runs, blocks))
 

@@ -48,7 +48,6 @@ class LinearStack:
         _describe(self, slot, meta)
 
     def holds_any(self, slots: Iterable[int]) -> bool:
-        """Return whether any adapter in these slots targets this projection."""
         return any(any(self.meta[slot].ranks) for slot in slots)
 
     @property
@@ -70,7 +69,6 @@ class EmbeddingStack:
         self.meta, self.ranks, self.scalings = _metadata(self.a, 1, self.ranks, self.scalings)
 
     def describe(self, slot: int, meta: SlotMeta) -> None:
-        """Set a slot's metadata, on the CPU and in device memory."""
         _describe(self, slot, meta)
 
     @property

@@ -82,7 +82,6 @@ _TALL = 64
 
 
 def default(key: TileKey) -> Tile:
-    """Return a tile that works on any GPU."""
     if key.itemsize > _TUNED_BYTES and key.op in _UNROLLED:
         return _UNROLLED[key.op]
     if key.op == "shrink":
@@ -160,7 +159,6 @@ _LEAST_STEP = 32
 
 
 def _shared_bytes(tile: Tile, key: TileKey) -> int:
-    """Return the shared memory of one program: the operands of all stages, and what is loaded once."""
     rank = 1 << (key.rank - 1).bit_length()
     if isinstance(tile, ShrinkTile):
         elements = tile.stages * tile.block_k * (key.height + len(key.widths) * rank)
@@ -203,12 +201,10 @@ def table(device_index: int | None) -> TileTable:
 
 
 def path_for(gpu: str) -> Path:
-    """Return the table file of a GPU by its name."""
     return TUNED / f"{gpu.replace(' ', '_').replace('/', '-')}.json"
 
 
 def from_entry(entry: dict[str, Any]) -> tuple[TileKey, Tile]:
-    """Read an entry of a table file."""
     key = TileKey(entry["op"], entry["k"], tuple(entry["widths"]), entry["rank"], entry["height"], entry["rows"])
     return key, KINDS[key.op](**entry["tile"])
 

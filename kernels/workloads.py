@@ -16,7 +16,6 @@ class Workload:
     adapters: int
 
     def batch(self) -> LoraBatch:
-        """Plan the batch, with adapter i in slot i."""
         return plan([self.length_tokens] * self.requests, assign(self.mix, self.requests, self.adapters))[1]
 
 

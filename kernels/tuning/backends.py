@@ -44,7 +44,6 @@ class MeasuredLayer:
         self.backends = Backends(LoraLayer(shapes, padded_rank(rank), device.type == "cuda"))
 
     def input(self, name: str, rows: int) -> Tensor:
-        """Return a projection's input [rows, K]."""
         return self._inputs[self.loras[name].projection.wide][:rows]
 
     def run(self, backend: str, batch: LoraBatch, names: Sequence[str]) -> list[Tensor]:
@@ -75,22 +74,22 @@ class CompileJob:
     most_rows: int
 
 
-_held: dict[tuple[tuple[ProjectionShape, ...], int], MeasuredLayer] = {}
+_cached: dict[tuple[tuple[ProjectionShape, ...], int], MeasuredLayer] = {}
 
 
 def compile_batch(job: CompileJob) -> None:
-    """Run a batch through csgmv once."""
     key = (job.projections, job.rank)
-    if key not in _held:
-        _held.clear()
+    if key not in _cached:
+        _cached.clear()
         torch.cuda.empty_cache()
-        _held[key] = MeasuredLayer(job.projections, job.rank, job.slots, job.most_rows, device=torch.device("cuda", 0))
-    layer = _held[key]
+        _cached[key] = MeasuredLayer(
+            job.projections, job.rank, job.slots, job.most_rows, device=torch.device("cuda", 0)
+        )
+    layer = _cached[key]
     layer.run("csgmv", even(job.rows, job.adapters).with_tiles(layer.device), list(layer.loras))
 
 
 def points(rows: Sequence[int], adapters: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the (rows, adapters) of a grid that have at least one row per adapter."""
     return [(t, n) for t in rows for n in adapters if t >= n]
 
 
@@ -108,7 +107,6 @@ def compile_batches(
 
 
 def times_ms(layer: MeasuredLayer, rows: int, adapters: int, scope: Scope, backends: Sequence[str]) -> dict[str, float]:
-    """Return the wall time of each backend on one batch, see `Crossover.ms`."""
     batch = even(rows, adapters).with_tiles(layer.device)
     return {name: wall_ms(partial(layer.run, name, batch, SCOPES[scope])) for name in backends}
 

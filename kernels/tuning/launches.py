@@ -60,7 +60,6 @@ class TileLauncher:
         self.chosen: dict[tuple[int, int], Tile] = {}
 
     def supports(self, tile: Tile, key: TileKey) -> bool:
-        """Return whether this device can run the tile on the key's projection and batches."""
         if isinstance(tile, ShrinkTile | ExpandTile):
             return True
         return all(fused_gemm.can_fuse(self.x, self.weights.stack, tiles, tile) for tiles in self._tiles(key))
@@ -94,7 +93,6 @@ class TileLauncher:
         return sum(gpu_ms(graphed(partial(self._pair, tile, key, tiles))) for tiles in self._tiles(key))
 
     def base_ms(self, key: TileKey) -> float:
-        """Return the time of the base product of the key's rows, summed over the same workloads."""
         weight = self.weights.weight.t()
         ranges = [slice(*tiles.rows) for tiles in self._tiles(key)]
         return sum(gpu_ms(partial(torch.mm, self.x[rows], weight, out=self.y[rows])) for rows in ranges)
@@ -127,7 +125,6 @@ class TileLauncher:
         return torch.addmm(torch.cat(added), self.x[low:high].float(), self.weights.weight.float().t())
 
     def keys(self, op: Op) -> Iterator[TileKey]:
-        """Yield the operation's keys, one per tile height and number of rows."""
         wide, widths = self.weights.projection.wide, self.weights.projection.widths
         yield from (TileKey(op, wide, widths, self.rank, height, rows) for height, rows in sorted(self.cases))
 

@@ -91,7 +91,6 @@ def expanded(
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Return the norm of the error over the norm of `wanted`. NaN if any value found is NaN."""
     return float((found.float() - wanted).norm() / wanted.norm())
 
 

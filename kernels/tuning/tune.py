@@ -116,18 +116,18 @@ def _jobs(plan: TunePlan) -> Iterator[TuneJob]:
                     yield from (TuneJob(plan, projection, rank, op, height, tile) for tile in tried)
 
 
-_held: dict[tuple[TunePlan, ProjectionShape, int], TileLauncher] = {}
+_cached: dict[tuple[TunePlan, ProjectionShape, int], TileLauncher] = {}
 
 
 def _launcher(plan: TunePlan, projection: ProjectionShape, rank: int) -> TileLauncher:
     # One at a time: for a large model it takes gigabytes.
     key = (plan, projection, rank)
-    if key not in _held:
-        _held.clear()
+    if key not in _cached:
+        _cached.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        _held[key] = TileLauncher(projection, rank, plan.workloads, plan.device, plan.dtype)
-    return _held[key]
+        _cached[key] = TileLauncher(projection, rank, plan.workloads, plan.device, plan.dtype)
+    return _cached[key]
 
 
 def _compile(job: TuneJob) -> None:
@@ -174,7 +174,6 @@ def _best(
 def _correct(
     launcher: TileLauncher, key: TileKey, tiles: Sequence[Tile], report: Callable[[str], None]
 ) -> Iterator[Tile]:
-    """Yield the tiles that agree with float32."""
     if not tiles:
         return
     wanted = launcher.reference(key)

@@ -136,7 +136,7 @@ def test_an_adapter_changes_only_its_own_rows() -> None:
 
 
 def test_an_input_with_other_rows_than_the_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected 4, as the batch is planned, got 5"):
+    with pytest.raises(ValueError, match="expected 4, the rows of the batch, got 5"):
         Merged().linear(torch.randn(5, WIDE), torch.randn(sum(QKV), WIDE), None, stack_of(LINEAR), batch_of(2))
 
 

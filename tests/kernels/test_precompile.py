@@ -47,8 +47,8 @@ def test_random_batches_compile_nothing_after_it() -> None:
         for p in (ProjectionShape("qkv", 1024, (2048, 1024, 1024)), ProjectionShape("down", 3072, (1024,)))
     ]
     places = torch.zeros(most_rows, dtype=torch.int32, device=DEVICE)
-    turned = Rotary(None, torch.ones(64, 64, device=DEVICE), torch.ones(64, 64, device=DEVICE), places, 16, 8, 1e-6)
-    precompile([LinearStack(p.stack.a, p.stack.b, p.stack.widths) for p in loras], most_rows, turned)
+    rotary = Rotary(None, torch.ones(64, 64, device=DEVICE), torch.ones(64, 64, device=DEVICE), places, 16, 8, 1e-6)
+    precompile([LinearStack(p.stack.a, p.stack.b, p.stack.widths) for p in loras], most_rows, rotary)
     compiled = [set(kernel.device_caches[0][0]) for kernel in KERNELS]
     draw = random.Random(0)
     for _ in range(40):
@@ -57,7 +57,7 @@ def test_random_batches_compile_nothing_after_it() -> None:
         _, batch = plan(lengths, [draw.choice((None, *range(slots))) for _ in lengths])
         for p in loras:
             x = torch.randn(batch.rows, p.projection.wide, device=DEVICE, dtype=torch.bfloat16)
-            at = turned.rows(most_rows - batch.rows) if p.projection.name == "qkv" else None
-            csgmv.linear(x, p.weight, None, p.stack, batch.with_tiles(DEVICE), at)
+            rotation = rotary.rows(most_rows - batch.rows) if p.projection.name == "qkv" else None
+            csgmv.linear(x, p.weight, None, p.stack, batch.with_tiles(DEVICE), rotation)
     found = [set(kernel.device_caches[0][0]) for kernel in KERNELS]
     assert [more - known for more, known in zip(found, compiled, strict=True)] == [set()] * len(KERNELS)

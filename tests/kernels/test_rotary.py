@@ -27,11 +27,11 @@ def norm64(x: Tensor, weight: Tensor) -> Tensor:
     return wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
 
 
-def rotary64(qkv: Tensor, turned: Rotary) -> Tensor:
+def rotary64(qkv: Tensor, rotary: Rotary) -> Tensor:
     """Return norm and rotation head by head in float64. Position p has the angles p / 100**(i / half)."""
-    query, key, half, norms = turned.query_heads, turned.key_heads, turned.half, turned.norms
+    query, key, half, norms = rotary.query_heads, rotary.key_heads, rotary.half, rotary.norms
     out, width = qkv.double().clone(), 2 * half
-    angle = turned.positions.double()[:, None] / 100 ** (torch.arange(half, dtype=torch.float64) / half)
+    angle = rotary.positions.double()[:, None] / 100 ** (torch.arange(half, dtype=torch.float64) / half)
     for head in range(query + key):
         place = slice(head * width, (head + 1) * width)
         value = out[:, place]
@@ -47,16 +47,16 @@ def tables(half: int, known: int = 40) -> tuple[Tensor, Tensor]:
     return angle.cos().float(), angle.sin().float()
 
 
-def turn(shape: tuple[int, int, int, int], dtype: torch.dtype, *, normed: bool) -> Rotary:
+def make_rotary(shape: tuple[int, int, int, int], dtype: torch.dtype, *, normed: bool) -> Rotary:
     tokens, query, key, width = shape
     norms = ((1 + 0.2 * torch.randn(width)).to(dtype), (1 + 0.2 * torch.randn(width)).to(dtype)) if normed else None
     return Rotary(norms, *tables(width // 2), torch.randint(40, (tokens,), dtype=torch.int32), query, key, EPS)
 
 
-def on(device: torch.device, turned: Rotary) -> Rotary:
-    norms = turned.norms and (turned.norms[0].to(device), turned.norms[1].to(device))
-    cos, sin, positions = (tensor.to(device) for tensor in (turned.cos, turned.sin, turned.positions))
-    return Rotary(norms, cos, sin, positions, turned.query_heads, turned.key_heads, EPS)
+def on(device: torch.device, rotary: Rotary) -> Rotary:
+    norms = rotary.norms and (rotary.norms[0].to(device), rotary.norms[1].to(device))
+    cos, sin, positions = (tensor.to(device) for tensor in (rotary.cos, rotary.sin, rotary.positions))
+    return Rotary(norms, cos, sin, positions, rotary.query_heads, rotary.key_heads, EPS)
 
 
 def test_torch_agrees_with_transformers() -> None:
@@ -83,12 +83,12 @@ def test_apply_in_place_and_write(
     shape: tuple[int, int, int, int], normed: bool, dtype: torch.dtype, tolerance: float
 ) -> None:
     tokens, query, key, width = shape
-    turned, qkv = turn(shape, dtype, normed=normed), torch.randn(tokens, (query + 2 * key) * width).to(dtype)
-    expected = rotary64(qkv, turned)
+    rotary, qkv = make_rotary(shape, dtype, normed=normed), torch.randn(tokens, (query + 2 * key) * width).to(dtype)
+    expected = rotary64(qkv, rotary)
     exact = torch.empty_like(qkv, device=DEVICE)
-    on(DEVICE, turned).write(qkv.float().clone().to(DEVICE), exact)
+    on(DEVICE, rotary).write(qkv.float().clone().to(DEVICE), exact)
     assert_close(exact.cpu().double(), expected, rtol=tolerance / 2, atol=tolerance / 2)
-    out = on(DEVICE, turned).apply_(qkv.clone().to(DEVICE)).cpu()
+    out = on(DEVICE, rotary).apply_(qkv.clone().to(DEVICE)).cpu()
     assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(out[:, (query + key) * width :], qkv[:, (query + key) * width :]), "values are kept"
 
@@ -97,13 +97,13 @@ def test_apply_in_place_and_write(
 @pytest.mark.parametrize("shape", HEADS[:-1])
 @pytest.mark.parametrize("normed", [True, False])
 def test_the_interpreted_kernel(shape: tuple[int, int, int, int], normed: bool) -> None:
-    (tokens, query, key, width), turned = shape, turn(shape, torch.float32, normed=normed)
+    (tokens, query, key, width), rotary = shape, make_rotary(shape, torch.float32, normed=normed)
     qkv = torch.randn(tokens, (query + 2 * key) * width)
-    expected, heads, half = rotary64(qkv, turned), query + key, turned.half
+    expected, heads, half = rotary64(qkv, rotary), query + key, rotary.half
     for target, written in ((qkv.clone().fill_(float("nan")), heads + key), (qkv, heads)):
         rotary_kernel[(tokens,)](
-            qkv, target, *(turned.norms or (turned.cos, turned.cos)), turned.cos, turned.sin, turned.positions, EPS,
-            qkv.stride(0), Q=query, TURNED=heads, HEADS=written, HALF=half,
+            qkv, target, *(rotary.norms or (rotary.cos, rotary.cos)), rotary.cos, rotary.sin, rotary.positions, EPS,
+            qkv.stride(0), Q=query, ROTATED=heads, HEADS=written, HALF=half,
             BLOCK_HEADS=1 << (written - 1).bit_length(), BLOCK_HALF=1 << (half - 1).bit_length(), NORM=normed,
         )  # fmt: skip
         assert_close(target.double(), expected, rtol=1e-5, atol=1e-5)
@@ -142,12 +142,12 @@ def test_rotation_in_the_fused_product(
     stack = oracle.linear_stack(adapters, 2, 16, wide, widths, stale=0.0, device=str(DEVICE))
     x, weight = torch.randn(batch.rows, wide).to(dtype), (torch.randn(sum(widths), wide) * wide**-0.5).to(dtype)
     offset = torch.randn(sum(widths)).to(dtype) if bias else None
-    turned = turn((batch.rows, query, key, width), dtype, normed=normed)
+    rotary = make_rotary((batch.rows, query, key, width), dtype, normed=normed)
     rows = [slots[i] for i in order for _ in range(lengths[i])]
-    wanted = rotary64(oracle.linear(x, weight, offset, rows, adapters), turned)
+    wanted = rotary64(oracle.linear(x, weight, offset, rows, adapters), rotary)
     tiled = batch.with_tiles(DEVICE)
     given = (x.to(DEVICE), weight.to(DEVICE), None if offset is None else offset.to(DEVICE), stack, tiled)
-    out = csgmv.linear(*given, on(DEVICE, turned)).cpu().double()
+    out = csgmv.linear(*given, on(DEVICE, rotary)).cpu().double()
     assert (len(rotaries), all(rotaries)) == (0 if lengths == [60, 7] else 1, True)
     assert_close(out, wanted, rtol=3e-3, atol=3e-3 * float(wanted.abs().max()))
     assert (out - wanted).norm() <= 3e-3 * wanted.norm()

@@ -156,5 +156,5 @@ def test_ranges_outside_the_batch_are_refused(start: int, stop: int) -> None:
 def test_an_input_with_other_rows_than_the_batch_is_refused() -> None:
     check_rows(torch.empty(12, WIDE), BATCH)
     for rows in (0, 11, 13):
-        with pytest.raises(ValueError, match=f"expected 12, as the batch is planned, got {rows}; make"):
+        with pytest.raises(ValueError, match=f"expected 12, the rows of the batch, got {rows}; make"):
             check_rows(torch.empty(rows, WIDE), BATCH)
