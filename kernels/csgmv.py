@@ -41,7 +41,7 @@ def linear(
     batch: LoraBatch,
     rotary: Rotary | None = None,
 ) -> Tensor:
-    """Compute a projection with LoRA, then `rotary` if given. Rerotates a new tensor [T, N].
+    """Compute a projection with LoRA, then `rotary` if given. Returns a new tensor [T, N].
 
     Semantics: `y[t] = rotary(W x[t] + bias + s B A x[t])`, with A, B, s of row t's adapter.
 
@@ -72,7 +72,7 @@ def _write_fused(
 ) -> tuple[int, list[RowTiles]]:  # fmt: skip
     """Write the first rows of y, where one product of base and LoRA pays.
 
-    Rerotates:
+    Returns:
         The number of rows written, and the tiles of the other rows.
     """
     added: list[RowTiles] = []
@@ -99,18 +99,20 @@ def _write_added(
 ) -> None:  # fmt: skip
     chained = is_hopper(x.device)
     widen = base_gemm.may_widen(x[done:])
-    below = base_gemm.widened(x[done:], weight, bias) if widen else base_gemm.base(x[done:], weight, bias, out=y[done:])
+    product = (
+        base_gemm.widened(x[done:], weight, bias) if widen else base_gemm.base(x[done:], weight, bias, out=y[done:])
+    )
     out = y[done:] if widen and not rest and not batch.padded else None  # spares a copy of the adapters' rows
     for tiles in added:
         h = _shrunk(x, stack, tiles, split=True, chained=chained)
         tile = _tile(ExpandTile, "expand", x, stack, tiles)
-        expand(h, below, stack, tiles, tile, out=out, first_row=done, chained=chained)
+        expand(h, product, stack, tiles, tile, out=out, first_row=done, chained=chained)
     if rest:
-        rest.write(below, y[done:])
+        rest.write(product, y[done:])
     elif out is not None and batch.lora_rows < batch.rows:
-        y[batch.lora_rows :] = below[batch.lora_rows - done :]
+        y[batch.lora_rows :] = product[batch.lora_rows - done :]
     elif widen and out is None:
-        y[done:] = below
+        y[done:] = product
 
 
 def _fused(x: Tensor, stack: LinearStack, tiles: RowTiles) -> FusedTile | None:
@@ -172,7 +174,7 @@ def embedding(
     stack: EmbeddingStack,
     batch: LoraBatch,
 ) -> Tensor:
-    """Look up token embeddings and add LoRA in place, one row of A per token. Rerotates a new tensor [T, N].
+    """Look up token embeddings and add LoRA in place, one row of A per token. Returns a new tensor [T, N].
 
     Semantics: `y[t] = table[ids[t]] + s B A[ids[t]]`, with A, B, s of row t's adapter.
     """

@@ -1,4 +1,4 @@
-"""Normalizes and rotates query and key heads: what a decoder does between its first projection and attention.
+"""Normalizes and rotates query and key heads, between a decoder layer's first projection and attention.
 
 Letters: T rows (tokens), D head width, Q query heads, G key heads. Arithmetic is float32 inside, whatever the dtype.
 Where possible, `fused_gemm.py` does this before a row of the product leaves its registers.
