@@ -1,4 +1,4 @@
-"""`ranklet adapters`: list, show, load, unload and verify adapters of a service that runs."""
+"""`ranklet adapters`: manages the adapters of a running service, and verifies adapter folders without one."""
 
 import argparse
 import json
@@ -7,52 +7,58 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from ranklet.replicas.adapters.pattern_matcher import PatternMatcher
+    from ranklet.replicas.adapters.verify import ExpectedModules
 
 KEY_VARIABLE = "RANKLET_API_KEY"
 _TIMEOUT_S = 120.0
 
 
 def add(commands: Any) -> None:
-    """The subcommand's parser."""
-    parser = commands.add_parser("adapters", help="of a running service: list, show, load, unload; or verify a folder")
+    """Add the subcommand to `ranklet`."""
+    parser = commands.add_parser("adapters", help="list, show, load, unload or verify adapters")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
-    listing = actions.add_parser("list", help="every adapter: state, revision, where it is")
+    listing = actions.add_parser("list", help="list all adapters with their state, revision and replicas")
     listing.set_defaults(run=_list)
-    show = actions.add_parser("show", help="one adapter, as JSON")
+    show = actions.add_parser("show", help="print one adapter as JSON")
     show.set_defaults(run=_show)
-    load = actions.add_parser("load", help="verify an adapter, bring it into a slot and serve it")
-    load.add_argument("--path", help="its folder, on the service's nodes (default: NAME in adapters_dir)")
-    load.add_argument("--replace", action="store_true", help="swap it in for the one of this name")
-    load.add_argument("--pinned", action="store_true", help="keep it in a slot of every replica")
+    load = actions.add_parser("load", help="verify an adapter, load it into a slot and serve it")
+    load.add_argument("--path", help="the folder on the service's nodes (default: NAME in adapters_dir)")
+    load.add_argument("--replace", action="store_true", help="replace the adapter of this name")
+    load.add_argument("--pinned", action="store_true", help="keep the adapter in a slot of every replica")
     load.set_defaults(run=_load)
-    unload = actions.add_parser("unload", help="serve it no more; waits until no request uses it")
+    unload = actions.add_parser("unload", help="stop serving an adapter; waits until no request uses it")
     unload.set_defaults(run=_unload)
     for action in (show, load, unload):
         action.add_argument("name", metavar="NAME")
     for action in (listing, show, load, unload):
-        action.add_argument("--url", default="http://127.0.0.1:8000", help="of the service (default: %(default)s)")
+        action.add_argument("--url", default="http://127.0.0.1:8000", help="URL of the service (default: %(default)s)")
         key = os.environ.get(KEY_VARIABLE)
         action.add_argument("--key", default=key, help=f"an admin's API key (default: ${KEY_VARIABLE})")
-    verify = actions.add_parser(
-        "verify", help="whether a folder can be served, without a service; says all that is wrong"
-    )
+    verify = actions.add_parser("verify", help="check whether folders can be served; needs no service")
     verify.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
-    verify.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="the base model")
-    verify.add_argument("--max-rank", type=int, default=64, help="of the slots (default: %(default)s)")
-    verify.add_argument("--base-name", action="append", default=[], help="another name of the base; may be repeated")
+    verify.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="folder of the base model")
+    verify.add_argument(
+        "--max-rank", type=int, default=64, help="engine.max_rank of the service (default: %(default)s)"
+    )
+    verify.add_argument(
+        "--base-name", action="append", default=[], help="another name of the base model; may be repeated"
+    )
     verify.set_defaults(run=_verify)
 
 
-def _list(asked: argparse.Namespace) -> int:
+def _list(options: argparse.Namespace) -> int:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("adapter", "state", "revision", "rank", "MB", "in use", "in slots of", "pinned"):
         table.add_column(title, justify="right" if title in ("rank", "MB", "in use", "in slots of") else "left")
-    for card in _ask(asked, "GET", "/v1/adapters")["data"]:
+    for card in _request(options, "GET", "/v1/adapters")["data"]:
         size = f"{card['bytes'] / 1e6:.1f}" if card["bytes"] else ""
         slots = sum(each["tier"] == "gpu" for each in card["replicas"])
         pinned = "yes" if card["pinned"] else ""
@@ -62,78 +68,90 @@ def _list(asked: argparse.Namespace) -> int:
     return 0
 
 
-def _show(asked: argparse.Namespace) -> int:
-    _say(json.dumps(_ask(asked, "GET", f"/v1/adapters/{_name(asked)}"), indent=1))
+def _show(options: argparse.Namespace) -> int:
+    _print(json.dumps(_request(options, "GET", f"/v1/adapters/{_name(options)}"), indent=1))
     return 0
 
 
-def _load(asked: argparse.Namespace) -> int:
-    body = {"name": asked.name, "path": asked.path, "replace": asked.replace, "pinned": asked.pinned}
-    said = _ask(asked, "POST", "/v1/adapters", body)
-    modules = ", ".join(said["target_modules"])
-    _say(f"ranklet: {said['name']}@{said['revision']}: rank {said['rank']}, {said['bytes']} bytes, on {modules}")
+def _load(options: argparse.Namespace) -> int:
+    body = {"name": options.name, "path": options.path, "replace": options.replace, "pinned": options.pinned}
+    loaded = _request(options, "POST", "/v1/adapters", body)
+    modules = ", ".join(loaded["target_modules"])
+    _print(
+        f"ranklet: {loaded['name']}@{loaded['revision']}: rank {loaded['rank']}, {loaded['bytes']} bytes, on {modules}"
+    )
     return 0
 
 
-def _unload(asked: argparse.Namespace) -> int:
-    _ask(asked, "DELETE", f"/v1/adapters/{_name(asked)}")
-    _say(f"ranklet: {asked.name} is served no more, and its memory is free")
+def _unload(options: argparse.Namespace) -> int:
+    _request(options, "DELETE", f"/v1/adapters/{_name(options)}")
+    _print(f"ranklet: {options.name} is unloaded and its memory is free")
     return 0
 
 
-def _ask(asked: argparse.Namespace, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Raises ValueError with what the service refused, or when there is none."""
-    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {asked.key}"} if asked.key else {})
-    sent = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(asked.url.rstrip("/") + path, sent, headers, method=method)
+def _request(options: argparse.Namespace, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Send a request to the service.
+
+    Raises:
+        ValueError: no service answers, or it refuses the request; the message contains its error.
+    """
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {options.key}"} if options.key else {})
+    content = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(options.url.rstrip("/") + path, content, headers, method=method)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(request, timeout=_TIMEOUT_S) as answer:
             return dict(json.load(answer))
     except urllib.error.HTTPError as error:
-        said = error.read()
+        refusal = error.read()
         try:
-            message = json.loads(said)["error"]["message"]
+            message = json.loads(refusal)["error"]["message"]
         except (ValueError, KeyError, TypeError):
-            message = f"{error}: {said[:300]!r}"
+            message = f"{error}: {refusal[:300]!r}"
         raise ValueError(message) from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"--url {asked.url}: expected a service that answers, got {error}") from error
+        raise ValueError(f"--url {options.url}: expected a service that answers, got {error}") from error
 
 
-def _name(asked: argparse.Namespace) -> str:
-    return urllib.parse.quote(asked.name, safe="")
+def _name(options: argparse.Namespace) -> str:
+    return urllib.parse.quote(options.name, safe="")
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     Console(highlight=False, soft_wrap=True).print(text, markup=False)
 
 
-def _verify(asked: argparse.Namespace) -> int:
-    import torch  # takes seconds, which the other actions need not wait for
+def _verify(options: argparse.Namespace) -> int:
+    import torch  # imported here because it takes seconds, and the other actions do not need it
 
-    from ranklet.replicas.adapters.revision import Revisions
-    from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
-    from ranklet.replicas.errors import RankletError
+    from ranklet.replicas.adapters.pattern_matcher import PatternMatcher
+    from ranklet.replicas.adapters.verify import ExpectedModules
     from ranklet.replicas.model.architecture import read_architecture, read_config
     from ranklet.replicas.model.checkpoint import Checkpoint
     from ranklet.replicas.model.modules import LORA_MODULES
 
-    architecture = read_architecture(read_config(asked.model))
-    bases = (asked.model.resolve().name, *asked.base_name)
-    with Checkpoint(asked.model, torch.device("cpu"), torch.bfloat16) as checkpoint:
+    architecture = read_architecture(read_config(options.model))
+    bases = (options.model.resolve().name, *options.base_name)
+    with Checkpoint(options.model, torch.device("cpu"), torch.bfloat16) as checkpoint:
         embedding = checkpoint.read("embed_tokens.weight", (architecture.vocab, architecture.hidden))
-    expected = ExpectedModules(architecture, asked.max_rank, LORA_MODULES, bases, embedding)
-    wrong = 0
-    for folder in asked.folders:
-        try:
-            adapter = read_adapter(Revisions().reference(folder.name, str(folder)), expected)
-        except RankletError as error:
-            wrong += 1
-            _say(error.message)
-            continue
-        modules = sorted({name for _, name in adapter.weights})
-        size = adapter.flat.numel() * adapter.flat.element_size()
-        said = f"{folder.name}@{adapter.ref.revision}: rank {adapter.rank}, {size / 1e6:.1f} MB in bfloat16"
-        _say(f"{said}, on {', '.join(modules)}")
-    return 1 if wrong else 0
+    expected = ExpectedModules(architecture, options.max_rank, LORA_MODULES, bases, embedding)
+    with PatternMatcher() as matcher:
+        served = [_verify_folder(folder, expected, matcher) for folder in options.folders]
+    return 0 if all(served) else 1
+
+
+def _verify_folder(folder: Path, expected: "ExpectedModules", matcher: "PatternMatcher") -> bool:
+    from ranklet.replicas.adapters.revision import Revisions
+    from ranklet.replicas.adapters.verify import read_adapter
+    from ranklet.replicas.errors import RankletError
+
+    try:
+        ref = Revisions().reference(folder.name, str(folder))
+        adapter = read_adapter(ref, expected, matcher=matcher)
+    except RankletError as error:
+        _print(error.message)
+        return False
+    modules = ", ".join(sorted({name for _, name in adapter.weights}))
+    megabytes = adapter.flat.numel() * adapter.flat.element_size() / 1e6
+    _print(f"{ref.name}@{ref.revision}: rank {adapter.rank}, {megabytes:.1f} MB in bfloat16, on {modules}")
+    return True

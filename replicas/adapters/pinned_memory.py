@@ -1,7 +1,7 @@
-"""Host memory that a GPU copies from without another copy, in blocks of just the size that is asked for.
+"""Pinned host memory in blocks of exactly the requested size.
 
-torch's own comes in powers of two, so that adapters of 81 MB would hold 134 each beside a budget that knows of 81, and
-every new one takes the driver 52 ms on an H200's host.
+torch rounds pinned blocks up to powers of two, so an adapter of 81 MB would take 134 MB of the host cache's budget.
+Pinning a new block takes the driver 52 ms on an H200's host, so blocks are used again.
 """
 
 import mmap
@@ -15,57 +15,57 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Allocate = Callable[[int, torch.dtype], Tensor]  # room for so many numbers
+Allocate = Callable[[int, torch.dtype], Tensor]  # makes an uninitialised tensor [count]
 
 
 def pageable(count: int, dtype: torch.dtype) -> Tensor:
-    """Ordinary memory, uninitialised."""
+    """Allocate ordinary memory."""
     return torch.empty(count, dtype=dtype)
 
 
 class PinnedMemory:
-    """Blocks that come back when the last tensor on them is gone, and are kept for others of their size. Thread-safe.
+    """Allocates pinned tensors; a block is used again after the last tensor on it is freed. Thread-safe.
 
-    Without a lock: a block can come back wherever Python collects garbage, in a thread that would hold it too.
+    It takes no lock: the garbage collector may return a block in a thread that holds the lock already.
 
     Args:
-        most_idle: blocks that are kept unused; the oldest goes first.
+        max_idle: number of unused blocks that are kept; the oldest are freed first.
     """
 
-    def __init__(self, most_idle: int) -> None:
-        self._most_idle = most_idle
+    def __init__(self, max_idle: int) -> None:
+        self._max_idle = max_idle
         self._idle: deque[_Block] = deque()
 
     def allocate(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Room for `count` numbers, uninitialised.
+        """Allocate an uninitialised tensor [count].
 
         Raises:
-            MemoryError, RuntimeError: there is not so much, or the driver cannot pin it.
+            MemoryError, RuntimeError: there is not enough memory, or the driver cannot pin it.
         """
         if count == 0:
             return torch.empty(0, dtype=dtype)
         block = self._block(count * dtype.itemsize)
         whole = np.frombuffer(block, dtype=np.uint8)  # lives as long as any view of the tensor
-        finalize(whole, self._take_back, block).atexit = False
+        finalize(whole, self._return, block).atexit = False
         return torch.from_numpy(whole).view(dtype)
 
     def _block(self, nbytes: int) -> "_Block":
         for block in tuple(self._idle):
             if len(block) == nbytes:
-                with suppress(ValueError):  # somebody else was faster
+                with suppress(ValueError):  # another thread took it
                     self._idle.remove(block)
                     return block
         return _Block.pinned(nbytes)
 
-    def _take_back(self, block: "_Block") -> None:
+    def _return(self, block: "_Block") -> None:
         self._idle.append(block)
-        if len(self._idle) > self._most_idle:
+        if len(self._idle) > self._max_idle:
             with suppress(IndexError):
                 self._idle.popleft()
 
 
 class _Block(mmap.mmap):
-    """Private pages, which the driver must let go of before they are unmapped."""
+    """Private pages that are unpinned before they are unmapped."""
 
     _pinned_at = 0
 
@@ -75,14 +75,14 @@ class _Block(mmap.mmap):
             block = cls(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise MemoryError(f"host memory: expected {nbytes} bytes, got: {error}") from error
-        with suppress(OSError):  # a kernel without huge pages
+        with suppress(OSError):  # the kernel has no huge pages
             block.madvise(mmap.MADV_HUGEPAGE)
         address = np.frombuffer(block, dtype=np.uint8).ctypes.data
         try:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
         except RuntimeError:
             with suppress(RuntimeError):
-                torch.ones(1, device="cuda")  # CUDA tells a thread of its error again at the next launch: at this one
+                torch.ones(1, device="cuda")  # CUDA reports the error again at the next launch, so make one here
             raise
         block._pinned_at = address
         return block

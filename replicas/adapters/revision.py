@@ -1,4 +1,4 @@
-"""Revisions of adapter folders: a hash of their content, so that one content has one revision on every node."""
+"""Revisions of adapter folders: a hash of their content, equal on every node that has the same files."""
 
 import hashlib
 import os
@@ -10,76 +10,82 @@ from ranklet.replicas.adapters.reference import FILES, AdapterRef
 from ranklet.replicas.errors import AdapterNotFound
 
 _CHARACTERS = 16
-_PIECE = 1 << 20  # bytes hashed for themselves, so that threads can share a file
-_THREADS = 8  # for a large one; not shared, as a disk that hangs keeps them
-_TRIES = 3
-_SETTLED_S = 0.1  # a file changed so lately may change again within one tick of its clock
+_PIECE_BYTES = 1 << 20  # each piece has its own digest, so that threads can share a file
+_THREADS = 8  # of one file; not shared between files, because a disk that hangs blocks them
+_MAX_TRIES = 3
+SETTLED_S = 0.1  # within this time of a change, a second one may leave the file's times as they are
 
 
 def marks_of(path: str | Path) -> str:
-    """What tells that the files of an adapter's folder have changed without reading them: sizes and times.
+    """Sizes and times of an adapter's files, which change with the files and cost no read.
 
     Raises:
         AdapterNotFound: the folder does not exist.
     """
-    return _look(path)[0]
+    return _stat(path)[0]
 
 
 def age_of(path: str | Path) -> float:
-    """Seconds since one of the files was last written or replaced; below 0 where clocks differ.
+    """Seconds since the last change of a file; negative if the file system's clock is ahead.
 
     Raises:
         AdapterNotFound: the folder does not exist.
     """
-    return time.time() - _look(path)[1]
+    return time.time() - _stat(path)[1]
 
 
 def revision_of(path: str | Path) -> str:
-    """16 hexadecimal digits that follow from the content of an adapter's files; they are read whole.
+    """Read an adapter's files and return their revision, 16 hexadecimal digits.
 
-    SHA-256 over name, size and SHA-256 digests of all MiB of `adapter_config.json`, then of the weights.
+    It is the SHA-256 of the name, the size and the SHA-256 digest of each MiB of `adapter_config.json`, then of the
+    weights.
 
     Raises:
         AdapterNotFound: the folder does not exist.
     """
-    _look(path)
+    _stat(path)
     whole = hashlib.sha256()
     for name in FILES:
         try:
             size, digests = _digests(Path(path) / name)
             whole.update(f"{name}:{size};".encode() + digests)
-        except OSError as error:  # what cannot be read is a finding of verification, not of naming
+        except OSError as error:  # verification reports it
             whole.update(f"{name}:{error.errno};".encode())
     return whole.hexdigest()[:_CHARACTERS]
 
 
 class Revisions:
-    """Revisions of folders by path, read again when their files have changed. Thread-safe."""
+    """Revisions of folders by path, read again when their files have changed. Thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        settled_s: a revision is kept only if the files are older than this.
+    """
+
+    def __init__(self, settled_s: float = SETTLED_S) -> None:
+        self._settled_s = settled_s
         self._known: dict[str, tuple[str, str]] = {}  # marks and revision
 
     def reference(self, name: str, path: str) -> AdapterRef:
-        """The adapter `name` as it is now; blocks while its files are read, if need be.
+        """Return the current revision of a folder under a name; reads the files if they have changed.
 
         Raises:
             AdapterNotFound: the folder does not exist.
         """
-        for _ in range(_TRIES):
-            marks, changed_s = _look(path)
+        for _ in range(_MAX_TRIES):
+            marks, changed_s = _stat(path)
             known, revision = self._known.get(path, ("", ""))
             if known == marks:
                 break
             revision = revision_of(path)
             if marks_of(path) == marks:
-                if time.time() - changed_s > _SETTLED_S:
+                if time.time() - changed_s > self._settled_s:
                     self._known[path] = marks, revision
                 break
         return AdapterRef(name, path, revision, marks)
 
 
-def _look(path: str | Path) -> tuple[str, float]:
-    """`marks_of`, and when the last of the files was changed, in Unix time."""
+def _stat(path: str | Path) -> tuple[str, float]:
+    """`marks_of`, and the Unix time of the last change."""
     folder = Path(path)
     if not folder.is_dir():
         raise AdapterNotFound(f"adapter folder: expected a folder, got {str(path)!r}, which does not exist")
@@ -95,15 +101,15 @@ def _look(path: str | Path) -> tuple[str, float]:
 
 
 def _digests(path: Path) -> tuple[int, bytes]:
-    """A file's size, and the SHA-256 of each of its pieces. Hashing and reading let other threads run."""
+    """A file's size and the SHA-256 of each piece. Reads and hashes without the GIL."""
     file = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(file).st_size
 
         def digest(start: int) -> bytes:
-            return hashlib.sha256(os.pread(file, _PIECE, start)).digest()
+            return hashlib.sha256(os.pread(file, _PIECE_BYTES, start)).digest()
 
-        starts = range(0, size, _PIECE)
+        starts = range(0, size, _PIECE_BYTES)
         if len(starts) <= 1:
             return size, b"".join(map(digest, starts))
         with ThreadPoolExecutor(min(_THREADS, len(starts)), thread_name_prefix="hash") as threads:

@@ -1,4 +1,4 @@
-"""Memory that a GPU copies from: of the size asked for, used again, given back to the driver before it is unmapped."""
+"""Pinned blocks have exactly the requested size, are used again, and are unpinned before they are unmapped."""
 
 import gc
 from pathlib import Path
@@ -10,13 +10,13 @@ from ranklet.replicas.adapters.pinned_memory import PinnedMemory
 
 
 class Driver:
-    """The two calls of CUDA's runtime, remembered."""
+    """Records the two calls of CUDA's runtime."""
 
     def __init__(self) -> None:
         self.pinned: dict[int, int] = {}  # bytes by address
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
-        assert mapped(address), "pinned what is not there"
+        assert mapped(address), "pinned memory that is not mapped"
         self.pinned[address] = nbytes
         return 0
 
@@ -27,7 +27,7 @@ class Driver:
 
 
 def mapped(address: int) -> bool:
-    """Whether this process has memory there."""
+    """Whether this process has memory mapped at the address."""
     ranges = (line.split(" ", 1)[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
     return any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
 
@@ -40,7 +40,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return made
 
 
-def test_a_block_is_of_the_size_asked_for_and_serves_the_next_of_its_size(driver: Driver) -> None:
+def test_a_block_has_the_requested_size_and_is_used_again(driver: Driver) -> None:
     memory = PinnedMemory(2)
     first = memory.allocate(300_000, torch.bfloat16).fill_(2)
     assert driver.pinned == {first.data_ptr(): 600_000}
@@ -49,14 +49,14 @@ def test_a_block_is_of_the_size_asked_for_and_serves_the_next_of_its_size(driver
     place, part = first.data_ptr(), first[5:9]
     del first
     third = memory.allocate(150_000, torch.float32)
-    assert third.data_ptr() not in (place, second.data_ptr()), "a block was given away that a view still reads"
+    assert third.data_ptr() not in (place, second.data_ptr()), "the block is still in use by a view"
     assert part.tolist() == [2.0] * 4
     del part
     assert memory.allocate(150_000, torch.float32).data_ptr() == place
     assert memory.allocate(0, torch.float32).shape == (0,)
 
 
-def test_no_more_than_so_many_blocks_lie_idle(driver: Driver) -> None:
+def test_the_number_of_idle_blocks_is_limited(driver: Driver) -> None:
     memory = PinnedMemory(1)
     kept = [memory.allocate(1000 * (i + 1), torch.float32) for i in range(3)]
     assert sorted(driver.pinned.values()) == [4000, 8000, 12_000]
@@ -67,14 +67,14 @@ def test_no_more_than_so_many_blocks_lie_idle(driver: Driver) -> None:
     assert driver.pinned == {}
 
 
-def test_more_than_there_is_is_no_fault_of_the_file_that_is_read(driver: Driver) -> None:
+def test_a_block_larger_than_memory_is_a_memory_error(driver: Driver) -> None:
     with pytest.raises(MemoryError, match="expected 4611686018427387904 bytes"):
         PinnedMemory(1).allocate(1 << 60, torch.float32)
     assert driver.pinned == {}
 
 
 @pytest.mark.gpu
-def test_a_gpu_copies_from_it() -> None:
+def test_a_gpu_copies_from_pinned_memory() -> None:
     memory = PinnedMemory(1)
     for size in (5_000_000, 5_000_000, 7_000_000):
         numbers = memory.allocate(size, torch.float32)
@@ -86,7 +86,7 @@ def test_a_gpu_copies_from_it() -> None:
 
 
 @pytest.mark.gpu
-def test_what_cannot_be_pinned_is_refused_and_harms_nothing() -> None:
+def test_cuda_still_works_after_a_failed_pin() -> None:
     memory = PinnedMemory(1)
     with pytest.raises((MemoryError, RuntimeError)):
         memory.allocate(1 << 44, torch.float32)

@@ -1,4 +1,4 @@
-"""A revision follows from the content of an adapter's files and from nothing else."""
+"""A revision depends on the content of an adapter's files and on nothing else."""
 
 import os
 import shutil
@@ -30,23 +30,23 @@ def made(folder: Path, config: bytes, weights: bytes) -> Path:
     return folder
 
 
-def test_it_stays_while_the_content_does(folder: Path) -> None:
+def test_equal_content_has_an_equal_revision(folder: Path) -> None:
     first = revision_of(folder)
-    (folder / "README.md").write_text("notes are no revision")
+    (folder / "README.md").write_text("not part of the revision")
     os.utime(folder / WEIGHTS_FILE, ns=LONG_AGO)
     (folder / CONFIG_FILE).chmod(0o600)
     assert revision_of(str(folder)) == first
     assert revision_of(shutil.copytree(folder, folder.parent / "elsewhere")) == first
 
 
-def test_it_is_the_same_in_every_version(folder: Path) -> None:
-    """Books of adapters name revisions, and nodes of two versions may share one."""
+def test_a_revision_is_equal_in_every_version(folder: Path) -> None:
+    """adapters.json names revisions, and nodes with different versions of ranklet may share it."""
     (folder / WEIGHTS_FILE).write_bytes(bytes(3 * MIB + 1))
     assert revision_of(folder) == "11f09acff617ff52"
 
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
-def test_it_changes_with_the_content_though_size_and_times_stay(folder: Path, name: str) -> None:
+def test_a_revision_changes_with_the_content_even_if_size_and_times_do_not(folder: Path, name: str) -> None:
     os.utime(folder / name, ns=LONG_AGO)
     seen = {revision_of(folder)}
     (folder / name).write_bytes(b"CONTENT")
@@ -63,7 +63,7 @@ def test_it_changes_with_the_content_though_size_and_times_stay(folder: Path, na
 
 @settings(max_examples=25, deadline=None)
 @given(size=st.integers(1, 5 * MIB) | st.sampled_from([MIB, 2 * MIB, 4 * MIB + 1]), data=st.data())
-def test_every_byte_of_large_files_counts(
+def test_every_byte_of_a_large_file_changes_the_revision(
     tmp_path_factory: pytest.TempPathFactory, size: int, data: st.DataObject
 ) -> None:
     folder = made(tmp_path_factory.mktemp("large") / "adapter", b"{}", bytes(size))
@@ -83,7 +83,7 @@ def test_the_two_files_are_not_interchangeable(folder: Path) -> None:
     assert revision_of(folder) != without_config
 
 
-def test_no_folder(tmp_path: Path) -> None:
+def test_a_missing_folder_is_not_found(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "gone", tmp_path / "file"):
         for look in (revision_of, marks_of, lambda path: Revisions().reference("x", str(path))):
@@ -101,12 +101,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return revision_of(path)
 
     monkeypatch.setattr(revision, "revision_of", counted)
-    monkeypatch.setattr(revision, "_SETTLED_S", -1.0)
     return read
 
 
 def test_files_are_read_once_until_they_change(folder: Path, reads: list[str]) -> None:
-    revisions, path = Revisions(), str(folder)
+    revisions, path = Revisions(settled_s=-1.0), str(folder)
     first = revisions.reference("one", path)
     second = revisions.reference("two", path)
     assert (first.revision, first.name, second.name, len(reads)) == (revision_of(path), "one", "two", 1)
@@ -126,18 +125,15 @@ def test_a_file_replaced_by_one_of_the_same_size_and_time_is_noticed(folder: Pat
     assert revisions.reference("x", path) != first
 
 
-def test_what_changed_a_moment_ago_is_read_again(
-    folder: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_changed_recently_are_read_again(folder: Path, reads: list[str]) -> None:
     """A second change may fall into the same tick of the file system's clock."""
-    monkeypatch.setattr(revision, "_SETTLED_S", 3600.0)
-    revisions, path = Revisions(), str(folder)
+    revisions, path = Revisions(settled_s=3600.0), str(folder)
     assert revisions.reference("x", path) == revisions.reference("x", path)
     assert len(reads) == 2
 
 
-def test_a_reference_is_of_one_state_of_files_that_keep_changing(folder: Path) -> None:
-    """Of marks that belong to the content, or of none that could be believed later."""
+def test_a_reference_names_one_state_of_files_that_keep_changing(folder: Path) -> None:
+    """Its marks belong to that content, or the revision is read again next time."""
     revisions, path = Revisions(), str(folder)
     seen: dict[str, bytes] = {}
     for letter in (b"a", b"b"):

@@ -1,4 +1,4 @@
-"""The slot table against a model of it: nothing in use is ever evicted, and whoever is retired does leave."""
+"""The slot table against a model: no adapter in use is evicted, and a retired one is evicted."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ KEPT = st.frozensets(st.sampled_from(KEYS), max_size=2)
 
 
 @dataclass
-class Tenant:
+class ModelSlot:
     slot: int
     ready: bool = False
     retiring: bool = False
@@ -32,7 +32,7 @@ class Tenant:
 
 
 class Slots(RuleBasedStateMachine):
-    """Random calls, each checked against `self.tenants`, least recently used first."""
+    """Random calls, each checked against `self.adapters`, least recently used first."""
 
     held = Bundle("held")  # references that batches hold
 
@@ -40,108 +40,108 @@ class Slots(RuleBasedStateMachine):
     def begin(self, count: int, pinned: frozenset[AdapterRef]) -> None:
         self.count, self.pinned = count, pinned
         self.table = SlotTable(count, pinned={key.name for key in pinned})
-        self.tenants: dict[AdapterRef, Tenant] = {}
+        self.adapters: dict[AdapterRef, ModelSlot] = {}
 
     def evictable(self, key: AdapterRef, keep: frozenset[AdapterRef]) -> bool:
-        tenant = self.tenants[key]
-        idle = tenant.ready and not tenant.references and key not in self.pinned
-        return idle and (tenant.retiring or key not in keep)
+        each = self.adapters[key]
+        idle = each.ready and not each.references and key not in self.pinned
+        return idle and (each.retiring or key not in keep)
 
     @rule(key=st.sampled_from(KEYS), keep=KEPT)
     def reserve(self, key: AdapterRef, keep: frozenset[AdapterRef]) -> None:
-        if key in self.tenants:
+        if key in self.adapters:
             with pytest.raises(ValueError, match=key.name):
                 self.table.reserve(key, keep)
             return
-        candidates = [other for other in self.tenants if self.evictable(other, keep)]
+        candidates = [other for other in self.adapters if self.evictable(other, keep)]
         place = self.table.reserve(key, keep)
-        if len(self.tenants) < self.count:
+        if len(self.adapters) < self.count:
             assert place is not None
             assert place[1] is None
-            assert place[0] not in {tenant.slot for tenant in self.tenants.values()}
+            assert place[0] not in {each.slot for each in self.adapters.values()}
         elif not candidates:
             assert place is None
             return
         else:
             assert place is not None
             slot, evicted = place
-            retiring = [other for other in candidates if self.tenants[other].retiring]
+            retiring = [other for other in candidates if self.adapters[other].retiring]
             assert evicted == (retiring or candidates)[0], "the retired one, else the least recently used"
-            assert slot == self.tenants.pop(evicted).slot
-        self.tenants[key] = Tenant(place[0])
+            assert slot == self.adapters.pop(evicted).slot
+        self.adapters[key] = ModelSlot(place[0])
 
-    @precondition(lambda self: any(not tenant.ready for tenant in self.tenants.values()))
+    @precondition(lambda self: any(not each.ready for each in self.adapters.values()))
     @rule(data=st.data(), good=st.booleans())
-    def settle(self, data: st.DataObject, good: bool) -> None:
-        key = data.draw(st.sampled_from([key for key, tenant in self.tenants.items() if not tenant.ready]))
+    def end_load(self, data: st.DataObject, good: bool) -> None:
+        key = data.draw(st.sampled_from([key for key, each in self.adapters.items() if not each.ready]))
         if good:
             self.table.mark_ready(key)
-            self.tenants[key].ready = True
+            self.adapters[key].ready = True
         else:
             self.table.free(key)
-            del self.tenants[key]
+            del self.adapters[key]
 
     @rule(target=held, key=st.sampled_from(KEYS))
     def acquire(self, key: AdapterRef) -> object:
         slot = self.table.usable(key)
-        tenant = self.tenants.get(key)
-        assert (slot is not None) == (tenant is not None and tenant.ready and not tenant.retiring)
-        if slot is None or tenant is None:
+        each = self.adapters.get(key)
+        assert (slot is not None) == (each is not None and each.ready and not each.retiring)
+        if slot is None or each is None:
             return multiple()
-        assert self.table.acquire(key) == slot == tenant.slot
-        tenant.references += 1
-        self.tenants[key] = self.tenants.pop(key)  # most recently used now
+        assert self.table.acquire(key) == slot == each.slot
+        each.references += 1
+        self.adapters[key] = self.adapters.pop(key)  # most recently used now
         return key
 
     @rule(key=consumes(held))
     def release(self, key: AdapterRef) -> None:
         self.table.release(key)
-        self.tenants[key].references -= 1
+        self.adapters[key].references -= 1
 
     @rule(keep=KEPT)
     def retire(self, keep: frozenset[AdapterRef]) -> None:
-        coming = any(tenant.retiring or not tenant.ready for tenant in self.tenants.values())
-        able = [k for k, tenant in self.tenants.items() if tenant.ready and k not in self.pinned and k not in keep]
-        assert self.table.retire(keep) == (coming or bool(able))
-        if not coming and able:
-            self.tenants[able[0]].retiring = True
+        freeing = any(each.retiring or not each.ready for each in self.adapters.values())
+        able = [k for k, each in self.adapters.items() if each.ready and k not in self.pinned and k not in keep]
+        assert self.table.retire(keep) == (freeing or bool(able))
+        if not freeing and able:
+            self.adapters[able[0]].retiring = True
 
     @rule(key=st.sampled_from(KEYS))
     def revive(self, key: AdapterRef) -> None:
         self.table.revive(key)
-        if key in self.tenants:
-            self.tenants[key].retiring = False
+        if key in self.adapters:
+            self.adapters[key].retiring = False
 
     @rule(key=st.sampled_from(KEYS))
     def drop(self, key: AdapterRef) -> None:
-        tenant = self.tenants.get(key)
-        idle = tenant is not None and tenant.ready and not tenant.references
+        each = self.adapters.get(key)
+        idle = each is not None and each.ready and not each.references
         assert self.table.drop(key) == idle
         if idle:
-            del self.tenants[key]
+            del self.adapters[key]
 
     @invariant()
     def agrees(self) -> None:
         if not hasattr(self, "table"):
             return
-        slots = [tenant.slot for tenant in self.tenants.values()]
+        slots = [each.slot for each in self.adapters.values()]
         assert len(set(slots)) == len(slots) <= self.count
         assert set(slots) <= set(range(self.count))
         for key in KEYS:
-            assert self.table.holds(key) == (key in self.tenants)
-        usable = [key for key, tenant in self.tenants.items() if tenant.ready and not tenant.retiring]
+            assert self.table.holds(key) == (key in self.adapters)
+        usable = [key for key, each in self.adapters.items() if each.ready and not each.retiring]
         assert self.table.resident() == tuple(usable)
 
     @precondition(lambda self: not self.pinned)
     @rule()
     def a_retired_slot_comes_free(self) -> None:
-        """Once loads end and batches land, a new adapter gets a place, whatever went before."""
+        """After all loads and batches have ended, a new adapter gets a slot, whatever happened before."""
         self.retire(frozenset())
-        for key, tenant in self.tenants.items():
-            if not tenant.ready:
+        for key, each in self.adapters.items():
+            if not each.ready:
                 self.table.mark_ready(key)
-                tenant.ready = True
-        if not any(tenant.references for tenant in self.tenants.values()):
+                each.ready = True
+        if not any(each.references for each in self.adapters.values()):
             assert self.table.reserve(AdapterRef("newcomer", "/n", "1")) is not None
             self.begin(self.count, self.pinned)
 
@@ -150,7 +150,7 @@ Slots.TestCase.settings = settings(max_examples=80, stateful_step_count=40, dead
 TestSlots = Slots.TestCase
 
 
-def test_a_release_without_an_acquire_is_a_defect() -> None:
+def test_a_release_without_an_acquire_raises() -> None:
     table = SlotTable(1)
     table.reserve(KEYS[0])
     table.mark_ready(KEYS[0])
