@@ -97,9 +97,9 @@ class _BatchTimer:
         return self.runner.launch(whole_prompts(self.prompts, self.head), self.slots, on_stage)
 
     def warm_up(self) -> None:
-        running = self._launch()
-        running.wait()
-        self.backend = running.backend
+        step = self._launch()
+        step.wait()
+        self.backend = step.backend
 
     def time(self) -> None:
         """Run the batch as it is served, then kernel by kernel, then with a clock at each stage."""
@@ -116,9 +116,8 @@ class _BatchTimer:
 
     def stage_ms(self) -> dict[str, float]:
         """Sum the calls of each stage, each call the median of all runs."""
-        return {
-            name: sum(map(median, zip(*(run[name] for run in self.stages), strict=True))) for name in self.stages[0]
-        }
+        runs_of_calls = {name: zip(*(run[name] for run in self.stages), strict=True) for name in self.stages[0]}
+        return {name: sum(map(median, runs)) for name, runs in runs_of_calls.items()}
 
 
 def profile(config: EngineConfig, adapters: Sequence[AdapterRef], lengths: Sequence[int], repeats: int = 5) -> Profile:
@@ -129,11 +128,7 @@ def profile(config: EngineConfig, adapters: Sequence[AdapterRef], lengths: Seque
         InvalidAdapter, AdapterNotFound: an adapter cannot be served.
         ValueError: the batch exceeds a limit of the settings or the model.
     """
-    if not lengths or min(lengths) < 1:
-        raise ValueError("expected at least one prompt, of at least one token")
-    _check_limit("prompts (max_batch_requests)", len(lengths), config.max_batch_requests)
-    _check_limit("tokens (max_batch_tokens)", sum(lengths), config.max_batch_tokens)
-    _check_limit("adapters (slots)", len(set(adapters)), config.slots)
+    _check_batch(config, adapters, lengths)
     engine = _loaded_engine(config, adapters, max(lengths))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, engine.limits.vocab, length, dtype=np.int32) for length in lengths]
@@ -151,6 +146,14 @@ def profile(config: EngineConfig, adapters: Sequence[AdapterRef], lengths: Seque
         median(base.served), median(lora.served), median(lora.eager), median(lora.launching), ceilings,
         torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu",
     )  # fmt: skip
+
+
+def _check_batch(config: EngineConfig, adapters: Sequence[AdapterRef], lengths: Sequence[int]) -> None:
+    if not lengths or min(lengths) < 1:
+        raise ValueError("expected at least one prompt, of at least one token")
+    _check_limit("prompts (max_batch_requests)", len(lengths), config.max_batch_requests)
+    _check_limit("tokens (max_batch_tokens)", sum(lengths), config.max_batch_tokens)
+    _check_limit("adapters (slots)", len(set(adapters)), config.slots)
 
 
 def _check_limit(noun: str, count: int, limit: int) -> None:

@@ -29,51 +29,51 @@ def fixed(engine: Engine, batch: str, slots: list[int | None]) -> dict[str, Any]
     """Time one batch launched kernel by kernel, from a graph of its exact lengths, and from its bucket's graph."""
     count, length = map(int, batch.split("x"))
     prompts = [np.full(length, i, dtype=np.int32) for i in range(count)]
-    taken = [slots[i % len(slots)] for i in range(count)]
+    used = [slots[i % len(slots)] for i in range(count)]
     row: dict[str, Any] = {"batch": batch, "adapters": sum(slot is not None for slot in slots)}
     runner = engine.runner
     cache, pads = runner.graphs, runner.pads
     assert cache is not None
-    for how, graphs, padded in (("launched", None, False), ("exact", cache, False), ("bucket", cache, pads)):
+    for mode, graphs, padded in (("launched", None, False), ("exact", cache, False), ("bucket", cache, pads)):
         runner.graphs, runner.pads = graphs, padded
         for _ in range(_GRAPHED):
-            runner.launch(whole_prompts(prompts, engine.head), taken).wait()
-        runs, took_s = [], []
+            runner.launch(whole_prompts(prompts, engine.head), used).wait()
+        steps, took_s = [], []
         for _ in range(_REPEATS):
-            began_s = perf_counter()
-            running = runner.launch(whole_prompts(prompts, engine.head), taken)
-            running.wait()
-            took_s.append(perf_counter() - began_s)
-            runs.append(running)
-        row[f"{how}_ms"] = round(median(took_s) * 1e3, 3)
-        row[f"{how}_device_ms"] = round(median(running.device_s() for running in runs) * 1e3, 3)
+            start_s = perf_counter()
+            step = runner.launch(whole_prompts(prompts, engine.head), used)
+            step.wait()
+            took_s.append(perf_counter() - start_s)
+            steps.append(step)
+        row[f"{mode}_ms"] = round(median(took_s) * 1e3, 3)
+        row[f"{mode}_device_ms"] = round(median(step.device_s() for step in steps) * 1e3, 3)
     runner.graphs, runner.pads = cache, pads
     return row
 
 
-def traffic(engine: Engine, slots: list[int | None], turns: int, most: int, *, graphs: bool) -> dict[str, Any]:
-    """Time random batches of up to `most` prompts, one at a time, and the device memory reserved while they run."""
+def traffic(engine: Engine, slots: list[int | None], turns: int, max_prompts: int, *, graphs: bool) -> dict[str, Any]:
+    """Time random batches one at a time, and measure the device memory reserved while they run."""
     runner = engine.runner
-    rng, cache = np.random.default_rng(most), runner.graphs
+    rng, cache = np.random.default_rng(max_prompts), runner.graphs
     assert cache is not None
     cache.clear()
     torch.cuda.empty_cache()
     before_bytes = torch.cuda.memory_reserved()
     took_s, capture_s = [], []
     for _ in range(turns):
-        lengths = np.clip(rng.lognormal(np.log(200), 0.8, rng.integers(1, most + 1)), 1, 2000).astype(int)
+        lengths = np.clip(rng.lognormal(np.log(200), 0.8, rng.integers(1, max_prompts + 1)), 1, 2000).astype(int)
         lengths = lengths[: max(1, int((lengths.cumsum() <= 8192).sum()))]
         prompts = [rng.integers(0, 1000, length, dtype=np.int32) for length in lengths]
-        taken = [slots[int(rng.integers(len(slots)))] for _ in prompts]
-        runner.graphs, held, began_s = cache if graphs else None, len(cache), perf_counter()
-        running = runner.launch(whole_prompts(prompts, engine.head), taken)
-        running.wait()
-        took_s.append(perf_counter() - began_s)
-        if len(cache) > held:
-            capture_s.append(running.launch_s)
+        used = [slots[int(rng.integers(len(slots)))] for _ in prompts]
+        runner.graphs, before, start_s = cache if graphs else None, len(cache), perf_counter()
+        step = runner.launch(whole_prompts(prompts, engine.head), used)
+        step.wait()
+        took_s.append(perf_counter() - start_s)
+        if len(cache) > before:
+            capture_s.append(step.launch_s)
     runner.graphs, late_s = cache, sorted(took_s[turns // 2 :])
     return {
-        "batch": f"up to {most} prompts", "graphs": len(cache) if graphs else 0,
+        "batch": f"up to {max_prompts} prompts", "graphs": len(cache) if graphs else 0,
         "ms": round(sum(took_s) / turns * 1e3, 3), "later_ms": round(sum(late_s) / len(late_s) * 1e3, 3),
         "later_p50_ms": round(median(late_s) * 1e3, 3), "later_p99_ms": round(late_s[len(late_s) * 99 // 100] * 1e3, 3),
         "capture_ms": round(median(capture_s) * 1e3, 3) if capture_s else "",
@@ -101,10 +101,10 @@ def main() -> None:
             engine.stop()
         base: list[int | None] = [None]
         slots = [engine.slot_of(adapter) for adapter in made]
-        batches = [fixed(engine, batch, taken) for taken in (base, slots) for batch in _BATCHES]
+        batches = [fixed(engine, batch, used) for used in (base, slots) for batch in _BATCHES]
         mixed = [
-            traffic(engine, [*base, *slots], options.turns, most, graphs=graphs)
-            for most in (1, 8, 32)
+            traffic(engine, [*base, *slots], options.turns, max_prompts, graphs=graphs)
+            for max_prompts in (1, 8, 32)
             for graphs in (False, True)
         ]
     report.save(f"{options.name}-fixed", batches, options.out)

@@ -1,4 +1,4 @@
-"""Asking an engine, and holding its answers against the oracle's."""
+"""Sends requests to an engine and compares its answers with the oracle's."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -20,11 +20,11 @@ from ranklet.replicas.model.decoder import StageCallback
 from ranklet.replicas.process.process import EngineProcess
 from tests.assets.oracle import cosine, encode
 
-PATIENCE_S = 60.0  # how long a test waits for what must come
+PATIENCE_S = 60.0  # limit of a test's wait for an answer
 
 
 def ref(folder: Path, name: str | None = None) -> AdapterRef:
-    """The adapter in a folder as it is now."""
+    """Return the current revision of the adapter in a folder."""
     return AdapterRef(name or folder.name, str(folder), revision_of(folder))
 
 
@@ -36,7 +36,7 @@ def submit(
     engine: Engine | EngineProcess, asked: Sequence[NDArray[np.int32]], adapter: AdapterRef | None = None,
     dimensions: int | None = None,
 ) -> Future[Answer]:  # fmt: skip
-    """Queue a request; a second call of `done` raises in the engine and fails the test that sees its thread die."""
+    """Queue a request. A second call of `done` raises in the engine's thread and fails the test."""
     future: Future[Answer] = Future()
 
     def done(result: Answer | RankletError) -> None:
@@ -56,7 +56,7 @@ def ask(
 
 
 def assert_same(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> None:
-    """What the project promises of float32: cosine >= 0.999999, no entry off by more than 1e-5."""
+    """Check the promised float32 accuracy: cosine of at least 0.999999, entries within 1e-5."""
     assert ours.shape == theirs.shape
     assert ours.dtype == np.float32
     for index, (our, their) in enumerate(zip(ours, theirs, strict=True)):

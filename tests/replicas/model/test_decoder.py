@@ -1,4 +1,4 @@
-"""Whole folders of each family and form, answering as transformers does; spoilt ones refused when the engine starts."""
+"""Vectors of each model family equal those of transformers and PEFT; broken checkpoints are refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {
     "kv_heads": 2,
     "head_dim": 24,
 }
-LONG = " ".join(TEXTS[:12])  # some hundred tokens: beyond every window below
+LONG = " ".join(TEXTS[:12])  # longer than every window below
 
 FOLDERS: dict[str, dict[str, Any]] = {
     "qwen2-with-biases": {"architecture": "qwen2"},
@@ -52,7 +52,7 @@ FOLDERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_base_and_adapter_are_transformers_and_pefts(name: str, tmp_path: Path, make_engine: MakeEngine) -> None:
+def test_vectors_equal_those_of_transformers_and_peft(name: str, tmp_path: Path, make_engine: MakeEngine) -> None:
     folder = make_model(tmp_path / "model", **{**SMALL, **FOLDERS[name]})
     adapter = save_adapter(folder, tmp_path / "tuned", r=6, target_modules="all-linear")
     engine = make_engine(folder)
@@ -75,11 +75,11 @@ def _without(tensors: dict[str, torch.Tensor]) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
 
 
-def _with_more(tensors: dict[str, torch.Tensor]) -> None:
+def _with_another_tensor(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.layers.1.self_attn.gate.weight"] = torch.zeros(2, 2)
 
 
-def _with_a_layer_more(tensors: dict[str, torch.Tensor]) -> None:
+def _with_another_layer(tensors: dict[str, torch.Tensor]) -> None:
     for key in [key for key in tensors if "layers.2." in key]:
         tensors[key.replace("layers.2.", "layers.3.")] = tensors[key].clone()
 
@@ -90,16 +90,16 @@ def _narrowed(tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (_without, "layers.1.mlp.up_proj.weight"),
-        (_with_more, "layers.1.self_attn.gate.weight"),
-        (_with_a_layer_more, "layers.3."),
+        (_with_another_tensor, "layers.1.self_attn.gate.weight"),
+        (_with_another_layer, "layers.3."),
         (_narrowed, "layers.0.self_attn.k_proj.weight"),
     ],
 )
-def test_tensors_that_do_not_fit_stop_the_start(
-    change: Callable[[dict[str, torch.Tensor]], None], says: str, tmp_path: Path, make_engine: MakeEngine
+def test_a_checkpoint_with_wrong_tensors_is_refused_by_name(
+    change: Callable[[dict[str, torch.Tensor]], None], message: str, tmp_path: Path, make_engine: MakeEngine
 ) -> None:
     folder = make_model(tmp_path / "model", **SMALL)
     tensors = load_file(folder / "model.safetensors")
@@ -107,4 +107,4 @@ def test_tensors_that_do_not_fit_stop_the_start(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError) as refused:
         make_engine(folder)
-    assert says in refused.value.message
+    assert message in refused.value.message

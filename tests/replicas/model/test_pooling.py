@@ -1,4 +1,4 @@
-"""Pooling is sentence-transformers' own, for every way a folder can say it."""
+"""Pooling equals that of sentence-transformers for every form of its configuration."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    "said",
+    "options",
     [
         {"pooling": "last"},
         {"pooling": "mean"},
@@ -38,12 +38,12 @@ SMALL: dict[str, Any] = {
         {"pooling": "mean", "normalize": False},
         {"pooling": "last", "normalize": False, "bos": True},
     ],
-    ids=lambda said: "-".join(f"{key}={value}" for key, value in said.items()),
+    ids=lambda options: "-".join(f"{key}={value}" for key, value in options.items()),
 )
-def test_vectors_are_sentence_transformers(
-    said: dict[str, Any], tmp_path: Path, make_engine: Callable[..., Engine]
+def test_vectors_equal_those_of_sentence_transformers(
+    options: dict[str, Any], tmp_path: Path, make_engine: Callable[..., Engine]
 ) -> None:
-    folder = make_model(tmp_path / "model", **SMALL, **said)
+    folder = make_model(tmp_path / "model", **SMALL, **options)
     engine = make_engine(folder)
     engine.start()
     texts = [*TEXTS[:5], "x"]
@@ -51,7 +51,7 @@ def test_vectors_are_sentence_transformers(
     np.testing.assert_allclose(ask(engine, prompts(folder, texts)).result, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_a_folder_that_says_nothing_is_qwen3_embeddings(tmp_path: Path) -> None:
+def test_a_folder_without_modules_json_is_pooled_as_qwen3_embedding(tmp_path: Path) -> None:
     assert read_pooling(tmp_path) == Pooling("last", normalize=True, max_tokens=None)
 
 
@@ -69,7 +69,7 @@ def module(kind: str, path: str = "") -> dict[str, str]:
     return {"type": f"sentence_transformers.models.{kind}", "path": path}
 
 
-def test_the_folders_own_limit_and_module_names_of_newer_releases(tmp_path: Path) -> None:
+def test_module_names_of_newer_releases_and_the_token_limit_are_read(tmp_path: Path) -> None:
     folder = write(
         tmp_path,
         [
@@ -83,7 +83,7 @@ def test_the_folders_own_limit_and_module_names_of_newer_releases(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("modules", "pooling", "says"),
+    ("modules", "pooling", "message"),
     [
         ([module("Transformer"), module("Dense", "2_Dense")], None, "Dense"),
         ([module("Transformer"), module("Pooling", "1_Pooling")], {"pooling_mode_max_tokens": True}, "max_tokens"),
@@ -98,14 +98,14 @@ def test_the_folders_own_limit_and_module_names_of_newer_releases(tmp_path: Path
         ([module("Pooling", "1_Pooling")], None, "missing"),
     ],
 )
-def test_what_cannot_be_pooled_is_refused_by_name(tmp_path: Path, modules: Any, pooling: Any, says: str) -> None:
-    with pytest.raises(ModelError, match=says):
+def test_unsupported_pooling_is_refused_by_name(tmp_path: Path, modules: Any, pooling: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
         read_pooling(write(tmp_path, modules, pooling))
 
 
 @pytest.mark.parametrize("name", ["modules.json", "1_Pooling/config.json", "sentence_bert_config.json"])
 @pytest.mark.parametrize("content", ["{", '"text"', ""])
-def test_spoilt_files_are_refused_by_name(tmp_path: Path, name: str, content: str) -> None:
+def test_broken_files_are_refused_by_name(tmp_path: Path, name: str, content: str) -> None:
     folder = write(tmp_path, [module("Transformer"), module("Pooling", "1_Pooling")], {"pooling_mode": "mean"}, {})
     (folder / name).write_text(content)
     with pytest.raises(ModelError, match=name):
