@@ -37,7 +37,7 @@ class InferenceCall(Generic[Params]):
         adapter: None for the base model.
         tokens: int32 [sum of lengths].
         lengths: int32 [prompts].
-        params: what the task needs beside the prompts, such as `EmbedParams`.
+        params: parameters of the task, such as `EmbedParams`.
         sender: the gateway's id.
     """
 
@@ -74,7 +74,7 @@ class InferenceReply(Generic[Result]):
     """The result of one call, and how the replica computed it.
 
     Attributes:
-        result: what the task returns, such as `EmbedResult`.
+        result: result of the task, such as `EmbedResult`.
         tier: where the adapter was when the call arrived: gpu, host, disk or remote; None for the base model.
         revision: of the adapter; None for the base model.
         queue_s: the longest wait of any prompt.

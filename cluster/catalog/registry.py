@@ -61,7 +61,7 @@ class Registry:
         if location is None:
             raise UnknownModel(
                 f"{param}: expected the name of the base model or of an adapter, got {name[:MAX_NAME_CHARACTERS]!r}. "
-                f"{self._hint(name)}GET /v1/models lists what is served",
+                f"{self._hint(name)}GET /v1/models lists all models",
                 param=param,
             )
         return location

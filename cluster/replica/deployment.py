@@ -72,10 +72,10 @@ class Replica:
         Args:
             hint: read by the router only.
         """
-        tokens = call.total_tokens
+        work = call.total_tokens  # embeddings: one unit per prompt token
         outcome: Answer | RankletError
         resolved: ResolvedAdapter | None = None
-        self._state.call_arrived(call.sender, tokens)
+        self._state.call_arrived(call.sender, work)
         try:
             if call.adapter is None:
                 outcome = await self._compute(call, None)
@@ -87,7 +87,7 @@ class Replica:
             logger.exception("a call failed")
             outcome = InternalError(f"the replica failed: {type(error).__name__}: {error}")
         finally:
-            self._state.call_finished(tokens)
+            self._state.call_finished(work)
         load = self._state.load_for(call.sender)
         if isinstance(outcome, RankletError):
             return Refusal.of(outcome, self._id, call.adapter_name or "", load)
@@ -252,7 +252,7 @@ class Replica:
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces the replica after three failures in a row."""
-        if not self._is_publishing:  # before the first call, Serve does not know this replica
+        if not self._is_publishing:  # Serve calls this once the replica has started
             self._is_publishing = True
             self._spawn(self._publisher.run())
             self._spawn(self.pin(self._pins))

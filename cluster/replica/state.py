@@ -10,9 +10,9 @@ from ranklet.replicas.adapters.reference import HeldAdapters, LoadRecord
 from ranklet.replicas.engine.stats import BatchRecord, Listener
 from ranklet.routing.report import Holdings, QueueLoad, StateReport, wait_level
 
-_SPEED_WINDOW_TOKENS = 500_000
-_LOADS_WINDOW = 8
-_MAX_SENDERS = 1024  # the gateways that called most recently; tokens of others are forgotten
+_SPEED_WINDOW = 500_000  # work
+_LOADS_WINDOW = 8  # loads
+_MAX_SENDERS = 1024  # the gateways that called most recently; the work of others is forgotten
 
 
 @dataclass
@@ -29,7 +29,9 @@ class _RunningMean:
 
 
 class ReplicaState(Listener):
-    """Collects the state of a replica from its calls and from its engine's records. Thread-safe.
+    """Collects the state of a replica from its calls and its engine's records. Thread-safe.
+
+    Work is in prefill-equivalent tokens, as in `ranklet.routing.report`.
 
     Args:
         replica: its id.
@@ -45,9 +47,9 @@ class ReplicaState(Listener):
         self._replica = replica
         self._clock = clock
         self._wall_clock = wall_clock
-        self._queued_tokens = self._done_tokens = 0
-        self._received_tokens: OrderedDict[str, int] = OrderedDict()
-        self._speed = _RunningMean(_SPEED_WINDOW_TOKENS)
+        self._queued_work = self._done_work = 0
+        self._received_work: OrderedDict[str, int] = OrderedDict()
+        self._speed = _RunningMean(_SPEED_WINDOW)
         self._load_s = {tier: _RunningMean(_LOADS_WINDOW) for tier in ("disk", "host")}
         self._busy_s = 0.0
         self._last_busy = (clock(), 0.0)
@@ -61,19 +63,19 @@ class ReplicaState(Listener):
         """Call `on_change`, on any thread, whenever the held adapters or the level of the wait have changed."""
         self._on_change = on_change
 
-    def call_arrived(self, sender: str, tokens: int) -> None:
+    def call_arrived(self, sender: str, work: int) -> None:
         with self._lock:
-            self._queued_tokens += tokens
-            self._received_tokens[sender] = self._received_tokens.pop(sender, 0) + tokens
-            if len(self._received_tokens) > _MAX_SENDERS:
-                self._received_tokens.popitem(last=False)
+            self._queued_work += work
+            self._received_work[sender] = self._received_work.pop(sender, 0) + work
+            if len(self._received_work) > _MAX_SENDERS:
+                self._received_work.popitem(last=False)
         self._notice_level()
 
-    def call_finished(self, tokens: int) -> None:
+    def call_finished(self, work: int) -> None:
         """The call was answered, refused or cancelled."""
         with self._lock:
-            self._queued_tokens -= tokens
-            self._done_tokens += tokens
+            self._queued_work -= work
+            self._done_work += work
         self._notice_level()
 
     def batch(self, record: BatchRecord) -> None:
@@ -126,17 +128,17 @@ class ReplicaState(Listener):
     def load_for(self, sender: str) -> QueueLoad:
         """The load that goes back with an answer to this sender."""
         with self._lock:
-            return self._next_load(self._received_tokens.get(sender, 0))
+            return self._next_load(self._received_work.get(sender, 0))
 
     def report(self, gateways: tuple[str, ...]) -> StateReport:
         """The report for all `gateways`."""
         with self._lock:
             disk_s, host_s = self._load_s["disk"].value, self._load_s["host"].value
             holdings = replace(self._holdings, from_disk_s=disk_s, from_host_s=host_s)
-            return StateReport(self._replica, self._next_load(0), holdings, gateways, dict(self._received_tokens))
+            return StateReport(self._replica, self._next_load(0), holdings, gateways, dict(self._received_work))
 
     def _wait_s(self) -> float:
-        return self._queued_tokens / self._speed.value if self._speed.value else 0.0
+        return self._queued_work / self._speed.value if self._speed.value else 0.0
 
     def _notice_level(self) -> None:
         with self._lock:
@@ -145,9 +147,9 @@ class ReplicaState(Listener):
         if changed:
             self._on_change()
 
-    def _next_load(self, received_tokens: int) -> QueueLoad:
+    def _next_load(self, received_work: int) -> QueueLoad:
         self._loads_sent += 1
         return QueueLoad(
-            self._loads_sent, self._queued_tokens, self._speed.value, self._done_tokens, received_tokens,
+            self._loads_sent, self._queued_work, self._speed.value, self._done_work, received_work,
             self._wall_clock(),
         )  # fmt: skip

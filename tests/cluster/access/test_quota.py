@@ -163,8 +163,8 @@ def test_a_bucket_holds_one_minute_of_tokens_at_most() -> None:
 
 
 def test_one_model_cannot_use_the_whole_limit() -> None:
-    told: list[int] = []
-    admission = Admission(10, told.append)
+    counts: list[int] = []
+    admission = Admission(10, counts.append)
 
     def enter(model: str) -> None:
         stack.enter_context(admission.admit())
@@ -180,4 +180,4 @@ def test_one_model_cannot_use_the_whole_limit() -> None:
         enter("third")
         with pytest.raises(Saturated, match="10"), admission.admit():
             pass
-    assert admission.in_flight == told[-1] == 0
+    assert admission.in_flight == counts[-1] == 0

@@ -14,7 +14,7 @@ NAME = "models"
 
 @dataclass(frozen=True)
 class S3Bucket:
-    """Where adapters lie in folders under `url`."""
+    """Contains adapters in folders below `url`."""
 
     endpoint: str
 
@@ -24,7 +24,7 @@ class S3Bucket:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What fsspec needs to reach it, as FSSPEC_S3 says it."""
+        """Settings of fsspec for this server, in the form of FSSPEC_S3."""
         return {"endpoint_url": self.endpoint, "key": "any", "secret": "any"}
 
     def put(self, folder: Path, name: str) -> str:
