@@ -12,8 +12,8 @@ from ranklet.cluster.message import EmbedResult, InferenceReply
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the answers of all tasks have in common.
+class JoinedAnswer:
+    """An answer, joined from replies of replicas. Each task adds its own fields.
 
     Attributes:
         headers: `x-ranklet-*` headers of the HTTP answer.
@@ -35,7 +35,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Embeddings(Answer):
+class Embeddings(JoinedAnswer):
     """The vectors of one request."""
 
     vectors: NDArray[np.float32]  # float32 [prompts, dimensions]

@@ -10,7 +10,7 @@ from opentelemetry import propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from ranklet.cluster.config import Requests
-from ranklet.cluster.ingress.answers import Answer
+from ranklet.cluster.ingress.answers import JoinedAnswer
 from ranklet.cluster.ingress.metrics import GatewayMetrics
 from ranklet.cluster.ingress.status import RecentRequests
 from ranklet.replicas.errors import InternalError, InvalidRequest, RankletError
@@ -38,7 +38,7 @@ class RequestRecord:
     model: str = ""
     prompts: int = 0
     tokens: int = 0
-    answer: Answer | None = None
+    answer: JoinedAnswer | None = None
     status: int = 200
     code: str = ""
     message: str = ""

@@ -7,12 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.cluster.catalog.location import AdapterLocation
-from ranklet.cluster.ingress.answers import Answer
+from ranklet.cluster.ingress.answers import JoinedAnswer
 from ranklet.cluster.ingress.protocol import Texts, TokenIds
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.replicas.engine.limits import RequestLimits
 
-AnswerT = TypeVar("AnswerT", bound=Answer)
+AnswerT = TypeVar("AnswerT", bound=JoinedAnswer)
 
 
 class InferenceTask(Protocol[AnswerT]):

@@ -18,7 +18,7 @@ _PART_OF = {name: part for part, names in PARTS.items() for name in names}
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class PackedMatrix:
     """One matrix of an adapter in its flat buffer.
 
     Attributes:
@@ -43,17 +43,17 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class PackedLayout:
     """The matrices of an adapter's flat buffer. `layout_of` returns one object for equal pieces."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[PackedMatrix, ...]
     modules: frozenset[Module] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modules", frozenset(piece.module for piece in self.pieces))
 
 
-layout_of = lru_cache(_CACHED_LAYOUTS)(Layout)
+layout_of = lru_cache(_CACHED_LAYOUTS)(PackedLayout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class PackedAdapter:
 
     adapter_rank: int
     flat: Tensor
-    layout: Layout
+    layout: PackedLayout
     metas: dict[tuple[int, str], SlotMeta]
     modules: tuple[str, ...]
 
@@ -85,7 +85,7 @@ def pack(adapter: AdapterWeights, dtype: torch.dtype, allocate: Allocate = pagea
     for module, weight in adapter.weights.items():
         a, b = (weight.rank, weight.in_features), (weight.out_features, weight.rank)
         a = a[::-1] if module[0] == EMBEDDING else a
-        pieces += [Piece(module, "a", weight.a_offset, a), Piece(module, "b", weight.b_offset, b)]
+        pieces += [PackedMatrix(module, "a", weight.a_offset, a), PackedMatrix(module, "b", weight.b_offset, b)]
     modules = tuple(sorted({name for _, name in adapter.weights}))
     return PackedAdapter(adapter.rank, flat, layout_of(tuple(pieces)), _metas(adapter), modules)
 

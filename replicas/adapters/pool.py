@@ -18,7 +18,7 @@ from torch import Tensor
 from ranklet.kernels.packs import PACKS
 from ranklet.kernels.stack import EmbeddingStack, LinearStack, SlotMeta, padded_rank
 from ranklet.kernels.unpack import MOST_ELEMENTS, Destination, table, unpack
-from ranklet.replicas.adapters.packed import PARTS, Layout, PackedAdapter, layout_of
+from ranklet.replicas.adapters.packed import PARTS, PackedAdapter, PackedLayout, layout_of
 from ranklet.replicas.model.architecture import Architecture
 from ranklet.replicas.model.decoder import Stacks
 from ranklet.replicas.model.modules import EMBED_TOKENS, EMBEDDING, Module
@@ -58,7 +58,7 @@ class AdapterPool:
         self.rank = padded_rank(self.max_rank)
         self._stacks: dict[tuple[int, str], LinearStack] = {}
         self._destinations: dict[tuple[Module, str], Destination] = {}
-        self._tables: WeakKeyDictionary[Layout, Tensor] = WeakKeyDictionary()
+        self._tables: WeakKeyDictionary[PackedLayout, Tensor] = WeakKeyDictionary()
         self.contents = [_EMPTY] * self.slots
         self._data = torch.zeros((self.slots, self._slot_elements()), dtype=self.dtype, device=self.device)
         slices = (self.slots, self._slot_slices())
@@ -200,7 +200,7 @@ class AdapterPool:
         self._describe(slot, packed)
         self.contents[slot] = SlotContents(layout.modules)
 
-    def _filled_destinations(self, layout: Layout) -> list[Destination]:
+    def _filled_destinations(self, layout: PackedLayout) -> list[Destination]:
         """All matrices of a slot, each with the adapter's matrix that is copied into it."""
         filled = dict(self._destinations)
         for piece in layout.pieces:

@@ -11,7 +11,7 @@ from ranklet.cluster.ingress.fair_budget import FairBudget
 JOBS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 15)), max_size=20)
 
 
-class Runner:
+class JobRunner:
     """Runs jobs that each end when the test says so, and records the order in which they start."""
 
     def __init__(self, budget: FairBudget) -> None:
@@ -67,7 +67,7 @@ def test_the_bounds_hold_and_every_job_runs(jobs: list[tuple[str, int]]) -> None
 
 
 async def test_owners_take_turns_and_keep_their_own_order() -> None:
-    runner = Runner(FairBudget(limit=10, jobs=1))
+    runner = JobRunner(FairBudget(limit=10, jobs=1))
     for name in ("a1", "a2", "a3", "b1", "b2"):
         await runner.start(name, name[0], 1)
     for name in ("a1", "a2", "b1", "a3", "b2"):
@@ -76,7 +76,7 @@ async def test_owners_take_turns_and_keep_their_own_order() -> None:
 
 
 async def test_one_owner_leaves_half_of_the_limit_to_others() -> None:
-    runner = Runner(FairBudget(limit=10, jobs=8))
+    runner = JobRunner(FairBudget(limit=10, jobs=8))
     await runner.start("a1", "a", 4)
     await runner.start("a2", "a", 4)
     assert runner.started == ["a1"]
@@ -87,7 +87,7 @@ async def test_one_owner_leaves_half_of_the_limit_to_others() -> None:
 
 
 async def test_a_job_above_the_limit_runs_by_itself_and_is_not_passed_for_ever() -> None:
-    runner = Runner(FairBudget(limit=10, jobs=8))
+    runner = JobRunner(FairBudget(limit=10, jobs=8))
     await runner.start("b1", "b", 2)
     await runner.start("a1", "a", 50)
     await runner.start("c1", "c", 1)
@@ -100,7 +100,7 @@ async def test_a_job_above_the_limit_runs_by_itself_and_is_not_passed_for_ever()
 
 @pytest.mark.parametrize("cancelled", ["waiting", "running"])
 async def test_a_cancelled_job_gives_its_weight_back(cancelled: str) -> None:
-    runner = Runner(FairBudget(limit=10, jobs=8))
+    runner = JobRunner(FairBudget(limit=10, jobs=8))
     await runner.start("running", "a", 8)
     await runner.start("waiting", "b", 8)
     await runner.start("last", "c", 8)

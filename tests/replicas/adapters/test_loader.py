@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ranklet.replicas.adapters.host_cache import HostCache
 from ranklet.replicas.adapters.loader import Loader, LoadOutcome
-from ranklet.replicas.adapters.packed import Layout, PackedAdapter
+from ranklet.replicas.adapters.packed import PackedAdapter, PackedLayout
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.verify import ExpectedModules
@@ -25,7 +25,7 @@ REFS = [AdapterRef(f"a{index}", f"/{index}", "1") for index in range(6)]
 
 
 def packed(elements: int) -> PackedAdapter:
-    return PackedAdapter(1, torch.zeros(elements), Layout(()), {}, ())
+    return PackedAdapter(1, torch.zeros(elements), PackedLayout(()), {}, ())
 
 
 calls = st.lists(

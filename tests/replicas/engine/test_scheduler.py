@@ -110,7 +110,7 @@ def test_no_sequence_is_lost_or_served_twice(queue: list[Sequence], limit: Sched
 
 
 @dataclass
-class Traffic:
+class ArrivalLoop:
     """Arrivals and steps in turn, until every sequence is served."""
 
     scheduler: Scheduler
@@ -153,7 +153,7 @@ class Traffic:
 def test_a_ready_sequence_is_overtaken_at_most_patience_times(
     arrivals: list[list[Sequence]], limit: SchedulerLimits, slots: int
 ) -> None:
-    traffic = Traffic(
+    traffic = ArrivalLoop(
         SchedulerLimits(requests=limit.requests, adapters=min(limit.adapters, slots), demand=slots).scheduler(), slots
     )
     for some in arrivals:
