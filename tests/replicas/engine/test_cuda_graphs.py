@@ -76,7 +76,7 @@ def test_two_replays_in_flight_do_not_mix(folder: Path, engine: Engine) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_one_graph_serves_a_bucket(folder: Path, dtype: str) -> None:
-    """Batches of other lengths, other numbers of prompts and other adapters, replayed or not: the same vectors.
+    """Steps of other lengths, numbers of prompts and adapters have the same vectors, replayed or not.
 
     Except in float32, whose attention reads lengths on the host: a graph is for one batch's lengths there.
     """
@@ -107,7 +107,7 @@ def test_one_graph_serves_a_bucket(folder: Path, dtype: str) -> None:
 
 
 def test_steps_of_other_lengths_share_a_graph(folder: Path, engine: Engine) -> None:
-    """Each batch after one of other lengths, with and without adapters; float32's answers need not be bitwise equal."""
+    """Each step follows one of other lengths, with and without adapters."""
     if engine.config.backend != "csgmv":
         pytest.skip("native's graphs are for the same lengths")
     adapter = adapters(folder)[1]
@@ -154,7 +154,7 @@ def test_large_steps_and_steps_after_clearing_are_launched(folder: Path, engine:
 
 
 def test_full_steps_share_a_graph(folder: Path) -> None:
-    """Larger than what is replayed otherwise; what a few tokens too few leave free is filled up."""
+    """Nearly full steps are replayed although they are large; fillers take the missing tokens."""
     engine = Engine(EngineConfig(folder / "model", slots=2, backend="csgmv", max_batch_tokens=20_000))
     adapter = adapters(folder)[1]
     assert engine.runner.graphs is not None

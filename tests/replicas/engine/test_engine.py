@@ -1,4 +1,4 @@
-"""The engine as its callers see it: right answers under mixture, pressure and failure; every request has an end."""
+"""The engine through its public methods: correct answers in mixed steps, under load and after failures."""
 
 import fcntl
 import os
@@ -46,8 +46,8 @@ Prompts = list[NDArray[np.int32]]
 
 
 @dataclass
-class Diary(Listener):
-    """Everything an engine reports."""
+class RecordingListener(Listener):
+    """Keeps all records of an engine."""
 
     batches: list[BatchRecord] = field(default_factory=list)
     loads: list[LoadRecord] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Diary(Listener):
 
 @pytest.fixture(scope="module")
 def expected(model_dir: Path, adapter_specs: list[AdapterSpec]) -> dict[str | None, NDArray[np.float32]]:
-    """The oracle's vectors of TEXTS[:8], by adapter; None is the base."""
+    """Reference vectors of TEXTS[:8] by adapter; None is the base model."""
     folders: dict[str | None, Path | None] = {None: None, **{spec.name: spec.path for spec in adapter_specs}}
     return {name: reference_embedding(model_dir, folder, TEXTS[:8]) for name, folder in folders.items()}
 
@@ -102,27 +102,27 @@ def test_each_adapter_alone(
     assert (base.backend, base.tier) == ("none", None)
 
 
-def test_all_mixed_in_one_batch(
+def test_all_adapters_mixed_in_one_step(
     make_engine: MakeEngine, adapter_specs: list[AdapterSpec], tokens: Prompts, expected: Expected
 ) -> None:
-    diary = Diary()
-    engine = make_engine(listener=diary, slots=6, max_batch_tokens=8192)
+    records = RecordingListener()
+    engine = make_engine(listener=records, slots=6, max_batch_tokens=8192)
     engine.start()
     refs: list[AdapterRef | None] = [None, *(ref(spec.path) for spec in adapter_specs)]
     for each in refs:
         if each is not None:
             engine.load(each)
-    with engine.paused():  # so that all of it waits when the next batch is made
+    with engine.paused():  # so that all requests are in the queue when the next step is planned
         asked = [(each, i, submit(engine, [tokens[i]], each)) for i in range(len(tokens)) for each in refs]
     for each, i, future in asked:
         assert_same(future.result(PATIENCE_S).result, expected[each.name if each else None][i : i + 1])
-    until(lambda: len(diary.batches) == 1)
-    assert diary.batches[0].adapters == 6
-    assert diary.batches[0].requests_by_adapter[""] == len(tokens)
-    assert diary.batches[0].tokens == 7 * sum(map(len, tokens))
+    until(lambda: len(records.batches) == 1)
+    assert records.batches[0].adapters == 6
+    assert records.batches[0].requests_by_adapter[""] == len(tokens)
+    assert records.batches[0].tokens == 7 * sum(map(len, tokens))
 
 
-def test_dimensions_are_cut_and_normalised_again(
+def test_shortened_vectors_are_normalized_again(
     engine: Engine, model_dir: Path, adapter_specs: list[AdapterSpec], tokens: Prompts
 ) -> None:
     spec = adapter_specs[1]
@@ -135,25 +135,25 @@ def test_dimensions_are_cut_and_normalised_again(
 def test_prompts_of_any_length_up_to_the_limit(
     model_dir: Path, make_engine: MakeEngine, adapter_specs: list[AdapterSpec]
 ) -> None:
-    """Budget for one long prompt, or some short ones, a batch: all are answered, none cut."""
-    diary = Diary()
-    engine = make_engine(listener=diary, max_batch_tokens=600)
+    """A step holds one long prompt or some short ones. Every prompt is answered in full."""
+    records = RecordingListener()
+    engine = make_engine(listener=records, max_batch_tokens=600)
     engine.start()
     draw = np.random.default_rng(0)
     asked = [draw.integers(0, 1024, size, dtype=np.int32) for size in (1, 600, 599, 2, 300, 301, 17, 598, 3)]
     wanted = ref(adapter_specs[0].path)
     assert_same(ask(engine, asked, wanted).result, reference_embedding(model_dir, adapter_specs[0].path, asked))
-    until(lambda: sum(record.tokens for record in diary.batches) == sum(map(len, asked)))
-    assert max(record.tokens for record in diary.batches) <= 600
+    until(lambda: sum(record.tokens for record in records.batches) == sum(map(len, asked)))
+    assert max(record.tokens for record in records.batches) <= 600
     assert engine.limits.max_model_len == 600
     with pytest.raises(InvalidRequest, match="601"):
         engine.submit([np.zeros(601, np.int32)], None, EmbedParams(), AnswerSink(print))
 
 
-def test_a_neighbour_never_changes_an_answer(
+def test_other_prompts_of_a_step_do_not_change_an_answer(
     engine: Engine, adapter_specs: list[AdapterSpec], tokens: Prompts, expected: Expected
 ) -> None:
-    """The same prompt beside ever other company, adapters and lengths."""
+    """The same prompt beside prompts of other adapters and lengths."""
     draw, wanted = np.random.default_rng(1), ref(adapter_specs[3].path)
     for spec in adapter_specs:
         with engine.paused():
@@ -172,8 +172,8 @@ def test_a_neighbour_never_changes_an_answer(
 def test_more_adapters_than_slots_under_many_threads(
     make_engine: MakeEngine, adapter_specs: list[AdapterSpec], tokens: Prompts, expected: Expected
 ) -> None:
-    diary = Diary()
-    engine = make_engine(listener=diary, slots=2, max_batch_requests=7, host_cache_bytes=3_000_000)
+    records = RecordingListener()
+    engine = make_engine(listener=records, slots=2, max_batch_requests=7, host_cache_bytes=3_000_000)
     engine.start()
     refs: list[AdapterRef | None] = [None, *(ref(spec.path) for spec in adapter_specs)]
     draw = np.random.default_rng(2)
@@ -187,19 +187,19 @@ def test_more_adapters_than_slots_under_many_threads(
 
     with ThreadPoolExecutor(12) as threads:
         list(threads.map(one, plan))
-    assert diary.gone, "six adapters in two slots evict"
-    assert {load.tier for load in diary.loads} == {"disk", "host"}
-    assert all(load.error is None for load in diary.loads)
+    assert records.gone, "six adapters in two slots cause evictions"
+    assert {load.tier for load in records.loads} == {"disk", "host"}
+    assert all(load.error is None for load in records.loads)
     shot = engine.snapshot()
     assert (shot.waiting_requests, shot.waiting_tokens) == (0, 0)
     assert len(shot.resident) == 2
     assert shot.host_bytes <= 3_000_000
-    assert max(record.adapters for record in diary.batches) <= 2
+    assert max(record.adapters for record in records.batches) <= 2
 
 
-def test_saturation_refuses_at_once_and_ends(make_engine: MakeEngine, tokens: Prompts) -> None:
+def test_a_full_queue_refuses_requests_until_it_drains(make_engine: MakeEngine, tokens: Prompts) -> None:
     engine = make_engine(max_waiting_tokens=100)
-    first = submit(engine, [np.zeros(300, np.int32)])  # alone it may always wait
+    first = submit(engine, [np.zeros(300, np.int32)])  # a request always fits into an empty queue
     with pytest.raises(Saturated) as refused:
         submit(engine, tokens[:1])
     assert "300" in refused.value.message
@@ -211,31 +211,31 @@ def test_saturation_refuses_at_once_and_ends(make_engine: MakeEngine, tokens: Pr
 
 
 def test_a_cancelled_request_never_reaches_the_device(make_engine: MakeEngine, tokens: Prompts) -> None:
-    diary = Diary()
-    engine = make_engine(listener=diary)
+    records = RecordingListener()
+    engine = make_engine(listener=records)
     called: list[Answer | RankletError] = []
     ticket = engine.submit(tokens[:3], None, EmbedParams(), AnswerSink(called.append))
     kept = submit(engine, tokens[3:4])
     ticket.cancel()
     engine.start()
     kept.result(PATIENCE_S)
-    until(lambda: bool(diary.batches) and diary.dropped == 3)
-    assert diary.batches[0].requests_by_adapter == {"": 1}
+    until(lambda: bool(records.batches) and records.dropped == 3)
+    assert records.batches[0].requests_by_adapter == {"": 1}
     assert called == []
     assert engine.snapshot().waiting_tokens == 0
 
 
-def test_tiers_are_told_as_the_request_found_them(
+def test_the_tier_is_where_the_request_found_the_adapter(
     make_engine: MakeEngine, adapter_specs: list[AdapterSpec], tokens: Prompts
 ) -> None:
-    diary = Diary()
-    engine = make_engine(listener=diary, slots=1)
+    records = RecordingListener()
+    engine = make_engine(listener=records, slots=1)
     engine.start()
     one, two = (ref(spec.path) for spec in adapter_specs[:2])
     tiers = [ask(engine, tokens[:1], each).tier for each in (one, one, two, one, None)]
     assert tiers == ["disk", "gpu", "disk", "host", None]
-    assert diary.tiers == ["disk", "gpu", "disk", "host"]
-    assert diary.gone == [one.name, two.name]
+    assert records.tiers == ["disk", "gpu", "disk", "host"]
+    assert records.gone == [one.name, two.name]
     shot = engine.snapshot()
     assert shot.resident == (one.name,)
     assert set(shot.hosted) == {one.name, two.name}
@@ -261,7 +261,7 @@ def test_a_folder_replaced_under_its_name_is_a_new_revision(
     after = ask(engine, tokens, new).result
     assert_same(after, reference_embedding(model_dir, other, TEXTS[:8]))
     assert max(cosine(a, b) for a, b in zip(before, after, strict=True)) < 0.999
-    assert_same(ask(engine, tokens, old).result, before)  # what still asks for the old one gets the old one
+    assert_same(ask(engine, tokens, old).result, before)  # requests for the old revision still get it
 
 
 def test_a_bad_folder_fails_its_own_requests_only(
@@ -289,7 +289,7 @@ def test_a_bad_folder_fails_its_own_requests_only(
         engine.load(bad)
 
 
-def test_load_says_what_it_loaded(engine: Engine, adapter_specs: list[AdapterSpec], tmp_path: Path) -> None:
+def test_load_returns_the_adapters_facts(engine: Engine, adapter_specs: list[AdapterSpec], tmp_path: Path) -> None:
     for spec in adapter_specs:
         info = engine.load(ref(spec.path))
         assert (info.name, info.rank, set(info.modules)) == (spec.name, spec.rank, set(spec.targets))
@@ -298,7 +298,7 @@ def test_load_says_what_it_loaded(engine: Engine, adapter_specs: list[AdapterSpe
         engine.load(AdapterRef("gone", str(tmp_path / "gone"), "1"))
 
 
-def test_many_loads_at_once_pass_through_few_slots(make_engine: MakeEngine, adapter_specs: list[AdapterSpec]) -> None:
+def test_concurrent_loads_share_one_slot(make_engine: MakeEngine, adapter_specs: list[AdapterSpec]) -> None:
     engine = make_engine(slots=1)
     engine.start()
     with ThreadPoolExecutor(12) as threads:
@@ -308,8 +308,10 @@ def test_many_loads_at_once_pass_through_few_slots(make_engine: MakeEngine, adap
 
 @contextmanager
 def slow_disk(path: Path) -> Iterator[None]:
-    """Whoever opens the file waits, as on a disk that hangs: the kernel holds them until our lease is given up."""
-    before = signal.signal(signal.SIGIO, signal.SIG_IGN)  # told that somebody waits; the default would end us
+    """Block every open of the file, as a disk that hangs: the kernel waits until this lease is released."""
+    before = signal.signal(
+        signal.SIGIO, signal.SIG_IGN
+    )  # the kernel signals a waiting open; the default action ends the process
     file = os.open(path, os.O_RDWR)
     try:
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
@@ -320,7 +322,7 @@ def slow_disk(path: Path) -> Iterator[None]:
         signal.signal(signal.SIGIO, before)
 
 
-def test_a_slow_load_holds_up_nobody_else(
+def test_a_slow_load_delays_no_other_request(
     make_engine: MakeEngine,
     model_dir: Path,
     tmp_path: Path,
@@ -369,7 +371,7 @@ def test_an_answer_that_is_not_finite_fails_its_own_request_only(
 
 @contextmanager
 def failing_slot(slot: int) -> Iterator[None]:
-    """Batches that use a slot raise, as they would on a device that runs out of memory for them."""
+    """Steps that use a slot raise, as on a device that is out of memory."""
     working = native.linear
 
     def linear(
@@ -384,7 +386,7 @@ def failing_slot(slot: int) -> Iterator[None]:
         yield
 
 
-def test_a_failed_batch_fails_only_the_prompt_at_fault(
+def test_a_failed_step_fails_only_the_prompt_at_fault(
     make_engine: MakeEngine, adapter_specs: list[AdapterSpec], tokens: Prompts, expected: Expected
 ) -> None:
     engine = make_engine(slots=2)
@@ -431,7 +433,7 @@ def test_a_device_that_computes_nothing_makes_the_engine_unhealthy(make_engine: 
     assert engine.healthy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pointwise, "rms_norm", dead)
-        with engine.paused():  # a queue that never runs empty must not keep the engine from finding out
+        with engine.paused():  # the device is probed although the queue is never empty
             asked = [submit(engine, tokens[:1], None) for _ in range(3)]
         for each in asked:
             with pytest.raises(InternalError, match="device lost"):
@@ -442,7 +444,9 @@ def test_a_device_that_computes_nothing_makes_the_engine_unhealthy(make_engine: 
     assert not engine.healthy()
 
 
-def test_a_callback_that_raises_harms_nobody_else(make_engine: MakeEngine, tokens: Prompts, expected: Expected) -> None:
+def test_a_callback_that_raises_does_not_affect_other_requests(
+    make_engine: MakeEngine, tokens: Prompts, expected: Expected
+) -> None:
     engine = make_engine()
     engine.start()
 
@@ -473,9 +477,7 @@ def test_stopping_twice_is_harmless(make_engine: MakeEngine) -> None:
         ([np.zeros(3, np.int32)], 129, "129"),
     ],
 )
-def test_bad_requests_are_refused_where_they_are_made(
-    engine: Engine, asked: Prompts, dimensions: int | None, says: str
-) -> None:
+def test_submit_refuses_bad_requests(engine: Engine, asked: Prompts, dimensions: int | None, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         engine.submit(asked, None, EmbedParams(dimensions), AnswerSink(print))
 
@@ -483,7 +485,7 @@ def test_bad_requests_are_refused_where_they_are_made(
 # The end
 
 
-def test_stop_refuses_what_waits_and_what_comes(
+def test_stop_refuses_waiting_and_later_requests(
     make_engine: MakeEngine, model_dir: Path, tmp_path: Path, tokens: Prompts
 ) -> None:
     engine = make_engine()
@@ -529,7 +531,7 @@ def test_every_request_ends_when_an_engine_stops_under_load(make_engine: MakeEng
     engine = make_engine(max_batch_requests=3)
     engine.start()
     futures: list[Future[Answer]] = []
-    with pytest.raises(Unavailable):  # noqa: PT012 - it comes from whichever submit is the first after stop
+    with pytest.raises(Unavailable):  # noqa: PT012 - raised by the first submit after the stop
         threading.Timer(0.2, engine.stop).start()
         while True:
             futures.append(submit(engine, tokens[:2]))

@@ -1,4 +1,4 @@
-"""An adapter whose files hang: its requests are told to come back, the others go on."""
+"""Requests of an adapter whose files hang are refused in time; other requests are served."""
 
 import contextlib
 import shutil
@@ -15,7 +15,9 @@ from tests.assets.hanging import hanging
 from tests.replicas.asking import PATIENCE_S, ask, ref, submit
 
 
-def test_requests_do_not_wait_for_a_disk_that_hangs(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
+def test_requests_wait_for_a_hanging_disk_only_up_to_the_timeout(
+    model_dir: Path, adapters_dir: Path, tmp_path: Path
+) -> None:
     stuck = tmp_path / "stuck"
     shutil.copytree(adapters_dir / "legal-v2", stuck)
     engine = Engine(EngineConfig(model_dir, slots=2, load_timeout_s=0.2))
@@ -34,14 +36,12 @@ def test_requests_do_not_wait_for_a_disk_that_hangs(model_dir: Path, adapters_di
             engine.expire()
         assert isinstance(waiting.exception(), StillLoading)
         assert ask(engine, prompt, medical).tier == "gpu"
-    assert ask(engine, prompt, late).result.shape == (1, 128), "the load has gone on"
+    assert ask(engine, prompt, late).result.shape == (1, 128), "the load goes on after its requests were refused"
     engine.stop()
 
 
-def test_loads_that_cannot_begin_leave_the_slots_to_those_that_serve(
-    model_dir: Path, adapters_dir: Path, tmp_path: Path
-) -> None:
-    """Every reader hangs: what more is asked for waits without a slot, and is told to come back too."""
+def test_loads_that_cannot_start_take_no_slots(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
+    """When every loader thread hangs, further adapters wait without a slot, and their requests are refused in time."""
     engine = Engine(EngineConfig(model_dir, slots=READERS + 1, load_timeout_s=0.2))
     engine.start()
     prompt = [np.arange(1, 9, dtype=np.int32)]

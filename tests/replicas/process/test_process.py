@@ -1,23 +1,35 @@
-"""An engine in a process of its own: the same answers and refusals, and what becomes of those who wait when it dies."""
+"""An engine in a process of its own: the same answers and errors, and an end for every call when it dies."""
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ranklet.replicas.adapters.reference import WEIGHTS_FILE
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.engine.request import AnswerSink
 from ranklet.replicas.engine.stats import BatchRecord, Listener
-from ranklet.replicas.errors import InvalidAdapter, InvalidRequest, ModelError, RankletError, Saturated, Unavailable
+from ranklet.replicas.errors import (
+    AdapterLoadCrashed,
+    InvalidAdapter,
+    InvalidRequest,
+    ModelError,
+    RankletError,
+    Saturated,
+    Unavailable,
+)
 from ranklet.replicas.process.process import EngineProcess
+from tests.assets.hanging import hanging
 from tests.assets.make import AdapterSpec
 from tests.replicas.asking import PATIENCE_S, ask, ref, submit, until
 
@@ -25,8 +37,6 @@ PROMPTS = [np.arange(1, length, dtype=np.int32) for length in (5, 40, 9)]
 
 
 class Records(Listener):
-    """What the listener heard."""
-
     def __init__(self) -> None:
         self.batches: list[BatchRecord] = []
         self.tiers: list[str] = []
@@ -49,7 +59,7 @@ def remote(model_dir: Path) -> Iterator[EngineProcess]:
     made.stop()
 
 
-def test_answers_are_those_of_an_engine_here(
+def test_answers_equal_those_of_an_engine_in_this_process(
     remote: EngineProcess, engine: Engine, adapter_specs: list[AdapterSpec]
 ) -> None:
     for adapter in (None, ref(adapter_specs[0].path)):
@@ -61,7 +71,7 @@ def test_answers_are_those_of_an_engine_here(
     assert RECORDS.tiers[:1] == ["disk"]
 
 
-def test_loads_show_and_snapshots_come(remote: EngineProcess, adapter_specs: list[AdapterSpec]) -> None:
+def test_loaded_adapters_are_in_the_snapshot(remote: EngineProcess, adapter_specs: list[AdapterSpec]) -> None:
     spec = adapter_specs[1]
     info = remote.load(ref(spec.path))
     assert info.name == spec.path.name
@@ -70,7 +80,7 @@ def test_loads_show_and_snapshots_come(remote: EngineProcess, adapter_specs: lis
     assert remote.snapshot().slots == 2
 
 
-def test_refusals_come_as_they_are(remote: EngineProcess, tmp_path: Path) -> None:
+def test_errors_keep_their_type_and_fields(remote: EngineProcess, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="dimensions: expected"):
         submit(remote, PROMPTS, dimensions=10**6).result(PATIENCE_S)
     (tmp_path / "adapter_config.json").write_text("{}")
@@ -87,12 +97,12 @@ def test_refusals_come_as_they_are(remote: EngineProcess, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "error", [InvalidAdapter("a", ["x", "y"]), Saturated("s", retry_after_s=7.0), Unavailable("u")]
 )
-def test_a_refusal_survives_pickling(error: RankletError) -> None:
+def test_an_error_survives_pickling(error: RankletError) -> None:
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
-def test_a_cancelled_request_is_dropped_and_forgotten(remote: EngineProcess) -> None:
+def test_a_cancelled_request_leaves_no_open_call(remote: EngineProcess) -> None:
     long = [np.ones(1000, dtype=np.int32)]
     first = submit(remote, long)
     ticket = remote.submit(
@@ -104,7 +114,7 @@ def test_a_cancelled_request_is_dropped_and_forgotten(remote: EngineProcess) -> 
     assert remote.open_calls == 0
 
 
-def test_who_waits_when_it_dies_is_told(model_dir: Path) -> None:
+def test_open_calls_fail_when_the_process_dies(model_dir: Path) -> None:
     engine = EngineProcess(EngineConfig(model_dir))
     engine.start()
     submit(engine, PROMPTS).result(PATIENCE_S)
@@ -120,7 +130,30 @@ def test_who_waits_when_it_dies_is_told(model_dir: Path) -> None:
     engine.stop()
 
 
-def test_it_ends_with_the_one_that_asks(model_dir: Path) -> None:
+def test_a_process_that_dies_while_it_loads_an_adapter_blames_the_adapter(
+    model_dir: Path, adapters_dir: Path, tmp_path: Path
+) -> None:
+    """The error differs from other errors of a dead process, so that no other replica is tried with the adapter."""
+    folder = tmp_path / "suspect"
+    shutil.copytree(adapters_dir / "legal-v2", folder)
+    suspect = ref(folder)
+    engine = EngineProcess(EngineConfig(model_dir, slots=2))
+    engine.start()
+    with hanging(folder / WEIGHTS_FILE):
+        waiting, loading = submit(engine, PROMPTS, suspect), ThreadPoolExecutor(1).submit(engine.load, suspect)
+        until(lambda: engine.held().loading == ("suspect",) and engine.open_calls == 2)
+        os.kill(engine.pid, signal.SIGSTOP)
+        beside = submit(engine, PROMPTS)
+        os.kill(engine.pid, signal.SIGKILL)
+        for ended in (waiting, loading):
+            with pytest.raises(AdapterLoadCrashed, match="suspect"):
+                ended.result(PATIENCE_S)
+        with pytest.raises(Unavailable):
+            beside.result(PATIENCE_S)
+    engine.stop()
+
+
+def test_the_process_ends_with_its_parent(model_dir: Path) -> None:
     program = (
         "import os, sys; from pathlib import Path; from ranklet.replicas.config import EngineConfig;"
         "from ranklet.replicas.process.process import EngineProcess;"
