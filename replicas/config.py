@@ -1,6 +1,6 @@
 """The settings of one engine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ranklet.replicas.model.modules import LORA_MODULES
@@ -48,7 +48,7 @@ class EngineConfig:
     # LoRA backend; "fastest" may give up a little accuracy for speed (see kernels/dispatch.py).
     backend: str = "auto"
     # fnmatch patterns of the names that adapters may give as their base model.
-    base_aliases: tuple[str, ...] = field(default=())
+    base_aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model_dir", Path(self.model_dir))
@@ -79,5 +79,4 @@ class EngineConfig:
 
     @property
     def adapters_per_batch(self) -> int:
-        """Adapters that one batch may mix."""
         return min(self.slots, self.max_adapters_per_batch or self.slots)

@@ -24,7 +24,6 @@ _WIDTH = 110
 
 
 def add(commands: Any) -> None:
-    """Add the subcommand's parser."""
     parser = commands.add_parser("profile", help="time each stage of a batch on this machine")
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="folder of the base model")
     parser.add_argument(

@@ -63,6 +63,25 @@ def read_architecture(config: Any) -> Architecture:
     Raises:
         ModelError: ranklet does not support the architecture or one of its options; the message names it.
     """
+    _check_supported(config)
+    name, heads = config.architectures[0], config.num_attention_heads
+    return Architecture(
+        name=name,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        intermediate=config.intermediate_size,
+        vocab=config.vocab_size,
+        eps=config.rms_norm_eps,
+        qk_norm=name.startswith("Qwen3"),
+        windows=_windows(config),
+        max_position=config.max_position_embeddings,
+    )
+
+
+def _check_supported(config: Any) -> None:
     names = config.architectures or ["(none)"]
     if names[0] not in ARCHITECTURES:
         raise ModelError(f"architectures: expected one of {', '.join(ARCHITECTURES)}, got {names[0]}")
@@ -78,21 +97,6 @@ def read_architecture(config: Any) -> Architecture:
     rotated = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
     if rotated != 1.0:
         raise ModelError(f"rope_parameters: expected partial_rotary_factor 1, got {rotated}")
-    heads = config.num_attention_heads
-    return Architecture(
-        name=names[0],
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        intermediate=config.intermediate_size,
-        vocab=config.vocab_size,
-        eps=config.rms_norm_eps,
-        qk_norm=names[0].startswith("Qwen3"),
-        windows=_windows(config),
-        max_position=config.max_position_embeddings,
-    )
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:

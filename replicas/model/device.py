@@ -6,14 +6,12 @@ from ranklet.replicas.config import EngineConfig
 
 
 def pick_device(config: EngineConfig) -> torch.device:
-    """Return the configured device; "auto" is CUDA if available, else the CPU."""
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(config.device)
 
 
 def pick_dtype(config: EngineConfig) -> torch.dtype:
-    """Return the configured dtype; "auto" is bfloat16 on CUDA and float32 on the CPU."""
     if config.dtype == "auto":
         return torch.bfloat16 if pick_device(config).type == "cuda" else torch.float32
     found: torch.dtype = getattr(torch, config.dtype)

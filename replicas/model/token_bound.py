@@ -27,15 +27,14 @@ _SPLITS = frozenset({"Split", "Punctuation"})  # pre-tokenizers that drop the ma
 
 
 class TokenBound:
-    """Bounds the number of tokens that a Hugging Face tokenizer makes of a text."""
+    """Bounds the number of tokens that a Hugging Face tokenizer makes of a text.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`.
+        lower: whether texts are lowercased before they reach the tokenizer.
+    """
 
     def __init__(self, backend: Any, *, lower: bool) -> None:
-        """Read the vocabulary and the steps before it.
-
-        Args:
-            backend: a `tokenizers.Tokenizer`.
-            lower: whether texts are lowercased before they reach the tokenizer.
-        """
         try:
             weights = _weights(backend, lower=lower)
         except _UnboundedError:
@@ -205,7 +204,6 @@ def _before_lower(weights: Weights) -> Weights:
 
 @cache
 def _decompositions(form: Any) -> list[tuple[int, list[int]]]:
-    """Return the code points that a normal form decomposes, each with its parts."""
     found = ((code, unicodedata.normalize(form, chr(code))) for code in range(sys.maxunicode + 1))
     return [(code, list(map(ord, parts))) for code, parts in found if parts != chr(code)]
 

@@ -35,7 +35,6 @@ class StageClock:
 
 
 def median_s(call: Callable[[], object], device: torch.device) -> float:
-    """Return the median time that the device spends on a call, in seconds."""
     times_s = []
     for _ in range(_WARMUPS + _REPEATS):
         clock = StageClock(device)

@@ -184,11 +184,10 @@ def _shares(engine: Engine, lengths: Sequence[int], slots: Sequence[int | None])
 
 
 def _time(batches: Sequence[_BatchTimer], repeats: int) -> None:
-    """Time the batches in turns, so that a machine that slows down affects each of them."""
     for _ in range(_WARMUPS):
         for batch in batches:
             batch.warm_up()
-    for _ in range(repeats):
+    for _ in range(repeats):  # in turns, so that a machine that slows down affects every batch
         for batch in batches:
             batch.time()
 

@@ -29,11 +29,9 @@ class Cost:
         return Cost(self.operations + other.operations, self.bytes + other.bytes)
 
     def floor_s(self, ceilings: "Ceilings") -> float:
-        """Return the least time that both ceilings allow."""
         return max(self.operations / ceilings.operations_per_s, self.bytes / ceilings.bytes_per_s)
 
     def bound(self, ceilings: "Ceilings") -> str:
-        """Return the ceiling that sets the floor: "compute" or "memory"."""
         compute = self.operations / ceilings.operations_per_s >= self.bytes / ceilings.bytes_per_s
         return "compute" if compute else "memory"
 
