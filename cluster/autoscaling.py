@@ -15,7 +15,7 @@ MAX_GROWTH = 2.0  # factor of one decision
 
 
 def by_work(ctx: Any) -> tuple[float, dict[str, Any]]:
-    """The wanted number of replicas, which Serve rounds. Without measurements, it stays at the current target.
+    """Return the wanted number of replicas, which Serve rounds. Without measurements, it stays at the current target.
 
     Args:
         ctx: Serve's AutoscalingContext.

@@ -214,7 +214,7 @@ class AppArgs(AdapterList):
         return self
 
     def engine_config(self) -> EngineConfig:
-        """Settings of each engine. An adapter may name its base model by any name that requests may use."""
+        """Return the settings of each engine. An adapter may name its base model by any name that requests may use."""
         fields = dict(self.engine)
         fields["base_aliases"] = (*fields.get("base_aliases", ()), *self.base_names)
         return EngineConfig(model_dir=self.base.model_dir, **fields)
@@ -225,7 +225,7 @@ class AppArgs(AdapterList):
         return (self.base.name or self.base.model_dir.resolve().name, *self.base.aliases)
 
     def resolved(self) -> "AppArgs":
-        """A copy with absolute paths, which are valid in every process."""
+        """Return a copy with absolute paths, which are valid in every process."""
         return self.model_copy(
             update={
                 "base": self.base.model_copy(update={"model_dir": self.base.model_dir.absolute()}),

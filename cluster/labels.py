@@ -28,7 +28,7 @@ class AdapterLabels:
         self._lock = threading.Lock()
 
     def label(self, adapter: str | None, weight: int = 1) -> str:
-        """The label value of an adapter; None or "" is the base model. Adds `weight` to its count."""
+        """Return the label value of an adapter; None or "" is the base model. Adds `weight` to its count."""
         if not adapter:
             return BASE
         with self._lock:

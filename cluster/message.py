@@ -56,7 +56,7 @@ class InferenceCall(Generic[Params]):
         return len(self.tokens) // 4
 
     def prompts(self) -> list[NDArray[np.int32]]:
-        """int32 [length] each; views of the message."""
+        """Return the token ids of each prompt, int32 [length]. They are views of the message."""
         tokens, lengths = (np.frombuffer(each, dtype=np.int32) for each in (self.tokens, self.lengths))
         return [tokens] if len(lengths) == 1 else np.split(tokens, np.cumsum(lengths)[:-1])
 
@@ -127,7 +127,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class ReplicaDescription:
-    """Identity, health and limits of one replica."""
+    """Identity, health and limits of one replica. `labels` are its labels in Prometheus."""
 
     id: str
     rank: int  # assigned by Serve; a replacement gets the same one
@@ -139,13 +139,12 @@ class ReplicaDescription:
 
     @property
     def labels(self) -> dict[str, str]:
-        """Labels of this process in Prometheus."""
         return {"role": "replica", "replica": self.id, "rank": str(self.rank)}
 
 
 @dataclass(frozen=True)
 class GatewayDescription:
-    """Identity of one gateway."""
+    """Identity of one gateway. `labels` are its labels in Prometheus."""
 
     id: str
     pid: int
@@ -153,7 +152,6 @@ class GatewayDescription:
 
     @property
     def labels(self) -> dict[str, str]:
-        """Labels of this process in Prometheus."""
         return {"role": "gateway", "replica": self.id}
 
 

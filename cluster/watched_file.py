@@ -36,7 +36,7 @@ class WatchedFile(Generic[Content]):
         self._next_look_s = clock() + interval_s
 
     def content(self, *, fresh: bool = False) -> Content:
-        """The content, up to `interval_s` old; with `fresh`, as it is now."""
+        """Return the content, up to `interval_s` old; with `fresh`, the current one."""
         now_s = self._clock()
         if fresh or now_s >= self._next_look_s:
             self._next_look_s = now_s + self._interval_s

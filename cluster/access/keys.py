@@ -79,7 +79,7 @@ class ApiKeys:
         return self._file.error if self._file else ""
 
     def authenticate(self, headers: Mapping[str, str]) -> ApiKey | None:
-        """The key of a request; None if the service has no keys.
+        """Return the key of a request, or None if the service has no keys.
 
         Raises:
             Unauthorized: the request has no key, or an unknown one.
@@ -110,7 +110,7 @@ class ApiKeys:
 
     @staticmethod
     def authorize(key: ApiKey | None, name: str) -> None:
-        """Raises Forbidden unless the key may use the adapter or base of this name."""
+        """Raises Forbidden unless the key may use the model `name`."""
         if key is not None and not key.may_use(name):
             raise Forbidden(
                 f"key {key.name!r}: may use {', '.join(key.adapters) or 'nothing'}; got {name!r}", param="model"

@@ -47,7 +47,7 @@ class TokenBucket:
     at_s: float
 
     def level_at(self, now_s: float) -> float:
-        """Tokens in the bucket. A clock that goes back adds nothing."""
+        """Return the tokens in the bucket. A clock that goes back adds nothing."""
         return min(self.per_minute, self.level + max(0.0, now_s - self.at_s) * self.per_minute / 60)
 
     def withdraw(self, tokens: float, now_s: float) -> float:
@@ -166,7 +166,7 @@ class Quotas:
             self._sync_task = asyncio.ensure_future(self._sync_until_full())
 
     async def _sync_until_full(self) -> None:
-        """Synchronise until every recently used bucket has refilled."""
+        # An idle bucket that has refilled needs no more synchronisation.
         while self._used_s:
             await asyncio.sleep(SYNC_INTERVAL_S)
             await self.sync()

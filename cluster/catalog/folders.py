@@ -28,7 +28,7 @@ class FolderScanner:
         self._last: dict[str, AdapterFolder] = {}
 
     def scan(self) -> dict[str, AdapterFolder | None]:
-        """Subfolders that contain an adapter's config, by name; None for links, which may leave the root."""
+        """Return subfolders that contain an adapter's config, by name; None for links, which may leave the root."""
         found: dict[str, AdapterFolder | None] = {}
         seen: dict[str, AdapterFolder] = {}
         try:

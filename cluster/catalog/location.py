@@ -36,12 +36,12 @@ class AdapterLocation:
             )
 
     def modified_s(self) -> int:
-        """Modification time of the folder in Unix seconds; 0 for a URL. Raises OSError."""
+        """Return the modification time of the folder in Unix seconds; 0 for a URL. Raises OSError."""
         return 0 if is_remote(self.source) else int(Path(self.source).stat().st_mtime)
 
 
 def name_error(name: str) -> str | None:
-    """Why `name` cannot be the name of an adapter; None if it can."""
+    """Return why `name` cannot be the name of an adapter; None if it can."""
     if not name or len(name) > MAX_NAME_CHARACTERS:
         return f"expected 1 to {MAX_NAME_CHARACTERS} characters, got {len(name)}"
     if name.startswith(".") or name != name.strip():

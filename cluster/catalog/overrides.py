@@ -61,7 +61,7 @@ class Overrides:
         self._file = WatchedFile(self._path, _read, InternalError, _CHECK_INTERVAL_S, clock)
 
     def entries(self, *, fresh: bool = False) -> Mapping[str, Override]:
-        """All entries by name, up to 0.2 s old; with `fresh`, as they are now."""
+        """Return all entries by name, up to 0.2 s old; with `fresh`, the current ones."""
         return self._file.content(fresh=fresh)
 
     def put(self, name: str, entry: Override | None) -> None:

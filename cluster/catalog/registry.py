@@ -35,11 +35,10 @@ class Registry:
         self._user_config: dict[str, Path] = {}
 
     def set_user_config(self, folders: Mapping[str, Path]) -> None:
-        """Replace the folders of `user_config`."""
         self._user_config = dict(folders)
 
     def locate(self, name: str, param: str = "model") -> AdapterLocation:
-        """The location of the adapter `name`, or `name@revision`.
+        """Return the location of the adapter `name`, or `name@revision`.
 
         Args:
             param: the request's field that contains `name`.
@@ -92,11 +91,11 @@ class Registry:
         return entry is not None and entry.path is not None
 
     def exists_without_override(self, name: str) -> bool:
-        """Whether the adapter would be served if it had no override."""
+        """Return whether the adapter would be served if it had no override."""
         return name in self._configured or (self._root is not None and (self._root / name).exists())
 
     def pins(self) -> dict[str, str]:
-        """Sources of the pinned adapters, by name."""
+        """Return the sources of the pinned adapters, by name."""
         pins = ((name, entry) for name, entry in self._entries().items() if name not in self._user_config)
         return {name: entry.path for name, entry in pins if entry.pinned and entry.path}
 
@@ -104,11 +103,11 @@ class Registry:
         return self.overrides.entries() if self.overrides is not None else {}
 
     def names(self) -> list[str]:
-        """Sorted names of all adapters. Scans the root once; a folder without a config is no adapter."""
+        """Return the sorted names of all adapters. Scans the root once; a folder without a config is no adapter."""
         return sorted({*self._named(), *self._folders()} - self._unloaded())
 
     def scan(self) -> list[tuple[AdapterLocation, int]]:
-        """All adapters whose folder exists, sorted by name, with the folder's modification time in Unix seconds."""
+        """Return all adapters whose folder exists, by name, with the folder's modification time in Unix seconds."""
         folders, named, unloaded = self._folders(), self._named(), self._unloaded()
         plain = ((name, folder) for name, folder in folders.items() if folder is not None)
         found = {name: (each.location, each.modified_ns // 10**9) for name, each in plain if name not in unloaded}

@@ -68,7 +68,7 @@ class RemoteCache:
         self._open_folder = open_folder
 
     def fetch(self, source: str) -> FetchedAdapter:
-        """The folder of a remote adapter. Blocks while it is downloaded; an interrupted download is resumed.
+        """Return the folder of a remote adapter. Blocks during a download; resumes an interrupted one.
 
         Raises:
             AdapterNotFound: there are no such files.
@@ -148,7 +148,7 @@ class RemoteCache:
         return entry
 
     def _prepare_part(self, key: str, marks: dict[str, FileMark]) -> Path:
-        """The folder of the download. Files of an interrupted download of the same content are kept."""
+        """Return the folder of the download. Keeps files of an interrupted download of the same content."""
         part = self._root / f"{key}.part"
         path, content = part / _MARKS_FILE, _as_dicts(marks)
         if not (_identify_content(marks) and path.exists() and json.loads(path.read_text()) == content):
@@ -193,7 +193,7 @@ class RemoteCache:
 
 
 def _identify_content(marks: dict[str, FileMark]) -> bool:
-    """Whether files with equal marks have equal content."""
+    """Return whether files with equal marks have equal content."""
     return all(mark.key for mark in marks.values())
 
 

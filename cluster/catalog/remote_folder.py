@@ -31,7 +31,7 @@ class FileMark:
 
     @classmethod
     def of(cls, info: dict[str, Any]) -> "FileMark":
-        """From the result of fsspec's `info`, whose keys depend on the file system."""
+        """Make a mark of the result of fsspec's `info`, whose keys depend on the file system."""
         tag = str(info.get("ETag") or info.get("etag") or "").strip('"')
         others = (info.get(name) for name in ("blob_id", "crc32c", "LastModified", "Last-Modified", "mtime"))
         is_md5 = _MD5.fullmatch(tag) and "StorageClass" in info  # S3, for files that were not uploaded in parts
@@ -46,12 +46,12 @@ class RemoteFolder:
         self._chunk_bytes = chunk_bytes
 
     def marks(self) -> dict[str, FileMark]:
-        """The current mark of each file, without caches."""
+        """Return the current mark of each file. Bypasses fsspec's caches."""
         self._files.invalidate_cache()
         return {name: FileMark.of(self._files.info(f"{self._path}/{name}")) for name in FILES}
 
     def read(self, name: str, start: int) -> Iterator[bytes]:
-        """The content of a file from byte `start` on, in chunks."""
+        """Read a file from byte `start` on, in chunks."""
         with self._files.open(f"{self._path}/{name}", "rb") as file:
             file.seek(start)
             while chunk := file.read(self._chunk_bytes):

@@ -53,7 +53,7 @@ class AdapterResolver:
                 del kept[key]
 
     async def resolve(self, name: str, source: str) -> ResolvedAdapter:
-        """The adapter's current revision. Its files are checked at most once a second.
+        """Return the adapter's current revision. Checks its files at most once a second.
 
         While a disk or a remote source hangs, known adapters keep the revision of the last check.
 

@@ -4,12 +4,12 @@ from ranklet.replicas.errors import InvalidRequest
 
 
 def is_remote(source: str) -> bool:
-    """Whether a source is a URL."""
+    """Return whether a source is a URL."""
     return "://" in source
 
 
 def pinned_revision(source: str) -> str:
-    """The revision after a URL's `#`, "" if there is none."""
+    """Return the revision after a URL's `#`, "" if there is none."""
     return source.partition("#")[2]
 
 

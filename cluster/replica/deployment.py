@@ -134,7 +134,7 @@ class Replica:
             self._spawn(self._preload(name, source))
 
     async def report(self) -> tuple[str, list[AdapterReport]]:
-        """This replica's id and the adapters that it holds."""
+        """Return this replica's id and the adapters that it holds."""
         return self._id, await self._on_thread(self._engine.report)
 
     async def prefetch(self, name: str, source: str, hint: RoutingHint) -> None:

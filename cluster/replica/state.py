@@ -72,7 +72,7 @@ class ReplicaState(Listener):
         self._notice_level()
 
     def call_finished(self, work: int) -> None:
-        """The call was answered, refused or cancelled."""
+        """Take an answered, refused or cancelled call out of the queue."""
         with self._lock:
             self._queued_work -= work
             self._done_work += work
@@ -111,27 +111,25 @@ class ReplicaState(Listener):
         return self._loads_sent
 
     def wait_s(self) -> float:
-        """The expected wait of a prompt that arrives now; 0 until a batch has been measured."""
+        """Return the expected wait of a prompt that arrives now; 0 until a batch has been measured."""
         with self._lock:
             return self._wait_s()
 
     def level(self) -> int:
-        """The level of `wait_s`."""
         return wait_level(self.wait_s())
 
     def busy(self) -> float:
-        """The share of the time since the last call of this method in which the device computed."""
+        """Return the share of the time since the last call of this method in which the device computed."""
         now_s, busy_s = self._clock(), self._busy_s
         (last_s, last_busy_s), self._last_busy = self._last_busy, (now_s, busy_s)
         return min((busy_s - last_busy_s) / (now_s - last_s), 1.0) if now_s > last_s else 0.0
 
     def load_for(self, sender: str) -> QueueLoad:
-        """The load that goes back with an answer to this sender."""
+        """Return the load to send back with an answer to this sender."""
         with self._lock:
             return self._next_load(self._received_work.get(sender, 0))
 
     def report(self, gateways: tuple[str, ...]) -> StateReport:
-        """The report for all `gateways`."""
         with self._lock:
             disk_s, host_s = self._load_s["disk"].value, self._load_s["host"].value
             holdings = replace(self._holdings, from_disk_s=disk_s, from_host_s=host_s)
