@@ -170,43 +170,52 @@ class Affinity:
     # The choice
 
     def _choose(self, adapter: str | None, work: float, now_s: float, rank: int, avoid: str | None) -> Choice:
-        fleet, policy = self._fleet, self._policy
-        if not len(fleet):
-            return Choice(())
+        fleet = self._fleet
         wait = fleet.waits(now_s)
+        count = len(wait)
+        if not count:
+            return Choice(())
         avoided = fleet.index.get(avoid, -1) if avoid else -1
         if not adapter:
-            return Choice(_best(wait + self._ties(len(wait)) + policy.other_router_cost_s * ~fleet.own, avoided))
+            return Choice(_best(wait + self._ties(count) + self._policy.other_router_cost_s * ~fleet.own, avoided))
         demand = self._demand(adapter)
         demand.add_request(max(work, 1), now_s)
         if self._costs.is_stale(now_s):
             self._refresh(now_s)
         needed, before = demand.work_per_s(now_s) / self._home_work_per_s, demand.homes
-        homes = demand.update_homes(needed, len(fleet), now_s, shrink_at_once=self._costs.tight > 0)
+        homes = demand.update_homes(needed, count, now_s, shrink_at_once=self._costs.tight > 0)
         costs = self._costs.get(adapter, homes)
-        cost = wait * costs.wait_factor + costs.cost
-        if homes > 1 and fleet.gateways > 1:  # else all routers would use the same home
-            cost += self._ties(len(wait))
-        if fleet.report_age_s > _FRESH_S:
-            age_cost_s = self._random() * policy.report_age_factor * fleet.report_age_s
-            cost += costs.other * np.minimum(age_cost_s, wait)
-        if rank > 0:
-            cost += self._padding(rank, work)
-        order = _best(cost, avoided)
+        order = _best(self._total_cost(costs, wait, rank, work), avoided)
         best = order[0]
+        hit = fleet.placement.places(adapter).get(best, False)
+        spill = None if costs.place[best] < homes else _spill(costs, avoided)
         prefetch: list[int] = []
         if homes > before:
             prefetch = np.flatnonzero((costs.place < homes) & costs.absent).tolist()
-        elif wait[best] > policy.prefetch_wait_s and now_s - costs.prefetched_s > policy.prefetch_interval_s:
+        elif (
+            wait[best] > self._policy.prefetch_wait_s and now_s - costs.prefetched_s > self._policy.prefetch_interval_s
+        ):
             prefetch = self._free_slot(costs, wait, best, demand)
-        hit = fleet.placement.places(adapter).get(best, False)
-        spill = None if costs.place[best] < costs.homes else _spill(costs, avoided)
         if costs.absent[best] or prefetch:
-            costs.prefetched_s = now_s
-            for i in (best, *prefetch):
-                fleet.placement.expect_load(adapter, i, now_s)
-            self._costs.compute(adapter, costs)
+            self._expect_loads(adapter, costs, (best, *prefetch), now_s)
         return Choice(order, hit, spill, tuple(fleet.members[i].id for i in prefetch if i != best) if prefetch else ())
+
+    def _total_cost(self, costs: AdapterCosts, wait: Vector, rank: int, work: float) -> Vector:
+        cost: Vector = wait * costs.wait_factor + costs.cost
+        if costs.homes > 1 and self._fleet.gateways > 1:  # else all routers would use the same home
+            cost += self._ties(len(wait))
+        age_s = self._fleet.report_age_s
+        if age_s > _FRESH_S:
+            cost += costs.other * np.minimum(self._random() * self._policy.report_age_factor * age_s, wait)
+        if rank > 0:
+            cost += self._padding(rank, work)
+        return cost
+
+    def _expect_loads(self, adapter: str, costs: AdapterCosts, replicas: Iterable[int], now_s: float) -> None:
+        costs.prefetched_s = now_s
+        for i in replicas:
+            self._fleet.placement.expect_load(adapter, i, now_s)
+        self._costs.compute(adapter, costs)
 
     def _ties(self, count: int) -> Vector:
         """Random costs that break ties: a random slice of numbers drawn before, which is faster than drawing anew."""

@@ -17,10 +17,7 @@ from ranklet.routing.placement import Placement
 from ranklet.routing.policy import REPLICA_SILENCE_LIMIT_S
 from ranklet.routing.report import Holdings, QueueLoad
 
-MAX_WORK = 1 << 50  # reports above are rejected
-MIN_WORK_PER_S = 1e-3
 MAX_REPORT_AGE_S = 10.0
-MAX_LOAD_S = 3600.0
 DEFAULT_WORK_PER_S = 100_000.0
 DEFAULT_FROM_DISK_S = 0.15
 DEFAULT_FROM_HOST_S = 0.02
@@ -176,7 +173,7 @@ class Fleet:
         i = self.index.get(replica)
         if i is None:
             return False
-        if not _is_possible(load):
+        if not load.is_possible():
             self.rejected_reports += 1
             return False
         if load.number < self._load_numbers.get(replica, -1):
@@ -211,13 +208,11 @@ class Fleet:
         before = self._holdings.get(replica)
         if i is None or (before is not None and held.number < before.number):
             return frozenset()
-        times = (held.from_disk_s, held.from_host_s)
-        if not all(0 <= s <= MAX_LOAD_S for s in times) or min(held.slots, held.used_slots, held.pool_rank) < 0:
+        if not held.is_possible():
             self.rejected_reports += 1
             return frozenset()
-        full = held.used_slots >= held.slots
-        self.full[i], self.slots[i] = full, held.slots
-        self.pool_ranks[i] = held.pool_rank
+        self.full[i] = held.used_slots >= held.slots
+        self.slots[i], self.pool_ranks[i] = held.slots, held.pool_rank
         self.from_disk_s[i] = held.from_disk_s or DEFAULT_FROM_DISK_S
         self.from_host_s[i] = held.from_host_s or DEFAULT_FROM_HOST_S
         self._holdings[replica] = held
@@ -312,9 +307,3 @@ class Fleet:
     def mean_work_per_s(self) -> float:
         """Mean rate of a replica."""
         return float(self._rate.mean()) if len(self) else DEFAULT_WORK_PER_S
-
-
-def _is_possible(load: QueueLoad) -> bool:
-    amounts = (load.queued_work, load.done_work, load.received_work)
-    rate = load.work_per_s
-    return all(0 <= n <= MAX_WORK for n in amounts) and (rate == 0 or MIN_WORK_PER_S <= rate <= MAX_WORK)

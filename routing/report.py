@@ -11,6 +11,9 @@ REPORT_INTERVAL_S = 1.0  # longest time between two reports of a replica, with f
 _SHORTEST_INTERVAL_S = 0.05
 _SHORTEST_INTERVAL_PER_GATEWAY_S = 0.005
 _FIRST_LEVEL_S = 0.05
+_MAX_WORK = 1 << 50
+_MIN_WORK_PER_S = 1e-3
+_MAX_LOAD_S = 3600.0
 
 
 def min_report_interval_s(gateways: int) -> float:
@@ -46,6 +49,12 @@ class QueueLoad:
     received_work: float
     at_s: float = 0.0
 
+    def is_possible(self) -> bool:
+        """Whether all numbers are in a sensible range."""
+        amounts = (self.queued_work, self.done_work, self.received_work)
+        rate = self.work_per_s
+        return all(0 <= n <= _MAX_WORK for n in amounts) and (rate == 0 or _MIN_WORK_PER_S <= rate <= _MAX_WORK)
+
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
@@ -71,6 +80,11 @@ class Holdings:
     pool_rank: int
     from_disk_s: float = 0.0
     from_host_s: float = 0.0
+
+    def is_possible(self) -> bool:
+        """Whether all numbers are in a sensible range."""
+        times_s = (self.from_disk_s, self.from_host_s)
+        return all(0 <= s <= _MAX_LOAD_S for s in times_s) and min(self.slots, self.used_slots, self.pool_rank) >= 0
 
 
 @dataclass(frozen=True, slots=True)
