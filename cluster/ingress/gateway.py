@@ -22,7 +22,7 @@ from ranklet.cluster.config import AppArgs, GatewayUserConfig
 from ranklet.cluster.datapath import DataPath, log_missing_token
 from ranklet.cluster.exporter import Exporter
 from ranklet.cluster.ingress.adapter_cards import AdapterCards
-from ranklet.cluster.ingress.admin import AdminApi, StatusApi
+from ranklet.cluster.ingress.admin import AdminApi
 from ranklet.cluster.ingress.embeddings import EmbeddingsTask
 from ranklet.cluster.ingress.exchange import Exchange, InferenceServices
 from ranklet.cluster.ingress.intake import Intake
@@ -82,18 +82,24 @@ class Gateway:
         log_missing_token()
 
     def __serve_build_asgi_app__(self) -> Starlette:  # the name is Serve's, see `serve.ingress`
-        cards = AdapterCards(self._names.registry, self._replicas)
+        keys, names, intake, replicas = self._keys, self._names, self._intake, self._replicas
+        cards = AdapterCards(names.registry, replicas)
         return build_app(
             Handlers(
                 embeddings=self._embeddings_handler(),
-                models=ModelsApi(
-                    self._names, self._args.base.model_dir, self._keys, self._intake, self._replicas, cards
+                models=ModelsApi(keys, names, self._args.base.model_dir, intake, replicas, cards),
+                admin=AdminApi(
+                    keys=keys,
+                    limits=self._args.limits,
+                    names=names,
+                    intake=intake,
+                    replicas=replicas,
+                    affinity=self._affinity,
+                    lifecycle=self._lifecycle(),
+                    cards=cards,
+                    recent_requests=self._recent_of_gateways,
                 ),
-                admin=AdminApi(self._keys, self._args.limits, self._lifecycle(), cards),
-                status=StatusApi(
-                    self._keys, self._names, self._intake, self._replicas, self._affinity, self._recent_of_gateways
-                ),
-                probes=ProbesApi(self._replicas, self._describe_gateways),
+                probes=ProbesApi(replicas, self._describe_gateways),
             )
         )
 

@@ -1,6 +1,7 @@
 """`GET /v1/models`: the base model and the adapters as OpenAI's model cards."""
 
 import contextlib
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,49 +19,41 @@ from ranklet.cluster.ingress.responses import json_response
 from ranklet.replicas.errors import Unavailable
 
 
+@dataclass(frozen=True)
 class ModelsApi:
     """Handlers of `/v1/models`.
 
-    Args:
+    Attributes:
         model_dir: folder of the base model.
     """
 
-    def __init__(
-        self,
-        names: ModelNames,
-        model_dir: Path,
-        keys: ApiKeys,
-        intake: Intake,
-        replicas: ReplicasClient,
-        adapter_cards: AdapterCards,
-    ) -> None:
-        self._names = names
-        self._model_dir = model_dir
-        self._keys = keys
-        self._intake = intake
-        self._replicas = replicas
-        self._adapter_cards = adapter_cards
+    keys: ApiKeys
+    names: ModelNames
+    model_dir: Path
+    intake: Intake
+    replicas: ReplicasClient
+    cards: AdapterCards
 
     async def list_models(self, request: Request) -> Response:
         """The base model and all adapters that the key may use."""
-        key, max_len = self._keys.authenticate(request.headers), await self._max_model_len()
+        key, max_len = self.keys.authenticate(request.headers), await self._max_model_len()
         return json_response(
-            {"object": "list", "data": await self._intake.on_thread(partial(self._cards, key, max_len))}
+            {"object": "list", "data": await self.intake.on_thread(partial(self._build_cards, key, max_len))}
         )
 
     async def get_model(self, request: Request) -> Response:
         """One model, by any name that the field `model` of a request accepts."""
-        key, name = self._keys.authenticate(request.headers), request.path_params["name"]
-        adapter = await self._intake.on_thread(partial(self._names.resolve, name))
-        self._keys.authorize(key, adapter.name if adapter else self._names.base)
+        key, name = self.keys.authenticate(request.headers), request.path_params["name"]
+        adapter = await self.intake.on_thread(partial(self.names.resolve, name))
+        self.keys.authorize(key, adapter.name if adapter else self.names.base)
         if adapter is not None:
-            await self._adapter_cards.check_revision(adapter)
+            await self.cards.check_revision(adapter)
         return json_response(self._card(adapter, await self._max_model_len()))
 
-    def _cards(self, key: ApiKey | None, max_len: int | None) -> list[dict[str, Any]]:
-        may_use_base = key is None or key.may_use(self._names.base)
+    def _build_cards(self, key: ApiKey | None, max_len: int | None) -> list[dict[str, Any]]:
+        may_use_base = key is None or key.may_use(self.names.base)
         cards = [self._card(None, max_len)] if may_use_base else []
-        for adapter, modified_s in self._names.registry.scan():
+        for adapter, modified_s in self.names.registry.scan():
             if key is None or key.may_use(adapter.name):
                 cards.append(self._card(adapter, max_len, modified_s))
         return cards
@@ -69,20 +62,20 @@ class ModelsApi:
         self, adapter: AdapterLocation | None, max_len: int | None, modified_s: int | None = None
     ) -> dict[str, Any]:
         if adapter is None:
-            root, modified_s = str(self._model_dir), int(self._model_dir.stat().st_mtime)
+            root, modified_s = str(self.model_dir), int(self.model_dir.stat().st_mtime)
         else:
             root, modified_s = adapter.source, adapter.modified_s() if modified_s is None else modified_s
         return {
-            "id": adapter.name if adapter else self._names.base,
+            "id": adapter.name if adapter else self.names.base,
             "object": "model",
             "created": modified_s,
             "owned_by": "ranklet",
             "root": root,
-            "parent": self._names.base if adapter else None,
+            "parent": self.names.base if adapter else None,
             "max_model_len": max_len,
         }
 
     async def _max_model_len(self) -> int | None:
         with contextlib.suppress(Unavailable):
-            return (await self._replicas.limits()).max_model_len
+            return (await self.replicas.limits()).max_model_len
         return None

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,22 +12,20 @@ from ranklet.cluster.ingress.openapi import document
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.responses import json_response
 from ranklet.cluster.ingress.status import PAGE
-from ranklet.cluster.message import GatewayDescription
+from ranklet.cluster.message import GatewayDescription, ReplicaDescription
 from ranklet.replicas.errors import Unavailable
 
 
+@dataclass(frozen=True)
 class ProbesApi:
     """Handlers of health checks, metrics targets, the API description and the status page.
 
-    Args:
+    Attributes:
         describe_gateways: describes all live gateways.
     """
 
-    def __init__(
-        self, replicas: ReplicasClient, describe_gateways: Callable[[], Awaitable[list[GatewayDescription]]]
-    ) -> None:
-        self._replicas = replicas
-        self._describe_gateways = describe_gateways
+    replicas: ReplicasClient
+    describe_gateways: Callable[[], Awaitable[list[GatewayDescription]]]
 
     async def health(self, request: Request) -> Response:
         """This process is up."""
@@ -34,7 +33,7 @@ class ProbesApi:
 
     async def ready(self, request: Request) -> Response:
         """A replica answers and its engine is healthy; 503 otherwise."""
-        replica = await self._replicas.describe()
+        replica = await self.replicas.describe()
         if not replica.healthy:
             raise Unavailable(f"expected a healthy engine, but the engine of replica {replica.id} has stopped")
         return json_response({"status": "ready", "replica": replica.id})
@@ -45,12 +44,10 @@ class ProbesApi:
 
     async def metrics_targets(self, request: Request) -> Response:
         """Prometheus `http_sd`: the exporters of all live gateways and replicas."""
-        gateways, replicas = await asyncio.gather(self._describe_gateways(), self._replicas.describe_all())
-        groups = [{"targets": [each.metrics_target], "labels": each.labels} for each in gateways if each.metrics_target]
-        groups += [
-            {"targets": [each.metrics_target], "labels": each.labels} for each in replicas if each.metrics_target
-        ]
-        return json_response(groups)
+        gateways, replicas = await asyncio.gather(self.describe_gateways(), self.replicas.describe_all())
+        processes: list[GatewayDescription | ReplicaDescription] = [*gateways, *replicas]
+        exporters = [each for each in processes if each.metrics_target]
+        return json_response([{"targets": [each.metrics_target], "labels": each.labels} for each in exporters])
 
     async def openapi(self, request: Request) -> Response:
         return json_response(document())

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from ranklet.cluster.ingress.admin import AdminApi, StatusApi
+from ranklet.cluster.ingress.admin import AdminApi
 from ranklet.cluster.ingress.models import ModelsApi
 from ranklet.cluster.ingress.probes import ProbesApi
 from ranklet.cluster.ingress.refusals import on_error, on_http_error
@@ -25,7 +25,6 @@ class Handlers:
     embeddings: Handler
     models: ModelsApi
     admin: AdminApi
-    status: StatusApi
     probes: ProbesApi
 
 
@@ -44,7 +43,7 @@ def build_app(handlers: Handlers) -> Starlette:
         _route("POST", "/load_lora_adapter", admin.load_adapter),
         _route("POST", "/v1/unload_lora_adapter", admin.unload_adapter),
         _route("POST", "/unload_lora_adapter", admin.unload_adapter),
-        _route("GET", "/v1/status", handlers.status.get_status),
+        _route("GET", "/v1/status", admin.get_status),
         _route("GET", "/", probes.page),
         _route("GET", "/openapi.json", probes.openapi),
         _route("GET", "/health", probes.health),

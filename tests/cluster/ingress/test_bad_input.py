@@ -1,4 +1,4 @@
-"""Every refusal: its status, code and param; the message says what came; and the server keeps serving."""
+"""Every refusal has its status, code and param, and a message with the value received. The service still answers."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def _still_serving(service: Service) -> Iterator[None]:
 
 
 def refused(answer: httpx.Response, status: int, code: str, param: str | None) -> str:
-    """Checks the error body; returns the message."""
+    """Check the error body. Returns the message."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == (code, param), error
@@ -74,18 +74,18 @@ BODIES: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("body", "param", "said"), BODIES)
-def test_a_wrong_field_is_named(service: Service, body: dict[str, Any], param: str, said: str) -> None:
+@pytest.mark.parametrize(("body", "param", "fragment"), BODIES)
+def test_a_wrong_field_is_refused_by_name(service: Service, body: dict[str, Any], param: str, fragment: str) -> None:
     answer = service.http.post("/v1/embeddings", json={"model": BASE, **body})
-    assert said in refused(answer, 400, INVALID, param)
+    assert fragment in refused(answer, 400, INVALID, param)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b'{"input": "a"', b"\xff\xfe", b"[1]", b'"a"', b"null", b'{"input": NaN}'])
-def test_a_body_that_is_no_json_object(service: Service, body: bytes) -> None:
+def test_a_body_that_is_not_a_json_object_is_refused(service: Service, body: bytes) -> None:
     refused(service.http.post("/v1/embeddings", content=body), 400, INVALID, "body")
 
 
-def test_a_long_text(service: Service) -> None:
+def test_a_text_with_too_many_tokens_is_refused(service: Service) -> None:
     answer = service.post("legal-v2", ["short", "word " * 40_000])
     assert "4096 tokens" in refused(answer, 400, INVALID, "input")
 
@@ -101,13 +101,13 @@ def test_a_long_text(service: Service) -> None:
         ("三" * 200, ""),
     ],
 )
-def test_an_unknown_model(service: Service, model: str, near: str) -> None:
+def test_an_unknown_model_is_refused_with_similar_names(service: Service, model: str, near: str) -> None:
     message = refused(service.post(model, "a"), 404, "model_not_found", "model")
     assert near in message
     assert len(message) < 1000
 
 
-def test_an_unknown_lora_path(service: Service) -> None:
+def test_an_unknown_lora_path_is_refused(service: Service) -> None:
     refused(service.post(BASE, "a", lora_path="legal"), 404, "model_not_found", "lora_path")
 
 
@@ -121,7 +121,7 @@ def test_the_openai_client_raises_its_own_errors(service: Service) -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_of_50_mb(service: Service, chunked: bool) -> None:
+def test_a_body_of_50_mb_is_refused(service: Service, chunked: bool) -> None:
     size = 50_000_000
 
     def stream() -> Iterator[bytes]:
@@ -134,7 +134,7 @@ def test_a_body_of_50_mb(service: Service, chunked: bool) -> None:
     assert "33554432" in refused(answer, 413, "body_too_large", "body")
 
 
-def test_unknown_paths_and_methods(service: Service) -> None:
+def test_unknown_paths_and_methods_are_refused(service: Service) -> None:
     assert "/v1/nothing" in refused(service.http.get("/v1/nothing"), 404, "not_found", None)
     wrong = service.http.get("/v1/embeddings")
     assert "GET" in refused(wrong, 405, "method_not_allowed", None)
@@ -201,36 +201,36 @@ FOLDERS = {
 
 @pytest.fixture(params=FOLDERS)
 def bad_adapter(request: pytest.FixtureRequest, service: Service) -> Iterator[tuple[str, str]]:
-    """(name, what the refusal must mention) of a folder that cannot be served."""
+    """The name of an adapter that cannot be served, and a text that the refusal must contain."""
     name = f"bad-{request.param}"
-    spoil, said = FOLDERS[request.param]
+    spoil, fragment = FOLDERS[request.param]
     shutil.copytree(service.adapters / "legal-v2", service.adapters / name)
     spoil(service.adapters / name)
-    yield name, said
+    yield name, fragment
     shutil.rmtree(service.adapters / name)
 
 
 def test_a_bad_adapter_is_refused_and_others_of_the_batch_are_answered(
     service: Service, bad_adapter: tuple[str, str]
 ) -> None:
-    name, said = bad_adapter
+    name, fragment = bad_adapter
     models = [name, "legal-v2", BASE, name, "medical", name, "legal-v2", BASE]
     with ThreadPoolExecutor(len(models)) as pool:
         answers = list(pool.map(lambda model: service.post(model, "one of a batch"), models))
     for model, answer in zip(models, answers, strict=True):
         if model == name:
-            assert said in refused(answer, 400, "invalid_adapter", "model")
+            assert fragment in refused(answer, 400, "invalid_adapter", "model")
         else:
             assert answer.status_code == 200
 
 
-def test_all_findings_come_at_once(service: Service) -> None:
+def test_a_refused_adapter_lists_all_findings(service: Service) -> None:
     folder = service.adapters / "bad-in-many-ways"
     shutil.copytree(service.adapters / "legal-v2", folder)
     for spoil in (_with_nan, _with_unmatched_keys, _change_config(use_dora=True)):
         spoil(folder)
     message = refused(service.post(folder.name, "a"), 400, "invalid_adapter", "model")
-    assert all(said in message for said in ("use_dora", "77"))
+    assert all(fragment in message for fragment in ("use_dora", "77"))
     shutil.rmtree(folder)
 
 

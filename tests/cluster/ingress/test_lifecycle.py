@@ -1,4 +1,4 @@
-"""Adapters loaded, replaced and unloaded by name while requests run."""
+"""Adapters are loaded, replaced and unloaded by name while requests run."""
 
 import json
 import shutil
@@ -37,24 +37,26 @@ def code(answer: httpx.Response) -> tuple[int, str]:
 
 @pytest.fixture
 def source(service: Service) -> str:
-    """A folder outside of those that are adapters by being there."""
+    """A folder that is not served until it is loaded by name."""
     folder = service.adapters / ".sources" / "legal"
     shutil.copytree(service.adapters / "legal-v2", folder, dirs_exist_ok=True)
     return str(folder)
 
 
 @pytest.mark.parametrize("prefix", ["/v1", ""])
-def test_vllms_and_sglangs_calls(service: Service, source: str, prefix: str) -> None:
+def test_adapters_are_loaded_and_unloaded_by_the_calls_of_vllm_and_sglang(
+    service: Service, source: str, prefix: str
+) -> None:
     answer = service.http.post(f"{prefix}/load_lora_adapter", json={"lora_name": "by-name", "lora_path": source})
     assert answer.status_code == 200, answer.text
-    said = answer.json()
-    assert (said["state"], said["verified"], said["rank"]) == ("ready", True, 64)
-    assert "q_proj" in said["target_modules"]
+    card = answer.json()
+    assert (card["state"], card["verified"], card["rank"]) == ("ready", True, 64)
+    assert "q_proj" in card["target_modules"]
     assert_close(service.embed("by-name", TEXT), service.embed("legal-v2", TEXT))
     for name in ("by-name", "legal-v2"):  # of the same content
-        assert_close(service.embed(f"{name}@{said['revision']}", TEXT), service.embed("legal-v2", TEXT))
-        assert service.http.get(f"/v1/models/{name}@{said['revision']}").json()["id"] == name
-    for unknown in ("by-name@0123456789abcdef", f"by-name@0123456789abcdef@{said['revision']}"):
+        assert_close(service.embed(f"{name}@{card['revision']}", TEXT), service.embed("legal-v2", TEXT))
+        assert service.http.get(f"/v1/models/{name}@{card['revision']}").json()["id"] == name
+    for unknown in ("by-name@0123456789abcdef", f"by-name@0123456789abcdef@{card['revision']}"):
         assert code(service.post(unknown, TEXT)) == (404, "model_not_found")
         assert code(service.http.get(f"/v1/models/{unknown}")) == (404, "model_not_found")
     error = service.post(None, TEXT, lora_path="by-name@0123456789abcdef").json()["error"]
@@ -65,7 +67,7 @@ def test_vllms_and_sglangs_calls(service: Service, source: str, prefix: str) -> 
     assert code(unload(service, "by-name")) == (404, "model_not_found")
 
 
-def test_the_rest_form_tells_where_an_adapter_is(service: Service, source: str) -> None:
+def test_the_rest_calls_show_where_an_adapter_is(service: Service, source: str) -> None:
     made = service.http.post("/v1/adapters", json={"name": "rest", "path": source, "pinned": True})
     assert made.status_code == 200, made.text
     shown = service.http.get("/v1/adapters/rest").json()
@@ -104,7 +106,7 @@ def test_wrong_loads_are_refused(service: Service, fields: dict[str, object], ex
     assert code(load(service, **fields)) == expected
 
 
-def test_a_bad_folder_is_refused_whole_and_changes_nothing(service: Service, model_dir: Path) -> None:
+def test_a_broken_replacement_is_refused_and_the_old_adapter_stays(service: Service, model_dir: Path) -> None:
     BROKEN["nan"].make(model_dir, service.adapters / ".sources" / "nan")
     answer = load(service, lora_name="medical", lora_path=".sources/nan", load_inplace=True)
     assert code(answer) == (400, "invalid_adapter")
@@ -113,19 +115,19 @@ def test_a_bad_folder_is_refused_whole_and_changes_nothing(service: Service, mod
     shutil.rmtree(service.adapters / ".sources" / "nan")
 
 
-def test_a_revision_follows_from_the_content(service: Service, source: str) -> None:
-    """It can be told before anybody uses the adapter, and stays where the folder is copied or touched."""
+def test_a_revision_depends_only_on_the_content(service: Service, source: str) -> None:
+    """It is known before the first request, and copying or touching the folder does not change it."""
     copy = shutil.copytree(source, service.adapters / "copied")
     listed = {card["name"]: card for card in service.http.get("/v1/adapters").json()["data"]}
     assert (listed["copied"]["state"], listed["copied"]["revision"]) == ("registered", None)
-    told = service.http.get("/v1/adapters/copied").json()["revision"]
-    assert told == revision_of(source)
-    assert service.post("copied", TEXT).headers["x-ranklet-revision"] == told
+    revision = service.http.get("/v1/adapters/copied").json()["revision"]
+    assert revision == revision_of(source)
+    assert service.post("copied", TEXT).headers["x-ranklet-revision"] == revision
     for path in copy.iterdir():
         path.touch()
     shown = service.http.get("/v1/adapters/copied").json()
-    assert (shown["state"], shown["revision"]) == ("ready", told)
-    assert service.post("copied", TEXT).headers["x-ranklet-revision"] == told
+    assert (shown["state"], shown["revision"]) == ("ready", revision)
+    assert service.post("copied", TEXT).headers["x-ranklet-revision"] == revision
     shutil.rmtree(copy)
 
 
@@ -140,8 +142,8 @@ def test_too_many_pins_are_refused(service: Service, source: str) -> None:
         assert unload(service, f"pin{number}").status_code == 200
 
 
-def test_replacing_one_under_load_gives_every_request_the_one_or_the_other(service: Service, source: str) -> None:
-    """And after the answer to the call, the new one alone."""
+def test_while_an_adapter_is_replaced_every_request_gets_the_old_or_the_new_one(service: Service, source: str) -> None:
+    """After the call has returned, requests get only the new one."""
     assert load(service, lora_name="swapped", lora_path=source).status_code == 200
     other = service.adapters / ".sources" / "medical"
     shutil.copytree(service.adapters / "medical", other, dirs_exist_ok=True)
@@ -181,15 +183,15 @@ def test_unloading_waits_for_requests_and_frees_the_memory(service: Service, sou
     answers: list[int] = []
     asked = Thread(target=lambda: answers.append(service.post("leaving", texts).status_code))
     asked.start()
-    eventually("it is used", lambda: service.http.get("/v1/adapters/leaving").json()["references"] > 0, 10)
+    eventually("requests use it", lambda: service.http.get("/v1/adapters/leaving").json()["references"] > 0, 10)
     assert unload(service, "leaving").status_code == 200
     asked.join(timeout=1)
-    assert answers == [200], "what was sent before was answered before"
+    assert answers == [200], "the request that was sent before was answered before"
     assert service.samples("replica")["ranklet_pool_bytes"] == before
     assert "leaving" not in service.http.get("/v1/adapters").text
 
 
-def test_an_adapter_of_the_folder_can_be_unloaded_and_comes_back(service: Service) -> None:
+def test_an_adapter_of_the_folder_can_be_unloaded_and_loaded_again(service: Service) -> None:
     shutil.copytree(service.adapters / "legal-v2", service.adapters / "hidden")
     assert service.post("hidden", TEXT).status_code == 200
     assert unload(service, "hidden").status_code == 200
@@ -201,28 +203,30 @@ def test_an_adapter_of_the_folder_can_be_unloaded_and_comes_back(service: Servic
     shutil.rmtree(service.adapters / "hidden")
 
 
-def test_the_command_does_the_same(service: Service, source: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_adapters_command_loads_lists_and_unloads(
+    service: Service, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     def run(*words: str) -> tuple[int, str]:
         status = main(["adapters", *words, *(["--url", service.url] if words[0] != "verify" else [])])
-        said = capsys.readouterr()
-        return status, said.out + said.err
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
 
-    status, said = run("load", "cli", "--path", source)
-    assert (status, "rank 64" in said) == (0, True)
+    status, output = run("load", "cli", "--path", source)
+    assert (status, "rank 64" in output) == (0, True)
     assert run("load", "other", "--path", f"{source}-gone") == (
         1,
         f"ranklet: path: expected a folder, '{source}-gone' does not exist\n",
     )
-    status, said = run("list")
-    assert (status, "cli" in said, "ready" in said) == (0, True, True)
-    status, said = run("show", "cli")
-    assert (status, json.loads(said)["state"]) == (0, "ready")
+    status, output = run("list")
+    assert (status, "cli" in output, "ready" in output) == (0, True, True)
+    status, output = run("show", "cli")
+    assert (status, json.loads(output)["state"]) == (0, "ready")
     assert run("unload", "cli")[0] == 0
-    status, said = run("show", "cli")
-    assert (status, "cli" in said) == (1, True)
+    status, output = run("show", "cli")
+    assert (status, "cli" in output) == (1, True)
     base = ["--model", str(service.model_dir), "--base-name", BASE]
     assert run("verify", source, *base)[0] == 0
     BROKEN["nan"].make(service.model_dir, service.adapters / ".sources" / "bad")
-    status, said = run("verify", source, str(service.adapters / ".sources" / "bad"), *base)
-    assert (status, "NaN" in said) == (1, True)
+    status, output = run("verify", source, str(service.adapters / ".sources" / "bad"), *base)
+    assert (status, "NaN" in output) == (1, True)
     assert main(["adapters", "list", "--url", "http://127.0.0.1:9"]) == 1

@@ -7,7 +7,7 @@ from unittest.mock import create_autospec
 
 from starlette.routing import Route
 
-from ranklet.cluster.ingress.admin import AdminApi, StatusApi
+from ranklet.cluster.ingress.admin import AdminApi
 from ranklet.cluster.ingress.models import ModelsApi
 from ranklet.cluster.ingress.openapi import OPERATIONS
 from ranklet.cluster.ingress.probes import ProbesApi
@@ -23,7 +23,6 @@ def test_every_route_is_described() -> None:
             embeddings=create_autospec(lambda request: None),
             models=create_autospec(ModelsApi),
             admin=create_autospec(AdminApi),
-            status=create_autospec(StatusApi),
             probes=create_autospec(ProbesApi),
         )
     )

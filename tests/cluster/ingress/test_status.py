@@ -1,4 +1,4 @@
-"""The status page, in a real browser: it shows what is so, and refreshes by itself."""
+"""The status page in a real browser."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ pytestmark = needs("chromium")
 
 
 def browse(url: str, folder: Path, *more: str) -> str:
-    """The page's DOM after six seconds of its own time."""
+    """The output of Chromium after six virtual seconds on the page."""
     command = ["chromium", *FLAGS, f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=6000", *more, url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -39,20 +39,20 @@ def test_the_page_shows_replicas_adapters_and_refusals(service: Service, tmp_pat
     tiers = re.findall(r'class="t (\w*)"', row[1])
     assert dict(zip(heads[1:], tiers, strict=True))[home] == "gpu"
     assert "model_not_found" in page
-    assert re.search(r'id="rate">\d', page), "a second look has given a rate"
+    assert re.search(r'id="rate">\d', page), "the page has refreshed once"
     assert secret not in page
-    assert re.search(r'id="message"[^>]*></p>', page), "nothing went wrong"
+    assert re.search(r'id="message"[^>]*></p>', page), "the page shows no error"
 
 
-def test_it_can_be_looked_at(service: Service, tmp_path: Path) -> None:
+def test_the_page_renders(service: Service, tmp_path: Path) -> None:
     picture = tmp_path / "status.png"
     browse(service.url + "/", tmp_path, f"--screenshot={picture}")
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert picture.stat().st_size > 10_000
 
 
-def test_its_data_is_an_admins(service: Service) -> None:
-    said = service.http.get("/v1/status").json()
-    assert {each["id"] for each in said["replicas"]} == set(service.processes("Replica"))
-    assert said["requests"] >= said["refused"] >= 0
-    assert all(set(each) == {"at_s", "status", "code", "message"} for each in said["errors"])
+def test_the_pages_data_has_replicas_counts_and_errors(service: Service) -> None:
+    status = service.http.get("/v1/status").json()
+    assert {each["id"] for each in status["replicas"]} == set(service.processes("Replica"))
+    assert status["requests"] >= status["refused"] >= 0
+    assert all(set(each) == {"at_s", "status", "code", "message"} for each in status["errors"])
