@@ -1,4 +1,4 @@
-"""Adapters saved by PEFT itself, with weights that matter: an untrained LoRA has B = 0 and changes nothing."""
+"""Writes adapters with PEFT and gives them random weights, because an untrained LoRA has B = 0 and changes nothing."""
 
 import hashlib
 import warnings
@@ -20,13 +20,13 @@ LINEAR = (*ATTENTION, *MLP)
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """One adapter folder, for people and for parametrised tests."""
+    """One adapter folder of the demo."""
 
     name: str
     path: Path
     rank: int  # the highest in the folder
     targets: tuple[str, ...]
-    note: str  # what is special about it, in a word or two; may be empty
+    note: str  # its special feature in a word or two; may be empty
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ RECIPES = (
 
 
 def make_adapters(model_dir: Path, out_dir: Path) -> list[AdapterSpec]:
-    """Write the six adapters of the demo for the model in `model_dir`; each in a folder of its own name."""
+    """Write the six adapters of the demo for a model, each in a folder of its name."""
     for recipe in RECIPES:
         save_adapter(model_dir, out_dir / recipe.name, target_modules=list(recipe.targets), **recipe.lora)
     return adapter_specs(out_dir)
 
 
 def adapter_specs(out_dir: Path) -> list[AdapterSpec]:
-    """What `make_adapters` wrote, or is about to write, into `out_dir`."""
+    """Descriptions of the adapters that `make_adapters` writes into `out_dir`."""
     return [AdapterSpec(made.name, out_dir / made.name, made.rank, made.targets, made.note) for made in RECIPES]
 
 
@@ -80,9 +80,9 @@ def save_adapter(
 
     Args:
         head: "causal" gives keys `base_model.model.model.layers...`, "bare" (AutoModel) `base_model.model.layers...`.
-        seed: of its weights; by default it follows from the folder's name.
-        strength: size of a layer's change beside what the layer itself gives.
-        lora: the fields of `LoraConfig`.
+        seed: seed of the weights; by default it is derived from the folder's name.
+        strength: size of a layer's change relative to the layer's output.
+        lora: fields of `LoraConfig`.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -107,7 +107,7 @@ def save_sentence_transformers_adapter(model_dir: Path, folder: Path, *, strengt
 
 
 def load_base(model_dir: Path, head: Head) -> "nn.Module":
-    """The transformers model of a folder, float32: with its LM head, or bare."""
+    """Load a folder's transformers model in float32, with or without its LM head."""
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -119,7 +119,7 @@ def load_base(model_dir: Path, head: Head) -> "nn.Module":
 def randomize_adapter(model: "nn.Module", *, seed: int, strength: float) -> None:
     """Fill every LoRA matrix so that each layer's change has about `strength` times the size of its base output.
 
-    A keeps the size PEFT gives it; B gets the scale at which `scaling * B @ A @ x` of a normalised x has that size.
+    A keeps PEFT's scale. B gets the scale at which `scaling * B @ A @ x` has that size for a normalised x.
     """
     import torch
     from peft.tuners.lora import LoraLayer
@@ -143,13 +143,13 @@ def randomize_adapter(model: "nn.Module", *, seed: int, strength: float) -> None
 
 
 def seed_of(name: str) -> int:
-    """A seed that follows from a name, the same in every process."""
+    """Derive a seed from a name; it is equal in every process."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars for a megabyte, and no warnings of what is done here on purpose (saved embeddings, for one)."""
+    """Suppress progress bars, and warnings about intended effects such as saved embeddings."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Adapter folders that must be refused, each with the words that its refusal must hold."""
+"""Adapter folders that must be refused, each with the words that its refusal must contain."""
 
 import json
 from collections.abc import Callable
@@ -20,11 +20,11 @@ class Broken:
     """One kind of bad folder."""
 
     make: Callable[[Path, Path], Path]  # (model_dir, folder) -> folder
-    says: tuple[str, ...]  # what the refusal must name, each of them
+    says: tuple[str, ...]  # every word that the refusal must contain
 
 
 def sound(model_dir: Path, folder: Path, **lora: Any) -> Path:
-    """The adapter that the others are spoilt from: rank 8 on q_proj and down_proj of every layer."""
+    """Write a good adapter, from which the others are made: rank 8 on q_proj and down_proj of every layer."""
     return save_adapter(model_dir, folder, **{"r": 8, "target_modules": ["q_proj", "down_proj"], **lora})
 
 
@@ -36,7 +36,7 @@ def edit_config(folder: Path, **fields: Any) -> Path:
 
 
 def edit_weights(folder: Path, change: "Callable[[dict[str, torch.Tensor]], object]") -> Path:
-    """Let `change` work on the tensors, in place, and save them."""
+    """Change the tensors in place with `change` and save them."""
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / WEIGHTS)
@@ -45,15 +45,15 @@ def edit_weights(folder: Path, change: "Callable[[dict[str, torch.Tensor]], obje
     return folder
 
 
-def _configured(**fields: Any) -> Callable[[Path, Path], Path]:
+def _with_config(**fields: Any) -> Callable[[Path, Path], Path]:
     return lambda model_dir, folder: edit_config(sound(model_dir, folder), **fields)
 
 
-def _saved(**lora: Any) -> Callable[[Path, Path], Path]:
+def _with_lora(**lora: Any) -> Callable[[Path, Path], Path]:
     return lambda model_dir, folder: sound(model_dir, folder, **lora)
 
 
-def _weighed(change: "Callable[[dict[str, torch.Tensor]], object]") -> Callable[[Path, Path], Path]:
+def _with_weights(change: "Callable[[dict[str, torch.Tensor]], object]") -> Callable[[Path, Path], Path]:
     return lambda model_dir, folder: edit_weights(sound(model_dir, folder), change)
 
 
@@ -69,7 +69,7 @@ def _without(name: str) -> Callable[[Path, Path], Path]:
     return make
 
 
-def _poisoned(value: float) -> "Callable[[dict[str, torch.Tensor]], object]":
+def _with_value(value: float) -> "Callable[[dict[str, torch.Tensor]], object]":
     def change(weights: "dict[str, torch.Tensor]") -> None:
         weights[_key(weights, "layers.2.", "q_proj.lora_B")][1, 1] = value
 
@@ -131,7 +131,7 @@ def _text(name: str, content: str) -> Callable[[Path, Path], Path]:
 
 def _several(model_dir: Path, folder: Path) -> Path:
     sound(model_dir, folder)
-    edit_weights(folder, _poisoned(float("nan")))
+    edit_weights(folder, _with_value(float("nan")))
     edit_weights(folder, _drop("layers.3.", "down_proj.lora_B"))
     return edit_config(folder, use_dora=True, bias="all")
 
@@ -144,33 +144,33 @@ BROKEN: dict[str, Broken] = {
     "truncated": Broken(_truncated, (WEIGHTS,)),
     "not-safetensors": Broken(_text(WEIGHTS, "<html>404</html>"), (WEIGHTS,)),
     "pickle": Broken(_pickle, ("adapter_model.bin", "pickle", "safe_serialization")),
-    "nan": Broken(_weighed(_poisoned(float("nan"))), ("layers.2.self_attn.q_proj", "lora_B")),
-    "infinite": Broken(_weighed(_poisoned(float("inf"))), ("layers.2.self_attn.q_proj", "lora_B")),
-    "integers": Broken(_weighed(_integers), ("layers.1.self_attn.q_proj", "lora_A")),
-    "layer-beyond": Broken(_weighed(_rename("layers.3.", "layers.9.")), ("layers.9.",)),
-    "unknown-module": Broken(_weighed(_rename("mlp.down_proj", "mlp.fc2")), ("mlp.fc2",)),
-    "missing-half": Broken(_weighed(_drop("layers.1.", "down_proj.lora_B")), ("layers.1.mlp.down_proj", "lora_B")),
-    "missing-target": Broken(_weighed(_rename("layers.1.self_attn.q_proj", "layers.1.mlp.up_proj")), ("up_proj",)),
-    "wrong-shape": Broken(_weighed(_narrow), ("layers.1.self_attn.q_proj", "lora_A", "120", "128")),
+    "nan": Broken(_with_weights(_with_value(float("nan"))), ("layers.2.self_attn.q_proj", "lora_B")),
+    "infinite": Broken(_with_weights(_with_value(float("inf"))), ("layers.2.self_attn.q_proj", "lora_B")),
+    "integers": Broken(_with_weights(_integers), ("layers.1.self_attn.q_proj", "lora_A")),
+    "layer-beyond": Broken(_with_weights(_rename("layers.3.", "layers.9.")), ("layers.9.",)),
+    "unknown-module": Broken(_with_weights(_rename("mlp.down_proj", "mlp.fc2")), ("mlp.fc2",)),
+    "missing-half": Broken(_with_weights(_drop("layers.1.", "down_proj.lora_B")), ("layers.1.mlp.down_proj", "lora_B")),
+    "missing-target": Broken(_with_weights(_rename("layers.1.self_attn.q_proj", "layers.1.mlp.up_proj")), ("up_proj",)),
+    "wrong-shape": Broken(_with_weights(_narrow), ("layers.1.self_attn.q_proj", "lora_A", "120", "128")),
     "other-size": Broken(_other_base, ("64", "128")),
-    "rank-mismatch": Broken(_configured(r=16), ("16", "8")),
+    "rank-mismatch": Broken(_with_config(r=16), ("16", "8")),
     "other-base": Broken(
-        _configured(base_model_name_or_path="mistralai/Mistral-7B-v0.3"), ("mistralai/Mistral-7B-v0.3",)
+        _with_config(base_model_name_or_path="mistralai/Mistral-7B-v0.3"), ("mistralai/Mistral-7B-v0.3",)
     ),
-    "dora": Broken(_saved(use_dora=True), ("use_dora",)),
-    "bias": Broken(_saved(bias="all"), ("bias",)),
-    "lora-bias": Broken(_saved(lora_bias=True), ("lora_bias",)),
-    "modules-to-save": Broken(_saved(modules_to_save=["norm"]), ("modules_to_save",)),
-    "trainable-tokens": Broken(_saved(trainable_token_indices=[1, 2]), ("trainable_token_indices",)),
-    # loading it, PEFT takes the first directions out of the base weights: base + B A is not what was trained
-    "pissa": Broken(_saved(init_lora_weights="pissa"), ("init_lora_weights", "pissa")),
-    "fan-in-fan-out": Broken(_configured(fan_in_fan_out=True), ("fan_in_fan_out",)),
-    "activated-lora": Broken(_configured(alora_invocation_tokens=[5, 6]), ("alora_invocation_tokens",)),
-    "layer-replication": Broken(_configured(layer_replication=[[0, 4], [2, 4]]), ("layer_replication",)),
-    "target-parameters": Broken(_configured(target_parameters=["mlp.experts.gate_up_proj"]), ("target_parameters",)),
-    "unknown-field": Broken(_configured(use_tomorrows_lora=True), ("use_tomorrows_lora",)),
-    "peft-type": Broken(_configured(peft_type="IA3"), ("peft_type", "IA3")),
-    "rank-not-a-number": Broken(_configured(r="eight"), ("r", "eight")),
-    "rank-zero": Broken(_configured(r=0), ("r", "0")),
+    "dora": Broken(_with_lora(use_dora=True), ("use_dora",)),
+    "bias": Broken(_with_lora(bias="all"), ("bias",)),
+    "lora-bias": Broken(_with_lora(lora_bias=True), ("lora_bias",)),
+    "modules-to-save": Broken(_with_lora(modules_to_save=["norm"]), ("modules_to_save",)),
+    "trainable-tokens": Broken(_with_lora(trainable_token_indices=[1, 2]), ("trainable_token_indices",)),
+    # PEFT subtracts the first directions from the base weights when it loads this adapter
+    "pissa": Broken(_with_lora(init_lora_weights="pissa"), ("init_lora_weights", "pissa")),
+    "fan-in-fan-out": Broken(_with_config(fan_in_fan_out=True), ("fan_in_fan_out",)),
+    "activated-lora": Broken(_with_config(alora_invocation_tokens=[5, 6]), ("alora_invocation_tokens",)),
+    "layer-replication": Broken(_with_config(layer_replication=[[0, 4], [2, 4]]), ("layer_replication",)),
+    "target-parameters": Broken(_with_config(target_parameters=["mlp.experts.gate_up_proj"]), ("target_parameters",)),
+    "unknown-field": Broken(_with_config(use_tomorrows_lora=True), ("use_tomorrows_lora",)),
+    "peft-type": Broken(_with_config(peft_type="IA3"), ("peft_type", "IA3")),
+    "rank-not-a-number": Broken(_with_config(r="eight"), ("r", "eight")),
+    "rank-zero": Broken(_with_config(r=0), ("r", "0")),
     "several": Broken(_several, ("use_dora", "bias", "layers.2.self_attn.q_proj", "layers.3.mlp.down_proj")),
 }

@@ -1,4 +1,4 @@
-"""Adapter folders of the forms seen in the wild beyond the six of the demo; all of them must be served."""
+"""Kinds of adapter folders that other tools write, beyond the six of the demo. Each must be served."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ Maker = Callable[[Path, Path], Path]
 
 
 def sentence_transformers(model_dir: Path, folder: Path) -> Path:
-    """Keys as "bare" gives them, the adapter beside a whole sentence-transformers folder without model weights."""
+    """Saved by sentence-transformers: keys as in `bare`, inside a folder with its other files."""
     return save_sentence_transformers_adapter(model_dir, folder, r=8, target_modules=["q_proj", "v_proj"])
 
 
@@ -19,17 +19,17 @@ def bare(model_dir: Path, folder: Path) -> Path:
 
 
 def bare_embed(model_dir: Path, folder: Path) -> Path:
-    """embed_tokens alone, on AutoModel; PEFT saves the untouched base embedding beside it."""
+    """Only embed_tokens, on AutoModel; PEFT saves the unchanged base embedding beside it."""
     return save_adapter(model_dir, folder, head="bare", r=8, target_modules=["embed_tokens"])
 
 
 def task_type(model_dir: Path, folder: Path) -> Path:
-    """With a task type; config and keys are otherwise those of the demo's."""
+    """With a task type."""
     return save_adapter(model_dir, folder, r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
 def layer_list(model_dir: Path, folder: Path) -> Path:
-    """Some layers only."""
+    """Only some layers."""
     return save_adapter(model_dir, folder, r=8, target_modules=["q_proj", "v_proj"], layers_to_transform=[1, 3])
 
 
@@ -46,27 +46,27 @@ def regex(model_dir: Path, folder: Path) -> Path:
 
 
 def all_linear(model_dir: Path, folder: Path) -> Path:
-    """The shorthand; PEFT writes it out as a list when it saves."""
+    """The shorthand, which PEFT saves as a list."""
     return save_adapter(model_dir, folder, r=8, target_modules="all-linear")
 
 
 def full_names(model_dir: Path, folder: Path) -> Path:
-    """target_modules holds whole module paths beside short names."""
+    """target_modules contains full module names and short ones."""
     return save_adapter(model_dir, folder, r=8, target_modules=["model.layers.0.self_attn.q_proj", "v_proj"])
 
 
 def excluded(model_dir: Path, folder: Path) -> Path:
-    """exclude_modules takes some of the targets away."""
+    """exclude_modules excludes some targets."""
     return save_adapter(model_dir, folder, r=8, target_modules="all-linear", exclude_modules=["o_proj"])
 
 
 def odd_rank(model_dir: Path, folder: Path) -> Path:
-    """A rank that is no multiple of anything, and an alpha that is no multiple of it."""
+    """A rank that is no multiple of 8, and an alpha that is no multiple of the rank."""
     return save_adapter(model_dir, folder, r=5, lora_alpha=7, target_modules=["q_proj", "gate_proj"])
 
 
 def rank_one(model_dir: Path, folder: Path) -> Path:
-    """The smallest rank there is."""
+    """The smallest rank."""
     return save_adapter(model_dir, folder, r=1, lora_alpha=2, target_modules=["down_proj"])
 
 

@@ -1,4 +1,4 @@
-"""adapter_config.json means here what it means to PEFT."""
+"""adapter_config.json is read as PEFT reads it."""
 
 import json
 import math
@@ -65,9 +65,11 @@ def applied(fields: dict[str, Any], matcher: PatternMatcher) -> LoraSettings:
     st.none() | st.integers(0, 3) | st.lists(st.integers(0, 12), max_size=3),
     st.sampled_from([None, [], "layers", ["blocks", "layers"], "(?:lay)ers", "(lay)ers", "h"]),
 )
-@example("model.layers.1.mlp.up_proj", ["model.layers.1.mlp.up_proj"], None, [0], None)  # in full: whatever its layer
+@example(
+    "model.layers.1.mlp.up_proj", ["model.layers.1.mlp.up_proj"], None, [0], None
+)  # a full name applies in any layer
 @example("model.layers.1.mlp.up_proj", ["up_proj"], None, [1], "(lay)ers")
-def test_targets_are_pefts(
+def test_targets_equal_those_of_peft(
     matcher: PatternMatcher, module: str, wanted: Any, excluded: Any, layers: Any, layers_pattern: Any
 ) -> None:  # fmt: skip
     if isinstance(wanted, str):
@@ -90,7 +92,7 @@ def test_targets_are_pefts(
 @given(
     st.sampled_from(MODULES), st.integers(1, 64), st.integers(1, 128), number_patterns, number_patterns, st.booleans()
 )
-def test_ranks_and_scalings_are_pefts(
+def test_ranks_and_scalings_equal_those_of_peft(
     matcher: PatternMatcher,
     module: str,
     rank: int,
@@ -129,7 +131,7 @@ def read_file(path: Path, bases: tuple[str, ...] = ("model",)) -> tuple[LoraSett
     ("named", "bases"),
     [
         ("Qwen/Qwen3-Embedding-0.6B", ("Qwen3-Embedding-0.6B",)),
-        ("qwen/qwen3-embedding-0.6b", ("Qwen3-Embedding-0.6B",)),  # hub names differ in case only by mistake
+        ("qwen/qwen3-embedding-0.6b", ("Qwen3-Embedding-0.6B",)),  # the hub ignores case
         ("/data/models/base/", ("base",)),
         ("C:\\models\\base", ("base",)),
         ("Qwen/Qwen3-Embedding-8B", ("local", "Qwen3-Embedding-*")),
@@ -142,7 +144,7 @@ def read_file(path: Path, bases: tuple[str, ...] = ("model",)) -> tuple[LoraSett
         (None, ("base",)),
     ],
 )
-def test_names_of_the_served_base_are_taken(tmp_path: Path, named: str | None, bases: tuple[str, ...]) -> None:
+def test_names_of_the_served_base_are_accepted(tmp_path: Path, named: str | None, bases: tuple[str, ...]) -> None:
     assert read(tmp_path, bases, base_model_name_or_path=named)[1] == []
 
 
@@ -158,7 +160,10 @@ def test_another_base_is_refused_by_name(tmp_path: Path, named: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"rank_pattern": {"(?i)q_proj": 4}}, "(?i)q_proj"),  # valid alone, not where PEFT puts it
+        (
+            {"rank_pattern": {"(?i)q_proj": 4}},
+            "(?i)q_proj",
+        ),  # valid alone, but not inside the pattern that PEFT makes of it
         ({"rank_pattern": {"q_proj[": 4}}, "q_proj["),
         ({"alpha_pattern": {"*": 4}}, "*"),
         ({"target_modules": "(q_proj"}, "(q_proj"),
@@ -181,12 +186,12 @@ def test_another_base_is_refused_by_name(tmp_path: Path, named: Any) -> None:
         ({"init_lora_weights": {"a": 1}}, "init_lora_weights"),
     ],
 )
-def test_wrong_values_are_named(tmp_path: Path, fields: dict[str, Any], says: str) -> None:
+def test_findings_name_wrong_values(tmp_path: Path, fields: dict[str, Any], says: str) -> None:
     _, findings = read(tmp_path, **fields)
     assert any(says in finding for finding in findings), findings
 
 
-def test_all_findings_at_once(tmp_path: Path) -> None:
+def test_all_findings_are_reported_together(tmp_path: Path) -> None:
     _, findings = read(tmp_path, use_dora=True, bias="all", base_model_name_or_path="x/other", lora_bias=True)
     for name in ("use_dora", "bias", "x/other", "lora_bias"):
         assert any(name in finding for finding in findings), name
@@ -195,8 +200,8 @@ def test_all_findings_at_once(tmp_path: Path) -> None:
         assert any(finding.startswith(name) for finding in findings), name
 
 
-def test_whatever_peft_writes_by_default_is_taken(tmp_path: Path) -> None:
-    """Every field of the installed PEFT at its default, so that no new one slips by unread."""
+def test_every_default_that_peft_writes_is_accepted(tmp_path: Path) -> None:
+    """Fails when a new version of PEFT writes a field that is not read here."""
     for extra in ({}, {"use_rslora": True}, {"lora_dropout": 0.1}, {"init_lora_weights": "gaussian"}):
         LoraConfig(r=4, target_modules=["q_proj"], **extra).save_pretrained(str(tmp_path))
         config, findings = read_file(tmp_path / "adapter_config.json")
@@ -204,7 +209,7 @@ def test_whatever_peft_writes_by_default_is_taken(tmp_path: Path) -> None:
         assert config is not None
 
 
-def test_pefts_defaults_stand_in_for_missing_fields(tmp_path: Path) -> None:
+def test_missing_fields_have_the_defaults_of_peft(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"target_modules": ["q_proj"]}')
     config, findings = read_file(tmp_path / "adapter_config.json")
     assert findings == []
@@ -216,7 +221,7 @@ def test_pefts_defaults_stand_in_for_missing_fields(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"null", b"\xff\xfe{}", b"[" * 100_000, b'{"r": ' + b"9" * 5000 + b"}"]
 )
-def test_what_is_no_json_object_is_one_finding(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_json_object_is_one_finding(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "adapter_config.json"
     path.write_bytes(content)
     config, findings = read_file(path)
@@ -234,8 +239,9 @@ FIELDS = sorted(LoraConfig().to_dict())
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=5))
-def test_no_config_breaks_the_reader(tmp_path_factory: pytest.TempPathFactory, fields: dict[str, Any]) -> None:
-    """Any JSON in any field gives findings, or a config that answers for every module."""
+def test_any_json_gives_findings_or_settings_for_every_module(
+    tmp_path_factory: pytest.TempPathFactory, fields: dict[str, Any]
+) -> None:
     folder = tmp_path_factory.getbasetemp() / "any-config"
     folder.mkdir(exist_ok=True)
     config, findings = read(folder, **fields)

@@ -1,4 +1,4 @@
-"""A slot holds its tenant and nothing of the one before."""
+"""A slot holds its adapter and nothing of the previous one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ MakePool = Callable[[], AdapterPool]
 
 
 def memory(pool: AdapterPool, slot: int) -> torch.Tensor:
-    """Everything a slot holds, through the tensors that kernels read."""
+    """All matrices of a slot, from the tensors that kernels read."""
     parts = [
         part[slot].flatten()
         for stacks in pool.layers
@@ -36,7 +36,7 @@ def memory(pool: AdapterPool, slot: int) -> torch.Tensor:
 
 
 def metadata(pool: AdapterPool) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Ranks and scalings of every stack, where kernels read them."""
+    """Ranks and scalings of every stack, from the tensors that kernels read."""
     stacks = [stack for layer in pool.layers for stack in (layer.qkv, layer.o, layer.gate_up, layer.down)]
     return [(stack.ranks, stack.scalings) for stack in (*stacks, pool.embedding) if stack is not None]
 
@@ -46,8 +46,8 @@ def adapters(adapter_specs: list[AdapterSpec], expectation: ExpectedModules) -> 
     return {spec.name: read_adapter(ref(spec.path), expectation) for spec in adapter_specs}
 
 
-def test_no_tail_of_the_last_tenant(make_pool: MakePool, adapters: dict[str, AdapterWeights]) -> None:
-    """Every adapter over every other leaves what it leaves in a fresh pool, bit for bit."""
+def test_nothing_of_the_previous_adapter_remains(make_pool: MakePool, adapters: dict[str, AdapterWeights]) -> None:
+    """After any other adapter, an adapter gives the bits that it gives in a new pool."""
     ready = {name: pack(adapter, torch.float32) for name, adapter in adapters.items()}
     fresh = {}
     for name, packed in ready.items():
@@ -62,7 +62,7 @@ def test_no_tail_of_the_last_tenant(make_pool: MakePool, adapters: dict[str, Ada
             assert torch.equal(memory(used, 0), fresh[second]), f"{second} over {first}"
 
 
-def test_rank_8_over_rank_32(
+def test_an_adapter_of_rank_8_replaces_one_of_rank_32(
     make_pool: MakePool, model_dir: Path, tmp_path: Path, expectation: ExpectedModules
 ) -> None:
     both = ["q_proj", "down_proj", "embed_tokens"]
@@ -75,10 +75,12 @@ def test_rank_8_over_rank_32(
     fresh.load(1, packed)
     assert torch.equal(memory(reused, 1), memory(fresh, 1))
     assert memory(fresh, 1).any()
-    assert not memory(reused, 0).any(), "the neighbour's slot is untouched"
+    assert not memory(reused, 0).any(), "the other slot is unchanged"
 
 
-def test_a_slot_says_on_the_cpu_what_it_holds(make_pool: MakePool, adapters: dict[str, AdapterWeights]) -> None:
+def test_ranks_and_scalings_of_a_slot_are_known_on_the_cpu(
+    make_pool: MakePool, adapters: dict[str, AdapterWeights]
+) -> None:
     pool = make_pool()
     for adapter in adapters.values():
         pool.load(0, pack(adapter, torch.float32))
@@ -95,7 +97,7 @@ def test_a_slot_says_on_the_cpu_what_it_holds(make_pool: MakePool, adapters: dic
         assert pool.embedding.meta[0].ranks == ((weight.rank if weight else 0),)
 
 
-def test_every_matrix_stands_where_its_slice_is_read(make_pool: MakePool, adapters: dict[str, AdapterWeights]) -> None:
+def test_every_matrix_is_at_its_slice_of_the_stack(make_pool: MakePool, adapters: dict[str, AdapterWeights]) -> None:
     pool = make_pool()
     for adapter in adapters.values():
         pool.load(1, pack(adapter, torch.float32))
@@ -116,7 +118,7 @@ def test_every_matrix_stands_where_its_slice_is_read(make_pool: MakePool, adapte
             assert not b[:, weight.rank :].any()
 
 
-def test_packing_rounds_once_to_the_pools_dtype(adapters: dict[str, AdapterWeights]) -> None:
+def test_packing_rounds_to_the_pools_dtype(adapters: dict[str, AdapterWeights]) -> None:
     adapter = adapters["medical"]
     packed = pack(adapter, torch.bfloat16)
     assert packed.flat.dtype == torch.bfloat16
@@ -127,7 +129,7 @@ def test_packing_rounds_once_to_the_pools_dtype(adapters: dict[str, AdapterWeigh
         assert torch.equal(piece.view(packed.flat), (weight.a if piece.side == "a" else weight.b).bfloat16())
 
 
-def test_a_pool_without_some_modules_keeps_no_room_for_them(architecture: Architecture) -> None:
+def test_a_pool_has_no_memory_for_modules_that_it_leaves_out(architecture: Architecture) -> None:
     def pool(*modules: str) -> AdapterPool:
         return AdapterPool(architecture, 3, 20, modules, torch.device("cpu"), torch.float32)
 
@@ -146,10 +148,9 @@ def test_ranks_are_padded_to_sixteens(rank: int, kept: int) -> None:
     assert padded_rank(rank) == kept
 
 
-def test_a_posing_pool_is_empty_again(
+def test_a_pool_is_empty_after_placeholder_adapters(
     make_pool: Callable[[], AdapterPool], adapters: dict[str, AdapterWeights]
 ) -> None:
-    """While it poses each slot has full rank everywhere; afterwards an adapter is as alone as in a new pool."""
     pool = make_pool()
     with pool.placeholder_adapters():
         assert set(pool.ranks(1).values()) == {pool.rank}
@@ -162,20 +163,20 @@ def test_a_posing_pool_is_empty_again(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_gpu_holds_what_the_cpu_does(
+def test_a_slot_on_a_gpu_equals_one_on_the_cpu(
     architecture: Architecture, adapters: dict[str, AdapterWeights], dtype: torch.dtype
 ) -> None:
-    """Every adapter over every other, bit for bit: a kernel writes there, torch here."""
-    here, there = (AdapterPool(architecture, 2, 64, LORA_MODULES, torch.device(at), dtype) for at in ("cpu", "cuda"))
-    there.compile_load()
+    """Every adapter over every other, bit for bit: a kernel writes the slot on the GPU, torch the one on the CPU."""
+    cpu, gpu = (AdapterPool(architecture, 2, 64, LORA_MODULES, torch.device(at), dtype) for at in ("cpu", "cuda"))
+    gpu.compile_load()
     for _ in range(2):
         for adapter in adapters.values():
             packed = pack(adapter, dtype)
-            for pool in (here, there):
+            for pool in (cpu, gpu):
                 pool.load(1, packed)
-            assert torch.equal(memory(here, 1), memory(there, 1).cpu())
-            assert here.ranks(1) == there.ranks(1)
-            for (ranks, scalings), (their_ranks, their_scalings) in zip(metadata(here), metadata(there), strict=True):
+            assert torch.equal(memory(cpu, 1), memory(gpu, 1).cpu())
+            assert cpu.ranks(1) == gpu.ranks(1)
+            for (ranks, scalings), (their_ranks, their_scalings) in zip(metadata(cpu), metadata(gpu), strict=True):
                 assert torch.equal(ranks, their_ranks.cpu())
                 assert torch.equal(scalings, their_scalings.cpu())
-    assert not memory(there, 0).any()
+    assert not memory(gpu, 0).any()

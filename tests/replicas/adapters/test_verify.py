@@ -1,4 +1,4 @@
-"""Every bad folder is refused with every reason; every good one is read to the bit."""
+"""Bad folders are refused with all reasons; good ones are read bit for bit."""
 
 import os
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def findings(folder: Path, expectation: ExpectedModules) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_bad_folders_are_refused_with_the_reason(
+def test_a_bad_folder_is_refused_with_the_reason(
     name: str, model_dir: Path, tmp_path: Path, expectation: ExpectedModules
 ) -> None:
     found = "\n".join(findings(BROKEN[name].make(model_dir, tmp_path / name), expectation))
@@ -44,7 +44,7 @@ def test_bad_folders_are_refused_with_the_reason(
         assert word in found
 
 
-def test_every_reason_is_a_finding_of_its_own(model_dir: Path, tmp_path: Path, expectation: ExpectedModules) -> None:
+def test_each_reason_is_a_finding(model_dir: Path, tmp_path: Path, expectation: ExpectedModules) -> None:
     found = findings(BROKEN["several"].make(model_dir, tmp_path / "several"), expectation)
     for word in BROKEN["several"].says:
         assert sum(word in finding for finding in found) >= 1
@@ -52,14 +52,18 @@ def test_every_reason_is_a_finding_of_its_own(model_dir: Path, tmp_path: Path, e
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_forms_seen_in_the_wild_answer_as_peft_does(name: str, model_dir: Path, tmp_path: Path, engine: Engine) -> None:
+def test_common_kinds_of_adapters_answer_as_peft_does(
+    name: str, model_dir: Path, tmp_path: Path, engine: Engine
+) -> None:
     folder = VARIANTS[name](model_dir, tmp_path / name)
     texts = TEXTS[:3]
     answer = ask(engine, prompts(model_dir, texts), ref(folder))
     assert_same(answer.result, reference_embedding(model_dir, folder, texts))
 
 
-def test_the_six_adapters_are_read_to_the_bit(adapter_specs: list[AdapterSpec], expectation: ExpectedModules) -> None:
+def test_the_adapters_of_the_demo_are_read_bit_for_bit(
+    adapter_specs: list[AdapterSpec], expectation: ExpectedModules
+) -> None:
     for spec in adapter_specs:
         adapter = read_adapter(ref(spec.path), expectation)
         assert adapter.rank == spec.rank
@@ -120,7 +124,7 @@ def _magnitude(weights: dict[str, torch.Tensor]) -> None:
         (lambda weights: weights.clear(), "target_modules"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(
+def test_findings_name_tensors_that_do_not_fit(
     change: Change, says: str, model_dir: Path, tmp_path: Path, expectation: ExpectedModules
 ) -> None:
     folder = edit_weights(sound(model_dir, tmp_path / "odd"), change)
@@ -141,7 +145,7 @@ def test_numbers_must_be_finite_in_the_served_dtype(
     assert any("float16" in finding for finding in findings(folder, halves))
 
 
-def test_the_pools_own_limits_are_findings(model_dir: Path, tmp_path: Path, expectation: ExpectedModules) -> None:
+def test_limits_of_the_pool_are_findings(model_dir: Path, tmp_path: Path, expectation: ExpectedModules) -> None:
     folder = sound(model_dir, tmp_path / "eight")
     small = ExpectedModules(expectation.architecture, 4, ("q_proj",), ("model",), expectation.embedding)
     found = "\n".join(findings(folder, small))
@@ -150,14 +154,14 @@ def test_the_pools_own_limits_are_findings(model_dir: Path, tmp_path: Path, expe
     assert "down_proj" in found
 
 
-def test_folders_that_are_none(tmp_path: Path, expectation: ExpectedModules) -> None:
+def test_a_path_without_a_folder_is_not_found(tmp_path: Path, expectation: ExpectedModules) -> None:
     (tmp_path / "file").write_text("")
     for path in ("gone", "file", "file/under", "a\0b"):
         with pytest.raises(AdapterNotFound, match="does not exist"):
             read_adapter(AdapterRef("x", str(tmp_path / path), "1"), expectation)
 
 
-def test_a_pipe_in_place_of_a_file_is_refused_and_never_waited_for(
+def test_a_pipe_in_place_of_a_file_is_refused_without_reading_it(
     model_dir: Path, tmp_path: Path, expectation: ExpectedModules
 ) -> None:
     for name in (WEIGHTS, "adapter_config.json"):
@@ -167,10 +171,10 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_never_waited_for(
         assert any(name in finding for finding in findings(folder, expectation))
 
 
-def test_an_adapter_of_a_base_of_another_size_names_both(
+def test_a_finding_names_the_vocabulary_of_both_models(
     tmp_path: Path, model_dir: Path, architecture: Architecture, expectation: ExpectedModules
 ) -> None:
-    """Same names, same depth, another vocabulary: only embed_tokens can tell."""
+    """The models differ in the vocabulary only, so only embed_tokens shows it."""
     other = make_model(tmp_path / "model", vocab_size=900)
     folder = sound(other, tmp_path / "embed", target_modules=["embed_tokens"])
     found = "\n".join(findings(folder, expectation))
@@ -178,7 +182,7 @@ def test_an_adapter_of_a_base_of_another_size_names_both(
     assert "900" in found
 
 
-# Bytes as disks and networks leave them
+# Damaged files
 
 
 @pytest.fixture(scope="module")
@@ -187,10 +191,10 @@ def intact(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return folder, (folder / WEIGHTS).read_bytes()
 
 
-def test_files_that_change_under_way_are_neither_served_nor_refused(
+def test_files_that_change_while_they_are_read_are_neither_served_nor_refused(
     model_dir: Path, tmp_path: Path, expectation: ExpectedModules
 ) -> None:
-    """Their findings would be remembered against content that has none."""
+    """A refusal would be remembered for the revision before the change."""
     folder = sound(model_dir, tmp_path / "adapter")
     before = Revisions().reference("x", str(folder))
     read_adapter(before, expectation)
@@ -203,7 +207,7 @@ def test_files_that_change_under_way_are_neither_served_nor_refused(
 
 
 def check(folder: Path, content: bytes, expectation: ExpectedModules) -> None:
-    """Refused, or read exactly as safetensors itself reads it."""
+    """The adapter is refused, or read as safetensors reads it."""
     (folder / WEIGHTS).write_bytes(content)
     try:
         adapter: AdapterWeights = read_adapter(AdapterRef("x", str(folder), "1"), expectation)
@@ -220,14 +224,18 @@ def check(folder: Path, content: bytes, expectation: ExpectedModules) -> None:
 
 @settings(max_examples=60)
 @given(st.data())
-def test_truncated_files(intact: tuple[Path, bytes], expectation: ExpectedModules, data: st.DataObject) -> None:
+def test_a_truncated_file_is_refused(
+    intact: tuple[Path, bytes], expectation: ExpectedModules, data: st.DataObject
+) -> None:
     folder, content = intact
     check(folder, content[: data.draw(st.integers(0, len(content) - 1))], expectation)
 
 
 @settings(max_examples=150)
 @given(st.data())
-def test_flipped_bits(intact: tuple[Path, bytes], expectation: ExpectedModules, data: st.DataObject) -> None:
+def test_a_file_with_flipped_bits_is_refused_or_read_as_safetensors_does(
+    intact: tuple[Path, bytes], expectation: ExpectedModules, data: st.DataObject
+) -> None:
     folder, content = intact
     spoilt = bytearray(content)
     header = 8 + int.from_bytes(content[:8], "little")
@@ -238,14 +246,17 @@ def test_flipped_bits(intact: tuple[Path, bytes], expectation: ExpectedModules, 
 
 
 @given(st.integers(0, 2**64 - 1) | st.sampled_from([2**63, 2**31, 100_000_001, 0, 1]))
-def test_any_header_length(intact: tuple[Path, bytes], expectation: ExpectedModules, length: int) -> None:
+def test_any_header_length_is_refused_or_read_as_safetensors_does(
+    intact: tuple[Path, bytes], expectation: ExpectedModules, length: int
+) -> None:
     folder, content = intact
     check(folder, length.to_bytes(8, "little") + content[8:], expectation)
 
 
 @pytest.mark.parametrize("dtype", ["BOOL", "F4", "F6_E2M3", "F8_E5M2", "F8_E8M0", "C64", "I64", "U8", "Q9", ""])
-def test_any_dtype_in_the_header(intact: tuple[Path, bytes], expectation: ExpectedModules, dtype: str) -> None:
-    """The header is rewritten, its tensors' shapes with it, so that the offsets still agree where they can."""
+def test_a_dtype_that_is_no_float_is_refused(
+    intact: tuple[Path, bytes], expectation: ExpectedModules, dtype: str
+) -> None:
     folder, content = intact
     header = content[8 : 8 + int.from_bytes(content[:8], "little")]
     again = header.replace(b'"F32"', f'"{dtype}"'.encode())
@@ -261,7 +272,7 @@ def test_the_intact_file_is_read(intact: tuple[Path, bytes], expectation: Expect
     check(folder, content, expectation)
 
 
-def test_aliases_let_an_adapter_name_the_base_otherwise(
+def test_an_adapter_may_name_the_base_by_an_alias(
     model_dir: Path, tmp_path: Path, expectation: ExpectedModules
 ) -> None:
     folder = edit_config(sound(model_dir, tmp_path / "hub"), base_model_name_or_path="Acme/Embedder-v1")
