@@ -8,12 +8,11 @@ import subprocess
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 from threading import Lock
 from time import monotonic
-from typing import IO, Any
+from typing import Any
 
 from ranklet.replicas.adapters.patterns import Pattern, PatternMatches, PlainPattern, match_plain
 
@@ -22,6 +21,7 @@ _MEMORY_LIMIT_BYTES = 512 << 20
 _CACHED_REPLIES = 256
 _CACHED_BYTES = 1 << 16  # longer replies are not cached
 _CHUNK_BYTES = 1 << 16
+_OVER_CPU_LIMIT = -signal.SIGPROF  # exit status of a helper that reached its CPU limit
 
 
 class PatternMatcher:
@@ -83,6 +83,7 @@ class PatternMatcher:
                 matches.layers[pattern][names[index]] = layer
 
     def _ask(self, request: bytes, count: int) -> list[dict[str, Any]]:
+        """Replies for each pattern; after the last one that was matched, an error and no further replies."""
         digest = hashlib.sha256(request).digest()
         with self._lock:
             if digest in self._replies:
@@ -90,32 +91,36 @@ class PatternMatcher:
                 return self._replies[digest]
             deadline_s = monotonic() + self._timeout_s
             received, status = self._exchange(request, count, deadline_s)
-            if status not in (0, -signal.SIGPROF) and monotonic() < deadline_s:  # ended by something else: try again
+            if status not in (0, _OVER_CPU_LIMIT) and monotonic() < deadline_s:  # killed by something else: try again
                 received, status = self._exchange(request, count, deadline_s)
             replies = [json.loads(line) for line in received.splitlines(keepends=True) if line.endswith(b"\n")]
-            if len(replies) < count:
-                limit = (
-                    f"{self._cpu_limit_s:g} s of CPU time" if status == -signal.SIGPROF else f"{self._timeout_s:g} s"
-                )
-                replies.append({"error": f"expected to be matched within {limit}; use plain module names"})
-            if len(received) <= _CACHED_BYTES and status in (0, -signal.SIGPROF):
+            if status:
+                replies.append({"error": f"expected to be matched within {self._limit(status)}; use plain names"})
+            if len(received) <= _CACHED_BYTES and status in (0, _OVER_CPU_LIMIT):
                 self._replies[digest] = replies
                 while len(self._replies) > _CACHED_REPLIES:
                     self._replies.popitem(last=False)
             return replies
 
+    def _limit(self, status: int) -> str:
+        if status == _OVER_CPU_LIMIT:
+            return f"{self._cpu_limit_s:g} s of CPU time"
+        return f"{self._timeout_s:g} s and {_MEMORY_LIMIT_BYTES >> 20} MiB"
+
     def _exchange(self, request: bytes, count: int, deadline_s: float) -> tuple[bytes, int]:
-        """Send a request; returns the reply, and the helper's exit status if it ended before the last line, else 0."""
-        process = self._started()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        received = bytearray()
-        with suppress(BrokenPipeError):
-            for chunk in _converse(process.stdin, process.stdout, request, deadline_s):
+        """Send a request. Returns the reply, and the helper's exit status if it had to end before the last line."""
+        received, lines = bytearray(), 0
+        try:
+            for chunk in _converse(self._started(), request, deadline_s):
                 received += chunk
-                if received.count(b"\n") == count:
+                lines += chunk.count(b"\n")
+                if lines == count:
                     return bytes(received), 0
-        return bytes(received), self._end()
+        except BrokenPipeError:
+            pass
+        finally:
+            status = self._end() if lines < count else 0
+        return bytes(received), status or 1
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is not None and self._process.poll() is not None:
@@ -142,20 +147,21 @@ class PatternMatcher:
         return process.wait()
 
 
-def _converse(stdin: IO[bytes], stdout: IO[bytes], request: bytes, deadline_s: float) -> Iterator[bytes]:
-    """Write a request and read the reply in chunks, until the other end closes or the deadline passes."""
+def _converse(process: subprocess.Popen[bytes], request: bytes, deadline_s: float) -> Iterator[bytes]:
+    """Write a request and read the reply in chunks, until the process ends or the deadline passes."""
+    assert process.stdin is not None
+    assert process.stdout is not None
     rest = memoryview(request)
     with DefaultSelector() as selector:
-        selector.register(stdin, EVENT_WRITE)
-        selector.register(stdout, EVENT_READ)
+        selector.register(process.stdin, EVENT_WRITE)
+        selector.register(process.stdout, EVENT_READ)
         while ready := selector.select(max(0.0, deadline_s - monotonic())):
             for key, _ in ready:
-                if key.fileobj is stdout:
-                    chunk = os.read(stdout.fileno(), _CHUNK_BYTES)
-                    if not chunk:
-                        return
+                if key.fileobj is process.stdin:
+                    rest = rest[os.write(key.fd, rest[:_CHUNK_BYTES]) :]
+                    if not rest:
+                        selector.unregister(process.stdin)
+                elif chunk := os.read(key.fd, _CHUNK_BYTES):
                     yield chunk
-                    continue
-                rest = rest[os.write(stdin.fileno(), rest[:_CHUNK_BYTES]) :]
-                if not rest:
-                    selector.unregister(stdin)
+                else:
+                    return

@@ -22,7 +22,7 @@ _HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "megatron_core",
     "loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
-_HONOURED = {
+_APPLIED = {
     "peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias",
 }  # fmt: skip
@@ -220,7 +220,7 @@ def _unsupported(fields: dict[str, Any]) -> Iterator[str]:
             "save the adapter with PEFT's path_initial_model_for_weight_conversion"
         )
     for name, value in fields.items():
-        if name not in _HARMLESS and name not in _HONOURED and value not in (None, False, [], {}, ""):
+        if name not in _HARMLESS and name not in _APPLIED and value not in (None, False, [], {}, ""):
             yield f"{shorten(name)}: not supported; train the adapter without it"
 
 

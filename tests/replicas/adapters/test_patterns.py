@@ -155,7 +155,7 @@ def test_a_closed_matcher_leaves_no_process() -> None:
 def test_a_helper_that_does_not_answer_in_time_is_ended() -> None:
     with PatternMatcher(timeout_s=0) as matcher:
         pattern = Pattern("target_modules", PatternShape.FULL, ".*_proj")
-        assert "within 0 s" in matcher.match([pattern], NAMES).errors[pattern]
+        assert "within 0 s and 512 MiB" in matcher.match([pattern], NAMES).errors[pattern]
         assert matcher.pid is None
 
 
