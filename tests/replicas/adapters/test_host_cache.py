@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ranklet.replicas.adapters.host_cache import HostCache
-from ranklet.replicas.adapters.packed import PackedLayout, PackedAdapter
+from ranklet.replicas.adapters.packed import PackedAdapter, PackedLayout
 from ranklet.replicas.adapters.reference import AdapterRef
 
 REFS = [AdapterRef(f"a{index}", f"/{index}", "1") for index in range(6)]
