@@ -94,10 +94,24 @@ def test_the_manifest_is_a_ray_service() -> None:
         assert mounted == {volume["name"] for volume in pod["spec"]["volumes"]}
 
 
-def test_ray_does_not_start_without_a_token() -> None:
-    """Without one, Ray unpickles, and so runs, what anyone sends who can connect to a pod."""
+def image_environment() -> dict[str, str]:
     (variables,) = [rest for word, rest in dockerfile() if word == "ENV"]
-    assert "RAY_AUTH_MODE=token" in variables.split()
+    return dict(variable.split("=") for variable in variables.split())
+
+
+def test_ray_in_the_image_does_not_start_without_a_token(tmp_path: Path) -> None:
+    """Without a token, Ray unpickles what anyone sends, which runs code."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--temp-dir={tmp_path}"]
+    done = subprocess.run(
+        command, env=environment | image_environment() | {"HOME": str(tmp_path)},
+        capture_output=True, text=True, check=False, timeout=100,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "no authentication token was found" in done.stdout + done.stderr
+
+
+def test_the_manifest_turns_rays_token_on() -> None:
     assert manifest()["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
     for template in pod_templates():
         for container in template["spec"]["containers"]:

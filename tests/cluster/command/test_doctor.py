@@ -33,13 +33,13 @@ def test_a_sound_deployment_passes(
     assert "legal-v2" not in output
     assert "6 adapters" in output
     found = states(config)
-    assert {found[what] for what in ("torch", "ray", "C compiler", "base.model_dir", "adapters_dir")} == {"ok"}
+    assert {found[subject] for subject in ("torch", "ray", "C compiler", "base.model_dir", "adapters_dir")} == {"ok"}
     for finding in run_checks(config):
         assert (finding.state == "ok") != bool(finding.remedy), finding
 
 
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("change", "subject"),
     [
         ({"base": {"model_dir": "/nowhere"}}, "base.model_dir"),
         ({"adapters_dir": "/nowhere"}, "adapters_dir"),
@@ -49,14 +49,14 @@ def test_a_sound_deployment_passes(
     ],
 )
 def test_each_fault_is_found(
-    change: dict[str, object], what: str, model_dir: Path, adapters_dir: Path, tmp_path: Path,
+    change: dict[str, object], subject: str, model_dir: Path, adapters_dir: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     content = local_configuration(model_dir, adapters_dir)
     content["applications"][0]["args"] |= change
     config = written(tmp_path, content)
     assert cli.main(["doctor", str(config)]) == 1
-    assert [name for name, state in states(config).items() if state == "fail"] == [what]
+    assert [name for name, state in states(config).items() if state == "fail"] == [subject]
     capsys.readouterr()
 
 
