@@ -22,11 +22,11 @@ test: $(READY) ## run every test on the CPU: those without Ray in parallel, then
 	@OMP_NUM_THREADS=1 $(BIN)/pytest $(CLUSTERED:%=--ignore=%) --numprocesses logical --maxprocesses 8 --dist worksteal
 	@$(BIN)/pytest $(CLUSTERED)
 
-check: $(READY) ## run ruff, mypy --strict and the import rule
+check: $(READY) ## run ruff, mypy --strict and the rules of imports, sizes and names
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .dev/ranklet tests
-	$(BIN)/pytest -q tests/test_imports.py
+	$(BIN)/pytest -q tests/test_imports.py tests/test_structure.py
 
 format: $(READY) ## fix and format with ruff
 	$(BIN)/ruff check --fix .
