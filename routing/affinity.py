@@ -69,7 +69,6 @@ class Affinity:
             self._fleet.set_members(members, self._clock())
 
     def set_gateways(self, gateways: int, gateway_index: int) -> None:
-        """See `Fleet.set_gateways`."""
         with self._lock:
             self._fleet.set_gateways(gateways, gateway_index)
 
@@ -124,12 +123,11 @@ class Affinity:
                     self._fleet.update_load(replica, load, now_s, age_s)
 
     def replica_of(self, request: int) -> str | None:
-        """Id of the replica that a request in flight was sent to."""
         with self._lock:
             return self._fleet.replica_of(request)
 
     def stranded(self, requests: Iterable[int]) -> Mapping[int, str | None]:
-        """Returns the requests that nobody works on: the id of their hung replica, or None if there are no replicas."""
+        """Returns requests that no replica works on, with the id of their hung replica, or None if no replica is up."""
         with self._lock:
             hung, empty = self._fleet.hung_replicas(self._clock()), not len(self._fleet)
             if not hung and not empty:
@@ -163,7 +161,6 @@ class Affinity:
             self._costs.update(fleet.update_holdings(report.replica, report.holdings))
 
     def views(self) -> list[ReplicaView]:
-        """A snapshot of every replica, for the status page."""
         with self._lock:
             return self._fleet.views(self._clock())
 

@@ -69,7 +69,6 @@ class CostTable:
         self.tight = tight
 
     def is_stale(self, now_s: float) -> bool:
-        """Whether `refresh` is due."""
         return not 0 <= now_s - self._refreshed_s <= _REFRESH_S or self._generation != self._fleet.generation
 
     def refresh(self, now_s: float) -> None:
@@ -99,13 +98,11 @@ class CostTable:
         return costs
 
     def update(self, adapters: Iterable[str]) -> None:
-        """Recomputes the costs of adapters whose placement has changed."""
         self._drop_old_generation()
         for name in self._costs.keys() & adapters:
             self.compute(name, self._costs[name])
 
     def drop(self, adapters: Iterable[str]) -> None:
-        """Removes the costs of adapters; they are computed again when needed."""
         for name in adapters:
             self._costs.pop(name, None)
 

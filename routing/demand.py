@@ -46,7 +46,6 @@ class Demand:
         return self._mean_work * max((few - 2 * math.sqrt(few)) / FAST_S, (many - math.sqrt(many)) / SLOW_S, 0.0)
 
     def is_active(self, now_s: float) -> bool:
-        """Whether there was a request in the last two minutes."""
         return now_s - self._last_s < _ACTIVE_S
 
     @property

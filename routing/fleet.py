@@ -195,7 +195,6 @@ class Fleet:
         return True
 
     def mark_alive(self, replica: str, now_s: float) -> None:
-        """Records a sign of life of a replica."""
         i = self.index.get(replica)
         if i is not None:
             self._heard_s[i] = now_s
@@ -256,13 +255,11 @@ class Fleet:
         self._update_wait(i)
 
     def replica_of(self, request: int) -> str | None:
-        """Id of the replica that a request in flight was sent to."""
         return self._in_flight.replica_of(request)
 
     # Expected waits
 
     def _update_wait(self, i: int) -> None:
-        """Recomputes the inputs of `waits` for one replica."""
         unseen = min(max(self._sent[i] - self._received[i], 0.0), self._owed[i])
         age_s = max(self._now_s - self._reported_s[i], 0.0)
         routers = 1.0 if self.own[i] else 1.0 + (self.gateways - 1) * min(age_s / _STALE_S, 1.0)
@@ -270,7 +267,7 @@ class Fleet:
         self._least_s[i] = self._owed[i] / self._rate[i]
 
     def waits(self, now_s: float) -> Vector:
-        """Seconds until each replica would start new work: float64 [replicas].
+        """Seconds until each replica would start new work: float64 [replicas]. Hung replicas come last.
 
         The wait is the reported queue, drained since at the replica's own rate, plus the work that this router has
         sent and the replica had not received then. At replicas that other routers prefer, other routers are assumed to
@@ -286,7 +283,6 @@ class Fleet:
         return waits if self._hung is None else waits + _HUNG_COST_S * self._hung
 
     def views(self, now_s: float) -> list[ReplicaView]:
-        """A snapshot of every replica, for the status page."""
         waits = self.waits(now_s)
         return [
             ReplicaView(
@@ -297,7 +293,6 @@ class Fleet:
         ]  # fmt: skip
 
     def hung_replicas(self, now_s: float) -> Sequence[str]:
-        """Ids of replicas that owe this router answers and were silent for longer than REPLICA_SILENCE_LIMIT_S."""
         return [self.members[i].id for i in np.flatnonzero(self._is_hung(now_s))]
 
     def _is_hung(self, now_s: float) -> NDArray[np.bool_]:
@@ -305,5 +300,4 @@ class Fleet:
         return hung
 
     def mean_work_per_s(self) -> float:
-        """Mean rate of a replica."""
         return float(self._rate.mean()) if len(self) else DEFAULT_WORK_PER_S

@@ -35,10 +35,8 @@ class InFlight:
         return sent
 
     def replica_of(self, request: int) -> str | None:
-        """Id of the replica that a request was sent to."""
         sent = self._requests.get(request)
         return sent and sent[0]
 
     def retain(self, replicas: Collection[str]) -> None:
-        """Removes the requests of all other replicas."""
         self._requests = {request: sent for request, sent in self._requests.items() if sent[0] in replicas}

@@ -17,7 +17,7 @@ _MAX_LOAD_S = 3600.0
 
 
 def min_report_interval_s(gateways: int) -> float:
-    """Shortest time between two reports of a replica. It grows with the number of gateways that each report goes to."""
+    """Shortest time between two reports of a replica, each of which goes to every gateway."""
     return max(_SHORTEST_INTERVAL_S, _SHORTEST_INTERVAL_PER_GATEWAY_S * gateways)
 
 
@@ -50,7 +50,6 @@ class QueueLoad:
     at_s: float = 0.0
 
     def is_possible(self) -> bool:
-        """Whether all numbers are in a sensible range."""
         amounts = (self.queued_work, self.done_work, self.received_work)
         rate = self.work_per_s
         return all(0 <= n <= _MAX_WORK for n in amounts) and (rate == 0 or _MIN_WORK_PER_S <= rate <= _MAX_WORK)
@@ -82,7 +81,6 @@ class Holdings:
     from_host_s: float = 0.0
 
     def is_possible(self) -> bool:
-        """Whether all numbers are in a sensible range."""
         times_s = (self.from_disk_s, self.from_host_s)
         return all(0 <= s <= _MAX_LOAD_S for s in times_s) and min(self.slots, self.used_slots, self.pool_rank) >= 0
 

@@ -167,7 +167,6 @@ class SimulatedEngine:
             del self.waiting[adapter]
 
     def finish_batch(self) -> list[SimulatedRequest]:
-        """Ends the running batch. Returns its requests."""
         batch, self.running = self.running, []
         tokens = sum(request.tokens for request in batch)
         self.queued_tokens -= tokens

@@ -39,7 +39,6 @@ class SimulationResult:
         self.hit.append(hit)
 
     def row(self) -> dict[str, Any]:
-        """The run as one row of a table."""
         waits, hits = self._after_warm_up()
         measured_s = self.seconds - self.warm_s
         return {

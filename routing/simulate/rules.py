@@ -60,7 +60,6 @@ class RankletRule:
         self._routers[request.gateway].complete(request.id, None if rank is None else f"r{rank}", load)
 
     def on_report(self, report: StateReport, now_s: float, age_s: float) -> None:
-        """Delivers a report to every gateway."""
         self._now_s = now_s
         for gateway, router in enumerate(self._routers):
             router.on_report(report, str(gateway), age_s)
@@ -95,7 +94,6 @@ class _GlobalRule:
         return len(engine.queue) + len(engine.running)
 
     def _shorter_of_two(self, ranks: Sequence[int]) -> int:
-        """The shorter queue of two random replicas."""
         if len(ranks) == 1:
             return ranks[0]
         one, other = self._random.sample(ranks, 2)

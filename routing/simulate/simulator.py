@@ -157,7 +157,6 @@ class Simulator:
         self._continue(now_s, rank, engine)
 
     def _continue(self, now_s: float, rank: int, engine: SimulatedEngine) -> None:
-        """Starts the next batch and reports changes."""
         batch_s = engine.start_batch(now_s)
         if batch_s is not None:
             self._schedule(now_s + batch_s, partial(self._finish_batch, rank=rank, engine=engine))
@@ -227,7 +226,6 @@ class Simulator:
     # Membership
 
     def _lose(self, now_s: float, ranks: tuple[int, ...]) -> None:
-        """Removes replicas. Gateways send their requests again."""
         lost = [self._engines[rank] for rank in ranks]
         for rank in ranks:
             self._engines[rank] = None

@@ -31,7 +31,6 @@ class Study:
     policy: Policy = field(default_factory=Policy)
 
     def run(self, rule: str) -> SimulationResult:
-        """Simulates one rule of `RULES`."""
         made = RULES[rule](self.cluster.gateways, self.policy)
         return Simulator(self.cluster, made, self.traffic, rule).run()
 
