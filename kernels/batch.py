@@ -30,10 +30,10 @@ class LoraBatch:
     """Segments end to end from row 0, at most one per slot. Rows behind the last segment use the base model only.
 
     Attributes:
-        segments: as `plan` orders them, segments of more than `SHORT_ROWS` rows first.
-        rows: all rows of the batch.
-        implementation: set by `Backends.choose`; None computes the base model only, and `backend` is "none".
-        tiles: filled in for backends that read them.
+        segments: in the order of `plan`, segments of more than `SHORT_ROWS` rows first.
+        rows: number of rows, with and without an adapter.
+        implementation: set by `Backends.choose`. With None, only the base model is computed, and `backend` is "none".
+        tiles: for backends that read them, see `cut`.
         padded: whether `tiles` were cut with `padded`. Launches must then not depend on the segments.
 
     Raises:
@@ -63,31 +63,28 @@ class LoraBatch:
 
     @property
     def lora_rows(self) -> int:
-        """How many rows, from row 0 on, have an adapter."""
+        """Return the number of rows with an adapter. They come first."""
         return self.segments[-1].stop if self.segments else 0
 
     def with_tiles(self, device: torch.device) -> Self:
-        """Return the batch cut into tiles, with their arrays on a device. Engines copy them with the token ids."""
         return replace(self, tiles=tuple(tiles.to(device) for tiles in cut(self)))
 
 
 def plan(lengths: Sequence[int], slots: Sequence[int | None]) -> tuple[list[int], LoraBatch]:
-    """Order the requests of a batch so that each adapter's rows stand together.
-
-    Requests are sorted, never rows: O(n log n) in the number of requests.
+    """Order the requests of a batch so that each adapter's rows are adjacent, in O(n log n) of the number of requests.
 
     Args:
         lengths: rows of each request.
         slots: the pool slot of each request's adapter, None for the base model.
 
     Returns:
-        The order to lay the requests out in, and the batch whose segments fit that layout. Adapters with many rows
-        come first and requests without an adapter last; requests of one adapter keep their order.
+        The indices of the requests in their new order, and the batch for that order. Adapters with many rows come
+        first, requests without an adapter last. Requests of one adapter keep their order.
     """
     count = np.asarray(lengths, dtype=np.int64)
     if not len(count):
         return [], LoraBatch((), rows=0)
-    # Keys: 0 is the base model, 1 + slot an adapter. numpy reads a list of numbers faster than Python replaces Nones.
+    # Key 0 is the base model, key 1 + slot an adapter. Converting the list at once is faster than replacing Nones.
     if None in slots:
         key = np.array([0 if one is None else one + 1 for one in slots], dtype=np.int64)
     else:
@@ -105,18 +102,12 @@ def plan(lengths: Sequence[int], slots: Sequence[int | None]) -> tuple[list[int]
     return order.tolist(), LoraBatch(Segments(runs), rows=int(rows.sum()))
 
 
-def one_each(batch: LoraBatch, lengths: Sequence[int]) -> LoraBatch:
-    """Return the batch of one row per request, in the same order.
-
-    Args:
-        lengths: rows of each request, at least one, in the batch's order.
-    """
-    runs = runs_of(batch.segments).copy()
-    runs[:, :2] = np.cumsum((0, *lengths)).searchsorted(runs[:, :2])
-    return replace(batch, segments=Segments(runs), rows=len(lengths), tiles=())
+def plan_evenly(rows: int, adapters: int) -> LoraBatch:
+    """Plan a batch whose rows are shared evenly by the adapters in slots 0, 1, ... Requires rows >= adapters."""
+    return plan([rows // adapters + (i < rows % adapters) for i in range(adapters)], range(adapters))[1]
 
 
 def cut(batch: LoraBatch, *, padded: bool = False) -> tuple[RowTiles, ...]:
-    """Cut the batch's segments into tiles, `padded` for CUDA graphs (`cut_padded`)."""
+    """Cut the segments into tiles. With `padded`, the result fits a CUDA graph, see `cut_padded`."""
     runs = runs_of(batch.segments)
     return cut_padded(runs, batch.rows) if padded else cut_runs(runs)

@@ -9,12 +9,11 @@ from dataclasses import replace
 import torch
 
 from ranklet.kernels import csgmv, merge
-from ranklet.kernels.batch import LoraBatch
+from ranklet.kernels.batch import LoraBatch, plan_evenly
 from ranklet.kernels.packs import PACKS
 from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.row_tiles import SHORT_HEIGHTS, TALL_HEIGHTS
 from ranklet.kernels.stack import LinearStack, SlotMeta
-from ranklet.kernels.workloads import even
 
 HEIGHTS = (*SHORT_HEIGHTS, *TALL_HEIGHTS)
 _BATCH_ROWS = (1, 256, 1024, 4096)  # sizes with different tiles in the tables
@@ -30,9 +29,9 @@ def batches(slots: int, most_rows: int) -> Iterator[LoraBatch]:
         for height in HEIGHTS:
             adapters = max(1, min(slots, rows // height))
             used = rows if height == HEIGHTS[-1] else min(rows, adapters * height)
-            yield replace(even(used, adapters), rows=rows)
+            yield replace(plan_evenly(used, adapters), rows=rows)
             if rows > height:
-                yield replace(even(height, 1), rows=rows)
+                yield replace(plan_evenly(height, 1), rows=rows)
 
 
 @torch.inference_mode()

@@ -1,28 +1,40 @@
-"""Batches of some rows of a batch, for a projection that gets only these rows, such as `lm_head`.
+"""Selects rows of a batch, for a projection that is computed for these rows only, such as `lm_head`.
 
-Generation keeps a few rows of each request (pruned logits) and may call the head on chunks of them. Each call needs a
+A head often reads a few rows of each request (pruned logits), and may be called on chunks of them. Each call needs a
 batch of exactly its rows: with the full batch, rows would silently get the wrong adapter. A subset keeps the backend,
-but not the tiles. Segments keep their order, so a long segment may stand behind a shortened one.
+but not the tiles. Segments keep their order, so a long segment may come after a shortened one.
 """
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ranklet.kernels.batch import LoraBatch
-from ranklet.kernels.segments import Segment
+from ranklet.kernels.segments import Segment, Segments, runs_of
 
 
 def check_rows(x: Tensor, batch: LoraBatch) -> None:
-    """Raise ValueError if `x` [T, ...] has other rows than the batch."""
+    """Raise ValueError if the number of rows of `x` [T, ...] is not the batch's."""
     if x.shape[0] != batch.rows:
         raise ValueError(
             f"rows: expected {batch.rows}, the rows of the batch, got {x.shape[0]}; "
             "make a batch of the rows that are passed with ranklet.kernels.row_subset"
         )
+
+
+def one_each(batch: LoraBatch, lengths: Sequence[int]) -> LoraBatch:
+    """Return the batch of one row per request.
+
+    Args:
+        lengths: rows of each request, at least one, in the order of the batch.
+    """
+    runs = runs_of(batch.segments).copy()
+    runs[:, :2] = np.cumsum((0, *lengths)).searchsorted(runs[:, :2])
+    return replace(batch, segments=Segments(runs), rows=len(lengths), tiles=())
 
 
 def subset(batch: LoraBatch, rows: NDArray[np.integer]) -> LoraBatch:
@@ -41,7 +53,7 @@ def subset(batch: LoraBatch, rows: NDArray[np.integer]) -> LoraBatch:
 
 
 def subset_by_counts(batch: LoraBatch, kept_per_request: Sequence[int], rows_per_request: Sequence[int]) -> LoraBatch:
-    """Return the batch in which each request keeps some of its rows, in order.
+    """Return the batch of the rows that each request keeps.
 
     Args:
         kept_per_request: number of rows that each request keeps, in the order of the batch.
@@ -66,10 +78,10 @@ def subset_by_counts(batch: LoraBatch, kept_per_request: Sequence[int], rows_per
 
 
 def row_range(batch: LoraBatch, start: int, stop: int) -> LoraBatch:
-    """Return the batch of rows [start, stop), in O(its segments).
+    """Return the batch of rows [start, stop).
 
     Raises:
-        ValueError: the range does not lie in the batch.
+        ValueError: the range exceeds the batch.
     """
     if not 0 <= start <= stop <= batch.rows:
         raise ValueError(f"rows: expected a range in [0, {batch.rows}], got [{start}, {stop})")

@@ -11,14 +11,13 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn import functional
 
-from ranklet.kernels.batch import LoraBatch
+from ranklet.kernels.batch import LoraBatch, plan_evenly
 from ranklet.kernels.cost_model import LoraLayer
 from ranklet.kernels.crossover import Crossover, Scope, crossovers, to_entry
 from ranklet.kernels.dispatch import NAMES, Backends
 from ranklet.kernels.stack import padded_rank
 from ranklet.kernels.tuning.compile import compile_all
 from ranklet.kernels.tuning.random_lora import ProjectionShape, RandomLora, random_lora, wall_ms
-from ranklet.kernels.workloads import even
 
 ADAPTERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 ROWS = (16, 64, 256, 1024, 3072, 7680, 15_360, 30_720)
@@ -86,7 +85,7 @@ def compile_batch(job: CompileJob) -> None:
             job.projections, job.rank, job.slots, job.most_rows, device=torch.device("cuda", 0)
         )
     layer = _cached[key]
-    layer.run("csgmv", even(job.rows, job.adapters).with_tiles(layer.device), list(layer.loras))
+    layer.run("csgmv", plan_evenly(job.rows, job.adapters).with_tiles(layer.device), list(layer.loras))
 
 
 def points(rows: Sequence[int], adapters: Sequence[int]) -> list[tuple[int, int]]:
@@ -107,7 +106,7 @@ def compile_batches(
 
 
 def times_ms(layer: MeasuredLayer, rows: int, adapters: int, scope: Scope, backends: Sequence[str]) -> dict[str, float]:
-    batch = even(rows, adapters).with_tiles(layer.device)
+    batch = plan_evenly(rows, adapters).with_tiles(layer.device)
     return {name: wall_ms(partial(layer.run, name, batch, SCOPES[scope])) for name in backends}
 
 

@@ -3,12 +3,28 @@
 On an H200, the best of 24 to 60 tiles was always among these or within 2 % of one of them.
 """
 
-from ranklet.kernels.batch import cut
+from dataclasses import dataclass
+
+from ranklet.kernels.batch import LoraBatch, cut, plan
+from ranklet.kernels.mixes import Mix, assign
 from ranklet.kernels.row_tiles import RowTiles
 from ranklet.kernels.tiles import ExpandTile, FusedTile, Op, ShrinkTile, Tile
-from ranklet.kernels.workloads import Workload
 
-FEW_ROWS = 1024  # smaller batches leave most of a GPU idle unless the parts of K run side by side
+FEW_ROWS = 1024  # smaller batches leave most of a GPU idle unless parts of K are computed in parallel
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A batch of requests of one length."""
+
+    mix: Mix
+    requests: int
+    length_tokens: int
+    adapters: int
+
+    def batch(self) -> LoraBatch:
+        return plan([self.length_tokens] * self.requests, assign(self.mix, self.requests, self.adapters))[1]
+
 
 WORKLOADS = (
     Workload("distinct", 256, 1, 32),

@@ -16,7 +16,7 @@ from ranklet.kernels.row_tiles import RowTiles
 from ranklet.kernels.segments import Segments
 from ranklet.kernels.shrink import shrink
 from ranklet.kernels.tiles import ExpandTile, FusedTile, Op, ShrinkTile, Tile, TileKey
-from ranklet.kernels.tuning.candidates import FEW_ROWS, candidates, cases
+from ranklet.kernels.tuning.candidates import FEW_ROWS, Workload, candidates, cases
 from ranklet.kernels.tuning.random_lora import (
     ProjectionShape,
     expanded,
@@ -26,7 +26,6 @@ from ranklet.kernels.tuning.random_lora import (
     relative_error,
     shrunk,
 )
-from ranklet.kernels.workloads import Workload
 
 MOST_PARTS = 4  # the largest `ShrinkTile.split` among the candidates
 

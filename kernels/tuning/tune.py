@@ -21,11 +21,10 @@ from ranklet.kernels.launch import is_hopper
 from ranklet.kernels.stack import padded_rank
 from ranklet.kernels.tiles import ExpandTile, FusedTile, Op, Tile, TileKey, path_for, table, to_entry
 from ranklet.kernels.tuning import backends
-from ranklet.kernels.tuning.candidates import FEW_ROWS, WORKLOADS, candidates, cases
+from ranklet.kernels.tuning.candidates import FEW_ROWS, WORKLOADS, Workload, candidates, cases
 from ranklet.kernels.tuning.compile import compile_all
 from ranklet.kernels.tuning.launches import MOST_PARTS, TileLauncher
 from ranklet.kernels.tuning.random_lora import ProjectionShape, projections
-from ranklet.kernels.workloads import Workload
 
 TOLERANCE = 3e-3  # relative error against float32
 OPS: tuple[Op, ...] = ("shrink", "expand", "fused")

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ranklet.kernels import dispatch
-from ranklet.kernels.batch import LoraBatch, one_each, plan
+from ranklet.kernels.batch import LoraBatch, plan
 from ranklet.kernels.cost_model import LoraLayer
 from ranklet.kernels.crossover import crossovers, surface
 from ranklet.kernels.dispatch import Backends
+from ranklet.kernels.row_subset import one_each
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.engine.bucket import Bucket, is_full
 from ranklet.replicas.engine.cuda_graphs import GraphCache

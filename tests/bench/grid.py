@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from ranklet.kernels.batch import plan_evenly
 from ranklet.kernels.cost_model import LoraLayer
 from ranklet.kernels.crossover import Scope, crossovers, surface
 from ranklet.kernels.dispatch import Backends
 from ranklet.kernels.stack import padded_rank
 from ranklet.kernels.tuning.backends import SCOPES, MeasuredLayer, points, times_ms
-from ranklet.kernels.workloads import even
 from tests.bench import plot, report
 
 CLOSE = 0.03  # time a choice again that is further from the best, in case of noise
@@ -36,7 +36,7 @@ def picked(layer: MeasuredLayer, rows: int, adapters: int, scope: Scope) -> str:
     projections = tuple((p.wide, p.widths) for p in (layer.loras[name].projection for name in SCOPES[scope]))
     known = surface(crossovers(layer.device.index), scope, layer.hidden)
     lora = LoraLayer(projections, padded_rank(layer.rank), layer.device.type == "cuda", known)
-    return Backends(lora).choose(even(rows, adapters), "fastest").backend
+    return Backends(lora).choose(plan_evenly(rows, adapters), "fastest").backend
 
 
 def measured(layer: MeasuredLayer, rows: int, adapters: int, scope: Scope, backends: Sequence[str]) -> dict[str, Any]:

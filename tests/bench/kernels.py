@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ranklet.kernels.batch import LoraBatch, cut, plan
+from ranklet.kernels.batch import LoraBatch, cut, plan, plan_evenly
 from ranklet.kernels.dispatch import NAMES
 from ranklet.kernels.tuning.backends import SCOPES, MeasuredLayer, compile_batches, points
 from ranklet.kernels.tuning.random_lora import (
@@ -31,7 +31,6 @@ from ranklet.kernels.tuning.random_lora import (
     relative_error,
     shrunk,
 )
-from ranklet.kernels.workloads import even
 from tests.bench import grid, report
 from tests.bench.shapes import QWEN3_EMBEDDING_06B, decoder
 
@@ -89,7 +88,7 @@ def row(part: str, what: str, measured: float, must: float | None, unit: str, ba
 def few(on: Sizing) -> Iterator[dict[str, Any]]:
     """Measure every backend with few adapters and long prompts. The target applies to the fastest."""
     rows, adapters = on.batch(30_720, 4)
-    layer, batch = on.layer(64, adapters, rows), even(rows, adapters).with_tiles(on.device)
+    layer, batch = on.layer(64, adapters, rows), plan_evenly(rows, adapters).with_tiles(on.device)
     found = {backend: added_ms(layer, backend, batch, ATTENTION) for backend in on.backends}
     best = min(found, key=lambda name: found[name][0])
     for backend, (added, base) in found.items():
@@ -109,7 +108,7 @@ def short(on: Sizing) -> Iterator[dict[str, Any]]:
 
 
 def _csgmv(on: Sizing, part: str, rows: int, adapters: int, targets: dict[str, float]) -> Iterator[dict[str, Any]]:
-    layer, batch = on.layer(64, adapters, rows), even(rows, adapters).with_tiles(on.device)
+    layer, batch = on.layer(64, adapters, rows), plan_evenly(rows, adapters).with_tiles(on.device)
     for name, must in targets.items():
         added, base = added_ms(layer, _tiled(on), batch, (name,))
         what = f"{adapters} x {rows // adapters} {name}, {_tiled(on)}"
@@ -120,7 +119,7 @@ def decode(on: Sizing) -> Iterator[dict[str, Any]]:
     """Measure 256 requests of one row, with the four projections in one graph."""
     for count, must in ((32, 0.07), (8, 0.05)):
         rows, adapters = on.batch(256, count)
-        layer, batch = on.layer(64, adapters, rows), even(rows, adapters).with_tiles(on.device)
+        layer, batch = on.layer(64, adapters, rows), plan_evenly(rows, adapters).with_tiles(on.device)
         added, base = added_ms(layer, _tiled(on), batch, ALL)
         what = f"{rows} x 1 of {adapters} adapters, all four, {_tiled(on)}"
         yield row("decode", what, added, must if on.divisor == 1 else None, "ms", base)

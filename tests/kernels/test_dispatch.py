@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from ranklet.kernels import dispatch
-from ranklet.kernels.batch import LoraBatch, plan
+from ranklet.kernels.batch import LoraBatch, plan, plan_evenly
 from ranklet.kernels.cost_model import LoraLayer
 from ranklet.kernels.crossover import Crossover, surface
 from ranklet.kernels.segments import Segment
@@ -92,17 +92,13 @@ QWEN = ((1024, (2048, 1024, 1024)), (2048, (1024,)))
 GPU = LoraLayer(QWEN, rank=64, cuda=True)
 
 
-def evenly(adapters: int, rows: int) -> LoraBatch:
-    return plan([rows // adapters] * adapters, list(range(adapters)))[1]
-
-
 @pytest.mark.parametrize(
     ("adapters", "rows", "best"),
     [(1, 30_720, "merged"), (4, 30_720, "merged"), (64, 30_720, "csgmv"), (256, 4096, "csgmv"), (32, 256, "csgmv")],
 )
 def test_the_cost_model_agrees_with_an_h200(adapters: int, rows: int, best: str) -> None:
-    assert dispatch.Backends(GPU).choose(evenly(adapters, rows), "fastest").backend == best
-    assert dispatch.Backends(GPU).choose(evenly(adapters, rows)).backend == "csgmv", "auto rounds once"
+    assert dispatch.Backends(GPU).choose(plan_evenly(rows, adapters), "fastest").backend == best
+    assert dispatch.Backends(GPU).choose(plan_evenly(rows, adapters)).backend == "csgmv", "auto rounds once"
 
 
 def crossover(rows: int, adapters: int, csgmv: float, merged: float, rank: int = 64, hidden: int = 1024) -> Crossover:
@@ -119,9 +115,9 @@ MEASURED = [
 
 def test_measurements_take_precedence_over_the_cost_model() -> None:
     layer = replace(GPU, measured=surface(MEASURED, "attention", 1024))
-    assert dispatch.fastest(evenly(5, 25_000), layer) == "merged"
-    assert dispatch.fastest(evenly(50, 25_000), layer) == "csgmv"
-    assert dispatch.fastest(evenly(5, 25_000), replace(layer, rank=16)) == "csgmv"
+    assert dispatch.fastest(plan_evenly(25_000, 5), layer) == "merged"
+    assert dispatch.fastest(plan_evenly(25_000, 50), layer) == "csgmv"
+    assert dispatch.fastest(plan_evenly(25_000, 5), replace(layer, rank=16)) == "csgmv"
 
 
 def test_times_are_interpolated_between_measurements() -> None:

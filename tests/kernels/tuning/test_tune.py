@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from ranklet.kernels.batch import plan_evenly
 from ranklet.kernels.crossover import Crossover, from_entry, to_entry
 from ranklet.kernels.row_tiles import RowTiles
 from ranklet.kernels.shrink import shrink
 from ranklet.kernels.stack import LinearStack, padded_rank
 from ranklet.kernels.tiles import KINDS, ShrinkTile
 from ranklet.kernels.tuning import tune
-from ranklet.kernels.tuning.candidates import FEW_ROWS, WORKLOADS, candidates, cases
+from ranklet.kernels.tuning.candidates import FEW_ROWS, WORKLOADS, Workload, candidates, cases
 from ranklet.kernels.tuning.compile import compile_all
 from ranklet.kernels.tuning.random_lora import ProjectionShape, projections, random_lora
-from ranklet.kernels.workloads import Workload, even
 from tests.bench.shapes import QWEN3_EMBEDDING_06B
 
 CPU, DEVICE = torch.device("cpu"), torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,8 +53,11 @@ def test_every_tile_height_has_candidates_of_the_right_kind() -> None:
 
 
 def test_rows_are_shared_evenly() -> None:
-    batch = even(11, 4)
+    batch = plan_evenly(11, 4)
     assert sorted(segment.rows for segment in batch.segments) == [2, 3, 3, 3]
+
+
+def test_a_rank_is_padded_to_a_multiple_of_16() -> None:
     assert [padded_rank(rank) for rank in (1, 8, 16, 17, 64)] == [16, 16, 16, 32, 64]
 
 
