@@ -84,13 +84,21 @@ class Intake:
         if texts:
             for part, size_bytes in self._slices(texts):
                 async with self._budget.spend(owner, size_bytes):
-                    request.prompts.extend(await self.on_thread(partial(self._tokenizer.encode, part)))
+                    request.prompts.extend(await self._tokenise(part))
             limits.check_prompts(request.prompts)
         return request
 
     async def on_thread(self, work: Callable[[], T]) -> T:
         """Run blocking `work` on a thread of the intake."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def _tokenise(self, texts: Texts) -> list[NDArray[np.int32]]:
+        work = asyncio.ensure_future(self.on_thread(partial(self._tokenizer.encode, texts)))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait([work])  # the thread cannot be stopped, so the budget stays in use until it ends
+            raise
 
     def _parse(
         self, body: bytes, parse: ParseTask[AnswerT], limits: RequestLimits, authorize: Authorize, small: bool

@@ -143,6 +143,26 @@ async def test_a_small_text_does_not_wait_for_the_large_texts_of_another_key(tmp
     assert {answer.status_code for answer in await asyncio.gather(*large)} == {200}
 
 
+async def test_texts_of_clients_that_disconnected_count_until_their_threads_end(tmp_path: Path) -> None:
+    parts = Parts(tmp_path)
+    parts.tokenizer.held_up.clear()
+    texts = ["word " * 4_000] * 10
+    left = [asyncio.ensure_future(parts.post(BASE, texts)) for _ in range(3)]
+    try:
+        await until(lambda: len(parts.tokenizer.encoded) == 3)
+        for call in left:
+            call.cancel()
+        stays = asyncio.ensure_future(parts.post(BASE, texts))
+        for _ in range(5):
+            assert (await parts.post(BASE, WORDS)).status_code == 200
+        assert [len(each) for each in parts.tokenizer.encoded] == [10, 10, 10, 1, 1, 1, 1, 1]
+    finally:
+        parts.tokenizer.held_up.set()
+    assert (await stays).status_code == 200
+    assert all(isinstance(each, asyncio.CancelledError) for each in await asyncio.gather(*left, return_exceptions=True))
+    assert parts.admission.in_flight == 0
+
+
 async def test_the_texts_of_a_large_request_keep_their_order(tmp_path: Path) -> None:
     parts = Parts(tmp_path, LimitsConfig(max_tokenising_bytes=100_000))  # several slices
     texts = ["word " * (1 + number % 3000) for number in range(600)]
