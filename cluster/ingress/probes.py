@@ -1,4 +1,4 @@
-"""HTTP handlers for operators and monitoring, open to everybody."""
+"""HTTP handlers for operators and monitoring. They need no key."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

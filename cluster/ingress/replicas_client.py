@@ -101,7 +101,7 @@ class ReplicasClient:
         return description
 
     async def limits(self) -> RequestLimits:
-        """Limits of the engines, asked for once.
+        """Limits of the engines, fetched once.
 
         Raises:
             Unavailable: no replica has answered yet.
@@ -158,14 +158,14 @@ class ReplicasClient:
     async def _send_all(self, method: str, calls: Sequence[InferenceCall[Any]]) -> list[InferenceReply[Any]]:
         if len(calls) == 1:
             return [await self._send(method, calls[0])]
-        # Ray 2.60 tells calls that wait for a replica apart by the id of the HTTP request that they serve: of two calls
-        # with the same id, the second waits for ever. In an empty context each call gets an id of its own.
+        # Ray 2.60 identifies a call that waits for a replica by the id of its HTTP request: the second of two calls of
+        # one request waits for ever. In an empty context each call gets an id of its own.
         loop = asyncio.get_running_loop()
         tasks = [loop.create_task(self._send(method, call), context=contextvars.Context()) for call in calls]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
-            for task in tasks:  # after one refusal, nobody needs the other results
+            for task in tasks:  # after one refusal, the other results are not needed
                 task.cancel()
 
     async def _send(self, method: str, call: InferenceCall[Any]) -> InferenceReply[Any]:

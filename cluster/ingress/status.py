@@ -53,7 +53,7 @@ def status_of(
 
     Args:
         names: of all adapters.
-        replicas: as this gateway's router knows them.
+        replicas: as last reported to this gateway's router.
         gateways: `RecentRequests.as_dict` of each.
     """
     errors = sorted((each for one in gateways for each in one["errors"]), key=lambda each: -float(each["at_s"]))

@@ -12,7 +12,7 @@ JOBS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 15)), max_size=
 
 
 class JobRunner:
-    """Runs jobs that each end when the test says so, and records the order in which they start."""
+    """Runs jobs until the test ends each of them, and records the order in which they start."""
 
     def __init__(self, budget: FairBudget) -> None:
         self.budget = budget
