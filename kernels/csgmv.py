@@ -1,14 +1,13 @@
 """Chunked segmented LoRA in Triton: each adapter's rows are cut into tiles, and one launch serves all adapters.
 
-Where it pays, rows get base and LoRA from one product (`fused_gemm.py`). The others add to the base product with
-`expand`. The kernel after `shrink` starts while `shrink` still runs (CUDA's programmatic dependent launch) and waits
-before it reads h.
+Where it pays, one product computes base and LoRA (`fused_gemm.py`). Elsewhere, `expand` adds LoRA to the base product.
+The kernel after `shrink` starts while `shrink` still runs (CUDA's programmatic dependent launch) and waits before it
+reads h.
 
 Letters as in `stack.py`; T rows (tokens) of the batch. After SGLang's csgmv and Punica's SGMV.
 """
 
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 import triton
@@ -17,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from ranklet.kernels import base_gemm, fused_gemm
-from ranklet.kernels import tiles as tuned
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.expand import expand
 from ranklet.kernels.launch import is_hopper, precision_of
@@ -26,11 +24,10 @@ from ranklet.kernels.row_subset import check_rows
 from ranklet.kernels.row_tiles import RowTiles
 from ranklet.kernels.shrink import shrink
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
-from ranklet.kernels.tiles import ExpandTile, FusedTile, Op, ShrinkTile, TileKey
+from ranklet.kernels.tiles import AnyTile, ExpandTile, FusedTile, Op, ShrinkTile, TileKey, find_tile
 
 NAME = "csgmv"
 _EMBEDDING_BLOCK_N = 128
-T = TypeVar("T", ShrinkTile, ExpandTile, FusedTile)
 
 
 def linear(
@@ -45,11 +42,11 @@ def linear(
 
     Semantics: `y[t] = rotary(W x[t] + bias + s B A x[t])`, with A, B, s of row t's adapter.
 
-    The batch must carry its tiles on the device (`LoraBatch.with_tiles`). Slots must be zero beyond their adapter's
+    The batch must have its tiles on the device (`LoraBatch.with_tiles`). Slots must be zero beyond their adapter's
     rank, as the pool keeps them: the fused product reads whole rows of B.
 
     Raises:
-        ValueError: the batch has other rows than `x`, or segments but no tiles.
+        ValueError: `x` does not have the batch's number of rows, or the batch has segments but no tiles.
     """
     check_rows(x, batch)
     if not stack.holds_any(segment.slot for segment in batch.segments):
@@ -70,16 +67,12 @@ def _write_fused(
     x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, batch: LoraBatch, y: Tensor,
     rotary: Rotary | None,
 ) -> tuple[int, list[RowTiles]]:  # fmt: skip
-    """Write the first rows of y, where one product of base and LoRA pays.
-
-    Returns:
-        The number of rows written, and the tiles of the other rows.
-    """
+    """Write the first rows of y, where one product of base and LoRA pays. Returns their number and the other tiles."""
     added: list[RowTiles] = []
     done = rotated = 0  # rows that are written; equal to `done` if the product rotated them too
     chained = is_hopper(x.device)
     for tiles in batch.tiles:
-        tile = _fused(x, stack, tiles)
+        tile = _fused_tile(x, stack, tiles)
         rotates = rotary if tile and rotary and fused_gemm.can_rotate(tile, rotary) else None
         if tile and not added and (done == 0 or bool(rotates) == bool(rotated)):
             h = _shrunk(x, stack, tiles, split=False, chained=chained)
@@ -115,8 +108,7 @@ def _write_added(
         y[done:] = product
 
 
-def _fused(x: Tensor, stack: LinearStack, tiles: RowTiles) -> FusedTile | None:
-    """Return the tile for one product of base and LoRA, None where that is not possible or does not pay."""
+def _fused_tile(x: Tensor, stack: LinearStack, tiles: RowTiles) -> FusedTile | None:
     tile = _tile(FusedTile, "fused", x, stack, tiles)
     return tile if tile.pays and fused_gemm.can_fuse(x, stack, tiles, tile) else None
 
@@ -131,12 +123,9 @@ def _shrunk(x: Tensor, stack: LinearStack, tiles: RowTiles, *, split: bool, chai
     return h
 
 
-def _tile(kind: type[T], op: Op, x: Tensor, stack: LinearStack, tiles: RowTiles) -> T:
-    found = tuned.table(x.device.index).find(
-        TileKey(op, x.shape[1], stack.widths, stack.rank, tiles.height, x.shape[0], itemsize=x.element_size())
-    )
-    assert isinstance(found, kind)
-    return found
+def _tile(kind: type[AnyTile], op: Op, x: Tensor, stack: LinearStack, tiles: RowTiles) -> AnyTile:
+    key = TileKey(op, x.shape[1], stack.widths, stack.rank, tiles.height, x.shape[0], itemsize=x.element_size())
+    return find_tile(x.device, kind, key)
 
 
 @triton.jit(do_not_specialize_on_alignment=["tiles", "ids"])
@@ -179,12 +168,12 @@ def embedding(
     Semantics: `y[t] = table[ids[t]] + s B A[ids[t]]`, with A, B, s of row t's adapter.
     """
     y = functional.embedding(ids, table)
+    if not stack.holds_any(segment.slot for segment in batch.segments):
+        return y
     width = y.shape[1]
+    block_n = min(_EMBEDDING_BLOCK_N, triton.next_power_of_2(width))
     for tiles in batch.tiles:
-        if len(tiles.table) == 0 or not any(stack.meta[segment.slot].ranks[0] for segment in batch.segments):
-            continue
         assert tiles.on_device is not None
-        block_n = min(_EMBEDDING_BLOCK_N, triton.next_power_of_2(width))
         embedding_kernel[(len(tiles.table), triton.cdiv(width, block_n))](
             ids, stack.a, stack.b, y, tiles.on_device[0], stack.ranks, stack.scalings, stack.ranks.stride(0),
             stack.a.stride(0), stack.b.stride(0), y.stride(0), width, R=stack.rank, BLOCK_M=tiles.height,

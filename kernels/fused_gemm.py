@@ -1,8 +1,8 @@
 """The base product with LoRA in its accumulator: y is written once and rounded once.
 
-A block of rows may belong to several adapters. After the base product, each adapter adds its part with the rows of the
-others masked. That pays on Hopper and later, where a pass over y costs more than a base product somewhat slower than
-cuBLAS's. For the same reason, queries and keys may be normalized and rotated here, with LoRA or without.
+A block of rows may belong to several adapters. After the base product, the part of each adapter is added with the rows
+of the others masked. That pays on Hopper and later: the product is slightly slower than cuBLAS's, but a pass over y is
+saved. For the same reason, queries and keys can be normalized and rotated here, with LoRA or without.
 
 Letters as in `stack.py`; T rows (tokens) of the batch. After Triton's persistent matmul tutorial.
 """
@@ -16,16 +16,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ranklet.kernels import tiles as tuned
 from ranklet.kernels.launch import is_hopper, processors_of
 from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.row_tiles import BLOCK_ROWS, RowTiles
 from ranklet.kernels.stack import LinearStack
-from ranklet.kernels.tiles import FusedTile, TileKey
+from ranklet.kernels.tiles import FusedTile, TileKey, find_tile
 
 _LORA_STAGES = 2
 LEAST_ROWS = 1024  # with fewer, cuBLAS is faster: it splits K and this kernel does not
-_MOST_STEPS = 0.75  # of the base product's steps over K: with more for LoRA, a pass of its own is cheaper
+_MOST_STEPS = 0.75  # LoRA's steps relative to the base product's: with more, a separate pass is cheaper
 
 
 @triton.jit
@@ -164,7 +163,7 @@ def rotated(
     """
     rows = x.shape[0]
     blocks = triton.cdiv(rows, BLOCK_ROWS)
-    _launch(x, weight, bias, y, _plain(x, rotary), (blocks, 0, rows), rotary.widths, rotary, None)
+    _launch(x, weight, bias, y, _rotated_tile(x, rotary), (blocks, 0, rows), rotary.widths, rotary, None)
 
 
 class _Lora(NamedTuple):
@@ -179,7 +178,7 @@ def _launch(
     x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, tile: FusedTile, blocks_and_rows: tuple[int, int, int],
     widths: Sequence[int], rotary: Rotary | None, lora: _Lora | None, *, chained: bool = False,
 ) -> None:  # fmt: skip
-    # In place of what is absent, any tensor is passed: the kernel does not read it.
+    # Absent tensors are replaced by any other tensor, which the kernel does not read.
     block_n, programs = tile.block_n, processors_of(x.device)
     w_tma = TensorDescriptor.from_tensor(weight, [block_n, tile.block_k])
     y_tma = TensorDescriptor.from_tensor(y, [BLOCK_ROWS, block_n // tile.halves])
@@ -199,11 +198,11 @@ def _launch(
 
 
 def can_fuse(x: Tensor, stack: LinearStack, tiles: RowTiles, tile: FusedTile) -> bool:
-    """Return whether `gemm` supports these tensors and gains by it.
+    """Return whether `gemm` supports these tensors and saves time.
 
     It needs Hopper or later, 16 bits, many rows, slices of whole blocks, and few adapters per block.
     """
-    steps = len(tiles.runs) + len(tiles.blocks) - 1  # at most: a run adds one to each block it touches
+    steps = len(tiles.runs) + len(tiles.blocks) - 1  # upper bound: each block has a step per run that it intersects
     if steps * stack.rank > _MOST_STEPS * x.shape[1] * len(tiles.blocks) or stack.rank not in (16, 32, 64, 128):
         return False
     if x.is_cuda and not is_hopper(x.device):
@@ -219,15 +218,15 @@ def can_rotate(tile: FusedTile, rotary: Rotary) -> bool:
 
 
 def can_rotate_base(x: Tensor, weight: Tensor, rotary: Rotary) -> bool:
-    """Return whether `rotated` takes these tensors: Hopper or later, 16 bits, blocks of whole heads, many rows."""
+    """Return whether `rotated` supports these tensors: Hopper or later, 16 bits, many rows, blocks of whole heads."""
     if not is_hopper(x.device):
         return False
-    tile = _plain(x, rotary)
+    tile = _rotated_tile(x, rotary)
     return suits(x, x.shape[0], tile) and weight.shape[0] % tile.block_n == 0 and can_rotate(tile, rotary)
 
 
 def suits(x: Tensor, rows: int, tile: FusedTile) -> bool:
-    """Return whether a persistent product supports `x`: many rows, 16 bits, whole steps over K, rows TMA can read."""
+    """Return whether a persistent product supports `x`: 16 bits, many rows, aligned for TMA, whole steps over K."""
     return (
         rows > LEAST_ROWS
         and x.dtype in (torch.bfloat16, torch.float16)
@@ -236,7 +235,5 @@ def suits(x: Tensor, rows: int, tile: FusedTile) -> bool:
     )
 
 
-def _plain(x: Tensor, rotary: Rotary) -> FusedTile:
-    found = tuned.table(x.device.index).find(TileKey("rotated", x.shape[1], rotary.widths, 0, BLOCK_ROWS, x.shape[0]))
-    assert isinstance(found, FusedTile)
-    return found
+def _rotated_tile(x: Tensor, rotary: Rotary) -> FusedTile:
+    return find_tile(x.device, FusedTile, TileKey("rotated", x.shape[1], rotary.widths, 0, BLOCK_ROWS, x.shape[0]))

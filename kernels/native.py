@@ -1,7 +1,7 @@
 """LoRA with torch's own matrix products: one call per segment and slice, on any device.
 
-Scalings are Python floats, so no call waits for the device. They multiply in B's product, where the library applies
-them in float32.
+Scalings are Python floats, so no call waits for the device. They are factors of B's product, where the library
+applies them in float32.
 
 Letters as in `stack.py`; T rows (tokens) of the batch. After PEFT's `adapter_names` forward and SGLang's torch-native
 backend.
@@ -34,10 +34,10 @@ def linear(
     rounded once; cuBLAS rounds a 16-bit product before it adds it to y.
 
     Raises:
-        ValueError: the batch has other rows than `x`.
+        ValueError: `x` does not have the batch's number of rows.
     """
     check_rows(x, batch)
-    if not any(any(stack.meta[segment.slot].ranks) for segment in batch.segments):
+    if not stack.holds_any(segment.slot for segment in batch.segments):
         return functional.linear(x, weight, bias)
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     for segment in batch.segments:

@@ -1,8 +1,8 @@
 """The LoRA weights of all pool slots, for one projection.
 
-Letters: S slots, R the pool's rank (an adapter's rank is at most R; the rest is zero), K input width, N output width,
-V vocabulary. A projection may pack several slices side by side (q|k|v, gate|up). Each slice has R rows of its own in A
-and its own columns of the output.
+Letters: S slots, R the pool's rank, K input width, N output width, V vocabulary. An adapter's rank is at most R; the
+rest of its slot is zero. A projection may pack several slices side by side (q|k|v, gate|up). Each slice has its own R
+rows of A and its own columns of the output.
 """
 
 from collections.abc import Iterable
@@ -25,12 +25,34 @@ class SlotMeta:
     scalings: tuple[float, ...]
 
 
+class _Stack:
+    __slots__ = ()
+    b: Tensor
+    ranks: Tensor
+    scalings: Tensor
+    meta: list[SlotMeta]
+
+    @property
+    def rank(self) -> int:
+        return self.b.shape[2]
+
+    def describe(self, slot: int, meta: SlotMeta) -> None:
+        """Set a slot's metadata, on the CPU and in device memory."""
+        self.meta[slot] = meta
+        self.ranks[slot] = torch.tensor(meta.ranks, dtype=torch.int32)
+        self.scalings[slot] = torch.tensor(meta.scalings)
+
+    def holds_any(self, slots: Iterable[int]) -> bool:
+        """Return whether an adapter in one of the slots targets this projection."""
+        return any(any(self.meta[slot].ranks) for slot in slots)
+
+
 @dataclass(slots=True)
-class LinearStack:
+class LinearStack(_Stack):
     """A and B of all slots for one packed linear projection.
 
     `ranks` and `scalings` are the slots' metadata in device memory, for kernels. Their rows may be strided. They are
-    allocated here if not given.
+    allocated if not given.
     """
 
     a: Tensor  # [S, slices * R, K]
@@ -43,20 +65,9 @@ class LinearStack:
     def __post_init__(self) -> None:
         self.meta, self.ranks, self.scalings = _metadata(self.a, len(self.widths), self.ranks, self.scalings)
 
-    def describe(self, slot: int, meta: SlotMeta) -> None:
-        """Set a slot's metadata, on the CPU and in device memory."""
-        _describe(self, slot, meta)
-
-    def holds_any(self, slots: Iterable[int]) -> bool:
-        return any(any(self.meta[slot].ranks) for slot in slots)
-
-    @property
-    def rank(self) -> int:
-        return self.b.shape[2]
-
 
 @dataclass(slots=True)
-class EmbeddingStack:
+class EmbeddingStack(_Stack):
     """A and B of all slots for the token embedding. A is stored so that a token reads one contiguous row."""
 
     a: Tensor  # [S, V, R]
@@ -68,13 +79,6 @@ class EmbeddingStack:
     def __post_init__(self) -> None:
         self.meta, self.ranks, self.scalings = _metadata(self.a, 1, self.ranks, self.scalings)
 
-    def describe(self, slot: int, meta: SlotMeta) -> None:
-        _describe(self, slot, meta)
-
-    @property
-    def rank(self) -> int:
-        return self.b.shape[2]
-
 
 def _metadata(
     a: Tensor, slices: int, ranks: Tensor | None, scalings: Tensor | None
@@ -84,9 +88,3 @@ def _metadata(
     ranks = torch.zeros(shape, dtype=torch.int32, device=a.device) if ranks is None else ranks
     scalings = torch.zeros(shape, dtype=torch.float32, device=a.device) if scalings is None else scalings
     return [empty] * a.shape[0], ranks, scalings
-
-
-def _describe(stack: LinearStack | EmbeddingStack, slot: int, meta: SlotMeta) -> None:
-    stack.meta[slot] = meta
-    stack.ranks[slot] = torch.tensor(meta.ranks, dtype=torch.int32)
-    stack.scalings[slot] = torch.tensor(meta.scalings)

@@ -10,10 +10,12 @@ import math
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import triton
+
+from ranklet.kernels.row_tiles import SHORT_ROWS
 
 TUNED = Path(__file__).parent / "tuned"
 Op = Literal["shrink", "expand", "fused", "rotated", "gated"]
@@ -65,48 +67,45 @@ class FusedTile:
     halves: int  # 2: the output is stored in two halves, which frees shared memory for one more stage
     warps: int
     stages: int
-    pays: bool = True  # False: cuBLAS's base product and `expand` are faster
+    pays: bool = True  # False: the launch is slower than cuBLAS's base product and `expand`
 
 
 Tile = ShrinkTile | ExpandTile | FusedTile
-KINDS: dict[str, type[ShrinkTile] | type[ExpandTile] | type[FusedTile]] = {
-    "shrink": ShrinkTile,
-    "expand": ExpandTile,
-    "fused": FusedTile,
-    "rotated": FusedTile,
-    "gated": FusedTile,
+AnyTile = TypeVar("AnyTile", ShrinkTile, ExpandTile, FusedTile)
+KINDS: dict[Op, type[Tile]] = {
+    "shrink": ShrinkTile, "expand": ExpandTile, "fused": FusedTile, "rotated": FusedTile, "gated": FusedTile,
+}  # fmt: skip
+
+# In float32, where matrix units would round, Triton unrolls a step's products: compiling a kernel takes a minute with
+# tiles for 16 bits, and a second with these. One tile serves all launches, which keeps the number of kernels small.
+_UNROLLED: dict[Op, Tile] = {
+    "shrink": ShrinkTile(block_k=16, split=1, warps=8, stages=2),
+    "expand": ExpandTile(block_n=32, loop=4, warps=8, stages=2),
+}
+_TUNED_BYTES = 2  # itemsize of the launches that tables hold
+
+# Base products without LoRA that include the next step. Each is the fastest of 20 tiles on an H200.
+_WITHOUT_LORA: dict[Op, Tile] = {
+    "rotated": FusedTile(block_n=256, block_k=64, group=16, halves=2, warps=8, stages=3),
+    "gated": FusedTile(block_n=128, block_k=64, group=8, halves=1, warps=8, stages=3),
 }
 
-
-_TALL = 64
+_SMALL_SHARED_BYTES = 99 << 10  # per program, of GPUs whose size is not known
+_LEAST_STEP = 32
+_FAR = 2.0  # such as rows and rank both off by a factor of e: reported in the log
 
 
 def default(key: TileKey) -> Tile:
     if key.itemsize > _TUNED_BYTES and key.op in _UNROLLED:
         return _UNROLLED[key.op]
+    if key.op in _WITHOUT_LORA:
+        return _WITHOUT_LORA[key.op]
+    short = key.height <= SHORT_ROWS
     if key.op == "shrink":
-        few = key.height <= 32
-        return ShrinkTile(block_k=128 if few else 64, split=2 if few else 1, warps=4, stages=3)
+        return ShrinkTile(block_k=128 if short else 64, split=2 if short else 1, warps=4, stages=3)
     if key.op == "expand":
         return ExpandTile(block_n=128, loop=4, warps=4, stages=2)
-    if key.op in _WHOLE:
-        return _WHOLE[key.op]
-    return FusedTile(block_n=128, block_k=64, group=8, halves=1, warps=8, stages=3, pays=key.height >= _TALL)
-
-
-# In float32, where matrix units would round, Triton unrolls a step's products: compiling a kernel takes a minute with
-# tiles for 16 bits, and a second with these. One tile serves all launches, which keeps the number of kernels small.
-_UNROLLED: dict[str, Tile] = {
-    "shrink": ShrinkTile(block_k=16, split=1, warps=8, stages=2),
-    "expand": ExpandTile(block_n=32, loop=4, warps=8, stages=2),
-}
-_TUNED_BYTES = 2
-
-# Base products without LoRA that include the next step. The fastest of 20 tiles each on an H200.
-_WHOLE = {
-    "rotated": FusedTile(block_n=256, block_k=64, group=16, halves=2, warps=8, stages=3),
-    "gated": FusedTile(block_n=128, block_k=64, group=8, halves=1, warps=8, stages=3),
-}
+    return FusedTile(block_n=128, block_k=64, group=8, halves=1, warps=8, stages=3, pays=not short)
 
 
 class TileTable:
@@ -117,7 +116,7 @@ class TileTable:
         shared_bytes: shared memory that one program may use.
     """
 
-    def __init__(self, entries: dict[TileKey, Tile], source: str, shared_bytes: int = 99 << 10) -> None:
+    def __init__(self, entries: dict[TileKey, Tile], source: str, shared_bytes: int = _SMALL_SHARED_BYTES) -> None:
         self._entries = entries
         self._source = source
         self._shared_bytes = shared_bytes
@@ -136,7 +135,7 @@ class TileTable:
         if not near:
             return fitted(default(key), key, self._shared_bytes)
         nearest = min(near, key=lambda known: _distance(known, key))
-        if _distance(nearest, key) > _NEAR:
+        if _distance(nearest, key) > _FAR:
             logger.info("%s has no tile for %s; using the tile of %s", self._source, key, nearest)
         return fitted(self._entries[nearest], key, self._shared_bytes)
 
@@ -155,9 +154,6 @@ def fitted(tile: Tile, key: TileKey, shared_bytes: int) -> Tile:
     return tile
 
 
-_LEAST_STEP = 32
-
-
 def _shared_bytes(tile: Tile, key: TileKey) -> int:
     rank = 1 << (key.rank - 1).bit_length()
     if isinstance(tile, ShrinkTile):
@@ -174,23 +170,20 @@ def _is_alike(a: TileKey, b: TileKey) -> bool:
     return (a.op, len(a.widths), a.itemsize) == (b.op, len(b.widths), b.itemsize)
 
 
-_NEAR = 2.0  # such as rows and rank both off by a factor of e: too near to log
-
-
 def _distance(a: TileKey, b: TileKey) -> float:
-    """Return how different two launches are, in natural logarithms. Tile height weighs most."""
+    # In natural logarithms. Tile height weighs most.
     pairs = ((a.wide, b.wide), (sum(a.widths), sum(b.widths)), (a.rank, b.rank), (a.rows, b.rows))
     return sum(abs(math.log(max(x, 1) / max(y, 1))) for x, y in pairs) + 4 * abs(math.log(a.height / b.height))
 
 
 @cache
 def table(device_index: int | None) -> TileTable:
-    """Return the table of a CUDA device. None is the CPU interpreter, whose table is empty."""
+    """Return the table of a CUDA device. For None, the CPU interpreter, it is empty."""
     if device_index is None:
         return TileTable({}, "the interpreter")
     properties = torch.cuda.get_device_properties(device_index)
     path = path_for(properties.name)
-    shared_bytes = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", _SMALL_SHARED_BYTES)
     if not path.is_file():
         logger.info("no %s: using default tiles; `ranklet tune` measures this GPU", path.name)
         return TileTable({}, properties.name, shared_bytes)
@@ -198,6 +191,12 @@ def table(device_index: int | None) -> TileTable:
     if content["triton"] != triton.__version__:
         logger.info("%s was tuned with Triton %s, this is %s", path.name, content["triton"], triton.__version__)
     return TileTable(dict(from_entry(entry) for entry in content["tiles"]), path.name, shared_bytes)
+
+
+def find_tile(device: torch.device, kind: type[AnyTile], key: TileKey) -> AnyTile:
+    found = table(device.index).find(key)
+    assert isinstance(found, kind)
+    return found
 
 
 def path_for(gpu: str) -> Path:
@@ -210,7 +209,6 @@ def from_entry(entry: dict[str, Any]) -> tuple[TileKey, Tile]:
 
 
 def to_entry(key: TileKey, tile: Tile, ms: float) -> dict[str, Any]:
-    """Return a measured tile as an entry of a table file. `ms` is the median time of the launch."""
     return {
         "op": key.op, "k": key.wide, "widths": list(key.widths), "rank": key.rank, "height": key.height,
         "rows": key.rows, "tile": asdict(tile), "ms": round(ms, 5),
