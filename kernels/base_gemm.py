@@ -9,7 +9,7 @@ from torch import Tensor
 from ranklet.kernels import fused_gemm
 from ranklet.kernels.rotary import Rotary
 
-_WIDENED_ROWS = 8192  # with more, twice the bytes between two steps are too many
+_WIDENED_ROWS = 8192  # with more, the float32 product costs too much memory traffic
 
 
 def base(
@@ -20,7 +20,10 @@ def base(
     *,
     out: Tensor | None = None,  # [T, N]
 ) -> Tensor:
-    """Compute `W x[t] + bias`, then `rotary` if given. Returns `out`, or a new tensor [T, N]."""
+    """Compute a projection without LoRA, then `rotary` if given. Returns `out`, or a new tensor [T, N].
+
+    Semantics: `y[t] = rotary(W x[t] + bias)`.
+    """
     if out is None:
         out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     if x.shape[0] == 0:
@@ -40,10 +43,11 @@ def base(
 
 
 def may_widen(x: Tensor) -> bool:
-    """Return whether a product stays float32 for the step that follows it, instead of being rounded twice.
+    """Return whether a product is kept in float32 until the next step, so that both round only once.
 
-    Large batches use products that include the next step and so round once. Small batches must round as often, or a
-    prompt would get another vector alone than among many: after 28 layers, with a cosine down to 0.9998.
+    In large batches, one kernel computes the product and the next step, and rounds once. Small batches must round as
+    often. Otherwise a prompt's vector would depend on the size of its batch: after 28 layers, down to a cosine of
+    0.9998.
     """
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.shape[0] <= _WIDENED_ROWS
 
@@ -53,6 +57,9 @@ def widened(
     weight: Tensor,  # [N, K]
     bias: Tensor | None = None,  # [N]
 ) -> Tensor:
-    """Compute `W x[t] + bias` in float32 [T, N]."""
+    """Compute a projection in float32. Returns a new tensor [T, N].
+
+    Semantics: `y[t] = W x[t] + bias`.
+    """
     wide = torch.mm(x, weight.t(), out_dtype=torch.float32)
     return wide if bias is None else wide.add_(bias)

@@ -63,7 +63,6 @@ class LoraBatch:
 
     @property
     def lora_rows(self) -> int:
-        """Return the number of rows with an adapter. They come first."""
         return self.segments[-1].stop if self.segments else 0
 
     def with_tiles(self, device: torch.device) -> Self:

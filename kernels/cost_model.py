@@ -1,6 +1,6 @@
 """Estimates the time of each LoRA backend on a layer, for GPUs that were not measured.
 
-A step takes as long as its bytes at the memory's rate or its operations at the matrix units' rate, whichever is longer.
+This is a roofline model: a step takes the longer of its memory time and its matrix units' time.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ranklet.kernels.crossover import Surface
 
-# Of a Hopper GPU. Choices depend only on ratios, which differ little between data-centre GPUs.
+# Rates of a Hopper GPU. Choices depend only on their ratios, which are similar on all data-centre GPUs.
 _BYTES_PER_S = 4e12
 _FLOPS = 6.5e14
 _LAUNCH_S = 6e-6
@@ -37,21 +37,21 @@ def estimate_s(rows: Sequence[int], layer: LoraLayer) -> dict[str, float]:
     costs = dict.fromkeys(("native", "csgmv", "merged"), 0.0)
     for wide, widths in layer.projections:
         out, slices, total = sum(widths), len(widths), sum(rows)
-        base = _time(total * (wide + out) + wide * out, 2.0 * total * wide * out)
-        shrink = [_time(n * (wide + slices * layer.rank), 2.0 * n * wide * slices * layer.rank) for n in rows]
-        expand = [_time(2 * n * out + out * layer.rank, 2.0 * n * out * layer.rank) for n in rows]
+        base = _time_s(total * (wide + out) + wide * out, 2.0 * total * wide * out)
+        shrink = [_time_s(n * (wide + slices * layer.rank), 2.0 * n * wide * slices * layer.rank) for n in rows]
+        expand = [_time_s(2 * n * out + out * layer.rank, 2.0 * n * out * layer.rank) for n in rows]
         weights = len(rows) * layer.rank * (slices * wide + out)
         costs["native"] += base + sum(
             max(a, _LAUNCH_S) + max(b, slices * _LAUNCH_S) for a, b in zip(shrink, expand, strict=True)
         )
-        added = min(sum(expand), _FUSED_LOSS * base + _time(0, 2.0 * total * out * layer.rank))
-        costs["csgmv"] += base + sum(shrink) + added + _time(weights, 0.0) + 2 * _LAUNCH_S
-        merge = max(_time(3 * wide * out, 2.0 * wide * out * layer.rank), (1 + slices) * _LAUNCH_S)
+        added = min(sum(expand), _FUSED_LOSS * base + _time_s(0, 2.0 * total * out * layer.rank))
+        costs["csgmv"] += base + sum(shrink) + added + _time_s(weights, 0.0) + 2 * _LAUNCH_S
+        merge = max(_time_s(3 * wide * out, 2.0 * wide * out * layer.rank), (1 + slices) * _LAUNCH_S)
         costs["merged"] += sum(
-            merge + max(_time(n * (wide + out) + wide * out, 2.0 * n * wide * out), _LAUNCH_S) for n in rows
+            merge + max(_time_s(n * (wide + out) + wide * out, 2.0 * n * wide * out), _LAUNCH_S) for n in rows
         )
     return costs
 
 
-def _time(elements: float, operations: float) -> float:
+def _time_s(elements: float, operations: float) -> float:
     return max(elements * _ELEMENT_BYTES / _BYTES_PER_S, operations / _FLOPS)

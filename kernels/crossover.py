@@ -14,7 +14,8 @@ from ranklet.kernels.stack import padded_rank
 from ranklet.kernels.tiles import path_for
 
 Scope = Literal["attention", "layer"]
-K = TypeVar("K")
+Known = TypeVar("Known")
+_ALIKE = 0.7  # natural logarithm: about a factor of two
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,8 @@ class Crossover:
         rank: of every adapter. The pool's rank is a multiple of 16.
         hidden: input width of the model's qkv.
         scope: "attention" is qkv and o; "layer" adds gate_up and down.
-        ms: wall time by backend; "base" is without LoRA. Calls run back to back without CUDA graphs, so that the time
-            is the CPU's where launching takes longer than computing.
+        ms: wall time by backend; "base" is without LoRA. Calls run back to back without CUDA graphs. Where launching
+            takes longer than computing, this is the CPU's time.
     """
 
     rows: int
@@ -37,9 +38,6 @@ class Crossover:
     ms: Mapping[str, float]
 
 
-_ALIKE = 0.7  # natural logarithm: about a factor of two
-
-
 class Surface:
     """Times by backend for one kind of layer, interpolated linearly in logarithms between measured batches."""
 
@@ -47,21 +45,27 @@ class Surface:
         points: dict[int, dict[int, dict[int, Mapping[str, float]]]] = {}
         for one in measured:
             points.setdefault(padded_rank(one.rank), {}).setdefault(one.adapters, {})[one.rows] = one.ms
-        self._by_rank = [(rank, [(n, sorted(rows.items())) for n, rows in sorted(found.items())])
-                         for rank, found in sorted(points.items())]  # fmt: skip
+        self._by_rank = [
+            (rank, [(adapters, sorted(by_rows.items())) for adapters, by_rows in sorted(by_adapters.items())])
+            for rank, by_adapters in sorted(points.items())
+        ]
 
     def ms(self, rows: int, adapters: int, rank: int) -> dict[str, float]:
-        """Return the expected milliseconds of each backend. Beyond the measured range, the nearest edge applies.
+        """Return the expected time of each backend. Beyond the measured range, the nearest edge applies.
 
         Args:
             rank: of the pool.
         """
         return _between(
-            rank, self._by_rank, lambda ns: _between(adapters, ns, lambda found: _between(rows, found, dict))
+            rank,
+            self._by_rank,
+            lambda by_adapters: _between(adapters, by_adapters, lambda by_rows: _between(rows, by_rows, dict)),
         )
 
 
-def _between(at: float, known: Sequence[tuple[int, K]], value: Callable[[K], dict[str, float]]) -> dict[str, float]:
+def _between(
+    at: float, known: Sequence[tuple[int, Known]], value: Callable[[Known], dict[str, float]]
+) -> dict[str, float]:
     above = bisect(known, at, key=lambda pair: pair[0])
     if above in (0, len(known)):
         return value(known[max(0, above - 1)][1])
@@ -72,10 +76,10 @@ def _between(at: float, known: Sequence[tuple[int, K]], value: Callable[[K], dic
 
 
 def surface(measured: Iterable[Crossover], scope: Scope, hidden: int) -> Surface | None:
-    """Return the measurements that fit a layer, None if there are none.
+    """Return the measurements of the nearest `hidden` within a factor of two, None if there are none.
 
     Args:
-        hidden: input width of the layer's qkv. Measurements of the nearest width within a factor of two are used.
+        hidden: input width of the layer's qkv.
     """
     alike = [one for one in measured if one.scope == scope and abs(math.log(one.hidden / hidden)) < _ALIKE]
     if not alike:

@@ -1,10 +1,10 @@
 """Chooses the LoRA backend of a batch, and computes a model's projections with it.
 
-"auto" chooses the backend that rounds nothing but its output. "fastest" chooses the backend with the shortest expected
-time, by measurements of the GPU (`crossover.py`) or else by estimates (`cost_model.py`).
+"auto" chooses the most precise backend: `csgmv` on a GPU, `native` on a CPU. "fastest" chooses the backend with the
+shortest expected time, by measurements of the GPU (`crossover.py`) or else by estimates (`cost_model.py`).
 
-Backends differ on a GPU in 16 bits, where `merged` rounds its weights, and cuBLAS rounds native's product before adding
-it to the output. On an H200, a 28-layer model's cosine to float32 is 0.99993 with csgmv and 0.99986 with merged.
+In 16 bits on a GPU, `merged` rounds its weights, and with `native`, cuBLAS rounds the product before adding it to the
+output. On an H200, a 28-layer model's cosine to float32 is 0.99993 with csgmv and 0.99986 with merged.
 
 Letters: T rows (tokens), K input width, N output width, V vocabulary.
 """
@@ -32,7 +32,7 @@ class Backends:
 
     Args:
         layer: the decoder layer that batches go through.
-        merged_bytes: device memory for merged weights that are kept between batches.
+        merged_bytes: device memory for merged weights that the `merged` backend keeps between batches.
 
     Attributes:
         by_name: all backends except "none".
@@ -63,13 +63,12 @@ class Backends:
 
 
 def scope_of(projections: Sequence[object]) -> Scope:
-    """Return which measurements fit a layer with LoRA on these projections."""
     return "attention" if len(projections) <= 2 else "layer"
 
 
 def fastest(batch: LoraBatch, layer: LoraLayer) -> str:
     if not layer.cuda:
-        return native.NAME  # csgmv is for GPUs, and a CPU gains nothing from fewer launches
+        return native.NAME  # csgmv needs a GPU, and on a CPU fewer launches save nothing
     if layer.measured is not None:
         costs = layer.measured.ms(batch.lora_rows, batch.adapters, layer.rank)
     else:
@@ -84,7 +83,10 @@ def linear(
     stack: LinearStack | None,
     batch: LoraBatch,
 ) -> Tensor:
-    """Compute a projection with the batch's LoRA. Returns a new tensor [T, N]."""
+    """Compute a projection with the batch's LoRA. Returns a new tensor [T, N].
+
+    Semantics: `y[t] = W x[t] + bias + s B A x[t]`, with A, B, s of row t's adapter.
+    """
     if stack is None or batch.implementation is None:
         return functional.linear(x, weight, bias)
     return batch.implementation.linear(x, weight, bias, stack, batch)
@@ -98,7 +100,10 @@ def rotated(
     batch: LoraBatch,
     rotary: Rotary,
 ) -> Tensor:
-    """Compute packed queries, keys and values with the batch's LoRA, then `rotary`. Returns a new tensor [T, N]."""
+    """Compute packed queries, keys and values with the batch's LoRA. Returns a new tensor [T, N].
+
+    Semantics: `y[t] = rotary(W x[t] + bias + s B A x[t])`, with A, B, s of row t's adapter.
+    """
     if stack is None or batch.implementation is None:
         return base_gemm.base(x, weight, bias, rotary)
     if batch.implementation is csgmv:
@@ -113,7 +118,10 @@ def gated(
     stack: LinearStack | None,
     batch: LoraBatch,
 ) -> Tensor:
-    """Compute `silu(gate) * up` with the batch's LoRA on gate and up. Returns a new tensor [T, N]."""
+    """Compute the gated activation of an MLP with the batch's LoRA on gate and up. Returns a new tensor [T, N].
+
+    Semantics: `y[t] = silu(gate[t]) * up[t]`, where `(gate[t], up[t]) = linear(x)[t]`.
+    """
     adapted = stack is not None and stack.holds_any(segment.slot for segment in batch.segments)
     if not adapted and bias is None and gated_mlp.can_gate(x, weight):
         return gated_mlp.gated(x, weight)
@@ -128,7 +136,10 @@ def embedding(
     stack: EmbeddingStack | None,
     batch: LoraBatch,
 ) -> Tensor:
-    """Look up token embeddings with the batch's LoRA. Returns a new tensor [T, N]."""
+    """Look up token embeddings with the batch's LoRA. Returns a new tensor [T, N].
+
+    Semantics: `y[t] = table[ids[t]] + s B A[ids[t]]`, with A, B, s of row t's adapter.
+    """
     if stack is None or batch.implementation is None:
         return functional.embedding(ids, table)
     return batch.implementation.embedding(ids, table, stack, batch)

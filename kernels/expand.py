@@ -70,13 +70,13 @@ def expand(
     first_row: int = 0,
     chained: bool = False,
 ) -> None:
-    """Add the adapters' output to the base model's, in float32 before one rounding. In place, or into `out`.
+    """Add the adapters' output to the base model's, in float32 and with one rounding. In place, or into `out`.
 
     Semantics: `y[t, n] += sum over p, j of B[slot(t), n, j] h[p, t, i * R + j]`, where slice i holds column n. With
-    `out`, the sum is written there and y is kept: every row of a tile is written, also where no slice is targeted.
+    `out`, `y` is kept and the sum is written to every row of a tile, also in slices that the adapter does not target.
 
     Args:
-        chained: whether a `shrink` with `chained` right before this launch writes `h`.
+        chained: whether the launch right before this one is a `shrink` with `chained` that writes `h`.
     """
     assert tiles.on_device is not None
     moved = out is not None and out is not y

@@ -141,7 +141,7 @@ def gemm(
 
     Args:
         rotary: for packed queries, keys and values; requires `can_rotate`.
-        chained: whether a `shrink` with `chained` right before this launch writes `h`.
+        chained: whether the launch right before this one is a `shrink` with `chained` that writes `h`.
     """
     assert tiles.on_device is not None
     b_tma = TensorDescriptor.from_tensor(stack.b, [1, tile.block_n, stack.rank])

@@ -9,12 +9,12 @@ from torch import Tensor
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.stack import SlotMeta
 
-_NEGLIGIBLE = 0.01  # of a batch's LoRA rows: smaller segments are not counted, so that batches of many are cheap
+_NEGLIGIBLE = 0.01  # share of a batch's LoRA rows; smaller segments are not counted, which keeps `observe` fast
 
 
 @dataclass(frozen=True, slots=True)
 class _KeptMerge:
-    """One kept W'. References to weight and meta keep their identities from being reused by other objects."""
+    """One kept W'. It refers to weight and meta so that their ids are not reused for other objects."""
 
     weight: Tensor
     meta: SlotMeta
@@ -23,11 +23,11 @@ class _KeptMerge:
 
 @dataclass(slots=True)
 class KeptMerges:
-    """Merged weights of the slots with a large moving average share of the LoRA rows. Not thread-safe.
+    """Merged weights of the slots that dominate: their moving average share of the LoRA rows is large. Not thread-safe.
 
-    A slot starts to dominate at a share of `enter` and stops below `leave`. When the budget is full, a slot evicts
+    A slot starts to dominate at a share of `enter` and stops below `leave`. When the budget is full, a new merge evicts
     merges of slots whose share is smaller by the factor `displace`, smallest share first. A merge is valid only for the
-    adapter it was made for: each load into a slot creates new `SlotMeta` objects, which are compared by identity.
+    adapter that it was made for: each load into a slot creates new `SlotMeta` objects, which are compared by identity.
 
     Attributes:
         max_bytes: the budget, never exceeded; 0 keeps nothing.
@@ -80,7 +80,6 @@ class KeptMerges:
         return slot in self._dominating
 
     def find(self, slot: int, weight: Tensor, meta: SlotMeta) -> Tensor | None:
-        """Return the kept merge of `weight` with the slot's current adapter, or None."""
         kept = self._merges.get(slot, {}).get(id(weight))
         if kept is None:
             return None
@@ -95,7 +94,7 @@ class KeptMerges:
         Args:
             merge: writes W' to an empty tensor with shape and dtype of `weight`.
         """
-        if slot not in self._dominating or not self._evict_for(slot, weight.nbytes):
+        if not self.dominates(slot) or not self._evict_for(slot, weight.nbytes):
             return None
         try:
             merged = empty(weight)[0]
@@ -108,17 +107,13 @@ class KeptMerges:
         return merged
 
     def forget(self, slot: int) -> None:
-        """Free the slot's merges and reset its share: it holds another adapter."""
+        """Free the merges and reset the share of a slot that holds another adapter."""
         self._free(slot)
         self._shares.pop(slot, None)
         self._dominating.discard(slot)
 
     def drop(self) -> int:
-        """Free all merges and halve the budget, for a device that is out of memory.
-
-        Returns:
-            The bytes freed. If 0, retrying the batch does not help.
-        """
+        """Free all merges and halve the budget, after the device ran out of memory. Returns the bytes freed."""
         freed, self.max_bytes = self.held_bytes, self.max_bytes // 2
         for slot in list(self._shares):
             self.forget(slot)
@@ -148,6 +143,5 @@ class KeptMerges:
 
 
 def empty(weight: Tensor, count: int = 1) -> Tensor:
-    """Allocate [count, N, K]: not an inference tensor, so that it can also be written outside of inference mode."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
         return torch.empty((count, *weight.shape), dtype=weight.dtype, device=weight.device)

@@ -1,4 +1,4 @@
-"""Helpers that several kernels and their launches share."""
+"""Functions that several kernels and launchers share."""
 
 from functools import cache
 
@@ -34,7 +34,7 @@ def slice_of(
 
 
 def programs_of(stack: LinearStack, block: int) -> int:
-    """Return how many programs cover a projection's output if each takes `block` columns of one slice."""
+    """Return the number of programs that cover a projection's output, each with `block` columns of one slice."""
     return sum(triton.cdiv(width, block) for width in stack.widths)
 
 
@@ -56,5 +56,6 @@ def is_hopper(device: torch.device) -> bool:
 
 @cache
 def processors_of(device: torch.device) -> int:
-    """Return a GPU's multiprocessors, 4 for Triton's interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    if device.type != "cuda":
+        return 4  # Triton's interpreter
+    return torch.cuda.get_device_properties(device).multi_processor_count

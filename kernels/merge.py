@@ -12,7 +12,7 @@ from torch import Tensor
 from ranklet.kernels.launch import precision_of, programs_of, slice_of, widths_of
 from ranklet.kernels.stack import LinearStack
 
-AT_ONCE = 4  # adapters of one launch: their slots are plain arguments, which need no copy to the device
+AT_ONCE = 4  # adapters of one launch: their slots are passed as plain arguments, not copied to the device
 
 _BLOCK_N, _BLOCK_K, _WARPS = 64, 128, 4  # on an H200 the fastest of six for all of Qwen3-0.6B's projections
 

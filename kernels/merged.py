@@ -1,9 +1,9 @@
 """LoRA by merging: `W' = W + s B A` of each adapter in a scratch weight, then one plain product over its rows.
 
-Merging costs a pass over W per adapter and nothing per row, so this backend wins with few adapters and many rows. The
-sum is formed in float32, and W' is rounded to the weight's dtype once. Error relative to float64 (norm of the error
-over norm of y, CPU): 2.4e-3 in bfloat16, 3e-4 in float16. Rounding y itself accounts for 1.7e-3 and 2.1e-4 of it. The
-error does not grow with K or rank.
+Merging costs a pass over W per adapter and nothing per row, so this backend is fast with few adapters and many rows.
+The sum is computed in float32, and W' is rounded to the weight's dtype once. On a CPU, the error relative to float64
+(norm of the error over norm of y) is 2.4e-3 in bfloat16 and 3e-4 in float16. Rounding y alone causes 1.7e-3 and 2.1e-4.
+The error does not grow with K or rank.
 
 Letters as in `stack.py`; T rows (tokens) of the batch.
 """
@@ -26,11 +26,11 @@ _SCRATCH_BYTES = 64 << 20  # of weights merged at once, unless a single weight i
 class Merged:
     """The `merged` backend of one engine: its scratch weights, and the merged weights it keeps between batches.
 
-    For one thread and one stream.
+    Not thread-safe, and for one stream only.
 
     Args:
-        budget_bytes: device memory for kept weights. Scratch comes on top: for each shape of projection as many weights
-            as one launch merges, up to 64 MiB or one weight.
+        budget_bytes: device memory for kept weights. Scratch needs more: for each shape of projection, the weights that
+            one launch merges, up to 64 MiB or one weight.
     """
 
     NAME = "merged"
@@ -44,11 +44,15 @@ class Merged:
         return sum(scratch.nbytes for scratch in self._scratch.values())
 
     def observe(self, batch: LoraBatch) -> None:
-        """Count a batch, whatever its backend. Call it once per batch, before the forward pass."""
+        """Update the shares of the slots. Call it once per batch of any backend, before the forward pass."""
         self.kept.observe(batch)
 
     def drop(self) -> int:
-        """Free scratch and kept weights, and halve the budget, see `KeptMerges.drop`. Returns the kept bytes freed."""
+        """Free scratch and kept weights and halve the budget, after the device ran out of memory.
+
+        Returns:
+            The bytes of kept weights freed. If 0, retrying the batch does not help.
+        """
         self._scratch.clear()
         return self.kept.drop()
 
@@ -65,7 +69,7 @@ class Merged:
         Semantics: `y[t] = (W + s B A) x[t] + bias`, with A, B, s of row t's adapter.
 
         Raises:
-            ValueError: the batch has other rows than `x`.
+            ValueError: `x` does not have the batch's number of rows.
         """
         check_rows(x, batch)
         runs = _runs(stack, batch)
@@ -85,7 +89,7 @@ class Merged:
         return y
 
     def embedding(self, ids: Tensor, table: Tensor, stack: EmbeddingStack, batch: LoraBatch) -> Tensor:
-        # A lookup reads few rows of the table, so merging the whole table never pays.
+        # A lookup reads few rows of the table: merging the whole table never pays.
         return native.embedding(ids, table, stack, batch)
 
     def _merges(self, weight: Tensor, stack: LinearStack, slots: Sequence[int]) -> dict[int, Tensor]:
@@ -136,7 +140,7 @@ def _merge(out: Tensor, weight: Tensor, stack: LinearStack, slots: Sequence[int]
 
 
 def _runs(stack: LinearStack, batch: LoraBatch) -> list[tuple[int | None, int, int]]:
-    """Return slot (None: base), start and stop of each product. Adjacent base rows are one product."""
+    # Returns slot (None: base model), start and stop of each product. Adjacent base rows are one product.
     runs: list[tuple[int | None, int, int]] = []
     for segment in batch.segments:
         slot = segment.slot if any(stack.meta[segment.slot].ranks) else None

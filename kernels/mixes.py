@@ -1,12 +1,12 @@
-"""Which adapter each request uses: the mixes of punica's paper, for tests, tuner and benchmarks.
+"""Mixes: which adapter each request uses, as in Punica's paper, for tests, tuner and benchmarks.
 
 - distinct: each request uses another adapter.
-- uniform: drawn evenly.
-- skewed: drawn by Zipf's law with exponent 1.5, so that few adapters get most requests.
-- identical: one adapter for all requests.
-- zipf:ALPHA: as skewed, with another exponent.
+- uniform: adapters are drawn with equal probability.
+- skewed: adapters are drawn by Zipf's law with exponent 1.5. Few adapters get most requests.
+- identical: all requests use one adapter.
+- zipf:ALPHA: adapters are drawn by Zipf's law with exponent ALPHA.
 
-Imports no torch, because load clients use it too.
+This module imports no torch, because load clients use it too.
 """
 
 import random
@@ -18,7 +18,7 @@ _SKEWED = 1.5
 
 
 def assign(mix: str, requests: int, adapters: int, *, seed: int = 0) -> list[int]:
-    """Return the adapter of each request, counted from 0. "distinct" starts over when it runs out of adapters.
+    """Return the adapter of each request, counted from 0. "distinct" starts over after the last adapter.
 
     Raises:
         ValueError: the mix is unknown.

@@ -1,6 +1,6 @@
 """The modules of a decoder layer that share one packed projection, in the order of its slices.
 
-Free of torch, so that settings and commands can read the names without loading it.
+This module imports no torch, so that settings and commands load fast.
 """
 
 PACKS = {

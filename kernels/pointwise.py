@@ -1,7 +1,7 @@
 """Pointwise steps of the decoder, each one pass over memory: Triton on CUDA, torch elsewhere.
 
-Letters: T rows (tokens), H width. Arithmetic is float32 inside, whatever the dtype. After Liger-Kernel's RMS norm and
-SiLU kernels, one program per row.
+Letters: T rows (tokens), H width. Tensors are contiguous. Arithmetic is in float32, whatever the dtype. After
+Liger-Kernel's RMS norm and SiLU kernels, one program per row.
 """
 
 import torch

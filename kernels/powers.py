@@ -1,4 +1,4 @@
-"""Counts rounded up, so that batches of similar size share kernels and CUDA graphs."""
+"""Rounds counts up to a power of two or four, so that batches of similar size share kernels and CUDA graphs."""
 
 
 def power_of_two(count: int) -> int:

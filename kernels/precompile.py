@@ -1,4 +1,4 @@
-"""Compiles kernels before the first request: Triton takes seconds for each.
+"""Compiles kernels before the first request, because each takes Triton seconds.
 
 Triton caches compiled kernels on disk, so only the first start on a machine, or after an update, is slow.
 """
@@ -20,10 +20,10 @@ _BATCH_ROWS = (1, 256, 1024, 4096)  # sizes with different tiles in the tables
 
 
 def batches(slots: int, most_rows: int) -> Iterator[LoraBatch]:
-    """Yield batches that together launch every kernel in every form, the largest first.
+    """Yield batches that together launch every variant of every kernel, the largest first.
 
-    For each size and tile height there is a batch with as many adapters as fit, and a batch with so few LoRA rows that
-    base and LoRA do not share a product.
+    For each size and tile height there is a batch with as many adapters as fit, and a batch with too few LoRA rows for
+    the fused product of base and LoRA.
     """
     for rows in sorted({min(rows, most_rows) for rows in (*_BATCH_ROWS, most_rows)}, reverse=True):
         for height in HEIGHTS:
@@ -39,7 +39,7 @@ def precompile(stacks: Sequence[LinearStack], most_rows: int, rotary: Rotary | N
     """Run every kernel that `csgmv` and `merged` launch on batches of up to `most_rows` rows, and discard the results.
 
     Args:
-        stacks: one per projection. They are not written, and their slots may hold anything.
+        stacks: one per projection. They are not written, and their slots may have any contents.
         rotary: for the packed queries, keys and values, with `most_rows` positions.
 
     Returns:

@@ -1,7 +1,7 @@
 """Normalizes and rotates query and key heads, between a decoder layer's first projection and attention.
 
-Letters: T rows (tokens), D head width, Q query heads, G key heads. Arithmetic is float32 inside, whatever the dtype.
-Where possible, `fused_gemm.py` does this before a row of the product leaves its registers.
+Letters: T rows (tokens), D head width, Q query heads, G key heads. Arithmetic is in float32, whatever the dtype. Where
+possible, `fused_gemm.py` does this within the projection, before its output is written to memory.
 """
 
 from dataclasses import dataclass, replace
@@ -85,7 +85,7 @@ class Rotary:
         self,
         qkv: Tensor,  # [T, (Q + 2 G) * D], rows contiguous
     ) -> Tensor:
-        """Normalize and rotate the query and key heads in place. Value heads keep their contents. Returns `qkv`."""
+        """Normalize and rotate the query and key heads in place. Value heads are kept. Returns `qkv`."""
         if not qkv.is_cuda:
             _apply_torch(qkv, self)
         elif qkv.shape[0]:
@@ -94,10 +94,10 @@ class Rotary:
 
     def write(
         self,
-        qkv: Tensor,  # [T, (Q + 2 G) * D], rows contiguous; clobbered on the CPU
+        qkv: Tensor,  # [T, (Q + 2 G) * D], rows contiguous; overwritten on the CPU
         out: Tensor,  # [T, (Q + 2 G) * D], strides as in `qkv`, any dtype
     ) -> None:
-        """Write normalized and rotated queries and keys to `out`, and a copy of the values. Rounds once."""
+        """Write normalized and rotated queries and keys to `out`, and copy the values. Rounds once."""
         if not qkv.is_cuda:
             out.copy_(self.apply_(qkv))
         elif qkv.shape[0]:

@@ -18,7 +18,6 @@ from ranklet.kernels.segments import Segment, Segments, runs_of
 
 
 def check_rows(x: Tensor, batch: LoraBatch) -> None:
-    """Raise ValueError if the number of rows of `x` [T, ...] is not the batch's."""
     if x.shape[0] != batch.rows:
         raise ValueError(
             f"rows: expected {batch.rows}, the rows of the batch, got {x.shape[0]}; "

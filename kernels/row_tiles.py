@@ -1,7 +1,6 @@
-"""Rows of a batch cut into tiles of one adapter each, as the kernels read them.
+"""Cuts the rows of a batch into tiles of one adapter each, as the kernels read them.
 
-Where a kernel works on blocks of several adapters instead, rows are also cut into blocks of `BLOCK_ROWS`, wherever
-segments end.
+The fused product reads blocks of `BLOCK_ROWS` rows instead, which may belong to several adapters.
 """
 
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ranklet.kernels.powers import power_of_four
 
-SHORT_ROWS = 32  # adapters with no more rows than this are cut into short tiles, the others into tall ones
+SHORT_ROWS = 32  # adapters with up to this many rows are cut into short tiles, the others into tall ones
 SHORT_HEIGHTS = (16, 32)
 TALL_HEIGHTS = (64, 128)
 BLOCK_ROWS = 128
@@ -26,10 +25,10 @@ class RowTiles:
     """Adjacent segments cut into tiles of one height. One launch works on one `RowTiles`.
 
     Attributes:
-        height: the most rows of a tile.
+        height: the largest number of rows of a tile.
         table: [tiles, 3]: first row, end row, slot; an empty tile is (0, 0, 0).
         runs: [segments, 3]: first row, end row, slot.
-        blocks: [blocks, 2]: first and end segment that have rows in the block, as rows of `runs`.
+        blocks: [blocks, 2]: first and end segment with rows in the block, as indices into `runs`.
         rows: first and end row of the blocks.
         on_device: table, runs and blocks in device memory.
     """
@@ -51,9 +50,9 @@ class RowTiles:
 
 
 def cut_runs(runs: NDArray[np.int32]) -> tuple[RowTiles, ...]:
-    """Cut segments into tall tiles for the long segments that stand first, and short tiles for the others.
+    """Cut long segments, which come first, into tall tiles, and the others into short tiles.
 
-    The height of each kind is the smallest that covers its median segment. A kind without a segment is left out.
+    The height of each kind is the smallest that covers its median segment. A kind without segments is left out.
 
     Args:
         runs: [segments, 3]: first row, end row, slot.
@@ -65,10 +64,10 @@ def cut_runs(runs: NDArray[np.int32]) -> tuple[RowTiles, ...]:
 
 
 def cut_padded(runs: NDArray[np.int32], rows: int) -> tuple[RowTiles, ...]:
-    """Cut segments so that a CUDA graph serves other batches of as many rows.
+    """Cut segments so that a CUDA graph can be reused for other batches with the same number of rows.
 
-    Height and array lengths follow from the number of rows and the next power of four of the adapters only. The blocks
-    cover all rows of the batch, also those without an adapter.
+    Height and array lengths depend only on the number of rows and on the number of adapters, rounded up to a power of
+    four. The blocks cover all rows of the batch, also those without an adapter.
 
     Args:
         runs: [segments, 3]: first row, end row, slot.
@@ -78,7 +77,7 @@ def cut_padded(runs: NDArray[np.int32], rows: int) -> tuple[RowTiles, ...]:
         return ()
     adapters, heights = power_of_four(len(runs)), (*SHORT_HEIGHTS, *TALL_HEIGHTS)
     height = next((height for height in heights if rows <= height * adapters), heights[-1])
-    most = rows // height + adapters  # an adapter has one tile, at most, that is not full
+    most = rows // height + adapters  # each adapter has at most one tile that is not full
     table, padded = _fill(_table(runs, height), most), _fill(runs, adapters)
     return (RowTiles(height, table, padded, _blocks(runs, (0, rows)), (0, rows)),)
 
@@ -95,7 +94,7 @@ def _table(runs: NDArray[np.int32], height: int) -> NDArray[np.int32]:
     counts = -(-(runs[:, 1] - runs[:, 0]) // height)
     ends = counts.cumsum()
     tiles = int(ends[-1])
-    if tiles == len(runs):  # a tile each
+    if tiles == len(runs):  # each segment is one tile
         return runs
     table = runs.repeat(counts, axis=0)
     table[:, 0] += (np.arange(tiles) - (ends - counts).repeat(counts)) * height

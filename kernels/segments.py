@@ -20,7 +20,7 @@ class Segment(NamedTuple):
 
 
 class Segments(Sequence[Segment]):
-    """Segments stored as one array: planning a batch of hundreds creates no object for each. Equal to a tuple of them.
+    """Segments stored as one array, so that planning a large batch creates few objects. Equal to a tuple of segments.
 
     Attributes:
         runs: [segments, 3]: first row, end row, slot.

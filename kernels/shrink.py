@@ -83,12 +83,11 @@ def shrink(
     *,
     chained: bool = False,
 ) -> None:
-    """Multiply rows by their adapter's A and scaling, slices side by side. Overwrites `h`.
+    """Multiply rows by their adapter's A and scaling, slices side by side. Overwrites the tiles' rows of `h`.
 
-    K is divided into `tile.split` parts, one program each: the sum over the parts is the product.
+    K is divided into `tile.split` parts, one program each. The sum over the parts is the product.
 
-    Semantics: `h[p, t, i * R + j] = s_i * sum of A[slot(t), i * R + j, k] x[t, k] over the k of part p`. Rows that no
-    tile holds keep their contents.
+    Semantics: `h[p, t, i * R + j] = s_i * sum of A[slot(t), i * R + j, k] x[t, k] over the k of part p`.
 
     Args:
         chained: let the next launch on the stream start before this one ends (programmatic dependent launch). The next

@@ -37,7 +37,6 @@ class _Stack:
         return self.b.shape[2]
 
     def describe(self, slot: int, meta: SlotMeta) -> None:
-        """Set a slot's metadata, on the CPU and in device memory."""
         self.meta[slot] = meta
         self.ranks[slot] = torch.tensor(meta.ranks, dtype=torch.int32)
         self.scalings[slot] = torch.tensor(meta.scalings)

@@ -1,7 +1,7 @@
 """Writes a whole slot in one launch: every matrix of its new adapter, and zeros everywhere else.
 
-An adapter of 28 layers has hundreds of matrices. Copying them one by one costs ten times as much Python as device time,
-and delays the batches that the same interpreter launches.
+An adapter of 28 layers has hundreds of matrices. Copying them one by one takes ten times longer in Python than on the
+device, and delays the batches that the same interpreter launches.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_ELEMENTS = 1 << 31  # of a slot: offsets are int32
+MOST_ELEMENTS = 1 << 31  # a slot must have fewer: offsets are int32
 _BLOCK, _PARTS, _WARPS = 2048, 8, 4
 
 
 class Destination(NamedTuple):
-    """A matrix of a slot, and the adapter's matrix that goes there. All numbers count elements.
+    """A matrix of a slot, and the adapter's matrix to write there. All numbers count elements.
 
     Attributes:
         at: offset in the slot.
@@ -59,7 +59,7 @@ def table(destinations: Sequence[Destination], device: torch.device) -> Tensor:
         ValueError: the slot has `MOST_ELEMENTS` or more.
     """
     if max(one.at + one.rows * one.columns for one in destinations) >= MOST_ELEMENTS:
-        raise ValueError("a slot of 2^31 elements or more: its offsets do not fit int32")
+        raise ValueError("slot: expected fewer than 2^31 elements, because offsets are int32")
     return torch.tensor(destinations, dtype=torch.int32).to(device)
 
 

@@ -1,4 +1,4 @@
-"""Times the LoRA backends on whole decoder layers: the crossovers by which `dispatch` chooses."""
+"""Times the LoRA backends on whole decoder layers, so that `dispatch` can choose the fastest."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class MeasuredLayer:
         return self._inputs[self.loras[name].projection.wide][:rows]
 
     def run(self, backend: str, batch: LoraBatch, names: Sequence[str]) -> list[Tensor]:
-        """Compute projections one after the other, and return their outputs. "base" computes them without LoRA."""
+        """Compute projections one after the other, and return their outputs. Backend "base" is without LoRA."""
         made = []
         for name in names:
             x, found = self.input(name, batch.rows), self.loras[name]
@@ -62,7 +62,7 @@ class CompileJob:
     """A batch whose csgmv kernels one process compiles.
 
     Attributes:
-        slots, most_rows: of all jobs, so that jobs of one rank share a layer.
+        slots, most_rows: of the largest job, so that jobs of one rank share a layer.
     """
 
     projections: tuple[ProjectionShape, ...]
@@ -73,6 +73,7 @@ class CompileJob:
     most_rows: int
 
 
+# The last layer of this worker process. Only one fits: for a large model it takes gigabytes.
 _cached: dict[tuple[tuple[ProjectionShape, ...], int], MeasuredLayer] = {}
 
 
@@ -93,12 +94,11 @@ def points(rows: Sequence[int], adapters: Sequence[int]) -> list[tuple[int, int]
 
 
 def compile_batches(
-    projections: Sequence[ProjectionShape], ranks: Sequence[int], batches: Sequence[tuple[int, int]],
+    projections: Sequence[ProjectionShape], ranks: Sequence[int], rows_and_adapters: Sequence[tuple[int, int]],
     workers: int | None = None,
 ) -> None:  # fmt: skip
-    """Compile the kernels that csgmv launches on batches of (rows, adapters)."""
-    most, slots = max(rows for rows, _ in batches), max(adapters for _, adapters in batches)
-    jobs = [CompileJob(tuple(projections), rank, rows, n, slots, most) for rank in ranks for rows, n in batches]
+    most, slots = (max(numbers) for numbers in zip(*rows_and_adapters, strict=True))
+    jobs = [CompileJob(tuple(projections), rank, *pair, slots, most) for rank in ranks for pair in rows_and_adapters]
     for _ in track(
         compile_all(compile_batch, jobs, workers=workers), "compiling", len(jobs), console=Console(stderr=True)
     ):

@@ -45,7 +45,7 @@ WORKLOADS = (
 
 
 def cases(workloads: tuple[Workload, ...] = WORKLOADS) -> dict[tuple[int, int], list[RowTiles]]:
-    """Return the workloads' tiles by tile height and rows of the whole batch."""
+    """Return the workloads' row tiles by their height and the rows of the whole batch."""
     found: dict[tuple[int, int], list[RowTiles]] = {}
     for workload in workloads:
         batch = workload.batch()
@@ -55,7 +55,7 @@ def cases(workloads: tuple[Workload, ...] = WORKLOADS) -> dict[tuple[int, int], 
 
 
 def candidates(op: Op, height: int, rows: int) -> tuple[Tile, ...]:
-    """Return the tiles to try, the safest first. Empty if the operation does not use tiles of this height."""
+    """Return the tiles to try, the safest first. Empty if the operation is not used for so few rows."""
     if op == "shrink":
         return _shrink(height, rows)
     if op == "expand":

@@ -10,23 +10,23 @@ from typing import TypeVar
 import torch
 
 J = TypeVar("J")
-_ATTEMPTS = 3  # a crash of the compiler ends its process, and with it the pool
+_ATTEMPTS = 3  # of a job: a crash of the compiler ends the pool, and another job may have caused it
 
 
 def compile_all(launch: Callable[[J], object], jobs: Sequence[J], *, workers: int | None = None) -> Iterator[bool]:
-    """Launch each job once in some process. Yields whether that worked, in the order of the jobs.
+    """Launch each job once in a worker process. Yields whether each job worked, in the order of the jobs.
 
     Args:
-        launch: starts a job's kernels on the GPU. Must be importable, as processes find it by name.
-        workers: number of processes; one less than the machine's cores if not given. 0 launches nothing and yields
-            True, for the interpreter, which compiles nothing.
+        launch: launches a job's kernels. Must be importable, because worker processes find it by name.
+        workers: number of processes, by default one less than the machine's cores. With 0, nothing is launched and
+            all jobs count as working, for the interpreter, which compiles nothing.
     """
     workers = max(1, len(os.sched_getaffinity(0)) - 1) if workers is None else workers
     if workers == 0:
         yield from (True for _ in jobs)
         return
-    left = list(jobs)
-    for _ in range(_ATTEMPTS):
+    left, attempts = list(jobs), 0
+    while left:
         done = 0
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_mute) as pool:
             try:
@@ -36,16 +36,16 @@ def compile_all(launch: Callable[[J], object], jobs: Sequence[J], *, workers: in
                     done += 1
             except BrokenProcessPool:
                 pass
-        left = left[done:]
-        if not left:
-            return
-    yield from (False for _ in left)
+        left, attempts = left[done:], 1 if done else attempts + 1
+        if left and attempts == _ATTEMPTS:
+            yield False
+            left, attempts = left[1:], 0
 
 
 def _mute() -> None:
-    # Triton prints whole programs to the process's stderr for a launch that does not fit the GPU.
-    with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - a descriptor is needed, not a path
-        os.dup2(nowhere.fileno(), 2)
+    # Triton prints whole programs to stderr for a launch that does not fit the GPU.
+    with open(os.devnull, "w") as devnull:  # noqa: PTH123 - a descriptor is needed, not a path
+        os.dup2(devnull.fileno(), 2)
 
 
 def _attempt(launch: Callable[[J], object], job: J) -> bool:
@@ -53,6 +53,6 @@ def _attempt(launch: Callable[[J], object], job: J) -> bool:
         launch(job)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-    except Exception:  # whatever the reason, the job is not for this GPU
+    except Exception:  # Triton raises many types if a launch does not fit the GPU
         return False
     return True

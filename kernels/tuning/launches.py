@@ -1,4 +1,4 @@
-"""Runs one projection's launches on one GPU, to check and time them.
+"""Launches the kernels of one projection, to check and time tiles.
 
 Letters as in `stack.py`; T rows (tokens) of the batch.
 """
@@ -31,7 +31,7 @@ MOST_PARTS = 4  # the largest `ShrinkTile.split` among the candidates
 
 
 class TileLauncher:
-    """Launches any tile of one projection with random weights, on the given workloads.
+    """Launches tiles of one projection with random weights, on the given workloads.
 
     Args:
         rank: of the pool. Every adapter has this rank.
@@ -64,7 +64,7 @@ class TileLauncher:
         return all(fused_gemm.can_fuse(self.x, self.weights.stack, tiles, tile) for tiles in self._tiles(key))
 
     def launch(self, tile: Tile, tiles: RowTiles, rows: int, *, parts: int = 1, chained: bool = False) -> Tensor:
-        """Launch a tile's operation on a batch of `rows` rows, and return its output.
+        """Launch an operation with a tile on a batch of `rows` rows, and return its output.
 
         Args:
             parts: number of parts of h that `expand` sums.
@@ -82,10 +82,9 @@ class TileLauncher:
         return y
 
     def time_ms(self, tile: Tile, key: TileKey) -> float:
-        """Return the time of a launch, summed over the workloads that share the key.
+        """Return the time of a launch, summed over the workloads with this key.
 
-        In small batches, the launches of a projection overlap and affect each other's time, so `shrink` and `expand`
-        are timed together.
+        In small batches, `shrink` and `expand` overlap and affect each other's time, so both are timed together.
         """
         if isinstance(tile, FusedTile) or key.rows > FEW_ROWS:
             return sum(gpu_ms(graphed(partial(self.launch, tile, tiles, key.rows))) for tiles in self._tiles(key))
@@ -97,11 +96,6 @@ class TileLauncher:
         return sum(gpu_ms(partial(torch.mm, self.x[rows], weight, out=self.y[rows])) for rows in ranges)
 
     def error(self, tile: Tile, key: TileKey, wanted: Tensor) -> float:
-        """Return the relative error of a launch. Its output buffer is overwritten first.
-
-        Args:
-            wanted: from `reference`.
-        """
         tiles = self._tiles(key)[0]
         low, high = tiles.rows
         if isinstance(tile, ShrinkTile):
@@ -112,7 +106,7 @@ class TileLauncher:
         return relative_error(self.launch(tile, tiles, key.rows)[low:high], wanted)
 
     def reference(self, key: TileKey) -> Tensor:
-        """Return the operation's output rows for the key's first workload, computed by torch in float32."""
+        """Return the rows that the operation computes for the first workload with this key, in float32."""
         tiles = self._tiles(key)[0]
         stack = self.weights.stack
         if key.op == "shrink":
@@ -128,7 +122,7 @@ class TileLauncher:
         yield from (TileKey(op, wide, widths, self.rank, height, rows) for height, rows in sorted(self.cases))
 
     def _pair(self, tile: ShrinkTile | ExpandTile, key: TileKey, tiles: RowTiles) -> None:
-        # The base product, `shrink` and `expand`: one with `tile`, the other as chosen or with its first candidate.
+        # The base product, then `shrink` and `expand`: one with `tile`, the other with its best or first candidate.
         pair = [candidates(op, key.height, key.rows)[0] for op in ("shrink", "expand")]
         if isinstance(tile, ExpandTile):
             pair = [self.chosen.get((key.height, key.rows), pair[0]), tile]

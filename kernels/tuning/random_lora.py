@@ -1,4 +1,4 @@
-"""Projections with random weights and adapters, and functions to time calls, for tuner and benchmarks.
+"""Projections with random weights and adapters, and functions that time calls, for tuner and benchmarks.
 
 Letters as in `stack.py`; T rows (tokens) of the batch.
 """
@@ -53,7 +53,7 @@ class RandomLora:
 def random_lora(
     projection: ProjectionShape, rank: int, slots: int, *, device: torch.device, dtype: torch.dtype
 ) -> RandomLora:
-    """Draw weights for which base and LoRA outputs have a standard deviation of about 1. Zero beyond the rank."""
+    """Draw weights with which base and LoRA outputs have a standard deviation of about 1. Zero beyond the rank."""
     wide, widths = projection.wide, projection.widths
     padded, slices = padded_rank(rank), len(widths)
 
@@ -75,7 +75,7 @@ def shrunk(
     stack: LinearStack,
     segment: Segment,
 ) -> Tensor:
-    """Return `s A x` of a segment's rows in float32: [rows, slices * R]."""
+    """Compute `s A x` of a segment's rows in float32. Returns [rows, slices * R]."""
     return SCALING * (x[segment.start : segment.stop].float() @ stack.a[segment.slot].float().t())
 
 
@@ -84,7 +84,7 @@ def expanded(
     stack: LinearStack,
     slot: int,
 ) -> Tensor:
-    """Return `B h` in float32: [rows, N]."""
+    """Compute `B h` in float32. Returns [rows, N]."""
     pieces = h.float().split(stack.rank, dim=1)
     weights = stack.b[slot].float().split(stack.widths)
     return torch.cat([piece @ weight.t() for piece, weight in zip(pieces, weights, strict=True)], dim=1)
@@ -107,7 +107,7 @@ def graphed(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def gpu_ms(call: Callable[[], object], *, rep_ms: int = 8) -> float:
-    """Return the median time on the GPU, with the L2 cache cleared before each call. On the CPU, see `wall_ms`."""
+    """Return the median time on the GPU, with the L2 cache cleared before each call. Without a GPU, see `wall_ms`."""
     if not torch.cuda.is_available():
         return wall_ms(call)
     found = float(do_bench(call, warmup=2, rep=rep_ms, return_mode="median"))
@@ -117,15 +117,15 @@ def gpu_ms(call: Callable[[], object], *, rep_ms: int = 8) -> float:
 
 
 def wall_ms(call: Callable[[], object], *, budget_ms: float = 20.0) -> float:
-    """Return the mean time of calls back to back, which is the CPU's time where launching takes longer than computing.
+    """Return the mean time of calls back to back, as the median of three rounds that take `budget_ms` together.
 
-    The median of three rounds, which take about `budget_ms` together.
+    Where launching takes longer than computing, this is the CPU's time.
     """
     call()
     once = _round_ms(call, 1)
-    calls = max(1, min(20, int(budget_ms / 3 / once)))
     if once > budget_ms:
         return once
+    calls = max(1, min(20, int(budget_ms / 3 / once)))
     return median(_round_ms(call, calls) for _ in range(3))
 
 

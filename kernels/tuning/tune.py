@@ -1,8 +1,8 @@
 """The offline tuner: finds the fastest tiles of each projection and the crossovers of the backends.
 
 Compiling takes seconds per candidate, so many processes compile first and fill Triton's on-disk cache. Then one process
-checks each candidate against float32 and times it. A wrong candidate is dropped with a message; a candidate that does
-not fit the GPU is dropped silently.
+checks each candidate against float32 and times it. Wrong candidates are dropped with a message, candidates that do not
+fit the GPU without one.
 """
 
 import json
@@ -32,7 +32,7 @@ OPS: tuple[Op, ...] = ("shrink", "expand", "fused")
 
 @dataclass(frozen=True, slots=True)
 class TunePlan:
-    """The launches to tune: each projection at each pool rank, on these workloads."""
+    """The launches to tune: each projection at each rank of a pool, on these workloads."""
 
     projections: tuple[ProjectionShape, ...]
     ranks: tuple[int, ...]
@@ -43,7 +43,7 @@ class TunePlan:
 
 @dataclass(frozen=True, slots=True)
 class TuneJob:
-    """A candidate tile on all batches of one tile height, which one process compiles."""
+    """A candidate that one process compiles, for all batches whose rows are cut at this height."""
 
     plan: TunePlan
     projection: ProjectionShape
@@ -62,8 +62,8 @@ def tune(
     Args:
         dims: (input width, output width) by module.
         ranks: of adapters. Tiles are tuned for the rank of the pool that holds them.
-        path: the table file, `tuned/<GPU>.json` if not given.
-        rows: batch sizes to tune for; all if empty.
+        path: the table file, by default `tuned/<GPU>.json`.
+        rows: batch sizes to tune for, by default all.
         crossovers: whether to time the backends against each other too, at the smallest and the largest rank.
         workers: number of processes that compile.
 
@@ -91,7 +91,7 @@ def tune(
 
 
 def tune_tiles(plan: TunePlan, *, workers: int | None = None) -> Iterator[list[dict[str, Any]]]:
-    """Yield the fastest correct tile of every launch, as entries of a table file, one list per projection and rank."""
+    """Yield entries of a table file, the fastest correct tile of each launch: a list per projection and rank."""
     console = Console(stderr=True)
     jobs = list(_jobs(plan))
     attempts = compile_all(_compile, jobs, workers=workers)
@@ -115,11 +115,11 @@ def _jobs(plan: TunePlan) -> Iterator[TuneJob]:
                     yield from (TuneJob(plan, projection, rank, op, height, tile) for tile in tried)
 
 
+# The last launcher of this process. Only one fits: for a large model it takes gigabytes.
 _cached: dict[tuple[TunePlan, ProjectionShape, int], TileLauncher] = {}
 
 
 def _launcher(plan: TunePlan, projection: ProjectionShape, rank: int) -> TileLauncher:
-    # One at a time: for a large model it takes gigabytes.
     key = (plan, projection, rank)
     if key not in _cached:
         _cached.clear()
@@ -154,7 +154,7 @@ def _best(
                 tile: TuneJob(plan, launcher.weights.projection, launcher.rank, op, key.height, tile) for tile in tried
             }
             fit = [tile for tile, job in jobs.items() if job in fits and launcher.supports(tile, key)]
-            correct = list(_correct(launcher, key, fit, report))  # all before timing, which overwrites their inputs
+            correct = list(_correct(launcher, key, fit, report))  # checks all first: timing overwrites the inputs
             times = {tile: launcher.time_ms(tile, key) for tile in correct}
             if not times:
                 continue
@@ -185,7 +185,7 @@ def _correct(
 
 
 def write(path: Path, **found: list[dict[str, Any]]) -> None:
-    """Merge entries into the lists `tiles` and `crossovers` of a table file. Entries of equal keys are replaced."""
+    """Merge entries into the lists `tiles` and `crossovers` of a table file. Replaces entries with the same key."""
     old = json.loads(path.read_text()) if path.is_file() else {}
     head = {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

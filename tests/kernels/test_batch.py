@@ -5,8 +5,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ranklet.kernels.batch import LoraBatch, cut, plan
-from ranklet.kernels.mixes import MIXES, Mix, assign
+from ranklet.kernels.batch import LoraBatch, cut, plan, plan_evenly
 from ranklet.kernels.powers import power_of_four
 from ranklet.kernels.row_tiles import BLOCK_ROWS
 from ranklet.kernels.segments import Segment, Segments
@@ -111,17 +110,6 @@ def test_no_requests() -> None:
     assert plan([], []) == ([], LoraBatch((), rows=0))
 
 
-def adapters_of(mix: Mix) -> list[int]:
-    made = assign(mix, requests=200, adapters=50)
-    assert len(made) == 200
-    assert set(made) <= set(range(50))
-    return made
-
-
-def test_mixes_distribute_requests_as_named() -> None:
-    counts = {mix: sorted((adapters_of(mix).count(a) for a in range(50)), reverse=True) for mix in MIXES}
-    assert counts["distinct"] == [4] * 50
-    assert counts["identical"][:2] == [200, 0]
-    assert counts["skewed"][0] > 2 * counts["uniform"][0]
-    assert counts["uniform"][-1] < counts["uniform"][0] < 20
-    assert assign("distinct", 5, 9) == [0, 1, 2, 3, 4]
+def test_rows_are_shared_evenly() -> None:
+    batch = plan_evenly(11, 4)
+    assert [(segment.slot, segment.rows) for segment in batch.segments] == [(0, 3), (1, 3), (2, 3), (3, 2)]

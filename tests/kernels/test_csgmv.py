@@ -15,10 +15,9 @@ from ranklet.kernels.batch import cut, plan
 from ranklet.kernels.mixes import MIXES, Mix, assign
 from ranklet.kernels.tiles import FusedTile
 from tests.kernels import oracle
+from tests.kernels.adapters import NAN, RANKS
 from tests.kernels.fixed_tiles import fuse_small_batches
 
-NAN = float("nan")
-RANKS = {0: (1, 1, 1), 1: (3, 0, 8), 2: (8, 8, 8), 3: (40, 64, 40), 4: (64, 64, 64), 5: (0, 0, 0)}
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]

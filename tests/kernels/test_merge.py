@@ -6,11 +6,10 @@ from torch.testing import assert_close
 
 from ranklet.kernels import merge
 from tests.kernels import oracle
+from tests.kernels.adapters import NAN, RANKS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-RANKS = {0: (1, 1, 1), 1: (3, 0, 8), 2: (8, 8, 8), 3: (40, 64, 40), 4: (64, 64, 64), 5: (0, 0, 0)}
-NAN = float("nan")
 
 
 def check(slots: list[int], wide: int, widths: tuple[int, ...], dtype: torch.dtype, rank: int = 64) -> None:

@@ -1,4 +1,4 @@
-"""Mixes that are drawn by Zipf's law."""
+"""Mixes of adapters."""
 
 import subprocess
 import sys
@@ -6,7 +6,18 @@ from collections import Counter
 
 import pytest
 
-from ranklet.kernels.mixes import assign, exponent
+from ranklet.kernels.mixes import MIXES, assign, exponent
+
+
+def test_mixes_distribute_requests_as_named() -> None:
+    made = {mix: Counter(assign(mix, requests=200, adapters=50)) for mix in MIXES}
+    assert all(counts.total() == 200 and set(counts) <= set(range(50)) for counts in made.values())
+    assert made["distinct"] == Counter(dict.fromkeys(range(50), 4))
+    assert made["identical"] == Counter({0: 200})
+    most = {mix: max(counts.values()) for mix, counts in made.items()}
+    assert most["skewed"] > 2 * most["uniform"]
+    assert 4 < most["uniform"] < 20
+    assert assign("distinct", 5, 9) == [0, 1, 2, 3, 4]
 
 
 def test_zipf_frequency_falls_with_rank_to_the_power_of_alpha() -> None:

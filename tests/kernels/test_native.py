@@ -17,12 +17,9 @@ from ranklet.kernels.batch import plan
 from ranklet.kernels.mixes import MIXES, Mix, assign
 from ranklet.kernels.stack import SlotMeta
 from tests.kernels import oracle
+from tests.kernels.adapters import LINEAR, NAN, QKV, RANK, RANKS, SLOTS, WIDE
 
-NAN = float("nan")
-WIDE, VOCAB, SLOTS, RANK = 40, 50, 6, 64
-QKV = (24, 8, 8)
-RANKS = {0: (1, 1, 1), 1: (3, 0, 8), 2: (8, 8, 8), 3: (40, 64, 40), 4: (64, 64, 64), 5: (0, 0, 0)}
-LINEAR = oracle.random_adapters(RANKS, WIDE, QKV)
+VOCAB = 50
 EMBEDDING = oracle.random_adapters({slot: ranks[:1] for slot, ranks in RANKS.items()}, VOCAB, (24,), seed=1)
 
 

@@ -5,7 +5,7 @@ import torch
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.native import embedding, linear
 from ranklet.kernels.segments import Segment
-from ranklet.kernels.stack import EmbeddingStack, LinearStack, SlotMeta
+from ranklet.kernels.stack import EmbeddingStack, LinearStack, SlotMeta, padded_rank
 
 
 def test_a_new_slot_has_no_effect_whatever_its_memory_holds() -> None:
@@ -19,6 +19,10 @@ def test_a_new_slot_has_no_effect_whatever_its_memory_holds() -> None:
     empty = EmbeddingStack(torch.full((2, 5, 32), float("nan")), torch.full((2, 10, 32), float("nan")))
     assert empty.rank == 32
     assert torch.equal(embedding(ids, table, empty, batch), table[ids])
+
+
+def test_a_rank_is_padded_to_a_multiple_of_16() -> None:
+    assert [padded_rank(rank) for rank in (1, 8, 16, 17, 64)] == [16, 16, 16, 32, 64]
 
 
 def test_slots_do_not_share_their_metadata() -> None:
