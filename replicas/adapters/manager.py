@@ -41,9 +41,6 @@ class AdapterManager:
         on_load: called with the record of each load, without the lock.
         on_loading: called with the name of each adapter whose load starts, under the lock.
         on_evicted: called with the name of each adapter that lost its slot to another, under the lock.
-
-    Attributes:
-        lacks_slot: whether a load waits until a slot is released.
     """
 
     def __init__(
@@ -73,7 +70,6 @@ class AdapterManager:
         self._info: dict[AdapterRef, AdapterInfo] = {}
         self._refused: OrderedDict[AdapterRef, RankletError] = OrderedDict()
         self._stopped: RankletError | None = None
-        self.lacks_slot = False
 
     # State
 
@@ -172,7 +168,7 @@ class AdapterManager:
         """
         batch = {ref for ref in using if ref is not None}
         wanted = [*self._requested, *demand]
-        before, self._queued, self.lacks_slot = self._queued, {}, False
+        before, self._queued = self._queued, {}
         for i, ref in enumerate(wanted):
             if self._table.holds(ref):
                 self._table.revive(ref)  # adapters that are wanted earlier have their slots already
@@ -183,7 +179,6 @@ class AdapterManager:
             place = self._table.reserve(ref, batch.union(wanted[:i]))
             if place is None:
                 self._table.retire(wanted[:i])
-                self.lacks_slot = True
                 return
             self._start(ref, *place)
 

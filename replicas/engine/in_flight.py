@@ -1,7 +1,6 @@
 """A step between its launch and the delivery of its outputs."""
 
 import logging
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -55,15 +54,14 @@ class InFlightStep:
         return again
 
     def record(self, began_s: float, compute_s: float) -> BatchRecord:
-        sequences: Counter[str] = Counter()
-        tokens: Counter[str] = Counter()
-        waits = []
+        sequences: dict[str, int] = {}
+        tokens: dict[str, int] = {}
         for part in self.parts:
             flow = part.sequence.flow
-            sequences[flow] += 1
-            tokens[flow] += part.tokens
-            waits.append(max(0.0, began_s - part.sequence.arrived_s))
-        return BatchRecord(dict(sequences), dict(tokens), self.launched.backend, waits, compute_s)
+            sequences[flow] = sequences.get(flow, 0) + 1
+            tokens[flow] = tokens.get(flow, 0) + part.tokens
+        waits = [max(0.0, began_s - part.sequence.arrived_s) for part in self.parts]
+        return BatchRecord(sequences, tokens, self.launched.backend, waits, compute_s)
 
 
 def names_of(sequences: Iterable[Sequence]) -> tuple[str, ...]:

@@ -228,18 +228,20 @@ class Pipeline:
             with self.lock:  # the next step may be launched while this one's outputs are delivered
                 self._in_flight.popleft()
                 self._forecast.on_finish(compute_s, finished_s)
+                self._release_slots([part.sequence for part in step.parts if part.is_final])
                 self.lock.notify_all()
             again = step.deliver(outputs, began_s, compute_s)
-            self._end_passes(step, again)
             self._listener.batch(step.record(began_s, compute_s))
+            if again or any(not part.is_final for part in step.parts):
+                self._end_passes(step, again)
 
     def _end_passes(self, step: InFlightStep, again: list[Sequence]) -> None:
+        """Plan further passes of the sequences that need one, and release the slots of the others."""
         unfinished = {id(sequence) for sequence in again}
         with self.lock:
             self._release_slots(part.sequence for part in step.parts if id(part.sequence) not in unfinished)
             self.scheduler.resume(again)
-            if again or self.adapters.lacks_slot:
-                self.lock.notify_all()
+            self.lock.notify_all()
 
     def _on_failed_step(self, parts: list[Part], error: Exception) -> None:
         """Run the sequences of a failed step one by one, so that only the one at fault fails."""

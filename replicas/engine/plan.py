@@ -17,11 +17,13 @@ class Need(NamedTuple):
         tokens: number of tokens to compute, from `Sequence.computed` on. It is also the cost of the pass in the queue.
         head: turns the hidden states of these tokens into an output.
         keeps_cache: whether later passes read keys and values of these tokens.
+        is_final: whether the sequence is done after this pass. Its slot is then released as soon as the device is done.
     """
 
     tokens: int
     head: "Head"
     keeps_cache: bool = False
+    is_final: bool = False
 
 
 class Part(NamedTuple):
@@ -32,6 +34,7 @@ class Part(NamedTuple):
     tokens: int
     head: "Head"
     keeps_cache: bool
+    is_final: bool
 
     @classmethod
     def of(cls, sequence: "Sequence") -> "Part":

@@ -65,7 +65,7 @@ class EmbedTask:
         self._vectors = np.full((prompts, width), np.nan, dtype=np.float32)
 
     def need(self, sequence: Sequence) -> Need:
-        return Need(len(sequence.ids), self._head)
+        return Need(len(sequence.ids), self._head, is_final=True)
 
     def accept(self, sequence: Sequence, output: NDArray[Any]) -> Delta | Done:
         vector = output[: self._vectors.shape[1]]

@@ -38,7 +38,9 @@ class HalvesTask:
 
     def need(self, sequence: Sequence) -> Need:
         middle = len(sequence.ids) // 2
-        return Need(len(sequence.ids) - middle if sequence.computed else middle, self._head)
+        if sequence.computed:
+            return Need(len(sequence.ids) - middle, self._head, is_final=True)
+        return Need(middle, self._head)
 
     def accept(self, sequence: Sequence, output: NDArray[Any]) -> Delta | Done:
         self._halves[sequence.index].append(output.copy())
