@@ -75,6 +75,10 @@ def _between(
     return {name: here[name] ** (1 - share) * there[name] ** share for name in here}
 
 
+def scope_of(projections: Sequence[object]) -> Scope:
+    return "attention" if len(projections) <= 2 else "layer"
+
+
 def surface(measured: Iterable[Crossover], scope: Scope, hidden: int) -> Surface | None:
     """Return the measurements of the nearest `hidden` within a factor of two, None if there are none.
 

@@ -9,7 +9,7 @@ output. On an H200, a 28-layer model's cosine to float32 is 0.99993 with csgmv a
 Letters: T rows (tokens), K input width, N output width, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -19,7 +19,6 @@ from torch.nn import functional
 from ranklet.kernels import base_gemm, csgmv, gated_mlp, native, pointwise
 from ranklet.kernels.batch import Backend, LoraBatch
 from ranklet.kernels.cost_model import LoraLayer, estimate_s
-from ranklet.kernels.crossover import Scope
 from ranklet.kernels.merged import Merged
 from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
@@ -60,10 +59,6 @@ class Backends:
         elif override == "fastest":
             name = fastest(batch, self._layer)
         return replace(batch, implementation=self.by_name[name])
-
-
-def scope_of(projections: Sequence[object]) -> Scope:
-    return "attention" if len(projections) <= 2 else "layer"
 
 
 def fastest(batch: LoraBatch, layer: LoraLayer) -> str:

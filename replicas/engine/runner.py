@@ -14,10 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ranklet.kernels import dispatch
 from ranklet.kernels.batch import LoraBatch, plan
 from ranklet.kernels.cost_model import LoraLayer
-from ranklet.kernels.crossover import crossovers, surface
+from ranklet.kernels.crossover import crossovers, scope_of, surface
 from ranklet.kernels.dispatch import Backends
 from ranklet.kernels.row_subset import one_each
 from ranklet.replicas.adapters.pool import AdapterPool
@@ -91,7 +90,7 @@ class Runner:
         self.pads = reads_lengths_on_device(model.device, model.dtype, model.architecture.windows)
         self.uses_cudnn = cudnn_attention.is_available(model.device) and model.dtype in (torch.bfloat16, torch.float16)
         known = crossovers(model.embedding.device.index)
-        measured = surface(known, dispatch.scope_of(pool.projections), pool.architecture.hidden)
+        measured = surface(known, scope_of(pool.projections), pool.architecture.hidden)
         layer = LoraLayer(pool.projections, pool.rank, self._cuda, measured)
         self.backends = Backends(layer, merged_bytes)
 
