@@ -1,4 +1,4 @@
-"""The settings of one engine."""
+"""Settings of an engine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,39 +11,39 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The settings of one engine, which serves one base model on one device.
+    """Settings of an engine, which serves one base model on one device.
 
     Raises:
         ValueError: a field is out of range; the message names the field, the expected range and the given value.
     """
 
-    # The folder of the base model.
+    # Folder of the base model.
     model_dir: Path
     # "auto" is CUDA if available, else the CPU.
     device: str = "auto"
     # "auto" is bfloat16 on CUDA and float32 on the CPU.
     dtype: str = "auto"
-    # Adapters held on the device at the same time.
+    # Number of adapters held on the device at the same time.
     slots: int = 8
     # The largest LoRA rank that is served, rounded up to a multiple of 16.
     max_rank: int = 64
     # Modules that the slots reserve memory for; adapters of other modules are refused.
     lora_modules: tuple[str, ...] = LORA_MODULES
-    # Tokens of the largest batch.
+    # Largest number of tokens in one batch.
     max_batch_tokens: int = 32_768
-    # Prompts of the largest batch.
+    # Largest number of prompts in one batch.
     max_batch_requests: int = 512
-    # Adapters that one batch may mix; None for as many as there are slots.
+    # Largest number of adapters in one batch; None for the number of slots.
     max_adapters_per_batch: int | None = None
-    # Tokens of the longest prompt; None for the model's own limit, at most max_batch_tokens.
+    # Largest number of tokens in a prompt; None for the model's own limit, up to max_batch_tokens.
     max_model_len: int | None = None
-    # Tokens that may wait for a batch; further requests are refused with 503.
+    # Largest number of tokens that wait for a batch; further requests are refused with 503.
     max_waiting_tokens: int = 4_000_000
     # Host memory that caches adapters, so that they load into a slot without reading files.
     host_cache_bytes: int = 4 << 30
-    # Seconds that a request waits for its adapter to load before it is refused with 503 and Retry-After.
+    # Time after which a request whose adapter is still loading is refused with 503 and Retry-After.
     load_timeout_s: float = 8.0
-    # Device memory for the merged weights of adapters that dominate the traffic.
+    # Device memory for merged weights of the most requested adapters.
     merged_bytes: int = 0
     # LoRA backend; "fastest" may give up a little accuracy for speed (see kernels/dispatch.py).
     backend: str = "auto"

@@ -32,7 +32,7 @@ class RankletError(Exception):
     Attributes:
         code: error code in HTTP answers and between processes.
         status: HTTP status.
-        message: the expected value, the value received and the remedy.
+        message: states the expected value, the value received and the remedy.
         param: the field of the request that caused the error, if any.
         retry_after_s: when the client should try again, for statuses 429 and 503.
 
@@ -55,7 +55,7 @@ class RankletError(Exception):
         if code is None:
             return
         known = _BY_CODE.setdefault(code, cls)
-        # A worker process may import a module anew, so a class is compared by name and not by identity.
+        # A worker process may import a module again, so classes are compared by name and not by identity.
         if known.__qualname__ != cls.__qualname__:
             raise TypeError(f"{cls.__qualname__}: expected a unique error code, {known.__qualname__} has {code!r} too")
 
@@ -64,7 +64,7 @@ class RankletError(Exception):
 
 
 def error_class(code: str) -> type[RankletError]:
-    """The class registered under `code`; `InternalError` for an unknown code."""
+    """Return the class registered under `code`; `InternalError` for an unknown code."""
     return _BY_CODE.get(code, InternalError)
 
 

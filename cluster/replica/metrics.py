@@ -54,7 +54,7 @@ class ReplicaMetrics(Listener):
         self.ranks: dict[str, int] = {}
 
     def batch(self, record: BatchRecord) -> None:
-        for adapter, prompts in record.requests_by_adapter.items():
+        for adapter, prompts in record.prompts_by_adapter.items():
             label = self.labels.label(adapter, prompts)
             self.prompts.labels(label).inc(prompts)
             self.tokens.labels(label).inc(record.tokens_by_adapter.get(adapter, 0))
@@ -83,8 +83,8 @@ class ReplicaMetrics(Listener):
     def tier_hit(self, tier: str) -> None:
         self.tier_hits.labels(tier).inc()
 
-    def cancelled(self, requests: int) -> None:
-        self.cancelled_prompts.inc(requests)
+    def cancelled(self, prompts: int) -> None:
+        self.cancelled_prompts.inc(prompts)
 
     def watch(self, snapshot: Callable[[], Snapshot], pid: int) -> None:
         """Export gauges of the engine, read at each scrape, and the resources of its process."""

@@ -1,6 +1,6 @@
-"""Rounds steps up to buckets, so that one CUDA graph serves many. Filler sequences take the remaining tokens.
+"""Rounds the sizes of steps up to buckets, so that one CUDA graph serves many steps.
 
-Each number of a bucket multiplies the graphs, so sizes are as coarse as the cost of padding allows;
+Sizes are as coarse as the cost of padding allows, because every further size needs graphs of its own.
 `tests/replicas/engine/test_bucket.py` counts the buckets of random steps.
 """
 
@@ -20,8 +20,8 @@ _FULL = 31 / 32  # of the largest step: nothing else fits into most of these
 class Bucket:
     """The size of a padded step.
 
-    It has at most a quarter more tokens than were asked for from 64 tokens on, an eighth more from 1024 on, a sixteenth
-    more from 8192 on. A step that is nearly full is padded to the largest step.
+    Padding adds less than a quarter of the step's tokens, or less than 16 tokens if that is more. The quarter becomes
+    an eighth above 1024 tokens and a sixteenth above 8192. A step that is nearly full is padded to the largest step.
     """
 
     tokens: int
@@ -37,7 +37,7 @@ class Bucket:
         return cls(tokens, 2 * power_of_four(-(-(len(lengths) + fillers) // 2)), longest)
 
     def filled(self, lengths: Sequence[int]) -> tuple[int, ...]:
-        """Return the lengths of all sequences: those asked for, fillers that take the other tokens, and empty ones."""
+        """Append fillers that take the remaining tokens, then empty sequences."""
         whole, rest = divmod(self.tokens - sum(lengths), self.longest)
         fillers = (self.longest,) * whole + (rest,) * (rest > 0)
         return (*lengths, *fillers, *(0,) * (self.sequences - len(lengths) - len(fillers)))
@@ -49,7 +49,7 @@ def is_full(tokens: int, max_tokens: int) -> bool:
 
 
 def _rounded(tokens: int) -> int:
-    """Round up to the next of four steps between powers of two, of eight or sixteen for large steps."""
+    # Four sizes between two powers of two; eight or sixteen for large steps.
     finer = 3 if tokens <= _COARSE_TOKENS else 4 if tokens <= _FINE_TOKENS else 5
     step = max(_MIN_TOKENS, 1 << max(tokens.bit_length() - finer, 0))
     return -(-tokens // step) * step

@@ -1,7 +1,7 @@
 """CUDA graphs of steps: Python launches a step's kernels once, and the device replays them for equal steps.
 
-A small step is over on the device long before Python has launched its hundreds of kernels. A full step is not, but
-while it runs Python also has requests to read, answers to send and adapters to load.
+Launching the hundreds of kernels of a small step takes Python longer than running them takes the device. For a full
+step it does not, but a replay leaves Python time to read requests, send answers and load adapters.
 """
 
 import logging
@@ -31,11 +31,8 @@ class _CapturedGraph:
 class GraphCache:
     """Graphs by key; the least recently used is dropped first. For one thread and one stream.
 
-    All graphs share one memory pool: the outputs of a graph hold until the next replay. A capture takes as long as some
-    eager launches and may enlarge the pool; `tests/bench/buckets.py` measures both.
-
-    Args:
-        max_graphs: graphs that are kept.
+    All graphs share one memory pool: a graph's outputs are valid until the next replay of any graph. A capture takes as
+    long as some eager launches and may enlarge the pool; `tests/bench/buckets.py` measures both.
     """
 
     def __init__(self, device: torch.device, max_graphs: int = 256) -> None:
@@ -69,9 +66,8 @@ class GraphCache:
         return outputs
 
     def clear(self) -> None:
-        """Drop all graphs and their memory."""
         if self._graphs:
-            torch.cuda.current_stream(self._device).synchronize()
+            torch.cuda.current_stream(self._device).synchronize()  # a graph may be running
         self._graphs.clear()
         self._eager_runs.clear()
 
@@ -102,7 +98,7 @@ class GraphCache:
                     graph.capture_end()
         except Exception:  # a kernel cannot be captured: steps of this key are launched from Python
             logger.warning("a step could not be captured as a CUDA graph", exc_info=True)
-            self._eager_runs[key] = -math.inf
+            self._eager_runs[key] = -math.inf  # not due again while it is counted
             return None
         main.wait_stream(self._stream)
         self._graphs[key] = _CapturedGraph(graph, static, outputs)

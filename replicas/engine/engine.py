@@ -1,7 +1,8 @@
 """One base model on one device, serving many adapters at once. Any thread may call an engine."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Sequence as Many
 from contextlib import contextmanager
 from threading import Condition
 from time import perf_counter
@@ -15,14 +16,13 @@ from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, AdapterReport, HeldAdapters
 from ranklet.replicas.adapters.verify import ExpectedModules
 from ranklet.replicas.config import EngineConfig
-from ranklet.replicas.engine.in_flight import names_of, requests_of
 from ranklet.replicas.engine.limits import RequestLimits, check_space
 from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.engine.pipeline import Pipeline, shutting_down
 from ranklet.replicas.engine.request import Request, Sink, Ticket
 from ranklet.replicas.engine.runner import Runner
 from ranklet.replicas.engine.scheduler import Scheduler
-from ranklet.replicas.engine.sequence import flow_of
+from ranklet.replicas.engine.sequence import Sequence, flow_of
 from ranklet.replicas.engine.stats import Listener, Snapshot
 from ranklet.replicas.engine.tasks import EmbedTask, Task
 from ranklet.replicas.engine.warmup import warm_up
@@ -37,12 +37,9 @@ from ranklet.replicas.model.pooling import read_pooling
 class Engine:
     """Serves one base model and its adapters from one device.
 
-    Args:
-        listener: receives records of steps, loads and requests.
-
     Attributes:
         head: the head of embeddings.
-        runner: launches steps; for benchmarks and profiles.
+        runner: launches steps; public for benchmarks and profiles.
 
     Raises:
         ModelError: the model folder cannot be served; the message says why.
@@ -66,41 +63,39 @@ class Engine:
         bases = tuple(dict.fromkeys((config.model_dir.resolve().name, *config.base_aliases)))
         expected = ExpectedModules(architecture, config.max_rank, config.lora_modules, bases, model.embedding)
         loader = Loader(self._pool, expected, config.host_cache_bytes)
-        scheduler = Scheduler(
+        self._lock = Condition()
+        self._scheduler = Scheduler(
             max_tokens=config.max_batch_tokens, max_sequences=config.max_batch_requests,
             max_adapters=config.adapters_per_batch, max_demand=config.slots,
         )  # fmt: skip
-        self._lock, self._queue = Condition(), scheduler.queue
         self._adapters = AdapterManager(
-            config.slots, loader, self._lock, scheduler.take_waiting, on_load=self._listener.load,
+            config.slots, loader, self._lock, self._scheduler.take_waiting, on_load=self._listener.load,
             on_loading=self._listener.loading, on_evicted=self._listener.evicted,
         )  # fmt: skip
         self.runner = Runner(model, self._pool, config.backend, config.merged_bytes, config.max_batch_tokens)
         self._pipeline = Pipeline(
-            self._lock, self.runner, scheduler, self._adapters, self._listener, self.head,
+            self._lock, self.runner, self._scheduler, self._adapters, self._listener, self.head,
             max_sequences=config.max_batch_requests,
         )  # fmt: skip
 
     def start(self) -> None:
-        """Warm up and begin to serve. On a GPU the first start compiles kernels, which takes some 20 s."""
+        """Compile kernels and begin to serve. On a GPU the first start takes some 20 s."""
         warm_up(self.runner, self.head, self.limits.max_model_len, self.config.max_batch_requests)
         self._pipeline.start()
 
     def stop(self) -> None:
-        """Finish the steps on the device, refuse what waits with `Unavailable`, and end the threads."""
+        """Finish the steps on the device, refuse waiting requests with `Unavailable`, and end the threads."""
         self._pipeline.stop()
         self._adapters.stop()
-        self._pipeline.refuse_waiting()  # sequences of a step that failed while the threads ended
 
     def submit(
-        self, prompts: Sequence[NDArray[np.int32]], adapter: AdapterRef | None, params: EmbedParams, sink: Sink
+        self, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None, params: EmbedParams, sink: Sink
     ) -> Ticket:
-        """Queue a request and return at once.
+        """Queue an embedding request and return at once.
 
         Args:
-            prompts: int32 [length] each, at least one.
+            prompts: int32 [length] each.
             adapter: None for the base model.
-            sink: receives the outputs on a thread of the engine.
 
         Raises:
             InvalidRequest: a prompt is empty or too long, or a token id or parameter is out of range.
@@ -112,27 +107,28 @@ class Engine:
         return self.submit_task(prompts, adapter, task, sink)
 
     def submit_task(
-        self, prompts: Sequence[NDArray[np.int32]], adapter: AdapterRef | None, task: Task, sink: Sink
+        self, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None, task: Task, sink: Sink
     ) -> Ticket:
-        """Queue a request of any task. Raises as `submit` does; the prompts must be within `limits`."""
+        """Queue a request of any task; see `submit`. The prompts must be within `limits`."""
         tokens, arrived_s = sum(map(len, prompts)), perf_counter()
         with self._lock:
             self._check_adapter(adapter)
-            check_space(self._queue, self.config.max_waiting_tokens, flow_of(adapter), tokens)
+            check_space(self._scheduler.queue, self.config.max_waiting_tokens, flow_of(adapter), tokens)
             tier = None if adapter is None else self._adapters.tier(adapter)
             request = Request(task, prompts, adapter, sink, arrived_s=arrived_s, tier=tier)
             for sequence in request.sequences:
-                self._queue.add(sequence)
+                self._scheduler.queue.add(sequence)
             self._lock.notify_all()
         if tier is not None:
             self._listener.tier_hit(tier)
         return Ticket(request)
 
     def load(self, adapter: AdapterRef) -> AdapterInfo:
-        """Verify an adapter and load it into a slot. Blocks until it is there.
+        """Verify an adapter and load it into a slot. Returns after the load.
 
         Raises:
-            AdapterNotFound, InvalidAdapter: as for a request that names the adapter.
+            AdapterNotFound: its folder does not exist.
+            InvalidAdapter: it cannot be served.
             Unavailable: the engine is stopping.
         """
         with self._lock:
@@ -149,7 +145,7 @@ class Engine:
             raise refusal
 
     def pin(self, names: Collection[str]) -> None:
-        """Replace the set of pinned adapters. A pinned adapter keeps its slot once it has one.
+        """Replace the set of pinned adapters. A pinned adapter is never evicted.
 
         Raises:
             InvalidRequest: no slot would be left for other adapters.
@@ -158,33 +154,32 @@ class Engine:
             self._adapters.pin(names)
 
     def release(self, name: str, keep: str | None = None) -> bool:
-        """Free the slots and the host memory of an adapter, except those of the revision `keep`.
+        """Free the slots and the host memory of an adapter's revisions other than `keep`.
 
         Returns:
-            Whether nothing is left. Memory that requests use is freed by a later call, after they were answered.
+            Whether everything is free. Revisions that requests use stay: call again after the requests are answered.
         """
         with self._lock:
             return self._adapters.release_adapter(name, keep, self._references())
 
     def report(self) -> list[AdapterReport]:
-        """Return every adapter revision that is held, loading, in use or refused."""
+        """Describe every adapter revision that is held, loading, in use or refused."""
         with self._lock:
             return self._adapters.report(self._references())
 
     def _references(self) -> Counter[AdapterRef]:
-        """Count the requests that wait for or run with each adapter. Called under the lock."""
-        sequences = [*self._pipeline.scheduler.waiting(), *self._pipeline.running()]
+        """Count the open requests of each adapter. Called under the lock."""
+        sequences = [*self._scheduler.waiting(), *self._pipeline.running()]
         pairs = {(id(each.request), each.adapter) for each in sequences if each.adapter is not None}
         return Counter(adapter for _, adapter in pairs if adapter is not None)
 
     def prefetch(self, adapter: AdapterRef) -> None:
-        """Load an adapter ahead of its requests if no other adapter needs that slot. Returns at once."""
+        """Start to load an adapter before its first request, if no other adapter needs that slot."""
         with self._lock:
             if not self._pipeline.is_stopping:
-                self._adapters.prefetch(adapter, [sequence.adapter for sequence in self._queue])
+                self._adapters.prefetch(adapter, [sequence.adapter for sequence in self._scheduler.queue])
 
     def resident(self) -> tuple[str, ...]:
-        """Return the names of the adapters in slots, most recently used last."""
         with self._lock:
             return self._adapters.resident()
 
@@ -197,29 +192,28 @@ class Engine:
         return self._pipeline.stuck_s()
 
     def expire(self) -> None:
-        """Refuse requests that have waited too long for a load. The owner calls it a few times a second."""
+        """Refuse requests whose adapter loads for too long. The owner calls it a few times a second."""
         self._adapters.expire(self.config.load_timeout_s)
 
     def slot_of(self, adapter: AdapterRef) -> int | None:
-        """Return the slot that an adapter is ready in; None if it is in none."""
+        """Return the slot of an adapter; None if it is not ready in one."""
         with self._lock:
             return self._adapters.slot_of(adapter)
 
     def ranks_in(self, slot: int) -> dict[Module, int]:
-        """Return the rank of each module that the adapter in a slot targets."""
         return self._pool.ranks(slot)
 
     def snapshot(self) -> Snapshot:
         with self._lock:
-            waiting, running = self._pipeline.scheduler.waiting(), self._pipeline.running()
+            waiting, running = self._scheduler.waiting(), self._pipeline.running()
             return Snapshot(
                 resident=self._adapters.resident(),
                 hosted=self._adapters.held().hosted,
-                waiting_requests=requests_of(waiting),
-                waiting_tokens=self._queue.tokens,
-                running_requests=requests_of(running),
-                waiting_adapters=names_of(waiting),
-                running_adapters=names_of(running),
+                waiting_requests=_count_requests(waiting),
+                waiting_tokens=self._scheduler.queue.tokens,
+                running_requests=_count_requests(running),
+                waiting_adapters=_adapter_names(waiting),
+                running_adapters=_adapter_names(running),
                 slots=self.config.slots,
                 pool_bytes=self._pool.nbytes,
                 host_bytes=self._adapters.host_bytes,
@@ -227,7 +221,6 @@ class Engine:
             )
 
     def healthy(self) -> bool:
-        """Whether the engine can answer: its threads run and its device computes."""
         return self._pipeline.is_healthy()
 
     @contextmanager
@@ -235,3 +228,11 @@ class Engine:
         """Plan no step while the context is open, so that requests submitted in it can share one."""
         with self._lock:
             yield
+
+
+def _count_requests(sequences: Iterable[Sequence]) -> int:
+    return len({id(sequence.request) for sequence in sequences})
+
+
+def _adapter_names(sequences: Iterable[Sequence]) -> tuple[str, ...]:
+    return tuple(sorted({sequence.adapter.name for sequence in sequences if sequence.adapter is not None}))

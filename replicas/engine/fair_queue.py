@@ -35,6 +35,9 @@ class FairQueue:
 
     Args:
         allowance: tokens that an adapter may have waiting before its further sequences are ordered by virtual time.
+
+    Attributes:
+        tokens: all waiting tokens.
     """
 
     def __init__(self, allowance: int) -> None:
@@ -43,7 +46,7 @@ class FairQueue:
         self._flows: dict[str, _Flow] = {}
         self._arrivals = count()
         self._now = 0.0  # virtual time: tokens that each active adapter should have been served by now
-        self._served = 0  # tokens in all
+        self._served = 0  # tokens of all steps
         self._active: OrderedDict[str, int] = OrderedDict()  # adapters: `_served` at their last request
         self.tokens = 0
 
@@ -54,7 +57,6 @@ class FairQueue:
         return iter(self._ordered)
 
     def tokens_of(self, flow: str) -> int:
-        """Return the waiting tokens of an adapter; "" is the base model."""
         return self._flows[flow].tokens if flow in self._flows else 0
 
     def tokens_within(self) -> int:
@@ -62,7 +64,6 @@ class FairQueue:
         return sum(flow.tokens for flow in self._flows.values() if flow.tokens <= self._allowance)
 
     def floods(self, sequence: Sequence) -> bool:
-        """Whether the sequence's adapter has more tokens waiting than its allowance."""
         return self.tokens_of(sequence.flow) > self._allowance
 
     def add(self, sequence: Sequence) -> None:
@@ -104,7 +105,7 @@ class FairQueue:
         self._now += tokens / max(len(self._active), 1)
         self._served += tokens
         self._expire_active()
-        if self._ordered:  # an adapter's surplus from idle times is forgotten, up to one allowance
+        if self._ordered:  # tokens that an adapter took from an idle device count later only up to one allowance
             self._now = max(self._now, self._ordered[0].turn[0] - self._allowance)
 
     def _expire_active(self) -> None:

@@ -8,7 +8,7 @@ _OLD_STEPS = 64  # a size's rate is outdated after this many steps: it may inclu
 
 
 class Forecast:
-    """Follows the steps of a device, which runs them one after the other. Times in seconds of one clock.
+    """Records the durations of a device's steps, which run one after the other. All times are of one clock.
 
     Attributes:
         free_s: when the device should be done with all launched steps.
@@ -16,9 +16,9 @@ class Forecast:
 
     def __init__(self) -> None:
         self._rates: dict[int, float] = {}  # seconds per token, by the bit length of the step's tokens
-        self._measured_at: dict[int, int] = {}  # by the same: number of steps finished at its last measurement
+        self._measured_at: dict[int, int] = {}  # number of finished steps at each rate's last measurement
         self._finished = 0
-        self._running: deque[int] = deque()  # tokens of launched steps
+        self._running: deque[int] = deque()  # tokens of launched steps, oldest first
         self.free_s = 0.0
 
     def on_launch(self, tokens: int, now_s: float) -> None:
@@ -34,14 +34,13 @@ class Forecast:
         self._measured_at[size] = self._finished
         self.free_s = now_s + sum(map(self.expected_s, self._running))
 
-    def on_failure(self) -> None:
-        """Forget the oldest step, which failed."""
+    def on_failure(self) -> None:  # of the oldest step
         self._running.popleft()
 
     def enough_tokens(self) -> int | None:
-        """Return the step size from which larger steps were not faster per token; None where that is not known.
+        """Return the size above which steps are not faster per token; None if it is not known.
 
-        Two steps of that size one after the other take no longer than both in one, and the first ends in half the time.
+        Two steps of that size take no longer than one of twice the size, and the first ends in half the time.
         """
         for size in sorted(self._rates):
             larger = [rate for known, rate in self._rates.items() if known > size]
@@ -50,9 +49,9 @@ class Forecast:
         return None
 
     def small_tokens(self) -> int | None:
-        """Return the smallest step size that is not much slower per token; None where nothing is known.
+        """Return the smallest step size that is not much slower per token; None before a step has finished.
 
-        The next smaller size is tried if it was not measured recently.
+        Returns the next smaller size instead if that was not measured recently.
         """
         if not self._rates:
             return None
@@ -65,7 +64,7 @@ class Forecast:
         return size not in self._rates or self._finished - self._measured_at[size] >= _OLD_STEPS
 
     def expected_s(self, tokens: int) -> float:
-        """Return how long a step should take; 0 until one has finished."""
+        """Return how long a step should take; 0 before a step has finished."""
         if not self._rates:
             return 0.0
         size = tokens.bit_length()

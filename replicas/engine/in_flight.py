@@ -1,7 +1,6 @@
 """A step between its launch and the delivery of its outputs."""
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,24 +17,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class InFlightStep:
-    """The parts of a step and the step on the device."""
-
     parts: list[Part]
     launched: LaunchedStep
-
-    @property
-    def tokens(self) -> int:
-        return sum(part.tokens for part in self.parts)
 
     def deliver(self, outputs: list[NDArray[Any]], began_s: float, compute_s: float) -> list[Sequence]:
         """Give each sequence its output. An invalid output fails only its own request.
 
         Args:
-            outputs: of each head of the step, [parts, ...].
+            outputs: each head's outputs [parts, ...].
             began_s: when the device began the step.
 
         Returns:
-            Sequences that need another pass.
+            The sequences that need another pass.
         """
         heads, backend, again = self.launched.heads, self.launched.backend, []
         valid = [head.are_valid(output) for head, output in zip(heads, outputs, strict=True)]
@@ -54,21 +47,15 @@ class InFlightStep:
         return again
 
     def record(self, began_s: float, compute_s: float) -> BatchRecord:
+        """Describe the step. Called after `deliver`; only first passes have waited in the queue."""
         sequences: dict[str, int] = {}
         tokens: dict[str, int] = {}
+        waits = []
         for part in self.parts:
-            flow = part.sequence.flow
+            sequence = part.sequence
+            flow = sequence.flow
             sequences[flow] = sequences.get(flow, 0) + 1
             tokens[flow] = tokens.get(flow, 0) + part.tokens
-        waits = [max(0.0, began_s - part.sequence.arrived_s) for part in self.parts]
+            if sequence.passes <= 1:
+                waits.append(max(0.0, began_s - sequence.arrived_s))
         return BatchRecord(sequences, tokens, self.launched.backend, waits, compute_s)
-
-
-def names_of(sequences: Iterable[Sequence]) -> tuple[str, ...]:
-    """Return the names of the sequences' adapters, sorted."""
-    return tuple(sorted({sequence.adapter.name for sequence in sequences if sequence.adapter is not None}))
-
-
-def requests_of(sequences: Iterable[Sequence]) -> int:
-    """Return the number of requests that the sequences belong to."""
-    return len({id(sequence.request) for sequence in sequences})

@@ -1,4 +1,4 @@
-"""One step's arrays in a single buffer, so that they reach the device in one copy.
+"""Packs the arrays of a step into a single buffer, so that they reach the device in one copy.
 
 Letters: T tokens, B sequences.
 """
@@ -28,8 +28,8 @@ class TokenSpan(NamedTuple):
 
     Attributes:
         ids: int32 [length].
-        start: position of the first of them in the sequence.
-        head: what to compute of their hidden states.
+        start: position of the first of these tokens in the sequence.
+        head: computes the output from the hidden states of these tokens.
     """
 
     ids: NDArray[np.int32]
@@ -42,12 +42,12 @@ def whole_prompts(prompts: Iterable[NDArray[np.int32]], head: Head) -> list[Toke
 
 
 class DeviceArrays(NamedTuple):
-    """A layout's arrays on the device: int32 [T], [T], [B + 1], and the batches with their tile tables."""
+    """The arrays of a layout on the device."""
 
-    ids: Tensor
-    positions: Tensor
-    offsets: Tensor
-    lora: LoraBatch
+    ids: Tensor  # int32 [T]
+    positions: Tensor  # int32 [T]
+    offsets: Tensor  # int32 [B + 1]
+    lora: LoraBatch  # with its tile tables
     last: LoraBatch | None
 
 
@@ -57,8 +57,9 @@ class Layout:
 
     Attributes:
         lengths: tokens of each sequence, fillers of a padded step included.
-        longest: the largest length, or more.
-        last: LoRA of one row a sequence; None where the last layer computes all rows.
+        longest: upper bound on `lengths`.
+        lora: LoRA of every token.
+        last: LoRA of the last token of each sequence; None if the last layer computes all tokens.
         buffer: int32: ids, positions, offsets, then the tile tables of `lora` and `last`. Pinned for a GPU.
     """
 
@@ -73,11 +74,12 @@ class Layout:
         cls, spans: Sequence[TokenSpan], lora: LoraBatch, choose_last: ChooseLast | None,
         bucket: Bucket | None = None, *, pinned: bool = False,
     ) -> "Layout":  # fmt: skip
-        """Pack spans that are in the order of `lora`.
+        """Pack spans.
 
         Args:
-            choose_last: makes the batch of the sequences' last tokens; None if all rows are needed.
-            bucket: pad to it, with filler sequences behind the others.
+            spans: in the order of the rows of `lora`.
+            choose_last: makes the LoRA batch of the sequences' last tokens; None if all rows are needed.
+            bucket: size to pad the step to, with filler sequences behind the others.
         """
         lengths = tuple(len(span.ids) for span in spans)
         longest, tokens = max(lengths), sum(lengths)
@@ -113,7 +115,7 @@ class Layout:
 
     @property
     def tile_shapes(self) -> tuple[tuple[int | tuple[int, int], ...], ...]:
-        """The sizes of the tile tables, on which kernel launches depend."""
+        """Sizes of the tile tables, on which kernel launches depend."""
         tiles = _all_tiles(self.lora, self.last)
         return tuple((t.height, t.rows, len(t.table), len(t.runs), len(t.blocks)) for t in tiles)
 

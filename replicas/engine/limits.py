@@ -10,7 +10,7 @@ from ranklet.replicas.engine.fair_queue import FairQueue
 from ranklet.replicas.engine.fair_share import fair_share
 from ranklet.replicas.errors import InvalidRequest, Saturated
 
-MIN_DIMENSIONS = 32
+_MIN_DIMENSIONS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +18,9 @@ class RequestLimits:
     """Bounds of one request.
 
     Attributes:
-        max_model_len: tokens of a prompt.
+        max_model_len: largest number of tokens of a prompt.
         hidden: width of an embedding.
-        vocab: token ids are below it.
+        vocab: number of token ids.
     """
 
     max_model_len: int
@@ -36,7 +36,7 @@ class RequestLimits:
 
     def check_dimensions(self, dimensions: int | None) -> int:
         """Return the width of the answer's vectors; raise InvalidRequest if `dimensions` is out of range."""
-        least = min(MIN_DIMENSIONS, self.hidden)
+        least = min(_MIN_DIMENSIONS, self.hidden)
         if dimensions is not None and not least <= dimensions <= self.hidden:
             raise InvalidRequest(f"dimensions: expected {least} to {self.hidden}, got {dimensions}", param="dimensions")
         return dimensions or self.hidden
@@ -57,9 +57,9 @@ class RequestLimits:
 
 
 def check_space(queue: FairQueue, max_tokens: int, flow: str, tokens: int) -> None:
-    """Raise Saturated if a request does not fit into the queue, or its adapter has its share of the queue already.
+    """Raise Saturated if a request does not fit into the queue, or exceeds its adapter's share of the queue.
 
-    A request always fits into an empty queue, and an adapter without waiting tokens always has a share.
+    An empty queue accepts any request. An adapter without waiting tokens cannot exceed its share.
     """
     waiting, own = queue.tokens, queue.tokens_of(flow)
     if waiting and waiting + tokens > max_tokens:

@@ -1,12 +1,12 @@
-"""Keeps the device busy: plans and launches steps on one thread, waits for them and delivers outputs on another.
+"""Runs the steps of an engine: one thread plans and launches them, another waits for them and delivers their outputs.
 
 On CUDA a second step may be launched while the first computes, so that the device never waits for Python. One lock
-guards the queue, the slot table and the steps in flight; nothing slow happens under it.
+guards the queue, the slot table and the steps in flight; no code holds it for long.
 """
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from threading import Condition, Thread
 from time import perf_counter
 
@@ -26,7 +26,7 @@ from ranklet.replicas.errors import InternalError, Unavailable
 from ranklet.replicas.model.heads import Head
 
 _LAUNCH_LEAD_S = 0.004  # launch latency plus forecast error
-_HUNG_S = 30.0  # a step that is on the device for longer counts as lost
+_HUNG_S = 30.0  # the device counts as broken when a step takes longer
 
 logger = logging.getLogger(__name__)
 
@@ -35,20 +35,18 @@ class Pipeline:
     """The threads that run an engine's steps.
 
     Args:
-        probe_head: head of the step that tells a broken device from a prompt that cannot be computed.
-
-    Attributes:
         lock: held to use `scheduler` or `adapters`, and notified after a change.
+        probe_head: head of the step that checks the device.
     """
 
     def __init__(
         self, lock: Condition, runner: Runner, scheduler: Scheduler, adapters: AdapterManager, listener: Listener,
         probe_head: Head, *, max_sequences: int,
     ) -> None:  # fmt: skip
-        self.lock = lock
-        self.scheduler = scheduler
-        self.adapters = adapters
         self.is_stopping = False
+        self._lock = lock
+        self._scheduler = scheduler
+        self._adapters = adapters
         self._runner = runner
         self._listener = listener
         self._probe_span = TokenSpan(np.zeros(1, dtype=np.int32), 0, probe_head)
@@ -57,49 +55,47 @@ class Pipeline:
         self._forecast = Forecast()
         self._in_flight: deque[InFlightStep] = deque()
         self._launching: list[Part] = []  # on the CPU a launch is the whole computation
-        self._suspects_device = False  # a sequence failed alone: the fault is the sequence's or the device's
+        self._must_probe = False  # a sequence failed alone: either it cannot be computed, or the device is broken
         self._is_broken = False
         self._launches_more = True  # until the step thread has launched its last step
-        self._threads = [Thread(target=run, name=f"ranklet-{name}", daemon=True) for name, run in self._loops().items()]
-
-    def _loops(self) -> dict[str, Callable[[], None]]:
-        return {"step": self._step_loop, "answer": self._answer_loop}
+        self._threads = [
+            Thread(target=self._step_loop, name="ranklet-step", daemon=True),
+            Thread(target=self._answer_loop, name="ranklet-answer", daemon=True),
+        ]
 
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """Finish the steps on the device, refuse what waits with `Unavailable`, and end the threads."""
-        with self.lock:
+        """Finish the steps on the device, refuse waiting requests with `Unavailable`, and end the threads."""
+        with self._lock:
             self.is_stopping = True
-            self.lock.notify_all()
-        self.refuse_waiting()
+            self._lock.notify_all()
+        self._refuse_waiting()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
+        self._refuse_waiting()  # sequences of steps that failed, or that needed another pass, while the threads ended
 
-    def refuse_waiting(self) -> None:
+    def _refuse_waiting(self) -> None:
         error = shutting_down()
-        with self.lock:
-            waiting = self.scheduler.waiting()
-            self._drop(waiting)
+        with self._lock:
+            waiting = self._scheduler.waiting()
+            self._scheduler.drop(waiting)
+            self._release_slots(waiting)
         for sequence in waiting:
             sequence.request.fail(error)
-        self.adapters.refuse_loads(error)
-
-    def _drop(self, sequences: list[Sequence]) -> None:
-        self.scheduler.drop(sequences)
-        self._release_slots(sequences)
+        self._adapters.refuse_loads(error)
 
     def running(self) -> list[Sequence]:
-        """Return the sequences on the device. Called under the lock."""
+        """Return the sequences that are launched or on the device. Called under the lock."""
         parts = [*self._launching, *(part for step in self._in_flight for part in step.parts)]
         return [part.sequence for part in parts]
 
     def stuck_s(self) -> float:
         """Return how long the oldest step has been on the device; 0 without a step, and on the CPU."""
-        with self.lock:
+        with self._lock:
             launched_s = self._in_flight[0].launched.launched_s if self._in_flight and self._depth > 1 else None
         return 0.0 if launched_s is None else perf_counter() - launched_s
 
@@ -116,52 +112,51 @@ class Pipeline:
         except Exception:
             logger.exception("the step thread failed; this engine is unhealthy from now on")
         finally:
-            with self.lock:
+            with self._lock:
                 self._launches_more, self.is_stopping = False, True
-                self.lock.notify_all()
-            self.refuse_waiting()
+                self._lock.notify_all()
+            self._refuse_waiting()
 
     def _run_step(self) -> bool:
-        """Wait for a step and launch it. Returns False when the engine stops."""
-        with self.lock:
+        """Wait until a step is due and launch it. Returns False when the engine stops."""
+        with self._lock:
             plan = None
-            while plan is None and not self._suspects_device:
+            while plan is None and not self._must_probe:
                 if self.is_stopping:
                     return False
                 plan = self._next_plan()
                 if plan is None:
-                    self.lock.wait(self._wait_limit_s())
+                    self._lock.wait(self._wait_limit_s())
             if plan is not None:
                 slots = self._commit(plan)
         if plan is None:
-            self._suspects_device = False
+            self._must_probe = False
             self._probe_device()
             return True
         self._listener.cancelled(sum(sequence.request.is_open for sequence in plan.cancelled))
         if plan.parts:
-            self._launch(plan.parts, slots)
+            self._launch(plan, slots)
         return True
 
     def _commit(self, plan: StepPlan) -> list[int | None]:
-        """Take the plan's sequences out of what waits. Returns the slot of each part."""
+        """Commit the plan and reserve the slots of its parts. Returns the slot of each part."""
         self._release_slots(plan.cancelled)
-        self.scheduler.commit(plan)
+        self._scheduler.commit(plan)
         self._launching = plan.parts
         starting = [sequence for sequence in plan.sequences if not sequence.holds_slot]
-        slots = self.adapters.acquire_slots([sequence.adapter for sequence in starting])
+        slots = self._adapters.acquire_slots([sequence.adapter for sequence in starting])
         for sequence, slot in zip(starting, slots, strict=True):
             sequence.slot, sequence.holds_slot = slot, True
         return [sequence.slot for sequence in plan.sequences]
 
     def _release_slots(self, sequences: Iterable[Sequence]) -> None:
-        """Release the slots that sequences hold. Called under the lock."""
         holding = [sequence for sequence in sequences if sequence.holds_slot]
-        self.adapters.release_slots([sequence.adapter for sequence in holding])
+        self._adapters.release_slots([sequence.adapter for sequence in holding])
         for sequence in holding:
             sequence.holds_slot = False
 
     def _probe_device(self) -> None:
-        """Run one token of the base model, to tell a broken device from a prompt that cannot be computed."""
+        """Run one token of the base model. If that fails too, the device is broken."""
         try:
             self._runner.launch([self._probe_span], [None]).wait()
         except Exception:
@@ -171,14 +166,14 @@ class Pipeline:
     def _next_plan(self) -> StepPlan | None:
         """Return the step to launch now, if any, and start the loads that waiting sequences need."""
         forecast = self._forecast
-        plan = self.scheduler.propose(self.adapters.usable, forecast.enough_tokens(), forecast.small_tokens())
-        self.adapters.start_loads(plan.demand, plan.adapters)
+        plan = self._scheduler.propose(self._adapters.usable, forecast.enough_tokens(), forecast.small_tokens())
+        self._adapters.start_loads(plan.demand, plan.adapters)
         if not self._in_flight:
             return plan if plan.parts or plan.cancelled else None
         if not plan.parts or len(self._in_flight) == self._depth:
             return None
-        # A large step is launched behind the running one at once. A small step would shut out later arrivals: it is
-        # launched just before the device is free.
+        # A large step is launched behind the running one at once. A small step is launched just before the device is
+        # free, because sequences that arrive until then can join it.
         is_large = plan.tokens * 2 >= self._runner.max_tokens or len(plan.parts) * 2 >= self._max_sequences
         return plan if is_large or self._due_in_s() <= 0 else None
 
@@ -186,50 +181,51 @@ class Pipeline:
         return self._forecast.free_s - _LAUNCH_LEAD_S - perf_counter()
 
     def _wait_limit_s(self) -> float | None:
-        """Return the time until a small step is due behind the running one; None to wait for a notification."""
-        may_follow = 0 < len(self._in_flight) < self._depth and self.scheduler.has_waiting()
+        """Return the time until a small step is due behind the running one; None if only a change can make one due."""
+        may_follow = 0 < len(self._in_flight) < self._depth and self._scheduler.has_waiting()
         due_s = self._due_in_s() if may_follow else 0.0
         return due_s if due_s > 0 else None
 
-    def _launch(self, parts: list[Part], slots: list[int | None]) -> None:
-        spans = [TokenSpan(p.sequence.ids[p.start : p.start + p.tokens], p.start, p.head) for p in parts]
+    def _launch(self, plan: StepPlan, slots: list[int | None]) -> None:
+        spans = [TokenSpan(p.sequence.ids[p.start : p.start + p.tokens], p.start, p.head) for p in plan.parts]
         try:
             launched = self._runner.launch(spans, slots)
-        except Exception as error:  # one step fails, the engine goes on
-            self._on_failed_step(parts, error)
+        except Exception as error:  # only this step fails
+            if isinstance(error, torch.OutOfMemoryError):
+                self._runner.free_caches()
+            self._on_failed_step(plan.parts, error)
             return
-        with self.lock:
+        with self._lock:
             self._launching = []
-            step = InFlightStep(parts, launched)
-            self._in_flight.append(step)
-            self._forecast.on_launch(step.tokens, launched.launched_s)
-            self.lock.notify_all()
+            self._in_flight.append(InFlightStep(plan.parts, launched))
+            self._forecast.on_launch(plan.tokens, launched.launched_s)
+            self._lock.notify_all()
 
     # The answer thread
 
     def _answer_loop(self) -> None:
         while True:
-            with self.lock:
+            with self._lock:
                 while not self._in_flight:
                     if not self._launches_more:
                         return
-                    self.lock.wait()
+                    self._lock.wait()
                 step = self._in_flight[0]
             try:
                 outputs = step.launched.wait()
             except Exception as error:
-                with self.lock:
+                with self._lock:
                     self._in_flight.popleft()
                     self._forecast.on_failure()
                 self._on_failed_step(step.parts, error)
                 continue
             finished_s, compute_s = perf_counter(), step.launched.device_s()
             began_s = finished_s - compute_s
-            with self.lock:  # the next step may be launched while this one's outputs are delivered
+            with self._lock:  # the next step may be launched while this one's outputs are delivered
                 self._in_flight.popleft()
                 self._forecast.on_finish(compute_s, finished_s)
                 self._release_slots([part.sequence for part in step.parts if part.is_final])
-                self.lock.notify_all()
+                self._lock.notify_all()
             again = step.deliver(outputs, began_s, compute_s)
             self._listener.batch(step.record(began_s, compute_s))
             if again or any(not part.is_final for part in step.parts):
@@ -238,25 +234,23 @@ class Pipeline:
     def _end_passes(self, step: InFlightStep, again: list[Sequence]) -> None:
         """Plan further passes of the sequences that need one, and release the slots of the others."""
         unfinished = {id(sequence) for sequence in again}
-        with self.lock:
+        with self._lock:
             self._release_slots(part.sequence for part in step.parts if id(part.sequence) not in unfinished)
-            self.scheduler.resume(again)
-            self.lock.notify_all()
+            self._scheduler.resume(again)
+            self._lock.notify_all()
 
     def _on_failed_step(self, parts: list[Part], error: Exception) -> None:
         """Run the sequences of a failed step one by one, so that only the one at fault fails."""
-        if isinstance(error, torch.OutOfMemoryError):
-            self._runner.free_caches()
         sequences = [part.sequence for part in parts]
         again = [sequence for sequence in sequences if not sequence.solo] if len(sequences) > 1 else []
-        with self.lock:
+        with self._lock:
             self._release_slots(sequences)
             self._launching = []
-            self._suspects_device = not again
+            self._must_probe = not again
             for sequence in again:
                 sequence.solo = True
-            self.scheduler.queue.put_back(again)
-            self.lock.notify_all()
+            self._scheduler.queue.put_back(again)
+            self._lock.notify_all()
         if not again:
             logger.error("a sequence failed", exc_info=error)
             for sequence in sequences:

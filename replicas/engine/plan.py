@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ranklet.replicas.adapters.reference import AdapterRef
 
-if TYPE_CHECKING:  # the process that owns no device imports these types without torch
+if TYPE_CHECKING:  # `sequence` imports this module, and `heads` imports torch
     from ranklet.replicas.engine.sequence import Sequence
     from ranklet.replicas.model.heads import Head
 
@@ -14,10 +14,10 @@ class Need(NamedTuple):
     """The next pass of a sequence.
 
     Attributes:
-        tokens: number of tokens to compute, from `Sequence.computed` on. It is also the cost of the pass in the queue.
-        head: turns the hidden states of these tokens into an output.
+        tokens: number of tokens to compute, from `Sequence.computed` on. The queue uses it as the cost of the pass.
+        head: computes the output from the hidden states of these tokens.
         keeps_cache: whether later passes read keys and values of these tokens.
-        is_final: whether the sequence is done after this pass. Its slot is then released as soon as the device is done.
+        is_final: whether `Task.accept` returns `Done` for this pass, so that the slot is released before the delivery.
     """
 
     tokens: int
@@ -36,18 +36,13 @@ class Part(NamedTuple):
     keeps_cache: bool
     is_final: bool
 
-    @classmethod
-    def of(cls, sequence: "Sequence") -> "Part":
-        return cls(sequence, sequence.computed, *sequence.need)
-
 
 @dataclass(slots=True)
 class StepPlan:
-    """A proposed step. Nothing has changed until `Scheduler.commit`.
+    """A proposed step. `Scheduler.commit` makes it take effect.
 
     Attributes:
-        parts: the work of the step.
-        passed: sequences that are ready and not in the step.
+        passed: queued sequences that are ready but did not fit into the step.
         cancelled: sequences whose request was dropped.
         demand: adapters of waiting sequences, oldest first.
         tokens: sum of the parts' tokens.
@@ -60,9 +55,8 @@ class StepPlan:
     tokens: int = 0
 
     def add(self, sequence: "Sequence") -> None:
-        part = Part.of(sequence)
-        self.parts.append(part)
-        self.tokens += part.tokens
+        self.parts.append(Part(sequence, sequence.computed, *sequence.need))
+        self.tokens += sequence.need.tokens
 
     @property
     def sequences(self) -> list["Sequence"]:
@@ -70,5 +64,4 @@ class StepPlan:
 
     @property
     def adapters(self) -> list[AdapterRef | None]:
-        """Each part's adapter; None for the base model."""
         return [part.sequence.adapter for part in self.parts]

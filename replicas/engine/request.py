@@ -1,4 +1,4 @@
-"""A request to an engine: its sequences, gathered again from the steps they ran in."""
+"""A request to an engine. Its sequences run in several steps; the request collects their outputs."""
 
 import logging
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.replicas.adapters.reference import AdapterRef
-from ranklet.replicas.engine.sequence import Sequence
+from ranklet.replicas.engine.sequence import Sequence, flow_of
 from ranklet.replicas.engine.tasks import Delta, Task
 from ranklet.replicas.errors import RankletError
 
@@ -22,7 +22,7 @@ class Answer:
     """The answer to one request.
 
     Attributes:
-        result: content made by the task; for embeddings float32 [prompts, dimensions].
+        result: content of the answer; for embeddings float32 [prompts, dimensions].
         tier: where the adapter was when the request arrived: gpu, host or disk; None for the base model.
         backend: LoRA backend of the last step.
         queue_s: longest wait of a sequence for its first step.
@@ -49,7 +49,7 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AnswerSink:
-    """A sink for callers that need only the whole answer."""
+    """A sink of a caller that needs only the whole answer."""
 
     callback: Callable[[Answer | RankletError], None]
 
@@ -61,7 +61,7 @@ class AnswerSink:
 
 
 class Request:
-    """Gathers the outputs of its sequences. Ends once: when the last sequence is done, or the first fails."""
+    """Collects the outputs of its sequences. Ends once: when the last sequence is done, or the first one fails."""
 
     def __init__(
         self, task: Task, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None, sink: Sink, *,
@@ -74,7 +74,8 @@ class Request:
         self._unfinished = len(prompts)
         self._queue_s = self._compute_s = 0.0
         self.is_open = True
-        self.sequences = [Sequence(ids, adapter, arrived_s, self, i) for i, ids in enumerate(prompts)]
+        flow = flow_of(adapter)
+        self.sequences = [Sequence(ids, adapter, flow, arrived_s, self, i) for i, ids in enumerate(prompts)]
         for sequence in self.sequences:
             sequence.need = task.need(sequence)
 
@@ -84,7 +85,7 @@ class Request:
         """Pass the output of a step to the task. Returns whether the sequence needs another pass.
 
         Args:
-            output: the sequence's row of what its head returned.
+            output: the sequence's row of the head's outputs.
             began_s: when the device began the step.
             compute_s: device time of the step.
         """
@@ -96,6 +97,7 @@ class Request:
         if isinstance(outcome, Delta):
             if outcome.piece is not None and self.is_open:
                 self._call(self._sink.delta, sequence.index, outcome.piece)
+            sequence.computed += sequence.need.tokens
             sequence.need = self._task.need(sequence)
             return True
         self._compute_s = max(self._compute_s, sequence.compute_s)
@@ -107,12 +109,11 @@ class Request:
         return False
 
     def fail(self, error: RankletError) -> None:
-        """End the request with an error and drop its sequences."""
         self.cancel()
         self._finish(error)
 
     def cancel(self) -> None:
-        """Drop the sequences at their next step. The sink may then never be called."""
+        """Drop the sequences that wait. The sink may then never be called."""
         for sequence in self.sequences:
             sequence.cancelled = True
 
@@ -134,6 +135,9 @@ class Ticket:
 
     request: Request
 
+    @property
+    def is_open(self) -> bool:
+        return self.request.is_open
+
     def cancel(self) -> None:
-        """Drop the sequences that have not reached the device. The sink may then never be called."""
         self.request.cancel()

@@ -1,4 +1,4 @@
-"""Runs one step of the model on the device: lays it out, launches it, fetches its outputs.
+"""Runs steps of the model on the device: packs each step, launches it and copies its outputs to the host.
 
 Letters: B sequences of the step.
 """
@@ -28,7 +28,7 @@ from ranklet.replicas.model.attention import Spans, reads_lengths_on_device
 from ranklet.replicas.model.decoder import Decoder, DeviceBatch, StageCallback, ignore_stage
 from ranklet.replicas.model.heads import Head
 
-_REPLAYED_TOKENS = 16_384  # larger steps keep the device busy longer than Python takes to launch them; see `Bucket`
+_REPLAYED_TOKENS = 16_384  # launching a larger step takes Python less time than running it takes the device
 
 
 @dataclass(slots=True)
@@ -37,10 +37,10 @@ class LaunchedStep:
 
     Attributes:
         heads: the distinct heads of the step.
-        order: row i of an output belongs to span `order[i]`.
-        outputs: of each head, [B, ...] on the host; may be read after `wait`.
-        launch_s: time that launching took. On the CPU it is the whole computation.
-        events: CUDA events before and behind the step.
+        order: row i of each head's outputs belongs to span `order[i]`.
+        outputs: each head's outputs [B, ...] on the host, valid after `wait`.
+        launch_s: duration of the launch. On the CPU it is the whole computation.
+        events: CUDA events before and after the step; None on the CPU.
     """
 
     heads: tuple[Head, ...]
@@ -52,7 +52,7 @@ class LaunchedStep:
     events: tuple[Any, Any] | None
 
     def wait(self) -> list[NDArray[Any]]:
-        """Wait for the device. Returns each head's outputs [B, ...] in the order of the spans."""
+        """Wait for the device, then return each head's outputs [B, ...] in the order of the spans."""
         if self.events is not None:
             self.events[1].synchronize()
         return [self._reordered(output.numpy()) for output in self.outputs]
@@ -63,7 +63,7 @@ class LaunchedStep:
         return out
 
     def device_s(self) -> float:
-        """Return how long the step had the device; valid after `wait`."""
+        """Return the device time of the step; valid after `wait`."""
         return self.launch_s if self.events is None else float(self.events[0].elapsed_time(self.events[1])) * 1e-3
 
 
@@ -76,8 +76,8 @@ class Runner:
         max_tokens: tokens of the largest step.
 
     Attributes:
-        graphs: CUDA graphs of steps; None on the CPU, or to launch every kernel from Python.
-        pads: whether steps are padded to buckets, so that steps of other lengths share a graph.
+        graphs: CUDA graphs of steps; None launches every kernel from Python, as on the CPU.
+        pads: whether steps are padded to buckets, so that steps of different lengths share a graph.
     """
 
     def __init__(self, model: Decoder, pool: AdapterPool, backend: str, merged_bytes: int, max_tokens: int) -> None:
@@ -102,7 +102,7 @@ class Runner:
 
         Args:
             slots: pool slot of each span's adapter; None for the base model.
-            on_stage: see `Decoder.forward`. A step with a callback is neither padded nor replayed.
+            on_stage: see `Decoder.forward`. A step with a callback is neither padded nor replayed from a graph.
         """
         launched_s = perf_counter()
         order, lora = plan([len(span.ids) for span in spans], slots)
@@ -160,14 +160,14 @@ class Runner:
         return head.finish(self.model.final_norm(states if only_last else head.rows(states, spans)), spans)
 
     def graph_key(self, layout: Layout, heads: tuple[Head, ...]) -> Hashable | None:
-        """Return the facts that kernel launches depend on besides device memory; None if a graph cannot be reused.
+        """Return all facts that kernel launches depend on, apart from device memory; None if no graph can be reused.
 
-        `csgmv` reads lengths, slots and ranks on the device: a graph serves any step of the bucket whose adapters have
-        LoRA in the same modules. `native` bakes them into its launches: the same adapters in the same slots. `merged`
-        keeps copies and scratch memory that come and go. Where attention reads lengths on the host, they are part of
-        the key.
+        A graph of `csgmv`, which reads lengths, slots and ranks on the device, serves every step of the bucket whose
+        adapters target the same modules. A graph of `native`, whose launches contain lengths, slots and ranks, serves
+        only the same lengths and adapters. `merged` frees and allocates memory between steps, so it has no graphs.
         """
         lora = layout.lora
+        # Where steps are not padded, attention reads the lengths on the host.
         bucket = (lora.rows, len(layout.lengths), layout.longest) if self.pads else layout.lengths
         contents = [self.pool.contents[segment.slot] for segment in lora.segments]
         if lora.backend == "csgmv":
@@ -177,7 +177,7 @@ class Runner:
         return (heads, bucket) if lora.backend == "none" else None
 
     def free_caches(self) -> None:
-        """Give back device memory that is used only for speed."""
+        """Free the device memory of CUDA graphs and merged weights."""
         self.backends.merged.drop()
         if self.graphs is not None:
             self.graphs.clear()

@@ -1,13 +1,12 @@
 """Chooses the sequences of the next step and the adapters to load. No clock, no locks, no tensors.
 
-Sequences between two passes come first. The queue follows in its own order (`fair_queue.py`). A sequence is passed over
-while its adapter is not in a slot. A sequence whose adapter is ready but that does not fit beside earlier ones is
-passed over at most `PATIENCE` times; then no later sequence enters a step before it. Therefore:
+Started sequences, which need another pass, come first. Queued sequences follow in the queue's order (`fair_queue.py`).
+A sequence is passed over while its adapter is in no slot. A sequence whose adapter is in a slot, but that does not fit
+into a step, is passed over at most `PATIENCE` times; then no later sequence enters a step before it. Therefore:
 
-- the first ready sequence is in the next step;
+- the first ready sequence of the queue is in the next step that has space beside the started ones;
 - a ready sequence is overtaken in at most `PATIENCE` steps;
-- slots go to the adapters of the first sequences: with S slots, the first S distinct adapters of the queue are loaded
-  and kept, so that an adapter is being loaded once fewer than S others have earlier sequences waiting.
+- with S slots, the first S distinct adapters of the queue are loaded and kept.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,40 +18,45 @@ from ranklet.replicas.engine.request import Request
 from ranklet.replicas.engine.sequence import Sequence
 
 PATIENCE = 4
-_REMEMBERED_STEPS = 8
-_LOOKAHEAD = 512  # sequences examined beyond a full step, so that their adapters are loaded early
+_REMEMBERED_STEPS = 8  # after a step with an adapter within its allowance, more requests of such adapters are expected
+_LOOKAHEAD = 512  # sequences examined after a step is full, so that their adapters are loaded early
 
 
 class Scheduler:
-    """Plans the steps of one engine from its queue and from the sequences between two passes."""
+    """Plans the steps of one engine.
+
+    Args:
+        max_adapters: number of adapters that a step may mix.
+        max_demand: number of adapters in `StepPlan.demand`.
+    """
 
     def __init__(self, *, max_tokens: int, max_sequences: int, max_adapters: int, max_demand: int) -> None:
         self._max_tokens = max_tokens
         self._max_sequences = max_sequences
         self._max_adapters = max_adapters
         self._max_demand = max_demand
-        self._steps_beside_others = 0  # steps for which it is remembered that others wait beside a flooding adapter
+        self._steps_beside_others = 0  # further steps in which adapters within their allowance may have requests
+        self._started: list[Sequence] = []  # sequences that need another pass; they hold their slots
         self.queue = FairQueue(max_tokens)
-        self.between: list[Sequence] = []  # started sequences whose next pass is due; they hold their slots
 
     def propose(
         self, is_ready: Callable[[AdapterRef], bool], enough: int | None = None, beside: int | None = None
     ) -> StepPlan:
-        """Return the next step; nothing changes until `commit`.
+        """Return the next step. Changes nothing.
 
         Args:
             is_ready: whether an adapter is in a slot.
-            enough: tokens from which larger steps are not faster per token. A step is closed there, unless more waits
-                than fits into a full one.
-            beside: tokens up to which sequences of flooding adapters fill a step while other adapters have requests, so
-                that these need not wait for a large step.
+            enough: step size above which steps are not faster per token. A step takes no more sequences at this size,
+                unless more tokens wait than fit into the largest step.
+            beside: step size up to which flooding adapters fill a step while other adapters have requests, so that
+                these need not wait for a large step.
         """
         most = self._target_tokens(enough)
         plan = StepPlan()
         adapters: set[AdapterRef] = set()
         ready: dict[AdapterRef, bool] = {}
         beyond, others = 0, self._steps_beside_others > 0
-        for sequence in self.between:
+        for sequence in self._started:
             self._add_started(sequence, plan, adapters)
         full = len(plan.parts) == self._max_sequences or plan.tokens >= most
         for sequence in self.queue:
@@ -103,7 +107,7 @@ class Scheduler:
         return sequence.adapter is None or sequence.adapter in adapters or len(adapters) < self._max_adapters
 
     def commit(self, plan: StepPlan) -> None:
-        """Take the parts of a step, and cancelled sequences, out of what waits."""
+        """Remove the sequences of a step, and cancelled ones, from the waiting sequences."""
         others = any(not self.queue.floods(sequence) for sequence in plan.sequences)
         self._steps_beside_others = _REMEMBERED_STEPS if others else max(0, self._steps_beside_others - 1)
         self.drop([*plan.cancelled, *plan.sequences])
@@ -112,11 +116,11 @@ class Scheduler:
             sequence.passed_over += 1
 
     def drop(self, sequences: Iterable[Sequence]) -> None:
-        """Remove sequences, from the queue or from those between two passes."""
+        """Remove waiting sequences, queued or started."""
         leaving = list(sequences)
-        if self.between:
-            ids, started = {id(each) for each in leaving}, {id(each) for each in self.between}
-            self.between = [each for each in self.between if id(each) not in ids]
+        if self._started:
+            ids, started = {id(each) for each in leaving}, {id(each) for each in self._started}
+            self._started = [each for each in self._started if id(each) not in ids]
             leaving = [each for each in leaving if id(each) not in started]
         self.queue.remove(leaving)
 
@@ -127,12 +131,12 @@ class Scheduler:
         return list(dict.fromkeys(sequence.request for sequence in lost))
 
     def resume(self, sequences: Iterable[Sequence]) -> None:
-        """Plan further passes of sequences that are not done."""
-        self.between += sequences
+        """Add sequences that need another pass."""
+        self._started += sequences
 
     def waiting(self) -> list[Sequence]:
-        """Return the sequences that are in no step."""
-        return [*self.queue, *self.between]
+        """Return the sequences that are in no step, queued or started."""
+        return [*self.queue, *self._started]
 
     def has_waiting(self) -> bool:
-        return len(self.queue) > 0 or bool(self.between)
+        return len(self.queue) > 0 or bool(self._started)

@@ -1,4 +1,4 @@
-"""One token sequence of a request on its way through the device."""
+"""A token sequence of a request, and its progress."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,23 +15,25 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A token sequence and the state of its passes.
+    """A token sequence and its progress.
 
     Attributes:
         ids: int32 [length]. A task may replace it by a longer one between two passes.
+        flow: the adapter's name, which owns a share of the queue; "" for the base model.
         index: position among the sequences of the request.
-        need: the next pass.
-        computed: leading tokens that no later pass computes again.
-        passes: completed passes.
-        passed_over: steps that were planned past this sequence although its adapter was ready.
-        solo: runs in a step of its own, because a step that it was in has failed.
-        slot: pool slot of its adapter, held from its first pass until it is done; None for the base model.
-        holds_slot: whether `slot` is held.
+        need: the next pass, which starts behind the computed tokens.
+        computed: number of leading tokens that earlier passes computed.
+        passes: number of completed passes.
+        passed_over: number of steps that this sequence did not fit into although its adapter was ready.
+        solo: whether it must run in a step of its own, because an earlier step with it failed.
+        slot: pool slot of the adapter; None for the base model.
+        holds_slot: whether `slot` is reserved, from the first pass until the sequence is done.
         turn: sort key in the queue.
     """
 
     ids: NDArray[np.int32]
     adapter: AdapterRef | None
+    flow: str
     arrived_s: float
     request: "Request"
     index: int = 0
@@ -45,11 +47,6 @@ class Sequence:
     slot: int | None = None
     holds_slot: bool = False
     turn: tuple[float, int] = field(default=(0.0, 0), init=False)
-
-    @property
-    def flow(self) -> str:
-        """Whose share of the queue it counts for: the adapter's name, whatever the revision; "" for the base model."""
-        return flow_of(self.adapter)
 
 
 def flow_of(adapter: AdapterRef | None) -> str:

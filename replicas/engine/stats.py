@@ -7,14 +7,15 @@ from ranklet.replicas.adapters.reference import HeldAdapters, LoadRecord
 
 @dataclass(frozen=True)
 class BatchRecord:
-    """One step that ran.
+    """A step that has run.
 
     Attributes:
-        requests_by_adapter: sequences by adapter name; "" is the base model.
-        compute_s: how long the step had the device, which runs one step at a time.
+        prompts_by_adapter: number of sequences by adapter name; "" is the base model.
+        queue_waits_s: wait of each sequence from its arrival to its first step.
+        compute_s: device time of the step. The device runs one step at a time.
     """
 
-    requests_by_adapter: dict[str, int]
+    prompts_by_adapter: dict[str, int]
     tokens_by_adapter: dict[str, int]
     backend: str
     queue_waits_s: list[float]
@@ -26,12 +27,12 @@ class BatchRecord:
 
     @property
     def adapters(self) -> int:
-        return sum(1 for name in self.requests_by_adapter if name)
+        return sum(1 for name in self.prompts_by_adapter if name)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """An engine at one moment; cheap enough to take several times a second.
+    """State of an engine. Taking one is cheap enough for several times a second.
 
     Attributes:
         resident: names of adapters in slots, most recently used last.
@@ -52,13 +53,13 @@ class Snapshot:
 
 
 class Listener:
-    """Receives an engine's records on the engine's threads. Methods must be quick and must not raise."""
+    """Receives events of an engine on the engine's threads. Methods must be quick and must not raise."""
 
     def batch(self, record: BatchRecord) -> None:
-        """Receive a step that was answered."""
+        """Receive a step whose outputs were delivered."""
 
     def load(self, record: LoadRecord) -> None:
-        """Receive an adapter that was loaded into a slot, or refused."""
+        """Receive the end of a load."""
 
     def loading(self, adapter: str) -> None:
         """Receive the name of an adapter whose load starts."""
@@ -67,10 +68,10 @@ class Listener:
         """Receive the name of an adapter that lost its slot to another."""
 
     def tier_hit(self, tier: str) -> None:
-        """Receive where a request found its adapter: gpu, host or disk."""
+        """Receive where the adapter of a new request was: gpu, host or disk."""
 
-    def cancelled(self, requests: int) -> None:
-        """Receive how many requests were dropped before they reached the device."""
+    def cancelled(self, prompts: int) -> None:
+        """Receive the number of prompts whose client cancelled before they were computed."""
 
     def holdings_changed(self, held: HeldAdapters) -> None:
-        """Receive what the engine holds, at each change. Only an `EngineProcess` calls it."""
+        """Receive the adapters that the engine holds, at each change. Only `EngineProcess` calls it."""

@@ -1,8 +1,8 @@
-"""Tasks: how a request uses the device, pass by pass, and what its answer holds.
+"""Tasks: the passes that a request needs and the content of its answer.
 
-The engine knows three verbs. `Task.need` says which tokens the next pass of a sequence computes and with which head,
-`Head.finish` makes outputs of their hidden states on the device, and `Task.accept` takes an output and returns whether
-the sequence is done or needs another pass.
+The engine runs a sequence in a loop. `Task.need` returns the next pass: how many tokens it computes, and with which
+head. `Head.finish` computes the output from the hidden states on the device. `Task.accept` takes the output and returns
+`Delta` if another pass follows, or `Done`.
 """
 
 from dataclasses import dataclass
@@ -22,35 +22,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """An output that leaves before its sequence is done; None if nothing leaves yet."""
+    """The sequence needs another pass."""
 
-    piece: Any = None
+    piece: Any = None  # sent to the client now; None sends nothing
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A sequence needs no further pass."""
+    """The sequence needs no further pass."""
 
 
 class Task(Protocol):
-    """The work of one request. One object a request: it gathers the outputs."""
+    """Work of one request. Collects the outputs of its sequences."""
 
     def need(self, sequence: Sequence) -> Need:
-        """Return the next pass of a sequence."""
+        """Return the next pass. Depends only on the sequence's `ids` and `computed`."""
 
     def accept(self, sequence: Sequence, output: NDArray[Any]) -> Delta | Done:
-        """Take the output of a pass, a row of what the head returned. Called on the answer thread."""
+        """Take the output of a pass, a row of the head's outputs. Called on the answer thread.
+
+        After `Delta` the engine adds the tokens of the pass to `sequence.computed` and calls `need`.
+        """
 
     def result(self) -> Any:
-        """Return the answer's content; called once, when all sequences are done."""
+        """Return the content of the answer. Called once, after all sequences are done."""
 
 
 class EmbedTask:
-    """One pass over each prompt; the pooled vectors are the result: float32 [prompts, dimensions].
+    """Computes each prompt in one pass. The result is the pooled vectors, float32 [prompts, dimensions].
 
     Args:
         prompts: number of prompts.
-        normalize: whether the head's vectors have length 1; shortened ones are then normalized again.
+        normalize: normalize shortened vectors again, for a head whose vectors have length 1.
 
     Raises:
         InvalidRequest: `dimensions` is out of range.

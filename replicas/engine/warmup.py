@@ -1,4 +1,4 @@
-"""Compiles kernels and captures what can be captured before an engine takes requests."""
+"""Compiles and loads kernels before an engine takes requests."""
 
 import logging
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ _TOKENS = (16, 300, 1100, 5000)
 _ADAPTERS = (1, 2, 8, 64)
 
 
-def warmup_steps(
+def _warmup_steps(
     slots: int, longest: int, max_tokens: int, max_sequences: int
 ) -> Iterator[tuple[list[int], list[int | None]]]:
-    """Yield steps, as prompt lengths and slots, that together launch every kernel of a model in every specialization.
+    """Yield steps, as prompt lengths and slots, that together launch every kernel in every specialization.
 
-    Triton compiles a kernel again for an argument that is 1 or a multiple of 16. The steps therefore have one adapter
-    and several, with base rows and without, and are small and large.
+    Triton compiles a kernel again for an argument that is 1 or a multiple of 16. The steps therefore differ in size, in
+    the number of adapters, and in whether they have rows of the base model.
     """
     for tokens in sorted({min(tokens, max_tokens) for tokens in (*_TOKENS, max_tokens)}):
         for adapters in sorted({min(count, slots, tokens) for count in _ADAPTERS}):
@@ -36,10 +36,10 @@ def warmup_steps(
 
 
 def warm_up(runner: Runner, head: Head, longest: int, max_sequences: int) -> None:
-    """Compile and load what steps of up to `max_sequences` prompts of up to `longest` tokens need.
+    """Compile and load the kernels of steps of up to `max_sequences` prompts of up to `longest` tokens.
 
-    Does nothing on the CPU, and in float32, which is for comparisons: Triton takes seconds for each of some hundred
-    kernels.
+    Does nothing on the CPU, nor in float32, which serves only comparisons: Triton takes seconds for each of some
+    hundred kernels.
     """
     model, pool = runner.model, runner.pool
     if model.device.type != "cuda" or model.dtype == torch.float32:
@@ -57,9 +57,9 @@ def warm_up(runner: Runner, head: Head, longest: int, max_sequences: int) -> Non
         _run(runner, head, lengths, [None] * len(lengths))
     pool.compile_load()
     with pool.placeholder_adapters():
-        for lengths, slots in warmup_steps(pool.slots, longest, max_tokens, max_sequences):
+        for lengths, slots in _warmup_steps(pool.slots, longest, max_tokens, max_sequences):
             _run(runner, head, lengths, slots)
-        runner.free_caches()  # they hold graphs and merged weights of adapters that do not exist
+        runner.free_caches()  # drops graphs and merged weights of the placeholder adapters
     logger.info("warm-up took %.1f s", perf_counter() - began_s)
 
 

@@ -1,6 +1,6 @@
-"""Messages between an engine's process and its parent: lists of messages, pickled, over a socket.
+"""Messages between an engine's process and its parent process: pickled lists of messages over a socket.
 
-Both ends run this package, and one is the child of the other. Nothing from outside is unpickled.
+The socket connects only these two processes, which run the same package. No data from outside is unpickled.
 """
 
 import threading
@@ -14,7 +14,7 @@ from ranklet.replicas.adapters.reference import AdapterRef, HeldAdapters
 
 @dataclass(frozen=True)
 class MethodCall:
-    """Calls a method of the engine. A `Reply` with the same number follows."""
+    """Calls a method of the engine. A `Reply` with the same number answers it."""
 
     number: int
     method: str
@@ -23,14 +23,14 @@ class MethodCall:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Cancels the request of a call; its reply may be left out."""
+    """Cancels the request of a call, which may then get no reply."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class Prefetch:
-    """Asks for an adapter to be loaded if that needs no other adapter's slot. Has no reply."""
+    """Calls `Engine.prefetch`. Has no reply."""
 
     adapter: AdapterRef
 
@@ -54,7 +54,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class EngineEvent:
-    """A call of the engine's listener: the method's name and its argument."""
+    """Calls a method of the engine's listener with one argument."""
 
     method: str
     record: Any
@@ -62,19 +62,15 @@ class EngineEvent:
 
 @dataclass(frozen=True)
 class EngineState:
-    """State of the engine, sent at each change and twice a second.
-
-    Attributes:
-        stuck_s: how long the oldest step has been on the device.
-    """
+    """State of the engine, sent at each change and twice a second."""
 
     healthy: bool
     held: HeldAdapters
-    stuck_s: float = 0.0
+    stuck_s: float = 0.0  # how long the oldest step has been on the device
 
 
 class Outbox:
-    """Sends messages from a thread of its own, all waiting messages at once. `put` never waits for the other end."""
+    """Sends messages in a thread of its own, so that `put` never blocks. Sends all waiting messages at once."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -85,7 +81,7 @@ class Outbox:
         self._thread.start()
 
     def put(self, message: object) -> None:
-        """Queue a message. Messages are lost once the other end is gone."""
+        """Queue a message. It is lost if the other process is gone."""
         with self._changed:
             self._waiting.append(message)
             self._changed.notify()
@@ -108,5 +104,5 @@ class Outbox:
                 return
             try:
                 self._connection.send(messages)
-            except OSError:  # the other end is gone; its reader notices too
+            except OSError:  # the other process is gone; the thread that receives its messages ends too
                 return

@@ -1,4 +1,4 @@
-"""An engine in a process of its own. Imports no torch.
+"""An engine in a child process. Imports no torch.
 
 Python runs one thread at a time: an engine in the process of an RPC server loses a tenth of its time to that server.
 """
@@ -39,8 +39,8 @@ from ranklet.replicas.process.messages import (
 )
 
 _PROGRAM = "ranklet.replicas.process.worker"
-_HUNG_AFTER_S = 10.0  # without a message for this long the process counts as hung
-_PAUSED_AFTER_S = 2.0  # without a message, or with a step on the device, for this long it counts as paused
+_HUNG_AFTER_S = 10.0  # after this long without a message the process counts as hung
+_PAUSED_AFTER_S = 2.0  # after this long without a message, or with one step, no answer is expected soon
 _QUICK_CALL_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 30.0
 
@@ -51,8 +51,6 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class RemoteTicket:
-    """The caller's handle of a submitted request."""
-
     cancel: Callable[[], None]
 
 
@@ -65,9 +63,7 @@ class _Waiting:
 def _quick(method: Callable[Concatenate[QuickCalls, P], R]) -> Callable[Concatenate["EngineProcess", P], R]:
     """Make a method of `EngineProcess` that calls the engine's method of the same name.
 
-    Raises:
-        Unavailable: the process has ended.
-        TimeoutError: the process does not answer.
+    The method raises Unavailable if the process has ended, and TimeoutError if the process does not answer.
     """
 
     def call(self: "EngineProcess", /, *arguments: P.args, **keywords: P.kwargs) -> R:
@@ -79,11 +75,11 @@ def _quick(method: Callable[Concatenate[QuickCalls, P], R]) -> Callable[Concaten
 
 
 class EngineProcess(EngineApi):
-    """Runs an `Engine` in a child process. Errors of `submit` come to its sink, except `Unavailable`.
+    """Runs an `Engine` in a child process. `submit` raises nothing: its sink receives every error.
 
     Raises:
         ModelError: the model folder cannot be served; the message says why.
-        Unavailable: the process ended before its engine was made.
+        Unavailable: the process ended before it had made its engine.
     """
 
     pin = _quick(QuickCalls.pin)
@@ -118,7 +114,7 @@ class EngineProcess(EngineApi):
 
     @property
     def open_calls(self) -> int:
-        """Calls without a reply."""
+        """Number of calls without a reply."""
         return len(self._waiting)
 
     def start(self) -> None:
@@ -152,28 +148,23 @@ class EngineProcess(EngineApi):
         self._outbox.put(Prefetch(adapter))
 
     def resident(self) -> tuple[str, ...]:
-        """Return the names of the adapters in slots, by the last state message."""
         return self._state.held.resident
 
     def held(self) -> HeldAdapters:
-        """Return what the engine holds, by the last state message."""
+        """Return the adapters that the engine held at its last state message."""
         return self._state.held
 
     def healthy(self) -> bool:
-        """Whether the process runs, sent a message recently, and reports a healthy engine."""
+        """Whether the process runs, has sent a message recently and reports a healthy engine."""
         return not self._has_ended and self._state.healthy and monotonic() - self._last_message_s < _HUNG_AFTER_S
 
     def at_work(self) -> bool:
-        """Whether an answer can be expected soon: healthy, with a message just now, and no step hangs."""
+        """Whether answers can be expected soon: the process is healthy, is not silent, and no step takes long."""
         silent_s = monotonic() - self._last_message_s
         return self.healthy() and max(silent_s, self._state.stuck_s) <= _PAUSED_AFTER_S
 
     def call(self, method: str, *arguments: Any, adapter: AdapterRef | None = None) -> "Future[Any]":
-        """Call a method of the engine.
-
-        Args:
-            adapter: adapter that the call loads, if any.
-        """
+        """Send a call of an engine's method. `adapter` is the adapter that the call loads, if any."""
         future: Future[Any] = Future()
 
         def done(result: Any) -> None:
@@ -232,10 +223,7 @@ class EngineProcess(EngineApi):
                 self._notify(found.sink.done, message.result)
 
     def _error_at_end(self, adapter: AdapterRef | None) -> RankletError:
-        """Return the error of a call that was open when the process ended.
-
-        An adapter that was loading then may be the cause. Its requests must not be repeated on another replica.
-        """
+        # An adapter that was loading may be the cause. Its requests must not be repeated on another replica.
         if adapter is not None and adapter.name in self._state.held.loading:
             return AdapterLoadCrashed(
                 f"adapter {adapter.name!r}: the engine's process ended while it loaded this adapter. Check the adapter "

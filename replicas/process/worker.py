@@ -1,6 +1,7 @@
-"""The program of an engine's process: `python -m ranklet.replicas.process.worker FD`, FD a socket to its parent.
+"""The program of an engine's process: `python -m ranklet.replicas.process.worker FD`.
 
-The engine has this interpreter to itself: no HTTP or RPC server competes with the thread that launches steps.
+FD is the file descriptor of a socket to the parent process. No HTTP or RPC server in this interpreter competes with the
+thread that launches steps.
 """
 
 import gc
@@ -37,16 +38,14 @@ from ranklet.replicas.process.messages import (
 )
 
 _STATE_INTERVAL_S = 0.5
-_SWITCH_INTERVAL_S = 0.0005  # how soon a waiting thread asks for the interpreter; Python's default is 5 ms
-_LOAD_THREADS = 4  # concurrent calls of `load`; the engine has threads of its own behind them
+_SWITCH_INTERVAL_S = 0.0005  # time after which a thread yields the interpreter to a waiting one; 5 ms by default
+_LOAD_THREADS = 4  # concurrent calls of `load`, which wait for the engine's loader threads
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _ReplySink:
-    """Sends the outputs of one request to the parent process."""
-
     number: int
     outbox: Outbox
     finished: Callable[[int], None]
@@ -60,7 +59,7 @@ class _ReplySink:
 
 
 class Worker:
-    """Runs one engine and answers messages."""
+    """Runs one engine and answers the messages of the parent process."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -75,7 +74,7 @@ class Worker:
         }  # fmt: skip
 
     def serve(self) -> None:
-        """Answer messages until `stop`. Exits at once when the parent process is gone."""
+        """Answer messages until `stop`. Ends the process at once if the parent process is gone."""
         while not self._stopped.is_set():
             try:
                 messages = self._connection.recv()
@@ -108,13 +107,13 @@ class Worker:
         self._outbox.put(Reply(number, _picklable(result)))
 
     def _make(self, number: int, config: EngineConfig) -> None:
-        self._made = Engine(config, _EventListener(self._outbox, self.send_state))
+        self._made = Engine(config, _EventListener(self._outbox, self._send_state))
         self._reply(number, self._made.limits)
 
     def _start(self, number: int) -> None:
         self._engine.start()
         _freeze_garbage_collector()
-        self.send_state()
+        self._send_state()
         threading.Thread(target=self._send_states, name="ranklet-state", daemon=True).start()
         self._reply(number, None)
 
@@ -123,9 +122,9 @@ class Worker:
     ) -> None:
         sink = _ReplySink(number, self._outbox, self._forget)
         ticket = self._engine.submit(prompts, adapter, params, sink)
-        if ticket.request.is_open:
+        if ticket.is_open:
             self._tickets[number] = ticket
-            if not ticket.request.is_open:  # answered between the two lines
+            if not ticket.is_open:  # answered since the first check, perhaps before it was in `_tickets`
                 self._forget(number)
 
     def _forget(self, number: int) -> None:
@@ -159,7 +158,7 @@ class Worker:
         assert self._made is not None, "`make` is the first call"
         return self._made
 
-    def send_state(self) -> None:
+    def _send_state(self) -> None:
         if self._made is not None:
             engine = self._made
             self._outbox.put(EngineState(engine.healthy(), engine.held(), engine.stuck_s()))
@@ -167,7 +166,7 @@ class Worker:
     def _send_states(self) -> None:
         while not self._stopped.wait(_STATE_INTERVAL_S):
             self._engine.expire()
-            self.send_state()
+            self._send_state()
 
 
 def _picklable(result: Any) -> Any:
@@ -175,18 +174,17 @@ def _picklable(result: Any) -> Any:
 
 
 def _freeze_garbage_collector() -> None:
-    """Exempt the present objects from garbage collection.
+    """Exempt all present objects from garbage collection.
 
-    There are 300,000, most of them PyTorch's, and each walk over them delays launches by 0.2 s on a slow core. The last
-    collection makes the collector count only new objects.
+    PyTorch makes most of the 300,000 objects. Each collection that visits them delays launches by 0.2 s on a slow core.
     """
     gc.collect()
     gc.freeze()
-    gc.collect()
+    gc.collect()  # resets the collector's counts, so that only new objects trigger it
 
 
 class _EventListener(Listener):
-    """Sends the engine's records to the parent process."""
+    """Sends the engine's events to the parent process."""
 
     def __init__(self, outbox: Outbox, send_state: Callable[[], None]) -> None:
         self._outbox = outbox
@@ -209,8 +207,8 @@ class _EventListener(Listener):
     def tier_hit(self, tier: str) -> None:
         self._outbox.put(EngineEvent("tier_hit", tier))
 
-    def cancelled(self, requests: int) -> None:
-        self._outbox.put(EngineEvent("cancelled", requests))
+    def cancelled(self, prompts: int) -> None:
+        self._outbox.put(EngineEvent("cancelled", prompts))
 
 
 if __name__ == "__main__":

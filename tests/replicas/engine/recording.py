@@ -37,5 +37,5 @@ class RecordingListener(Listener):
     def tier_hit(self, tier: str) -> None:
         self.tiers.append(tier)
 
-    def cancelled(self, requests: int) -> None:
-        self.dropped += requests
+    def cancelled(self, prompts: int) -> None:
+        self.dropped += prompts

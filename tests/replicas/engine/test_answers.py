@@ -49,7 +49,7 @@ def test_all_adapters_mixed_in_one_step(
         assert_same(future.result(PATIENCE_S).result, expected[each.name if each else None][i : i + 1])
     until(lambda: len(records.batches) == 1)
     assert records.batches[0].adapters == 6
-    assert records.batches[0].requests_by_adapter[""] == len(tokens)
+    assert records.batches[0].prompts_by_adapter[""] == len(tokens)
     assert records.batches[0].tokens == 7 * sum(map(len, tokens))
 
 

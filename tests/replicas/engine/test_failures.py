@@ -55,7 +55,7 @@ def test_a_cancelled_request_never_reaches_the_device(make_engine: MakeEngine, t
     engine.start()
     kept.result(PATIENCE_S)
     until(lambda: bool(records.batches) and records.dropped == 3)
-    assert records.batches[0].requests_by_adapter == {"": 1}
+    assert records.batches[0].prompts_by_adapter == {"": 1}
     assert called == []
     assert engine.snapshot().waiting_tokens == 0
 
@@ -166,14 +166,6 @@ def test_a_callback_that_raises_does_not_affect_other_requests(
     assert engine.healthy()
 
 
-def test_stopping_twice_is_harmless(make_engine: MakeEngine) -> None:
-    engine = make_engine()
-    engine.start()
-    engine.stop()
-    engine.stop()
-    assert not engine.healthy()
-
-
 @pytest.mark.parametrize(
     ("asked", "dimensions", "says"),
     [
@@ -223,13 +215,21 @@ def test_stop_refuses_waiting_and_later_requests(
     assert not engine.healthy()
 
 
-def test_stop_before_start_and_twice(make_engine: MakeEngine, tokens: Prompts) -> None:
+@pytest.mark.parametrize("started", [False, True])
+def test_an_engine_may_be_stopped_before_its_start_and_twice(
+    started: bool, make_engine: MakeEngine, tokens: Prompts
+) -> None:
     engine = make_engine()
     waiting = submit(engine, tokens)
+    if started:
+        engine.start()
+        waiting.result(PATIENCE_S)
     engine.stop()
-    with pytest.raises(Unavailable):
-        waiting.result(0)
+    if not started:
+        with pytest.raises(Unavailable):
+            waiting.result(0)
     engine.stop()
+    assert not engine.healthy()
 
 
 def test_every_request_ends_when_an_engine_stops_under_load(make_engine: MakeEngine, tokens: Prompts) -> None:

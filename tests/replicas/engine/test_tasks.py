@@ -23,6 +23,7 @@ from ranklet.replicas.model.attention import Spans
 from ranklet.replicas.model.heads import Head
 from tests.assets.make import AdapterSpec
 from tests.replicas.asking import PATIENCE_S, ask, assert_same, ref, submit, until
+from tests.replicas.engine.recording import RecordingListener
 
 
 class HalvesTask:
@@ -47,7 +48,6 @@ class HalvesTask:
         if sequence.computed:
             return Done()
         self._between()
-        sequence.computed = sequence.need.tokens
         return Delta(output.copy())
 
     def result(self) -> NDArray[np.float32]:
@@ -108,6 +108,17 @@ def test_each_half_has_the_vector_of_that_half_alone(
     for index, piece in sink.pieces:
         assert_same(piece[None], alone[index, :1])
     assert answer.prompt_tokens == sum(map(len, prompts))
+
+
+def test_only_first_passes_count_as_waits_in_the_queue(make_engine: Callable[..., Engine]) -> None:
+    listener, prompts, sink = RecordingListener(), draw(9, 40, 2), RecordingSink()
+    engine = make_engine(listener=listener)
+    engine.start()
+    engine.submit_task(prompts, None, HalvesTask(3, engine.head), sink)
+    sink.ended.result(PATIENCE_S)
+    until(lambda: sum(record.tokens for record in listener.batches) == sum(map(len, prompts)))
+    assert sum(record.prompts_by_adapter[""] for record in listener.batches) == 2 * len(prompts)
+    assert sum(len(record.queue_waits_s) for record in listener.batches) == len(prompts)
 
 
 def test_two_tasks_share_steps(engine: Engine) -> None:
