@@ -1,4 +1,4 @@
-"""Reads a decoder's dimensions from a model folder's `config.json`, and refuses models that cannot be served."""
+"""Reads the dimensions of a decoder from the `config.json` of its folder. Refuses models that cannot be served."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +12,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.modules import LINEAR_MODULES
 
-FAMILIES = ("Qwen3", "Qwen2", "Llama", "Mistral")
-ARCHITECTURES = tuple(f"{family}{head}" for family in FAMILIES for head in ("Model", "ForCausalLM"))
-# Rotary variants with the same frequencies for every prompt length.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_FAMILIES = ("Qwen3", "Qwen2", "Llama", "Mistral")
+_ARCHITECTURES = tuple(f"{family}{head}" for family in _FAMILIES for head in ("Model", "ForCausalLM"))
+# Rotary variants whose frequencies do not depend on the prompt's length.
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Architecture:
     vocab: int
     eps: float
     qk_norm: bool
-    windows: tuple[int | None, ...]  # of each layer: tokens that a token sees, itself included; None for no limit
+    windows: tuple[int | None, ...]  # by layer: tokens that a token attends to, itself included; None for no limit
     max_position: int
 
     def module_dims(self) -> dict[str, tuple[int, int]]:
-        """(input width, output width) of each linear module."""
+        """Return (input width, output width) of each linear module."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = (self.hidden, query), (self.hidden, key), (self.hidden, key), (query, self.hidden)
         mlp = (self.hidden, self.intermediate), (self.hidden, self.intermediate), (self.intermediate, self.hidden)
@@ -61,7 +61,7 @@ def read_architecture(config: Any) -> Architecture:
     """Return the decoder that a config describes.
 
     Raises:
-        ModelError: ranklet does not support the architecture or one of its options; the message names it.
+        ModelError: the architecture or one of its options is not supported; the message names it.
     """
     _check_supported(config)
     name, heads = config.architectures[0], config.num_attention_heads
@@ -83,17 +83,17 @@ def read_architecture(config: Any) -> Architecture:
 
 def _check_supported(config: Any) -> None:
     names = config.architectures or ["(none)"]
-    if names[0] not in ARCHITECTURES:
-        raise ModelError(f"architectures: expected one of {', '.join(ARCHITECTURES)}, got {names[0]}")
+    if names[0] not in _ARCHITECTURES:
+        raise ModelError(f"architectures: expected one of {', '.join(_ARCHITECTURES)}, got {names[0]}")
     if config.hidden_act != "silu":
         raise ModelError(f"hidden_act: expected silu, got {config.hidden_act}")
     if getattr(config, "quantization_config", None):
         raise ModelError("quantization_config: expected an unquantized model; serve the bf16 or float32 weights")
     if getattr(config, "is_causal", True) is False:
         raise ModelError("is_causal: expected a causal decoder, got false (bidirectional models are not supported)")
-    rope = rope_type(config)
-    if rope not in ROPE_TYPES:
-        raise ModelError(f"rope_parameters: expected rope_type to be one of {', '.join(ROPE_TYPES)}, got {rope}")
+    rope = _rope_type(config)
+    if rope not in _ROPE_TYPES:
+        raise ModelError(f"rope_parameters: expected rope_type to be one of {', '.join(_ROPE_TYPES)}, got {rope}")
     rotated = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
     if rotated != 1.0:
         raise ModelError(f"rope_parameters: expected partial_rotary_factor 1, got {rotated}")
@@ -107,20 +107,17 @@ def _windows(config: Any) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def rope_type(config: Any) -> str:
+def _rope_type(config: Any) -> str:
     return str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
 
 
 def rotary_tables(config: Any, architecture: Architecture, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines of every position, float32 [length, head_dim / 2] each.
-
-    transformers computes the frequencies of every variant but the default.
-    """
-    if rope_type(config) == "default":
+    """Return the cosines and sines of every position, float32 [length, head_dim / 2] each."""
+    if _rope_type(config) == "default":
         theta = config.rope_parameters["rope_theta"]
         exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32) / architecture.head_dim
         frequencies, factor = 1.0 / (theta**exponents), 1.0
     else:
-        frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type(config)](config, torch.device("cpu"))
+        frequencies, factor = ROPE_INIT_FUNCTIONS[_rope_type(config)](config, torch.device("cpu"))
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies.float())
     return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)

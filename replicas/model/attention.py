@@ -1,9 +1,9 @@
-"""Causal attention within each request of a packed batch.
+"""Causal attention within each sequence of a packed batch.
 
-`attend` picks the implementation: cuDNN if the spans carry cuDNN's offsets, else torch's varlen kernel for 16-bit
-tensors on a GPU, else a loop over the requests.
+`attend` chooses the implementation: cuDNN if the spans have cuDNN's offsets, else torch's varlen kernel for 16-bit
+tensors on a GPU, else a loop over the sequences.
 
-Letters: T tokens, Q query heads, G key heads, D head width, B requests.
+Letters: T tokens, Q query heads, G key heads, D head width, B sequences.
 """
 
 import inspect
@@ -22,19 +22,16 @@ from ranklet.replicas.model.cudnn_attention import CudnnSpans
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Where each request of a packed batch begins and ends."""
+    """Where each sequence of a packed batch begins and ends."""
 
-    lengths: tuple[int, ...]  # tokens of each request
+    lengths: tuple[int, ...]  # tokens of each sequence
     offsets: Tensor  # int32 [B + 1] on the device: cumulative lengths, starting at 0
-    longest: int  # at least the largest of the lengths
-    cudnn: CudnnSpans | None = None  # the offsets in cuDNN's form; None if cuDNN is not used
+    longest: int  # upper bound on the lengths
+    cudnn: CudnnSpans | None = None  # None if cuDNN is not used
 
 
 def reads_lengths_on_device(device: torch.device, dtype: torch.dtype, windows: Sequence[int | None]) -> bool:
-    """Whether attention's launches stay the same for other lengths, as a CUDA graph needs.
-
-    True if the kernels read the lengths from device memory. The loop over requests reads them on the host.
-    """
+    """Whether attention kernels read the lengths from device memory, so that one CUDA graph serves other lengths."""
     slides = any(window is not None for window in windows)
     return device.type == "cuda" and dtype in _VARLEN_DTYPES and (not slides or "window_size" in _CAUSAL)
 
@@ -42,15 +39,14 @@ def reads_lengths_on_device(device: torch.device, dtype: torch.dtype, windows: S
 def attend(
     qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int, window: int | None, *, last: bool = False
 ) -> Tensor:
-    """Grouped-query causal attention. No token sees another request.
+    """Compute grouped-query causal attention within each sequence.
 
     Args:
-        qkv: [T, (Q + 2 G) * D], already normalized and rotated.
-        spans: the requests' places among the T tokens.
+        qkv: [T, (Q + 2 G) * D], after normalization and rotation.
         heads: (Q, G).
         head_dim: D.
-        window: number of tokens that each token sees, itself included; None for no limit.
-        last: compute only the last token of each request.
+        window: number of tokens that each token attends to, itself included; None for no limit.
+        last: compute only the last token of each sequence.
 
     Returns:
         [T, Q * D], or [B, Q * D] if `last`.
@@ -72,7 +68,7 @@ def _attend_all(qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int
     if _takes_varlen(qkv) and (window is None or "window_size" in _CAUSAL):
         attended = _varlen(q, k, v, spans, window)
     else:
-        attended = _by_request(q, k, v, spans.lengths, window)
+        attended = _by_sequence(q, k, v, spans.lengths, window)
     return attended.reshape(len(qkv), -1)
 
 
@@ -85,10 +81,10 @@ def _attend_last(qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: in
         assert isinstance(out, Tensor)
     else:
         own_keys, own_values = (part.transpose(0, 1).split(spans.lengths, 1) for part in (k, v))
-        requests = zip(q.unsqueeze(2), own_keys, own_values, strict=True)
+        sequences = zip(q.unsqueeze(2), own_keys, own_values, strict=True)
         grouped = heads[0] != heads[1]
         out = torch.stack(
-            [functional.scaled_dot_product_attention(a, b, c, enable_gqa=grouped) for a, b, c in requests]
+            [functional.scaled_dot_product_attention(a, b, c, enable_gqa=grouped) for a, b, c in sequences]
         )
     return out.reshape(len(q), -1)
 
@@ -113,7 +109,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: int | None) -
 
 
 def _varlen_options(*, causal: bool) -> dict[str, Any]:
-    """The keywords of a grouped-query call, which differ between torch 2.11 and later releases."""
+    # torch 2.11 and later releases name the options of a grouped-query call differently.
     known = inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = (
         {"window_size": (-1, 0 if causal else -1)} if "window_size" in known else {"is_causal": causal}
@@ -125,7 +121,7 @@ _VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 _CAUSAL, _NOT_CAUSAL = _varlen_options(causal=True), _varlen_options(causal=False)
 
 
-def _by_request(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:
+def _by_sequence(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:
     out = torch.empty_like(q)
     start = 0
     for length in lengths:

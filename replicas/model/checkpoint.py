@@ -1,4 +1,4 @@
-"""Reads the safetensors of a base model, sharded or not, onto the device."""
+"""Reads the tensors of a base model, in one safetensors file or several, onto the device."""
 
 import json
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ranklet.replicas.errors import ModelError
 
-# Tensors that a decoder does not need: the language-model head, and buffers in old checkpoints.
+# Tensors that a decoder does not use: the language-model head, and buffers of old checkpoints.
 _IGNORED = ("lm_head.weight", "rotary_emb.inv_freq")
 
 
 class Checkpoint:
-    """The tensors of a model folder, by name without the `model.` prefix of causal-LM checkpoints."""
+    """The tensors of a model folder. Names lack the `model.` prefix of causal-LM checkpoints."""
 
     def __init__(self, model_dir: Path, device: torch.device, dtype: torch.dtype) -> None:
         self._dir = model_dir
@@ -75,7 +75,7 @@ class Checkpoint:
             shapes: [N, K] of each module.
 
         Returns:
-            Weights [sum of N, K], and biases [sum of N], None if no module has a bias.
+            The weight [sum of N, K] and the bias [sum of N], which is None if no module has one.
 
         Raises:
             ModelError: a tensor is missing or has another shape.
@@ -104,7 +104,7 @@ class Checkpoint:
         self._unread.discard(name)
 
     def check_all_read(self) -> None:
-        """Check that every tensor was read: an unread tensor means that the model computes something else.
+        """Check that every tensor was read. A model with further tensors would compute other states than ranklet.
 
         Raises:
             ModelError: tensors were not read; the message names up to five.

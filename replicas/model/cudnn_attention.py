@@ -1,9 +1,9 @@
-"""Causal grouped-query attention of packed requests by cuDNN: about twice the rate of torch's varlen kernel on Hopper.
+"""Causal grouped-query attention by cuDNN, which is about twice as fast on Hopper as torch's varlen kernel.
 
-cuDNN builds a graph for a fixed number of requests and a fixed length of the longest request. Both are rounded up to
-powers of two, and the added requests have length 0. Based on cudnn-frontend's ragged SDPA sample.
+cuDNN builds a graph for a fixed number of sequences and a fixed longest length. Both are rounded up to powers of two;
+the added sequences have length 0. Based on cudnn-frontend's ragged SDPA sample.
 
-Letters: T tokens, Q query heads, G key heads, D head width, B requests.
+Letters: T tokens, Q query heads, G key heads, D head width, B sequences.
 """
 
 import logging
@@ -21,14 +21,12 @@ from ranklet.kernels.powers import power_of_two
 
 logger = logging.getLogger(__name__)
 
-MIN_LONGEST = 128  # the smallest longest request that a graph is built for
+MIN_LONGEST = 128  # the smallest longest length that a graph is built for
 _INT32_MAX = 2**31 - 1
 
 
-class GraphShape(NamedTuple):
-    """The dimensions and dtype of a graph."""
-
-    requests: int
+class _GraphShape(NamedTuple):
+    sequences: int
     longest: int
     queries: int
     keys: int
@@ -38,11 +36,11 @@ class GraphShape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CudnnSpans:
-    """The requests' places in the form that cuDNN reads, used by every layer of a batch."""
+    """Where each sequence begins and ends, in the form that cuDNN reads. P sequences, a power of two."""
 
-    qkv_offsets: Tensor  # int32 [requests + 1]: elements of the packed q, k and v before each request
-    out_offsets: Tensor  # int32 [requests + 1]: elements of the output before each request
-    lengths: Tensor  # int32 [requests]
+    qkv_offsets: Tensor  # int32 [P + 1]: elements of the packed q, k and v before each sequence
+    out_offsets: Tensor  # int32 [P + 1]: elements of the output before each sequence
+    lengths: Tensor  # int32 [P]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,33 +71,32 @@ def _module() -> Any:
     return cudnn
 
 
-def cudnn_spans(offsets: Tensor, requests: int, heads: tuple[int, int], width: int) -> CudnnSpans:
-    """Append requests of length 0 to the offsets, int32 [B + 1], up to a power of two of requests."""
+def cudnn_spans(offsets: Tensor, sequences: int, heads: tuple[int, int], width: int) -> CudnnSpans:
+    """Convert offsets, int32 [B + 1]. Appends sequences of length 0 up to a power of two."""
     queries, keys = heads
-    missing = power_of_two(requests) - requests
+    missing = power_of_two(sequences) - sequences
     padded = torch.cat((offsets, offsets[-1:].expand(missing))) if missing else offsets
     return CudnnSpans(padded * ((queries + 2 * keys) * width), padded * (queries * width), padded.diff())
 
 
 def build_graphs(
-    device: torch.device, requests: int, longest: int, heads: tuple[int, int], width: int, dtype: torch.dtype
+    device: torch.device, sequences: int, longest: int, heads: tuple[int, int], width: int, dtype: torch.dtype
 ) -> None:
-    """Build and run the graphs of every batch size up to these limits, about 40 ms each."""
+    """Build and run the graph of every batch size up to these limits. Each takes about 40 ms."""
     queries, keys = heads
     qkv = torch.zeros(1, (queries + 2 * keys) * width, dtype=dtype, device=device)
-    for powers in range(power_of_two(requests).bit_length()):
+    for powers in range(power_of_two(sequences).bit_length()):
         nothing = torch.zeros((1 << powers) + 1, dtype=torch.int32, device=device)
         for more in range((power_of_two(max(longest, MIN_LONGEST)) // MIN_LONGEST).bit_length()):
             attend(qkv, CudnnSpans(nothing, nothing, nothing[1:]), MIN_LONGEST << more, heads, width)
 
 
 def attend(qkv: Tensor, spans: CudnnSpans, longest: int, heads: tuple[int, int], width: int) -> Tensor | None:
-    """Compute the attention of packed requests.
+    """Compute causal attention within each sequence.
 
     Args:
         qkv: [T, (Q + 2 G) * D], bfloat16 or float16.
-        spans: the requests' places among the T tokens.
-        longest: at least the tokens of the longest request.
+        longest: upper bound on the lengths.
         heads: (Q, G).
         width: D.
 
@@ -110,15 +107,15 @@ def attend(qkv: Tensor, spans: CudnnSpans, longest: int, heads: tuple[int, int],
     tokens, row = qkv.shape
     if tokens * row > _INT32_MAX:
         return None
-    shape = GraphShape(len(spans.lengths), power_of_two(max(longest, MIN_LONGEST)), queries, keys, width, qkv.dtype)
-    engine = _engine(qkv.device)
-    graph = engine.graph(shape)
+    shape = _GraphShape(len(spans.lengths), power_of_two(max(longest, MIN_LONGEST)), queries, keys, width, qkv.dtype)
+    graphs = _graphs_of(qkv.device)
+    graph = graphs.get(shape)
     if graph is None:
         return None
     out = torch.empty(tokens, queries * width, dtype=qkv.dtype, device=qkv.device)
     workspace = torch.empty(graph.workspace_bytes, dtype=torch.uint8, device=qkv.device)
     step = width * qkv.element_size()
-    engine.run(
+    graphs.run(
         graph,
         {
             graph.q: qkv.data_ptr(), graph.k: qkv.data_ptr() + queries * step,
@@ -132,11 +129,11 @@ def attend(qkv: Tensor, spans: CudnnSpans, longest: int, heads: tuple[int, int],
 
 
 @cache
-def _engine(device: torch.device) -> "_Engine":
-    return _Engine(device)
+def _graphs_of(device: torch.device) -> "_DeviceGraphs":
+    return _DeviceGraphs(device)
 
 
-class _Engine:
+class _DeviceGraphs:
     """cuDNN's handle of one device, and its graphs by shape."""
 
     def __init__(self, device: torch.device) -> None:
@@ -145,7 +142,7 @@ class _Engine:
         self._graphs: dict[Hashable, _AttentionGraph | None] = {}
         self._lock = threading.Lock()
 
-    def graph(self, shape: GraphShape) -> _AttentionGraph | None:
+    def get(self, shape: _GraphShape) -> _AttentionGraph | None:
         with self._lock:
             if shape not in self._graphs:
                 try:
@@ -160,9 +157,9 @@ class _Engine:
         _module().set_stream(handle=self._handle, stream=stream)
         graph.graph.execute(pointers, workspace.data_ptr(), handle=self._handle)
 
-    def _build(self, shape: GraphShape) -> _AttentionGraph:
+    def _build(self, shape: _GraphShape) -> _AttentionGraph:
         cudnn = _module()
-        requests, longest, queries, keys, width, dtype = shape
+        sequences, longest, queries, keys, width, dtype = shape
         kind = cudnn.data_type.BFLOAT16 if dtype == torch.bfloat16 else cudnn.data_type.HALF
         graph = cudnn.pygraph(
             io_data_type=kind, intermediate_data_type=cudnn.data_type.FLOAT, compute_data_type=cudnn.data_type.FLOAT,
@@ -173,12 +170,12 @@ class _Engine:
         def integers(name: str, count: int) -> Any:
             return graph.tensor(name=name, dim=[count, 1, 1, 1], stride=[1, 1, 1, 1], data_type=cudnn.data_type.INT32)
 
-        qkv_offsets, out_offsets = integers("qkv_offsets", requests + 1), integers("out_offsets", requests + 1)
-        lengths = integers("lengths", requests)
+        qkv_offsets, out_offsets = integers("qkv_offsets", sequences + 1), integers("out_offsets", sequences + 1)
+        lengths = integers("lengths", sequences)
 
         def heads(name: str, count: int) -> Any:
             made = graph.tensor(
-                name=name, dim=[requests, count, longest, width], stride=[longest * row, width, row, 1], data_type=kind
+                name=name, dim=[sequences, count, longest, width], stride=[longest * row, width, row, 1], data_type=kind
             )
             made.set_ragged_offset(qkv_offsets)
             return made
@@ -188,7 +185,7 @@ class _Engine:
             name="attention", q=q, k=k, v=v, generate_stats=False, attn_scale=width**-0.5, use_causal_mask=True,
             use_padding_mask=True, seq_len_q=lengths, seq_len_kv=lengths,
         )  # fmt: skip
-        out.set_output(True).set_dim([requests, queries, longest, width])
+        out.set_output(True).set_dim([sequences, queries, longest, width])
         out.set_stride([longest * queries * width, width, queries * width, 1])
         out.set_ragged_offset(out_offsets)
         graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])

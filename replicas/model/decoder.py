@@ -1,9 +1,9 @@
-"""The decoder: computes hidden states of packed tokens and applies every LoRA adapter of the batch.
+"""The decoder: computes the hidden states of packed tokens, with the LoRA adapters of the batch.
 
-The residual stream is float32 for every weight dtype. In bf16 its rounding lowers the cosine to a float32 model at 28
-layers from 0.99993 to 0.99983, and saves only 2 % of the time.
+The residual stream is float32 for every dtype of the weights. With 28 layers, a bf16 stream would lower the cosine to a
+float32 model from 0.99993 to 0.99983 and save only 2 % of the time.
 
-Letters: T packed tokens of the batch, H hidden width, B requests.
+Letters: T tokens of the batch, H hidden width, B sequences.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ StageCallback = Callable[[str], None]
 
 
 def ignore_stage(stage: str) -> None:
-    """Do nothing: the callback of a batch whose stages are not timed."""
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +36,15 @@ class DeviceBatch:
     """The tensors of one packed batch."""
 
     ids: Tensor  # int32 [T]
-    positions: Tensor  # int32 [T], counted from 0 in each request
+    positions: Tensor  # int32 [T], of each token in its sequence
     spans: Spans
     lora: LoraBatch
-    last: LoraBatch | None = None  # one row a request; set if only the last token's state is read
+    last: LoraBatch | None = None  # one row a sequence; set if only the last tokens' states are needed
 
 
 @dataclass(frozen=True, slots=True)
 class Stacks:
-    """The LoRA slots of one layer; None for a projection that the pool does not cover."""
+    """The LoRA slots of one layer; None for a projection without slots."""
 
     qkv: LinearStack | None = None
     o: LinearStack | None = None
@@ -54,7 +54,7 @@ class Stacks:
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """A linear projection: one or more modules packed into one weight."""
+    """One or more linear modules, packed into one weight."""
 
     weight: Tensor  # [N, K]
     bias: Tensor | None
@@ -73,8 +73,6 @@ class Projection:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The weights of one decoder layer."""
-
     input_norm: Tensor
     qkv: Projection
     qk_norms: tuple[Tensor, Tensor] | None
@@ -103,16 +101,14 @@ class Decoder:
         self._cos, self._sin = rotary_tables(config, architecture, max_len, device)
 
     def forward(
-        self,
-        batch: DeviceBatch,
-        stacks: Sequence[Stacks],
-        embedding: EmbeddingStack | None,
+        self, batch: DeviceBatch, stacks: Sequence[Stacks], embedding: EmbeddingStack | None,
         on_stage: StageCallback = ignore_stage,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Compute the hidden states before the final norm.
 
         Args:
-            batch: if `batch.last` is set, the last layer computes every key and value but one query a request.
+            batch: if `batch.last` is set, the last layer computes every key and value, but only the last query of each
+                sequence.
             stacks: the LoRA slots of each layer.
             embedding: the LoRA slots of the token embedding.
             on_stage: called with a stage's name after the stage is launched, in every layer.
@@ -149,12 +145,11 @@ class Decoder:
         raise AssertionError("a decoder has at least one layer")
 
     def rotary(self, layer: Layer, positions: Tensor) -> Rotary:
-        """The q/k norms and the rotation of a layer at these positions, int32 [T]."""
         shape = self.architecture
         return Rotary(layer.qk_norms, self._cos, self._sin, positions, shape.heads, shape.kv_heads, shape.eps)
 
     def final_norm(self, rows: Tensor) -> Tensor:
-        """Normalize the rows that pooling reads: float32 [R, H] -> [R, H]."""
+        """Normalize the rows that a head reads: float32 [R, H] -> [R, H]."""
         return pointwise.rms_norm(rows, self.norm, self.architecture.eps)
 
 

@@ -23,10 +23,17 @@ def read_json(path: Path, kind: type) -> Any:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read the JSON object in an optional file; empty if the file does not exist.
+    """Read a JSON object. Returns an empty one if the file does not exist.
 
     Raises:
         ModelError: the file is not valid JSON, or not an object.
     """
     settings: dict[str, Any] = read_json(path, dict) if path.is_file() else {}
     return settings
+
+
+def read_default_prompt(model_dir: Path) -> str:
+    """Return the text that sentence-transformers prepends to every input; empty if the folder configures none."""
+    config = read_settings(model_dir / "config_sentence_transformers.json")
+    name = config.get("default_prompt_name")
+    return str((config.get("prompts") or {}).get(name) or "") if name else ""

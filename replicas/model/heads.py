@@ -1,4 +1,7 @@
-"""Heads: what a pass makes of hidden states. Letters: T tokens of the batch, B sequences, H hidden width."""
+"""Heads compute outputs from hidden states.
+
+Letters: T tokens of the batch, B sequences, R selected rows, H hidden width.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,25 +15,25 @@ from ranklet.replicas.model.pooling import Pooling
 
 
 class Head(Protocol):
-    """Turns hidden states into one output a sequence. Hashable: a CUDA graph is captured for each combination."""
+    """Computes one output for each sequence. Hashable, because the key of a CUDA graph contains the step's heads."""
 
     @property
     def reads_last(self) -> bool:
-        """Whether it reads only the state of each sequence's last token. The last layer then computes no others."""
+        """Whether the head reads only each sequence's last token. The last layer may then compute no other token."""
 
     def rows(self, states: Tensor, spans: Spans) -> Tensor:
-        """Select the states that the head reads: [T, H] -> [R, H]. Not called where only last tokens are computed."""
+        """Select the states that the head reads: [T, H] -> [R, H]. Not called if only last tokens were computed."""
 
     def finish(self, rows: Tensor, spans: Spans) -> Tensor:
-        """Compute outputs [B, ...] on the device from selected rows [R, H], after the model's final norm."""
+        """Compute outputs [B, ...] on the device from the selected rows [R, H], to which the final norm was applied."""
 
     def are_valid(self, outputs: NDArray[Any]) -> NDArray[np.bool_]:
-        """Check outputs [B, ...] on the host; a sequence whose output is invalid fails alone."""
+        """Check outputs [B, ...] on the host. Returns [B]; an invalid output fails only its own request."""
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity, which is fast: steps group their spans by head
+@dataclass(frozen=True, eq=False)  # compared by identity, because each step compares the heads of its spans
 class PoolingHead:
-    """Pools the states of a sequence into one vector: float32 [B, H]."""
+    """Pools the states of each sequence into a vector: float32 [B, H]."""
 
     pooling: Pooling
 

@@ -1,4 +1,4 @@
-"""Names of the decoder modules that LoRA may target. Imports no torch."""
+"""Names of the decoder modules that LoRA can target. Imports no torch."""
 
 from ranklet.kernels.packs import PACKS
 

@@ -1,4 +1,4 @@
-"""Pools token states into one vector a prompt, as the folder's sentence-transformers files configure it."""
+"""Pools the token states of each prompt into a vector, as the folder's sentence-transformers files configure."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,25 +10,22 @@ from torch.nn import functional
 
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.attention import Spans
-from ranklet.replicas.model.folder import read_json, read_settings
+from ranklet.replicas.model.folder import read_default_prompt, read_json, read_settings
 
-MODES = {"lasttoken": "last", "mean": "mean", "cls": "cls"}
+_MODES = {"lasttoken": "last", "mean": "mean", "cls": "cls"}
 _FLAGS = {"pooling_mode_lasttoken": "last", "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """Pools the token states of each prompt into its vector.
-
-    Letters: T tokens, B prompts, H hidden width.
-    """
+    """How token states become vectors. Letters: T tokens, B prompts, H hidden width."""
 
     mode: str = "last"  # last, mean or cls
     normalize: bool = True
-    max_tokens: int | None = None  # the folder's own limit on a prompt; None if it has no limit
+    max_tokens: int | None = None  # the folder's limit on the tokens of a prompt
 
     def rows(self, states: Tensor, spans: Spans) -> Tensor:
-        """Select the states that pooling reads: [T, H] -> [B, H] for last and cls, [T, H] for mean."""
+        """Select the states that pooling reads: [T, H] -> [B, H] for last and cls, or [T, H] for mean."""
         if self.mode == "last":
             return states[spans.offsets[1:] - 1]
         if self.mode == "cls":  # an empty prompt of a padded batch may start after the last row
@@ -36,7 +33,7 @@ class Pooling:
         return states
 
     def vectors(self, rows: Tensor, spans: Spans) -> Tensor:
-        """Pool the rows that `rows` selected, after the final norm, to float32 [B, H]; L2-normalized if `normalize`."""
+        """Pool the rows that `rows` selected to float32 [B, H]."""
         pooled = rows.float()
         if self.mode == "mean":
             lengths = spans.offsets.diff()
@@ -48,10 +45,10 @@ class Pooling:
 
 
 def read_pooling(model_dir: Path) -> Pooling:
-    """Read the folder's pooling; without `modules.json` it is Qwen3-Embedding's: last token and L2 norm.
+    """Read the folder's pooling. Without `modules.json` it is that of Qwen3-Embedding: last token and L2 norm.
 
     Raises:
-        ModelError: `modules.json` names a module or a pooling mode that ranklet does not support.
+        ModelError: a module or an option of the pooling is not supported.
     """
     modules_file = model_dir / "modules.json"
     if not modules_file.is_file():
@@ -62,20 +59,23 @@ def read_pooling(model_dir: Path) -> Pooling:
         raise ModelError(f"{modules_file}: expected Transformer, Pooling, Normalize; got also {', '.join(unknown)}")
     mode = "last"
     if "Pooling" in modules:
-        mode = _mode(model_dir / modules["Pooling"]["path"] / "config.json")
+        mode = _mode(model_dir / modules["Pooling"]["path"] / "config.json", read_default_prompt(model_dir))
     limits = model_dir / modules.get("Transformer", {"path": ""})["path"] / "sentence_bert_config.json"
     limit = read_settings(limits).get("max_seq_length")
     return Pooling(mode=mode, normalize="Normalize" in modules, max_tokens=limit)
 
 
-def _mode(path: Path) -> str:
+def _mode(path: Path, default_prompt: str) -> str:
     if not path.is_file():
         raise ModelError(f"{path}: expected the pooling config that modules.json names, but the file is missing")
     config: dict[str, Any] = read_json(path, dict)
     flags = [name for name, on in config.items() if name.startswith("pooling_mode_") and on]
     configured = config.get("pooling_mode") or flags
     names = [configured] if isinstance(configured, str) else list(configured)
-    known = MODES | _FLAGS
+    known = _MODES | _FLAGS
     if len(names) != 1 or names[0] not in known:
-        raise ModelError(f"{path}: expected one pooling mode of {', '.join(MODES)}, got {', '.join(names) or 'none'}")
-    return known[names[0]]
+        raise ModelError(f"{path}: expected one pooling mode of {', '.join(_MODES)}, got {', '.join(names) or 'none'}")
+    mode = known[names[0]]
+    if mode == "mean" and default_prompt and not config.get("include_prompt", True):
+        raise ModelError(f"{path}: include_prompt: expected true for mean pooling with a default prompt, got false")
+    return mode

@@ -1,8 +1,8 @@
-"""A lower bound on a text's number of tokens, computed without tokenizing it.
+"""A lower bound on the number of a text's tokens, computed without tokenizing the text.
 
-Each byte weighs 1 / (bytes of the longest token that contains it), so the bytes of one token weigh at most 1 together,
-and a text has at least as many tokens as its bytes weigh. A normalizer changes the text first: the weights of the
-characters that it reads are bounded from the weights of the characters that it writes.
+The weight of a byte is 1 / (bytes of the longest token that contains it). The weights of one token's bytes therefore
+sum to at most 1, and a text has at least as many tokens as the sum of its weights. A normalizer changes the text first:
+the weights of its input characters are derived from the weights of its output characters.
 """
 
 import json
@@ -44,7 +44,7 @@ class TokenBound:
         self.longest_token_bytes = None if weights is None or not weights.all() else _longest(weights)
 
     def least_tokens(self, text: str) -> int:
-        """Lower bound on the tokens of a text; 0 if nothing can be proven. Takes time linear in its length."""
+        """Return a lower bound on the number of tokens; 0 if none can be proven. Takes time linear in the length."""
         if self._weights is None:
             return 0
         total = 0.0
@@ -96,7 +96,7 @@ def _keeps_tokens(step: dict[str, Any]) -> bool:
 
 
 def _tokens(model: dict[str, Any], *, byte_level: bool) -> list[bytes]:
-    """Return the vocabulary in bytes of text. Every byte must have its own token, or the model may drop text."""
+    """Return the bytes of each token. A model that has no token for some byte may drop text, and has no bound."""
     vocabulary = model["vocab"]
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise _UnboundedError

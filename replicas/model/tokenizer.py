@@ -1,4 +1,4 @@
-"""Tokenizes texts exactly as the model folder's own tokenizer does."""
+"""Tokenizes texts with the tokenizer and the settings of the model folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.replicas.errors import ModelError
-from ranklet.replicas.model.folder import read_settings
+from ranklet.replicas.model.folder import read_default_prompt, read_settings
 from ranklet.replicas.model.token_bound import TokenBound
 
 
@@ -25,28 +25,20 @@ class PromptTokenizer:
             raise ModelError(f"{model_dir}: expected a fast tokenizer (tokenizer.json), got: {error}") from error
         self._backend.no_padding()
         self._backend.no_truncation()  # prompts that are too long are refused instead
-        self._prefix = _default_prompt(model_dir)
+        self._prefix = read_default_prompt(model_dir)
         self._lower = bool(read_settings(model_dir / "sentence_bert_config.json").get("do_lower_case"))
         self._bound = TokenBound(self._backend, lower=self._lower)
 
     @property
     def longest_token_bytes(self) -> int | None:
-        """Upper bound on the UTF-8 bytes of input that one token stands for; None if it cannot be proven."""
+        """Upper bound on the UTF-8 bytes of text that one token covers; None if none can be proven."""
         return self._bound.longest_token_bytes
 
     def least_tokens(self, text: str) -> int:
-        """Lower bound on the tokens of a text, in time linear in its length; 0 if nothing can be proven."""
         return self._bound.least_tokens(text)
 
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """Return the token ids of each text, int32 [length], with the special tokens that the post-processor adds."""
+        """Return the token ids of each text, int32 [length], special tokens included."""
         prompts = [self._prefix + text for text in texts] if self._prefix else list(texts)
         prompts = [prompt.lower() for prompt in prompts] if self._lower else prompts
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in self._backend.encode_batch_fast(prompts)]
-
-
-def _default_prompt(model_dir: Path) -> str:
-    """Return the prefix that sentence-transformers puts before every text; empty if the folder configures none."""
-    config = read_settings(model_dir / "config_sentence_transformers.json")
-    name = config.get("default_prompt_name")
-    return str((config.get("prompts") or {}).get(name) or "") if name else ""

@@ -1,4 +1,4 @@
-"""Times stages by CUDA events on a GPU, by the wall clock on the CPU."""
+"""Measures durations with CUDA events on a GPU, and with the wall clock on the CPU."""
 
 import time
 from collections.abc import Callable
@@ -13,20 +13,20 @@ _REPEATS, _WARMUPS = 10, 2
 
 @dataclass
 class StageClock:
-    """Records when each stage of a batch was launched. On CUDA, synchronize before calling `times_ms`."""
+    """Measures the stages of a batch. On CUDA, synchronize before calling `times_ms`."""
 
     device: torch.device
     _records: list[tuple[str, Any]] = field(default_factory=list)
 
     def record(self, stage: str) -> None:
-        """Record that `stage` was just launched; the first call only starts the clock."""
+        """Mark the end of a stage. The first call starts the clock."""
         now: Any = time.perf_counter()
         if self.device.type == "cuda":
             now = torch.cuda.current_stream(self.device).record_event(torch.cuda.Event(enable_timing=True))
         self._records.append((stage, now))
 
     def times_ms(self) -> dict[str, list[float]]:
-        """Return the milliseconds of every call of each stage, in the order in which the stages first ran."""
+        """Return the durations of every call of each stage. The stages are in the order of their first calls."""
         times: dict[str, list[float]] = {}
         for (_, before), (stage, after) in zip(self._records, self._records[1:], strict=False):
             ms = before.elapsed_time(after) if self.device.type == "cuda" else (after - before) * 1e3

@@ -1,4 +1,4 @@
-"""Profiles one batch: the time of each stage beside the least time that the device's ceilings allow."""
+"""Profiles a batch: compares the time of each stage with the least time that the device's ceilings allow."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -102,7 +102,7 @@ class _BatchTimer:
         self.backend = step.backend
 
     def time(self) -> None:
-        """Run the batch as it is served, then kernel by kernel, then with a clock at each stage."""
+        """Run the batch three times: as in service, launched kernel by kernel, and with each stage timed."""
         clock = StageClock(self.device)
         served = self._launch()
         served.wait()
@@ -115,7 +115,7 @@ class _BatchTimer:
         self.stages.append(clock.times_ms())
 
     def stage_ms(self) -> dict[str, float]:
-        """Sum the calls of each stage, each call the median of all runs."""
+        """Return the time of each stage: the sum over its calls of the median of all runs."""
         runs_of_calls = {name: zip(*(run[name] for run in self.stages), strict=True) for name in self.stages[0]}
         return {name: sum(map(median, runs)) for name, runs in runs_of_calls.items()}
 
@@ -162,7 +162,7 @@ def _check_limit(noun: str, count: int, limit: int) -> None:
 
 
 def _loaded_engine(config: EngineConfig, adapters: Sequence[AdapterRef], longest: int) -> Engine:
-    """Return an engine that holds the adapters and whose threads have ended, so that nothing else runs."""
+    """Return an engine with the adapters in its slots. Its threads have ended, so that only the profiler uses it."""
     engine = Engine(config)
     try:
         _check_limit("tokens a prompt (max_model_len, or the model's own limit)", longest, engine.limits.max_model_len)
@@ -187,7 +187,7 @@ def _time(batches: Sequence[_BatchTimer], repeats: int) -> None:
     for _ in range(_WARMUPS):
         for batch in batches:
             batch.warm_up()
-    for _ in range(repeats):  # in turns, so that a machine that slows down affects every batch
+    for _ in range(repeats):  # alternating, so that a machine that slows down affects every batch
         for batch in batches:
             batch.time()
 
@@ -207,7 +207,7 @@ def _stages(
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measure the best rate of some large matrix products, and the rate of a large copy."""
+    """Measure the best rate of large matrix products, and the rate of a large copy."""
     rates = []
     for rows, depth, columns in _PRODUCTS[device.type]:
         a, b = torch.randn(rows, depth, device=device).to(dtype), torch.randn(columns, depth, device=device).to(dtype)

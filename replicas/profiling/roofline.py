@@ -1,9 +1,9 @@
 """Roofline model: the fewest operations and bytes of device memory that each stage of a forward pass needs.
 
-A stage's floor assumes that the stage reads its input and its weights once and writes its output once. It counts norms
-as one pass, q/k norms and rotation as part of the qkv product, SiLU as part of the gate_up product, and LoRA as part of
-its stage, so the floor is the same for any division into kernels. A stage of a small batch can be faster than its
-floor, because it may read from the L2 cache instead of memory.
+A stage's floor is its least possible time: it reads its input and its weights once and writes its output once. A norm
+is one pass. The q/k norms and the rotation belong to the qkv product, SiLU to the gate_up product, and LoRA to its
+stage, so the floor does not depend on the division into kernels. A stage of a small batch can be faster than its floor,
+because it may read from the L2 cache instead of memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -110,7 +110,7 @@ def lora_costs(architecture: Architecture, batch: BatchShape) -> dict[str, Cost]
     """Return the cost that LoRA adds to each stage with an adapted module.
 
     Unmerged, LoRA computes B (A x) for every row and reads each adapter's A and B once. Merged, it computes B A, writes
-    the sum with W and reads it again. The two round differently, so each backend has its own floor.
+    W + B A and reads it again. The two round differently, so each backend has its own floor.
     """
     found: dict[str, Cost] = {}
     for share in batch.shares:

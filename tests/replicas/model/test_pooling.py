@@ -103,6 +103,16 @@ def test_unsupported_pooling_is_refused_by_name(tmp_path: Path, modules: Any, po
         read_pooling(write(tmp_path, modules, pooling))
 
 
+def test_a_mean_without_the_default_prompt_is_refused(tmp_path: Path) -> None:
+    """sentence-transformers leaves the prompt's tokens out of the mean; ranklet would include them."""
+    folder = write(tmp_path, [module("Pooling", "1_Pooling")], {"pooling_mode": "mean", "include_prompt": False})
+    assert read_pooling(folder).mode == "mean"
+    prompt = {"prompts": {"query": "Query: "}, "default_prompt_name": "query"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompt))
+    with pytest.raises(ModelError, match="include_prompt"):
+        read_pooling(folder)
+
+
 @pytest.mark.parametrize("name", ["modules.json", "1_Pooling/config.json", "sentence_bert_config.json"])
 @pytest.mark.parametrize("content", ["{", '"text"', ""])
 def test_broken_files_are_refused_by_name(tmp_path: Path, name: str, content: str) -> None:
