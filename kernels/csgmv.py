@@ -69,19 +69,18 @@ def _write_fused(
 ) -> tuple[int, list[RowTiles]]:  # fmt: skip
     """Write the first rows of y, where one product of base and LoRA pays. Returns their number and the other tiles."""
     added: list[RowTiles] = []
-    done = rotated = 0  # rows that are written; equal to `done` if the product rotated them too
+    done, rotated = 0, False  # rows written, and whether the products rotated them
     chained = is_hopper(x.device)
     for tiles in batch.tiles:
         tile = _fused_tile(x, stack, tiles)
-        rotates = rotary if tile and rotary and fused_gemm.can_rotate(tile, rotary) else None
-        if tile and not added and (done == 0 or bool(rotates) == bool(rotated)):
+        rotates = bool(tile and rotary and fused_gemm.can_rotate(tile, rotary))
+        if tile and not added and (done == 0 or rotates == rotated):
             h = _shrunk(x, stack, tiles, split=False, chained=chained)
-            fused_gemm.gemm(x, weight, bias, h, y, stack, tiles, tile, rotates, chained=chained)
-            done = tiles.rows[1]
-            rotated = done if rotates else 0
+            fused_gemm.gemm(x, weight, bias, h, y, stack, tiles, tile, rotary if rotates else None, chained=chained)
+            done, rotated = tiles.rows[1], rotates
         else:
             added.append(tiles)
-    if rotary and rotated < done:
+    if rotary and done and not rotated:
         rotary.rows(0, done).apply_(y[:done])
     return done, added
 
@@ -95,7 +94,7 @@ def _write_added(
     product = (
         base_gemm.widened(x[done:], weight, bias) if widen else base_gemm.base(x[done:], weight, bias, out=y[done:])
     )
-    out = y[done:] if widen and not rest and not batch.padded else None  # spares a copy of the adapters' rows
+    out = y[done:] if widen and not rest and not batch.padded else None  # saves a copy of the adapters' rows
     for tiles in added:
         h = _shrunk(x, stack, tiles, split=True, chained=chained)
         tile = _tile(ExpandTile, "expand", x, stack, tiles)

@@ -1,6 +1,6 @@
-"""The weights of several adapters merged with the base weight in one launch, for the `merged` backend.
+"""Merges several adapters with the base weight in one launch, for the `merged` backend.
 
-Letters as in `stack.py`.
+Letters as in `stack.py`. After the merged weights of the LoRA paper (Hu et al., 2021).
 """
 
 from collections.abc import Sequence

@@ -12,10 +12,9 @@ from ranklet.kernels import csgmv, merge
 from ranklet.kernels.batch import LoraBatch, plan_evenly
 from ranklet.kernels.packs import PACKS
 from ranklet.kernels.rotary import Rotary
-from ranklet.kernels.row_tiles import SHORT_HEIGHTS, TALL_HEIGHTS
+from ranklet.kernels.row_tiles import HEIGHTS
 from ranklet.kernels.stack import LinearStack, SlotMeta
 
-HEIGHTS = (*SHORT_HEIGHTS, *TALL_HEIGHTS)
 _BATCH_ROWS = (1, 256, 1024, 4096)  # sizes with different tiles in the tables
 
 
@@ -35,17 +34,13 @@ def batches(slots: int, most_rows: int) -> Iterator[LoraBatch]:
 
 
 @torch.inference_mode()
-def precompile(stacks: Sequence[LinearStack], most_rows: int, rotary: Rotary | None = None) -> int:
+def precompile(stacks: Sequence[LinearStack], most_rows: int, rotary: Rotary | None = None) -> None:
     """Run every kernel that `csgmv` and `merged` launch on batches of up to `most_rows` rows, and discard the results.
 
     Args:
         stacks: one per projection. They are not written, and their slots may have any contents.
         rotary: for the packed queries, keys and values, with `most_rows` positions.
-
-    Returns:
-        The number of batches that were run.
     """
-    done = 0
     for stack in stacks:
         device, dtype, wide, slots = stack.a.device, stack.a.dtype, stack.a.shape[2], stack.a.shape[0]
         full = LinearStack(stack.a, stack.b, stack.widths, stack.ranks, stack.scalings)
@@ -56,6 +51,4 @@ def precompile(stacks: Sequence[LinearStack], most_rows: int, rotary: Rotary | N
         rotated = rotary if slices == len(PACKS["qkv"]) else None
         for batch in batches(slots, most_rows):
             csgmv.linear(x[: batch.rows], weight, None, full, batch.with_tiles(device), rotated)
-            done += 1
         merge.merge(torch.empty(1, *weight.shape, dtype=dtype, device=device), weight, full, [0])
-    return done

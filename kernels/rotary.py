@@ -1,7 +1,8 @@
 """Normalizes and rotates query and key heads, between a decoder layer's first projection and attention.
 
 Letters: T rows (tokens), D head width, Q query heads, G key heads. Arithmetic is in float32, whatever the dtype. Where
-possible, `fused_gemm.py` does this within the projection, before its output is written to memory.
+possible, `fused_gemm.py` does this within the projection, before its output is written to memory. After RoFormer's
+rotary position embeddings (Su et al., 2021), which pair the halves of a head as in GPT-NeoX.
 """
 
 from dataclasses import dataclass, replace

@@ -17,6 +17,7 @@ from ranklet.kernels.powers import power_of_four
 SHORT_ROWS = 32  # adapters with up to this many rows are cut into short tiles, the others into tall ones
 SHORT_HEIGHTS = (16, 32)
 TALL_HEIGHTS = (64, 128)
+HEIGHTS = (*SHORT_HEIGHTS, *TALL_HEIGHTS)
 BLOCK_ROWS = 128
 
 
@@ -75,8 +76,8 @@ def cut_padded(runs: NDArray[np.int32], rows: int) -> tuple[RowTiles, ...]:
     """
     if not len(runs):
         return ()
-    adapters, heights = power_of_four(len(runs)), (*SHORT_HEIGHTS, *TALL_HEIGHTS)
-    height = next((height for height in heights if rows <= height * adapters), heights[-1])
+    adapters = power_of_four(len(runs))
+    height = next((height for height in HEIGHTS if rows <= height * adapters), HEIGHTS[-1])
     most = rows // height + adapters  # each adapter has at most one tile that is not full
     table, padded = _fill(_table(runs, height), most), _fill(runs, adapters)
     return (RowTiles(height, table, padded, _blocks(runs, (0, rows)), (0, rows)),)

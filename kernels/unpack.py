@@ -53,7 +53,7 @@ def unpack_kernel(flat, slot, destinations, PARTS: tl.constexpr, BLOCK: tl.const
 
 
 def table(destinations: Sequence[Destination], device: torch.device) -> Tensor:
-    """Return the destinations as `unpack` reads them: int32 [destinations, 8] on the device.
+    """Copy destinations to the device, as int32 [destinations, 8].
 
     Raises:
         ValueError: the slot has `MOST_ELEMENTS` or more.

@@ -34,7 +34,7 @@ def test_stacks_are_not_written() -> None:
     stack = random_lora(ProjectionShape("o", 32, (16,)), 8, 3, device=DEVICE, dtype=torch.float16).stack
     tensors, meta = (stack.a, stack.b, stack.ranks, stack.scalings), list(stack.meta)
     before = [tensor.clone() for tensor in tensors]
-    assert precompile([stack], 64) == len(list(batches(3, 64)))
+    precompile([stack], 64)
     assert all(torch.equal(tensor, was) for tensor, was in zip(tensors, before, strict=True))
     assert stack.meta == meta
 
