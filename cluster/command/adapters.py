@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ranklet.replicas.adapters.pattern_matcher import PatternMatcher
     from ranklet.replicas.adapters.verify import ExpectedModules
 
 KEY_VARIABLE = "RANKLET_API_KEY"
@@ -124,7 +123,6 @@ def _print(text: str) -> None:
 def _verify(options: argparse.Namespace) -> int:
     import torch  # imported here because it takes seconds, and the other actions do not need it
 
-    from ranklet.replicas.adapters.pattern_matcher import PatternMatcher
     from ranklet.replicas.adapters.verify import ExpectedModules
     from ranklet.replicas.model.architecture import read_architecture, read_config
     from ranklet.replicas.model.checkpoint import Checkpoint
@@ -135,19 +133,18 @@ def _verify(options: argparse.Namespace) -> int:
     with Checkpoint(options.model, torch.device("cpu"), torch.bfloat16) as checkpoint:
         embedding = checkpoint.read("embed_tokens.weight", (architecture.vocab, architecture.hidden))
     expected = ExpectedModules(architecture, options.max_rank, LORA_MODULES, bases, embedding)
-    with PatternMatcher() as matcher:
-        served = [_verify_folder(folder, expected, matcher) for folder in options.folders]
+    served = [_verify_folder(folder, expected) for folder in options.folders]
     return 0 if all(served) else 1
 
 
-def _verify_folder(folder: Path, expected: "ExpectedModules", matcher: "PatternMatcher") -> bool:
+def _verify_folder(folder: Path, expected: "ExpectedModules") -> bool:
     from ranklet.replicas.adapters.revision import Revisions
     from ranklet.replicas.adapters.verify import read_adapter
     from ranklet.replicas.errors import RankletError
 
     try:
         ref = Revisions().reference(folder.name, str(folder))
-        adapter = read_adapter(ref, expected, matcher=matcher)
+        adapter = read_adapter(ref, expected)
     except RankletError as error:
         _print(error.message)
         return False

@@ -16,10 +16,15 @@ def collect(check: Checked[T]) -> tuple[T | None, list[str]]:
     findings: list[str] = []
     while len(findings) < _MAX_FINDINGS:
         try:
-            findings.append(next(check))
+            findings.append(_printable(next(check)))
         except StopIteration as end:
             return end.value, findings
     return None, [*findings, f"{_MAX_FINDINGS} findings are listed; there may be more"]
+
+
+def _printable(finding: str) -> str:
+    """Escape control characters: names in an adapter's files may contain any."""
+    return finding if finding.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in finding)
 
 
 def shorten(text: str) -> str:

@@ -8,7 +8,6 @@ from time import perf_counter
 
 from ranklet.replicas.adapters.host_cache import HostCache
 from ranklet.replicas.adapters.packed import PackedAdapter, pack
-from ranklet.replicas.adapters.pattern_matcher import PatternMatcher
 from ranklet.replicas.adapters.pinned_memory import PinnedMemory, pageable
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterRef
@@ -38,7 +37,6 @@ class Loader:
         self._pool = pool
         self._expected = expected
         self._allocate = PinnedMemory(READERS).allocate if pool.device.type == "cuda" else pageable
-        self._matcher = PatternMatcher()
         self._lock = Lock()
         self._reading = self._copying = 0
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="ranklet-read")
@@ -84,11 +82,10 @@ class Loader:
         return LoadOutcome(ref, tier, perf_counter() - began, packed if error is None else None, error)
 
     def _read(self, ref: AdapterRef) -> PackedAdapter:
-        adapter = read_adapter(ref, self._expected, self._allocate, self._matcher)
+        adapter = read_adapter(ref, self._expected, self._allocate)
         return pack(adapter, self._pool.dtype, self._allocate)
 
     def stop(self) -> None:
         """Wait for the running loads and start no more."""
         for threads in (self._copiers, self._readers):
             threads.shutdown(cancel_futures=True)
-        self._matcher.close()

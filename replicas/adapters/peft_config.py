@@ -7,15 +7,15 @@ same here as where it was trained.
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ranklet.replicas.adapters.findings import Checked, shorten, show
-from ranklet.replicas.adapters.pattern_matcher import PatternMatcher
-from ranklet.replicas.adapters.patterns import NO_LAYER, Pattern, PatternMatches, PatternShape, dotted_suffixes
+from ranklet.replicas.adapters.pattern_process import NO_LAYER
+from ranklet.replicas.adapters.patterns import Pattern, PatternMatch, match_patterns
 
 # These fields shape training or describe the file; a forward pass does not depend on them.
 _HARMLESS = {
@@ -33,7 +33,7 @@ _ALL_LINEAR = "all-linear"
 _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")  # PEFT's rule without a layers_pattern
 MAX_CONFIG_BYTES = 1 << 20
 MAX_PATTERN_CHARS = 8192
-_MAX_ENTRIES = {
+_MAX_ENTRIES = {  # of the fields that contain names or patterns of modules
     "target_modules": 4096, "exclude_modules": 4096, "rank_pattern": 4096, "alpha_pattern": 4096, "layers_pattern": 64,
 }  # fmt: skip
 
@@ -44,29 +44,33 @@ class PeftConfig:
 
     fields: dict[str, Any]
 
-    def apply(self, modules: Sequence[str], matcher: PatternMatcher) -> Checked["LoraSettings | None"]:
+    def apply(self, modules: Iterable[str]) -> Checked["LoraSettings | None"]:
         """Match the config's patterns against the full names of a model's modules."""
-        matches = matcher.match(self._patterns(), modules)
+        matches = match_patterns(tuple(self._patterns()), tuple(modules))
         for pattern, reason in matches.errors.items():
             yield f"{pattern.field}: pattern {show(pattern.text)}: {shorten(reason)}"
-        return None if matches.errors else LoraSettings(self.fields, matches)
+        return None if matches.errors else LoraSettings(self.fields, matches.found)
 
     def _patterns(self) -> Iterator[Pattern]:
         for name in ("target_modules", "exclude_modules"):
             value = self.fields.get(name)
             if isinstance(value, str) and (name, value) != ("target_modules", _ALL_LINEAR):
-                yield Pattern(name, PatternShape.FULL, value)
+                yield Pattern(name, value)
         for name in ("rank_pattern", "alpha_pattern"):
-            yield from (Pattern(name, PatternShape.SUFFIX, text) for text in self.fields.get(name) or {})
-        yield from (Pattern("layers_pattern", PatternShape.LAYER, text) for text in _layer_patterns(self.fields))
+            yield from (Pattern(name, text) for text in self.fields.get(name) or {})
+        yield from (Pattern("layers_pattern", text) for text in self._layers_patterns())
+
+    def _layers_patterns(self) -> list[str]:
+        patterns = self.fields.get("layers_pattern") or []
+        return [patterns] if isinstance(patterns, str) else patterns
 
 
 class LoraSettings:
     """An adapter's config applied to the modules of a model; its methods take full names of these modules."""
 
-    def __init__(self, fields: dict[str, Any], matches: PatternMatches) -> None:
+    def __init__(self, fields: dict[str, Any], found: Mapping[str, Mapping[str, PatternMatch]]) -> None:
         self._fields = fields
-        self._matches = matches
+        self._found = {name: found.get(name, {}) for name in _MAX_ENTRIES}
         self._ranks = self._values("rank_pattern")
         self._alphas = self._values("alpha_pattern")
         layers = fields.get("layers_to_transform")
@@ -100,37 +104,30 @@ class LoraSettings:
         return alpha / math.sqrt(rank) if self._fields.get("use_rslora") else alpha / rank
 
     def _values(self, name: str) -> dict[str, Any]:
-        """Values of a field by module; the first pattern that matches a module decides."""
-        values: dict[str, Any] = {}
-        for text, value in (self._fields.get(name) or {}).items():
-            for module in self._matched(Pattern(name, PatternShape.SUFFIX, text)):
-                values.setdefault(module, value)
-        return values
-
-    def _matched(self, pattern: Pattern) -> dict[str, int]:
-        return self._matches.layers.get(pattern, {})
+        return {module: self._fields[name][match.text] for module, match in self._found[name].items()}
 
     def _selects(self, name: str, module: str) -> bool:
         if name in self._names:
             names = self._names[name]
             last = module.rpartition(".")[2]
-            return last in names or (name in self._dotted and any(part in names for part in dotted_suffixes(module)))
-        return module in self._matched(Pattern(name, PatternShape.FULL, self._fields[name]))
+            return last in names or (name in self._dotted and any(map(names.__contains__, _dotted_suffixes(module))))
+        return module in self._found[name]
 
     def _in_layers(self, module: str) -> bool:
         if self._any_layer:
             return True
-        patterns = [Pattern("layers_pattern", PatternShape.LAYER, text) for text in _layer_patterns(self._fields)]
-        if not patterns:
-            found = _ANY_LAYER.match(module)
-            return found is not None and int(found["idx"]) in self._layers
-        first = next((matched for matched in map(self._matched, patterns) if module in matched), {})
-        return first.get(module, NO_LAYER) in self._layers - {NO_LAYER}
+        if not self._fields.get("layers_pattern"):
+            any_list = _ANY_LAYER.match(module)
+            return any_list is not None and int(any_list["idx"]) in self._layers
+        match = self._found["layers_pattern"].get(module)
+        return match is not None and match.layer in self._layers - {NO_LAYER}
 
 
-def _layer_patterns(fields: dict[str, Any]) -> list[str]:
-    patterns = fields.get("layers_pattern") or []
-    return [patterns] if isinstance(patterns, str) else patterns
+def _dotted_suffixes(name: str) -> Iterator[str]:
+    """Yield the name, and what follows each of its dots."""
+    yield name
+    while name := name.partition(".")[2]:
+        yield name
 
 
 def read_peft_config(path: Path, bases: Sequence[str]) -> Checked[PeftConfig | None]:

@@ -7,7 +7,6 @@ half of itself. Both are findings; all findings are reported together.
 import math
 import re
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from ranklet.replicas.adapters.adapter import AdapterWeights, LoraWeight
 from ranklet.replicas.adapters.findings import Checked, collect, join, shorten
-from ranklet.replicas.adapters.pattern_matcher import PatternMatcher
 from ranklet.replicas.adapters.peft_config import LoraSettings, read_peft_config
 from ranklet.replicas.adapters.pinned_memory import Allocate, pageable
 from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE, AdapterRef
@@ -75,17 +73,11 @@ class ExpectedModules:
         return (rank, wide), (out, rank)
 
 
-def read_adapter(
-    ref: AdapterRef,
-    expected: ExpectedModules,
-    allocate: Allocate = pageable,
-    matcher: PatternMatcher | None = None,
-) -> AdapterWeights:
+def read_adapter(ref: AdapterRef, expected: ExpectedModules, allocate: Allocate = pageable) -> AdapterWeights:
     """Read and verify an adapter folder.
 
     Args:
         allocate: makes the memory for the weights.
-        matcher: matches the patterns of the config; None makes one for this call.
 
     Raises:
         AdapterNotFound: the folder does not exist.
@@ -95,8 +87,7 @@ def read_adapter(
     folder = Path(ref.path)
     if not folder.is_dir():
         raise AdapterNotFound(f"adapter {ref.name!r}: expected a folder, {ref.path!r} does not exist", param="model")
-    with PatternMatcher() if matcher is None else nullcontext(matcher) as matching:
-        adapter, findings = collect(_verify(ref, folder, expected, allocate, matching))
+    adapter, findings = collect(_verify(ref, folder, expected, allocate))
     if ref.marks and marks_of(folder) != ref.marks:
         raise AdapterChanged(f"adapter {ref.name!r}: its files have changed while they were read. Try again")
     if findings or adapter is None:
@@ -105,14 +96,14 @@ def read_adapter(
 
 
 def _verify(
-    ref: AdapterRef, folder: Path, expected: ExpectedModules, allocate: Allocate, matcher: PatternMatcher
+    ref: AdapterRef, folder: Path, expected: ExpectedModules, allocate: Allocate
 ) -> Checked[AdapterWeights | None]:
     path = folder / WEIGHTS_FILE
     config = yield from read_peft_config(folder / CONFIG_FILE, expected.bases)
     stored = yield from _read_header(path)
     prefix = _module_prefix(stored or ())
     names = {module: prefix + _path_in_model(module) for module in expected.every_module()}
-    settings = (yield from config.apply(list(names.values()), matcher)) if config is not None else None
+    settings = (yield from config.apply(names.values())) if config is not None else None
     if settings is None or stored is None:
         return None
     try:

@@ -1,28 +1,25 @@
-"""Patterns give what `re` gives, whichever process matches them, and a hostile one harms no other."""
+"""Patterns give what `re` gives, and a hostile one harms no other adapter."""
 
 import itertools
 import json
-import os
 import re
 import shutil
-import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranklet.replicas.adapters import pattern_process
-from ranklet.replicas.adapters.pattern_matcher import PatternMatcher
-from ranklet.replicas.adapters.patterns import NO_LAYER, Pattern, PatternShape, PlainPattern
+from ranklet.replicas.adapters import patterns
+from ranklet.replicas.adapters.pattern_process import NO_LAYER
+from ranklet.replicas.adapters.patterns import Pattern, PatternMatch, match_patterns
 from ranklet.replicas.adapters.peft_config import MAX_CONFIG_BYTES, MAX_PATTERN_CHARS
 from ranklet.replicas.adapters.reference import WEIGHTS_FILE, AdapterRef
 from ranklet.replicas.adapters.safetensors_file import MAX_HEADER_BYTES, MAX_TENSORS
 from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
-from ranklet.replicas.errors import InvalidAdapter
+from ranklet.replicas.errors import InternalError, InvalidAdapter
 from tests.assets.broken import edit_config, sound
 
 NAMES = [
@@ -43,12 +40,6 @@ HOSTILE: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def matcher() -> Iterator[PatternMatcher]:
-    with PatternMatcher() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def good(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sound(model_dir, tmp_path_factory.mktemp("good") / "adapter")
 
@@ -59,113 +50,72 @@ def folder(good: Path, tmp_path: Path) -> Path:
     return shutil.copytree(good, tmp_path / "adapter")
 
 
-def by_re(pattern: Pattern, name: str) -> int | None:
-    """The layer that PEFT finds in a name, 0 for a match of another shape, None for no match."""
-    if pattern.shape is PatternShape.FULL:
-        return None if re.fullmatch(pattern.text, name) is None else 0
-    if pattern.shape is PatternShape.SUFFIX:
-        return None if re.match(rf"(.*\.)?({pattern.text})$", name) is None else 0
-    found = re.match(rf"(?:^|.*?\.){pattern.text}\.(?P<idx>\d+)\.", name)
+def by_re(field: str, text: str, name: str) -> int | None:
+    """The layer that PEFT finds in a name, NO_LAYER for a match without one, None for no match."""
+    if field == "target_modules":
+        return None if re.fullmatch(text, name) is None else NO_LAYER
+    if field == "rank_pattern":
+        return None if re.match(rf"(.*\.)?({text})$", name) is None else NO_LAYER
+    found = re.match(rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.", name)
     return None if found is None else NO_LAYER if found["idx"] is None else int(found["idx"])
 
 
-def results(matcher: PatternMatcher, pattern: Pattern) -> dict[str, int]:
-    matches = matcher.match([pattern], NAMES)
-    assert matches.errors == {}
-    return matches.layers.get(pattern, {})
-
-
-shapes = st.sampled_from(PatternShape)
-fragments = st.sampled_from(
-    ["q_proj", "layers", "layer", "mlp", "model", "auto_model", ".", r"\.", "1", "10", "_", r"\_", "down_proj", "x"]
-)
-
-
-@given(shapes, st.lists(fragments, max_size=8).map("".join) | st.sampled_from(NAMES))
-@example(PatternShape.LAYER, "")
-@example(PatternShape.LAYER, r"model\.layers")
-@example(PatternShape.SUFFIX, "q.proj")
-@example(PatternShape.FULL, "model.layers.1.mlp.down_proj")
-def test_plain_patterns_are_matched_as_re_does_without_a_process(shape: PatternShape, text: str) -> None:
-    pattern = Pattern("rank_pattern", shape, text)
-    assert PlainPattern.parse(pattern) is not None
-    with PatternMatcher() as matcher:
-        found = results(matcher, pattern)
-        assert matcher.pid is None
-    assert found == {name: layer for name in NAMES if (layer := by_re(pattern, name)) is not None}
-
-
-regexes = st.sampled_from(
+fields = st.sampled_from(["target_modules", "rank_pattern", "layers_pattern"])
+texts = st.sampled_from(
     [
         r".*_proj", r".*layers\.[02]\.self_attn\.(q|o)_proj", "^model.layers.1.mlp.down_proj", "(?:lay)ers", "(lay)ers",
-        r".*\.1+\..*", "q_proj|down_proj", "layers|x", r"\w+", "(?i:LAYERS)", "", "a{2}", r"layers$", "x*",
+        r".*\.1+\..*", "q_proj|down_proj", "layers|x", r"\w+", "(?i:LAYERS)", "", "a{2}", r"layers$", "x*", "q_proj",
+        "q.proj", r"model\.layers", "layers",
     ]
 )  # fmt: skip
 
 
-@given(shapes, regexes)
-def test_regular_expressions_are_matched_as_re_does(matcher: PatternMatcher, shape: PatternShape, text: str) -> None:
-    pattern = Pattern("rank_pattern", shape, text)
-    found = results(matcher, pattern)
-    assert found == {name: layer for name in NAMES if (layer := by_re(pattern, name)) is not None}
-
-
-@given(st.lists(st.tuples(shapes, regexes | st.sampled_from(["q_proj", "layers"])), max_size=6))
-def test_one_request_answers_for_all_patterns(matcher: PatternMatcher, several: list[tuple[PatternShape, str]]) -> None:
-    patterns = [Pattern("rank_pattern", shape, text) for shape, text in several]
-    matches = matcher.match(patterns, NAMES)
-    for pattern in patterns:
-        assert matches.layers.get(pattern, {}) == results(matcher, pattern)
+@settings(max_examples=25)
+@given(st.lists(st.tuples(fields, texts), min_size=1, max_size=6))
+def test_the_first_pattern_of_a_field_that_re_matches_counts(several: list[tuple[str, str]]) -> None:
+    matches = match_patterns(tuple(Pattern(*each) for each in several), tuple(NAMES))
+    assert matches.errors == {}
+    expected: dict[str, dict[str, PatternMatch]] = {}
+    for (field, text), name in itertools.product(several, NAMES):
+        layer = by_re(field, text, name)
+        if layer is not None:
+            expected.setdefault(field, {}).setdefault(name, PatternMatch(text, layer))
+    assert matches.found == expected
 
 
 @pytest.mark.parametrize("text", ["(", "(?i)q", "q_proj[", "(" * 5000, "(?P<idx>a)"])
-def test_what_is_no_pattern_is_an_error_of_that_pattern(matcher: PatternMatcher, text: str) -> None:
-    bad = Pattern("layers_pattern", PatternShape.LAYER, text)
-    good = Pattern("target_modules", PatternShape.FULL, ".*q_proj")
-    matches = matcher.match([bad, good], NAMES)
+def test_an_invalid_pattern_is_an_error_of_that_pattern(text: str) -> None:
+    bad, good = Pattern("layers_pattern", text), Pattern("target_modules", ".*q_proj")
+    matches = match_patterns((bad, good), tuple(NAMES))
     assert list(matches.errors) == [bad]
     assert "expected a regular expression" in matches.errors[bad]
-    assert len(matches.layers[good]) == sum("q_proj" in name for name in NAMES)
+    assert len(matches.found["target_modules"]) == sum("q_proj" in name for name in NAMES)
 
 
-def test_a_helper_that_is_killed_is_replaced() -> None:
-    with PatternMatcher() as matcher:
-        for text in (".*q_proj", ".*down_proj"):
-            first = Pattern("target_modules", PatternShape.FULL, text)
-            assert results(matcher, first)
-            pid = matcher.pid
-            assert pid is not None
-            os.kill(pid, signal.SIGKILL)
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-            assert results(matcher, Pattern("target_modules", PatternShape.FULL, f"{text}|embed_tokens"))
-            assert matcher.pid not in (None, pid)
+@pytest.mark.parametrize(
+    ("program", "limit_s", "says"),
+    [("import time; time.sleep(60)", 0.1, r"within 0\.1 s"), ("raise SystemExit(3)", 30.0, "ended with 3")],
+)
+def test_a_process_that_fails_by_itself_does_not_refuse_the_adapter(
+    program: str, limit_s: float, says: str, folder: Path, expectation: ExpectedModules, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A refusal is remembered for the revision."""
+    (tmp_path / "program.py").write_text(program)
+    monkeypatch.setattr(patterns, "PROGRAM", tmp_path / "program.py")
+    monkeypatch.setattr(patterns, "TIMEOUT_S", limit_s)
+    edit_config(folder, target_modules=f".*(q|down)_proj|{limit_s}")
+    with pytest.raises(InternalError, match=says):
+        read_adapter(AdapterRef("x", str(folder), ""), expectation)
+    monkeypatch.undo()
+    assert read_adapter(AdapterRef("x", str(folder), ""), expectation).rank == 8
 
 
-def test_a_closed_matcher_leaves_no_process() -> None:
-    matcher = PatternMatcher()
-    results(matcher, Pattern("target_modules", PatternShape.FULL, ".*"))
-    pid = matcher.pid
-    assert pid is not None
-    matcher.close()
-    assert matcher.pid is None
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
-
-
-def test_a_helper_that_does_not_answer_in_time_is_ended() -> None:
-    with PatternMatcher(timeout_s=0) as matcher:
-        pattern = Pattern("target_modules", PatternShape.FULL, ".*_proj")
-        assert "within 0 s and 512 MiB" in matcher.match([pattern], NAMES).errors[pattern]
-        assert matcher.pid is None
-
-
-def test_equal_questions_are_answered_from_memory() -> None:
-    with PatternMatcher() as matcher:
-        pattern = Pattern("target_modules", PatternShape.FULL, ".*_proj")
-        found = results(matcher, pattern)
-        matcher.close()
-        assert results(matcher, pattern) == found
-        assert matcher.pid is None
+def test_equal_patterns_are_matched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    question = (Pattern("target_modules", ".*(k|v)_proj"),), tuple(NAMES)
+    found = match_patterns(*question)
+    monkeypatch.setattr(patterns, "PROGRAM", Path("/no/such/program"))
+    assert match_patterns(*question) is found
 
 
 class Counter(threading.Thread):
@@ -194,20 +144,26 @@ def test_a_pattern_that_backtracks_for_ever_is_refused_while_other_threads_run(
     field: str, folder: Path, expectation: ExpectedModules
 ) -> None:
     edit_config(folder, **HOSTILE[field])
-    with PatternMatcher(cpu_limit_s=0.2) as matcher, Counter() as counter:
-        results(matcher, Pattern("target_modules", PatternShape.FULL, ".*"))
-        pid, before = matcher.pid, counter.count
-        finding = refusal(folder, expectation, matcher)
+    with Counter() as counter:
+        before = counter.count
+        finding = refusal(folder, expectation)
         assert counter.count > before + 10_000
-        assert finding.startswith(f"{field}: pattern {EVIL!r}: expected to be matched within 0.2 s of CPU time")
-        assert results(matcher, Pattern("target_modules", PatternShape.FULL, ".*q_proj"))
-        assert matcher.pid not in (None, pid)
+    assert finding.startswith(f"{field}: pattern {EVIL!r}: expected to be matched within 0.5 s of CPU time")
 
 
-def refusal(folder: Path, expectation: ExpectedModules, matcher: PatternMatcher | None = None) -> str:
+def test_patterns_are_matched_while_another_adapter_has_a_hostile_one() -> None:
+    hostile = threading.Thread(target=match_patterns, args=((Pattern("rank_pattern", EVIL),), tuple(NAMES)))
+    hostile.start()
+    matches = match_patterns((Pattern("rank_pattern", "(o|q)_proj"),), tuple(NAMES))
+    assert hostile.is_alive()
+    hostile.join()
+    assert len(matches.found["rank_pattern"]) == sum("q_proj" in name for name in NAMES)
+
+
+def refusal(folder: Path, expectation: ExpectedModules) -> str:
     """The only finding for an adapter."""
     with pytest.raises(InvalidAdapter) as caught:
-        read_adapter(AdapterRef(folder.name, str(folder), ""), expectation, matcher=matcher)
+        read_adapter(AdapterRef(folder.name, str(folder), ""), expectation)
     (finding,) = caught.value.findings
     return finding
 
@@ -250,21 +206,11 @@ def test_a_header_beyond_the_limits_is_refused(folder: Path, expectation: Expect
     assert max(map(len, caught.value.findings)) < 1000
 
 
-def test_a_pattern_for_each_module_of_a_large_model_needs_no_process() -> None:
+def test_a_pattern_for_each_module_of_a_large_model_is_within_the_limit() -> None:
     """EVA writes such configs: 100 layers of seven modules."""
     kinds = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
              "mlp.up_proj", "mlp.down_proj")  # fmt: skip
     names = [f"model.layers.{layer}.{kind}" for layer in range(100) for kind in kinds]
-    patterns = [Pattern("rank_pattern", PatternShape.SUFFIX, name) for name in names]
-    with PatternMatcher() as matcher:
-        matches = matcher.match(patterns, names)
-        assert matcher.pid is None
-    assert [list(matches.layers[pattern]) for pattern in patterns] == [[name] for name in names]
-
-
-def test_the_helpers_shapes_are_the_patterns() -> None:
-    names = ["model.layers.7.mlp.down_proj"]
-    for shape, text in (("full", ".*"), ("suffix", r"(.*\.)?(down_proj)$"), ("layer", r".*?\.layers\.(?P<idx>\d+)\.")):
-        found = pattern_process.match(shape, text, names)
-        assert found == {"found": [[0, 7 if shape == "layer" else 0]]}
-    assert {shape.value for shape in PatternShape} == {"full", "suffix", "layer"}
+    matches = match_patterns(tuple(Pattern("rank_pattern", f"^{name}") for name in names), tuple(names))
+    assert matches.errors == {}
+    assert matches.found["rank_pattern"] == {name: PatternMatch(f"^{name}", NO_LAYER) for name in names}

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from ranklet.replicas.adapters.findings import Checked, collect
-from ranklet.replicas.adapters.pattern_matcher import PatternMatcher
 from ranklet.replicas.adapters.peft_config import LoraSettings, PeftConfig, read_peft_config
 
 PREFIXES = ("", "model.", "0.auto_model.")
@@ -45,14 +43,8 @@ number_patterns = st.dictionaries(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def matcher() -> Iterator[PatternMatcher]:
-    with PatternMatcher() as made:
-        yield made
-
-
-def applied(fields: dict[str, Any], matcher: PatternMatcher) -> LoraSettings:
-    settings, findings = collect(PeftConfig(fields).apply(MODULES, matcher))
+def applied(fields: dict[str, Any]) -> LoraSettings:
+    settings, findings = collect(PeftConfig(fields).apply(MODULES))
     assert findings == []
     assert settings is not None
     return settings
@@ -69,9 +61,7 @@ def applied(fields: dict[str, Any], matcher: PatternMatcher) -> LoraSettings:
     "model.layers.1.mlp.up_proj", ["model.layers.1.mlp.up_proj"], None, [0], None
 )  # a full name applies in any layer
 @example("model.layers.1.mlp.up_proj", ["up_proj"], None, [1], "(lay)ers")
-def test_targets_equal_those_of_peft(
-    matcher: PatternMatcher, module: str, wanted: Any, excluded: Any, layers: Any, layers_pattern: Any
-) -> None:  # fmt: skip
+def test_targets_equal_those_of_peft(module: str, wanted: Any, excluded: Any, layers: Any, layers_pattern: Any) -> None:
     if isinstance(wanted, str):
         layers = layers_pattern = None  # PEFT refuses to combine them
     if layers is None:
@@ -85,7 +75,7 @@ def test_targets_equal_those_of_peft(
         "layers_to_transform": layers,
         "layers_pattern": layers_pattern,
     }
-    ours = applied(fields, matcher)
+    ours = applied(fields)
     assert ours.targets(module) == bool(check_target_module_exists(theirs, module))
 
 
@@ -93,17 +83,10 @@ def test_targets_equal_those_of_peft(
     st.sampled_from(MODULES), st.integers(1, 64), st.integers(1, 128), number_patterns, number_patterns, st.booleans()
 )
 def test_ranks_and_scalings_equal_those_of_peft(
-    matcher: PatternMatcher,
-    module: str,
-    rank: int,
-    alpha: int,
-    ranks: dict[str, int],
-    alphas: dict[str, int],
-    stabilised: bool,
+    module: str, rank: int, alpha: int, ranks: dict[str, int], alphas: dict[str, int], stabilised: bool
 ) -> None:
     ours = applied(
-        {"r": rank, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas, "use_rslora": stabilised},
-        matcher,
+        {"r": rank, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas, "use_rslora": stabilised}
     )
     their_rank = ranks.get(get_pattern_key(list(ranks), module), rank)
     their_alpha = alphas.get(get_pattern_key(list(alphas), module), alpha)
@@ -119,12 +102,11 @@ def read(folder: Path, bases: tuple[str, ...] = ("model",), **fields: Any) -> tu
 
 
 def read_file(path: Path, bases: tuple[str, ...] = ("model",)) -> tuple[LoraSettings | None, list[str]]:
-    def check(matcher: PatternMatcher) -> Checked[LoraSettings | None]:
+    def check() -> Checked[LoraSettings | None]:
         config = yield from read_peft_config(path, bases)
-        return None if config is None else (yield from config.apply(MODULES, matcher))
+        return None if config is None else (yield from config.apply(MODULES))
 
-    with PatternMatcher() as matcher:
-        return collect(check(matcher))
+    return collect(check())
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,15 @@ def test_findings_name_tensors_that_do_not_fit(
     assert any(says in finding for finding in findings(folder, expectation))
 
 
+def test_findings_escape_control_characters(model_dir: Path, tmp_path: Path, expectation: ExpectedModules) -> None:
+    """A tensor's name may contain any character; messages reach logs and terminals."""
+    folder = sound(model_dir, tmp_path / "control")
+    edit_weights(folder, lambda weights: weights.update({"\x1b[2J\nräuber\u202e": torch.ones(1)}))
+    (finding,) = findings(edit_config(folder, **{"\x00new": 1}), expectation)[1:]
+    assert r"\x1b[2J\nräuber\u202e" in finding
+    assert all(each.isprintable() for each in findings(folder, expectation))
+
+
 def test_numbers_must_be_finite_in_the_served_dtype(
     model_dir: Path, tmp_path: Path, expectation: ExpectedModules
 ) -> None:
