@@ -9,12 +9,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ranklet.cluster.access.keys import ApiKeys
+from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.config import LimitsConfig
 from ranklet.cluster.ingress.adapter_cards import AdapterCards
 from ranklet.cluster.ingress.body import read_body
 from ranklet.cluster.ingress.intake import Intake
 from ranklet.cluster.ingress.lifecycle import Lifecycle, LoadRequest, UnloadRequest
-from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.cluster.ingress.protocol import parse_body
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.responses import json_response
@@ -30,12 +30,14 @@ class AdminApi:
     """Handlers that require a key with admin rights, or `security.open_admin` where there are no keys.
 
     Attributes:
+        base: name of the base model.
         recent_requests: collects `RecentRequests.as_dict` of all gateways.
     """
 
     keys: ApiKeys
     limits: LimitsConfig
-    names: ModelNames
+    base: str
+    registry: Registry
     intake: Intake
     replicas: ReplicasClient
     affinity: Affinity
@@ -44,7 +46,6 @@ class AdminApi:
     recent_requests: Callable[[], Awaitable[list[dict[str, Any]]]]
 
     async def list_adapters(self, request: Request) -> Response:
-        """List all adapters with their states and replicas."""
         self.keys.require_admin(request.headers)
         return json_response({"object": "list", "data": await self.cards.cards()})
 
@@ -67,13 +68,13 @@ class AdminApi:
         return json_response(await self.lifecycle.unload(request.path_params["name"]))
 
     async def get_status(self, request: Request) -> Response:
-        """The data of the status page."""
+        """Return the data of the status page."""
         self.keys.require_admin(request.headers)
-        with contextlib.suppress(Unavailable):  # the router learns of replicas when it is first used
+        with contextlib.suppress(Unavailable):  # Serve creates the router at the first call
             await self.replicas.limits()
-        names = await self.intake.on_thread(self.names.registry.names)
+        names = await self.intake.on_thread(self.registry.names)
         gateways = await self.recent_requests()
-        return json_response(status_of(self.names.base, names, self.affinity.views(), gateways))
+        return json_response(status_of(self.base, names, self.affinity.views(), gateways))
 
     async def _body(self, request: Request) -> bytes:
         limit_bytes = min(_MAX_BODY_BYTES, self.limits.max_body_bytes)

@@ -1,11 +1,13 @@
-"""Answers of inference calls, joined from the replies of replicas."""
+"""Joins the replies of replicas into the answer of one inference call, and renders it."""
 
+import base64
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from ranklet.cluster.message import EmbedResult, InferenceReply
@@ -13,12 +15,12 @@ from ranklet.cluster.message import EmbedResult, InferenceReply
 
 @dataclass(frozen=True)
 class JoinedAnswer:
-    """An answer, joined from replies of replicas. Each task adds its own fields.
+    """The fields that the answers of all tasks have.
 
     Attributes:
         headers: `x-ranklet-*` headers of the HTTP answer.
-        queue_s: the longest wait of a prompt in a replica's queue.
-        compute_s: the longest batch.
+        queue_s: longest wait of a prompt in a replica's queue.
+        compute_s: longest time of a batch.
         completed_ns: arrival of the last reply, in Unix time.
     """
 
@@ -30,7 +32,7 @@ class JoinedAnswer:
 
     @property
     def size_bytes(self) -> int:
-        """Approximate size of what is rendered."""
+        """Approximate size of the result to be rendered."""
         return 0
 
 
@@ -46,10 +48,29 @@ class Embeddings(JoinedAnswer):
 
 
 def join_embeddings(replies: Sequence[InferenceReply[EmbedResult]]) -> Embeddings:
-    """Join the replies to the calls of one request, in their order."""
+    """Join the replies to the calls of one request. The vectors keep the order of the replies."""
     results = [reply.result for reply in replies]
     vectors = [np.frombuffer(each.vectors, dtype="<f4").reshape(-1, each.dimensions) for each in results]
     return Embeddings(**_common(replies), vectors=vectors[0] if len(vectors) == 1 else np.concatenate(vectors))
+
+
+def render_embeddings(answer: Embeddings, model: str, encoding_format: str | None) -> bytes:
+    """Return the body of the HTTP answer. `base64` encodes little-endian float32, as OpenAI's clients expect."""
+    encoded = encoding_format == "base64"
+    body = {
+        "object": "list",
+        "model": model,
+        "data": [
+            {"object": "embedding", "index": index, "embedding": _base64(vector) if encoded else vector}
+            for index, vector in enumerate(answer.vectors)
+        ],
+        "usage": {"prompt_tokens": answer.prompt_tokens, "total_tokens": answer.prompt_tokens},
+    }
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _base64(vector: NDArray[np.float32]) -> str:
+    return base64.b64encode(vector.tobytes()).decode("ascii")
 
 
 def _common(replies: Sequence[InferenceReply[Any]]) -> dict[str, Any]:

@@ -1,17 +1,15 @@
 """The task of `POST /v1/embeddings`, OpenAI's embeddings API."""
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, WithJsonSchema
 
 from ranklet.cluster.catalog.location import AdapterLocation
-from ranklet.cluster.ingress.answers import Embeddings, join_embeddings
+from ranklet.cluster.ingress.answers import Embeddings, join_embeddings, render_embeddings
 from ranklet.cluster.ingress.protocol import Texts, TokenIds, parse_body, parse_input
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.replicas.engine.limits import RequestLimits
@@ -51,7 +49,7 @@ class EmbeddingsTask:
 
     @classmethod
     def parse(cls, body: bytes) -> "EmbeddingsTask":
-        """Raises InvalidRequest with the field, the expected value and the value received."""
+        """Parse a JSON body. Raises InvalidRequest."""
         return cls(parse_body(body, EmbeddingsRequest))
 
     @property
@@ -62,11 +60,10 @@ class EmbeddingsTask:
     def lora_path(self) -> str | None:
         return self.form.lora_path
 
-    def inputs(self, max_texts: int) -> Texts | TokenIds:
-        return parse_input(self.form.input, max_texts)
-
-    def check_params(self, limits: RequestLimits) -> None:
+    def inputs(self, max_texts: int, limits: RequestLimits) -> Texts | TokenIds:
+        inputs = parse_input(self.form.input, max_texts)
         limits.check_dimensions(self.form.dimensions)
+        return inputs
 
     async def send(
         self,
@@ -80,22 +77,3 @@ class EmbeddingsTask:
 
     def render(self, answer: Embeddings, model: str) -> bytes:
         return render_embeddings(answer, self.form.model or model, self.form.encoding_format)
-
-
-def render_embeddings(answer: Embeddings, model: str, encoding_format: str | None) -> bytes:
-    """Body of the answer. `base64` encodes little-endian float32, as OpenAI's clients expect."""
-    encoded = encoding_format == "base64"
-    body = {
-        "object": "list",
-        "model": model,
-        "data": [
-            {"object": "embedding", "index": index, "embedding": _base64(vector) if encoded else vector}
-            for index, vector in enumerate(answer.vectors)
-        ],
-        "usage": {"prompt_tokens": answer.prompt_tokens, "total_tokens": answer.prompt_tokens},
-    }
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def _base64(vector: NDArray[np.float32]) -> str:
-    return base64.b64encode(vector.tobytes()).decode("ascii")

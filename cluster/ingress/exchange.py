@@ -2,11 +2,9 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
-from typing import Generic, Self
+from typing import Generic
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -17,45 +15,41 @@ from ranklet.cluster.access.quota import Quotas
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.config import LimitsConfig
 from ranklet.cluster.ingress.body import read_body
-from ranklet.cluster.ingress.intake import Intake, ParsedRequest
+from ranklet.cluster.ingress.intake import Intake
+from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.cluster.ingress.observe import Observer
+from ranklet.cluster.ingress.protocol import Texts, TokenIds
 from ranklet.cluster.ingress.refusals import on_error, refuse
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
-from ranklet.cluster.ingress.task import AnswerT, ParseTask
+from ranklet.cluster.ingress.task import AnswerT, InferenceTask, ParseTask
+from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.errors import RankletError
 
 _RENDER_INLINE_BYTES = 1 << 20  # larger answers are rendered on a thread
-_CLIENT_GONE = 499  # for Ray's log; the client has disconnected
+_CLIENT_GONE = 499  # only Ray's log shows it: the client has disconnected
 
 
 @dataclass(frozen=True)
 class InferenceServices:
-    """The objects of one gateway that its inference calls share.
+    """The objects of one gateway that its inference calls share."""
 
-    Attributes:
-        base: name of the base model.
-        label: the value of the `adapter` label in metrics, by the adapter's name.
-    """
-
-    base: str
     limits: LimitsConfig
     keys: ApiKeys
     admission: Admission
-    intake: Intake
+    names: ModelNames
     quotas: Quotas
+    intake: Intake
     replicas: ReplicasClient
     observer: Observer
-    label: Callable[[str | None], str]
 
 
 class Exchange(Generic[AnswerT]):
-    """One inference call, of any task. It lives as long as its answer.
+    """One inference call, of any task, until the end of its answer.
 
-    Steps: check the key, admit the request, read and parse the body, check the key's rights on the model and its quota,
-    check lengths, tokenise, charge the quota, send the prompts to replicas, render the answer.
+    Steps: check the key, admit the request, read and parse the body, find the model, check the key's rights and quota,
+    check the parameters and lengths, tokenise, charge the quota, send the prompts to replicas, render the answer.
 
-    As a context manager, it ends admission and settles the quota when the call ends for any reason: a call that fails
-    or is cancelled costs no quota.
+    Admission and the charge end with the call. A call that fails or is cancelled costs no quota.
     """
 
     def __init__(self, services: InferenceServices, parse: ParseTask[AnswerT], request: Request) -> None:
@@ -63,25 +57,17 @@ class Exchange(Generic[AnswerT]):
         self._parse = parse
         self._request = request
         self._record = services.observer.begin(f"{request.method} {request.scope['path']}", request.headers)
-        self._held = contextlib.ExitStack()  # admission and quota
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._held.__exit__(kind, error, traceback)
+        self._held = contextlib.ExitStack()  # admission and the charge
 
     async def answer(self) -> Response:
-        """Take all steps. A refusal is an answer too.
+        """Take all steps. Renders an error of any step as the answer.
 
         Raises:
             asyncio.CancelledError: the client disconnected.
         """
         observer, record = self._services.observer, self._record
         try:
-            with self:
+            with self._held:
                 response = await self._answer()
         except RankletError as error:
             response = refuse(error)
@@ -104,25 +90,32 @@ class Exchange(Generic[AnswerT]):
         self._held.enter_context(services.admission.admit())
         body = await read_body(self._request, limits.max_body_bytes, limits.body_timeout_s)
         engine = await services.replicas.limits()
-        authorize, owner = partial(self._authorize, key), key.name if key else ""
-        parsed = await services.intake.read(body, self._parse, engine, authorize, owner)
-        self._hold(key, parsed)
-        answer = await parsed.task.send(services.replicas, parsed.adapter, parsed.prompts, engine)
+        task, adapter, inputs = await services.intake.on_thread(partial(self._check, key, body, engine))
+        prompts = await services.intake.tokenise(inputs, engine, key.name if key else "")
+        self._charge(key, prompts)
+        answer = await task.send(services.replicas, adapter, prompts, engine)
         self._record.answer = answer
-        rendering = partial(parsed.task.render, answer, self._record.model)
+        rendering = partial(task.render, answer, self._record.model)
         large = answer.size_bytes > _RENDER_INLINE_BYTES
         content = await services.intake.on_thread(rendering) if large else rendering()
         return Response(content, headers=answer.headers, media_type="application/json")
 
-    def _authorize(self, key: ApiKey | None, adapter: AdapterLocation | None) -> None:
-        services, record = self._services, self._record
-        name = adapter.name if adapter else services.base
-        services.keys.authorize(key, name)
-        record.label, record.model = services.label(adapter.name if adapter else None), name
-        services.quotas.check(key, name)
+    def _check(
+        self, key: ApiKey | None, body: bytes, engine: RequestLimits
+    ) -> tuple[InferenceTask[AnswerT], AdapterLocation | None, Texts | TokenIds]:
+        """Take the steps from parsing to tokenising a small body. They share one thread, since each switch costs."""
+        services = self._services
+        task = self._parse(body)
+        adapter = services.names.resolve(task.model, task.lora_path)
+        model = adapter.name if adapter else services.names.base
+        services.keys.authorize(key, model)
+        services.observer.on_model(self._record, model, is_adapter=adapter is not None)
+        services.quotas.check(key, model)
+        inputs = task.inputs(services.limits.max_texts_per_request, engine)
+        return task, adapter, services.intake.tokenise_if_small(inputs, engine, len(body))
 
-    def _hold(self, key: ApiKey | None, parsed: ParsedRequest[AnswerT]) -> None:
+    def _charge(self, key: ApiKey | None, prompts: TokenIds) -> None:
         services, record = self._services, self._record
-        record.prompts, record.tokens = len(parsed.prompts), parsed.tokens
+        record.prompts, record.tokens = len(prompts), sum(map(len, prompts))
         self._held.enter_context(services.admission.admit_model(record.model))
         self._held.enter_context(services.quotas.charge(key, record.model, record.tokens))

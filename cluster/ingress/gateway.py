@@ -1,4 +1,4 @@
-"""The Serve deployment behind the HTTP ingress. Any gateway answers any request; run one per CPU core."""
+"""The Serve deployment that answers HTTP. Any gateway answers any request; run one per CPU core."""
 
 import asyncio
 import logging
@@ -34,7 +34,7 @@ from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.cluster.ingress.observe import Observer
 from ranklet.cluster.ingress.probes import ProbesApi
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
-from ranklet.cluster.ingress.routes import Handler, Handlers, build_app
+from ranklet.cluster.ingress.routes import Handler, build_app
 from ranklet.cluster.ingress.status import RecentRequests
 from ranklet.cluster.message import GatewayDescription
 from ranklet.replicas.model.tokenizer import PromptTokenizer
@@ -48,9 +48,9 @@ logger = logging.getLogger("ray.serve")
 
 @serve.ingress()
 class Gateway:
-    """One gateway process. It holds caches, but no state that other gateways need.
+    """One gateway process. Its state is a cache, or shared through the quota ledger and the overrides file.
 
-    Without an argument, `serve.ingress` asks the instance for its app, so the routes need not be pickled.
+    Without an argument, `serve.ingress` gets the app from `__serve_build_asgi_app__`, so routes are not pickled.
     """
 
     def __init__(self, args: AppArgs, replica: "DeploymentHandle[Any]") -> None:
@@ -61,59 +61,51 @@ class Gateway:
         self._affinity, routing_counters = Affinity(), Counters()
         bind(self._affinity, routing_counters)  # before the first call through `replica`, which creates the router
         self._metrics = GatewayMetrics(args.metrics.top_adapters, routing_counters)
-        self._names = ModelNames(args.base_names, Registry(args.adapters_dir, args.adapters))
-        self._intake = Intake(self._names, PromptTokenizer(args.base.model_dir), args.limits)
+        self._registry = Registry(args.adapters_dir, args.adapters)
+        self._names = ModelNames(args.base_names, self._registry)
+        self._intake = Intake(PromptTokenizer(args.base.model_dir), args.limits)
         self._keys = ApiKeys(args.security.keys_file, open_admin=args.security.open_admin or False)
         self._admission = Admission(args.limits.max_in_flight_requests, self._metrics.in_flight.set)
         self._quotas = Quotas(LedgerActor(context.app_name), self._on_over_quota)
         self._recent = RecentRequests()
         self._observer = Observer(self._metrics, self._recent, args.log.requests, self._id)
-        self._replicas = ReplicasClient(
-            replica,
-            self._affinity,
-            args.limits.request_timeout_s,
-            self._metrics.retries.inc,
-            sender=self._id,
-            no_replica_timeout_s=args.limits.no_replica_timeout_s,
-        )
+        self._replicas = ReplicasClient(replica, self._affinity, args.limits, self._metrics.retries.inc, self._id)
         self._watching: asyncio.Task[None] | None = None
         self._metrics_target = Exporter.start(self._metrics.registry, args.metrics).target
         logger.info("gateway %s: %s; metrics on %s", self._id, DataPath.current().summary(), self._metrics_target)
         log_missing_token()
 
-    def __serve_build_asgi_app__(self) -> Starlette:  # the name is Serve's, see `serve.ingress`
-        keys, names, intake, replicas = self._keys, self._names, self._intake, self._replicas
-        cards = AdapterCards(names.registry, replicas)
+    def __serve_build_asgi_app__(self) -> Starlette:
+        args, keys, registry, intake, replicas = self._args, self._keys, self._registry, self._intake, self._replicas
+        cards = AdapterCards(registry, replicas)
         return build_app(
-            Handlers(
-                embeddings=self._embeddings_handler(),
-                models=ModelsApi(keys, names, self._args.base.model_dir, intake, replicas, cards),
-                admin=AdminApi(
-                    keys=keys,
-                    limits=self._args.limits,
-                    names=names,
-                    intake=intake,
-                    replicas=replicas,
-                    affinity=self._affinity,
-                    lifecycle=self._lifecycle(),
-                    cards=cards,
-                    recent_requests=self._recent_of_gateways,
-                ),
-                probes=ProbesApi(replicas, self._describe_gateways),
-            )
+            embeddings=self._embeddings_handler(),
+            models=ModelsApi(keys, self._names, registry, args.base.model_dir, intake, replicas, cards),
+            admin=AdminApi(
+                keys=keys,
+                limits=args.limits,
+                base=self._names.base,
+                registry=registry,
+                intake=intake,
+                replicas=replicas,
+                affinity=self._affinity,
+                lifecycle=self._lifecycle(),
+                cards=cards,
+                recent_requests=self._recent_of_gateways,
+            ),
+            probes=ProbesApi(replicas, self._describe_gateways),
         )
 
     def _embeddings_handler(self) -> Handler:
         services = InferenceServices(
-            base=self._names.base,
             limits=self._args.limits,
             keys=self._keys,
             admission=self._admission,
-            intake=self._intake,
+            names=self._names,
             quotas=self._quotas,
+            intake=self._intake,
             replicas=self._replicas,
             observer=self._observer,
-            label=self._metrics.labels.label,
         )
 
         async def embeddings(request: Request) -> Response:
@@ -125,7 +117,7 @@ class Gateway:
         args = self._args
         roots = [root for root in (args.adapters_dir, *args.security.adapter_roots) if root is not None]
         return Lifecycle(
-            self._names.registry,
+            self._registry,
             self._replicas,
             lambda: self._broadcast("on_overrides_changed"),
             roots,
@@ -133,16 +125,16 @@ class Gateway:
         )
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Apply `user_config: {adapters: ..., tokens_per_minute: ...}` without a restart.
+        """Apply `user_config`, see `GatewayUserConfig`. Serve calls this at the start and at each change.
 
-        Its adapters are served in addition to those of the application's args.
+        The adapters are served in addition to those of the application's args.
         """
         config = GatewayUserConfig.model_validate(user_config)
-        self._names.registry.set_user_config({name: path.absolute() for name, path in config.adapters.items()})
+        self._registry.set_user_config({name: path.absolute() for name, path in config.adapters.items()})
         self._quotas.set_model_quotas(config.tokens_per_minute)
 
     async def check_health(self) -> None:
-        """Called by Serve once a second. The first call starts the watchdog, since it needs an event loop."""
+        """Start the watchdog, which needs an event loop, if it is not running. Serve calls this once a second."""
         if self._watching is None or self._watching.done():
             self._watching = asyncio.ensure_future(self._replicas.watchdog.run())
 
@@ -158,10 +150,9 @@ class Gateway:
         return self._id
 
     async def on_overrides_changed(self) -> None:
-        """Read the overrides again: another gateway has loaded or unloaded an adapter."""
-        overrides = self._names.registry.overrides
-        if overrides is not None:
-            await self._intake.on_thread(partial(overrides.entries, fresh=True))
+        """Read the overrides again, after a gateway has loaded or unloaded an adapter."""
+        if self._registry.overrides is not None:
+            await self._intake.on_thread(partial(self._registry.overrides.entries, fresh=True))
 
     async def recent_requests(self) -> dict[str, Any]:
         return self._recent.as_dict(self._admission.in_flight)

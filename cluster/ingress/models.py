@@ -1,4 +1,4 @@
-"""`GET /v1/models`: the base model and the adapters as OpenAI's model cards."""
+"""HTTP handlers of `/v1/models`, which describe the base model and the adapters as OpenAI's model cards."""
 
 import contextlib
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from ranklet.cluster.access.keys import ApiKey, ApiKeys
 from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.ingress.adapter_cards import AdapterCards
 from ranklet.cluster.ingress.intake import Intake
 from ranklet.cluster.ingress.naming import ModelNames
@@ -21,7 +22,7 @@ from ranklet.replicas.errors import Unavailable
 
 @dataclass(frozen=True)
 class ModelsApi:
-    """Handlers of `/v1/models`.
+    """Handlers that show a key the models that it may use.
 
     Attributes:
         model_dir: folder of the base model.
@@ -29,20 +30,21 @@ class ModelsApi:
 
     keys: ApiKeys
     names: ModelNames
+    registry: Registry
     model_dir: Path
     intake: Intake
     replicas: ReplicasClient
     cards: AdapterCards
 
     async def list_models(self, request: Request) -> Response:
-        """The base model and all adapters that the key may use."""
+        """List the base model and the adapters that the key may use."""
         key, max_len = self.keys.authenticate(request.headers), await self._max_model_len()
         return json_response(
             {"object": "list", "data": await self.intake.on_thread(partial(self._build_cards, key, max_len))}
         )
 
     async def get_model(self, request: Request) -> Response:
-        """One model, by any name that the field `model` of a request accepts."""
+        """Describe a model, by any name that the field `model` of a request accepts."""
         key, name = self.keys.authenticate(request.headers), request.path_params["name"]
         adapter = await self.intake.on_thread(partial(self.names.resolve, name))
         self.keys.authorize(key, adapter.name if adapter else self.names.base)
@@ -53,7 +55,7 @@ class ModelsApi:
     def _build_cards(self, key: ApiKey | None, max_len: int | None) -> list[dict[str, Any]]:
         may_use_base = key is None or key.may_use(self.names.base)
         cards = [self._card(None, max_len)] if may_use_base else []
-        for adapter, modified_s in self.names.registry.scan():
+        for adapter, modified_s in self.registry.scan():
             if key is None or key.may_use(adapter.name):
                 cards.append(self._card(adapter, max_len, modified_s))
         return cards

@@ -10,28 +10,28 @@ _MAX_REVISION_CHARACTERS = 64
 
 
 class ModelNames:
-    """Names that requests may use: of the base model, `adapter`, `adapter@revision`, and `base:` before an adapter.
+    """Resolves `base`, `adapter`, `adapter@revision`, and either of the last two after `base:`.
 
     Args:
-        base_names: the base model's own name first, then its aliases.
+        base_names: the base model's own name, then its aliases.
     """
 
     def __init__(self, base_names: Sequence[str], registry: Registry) -> None:
         self._bases = tuple(base_names)
         self._max_characters = max(map(len, base_names)) + MAX_NAME_CHARACTERS + _MAX_REVISION_CHARACTERS + len(":@")
-        self.registry = registry
+        self._registry = registry
 
     @property
     def base(self) -> str:
-        """The base model's own name."""
         return self._bases[0]
 
     def resolve(self, model: str | None, lora_path: str | None = None) -> AdapterLocation | None:
-        """The adapter that a request names; None for the base model. Reads the file system.
+        """Return the adapter that a request names, or None for the base model. Reads the file system.
 
         Raises:
-            InvalidRequest: neither field is given, or they name different adapters.
-            UnknownModel, AdapterNotFound, InvalidAdapter: see `Registry.locate`.
+            InvalidRequest: both fields are missing, or they name different adapters.
+            UnknownModel: a name is too long.
+            RankletError: an error of `Registry.locate`.
         """
         if not model and not lora_path:
             raise InvalidRequest(
@@ -41,7 +41,7 @@ class ModelNames:
         if not lora_path:
             return named
         self._check_length(lora_path, "lora_path")
-        adapter = self.registry.locate(lora_path, param="lora_path")
+        adapter = self._registry.locate(lora_path, param="lora_path")
         if named is not None and named.name != adapter.name:
             raise InvalidRequest(
                 f"lora_path: expected {named.name!r}, the adapter that `model` names, got {adapter.name!r}. "
@@ -56,11 +56,11 @@ class ModelNames:
             return None
         for base in self._bases:
             if model.startswith(base + ":"):
-                return self.registry.locate(model[len(base) + 1 :])
-        return self.registry.locate(model)
+                return self._registry.locate(model[len(base) + 1 :])
+        return self._registry.locate(model)
 
     def _check_length(self, name: str, param: str) -> None:
-        # The search for similar names is slow for a long name.
+        # For an unknown name, the registry searches similar names, which is slow for a long one.
         if len(name) > self._max_characters:
             raise UnknownModel(
                 f"{param}: expected a name of at most {self._max_characters} characters, got {len(name)}. "

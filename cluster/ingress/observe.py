@@ -15,8 +15,7 @@ from ranklet.cluster.ingress.metrics import GatewayMetrics
 from ranklet.cluster.ingress.status import RecentRequests
 from ranklet.replicas.errors import InternalError, InvalidRequest, RankletError
 
-UNRESOLVED = "unknown"  # label of requests refused before their adapter was known
-
+_UNRESOLVED = "unknown"  # label of requests that are refused before their model is known
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 logger = logging.getLogger("ray.serve.requests")
@@ -34,7 +33,7 @@ class RequestRecord:
 
     span: Span
     began_s: float = field(default_factory=time.perf_counter)
-    label: str = UNRESOLVED
+    label: str = _UNRESOLVED
     model: str = ""
     prompts: int = 0
     tokens: int = 0
@@ -68,6 +67,10 @@ class Observer:
     def begin(self, operation: str, headers: Mapping[str, str]) -> RequestRecord:
         """Start a request's span, as a child of the client's if the headers name one."""
         return RequestRecord(self._tracer.start_span(operation, propagate.extract(headers), SpanKind.SERVER))
+
+    def on_model(self, record: RequestRecord, model: str, *, is_adapter: bool) -> None:
+        """Set the model of a request, and its label in metrics."""
+        record.model, record.label = model, self._metrics.labels.label(model if is_adapter else None)
 
     def on_disconnect(self, record: RequestRecord) -> None:
         """Record a request whose client disconnected before the answer."""

@@ -21,29 +21,27 @@ class ProbesApi:
     """Handlers of health checks, metrics targets, the API description and the status page.
 
     Attributes:
-        describe_gateways: describes all live gateways.
+        describe_gateways: returns the descriptions of all live gateways.
     """
 
     replicas: ReplicasClient
     describe_gateways: Callable[[], Awaitable[list[GatewayDescription]]]
 
     async def health(self, request: Request) -> Response:
-        """This process is up."""
         return json_response({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """A replica answers and its engine is healthy; 503 otherwise."""
+        """Answer 200 if a replica answers and its engine is healthy. Raises Unavailable otherwise."""
         replica = await self.replicas.describe()
         if not replica.healthy:
             raise Unavailable(f"expected a healthy engine, but the engine of replica {replica.id} has stopped")
         return json_response({"status": "ready", "replica": replica.id})
 
     async def version(self, request: Request) -> Response:
-        """Installed versions and the data path."""
         return json_response(versions())
 
     async def metrics_targets(self, request: Request) -> Response:
-        """Prometheus `http_sd`: the exporters of all live gateways and replicas."""
+        """List the exporters of all live gateways and replicas, for Prometheus' `http_sd`."""
         gateways, replicas = await asyncio.gather(self.describe_gateways(), self.replicas.describe_all())
         processes: list[GatewayDescription | ReplicaDescription] = [*gateways, *replicas]
         exporters = [each for each in processes if each.metrics_target]
@@ -53,5 +51,5 @@ class ProbesApi:
         return json_response(document())
 
     async def page(self, request: Request) -> Response:
-        """The status page, which fetches `/v1/status` every two seconds."""
+        """Return the status page. Its script fetches `/v1/status` every two seconds."""
         return Response(PAGE.read_bytes(), media_type="text/html")

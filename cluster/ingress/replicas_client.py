@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from ranklet.cluster.broadcast import CONTROL_TIMEOUT_S, broadcast
 from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.cluster.config import LimitsConfig
 from ranklet.cluster.ingress.watchdog import Watchdog
 from ranklet.cluster.message import InferenceCall, InferenceReply, Refusal, ReplicaDescription, pack, split
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterReport
@@ -35,51 +36,41 @@ class ReplicasClient:
     """Client of the application's replicas.
 
     Args:
-        timeout_s: for an answer.
         on_retry: called for each repeated call.
         sender: id of this gateway.
-        no_replica_timeout_s: for a replica to come up, while there is none.
     """
 
     def __init__(
-        self,
-        handle: "DeploymentHandle[Any]",
-        affinity: Affinity,
-        timeout_s: float,
-        on_retry: Callable[[], None],
-        *,
-        sender: str = "",
-        no_replica_timeout_s: float = 6.0,
-    ) -> None:
+        self, handle: "DeploymentHandle[Any]", affinity: Affinity, limits: LimitsConfig, on_retry: Callable[[], None],
+        sender: str,
+    ) -> None:  # fmt: skip
         self._handle = handle
         self._affinity = affinity
-        self._timeout_s = timeout_s
+        self._timeout_s = limits.request_timeout_s
+        self._no_replica_timeout_s = limits.no_replica_timeout_s
         self._on_retry = on_retry
         self._sender = sender
-        self._no_replica_timeout_s = no_replica_timeout_s
         self._hint_ids = itertools.count()
         self._limits: RequestLimits | None = None
-        self.watchdog = Watchdog(affinity, self._prefetch, no_replica_timeout_s)
+        self.watchdog = Watchdog(affinity, self._prefetch, limits.no_replica_timeout_s)
 
     async def infer(
-        self,
-        method: str,
-        adapter: AdapterLocation | None,
-        prompts: Sequence[NDArray[np.int32]],
-        params: Any,
+        self, method: str, adapter: AdapterLocation | None, prompts: Sequence[NDArray[np.int32]], params: Any,
         result_bytes: int,
-    ) -> list[InferenceReply[Any]]:
+    ) -> list[InferenceReply[Any]]:  # fmt: skip
         """Call `method` of the replicas. A large request is split into several calls.
 
         Args:
             prompts: int32 [length] each.
+            params: parameters of the task, such as `EmbedParams`.
             result_bytes: size of the result of one prompt.
 
         Returns:
             The replies to the calls, in the order of the prompts.
 
         Raises:
-            RankletError: the error that a replica returned; Unavailable if no replica answered in time or two failed.
+            Unavailable: no replica answered in time, or two replicas failed.
+            RankletError: a replica returned this error.
         """
         calls = [pack(adapter, part, params, self._sender) for part in split(prompts, result_bytes)]
         try:
@@ -101,7 +92,7 @@ class ReplicasClient:
         return description
 
     async def limits(self) -> RequestLimits:
-        """Limits of the engines, fetched once.
+        """Return the limits of the engines, which are fetched once.
 
         Raises:
             Unavailable: no replica has answered yet.
@@ -111,7 +102,7 @@ class ReplicasClient:
         return self._limits
 
     async def describe_all(self) -> list[ReplicaDescription]:
-        """Describe all live replicas; those that do not answer are left out."""
+        """Describe all live replicas, without those that do not answer."""
         return await broadcast(self._handle, "describe")
 
     async def load(self, adapter: AdapterLocation, pins: Sequence[str]) -> AdapterInfo:
@@ -121,7 +112,8 @@ class ReplicasClient:
             pins: names of all adapters that keep their slots from now on.
 
         Raises:
-            RankletError: the adapter cannot be served; Unavailable if no replica answers.
+            Unavailable: no replica answers.
+            RankletError: the adapter cannot be served.
         """
         hint = RoutingHint(next(self._hint_ids), adapter.name)
         arguments = (adapter.name, adapter.source, tuple(pins))
@@ -135,17 +127,17 @@ class ReplicasClient:
         """Free an adapter on all replicas, except for the revision `keep`.
 
         Returns:
-            Whether all replicas freed all other revisions within `timeout_s`.
+            Whether each replica freed the adapter's other revisions within `timeout_s`.
         """
         arguments, wait_s = (name, keep, timeout_s), timeout_s + CONTROL_TIMEOUT_S
         return all(await broadcast(self._handle, "release", *arguments, timeout_s=wait_s, missing=[False]))
 
     async def pin(self, pins: Mapping[str, str]) -> None:
-        """Keep these adapters, by name and source, in slots of all replicas."""
+        """Keep these adapters, given as name and source, in slots of all replicas."""
         await broadcast(self._handle, "pin", dict(pins))
 
     async def reports(self) -> list[tuple[str, list[AdapterReport]]]:
-        """The adapters that each live replica holds, by the replica's id."""
+        """Return the id of each live replica and the adapters that it holds."""
         return await broadcast(self._handle, "report")
 
     async def _control(self, method: str, *arguments: Any, timeout_s: float, **hint: RoutingHint) -> Any:
@@ -158,14 +150,14 @@ class ReplicasClient:
     async def _send_all(self, method: str, calls: Sequence[InferenceCall[Any]]) -> list[InferenceReply[Any]]:
         if len(calls) == 1:
             return [await self._send(method, calls[0])]
-        # Ray 2.60 identifies a call that waits for a replica by the id of its HTTP request: the second of two calls of
-        # one request waits for ever. In an empty context each call gets an id of its own.
+        # Ray 2.60 identifies a call that waits for a replica by the id of its HTTP request, so that the second of two
+        # calls with one id waits for ever. In an empty context, Ray gives each call an id of its own.
         loop = asyncio.get_running_loop()
         tasks = [loop.create_task(self._send(method, call), context=contextvars.Context()) for call in calls]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
-            for task in tasks:  # after one refusal, the other results are not needed
+            for task in tasks:  # if one call failed, the results of the others are not needed
                 task.cancel()
 
     async def _send(self, method: str, call: InferenceCall[Any]) -> InferenceReply[Any]:
@@ -183,7 +175,8 @@ class ReplicasClient:
         hint = RoutingHint(next(self._hint_ids), call.adapter_name, work, avoid, location=call.adapter)
         result: InferenceReply[Any] | Refusal | None = None
         self.watchdog.watch(hint.id)
-        # Not as a multiplexed model id: Ray 2.60 keeps every call that has one, unless its own multiplexing routes it.
+        # The adapter is not passed as a multiplexed model id: Ray 2.60 keeps every call that has one, for ever, unless
+        # Ray's own multiplexing routes it.
         response = self._handle.options(method_name=method).remote(call, **{HINT: hint})
         try:
             result = await response
@@ -233,7 +226,7 @@ def _lost(reason: str) -> Unavailable:
 
 
 class _RepeatableError(Exception):
-    """A failure of one replica that another replica may make good; `error` is raised if it does not."""
+    """A failure of one replica. The call may be repeated on another; `error` is raised if that fails too."""
 
     def __init__(self, error: RankletError, replica: str | None) -> None:
         super().__init__(error.message)

@@ -1,7 +1,6 @@
 """The HTTP routes of a gateway."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -18,21 +17,10 @@ from ranklet.replicas.errors import RankletError
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-@dataclass(frozen=True)
-class Handlers:
-    """The handlers of one gateway."""
-
-    embeddings: Handler
-    models: ModelsApi
-    admin: AdminApi
-    probes: ProbesApi
-
-
-def build_app(handlers: Handlers) -> Starlette:
-    """The ASGI app that Serve runs in each gateway."""
-    models, admin, probes = handlers.models, handlers.admin, handlers.probes
+def build_app(*, embeddings: Handler, models: ModelsApi, admin: AdminApi, probes: ProbesApi) -> Starlette:
+    """Build the ASGI app that Serve runs in each gateway."""
     routes = [
-        _route("POST", "/v1/embeddings", handlers.embeddings),
+        _route("POST", "/v1/embeddings", embeddings),
         _route("GET", "/v1/models", models.list_models),
         _route("GET", "/v1/models/{name:path}", models.get_model),
         _route("GET", "/v1/adapters", admin.list_adapters),

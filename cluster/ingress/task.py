@@ -1,4 +1,4 @@
-"""The interface between an inference call's fixed order of steps and the task that the call asks for."""
+"""The interface of a task, such as embedding: the steps of an inference call that differ between endpoints."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
@@ -16,7 +16,7 @@ AnswerT = TypeVar("AnswerT", bound=JoinedAnswer)
 
 
 class InferenceTask(Protocol[AnswerT]):
-    """One parsed request, such as `EmbeddingsTask`. The methods are called in this order.
+    """One parsed request. `Exchange` calls the methods in this order; `EmbeddingsTask` is an example.
 
     Attributes:
         model: name of the adapter or base model; None if the request has none.
@@ -28,11 +28,8 @@ class InferenceTask(Protocol[AnswerT]):
     @property
     def lora_path(self) -> str | None: ...
 
-    def inputs(self, max_texts: int) -> Texts | TokenIds:
-        """Texts or token ids of the prompts. Raises InvalidRequest."""
-
-    def check_params(self, limits: RequestLimits) -> None:
-        """Raises InvalidRequest if a parameter is out of range."""
+    def inputs(self, max_texts: int, limits: RequestLimits) -> Texts | TokenIds:
+        """Check the parameters and return the texts or token ids of the prompts. Raises InvalidRequest."""
 
     async def send(
         self,
@@ -41,10 +38,10 @@ class InferenceTask(Protocol[AnswerT]):
         prompts: Sequence[NDArray[np.int32]],
         limits: RequestLimits,
     ) -> AnswerT:
-        """Have the replicas compute the answer. Raises as `ReplicasClient.infer`."""
+        """Call the replicas and join their replies. Raises the errors of `ReplicasClient.infer`."""
 
     def render(self, answer: AnswerT, model: str) -> bytes:
-        """The body of the HTTP answer; `model` is the name of the adapter or base model that computed it."""
+        """Return the body of the HTTP answer. `model` is the name of the adapter or base model that computed it."""
 
 
 ParseTask = Callable[[bytes], InferenceTask[AnswerT]]  # parses a body; raises InvalidRequest

@@ -1,9 +1,8 @@
-"""Cancels calls to replicas that hang, and sends the router's prefetch orders."""
+"""Cancels calls to replicas that hang, and sends the router's prefetch orders to replicas."""
 
 import asyncio
 import contextvars
 import logging
-import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +32,8 @@ class Watchdog:
     """Watches the calls of one gateway.
 
     Args:
-        affinity: the router's state: which replica has which call, which replicas hang, and prefetch orders.
-        prefetch: has a replica load an adapter.
+        affinity: the router's state. It names the calls without a working replica, and holds the prefetch orders.
+        prefetch: orders a replica, given by its id, to load an adapter.
         no_replica_timeout_s: how long a call waits for a replica to come up.
     """
 
@@ -47,7 +46,9 @@ class Watchdog:
         self._affinity = affinity
         self._prefetch = prefetch
         self._no_replica_timeout_s = no_replica_timeout_s
-        self._calls: dict[int, tuple[asyncio.Task[Any], float]] = {}  # by hint id, with the start time
+        self._calls: dict[
+            int, tuple[asyncio.Task[Any], float]
+        ] = {}  # by hint id, with the start, in the event loop's time
         self._abandoned: dict[int, Abandoned] = {}
         self._prefetches: set[asyncio.Task[None]] = set()
 
@@ -55,14 +56,14 @@ class Watchdog:
         """Watch a call of the current task, until `unwatch`."""
         task = asyncio.current_task()
         assert task is not None, "called outside of a task"
-        self._calls[hint_id] = task, time.monotonic()
+        self._calls[hint_id] = task, task.get_loop().time()
 
     def unwatch(self, hint_id: int) -> None:
         del self._calls[hint_id]
         self._abandoned.pop(hint_id, None)
 
     def abandoned(self, hint_id: int) -> Abandoned | None:
-        """Why the watchdog cancelled a call; None if it did not."""
+        """Return why the watchdog cancelled a call, or None if it did not."""
         return self._abandoned.get(hint_id)
 
     async def run(self) -> None:
@@ -77,7 +78,7 @@ class Watchdog:
                 logger.exception("the watchdog failed once and continues")
 
     def _cancel_hopeless_calls(self) -> None:
-        now_s = time.monotonic()
+        now_s = asyncio.get_running_loop().time()
         for id, replica in self._affinity.stranded(self._calls).items():
             task, started_s = self._calls[id]
             hopeless = replica is not None or now_s - started_s > self._no_replica_timeout_s

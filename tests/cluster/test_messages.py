@@ -13,9 +13,9 @@ from numpy.testing import assert_array_equal
 
 from ranklet.cluster import message
 from ranklet.cluster.catalog.location import AdapterLocation
-from ranklet.cluster.ingress.answers import join_embeddings
+from ranklet.cluster.ingress.answers import join_embeddings, render_embeddings
 from ranklet.cluster.ingress.body import BodyTooLarge
-from ranklet.cluster.ingress.embeddings import EmbeddingsTask, render_embeddings
+from ranklet.cluster.ingress.embeddings import EmbeddingsTask
 from ranklet.cluster.ingress.protocol import parse_input
 from ranklet.cluster.ingress.refusals import body_of, refuse
 from ranklet.cluster.message import EmbedResult, InferenceReply, Refusal, pack, split

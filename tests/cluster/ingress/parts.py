@@ -119,18 +119,16 @@ class Parts:
         self.metrics = GatewayMetrics(10, Counters())
         self.admission = Admission(self.limits.max_in_flight_requests)
         self.quotas = Quotas(self._sync, self.metrics.on_over_quota)
-        names = ModelNames([BASE], Registry(self.folder, {}))
         handle: Any = self.handle
         self.services = InferenceServices(
-            base=BASE,
             limits=self.limits,
             keys=ApiKeys(self._write_keys() if self.keys else None),
             admission=self.admission,
-            intake=Intake(names, self.tokenizer, self.limits),
+            names=ModelNames([BASE], Registry(self.folder, {})),
             quotas=self.quotas,
-            replicas=ReplicasClient(handle, Affinity(), 60.0, lambda: None),
+            intake=Intake(self.tokenizer, self.limits),
+            replicas=ReplicasClient(handle, Affinity(), self.limits, lambda: None, "gateway"),
             observer=Observer(self.metrics, RecentRequests(), "none", "gateway"),
-            label=self.metrics.labels.label,
         )
 
         async def embeddings(request: Request) -> Response:

@@ -11,7 +11,7 @@ from ranklet.cluster.ingress.admin import AdminApi
 from ranklet.cluster.ingress.models import ModelsApi
 from ranklet.cluster.ingress.openapi import OPERATIONS
 from ranklet.cluster.ingress.probes import ProbesApi
-from ranklet.cluster.ingress.routes import Handlers, build_app
+from ranklet.cluster.ingress.routes import build_app
 from tests.cluster.service import Service, assert_close
 
 _UNDESCRIBED = {("/", "get"), ("/openapi.json", "get")}
@@ -19,12 +19,10 @@ _UNDESCRIBED = {("/", "get"), ("/openapi.json", "get")}
 
 def test_every_route_is_described() -> None:
     app = build_app(
-        Handlers(
-            embeddings=create_autospec(lambda request: None),
-            models=create_autospec(ModelsApi),
-            admin=create_autospec(AdminApi),
-            probes=create_autospec(ProbesApi),
-        )
+        embeddings=create_autospec(lambda request: None),
+        models=create_autospec(ModelsApi),
+        admin=create_autospec(AdminApi),
+        probes=create_autospec(ProbesApi),
     )
     routes = [route for route in app.routes if isinstance(route, Route)]
     described = {

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import time
 import weakref
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.cluster.config import LimitsConfig
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.message import EmbedResult, InferenceCall, InferenceReply, Refusal
 from ranklet.replicas.engine.params import EmbedParams
@@ -20,6 +20,7 @@ from ranklet.routing.hint import HINT
 from ranklet.routing.report import QueueLoad
 from ranklet.routing.router import AdapterRouter
 from tests.ray_internals import DeploymentHandleSource, DeploymentID, pending_request, queue_and_dequeue
+from tests.virtual_time import run_in_virtual_time
 
 PROMPTS = [np.arange(1, 5, dtype=np.int32)]
 REPLY = InferenceReply(
@@ -54,8 +55,8 @@ class FakeHandle:
         return self.results.pop(0)
 
 
-def client_of(handle: Any, affinity: Affinity | None = None, **options: Any) -> ReplicasClient:
-    return ReplicasClient(handle, affinity or Affinity(), 30.0, lambda: None, **options)
+def client_of(handle: Any, affinity: Affinity | None = None, **limits: float) -> ReplicasClient:
+    return ReplicasClient(handle, affinity or Affinity(), LimitsConfig.model_validate(limits), lambda: None, "gateway")
 
 
 async def embed(replicas: ReplicasClient, adapter: AdapterLocation | None = None) -> list[InferenceReply[EmbedResult]]:
@@ -113,22 +114,25 @@ async def test_ray_keeps_no_answered_call() -> None:
     assert kept() is None
 
 
-async def test_a_call_waits_for_a_replica_for_a_limited_time_while_there_is_none() -> None:
+def test_a_call_waits_for_a_replica_for_a_limited_time_while_there_is_none() -> None:
     class SilentHandle(FakeHandle):
         def remote(self, call: InferenceCall[EmbedParams], **kwargs: Any) -> Any:
             return asyncio.get_running_loop().create_future()
 
-    affinity = Affinity()
-    replicas = client_of(SilentHandle(), affinity, no_replica_timeout_s=0.3)
-    watching = asyncio.ensure_future(replicas.watchdog.run())
-    try:
-        began_s = time.monotonic()
+    async def run() -> None:
+        affinity = Affinity()
+        replicas = client_of(SilentHandle(), affinity, no_replica_timeout_s=6.0, request_timeout_s=60.0)
+        watching = asyncio.ensure_future(replicas.watchdog.run())
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
         with pytest.raises(Unavailable, match="none is up"):
             await embed(replicas)
-        assert time.monotonic() - began_s >= 0.3
+        assert 6.0 <= loop.time() - began_s < 6.1
         affinity.set_members([Member("r0", 0)])
-        with pytest.raises(TimeoutError):  # now it waits for the replica's answer
-            async with asyncio.timeout(0.6):
-                await embed(replicas)
-    finally:
+        began_s = loop.time()
+        with pytest.raises(Unavailable, match="request_timeout_s"):
+            await embed(replicas)
+        assert loop.time() - began_s == pytest.approx(60.0)
         watching.cancel()
+
+    run_in_virtual_time(run())
