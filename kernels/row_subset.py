@@ -63,7 +63,7 @@ def subset_by_counts(batch: LoraBatch, kept_per_request: Sequence[int], rows_per
     """
     kept, rows = np.asarray(kept_per_request, dtype=np.int64), np.asarray(rows_per_request, dtype=np.int64)
     if kept.shape != rows.shape or (kept < 0).any() or (kept > rows).any():
-        raise ValueError(f"kept rows: expected at most {rows_per_request} of the requests, got {kept_per_request}")
+        raise ValueError(f"kept rows: expected at most the requests' {rows_per_request}, got {kept_per_request}")
     ends = np.concatenate(([0], rows.cumsum()))
     kept_ends = np.concatenate(([0], kept.cumsum()))
     stops = np.array([segment.stop for segment in batch.segments], dtype=np.int64)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rich.progress import track
 
 from ranklet.kernels.launch import is_hopper
 from ranklet.kernels.stack import padded_rank
-from ranklet.kernels.tiles import ExpandTile, FusedTile, Op, Tile, TileKey, path_for, table, to_entry
+from ranklet.kernels.tiles import ExpandTile, FusedTile, Op, ShrinkTile, Tile, TileKey, path_for, table, to_entry
 from ranklet.kernels.tuning import backends
 from ranklet.kernels.tuning.candidates import FEW_ROWS, WORKLOADS, Workload, candidates, cases
 from ranklet.kernels.tuning.compile import compile_all
@@ -133,14 +134,18 @@ def _compile(job: TuneJob) -> None:
     launcher = _launcher(job.plan, job.projection, job.rank)
     for key in launcher.keys(job.op):
         height, rows = key.height, key.rows
-        found = launcher.cases[height, rows]
-        if height == job.height and job.tile in candidates(job.op, height, rows) and launcher.supports(job.tile, key):
-            for tiles in found:
-                launcher.launch(job.tile, tiles, rows)
-            if not isinstance(job.tile, FusedTile) and rows <= FEW_ROWS:
-                for parts in (1, 2, MOST_PARTS) if isinstance(job.tile, ExpandTile) else ():
-                    launcher.launch(job.tile, found[0], rows, parts=parts, chained=is_hopper(launcher.x.device))
-                launcher.time_ms(job.tile, key)
+        tried = height == job.height and job.tile in candidates(job.op, height, rows)
+        if not tried or not launcher.supports(job.tile, key):
+            continue
+        batches = launcher.cases[height, rows]
+        for tiles in batches:
+            launcher.launch(job.tile, tiles, rows)
+        if isinstance(job.tile, FusedTile) or rows > FEW_ROWS:
+            continue
+        if isinstance(job.tile, ExpandTile):
+            for parts in (1, 2, MOST_PARTS):
+                launcher.launch(job.tile, batches[0], rows, parts=parts, chained=is_hopper(launcher.x.device))
+        launcher.time_ms(job.tile, key)
 
 
 def _best(
@@ -149,25 +154,32 @@ def _best(
     expand_ms: dict[tuple[int, int], float] = {}
     for op in OPS:
         for key in launcher.keys(op):
-            tried = candidates(op, key.height, key.rows)
-            jobs = {
-                tile: TuneJob(plan, launcher.weights.projection, launcher.rank, op, key.height, tile) for tile in tried
-            }
-            fit = [tile for tile, job in jobs.items() if job in fits and launcher.supports(tile, key)]
-            correct = list(_correct(launcher, key, fit, report))  # checks all first: timing overwrites the inputs
-            times = {tile: launcher.time_ms(tile, key) for tile in correct}
+            times = _times_ms(launcher, plan, key, fits, report)
             if not times:
                 continue
-            best = min(times, key=times.__getitem__)
-            if op == "shrink":
-                launcher.chosen[key.height, key.rows] = best
-            elif op == "expand":
-                expand_ms[key.height, key.rows] = times[best]
-            if isinstance(best, FusedTile):
-                unfused_ms = launcher.base_ms(key) + expand_ms.get((key.height, key.rows), float("inf"))
-                yield to_entry(key, replace(best, pays=times[best] <= unfused_ms), times[best])
+            batch = key.height, key.rows
+            best, ms = min(times.items(), key=itemgetter(1))
+            if isinstance(best, ShrinkTile):
+                launcher.chosen[batch] = best
+            elif isinstance(best, ExpandTile):
+                expand_ms[batch] = ms
             else:
-                yield to_entry(key, best, times[best])
+                unfused_ms = launcher.base_ms(key) + expand_ms.get(batch, float("inf"))
+                best = replace(best, pays=ms <= unfused_ms)
+            yield to_entry(key, best, ms)
+
+
+def _times_ms(
+    launcher: TileLauncher, plan: TunePlan, key: TileKey, fits: set[TuneJob], report: Callable[[str], None]
+) -> dict[Tile, float]:
+    projection, rank = launcher.weights.projection, launcher.rank
+    jobs = {
+        tile: TuneJob(plan, projection, rank, key.op, key.height, tile)
+        for tile in candidates(key.op, key.height, key.rows)
+    }
+    fit = [tile for tile, job in jobs.items() if job in fits and launcher.supports(tile, key)]
+    correct = list(_correct(launcher, key, fit, report))  # checks all first: timing overwrites the inputs
+    return {tile: launcher.time_ms(tile, key) for tile in correct}
 
 
 def _correct(
