@@ -150,9 +150,21 @@ def test_an_invalid_manifest_is_rejected(where: tuple[str, ...], value: Any) -> 
         jsonschema.validate(content, RAY_SERVICE)
 
 
+def repeated_keys(node: Any) -> list[str]:
+    """Return the keys that a mapping in the YAML node has twice. PyYAML keeps only the last one."""
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value]
+        return [key for key in set(keys) if keys.count(key) > 1] + [
+            found for _, value in node.value for found in repeated_keys(value)
+        ]
+    children = node.value if isinstance(node, yaml.SequenceNode) else []
+    return [found for child in children for found in repeated_keys(child)]
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "local.yaml", "kuberay.yaml"])
 def test_ray_and_ranklet_accept_each_configuration(name: str) -> None:
     content = manifest()["spec"]["serveConfigV2"] if name == "kuberay.yaml" else (DEPLOY / name).read_text()
+    assert repeated_keys(yaml.compose(content)) == []
     parsed = ServeDeploySchema.model_validate(yaml.safe_load(content))
     (application,) = parsed.applications
     AppArgs.model_validate(application.args)
