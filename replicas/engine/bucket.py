@@ -30,7 +30,6 @@ class Bucket:
 
     @classmethod
     def of(cls, lengths: Sequence[int], max_tokens: int) -> "Bucket":
-        """Return the bucket of sequences of these lengths, each at least 1."""
         asked, longest = sum(lengths), power_of_two(max(*lengths, MIN_LONGEST))
         tokens = max_tokens if is_full(asked, max_tokens) else _rounded(asked)
         fillers = -(-(tokens - asked) // longest)

@@ -99,6 +99,7 @@ class Engine:
 
         Raises:
             InvalidRequest: a prompt is empty or too long, or a token id or parameter is out of range.
+            InvalidAdapter: an earlier load of the adapter was refused. A load that fails later ends at `sink`.
             Saturated: too many tokens are waiting.
             Unavailable: the engine is stopping.
         """
@@ -170,7 +171,7 @@ class Engine:
     def _references(self) -> Counter[AdapterRef]:
         """Count the open requests of each adapter. Called under the lock."""
         sequences = [*self._scheduler.waiting(), *self._pipeline.running()]
-        pairs = {(id(each.request), each.adapter) for each in sequences if each.adapter is not None}
+        pairs = {(id(each.request), each.adapter) for each in sequences}
         return Counter(adapter for _, adapter in pairs if adapter is not None)
 
     def prefetch(self, adapter: AdapterRef) -> None:
@@ -221,6 +222,7 @@ class Engine:
             )
 
     def healthy(self) -> bool:
+        """Whether the threads run and the device computes."""
         return self._pipeline.is_healthy()
 
     @contextmanager

@@ -74,7 +74,7 @@ class Layout:
         cls, spans: Sequence[TokenSpan], lora: LoraBatch, choose_last: ChooseLast | None,
         bucket: Bucket | None = None, *, pinned: bool = False,
     ) -> "Layout":  # fmt: skip
-        """Pack spans.
+        """Pack spans into a layout.
 
         Args:
             spans: in the order of the rows of `lora`.
@@ -99,7 +99,6 @@ class Layout:
         return cls(lengths, longest, lora, last, buffer)
 
     def unpack(self, moved: Tensor) -> DeviceArrays:
-        """Split the buffer's copy on the device."""
         tiles = _all_tiles(self.lora, self.last)
         tokens = sum(self.lengths)
         sizes = (tokens, tokens, len(self.lengths) + 1, *(array.size for kind in tiles for array in kind.arrays))

@@ -68,7 +68,6 @@ class Pipeline:
             thread.start()
 
     def stop(self) -> None:
-        """Finish the steps on the device, refuse waiting requests with `Unavailable`, and end the threads."""
         with self._lock:
             self.is_stopping = True
             self._lock.notify_all()
@@ -94,13 +93,11 @@ class Pipeline:
         return [part.sequence for part in parts]
 
     def stuck_s(self) -> float:
-        """Return how long the oldest step has been on the device; 0 without a step, and on the CPU."""
         with self._lock:
             launched_s = self._in_flight[0].launched.launched_s if self._in_flight and self._depth > 1 else None
         return 0.0 if launched_s is None else perf_counter() - launched_s
 
     def is_healthy(self) -> bool:
-        """Whether the threads run and the device computes."""
         return all(thread.is_alive() for thread in self._threads) and not self._is_broken and self.stuck_s() < _HUNG_S
 
     # The step thread
@@ -129,8 +126,9 @@ class Pipeline:
                     self._lock.wait(self._wait_limit_s())
             if plan is not None:
                 slots = self._commit(plan)
+            else:
+                self._must_probe = False
         if plan is None:
-            self._must_probe = False
             self._probe_device()
             return True
         self._listener.cancelled(sum(sequence.request.is_open for sequence in plan.cancelled))
@@ -139,15 +137,15 @@ class Pipeline:
         return True
 
     def _commit(self, plan: StepPlan) -> list[int | None]:
-        """Commit the plan and reserve the slots of its parts. Returns the slot of each part."""
         self._release_slots(plan.cancelled)
         self._scheduler.commit(plan)
         self._launching = plan.parts
-        starting = [sequence for sequence in plan.sequences if not sequence.holds_slot]
+        sequences = plan.sequences
+        starting = [sequence for sequence in sequences if not sequence.holds_slot]
         slots = self._adapters.acquire_slots([sequence.adapter for sequence in starting])
         for sequence, slot in zip(starting, slots, strict=True):
             sequence.slot, sequence.holds_slot = slot, True
-        return [sequence.slot for sequence in plan.sequences]
+        return [sequence.slot for sequence in sequences]
 
     def _release_slots(self, sequences: Iterable[Sequence]) -> None:
         holding = [sequence for sequence in sequences if sequence.holds_slot]
@@ -232,7 +230,6 @@ class Pipeline:
                 self._end_passes(step, again)
 
     def _end_passes(self, step: InFlightStep, again: list[Sequence]) -> None:
-        """Plan further passes of the sequences that need one, and release the slots of the others."""
         unfinished = {id(sequence) for sequence in again}
         with self._lock:
             self._release_slots(part.sequence for part in step.parts if id(part.sequence) not in unfinished)
@@ -246,7 +243,7 @@ class Pipeline:
         with self._lock:
             self._release_slots(sequences)
             self._launching = []
-            self._must_probe = not again
+            self._must_probe = self._must_probe or not again
             for sequence in again:
                 sequence.solo = True
             self._scheduler.queue.put_back(again)

@@ -142,7 +142,6 @@ class Runner:
     def forward(
         self, layout: Layout, heads: tuple[Head, ...], on_stage: StageCallback, moved: Tensor
     ) -> tuple[Tensor, ...]:
-        """Compute each head's outputs from the layout's buffer on the device."""
         arrays = layout.unpack(moved)
         shape, cudnn = self.model.architecture, None
         if self.uses_cudnn:

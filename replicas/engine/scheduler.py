@@ -107,16 +107,16 @@ class Scheduler:
         return sequence.adapter is None or sequence.adapter in adapters or len(adapters) < self._max_adapters
 
     def commit(self, plan: StepPlan) -> None:
-        """Remove the sequences of a step, and cancelled ones, from the waiting sequences."""
-        others = any(not self.queue.floods(sequence) for sequence in plan.sequences)
+        """Remove the plan's sequences, and the cancelled ones, from the waiting sequences."""
+        sequences = plan.sequences
+        others = any(not self.queue.floods(sequence) for sequence in sequences)
         self._steps_beside_others = _REMEMBERED_STEPS if others else max(0, self._steps_beside_others - 1)
-        self.drop([*plan.cancelled, *plan.sequences])
+        self.drop([*plan.cancelled, *sequences])
         self.queue.charge(plan.tokens)
         for sequence in plan.passed:
             sequence.passed_over += 1
 
     def drop(self, sequences: Iterable[Sequence]) -> None:
-        """Remove waiting sequences, queued or started."""
         leaving = list(sequences)
         if self._started:
             ids, started = {id(each) for each in leaving}, {id(each) for each in self._started}
@@ -131,7 +131,6 @@ class Scheduler:
         return list(dict.fromkeys(sequence.request for sequence in lost))
 
     def resume(self, sequences: Iterable[Sequence]) -> None:
-        """Add sequences that need another pass."""
         self._started += sequences
 
     def waiting(self) -> list[Sequence]:

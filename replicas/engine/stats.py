@@ -55,14 +55,11 @@ class Snapshot:
 class Listener:
     """Receives events of an engine on the engine's threads. Methods must be quick and must not raise."""
 
-    def batch(self, record: BatchRecord) -> None:
-        """Receive a step whose outputs were delivered."""
+    def batch(self, record: BatchRecord) -> None: ...
 
-    def load(self, record: LoadRecord) -> None:
-        """Receive the end of a load."""
+    def load(self, record: LoadRecord) -> None: ...
 
-    def loading(self, adapter: str) -> None:
-        """Receive the name of an adapter whose load starts."""
+    def loading(self, adapter: str) -> None: ...
 
     def evicted(self, adapter: str) -> None:
         """Receive the name of an adapter that lost its slot to another."""

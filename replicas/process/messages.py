@@ -87,7 +87,6 @@ class Outbox:
             self._changed.notify()
 
     def close(self) -> None:
-        """Send the waiting messages and end the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify()
