@@ -1,7 +1,6 @@
 """The tuner from candidates to table file, with Triton's interpreter in place of a GPU."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from ranklet.kernels.stack import LinearStack
 from ranklet.kernels.tiles import KINDS, ShrinkTile
 from ranklet.kernels.tuning import tune
 from ranklet.kernels.tuning.candidates import FEW_ROWS, WORKLOADS, Workload, candidates, cases
-from ranklet.kernels.tuning.compile import compile_all
 from ranklet.kernels.tuning.random_lora import ProjectionShape, projections, random_lora
 from tests.bench.shapes import QWEN3_EMBEDDING_06B
 
@@ -26,13 +24,6 @@ TINY = tune.TunePlan(
     (Workload("distinct", 4, 3, 2), Workload("identical", 2, 70, 1)),
     DEVICE, torch.float16,
 )  # fmt: skip
-
-
-def invert(x: float) -> float:
-    """Job for `compile_all` that raises for 0 and ends its process for a negative number."""
-    if x < 0:
-        os._exit(1)
-    return 1 / x
 
 
 def test_a_layer_has_four_projections() -> None:
@@ -111,14 +102,6 @@ def test_new_entries_are_merged_into_the_table_file(tmp_path: Path) -> None:
         Crossover(256, 4, 8, 1024, "layer", {"native": 2.0, "csgmv": 1.0})
     ]
     assert {"gpu", "triton", "torch", "date"} < set(content)
-
-
-def test_results_of_processes_come_in_the_order_of_the_jobs() -> None:
-    assert list(compile_all(invert, [1.0, 0.0, 2.0], workers=1)) == [True, False, True]
-
-
-def test_a_job_that_crashes_its_process_does_not_stop_the_others() -> None:
-    assert list(compile_all(invert, [1.0, -1.0, 2.0], workers=1)) == [True, False, True]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
