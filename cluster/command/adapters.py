@@ -5,7 +5,6 @@ import json
 import os
 import urllib.error
 import urllib.parse
-import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +12,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ranklet.cluster.command.console import open_console
+from ranklet.cluster.command.json_client import fetch_json
+
 if TYPE_CHECKING:
     from ranklet.replicas.adapters.verify import ExpectedModules
 
-KEY_VARIABLE = "RANKLET_API_KEY"
+_KEY_VARIABLE = "RANKLET_API_KEY"
 _TIMEOUT_S = 120.0
 
 
 def add(commands: Any) -> None:
-    """Add the subcommand to `ranklet`."""
     parser = commands.add_parser("adapters", help="list, show, load, unload or verify adapters")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="list all adapters with their state, revision and replicas")
@@ -39,8 +40,8 @@ def add(commands: Any) -> None:
         action.add_argument("name", metavar="NAME")
     for action in (listing, show, load, unload):
         action.add_argument("--url", default="http://127.0.0.1:8000", help="URL of the service (default: %(default)s)")
-        key = os.environ.get(KEY_VARIABLE)
-        action.add_argument("--key", default=key, help=f"an admin's API key (default: ${KEY_VARIABLE})")
+        key = os.environ.get(_KEY_VARIABLE)
+        action.add_argument("--key", default=key, help=f"an admin's API key (default: ${_KEY_VARIABLE})")
     verify = actions.add_parser("verify", help="check whether folders can be served; needs no service")
     verify.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     verify.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="folder of the base model")
@@ -63,7 +64,7 @@ def _list(options: argparse.Namespace) -> int:
         pinned = "yes" if card["pinned"] else ""
         row = (card["name"], card["state"], card["revision"], card["rank"], size, card["references"], slots, pinned)
         table.add_row(*("" if value is None else str(value) for value in row))
-    Console().print(table)
+    open_console().print(table)
     return 0
 
 
@@ -92,24 +93,23 @@ def _request(options: argparse.Namespace, method: str, path: str, body: dict[str
     """Send a request to the service.
 
     Raises:
-        ValueError: no service answers, or it refuses the request; the message contains its error.
+        ValueError: no service answers, or the service refuses the request. The message contains the service's error.
     """
-    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {options.key}"} if options.key else {})
-    content = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(options.url.rstrip("/") + path, content, headers, method=method)
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    url = options.url.rstrip("/") + path
     try:
-        with direct.open(request, timeout=_TIMEOUT_S) as answer:
-            return dict(json.load(answer))
+        return dict(fetch_json(url, timeout_s=_TIMEOUT_S, token=options.key, method=method, body=body))
     except urllib.error.HTTPError as error:
-        refusal = error.read()
-        try:
-            message = json.loads(refusal)["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            message = f"{error}: {refusal[:300]!r}"
-        raise ValueError(message) from error
+        raise ValueError(_refusal_message(error)) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"--url {options.url}: expected a service that answers, got {error}") from error
+
+
+def _refusal_message(error: urllib.error.HTTPError) -> str:
+    content = error.read()
+    try:
+        return str(json.loads(content)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"{error}: {content[:300]!r}"
 
 
 def _name(options: argparse.Namespace) -> str:

@@ -99,22 +99,28 @@ def _print(line: str) -> None:
 
 def _up(options: argparse.Namespace) -> int:
     cluster = LocalCluster(options.temp_dir, proxy=options.proxy, http_port=options.port, report=_print)
-    if options.foreground:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _exit)
+    if not options.foreground:
+        _start(cluster, options)
+        return 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _exit)
+    with cluster:
+        _start(cluster, options)
+        return _wait(cluster)
+
+
+def _start(cluster: LocalCluster, options: argparse.Namespace) -> None:
     state = cluster.start(options.config, options.timeout_s)
     settings = " ".join(f"{name}={value}" for name, value in auth_environment(options.temp_dir.absolute()).items())
     _print(f"logs are in {state.temp_dir}/session_latest/logs/serve; Serve's status:")
     print(f"  {settings} serve status -a {state.dashboard}", flush=True)
-    return _wait(cluster) if options.foreground else 0
 
 
 def _wait(cluster: LocalCluster) -> int:
     """Wait until a signal raises SystemExit, or until Ray ends; then return 1."""
-    with cluster:
-        notify_systemd("READY=1")
-        while cluster.is_alive:
-            time.sleep(1.0)
+    notify_systemd("READY=1")
+    while cluster.is_alive:
+        time.sleep(1.0)
     print("ranklet: Ray ended unexpectedly", file=sys.stderr)
     return 1
 
@@ -134,10 +140,7 @@ def _down(options: argparse.Namespace) -> int:
 
 def _new_key(options: argparse.Namespace) -> int:
     secret, entry = keys.new_key(
-        options.name,
-        admin=options.admin,
-        adapters=tuple(options.adapters),
-        tokens_per_minute=options.tokens_per_minute,
+        options.name, admin=options.admin, adapters=tuple(options.adapters), tokens_per_minute=options.tokens_per_minute
     )
     entries = yaml.safe_dump([entry.model_dump(mode="json", exclude_none=True)], sort_keys=False)
     print(f"key, not shown again: {secret}")

@@ -12,13 +12,13 @@ STATE_FILE = "ranklet.json"
 
 @dataclass(frozen=True)
 class ClusterState:
-    """A running local cluster."""
+    """The addresses and the main process of a local cluster."""
 
     base_url: str  # of the HTTP API
     address: str  # of Ray, for `ray.init`
     dashboard: str  # of Ray, for `serve -a`
     pid: int  # of `ray start --block`
-    start_time: str  # of that process: tells it from a later one with the same id
+    start_time: str  # of that process; a later process with the same id has another one
     temp_dir: str
 
     def write(self) -> None:

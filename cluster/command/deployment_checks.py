@@ -1,4 +1,4 @@
-"""Checks of a deployment's file: its form, its paths, its HTTP port, and Ray's token."""
+"""Checks of a deployment's file: its form, its router settings, its paths, its HTTP port, and Ray's token."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from ranklet.replicas.errors import RankletError
 
 
 def check_deployment(path: Path) -> Iterator[Finding]:
-    """Check a file for `serve deploy`, or a KubeRay manifest, whose paths are not on this machine."""
+    """Check a file for `serve deploy`, or a KubeRay manifest. The paths in a manifest are not checked."""
     try:
         content, cluster = _read(path)
         args = AppArgs.model_validate(content["applications"][0]["args"])

@@ -1,4 +1,4 @@
-"""A deployment's file as `ranklet up` and `ranklet doctor` read it: the YAML that `serve deploy` takes."""
+"""The YAML file of a deployment, which `serve deploy`, `ranklet up` and `ranklet doctor` read."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from ranklet.cluster.datapath import is_loopback
 from ranklet.routing.policy import check_policy
 
 ROUTER = "ranklet.routing.router:AdapterRouter"
-BUILDER = "ranklet.cluster.app:build"
+_BUILDER = "ranklet.cluster.app:build"
 SERVE_HOST = "127.0.0.1"  # Serve's default
 SERVE_PORT = 8000
 
@@ -20,7 +20,7 @@ def read_configuration(path: Path) -> dict[str, Any]:
     """Read a configuration and fill in the HTTP port.
 
     Raises:
-        ValueError: The file is no YAML map, or the router does not have one of the settings.
+        ValueError: The file is not a YAML map, or the router does not accept its settings.
         OSError: The file cannot be read.
     """
     try:
@@ -41,9 +41,9 @@ def http_host(content: Mapping[str, Any]) -> str:
 
 
 def with_open_admin(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration in which requests without a key may change adapters if only this machine can send them.
+    """Return a copy in which `security.open_admin` is true where HTTP listens on loopback only.
 
-    Applications that set `security.open_admin` keep it.
+    Requests without a key may then change adapters. Applications that set `security.open_admin` keep their value.
     """
     opened = copy.deepcopy(dict(content))
     if is_loopback(http_host(content)):
@@ -54,9 +54,9 @@ def with_open_admin(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_router(content: Mapping[str, Any]) -> list[str]:
-    """Return one finding per unusable setting in `request_router_kwargs` of ranklet's router.
+    """Return one message per setting in `request_router_kwargs` that ranklet's router does not accept.
 
-    The router itself cannot refuse them: an exception there would block every request.
+    The router itself does not raise for such a setting, because an exception there would block every request.
     """
     return [
         f"{deployment.get('name')}: request_router_kwargs: {finding}"
@@ -76,7 +76,7 @@ def _check_router_config(config: Mapping[str, Any]) -> list[str]:
 
 
 def _applications(content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield ranklet's own applications among those of a configuration, if they have arguments."""
+    """Yield the applications of ranklet that have arguments."""
     for application in content.get("applications") or []:
-        if application.get("import_path") == BUILDER and isinstance(application.get("args"), dict):
+        if application.get("import_path") == _BUILDER and isinstance(application.get("args"), dict):
             yield application

@@ -3,11 +3,12 @@
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ranklet.cluster.command.console import open_console
 from ranklet.cluster.command.deployment_checks import check_deployment
 from ranklet.cluster.command.finding import Finding
 from ranklet.cluster.command.machine_checks import check_machine
@@ -16,26 +17,25 @@ from ranklet.cluster.command.token_check import check_token
 _COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: Any) -> None:
     parser = commands.add_parser("doctor", help="check whether this machine can serve, and how to fix what is missing")
     parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="also check this deployment's file")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_run)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Print all findings. Returns 1 if one of them prevents serving, else 0."""
+def _run(options: argparse.Namespace) -> int:
     table = Table("", "subject", "found", "what to do")
     failed = False
     for finding in run_checks(options.config):
         failed |= finding.state == "fail"
         state = Text(finding.state, style=_COLORS[finding.state])
         table.add_row(state, Text(finding.subject), Text(finding.value), Text(finding.remedy))
-    Console().print(table)
+    open_console().print(table)
     return int(failed)
 
 
 def run_checks(config: Path | None) -> Iterator[Finding]:
-    """Yield all findings. Those about the model, the adapters and HTTP need a configuration."""
+    """Yield all findings. Without a configuration, the model, the adapters and the HTTP port are not checked."""
     yield from check_machine()
     if config is None:
         yield check_token()

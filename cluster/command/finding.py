@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-FindingState = Literal["ok", "warn", "fail"]
-
 
 @dataclass(frozen=True)
 class Finding:
     """The state of one checked subject. `remedy` is empty when the state is "ok"."""
 
-    state: FindingState
+    state: Literal["ok", "warn", "fail"]
     subject: str
     value: str
     remedy: str = ""

@@ -1,13 +1,11 @@
 """A Ray cluster on this machine with the application deployed. Other clusters on the machine are not affected."""
 
-import json
+import contextlib
 import os
 import shutil
 import subprocess
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +15,7 @@ import yaml
 
 from ranklet.cluster.command.cluster_state import STATE_FILE, ClusterState, find_cluster
 from ranklet.cluster.command.deployment_file import read_configuration, with_open_admin
+from ranklet.cluster.command.json_client import fetch_json
 from ranklet.cluster.command.ports import free_ports
 from ranklet.cluster.command.processes import process_start_time, terminate
 from ranklet.cluster.command.ray_head import Proxy, RayHead, auth_environment, read_token, script_path, write_token
@@ -25,6 +24,7 @@ _LOG_FILE = "ray-start.log"
 _MAX_TEMP_DIR_CHARACTERS = 40  # Ray creates sockets below it, and a socket's path may have 107 characters
 _LOG_TAIL_CHARACTERS = 4000
 _POLL_S = 0.2
+_HTTP_TIMEOUT_S = 10.0
 
 
 class ClusterError(Exception):
@@ -32,7 +32,7 @@ class ClusterError(Exception):
 
 
 class LocalCluster:
-    """Runs `ray start --head` and `serve deploy`. As a context manager, it stops what it started.
+    """Runs `ray start --head` and `serve deploy`. As a context manager, stops the processes that it started.
 
     Args:
         temp_dir: For Ray's sessions and logs, up to 40 characters. None creates a folder and removes it at the end.
@@ -47,15 +47,10 @@ class LocalCluster:
     """
 
     def __init__(
-        self,
-        temp_dir: Path | None = None,
-        *,
-        proxy: Proxy = "haproxy",
-        directory: Path | None = None,
-        http_port: int | None = None,
-        report: Callable[[str], None] = lambda line: None,
+        self, temp_dir: Path | None = None, *, proxy: Proxy = "haproxy", directory: Path | None = None,
+        http_port: int | None = None, report: Callable[[str], None] = lambda line: None,
         environment: Mapping[str, str] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._own_dir = temp_dir is None
         self.temp_dir = Path(tempfile.mkdtemp(prefix="ranklet-")) if temp_dir is None else temp_dir.absolute()
         if len(str(self.temp_dir)) > _MAX_TEMP_DIR_CHARACTERS:
@@ -74,20 +69,11 @@ class LocalCluster:
 
     @property
     def state(self) -> ClusterState:
-        """Addresses of the running cluster.
-
-        Raises:
-            ClusterError: it is not running.
-        """
+        """Addresses of the running cluster. Raises ClusterError if it is not running."""
         state = self._state or find_cluster(self.temp_dir)
         if state is None:
             raise ClusterError(f"no cluster of {self.temp_dir} is running; `ranklet up` starts one")
         return state
-
-    @property
-    def is_up(self) -> bool:
-        """Whether Ray answers. The application may not be deployed yet."""
-        return self._state is not None and self.applications() is not None
 
     @property
     def is_alive(self) -> bool:
@@ -98,16 +84,19 @@ class LocalCluster:
         """Start Ray, deploy `config`, and wait until a replica answers.
 
         Raises:
-            ClusterError: a cluster of this temp_dir is running already, or a step failed. A failed start leaves no
+            ClusterError: a cluster of this temp_dir is running already, or a step failed. A failed step leaves no
                 process.
             ValueError: the configuration is unusable.
+            OSError: the configuration cannot be read.
         """
         running = find_cluster(self.temp_dir)
         if running is not None:
             raise ClusterError(
                 f"a cluster runs at {running.base_url} (pid {running.pid}) already; `ranklet down` stops it"
             )
-        content = self._read_configuration(config)
+        content = read_configuration(config)
+        if self._http_port is not None:
+            content["http_options"]["port"] = self._http_port or free_ports(1)[0]
         try:
             deadline_s = time.monotonic() + timeout_s
             self._start_ray_with_retry(content["http_options"]["port"], deadline_s)
@@ -136,13 +125,13 @@ class LocalCluster:
             raise ClusterError(f"serve deploy failed:\n{(done.stdout + done.stderr)[-_LOG_TAIL_CHARACTERS:]}")
 
     def stop(self, *, keep_logs: bool = False) -> None:
-        """Stop every process of this cluster. Does nothing if there is none."""
+        """Stop the cluster of this temp_dir, whichever process started it. Does nothing if none is running."""
         state = self._state or find_cluster(self.temp_dir)
         if state is not None:
             self._report("stopping Ray")
             terminate(state.pid, state.start_time)
         if self._process is not None:
-            self._process.wait()  # a zombie otherwise, where `terminate` has not collected it
+            self._process.wait()  # collects the process if `terminate` did not
         self._state = None
         (self.temp_dir / STATE_FILE).unlink(missing_ok=True)
         if self._own_dir and not keep_logs:
@@ -154,31 +143,23 @@ class LocalCluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop(keep_logs=error is not None)
+        if self._state is not None or self._own_dir:  # else another process may have started the cluster of temp_dir
+            self.stop(keep_logs=error is not None)
 
-    def node_command(self, resources: Mapping[str, float], num_cpus: int) -> tuple[list[str], dict[str, str]]:
-        """Return command line and environment that add a node on this machine. Tests end such nodes.
-
-        Raises:
-            ClusterError: this object has not started the cluster.
-        """
+    @property
+    def ray_environment(self) -> dict[str, str]:
+        """Environment of the Ray processes that this object started. A further node needs it too."""
         if self._head is None:
             raise ClusterError("expected a cluster that this object has started; call `start` first")
-        return self._head.node_command(resources, num_cpus), self._head.environment(self._environment)
+        return self._head.environment(self._environment)
 
     def applications(self) -> dict[str, Any] | None:
         """Return Serve's applications by name, from its REST API; None while it does not answer."""
-        answer = _get_json(f"{self.state.dashboard}/api/serve/applications/", read_token(self.temp_dir))
+        answer = _fetch(f"{self.state.dashboard}/api/serve/applications/", read_token(self.temp_dir))
         return None if answer is None else dict(answer["applications"])
 
-    def _read_configuration(self, config: Path) -> dict[str, Any]:
-        content = read_configuration(config)
-        if self._http_port is not None:
-            content["http_options"]["port"] = self._http_port or free_ports(1)[0]
-        return content
-
     def _start_ray_with_retry(self, http_port: int, deadline_s: float) -> None:
-        """Start Ray, twice if need be: it allows its own processes 30 s, which a busy machine can exceed."""
+        """Start Ray, with a second attempt: Ray gives its own processes 30 s, which a busy machine can exceed."""
         try:
             self._start_ray(http_port, deadline_s)
         except ClusterError:
@@ -213,7 +194,7 @@ class LocalCluster:
         return bool(applications) and all(application["status"] == "RUNNING" for application in applications)
 
     def _is_ready(self) -> bool:
-        return _get_json(f"{self.state.base_url}/ready") is not None
+        return _fetch(f"{self.state.base_url}/ready") is not None
 
     def _wait(self, awaited: str, has_happened: Callable[[], bool], deadline_s: float) -> None:
         while not has_happened():
@@ -227,12 +208,8 @@ class LocalCluster:
         return (self.temp_dir / _LOG_FILE).read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:]
 
 
-def _get_json(url: str, token: str | None = None) -> Any:
-    """Return the JSON of a 200 answer, else None. Ignores proxies of the environment: the server is on this machine."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
-    try:
-        with opener.open(request, timeout=10) as answer:
-            return json.load(answer)
-    except (OSError, ValueError, urllib.error.URLError):
-        return None
+def _fetch(url: str, token: str | None = None) -> Any:
+    """Return the JSON of a 200 answer, else None."""
+    with contextlib.suppress(OSError, ValueError):
+        return fetch_json(url, timeout_s=_HTTP_TIMEOUT_S, token=token)
+    return None

@@ -15,7 +15,7 @@ from ranklet.cluster.datapath import FAST_PATH, version_of
 
 _MIN_OPEN_FILES = 65_536  # sockets of clients and of Ray, on a node with many gateways
 _MIN_SHARED_BYTES = 1 << 30
-_MIN_COMPUTE_CAPABILITY = (8, 0)  # bfloat16, and the tensor cores that the kernels use
+_MIN_COMPUTE_CAPABILITY = (8, 0)  # has bfloat16 and the tensor cores that the kernels use
 _RAY_PORTS = {6379: "Ray's head", 8265: "Ray's dashboard"}
 _REQUIRED = ("ray", "torch", "triton", "transformers", "safetensors")
 _OPTIONAL = {
@@ -128,27 +128,20 @@ def _check_data_path() -> Finding:
 
 def _check_serve_variables() -> Finding:
     known = _serve_variables_of_ray()
-    subject = "Ray Serve's variables"
+    subject, remedy = "Ray Serve's variables", "pip install -c constraints.txt 'ray[serve]'"
     if known is None:
-        return Finding(
-            "warn",
-            subject,
-            "the list of the installed Ray was not found",
-            "pip install -c constraints.txt 'ray[serve]'",
-        )
+        return Finding("warn", subject, "the list of the installed Ray was not found", remedy)
     unknown = [name for name in SERVE_VARIABLES if name not in known]
-    if not unknown:
-        return Finding("ok", subject, f"Ray reads all {len(SERVE_VARIABLES)} that ranklet sets")
-    return Finding(
-        "fail", subject, f"Ray does not read {', '.join(unknown)}", "pip install -c constraints.txt ray[serve]"
-    )
+    if unknown:
+        return Finding("fail", subject, f"Ray does not read {', '.join(unknown)}", remedy)
+    return Finding("ok", subject, f"Ray reads all {len(SERVE_VARIABLES)} that ranklet sets")
 
 
 def _serve_variables_of_ray() -> frozenset[str] | None:
     """Return the RAY_SERVE_* environment variables that the installed Ray reads; None if its list is not found.
 
     Most of these variables are undocumented, so a new Ray may drop one without notice. Ray names them only in a private
-    module. Its text is read, not imported, and nothing but this report depends on it.
+    module. This function searches the text of that module and does not import it.
     """
     spec = importlib.util.find_spec("ray")
     if spec is None or spec.origin is None:

@@ -1,4 +1,4 @@
-"""Processes by id: telling one from a later one with the same id, ending one, and systemd's notifications."""
+"""Start and end of processes, by id, and notifications to systemd."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ _KILL_TIMEOUT_S = 5.0
 def process_start_time(pid: int) -> str | None:
     """Return when process `pid` started, in the system's own format; None if there is no such process.
 
-    Two processes that have the same id, one after the other, have different start times.
+    The start time tells a process from a later one with the same id.
     """
     stat = Path(f"/proc/{pid}/stat")
     if Path("/proc/self").exists():
@@ -55,5 +55,5 @@ def _wait_for_exit(pid: int, start_time: str, timeout_s: float) -> None:
     deadline_s = time.monotonic() + timeout_s
     while process_start_time(pid) == start_time and time.monotonic() < deadline_s:
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)  # a child of this process stays as a zombie otherwise
+            os.waitpid(pid, os.WNOHANG)  # otherwise a child of this process stays as a zombie
         time.sleep(_POLL_S)

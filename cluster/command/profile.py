@@ -10,29 +10,23 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from ranklet.cluster.command.console import open_console
 from ranklet.replicas.adapters.reference import CONFIG_FILE
 from ranklet.replicas.adapters.revision import Revisions
 from ranklet.replicas.config import BACKENDS, EngineConfig
 
-if TYPE_CHECKING:  # the module imports torch, which takes seconds
+if TYPE_CHECKING:  # the profiler imports torch, which takes seconds
     from ranklet.replicas.profiling.profiler import Profile
 
 _GROUP = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-_GPU_BACKENDS = ("csgmv",)
-_WIDTH = 110
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser("profile", help="time each stage of a batch on this machine")
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="folder of the base model")
     parser.add_argument(
-        "--adapters",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FOLDER",
-        help="adapter folders; prompts use them in turn",
+        "--adapters", type=Path, nargs="+", default=[], metavar="FOLDER", help="folders that prompts use in turn"
     )
     parser.add_argument(
         "--adapters-dir", type=Path, metavar="DIR", help="use every adapter folder in DIR, in order of name"
@@ -41,11 +35,7 @@ def add(commands: Any) -> None:
         "--distinct", type=int, metavar="N", help="use only the first N adapters; 0 for only the base model"
     )
     parser.add_argument(
-        "--prompts",
-        nargs="+",
-        default=["5x6144"],
-        metavar="COUNTxTOKENS",
-        help="prompts of the batch (default: 5x6144)",
+        "--prompts", nargs="+", default=["5x6144"], metavar="COUNTxTOKENS", help="the batch (default: 5x6144)"
     )
     parser.add_argument(
         "--rank", "--max-rank", dest="max_rank", type=int, default=64, help="largest LoRA rank (default: %(default)s)"
@@ -59,42 +49,43 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=_run)
 
 
-def _run(asked: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> int:
     from ranklet.replicas.errors import RankletError
     from ranklet.replicas.profiling.profiler import profile
 
-    lengths, folders = lengths_of(asked.prompts), _folders(asked)
-    if asked.repeats < 1:
-        raise ValueError(f"--repeats: expected at least 1, got {asked.repeats}")
-    if asked.out and not asked.out.absolute().parent.is_dir():
-        raise ValueError(f"--out: expected a file in a folder that exists, got {asked.out}")
-    _check_device(asked.device, asked.backend)
+    lengths, folders = parse_lengths(options.prompts), _folders(options)
+    if options.repeats < 1:
+        raise ValueError(f"--repeats: expected at least 1, got {options.repeats}")
+    if options.out and not options.out.absolute().parent.is_dir():
+        raise ValueError(f"--out: expected a file in a folder that exists, got {options.out}")
+    _check_device(options.device, options.backend)
     config = EngineConfig(
-        asked.model, device=asked.device, slots=max(1, len(folders)), max_rank=asked.max_rank,
-        max_batch_tokens=max(sum(lengths), 1024), max_batch_requests=max(len(lengths), 512), backend=asked.backend,
+        options.model, device=options.device, slots=max(1, len(folders)), max_rank=options.max_rank,
+        max_batch_tokens=max(sum(lengths), 1024), max_batch_requests=max(len(lengths), 512), backend=options.backend,
         base_aliases=("*",),
     )  # fmt: skip
     try:
         adapters = [Revisions().reference(path.name, str(path)) for path in folders]
-        found = profile(config, adapters, lengths, asked.repeats)
+        found = profile(config, adapters, lengths, options.repeats)
     except RankletError as error:
         raise ValueError(error.message) from None
-    console = Console()
-    show(found, console if console.is_terminal else Console(width=_WIDTH))
-    if asked.out:
+    show(found, open_console())
+    if options.out:
         derived = {"floor_ms": found.floor_ms, "launch_bound": found.launch_bound}
-        asked.out.write_text(json.dumps(dataclasses.asdict(found) | derived, indent=1) + "\n")
+        options.out.write_text(json.dumps(dataclasses.asdict(found) | derived, indent=1) + "\n")
     return 0
 
 
-def _folders(asked: argparse.Namespace) -> list[Path]:
-    folders = list(asked.adapters)
-    if asked.adapters_dir:
-        found = sorted(path.parent for path in asked.adapters_dir.glob(f"*/{CONFIG_FILE}"))
+def _folders(options: argparse.Namespace) -> list[Path]:
+    folders = list(options.adapters)
+    if options.adapters_dir:
+        found = sorted(path.parent for path in options.adapters_dir.glob(f"*/{CONFIG_FILE}"))
         if not found:
-            raise ValueError(f"--adapters-dir: expected a folder that contains PEFT folders, got {asked.adapters_dir}")
+            raise ValueError(
+                f"--adapters-dir: expected a folder that contains PEFT folders, got {options.adapters_dir}"
+            )
         folders += found
-    distinct = len(folders) if asked.distinct is None else asked.distinct
+    distinct = len(folders) if options.distinct is None else options.distinct
     if not 0 <= distinct <= len(folders):
         raise ValueError(f"--distinct: expected 0 to {len(folders)}, the number of given adapters, got {distinct}")
     return folders[:distinct]
@@ -107,12 +98,12 @@ def _check_device(device: str, backend: str) -> None:
         raise ValueError(f"--device: expected cuda, cuda:0, cpu or auto, got {device!r}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device: got {device}, but PyTorch sees no GPU; use cpu")
-    if backend in _GPU_BACKENDS and (device == "cpu" or not torch.cuda.is_available()):
-        raise ValueError(f"--backend: {backend} needs a GPU; use native or auto")
+    if backend == "csgmv" and (device == "cpu" or not torch.cuda.is_available()):
+        raise ValueError("--backend: csgmv needs a GPU; use native or auto")
 
 
-def lengths_of(groups: list[str]) -> list[int]:
-    """Parse prompt groups: `["2x6144", "3x512"]` is two prompts of 6144 tokens and three of 512.
+def parse_lengths(groups: list[str]) -> list[int]:
+    """Return the tokens of each prompt: `["2x6144", "3x512"]` is two prompts of 6144 tokens and three of 512.
 
     Raises:
         ValueError: a group is not of the form COUNTxTOKENS.
@@ -127,7 +118,7 @@ def lengths_of(groups: list[str]) -> list[int]:
 
 
 def show(found: "Profile", console: Console) -> None:
-    """Print a profile, with the stage of the largest gap in bold."""
+    """Print a profile. The stage with the largest gap is bold."""
     ceilings, shape = found.ceilings, f"{found.tokens} tokens, {found.prompts} prompts, {found.adapters} adapters"
     table = Table(
         title=f"{shape} ({found.backend}), {found.device}",

@@ -1,6 +1,5 @@
-"""The command lines and the environment of a Ray head, and of further nodes, that share their machine with others."""
+"""The command line and the environment of a Ray head that shares its machine with other clusters."""
 
-import json
 import os
 import secrets
 import sys
@@ -27,13 +26,15 @@ class RayHead:
     proxy: Proxy
     gcs_port: int
     dashboard_port: int
-    other_ports: tuple[int, ...]
+    service_ports: tuple[int, ...]  # agent, agent's gRPC, metrics, client server, runtime environments
+    proxy_ports: tuple[int, ...]  # fallback proxy's HTTP and gRPC, HAProxy's metrics and statistics
     first_gateway_port: int  # of the ports on which gateways listen for HAProxy
 
     @classmethod
     def with_free_ports(cls, temp_dir: Path, proxy: Proxy) -> "RayHead":
-        gcs, dashboard, *others = free_ports(12)
-        return cls(temp_dir, proxy, gcs, dashboard, tuple(others), free_block(2 * _GATEWAY_PORTS))
+        gcs, dashboard, *others = free_ports(11)
+        services, proxies = tuple(others[:5]), tuple(others[5:])
+        return cls(temp_dir, proxy, gcs, dashboard, services, proxies, free_block(2 * _GATEWAY_PORTS))
 
     @property
     def address(self) -> str:
@@ -44,8 +45,8 @@ class RayHead:
         return f"http://127.0.0.1:{self.dashboard_port}"  # for `serve -a`
 
     def head_command(self) -> list[str]:
-        """Return `ray start` in the foreground. Its child processes end with it."""
-        agent, agent_grpc, metrics, client, runtime_env = self.other_ports[:5]
+        """Return the command line of a `ray start` that stays in the foreground. Its child processes end with it."""
+        agent, agent_grpc, metrics, client, runtime_env = self.service_ports
         return [
             script_path("ray"), "start", "--head", "--block", "--disable-usage-stats", "--include-dashboard=true",
             "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
@@ -56,22 +57,12 @@ class RayHead:
             f"--object-store-memory={_OBJECT_STORE_BYTES}", f"--temp-dir={self.temp_dir}",
         ]  # fmt: skip
 
-    def node_command(self, resources: Mapping[str, float], num_cpus: int) -> list[str]:
-        agent, agent_grpc, metrics, runtime_env = free_ports(4)
-        return [
-            script_path("ray"), "start", f"--address={self.address}", "--block", "--disable-usage-stats",
-            "--node-ip-address=127.0.0.1", f"--num-cpus={num_cpus}", f"--resources={json.dumps(dict(resources))}",
-            f"--object-store-memory={_OBJECT_STORE_BYTES}",
-            f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
-            f"--metrics-export-port={metrics}", f"--runtime-env-agent-port={runtime_env}",
-        ]  # fmt: skip
-
     def environment(self, extra: Mapping[str, str]) -> dict[str, str]:
         """Return this process's environment with the data path, ports, paths and token of this cluster, and `extra`."""
         settings = {
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # on SIGTERM: no other node could take over
             **{name: value if self.proxy == "haproxy" else "0" for name, value in FAST_PATH.items()},
-            **_serve_settings(self.temp_dir / "haproxy", self.other_ports[5:9], self.first_gateway_port),
+            **_serve_settings(self.temp_dir / "haproxy", self.proxy_ports, self.first_gateway_port),
         }
         return {**os.environ, **settings, **auth_environment(self.temp_dir), "RAY_USAGE_STATS_ENABLED": "0", **extra}
 
@@ -96,11 +87,12 @@ def _serve_settings(folder: Path, ports: Sequence[int], first_gateway_port: int)
     }
 
 
-SERVE_VARIABLES = (*FAST_PATH, *_serve_settings(Path(), (0, 0, 0, 0), 0))  # all variables of Serve that ranklet sets
+# All environment variables of Serve that ranklet sets.
+SERVE_VARIABLES = (*FAST_PATH, *_serve_settings(Path(), (0, 0, 0, 0), 0))
 
 
 def write_token(temp_dir: Path) -> None:
-    """Create a new token for a cluster. Ray listens on all interfaces, and who can call it can run code."""
+    """Create a new token for a cluster. Without one, anyone who can connect to Ray can run code."""
     path = temp_dir / _TOKEN_FILE
     path.unlink(missing_ok=True)
     path.touch(mode=0o600)
@@ -112,9 +104,9 @@ def read_token(temp_dir: Path) -> str:
 
 
 def auth_environment(temp_dir: Path) -> dict[str, str]:
-    """Return the environment variables with which a process can talk to the cluster of `temp_dir`.
+    """Return the environment variables that a client of the cluster of `temp_dir` needs.
 
-    RAY_AUTH_MODE is always among them: without it, Ray decides by a file in the home folder.
+    RAY_AUTH_MODE is one of them, because Ray otherwise looks for a token in the home folder.
     """
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(temp_dir / _TOKEN_FILE)}
 

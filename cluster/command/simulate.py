@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from ranklet.cluster.command.console import open_console
 from ranklet.replicas.adapters.reference import RECENTLY_USED_S
 from ranklet.routing.simulate.outcome import SimulationResult
 from ranklet.routing.simulate.simulator import SimulatedCluster
 from ranklet.routing.simulate.study import RULES, Study, rate_for
 from ranklet.routing.simulate.traffic import Traffic
 
-_RECOVERED_FACTOR = 2.0  # of the p99 before the flash crowd
+_RECOVERED_FACTOR = 2.0  # times the p99 before the flash crowd
 _HEADINGS = {
     "hit rate": "hits", "p50_ms": "p50 ms", "p99_ms": "p99 ms", "mean_ms": "mean ms", "loads_per_s": "loads/s",
     "busiest / mean": "busiest", "steady_p99_ms": "steady p99", "worst_p99_ms": "worst p99",
@@ -26,7 +27,6 @@ _HEADINGS = {
 
 
 def add(commands: Any) -> None:
-    """Adds the command and its arguments."""
     parser = commands.add_parser("simulate", help="compare routing rules on a simulated cluster of any size")
     parser.add_argument("--replicas", type=int, default=64)
     parser.add_argument("--adapters", type=int, default=1000)
@@ -54,32 +54,39 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=_run)
 
 
-def study(asked: argparse.Namespace) -> Study:
-    """The study that the arguments describe.
+def study(options: argparse.Namespace) -> Study:
+    """Return the study that the arguments describe.
 
     Raises:
         ValueError: a number is out of range.
     """
     for name in ("replicas", "adapters", "slots", "gateways", "tokens", "workers"):
-        if getattr(asked, name) < 1:
-            raise ValueError(f"--{name}: expected at least 1, got {getattr(asked, name)}")
-    for name in ("seconds", "load") if asked.rate is None else ("seconds", "rate"):
-        if not getattr(asked, name) > 0:
-            raise ValueError(f"--{name}: expected more than 0, got {getattr(asked, name)}")
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    for name in ("seconds", "load") if options.rate is None else ("seconds", "rate"):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"--{name}: expected more than 0, got {getattr(options, name)}")
     cluster = SimulatedCluster(
-        replicas=asked.replicas + (int(asked.join[1]) if asked.join else 0),
+        replicas=options.replicas + (int(options.join[1]) if options.join else 0),
         recently_used_s=RECENTLY_USED_S,
-        slots=asked.slots,
-        gateways=asked.gateways,
-        lose=_ranks(asked.lose, 0, asked.replicas),
-        join=_ranks(asked.join, asked.replicas, None),
-        late_s=asked.late_s,
-        warm_s=asked.seconds / 2 if asked.warm_s is None else asked.warm_s,
+        slots=options.slots,
+        gateways=options.gateways,
+        lose=_ranks(options.lose, 0, options.replicas),
+        join=_ranks(options.join, options.replicas, None),
+        late_s=options.late_s,
+        warm_s=options.seconds / 2 if options.warm_s is None else options.warm_s,
     )
-    if not 0 <= cluster.warm_s < asked.seconds:
+    if not 0 <= cluster.warm_s < options.seconds:
         raise ValueError(f"--warm-s: expected 0 or more and less than --seconds, got {cluster.warm_s:g}")
-    rate = asked.rate or rate_for(asked.load, cluster, asked.tokens) * asked.replicas / cluster.replicas
-    traffic = Traffic(rate, asked.adapters, asked.zipf, asked.tokens, asked.seconds, asked.flash_s, seed=asked.seed)
+    if options.flash_s is not None and not cluster.warm_s + 2 <= options.flash_s < options.seconds:
+        raise ValueError(
+            f"--flash-s: expected at least {cluster.warm_s + 2:g}, 2 s after --warm-s, and less than --seconds; "
+            f"got {options.flash_s:g}"
+        )
+    rate = options.rate or rate_for(options.load, cluster, options.tokens) * options.replicas / cluster.replicas
+    traffic = Traffic(
+        rate, options.adapters, options.zipf, options.tokens, options.seconds, options.flash_s, seed=options.seed
+    )
     return Study(cluster, traffic)
 
 
@@ -93,15 +100,15 @@ def _ranks(given: list[float] | None, first: int, most: int | None) -> tuple[flo
 
 
 def summary(outcome: SimulationResult, flash_s: float | None) -> dict[str, Any]:
-    """The result as one row of a table; with a flash crowd, also its effect (see `flash`)."""
-    row = outcome.row()
-    if flash_s is not None:
-        row |= flash(outcome, flash_s)
-    return row
+    """Return the result as one row of a table.
+
+    With a flash crowd, the row also has the median p99 of the seconds before it, the worst p99 after it, and the time
+    until no second has a p99 above twice the median.
+    """
+    return outcome.row() | ({} if flash_s is None else _flash_effect(outcome, flash_s))
 
 
-def flash(outcome: SimulationResult, flash_s: float) -> dict[str, Any]:
-    """The median p99 of a second before, the worst one after, and the seconds until all are below twice the median."""
+def _flash_effect(outcome: SimulationResult, flash_s: float) -> dict[str, Any]:
     seconds = outcome.by_second()
     before = [p99 for second, p99, _ in seconds if outcome.warm_s <= second < int(flash_s)]
     steady_s = sorted(before)[len(before) // 2]
@@ -113,19 +120,19 @@ def flash(outcome: SimulationResult, flash_s: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _run(asked: argparse.Namespace) -> int:
-    chosen = study(asked)
+def _run(options: argparse.Namespace) -> int:
+    chosen = study(options)
     rows: dict[str, dict[str, Any]] = {}
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("rules", total=len(asked.rules))
-        for outcome in chosen.run_all(asked.rules, asked.workers):
-            rows[outcome.rule] = summary(outcome, asked.flash_s)
+        task = progress.add_task("rules", total=len(options.rules))
+        for outcome in chosen.run_all(options.rules, options.workers):
+            rows[outcome.rule] = summary(outcome, options.flash_s)
             progress.advance(task)
-    ordered = [rows[name] for name in asked.rules]
-    Console().print(_table(chosen, ordered))
-    if asked.out:
-        settings = {name: str(value) for name, value in vars(asked).items() if name != "run"}
-        asked.out.write_text(json.dumps({"asked": settings, "rows": ordered}, indent=1))
+    ordered = [rows[name] for name in options.rules]
+    open_console().print(_table(chosen, ordered))
+    if options.out:
+        settings = {name: str(value) for name, value in vars(options).items() if name != "run"}
+        options.out.write_text(json.dumps({"asked": settings, "rows": ordered}, indent=1))
     return 0
 
 

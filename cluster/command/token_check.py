@@ -14,11 +14,11 @@ _NO_TOKEN = "run `ray get-auth-token --generate` and copy ~/.ray/auth_token to e
 
 
 def check_token(http_host: str = SERVE_HOST, environment: Mapping[str, str] | None = None) -> Finding:
-    """Check the environment in which `ray start` would run. A cluster beyond loopback without a token fails.
+    """Check the environment in which `ray start` would run. Without a token, only a cluster on loopback passes.
 
     Args:
-        http_host: the address that the deployment's HTTP server listens on.
-        environment: the default is this process's.
+        http_host: address on which the deployment's HTTP server listens.
+        environment: default: this process's environment.
     """
     environment = os.environ if environment is None else environment
     source = _token_source(environment)
@@ -45,7 +45,7 @@ def check_manifest_token(cluster: Mapping[str, Any]) -> Finding:
 
 
 def _token_source(environment: Mapping[str, str]) -> str | None:
-    """Return where Ray finds the token, in Ray's own order; None if it finds none."""
+    """Return the first place with a token, in the order in which Ray searches; None if there is no token."""
     if environment.get("RAY_AUTH_TOKEN"):
         return "RAY_AUTH_TOKEN"
     path = Path(environment.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ranklet.cluster.command.profile import lengths_of, show
+from ranklet.cluster.command.profile import parse_lengths, show
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.profiling.profiler import Profile, profile
 from tests.bench import report
@@ -44,7 +44,7 @@ def main() -> None:
         made = refs(write_adapters(folder / "adapters", 4, layers=options.layers))
         config = EngineConfig(model, slots=4, max_batch_tokens=30_720, lora_modules=ATTENTION)
         for group in options.prompts:
-            found = profile(config, made, lengths_of([group]))
+            found = profile(config, made, parse_lengths([group]))
             show(found, Console(width=120))
             rows += rows_of(found, group)
     report.save(options.name, rows, options.out)

@@ -1,6 +1,7 @@
 """Further nodes of a cluster on this machine, each a `ray start` of its own that a test may kill."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -9,20 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ranklet.cluster.command.local_cluster import LocalCluster
+from ranklet.cluster.command.ports import free_ports
+from ranklet.cluster.command.ray_head import script_path
 
-ATTEMPTS = 3
+_ATTEMPTS = 3
 _STARTED = "Ray runtime started"
 
 
 class Node:
-    """One node, for replicas that need the resource `engine`. The constructor returns when the node has joined.
+    """A node for replicas that need the resource `engine`. The constructor returns when the node has joined.
 
-    On a busy machine Ray may give up before the node has joined, so there are several attempts.
+    Ray may give up before the node has joined a busy machine's cluster, so there are several attempts.
     """
 
     def __init__(self, cluster: LocalCluster, log: Path, engines: int) -> None:
-        command, environment = cluster.node_command({"engine": engines}, num_cpus=4)
-        for _ in range(ATTEMPTS):
+        command, environment = _node_command(cluster.state.address, engines), cluster.ray_environment
+        for _ in range(_ATTEMPTS):
             with log.open("w") as output:
                 self.process = subprocess.Popen(
                     command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
@@ -32,7 +35,7 @@ class Node:
                 if _STARTED in log.read_text(errors="replace"):
                     return
                 time.sleep(0.1)
-        raise AssertionError(f"no node joined in {ATTEMPTS} attempts; last log:\n{log.read_text(errors='replace')}")
+        raise AssertionError(f"no node joined in {_ATTEMPTS} attempts; last log:\n{log.read_text(errors='replace')}")
 
     def kill(self) -> None:
         """Send SIGKILL to all processes of the node."""
@@ -40,6 +43,17 @@ class Node:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+
+
+def _node_command(address: str, engines: int) -> list[str]:
+    agent, agent_grpc, metrics, runtime_env = free_ports(4)
+    return [
+        script_path("ray"), "start", f"--address={address}", "--block", "--disable-usage-stats",
+        "--node-ip-address=127.0.0.1", "--num-cpus=4", f"--resources={json.dumps({'engine': engines})}",
+        f"--object-store-memory={100 << 20}",
+        f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
+        f"--metrics-export-port={metrics}", f"--runtime-env-agent-port={runtime_env}",
+    ]  # fmt: skip
 
 
 def process_tree(pid: int) -> Iterator[int]:

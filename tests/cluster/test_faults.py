@@ -56,7 +56,7 @@ def nodes(
 
     def join() -> None:
         """Serve waits for the nodes, and the nodes wait for Ray."""
-        while not cluster.is_up:
+        while not (cluster.is_alive and cluster.applications() is not None):
             if over.wait(0.1):
                 return
         for number in range(2):

@@ -1,4 +1,4 @@
-"""Checks an answer: returns the tokens that the server counted, or an error code, for several servers' formats."""
+"""Checks of answers, in the formats of several servers."""
 
 import base64
 from typing import Any
@@ -8,7 +8,7 @@ import orjson
 from numpy.typing import NDArray
 
 OK = "ok"
-BAD_ANSWER = "bad_answer"  # status 200 without the requested vectors
+_BAD_ANSWER = "bad_answer"  # status 200 without the requested vectors
 
 
 def check_answer(status: int, raw: bytes, prompts: int, *, check_values: bool = False) -> tuple[str, int]:
@@ -22,14 +22,14 @@ def check_answer(status: int, raw: bytes, prompts: int, *, check_values: bool = 
         if status != 200:
             return _error_code(status, content), 0
         if len(content["data"]) != prompts or (check_values and not all(map(_is_finite, content["data"]))):
-            return BAD_ANSWER, 0
+            return _BAD_ANSWER, 0
         return OK, int((content.get("usage") or {}).get("prompt_tokens", 0))
     except (ValueError, KeyError, TypeError, AttributeError):
-        return BAD_ANSWER if status == 200 else str(status), 0
+        return _BAD_ANSWER if status == 200 else str(status), 0
 
 
 def _error_code(status: int, content: Any) -> str:
-    """OpenAI and vLLM send {"error": {code}}, SGLang {code}. For other servers, the code is the status."""
+    """Return the code in the body. OpenAI and vLLM send {"error": {code}}, SGLang {code}, others only a status."""
     error = content.get("error") or content
     return str(error.get("code") or error.get("type") or status)
 

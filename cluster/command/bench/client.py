@@ -1,6 +1,6 @@
 """One process of the load client: sends its share of the requests and records when and how each was answered.
 
-Imports neither torch nor Ray. Its own cost is kept small and is measured.
+Imports neither torch nor Ray. Each process measures its own CPU time and delays.
 """
 
 import asyncio
@@ -55,10 +55,11 @@ class ClientLog:
 
 
 def run_client(connection: Connection) -> None:
-    """Entry point of a process. Receives its share, reports that it is ready, receives the start time, and runs.
+    """Send one share of the requests. Each client process calls this once.
 
-    During the run it sends the number of finished requests several times per second, and at the end its log. A further
-    message, or the end of the parent process, stops it early.
+    The process receives its `ClientShare`, sends 0 when it is ready, and receives the start time. During the run it
+    sends the number of finished requests several times per second, and at the end its `ClientLog`. A further message,
+    or the end of the parent process, stops the run early.
     """
     with contextlib.suppress(EOFError, ConnectionError):  # the parent process has ended
         share: ClientShare = connection.recv()

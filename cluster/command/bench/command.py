@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ranklet.cluster.command.bench.plan import BenchPlan, cpu_cores, flag_name
+from ranklet.cluster.command.console import open_console
 
 _KEY_VARIABLES = ("RANKLET_API_KEY", "OPENAI_API_KEY")
 _HELP = {
@@ -30,8 +31,7 @@ _HELP = {
     "warmup": "requests before the measurement, to each adapter in turn", "timeout_s": "per request",
     "processes": "number of processes that send (default: depends on the CPU cores)",
 }  # fmt: skip
-_FILE_WIDTH = 120  # columns of tables that are not printed to a terminal
-_TYPES: dict[str, Any] = {"model": str, "path": Path, "max_concurrency": int}
+_TYPES: dict[str, Any] = {"model": str, "path": Path, "max_concurrency": int, "processes": int}  # of fields without one
 
 
 def add(commands: Any) -> None:
@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
             parser.add_argument(name, action="store_true", help=text)
         else:
             default = field.default if field.default is not dataclasses.MISSING else None
-            kind = _TYPES.get(field.name, int if field.name == "processes" else type(default))
+            kind = _TYPES.get(field.name, type(default))
             if default not in (None, ""):
                 text += " (default: %(default)s)"
             parser.add_argument(
@@ -58,21 +58,18 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    """Returns 0 if every request was answered with vectors, else 1."""
-    from rich.console import Console
+    """Return 0 if every request was answered with vectors, else 1."""
     from rich.progress import Progress, TimeElapsedColumn
 
     from ranklet.cluster.command.bench.run import run_bench
     from ranklet.cluster.command.bench.server import fetch_version
     from ranklet.cluster.command.bench.show import check_plot_path, plot_result, print_result
 
-    plan = plan_from_options(options)
+    plan = _plan_from_options(options)
     _check_folders(options.out, options.plot)
     if options.plot:
         check_plot_path(options.plot)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_FILE_WIDTH)
+    console = open_console()
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as bar:
         task = bar.add_task(f"{plan.num_prompts:,} prompts to {plan.url}", total=None)
         try:
@@ -81,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
             raise ValueError("interrupted before the measurement began") from None
     print_result(result, console)
     if options.out:
-        content = describe_run(plan, fetch_version(plan)) | result.to_json()
+        content = _describe_run(plan, fetch_version(plan)) | result.to_json()
         options.out.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     if options.plot:
         plot_result(result, options.plot)
@@ -94,12 +91,7 @@ def _check_folders(*paths: Path | None) -> None:
             raise ValueError(f"{path}: expected an existing folder; create {path.parent}")
 
 
-def plan_from_options(options: argparse.Namespace) -> BenchPlan:
-    """Return the plan that the flags describe.
-
-    Raises:
-        ValueError: as `BenchPlan`.
-    """
+def _plan_from_options(options: argparse.Namespace) -> BenchPlan:
     fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(BenchPlan)}
     fields["adapters"] = tuple(fields["adapters"])
     if not fields["api_key"]:
@@ -109,7 +101,7 @@ def plan_from_options(options: argparse.Namespace) -> BenchPlan:
     return BenchPlan(**fields)
 
 
-def describe_run(plan: BenchPlan, server: Any) -> dict[str, Any]:
+def _describe_run(plan: BenchPlan, server: Any) -> dict[str, Any]:
     """Return the conditions of a run, without the API key.
 
     Args:

@@ -17,7 +17,7 @@ _MAX_BUSY, _MAX_LATE_MS = 0.8, 10.0  # above these, the client may have been the
 
 @dataclass(frozen=True)
 class Latencies:
-    """Answers to some of the requests. Rates are per second of the whole run. Latencies count answers with vectors."""
+    """Numbers of some of the requests. Rates are per second of the whole run. Latencies are of answers with vectors."""
 
     requests: int
     answered: int
@@ -41,15 +41,15 @@ class ClientLoad:
     processes: int
     busiest: float  # share of a core that the busiest process used
     cpu_ms_per_request: float
-    p99_lag_ms: float  # how late the process handled a clock's ticks; answers waited for it as long
+    p99_lag_ms: float  # delay of a process's clock ticks, and so of its answers
     max_lag_ms: float
-    mean_late_ms: float | None  # how long after its send time a request was sent; None in a closed loop
+    mean_late_ms: float | None  # from a request's planned time until it was sent; None in a closed loop
     p99_late_ms: float | None
     max_late_ms: float | None
 
     @property
     def suspicion(self) -> str | None:
-        """Why the client may have limited the numbers; None if the server did."""
+        """A reason why the client may have limited the numbers, or None."""
         if self.busiest > _MAX_BUSY:
             return f"a process used {self.busiest:.0%} of a core: raise --processes"
         if self.p99_lag_ms > _MAX_LATE_MS:
@@ -72,7 +72,7 @@ class BenchResult:
     tokens: NDArray[np.int64]  # [answered]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the numbers for JSON, without single answers. Unknown numbers are null."""
+        """Return the numbers for JSON, without those of each answer. Unknown numbers are null."""
         return {
             "planned": self.planned, "seconds": self.seconds, "overall": _json(self.overall),
             "by_adapter": {name: _json(numbers) for name, numbers in self.by_adapter.items()},
@@ -89,7 +89,8 @@ def summarize(logs: Sequence[ClientLog], planned: int, *, open_loop: bool) -> Be
 
     Args:
         planned: The number of requests in the plan.
-        open_loop: Requests have send times. Latency then counts from the send time, even if a request was sent late.
+        open_loop: Whether requests have planned times. Latency then counts from the planned time, even if a request was
+            sent later.
 
     Raises:
         ValueError: No request was answered.
@@ -97,9 +98,7 @@ def summarize(logs: Sequence[ClientLog], planned: int, *, open_loop: bool) -> Be
     records = [record for log in logs for record in log.records]
     if not records:
         raise ValueError("expected at least one request to have been answered, got none")
-    due, sent, done = (np.array([record[i] for record in records]) for i in range(3))
-    tokens, prompts = (np.array([record[i] for record in records], dtype=np.int64) for i in (3, 4))
-    models, outcomes = (np.array([record[i] for record in records]) for i in (5, 6))
+    due, sent, done, tokens, prompts, models, outcomes = map(np.array, zip(*records, strict=True))
     latency = done - (due if open_loop else sent)
     seconds = float(done.max() - sent.min())
 

@@ -48,7 +48,7 @@ def run_bench(plan: BenchPlan, progress: Callable[[int, int], None] = lambda don
 
 
 def _warm_up_requests(plan: BenchPlan, base: str, requests: list[PlannedRequest]) -> list[PlannedRequest]:
-    """Return requests to each model of the run, with other prompts, because a server may cache answers or prefixes."""
+    """Return requests to each model of the run. Their prompts differ from the run's, which a server may cache."""
     if not plan.warmup:
         return []
     prompts = plan.warmup * plan.batch_size
@@ -74,9 +74,9 @@ def _run_shares(shares: list[ClientShare], total: int, progress: Callable[[int, 
         for pipe in pipes:
             _receive(pipe)
         start_s = choose_start_time()
-        with _stopped_by_ctrl_c(pipes):
-            for pipe in pipes:
-                _send(pipe, start_s)
+        for pipe in pipes:
+            _send(pipe, start_s)
+        with _stopped_by_ctrl_c(pipes):  # a process would read an earlier stop message as the start time
             return _collect(pipes, total, progress)
 
 
@@ -95,7 +95,7 @@ def _collect(pipes: list[Connection], total: int, progress: Callable[[int, int],
 
 @contextlib.contextmanager
 def _stopped_by_ctrl_c(pipes: list[Connection]) -> Iterator[None]:
-    """The first Ctrl-C stops the processes and keeps their logs. A second one raises KeyboardInterrupt."""
+    """Stop the processes at the first Ctrl-C, and keep their logs. A second Ctrl-C raises KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set signal handlers
         return
@@ -131,8 +131,8 @@ def _receive(pipe: Connection) -> Any:
 def _start_process(stack: contextlib.ExitStack) -> Connection:
     """Start a client process and return the pipe to it.
 
-    A process of multiprocessing would import the caller's main module, with torch. The process has its own session, so
-    that the terminal's Ctrl-C reaches only the parent.
+    It is not a process of multiprocessing, which would import the caller's main module, with torch. It has its own
+    session, so that the terminal's Ctrl-C reaches only the parent.
     """
     parent_end, child_end = Pipe()
     with child_end:

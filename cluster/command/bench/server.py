@@ -1,12 +1,10 @@
 """Requests to a server outside the measurement: its models, its version, and the warm-up.
 
-Neither these requests nor the load use the environment's proxies, so that no proxy is measured.
+Neither these requests nor the load use the environment's proxies, so the measurement contains no proxy.
 """
 
 import asyncio
 import fnmatch
-import json
-import urllib.request
 from typing import Any
 
 import aiohttp
@@ -14,6 +12,7 @@ import aiohttp
 from ranklet.cluster.command.bench.answer import OK, check_answer
 from ranklet.cluster.command.bench.plan import BenchPlan
 from ranklet.cluster.command.bench.requests import PlannedRequest
+from ranklet.cluster.command.json_client import fetch_json
 
 _PATTERN = frozenset("*?[")
 _TIMEOUT_S = 30.0
@@ -28,7 +27,7 @@ def resolve_models(plan: BenchPlan) -> tuple[str, list[str]]:
     """Return the name of the base model and the names of the adapters to use.
 
     Raises:
-        ValueError: A pattern matches no adapter of the server, or a model's name is needed and the server lists none.
+        ValueError: A pattern matches no adapter of the server, or neither the plan nor the server names a base model.
     """
     patterns = [name for name in plan.adapters if _PATTERN & set(name)]
     if plan.model and not patterns:
@@ -48,6 +47,7 @@ def resolve_models(plan: BenchPlan) -> tuple[str, list[str]]:
 
 
 def fetch_version(plan: BenchPlan) -> Any:
+    """Return the server's answer to /version; None if it has none."""
     try:
         return _get(plan, "/version")
     except (OSError, ValueError):
@@ -66,9 +66,7 @@ def _models(plan: BenchPlan) -> list[dict[str, Any]]:
 
 
 def _get(plan: BenchPlan, path: str) -> Any:
-    request = urllib.request.Request(plan.base_url.rstrip("/") + path, headers=request_headers(plan))
-    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=_TIMEOUT_S) as answer:
-        return json.load(answer)
+    return fetch_json(plan.base_url.rstrip("/") + path, timeout_s=_TIMEOUT_S, token=plan.api_key)
 
 
 def warm_up(plan: BenchPlan, requests: list[PlannedRequest]) -> None:

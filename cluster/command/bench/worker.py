@@ -1,7 +1,7 @@
 """The program of a client process: `python -m ranklet.cluster.command.bench.worker FD`.
 
-FD is a pipe to the parent process. The program is not `client.py`, because its classes would then be pickled as classes
-of `__main__`.
+FD is a pipe to the parent process. `client.py` is not the program itself, because its classes would then be pickled as
+classes of `__main__`.
 """
 
 import sys

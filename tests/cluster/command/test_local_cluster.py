@@ -118,9 +118,10 @@ def _serve_once(model_dir: Path, adapters_dir: Path, *, first: bool) -> None:
 
 
 def test_a_second_start_in_the_same_folder_is_refused(service: Service, tmp_path: Path) -> None:
-    assert find_cluster(service.cluster.temp_dir) == service.cluster.state
-    with pytest.raises(ClusterError, match="already"):
-        LocalCluster(service.cluster.temp_dir).start(tmp_path / "any.yaml")
+    with pytest.raises(ClusterError, match="already"), LocalCluster(service.cluster.temp_dir) as second:
+        second.start(tmp_path / "any.yaml")
+    assert find_cluster(service.cluster.temp_dir) == service.cluster.state, "the first cluster was stopped"
+    assert service.http.get("/ready").status_code == 200
 
 
 def test_gateways_and_routers_import_without_torch() -> None:

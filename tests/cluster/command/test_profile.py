@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ranklet.cluster.command.cli import main
-from ranklet.cluster.command.profile import lengths_of
+from ranklet.cluster.command.profile import parse_lengths
 from tests.assets.make import AdapterSpec
 
 
@@ -56,4 +56,4 @@ def test_distinct_limits_the_adapters_of_a_folder(
 
 
 def test_prompt_groups_are_parsed() -> None:
-    assert lengths_of(["2x6144", "3x5"]) == [6144, 6144, 5, 5, 5]
+    assert parse_lengths(["2x6144", "3x5"]) == [6144, 6144, 5, 5, 5]
