@@ -27,7 +27,7 @@ _BY_CODE: "dict[str, type[RankletError]]" = {}
 class RankletError(Exception):
     """Base class of all reported errors.
 
-    A subclass that sets `code` is registered under it; one that does not shares the code of its parent.
+    A subclass that sets `code` is registered under it. A subclass that does not shares the code of its parent.
 
     Attributes:
         code: error code in HTTP answers and between processes.

@@ -1,4 +1,4 @@
-"""Describes adapters and where they are, for `GET /v1/adapters`."""
+"""Describes adapters and the replicas that hold them, for `GET /v1/adapters`."""
 
 import asyncio
 import contextlib
@@ -11,13 +11,13 @@ from ranklet.cluster.catalog.source import is_remote, pinned_revision
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.replicas.adapters.reference import AdapterReport
 from ranklet.replicas.adapters.revision import Revisions, marks_of
-from ranklet.replicas.errors import AdapterNotFound, RankletError
+from ranklet.replicas.errors import AdapterNotFound, RankletError, UnknownModel
 
 _Reports = Sequence[tuple[str, AdapterReport]]  # with the id of the replica
 
 
 class AdapterCards:
-    """Builds cards from the registry and from the replicas' reports."""
+    """Builds one card per adapter, from the registry and from the replicas' reports."""
 
     def __init__(self, registry: Registry, replicas: ReplicasClient) -> None:
         self._registry = registry
@@ -25,10 +25,10 @@ class AdapterCards:
         self._revisions = Revisions()
 
     async def cards(self) -> list[dict[str, Any]]:
-        """Cards of all adapters.
+        """Return the cards of all adapters.
 
-        The state is registered, loading, ready or failed; draining, if the adapter was unloaded and requests in flight
-        still use it. No files are read: the revision of an adapter that no replica has read is None.
+        The state is registered, loading, ready, failed, or draining: unloaded, but in use by requests in flight. The
+        revision of an adapter that no replica has read is None, since reading all files would take too long.
         """
         reports = await self._replicas.reports()
         names = await asyncio.to_thread(self._registry.names)
@@ -48,15 +48,15 @@ class AdapterCards:
         return await asyncio.to_thread(build)
 
     async def card(self, name: str) -> dict[str, Any]:
-        """The card of one adapter, with its revision.
+        """Return the card of one adapter, with its revision.
 
         Raises:
             UnknownModel: there is no adapter of this name.
         """
-        found = [card for card in await self.cards() if card["name"] == name]
-        if not found:
-            self._registry.locate(name, "name")  # raises UnknownModel with similar names
-        card = found[0]
+        card = next((card for card in await self.cards() if card["name"] == name), None)
+        if card is None:
+            await asyncio.to_thread(self._registry.locate, name, "name")  # its error lists similar names
+            raise UnknownModel(f"name: expected a name that GET /v1/adapters lists, got {name!r}", param="name")
         if card["revision"] is None and card["path"]:
             with contextlib.suppress(AdapterNotFound):
                 location = AdapterLocation(name, card["path"])
@@ -64,7 +64,7 @@ class AdapterCards:
         return card
 
     async def check_revision(self, location: AdapterLocation) -> None:
-        """Raises UnknownModel if the request names another revision than the one that is served."""
+        """Raise UnknownModel if the request names another revision than the one that is served."""
         if location.requested_revision is not None:
             revision = await asyncio.to_thread(self._read_revision, location)
             if revision is not None:
@@ -95,7 +95,7 @@ class AdapterCards:
         }  # fmt: skip
 
     def _revision(self, location: AdapterLocation, reports: _Reports) -> str | None:
-        """The revision that is served now. Files are read only if replicas have read other versions of them."""
+        """Return the revision that is served now. Reads files only if replicas have read other versions of them."""
         if is_remote(location.source):
             return self._read_revision(location) or next((report.revision for _, report in reports), None)
         marks = marks_of(location.source)
@@ -103,7 +103,7 @@ class AdapterCards:
         return revision or (self._read_revision(location) if reports else None)
 
     def _read_revision(self, location: AdapterLocation) -> str | None:
-        """The revision of an adapter's files; None for a URL without a revision, which only replicas fetch."""
+        """Return the revision of an adapter's files; None for a URL without a revision, which only replicas fetch."""
         if is_remote(location.source):
             return pinned_revision(location.source) or None
         return self._revisions.reference(location.name, location.source).revision

@@ -14,13 +14,13 @@ class _Waiter:
 
 
 class FairBudget:
-    """Bounds the total weight and the number of jobs that run at once; the others wait.
+    """Bounds the total weight and the number of jobs that run at once. Further jobs wait.
 
-    Owners take turns, and the jobs of one owner run in their order. While an owner has a job running, its jobs together
-    use at most half of `limit`. A job that is larger than its bound runs when it is the only one. While the job of the
-    owner in turn does not fit, no other job starts, so that every job runs in the end.
+    Owners take turns, and the jobs of one owner run in their order. If several jobs of one owner run at once, they use
+    at most half of `limit`. A job heavier than `limit` runs while no other job does. While the job of the owner in turn
+    does not fit, no other job starts, so that every job runs in the end.
 
-    For one event loop.
+    For use in one event loop.
 
     Args:
         limit: total weight.
@@ -36,12 +36,12 @@ class FairBudget:
 
     @property
     def used(self) -> int:
-        """Weight of all running jobs."""
+        """Total weight of the running jobs."""
         return self._used.total()
 
     @contextlib.asynccontextmanager
     async def spend(self, owner: str, weight: int) -> AsyncIterator[None]:
-        """Wait until a job may run; it ends with the context."""
+        """Wait until a job may run. The job ends with the context."""
         await self._acquire(owner, weight)
         try:
             yield

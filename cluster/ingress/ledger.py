@@ -14,7 +14,7 @@ _TIMEOUT_S = 2.0
 
 
 class LedgerActor:
-    """Client of the ledger's actor. The first gateway that needs the actor creates it, again after a failure."""
+    """Client of the ledger's actor. Creates the actor if it does not exist, for example after a failure."""
 
     def __init__(self, application: str) -> None:
         self._name = f"quotas-{application}"

@@ -1,9 +1,10 @@
-"""Loads, replaces and unloads adapters by name while requests run. Any gateway does so for the whole application."""
+"""Loads, replaces and unloads adapters by name while requests run. A change on one gateway holds for all of them."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
@@ -12,19 +13,19 @@ from ranklet.cluster.catalog.overrides import Override, Overrides
 from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.catalog.source import check_url_allowed, is_remote
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
-from ranklet.replicas.errors import AdapterNotFound, InvalidRequest, RankletError, Unavailable
+from ranklet.replicas.errors import AdapterNotFound, InvalidRequest, RankletError, Unavailable, UnknownModel
 
 _RELEASE_TIMEOUT_S = 30.0
 
 
 class AdapterExists(RankletError):  # noqa: N818  # named like its siblings in replicas/errors.py
-    """An adapter of this name is served, and the request does not ask to replace it."""
+    """An adapter of this name is served, and the request may not replace it."""
 
     code, status = "adapter_exists", 409
 
 
 class LoadRequest(BaseModel):
-    """Body of a load, with the field names of vLLM and SGLang or plain ones."""
+    """Body of a load. Accepts the field names of vLLM and SGLang as well."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
@@ -36,8 +37,6 @@ class LoadRequest(BaseModel):
 
 
 class UnloadRequest(BaseModel):
-    """Body of an unload."""
-
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     name: str = Field(validation_alias=AliasChoices("lora_name", "name"))
@@ -49,7 +48,7 @@ class Lifecycle:
 
     Args:
         notify_gateways: makes all gateways read the overrides file again.
-        roots: folders that adapters may be loaded from.
+        roots: folders that adapters may be loaded from. Relative paths start at the first one, adapters_dir.
         sources: prefixes of URLs that adapters may be loaded from.
     """
 
@@ -59,33 +58,35 @@ class Lifecycle:
         replicas: ReplicasClient,
         notify_gateways: Callable[[], Awaitable[object]],
         roots: Sequence[Path],
-        sources: tuple[str, ...] = (),
+        sources: tuple[str, ...],
     ) -> None:
         self._registry = registry
         self._replicas = replicas
         self._notify_gateways = notify_gateways
         self._roots = tuple(roots)
         self._sources = sources
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by adapter, while in use
 
     async def load(self, request: LoadRequest) -> dict[str, Any]:
         """Verify an adapter, load it into a slot, and serve it under its name from now on.
 
-        A replaced adapter completes the requests in flight; every later request uses the new one.
+        Requests in flight keep the replaced adapter; every later request uses the new one.
 
         Raises:
-            RankletError: InvalidRequest (name, path), AdapterNotFound, InvalidAdapter with all findings, AdapterExists.
+            InvalidRequest: the name is malformed, or the path is not allowed.
+            AdapterNotFound: the folder does not exist.
+            InvalidAdapter: the adapter cannot be served; `findings` lists every reason.
+            AdapterExists: the name is in use.
+            Unavailable: no replica answers.
         """
         overrides = self._overrides()
         async with self._lock(request.name):
             adapter = await asyncio.to_thread(self._locate, request)
-            pins = {name: source for name, source in self._registry.pins().items() if name != request.name}
-            info = await self._replicas.load(adapter, (*pins, request.name) if request.pinned else tuple(pins))
+            others = [name for name in self._registry.pins() if name != request.name]
+            info = await self._replicas.load(adapter, [*others, request.name] if request.pinned else others)
             source = f"{adapter.source}#{info.revision}" if is_remote(adapter.source) else adapter.source
-            if request.pinned:
-                pins[request.name] = source
             await asyncio.to_thread(overrides.put, request.name, Override(path=source, pinned=request.pinned))
-            await self._publish(pins)
+            await self._publish_overrides()
             await self._replicas.release(request.name, info.revision)
         return {
             "name": info.name, "revision": info.revision, "rank": info.rank, "target_modules": list(info.modules),
@@ -101,11 +102,13 @@ class Lifecycle:
         """
         overrides = self._overrides()
         async with self._lock(name):
-            await asyncio.to_thread(self._registry.locate, name, "name")
+            location = await asyncio.to_thread(self._registry.locate, name, "name")
+            if location.requested_revision is not None:
+                raise UnknownModel(f"name: expected a name without a revision, got {name!r}", param="name")
             self._refuse_configured(name)
             exists_elsewhere = self._registry.exists_without_override(name)
             await asyncio.to_thread(overrides.put, name, Override() if exists_elsewhere else None)
-            await self._publish(self._registry.pins())
+            await self._publish_overrides()
             if not await self._replicas.release(name, None, _RELEASE_TIMEOUT_S):
                 raise Unavailable(
                     f"adapter {name!r} is no longer served, but requests that were sent before still use it, or a "
@@ -114,7 +117,6 @@ class Lifecycle:
         return {"name": name, "state": "unloaded"}
 
     def _locate(self, request: LoadRequest) -> AdapterLocation:
-        """The adapter to load."""
         reason = name_error(request.name)
         if reason or "@" in request.name:
             raise InvalidRequest(f"name: {reason or 'expected a name without @'}", param="name")
@@ -122,41 +124,48 @@ class Lifecycle:
         if not request.replace:
             self._refuse_existing(request)
         if request.path is None:
-            return AdapterLocation(request.name, str(self._allowed_folder(self._roots[0] / request.name)))
+            return AdapterLocation(request.name, str(self._allowed_folder(request.name)))
         if is_remote(request.path):
             check_url_allowed(request.path, self._sources)
             return AdapterLocation(request.name, request.path)
-        return AdapterLocation(request.name, str(self._allowed_folder(Path(request.path))))
+        return AdapterLocation(request.name, str(self._allowed_folder(request.path)))
 
-    def _allowed_folder(self, path: Path) -> Path:
+    def _allowed_folder(self, path: str) -> Path:
         roots = [root.resolve() for root in self._roots]
-        absolute = path if path.is_absolute() else roots[0] / path
-        try:
-            folder = absolute.resolve(strict=True)
-        except (OSError, ValueError, RuntimeError):
-            folder = None
+        folder = self._resolve(path)
         if folder is None or not folder.is_dir():
-            raise AdapterNotFound(f"path: expected a folder, {str(path)!r} does not exist", param="path")
+            raise AdapterNotFound(f"path: expected a folder, {path!r} does not exist", param="path")
         if not any(folder.is_relative_to(root) for root in roots):
             raise InvalidRequest(
                 f"path: expected a folder under {', '.join(map(str, roots))} (adapters_dir, security.adapter_roots), "
-                f"got {str(path)!r}",
+                f"got {path!r}",
                 param="path",
             )
         return folder
+
+    def _resolve(self, path: str) -> Path | None:
+        try:
+            return (self._roots[0] / path).resolve(strict=True)
+        except (OSError, ValueError, RuntimeError):  # it does not exist, no file can have this name, a loop of links
+            return None
 
     def _refuse_existing(self, request: LoadRequest) -> None:
         try:
             served = self._registry.locate(request.name)
         except RankletError:
             return
-        moves = request.path is not None and not _is_same_source(request.path, served.source)
+        moves = request.path is not None and not self._is_same_source(request.path, served.source)
         if moves or self._registry.is_loaded_by_name(request.name):
             raise AdapterExists(
                 f"name: expected an unused name, but {request.name!r} is served from {served.source}. "
                 "Set load_inplace to replace it",
                 param="name",
             )
+
+    def _is_same_source(self, requested: str, served: str) -> bool:
+        if is_remote(requested) or is_remote(served):
+            return requested == served.partition("#")[0]
+        return self._resolve(requested) == Path(served).resolve()
 
     def _refuse_configured(self, name: str) -> None:
         if self._registry.is_in_user_config(name):
@@ -175,11 +184,5 @@ class Lifecycle:
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())
 
-    async def _publish(self, pins: Mapping[str, str]) -> None:
-        await asyncio.gather(self._notify_gateways(), self._replicas.pin(pins))
-
-
-def _is_same_source(requested: str, served: str) -> bool:
-    if is_remote(requested) or is_remote(served):
-        return requested == served.partition("#")[0]
-    return Path(requested).resolve() == Path(served).resolve()
+    async def _publish_overrides(self) -> None:
+        await asyncio.gather(self._notify_gateways(), self._replicas.pin(self._registry.pins()))

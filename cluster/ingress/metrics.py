@@ -12,7 +12,7 @@ from ranklet.routing.counters import SPILLS, Counters
 
 
 class GatewayMetrics:
-    """Requests of one gateway process, as clients see them."""
+    """Metrics of the requests to one gateway process."""
 
     def __init__(self, top_adapters: int, routing: Counters) -> None:
         self.registry = CollectorRegistry()
@@ -38,11 +38,11 @@ class GatewayMetrics:
         ProcessCollector(registry=self.registry)
 
     def on_answer(self, adapter: str, status: int, code: str, seconds: float) -> None:
-        """Count a request.
+        """Count a request, and record its time.
 
         Args:
-            adapter: a label value of `labels`.
-            code: the error's code, "" for success.
+            adapter: a value that `labels` returned.
+            code: code of the error, "" for success.
         """
         self.requests.labels(adapter, str(status), code).inc()
         self.seconds.labels(adapter).observe(seconds)
@@ -57,7 +57,7 @@ class GatewayMetrics:
 
 
 class _RoutingCounters(Collector):
-    """Counters of this gateway's router, read at each scrape."""
+    """Exports the counters of this gateway's router. Reads them at each scrape."""
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters

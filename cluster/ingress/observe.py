@@ -1,4 +1,4 @@
-"""Records each request as metrics, a line in the log and a span; never its texts, and never a key."""
+"""Records each request in metrics, the log and a trace. Records neither texts nor keys."""
 
 import logging
 import os
@@ -23,12 +23,12 @@ logger = logging.getLogger("ray.serve.requests")
 
 @dataclass
 class RequestRecord:
-    """One inference request; fields are filled in as they become known.
+    """One inference request. Fields are set as soon as their values are known.
 
     Attributes:
-        label: the `adapter` label in metrics.
+        label: value of the `adapter` label in metrics.
         model: name of the adapter or base model.
-        message: of the error, for the status page.
+        message: message of the error, for the status page.
     """
 
     span: Span
@@ -55,7 +55,8 @@ class Observer:
     """Records the requests of one gateway.
 
     Args:
-        requests: which requests are logged. With Serve's JSON encoding, the fields of a line become columns.
+        requests: which requests are logged. With Serve's JSON encoding, each field of a line has a key of its own.
+        gateway: id of the gateway.
     """
 
     def __init__(self, metrics: GatewayMetrics, recent: RecentRequests, requests: Requests, gateway: str) -> None:
@@ -65,7 +66,7 @@ class Observer:
         self._tracer = _tracer(gateway)
 
     def begin(self, operation: str, headers: Mapping[str, str]) -> RequestRecord:
-        """Start a request's span, as a child of the client's if the headers name one."""
+        """Start a request's span. It is a child of the client's span if the headers name one."""
         return RequestRecord(self._tracer.start_span(operation, propagate.extract(headers), SpanKind.SERVER))
 
     def on_model(self, record: RequestRecord, model: str, *, is_adapter: bool) -> None:
@@ -79,7 +80,6 @@ class Observer:
         record.span.end()
 
     def on_answer(self, record: RequestRecord) -> None:
-        """Record a request that was answered or refused."""
         seconds = time.perf_counter() - record.began_s
         self._recent.on_answer(record.status, record.code, record.message)
         self._metrics.on_answer(record.label, record.status, record.code, seconds)
@@ -124,7 +124,7 @@ def _fields(record: RequestRecord, seconds: float) -> dict[str, str | int | floa
 
 
 def _tracer(gateway: str) -> trace.Tracer:
-    """Exports to the collector that the environment names. Without one, OpenTelemetry's own tracer does nothing."""
+    """Return a tracer for the collector that the environment names; without one, a tracer that does nothing."""
     if not any(os.environ.get(name) for name in _ENDPOINTS):
         return trace.get_tracer("ranklet")
     try:

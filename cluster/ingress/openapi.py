@@ -49,18 +49,9 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
 _CARDS, _ADAPTERS = _list_of({"$ref": "#/components/schemas/Card"}), _list_of({"$ref": "#/components/schemas/Adapter"})
 
 _USER = ("401", "403")
-_LOAD = (
-    "Load, replace or pin an adapter",
-    LoadRequest,
-    "Loaded",
-    (*_USER, "400", "404", "408", "409", "413", "503"),
-)
-_UNLOAD = (
-    "Unload an adapter",
-    UnloadRequest,
-    "Unloaded",
-    (*_USER, "400", "404", "408", "409", "413", "503"),
-)
+_CHANGE = (*_USER, "400", "404", "408", "409", "413", "503")
+_LOAD = ("Load, replace or pin an adapter", LoadRequest, "Loaded", _CHANGE)
+_UNLOAD = ("Unload an adapter", UnloadRequest, "Unloaded", _CHANGE)
 _Operation = tuple[str, type[BaseModel] | None, "str | dict[str, Any]", tuple[str, ...]]
 # By path and method: summary, model of the body, schema of the answer, and statuses of refusals.
 OPERATIONS: Mapping[tuple[str, str], _Operation] = {
@@ -87,7 +78,7 @@ OPERATIONS: Mapping[tuple[str, str], _Operation] = {
 
 
 def document() -> dict[str, Any]:
-    """The description, in OpenAPI 3.1."""
+    """Return the description in OpenAPI 3.1."""
     paths: dict[str, dict[str, Any]] = {}
     for (path, method), operation in OPERATIONS.items():
         paths.setdefault(path, {})[method] = _operation(path, method, *operation)

@@ -1,4 +1,4 @@
-"""Parses and checks the JSON of requests; every error names the field, the expected value and the value received."""
+"""Parses and checks the JSON of requests. Each error names the field, the expected value and the value received."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -13,7 +13,7 @@ from ranklet.replicas.errors import InvalidRequest
 Form = TypeVar("Form", bound=BaseModel)
 Texts = list[str]
 TokenIds = list[NDArray[np.int32]]  # int32 [length] each
-MAX_TOKEN_ID = 2**31 - 1
+_MAX_TOKEN_ID = 2**31 - 1
 
 _KINDS: dict[type, str] = {
     dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number", bool: "a boolean"
@@ -34,7 +34,7 @@ def parse_body(body: bytes, form: type[Form]) -> Form:
     except ValidationError as error:
         first = error.errors()[0]
         param = str(first["loc"][0]) if first["loc"] else "body"
-        got = "" if first["type"] == "missing" else f", got {_shown(first['input'])}"
+        got = "" if first["type"] == "missing" else f", got {_describe(first['input'])}"
         raise InvalidRequest(f"{param}: {first['msg']}{got}", param=param) from None
 
 
@@ -47,7 +47,7 @@ def parse_input(value: Any, max_texts: int) -> Texts | TokenIds:
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list) or not value:
-        raise _bad_input(f"expected a text, texts, token ids or lists of token ids; got {_shown(value)}")
+        raise _bad_input(f"expected a text, texts, token ids or lists of token ids; got {_describe(value)}")
     kinds = set(map(type, value))
     if kinds == {int}:
         return [_token_ids(value, None)]
@@ -70,9 +70,9 @@ def _texts(texts: Texts) -> Texts:
 def _token_ids(ids: Any, index: int | None) -> NDArray[np.int32]:
     where = "" if index is None else f"prompt {index}: "
     if not isinstance(ids, list) or set(map(type, ids)) != {int}:
-        raise _bad_input(f"{where}expected a list of at least one token id, got {_shown(ids)}")
-    if min(ids) < 0 or max(ids) > MAX_TOKEN_ID:
-        bad = next(token for token in ids if not 0 <= token <= MAX_TOKEN_ID)
+        raise _bad_input(f"{where}expected a list of at least one token id, got {_describe(ids)}")
+    if min(ids) < 0 or max(ids) > _MAX_TOKEN_ID:
+        bad = next(token for token in ids if not 0 <= token <= _MAX_TOKEN_ID)
         raise _bad_input(f"{where}expected token ids of the model's vocabulary, got {bad}")
     return np.array(ids, dtype=np.int32)
 
@@ -89,8 +89,7 @@ def _kind(value: Any) -> str:
     return _KINDS.get(type(value), "null")
 
 
-def _shown(value: Any) -> str:
-    """The kind of a value and its first characters."""
+def _describe(value: Any) -> str:
     if value is None or value == [] or value == "":
         return _EMPTY.get(type(value), "null")
     text = repr(value)

@@ -1,15 +1,15 @@
-"""Renders errors as HTTP answers: OpenAI's error body, the error's status, and when to try again."""
+"""Renders errors as HTTP answers, with the error's status and a body in the format of OpenAI's API."""
 
 import logging
 import math
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ranklet.cluster.ingress.responses import json_response
 from ranklet.replicas.errors import InternalError, RankletError
 
 logger = logging.getLogger("ray.serve")
@@ -28,22 +28,22 @@ class MethodNotAllowed(RankletError):  # noqa: N818
 
 
 def body_of(error: RankletError) -> dict[str, Any]:
-    """`{"error": {"message", "type", "param", "code"}}`, as OpenAI's clients read it."""
+    """Return `{"error": {"message", "type", "param", "code"}}`, as in OpenAI's API."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     kind = "rate_limit_error" if error.status == 429 else kind
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
 def refuse(error: RankletError, headers: Mapping[str, str] | None = None) -> Response:
-    """The answer to a refused request, with `Retry-After` for statuses 429 and 503."""
+    """Render an error as an HTTP answer. Statuses 429 and 503 get a `Retry-After` header."""
     sent = dict(headers or {})
     if error.status in (429, 503):
         sent["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
-    return Response(orjson.dumps(body_of(error)), error.status, sent, media_type="application/json")
+    return json_response(body_of(error), error.status, sent)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """Handle Starlette's own errors, such as an unknown path or a wrong method."""
+    """Render an error of Starlette, such as an unknown path or a wrong method."""
     status, headers = (error.status_code, error.headers) if isinstance(error, HTTPException) else (500, None)
     reason = {404: "does not exist", 405: f"does not accept {request.method}"}.get(status, f"failed with {status}")
     refusal = (MethodNotAllowed if status == 405 else PathNotFound)(
@@ -54,7 +54,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """Render a `RankletError`. Any other exception is a defect: it is logged, and its details stay in the log."""
+    """Render a `RankletError`. Any other exception is a defect, and only the log gets its details."""
     if isinstance(error, RankletError):
         return refuse(error)
     request_id = request.headers.get("x-request-id", "")

@@ -1,4 +1,4 @@
-"""The data of the status page: replicas, where adapters are, and recent errors."""
+"""Data of the status page: the replicas, the adapters that they hold, and recent errors."""
 
 import time
 from collections import deque
@@ -17,7 +17,7 @@ _MAX_ADAPTERS = 200  # rows of the page
 
 @dataclass(frozen=True)
 class RefusedRequest:
-    """One request that was answered with an error; never its texts."""
+    """A request that was answered with an error. Contains no text of the client."""
 
     at_s: float
     status: int
@@ -34,7 +34,7 @@ class RecentRequests:
     last: "deque[RefusedRequest]" = field(default_factory=lambda: deque(maxlen=_MAX_ERRORS))
 
     def on_answer(self, status: int, code: str, message: str) -> None:
-        """Count a request. The first line of an error's `message` is kept."""
+        """Count a request, and keep the first line of an error's message."""
         self.requests += 1
         if status >= 400:
             self.refused += 1
@@ -49,12 +49,12 @@ class RecentRequests:
 def status_of(
     base: str, names: Sequence[str], replicas: Sequence[ReplicaView], gateways: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The page's data.
+    """Return the data of the page.
 
     Args:
-        names: of all adapters.
-        replicas: as last reported to this gateway's router.
-        gateways: `RecentRequests.as_dict` of each.
+        names: names of all adapters.
+        replicas: the last reports to this gateway's router.
+        gateways: `RecentRequests.as_dict` of each gateway.
     """
     errors = sorted((each for one in gateways for each in one["errors"]), key=lambda each: -float(each["at_s"]))
     tiers: dict[str, dict[str, str]] = {name: {} for name in names}

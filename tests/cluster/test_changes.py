@@ -1,13 +1,16 @@
 """Adapters are added and changed while the application runs, without new processes."""
 
 import shutil
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 
 import openai
 import pytest
 from numpy.testing import assert_array_equal
 
+from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE
 from tests.assets.oracle import Prompt
 from tests.cluster.service import BASE, Service, assert_close, eventually
 
@@ -24,23 +27,49 @@ def test_a_new_folder_is_served_at_once(service: Service) -> None:
     assert service.post("new-folder", TEXT).status_code == 404
 
 
-def test_a_changed_folder_is_served_after_the_last_write(service: Service) -> None:
-    """The old adapter answers while the new files are copied one by one."""
-    folder, other = service.adapters / "changing", service.adapters / "medical"
-    shutil.copytree(service.adapters / "legal-v2", folder)
+@contextmanager
+def half_copied(source: Path, target: Path) -> Iterator[None]:
+    """Keep writing the first half of a file; at the end, write the whole file."""
+    content, over = source.read_bytes(), Event()
+
+    def write() -> None:
+        while not over.wait(0.02):
+            target.write_bytes(content[: len(content) // 2])
+
+    writer = Thread(target=write)
+    writer.start()
+    try:
+        yield
+    finally:
+        over.set()
+        writer.join()
+        target.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
+def test_a_changed_folder_is_served_after_the_last_write(service: Service, file: str) -> None:
+    """The old adapter answers while a file of the new one is incomplete."""
+    folder, earlier, other = (service.adapters / name for name in ("changing", "earlier", "medical"))
+    for copy in (folder, earlier):
+        shutil.copytree(service.adapters / "legal-v2", copy)
     old, new = service.embed("changing", TEXT), service.embed("medical", TEXT)
-    time.sleep(1.2)  # from now on, each request checks the revision
-    for file in sorted(other.iterdir()):
-        with (folder / file.name).open("wb") as copy:
-            for half in (file.read_bytes()[:1000], file.read_bytes()[1000:]):
-                copy.write(half)
-                copy.flush()
-                until_s = time.monotonic() + 0.5
-                while time.monotonic() < until_s:
-                    assert_array_equal(service.embed("changing", TEXT), old)
-    eventually("the new revision is served", lambda: bool((service.embed("changing", TEXT) == new).all()), 10)
+    assert_array_equal(service.embed("earlier", TEXT), old)
+    with half_copied(other / file, folder / file):
+        (complete,) = {CONFIG_FILE, WEIGHTS_FILE} - {file}
+        shutil.copy(other / complete, folder)
+        shutil.copytree(other, earlier, dirs_exist_ok=True)
+
+        def earlier_change_is_served() -> bool:
+            """Its files were checked after this change, and so were those of the folder that is still changing."""
+            assert_array_equal(service.embed("changing", TEXT), old)
+            return bool((service.embed("earlier", TEXT) == new).all())
+
+        eventually("the change of the other folder is served", earlier_change_is_served, poll_s=0.01)
+        assert_array_equal(service.embed("changing", TEXT), old)
+    eventually("the new revision is served", lambda: bool((service.embed("changing", TEXT) == new).all()))
     assert not (old == new).all()
-    shutil.rmtree(folder)
+    for copy in (folder, earlier):
+        shutil.rmtree(copy)
 
 
 @pytest.mark.parametrize("form", ["map", "list"])

@@ -22,8 +22,8 @@ from tests.cluster.service import Service, eventually, own_configuration, servin
 from tests.needs import is_installed, needs, require
 
 Nodes = tuple[Service, list[Node], Path]
-ENDS_S = 10.0  # a request, after a fault
-BACK_S = 30.0  # the replicas, after one was lost
+ENDS_S = 10.0  # longest time of a request after a fault
+BACK_S = 30.0  # longest time until a lost replica is replaced
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_an_adapter_that_is_deleted_while_it_loads_affects_only_its_own_requests
         shutil.copytree(service.adapters / "medical", doomed)
         with ThreadPoolExecutor(3) as pool:
             asked = [pool.submit(service.post, doomed.name, "text", encoding_format="base64") for _ in range(3)]
-            time.sleep(0.004 * turn)
+            time.sleep(0.004 * turn)  # each turn deletes the folder at another stage of the load
             shutil.rmtree(doomed)
             for one in asked:
                 answer = one.result(timeout=ENDS_S)
