@@ -24,7 +24,6 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where PyTorch sees no CUDA device."""
     for item in items:
         if not HAS_CUDA and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=needs.reason("a CUDA device", "PyTorch sees none here")))
@@ -55,13 +54,11 @@ def model_dir(assets_dir: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def adapters_dir(assets_dir: Path) -> Path:
-    """Return the folder with the six adapters of the demo, one folder each."""
     return assets_dir / "adapters"
 
 
 @pytest.fixture(scope="session")
 def adapter_specs(adapters_dir: Path) -> "list[AdapterSpec]":
-    """Return the six adapters of the demo, saved by PEFT."""
     from tests.assets.make import adapter_specs
 
     return adapter_specs(adapters_dir)

@@ -35,7 +35,6 @@ def needs(program: str) -> pytest.MarkDecorator:
 
 
 def require(program: str) -> None:
-    """Skip every test that uses the calling fixture, unless `program` is installed."""
     if not is_installed(program):
         pytest.skip(reason(program))
 

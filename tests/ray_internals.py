@@ -16,14 +16,14 @@ __all__ = [
 
 
 def bound_deployments(application: Any) -> set[str]:
-    """Names of the deployments of a `serve.Application`. Ray has no public way to list them before they run."""
+    """Return the names of an application's deployments. Ray has no public way to list them before they run."""
     deployment = application._bound_deployment
     nested = [bound_deployments(value) for value in deployment.init_args if hasattr(value, "_bound_deployment")]
     return {deployment.name}.union(*nested)
 
 
 def pending_request(args: list[Any], kwargs: dict[str, Any], **options: Any) -> PendingRequest:
-    """A request as a handle gives it to its router. Its constructor needs a RequestMetadata, which is private."""
+    """Build a request as a handle gives it to its router. Its constructor needs a RequestMetadata, which is private."""
     metadata = RequestMetadata(request_id="1", internal_request_id="1", **options)
     return PendingRequest(args=args, kwargs=kwargs, metadata=metadata)
 

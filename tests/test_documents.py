@@ -27,7 +27,6 @@ def text_of(document: str) -> str:
 
 
 def quoted(text: str) -> list[str]:
-    """Return the inline code of a document."""
     return re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
 
 

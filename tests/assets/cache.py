@@ -19,7 +19,6 @@ def digest() -> str:
 
 
 def is_made(folder: Path) -> bool:
-    """Return whether the assets in `folder` are current."""
     stamp = folder / ".made"
     return stamp.exists() and stamp.read_text() == digest()
 

@@ -50,7 +50,6 @@ def reference_embedding(
 
 
 def cosine(left: np.ndarray, right: np.ndarray) -> float:
-    """Compute the cosine of two vectors in float64."""
     a, b = np.asarray(left, np.float64), np.asarray(right, np.float64)
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
@@ -62,7 +61,7 @@ def encode(model_dir: Path, text: str) -> list[int]:
 
 
 def pooling_of(model_dir: Path) -> tuple[str, bool]:
-    """(last | mean | cls, normalise?) as the folder's sentence-transformers files say; (last, True) without them."""
+    """Read (last | mean | cls, normalise?) from sentence-transformers' files. Returns (last, True) without them."""
     modules = model_dir / "modules.json"
     if not modules.exists():
         return "last", True

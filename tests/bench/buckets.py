@@ -1,9 +1,5 @@
-"""Cost of rounding batches up to a bucket, CPU time saved by CUDA graphs, and how often random batches hit a graph.
+"""Cost of rounding batches up to a bucket, CPU time saved by CUDA graphs, and how often random batches hit a graph."""
 
-usage: python -m tests.bench.buckets [--layers 28] [--turns 1500] [--out FOLDER]
-"""
-
-import argparse
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -82,11 +78,9 @@ def traffic(engine: Engine, slots: list[int | None], turns: int, max_prompts: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
-    parser.add_argument("--turns", type=int, default=1500)
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
-    parser.add_argument("--name", default="buckets-h200")
+    parser = report.parser(__doc__, "buckets-h200")
+    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers, help="layers of the model")
+    parser.add_argument("--turns", type=int, default=1500, help="random batches of each row")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

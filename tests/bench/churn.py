@@ -2,11 +2,8 @@
 
 Each cycle changes one adapter while clients send requests to all of them. An answer must come from a revision that was
 served at some moment between request and answer. 404 is correct only if no revision was served at some moment.
-
-usage: python -m tests.bench.churn [--cycles 10000] [--names 12] [--clients 2] [--out FOLDER]
 """
 
-import argparse
 import random
 import shutil
 import tempfile
@@ -73,7 +70,6 @@ class Churn:
         self._random = random.Random(0)
 
     def cycle(self, http: httpx.Client) -> None:
-        """Load, replace or unload one adapter."""
         name, history = self._random.choice(list(self._names.items()))
         if history.now is not None and self._random.random() < 0.5:
             history.start_change(None)
@@ -118,8 +114,7 @@ class Churn:
             self.wrong.append(f"{name}: {answer.status_code}, allowed {allowed}: {answer.text[:200]}")
 
 
-def memory(service: Service) -> dict[str, float]:
-    """Resident megabytes by role."""
+def resident_mb(service: Service) -> dict[str, float]:
     found = {"gateways": 0.0, "replicas": 0.0, "engines": 0.0}
     for role, deployment in (("gateways", "Gateway"), ("replicas", "Replica")):
         for pid in service.processes(deployment).values():
@@ -131,7 +126,6 @@ def memory(service: Service) -> dict[str, float]:
 
 
 def run(service: Service, cycles: int, names: int, clients: int) -> list[dict[str, Any]]:
-    """Return rows with memory early and late in the run, and counts of calls and answers."""
     churn, stop = Churn(service, names), threading.Event()
     asking = [threading.Thread(target=churn.send, args=(stop, seed)) for seed in range(clients)]
     for each in asking:
@@ -143,7 +137,7 @@ def run(service: Service, cycles: int, names: int, clients: int) -> list[dict[st
             for done in progress.track(range(cycles), description="cycles"):
                 churn.cycle(service.http)
                 if done % max(cycles // _SAMPLES, 1) == 0:
-                    sampled.append((done, memory(service)))
+                    sampled.append((done, resident_mb(service)))
     finally:
         stop.set()
         for each in asking:
@@ -167,11 +161,10 @@ def run(service: Service, cycles: int, names: int, clients: int) -> list[dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cycles", type=int, default=10_000)
-    parser.add_argument("--names", type=int, default=12)
-    parser.add_argument("--clients", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
+    parser = report.parser(__doc__)
+    parser.add_argument("--cycles", type=int, default=10_000, help="changes of an adapter")
+    parser.add_argument("--names", type=int, default=12, help="adapters that change")
+    parser.add_argument("--clients", type=int, default=2, help="threads that send requests")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -1,11 +1,8 @@
 """Throughput of several GPUs of one machine behind one app, measured with `ranklet bench`.
 
 Covers scaling against one replica, more adapters than slots, and one adapter that gets most of the traffic.
-
-usage: python -m tests.bench.cluster [--replicas 4] [--gateways 32] [--adapters 256] [--slots 64] [--repeats 3]
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -147,7 +144,7 @@ def measured(url: str, name: str, plan: BenchPlan, replicas: int, repeats: int) 
     return {
         "replicas": replicas, "work": name, "tokens_per_s": median(rates), "runs": "/".join(map(str, sorted(rates))),
         "p99_ms": median(p99_ms), "failed": failed, "least busy": min(busy), "busiest": max(busy),
-        "found on the device": hit_rate(grown), "settled in s": settled_s,
+        "found on the device": slot_hit_rate(grown), "settled in s": settled_s,
     }  # fmt: skip
 
 
@@ -157,7 +154,7 @@ def settled(url: str, plan: BenchPlan, seed: int) -> float:
     for number in range(_MOST_SETTLING):
         before = samples(url, "replica")
         seconds += run_bench(dataclasses.replace(plan, seed=seed + number)).seconds
-        hits, hits_before = hit_rate(growth(before, samples(url, "replica"))), hits
+        hits, hits_before = slot_hit_rate(growth(before, samples(url, "replica"))), hits
         if hits - hits_before < _STILL or hits > 1 - _STILL:
             break
     return seconds
@@ -167,8 +164,7 @@ def growth(before: Samples, after: Samples) -> Samples:
     return {id: {name: value - before[id].get(name, 0.0) for name, value in now.items()} for id, now in after.items()}
 
 
-def hit_rate(grown: Samples) -> float:
-    """Return the share of prompts whose adapter was in a slot."""
+def slot_hit_rate(grown: Samples) -> float:
     tiers = {
         tier: sum(found.get(f'ranklet_tier_hits_total{{tier="{tier}"}}', 0.0) for found in grown.values())
         for tier in ("gpu", "host", "disk")
@@ -186,17 +182,15 @@ def scaled(served: Served, replicas: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--replicas", type=int, default=max(torch.cuda.device_count(), 2))
-    parser.add_argument("--gateways", type=int, default=32)
+    parser = report.parser(__doc__, "cluster-4xh200")
+    parser.add_argument("--replicas", type=int, default=max(torch.cuda.device_count(), 2), help="number of replicas")
+    parser.add_argument("--gateways", type=int, default=32, help="number of gateways")
     parser.add_argument("--processes", type=int, default=12, help="processes of the load client")
-    parser.add_argument("--adapters", type=int, default=256)
-    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--adapters", type=int, default=256, help="number of adapters")
+    parser.add_argument("--slots", type=int, default=64, help="adapter slots of each replica")
     parser.add_argument("--requests", type=int, default=240, help="requests of 6144 tokens for each replica")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
-    parser.add_argument("--name", default="cluster-4xh200")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each row; the median counts")
+    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers, help="layers of the model")
     options = parser.parse_args()
     shape = {"replicas": options.replicas, "gateways": options.gateways, "slots": options.slots}
     rows: list[dict[str, Any]] = []

@@ -1,9 +1,5 @@
-"""Throughput of the engine without a server on one GPU, and latency of one prompt at a time.
+"""Throughput of the engine without a server on one GPU, and latency of one prompt at a time."""
 
-usage: python -m tests.bench.engine [--layers 28] [--adapters 4 64] [--out FOLDER]
-"""
-
-import argparse
 import tempfile
 import threading
 from functools import partial
@@ -52,7 +48,6 @@ def embed(engine: Engine, prompts: list[np.ndarray], adapters: list[AdapterRef |
 
 
 def throughput(engine: Engine, adapters: list[AdapterRef | None], length: int, batches: int) -> dict[str, Any]:
-    """Measure tokens per second of full batches of one prompt length, with the adapters in turn."""
     rng = np.random.default_rng(length)
     count = LENGTHS[length] * batches
     prompts = [rng.integers(0, engine.limits.vocab, length, dtype=np.int32) for _ in range(count)]
@@ -84,13 +79,11 @@ def alone(engine: Engine, adapters: list[AdapterRef | None], tokens: int) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
-    parser.add_argument("--adapters", type=int, nargs="+", default=[4, 64])
-    parser.add_argument("--batches", type=int, default=24)
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
-    parser.add_argument("--name", default="engine-h200")
+    parser = report.parser(__doc__, "engine-h200")
+    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers, help="layers of the model")
+    parser.add_argument("--adapters", type=int, nargs="+", default=[4, 64], help="number of adapters")
+    parser.add_argument("--batches", type=int, default=24, help="full batches of each measurement")
+    parser.add_argument("--backend", default="auto", help="LoRA backend")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

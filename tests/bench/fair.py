@@ -3,8 +3,6 @@
 The steady adapters get single prompts at Poisson times, together at a share of the engine's capacity, which is measured
 first. The flood keeps as many requests queued as the engine accepts. Latency starts when a request is due, so a late
 load generator counts against the engine.
-
-usage: python -m tests.bench.fair [--tokens 6144] [--batch-tokens 32768 ...] [--seconds 30] [--load 0.8] [--out FOLDER]
 """
 
 import argparse
@@ -101,7 +99,6 @@ class LoadSender:
 def measure(
     engine: EngineProcess, options: argparse.Namespace, batch_tokens: int, adapters: Sequence[AdapterRef]
 ) -> list[dict[str, Any]]:
-    """Return a row without the flood and a row with it."""
     flood, *others = adapters
     sender = LoadSender(engine, options.tokens)
     for adapter in adapters:
@@ -131,14 +128,14 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
-    parser.add_argument("--tokens", type=int, default=6144)
-    parser.add_argument("--batch-tokens", type=int, nargs="+", default=[32_768])
-    parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--load", type=float, default=0.8)
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
-    parser.add_argument("--name", default="fair-h200" if torch.cuda.is_available() else "fair-cpu")
+    parser = report.parser(__doc__, "fair-h200" if torch.cuda.is_available() else "fair-cpu")
+    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers, help="layers of the model")
+    parser.add_argument("--tokens", type=int, default=6144, help="tokens of a prompt")
+    parser.add_argument(
+        "--batch-tokens", type=int, nargs="+", default=[32_768], help="max_batch_tokens of each measurement"
+    )
+    parser.add_argument("--seconds", type=float, default=30.0, help="length of each measurement")
+    parser.add_argument("--load", type=float, default=0.8, help="steady traffic's share of the capacity")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # on two CPU cores, one for the engine and one for this process
     with tempfile.TemporaryDirectory() as scratch:

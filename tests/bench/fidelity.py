@@ -1,9 +1,5 @@
-"""Cosine of the engine's vectors to transformers + PEFT in float32, at the model's real width.
+"""Cosine of the engine's vectors to transformers + PEFT in float32, at the model's real width."""
 
-usage: python -m tests.bench.fidelity [--layers 28] [--dtype auto] [--out FOLDER]
-"""
-
-import argparse
 import tempfile
 from pathlib import Path
 
@@ -36,12 +32,10 @@ def reference(model: Path, adapter: Path | None, prompts: list[np.ndarray], devi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--backends", nargs="+", default=["native"])
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
-    parser.add_argument("--name", default="fidelity-h200")
+    parser = report.parser(__doc__, "fidelity-h200")
+    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers, help="layers of the model")
+    parser.add_argument("--dtype", default="auto", help="dtype of the engine")
+    parser.add_argument("--backends", nargs="+", default=["native"], help="LoRA backends")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []

@@ -32,7 +32,6 @@ TINY_SIZES = Sizes((1, 4), (1, 16, 64))
 
 
 def picked(layer: MeasuredLayer, rows: int, adapters: int, scope: Scope) -> str:
-    """Return the backend that dispatch chooses for the batch."""
     projections = tuple((p.wide, p.widths) for p in (layer.loras[name].projection for name in SCOPES[scope]))
     known = surface(crossovers(layer.device.index), scope, layer.hidden)
     lora = LoraLayer(projections, padded_rank(layer.rank), layer.device.type == "cuda", known)
@@ -40,7 +39,6 @@ def picked(layer: MeasuredLayer, rows: int, adapters: int, scope: Scope) -> str:
 
 
 def measured(layer: MeasuredLayer, rows: int, adapters: int, scope: Scope, backends: Sequence[str]) -> dict[str, Any]:
-    """Time each backend on one batch and compare dispatch's choice with the best."""
     ms = times_ms(layer, rows, adapters, scope, backends)
     pick = picked(layer, rows, adapters, scope)
     if ms[pick] > min(ms.values()) * (1 + CLOSE):

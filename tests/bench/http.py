@@ -1,11 +1,8 @@
 """Throughput over HTTP of one replica on one GPU behind gateways and HAProxy, measured with `ranklet bench`.
 
-usage: python -m tests.bench.http [--gateways 8] [--repeats 3] [--backend auto]
-
 Run `python -m tests.bench.engine` with the same --out first to fill the column "of the engine alone".
 """
 
-import argparse
 import dataclasses
 import json
 import tempfile
@@ -49,21 +46,19 @@ def plans(url: str, processes: int) -> dict[str, BenchPlan]:
     }
 
 
-def busy_s(url: str) -> float:
-    """Return the seconds for which the replicas' devices have computed since their start."""
+def device_busy_s(url: str) -> float:
     return sum(found[_BUSY] for found in samples(url, "replica").values())
 
 
 def measured(url: str, plan: BenchPlan, repeats: int) -> Iterator[tuple[BenchResult, float]]:
     """Yield each run with the share of time for which the device computed."""
     for seed in range(repeats):
-        before = busy_s(url)
+        before = device_busy_s(url)
         found = run_bench(dataclasses.replace(plan, seed=seed))
-        yield found, (busy_s(url) - before) / found.seconds
+        yield found, (device_busy_s(url) - before) / found.seconds
 
 
 def row(name: str, runs: list[tuple[BenchResult, float]], engine: dict[str, float]) -> dict[str, Any]:
-    """Return one row: the median rate beside the rate of every run."""
     rates = sorted(round(found.overall.tokens_per_s) for found, _ in runs)
     alone = engine.get(name.split(" x ")[1].split(",")[0] + name.partition(",")[2].split(",")[0])
     last = runs[-1][0]
@@ -92,15 +87,13 @@ def engine_rates(path: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gateways", type=int, default=8)
+    parser = report.parser(__doc__, "http-h200")
+    parser.add_argument("--gateways", type=int, default=8, help="number of gateways")
     parser.add_argument("--processes", type=int, default=4, help="processes of the load client")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each row; the median counts")
+    parser.add_argument("--backend", default="auto", help="LoRA backend")
     parser.add_argument("--only", default="", help="measure only rows whose name contains this")
-    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
-    parser.add_argument("--name", default="http-h200")
+    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers, help="layers of the model")
     options = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as scratch,

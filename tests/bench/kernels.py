@@ -1,16 +1,13 @@
 """Time that LoRA adds to the base projections, error of each backend, and the choices of dispatch.
 
-Parts: few (4 adapters), many (64), short (256 adapters of 16 rows), decode, plan, error, grid. Without a GPU, or with
---tiny, the shapes are tiny and serve as a smoke test.
-
-usage: python -m tests.bench.kernels [--parts few many ...] [--ranks 8 64] [--scope layer] [--tiny] [--out FOLDER]
+Parts: few (4 adapters with long prompts), many (64 adapters), short (256 adapters of 16 rows), decode (256 requests of
+one row, the four projections in one graph), plan (CPU time of the plan of a batch), error (against float32), grid (all
+backends over many batches). Without a GPU, or with --tiny, the shapes are tiny and serve as a smoke test.
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -97,13 +94,11 @@ def few(on: Sizing) -> Iterator[dict[str, Any]]:
 
 
 def many(on: Sizing) -> Iterator[dict[str, Any]]:
-    """Measure many adapters with prompts of a few hundred tokens."""
     targets = {"qkv": 0.18, "o": 0.085, "gate_up": 0.24, "down": 0.10}
     yield from _csgmv(on, "many", *on.batch(30_720, 64), targets)
 
 
 def short(on: Sizing) -> Iterator[dict[str, Any]]:
-    """Measure short prompts that each have their own adapter."""
     yield from _csgmv(on, "short", *on.batch(4096, 256), {"qkv": 0.08, "o": 0.045})
 
 
@@ -116,7 +111,6 @@ def _csgmv(on: Sizing, part: str, rows: int, adapters: int, targets: dict[str, f
 
 
 def decode(on: Sizing) -> Iterator[dict[str, Any]]:
-    """Measure 256 requests of one row, with the four projections in one graph."""
     for count, must in ((32, 0.07), (8, 0.05)):
         rows, adapters = on.batch(256, count)
         layer, batch = on.layer(64, adapters, rows), plan_evenly(rows, adapters).with_tiles(on.device)
@@ -130,7 +124,6 @@ def _tiled(on: Sizing) -> str:
 
 
 def planning(on: Sizing) -> Iterator[dict[str, Any]]:
-    """Measure the CPU time of `plan` and `cut` for 256 requests."""
     for adapters in (1, 8, 32, 256):
         lengths, slots = [16] * 256, [i % adapters for i in range(256)]
         times = []
@@ -185,13 +178,11 @@ BATCHES = {  # (rows, adapters) for which csgmv is compiled
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "grid"], default=[*PARTS, "grid"])
+    parser = report.parser(__doc__, "kernels-h200")
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "grid"], default=[*PARTS, "grid"], help="parts to run")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64], help="ranks of the grid")
     parser.add_argument("--scope", choices=SCOPES, default="layer", help="projections of the grid")
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
-    parser.add_argument("--name", default="kernels-h200")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, as without a GPU")
     options = parser.parse_args()
     on = setting(tiny=options.tiny)
     batches = sorted({batch for part in options.parts for batch in BATCHES.get(part, [])}, reverse=True)

@@ -2,11 +2,8 @@
 
 The folders hold hard links to the files of a few real adapters. No request uses them, so no weights are read. `/health`
 shows how much of the latency comes from HTTP and the machine.
-
-usage: python -m tests.bench.listing [--adapters 1000] [--calls 500] [--out FOLDER]
 """
 
-import argparse
 import os
 import tempfile
 import time
@@ -25,7 +22,6 @@ from tests.cluster.service import Service, local_configuration, serving
 
 
 def fill(folder: Path, made: Path, adapters: int) -> None:
-    """Write `adapters` folders of hard links to the adapters in `made`."""
     sources = [path for path in made.iterdir() if not path.name.startswith(".")]
     for number in range(adapters):
         target = folder / f"adapter-{number:05d}"
@@ -35,8 +31,7 @@ def fill(folder: Path, made: Path, adapters: int) -> None:
                 os.link(file, target / file.name)
 
 
-def registered_s(folder: Path) -> float:
-    """Return the seconds that a new registry takes to list the folders."""
+def scan_s(folder: Path) -> float:
     began_s = time.perf_counter()
     Registry(folder, {}).scan()
     return time.perf_counter() - began_s
@@ -64,16 +59,15 @@ def row(service: Service, path: str, calls: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=int, default=1000)
-    parser.add_argument("--calls", type=int, default=500)
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
+    parser = report.parser(__doc__)
+    parser.add_argument("--adapters", type=int, default=1000, help="number of adapters")
+    parser.add_argument("--calls", type=int, default=500, help="calls of each path")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         made = make_once(folder / "made")
         fill(folder / "adapters", made / "adapters", options.adapters)
-        found = {"adapters": options.adapters, "registered_s": registered_s(folder / "adapters")}
+        found = {"adapters": options.adapters, "registered_s": scan_s(folder / "adapters")}
         with serving(local_configuration(made / "model", folder / "adapters"), folder) as service:
             listed = len(httpx.get(f"{service.url}/v1/models", trust_env=False, timeout=60).json()["data"])
             if listed != options.adapters + 1:

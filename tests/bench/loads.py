@@ -3,11 +3,8 @@
 Before each load from disk the files are dropped from the page cache, and then hashed as a replica hashes files that are
 new to it. Each request has one prompt of 16 tokens. The first one follows the engine's start, so its time includes
 everything that the warm-up left out.
-
-usage: python -m tests.bench.loads [--layers 28] [--turns 20] [--out FOLDER]
 """
 
-import argparse
 import os
 import tempfile
 import threading
@@ -33,7 +30,6 @@ _SLOTS = 4
 
 
 def forget(path: Path) -> None:
-    """Drop a file from the kernel's page cache."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -70,11 +66,9 @@ def rows(engine: Engine, adapters: Sequence[AdapterRef], megabytes: float, besid
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
-    parser.add_argument("--turns", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
-    parser.add_argument("--name", default="loads-h200")
+    parser = report.parser(__doc__, "loads-h200")
+    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers, help="layers of the model")
+    parser.add_argument("--turns", type=int, default=20, help="loads of each row")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -99,7 +93,6 @@ def main() -> None:
 def beside_traffic(
     engine: Engine, adapters: Sequence[AdapterRef], busy: AdapterRef, size: float
 ) -> list[dict[str, Any]]:
-    """Return the rows measured while batches of another adapter run without a pause."""
     stop = threading.Event()
     prompts = [np.arange(1, 513, dtype=np.int32)] * (_BATCH // 2)
 

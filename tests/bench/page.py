@@ -1,8 +1,6 @@
-"""Write tests/bench/results/README.md: one table for each result file.
+"""Write tests/bench/results/README.md: one table for each result file."""
 
-usage: python -m tests.bench.page
-"""
-
+import argparse
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -181,6 +179,7 @@ def _line(cells: Iterator[str]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser("python -m tests.bench.page", description=__doc__).parse_args()
     (RESULTS / "README.md").write_text(page())
 
 

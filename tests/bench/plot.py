@@ -1,7 +1,4 @@
-"""Draw the grid of `tests.bench.grid`: the fastest backend for each batch, and where dispatch chooses another.
-
-usage: python -m tests.bench.plot RESULT.json
-"""
+"""Draw the grid of `tests.bench.grid`: the fastest backend for each batch, and where dispatch chooses another."""
 
 import argparse
 import json
@@ -64,8 +61,8 @@ def _square(x: int, y: int, **style: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path)
+    parser = argparse.ArgumentParser("python -m tests.bench.plot", description=__doc__)
+    parser.add_argument("result", type=Path, help="result file of the grid")
     print(draw(parser.parse_args().result))
 
 

@@ -1,10 +1,5 @@
-"""CPU time of one routing decision, with reporting replicas, Zipf-distributed adapters and requests in flight.
+"""CPU time of one routing decision, with reporting replicas, Zipf-distributed adapters and requests in flight."""
 
-usage: python -m tests.bench.policy
-"""
-
-import argparse
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -53,8 +48,7 @@ def row(replicas: int, adapters: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
+    parser = report.parser(__doc__)
     options = parser.parse_args()
     rows = [row(replicas, adapters) for replicas, adapters in ((4, 256), (64, 1000), (1000, 1000), (1000, 10_000))]
     report.save("policy", rows, options.out)

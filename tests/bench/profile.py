@@ -1,9 +1,5 @@
-"""Time of each stage of a batch beside its roofline floor, as `ranklet profile` prints it, at real sizes.
+"""Time of each stage of a batch beside its roofline floor, as `ranklet profile` prints it, at real sizes."""
 
-usage: python -m tests.bench.profile [--layers 28]
-"""
-
-import argparse
 import dataclasses
 import tempfile
 from pathlib import Path
@@ -22,7 +18,6 @@ COLUMNS = ("stage", "ms", "floor_ms", "bound", "lora_ms", "lora_floor_ms", "laun
 
 
 def rows_of(found: Profile, prompts: str) -> list[dict[str, Any]]:
-    """Return one row for each stage and one for the whole batch."""
     whole = {"stage": "whole batch", "ms": found.base_ms, "lora_ms": found.lora_ms - found.base_ms}
     whole |= {"floor_ms": found.floor_ms, "launch_ms": found.launch_ms}
     whole |= {"TFLOP/s": found.ceilings.operations_per_s / 1e12, "TB/s": found.ceilings.bytes_per_s / 1e12}
@@ -31,11 +26,11 @@ def rows_of(found: Profile, prompts: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
-    parser.add_argument("--prompts", nargs="+", default=["5x6144", "60x512", "1x6144"])
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
-    parser.add_argument("--name", default="profile-h200")
+    parser = report.parser(__doc__, "profile-h200")
+    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers, help="layers of the model")
+    parser.add_argument(
+        "--prompts", nargs="+", default=["5x6144", "60x512", "1x6144"], help="batches to profile, as COUNTxTOKENS"
+    )
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,5 +1,6 @@
 """Result files of benchmarks: rows, command, hardware, versions and date."""
 
+import argparse
 import json
 import os
 import platform
@@ -17,6 +18,25 @@ from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "triton", "transformers", "peft", "ray", "nvidia-cudnn-frontend")
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def parser(description: str | None, name: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of one benchmark's options.
+
+    Args:
+        name: default of --name; None for a benchmark that names its result files itself.
+    """
+    made = argparse.ArgumentParser(
+        f"python -m tests.bench.{Path(sys.argv[0]).stem}", description=description, formatter_class=_HelpFormatter
+    )
+    made.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="folder for the result files")
+    if name is not None:
+        made.add_argument("--name", default=name, help="name of the result file, without .json")
+    return made
 
 
 def environment() -> dict[str, Any]:

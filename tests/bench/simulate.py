@@ -1,8 +1,6 @@
 """Compare routing rules on simulated clusters.
 
 Parts: steady traffic, a flash crowd, lost and added replicas, uniform traffic, stale views.
-
-usage: python -m tests.bench.simulate [--parts steady flash ...] [--replicas 1000]
 """
 
 import argparse
@@ -55,10 +53,9 @@ def _late(gateways: int, late_s: float) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
-    parser.add_argument("--replicas", type=int, default=1000)
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
+    parser = report.parser(__doc__)
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="parts to run")
+    parser.add_argument("--replicas", type=int, default=1000, help="number of replicas")
     options = parser.parse_args()
     console = Console(stderr=True)
     command = argparse.ArgumentParser()

@@ -2,13 +2,11 @@
 
 Requests have one to four prompts of 1 to 8192 tokens, for more adapters than slots. Once a minute the memory of the GPU
 and of each kind of process is sampled.
-
-usage: python -m tests.bench.soak [--minutes 6] [--adapters 80] [--slots 64]
 """
 
-import argparse
 import asyncio
 import base64
+import contextlib
 import subprocess
 import tempfile
 import time
@@ -27,6 +25,7 @@ from ranklet.kernels.mixes import assign
 from tests.bench import report
 from tests.bench.cluster import served
 from tests.bench.shapes import QWEN3_EMBEDDING_06B
+from tests.cluster.nodes import command_line, process_tree
 
 _PROMPTS_EACH = 6
 _KINDS = {
@@ -54,7 +53,6 @@ class Prompts:
         self.alone: list[NDArray[np.float32]] = []
 
     def body(self, name: int, chosen: list[int]) -> bytes:
-        """Return the body of a request with some of an adapter's prompts."""
         given = [self.tokens[name * _PROMPTS_EACH + i] for i in chosen]
         return orjson.dumps({"model": self.names[name], "input": given, "encoding_format": "base64"})
 
@@ -113,49 +111,29 @@ async def soak(
 
 
 def used(pid: int) -> dict[str, Any]:
-    """Return megabytes used on the GPU and resident by kind of process below `pid`."""
+    """Return megabytes used on the GPU, and megabytes resident by kind of process, of `pid` and its descendants."""
     found: dict[str, Any] = {}
     if torch.cuda.is_available():
         query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         found["gpu"] = int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
-    for below in _below(pid):
-        try:
-            command = (below / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            pages = int((below / "statm").read_text().split()[1])
-        except OSError:  # the process has ended
-            continue
-        kind = next((kind for mark, kind in _KINDS.items() if mark in command), "ray's own")
-        found[kind] = found.get(kind, 0) + pages * 4096 // 1_000_000
-    return found
-
-
-def _below(pid: int) -> list[Path]:
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        parents.setdefault(parent, []).append(int(entry.name))
-    found, left = [], [pid]
-    while left:
-        one = left.pop()
-        found.append(Path(f"/proc/{one}"))
-        left += parents.get(one, [])
+    for each in process_tree(pid):
+        command = command_line(each)
+        with contextlib.suppress(OSError):  # the process has ended
+            pages = int(Path(f"/proc/{each}/statm").read_text().split()[1])
+            kind = next((kind for mark, kind in _KINDS.items() if mark in command), "ray's own")
+            found[kind] = found.get(kind, 0) + pages * 4096 // 1_000_000
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=6.0)
-    parser.add_argument("--adapters", type=int, default=80)
-    parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--longest", type=int, default=8192)
-    parser.add_argument("--gateways", type=int, default=4)
-    parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
-    parser.add_argument("--name", default="soak-h200")
+    parser = report.parser(__doc__, "soak-h200")
+    parser.add_argument("--minutes", type=float, default=6.0, help="length of the run")
+    parser.add_argument("--adapters", type=int, default=80, help="number of adapters")
+    parser.add_argument("--slots", type=int, default=64, help="adapter slots of each replica")
+    parser.add_argument("--longest", type=int, default=8192, help="tokens of the longest prompt")
+    parser.add_argument("--gateways", type=int, default=4, help="number of gateways")
+    parser.add_argument("--concurrency", type=int, default=64, help="requests in flight")
+    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers, help="layers of the model")
     options = parser.parse_args()
     shape = {"gateways": options.gateways, "slots": options.slots}
     with (

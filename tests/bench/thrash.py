@@ -2,8 +2,6 @@
 
 A constant number of prompts is in flight, each for a random adapter; the default is that of one replica in
 `tests.bench.cluster`. Every adapter is in host memory. In the first row every adapter has a slot.
-
-usage: python -m tests.bench.thrash [--adapters 64 66 72 80 96 128] [--slots 64] [--tokens 512] [--out FOLDER]
 """
 
 import argparse
@@ -103,16 +101,14 @@ def measured(engine: Engine, watch: Watch, adapters: list[AdapterRef], options: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers)
-    parser.add_argument("--adapters", type=int, nargs="+", default=[64, 66, 72, 80, 96, 128])
-    parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--in-flight", type=int, default=800)
+    parser = report.parser(__doc__, "thrash-h200")
+    parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers, help="layers of the model")
+    parser.add_argument("--adapters", type=int, nargs="+", default=[64, 66, 72, 80, 96, 128], help="number of adapters")
+    parser.add_argument("--slots", type=int, default=64, help="adapter slots of the engine")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a prompt")
+    parser.add_argument("--in-flight", type=int, default=800, help="prompts in flight")
     parser.add_argument("--settle", type=float, default=2.0, help="seconds before the measurement starts")
-    parser.add_argument("--seconds", type=float, default=6.0)
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
-    parser.add_argument("--name", default="thrash-h200")
+    parser.add_argument("--seconds", type=float, default=6.0, help="length of each measurement")
     options = parser.parse_args()
     watch = Watch()
     with tempfile.TemporaryDirectory() as scratch:

@@ -41,7 +41,6 @@ class Progress:
 
 
 def main() -> int:
-    """Run the demo. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.demo", description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave the server running until Ctrl-C")
     parser.add_argument("--port", type=int, help="HTTP port; default: that of deploy/local.yaml, or any free one")
@@ -60,7 +59,6 @@ def main() -> int:
 
 
 def run(console: Console, *, port: int | None, keep: bool) -> int:
-    """Start the cluster, send the questions and print the table. Computes the reference during the start."""
     progress = Progress(console)
     if not is_made(ROOT / ".demo"):
         progress("writing a model (Qwen3, 4 layers) and six adapters saved by PEFT into .demo")

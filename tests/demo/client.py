@@ -70,7 +70,6 @@ def _answer(client: OpenAI, question: Question) -> Row:
 
 
 def reference(model_dir: Path, sent: list[Question]) -> Vectors:
-    """Compute the answers with transformers and PEFT."""
     from tests.assets.oracle import reference_embedding
 
     paths = {question.model: question.adapter.path if question.adapter else None for question in sent}

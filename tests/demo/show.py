@@ -40,7 +40,6 @@ def _described(question: Question) -> tuple[str, str, str]:
 
 
 def banner(console: Console, url: str, sent: list[Question]) -> None:
-    """Print the URL, the model names and a curl command."""
     adapters = [question.model for question in sent if question.adapter]
     lines = Table.grid(padding=(0, 2))
     for name, value in (("URL", f"{url}/v1"), ("base", BASE_MODEL), ("adapters", ", ".join(adapters))):
