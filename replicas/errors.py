@@ -76,14 +76,10 @@ def _restore(kind: type[RankletError], args: tuple[Any, ...], state: dict[str, A
 
 
 class InvalidRequest(RankletError):
-    """The request is malformed or out of range; `param` names the field."""
-
     code, status = "invalid_request_error", 400
 
 
 class UnknownModel(RankletError):
-    """`model` names neither the base model nor an adapter."""
-
     code, status = "model_not_found", 404
 
 
@@ -99,14 +95,10 @@ class InvalidAdapter(RankletError):
 
 
 class AdapterNotFound(RankletError):
-    """The folder of a registered adapter does not exist."""
-
     code, status = "adapter_not_found", 404
 
 
 class Saturated(RankletError):
-    """Admission refused the request because too many requests are waiting."""
-
     code, status = "saturated", 503
 
 
@@ -117,7 +109,7 @@ class Unavailable(RankletError):
 
 
 class StillLoading(RankletError):
-    """Loading the adapter takes longer than a request may wait. The load continues."""
+    """The load continues; only the request has waited for too long."""
 
     code, status = "adapter_loading", 503
 
@@ -136,12 +128,8 @@ class AdapterLoadCrashed(RankletError):
 
 
 class ModelError(RankletError):
-    """The base model folder is missing, incomplete or of an unsupported architecture."""
-
     code = "model_error"
 
 
 class InternalError(RankletError):
-    """A defect of ranklet or a device failure. Only the affected batch is lost."""
-
     code = "internal_error"

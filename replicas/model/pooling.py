@@ -53,14 +53,17 @@ def read_pooling(model_dir: Path) -> Pooling:
     modules_file = model_dir / "modules.json"
     if not modules_file.is_file():
         return Pooling()
-    modules = {module["type"].rsplit(".", 1)[-1]: module for module in read_json(modules_file, list)}
+    try:
+        modules = {str(each["type"]).rsplit(".", 1)[-1]: str(each["path"]) for each in read_json(modules_file, list)}
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{modules_file}: expected modules with type and path, got: {error!r}") from error
     unknown = sorted(set(modules) - {"Transformer", "Pooling", "Normalize"})
     if unknown:
         raise ModelError(f"{modules_file}: expected Transformer, Pooling, Normalize; got also {', '.join(unknown)}")
     mode = "last"
     if "Pooling" in modules:
-        mode = _mode(model_dir / modules["Pooling"]["path"] / "config.json", read_default_prompt(model_dir))
-    limits = model_dir / modules.get("Transformer", {"path": ""})["path"] / "sentence_bert_config.json"
+        mode = _mode(model_dir / modules["Pooling"] / "config.json", read_default_prompt(model_dir))
+    limits = model_dir / modules.get("Transformer", "") / "sentence_bert_config.json"
     limit = read_settings(limits).get("max_seq_length")
     return Pooling(mode=mode, normalize="Normalize" in modules, max_tokens=limit)
 

@@ -96,6 +96,8 @@ def test_module_names_of_newer_releases_and_the_token_limit_are_read(tmp_path: P
         ([module("Pooling", "1_Pooling")], {"pooling_mode": "weightedmean"}, "weightedmean"),
         ([module("Pooling", "1_Pooling")], {}, "none"),
         ([module("Pooling", "1_Pooling")], None, "missing"),
+        ([{"type": "sentence_transformers.models.Pooling"}], None, "expected modules with type and path"),
+        (["Pooling"], None, "expected modules with type and path"),
     ],
 )
 def test_unsupported_pooling_is_refused_by_name(tmp_path: Path, modules: Any, pooling: Any, message: str) -> None:
