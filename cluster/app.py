@@ -32,7 +32,7 @@ logger = logging.getLogger("ray.serve")
 
 
 def build(args: AppArgs) -> Application:
-    """Build the application. Options of its two deployments can be set in YAML as well.
+    """Build the application. YAML files can override the options of its two deployments.
 
     Raises:
         ValidationError: see `AppArgs`.

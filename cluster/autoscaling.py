@@ -11,7 +11,7 @@ from typing import Any
 BUSY, WAIT_S = "busy", "wait_s"  # keys of `Replica.record_autoscaling_stats`
 TARGET_BUSY = 0.75  # share of the time in which a device computes
 TARGET_WAIT_S = 0.5
-MAX_GROWTH = 2.0  # factor of one decision
+MAX_GROWTH = 2.0  # largest factor of one decision
 
 
 def by_work(ctx: Any) -> tuple[float, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Calls a method of every live replica of a deployment."""
+"""Calls to all replicas of a deployment."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -25,12 +25,11 @@ class _StrictModel(BaseModel):
     @classmethod
     def _refuse_unknown(cls, values: Any) -> Any:
         if isinstance(values, Mapping):
-            refuse_unknown(values, cls.model_fields)
+            _check_keys(values, cls.model_fields)
         return values
 
 
-def refuse_unknown(values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Raises ValueError if a key of `values` is not in `known`; the message suggests the most similar known key."""
+def _check_keys(values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     unknown = [key for key in values if key not in known]
     if unknown:
         raise ValueError(
@@ -43,17 +42,13 @@ def _with_hint(key: str, known: Mapping[str, Any]) -> str:
     return f"key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
 
 
-def _validated(kind: Any, value: Any) -> Any:
-    return TypeAdapter(kind).validate_python(value)
-
-
 class BaseConfig(_StrictModel):
     """The base model.
 
     Attributes:
         model_dir: folder with config.json, safetensors and tokenizer.
-        name: the model's name in requests and answers; None for the folder's name.
-        aliases: other names for it in requests.
+        name: its name in requests and answers; None for the folder's name.
+        aliases: other names that requests may use.
     """
 
     model_dir: Path
@@ -102,7 +97,7 @@ class LogConfig(_StrictModel):
     """Serve's log of the gateways.
 
     Attributes:
-        requests: which requests get a line.
+        requests: requests that are logged, with one line each.
     """
 
     requests: Requests = "refused"
@@ -196,14 +191,16 @@ class AppArgs(AdapterList):
     @field_validator("engine")
     @classmethod
     def _engine_fields(cls, values: dict[str, Any]) -> dict[str, Any]:
-        fields = {field.name: field for field in dataclasses.fields(EngineConfig)}
-        for key in values.keys() & _SET_ELSEWHERE.keys():
-            raise ValueError(f"{key} is set as {_SET_ELSEWHERE[key]}")
-        refuse_unknown(values, {name: field for name, field in fields.items() if name not in _SET_ELSEWHERE})
+        types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(EngineConfig)}
+        for name, setting in _SET_ELSEWHERE.items():
+            if name in values:
+                raise ValueError(f"{name} is set as {setting}")
+            del types[name]
+        _check_keys(values, types)
         checked = {}
         for name, value in values.items():
             try:
-                checked[name] = _validated(fields[name].type, value)
+                checked[name] = TypeAdapter(types[name]).validate_python(value)
             except ValidationError as error:
                 raise ValueError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
         return checked
@@ -221,11 +218,11 @@ class AppArgs(AdapterList):
 
     @property
     def base_names(self) -> tuple[str, ...]:
-        """Names of the base model. Answers contain the first one."""
+        """Names that requests may use for the base model. Answers contain the first one."""
         return (self.base.name or self.base.model_dir.resolve().name, *self.base.aliases)
 
     def resolved(self) -> "AppArgs":
-        """Return a copy with absolute paths, which are valid in every process."""
+        """Return a copy whose paths are absolute, so that they are valid in every process."""
         return self.model_copy(
             update={
                 "base": self.base.model_copy(update={"model_dir": self.base.model_dir.absolute()}),

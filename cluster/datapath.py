@@ -1,4 +1,4 @@
-"""The cluster's ingress and access to Ray itself. Ray reads both from environment variables of `ray start`."""
+"""Settings that Ray reads from the environment of `ray start`: Serve's HTTP ingress, and token authentication."""
 
 import ipaddress
 import logging
@@ -21,9 +21,9 @@ logger = logging.getLogger("ray.serve")
 
 @dataclass(frozen=True)
 class DataPath:
-    """The HTTP ingress in use, and whether Serve's throughput optimizations are on."""
+    """Serve's HTTP ingress, and whether its throughput optimizations are on."""
 
-    ingress: str  # haproxy, serve-proxy
+    ingress: str  # "haproxy" or "serve-proxy"
     throughput_optimized: bool
 
     @classmethod
@@ -33,7 +33,6 @@ class DataPath:
         return cls("haproxy" if haproxy else "serve-proxy", optimized)
 
     def summary(self) -> str:
-        """Return one line for the log."""
         if self.ingress == "haproxy" and self.throughput_optimized:
             return "data path: HAProxy, throughput optimized"
         settings = " ".join(f"{name}={value}" for name, value in FAST_PATH.items())
@@ -82,7 +81,6 @@ def versions() -> dict[str, Any]:
 
 
 def version_of(package: str) -> str | None:
-    """Return the installed version of a package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

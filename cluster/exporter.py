@@ -1,7 +1,6 @@
 """The Prometheus endpoint of one process."""
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -15,29 +14,22 @@ _EVERYWHERE = ("0.0.0.0", "::", "")
 logger = logging.getLogger("ray.serve")
 
 
-@dataclass(frozen=True)
-class Exporter:
-    """A running endpoint.
+def start_exporter(registry: CollectorRegistry, config: MetricsConfig) -> str:
+    """Serve `registry` from a thread.
 
-    Attributes:
-        target: `host:port` for Prometheus; "" if no port was free.
+    Returns:
+        `host:port` for Prometheus. "" if no port is free: an error is logged, and the process has no metrics.
     """
-
-    target: str
-
-    @classmethod
-    def start(cls, registry: CollectorRegistry, config: MetricsConfig) -> "Exporter":
-        """Serve `registry` from a thread. Logs an error if no port is free, and the process goes on without metrics."""
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # one more gauge for each counter
-        for port in _ports(config.first_port):
-            try:
-                server: Any = start_http_server(port, config.host, registry)[0]
-            except OSError as error:
-                logger.debug("metrics port %d: %s", port, error)
-                continue
-            return cls(f"{_reachable(config.host)}:{server.server_port}")
-        logger.error("metrics: no free port from %d on %s; this process has no metrics", config.first_port, config.host)
-        return cls("")
+    disable_created_metrics()  # type: ignore[no-untyped-call]  # one more gauge for each counter
+    for port in _ports(config.first_port):
+        try:
+            server: Any = start_http_server(port, config.host, registry)[0]
+        except OSError as error:
+            logger.debug("metrics port %d: %s", port, error)
+            continue
+        return f"{_reachable(config.host)}:{server.server_port}"
+    logger.error("metrics: no free port from %d on %s; this process has no metrics", config.first_port, config.host)
+    return ""
 
 
 def _ports(first_port: int) -> range:

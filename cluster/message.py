@@ -7,7 +7,7 @@ takes twice as long.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.errors import InvalidAdapter, RankletError, error_class
-from ranklet.routing.report import QueueLoad
+from ranklet.routing.report import QueueLoad, StateReport
 
 # Serve's gRPC transport refuses messages above 4 MiB; half of it leaves a margin for everything but tokens and results.
 MAX_MESSAGE_BYTES = 2 << 20
@@ -153,6 +153,18 @@ class GatewayDescription:
     @property
     def labels(self) -> dict[str, str]:
         return {"role": "gateway", "replica": self.id}
+
+
+class ReportReceiver(Protocol):
+    """The method of each gateway that replicas call."""
+
+    async def on_report(self, report: StateReport) -> str:
+        """Handle a replica's state report.
+
+        Returns:
+            This gateway's id, so that the replica learns which gateways it reached.
+        """
+        ...
 
 
 def pack(

@@ -13,7 +13,7 @@ Content = TypeVar("Content")
 class WatchedFile(Generic[Content]):
     """Compares the file's size, times and inode with those of the last read, at most once per `interval_s`.
 
-    When a changed file cannot be read, the last good content stays in force, and `error` holds the reason.
+    When a changed file cannot be read, the last good content stays in force, and the reason is logged.
 
     Args:
         read: parses the file, which may not exist. Its exceptions at the first read are raised.
@@ -25,8 +25,8 @@ class WatchedFile(Generic[Content]):
         self, path: Path, read: Callable[[Path], Content], errors: type[Exception], interval_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        self.path = path
-        self.error = ""
+        self._path = path
+        self._logged_error = ""
         self._read = read
         self._errors = errors
         self._interval_s = interval_s
@@ -44,17 +44,17 @@ class WatchedFile(Generic[Content]):
         return self._content
 
     def _look(self) -> None:
-        seen = _signature(self.path)
+        seen = _signature(self._path)
         if seen == self._seen:
             return
         try:
-            self._content = self._read(self.path)
+            self._content = self._read(self._path)
         except self._errors as error:  # `_seen` stays, so that the next look reads the file again
-            if str(error) != self.error:
+            if str(error) != self._logged_error:
                 logger.error("%s. The last good content stays in force", error)
-            self.error = str(error)
+            self._logged_error = str(error)
         else:
-            self._seen, self.error = seen, ""
+            self._seen, self._logged_error = seen, ""
 
 
 def _signature(path: Path) -> tuple[int, int, int] | None:

@@ -24,7 +24,11 @@ class Admission:
 
     @contextlib.contextmanager
     def admit(self) -> Iterator[None]:
-        """Count a request while the context lasts. Raises Saturated at the limit."""
+        """Count a request while the context lasts.
+
+        Raises:
+            Saturated: the limit is reached.
+        """
         if self.in_flight >= self._limit:
             raise Saturated(
                 f"expected fewer than {self._limit} requests in this gateway (limits.max_in_flight_requests). Try again"
@@ -41,7 +45,8 @@ class Admission:
     def admit_model(self, model: str) -> Iterator[None]:
         """Count an admitted request for its model while the context lasts.
 
-        Raises Saturated if the model has its fair share of the limit already.
+        Raises:
+            Saturated: the model already has its fair share of the limit.
         """
         own = self._by_model[model]
         share = fair_share(self._limit, self.in_flight - own - 1)

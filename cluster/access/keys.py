@@ -34,8 +34,8 @@ class ApiKey(BaseModel):
     """One entry of the file.
 
     Attributes:
-        name: shown in error messages. The key itself is never shown.
-        sha256: of the key, in hexadecimal.
+        name: shown in error messages instead of the key.
+        sha256: hash of the key, in hexadecimal.
         admin: grants the right to load and unload adapters, and to use all models.
         adapters: patterns such as `legal-*` for the models that requests may use, the base model included.
         tokens_per_minute: quota of prompt tokens over all gateways; None for no limit.
@@ -56,7 +56,7 @@ class ApiKey(BaseModel):
 class ApiKeys:
     """Authenticates requests by the keys of a file.
 
-    After a faulty change of the file, its last good content stays in force; `file_error` holds the reason.
+    After a faulty change of the file, its last good content stays in force.
 
     Args:
         path: None lets every request infer without a key.
@@ -73,17 +73,8 @@ class ApiKeys:
         self._file = WatchedFile(path, _read, InternalError, _CHECK_INTERVAL_S, clock) if path is not None else None
         self._open_admin = open_admin
 
-    @property
-    def file_error(self) -> str:
-        """Why the present content of the file is not in force, "" if it is."""
-        return self._file.error if self._file else ""
-
     def authenticate(self, headers: Mapping[str, str]) -> ApiKey | None:
-        """Return the key of a request, or None if the service has no keys.
-
-        Raises:
-            Unauthorized: the request has no key, or an unknown one.
-        """
+        """Return the key of a request, or None if the service has no keys. Raises Unauthorized."""
         if self._file is None:
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -98,7 +89,7 @@ class ApiKeys:
         return key
 
     def require_admin(self, headers: Mapping[str, str]) -> None:
-        """Raises Unauthorized or Forbidden unless the request may change adapters."""
+        """Raise Unauthorized or Forbidden unless the request may change adapters."""
         key = self.authenticate(headers)
         if key is None and not self._open_admin:
             raise Unauthorized(
@@ -110,7 +101,7 @@ class ApiKeys:
 
     @staticmethod
     def authorize(key: ApiKey | None, name: str) -> None:
-        """Raises Forbidden unless the key may use the model `name`."""
+        """Raise Forbidden unless the key may use the model `name`."""
         if key is not None and not key.may_use(name):
             raise Forbidden(
                 f"key {key.name!r}: may use {', '.join(key.adapters) or 'nothing'}; got {name!r}", param="model"
@@ -140,7 +131,7 @@ def _parse(content: Any) -> dict[str, ApiKey]:
 def new_key(
     name: str, *, admin: bool, adapters: tuple[str, ...], tokens_per_minute: int | None = None
 ) -> tuple[str, ApiKey]:
-    """Generate a key. Returns the key and its entry for the file."""
+    """Return a new random key and its entry for the file."""
     secret = _PREFIX + secrets.token_urlsafe(32)
     digest = hashlib.sha256(secret.encode()).hexdigest()
     entry = ApiKey(name=name, sha256=digest, admin=admin, adapters=adapters, tokens_per_minute=tokens_per_minute)

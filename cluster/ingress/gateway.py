@@ -20,7 +20,7 @@ from ranklet.cluster.broadcast import broadcast
 from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.config import AppArgs, GatewayUserConfig
 from ranklet.cluster.datapath import DataPath, log_missing_token
-from ranklet.cluster.exporter import Exporter
+from ranklet.cluster.exporter import start_exporter
 from ranklet.cluster.ingress.adapter_cards import AdapterCards
 from ranklet.cluster.ingress.admin import AdminApi
 from ranklet.cluster.ingress.embeddings import EmbeddingsTask
@@ -36,7 +36,7 @@ from ranklet.cluster.ingress.probes import ProbesApi
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.routes import Handler, build_app
 from ranklet.cluster.ingress.status import RecentRequests
-from ranklet.cluster.message import GatewayDescription
+from ranklet.cluster.message import GatewayDescription, ReportReceiver
 from ranklet.replicas.model.tokenizer import PromptTokenizer
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.binding import bind
@@ -47,7 +47,7 @@ logger = logging.getLogger("ray.serve")
 
 
 @serve.ingress()
-class Gateway:
+class Gateway(ReportReceiver):
     """One gateway process. Its state is a cache, or shared through the quota ledger and the overrides file.
 
     Without an argument, `serve.ingress` gets the app from `__serve_build_asgi_app__`, so routes are not pickled.
@@ -71,7 +71,7 @@ class Gateway:
         self._observer = Observer(self._metrics, self._recent, args.log.requests, self._id)
         self._replicas = ReplicasClient(replica, self._affinity, args.limits, self._metrics.retries.inc, self._id)
         self._watching: asyncio.Task[None] | None = None
-        self._metrics_target = Exporter.start(self._metrics.registry, args.metrics).target
+        self._metrics_target = start_exporter(self._metrics.registry, args.metrics)
         logger.info("gateway %s: %s; metrics on %s", self._id, DataPath.current().summary(), self._metrics_target)
         log_missing_token()
 
@@ -141,11 +141,6 @@ class Gateway:
     # Called by replicas and other gateways
 
     async def on_report(self, report: StateReport) -> str:
-        """Handle a replica's state report.
-
-        Returns:
-            This gateway's id, so that the replica learns which gateways it reached.
-        """
         self._affinity.on_report(report, self._id, time.time() - report.load.at_s)
         return self._id
 

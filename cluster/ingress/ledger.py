@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from ranklet.cluster.access.quota import Account, Ledger, QuotaFlow
+from ranklet.cluster.access.quota import Account, Ledger, QuotaOwner
 
 _NAMESPACE = "ranklet"
 _TIMEOUT_S = 2.0
@@ -20,7 +20,7 @@ class LedgerActor:
         self._name = f"quotas-{application}"
         self._actor: Any = None
 
-    async def __call__(self, accounts: Mapping[QuotaFlow, Account]) -> Mapping[QuotaFlow, float]:
+    async def __call__(self, accounts: Mapping[QuotaOwner, Account]) -> Mapping[QuotaOwner, float]:
         """Settle `accounts` with the ledger; see `Ledger.sync`.
 
         Raises:
@@ -30,7 +30,7 @@ class LedgerActor:
             if self._actor is None:
                 self._actor = await asyncio.to_thread(self._get_or_create)
             async with asyncio.timeout(_TIMEOUT_S):
-                levels: dict[QuotaFlow, float] = await self._actor.sync.remote(accounts)
+                levels: dict[QuotaOwner, float] = await self._actor.sync.remote(accounts)
                 return levels
         except (RayError, TimeoutError) as error:
             self._actor = None

@@ -17,7 +17,7 @@ from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.catalog.remote import RemoteCache
 from ranklet.cluster.catalog.resolver import AdapterResolver, ResolvedAdapter
 from ranklet.cluster.config import AdapterList, AppArgs
-from ranklet.cluster.exporter import Exporter
+from ranklet.cluster.exporter import start_exporter
 from ranklet.cluster.message import EmbedResult, InferenceCall, InferenceReply, Refusal, ReplicaDescription
 from ranklet.cluster.replica.gateways_client import GatewaysClient
 from ranklet.cluster.replica.metrics import ReplicaMetrics
@@ -55,7 +55,7 @@ class Replica:
         self._pins = Registry(args.adapters_dir, args.adapters).pins()
         cache = RemoteCache(sources.cache_dir, sources.cache_bytes, sources.max_adapter_bytes, metrics.downloaded)
         self._resolver = AdapterResolver(cache, config.load_timeout_s)
-        self._metrics_target = Exporter.start(metrics.registry, args.metrics).target
+        self._metrics_target = start_exporter(metrics.registry, args.metrics)
         self._threads = ThreadPoolExecutor(_BLOCKING_THREADS, thread_name_prefix="engine-call")
         self._tasks: set[asyncio.Task[None]] = set()
         gateways = GatewaysClient(context.app_name)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from ranklet.cluster.access.admission import Admission
 from ranklet.cluster.access.keys import ApiKey
-from ranklet.cluster.access.quota import SYNC_INTERVAL_S, Account, Ledger, OverQuota, QuotaFlow, Quotas, TokenBucket
+from ranklet.cluster.access.quota import SYNC_INTERVAL_S, Account, Ledger, OverQuota, QuotaOwner, Quotas, TokenBucket
 from ranklet.replicas.errors import Saturated
+from tests.virtual_time import run_in_virtual_time
 
 MINUTE = 6000
 
@@ -28,7 +29,7 @@ class QuotaSite:
     def __post_init__(self) -> None:
         self.ledger = Ledger(lambda: self.now_s)
 
-    async def sync(self, accounts: Mapping[QuotaFlow, Account]) -> Mapping[QuotaFlow, float]:
+    async def sync(self, accounts: Mapping[QuotaOwner, Account]) -> Mapping[QuotaOwner, float]:
         if self.is_down:
             raise TimeoutError
         return self.ledger.sync(accounts)
@@ -117,6 +118,23 @@ async def test_a_failed_request_costs_nothing() -> None:
         with pytest.raises(RuntimeError), gateway.charge(None, "legal", 600):
             raise RuntimeError
     assert passes(gateway, 600)
+
+
+def test_a_failed_request_is_refunded_after_its_full_bucket_was_dropped() -> None:
+    async def fail_late(gateway: Quotas) -> None:
+        with gateway.charge(None, "legal", 600):
+            await asyncio.sleep(300)
+            raise RuntimeError
+
+    async def run() -> None:
+        gateway = Quotas(QuotaSite().sync, clock=asyncio.get_running_loop().time)
+        gateway.set_model_quotas({"legal": 600})
+        with pytest.raises(RuntimeError):
+            await fail_late(gateway)
+        assert passes(gateway, 600)
+        assert not passes(gateway, 1), "the refund does not overfill the bucket"
+
+    run_in_virtual_time(run())
 
 
 async def test_a_new_ledger_starts_at_the_levels_of_the_gateways() -> None:

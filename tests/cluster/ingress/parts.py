@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from ranklet.cluster.access.admission import Admission
 from ranklet.cluster.access.keys import ApiKeys, new_key
-from ranklet.cluster.access.quota import Account, Ledger, QuotaFlow, Quotas
+from ranklet.cluster.access.quota import Account, Ledger, QuotaOwner, Quotas
 from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.config import LimitsConfig
 from ranklet.cluster.ingress.embeddings import EmbeddingsTask
@@ -144,7 +144,7 @@ class Parts:
     def sample(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
-    async def _sync(self, accounts: Mapping[QuotaFlow, Account]) -> Mapping[QuotaFlow, float]:
+    async def _sync(self, accounts: Mapping[QuotaOwner, Account]) -> Mapping[QuotaOwner, float]:
         return Ledger().sync(accounts)
 
     def _write_keys(self) -> Path:
