@@ -36,7 +36,7 @@ class WatchedFile(Generic[Content]):
         self._next_look_s = clock() + interval_s
 
     def content(self, *, fresh: bool = False) -> Content:
-        """Return the content, up to `interval_s` old; with `fresh`, the current one."""
+        """Return the content. It may be `interval_s` old, unless `fresh` is set."""
         now_s = self._clock()
         if fresh or now_s >= self._next_look_s:
             self._next_look_s = now_s + self._interval_s

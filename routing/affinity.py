@@ -1,8 +1,8 @@
 """Chooses the replica with the least cost for each request. No Ray.
 
 The cost of a replica, in seconds, is the wait expected there, the load of the adapter (none if it is in a slot, more if
-another adapter must leave), and the work that padding to the pool's rank adds. An adapter has as many homes as its
-traffic needs, the first of its rendezvous order, and leaves them only where that saves time. See NOTES.md.
+another adapter must be evicted), and the work that padding to the pool's rank adds. An adapter has as many homes as its
+traffic needs. Its requests go to other replicas only if that saves time. See NOTES.md.
 """
 
 import math
@@ -24,11 +24,11 @@ from ranklet.routing.report import QueueLoad, StateReport
 
 _MAX_DEMANDS = 65_536  # adapters whose traffic is remembered
 _MAX_ORDERS = 1024
-_OVERSIZE_COST_S = 1e5  # of a replica whose pool cannot hold the adapter's rank
+_OVERSIZE_COST_S = 1e5  # of a replica whose pool's rank is less than the adapter's
 _TIGHT_FROM, _TIGHT_TO = 0.5, 0.9  # share of all slots needed by one home each, where tightness goes from 0 to 1
 _MAX_HOMES_PER_SLOT = 0.5
 _DEMAND_INTERVAL_S = 1.0  # between two looks at the demand for all adapters
-_FRESH_S = 0.001  # reports that are younger count as current
+_FRESH_S = 0.001  # younger reports count as current
 _MAX_SORTED = 128  # up to this many replicas, sorting is faster than partitioning
 _TIE_COSTS = 4096  # random numbers drawn at once and used repeatedly
 
@@ -64,7 +64,7 @@ class Affinity:
             self._tie_costs = np.zeros(0)
 
     def set_members(self, members: Iterable[Member]) -> None:
-        """Replaces the replicas. `Choice.order` indexes them in this order."""
+        """Replace the replicas. `Choice.order` contains indices into them."""
         with self._lock:
             self._fleet.set_members(members, self._clock())
 
@@ -75,7 +75,7 @@ class Affinity:
     # Requests
 
     def route(self, hint: RoutingHint) -> Choice:
-        """Chooses replicas for a call and counts its work at the best one, until `complete`."""
+        """Choose replicas for a call and count its work at the best one, until `complete`."""
         with self._lock:
             now_s = self._clock()
             choice = self._choose(hint.adapter, hint.work, now_s, 0, hint.avoid)
@@ -86,7 +86,7 @@ class Affinity:
             return choice
 
     def choose(self, adapter: str | None, work: float, *, rank: int = 0, avoid: str | None = None) -> Choice:
-        """Chooses replicas for a request, whose work is not counted anywhere. The order is empty without replicas.
+        """Choose replicas for a request without counting its work. Without replicas, the order is empty.
 
         Args:
             adapter: None for the base model.
@@ -98,7 +98,7 @@ class Affinity:
             return self._choose(adapter, work, self._clock(), rank, avoid)
 
     def reassign(self, request: int, replica: str, work: float) -> None:
-        """Counts a routed request at the replica that has taken it, if that is not the best one of its choice."""
+        """Count a routed request at the replica that has accepted it, if that is not the best one of its choice."""
         with self._lock:
             i = self._fleet.index.get(replica)
             if i is not None and self._fleet.replica_of(request) not in (None, replica):
@@ -107,7 +107,7 @@ class Affinity:
     def complete(
         self, request: int, replica: str | None = None, load: QueueLoad | None = None, age_s: float = 0.0
     ) -> None:
-        """Removes a request that was answered or has failed.
+        """Remove a request that was answered or has failed.
 
         Args:
             replica: id of the replica that has answered, None if none has.
@@ -127,7 +127,7 @@ class Affinity:
             return self._fleet.replica_of(request)
 
     def stranded(self, requests: Iterable[int]) -> Mapping[int, str | None]:
-        """Returns requests that no replica works on, with the id of their hung replica, or None if no replica is up."""
+        """Return requests that no replica works on, with the id of their hung replica, None without any replica."""
         with self._lock:
             hung, empty = self._fleet.hung_replicas(self._clock()), not len(self._fleet)
             if not hung and not empty:
@@ -136,7 +136,7 @@ class Affinity:
         return {id: replica for id, replica in sent.items() if (empty if replica is None else replica in hung)}
 
     def pop_prefetch_orders(self) -> list[PrefetchOrder]:
-        """Returns the prefetch orders of `route` since the last call, the latest 1024 at most."""
+        """Return the prefetch orders of `route` since the last call, the latest 1024 at most."""
         with self._lock:
             orders = list(self._orders)
             self._orders.clear()
@@ -145,7 +145,7 @@ class Affinity:
     # Reports
 
     def on_report(self, report: StateReport, gateway: str, age_s: float = 0.0) -> None:
-        """Handles a replica's state report.
+        """Handle a replica's state report.
 
         Args:
             gateway: id under which this process sends its requests.
@@ -167,14 +167,14 @@ class Affinity:
     # The choice
 
     def _choose(self, adapter: str | None, work: float, now_s: float, rank: int, avoid: str | None) -> Choice:
-        fleet = self._fleet
+        fleet, policy = self._fleet, self._policy
         wait = fleet.waits(now_s)
         count = len(wait)
         if not count:
             return Choice(())
         avoided = fleet.index.get(avoid, -1) if avoid else -1
         if not adapter:
-            return Choice(_best(wait + self._ties(count) + self._policy.other_router_cost_s * ~fleet.own, avoided))
+            return Choice(_best(wait + self._ties(count) + policy.other_router_cost_s * ~fleet.own, avoided))
         demand = self._demand(adapter)
         demand.add_request(max(work, 1), now_s)
         if self._costs.is_stale(now_s):
@@ -189,16 +189,15 @@ class Affinity:
         prefetch: list[int] = []
         if homes > before:
             prefetch = np.flatnonzero((costs.place < homes) & costs.absent).tolist()
-        elif (
-            wait[best] > self._policy.prefetch_wait_s and now_s - costs.prefetched_s > self._policy.prefetch_interval_s
-        ):
+        elif wait[best] > policy.prefetch_wait_s and now_s - costs.prefetched_s > policy.prefetch_interval_s:
             prefetch = self._free_slot(costs, wait, best, demand)
         if costs.absent[best] or prefetch:
             self._expect_loads(adapter, costs, (best, *prefetch), now_s)
         return Choice(order, hit, spill, tuple(fleet.members[i].id for i in prefetch if i != best) if prefetch else ())
 
     def _total_cost(self, costs: AdapterCosts, wait: Vector, rank: int, work: float) -> Vector:
-        cost: Vector = wait * costs.wait_factor + costs.cost
+        cost: Vector = wait * costs.wait_factor
+        cost += costs.cost
         if costs.homes > 1 and self._fleet.gateways > 1:  # else all routers would use the same home
             cost += self._ties(len(wait))
         age_s = self._fleet.report_age_s
@@ -215,14 +214,14 @@ class Affinity:
         self._costs.compute(adapter, costs)
 
     def _ties(self, count: int) -> Vector:
-        """Random costs that break ties: a random slice of numbers drawn before, which is faster than drawing anew."""
+        """Return random costs that break ties, as a random slice of numbers that were drawn before to save time."""
         if len(self._tie_costs) < _TIE_COSTS + count:
             self._tie_costs = self._tie_random.random(_TIE_COSTS + count) * self._policy.tie_window_s
         first = int(self._random() * _TIE_COSTS)
         return self._tie_costs[first : first + count]
 
     def _free_slot(self, costs: AdapterCosts, wait: Vector, best: int, demand: Demand) -> list[int]:
-        """The replica to which a prefetch would save waiting without evicting an adapter in use, if there is one."""
+        """Return the replica to which a prefetch saves waiting and evicts no adapter in use, if there is one."""
         if demand.homes == 1 and not demand.is_frequent:
             return []
         free = np.where(costs.absent & ~self._fleet.full, wait + ORDER_STEP_S * costs.place, np.inf)
@@ -254,7 +253,7 @@ class Affinity:
         self._costs.refresh(now_s)
 
     def _set_home_size(self, now_s: float) -> None:
-        """Sets the work per second of one home: the smallest that leaves slots enough for the homes of all adapters."""
+        """Set the work per second of one home: the smallest that leaves enough slots for the homes of all adapters."""
         policy, fleet = self._policy, self._fleet
         rate = fleet.mean_work_per_s() / fleet.gateways  # this router sees one part of the traffic
         active = [each for each in self._demands.values() if each.is_active(now_s)]
@@ -271,7 +270,7 @@ class Affinity:
 
 
 def _homes(replicas_needed: Vector, load: float) -> float:
-    """Homes of all adapters, if each home takes `load` of a replica's rate."""
+    """Return the homes of all adapters, if each home takes a fraction `load` of a replica's rate."""
     return float(np.maximum(np.ceil(replicas_needed / load), 1).sum())
 
 

@@ -19,10 +19,10 @@ _bindings: list[RouterBinding] = []
 
 
 def bind(affinity: Affinity, counters: Counters) -> None:
-    """Sets the objects for routers that are created in this process from now on."""
+    """Set the objects for routers that are created in this process from now on."""
     _bindings[:] = [RouterBinding(affinity, counters)]
 
 
 def get_binding() -> RouterBinding:
-    """Returns the objects of the last `bind`, or new ones in a process without a gateway."""
+    """Return the objects of the last `bind`, or new ones in a process without a gateway."""
     return _bindings[0] if _bindings else RouterBinding(Affinity(), Counters())

@@ -1,4 +1,4 @@
-"""The cost of each replica for an adapter, beside the expected wait. Kept until one of its inputs changes."""
+"""The cost of each replica for an adapter, without the expected wait. Kept until one of its inputs changes."""
 
 import math
 from collections import OrderedDict
@@ -72,7 +72,7 @@ class CostTable:
         return not 0 <= now_s - self._refreshed_s <= _REFRESH_S or self._generation != self._fleet.generation
 
     def refresh(self, now_s: float) -> None:
-        """Checks the inputs that all adapters share: crowded replicas, and the replicas that this router prefers."""
+        """Update the inputs that all adapters share: crowded replicas, and the replicas that this router prefers."""
         self._refreshed_s = now_s
         self._drop_old_generation()
         crowded = self._fleet.crowded_replicas()
@@ -81,7 +81,7 @@ class CostTable:
             self._version += 1
 
     def get(self, adapter: str, homes: int) -> AdapterCosts:
-        """Returns the costs of an adapter with this number of homes, computed if they are missing or outdated."""
+        """Return the costs of an adapter with this number of homes, computed if they are missing or outdated."""
         if self._generation != self._fleet.generation:
             self._drop_old_generation()
         costs = self._costs.get(adapter)
@@ -112,10 +112,10 @@ class CostTable:
             self._generation, self._refreshed_s = self._fleet.generation, -math.inf
 
     def compute(self, adapter: str, costs: AdapterCosts) -> None:
-        """Computes the cost of each replica beside its wait.
+        """Compute the cost of each replica, without its wait.
 
-        Replicas that hold the adapter are its first homes, then replicas with room for it, each in rendezvous order. A
-        copy beyond the homes is used where that saves waiting. Otherwise it gets no requests and is evicted in time.
+        The homes are first replicas that hold the adapter, then replicas that are not crowded, each in rendezvous
+        order. A copy beyond the homes is used if that saves waiting. Otherwise it gets no requests and is evicted.
         """
         fleet, policy = self._fleet, self._policy
         places = fleet.placement.places(adapter)
@@ -141,12 +141,12 @@ class CostTable:
 
 
 def _places(order: NDArray[np.intp]) -> NDArray[np.int32]:
-    """Inverse of a permutation: the place of each index in `order`."""
+    """Return the inverse of a permutation: the place of each index in `order`."""
     places = np.empty(len(order), np.int32)
     places[order] = np.arange(len(order))
     return places
 
 
 def _ranks(keys: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Rank of each key among all keys, from 0. Keys are distinct."""
+    """Return the rank of each key among all keys, from 0. Keys are distinct."""
     return _places(keys.argsort())

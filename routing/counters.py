@@ -27,7 +27,7 @@ class Counters:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def add(self, choice: Choice) -> None:
-        """Counts a choice. Choices for the base model are not counted."""
+        """Count a choice. Choices for the base model are not counted."""
         if choice.hit is None:
             return
         with self._lock:

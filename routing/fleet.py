@@ -1,4 +1,4 @@
-"""The replicas as one router sees them: their reports, and the work that it has sent. Pure: callers pass times.
+"""The replicas as one router sees them: their reports, and the work that it has sent. Callers pass the time.
 
 Times are seconds of any clock. If the clock jumps back, reports look recent. Reports are checked before use, so that a
 faulty replica cannot break the router.
@@ -17,10 +17,10 @@ from ranklet.routing.placement import Placement
 from ranklet.routing.policy import REPLICA_SILENCE_LIMIT_S
 from ranklet.routing.report import Holdings, QueueLoad
 
-MAX_REPORT_AGE_S = 10.0
-DEFAULT_WORK_PER_S = 100_000.0
-DEFAULT_FROM_DISK_S = 0.15
-DEFAULT_FROM_HOST_S = 0.02
+_MAX_REPORT_AGE_S = 10.0
+_DEFAULT_WORK_PER_S = 100_000.0
+_DEFAULT_FROM_DISK_S = 0.15
+_DEFAULT_FROM_HOST_S = 0.02
 _HUNG_COST_S = 1e6
 _STALE_S = 1.0  # a report this old shows nothing of the work that other routers have sent since
 _AGE_WEIGHT = 0.05  # of one report, in the mean age of reports
@@ -64,7 +64,6 @@ class Fleet:
         gateways, gateway_index: number of routers that use the same replicas, and the index of this one.
         own: bool [replicas], replicas that this router prefers among equals.
         own_version: number of changes of `own`.
-        rejected_reports: number of reports with impossible values.
         report_age_s: mean age of reports on arrival.
         full: bool [replicas], every slot is loading or was used recently.
         slots, pool_ranks, from_disk_s, from_host_s: float64 [replicas], see `Holdings`.
@@ -79,7 +78,6 @@ class Fleet:
         self.gateways, self.gateway_index = 1, 0
         self.own: NDArray[np.bool_] = np.ones(0, bool)
         self.own_version = 0
-        self.rejected_reports = 0
         self.report_age_s = 0.0
         self.placement = Placement(0)
         self._checked_s = self._now_s = -math.inf
@@ -96,14 +94,14 @@ class Fleet:
         self._queued, self._sent, self._received, self._owed, self._done = np.zeros((5, count))
         self._reported_s, self._heard_s = np.zeros((2, count))
         self._clear_s, self._least_s = np.zeros((2, count))  # time at which all work is done; shortest possible wait
-        self._rate, self._measured = np.full(count, DEFAULT_WORK_PER_S), np.zeros(count, bool)
+        self._rate, self._measured = np.full(count, _DEFAULT_WORK_PER_S), np.zeros(count, bool)
         self.full, self.slots, self.pool_ranks = np.zeros(count, bool), np.zeros(count), np.zeros(count)
-        self.from_disk_s, self.from_host_s = np.full(count, DEFAULT_FROM_DISK_S), np.full(count, DEFAULT_FROM_HOST_S)
+        self.from_disk_s, self.from_host_s = np.full(count, _DEFAULT_FROM_DISK_S), np.full(count, _DEFAULT_FROM_HOST_S)
 
     # Membership
 
     def set_members(self, members: Iterable[Member], now_s: float) -> None:
-        """Replaces the membership. Replicas that stay keep their state."""
+        """Replace the membership. Replicas that stay keep their state."""
         members = tuple(members)
         if members == self.members:
             return
@@ -130,7 +128,7 @@ class Fleet:
             self.placement.update(self.index[id], None, held)
 
     def set_gateways(self, gateways: int, gateway_index: int) -> None:
-        """Sets the number of routers that use the same replicas, and the index of this one.
+        """Set the number of routers that use the same replicas, and the index of this one.
 
         Each router prefers its own part of the replicas among equals. Most work of a replica then comes from one
         router, which counts it at once; other routers see it only in the next report.
@@ -145,7 +143,7 @@ class Fleet:
         self.own_version += 1
 
     def preferred_by_others(self, place: NDArray[np.int32], homes: int) -> NDArray[np.bool_]:
-        """Replicas other than the homes of an adapter that this router prefers.
+        """Return which replicas are not among the homes of an adapter that this router prefers: bool [replicas].
 
         Args:
             place: int32 [replicas], the place of each replica in the adapter's order.
@@ -157,26 +155,21 @@ class Fleet:
         return ~own_homes
 
     def _guess_rates(self) -> None:
-        """Gives replicas without a measured rate the median rate of the others."""
+        """Set the rate of replicas without a measured rate to the median rate of the others."""
         if self._measured.any():
             self._rate[~self._measured] = np.median(self._rate[self._measured])
 
     # Reports of replicas
 
     def update_load(self, replica: str, load: QueueLoad, now_s: float, age_s: float = 0.0) -> bool:
-        """Stores a load. Returns False if it is impossible, or older than the stored one.
+        """Store a load. Returns False if it is impossible, or older than the stored one.
 
         Args:
-            age_s: age of the load by wall clocks; clamped to 0 to MAX_REPORT_AGE_S.
+            age_s: age of the load by wall clocks. It is limited to 0 to 10 s.
         """
-        age_s = min(max(age_s, 0.0), MAX_REPORT_AGE_S) if math.isfinite(age_s) else 0.0
+        age_s = min(max(age_s, 0.0), _MAX_REPORT_AGE_S) if math.isfinite(age_s) else 0.0
         i = self.index.get(replica)
-        if i is None:
-            return False
-        if not load.is_possible():
-            self.rejected_reports += 1
-            return False
-        if load.number < self._load_numbers.get(replica, -1):
+        if i is None or not load.is_possible() or load.number < self._load_numbers.get(replica, -1):
             return False
         self._load_numbers[replica] = load.number
         self.report_age_s += (age_s - self.report_age_s) * _AGE_WEIGHT
@@ -202,30 +195,27 @@ class Fleet:
                 self._checked_s = -math.inf
 
     def update_holdings(self, replica: str, held: Holdings) -> frozenset[str]:
-        """Stores the adapters that a replica holds. Returns the names of adapters for which something changed."""
+        """Store the adapters that a replica holds. Returns those for which something changed."""
         i = self.index.get(replica)
         before = self._holdings.get(replica)
-        if i is None or (before is not None and held.number < before.number):
-            return frozenset()
-        if not held.is_possible():
-            self.rejected_reports += 1
+        if i is None or not held.is_possible() or (before is not None and held.number < before.number):
             return frozenset()
         self.full[i] = held.used_slots >= held.slots
         self.slots[i], self.pool_ranks[i] = held.slots, held.pool_rank
-        self.from_disk_s[i] = held.from_disk_s or DEFAULT_FROM_DISK_S
-        self.from_host_s[i] = held.from_host_s or DEFAULT_FROM_HOST_S
+        self.from_disk_s[i] = held.from_disk_s or _DEFAULT_FROM_DISK_S
+        self.from_host_s[i] = held.from_host_s or _DEFAULT_FROM_HOST_S
         self._holdings[replica] = held
         return self.placement.update(i, before, held)
 
     def crowded_replicas(self) -> NDArray[np.bool_]:
-        """Replicas whose every slot holds an adapter's only copy: bool [replicas]."""
+        """Return which replicas hold only adapters that no other replica has, in every slot: bool [replicas]."""
         crowded: NDArray[np.bool_] = (self.slots > 0) & (self.placement.owned > self.slots - 0.5)
         return crowded
 
     # Requests of this router
 
     def add_request(self, request: int, i: int, work: float, now_s: float) -> None:
-        """Counts a request at replica `i`; if it was counted at another one, it is removed there."""
+        """Count a request at replica `i`. If it was counted at another one, it is removed there."""
         if request in self._in_flight:
             self.complete_request(request, arrived=False)
         if not self._in_flight.add(request, self.members[i].id, work):
@@ -237,7 +227,7 @@ class Fleet:
         self._update_wait(i)
 
     def complete_request(self, request: int, *, arrived: bool = True) -> None:
-        """Removes a request that was answered or has failed.
+        """Remove a request that was answered or has failed.
 
         Args:
             arrived: False if the request may not have reached its replica.
@@ -267,7 +257,7 @@ class Fleet:
         self._least_s[i] = self._owed[i] / self._rate[i]
 
     def waits(self, now_s: float) -> Vector:
-        """Seconds until each replica would start new work: float64 [replicas]. Hung replicas come last.
+        """Return the seconds until each replica would start new work: float64 [replicas]. Hung replicas come last.
 
         The wait is the reported queue, drained since at the replica's own rate, plus the work that this router has
         sent and the replica had not received then. At replicas that other routers prefer, other routers are assumed to
@@ -275,7 +265,8 @@ class Fleet:
         unanswered work.
         """
         now_s = self._now_s = max(now_s, self._now_s)
-        waits: Vector = np.maximum(self._clear_s - now_s, self._least_s)
+        waits: Vector = self._clear_s - now_s
+        np.maximum(waits, self._least_s, out=waits)
         if now_s - self._checked_s > _HUNG_CHECK_INTERVAL_S:
             self._checked_s = now_s
             hung = self._is_hung(now_s)
@@ -300,4 +291,4 @@ class Fleet:
         return hung
 
     def mean_work_per_s(self) -> float:
-        return float(self._rate.mean()) if len(self) else DEFAULT_WORK_PER_S
+        return float(self._rate.mean()) if len(self) else _DEFAULT_WORK_PER_S

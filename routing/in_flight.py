@@ -1,4 +1,4 @@
-"""The requests that this router has sent to replicas and that are not answered yet."""
+"""The requests that a router has sent to replicas and that are not answered yet."""
 
 from collections import OrderedDict
 from collections.abc import Collection
@@ -11,22 +11,22 @@ class InFlight:
 
     def __init__(self) -> None:
         self._requests: dict[int, tuple[str, float]] = {}
-        # A client may leave while Ray still looks for a replica. Ray may send such a request all the same, and no
-        # answer would take it out again.
+        # A client may disconnect while Ray still looks for a replica. If Ray then sends the request, no answer would
+        # remove it.
         self._ended_early: OrderedDict[int, None] = OrderedDict()
 
     def __contains__(self, request: int) -> bool:
         return request in self._requests
 
     def add(self, request: int, replica: str, work: float) -> bool:
-        """Adds a request. Returns False, and does nothing, if the request has ended before."""
+        """Add a request. Returns False, and does nothing, if the request has ended already."""
         if request in self._ended_early:
             return False
         self._requests[request] = (replica, work)
         return True
 
     def remove(self, request: int) -> tuple[str, float] | None:
-        """Removes a request. Returns its replica and work, or None if it was not sent yet."""
+        """Remove a request. Returns its replica and work, or None if it was not sent yet."""
         sent = self._requests.pop(request, None)
         if sent is None:
             self._ended_early[request] = None

@@ -1,4 +1,4 @@
-"""The replicas that have a slot for each adapter, as reported or expected after a choice. Pure, by replica index."""
+"""The replicas that have a slot for each adapter, as reported or expected after a choice. By replica index."""
 
 from collections.abc import Iterable, Mapping
 
@@ -7,13 +7,13 @@ from numpy.typing import NDArray
 
 from ranklet.routing.report import Holdings
 
-EXPECTED_LOAD_S = 10.0  # how long an adapter counts as loading at a replica that it was sent to
+_EXPECTED_LOAD_S = 10.0  # how long an adapter counts as loading at a replica that it was sent to
 _NO_PLACES: Mapping[int, bool] = {}
 _NO_HOLDINGS = Holdings(-1, frozenset(), frozenset(), frozenset(), 0, 0, 0)
 
 
 class Placement:
-    """The slots of all replicas.
+    """The adapters in the slots of all replicas.
 
     Attributes:
         owned: float64 [replicas], adapters with a slot there, each counted as one over the number of its copies. A
@@ -28,15 +28,15 @@ class Placement:
         self._expected: dict[tuple[str, int], float] = {}  # (adapter, replica), since when
 
     def __len__(self) -> int:
-        """Number of adapters that have a slot somewhere."""
+        """Return the number of adapters that have a slot somewhere."""
         return len(self._places)
 
     def places(self, adapter: str) -> Mapping[int, bool]:
-        """Replicas with a slot for an adapter: True if it is ready there, False if it is loading."""
+        """Return the replicas with a slot for an adapter: True if it is ready there, False if it is loading."""
         return self._places.get(adapter, _NO_PLACES)
 
     def update(self, i: int, before: Holdings | None, held: Holdings) -> frozenset[str]:
-        """Enters what replica `i` holds. Returns the adapters for which something changed.
+        """Set the adapters that replica `i` holds. Returns those for which something changed.
 
         Args:
             before: the replica's previous holdings, None at first.
@@ -58,14 +58,14 @@ class Placement:
         return slots | (before.hosted ^ held.hosted)
 
     def expect_load(self, adapter: str, i: int, now_s: float) -> None:
-        """Counts an adapter as loading at replica `i`, if it has no slot there yet, until the replica reports it."""
+        """Count an adapter as loading at replica `i`, if it has no slot there, until the replica reports it."""
         if i not in self.places(adapter):
             self._expected[adapter, i] = now_s
             self._add(adapter, i, ready=False)
 
     def expire(self, now_s: float) -> Iterable[str]:
-        """Removes expected loads that no replica has reported in time. Returns their adapters."""
-        old = [load for load, since_s in self._expected.items() if not 0 <= now_s - since_s <= EXPECTED_LOAD_S]
+        """Remove expected loads that were not reported in time. Returns their adapters."""
+        old = [load for load, since_s in self._expected.items() if not 0 <= now_s - since_s <= _EXPECTED_LOAD_S]
         for name, i in old:
             del self._expected[name, i]
             self._remove(name, i)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 SHORTLIST = 8  # replicas in a choice: a router may find the best one full or dead
 REPLICA_SILENCE_LIMIT_S = 4.0  # a replica that owes answers and sends nothing for longer counts as hung
 
+_ABOVE_ZERO = ("max_load_per_home", "max_load_per_home_if_tight")
 # Former names of `Policy`'s fields. They are refused with the new name in the message.
 RENAMED = {
     "load_of_home": "max_load_per_home",
@@ -31,7 +32,7 @@ RENAMED = {
 
 @dataclass(frozen=True)
 class Policy:
-    """The costs that a router adds to a replica's expected wait, in seconds unless said otherwise.
+    """Settings of the costs that a router adds to a replica's expected wait.
 
     Attributes:
         max_load_per_home: Share of a replica's rate that one adapter may use before it gets another home.
@@ -75,7 +76,7 @@ class Policy:
 
 
 def check_policy(kwargs: Mapping[str, Any]) -> list[str]:
-    """Checks `request_router_kwargs`. Returns one finding per unusable setting; none if `Policy(**kwargs)` is valid."""
+    """Return one finding for each invalid setting of `request_router_kwargs`; none if `Policy(**kwargs)` is valid."""
     return [finding for name, value in kwargs.items() if (finding := _check_name(name) or _check_value(name, value))]
 
 
@@ -95,9 +96,6 @@ def _check_value(name: str, value: Any) -> str | None:
     if name in _ABOVE_ZERO and not value:
         return f"{name}: expected more than 0, got 0"
     return None
-
-
-_ABOVE_ZERO = ("max_load_per_home", "max_load_per_home_if_tight")
 
 
 class Choice(NamedTuple):

@@ -13,12 +13,12 @@ _MASK = (1 << 64) - 1
 
 
 def salted(ranks: Sequence[int]) -> NDArray[np.uint64]:
-    """Hashes of ranks (any integers), the input of `order`: uint64 [ranks]."""
+    """Return the hashes of ranks (any integers), the input of `order`: uint64 [ranks]."""
     return _mix(np.array([rank & _MASK for rank in ranks], dtype=np.uint64))
 
 
 def order(adapter: str, salts: NDArray[np.uint64]) -> NDArray[np.intp]:
-    """Indices into the ranks that `salts` come from, most preferred first."""
+    """Return the indices of the ranks that `salts` come from, most preferred first."""
     digest = blake2b(adapter.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return np.argsort(~_mix(salts ^ np.frombuffer(digest, "<u8")), kind="stable")
 

@@ -1,4 +1,4 @@
-"""A replica's reports about itself: its queue with every answer, its adapters at every change.
+"""A replica's reports to routers: its queue with every answer, and its adapters at every change.
 
 Work is counted in prefill-equivalent tokens. For embeddings, one prompt token is one unit of work.
 """
@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+RANK = "rank"  # key of a replica's metadata at Serve
 REPORT_INTERVAL_S = 1.0  # longest time between two reports of a replica, with few gateways
 _SHORTEST_INTERVAL_S = 0.05
 _SHORTEST_INTERVAL_PER_GATEWAY_S = 0.005
@@ -17,15 +18,12 @@ _MAX_LOAD_S = 3600.0
 
 
 def min_report_interval_s(gateways: int) -> float:
-    """Shortest time between two reports of a replica, each of which goes to every gateway."""
+    """Return the shortest time between two reports of a replica, each of which goes to every gateway."""
     return max(_SHORTEST_INTERVAL_S, _SHORTEST_INTERVAL_PER_GATEWAY_S * gateways)
 
 
 def wait_level(wait_s: float) -> int:
-    """Logarithmic level of an expected wait: 0 up to 50 ms, then one more for each doubling.
-
-    A replica reports when its level changes.
-    """
+    """Return the level of a wait: 0 up to 50 ms, then one more for each doubling. Each change of it is reported."""
     return math.ceil(math.log2(wait_s / _FIRST_LEVEL_S)) if wait_s > _FIRST_LEVEL_S else 0
 
 
@@ -38,7 +36,7 @@ class QueueLoad:
         queued_work: waiting and running.
         work_per_s: while the replica computes; 0 if not measured yet.
         done_work: since the replica started.
-        received_work: work of the reader that had reached the queue. The reader adds the rest as still on its way.
+        received_work: work from the receiving router that had reached the queue. The router itself adds the rest.
         at_s: wall clock of the replica's machine.
     """
 
@@ -90,7 +88,7 @@ class StateReport:
     """A replica's queue and adapters, sent to every gateway.
 
     Attributes:
-        load: its `received_work` is not set; each gateway reads its own number from `received_work` below.
+        load: without `received_work`. Each gateway reads its own from `received_work` below.
         gateways: ids of the gateways that the report is sent to, in an order that all replicas agree on.
         received_work: by gateway id.
     """

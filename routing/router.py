@@ -1,4 +1,4 @@
-"""Ray Serve's request router on top of `Affinity`. No other file of this room imports Ray.
+"""Ray Serve's request router, which uses `Affinity`. No other file of `routing` imports Ray.
 
 Ray's router API is alpha. An exception here would leave requests hanging with nothing but a log line, so every method
 falls back to any replica in the order given, and logs one failure in a hundred.
@@ -16,8 +16,8 @@ from ranklet.routing.binding import get_binding
 from ranklet.routing.fleet import Member
 from ranklet.routing.hint import HINT, RoutingHint
 from ranklet.routing.policy import Policy, check_policy
+from ranklet.routing.report import RANK
 
-RANK = "rank"  # key of a replica's metadata
 _FAILURES_PER_LOG = 100
 
 _NO_HINT = RoutingHint(-1)
@@ -54,11 +54,11 @@ class AdapterRouter(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Returns the best replicas, each as a rank of its own, then all candidates."""
+        """Return the best replicas, each as a rank of its own, then all candidates."""
         try:
             if pending_request is None:
                 return [candidate_replicas]
-            # Else Ray asks again at once, and the event loop spins while every replica is full.
+            # Without a backoff, Ray would ask again at once, and the event loop would spin while every replica is full.
             pending_request.routing_context.should_backoff = True
             return self._order(candidate_replicas, pending_request.kwargs.get(HINT) or _NO_HINT)
         except Exception:
@@ -102,5 +102,5 @@ def _member(replica: RunningReplica) -> Member:
 
 
 def _default_rank(identity: str) -> int:
-    """A rank for a replica without one: stable, and above all real ranks."""
+    """Return a stable rank, above all real ranks, for a replica without one."""
     return 1 << 32 | zlib.crc32(identity.encode())

@@ -21,14 +21,14 @@ class AdapterFolder:
 
 
 class FolderScanner:
-    """Lists subfolders. Looks for a subfolder's config only when the subfolder has changed since the last scan."""
+    """Lists subfolders. Checks a subfolder for a config only if it has changed since the last scan."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._last: dict[str, AdapterFolder] = {}
 
     def scan(self) -> dict[str, AdapterFolder | None]:
-        """Return subfolders that contain an adapter's config, by name; None for links, which may leave the root."""
+        """Return subfolders that contain an adapter's config, by name. Links, which may leave the root, are None."""
         found: dict[str, AdapterFolder | None] = {}
         seen: dict[str, AdapterFolder] = {}
         try:

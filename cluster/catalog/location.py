@@ -27,7 +27,7 @@ class AdapterLocation:
     param: str = "model"
 
     def check_revision(self, revision: str) -> None:
-        """Raises UnknownModel unless `revision` is the requested one, or none was requested."""
+        """Raise UnknownModel if another revision than `revision` was requested."""
         if self.requested_revision not in (None, revision):
             raise UnknownModel(
                 f"{self.param}: expected the revision of {self.name!r} that is served, {revision!r}, "
@@ -36,12 +36,12 @@ class AdapterLocation:
             )
 
     def modified_s(self) -> int:
-        """Return the modification time of the folder in Unix seconds; 0 for a URL. Raises OSError."""
+        """Return the folder's modification time in Unix seconds, 0 for a URL. Raises OSError."""
         return 0 if is_remote(self.source) else int(Path(self.source).stat().st_mtime)
 
 
 def name_error(name: str) -> str | None:
-    """Return why `name` cannot be the name of an adapter; None if it can."""
+    """Return the reason why `name` cannot be the name of an adapter, or None."""
     if not name or len(name) > MAX_NAME_CHARACTERS:
         return f"expected 1 to {MAX_NAME_CHARACTERS} characters, got {len(name)}"
     if name.startswith(".") or name != name.strip():

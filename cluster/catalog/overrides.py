@@ -27,7 +27,7 @@ class Override(BaseModel):
     """An adapter that was loaded or unloaded by name.
 
     Attributes:
-        path: its folder or URL; None for an unloaded adapter, which is not served even if its folder exists.
+        path: its folder or URL. None for an unloaded adapter, which is not served even if its folder exists.
         pinned: keeps a slot on every replica.
     """
 
@@ -61,11 +61,11 @@ class Overrides:
         self._file = WatchedFile(self._path, _read, InternalError, _CHECK_INTERVAL_S, clock)
 
     def entries(self, *, fresh: bool = False) -> Mapping[str, Override]:
-        """Return all entries by name, up to 0.2 s old; with `fresh`, the current ones."""
+        """Return the entries by name. They may be 0.2 s old, unless `fresh` is set."""
         return self._file.content(fresh=fresh)
 
     def put(self, name: str, entry: Override | None) -> None:
-        """Write an entry, or delete it if None. The change is on disk when this returns.
+        """Write an entry to disk, or delete the entry if it is None.
 
         Raises:
             OSError: the folder is not writable.

@@ -1,4 +1,4 @@
-"""Adapters by name: subfolders of one root, configured folders, and overrides. Reads no weights."""
+"""The adapters of the service by name: subfolders of one root, configured folders, and overrides."""
 
 import contextlib
 import difflib
@@ -17,7 +17,7 @@ from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequ
 
 
 class Registry:
-    """Locates adapters by name. A new folder in the root is found at its first request.
+    """Locates adapters by name. Reads none of their files. A new folder in the root is found at its first request.
 
     Precedence: `user_config`, then overrides, then configured folders, then the root. Faulty entries are kept, so that
     a request for one gets an error that explains the fault.
@@ -91,7 +91,7 @@ class Registry:
         return entry is not None and entry.path is not None
 
     def exists_without_override(self, name: str) -> bool:
-        """Return whether the adapter would be served if it had no override."""
+        """Return whether the adapter would exist if it had no override."""
         return name in self._configured or (self._root is not None and (self._root / name).exists())
 
     def pins(self) -> dict[str, str]:
@@ -103,11 +103,11 @@ class Registry:
         return self.overrides.entries() if self.overrides is not None else {}
 
     def names(self) -> list[str]:
-        """Return the sorted names of all adapters. Scans the root once; a folder without a config is no adapter."""
+        """Return the sorted names of all adapters. A folder without a config is no adapter."""
         return sorted({*self._named(), *self._folders()} - self._unloaded())
 
     def scan(self) -> list[tuple[AdapterLocation, int]]:
-        """Return all adapters whose folder exists, by name, with the folder's modification time in Unix seconds."""
+        """Return the adapters whose folders exist, by name, with the folders' modification times (Unix time)."""
         folders, named, unloaded = self._folders(), self._named(), self._unloaded()
         plain = ((name, folder) for name, folder in folders.items() if folder is not None)
         found = {name: (each.location, each.modified_ns // 10**9) for name, each in plain if name not in unloaded}
@@ -148,7 +148,7 @@ def _check_folder(name: str, path: Path) -> AdapterLocation:
 
 
 def _locate_in_root(name: str, root: Path) -> AdapterLocation | None:
-    """None if the root has no such entry. One system call for a plain folder."""
+    """Return None if the root has no such entry. Makes one system call for a plain folder."""
     path = root / name
     try:
         mode = path.lstat().st_mode

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ _KEEP_USED_S = 300.0
 
 @dataclass(frozen=True)
 class RemoteAdapter:
-    """The entry file beside the files of a complete entry."""
+    """Content of the entry file, which makes an entry complete."""
 
     url: str
     revision: str
@@ -48,8 +49,8 @@ class RemoteCache:
 
     Args:
         root: its folder, made at first use. It must not contain anything else.
-        max_bytes: size of all entries. The least recently used ones are evicted.
-        max_adapter_bytes: size of one entry.
+        max_bytes: limit on the size of all entries. The least recently used ones are evicted.
+        max_adapter_bytes: limit on the size of one entry.
         on_download: called after each download with its URL, seconds and bytes.
         keep_used_s: entries used more recently are not evicted, because an engine may be reading them.
         open_folder: opens a URL.
@@ -78,43 +79,44 @@ class RemoteCache:
         """
         url, _, revision = source.partition("#")
         key = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
-        if revision and self._is_complete(key, revision):
-            return self._use(key, revision)
+        if revision and (found := self._use(key, revision)):
+            return found
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._locked(key):
-            if revision and self._is_complete(key, revision):  # another process has just downloaded it
-                return self._use(key, revision)
-            entry, downloaded = self._find_or_download(key, url)
+            if revision and (found := self._use(key, revision)):  # another process has just downloaded it
+                return found
+            fetched = self._find_or_download(key, url)
             self._evict()
-        if revision and entry.revision != revision:
+        if revision and fetched.revision != revision:
             raise InvalidAdapter(
-                url, [f"expected revision {revision}, which was loaded, got {entry.revision}. Load it again by name"]
+                url, [f"expected revision {revision}, which was loaded, got {fetched.revision}. Load it again by name"]
             )
-        return self._use(key, entry.revision, downloaded=downloaded)
+        return fetched
 
-    def _find_or_download(self, key: str, url: str) -> tuple[RemoteAdapter, bool]:
+    def _find_or_download(self, key: str, url: str) -> FetchedAdapter:
         began_s = time.monotonic()
         with translated_errors(url):
             remote = self._open_folder(url)
             marks = remote.marks()
         if _identify_content(marks):
             for entry in self._entries(key):
-                if entry.marks == _as_dicts(marks):
-                    return entry, False
+                if entry.marks == _as_dicts(marks) and (found := self._use(key, entry.revision)):
+                    return found
         entry = self._download(key, url, remote, marks)
         self._on_download(url, time.monotonic() - began_s, entry.bytes)
-        return entry, True
+        return FetchedAdapter(self._folder(key, entry.revision), entry.revision, downloaded=True)
 
     def _folder(self, key: str, revision: str) -> Path:
         return self._root / f"{key}-{revision}"
 
-    def _is_complete(self, key: str, revision: str) -> bool:
-        return (self._folder(key, revision) / _ENTRY_FILE).exists()
-
-    def _use(self, key: str, revision: str, *, downloaded: bool = False) -> FetchedAdapter:
+    def _use(self, key: str, revision: str) -> FetchedAdapter | None:
+        """Mark an entry as just used, which protects it from eviction. Returns None if it is not complete."""
         folder = self._folder(key, revision)
-        (folder / _ENTRY_FILE).touch()
-        return FetchedAdapter(folder, revision, downloaded)
+        try:
+            os.utime(folder / _ENTRY_FILE)
+        except FileNotFoundError:
+            return None
+        return FetchedAdapter(folder, revision, downloaded=False)
 
     def _entries(self, key: str) -> list[RemoteAdapter]:
         found = []
@@ -158,7 +160,7 @@ class RemoteCache:
         return part
 
     def _copy(self, url: str, remote: RemoteFolder, name: str, mark: FileMark, target: Path, other_bytes: int) -> int:
-        """Download the rest of a file; returns its size."""
+        """Download the rest of a file. Returns its size."""
         had = target.stat().st_size if target.exists() and mark.size is not None else 0
         with target.open("ab" if had else "wb") as file:
             for chunk in remote.read(name, had):

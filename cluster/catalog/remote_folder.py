@@ -31,7 +31,7 @@ class FileMark:
 
     @classmethod
     def of(cls, info: dict[str, Any]) -> "FileMark":
-        """Make a mark of the result of fsspec's `info`, whose keys depend on the file system."""
+        """Convert a result of fsspec's `info`, whose keys depend on the file system."""
         tag = str(info.get("ETag") or info.get("etag") or "").strip('"')
         others = (info.get(name) for name in ("blob_id", "crc32c", "LastModified", "Last-Modified", "mtime"))
         is_md5 = _MD5.fullmatch(tag) and "StorageClass" in info  # S3, for files that were not uploaded in parts
@@ -46,12 +46,12 @@ class RemoteFolder:
         self._chunk_bytes = chunk_bytes
 
     def marks(self) -> dict[str, FileMark]:
-        """Return the current mark of each file. Bypasses fsspec's caches."""
+        """Return the current mark of each file, not one cached by fsspec."""
         self._files.invalidate_cache()
         return {name: FileMark.of(self._files.info(f"{self._path}/{name}")) for name in FILES}
 
     def read(self, name: str, start: int) -> Iterator[bytes]:
-        """Read a file from byte `start` on, in chunks."""
+        """Yield the chunks of a file from byte `start` on."""
         with self._files.open(f"{self._path}/{name}", "rb") as file:
             file.seek(start)
             while chunk := file.read(self._chunk_bytes):
@@ -60,7 +60,7 @@ class RemoteFolder:
 
 @contextlib.contextmanager
 def translated_errors(url: str) -> Iterator[None]:
-    """Turns the exceptions of file systems, which differ between them, into RankletErrors."""
+    """Convert exceptions, which differ between file systems, to RankletErrors."""
     try:
         yield
     except RankletError:

@@ -1,4 +1,4 @@
-"""Resolves the location of an adapter to its current revision and its folder on this node, on threads."""
+"""Resolves the location of an adapter to its current revision and its folder on this node."""
 
 import asyncio
 import time
@@ -29,10 +29,10 @@ class ResolvedAdapter:
 
 
 class AdapterResolver:
-    """Checks folders and downloads remote adapters. Concurrent requests for an adapter share one check.
+    """Checks folders and downloads remote adapters, on threads. Concurrent requests for an adapter share one check.
 
     Args:
-        timeout_s: how long a request waits for an adapter that is not known yet.
+        timeout_s: how long a request waits for the first check of an adapter.
         clock: monotonic, in seconds.
     """
 
@@ -47,7 +47,7 @@ class AdapterResolver:
         self._download_threads = ThreadPoolExecutor(_DOWNLOAD_THREADS, thread_name_prefix="download")
 
     def invalidate(self, name: str) -> None:
-        """Check the adapter's files at its next request. The result of a running check goes only to its own waiters."""
+        """Forget the known revision. Only requests that already wait get the result of a running check."""
         for kept in (self._known, self._checks):
             for key in [key for key in kept if key[0] == name]:
                 del kept[key]
@@ -55,11 +55,11 @@ class AdapterResolver:
     async def resolve(self, name: str, source: str) -> ResolvedAdapter:
         """Return the adapter's current revision. Checks its files at most once a second.
 
-        While a disk or a remote source hangs, known adapters keep the revision of the last check.
+        While a disk or a remote source hangs, this returns the revision of the last check, if there was one.
 
         Raises:
             AdapterNotFound: the folder does not exist.
-            StillLoading: the adapter is not known yet, and its check exceeds `timeout_s`.
+            StillLoading: the first check exceeds `timeout_s`.
             RankletError: see `RemoteCache.fetch`.
         """
         key = name, source
@@ -79,12 +79,12 @@ class AdapterResolver:
         )
 
     def _start_check(self, key: _Key) -> "asyncio.Future[ResolvedAdapter]":
-        check, threads = (
-            (self._download, self._download_threads)
-            if is_remote(key[1])
-            else (self._check_folder, self._folder_threads)
-        )
-        future = self._checks[key] = asyncio.get_running_loop().run_in_executor(threads, check, *key)
+        loop = asyncio.get_running_loop()
+        if is_remote(key[1]):
+            future = loop.run_in_executor(self._download_threads, self._download, *key)
+        else:
+            future = loop.run_in_executor(self._folder_threads, self._check_folder, *key)
+        self._checks[key] = future
         future.add_done_callback(lambda done: self._finish_check(key, done))
         return future
 

@@ -4,17 +4,16 @@ from ranklet.replicas.errors import InvalidRequest
 
 
 def is_remote(source: str) -> bool:
-    """Return whether a source is a URL."""
     return "://" in source
 
 
 def pinned_revision(source: str) -> str:
-    """Return the revision after a URL's `#`, "" if there is none."""
+    """Return the revision in a URL, or "" if it has none."""
     return source.partition("#")[2]
 
 
 def check_url_allowed(url: str, allowed: tuple[str, ...]) -> None:
-    """Raises InvalidRequest unless `url` is below one of the prefixes `allowed`."""
+    """Raise InvalidRequest unless `url` is below one of the prefixes `allowed`."""
     has_tricks = any(part in url for part in ("..", "::", "#", "?", "%", "\\", "@", "\n"))
     is_below = any(url.startswith(prefix.rstrip("/") + "/") for prefix in allowed)
     if has_tricks or not is_below:

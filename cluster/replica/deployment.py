@@ -29,7 +29,7 @@ from ranklet.replicas.engine.request import Answer, AnswerSink
 from ranklet.replicas.errors import AdapterChanged, InternalError, RankletError
 from ranklet.replicas.process.process import EngineProcess
 from ranklet.routing.hint import RoutingHint
-from ranklet.routing.report import QueueLoad
+from ranklet.routing.report import RANK, QueueLoad
 
 _BLOCKING_THREADS = 8  # blocking calls of the engine, mostly loads, that run at the same time
 _RELEASE_POLL_S = 0.02
@@ -67,7 +67,7 @@ class Replica:
         )  # fmt: skip
 
     async def embed(self, call: InferenceCall[EmbedParams], hint: RoutingHint) -> InferenceReply[EmbedResult] | Refusal:
-        """Compute the vectors of a call. Cancellation drops prompts that have not reached the device.
+        """Compute the vectors of a call. Cancellation drops the prompts that have not reached the device.
 
         Args:
             hint: read by the router only.
@@ -94,7 +94,7 @@ class Replica:
         return self._reply(outcome, resolved, load)
 
     async def load(self, name: str, source: str, pins: tuple[str, ...], hint: RoutingHint) -> AdapterInfo | Refusal:
-        """Verify an adapter and load it into a slot. From now on, only the adapters in `pins` are pinned."""
+        """Verify an adapter and load it into a slot. Afterwards, only the adapters in `pins` are pinned."""
         try:
             await self._on_thread(self._engine.pin, pins)
             self._resolver.invalidate(name)
@@ -103,7 +103,11 @@ class Replica:
             return Refusal.of(error, self._id, name, None)
 
     async def release(self, name: str, keep: str | None, timeout_s: float) -> bool:
-        """Free all revisions of an adapter except `keep`. Returns whether all are free within `timeout_s`."""
+        """Free the slots of all revisions of an adapter except `keep`.
+
+        Returns:
+            Whether they were freed within `timeout_s`. If not, the release continues in the background.
+        """
         self._resolver.invalidate(name)
         if await self._release_within(name, keep, timeout_s):
             return True
@@ -125,7 +129,7 @@ class Replica:
             await self._release_within(name, keep, _RELEASE_RETRY_S)
 
     async def pin(self, pins: dict[str, str]) -> None:
-        """Keep these adapters, given by name and source, in slots. Loads those that are in none."""
+        """Pin these adapters, given by name and source, and load those that have no slot."""
         try:
             await self._on_thread(self._engine.pin, tuple(pins))
         except RankletError as error:
@@ -134,11 +138,10 @@ class Replica:
             self._spawn(self._preload(name, source))
 
     async def report(self) -> tuple[str, list[AdapterReport]]:
-        """Return this replica's id and the adapters that it holds."""
         return self._id, await self._on_thread(self._engine.report)
 
     async def prefetch(self, name: str, source: str, hint: RoutingHint) -> None:
-        """Load an adapter ahead of its requests if a slot is spare. Returns at once."""
+        """Start to load an adapter ahead of its requests, if a slot is spare."""
         self._spawn(self._prefetch(name, source))
 
     async def _prefetch(self, name: str, source: str) -> None:
@@ -156,7 +159,7 @@ class Replica:
     async def _use(
         self, location: AdapterLocation, use: Callable[[AdapterRef], Awaitable[T]]
     ) -> tuple[ResolvedAdapter, T]:
-        """Call `use` with the adapter's current revision, again if its files turn out to have changed.
+        """Call `use` with the adapter's current revision. Call it again if the files change in the meantime.
 
         Raises:
             UnknownModel: another revision was requested.
@@ -215,10 +218,7 @@ class Replica:
         )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Load the adapters of `user_config: {adapters: ...}` ahead of their first request.
-
-        Errors are logged; a request for an adapter that cannot be loaded gets its error.
-        """
+        """Load the adapters of `user_config: {adapters: ...}` ahead of their first request. Errors are logged."""
         for name, path in AdapterList.model_validate(user_config).adapters.items():
             self._spawn(self._preload(name, str(path.absolute())))
 
@@ -247,8 +247,8 @@ class Replica:
         return {BUSY: self._state.busy(), WAIT_S: self._state.wait_s()}
 
     async def record_replica_metadata(self) -> dict[str, Any]:
-        """Called by Serve. A replacement of this replica gets the same rank."""
-        return {"rank": self._rank}
+        """Called by Serve, which passes the result to routers. A replacement of this replica gets the same rank."""
+        return {RANK: self._rank}
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces the replica after three failures in a row."""

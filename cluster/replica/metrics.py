@@ -18,7 +18,7 @@ _ADAPTERS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class ReplicaMetrics(Listener):
-    """Turns an engine's records into metrics."""
+    """Converts an engine's records to metrics."""
 
     def __init__(self, top_adapters: int) -> None:
         self.registry = CollectorRegistry()
@@ -39,11 +39,7 @@ class ReplicaMetrics(Listener):
         self.tier_hits = counter("ranklet_tier_hits_total", "Requests by the tier that held their adapter", ["tier"])
         self.loads = counter("ranklet_adapter_loads_total", "Loads of an adapter into a slot", ["tier", "outcome"])
         for tier in ("disk", "host"):  # a rate misses the first event of a series that does not start at 0
-            for outcome in (
-                "loaded",
-                "refused",
-                "changed",
-            ):
+            for outcome in ("loaded", "refused", "changed"):
                 self.loads.labels(tier, outcome)
         self.load_seconds = latency("ranklet_adapter_load_seconds", "Duration of a load", ["tier"])
         self.fetches = latency("ranklet_source_fetch_seconds", "Duration of a download into the node's cache")
@@ -87,7 +83,7 @@ class ReplicaMetrics(Listener):
         self.cancelled_prompts.inc(prompts)
 
     def watch(self, snapshot: Callable[[], Snapshot], pid: int) -> None:
-        """Export gauges of the engine, read at each scrape, and the resources of its process."""
+        """Export gauges that are read from the engine at each scrape, and the resource usage of the process `pid`."""
         self.registry.register(_EngineGauges(snapshot, self.ranks, self.labels))
         ProcessCollector(namespace="ranklet_engine", pid=lambda: pid, registry=self.registry)
 

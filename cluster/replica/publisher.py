@@ -12,7 +12,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class StatePublisher:
-    """A task on the replica's event loop, whose clock sets the pace.
+    """Sends state reports from the replica's event loop.
 
     Changes within the shortest interval between two reports are merged into one report. Sending takes about 0.45 ms of
     the event loop for each gateway (Ray 2.60), so reports at the shortest interval take up to 9 % of its time.
@@ -20,8 +20,8 @@ class StatePublisher:
     Args:
         state: source of the reports; it wakes the publisher.
         send: sends a report to all gateways and returns the ids of those that it reached.
-        is_responsive: whether the engine responds. While it does not, nothing is sent, so that the gateways take the
-            replica for hung.
+        is_responsive: whether the engine responds. While it does not, no reports are sent, so that the gateways
+            consider the replica hung.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class StatePublisher:
         if self._state.holdings_number != self._sent_holdings:
             return True
         answers = self._state.loads_sent - self._sent_loads
-        # Each answer carries the load as well: with as many answers as gateways, most of them have it already.
+        # Each answer to a gateway contains the load too: after as many answers as gateways, most of them have it.
         return self._state.level() != self._sent_level and answers < len(self._gateways)
 
     async def _publish(self) -> None:

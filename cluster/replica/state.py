@@ -1,4 +1,4 @@
-"""The queue, the speed and the adapters of one replica, as gateways need them."""
+"""The queue, the speed and the adapters of one replica, which it reports to gateways."""
 
 import threading
 import time
@@ -12,12 +12,12 @@ from ranklet.routing.report import Holdings, QueueLoad, StateReport, wait_level
 
 _SPEED_WINDOW = 500_000  # work
 _LOADS_WINDOW = 8  # loads
-_MAX_SENDERS = 1024  # the gateways that called most recently; the work of others is forgotten
+_MAX_SENDERS = 1024  # gateways whose work is counted: those that called most recently
 
 
 @dataclass
 class _RunningMean:
-    """Mean of the recent values, by weight. Values older than about `window` of weight fade."""
+    """Weighted mean of the recent values, which have a total weight of about `window`."""
 
     window: float
     value: float = 0.0
@@ -34,8 +34,8 @@ class ReplicaState(Listener):
     Work is in prefill-equivalent tokens, as in `ranklet.routing.report`.
 
     Args:
-        replica: its id.
-        slots, pool_rank: of its engine.
+        replica: id of the replica.
+        slots, pool_rank: of the engine.
         clock: monotonic, in seconds.
         wall_clock: Unix time; readers on other machines compare it with their own.
     """
@@ -60,7 +60,7 @@ class ReplicaState(Listener):
         self._lock = threading.Lock()
 
     def subscribe(self, on_change: Callable[[], None]) -> None:
-        """Call `on_change`, on any thread, whenever the held adapters or the level of the wait have changed."""
+        """Call `on_change`, on any thread, whenever the held adapters or the level of the wait change."""
         self._on_change = on_change
 
     def call_arrived(self, sender: str, work: int) -> None:
@@ -72,7 +72,7 @@ class ReplicaState(Listener):
         self._notice_level()
 
     def call_finished(self, work: int) -> None:
-        """Take an answered, refused or cancelled call out of the queue."""
+        """Remove an answered, refused or cancelled call from the queue."""
         with self._lock:
             self._queued_work -= work
             self._done_work += work
@@ -107,7 +107,7 @@ class ReplicaState(Listener):
 
     @property
     def loads_sent(self) -> int:
-        """Number of loads given out, with answers and in reports."""
+        """Number of queue loads that were sent with answers and reports."""
         return self._loads_sent
 
     def wait_s(self) -> float:
@@ -125,7 +125,7 @@ class ReplicaState(Listener):
         return min((busy_s - last_busy_s) / (now_s - last_s), 1.0) if now_s > last_s else 0.0
 
     def load_for(self, sender: str) -> QueueLoad:
-        """Return the load to send back with an answer to this sender."""
+        """Return the queue load to send with an answer to a gateway."""
         with self._lock:
             return self._next_load(self._received_work.get(sender, 0))
 

@@ -35,7 +35,7 @@ class SimulatedRequest:
 
 @dataclass(slots=True)
 class SimulatedEngine:
-    """One replica. The simulator passes the time and calls the methods at the times that they return.
+    """One replica. Its methods get the simulated time and return durations, for which the simulator waits.
 
     Attributes:
         max_hosted: adapters in the host cache.
@@ -75,7 +75,7 @@ class SimulatedEngine:
             request.hit = request.adapter in self.resident
 
     def start_loads(self) -> list[tuple[str, float]]:
-        """Starts loads for the queue, oldest first. Returns each adapter and the duration of its load."""
+        """Start loads for the queue, oldest first. Returns each adapter and the duration of its load."""
         started: list[tuple[str, float]] = []
         for name in self.waiting:
             if len(self.loading) >= self.speed.readers:
@@ -87,7 +87,7 @@ class SimulatedEngine:
         return started
 
     def prefetch(self, name: str, now_s: float) -> list[tuple[str, float]]:
-        """Starts a load ahead of requests, unless it would evict an adapter in use. Returns as `start_loads`."""
+        """Start a load ahead of requests, unless it would evict an adapter in use. Returns as `start_loads`."""
         if name in self.resident or name in self.loading or len(self.loading) >= self.speed.readers:
             return []
         has_slot = self._reserve_slot(
@@ -112,7 +112,7 @@ class SimulatedEngine:
         return True
 
     def used_slots(self, now_s: float) -> int:
-        """See `Holdings.used_slots`."""
+        """Return `Holdings.used_slots`."""
         recent = sum(now_s - used_s < self.recently_used_s for used_s in self.resident.values())
         return len(self.loading) + recent
 
@@ -126,7 +126,7 @@ class SimulatedEngine:
             self.hosted.popitem(last=False)
 
     def start_batch(self, now_s: float) -> float | None:
-        """Starts the next batch. Returns its duration, or None if a batch is running or no request can run."""
+        """Start the next batch. Returns its duration, or None if a batch is running or no request can run."""
         if self.running or not self.queue:
             return None
         batch, tokens = self._next_batch()
@@ -142,7 +142,7 @@ class SimulatedEngine:
         return batch_s
 
     def _next_batch(self) -> tuple[list[SimulatedRequest], int]:
-        """Takes the oldest requests that can run out of the queue; their tokens."""
+        """Remove the oldest requests that can run from the queue. Returns them and their tokens."""
         batch: list[SimulatedRequest] = []
         skipped: list[SimulatedRequest] = []
         tokens = 0

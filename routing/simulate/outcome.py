@@ -13,7 +13,7 @@ class SimulationResult:
     """One rule's run.
 
     Attributes:
-        warm_s: requests that arrived before count in `by_second` only.
+        warm_s: requests that arrived before this time count only in `by_second`.
         arrived_s, wait_s, hit: of each request.
         busy_s: of each replica, after the warm-up.
         loads: after the warm-up.
@@ -54,7 +54,7 @@ class SimulationResult:
         return np.frombuffer(self.wait_s, np.float32)[counted], np.frombuffer(self.hit, np.uint8)[counted]
 
     def by_second(self) -> list[tuple[int, float, float]]:
-        """For each second of arrival: the second, the p99 of the wait in seconds, the hit rate."""
+        """Return for each second of arrival: the second, the p99 of the wait in seconds, the hit rate."""
         arrived = np.frombuffer(self.arrived_s, np.float64).astype(int)
         waits, hits = np.frombuffer(self.wait_s, np.float32), np.frombuffer(self.hit, np.uint8)
         return [

@@ -16,14 +16,14 @@ _MULTIPLEX_SAMPLE = 64
 
 
 class Rule(Protocol):
-    """How the gateways choose a replica."""
+    """A rule by which the gateways choose a replica."""
 
     def choose(self, request: SimulatedRequest, now_s: float) -> tuple[int, Sequence[int]]:
-        """Returns the rank of the replica for a request, and of replicas that should prefetch its adapter."""
+        """Return the rank of the replica for a request, and of replicas that should prefetch its adapter."""
         ...
 
     def set_replicas(self, engines: Sequence[SimulatedEngine | None], now_s: float) -> None:
-        """Sets the replicas by rank; None where there is none."""
+        """Set the replicas by rank; None where there is none."""
         ...
 
 
@@ -55,7 +55,7 @@ class RankletRule:
         return self._ranks[choice.order[0]], [int(replica[1:]) for replica in choice.prefetch]
 
     def complete(self, request: SimulatedRequest, rank: int | None, load: QueueLoad | None, now_s: float) -> None:
-        """Handles an answer from the replica of this rank; with None, the replica is lost."""
+        """Handle an answer from the replica of this rank; with None, the replica is lost."""
         self._now_s = now_s
         self._routers[request.gateway].complete(request.id, None if rank is None else f"r{rank}", load)
 
@@ -73,7 +73,7 @@ class LeastSeen(RankletRule):
 
 
 class _GlobalRule:
-    """A rule that reads the replicas' queues directly."""
+    """A rule that reads every replica's queue without delay."""
 
     def __init__(self, seed: int = 0) -> None:
         self._engines: Sequence[SimulatedEngine | None] = ()

@@ -1,6 +1,6 @@
 """Discrete-event simulation of replicas and gateways with the real routing policy.
 
-Requests reach their replica after 0.5 ms and answers reach their gateway at once. Reports take `REPORT_DELAY_S`; a
+Requests reach their replica after 0.5 ms and answers reach their gateway at once. Reports take 5 ms. A
 replica sends one after a change, at the intervals of a real replica.
 """
 
@@ -18,8 +18,8 @@ from ranklet.routing.simulate.outcome import SimulationResult
 from ranklet.routing.simulate.rules import RankletRule, Rule
 from ranklet.routing.simulate.traffic import Traffic
 
-REPORT_DELAY_S = 0.005
-TAIL_S = 60.0  # simulated after the last arrival
+_REPORT_DELAY_S = 0.005
+_TAIL_S = 60.0  # simulated after the last arrival
 _REQUEST_DELAY_S = 0.0005
 _POOL_RANK = 64
 _PROGRESS_S = 0.5
@@ -32,12 +32,12 @@ class SimulatedCluster:
     """The cluster, and the events that change it.
 
     Attributes:
-        recently_used_s: see `SimulatedEngine`. A setting, because real replicas own the value and routing does not
-            import them: the caller passes theirs.
+        recently_used_s: see `SimulatedEngine`. The caller passes the value of real replicas, which this room does not
+            import.
         hosted: adapters in a replica's host cache.
         lose, join: (second, ranks) of replicas that die, and of replicas that start without adapters.
         late_s: additional delay of reports.
-        warm_s: results before are not counted.
+        warm_s: results before this time are not counted.
     """
 
     replicas: int
@@ -80,7 +80,7 @@ class Simulator:
         return SimulatedEngine(cluster.slots, cluster.hosted, cluster.speed, cluster.recently_used_s)
 
     def run(self, on_progress: Callable[[float], None] = lambda now_s: None) -> SimulationResult:
-        """Runs the simulation; `on_progress` is called with the simulated time."""
+        """Run the simulation. Calls `on_progress` with the simulated time."""
         self._rule.set_replicas(self._engines, 0.0)
         for change, apply in ((self._cluster.lose, self._lose), (self._cluster.join, self._join)):
             if change:
@@ -102,19 +102,19 @@ class Simulator:
         return self._result
 
     def _totals(self) -> tuple[list[float], int]:
-        """Busy seconds of each rank, and all loads so far, dead replicas included."""
+        """Return the busy seconds of each rank and all loads so far, including those of dead replicas."""
         busy_s = [sum(engine.busy_s for engine in engines) for engines in self._all_engines]
         return busy_s, sum(engine.loads for engines in self._all_engines for engine in engines)
 
     def _add_unfinished(self) -> None:
-        end_s = self._seconds + TAIL_S
+        end_s = self._seconds + _TAIL_S
         for engine in filter(None, self._engines):
             for request in (*engine.running, *engine.queue):
                 self._result.unfinished += 1
                 self._result.add_request(request.arrived_s, end_s - request.arrived_s, request.hit)
 
     def _events(self) -> Iterator[tuple[float, _Event]]:
-        """Events in order of time. Arrivals are drawn only when they are next."""
+        """Yield the events in order of time. Arrivals are drawn only when they are next."""
         ids = itertools.count()
         arrival = next(self._requests, None)
         while arrival is not None or self._calendar:
@@ -126,7 +126,7 @@ class Simulator:
                 yield at_s, partial(self._send, request=request)
             else:
                 at_s, _, event = heapq.heappop(self._calendar)
-                if at_s <= self._seconds + TAIL_S:
+                if at_s <= self._seconds + _TAIL_S:
                     yield at_s, event
 
     def _schedule(self, at_s: float, event: _Event) -> None:
@@ -193,7 +193,7 @@ class Simulator:
         return QueueLoad(number, engine.queued_tokens, engine.speed.tokens_per_s, engine.done_tokens, received)
 
     def _schedule_report(self, now_s: float, rank: int, engine: SimulatedEngine) -> None:
-        """Schedules a report if something has changed since the last one, no earlier than its interval allows."""
+        """Schedule a report if something has changed since the last one, no earlier than its interval allows."""
         if rank in self._reporting:
             return
         changes, level, last_s = self._last_reports.get(rank, (-1, 0, -report.REPORT_INTERVAL_S))
@@ -213,7 +213,7 @@ class Simulator:
         )  # fmt: skip
         received = {str(gateway): tokens for gateway, tokens in engine.received_tokens.items()}
         sent = StateReport(f"r{rank}", self._load(engine, -1), holdings, self._gateways, received)
-        delay_s = REPORT_DELAY_S + self._cluster.late_s
+        delay_s = _REPORT_DELAY_S + self._cluster.late_s
         deliver = partial(self._deliver_report, rank=rank, engine=engine, sent=sent, age_s=delay_s)
         self._schedule(now_s + delay_s, deliver)
 

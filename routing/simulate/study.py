@@ -35,12 +35,12 @@ class Study:
         return Simulator(self.cluster, made, self.traffic, rule).run()
 
     def run_all(self, names: list[str], workers: int) -> Iterator[SimulationResult]:
-        """Simulates rules in processes of their own. Yields each result as soon as it is ready."""
+        """Simulate each rule in a process of its own. Yields each result as soon as it is ready."""
         with ProcessPoolExecutor(min(workers, len(names))) as pool:
             for done in as_completed([pool.submit(self.run, name) for name in names]):
                 yield done.result()
 
 
 def rate_for(load: float, cluster: SimulatedCluster, tokens: int) -> float:
-    """Requests per second that keep the replicas busy for a fraction `load` of the time, in large batches."""
+    """Return the requests per second that keep replicas busy for a fraction `load` of the time, in large batches."""
     return load * cluster.replicas * cluster.speed.tokens_per_s / tokens

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 _CHUNK = 65_536  # requests drawn at once
-SIGMA = 0.5  # standard deviation of the logarithm of a prompt's length
-FLASH_RAMP_S = 1.0
+_SIGMA = 0.5  # standard deviation of the logarithm of a prompt's length
+_FLASH_RAMP_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Traffic:
         rate: requests per second.
         zipf: exponent of the adapters' shares; 0 is uniform.
         tokens: mean length of a prompt.
-        flash_s: time of a flash crowd: within a second, one adapter of the middle gets `flash_share` of the traffic.
+        flash_s: time of a flash crowd. Within a second, the adapter of middle rank gets `flash_share` of the traffic.
     """
 
     rate: float
@@ -31,20 +31,20 @@ class Traffic:
     seed: int = 0
 
     def draw(self) -> Iterator[tuple[float, str, int]]:
-        """Yields (time, adapter, tokens) in order of time."""
+        """Yield (time, adapter, tokens) in order of time."""
         rng = np.random.default_rng(self.seed)
         weights = np.arange(1, self.adapters + 1, dtype=float) ** -self.zipf
         edges = np.cumsum(weights / weights.sum())
         names = [f"a{i}" for i in range(self.adapters)]
-        mu = np.log(self.tokens) - SIGMA**2 / 2
+        mu = np.log(self.tokens) - _SIGMA**2 / 2
         now_s = 0.0
         while True:
             times = now_s + np.cumsum(rng.exponential(1 / self.rate, _CHUNK))
             drawn = np.minimum(np.searchsorted(edges, rng.random(_CHUNK)), self.adapters - 1)
             if self.flash_s is not None:
-                share = self.flash_share * np.clip((times - self.flash_s) / FLASH_RAMP_S, 0, 1)
+                share = self.flash_share * np.clip((times - self.flash_s) / _FLASH_RAMP_S, 0, 1)
                 drawn = np.where(rng.random(_CHUNK) < share, self.adapters // 2, drawn)
-            lengths = np.clip(rng.lognormal(mu, SIGMA, _CHUNK), 1, 4 * self.tokens).astype(int)
+            lengths = np.clip(rng.lognormal(mu, _SIGMA, _CHUNK), 1, 4 * self.tokens).astype(int)
             for at_s, which, length in zip(times.tolist(), drawn.tolist(), lengths.tolist(), strict=True):
                 if at_s > self.seconds:
                     return

@@ -1,6 +1,7 @@
 """Remote adapters are downloaded from a real S3 server and over HTTP: once, completely, within the size limits."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -152,6 +153,17 @@ def test_the_least_recently_used_entries_are_evicted(s3: S3Bucket, adapters_dir:
     cache.fetch(urls[2])
     assert [found.folder.exists() for found in (first, second, third)] == [True, False, True]
     assert cache.fetch(f"{urls[1]}#{second.revision}").downloaded
+
+
+def test_an_entry_is_not_evicted_by_the_request_that_finds_it(s3: S3Bucket, adapters_dir: Path, tmp_path: Path) -> None:
+    url = s3.put(adapters_dir / "legal-v2", "found")
+    first = Cache(tmp_path / "cache").fetch(url)
+    for file in first.folder.iterdir():
+        os.utime(file, (0, 0))  # last used long ago
+    small = Cache(tmp_path / "cache", max_bytes=0)
+    assert small.fetch(url).folder == first.folder
+    assert same(first.folder, adapters_dir / "legal-v2")
+    assert small.downloads == []
 
 
 def test_adapters_are_downloaded_over_http(adapters_dir: Path, tmp_path: Path) -> None:
