@@ -4,11 +4,11 @@ Letters: S slots, R the pool's rank (a multiple of 16), K input width, N output 
 contiguous row, and `load` writes all of it: nothing of the previous adapter remains beside one of a smaller rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,9 +29,6 @@ class SlotContents:
     """Modules that the adapter in a slot targets. Each load makes a new object, and objects compare by identity."""
 
     modules: frozenset[Module]
-
-
-_EMPTY = SlotContents(frozenset())
 
 
 @dataclass
@@ -56,19 +53,61 @@ class AdapterPool:
 
     def __post_init__(self) -> None:
         self.rank = padded_rank(self.max_rank)
-        self._stacks: dict[tuple[int, str], LinearStack] = {}
+        self._packs = [pack for pack, names in PACKS.items() if set(names) & set(self.modules)]
+        self._where = [(layer, pack) for layer in range(self.architecture.layers) for pack in self._packs]
+        if EMBED_TOKENS in self.modules:
+            self._where.append((EMBEDDING, EMBED_TOKENS))
         self._destinations: dict[tuple[Module, str], Destination] = {}
         self._tables: WeakKeyDictionary[PackedLayout, Tensor] = WeakKeyDictionary()
-        self.contents = [_EMPTY] * self.slots
-        self._data = torch.zeros((self.slots, self._slot_elements()), dtype=self.dtype, device=self.device)
-        slices = (self.slots, self._slot_slices())
+        self.contents = [SlotContents(frozenset())] * self.slots
+        self._data = torch.zeros((self.slots, self._place_matrices()), dtype=self.dtype, device=self.device)
+        slices = (self.slots, sum(len(PARTS[part]) for _, part in self._where))
         self._ranks = torch.zeros(slices, dtype=torch.int32, device=self.device)
         self._scalings = torch.zeros(slices, dtype=torch.float32, device=self.device)
+        self._stacks: dict[tuple[int, str], LinearStack] = {}
         self._make_stacks()
+        self.layers = [
+            Stacks(**{pack: self._stacks[layer, pack] for pack in self._packs})
+            for layer in range(self.architecture.layers)
+        ]
         self._parts: dict[tuple[int, str], LinearStack | EmbeddingStack] = {**self._stacks}
         if self.embedding is not None:
             self._parts[EMBEDDING, EMBED_TOKENS] = self.embedding
         self._stream: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def _place_matrices(self) -> int:
+        """Place every matrix in a slot. Returns the slot's size in elements."""
+        offset = 0
+        for layer, part in self._where:
+            for side, name in product("ab", PARTS[part]):
+                wide, out = self._dims(name)
+                a = (wide, self.rank) if layer == EMBEDDING else (self.rank, wide)
+                rows, columns = a if side == "a" else (out, self.rank)
+                self._destinations[(layer, name), side] = Destination(offset, rows, columns)
+                offset += rows * columns
+        return offset
+
+    def _dims(self, name: str) -> tuple[int, int]:
+        shape = self.architecture
+        return (shape.vocab, shape.hidden) if name == EMBED_TOKENS else shape.module_dims()[name]
+
+    def _make_stacks(self) -> None:
+        end = 0
+        for layer, part in self._where:
+            start, end = end, end + len(PARTS[part])
+            a, b = self._matrices(layer, part, "a"), self._matrices(layer, part, "b")
+            ranks, scalings = self._ranks[:, start:end], self._scalings[:, start:end]
+            if layer == EMBEDDING:
+                self.embedding = EmbeddingStack(a, b, ranks, scalings)
+            else:
+                widths = tuple(self._dims(name)[1] for name in PARTS[part])
+                self._stacks[layer, part] = LinearStack(a, b, widths, ranks, scalings)
+
+    def _matrices(self, layer: int, part: str, side: str) -> Tensor:
+        """View one side of a part in every slot as a matrix: [S, rows, columns]."""
+        places = [self._destinations[(layer, name), side] for name in PARTS[part]]
+        begin, rows, columns = places[0].at, sum(place.rows for place in places), places[0].columns
+        return self._data[:, begin : begin + rows * columns].view(self.slots, rows, columns)
 
     @property
     def nbytes(self) -> int:
@@ -77,11 +116,11 @@ class AdapterPool:
     @property
     def projections(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """Input width and output widths of the slices, for each projection of a layer that has slots."""
-        return tuple(self._pack_shape(names) for names in self._packs().values())
+        return tuple((stack.a.shape[2], stack.widths) for stack in self.stacks_of_one_layer())
 
     def stacks_of_one_layer(self) -> list[LinearStack]:
-        """The first layer's stack of each projection."""
-        return [self._stacks[0, pack] for pack in self._packs()]
+        """Return the first layer's stack of each projection."""
+        return [self._stacks[0, pack] for pack in self._packs]
 
     def ranks(self, slot: int) -> dict[Module, int]:
         """The rank of each module that the slot's adapter targets."""
@@ -92,81 +131,22 @@ class AdapterPool:
             if rank
         }
 
-    def _packs(self) -> dict[str, tuple[str, ...]]:
-        return {pack: names for pack, names in PACKS.items() if set(names) & set(self.modules)}
-
-    def _pack_shape(self, names: tuple[str, ...]) -> tuple[int, tuple[int, ...]]:
-        dims = [self.architecture.module_dims()[name] for name in names]
-        return dims[0][0], tuple(out for _, out in dims)
-
-    def _slot_elements(self) -> int:
-        shape, total = self.architecture, 0
-        for names in self._packs().values():
-            wide, widths = self._pack_shape(names)
-            total += self.rank * (len(widths) * wide + sum(widths)) * shape.layers
-        return total + (self.rank * (shape.vocab + shape.hidden) if EMBED_TOKENS in self.modules else 0)
-
-    def _slot_slices(self) -> int:
-        slices = sum(len(names) for names in self._packs().values()) * self.architecture.layers
-        return slices + (EMBED_TOKENS in self.modules)
-
-    def _matrices(self, offset: int, rows: int, columns: int) -> Tensor:
-        """View the same part of every slot as a matrix: [S, rows, columns]."""
-        return self._data[:, offset : offset + rows * columns].view(self.slots, rows, columns)
-
-    def _make_stacks(self) -> None:
-        offset = column = 0
-
-        def metadata(slices: int) -> tuple[Tensor, Tensor]:
-            nonlocal column
-            start, column = column, column + slices
-            return self._ranks[:, start:column], self._scalings[:, start:column]
-
-        for layer in range(self.architecture.layers):
-            for pack_name, names in self._packs().items():
-                wide, widths = self._pack_shape(names)
-                for name in names:
-                    self._destinations[(layer, name), "a"] = Destination(offset, self.rank, wide)
-                    offset += self.rank * wide
-                for name, width in zip(names, widths, strict=True):
-                    self._destinations[(layer, name), "b"] = Destination(offset, width, self.rank)
-                    offset += width * self.rank
-                a = self._matrices(self._destinations[(layer, names[0]), "a"].at, len(names) * self.rank, wide)
-                b = self._matrices(self._destinations[(layer, names[0]), "b"].at, sum(widths), self.rank)
-                self._stacks[layer, pack_name] = LinearStack(a, b, widths, *metadata(len(widths)))
-        self.layers = [
-            Stacks(**{name: self._stacks[layer, name] for name in self._packs()})
-            for layer in range(self.architecture.layers)
-        ]
-        if EMBED_TOKENS in self.modules:
-            module, vocab, hidden = (EMBEDDING, EMBED_TOKENS), self.architecture.vocab, self.architecture.hidden
-            self._destinations[module, "a"] = Destination(offset, vocab, self.rank)
-            self._destinations[module, "b"] = Destination(offset + vocab * self.rank, hidden, self.rank)
-            a, b = (self._matrices(*self._destinations[module, side][:3]) for side in "ab")
-            self.embedding = EmbeddingStack(a, b, *metadata(1))
-
     @contextmanager
     def placeholder_adapters(self) -> Iterator[None]:
         """Within the context every slot holds an adapter of zeros with full rank on every module.
 
         For the launches of a warm-up, before the first `load`.
         """
-        metas = [stack.meta for stack in self._parts.values()]
-        before = [list(meta) for meta in metas]
-        for meta in metas:
-            meta[:] = [SlotMeta((self.rank,) * len(each.ranks), (1.0,) * len(each.ranks)) for each in meta]
-        modules = frozenset((layer, name) for layer, pack in self._stacks for name in PACKS[pack])
-        self.contents = [SlotContents(modules) for _ in range(self.slots)]
-        self._ranks.fill_(self.rank)
-        self._scalings.fill_(1.0)
+        sizes = {where: len(PARTS[where[1]]) for where in self._where}
+        metas = {where: SlotMeta((self.rank,) * size, (1.0,) * size) for where, size in sizes.items()}
+        modules = frozenset(module for module, _ in self._destinations)
+        for slot in range(self.slots):
+            self._describe(slot, metas, modules)
         try:
             yield
         finally:
-            for meta, was in zip(metas, before, strict=True):
-                meta[:] = was
-            self.contents = [_EMPTY] * self.slots
-            self._ranks.zero_()
-            self._scalings.zero_()
+            for slot in range(self.slots):
+                self._describe(slot, {}, frozenset())
 
     def load(self, slot: int, packed: PackedAdapter) -> None:
         """Copy an adapter into a slot that no batch uses; blocks until the copy is complete.
@@ -197,8 +177,7 @@ class AdapterPool:
                 into = self._destinations[piece.module, piece.side]
                 matrix = data[into.at : into.at + into.rows * into.columns].view(into.rows, into.columns)
                 matrix[: piece.shape[0], : piece.shape[1]] = piece.view(flat)
-        self._describe(slot, packed)
-        self.contents[slot] = SlotContents(layout.modules)
+        self._describe(slot, packed.metas, layout.modules)
 
     def _filled_destinations(self, layout: PackedLayout) -> list[Destination]:
         """All matrices of a slot, each with the adapter's matrix that is copied into it."""
@@ -208,13 +187,15 @@ class AdapterPool:
             filled[piece.module, piece.side] = Destination(*into[:3], piece.offset, *piece.shape, *piece.strides)
         return list(filled.values())
 
-    def _describe(self, slot: int, packed: PackedAdapter) -> None:
+    def _describe(self, slot: int, metas: Mapping[tuple[int, str], SlotMeta], modules: frozenset[Module]) -> None:
+        """Set the ranks, scalings and modules of a slot; a part without metadata has rank 0."""
         for where, stack in self._parts.items():
-            stack.meta[slot] = packed.metas.get(where) or _empty_meta(len(stack.meta[slot].ranks))
-        metas = [stack.meta[slot] for stack in self._parts.values()]
+            stack.meta[slot] = metas.get(where) or _empty_meta(len(stack.meta[slot].ranks))
+        written = [stack.meta[slot] for stack in self._parts.values()]
         # One copy for all projections: the metadata of each stack is a view of some columns.
-        self._ranks[slot] = torch.tensor([*chain(*(meta.ranks for meta in metas))], dtype=torch.int32)
-        self._scalings[slot] = torch.tensor([*chain(*(meta.scalings for meta in metas))])
+        self._ranks[slot] = torch.tensor([*chain(*(meta.ranks for meta in written))], dtype=torch.int32)
+        self._scalings[slot] = torch.tensor([*chain(*(meta.scalings for meta in written))])
+        self.contents[slot] = SlotContents(modules)
 
 
 @cache

@@ -89,19 +89,14 @@ class SlotTable:
                     found = slot
         return found
 
-    def retire(self, keep: Collection[AdapterRef] = ()) -> bool:
-        """Retire the least recently used slot that may be evicted, unless a slot is retiring or loading already.
-
-        Returns:
-            Whether a slot is retiring or loading now.
-        """
-        if any(slot.retiring or (slot.key is not None and not slot.ready) for slot in self._slots):
-            return True
+    def retire(self, keep: Collection[AdapterRef] = ()) -> None:
+        """Retire the least recently used slot that may be evicted, unless a slot is retiring or loading already."""
+        if any(slot.retiring or not slot.ready for slot in self._by_key.values()):
+            return
         for key, slot in self._by_key.items():
-            if slot.ready and key.name not in self.pinned and key not in keep:
+            if key.name not in self.pinned and key not in keep:
                 slot.retiring = True
-                return True
-        return False
+                return
 
     def revive(self, key: AdapterRef) -> None:
         """Undo `retire`, if the adapter has a slot."""

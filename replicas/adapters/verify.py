@@ -6,7 +6,7 @@ half of itself. Both are findings; all findings are reported together.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,13 +107,13 @@ def _verify(
     if settings is None or stored is None:
         return None
     try:
-        pairs = yield from _match(path, stored, expected)
+        pairs = yield from _match(path, stored, names.keys(), expected.embedding)
         yield from _check_targets(pairs, names, settings, expected)
         sound: Pairs = {}
         for module, sides in pairs.items():
             if (yield from _check_pair(module, names[module], sides, settings, expected)):
                 sound[module] = sides
-        adapter = _read(ref, path, sound, names, settings, expected, allocate)
+        adapter = _read(ref, path, sound, names, settings, expected.embedding.dtype, allocate)
     except UnreadableWeightsError as error:
         yield str(error)
         return None
@@ -122,23 +122,21 @@ def _verify(
 
 
 def _read_header(path: Path) -> Checked[list[StoredTensor] | None]:
+    if not path.is_file():
+        yield _missing_weights(path)
+        return None
     try:
-        _check_present(path)
         return read_header(path)
     except UnreadableWeightsError as error:
         yield str(error)
         return None
 
 
-def _check_present(path: Path) -> None:
-    if path.is_file():
-        return
+def _missing_weights(path: Path) -> str:
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in path.parent.glob(pattern))
     if pickles:
-        raise UnreadableWeightsError(
-            f"{shorten(pickles[0])}: pickle is never read; expected {path.name} (PEFT: safe_serialization=True)"
-        )
-    raise UnreadableWeightsError(f"{path.name}: expected the weights that PEFT saves; the file is missing")
+        return f"{shorten(pickles[0])}: pickle is never read; expected {path.name} (PEFT: safe_serialization=True)"
+    return f"{path.name}: expected the weights that PEFT saves; the file is missing"
 
 
 def _module_prefix(stored: Iterable[StoredTensor]) -> str:
@@ -156,17 +154,19 @@ def _parse(key: str) -> re.Match[str] | None:
     return _KEY.fullmatch(key) if len(key) <= _MAX_KEY_CHARS else None
 
 
-def _match(path: Path, stored: Iterable[StoredTensor], expected: ExpectedModules) -> Checked[Pairs]:
+def _match(
+    path: Path, stored: Iterable[StoredTensor], modules: Collection[Module], embedding: Tensor
+) -> Checked[Pairs]:
+    """Assign the tensors to modules."""
     pairs: Pairs = {}
     unmatched = []
-    known = set(expected.every_module())
     for tensor in stored:
         found = _parse(tensor.key)
         if found is None and len(tensor.key) <= _MAX_KEY_CHARS and _BASE_COPY.fullmatch(tensor.key):
-            yield from _check_base_copy(path, tensor, expected.embedding)
+            yield from _check_base_copy(path, tensor, embedding)
             continue
         module = (int(found["layer"] or EMBEDDING), found["name"]) if found else None
-        if found is None or module not in known or bool(found["embedding"]) != (module[1] == EMBED_TOKENS):
+        if found is None or module not in modules or bool(found["embedding"]) != (module[1] == EMBED_TOKENS):
             unmatched.append(tensor.key)
             continue
         sides = pairs.setdefault(module, {})
@@ -232,16 +232,11 @@ def _check_pair(
 
 
 def _read(
-    ref: AdapterRef,
-    path: Path,
-    pairs: Pairs,
-    names: dict[Module, str],
-    settings: LoraSettings,
-    expected: ExpectedModules,
+    ref: AdapterRef, path: Path, pairs: Pairs, names: dict[Module, str], settings: LoraSettings, dtype: torch.dtype,
     allocate: Allocate,
-) -> AdapterWeights:
+) -> AdapterWeights:  # fmt: skip
     tensors = (tensor for sides in pairs.values() for tensor in sides.values())
-    flat, offsets = read_tensors(path, tensors, expected.embedding.dtype, allocate)
+    flat, offsets = read_tensors(path, tensors, dtype, allocate)
     weights = {}
     for module, sides in pairs.items():
         a, b = sides["A"], sides["B"]
