@@ -1,4 +1,4 @@
-"""Loads adapters from disk or from the host cache into slots, on its own threads."""
+"""Loads adapters from disk or from the host cache into slots, on threads of its own."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +10,7 @@ from ranklet.replicas.adapters.host_cache import HostCache
 from ranklet.replicas.adapters.packed import PackedAdapter, pack
 from ranklet.replicas.adapters.pinned_memory import PinnedMemory, pageable
 from ranklet.replicas.adapters.pool import AdapterPool
-from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, LoadRecord
 from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
 from ranklet.replicas.errors import InternalError, RankletError
 
@@ -20,13 +20,17 @@ COPIERS = 2  # concurrent loads from the host cache, which never wait for a disk
 
 @dataclass(frozen=True, slots=True)
 class LoadOutcome:
-    """Result of one load: either `packed` or `error` is set. `tier` is where the adapter was found: host or disk."""
+    """One finished load. `tier` is where the adapter was found: host or disk."""
 
     ref: AdapterRef
     tier: str
     seconds: float
-    packed: PackedAdapter | None
-    error: RankletError | None = None
+    result: AdapterInfo | RankletError
+
+    def record(self) -> LoadRecord:
+        if isinstance(self.result, RankletError):
+            return LoadRecord(self.ref.name, 0, self.tier, self.seconds, self.result.code)
+        return LoadRecord(self.ref.name, self.result.rank, self.tier, self.seconds)
 
 
 class Loader:
@@ -66,24 +70,26 @@ class Loader:
                 self._reading += change
 
     def _load(self, ref: AdapterRef, slot: int) -> LoadOutcome:
-        began = perf_counter()
+        began_s = perf_counter()
         packed = self.host.get(ref)
         tier = "host" if packed is not None else "disk"
-        error: RankletError | None = None
+        result: AdapterInfo | RankletError
         try:
             if packed is None:
                 packed = self._read(ref)
-                self.host.put(ref, packed)
             self._pool.load(slot, packed)
-        except RankletError as refusal:
-            error = refusal
-        except Exception as defect:  # a failed load must not end its thread
-            error = InternalError(f"adapter {ref.name!r}: loading failed: {type(defect).__name__}: {defect}")
-        return LoadOutcome(ref, tier, perf_counter() - began, packed if error is None else None, error)
+            result = AdapterInfo(ref.name, ref.revision, packed.adapter_rank, packed.modules, packed.nbytes)
+        except RankletError as error:
+            result = error
+        except Exception as error:  # a failed load must not end its thread
+            result = InternalError(f"adapter {ref.name!r}: loading failed: {type(error).__name__}: {error}")
+        return LoadOutcome(ref, tier, perf_counter() - began_s, result)
 
     def _read(self, ref: AdapterRef) -> PackedAdapter:
         adapter = read_adapter(ref, self._expected, self._allocate)
-        return pack(adapter, self._pool.dtype, self._allocate)
+        packed = pack(adapter, self._pool.dtype, self._allocate)
+        self.host.put(ref, packed)
+        return packed
 
     def stop(self) -> None:
         """Wait for the running loads and start no more."""

@@ -78,33 +78,28 @@ class AdapterManager:
         return self._table.usable(ref) is not None
 
     def slot_of(self, ref: AdapterRef) -> int | None:
-        """The slot of a usable adapter."""
         return self._table.usable(ref)
 
     def tier(self, ref: AdapterRef) -> str:
-        """Where the adapter is now: gpu, host or disk."""
+        """Return where the adapter is now: gpu, host or disk."""
         if self.usable(ref):
             return "gpu"
         return "host" if ref in self._loader.host else "disk"
 
     def refusal(self, ref: AdapterRef) -> RankletError | None:
-        """The error that this revision was refused with, so that its files are not read again for each request."""
+        """Return the error that this revision was refused with, so that its files are not read for each request."""
         error = self._refused.get(ref)
         # An error that is raised again and again would collect the frames of every request in its traceback.
         return error and error.with_traceback(None)
 
-    def resident(self) -> tuple[str, ...]:
-        """Names of the usable adapters, most recently used last."""
-        return tuple(ref.name for ref in self._table.resident())
-
     def held(self) -> HeldAdapters:
+        resident = tuple(ref.name for ref in self._table.resident())
         loading = tuple(ref.name for ref in self._loading)
         hosted = tuple(ref.name for ref in self._loader.host.refs())
-        return HeldAdapters(self.resident(), loading, hosted, len(self._loading) + len(self._recently_used()))
+        return HeldAdapters(resident, loading, hosted, len(self._loading) + len(self._recently_used()))
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of the host cache in use."""
         return self._loader.host.nbytes
 
     @property
@@ -112,7 +107,7 @@ class AdapterManager:
         return self._table.pinned
 
     def report(self, references: Mapping[AdapterRef, int]) -> list[AdapterReport]:
-        """Every revision that is held, loading, refused or in use.
+        """Return every revision that is held, loading, refused or in use.
 
         Args:
             references: number of requests by the adapter that they wait for or run with.
@@ -129,7 +124,7 @@ class AdapterManager:
     # Batches
 
     def acquire_slots(self, refs: Sequence[AdapterRef | None]) -> list[int | None]:
-        """Slots of a batch's adapters (None for the base model), each referenced until `release_slots`."""
+        """Return the slots of a batch's adapters (None for the base model) and keep them until `release_slots`."""
         self._used.update(dict.fromkeys((ref for ref in refs if ref is not None), self._clock()))
         return [None if ref is None else self._table.acquire(ref) for ref in refs]
 
@@ -210,36 +205,33 @@ class AdapterManager:
         self._used.pop(ref, None)
 
     def complete_load(self, outcome: LoadOutcome) -> None:
-        """Record the end of a load, fail the requests that wait for a refused adapter, and resolve its future."""
-        ref, error = outcome.ref, outcome.error
+        """Record the end of a load and resolve its future. If it failed, fail the requests that wait for it."""
+        ref, result = outcome.ref, outcome.result
         with self._changed:
-            info = self._record(outcome)
+            self._record(ref, result)
             future = self._requested.pop(ref, None)
-            waiting = self._take_waiting(ref) if error is not None else ()
+            waiting = self._take_waiting(ref) if isinstance(result, RankletError) else ()
             self._changed.notify_all()
-        rank, code = info.rank if info else 0, error.code if error else None
-        self._on_load(LoadRecord(ref.name, rank, outcome.tier, outcome.seconds, code))
-        if error is not None:
-            _fail(waiting, error)
-        if future is not None and error is not None:
-            future.set_exception(error)
-        elif future is not None and info is not None:
-            future.set_result(info)
+        self._on_load(outcome.record())
+        if isinstance(result, RankletError):
+            _fail(waiting, result)
+            if future is not None:
+                future.set_exception(result)
+        elif future is not None:
+            future.set_result(result)
 
-    def _record(self, outcome: LoadOutcome) -> AdapterInfo | None:
-        ref, packed = outcome.ref, outcome.packed
-        self._loading.pop(ref, None)
-        if packed is not None:
+    def _record(self, ref: AdapterRef, result: AdapterInfo | RankletError) -> None:
+        del self._loading[ref]
+        if isinstance(result, AdapterInfo):
             self._table.mark_ready(ref)
             self._used[ref] = self._clock()
-            self._info[ref] = AdapterInfo(ref.name, ref.revision, packed.adapter_rank, packed.modules, packed.nbytes)
-            return self._info[ref]
+            self._info[ref] = result
+            return
         self._table.free(ref)
-        if isinstance(outcome.error, InvalidAdapter):
-            self._refused[ref] = outcome.error
-            while len(self._refused) > _MAX_REFUSALS:
+        if isinstance(result, InvalidAdapter):
+            self._refused[ref] = result
+            if len(self._refused) > _MAX_REFUSALS:
                 self._refused.popitem(last=False)
-        return None
 
     def expire(self, timeout_s: float) -> None:
         """Fail requests whose adapter has been loading for longer than `timeout_s`; the load goes on."""

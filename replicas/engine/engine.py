@@ -182,7 +182,7 @@ class Engine:
 
     def resident(self) -> tuple[str, ...]:
         with self._lock:
-            return self._adapters.resident()
+            return self._adapters.held().resident
 
     def held(self) -> HeldAdapters:
         with self._lock:
@@ -207,9 +207,10 @@ class Engine:
     def snapshot(self) -> Snapshot:
         with self._lock:
             waiting, running = self._scheduler.waiting(), self._pipeline.running()
+            held = self._adapters.held()
             return Snapshot(
-                resident=self._adapters.resident(),
-                hosted=self._adapters.held().hosted,
+                resident=held.resident,
+                hosted=held.hosted,
                 waiting_requests=_count_requests(waiting),
                 waiting_tokens=self._scheduler.queue.tokens,
                 running_requests=_count_requests(running),

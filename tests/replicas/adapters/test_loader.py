@@ -9,7 +9,7 @@ import torch
 
 from ranklet.replicas.adapters.loader import Loader, LoadOutcome
 from ranklet.replicas.adapters.pool import AdapterPool
-from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.adapters.verify import ExpectedModules
 from ranklet.replicas.errors import AdapterNotFound, InternalError, InvalidAdapter
 from tests.assets.broken import BROKEN
@@ -42,10 +42,10 @@ def test_a_second_load_copies_the_same_adapter_from_the_host_cache(
 ) -> None:
     (loader, pool), wanted = make_loader(1 << 30), ref(adapter_specs[0].path)
     first, second = load(loader, wanted, 0), load(loader, wanted, 1)
-    assert (first.tier, second.tier, first.error, second.error) == ("disk", "host", None, None)
-    assert first.packed is second.packed
-    assert first.packed is not None
-    assert loader.host.nbytes == first.packed.nbytes
+    assert (first.tier, second.tier) == ("disk", "host")
+    assert isinstance(first.result, AdapterInfo)
+    assert first.result == second.result
+    assert loader.host.nbytes == first.result.bytes
     for stacks in pool.layers:
         assert stacks.qkv is not None
         assert torch.equal(stacks.qkv.a[0], stacks.qkv.a[1])
@@ -68,8 +68,8 @@ def test_a_refused_adapter_is_an_outcome_and_is_not_cached(
 ) -> None:
     loader, _ = make_loader(1 << 30)
     bad = ref(BROKEN["nan"].make(model_dir, tmp_path / "nan"))
-    assert isinstance(load(loader, bad).error, InvalidAdapter)
-    assert isinstance(load(loader, AdapterRef("gone", str(tmp_path / "gone"), "1")).error, AdapterNotFound)
+    assert isinstance(load(loader, bad).result, InvalidAdapter)
+    assert isinstance(load(loader, AdapterRef("gone", str(tmp_path / "gone"), "1")).result, AdapterNotFound)
     assert loader.host.refs() == ()
     loader.stop()
 
@@ -79,7 +79,7 @@ def test_the_loader_goes_on_after_a_defect(make_loader: MakeLoader, adapter_spec
     wanted = ref(adapter_specs[0].path)
     for _ in range(3):
         outcome = load(loader, wanted, slot=99)  # there is no such slot
-        assert isinstance(outcome.error, InternalError)
-        assert wanted.name in outcome.error.message
-    assert load(loader, wanted, slot=0).error is None
+        assert isinstance(outcome.result, InternalError)
+        assert wanted.name in outcome.result.message
+    assert isinstance(load(loader, wanted, slot=0).result, AdapterInfo)
     loader.stop()
