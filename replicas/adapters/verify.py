@@ -166,7 +166,12 @@ def _match(
             yield from _check_base_copy(path, tensor, embedding)
             continue
         module = (int(found["layer"] or EMBEDDING), found["name"]) if found else None
-        if found is None or module not in modules or bool(found["embedding"]) != (module[1] == EMBED_TOKENS):
+        if (
+            found is None
+            or module is None
+            or module not in modules
+            or bool(found["embedding"]) != (module[1] == EMBED_TOKENS)
+        ):
             unmatched.append(tensor.key)
             continue
         sides = pairs.setdefault(module, {})
