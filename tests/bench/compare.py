@@ -1,12 +1,8 @@
 """Compare runs of the same benchmarks before and after a change, on the same machine.
 
-usage: python -m tests.bench.compare BEFORE AFTER [--name compare-h200] [--out FOLDER]
-
-BEFORE and AFTER are folders of result files. Files of one benchmark that differ only in a trailing -1, -2, ... are
-repeated runs of it; the comparison is between medians.
+Files of one benchmark that differ only in a trailing -1, -2, ... are repeated runs of it. Their medians are compared.
 """
 
-import argparse
 import json
 import re
 from collections.abc import Iterator
@@ -60,11 +56,9 @@ def _joined(runs: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path)
-    parser.add_argument("after", type=Path)
-    parser.add_argument("--name", default="compare-h200")
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
+    parser = report.parser(__doc__, "compare-h200")
+    parser.add_argument("before", type=Path, help="folder of result files")
+    parser.add_argument("after", type=Path, help="folder of result files")
     options = parser.parse_args()
     report.save(options.name, list(compare(read(options.before), read(options.after))), options.out)
 

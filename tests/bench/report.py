@@ -74,7 +74,13 @@ def _driver() -> str:
 
 
 def save(name: str, rows: list[dict[str, Any]], out: Path = RESULTS) -> Path:
-    """Write `rows` with their environment to `out/name.json` and print them as a table."""
+    """Write `rows` with their environment to `out/name.json` and print them as a table.
+
+    Raises:
+        ValueError: there are no rows, for example because the options select none.
+    """
+    if not rows:
+        raise ValueError(f"{name}: nothing was measured")
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"
     path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
