@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from tests import needs
 
 if TYPE_CHECKING:
-    from tests.assets.make import AdapterSpec
+    from tests.assets.adapters import AdapterSpec
 
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
@@ -59,7 +59,7 @@ def adapters_dir(assets_dir: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def adapter_specs(adapters_dir: Path) -> "list[AdapterSpec]":
-    from tests.assets.make import adapter_specs
+    from tests.assets.adapters import adapter_specs
 
     return adapter_specs(adapters_dir)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.assets.adapters import save_adapter
+from tests.assets.adapters import AdapterSpec, save_adapter
 from tests.assets.corpus import TEXTS
-from tests.assets.make import AdapterSpec, make_model
+from tests.assets.make import make_model
 from tests.assets.oracle import cosine, encode, reference_embedding
 
 

@@ -37,7 +37,8 @@ def make_once(folder: Path) -> Path:
 
 
 def _make(folder: Path) -> None:
-    from tests.assets.make import make_adapters, make_model
+    from tests.assets.adapters import make_adapters
+    from tests.assets.make import make_model
 
     with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as name:
         scratch = Path(name)

@@ -1,19 +1,14 @@
-"""Writes a small but complete model folder with transformers and tokenizers.
-
-The same arguments give the same bytes. Re-exports `make_adapters` from adapters.py.
-"""
+"""Writes a small but complete model folder with transformers and tokenizers. Equal arguments give equal bytes."""
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tests.assets.adapters import AdapterSpec, adapter_specs, make_adapters, quiet
+from tests.assets.adapters import quiet
 from tests.assets.tokenizer import save_tokenizer
 
 if TYPE_CHECKING:
     from torch import nn
-
-__all__ = ["LLAMA3_ROPE", "AdapterSpec", "adapter_specs", "make_adapters", "make_model", "randomize"]
 
 Architecture = Literal["qwen3", "qwen2", "llama", "mistral"]
 Pooling = Literal["last", "mean", "cls"]

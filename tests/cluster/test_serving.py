@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ranklet.cluster.message import MAX_MESSAGE_PROMPTS
-from tests.assets.make import AdapterSpec
+from tests.assets.adapters import AdapterSpec
 from tests.assets.oracle import Prompt, cosine, encode
 from tests.cluster.service import BASE, Service, assert_close
 

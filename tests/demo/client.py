@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from openai import OpenAI
 
+from tests.assets.adapters import AdapterSpec, adapter_specs
 from tests.assets.corpus import SENTENCES
-from tests.assets.make import AdapterSpec, adapter_specs
 
 Vectors = dict[str, np.ndarray]  # float32 [texts, hidden] by model name
 

@@ -7,7 +7,7 @@ import pytest
 
 from ranklet.cluster.command.cli import main
 from ranklet.cluster.command.profile import parse_lengths
-from tests.assets.make import AdapterSpec
+from tests.assets.adapters import AdapterSpec
 
 
 def test_every_stage_is_printed_and_written(

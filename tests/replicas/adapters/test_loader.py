@@ -12,8 +12,8 @@ from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.adapters.verify import ExpectedModules
 from ranklet.replicas.errors import AdapterNotFound, InternalError, InvalidAdapter
+from tests.assets.adapters import AdapterSpec
 from tests.assets.broken import BROKEN
-from tests.assets.make import AdapterSpec
 from tests.replicas.asking import PATIENCE_S, ref
 
 

@@ -20,8 +20,8 @@ from ranklet.replicas.errors import (
     StillLoading,
     Unavailable,
 )
+from tests.assets.adapters import AdapterSpec
 from tests.assets.broken import edit_config, sound
-from tests.assets.make import AdapterSpec
 from tests.replicas.asking import PATIENCE_S, ref
 
 

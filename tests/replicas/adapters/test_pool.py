@@ -14,8 +14,7 @@ from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
 from ranklet.replicas.model.architecture import Architecture
 from ranklet.replicas.model.modules import EMBEDDING, LORA_MODULES
-from tests.assets.adapters import save_adapter
-from tests.assets.make import AdapterSpec
+from tests.assets.adapters import AdapterSpec, save_adapter
 from tests.replicas.asking import ref
 
 MakePool = Callable[[], AdapterPool]

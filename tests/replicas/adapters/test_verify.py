@@ -18,9 +18,10 @@ from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
 from ranklet.replicas.model.architecture import Architecture
 from ranklet.replicas.model.modules import EMBEDDING
+from tests.assets.adapters import AdapterSpec
 from tests.assets.broken import BROKEN, WEIGHTS, edit_config, edit_weights, sound
 from tests.assets.corpus import TEXTS
-from tests.assets.make import AdapterSpec, make_model
+from tests.assets.make import make_model
 from tests.assets.oracle import reference_embedding
 from tests.assets.variants import VARIANTS
 from tests.replicas.asking import ask, assert_same, prompts, ref

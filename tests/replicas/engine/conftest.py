@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.assets.adapters import AdapterSpec
 from tests.assets.corpus import TEXTS
-from tests.assets.make import AdapterSpec
 from tests.assets.oracle import reference_embedding
 from tests.replicas.asking import prompts
 from tests.replicas.engine.recording import Expected, Prompts

@@ -13,8 +13,8 @@ from ranklet.replicas.engine.request import AnswerSink
 from ranklet.replicas.errors import (
     InvalidRequest,
 )
+from tests.assets.adapters import AdapterSpec
 from tests.assets.corpus import TEXTS
-from tests.assets.make import AdapterSpec
 from tests.assets.oracle import reference_embedding
 from tests.replicas.asking import PATIENCE_S, ask, assert_same, ref, submit, until
 from tests.replicas.engine.recording import Expected, MakeEngine, Prompts, RecordingListener

@@ -19,7 +19,8 @@ from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.layout import TokenSpan, whole_prompts
 from ranklet.replicas.engine.runner import Runner
 from ranklet.replicas.model.decoder import ignore_stage
-from tests.assets.make import AdapterSpec, make_model
+from tests.assets.adapters import AdapterSpec
+from tests.assets.make import make_model
 from tests.replicas.asking import ref
 from tests.replicas.engine.given import HEAD
 

@@ -25,9 +25,9 @@ from ranklet.replicas.errors import (
     Saturated,
     Unavailable,
 )
+from tests.assets.adapters import AdapterSpec
 from tests.assets.broken import edit_weights, sound
 from tests.assets.hanging import hanging
-from tests.assets.make import AdapterSpec
 from tests.replicas.asking import PATIENCE_S, ask, assert_same, ref, submit, until
 from tests.replicas.engine.recording import Expected, MakeEngine, Prompts, RecordingListener
 

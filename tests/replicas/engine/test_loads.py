@@ -12,11 +12,10 @@ from ranklet.replicas.errors import (
     AdapterNotFound,
     InvalidAdapter,
 )
-from tests.assets.adapters import save_adapter
+from tests.assets.adapters import AdapterSpec, save_adapter
 from tests.assets.broken import BROKEN, sound
 from tests.assets.corpus import TEXTS
 from tests.assets.hanging import hanging
-from tests.assets.make import AdapterSpec
 from tests.assets.oracle import cosine, reference_embedding
 from tests.replicas.asking import PATIENCE_S, ask, assert_same, ref, submit
 from tests.replicas.engine.recording import Expected, MakeEngine, Prompts, RecordingListener

@@ -21,7 +21,7 @@ from ranklet.replicas.engine.tasks import Delta, Done
 from ranklet.replicas.errors import InternalError, RankletError, Unavailable
 from ranklet.replicas.model.attention import Spans
 from ranklet.replicas.model.heads import Head
-from tests.assets.make import AdapterSpec
+from tests.assets.adapters import AdapterSpec
 from tests.replicas.asking import PATIENCE_S, ask, assert_same, ref, submit, until
 from tests.replicas.engine.recording import RecordingListener
 

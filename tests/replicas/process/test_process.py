@@ -29,8 +29,8 @@ from ranklet.replicas.errors import (
     Unavailable,
 )
 from ranklet.replicas.process.process import EngineProcess
+from tests.assets.adapters import AdapterSpec
 from tests.assets.hanging import hanging
-from tests.assets.make import AdapterSpec
 from tests.replicas.asking import PATIENCE_S, ask, ref, submit, until
 
 PROMPTS = [np.arange(1, length, dtype=np.int32) for length in (5, 40, 9)]

@@ -11,7 +11,7 @@ from ranklet.replicas.model.architecture import Architecture
 from ranklet.replicas.profiling.clock import StageClock
 from ranklet.replicas.profiling.profiler import Profile, Stage, measure_ceilings, profile
 from ranklet.replicas.profiling.roofline import STAGES, BatchShape, Ceilings, base_costs
-from tests.assets.make import AdapterSpec
+from tests.assets.adapters import AdapterSpec
 from tests.replicas.asking import ref
 
 CPU = torch.device("cpu")
