@@ -1,4 +1,4 @@
-"""Programs that some tests need. A test whose program is missing is skipped by its name, and the summary counts it."""
+"""Programs that some tests need. Where a program is missing, its tests are skipped and the summary counts them."""
 
 import os
 import re
@@ -47,7 +47,7 @@ def summary(reasons: Iterable[str]) -> list[str]:
     """Return one line per missing program: how many tests need it, and how to install it.
 
     Args:
-        reasons: why tests were skipped, in pytest's words; those without a missing program are ignored.
+        reasons: pytest's texts of why tests were skipped. Texts that name no missing program are ignored.
     """
     missing = Counter(found.groups() for reason in reasons if (found := _REASON.search(reason)))
     return [

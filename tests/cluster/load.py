@@ -1,4 +1,4 @@
-"""Load on a service while a process dies or changes. Every answer is checked. Tests of both data paths share it."""
+"""Load on a service while a process dies or changes, for tests of both data paths. Every answer is checked."""
 
 import http.client
 import json
@@ -25,7 +25,7 @@ TEXTS = [f"text number {number}" for number in range(8)]
 
 @dataclass
 class LoadResult:
-    """Counts of right, wrong and refused answers, and the slowest request's time after the fault."""
+    """Counts of right, wrong and refused answers. `slowest_s` is the longest wait for an answer after the fault."""
 
     counts: Counter[str] = field(default_factory=Counter)
     slowest_s: float = 0.0
@@ -37,10 +37,11 @@ class LoadResult:
 def run_under_load(service: Service, fault: Callable[[], object], seconds: float = LOAD_S) -> LoadResult:
     """Request embeddings of all models, and call `fault` after a third of the time.
 
-    A lost connection raises, because its request is lost too.
+    Raises:
+        httpx.TransportError: a connection was lost, and its request with it.
     """
     expected = {model: service.embed(model, TEXTS) for model in MODELS}
-    stop = threading.Event()
+    stop, lock = threading.Event(), threading.Lock()
     result = LoadResult()
     fault_s = time.monotonic() + seconds / 3
 
@@ -52,8 +53,11 @@ def run_under_load(service: Service, fault: Callable[[], object], seconds: float
                 body = {"model": model, "input": TEXTS[text], "encoding_format": "base64"}
                 start_s = time.monotonic()
                 answer = client.post("/v1/embeddings", json=body)
-                result.slowest_s = max(result.slowest_s, time.monotonic() - max(start_s, fault_s))
-                result.counts[_classify(answer, expected[model][text])] += 1
+                passed_s = time.monotonic() - max(start_s, fault_s)
+                outcome = _classify(answer, expected[model][text])
+                with lock:
+                    result.slowest_s = max(result.slowest_s, passed_s)
+                    result.counts[outcome] += 1
                 turn += WORKERS
 
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -68,7 +72,6 @@ def run_under_load(service: Service, fault: Callable[[], object], seconds: float
 
 
 def kill_replica_under_load(service: Service, victim: int) -> LoadResult:
-    """Send SIGKILL to one of the replicas under load."""
     process = list(service.processes("Replica").values())[victim]
     return run_under_load(service, lambda: os.kill(process, signal.SIGKILL))
 
@@ -83,7 +86,7 @@ def _classify(answer: httpx.Response, expected: Vectors) -> str:
 
 
 def kill_during_request(service: Service) -> None:
-    """Send SIGKILL to the replica that computes a long request. Another replica must answer it correctly."""
+    """Send SIGKILL to the replica that computes a long request. Another replica must answer the request correctly."""
     texts = [f"{number} {LONG_TEXT}" for number in range(400)]
     home = service.post("legal-v2", "where").headers["x-ranklet-replica"]
     with ThreadPoolExecutor(1) as pool:
@@ -104,7 +107,7 @@ def wait_for_recovery(service: Service) -> None:
 
 
 def wait_for_two(service: Service) -> None:
-    """Wait until two replicas run. One that replaces a replica that still drains gets another rank."""
+    """Wait until two replicas run, with any ranks: while a lost replica drains, its successor gets another rank."""
     eventually("two replicas", lambda: len(_ranks(service)) == 2)
 
 
@@ -125,7 +128,7 @@ def disconnect_early(service: Service) -> None:
     )
     _wait_until_queued(service)
     connection.close()
-    eventually("the gateway notices", lambda: service.samples("gateway")["ranklet_client_gone_total"] == gone + 1)
+    eventually("the disconnect is counted", lambda: service.samples("gateway")["ranklet_client_gone_total"] == gone + 1)
     eventually("the queue is empty", lambda: _queued(service) == 0)
     after = service.samples("replica")
     assert after["ranklet_cancelled_prompts_total"] - before["ranklet_cancelled_prompts_total"] > 500

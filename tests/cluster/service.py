@@ -45,7 +45,6 @@ class Service:
         return self.cluster.state.base_url
 
     def openai(self) -> openai.OpenAI:
-        """Return the official client. Use it as a context manager."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=100)
 
     def post(self, model: str | None, given: Any, **fields: Any) -> httpx.Response:
@@ -64,14 +63,13 @@ class Service:
         return reference_embedding(self.model_dir, folder, prompts, dimensions=dimensions)
 
     def processes(self, deployment: str) -> dict[str, int]:
-        """Return the running replicas of a deployment: id to process id."""
+        """Return the process id of each running replica of a deployment, by the replica's id."""
         applications = self.cluster.applications()
         assert applications is not None, "Serve's REST API does not answer"
         replicas = applications["ranklet"]["deployments"].get(deployment, {}).get("replicas", [])
         return {replica["replica_id"]: replica["pid"] for replica in replicas if replica["state"] in _ALIVE}
 
     def targets(self) -> list[dict[str, Any]]:
-        """Return the scrape targets that Prometheus discovers."""
         groups: list[dict[str, Any]] = self.http.get("/metrics/targets").raise_for_status().json()
         return groups
 
@@ -89,7 +87,6 @@ class Service:
         return summed
 
     def deploy(self, user_config: Mapping[str, Any]) -> None:
-        """Run `serve deploy` with another user_config of the gateway."""
         gateway, *others = self.content["applications"][0]["deployments"]
         assert gateway["name"] == "Gateway"
         application = {
@@ -128,14 +125,13 @@ def own_configuration(model_dir: Path, adapters_dir: Path, folder: Path) -> dict
 
 
 def vectors_of(answer: httpx.Response) -> Vectors:
-    """Return float32 [prompts, dimensions] from an answer in base64."""
+    """Return an answer in base64 as float32 [prompts, dimensions]."""
     rows = [np.frombuffer(base64.b64decode(entry["embedding"]), "<f4") for entry in answer.json()["data"]]
     return np.stack(rows)
 
 
 def assert_close(vectors: npt.ArrayLike, expected: npt.ArrayLike) -> None:
-    """Assert equality up to the rounding of float32 sums in another order."""
-    np.testing.assert_allclose(np.asarray(vectors), np.asarray(expected), rtol=0.0, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(vectors), np.asarray(expected), rtol=0.0, atol=1e-5)  # order of float32 sums
 
 
 def eventually(event: str, check: Callable[[], bool], timeout_s: float = TIMEOUT_S, *, poll_s: float = 0.2) -> None:

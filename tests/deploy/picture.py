@@ -38,7 +38,7 @@ _INK, _PAPER, _GRID = "#d8d9da", "#181b1f", "#2c3235"
 
 
 def send_requests(service: Service, stop: Event, turn: int, start_s: float, seconds: float) -> None:
-    """Use all adapters in turn, in the middle third mostly one of them. Some requests are invalid."""
+    """Request all adapters in turn; in the middle third of the time, mostly one adapter. Some requests are invalid."""
     for number in itertools.count(turn):
         if stop.is_set():
             return
@@ -50,7 +50,7 @@ def send_requests(service: Service, stop: Event, turn: int, start_s: float, seco
 
 
 def series(prometheus: Prometheus, panel: board.Panel, seconds: float) -> list[Line]:
-    """Return each line of a panel: its legend, its times, its values."""
+    """Return the lines of a panel, each with its legend, times and values."""
     lines = []
     for legend, expr in panel.exprs.items():
         for found in prometheus.query_range(expr.replace("$__rate_interval", "10s"), seconds):
@@ -63,7 +63,6 @@ def series(prometheus: Prometheus, panel: board.Panel, seconds: float) -> list[L
 
 
 def draw(prometheus: Prometheus, seconds: float, out: Path) -> None:
-    """Plot all rows of the board in Grafana's order."""
     rows = [(title, panels[i : i + _COLUMNS]) for title, panels in board.ROWS.items() for i in range(0, len(panels), 3)]
     style: dict[Any, Any] = {
         "text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "font.size": 7,

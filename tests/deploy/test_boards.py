@@ -18,7 +18,7 @@ from tests.cluster.service import BASE, Service, eventually, own_configuration, 
 from tests.deploy.prometheus import DEPLOY, Prometheus, scraping
 from tests.needs import needs
 
-WAIT_S = 60.0  # rates need several scrapes; a busy machine needs longer
+WAIT_S = 60.0  # rates need several scrapes, which take longer on a busy machine
 MODELS = (BASE, "legal-v2", "medical", "support-rs", "finance-mlp", "code-mixed", "catalog-embed", "broken", "nobody")
 LARGEST = {"percentunit": 1.0001, "s": 600.0, "reqps": 1e6, "ops": 1e9, "bytes": 1e12, "short": 1e9}
 

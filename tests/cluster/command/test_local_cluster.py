@@ -82,7 +82,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_in_the_foreground_sigterm_stops_the_cluster(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
-    """systemd and containers run it like this. The next cluster serves adapters that were loaded by name before."""
+    """Start twice, as systemd and containers do. The second cluster serves adapters that the first loaded by name."""
     adapters = tmp_path / "adapters"
     shutil.copytree(adapters_dir / "medical", adapters / ".sources" / "kept")
     for turn in range(2):

@@ -1,4 +1,4 @@
-"""Complete runs, against a server that fails in every way and against the real cluster."""
+"""Complete runs against a server with every kind of failure, and against the real cluster."""
 
 import dataclasses
 import json
@@ -118,17 +118,9 @@ def test_progress_ends_at_the_number_of_requests() -> None:
 def test_ctrl_c_reports_the_answers_so_far(tmp_path: Path) -> None:
     flags = f"--num-prompts 4000 --max-concurrency 4 --processes 2 --warmup 0 --out {tmp_path / 'run.json'}"
     with peer.running(slow_s=0.05) as server:
-        command = [
-            sys.executable,
-            "-m",
-            "ranklet.cluster.command.cli",
-            "bench",
-            "--base-url",
-            server.url,
-            *flags.split(),
-        ]
+        command = [sys.executable, "-m", "ranklet.cluster.command.cli", "bench", "--base-url", server.url]
         run = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [*command, *flags.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
         )  # fmt: skip
         eventually("requests arrive", lambda: len(server.requests) >= 40)
