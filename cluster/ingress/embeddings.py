@@ -1,11 +1,8 @@
 """The task of `POST /v1/embeddings`, OpenAI's embeddings API."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, WithJsonSchema
 
 from ranklet.cluster.catalog.location import AdapterLocation
@@ -66,11 +63,7 @@ class EmbeddingsTask:
         return inputs
 
     async def send(
-        self,
-        replicas: ReplicasClient,
-        adapter: AdapterLocation | None,
-        prompts: Sequence[NDArray[np.int32]],
-        limits: RequestLimits,
+        self, replicas: ReplicasClient, adapter: AdapterLocation | None, prompts: TokenIds, limits: RequestLimits
     ) -> Embeddings:
         params = EmbedParams(self.form.dimensions)
         return join_embeddings(await replicas.infer("embed", adapter, prompts, params, 4 * limits.hidden))

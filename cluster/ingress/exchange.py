@@ -89,11 +89,11 @@ class Exchange(Generic[AnswerT]):
         key = services.keys.authenticate(self._request.headers)
         self._held.enter_context(services.admission.admit())
         body = await read_body(self._request, limits.max_body_bytes, limits.body_timeout_s)
-        engine = await services.replicas.limits()
-        task, adapter, inputs = await services.intake.on_thread(partial(self._check, key, body, engine))
-        prompts = await services.intake.tokenise(inputs, engine, key.name if key else "")
+        engine_limits = await services.replicas.limits()
+        task, adapter, inputs = await services.intake.on_thread(partial(self._check, key, body, engine_limits))
+        prompts = await services.intake.tokenise(inputs, engine_limits, key.name if key else "")
         self._charge(key, prompts)
-        answer = await task.send(services.replicas, adapter, prompts, engine)
+        answer = await task.send(services.replicas, adapter, prompts, engine_limits)
         self._record.answer = answer
         rendering = partial(task.render, answer, self._record.model)
         large = answer.size_bytes > _RENDER_INLINE_BYTES
@@ -101,7 +101,7 @@ class Exchange(Generic[AnswerT]):
         return Response(content, headers=answer.headers, media_type="application/json")
 
     def _check(
-        self, key: ApiKey | None, body: bytes, engine: RequestLimits
+        self, key: ApiKey | None, body: bytes, engine_limits: RequestLimits
     ) -> tuple[InferenceTask[AnswerT], AdapterLocation | None, Texts | TokenIds]:
         """Take the steps from parsing to tokenising a small body. They share one thread, since each switch costs."""
         services = self._services
@@ -111,8 +111,8 @@ class Exchange(Generic[AnswerT]):
         services.keys.authorize(key, model)
         services.observer.on_model(self._record, model, is_adapter=adapter is not None)
         services.quotas.check(key, model)
-        inputs = task.inputs(services.limits.max_texts_per_request, engine)
-        return task, adapter, services.intake.tokenise_if_small(inputs, engine, len(body))
+        inputs = task.inputs(services.limits.max_texts_per_request, engine_limits)
+        return task, adapter, services.intake.tokenise_if_small(inputs, engine_limits, len(body))
 
     def _charge(self, key: ApiKey | None, prompts: TokenIds) -> None:
         services, record = self._services, self._record

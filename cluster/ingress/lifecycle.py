@@ -53,13 +53,9 @@ class Lifecycle:
     """
 
     def __init__(
-        self,
-        registry: Registry,
-        replicas: ReplicasClient,
-        notify_gateways: Callable[[], Awaitable[object]],
-        roots: Sequence[Path],
-        sources: tuple[str, ...],
-    ) -> None:
+        self, registry: Registry, replicas: ReplicasClient, notify_gateways: Callable[[], Awaitable[object]],
+        roots: Sequence[Path], sources: tuple[str, ...],
+    ) -> None:  # fmt: skip
         self._registry = registry
         self._replicas = replicas
         self._notify_gateways = notify_gateways

@@ -1,10 +1,7 @@
 """The interface of a task, such as embedding: the steps of an inference call that differ between endpoints."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.ingress.answers import JoinedAnswer
@@ -32,11 +29,7 @@ class InferenceTask(Protocol[AnswerT]):
         """Check the parameters and return the texts or token ids of the prompts. Raises InvalidRequest."""
 
     async def send(
-        self,
-        replicas: ReplicasClient,
-        adapter: AdapterLocation | None,
-        prompts: Sequence[NDArray[np.int32]],
-        limits: RequestLimits,
+        self, replicas: ReplicasClient, adapter: AdapterLocation | None, prompts: TokenIds, limits: RequestLimits
     ) -> AnswerT:
         """Call the replicas and join their replies. Raises the errors of `ReplicasClient.infer`."""
 

@@ -38,11 +38,9 @@ class Watchdog:
     """
 
     def __init__(
-        self,
-        affinity: Affinity,
-        prefetch: Callable[[AdapterLocation, str], Coroutine[Any, Any, None]],
+        self, affinity: Affinity, prefetch: Callable[[AdapterLocation, str], Coroutine[Any, Any, None]],
         no_replica_timeout_s: float,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._affinity = affinity
         self._prefetch = prefetch
         self._no_replica_timeout_s = no_replica_timeout_s

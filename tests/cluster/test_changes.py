@@ -49,25 +49,25 @@ def half_copied(source: Path, target: Path) -> Iterator[None]:
 @pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
 def test_a_changed_folder_is_served_after_the_last_write(service: Service, file: str) -> None:
     """The old adapter answers while a file of the new one is incomplete."""
-    folder, earlier, other = (service.adapters / name for name in ("changing", "earlier", "medical"))
+    folder, earlier, other = (service.adapters / name for name in (f"changing-{file}", f"earlier-{file}", "medical"))
+    old, new = service.embed("legal-v2", TEXT), service.embed("medical", TEXT)
+    assert not (old == new).all()
     for copy in (folder, earlier):
         shutil.copytree(service.adapters / "legal-v2", copy)
-    old, new = service.embed("changing", TEXT), service.embed("medical", TEXT)
-    assert_array_equal(service.embed("earlier", TEXT), old)
+        assert_array_equal(service.embed(copy.name, TEXT), old)
     with half_copied(other / file, folder / file):
         (complete,) = {CONFIG_FILE, WEIGHTS_FILE} - {file}
         shutil.copy(other / complete, folder)
         shutil.copytree(other, earlier, dirs_exist_ok=True)
 
         def earlier_change_is_served() -> bool:
-            """Its files were checked after this change, and so were those of the folder that is still changing."""
-            assert_array_equal(service.embed("changing", TEXT), old)
-            return bool((service.embed("earlier", TEXT) == new).all())
+            """By then, the service has checked the files of both folders since the changes began."""
+            assert_array_equal(service.embed(folder.name, TEXT), old)
+            return bool((service.embed(earlier.name, TEXT) == new).all())
 
         eventually("the change of the other folder is served", earlier_change_is_served, poll_s=0.01)
-        assert_array_equal(service.embed("changing", TEXT), old)
-    eventually("the new revision is served", lambda: bool((service.embed("changing", TEXT) == new).all()))
-    assert not (old == new).all()
+        assert_array_equal(service.embed(folder.name, TEXT), old)
+    eventually("the new revision is served", lambda: bool((service.embed(folder.name, TEXT) == new).all()))
     for copy in (folder, earlier):
         shutil.rmtree(copy)
 
