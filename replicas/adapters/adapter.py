@@ -44,5 +44,5 @@ class AdapterWeights:
 
     @property
     def rank(self) -> int:
-        """The largest rank of any module."""
+        """Return the largest rank of any module."""
         return max(weight.rank for weight in self.weights.values())

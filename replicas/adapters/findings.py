@@ -23,21 +23,19 @@ def collect(check: Checked[T]) -> tuple[T | None, list[str]]:
 
 
 def _printable(finding: str) -> str:
-    """Escape control characters: names in an adapter's files may contain any."""
+    """Escape control characters, which names in an adapter's files may contain."""
     return finding if finding.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in finding)
 
 
 def shorten(text: str) -> str:
-    """The text, cut to 100 characters."""
     return text if len(text) <= MAX_SHOWN_CHARS else f"{text[: MAX_SHOWN_CHARS - 3]}..."
 
 
 def show(value: Any) -> str:
-    """The value's repr, cut to 100 characters."""
     return shorten(repr(value))
 
 
 def join(names: Collection[str]) -> str:
-    """The first 12 names in alphabetical order, each cut to 100 characters, and the number of the others."""
+    """List the first 12 names in alphabetical order, and the number of the others."""
     listed = ", ".join(shorten(name) for name in sorted(names)[:_MAX_LISTED])
     return listed if len(names) <= _MAX_LISTED else f"{listed}, ... ({len(names) - _MAX_LISTED} more)"

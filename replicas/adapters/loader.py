@@ -47,7 +47,7 @@ class Loader:
         self._copiers = ThreadPoolExecutor(COPIERS, thread_name_prefix="ranklet-copy")
 
     def can_start(self, ref: AdapterRef) -> bool:
-        """Whether a load would begin at once; a load that waited for a thread would keep its slot empty."""
+        """Whether a thread is free for a load. A load that waited for one would keep its slot empty."""
         return self._reading < READERS if ref not in self.host else self._copying < COPIERS
 
     def start(self, ref: AdapterRef, slot: int, done: Callable[[LoadOutcome], None]) -> None:

@@ -74,7 +74,6 @@ class AdapterManager:
     # State
 
     def usable(self, ref: AdapterRef) -> bool:
-        """Whether a batch may use the adapter now."""
         return self._table.usable(ref) is not None
 
     def slot_of(self, ref: AdapterRef) -> int | None:
@@ -234,7 +233,10 @@ class AdapterManager:
                 self._refused.popitem(last=False)
 
     def expire(self, timeout_s: float) -> None:
-        """Fail requests whose adapter has been loading for longer than `timeout_s`; the load goes on."""
+        """Fail requests whose adapter has been loading, or has waited for a thread, for longer than `timeout_s`.
+
+        The load continues.
+        """
         with self._changed:
             now_s = self._clock()
             since = {**self._queued, **self._loading}
@@ -250,7 +252,7 @@ class AdapterManager:
     # Administration
 
     def pin(self, names: Collection[str]) -> None:
-        """Replace the set of adapters that keep their slots once they have one.
+        """Replace the set of pinned adapters. A pinned adapter keeps its slot once it has one.
 
         Raises:
             InvalidRequest: no slot would be left for other adapters.
@@ -293,7 +295,6 @@ class AdapterManager:
             future.set_exception(error)
 
     def stop(self) -> None:
-        """Wait for the running loads and start no more."""
         self._loader.stop()
 
 

@@ -33,18 +33,17 @@ class PackedMatrix:
 
     @property
     def strides(self) -> tuple[int, int]:
-        """Elements from row to row and from column to column."""
+        """Return the number of elements from row to row and from column to column."""
         transposed = self.module[0] == EMBEDDING and self.side == "a"
         return (1, self.shape[0]) if transposed else (self.shape[1], 1)
 
     def view(self, flat: Tensor) -> Tensor:
-        """The matrix [shape]."""
         return flat.as_strided(self.shape, self.strides, self.offset)
 
 
 @dataclass(frozen=True, eq=False)
 class PackedLayout:
-    """The matrices of an adapter's flat buffer. `layout_of` returns one object for equal pieces."""
+    """The matrices of an adapter's flat buffer. `layout_of` makes it, once for equal pieces."""
 
     pieces: tuple[PackedMatrix, ...]
     modules: frozenset[Module] = field(init=False)
@@ -77,7 +76,7 @@ class PackedAdapter:
 
 
 def pack(adapter: AdapterWeights, dtype: torch.dtype, allocate: Allocate = pageable) -> PackedAdapter:
-    """Pack an adapter for a pool of this dtype; it shares the adapter's memory if that has the dtype already."""
+    """Pack an adapter for a pool of this dtype. Shares the adapter's memory if that has the dtype already."""
     flat = adapter.flat
     if flat.dtype != dtype:
         flat = allocate(len(flat), dtype).copy_(flat)

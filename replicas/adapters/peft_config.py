@@ -1,7 +1,6 @@
 """Reads `adapter_config.json` as PEFT 0.21 does: every field is applied, ignored as harmless, or refused by name.
 
-The matching rules are those of PEFT's `check_target_module_exists` and `get_pattern_key`, so that an adapter means the
-same here as where it was trained.
+The matching rules are those of PEFT's `check_target_module_exists` and `get_pattern_key`.
 """
 
 import json
@@ -99,7 +98,7 @@ class LoraSettings:
         return int(self._ranks.get(module, self._fields.get("r", 8)))
 
     def scaling(self, module: str) -> float:
-        """The factor of B A x: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
+        """Return the factor of B A x: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
         alpha, rank = float(self._alphas.get(module, self._fields.get("lora_alpha", 8))), self.rank(module)
         return alpha / math.sqrt(rank) if self._fields.get("use_rslora") else alpha / rank
 
@@ -138,7 +137,7 @@ def read_peft_config(path: Path, bases: Sequence[str]) -> Checked[PeftConfig | N
         bases: names (fnmatch patterns) of the served base model.
     """
     if not path.is_file():
-        yield f"{path.name}: expected the config that PEFT saves beside the weights; it is missing"
+        yield f"{path.name}: expected the config that PEFT saves beside the weights; the file is missing"
         return None
     try:
         with path.open("rb") as file:
@@ -235,7 +234,7 @@ def _wrong_base(named: Any, bases: Sequence[str]) -> Iterator[str]:
 
 
 def _short_name(name: str) -> str:
-    """The last part of a hub id or path; of a hub cache's snapshot, the model's."""
+    """Return the last part of a hub id or path; for a snapshot in the hub's cache, the model's name."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
     cached = [part for part in parts if part.startswith("models--")]
     return cached[-1].rsplit("--", 1)[-1] if cached else parts[-1] if parts else name

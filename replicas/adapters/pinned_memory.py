@@ -19,7 +19,6 @@ Allocate = Callable[[int, torch.dtype], Tensor]  # makes an uninitialised tensor
 
 
 def pageable(count: int, dtype: torch.dtype) -> Tensor:
-    """Allocate ordinary memory."""
     return torch.empty(count, dtype=dtype)
 
 

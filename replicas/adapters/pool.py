@@ -115,7 +115,7 @@ class AdapterPool:
 
     @property
     def projections(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """Input width and output widths of the slices, for each projection of a layer that has slots."""
+        """Return the input width and the output widths of the slices, for each projection that has slots."""
         return tuple((stack.a.shape[2], stack.widths) for stack in self.stacks_of_one_layer())
 
     def stacks_of_one_layer(self) -> list[LinearStack]:
@@ -123,7 +123,7 @@ class AdapterPool:
         return [self._stacks[0, pack] for pack in self._packs]
 
     def ranks(self, slot: int) -> dict[Module, int]:
-        """The rank of each module that the slot's adapter targets."""
+        """Return the rank of each module that the slot's adapter targets."""
         return {
             (layer, name): rank
             for (layer, part), stack in self._parts.items()
@@ -133,7 +133,7 @@ class AdapterPool:
 
     @contextmanager
     def placeholder_adapters(self) -> Iterator[None]:
-        """Within the context every slot holds an adapter of zeros with full rank on every module.
+        """Give every slot an adapter of zeros with full rank on every module, until the context ends.
 
         For the launches of a warm-up, before the first `load`.
         """
@@ -180,7 +180,7 @@ class AdapterPool:
         self._describe(slot, packed.metas, layout.modules)
 
     def _filled_destinations(self, layout: PackedLayout) -> list[Destination]:
-        """All matrices of a slot, each with the adapter's matrix that is copied into it."""
+        """Return all matrices of a slot, each with the adapter's matrix that is copied into it."""
         filled = dict(self._destinations)
         for piece in layout.pieces:
             into = filled[piece.module, piece.side]

@@ -17,7 +17,7 @@ SETTLED_S = 0.1  # within this time of a change, a second one may leave the file
 
 
 def marks_of(path: str | Path) -> str:
-    """Sizes and times of an adapter's files, which change with the files and cost no read.
+    """Return sizes and times of an adapter's files. They change with the files, and no file is read.
 
     Raises:
         AdapterNotFound: the folder does not exist.
@@ -26,7 +26,7 @@ def marks_of(path: str | Path) -> str:
 
 
 def age_of(path: str | Path) -> float:
-    """Seconds since the last change of a file; negative if the file system's clock is ahead.
+    """Return the seconds since the last change of a file; negative if the file system's clock is ahead.
 
     Raises:
         AdapterNotFound: the folder does not exist.
@@ -85,7 +85,7 @@ class Revisions:
 
 
 def _stat(path: str | Path) -> tuple[str, float]:
-    """`marks_of`, and the Unix time of the last change."""
+    """Return `marks_of`, and the Unix time of the last change."""
     folder = Path(path)
     if not folder.is_dir():
         raise AdapterNotFound(f"adapter folder: expected a folder, got {str(path)!r}, which does not exist")
@@ -101,7 +101,7 @@ def _stat(path: str | Path) -> tuple[str, float]:
 
 
 def _digests(path: Path) -> tuple[int, bytes]:
-    """A file's size and the SHA-256 of each piece. Reads and hashes without the GIL."""
+    """Return a file's size and the SHA-256 of each piece. Reads and hashes without the GIL."""
     file = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(file).st_size

@@ -1,7 +1,7 @@
 """Reads a safetensors file: its header with safetensors' own checks, its data straight into one flat tensor.
 
-Loads run beside the thread that launches batches, and each call into torch may cost that thread the interpreter: names
-and shapes are taken from the header, and neighbouring tensors are read in one go.
+Loads run beside the thread that launches batches, and each call into torch may take the GIL from that thread. So names
+and shapes come from the header, and neighbouring tensors are read together.
 """
 
 import io
@@ -48,7 +48,7 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> list[StoredTensor]:
-    """The tensors of a file, in the file's order.
+    """Return the tensors of a file, in the file's order.
 
     Raises:
         UnreadableWeightsError: not a whole safetensors file, or one beyond the limits of this module.
@@ -73,9 +73,9 @@ def _stored(key: str, dtype: str, shape: tuple[int, ...], start: int) -> StoredT
 
 
 def _check_header(path: Path) -> int:
-    """Check the header's limits before it is parsed; returns the data's offset in the file, in bytes.
+    """Check the header's limits before it is parsed. Returns the data's offset in the file, in bytes.
 
-    It also brings the header into the page cache: `safe_open` holds the GIL while it reads.
+    Reading it here also brings it into the page cache: `safe_open` holds the GIL while it reads.
     """
     with path.open("rb", buffering=0) as file:
         size = int.from_bytes(file.read(8), "little")
@@ -99,7 +99,7 @@ def _not_whole(path: Path, error: Exception) -> str:
 def read_tensors(
     path: Path, tensors: Iterable[StoredTensor], dtype: torch.dtype, allocate: Allocate
 ) -> tuple[Tensor, dict[str, int]]:
-    """Read tensors end to end into one flat tensor of `dtype`; also returns the offset of each key in it.
+    """Read tensors end to end into one flat tensor of `dtype`. Returns it and the offset of each key in it.
 
     Raises:
         UnreadableWeightsError: the file cannot be read, or has become shorter.
@@ -120,7 +120,7 @@ def read_tensors(
 
 
 def read_tensor(path: Path, tensor: StoredTensor) -> Tensor:
-    """One tensor in its own dtype, one of `DTYPES`.
+    """Read one tensor in its own dtype, which must be one of `DTYPES`.
 
     Raises:
         UnreadableWeightsError: the file cannot be read, or has become shorter.
@@ -135,7 +135,7 @@ def read_tensor(path: Path, tensor: StoredTensor) -> Tensor:
 
 
 def _runs(ordered: list[StoredTensor]) -> Iterator[list[StoredTensor]]:
-    """Groups of neighbours of one dtype."""
+    """Yield groups of neighbouring tensors of one dtype."""
     run: list[StoredTensor] = []
     for tensor in ordered:
         if run and (tensor.dtype != run[0].dtype or tensor.start != run[-1].start + run[-1].nbytes):

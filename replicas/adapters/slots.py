@@ -37,7 +37,7 @@ class SlotTable:
         self._by_key = OrderedDict()
 
     def usable(self, key: AdapterRef) -> int | None:
-        """The slot in which the adapter can take new work; None if it has no slot, is loading or retiring."""
+        """Return the slot in which an adapter can take new work; None if it has no slot, is loading or retiring."""
         slot = self._by_key.get(key)
         return slot.index if slot is not None and slot.ready and not slot.retiring else None
 
@@ -46,7 +46,7 @@ class SlotTable:
         return key in self._by_key
 
     def acquire(self, key: AdapterRef) -> int:
-        """Add a reference to a usable adapter and make it the most recently used; returns its slot."""
+        """Add a reference to a usable adapter and make it the most recently used. Returns its slot."""
         slot = self._by_key[key]
         slot.references += 1
         self._by_key.move_to_end(key)
@@ -60,7 +60,7 @@ class SlotTable:
         slot.references -= 1
 
     def reserve(self, key: AdapterRef, keep: Collection[AdapterRef] = ()) -> tuple[int, AdapterRef | None] | None:
-        """Give an adapter a slot to load into: a free one, else the least recently used idle one.
+        """Give an adapter a slot to load into: a free one, else an idle one, retiring or least recently used.
 
         Args:
             keep: adapters that must not be evicted for this one.
@@ -82,11 +82,10 @@ class SlotTable:
     def _idle(self, keep: Collection[AdapterRef]) -> Slot | None:
         found = None
         for key, slot in self._by_key.items():
-            if slot.ready and slot.references == 0 and key.name not in self.pinned:
+            if slot.ready and slot.references == 0 and key.name not in self.pinned and key not in keep:
                 if slot.retiring:
                     return slot
-                if found is None and key not in keep:
-                    found = slot
+                found = found or slot
         return found
 
     def retire(self, keep: Collection[AdapterRef] = ()) -> None:
@@ -99,7 +98,6 @@ class SlotTable:
                 return
 
     def revive(self, key: AdapterRef) -> None:
-        """Undo `retire`, if the adapter has a slot."""
         if key in self._by_key:
             self._by_key[key].retiring = False
 
@@ -111,7 +109,7 @@ class SlotTable:
         self._slots[slot.index] = Slot(slot.index)
 
     def drop(self, key: AdapterRef) -> bool:
-        """Free an adapter's slot; returns False if it has none, is loading or in use."""
+        """Free an adapter's slot. Returns False if it has none, is loading or in use."""
         slot = self._by_key.get(key)
         if slot is None or not slot.ready or slot.references:
             return False
@@ -119,9 +117,9 @@ class SlotTable:
         return True
 
     def held(self) -> tuple[AdapterRef, ...]:
-        """Adapters with a slot, ready or loading."""
+        """Return the adapters with a slot, ready or loading."""
         return tuple(self._by_key)
 
     def resident(self) -> tuple[AdapterRef, ...]:
-        """Usable adapters, least recently used first."""
+        """Return the usable adapters, least recently used first."""
         return tuple(key for key in self._by_key if self.usable(key) is not None)

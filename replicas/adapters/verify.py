@@ -1,7 +1,7 @@
 """Verifies a PEFT folder completely before any of it is served.
 
-A key that matches no module, or a module without its keys, would make the adapter answer like the base model or like
-half of itself. Both are findings; all findings are reported together.
+Serving an adapter with a key that matches no module, or a module without its keys, would give the base model's vectors
+or wrong ones. Both are findings. All findings are reported together.
 """
 
 import math
@@ -48,7 +48,7 @@ Pairs = dict[Module, dict[str, StoredTensor]]  # the tensors of each module, by 
 
 @dataclass(frozen=True)
 class ExpectedModules:
-    """Adapters that a pool has slots for.
+    """The modules, shapes and base model that an adapter is verified against.
 
     Attributes:
         bases: names (fnmatch patterns) of the base model.
@@ -62,12 +62,12 @@ class ExpectedModules:
     embedding: Tensor
 
     def every_module(self) -> list[Module]:
-        """Every module of the base model that LoRA may target."""
+        """Return every module of the base model that LoRA may target."""
         linear = self.architecture.module_dims()
         return [(EMBEDDING, EMBED_TOKENS), *((i, name) for i in range(self.architecture.layers) for name in linear)]
 
     def shapes(self, name: str, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes of A and B of a module of this name at this rank."""
+        """Return the shapes of A and B of a module of this name at this rank."""
         shape = self.architecture
         wide, out = (shape.vocab, shape.hidden) if name == EMBED_TOKENS else shape.module_dims()[name]
         return (rank, wide), (out, rank)
@@ -140,7 +140,7 @@ def _missing_weights(path: Path) -> str:
 
 
 def _module_prefix(stored: Iterable[StoredTensor]) -> str:
-    """Names before `layers.` in the model that the adapter was trained on; patterns in its config may contain them."""
+    """Return the names before `layers.` in the model that was trained; patterns in the config may contain them."""
     found = next(filter(None, (_parse(tensor.key) for tensor in stored)), None)
     return found["prefix"].removeprefix("base_model.model.") if found else ""
 
@@ -157,7 +157,6 @@ def _parse(key: str) -> re.Match[str] | None:
 def _match(
     path: Path, stored: Iterable[StoredTensor], modules: Collection[Module], embedding: Tensor
 ) -> Checked[Pairs]:
-    """Assign the tensors to modules."""
     pairs: Pairs = {}
     unmatched = []
     for tensor in stored:

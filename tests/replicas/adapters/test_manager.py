@@ -216,6 +216,18 @@ def test_a_prefetch_evicts_no_adapter_that_is_needed_or_was_used_recently(scene:
     assert scene.evicted == [one.name]
 
 
+def test_a_prefetch_does_not_take_the_slot_that_a_prompt_waits_for(scene: Scene, refs: list[AdapterRef]) -> None:
+    one, two, three = refs[:3]
+    scene.load(one)
+    scene.manager.acquire_slots([one])
+    scene.manager.start_loads([two])
+    scene.manager.release_slots([one])
+    scene.manager.prefetch(three)
+    assert not scene.has_slot(three)
+    scene.load(two)
+    assert scene.manager.usable(two)
+
+
 def test_a_retiring_adapter_is_served_again_when_its_slot_is_no_longer_needed(
     scene: Scene, refs: list[AdapterRef]
 ) -> None:

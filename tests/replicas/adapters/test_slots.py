@@ -45,7 +45,7 @@ class Slots(RuleBasedStateMachine):
     def evictable(self, key: AdapterRef, keep: frozenset[AdapterRef]) -> bool:
         each = self.adapters[key]
         idle = each.ready and not each.references and key not in self.pinned
-        return idle and (each.retiring or key not in keep)
+        return idle and key not in keep
 
     @rule(key=st.sampled_from(KEYS), keep=KEPT)
     def reserve(self, key: AdapterRef, keep: frozenset[AdapterRef]) -> None:
