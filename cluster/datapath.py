@@ -28,7 +28,6 @@ class DataPath:
 
     @classmethod
     def current(cls) -> "DataPath":
-        """Return the data path that this process's environment selects."""
         haproxy, optimized = (os.environ.get(name) == "1" for name in FAST_PATH)
         return cls("haproxy" if haproxy else "serve-proxy", optimized)
 

@@ -8,12 +8,13 @@ BASE = "base"
 OTHER = "other"
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _HALVE_EVERY = 10_000  # observations, so that adapters that are no longer used lose their label
+_MARGIN = 100  # of count, so that labels do not change at the start
 
 
 class AdapterLabels:
     """Maps adapter names to label values: up to `limit` names, OTHER for other adapters, BASE for the base model.
 
-    A busy adapter replaces the least busy labelled one once it has twice its weight. Thread-safe.
+    A busy adapter replaces the least busy labelled one when its count is twice as large, plus 100. Thread-safe.
 
     Args:
         on_drop: called with the replaced name, so that its series can be removed.
@@ -37,7 +38,7 @@ class AdapterLabels:
                 self._labelled.add(adapter)
                 return adapter
             least_busy = min(self._labelled, key=lambda name: self._counts[name])
-            if self._counts[adapter] < 2 * self._counts[least_busy] + _HALVE_EVERY // 100:
+            if self._counts[adapter] < 2 * self._counts[least_busy] + _MARGIN:
                 return OTHER
             self._labelled.remove(least_busy)
             self._labelled.add(adapter)

@@ -29,7 +29,7 @@ _TIGHT_FROM, _TIGHT_TO = 0.5, 0.9  # share of all slots needed by one home each,
 _MAX_HOMES_PER_SLOT = 0.5
 _DEMAND_INTERVAL_S = 1.0  # between two looks at the demand for all adapters
 _FRESH_S = 0.001  # younger reports count as current
-_MAX_SORTED = 128  # up to this many replicas, sorting is faster than partitioning
+_MAX_SORTED = 256  # up to this many replicas, sorting is faster than partitioning
 _TIE_COSTS = 4096  # random numbers drawn at once and used repeatedly
 
 
@@ -270,7 +270,6 @@ class Affinity:
 
 
 def _homes(replicas_needed: Vector, load: float) -> float:
-    """Return the homes of all adapters, if each home takes a fraction `load` of a replica's rate."""
     return float(np.maximum(np.ceil(replicas_needed / load), 1).sum())
 
 

@@ -52,7 +52,8 @@ class CostTable:
     """
 
     def __init__(self, fleet: Fleet, policy: Policy) -> None:
-        self._fleet, self._policy = fleet, policy
+        self._fleet = fleet
+        self._policy = policy
         self.tight = 0.0
         self._costs: OrderedDict[str, AdapterCosts] = OrderedDict()
         self._generation = -1

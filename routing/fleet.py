@@ -155,7 +155,6 @@ class Fleet:
         return ~own_homes
 
     def _guess_rates(self) -> None:
-        """Set the rate of replicas without a measured rate to the median rate of the others."""
         if self._measured.any():
             self._rate[~self._measured] = np.median(self._rate[self._measured])
 
@@ -265,8 +264,7 @@ class Fleet:
         unanswered work.
         """
         now_s = self._now_s = max(now_s, self._now_s)
-        waits: Vector = self._clear_s - now_s
-        np.maximum(waits, self._least_s, out=waits)
+        waits: Vector = np.maximum(self._clear_s - now_s, self._least_s)
         if now_s - self._checked_s > _HUNG_CHECK_INTERVAL_S:
             self._checked_s = now_s
             hung = self._is_hung(now_s)

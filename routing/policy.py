@@ -70,9 +70,8 @@ class Policy:
     rank_padding_cost_s: float = 2.4e-9
 
     def __post_init__(self) -> None:
-        findings = [_check_value(each.name, getattr(self, each.name)) for each in fields(self)]
-        if any(findings):
-            raise ValueError("; ".join(filter(None, findings)))
+        if findings := check_policy(vars(self)):
+            raise ValueError("; ".join(findings))
 
 
 def check_policy(kwargs: Mapping[str, Any]) -> list[str]:

@@ -43,7 +43,6 @@ class AdapterRouter(RequestRouter):
             self._affinity.set_policy(Policy(**kwargs))
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Called by Ray at each change of the replica set."""
         super().update_replicas(replicas)
         self._call_safely(self._set_replicas, replicas)
 

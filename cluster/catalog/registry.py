@@ -95,7 +95,6 @@ class Registry:
         return name in self._configured or (self._root is not None and (self._root / name).exists())
 
     def pins(self) -> dict[str, str]:
-        """Return the sources of the pinned adapters, by name."""
         pins = ((name, entry) for name, entry in self._entries().items() if name not in self._user_config)
         return {name: entry.path for name, entry in pins if entry.pinned and entry.path}
 

@@ -153,14 +153,15 @@ class RemoteCache:
         """Return the folder of the download. Keeps files of an interrupted download of the same content."""
         part = self._root / f"{key}.part"
         path, content = part / _MARKS_FILE, _as_dicts(marks)
-        if not (_identify_content(marks) and path.exists() and json.loads(path.read_text()) == content):
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
-            path.write_text(json.dumps(content))
+        with contextlib.suppress(OSError, ValueError):  # no download to resume, or its marks are incomplete
+            if _identify_content(marks) and json.loads(path.read_text()) == content:
+                return part
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        path.write_text(json.dumps(content))
         return part
 
     def _copy(self, url: str, remote: RemoteFolder, name: str, mark: FileMark, target: Path, other_bytes: int) -> int:
-        """Download the rest of a file. Returns its size."""
         had = target.stat().st_size if target.exists() and mark.size is not None else 0
         with target.open("ab" if had else "wb") as file:
             for chunk in remote.read(name, had):
@@ -180,7 +181,6 @@ class RemoteCache:
             )
 
     def _evict(self) -> None:
-        """Remove the least recently used entries until the rest fits."""
         with self._locked("evict"):
             entries = [(path.stat().st_mtime, path.parent) for path in self._root.glob(f"*/{_ENTRY_FILE}")]
             sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for _, folder in entries}

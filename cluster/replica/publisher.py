@@ -37,7 +37,6 @@ class StatePublisher:
         self._sent_loads = 0
 
     async def run(self) -> None:
-        """Publish until cancelled."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:

@@ -72,7 +72,6 @@ class ReplicaState(Listener):
         self._notice_level()
 
     def call_finished(self, work: int) -> None:
-        """Remove an answered, refused or cancelled call from the queue."""
         with self._lock:
             self._queued_work -= work
             self._done_work += work
@@ -102,12 +101,10 @@ class ReplicaState(Listener):
 
     @property
     def holdings_number(self) -> int:
-        """Increases with each change of the held adapters."""
         return self._holdings.number
 
     @property
     def loads_sent(self) -> int:
-        """Number of queue loads that were sent with answers and reports."""
         return self._loads_sent
 
     def wait_s(self) -> float:
@@ -125,7 +122,6 @@ class ReplicaState(Listener):
         return min((busy_s - last_busy_s) / (now_s - last_s), 1.0) if now_s > last_s else 0.0
 
     def load_for(self, sender: str) -> QueueLoad:
-        """Return the queue load to send with an answer to a gateway."""
         with self._lock:
             return self._next_load(self._received_work.get(sender, 0))
 

@@ -112,7 +112,6 @@ class SimulatedEngine:
         return True
 
     def used_slots(self, now_s: float) -> int:
-        """Return `Holdings.used_slots`."""
         recent = sum(now_s - used_s < self.recently_used_s for used_s in self.resident.values())
         return len(self.loading) + recent
 

@@ -80,7 +80,6 @@ class Simulator:
         return SimulatedEngine(cluster.slots, cluster.hosted, cluster.speed, cluster.recently_used_s)
 
     def run(self, on_progress: Callable[[float], None] = lambda now_s: None) -> SimulationResult:
-        """Run the simulation. Calls `on_progress` with the simulated time."""
         self._rule.set_replicas(self._engines, 0.0)
         for change, apply in ((self._cluster.lose, self._lose), (self._cluster.join, self._join)):
             if change:
@@ -102,7 +101,6 @@ class Simulator:
         return self._result
 
     def _totals(self) -> tuple[list[float], int]:
-        """Return the busy seconds of each rank and all loads so far, including those of dead replicas."""
         busy_s = [sum(engine.busy_s for engine in engines) for engines in self._all_engines]
         return busy_s, sum(engine.loads for engines in self._all_engines for engine in engines)
 

@@ -24,7 +24,7 @@ RULES: Mapping[str, Callable[[int, Policy], Rule]] = {
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """One traffic on one cluster."""
+    """Traffic on a cluster, simulated with one rule or several."""
 
     cluster: SimulatedCluster
     traffic: Traffic

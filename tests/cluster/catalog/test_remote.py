@@ -126,6 +126,20 @@ def test_an_interrupted_download_is_resumed(s3: S3Bucket, adapters_dir: Path, tm
     assert cache.downloads == [url]
 
 
+def test_a_download_that_broke_off_while_its_marks_were_written_starts_again(
+    s3: S3Bucket, adapters_dir: Path, tmp_path: Path
+) -> None:
+    cuts = Cuts(limit=50_000)
+    url, cache = s3.put(adapters_dir / "legal-v2", "torn"), Cache(tmp_path / "cache", open_folder=cuts)
+    with pytest.raises(Unavailable):
+        cache.fetch(url)
+    cuts.limit = None
+    (marks,) = (tmp_path / "cache").glob("*.part/marks.json")
+    marks.write_text("")
+    assert same(cache.fetch(url).folder, adapters_dir / "legal-v2")
+    assert cuts.opened[-1].starts[WEIGHTS_FILE] == 0
+
+
 def test_a_corrupt_part_of_an_earlier_download_is_not_served(s3: S3Bucket, adapters_dir: Path, tmp_path: Path) -> None:
     """The checksum of the source reveals the corruption, and the next attempt downloads the whole file."""
     cuts = Cuts(limit=50_000)
