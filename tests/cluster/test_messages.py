@@ -1,4 +1,4 @@
-"""Messages between processes arrive as they were sent; input, answers and labels around them."""
+"""Messages between processes survive pickling; inputs are checked, and answers and refusals are rendered."""
 
 import pickle
 from collections.abc import Callable

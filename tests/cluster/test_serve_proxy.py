@@ -114,7 +114,7 @@ def test_a_request_is_in_the_log_and_in_its_clients_trace(plain: Service, collec
     assert line["answered_by"] == headers_received["x-ranklet-replica"]
     assert 0 < line["compute_ms"] <= line["compute_ms"] + line["queue_ms"] <= line["total_ms"]
 
-    eventually("its spans came", lambda: len(collector.spans_of(trace)) == 3, 20)
+    eventually("the collector has its spans", lambda: len(collector.spans_of(trace)) == 3, 20)
     spans = {span.name: span for span in collector.spans_of(trace)}
     whole = spans.pop("POST /v1/embeddings")
     assert whole.parent_span_id.hex() == "b7ad6b7169203331"

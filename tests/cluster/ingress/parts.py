@@ -42,13 +42,13 @@ DESCRIPTION = ReplicaDescription("r0", 0, 1, True, "", RequestLimits(MAX_MODEL_L
 
 
 class FakeTokenizer:
-    """A token per word, and never fewer than a token per 64 bytes. Records its calls, and may be held up."""
+    """Makes a token of each word. Records its calls, and keeps large texts waiting while `released` is not set."""
 
     def __init__(self) -> None:
         self.encoded: list[Sequence[str]] = []
         self.most_bytes = 0  # under tokenisation at once
-        self.held_up = threading.Event()  # large texts wait for it
-        self.held_up.set()
+        self.released = threading.Event()
+        self.released.set()
         self._bytes = 0
         self._lock = threading.Lock()
 
@@ -62,14 +62,14 @@ class FakeTokenizer:
             self._bytes += size_bytes
             self.most_bytes = max(self.most_bytes, self._bytes)
         if size_bytes > 1000:
-            assert self.held_up.wait(60)
+            assert self.released.wait(60)
         with self._lock:
             self._bytes -= size_bytes
         return [np.ones(len(text.split()), np.int32) for text in texts]
 
 
 class FakeReplicas:
-    """Stands in for Ray's handle. Answers every call with ones, or with `refusal`, or never."""
+    """Stands in for Ray's handle. Answers each call with ones, or with `refusal`; never if `is_silent`."""
 
     def __init__(self) -> None:
         self.refusal: Refusal | None = None

@@ -130,7 +130,7 @@ async def test_the_bytes_under_tokenisation_are_bounded_and_the_rest_waits(tmp_p
 
 async def test_a_small_text_does_not_wait_for_the_large_texts_of_another_key(tmp_path: Path) -> None:
     parts = Parts(tmp_path, keys={"large": (("*",), None), "small": (("*",), None)})
-    parts.tokenizer.held_up.clear()
+    parts.tokenizer.released.clear()
     texts = ["word " * 4_000] * 10
     large = [asyncio.ensure_future(parts.post(BASE, texts, key="large")) for _ in range(8)]
     try:
@@ -139,13 +139,13 @@ async def test_a_small_text_does_not_wait_for_the_large_texts_of_another_key(tmp
             assert (await parts.post(BASE, WORDS, key="small")).status_code == 200
         assert not any(call.done() for call in large)
     finally:
-        parts.tokenizer.held_up.set()
+        parts.tokenizer.released.set()
     assert {answer.status_code for answer in await asyncio.gather(*large)} == {200}
 
 
 async def test_texts_of_clients_that_disconnected_count_until_their_threads_end(tmp_path: Path) -> None:
     parts = Parts(tmp_path)
-    parts.tokenizer.held_up.clear()
+    parts.tokenizer.released.clear()
     texts = ["word " * 4_000] * 10
     left = [asyncio.ensure_future(parts.post(BASE, texts)) for _ in range(3)]
     try:
@@ -157,7 +157,7 @@ async def test_texts_of_clients_that_disconnected_count_until_their_threads_end(
             assert (await parts.post(BASE, WORDS)).status_code == 200
         assert [len(each) for each in parts.tokenizer.encoded] == [10, 10, 10, 1, 1, 1, 1, 1]
     finally:
-        parts.tokenizer.held_up.set()
+        parts.tokenizer.released.set()
     assert (await stays).status_code == 200
     assert all(isinstance(each, asyncio.CancelledError) for each in await asyncio.gather(*left, return_exceptions=True))
     assert parts.admission.in_flight == 0

@@ -1,4 +1,4 @@
-"""Calls to replicas: the routing hint, repetition of failed calls, the wait for a replica; Ray keeps no call."""
+"""Calls to replicas carry a routing hint, are repeated after failures, and wait for replicas for a limited time."""
 
 import asyncio
 import gc
