@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
     show = actions.add_parser("show", help="print one adapter as JSON")
     show.set_defaults(run=_show)
     load = actions.add_parser("load", help="verify an adapter, load it into a slot and serve it")
-    load.add_argument("--path", help="the folder on the service's nodes (default: NAME in adapters_dir)")
+    load.add_argument("--path", help="folder on the service's nodes, or URL (default: NAME in adapters_dir)")
     load.add_argument("--replace", action="store_true", help="replace the adapter of this name")
     load.add_argument("--pinned", action="store_true", help="keep the adapter in a slot of every replica")
     load.set_defaults(run=_load)

@@ -28,10 +28,10 @@ _HEADINGS = {
 
 def add(commands: Any) -> None:
     parser = commands.add_parser("simulate", help="compare routing rules on a simulated cluster of any size")
-    parser.add_argument("--replicas", type=int, default=64)
-    parser.add_argument("--adapters", type=int, default=1000)
+    parser.add_argument("--replicas", type=int, default=64, help="number of replicas (default: %(default)s)")
+    parser.add_argument("--adapters", type=int, default=1000, help="number of adapters (default: %(default)s)")
     parser.add_argument("--slots", type=int, default=64, help="adapter slots of each replica (default: %(default)s)")
-    parser.add_argument("--gateways", type=int, default=8)
+    parser.add_argument("--gateways", type=int, default=8, help="number of gateways (default: %(default)s)")
     parser.add_argument("--zipf", type=float, default=1.1, help="exponent of adapters' shares (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=6000, help="mean length of a prompt (default: %(default)s)")
     rate = parser.add_mutually_exclusive_group()
@@ -47,10 +47,22 @@ def add(commands: Any) -> None:
         "--join", type=float, nargs=2, metavar=("SECOND", "COUNT"), help="when replicas start, and how many"
     )
     parser.add_argument("--late-s", type=float, default=0.0, help="additional delay of the replicas' reports")
-    parser.add_argument("--rules", nargs="+", choices=tuple(RULES), default=list(RULES)[:5])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--out", type=Path, metavar="JSON")
+    parser.add_argument(
+        "--rules",
+        nargs="+",
+        choices=tuple(RULES),
+        default=list(RULES)[:5],
+        metavar="RULE",
+        help=f"routing rules to compare, from: {', '.join(RULES)} (default: the first five)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the traffic (default: %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes; each simulates one rule at a time (default: %(default)s)",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the numbers to this file")
     parser.set_defaults(run=_run)
 
 

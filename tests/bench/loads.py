@@ -68,8 +68,10 @@ def rows(engine: Engine, adapters: Sequence[AdapterRef], megabytes: float, besid
 def main() -> None:
     parser = report.parser(__doc__, "loads-h200")
     parser.add_argument("--layers", type=int, default=QWEN3_EMBEDDING_06B.layers, help="layers of the model")
-    parser.add_argument("--turns", type=int, default=20, help="loads of each row")
+    parser.add_argument("--turns", type=int, default=20, help=f"loads of each row, more than {_SLOTS}")
     options = parser.parse_args()
+    if options.turns <= _SLOTS:  # the last adapters would still be in slots
+        parser.error(f"--turns: expected more than the engine's {_SLOTS} slots, got {options.turns}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_model(folder / "model", layers=options.layers)
