@@ -1,4 +1,4 @@
-"""An event loop whose clock jumps to the next timer: pacing is tested exactly and at once, on any machine."""
+"""An event loop whose clock jumps to the next timer, so that tests of intervals are exact and need no waiting."""
 
 import asyncio
 import selectors

@@ -47,7 +47,7 @@ def report(
     affinity: Affinity, index: int, queued: float = 0, resident: Iterable[str] = (), *, number: int = 1,
     gateways: tuple[str, ...] = (), slots: int = 8, pool_rank: int = 64,
 ) -> None:  # fmt: skip
-    """Sends a report of replica `r{index}` to the router."""
+    """Send a report of replica `r{index}` to the router."""
     held = holdings(resident, number=number, slots=slots, pool_rank=pool_rank)
     affinity.on_report(StateReport(f"r{index}", load(number, queued), held, gateways), GATEWAY)
 
@@ -56,7 +56,7 @@ def affinity_with(
     count: int, queued: Mapping[int, float] | None = None, resident: Mapping[int, Iterable[str]] | None = None,
     policy: Policy = Policy(),
 ) -> ManualAffinity:  # fmt: skip
-    """A router with replicas r0, r1, ... of ranks 0, 1, ..., with this work queued and these adapters in slots."""
+    """Return a router with replicas r0, r1, ... of ranks 0, 1, ..., with these queues and adapters in slots."""
     affinity = ManualAffinity(policy)
     affinity.set_members([Member(f"r{i}", i) for i in range(count)])
     for i in range(count):

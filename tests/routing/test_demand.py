@@ -6,7 +6,7 @@ HOME_WORK_PER_S = 50_000.0
 
 
 def send(demand: Demand, per_s: int, seconds: float, start_s: float) -> float:
-    """Sends requests of 1000 units of work at a steady rate. Returns the time of the end."""
+    """Send requests of 1000 units of work at a steady rate. Returns the time of the end."""
     for i in range(int(per_s * seconds)):
         now_s = start_s + i / per_s
         demand.add_request(1000, now_s)

@@ -1,4 +1,4 @@
-"""Ray's side of the router: whatever it is given, it answers with replicas and never raises."""
+"""Ray's side of the router: it returns replicas for any input, and never raises."""
 
 import logging
 from collections.abc import Callable

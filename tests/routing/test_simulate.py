@@ -91,18 +91,7 @@ def test_routers_with_old_reports_do_not_all_choose_the_same_replica() -> None:
 
 
 def test_the_command_prints_and_saves_a_row_per_rule(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "--replicas",
-        "4",
-        "--adapters",
-        "20",
-        "--seconds",
-        "2",
-        "--workers",
-        "2",
-        "--out",
-        str(tmp_path / "o.json"),
-    ]
+    words = f"--replicas 4 --adapters 20 --seconds 2 --workers 2 --out {tmp_path / 'o.json'}".split()
     assert main(["simulate", *words, "--rules", "ranklet", "round robin"]) == 0
     assert json.loads((tmp_path / "o.json").read_text())["rows"][1]["rule"] == "round robin"
     assert "4 replicas" in capsys.readouterr().out

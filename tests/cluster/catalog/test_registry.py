@@ -68,13 +68,10 @@ def test_the_error_for_an_unknown_name_lists_similar_names(root: Path) -> None:
 
 def test_faulty_configured_folders_are_refused_with_a_reason(root: Path) -> None:
     registry = Registry(root, {"up": root / ".." / "secret", "gone": root / "gone", "a:b": root, "file": root / "file"})
-    for name, kind in (
-        ("up", InvalidAdapter),
-        ("gone", AdapterNotFound),
-        ("a:b", InvalidAdapter),
-        ("file", InvalidAdapter),
-    ):
-        with pytest.raises(kind):
+    with pytest.raises(AdapterNotFound):
+        registry.locate("gone")
+    for name in ("up", "a:b", "file"):
+        with pytest.raises(InvalidAdapter):
             registry.locate(name)
 
 

@@ -22,7 +22,7 @@ GATEWAYS = ("g1", "g2")
 
 @dataclass
 class PublisherSite:
-    """A publisher at work, in virtual time, and the reports that it has sent."""
+    """A publisher in virtual time, and the reports that it has sent."""
 
     state: ReplicaState = field(default_factory=lambda: ReplicaState("r", 4, 64))
     gateways: Sequence[str] = GATEWAYS
@@ -46,7 +46,7 @@ class PublisherSite:
             task.cancel()
 
     def times(self) -> list[float]:
-        """Of all reports, in seconds since the first."""
+        """Return the times of all reports, in seconds since the first."""
         return [round(at_s - self.sent[0][0], 6) for at_s, _ in self.sent]
 
     def hold(self, *names: str) -> None:
