@@ -90,6 +90,14 @@ TABLES = (
     ResultTable("Over HTTP: HAProxy, 8 gateways and one replica", "http-h200", HTTP),
     ResultTable("Over HTTP with 16 gateways", "http-h200-512", HTTP),
     ResultTable("Over HTTP with 8 processes of the load client", "http-h200-p8", HTTP),
+    ResultTable("Over HTTP before files moved into the folders of 2026-11-26", "http-h200-before", HTTP),
+    ResultTable("Over HTTP after files moved, on the same machine in the same hour", "http-h200-after", HTTP),
+    ResultTable(
+        "Engine and loads before and after files moved, medians of three and of two runs in turn", "compare-h200",
+        {"benchmark": ("benchmark", TEXT), "work": ("work", TEXT), "measured": ("measured", TEXT),
+         "runs before": ("runs before", TEXT), "runs after": ("runs after", TEXT),
+         "gain": ("after / before, more is better", RATIO)},
+    ),
     ResultTable("Two GPUs behind one app, 128 adapters on 64 slots of each GPU", "cluster-2xh200", CLUSTER),
     ResultTable("Four GPUs behind one app, an earlier commit, 256 adapters, 64 slots each", "cluster-4xh200", CLUSTER),
     ResultTable(
