@@ -17,6 +17,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], dict[str, bool]]] = {
     "engine": (("prompts", "adapters"), {"tokens_per_s": True}),
     "alone": (("prompt tokens", "adapters"), {"p50_ms": False}),
     "http": (("work",), {"tokens_per_s": True, "p50_ms": False}),
+    "policy": (("replicas", "adapters"), {"choose_p50_us": False}),
     "loads": (("beside", "tier"), {"p50_ms": False}),
 }
 

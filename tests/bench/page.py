@@ -57,6 +57,11 @@ FAIR: dict[str, tuple[str, Column]] = {
     "flood": ("flood", TEXT), "tokens": ("tokens", TEXT), "batch_tokens": ("tokens of a batch", COUNT),
     "p50_ms": ("p50 ms", COUNT), "p99_ms": ("p99 ms", COUNT), "p99_ratio": ("p99, times without flood", RATIO),
 }  # fmt: skip
+COMPARED: dict[str, tuple[str, Column]] = {
+    "benchmark": ("benchmark", TEXT), "work": ("work", TEXT), "measured": ("measured", TEXT),
+    "runs before": ("runs before", TEXT), "runs after": ("runs after", TEXT),
+    "gain": ("after / before, more is better", RATIO),
+}  # fmt: skip
 RULES: dict[str, tuple[str, Column]] = {
     "case": ("case", TEXT), "rule": ("rule", TEXT), "hit rate": ("adapter in a slot", EXACT_PERCENT),
     "p50_ms": ("p50 wait ms", MS), "p99_ms": ("p99 wait ms", MS), "mean_ms": ("mean wait ms", MS),
@@ -94,10 +99,9 @@ TABLES = (
     ResultTable("Over HTTP after files moved, on the same machine in the same hour", "http-h200-after", HTTP),
     ResultTable(
         "Engine and loads before and after files moved, medians of three and of two runs in turn", "compare-h200",
-        {"benchmark": ("benchmark", TEXT), "work": ("work", TEXT), "measured": ("measured", TEXT),
-         "runs before": ("runs before", TEXT), "runs after": ("runs after", TEXT),
-         "gain": ("after / before, more is better", RATIO)},
+        COMPARED,
     ),
+    ResultTable("CPU time of one routing decision before and after, six runs in turn", "compare-policy", COMPARED),
     ResultTable("Two GPUs behind one app, 128 adapters on 64 slots of each GPU", "cluster-2xh200", CLUSTER),
     ResultTable("Four GPUs behind one app, an earlier commit, 256 adapters, 64 slots each", "cluster-4xh200", CLUSTER),
     ResultTable(
