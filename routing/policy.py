@@ -36,7 +36,7 @@ class Policy:
 
     Attributes:
         max_load_per_home: Share of a replica's rate that one adapter may use before it gets another home.
-        max_load_per_home_if_tight: The same share where slots are too few for so many homes.
+        max_load_per_home_if_tight: Upper bound to which max_load_per_home is raised where slots are too few.
         tie_window_s: Waits that differ by less count as equal: a random cost up to this breaks ties.
         extra_home_cost_s: Cost of using an adapter beyond its homes, in addition to its load.
         away_wait_surcharge: Fraction added to the wait at replicas that are no home and do not hold the adapter.

@@ -15,7 +15,7 @@ _KILL_TIMEOUT_S = 5.0
 def process_start_time(pid: int) -> str | None:
     """Return when process `pid` started, in the system's own format; None if there is no such process.
 
-    The start time tells a process from a later one with the same id.
+    Two processes that had the same id one after the other differ in it.
     """
     stat = Path(f"/proc/{pid}/stat")
     if Path("/proc/self").exists():
