@@ -95,6 +95,8 @@ class Request:
         sequence.compute_s += compute_s
         outcome = self._task.accept(sequence, output)
         if isinstance(outcome, Delta):
+            if sequence.need.is_final:  # its slot is released already
+                raise RuntimeError("the task wants another pass after a final one")
             if outcome.piece is not None and self.is_open:
                 self._call(self._sink.delta, sequence.index, outcome.piece)
             sequence.computed += sequence.need.tokens

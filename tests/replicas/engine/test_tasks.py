@@ -198,3 +198,21 @@ def test_a_task_that_raises_fails_its_own_request_only(engine: Engine) -> None:
         sink.ended.result(PATIENCE_S)
     assert beside.result(PATIENCE_S).result.shape == (1, 128)
     assert engine.healthy()
+
+
+class EndlessTask(HalvesTask):
+    """Calls its first pass final, and then wants another one."""
+
+    def need(self, sequence: Sequence) -> Need:
+        return super().need(sequence)._replace(is_final=True)
+
+
+def test_a_task_that_goes_on_after_a_final_pass_fails_its_own_request_only(
+    engine: Engine, adapter_specs: list[AdapterSpec]
+) -> None:
+    adapter, sink = ref(adapter_specs[0].path), RecordingSink()
+    engine.submit_task(draw(20), adapter, EndlessTask(1, engine.head), sink)
+    with pytest.raises(InternalError, match="final"):
+        sink.ended.result(PATIENCE_S)
+    assert ask(engine, draw(5), adapter).result.shape == (1, 128)
+    assert engine.healthy()
