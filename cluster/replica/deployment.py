@@ -239,7 +239,7 @@ class Replica:
             healthy=self._engine.healthy(),
             metrics_target=self._metrics_target,
             limits=self._engine.limits,
-            resident=self._engine.resident(),
+            resident=self._engine.held().resident,
         )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:

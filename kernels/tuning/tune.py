@@ -1,6 +1,6 @@
 """The offline tuner: finds the fastest tiles of each projection and the crossovers of the backends.
 
-Compiling takes seconds per candidate, so many processes compile first and fill Triton's on-disk cache. Then one process
+Compiling a candidate takes seconds. Many processes compile first; Triton keeps their results on disk. Then one process
 checks each candidate against float32 and times it. Wrong candidates are dropped with a message, candidates that do not
 fit the GPU without one.
 """

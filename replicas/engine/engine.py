@@ -180,10 +180,6 @@ class Engine:
             if not self._pipeline.is_stopping:
                 self._adapters.prefetch(adapter, [sequence.adapter for sequence in self._scheduler.queue])
 
-    def resident(self) -> tuple[str, ...]:
-        with self._lock:
-            return self._adapters.held().resident
-
     def held(self) -> HeldAdapters:
         with self._lock:
             return self._adapters.held()

@@ -147,9 +147,6 @@ class EngineProcess(EngineApi):
     def prefetch(self, adapter: AdapterRef) -> None:
         self._outbox.put(Prefetch(adapter))
 
-    def resident(self) -> tuple[str, ...]:
-        return self._state.held.resident
-
     def held(self) -> HeldAdapters:
         """Return the adapters that the engine held at its last state message."""
         return self._state.held

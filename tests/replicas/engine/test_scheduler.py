@@ -1,5 +1,6 @@
 """Limits, order and the bounds in the scheduler's docstring, on random traffic."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from hypothesis import given, settings
@@ -24,10 +25,13 @@ class SchedulerLimits:
     adapters: int = 2
     demand: int = 3
 
-    def scheduler(self) -> Scheduler:
-        return Scheduler(
+    def scheduler(self, queue: Iterable[Sequence] = ()) -> Scheduler:
+        made = Scheduler(
             max_tokens=self.tokens, max_sequences=self.requests, max_adapters=self.adapters, max_demand=self.demand
         )
+        for each in queue:
+            made.queue.add(each)
+        return made
 
 
 def distinct(sequences: list[Sequence]) -> list[AdapterRef]:
@@ -51,9 +55,7 @@ residents = st.frozensets(st.sampled_from(REFS))
 def test_a_step_is_closed_at_the_size_that_is_enough(
     queue: list[Sequence], limit: SchedulerLimits, enough: int
 ) -> None:
-    scheduler = limit.scheduler()
-    for each in queue:
-        scheduler.queue.add(each)
+    scheduler = limit.scheduler(queue)
     whole, early = scheduler.propose(lambda _: True), scheduler.propose(lambda _: True, enough)
     assert early.sequences == whole.sequences[: len(early.sequences)]
     assert early.sequences or not whole.sequences
@@ -66,9 +68,7 @@ def test_a_step_is_closed_at_the_size_that_is_enough(
 def test_a_step_keeps_every_limit(
     queue: list[Sequence], limit: SchedulerLimits, resident: frozenset[AdapterRef]
 ) -> None:
-    scheduler = limit.scheduler()
-    for each in queue:
-        scheduler.queue.add(each)
+    scheduler = limit.scheduler(queue)
     found = scheduler.propose(resident.__contains__)
     assert found.tokens == sum(each.need.tokens for each in found.sequences) <= limit.tokens
     assert len(found.sequences) <= limit.requests
@@ -85,18 +85,14 @@ def test_a_step_keeps_every_limit(
 def test_demand_lists_the_first_adapters_in_slots_or_not(
     queue: list[Sequence], limit: SchedulerLimits, resident: frozenset[AdapterRef]
 ) -> None:
-    scheduler = limit.scheduler()
-    for each in queue:
-        scheduler.queue.add(each)
+    scheduler = limit.scheduler(queue)
     found = scheduler.propose(resident.__contains__)
     assert found.demand == distinct([each for each in scheduler.queue if not each.cancelled])[: limit.demand]
 
 
 @given(queues, limits)
 def test_no_sequence_is_lost_or_served_twice(queue: list[Sequence], limit: SchedulerLimits) -> None:
-    scheduler, served, dropped = limit.scheduler(), list[Sequence](), list[Sequence]()
-    for each in queue:
-        scheduler.queue.add(each)
+    scheduler, served, dropped = limit.scheduler(queue), list[Sequence](), list[Sequence]()
     for _ in range(len(queue) + 1):
         before = list(scheduler.queue)
         found = scheduler.propose(lambda _: True)

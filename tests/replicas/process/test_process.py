@@ -75,8 +75,8 @@ def test_loaded_adapters_are_in_the_snapshot(remote: EngineProcess, adapter_spec
     spec = adapter_specs[1]
     info = remote.load(ref(spec.path))
     assert info.name == spec.path.name
-    until(lambda: spec.path.name in remote.resident())
-    assert set(remote.snapshot().resident) == set(remote.resident())
+    until(lambda: spec.path.name in remote.held().resident)
+    assert set(remote.snapshot().resident) == set(remote.held().resident)
     assert remote.snapshot().slots == 2
 
 
