@@ -57,6 +57,7 @@ def _token_source(environment: Mapping[str, str]) -> str | None:
 
 def _auth_modes(cluster: Mapping[str, Any]) -> list[str]:
     groups = [cluster.get("headGroupSpec") or {}, *(cluster.get("workerGroupSpecs") or [])]
-    containers = [each for group in groups for each in group["template"]["spec"]["containers"]]
+    pods = [(group.get("template") or {}).get("spec") or {} for group in groups]
+    containers = [each for pod in pods for each in pod.get("containers") or []]
     variables = [variable for each in containers for variable in each.get("env") or []]
     return [str(variable.get("value")) for variable in variables if variable["name"] == "RAY_AUTH_MODE"]

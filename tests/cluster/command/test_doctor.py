@@ -137,6 +137,8 @@ def test_the_shipped_manifest_is_sound_and_fails_without_its_token() -> None:
     assert check_manifest_token(cluster).state == "ok"
     del cluster["authOptions"]
     assert check_manifest_token(cluster).state == "fail"
+    del cluster["headGroupSpec"]["template"]
+    assert check_manifest_token(cluster).state == "fail"  # KubeRay itself refuses a group without a template
 
 
 def test_a_ray_that_no_longer_reads_a_variable_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
