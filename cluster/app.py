@@ -8,13 +8,11 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from ranklet.cluster.config import AppArgs
-from ranklet.cluster.datapath import DataPath
+from ranklet.cluster.datapath import ROUTER, DataPath
 from ranklet.cluster.ingress.gateway import Gateway
 from ranklet.cluster.replica.deployment import Replica
 from ranklet.cluster.replica.gateways_client import GATEWAY
 
-# A path instead of the class, which Ray would pickle into the configuration of the deployment.
-ROUTER = "ranklet.routing.router:AdapterRouter"
 # Serve's own limits are too high to be reached: Serve polls a full replica (every 25 ms to 0.5 s), and a full gateway
 # answers in plain text. engine.max_waiting_tokens and limits.max_in_flight_requests limit the load instead.
 _ONGOING = 10_000
@@ -39,6 +37,7 @@ def build(args: AppArgs) -> Application:
     """
     args = args.resolved()
     logger.info("ranklet serves %s; %s", args.base_names[0], DataPath.current().summary())
+    # A path instead of the class, which Ray would pickle into the configuration of the deployment.
     router = RequestRouterConfig.model_validate({"request_router_class": ROUTER})
     replica = serve.deployment(
         name="Replica",

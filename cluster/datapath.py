@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+ROUTER = "ranklet.routing.router:AdapterRouter"  # chooses the replica of each call
 # Environment of `ray start`, on every node, for the recommended data path.
 FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 _PACKAGES = ("ranklet", "ray", "torch", "triton", "transformers")

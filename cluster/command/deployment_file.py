@@ -7,10 +7,9 @@ from typing import Any
 
 import yaml
 
-from ranklet.cluster.datapath import is_loopback
+from ranklet.cluster.datapath import ROUTER, is_loopback
 from ranklet.routing.policy import check_policy
 
-ROUTER = "ranklet.routing.router:AdapterRouter"
 _BUILDER = "ranklet.cluster.app:build"
 SERVE_HOST = "127.0.0.1"  # Serve's default
 SERVE_PORT = 8000

@@ -9,9 +9,10 @@ from pydantic import ValidationError
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
-from ranklet.cluster.app import ROUTER, build
+from ranklet.cluster.app import build
 from ranklet.cluster.autoscaling import by_work
 from ranklet.cluster.config import AdapterList, AppArgs
+from ranklet.cluster.datapath import ROUTER
 from ranklet.routing.policy import Policy
 from tests.ray_internals import bound_deployments
 
