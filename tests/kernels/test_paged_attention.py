@@ -1,0 +1,114 @@
+"""Decode attention over pages equals float64, reads only a span's own keys, and does not depend on the batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from ranklet.kernels import paged_attention
+from ranklet.kernels.paged_attention import PagedSpans, decode, decode_torch, decode_triton
+from tests.kernels.paged import attend64, make_case
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+Decode = Callable[..., None]
+needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles the kernels on a GPU")
+
+
+def small_splits(monkeypatch: pytest.MonkeyPatch, least: int = 64, most: int = 2) -> None:
+    """Make splits so small that short sequences, which the interpreter computes quickly, have several."""
+    monkeypatch.setattr(paged_attention, "_LEAST_SPLIT", least)
+    monkeypatch.setattr(paged_attention, "_MOST_SPLITS", most)
+
+
+def check(
+    run: Decode, lengths: list[int], heads: tuple[int, int], width: int, window: int | None,
+    dtype: torch.dtype = torch.float32, tolerance: float = 1e-5, device: torch.device = torch.device("cpu"),
+) -> None:  # fmt: skip
+    case = make_case([min(length, 1) for length in lengths], lengths, heads, width, dtype)
+    there = case.to(device)
+    out = there.empty_out()
+    run(there.qkv, there.spans, there.pages, heads, window, out)
+    assert_close(out.cpu().double(), attend64(case, window), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.integers(0, 140), min_size=1, max_size=4).filter(any),
+    st.sampled_from([(1, 1), (4, 2), (8, 2), (8, 1), (6, 2)]),
+    st.sampled_from([6, 16]),
+    st.none() | st.integers(1, 150),
+)
+def test_torch_equals_float64(lengths: list[int], heads: tuple[int, int], width: int, window: int | None) -> None:
+    check(decode, lengths, heads, width, window)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (4, 1), (8, 1), (3, 1)])
+@pytest.mark.parametrize("window", [None, 1, 64, 70])
+def test_the_interpreted_kernels(monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int], window: int | None) -> None:
+    small_splits(monkeypatch)
+    check(decode_triton, [1, 0, 64, 65, 200], heads, 16, window)
+
+
+@needs_interpreter
+@settings(max_examples=10)
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=3).filter(any), st.none() | st.integers(1, 300), st.data())
+def test_interpreted_kernels_of_any_length(lengths: list[int], window: int | None, data: Any) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        small_splits(monkeypatch, data.draw(st.sampled_from([64, 128])), data.draw(st.sampled_from([2, 4])))
+        width, dtype = data.draw(st.sampled_from([(16, torch.float32), (24, torch.float32), (32, torch.float16)]))
+        check(decode_triton, lengths, (4, 2), width, window, dtype, 1e-5 if dtype == torch.float32 else 3e-3)
+
+
+@pytest.mark.parametrize("run", [decode_torch, decode_triton])
+def test_a_token_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch, run: Decode) -> None:
+    small_splits(monkeypatch)
+    case = make_case([1, 1, 1], [150, 3, 70], (4, 2), 16, spare_pages=4).to(DEVICE)
+    together = case.empty_out()
+    run(case.qkv, case.spans, case.pages, case.heads, None, together)
+    for b in range(3):
+        one = slice(b, b + 1)
+        held = -(-int(case.spans.lengths[b]) // 64)
+        parts = (case.spans.rows[one], case.spans.counts[one], case.spans.lengths[one], case.spans.table[one, :held])
+        alone = PagedSpans(*parts, 1)
+        out = case.empty_out()
+        run(case.qkv, alone, case.pages, case.heads, None, out)
+        row = int(case.spans.rows[b])
+        assert torch.equal(out[row], together[row])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("heads", [(16, 8), (32, 8), (4, 4), (8, 1)])
+@pytest.mark.parametrize("window", [None, 100, 700])
+def test_decode_on_a_gpu(dtype: torch.dtype, tolerance: float, heads: tuple[int, int], window: int | None) -> None:
+    lengths = [1, 0, 63, 64, 65, 255, 256, 257, 1000, 5000, 2, 0]
+    for width in (64, 128):
+        check(decode, lengths, heads, width, window, dtype, tolerance, DEVICE)
+
+
+@pytest.mark.gpu
+def test_one_cuda_graph_serves_other_lengths_and_tables() -> None:
+    cases = [make_case([1] * 3, lengths, (16, 8), 128, torch.bfloat16) for lengths in ([900, 70, 5], [3, 940, 200])]
+    pool = torch.cat([cases[0].pages.keys, cases[1].pages.keys]), torch.cat([case.pages.values for case in cases])
+    pages = paged_attention.LayerPages(pool[0].to(DEVICE), pool[1].to(DEVICE))
+    first = cases[0].to(DEVICE)
+    width = max(case.spans.table.shape[1] for case in cases)
+    table = torch.zeros(3, width, dtype=torch.int32, device=DEVICE)
+    spans = PagedSpans(first.spans.rows, first.spans.counts, first.spans.lengths, table, 1)
+    qkv, out = first.qkv.clone(), first.empty_out()
+    decode(qkv, spans, pages, first.heads, None, out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode(qkv, spans, pages, first.heads, None, out)
+    for case, offset in ((cases[1], len(cases[0].pages.keys)), (cases[0], 0)):
+        qkv.copy_(case.qkv)
+        spans.lengths.copy_(case.spans.lengths)
+        table[:, : case.spans.table.shape[1]].copy_(case.spans.table + offset)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert_close(out.cpu().double(), attend64(case, None), rtol=1e-2, atol=1e-2, equal_nan=True)
