@@ -1,0 +1,58 @@
+"""What a row of logits asks of the sampler, as int32 columns that travel with a step. Imports no torch.
+
+Floats travel as their bits. Letters: N rows of logits.
+"""
+
+from enum import IntEnum, IntFlag
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+TOP_LOGPROBS: Final = 20  # most ids and logprobs that a row may ask for
+ROW_WIDTH: Final = 16  # columns of a row
+
+
+class Feature(IntFlag):
+    """What one row asks for, or any row of a step. Part of the key of a CUDA graph."""
+
+    NOISE = 1  # temperature above 0
+    TRUNCATE = 2  # top_k, top_p or min_p
+    PENALIZE = 4  # presence, frequency or repetition penalty
+    EDIT = 8  # logit_bias, or bans until min_tokens
+    MASK = 16  # allowed_token_ids
+    LOGPROB = 32  # logprob of the drawn token
+    TOP = 64  # the largest logprobs, always together with LOGPROB
+
+
+class Column(IntEnum):
+    FLAGS = 0  # Feature of the row
+    ROW = 1  # row of the state: counts, edits, mask
+    POSITION = 2  # index in the sequence of the token that is drawn
+    SCALE = 3  # float: 1 / temperature; 1 if the row is greedy
+    TOP_K = 4  # 0: all
+    TOP_P = 5  # float; 1: all
+    MIN_P = 6  # float: log(min_p); -inf: all
+    PRESENCE = 7  # float
+    FREQUENCY = 8  # float
+    REPETITION = 9  # float: factor of negative logits
+    PARDON = 10  # float: 1 / repetition penalty, factor of positive logits
+    SEED_LOW = 11
+    SEED_HIGH = 12
+    EDITS = 13  # number of edited tokens
+
+
+_ALL = Feature.NOISE | Feature.TRUNCATE | Feature.PENALIZE | Feature.EDIT | Feature.MASK
+_LOGPROBS = Feature.LOGPROB | Feature.TOP
+_LEVELS = (Feature(0), Feature.NOISE, Feature.NOISE | Feature.TRUNCATE, _ALL)
+
+
+def features_of(columns: NDArray[np.int32]) -> Feature:
+    """Return the features that any of the rows [N, ROW_WIDTH] asks for."""
+    return Feature(int(np.bitwise_or.reduce(columns[:, Column.FLAGS], initial=0)))
+
+
+def rounded(features: Feature) -> Feature:
+    """Return the smallest of eight supersets, so that steps share CUDA graphs. Any superset gives the same tokens."""
+    level = next(level for level in _LEVELS if features & ~_LOGPROBS in level)
+    return level | (_LOGPROBS if features & _LOGPROBS else Feature(0))
