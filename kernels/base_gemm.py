@@ -30,6 +30,7 @@ def base(
         return out
     if rotary and fused_gemm.can_rotate_base(x, weight, rotary):
         fused_gemm.rotated(x, weight, bias, out, rotary)
+        rotary.store(out)
     elif rotary and may_widen(x):
         rotary.write(widened(x, weight, bias), out)
     else:

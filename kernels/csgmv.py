@@ -80,7 +80,9 @@ def _write_fused(
             done, rotated = tiles.rows[1], rotates
         else:
             added.append(tiles)
-    if rotary and done and not rotated:
+    if rotary and done and rotated:
+        rotary.rows(0, done).store(y[:done])
+    elif rotary and done:
         rotary.rows(0, done).apply_(y[:done])
     return done, added
 

@@ -140,7 +140,8 @@ def gemm(
     Semantics: `y[t] = rotary(W x[t] + bias + B[slot(t)] h[t])`, rounded once. Requires `can_fuse`.
 
     Args:
-        rotary: for packed queries, keys and values; requires `can_rotate`.
+        rotary: for packed queries, keys and values; requires `can_rotate`. The caller stores keys and values
+            (`Rotary.store`).
         chained: whether the launch right before this one is a `shrink` with `chained` that writes `h`.
     """
     assert tiles.on_device is not None
@@ -159,7 +160,8 @@ def rotated(
 ) -> None:
     """Compute packed queries, keys and values without LoRA. Overwrites `y`.
 
-    Semantics: `y[t] = rotary(W x[t] + bias)`, rounded once. Requires `can_rotate_base`.
+    Semantics: `y[t] = rotary(W x[t] + bias)`, rounded once. Requires `can_rotate_base`. The caller stores keys and
+    values (`Rotary.store`).
     """
     rows = x.shape[0]
     blocks = triton.cdiv(rows, BLOCK_ROWS)

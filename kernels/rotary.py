@@ -1,12 +1,14 @@
 """Normalizes and rotates query and key heads, between a decoder layer's first projection and attention.
 
+The same launch stores keys and values in pages, for sequences whose later tokens attend to them.
+
 Letters: T rows (tokens), D head width, Q query heads, G key heads. Arithmetic is in float32, whatever the dtype. Where
 possible, `fused_gemm.py` does this within the projection, before its output is written to memory. After RoFormer's
 rotary position embeddings (Su et al., 2021), which pair the halves of a head as in GPT-NeoX.
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 import triton
@@ -14,12 +16,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from ranklet.kernels.kv_write import KvWrite, write_kv
 
-@triton.jit(do_not_specialize_on_alignment=["positions"])
+
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
 def rotary_kernel(
     qkv, out, q_weight, k_weight, cos, sin, positions, eps, row_stride,
     Q: tl.constexpr, ROTATED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, NORM: tl.constexpr,
+    keys=None, values=None, slots=None, page_stride=0, PAGE: tl.constexpr = 0,
 ):  # fmt: skip
     token = tl.program_id(0)
     position = tl.load(positions + token).to(tl.int64)
@@ -47,8 +52,21 @@ def rotary_kernel(
     s = tl.load(sin + position * HALF + columns, mask=columns < HALF, other=0.0)
     c = tl.where(heads < ROTATED, c, 1.0)
     s = tl.where(heads < ROTATED, s, 0.0)
-    tl.store(out + at, (low * c - high * s).to(out.dtype.element_ty), mask=mask)
-    tl.store(out + at + HALF, (high * c + low * s).to(out.dtype.element_ty), mask=mask)
+    rotated_low = (low * c - high * s).to(out.dtype.element_ty)
+    rotated_high = (high * c + low * s).to(out.dtype.element_ty)
+    tl.store(out + at, rotated_low, mask=mask)
+    tl.store(out + at + HALF, rotated_high, mask=mask)
+    if PAGE > 0:
+        slot = tl.load(slots + token).to(tl.int64)
+        G: tl.constexpr = ROTATED - Q
+        head = tl.where(heads < ROTATED, heads - Q, heads - ROTATED)
+        in_page = slot // PAGE * page_stride + (head * PAGE + slot % PAGE) * (2 * HALF) + columns
+        is_key = mask & (slot >= 0) & (heads >= Q) & (heads < ROTATED)
+        is_value = mask & (slot >= 0) & (heads >= ROTATED) & (heads < ROTATED + G)
+        tl.store(keys + in_page, rotated_low.to(keys.dtype.element_ty), mask=is_key)
+        tl.store(keys + in_page + HALF, rotated_high.to(keys.dtype.element_ty), mask=is_key)
+        tl.store(values + in_page, rotated_low.to(values.dtype.element_ty), mask=is_value)
+        tl.store(values + in_page + HALF, rotated_high.to(values.dtype.element_ty), mask=is_value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +79,7 @@ class Rotary:
         norms: weights of the query norm and the key norm, [D] each; None for models without them.
         cos, sin: float32 [positions, D / 2].
         positions: integers [T].
+        kv: where `apply_`, `write` and `store` put the rotated keys and the values; None to keep them only in `qkv`.
     """
 
     norms: tuple[Tensor, Tensor] | None
@@ -70,6 +89,7 @@ class Rotary:
     query_heads: int
     key_heads: int
     eps: float
+    kv: KvWrite | None = None
 
     @property
     def half(self) -> int:
@@ -80,7 +100,8 @@ class Rotary:
         return self.query_heads * 2 * self.half, self.key_heads * 2 * self.half
 
     def rows(self, begin: int, end: int | None = None) -> Self:
-        return replace(self, positions=self.positions[begin:end])
+        kv = None if self.kv is None else self.kv.rows(begin, end)
+        return replace(self, positions=self.positions[begin:end], kv=kv)
 
     def apply_(
         self,
@@ -89,8 +110,9 @@ class Rotary:
         """Normalize and rotate the query and key heads in place. Value heads are kept. Returns `qkv`."""
         if not qkv.is_cuda:
             _apply_torch(qkv, self)
+            self.store(qkv)
         elif qkv.shape[0]:
-            self._launch(qkv, qkv, self.query_heads + self.key_heads)
+            self._launch(qkv, qkv, self.query_heads + self.key_heads * (1 if self.kv is None else 2))
         return qkv
 
     def write(
@@ -104,6 +126,14 @@ class Rotary:
         elif qkv.shape[0]:
             self._launch(qkv, out, self.query_heads + 2 * self.key_heads)
 
+    def store(
+        self,
+        qkv: Tensor,  # [T, (Q + 2 G) * D], rows contiguous
+    ) -> None:
+        """Store keys and values as `kv` says, if the product has rotated the keys already."""
+        if self.kv is not None:
+            write_kv(qkv, self.kv.slots, self.kv.pages, (self.query_heads, self.key_heads))
+
     def _launch(self, qkv: Tensor, out: Tensor, heads: int) -> None:
         assert qkv.stride() == out.stride()
         q_weight, k_weight = self.norms or (self.cos, self.cos)
@@ -111,8 +141,17 @@ class Rotary:
             qkv, out, q_weight, k_weight, self.cos, self.sin, self.positions, self.eps, qkv.stride(0),
             Q=self.query_heads, ROTATED=self.query_heads + self.key_heads, HEADS=heads, HALF=self.half,
             BLOCK_HEADS=triton.next_power_of_2(heads), BLOCK_HALF=triton.next_power_of_2(self.half),
-            NORM=self.norms is not None, num_warps=4,
+            NORM=self.norms is not None, **_pages_of(self.kv), num_warps=4,
         )  # fmt: skip
+
+
+def _pages_of(kv: KvWrite | None) -> dict[str, Any]:
+    if kv is None:
+        return {}
+    keys, values = kv.pages
+    return {
+        "keys": keys, "values": values, "slots": kv.slots, "page_stride": keys.stride(0), "PAGE": keys.shape[2],
+    }  # fmt: skip
 
 
 def _apply_torch(qkv: Tensor, rotary: Rotary) -> None:

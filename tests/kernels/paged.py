@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ranklet.kernels.kv_write import KvWrite
 from ranklet.kernels.paged_attention import PAGE_TOKENS, LayerPages, PagedSpans
 
 FREE_PAGES = 3
@@ -93,3 +94,27 @@ def attend64(case: PagedCase, window: int | None) -> Tensor:
         scores = (q64 @ k64.transpose(1, 2)) / width**0.5
         out[row : row + count] = (scores.masked_fill(~seen, float("-inf")).softmax(2) @ v64).transpose(0, 1)
     return out.flatten(1)
+
+
+def make_kv_write(tokens: int, key_heads: int, width: int, dtype: torch.dtype) -> KvWrite:
+    """Return pages of NaN and a slot of its own for each token, except for about a third of them."""
+    count = tokens // PAGE_TOKENS + 2
+    slots = torch.randperm(count * PAGE_TOKENS)[:tokens].to(torch.int32)
+    slots[torch.rand(tokens) < 0.3] = -1
+    keys = torch.full((count, key_heads, PAGE_TOKENS, width), float("nan"), dtype=dtype)
+    return KvWrite(slots, LayerPages(keys, keys.clone()))
+
+
+def check_stored(qkv: Tensor, kv: KvWrite | None) -> None:
+    """Check that the pages hold the keys and values of `qkv` in the slots and NaN elsewhere, then clear them."""
+    assert kv is not None
+    _, key_heads, page, width = kv.pages.keys.shape
+    kept = (kv.slots >= 0).cpu()
+    slots = kv.slots.cpu()[kept].long()
+    first = qkv.shape[1] - 2 * key_heads * width
+    for index, side in enumerate(kv.pages):
+        columns = slice(first + index * key_heads * width, first + (index + 1) * key_heads * width)
+        expected = torch.full(side.shape, float("nan"), dtype=side.dtype)
+        expected[slots // page, :, slots % page] = qkv.cpu()[kept][:, columns].view(-1, key_heads, width)
+        assert torch.equal(side.cpu().nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0))
+        side.fill_(float("nan"))

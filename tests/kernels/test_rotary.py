@@ -1,5 +1,6 @@
 """Norm and rotation of queries and keys, in a kernel of its own and in the fused product, against float64."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEm
 
 from ranklet.kernels import csgmv, fused_gemm
 from ranklet.kernels.batch import plan
+from ranklet.kernels.kv_write import KvWrite
+from ranklet.kernels.paged_attention import PAGE_TOKENS, LayerPages
 from ranklet.kernels.rotary import Rotary, rotary_kernel
 from ranklet.kernels.tiles import FusedTile
 from tests.kernels import oracle
 from tests.kernels.fixed_tiles import fuse_small_batches
+from tests.kernels.paged import check_stored, make_kv_write
 
 EPS = 1e-6
 HEADS = [(1, 4, 2, 48), (6, 3, 1, 6), (5, 2, 2, 64), (3, 1, 1, 2), (0, 4, 2, 48)]  # tokens, Q, G, head width
@@ -56,7 +60,8 @@ def make_rotary(shape: tuple[int, int, int, int], dtype: torch.dtype, *, normed:
 def on(device: torch.device, rotary: Rotary) -> Rotary:
     norms = rotary.norms and (rotary.norms[0].to(device), rotary.norms[1].to(device))
     cos, sin, positions = (tensor.to(device) for tensor in (rotary.cos, rotary.sin, rotary.positions))
-    return Rotary(norms, cos, sin, positions, rotary.query_heads, rotary.key_heads, EPS)
+    kv = rotary.kv and KvWrite(rotary.kv.slots.to(device), LayerPages(*(part.to(device) for part in rotary.kv.pages)))
+    return Rotary(norms, cos, sin, positions, rotary.query_heads, rotary.key_heads, EPS, kv)
 
 
 def test_torch_agrees_with_transformers() -> None:
@@ -86,7 +91,10 @@ def test_apply_in_place_and_write(
     rotary, qkv = make_rotary(shape, dtype, normed=normed), torch.randn(tokens, (query + 2 * key) * width).to(dtype)
     expected = rotary64(qkv, rotary)
     exact = torch.empty_like(qkv, device=DEVICE)
-    on(DEVICE, rotary).write(qkv.float().clone().to(DEVICE), exact)
+    stores = on(DEVICE, replace(rotary, kv=make_kv_write(tokens, key, width, dtype)))
+    stores.write(qkv.float().clone().to(DEVICE), exact)
+    check_stored(exact, stores.kv)
+    check_stored(stores.apply_(qkv.clone().to(DEVICE)), stores.kv)
     assert_close(exact.cpu().double(), expected, rtol=tolerance / 2, atol=tolerance / 2)
     out = on(DEVICE, rotary).apply_(qkv.clone().to(DEVICE)).cpu()
     assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
@@ -107,6 +115,14 @@ def test_the_interpreted_kernel(shape: tuple[int, int, int, int], normed: bool) 
             BLOCK_HEADS=1 << (written - 1).bit_length(), BLOCK_HALF=1 << (half - 1).bit_length(), NORM=normed,
         )  # fmt: skip
         assert_close(target.double(), expected, rtol=1e-5, atol=1e-5)
+    kv, target = make_kv_write(tokens, key, width, torch.float32), qkv.clone()
+    rotary_kernel[(tokens,)](
+        qkv, target, rotary.cos, rotary.cos, rotary.cos, rotary.sin, rotary.positions, EPS, qkv.stride(0), Q=query,
+        ROTATED=heads, HEADS=heads + key, HALF=half, BLOCK_HEADS=1 << (heads + key - 1).bit_length(),
+        BLOCK_HALF=1 << (half - 1).bit_length(), NORM=False, keys=kv.pages.keys, values=kv.pages.values,
+        slots=kv.slots, page_stride=kv.pages.keys.stride(0), PAGE=PAGE_TOKENS,
+    )  # fmt: skip
+    check_stored(target, kv)
 
 
 @pytest.mark.parametrize("width", [64, 128])
@@ -147,7 +163,10 @@ def test_rotation_in_the_fused_product(
     wanted = rotary64(oracle.linear(x, weight, offset, rows, adapters), rotary)
     tiled = batch.with_tiles(DEVICE)
     given = (x.to(DEVICE), weight.to(DEVICE), None if offset is None else offset.to(DEVICE), stack, tiled)
-    out = csgmv.linear(*given, on(DEVICE, rotary)).cpu().double()
+    stores = on(DEVICE, replace(rotary, kv=make_kv_write(batch.rows, key, width, dtype)))
+    written = csgmv.linear(*given, stores)
+    check_stored(written, stores.kv)
+    out = written.cpu().double()
     assert (len(rotaries), all(rotaries)) == (0 if lengths == [60, 7] else 1, True)
     assert_close(out, wanted, rtol=3e-3, atol=3e-3 * float(wanted.abs().max()))
     assert (out - wanted).norm() <= 3e-3 * wanted.norm()
