@@ -43,6 +43,15 @@ class EngineConfig:
     host_cache_bytes: int = 4 << 30
     # Time after which a request whose adapter is still loading is refused with 503 and Retry-After.
     load_timeout_s: float = 8.0
+    # Share of the device memory that is free after start-up that the KV cache takes.
+    kv_cache_fraction: float = 0.9
+    # Size of the KV cache in bytes, instead of kv_cache_fraction. None on the CPU is 256 MiB, or one prompt of
+    # max_model_len if that is more.
+    kv_cache_bytes: int | None = None
+    # Whether sequences share the keys and values of equal beginnings.
+    prefix_cache: bool = True
+    # Largest number of prompt tokens in a step that also decodes: more delays the next token of every stream.
+    interleave_tokens: int = 1024
     # Device memory for merged weights of the most requested adapters.
     merged_bytes: int = 0
     # LoRA backend; "fastest" may give up a little accuracy for speed (see kernels/dispatch.py).
@@ -52,10 +61,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model_dir", Path(self.model_dir))
-        for name in ("slots", "max_rank", "max_batch_tokens", "max_batch_requests", "max_waiting_tokens"):
+        for name in (
+            "slots", "max_rank", "max_batch_tokens", "max_batch_requests", "max_waiting_tokens", "interleave_tokens",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("max_adapters_per_batch", "max_model_len"):
+        for name in ("max_adapters_per_batch", "max_model_len", "kv_cache_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1 or null, got {value}")
@@ -66,6 +77,8 @@ class EngineConfig:
             )
         if not self.load_timeout_s > 0:
             raise ValueError(f"load_timeout_s: expected more than 0, got {self.load_timeout_s}")
+        if not 0 < self.kv_cache_fraction <= 0.98:
+            raise ValueError(f"kv_cache_fraction: expected more than 0 and at most 0.98, got {self.kv_cache_fraction}")
         for name in ("host_cache_bytes", "merged_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")

@@ -16,7 +16,6 @@ BELOW_REPLICAS = HTTP | {"ray", "pydantic"}
 BELOW_KERNELS = BELOW_REPLICAS | {"transformers", "tokenizers"}
 RAY = frozenset({"ray"})
 MODULES = "replicas.model.modules"  # names only, without torch: settings may import them
-# replicas.cache does not exist yet; its rule is set so that it finds its place between adapters and engine
 ENGINE = ("replicas", MODULES, "replicas.model", "replicas.adapters", "replicas.cache", "replicas.engine")
 SHARED = ("cluster", "cluster.config", "cluster.watched_file")
 

@@ -47,7 +47,7 @@ def revision_of(path: str | Path) -> str:
     whole = hashlib.sha256()
     for name in FILES:
         try:
-            size, digests = _digests(Path(path) / name)
+            size, digests = piece_digests(Path(path) / name)
             whole.update(f"{name}:{size};".encode() + digests)
         except OSError as error:  # verification reports it
             whole.update(f"{name}:{error.errno};".encode())
@@ -100,7 +100,7 @@ def _stat(path: str | Path) -> tuple[str, float]:
     return ";".join(marks), changed_s
 
 
-def _digests(path: Path) -> tuple[int, bytes]:
+def piece_digests(path: Path) -> tuple[int, bytes]:
     """Return a file's size and the SHA-256 of each piece. Reads and hashes without the GIL."""
     file = os.open(path, os.O_RDONLY)
     try:

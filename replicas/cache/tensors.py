@@ -1,0 +1,78 @@
+"""The key-value cache's pages on the device, and how many of them fit."""
+
+import torch
+from torch import Tensor
+
+from ranklet.kernels.paged_attention import LayerPages
+from ranklet.replicas.cache.pages import PAGE_TOKENS
+from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.errors import ModelError
+from ranklet.replicas.model.architecture import Architecture
+
+_CPU_BYTES = 256 << 20
+
+
+class KvPages:
+    """Keys and values of all layers. Keys are stored after norm and rotation.
+
+    The memory is not initialised: what a page contains matters only where a sequence has written.
+
+    Attributes:
+        pages: [layers, 2, pages, G, 64, D]; the second axis is keys and values, G is the number of key heads.
+    """
+
+    def __init__(self, architecture: Architecture, pages: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (architecture.layers, 2, pages, architecture.kv_heads, PAGE_TOKENS, architecture.head_dim)
+        self.pages: Tensor = torch.empty(shape, dtype=dtype, device=device)
+        self._layers = [LayerPages(*layer) for layer in self.pages]
+
+    def layer(self, index: int) -> LayerPages:
+        return self._layers[index]
+
+    @property
+    def count(self) -> int:
+        return self.pages.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.pages.nbytes
+
+
+def page_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
+    """Return the size of one page in all layers."""
+    return 2 * architecture.layers * architecture.kv_heads * PAGE_TOKENS * architecture.head_dim * dtype.itemsize
+
+
+def pages_that_fit(
+    architecture: Architecture, dtype: torch.dtype, device: torch.device, config: EngineConfig, max_model_len: int,
+    reserve_bytes: int = 0,
+) -> int:  # fmt: skip
+    """Return how many pages the engine can have.
+
+    On CUDA this measures the free memory, so it must be called after weights, slots, graphs and workspace exist.
+    Without `kv_cache_bytes` a CPU gets 256 MiB or, if that is more, space for one prompt of `max_model_len` tokens:
+    memory that text never uses is never touched there.
+
+    Args:
+        reserve_bytes: device memory that is needed later. It counts only against a measured budget.
+
+    Raises:
+        ModelError: not even one prompt of `max_model_len` tokens fits.
+    """
+    each = page_bytes(architecture, dtype)
+    least = -(-max_model_len // PAGE_TOKENS)
+    if config.kv_cache_bytes is not None:
+        budget, setting = config.kv_cache_bytes, "kv_cache_bytes"
+        remedy = "Raise kv_cache_bytes or lower max_model_len"
+    elif device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        budget, setting = max(int(free * config.kv_cache_fraction) - reserve_bytes, 0), "device memory for the KV cache"
+        remedy = "Lower max_model_len, slots or max_batch_tokens, or raise kv_cache_fraction"
+    else:
+        budget, setting, remedy = max(_CPU_BYTES, least * each), "", ""
+    if budget // each < least:
+        raise ModelError(
+            f"{setting}: expected at least {least * each} bytes ({least} pages of {each} bytes) for one prompt of "
+            f"max_model_len ({max_model_len}) tokens, got {budget}. {remedy}"
+        )
+    return budget // each
