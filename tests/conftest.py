@@ -64,6 +64,17 @@ def adapter_specs(adapters_dir: Path) -> "list[AdapterSpec]":
     return adapter_specs(adapters_dir)
 
 
+@pytest.fixture(scope="session")
+def smollm_dir(pytestconfig: pytest.Config) -> Path:
+    """Return the folder of SmolLM2-135M-Instruct. The first test that needs it downloads 93 MB; see `smollm`."""
+    from tests.assets import smollm
+
+    try:
+        return smollm.make_smollm(pytestconfig.cache.mkdir(f"smollm-{smollm.digest()}"))
+    except smollm.DownloadError as error:
+        pytest.skip(needs.reason("SmolLM2", str(error)))
+
+
 @pytest.fixture(autouse=True)
 def _uninitialised_memory_is_nan() -> Iterator[None]:
     """Fill memory of torch.empty with NaN (integers: the largest one), so that reading it too early shows."""

@@ -56,6 +56,7 @@ def make_model(
     legacy_pooling: bool = True,
     append_eos: bool = True,
     bos: bool = False,
+    text: bool = False,
 ) -> Path:
     """Write a model folder that transformers, sentence-transformers and ranklet all load. Returns `folder`.
 
@@ -70,6 +71,7 @@ def make_model(
         pooling: the mode in 1_Pooling/config.json. None writes no sentence-transformers files.
         legacy_pooling: write `pooling_mode_*` flags (folders up to 2026) or one `pooling_mode` (newer ones).
         append_eos, bos: tokens that the tokenizer's post-processor adds.
+        text: give the weights sizes with which greedy text varies; see `randomize`.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -91,7 +93,7 @@ def make_model(
         **(config or {}),
     }
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **shape), dtype=torch.float32)
-    randomize(model, seed)
+    randomize(model, seed, text=text)
     saved = model if causal_lm else model.get_decoder()
     with quiet():
         saved.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
@@ -102,20 +104,33 @@ def make_model(
     return folder
 
 
-def randomize(model: "nn.Module", seed: int) -> None:
-    """Overwrite the weights. With transformers' initial ones (std 0.02) every text gets nearly the same vector."""
+def randomize(model: "nn.Module", seed: int, *, text: bool = False) -> None:
+    """Overwrite the weights. With transformers' initial ones (std 0.02) every text gets nearly the same vector.
+
+    Args:
+        text: with the other weights a tied head repeats the last token, because the state resembles its embedding. For
+            text the last norm's weights have random signs, which hides the resemblance, and the logits have a standard
+            deviation of about 3, so that the best token is rarely close to the second.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith("norm.weight"):
+            if text and name == "model.norm.weight":
+                weight.copy_(torch.randn(weight.shape, generator=generator))
+            elif name.endswith("norm.weight"):
                 weight.copy_(1.0 + 0.2 * torch.randn(weight.shape, generator=generator))
             elif weight.ndim == 1:
                 weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
             else:
-                gain = 1.0 if "embed_tokens" in name else 1.2 / weight.shape[1] ** 0.5
-                weight.copy_(gain * torch.randn(weight.shape, generator=generator))
+                weight.copy_(_gain(name, weight.shape[1], text=text) * torch.randn(weight.shape, generator=generator))
+
+
+def _gain(name: str, width: int, *, text: bool) -> float:
+    if text and name in ("model.embed_tokens.weight", "lm_head.weight"):
+        return float(3.0 / width**0.5)
+    return 1.0 if "embed_tokens" in name else float(1.2 / width**0.5)
 
 
 def _write_legacy_config(path: Path) -> None:

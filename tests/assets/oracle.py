@@ -37,7 +37,7 @@ def reference_embedding(
     import torch
 
     model_dir = Path(model_dir)
-    decoder = _decoder(model_dir, adapter_dir and Path(adapter_dir), _stamp(model_dir), _stamp(adapter_dir))
+    decoder = _decoder(model_dir, adapter_dir and Path(adapter_dir), stamp(model_dir), stamp(adapter_dir))
     mode, normalize = pooling_of(model_dir)
     rows = []
     with torch.inference_mode():
@@ -91,19 +91,23 @@ def _decoder(model_dir: Path, adapter_dir: Path | None, *stamps: int) -> "nn.Mod
     if adapter_dir is None:
         with quiet():
             return load_base(model_dir, "bare").eval()
-    from safetensors import safe_open
-
-    with safe_open(str(adapter_dir / "adapter_model.safetensors"), framework="pt") as file:
-        keys = set(file.keys())
-    causal = any(key.startswith("base_model.model.model.") for key in keys)
+    causal = is_causal(adapter_dir)
     with quiet():
         model = load_base(model_dir, "causal" if causal else "bare")
-        _attach(model, adapter_dir)
+        attach(model, adapter_dir)
     decoder: nn.Module = model.get_submodule("model") if causal else model
     return decoder.eval()
 
 
-def _attach(model: "nn.Module", adapter_dir: Path) -> None:
+def is_causal(adapter_dir: Path) -> bool:
+    """Return whether the adapter's keys are those of a model with an LM head."""
+    from safetensors import safe_open
+
+    with safe_open(str(adapter_dir / "adapter_model.safetensors"), framework="pt") as file:
+        return any(key.startswith("base_model.model.model.") for key in file.keys())  # noqa: SIM118 - no mapping
+
+
+def attach(model: "nn.Module", adapter_dir: Path) -> None:
     """Add the adapter's layers to `model` in place. Raises ValueError where PEFT only warns."""
     from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -117,7 +121,7 @@ def _attach(model: "nn.Module", adapter_dir: Path) -> None:
         raise ValueError(f"{adapter_dir}: PEFT left unused {result.unexpected_keys} and unfilled {unfilled}")
 
 
-def _stamp(folder: Path | None) -> int:
+def stamp(folder: Path | None) -> int:
     """Return the time of the newest weights, which keeps the cache from serving old ones."""
     files = Path(folder).glob("*.safetensors") if folder else ()
     return max((file.stat().st_mtime_ns for file in files), default=0)

@@ -1,0 +1,120 @@
+"""Reference texts from transformers and PEFT in float32: greedy generation, and the logits of given tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tests.assets.adapters import load_base, quiet
+from tests.assets.oracle import attach, is_causal, stamp
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SMALLEST_MARGIN = 3e-4  # some 30 times the rounding error of float32 logits
+TokenIds = Sequence[int] | NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class ReferenceText:
+    """One greedy text.
+
+    Attributes:
+        tokens: int32 [n], without the prompt; the EOS that ended the text is included.
+        logprobs: float32 [n], of `tokens` and before any processing.
+        margin: smallest distance between the logits of a token and of the second best at its place.
+    """
+
+    tokens: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    margin: float
+
+
+def reference_text(
+    model_dir: Path,
+    adapter_dir: Path | None,
+    prompts: Sequence[TokenIds],
+    max_tokens: int,
+    *,
+    ignore_eos: bool = True,
+    smallest_margin: float = SMALLEST_MARGIN,
+) -> list[ReferenceText]:
+    """Generate greedily with transformers' `generate`, all prompts in one batch that is padded on the left.
+
+    Raises:
+        ValueError: two tokens are so close that a correct engine may choose the other one, or PEFT ignored keys of the
+            adapter or left weights of it unset.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    model = reference_model(model_dir, adapter_dir)
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor([int(token) for token in prompt])
+        mask[row, longest - len(prompt) :] = 1
+    eos = [] if ignore_eos else eos_ids(model)
+    config = GenerationConfig(
+        max_new_tokens=max_tokens, do_sample=False, eos_token_id=eos or None, pad_token_id=0, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    with torch.inference_mode():
+        made = model.generate(ids, attention_mask=mask, generation_config=config)
+    logits = torch.stack(made.logits, dim=1).double()  # [prompts, n, vocabulary]
+    best, second = logits.topk(2).values.unbind(-1)
+    chosen = (best - logits.logsumexp(-1)).float()
+    texts = []
+    for row, tokens in enumerate(made.sequences[:, longest:].tolist()):
+        end = next((place + 1 for place, token in enumerate(tokens) if token in eos), len(tokens))
+        margin = float((best - second)[row, :end].min())
+        if margin < smallest_margin:
+            raise ValueError(f"prompt {row}: two tokens differ by only {margin:.1e}; choose another prompt or seed")
+        texts.append(ReferenceText(np.array(tokens[:end], np.int32), chosen[row, :end].numpy(), margin))
+    return texts
+
+
+def reference_logprobs(model_dir: Path, adapter_dir: Path | None, tokens: TokenIds) -> NDArray[np.float32]:
+    """Return the log-probabilities of every token after each token: float32 [tokens, vocabulary].
+
+    Row i is of the token at place i + 1. One pass without a KV cache and without padding.
+    """
+    import torch
+
+    ids = torch.tensor([[int(token) for token in tokens]])
+    with torch.inference_mode():
+        logits = reference_model(model_dir, adapter_dir)(input_ids=ids, use_cache=False).logits[0]
+    return np.asarray(logits.double().log_softmax(-1).float().numpy(), dtype=np.float32)
+
+
+def chosen_logprobs(model_dir: Path, adapter_dir: Path | None, tokens: TokenIds) -> NDArray[np.float32]:
+    """Return the log-probabilities of tokens[1:], each after the tokens before it: float32 [tokens - 1]."""
+    table = reference_logprobs(model_dir, adapter_dir, tokens)
+    chosen: NDArray[np.float32] = table[np.arange(len(tokens) - 1), np.asarray(tokens[1:])]
+    return chosen
+
+
+def eos_ids(model: Any) -> list[int]:
+    """Return the ids that end a text, as the model's generation_config.json names them."""
+    ids = model.generation_config.eos_token_id
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def reference_model(model_dir: Path, adapter_dir: Path | None) -> Any:
+    """Load a causal model in float32 with its adapter. The last few are kept."""
+    model_dir, adapter_dir = Path(model_dir), adapter_dir and Path(adapter_dir)
+    return _model(model_dir, adapter_dir, stamp(model_dir), stamp(adapter_dir))
+
+
+@lru_cache(maxsize=8)
+def _model(model_dir: Path, adapter_dir: Path | None, *stamps: int) -> "nn.Module":
+    with quiet():
+        model = load_base(model_dir, "causal")
+        if adapter_dir is not None:
+            attach(model if is_causal(adapter_dir) else model.get_submodule("model"), adapter_dir)
+    return model.eval()
