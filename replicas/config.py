@@ -45,8 +45,8 @@ class EngineConfig:
     load_timeout_s: float = 8.0
     # Share of the device memory that is free after start-up that the KV cache takes.
     kv_cache_fraction: float = 0.9
-    # Size of the KV cache in bytes, instead of kv_cache_fraction. None on the CPU is 256 MiB, or one prompt of
-    # max_model_len if that is more.
+    # Size of the KV cache in bytes, instead of kv_cache_fraction; 0 serves embeddings only. None on the CPU is 256 MiB,
+    # or one prompt of max_model_len if that is more.
     kv_cache_bytes: int | None = None
     # Whether sequences share the keys and values of equal beginnings.
     prefix_cache: bool = True
@@ -66,7 +66,7 @@ class EngineConfig:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("max_adapters_per_batch", "max_model_len", "kv_cache_bytes"):
+        for name in ("max_adapters_per_batch", "max_model_len"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1 or null, got {value}")
@@ -79,6 +79,8 @@ class EngineConfig:
             raise ValueError(f"load_timeout_s: expected more than 0, got {self.load_timeout_s}")
         if not 0 < self.kv_cache_fraction <= 0.98:
             raise ValueError(f"kv_cache_fraction: expected more than 0 and at most 0.98, got {self.kv_cache_fraction}")
+        if self.kv_cache_bytes is not None and self.kv_cache_bytes < 0:
+            raise ValueError(f"kv_cache_bytes: expected at least 0 or null, got {self.kv_cache_bytes}")
         for name in ("host_cache_bytes", "merged_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")

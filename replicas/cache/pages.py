@@ -121,6 +121,10 @@ class PagePool:
         self.shared_tokens += len(pages) * PAGE_TOKENS
         return pages
 
+    def unshared(self, pages: Iterable[int]) -> int:
+        """Return how many of a sequence's pages no other sequence uses: `available` rises by this on their release."""
+        return sum(self._references[page] == 1 for page in pages)
+
     def register(self, page: int, content: bytes) -> bool:
         """Let other sequences share a full page.
 
@@ -175,6 +179,10 @@ class PagePool:
             if not self._references[page]:
                 del self._cached[page]
                 self._free.append(page)
+
+    def forget_all(self) -> None:
+        """Drop every hash, as if no page had been shared until now."""
+        self.forget(list(self._by_hash.values()))
 
     def _forget(self, page: int) -> None:
         content, self._hashes[page] = self._hashes[page], None

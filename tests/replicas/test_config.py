@@ -23,7 +23,7 @@ from ranklet.replicas.config import EngineConfig
         ({"kv_cache_fraction": 0.0}, "kv_cache_fraction: expected more than 0 and at most 0.98, got 0.0"),
         ({"kv_cache_fraction": 0.99}, "kv_cache_fraction"),
         ({"kv_cache_fraction": float("nan")}, "kv_cache_fraction"),
-        ({"kv_cache_bytes": 0}, "kv_cache_bytes: expected at least 1 or null, got 0"),
+        ({"kv_cache_bytes": -1}, "kv_cache_bytes: expected at least 0 or null, got -1"),
         ({"interleave_tokens": 0}, "interleave_tokens"),
         ({"backend": "cuda"}, "backend: expected one of auto, fastest, native"),
         ({"dtype": "int8"}, "dtype"),

@@ -148,9 +148,16 @@ class Pages(RuleBasedStateMachine):
         self.cached = [page for page in self.cached if page not in wrong]
         self.known = {content: page for content, page in self.known.items() if page not in wrong}
 
+    @rule()
+    def forget_all(self) -> None:
+        self.pool.forget_all()
+        self.known, self.cached = {}, []
+
     def drop(self, holder: Holder) -> None:
         self.live.remove(holder)
+        available = self.pool.available + self.pool.unshared(holder.pages)
         self.pool.release(holder.pages)
+        assert self.pool.available == available
         for page in reversed(holder.pages):
             if page in self.known.values() and not self.users(page):
                 self.cached.append(page)
