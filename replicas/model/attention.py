@@ -1,14 +1,15 @@
 """Causal attention within each sequence of a packed batch.
 
-`attend` chooses the implementation: cuDNN if the spans have cuDNN's offsets, else torch's varlen kernel for 16-bit
-tensors on a GPU, else a loop over the sequences.
+`attend` chooses the implementation. Sequences whose keys are all in the batch use cuDNN if the spans have cuDNN's
+offsets, else torch's varlen kernel for 16-bit tensors on a GPU, else a loop over the sequences. Sequences with keys in
+pages use the kernels for pages.
 
 Letters: T tokens, Q query heads, G key heads, D head width, B sequences.
 """
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,18 +17,44 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
+from ranklet.kernels.paged_attention import LayerPages, PagedSpans, decode
+from ranklet.kernels.prefill_attention import prefill
 from ranklet.replicas.model import cudnn_attention
 from ranklet.replicas.model.cudnn_attention import CudnnSpans
 
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Where each sequence of a packed batch begins and ends."""
+    """Where each sequence of a packed batch begins and ends. All keys of these sequences are in the batch."""
 
     lengths: tuple[int, ...]  # tokens of each sequence
     offsets: Tensor  # int32 [B + 1] on the device: cumulative lengths, starting at 0
     longest: int  # upper bound on the lengths
     cudnn: CudnnSpans | None = None  # None if cuDNN is not used
+    # int32 [B]: first packed token of each sequence, and a row of no span for a filler. None if they lie side by side.
+    starts: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """The spans of a packed batch, by where their keys are. Each token belongs to at most one span.
+
+    Attributes:
+        fresh: sequences whose keys are all in the batch.
+        chunks: parts of prompts whose earlier keys are in pages.
+        chunk_tiles: `query_tiles` of `chunks.counts`, on the device.
+        decodes: sequences with one token in the batch.
+        kv_slots: int32 [T]: where each token's key and value are stored, as in `KvWrite`; None if no token's are.
+        ends: int32 [B]: last packed token of each span, in the order of the batch's outputs. None if the batch
+            consists of `fresh` only.
+    """
+
+    fresh: Spans | None = None
+    chunks: PagedSpans | None = None
+    chunk_tiles: Tensor | None = None
+    decodes: PagedSpans | None = None
+    kv_slots: Tensor | None = None
+    ends: Tensor | None = None
 
 
 def reads_lengths_on_device(device: torch.device, dtype: torch.dtype, windows: Sequence[int | None]) -> bool:
@@ -36,27 +63,86 @@ def reads_lengths_on_device(device: torch.device, dtype: torch.dtype, windows: S
     return device.type == "cuda" and dtype in _VARLEN_DTYPES and (not slides or "window_size" in _CAUSAL)
 
 
+def last_rows(batch: Spans | AttentionBatch) -> Tensor:
+    """Return the last packed token of each span, [B]."""
+    if isinstance(batch, AttentionBatch):
+        if batch.ends is not None:
+            return batch.ends
+        assert batch.fresh is not None
+        batch = batch.fresh
+    return batch.offsets[1:] - 1 if batch.starts is None else batch.starts + batch.offsets.diff() - 1
+
+
 def attend(
-    qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int, window: int | None, *, last: bool = False
-) -> Tensor:
+    qkv: Tensor, batch: Spans | AttentionBatch, pages: LayerPages | None, heads: tuple[int, int], head_dim: int,
+    window: int | None, *, last: bool = False,
+) -> Tensor:  # fmt: skip
     """Compute grouped-query causal attention within each sequence.
 
     Args:
         qkv: [T, (Q + 2 G) * D], after normalization and rotation.
+        pages: of the layer; with the keys and values of this batch. None if the batch has fresh spans only.
         heads: (Q, G).
         head_dim: D.
         window: number of tokens that each token attends to, itself included; None for no limit.
         last: compute only the last token of each sequence.
 
     Returns:
-        [T, Q * D], or [B, Q * D] if `last`.
+        [T, Q * D], or [B, Q * D] if `last`. Rows of tokens that belong to no span are undefined.
     """
-    if window is not None and window >= spans.longest:
-        window = None
-    if last and window is None:
-        return _attend_last(qkv, spans, heads, head_dim)
-    out = _attend_all(qkv, spans, heads, head_dim, window)
-    return out[spans.offsets[1:] - 1] if last else out
+    spans = _only_fresh(batch)
+    if spans is not None and spans.starts is None:
+        window = _needed(window, spans)
+        if last and window is None:
+            return _attend_last(qkv, spans, heads, head_dim)
+        out = _attend_all(qkv, spans, heads, head_dim, window)
+    else:
+        out = torch.empty(len(qkv), heads[0] * head_dim, dtype=qkv.dtype, device=qkv.device)
+        mixed = batch if isinstance(batch, AttentionBatch) else AttentionBatch(batch)
+        _attend_mixed(qkv, mixed, pages, heads, head_dim, window, out)
+    return out[last_rows(batch)] if last else out
+
+
+def _only_fresh(batch: Spans | AttentionBatch) -> Spans | None:
+    if isinstance(batch, Spans):
+        return batch
+    return batch.fresh if batch.chunks is None and batch.decodes is None else None
+
+
+def _needed(window: int | None, spans: Spans) -> int | None:
+    return None if window is not None and window >= spans.longest else window
+
+
+def _attend_mixed(
+    qkv: Tensor, batch: AttentionBatch, pages: LayerPages | None, heads: tuple[int, int], head_dim: int,
+    window: int | None, out: Tensor,
+) -> None:  # fmt: skip
+    if batch.fresh is not None:
+        _attend_scattered(qkv, batch.fresh, heads, head_dim, _needed(window, batch.fresh), out)
+    if batch.chunks is not None:
+        assert pages is not None
+        assert batch.chunk_tiles is not None
+        prefill(qkv, batch.chunks, pages, heads, window, out, batch.chunk_tiles)
+    if batch.decodes is not None:
+        assert pages is not None
+        decode(qkv, batch.decodes, pages, heads, window, out)
+
+
+def _attend_scattered(
+    qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int, window: int | None, out: Tensor
+) -> None:
+    """Overwrite the rows of `out` of sequences that do not lie side by side."""
+    cudnn = spans.cudnn if window is None else None
+    if cudnn and cudnn_attention.attend(qkv, cudnn, spans.longest, heads, head_dim, out) is not None:
+        return
+    rows = torch.arange(sum(spans.lengths), device=qkv.device)
+    rows = torch.where(rows < spans.offsets[-1], rows, 0)  # the host's lengths may include padding
+    index = rows
+    if spans.starts is not None:
+        owner = torch.searchsorted(spans.offsets[1:], rows, right=True)
+        index = rows + (spans.starts - spans.offsets[:-1])[owner]
+    attended = _attend_all(qkv[index], replace(spans, cudnn=None), heads, head_dim, window)
+    out[index] = attended[rows]
 
 
 def _attend_all(qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int, window: int | None) -> Tensor:

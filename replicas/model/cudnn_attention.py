@@ -71,12 +71,19 @@ def _module() -> Any:
     return cudnn
 
 
-def cudnn_spans(offsets: Tensor, sequences: int, heads: tuple[int, int], width: int) -> CudnnSpans:
-    """Convert offsets, int32 [B + 1]. Appends sequences of length 0 up to a power of two."""
+def cudnn_spans(
+    offsets: Tensor, sequences: int, heads: tuple[int, int], width: int, starts: Tensor | None = None
+) -> CudnnSpans:
+    """Convert offsets, int32 [B + 1]. Appends sequences of length 0 up to a power of two.
+
+    Args:
+        starts: int32 [B]: first packed token of each sequence; None if they lie side by side.
+    """
     queries, keys = heads
     missing = power_of_two(sequences) - sequences
     padded = torch.cat((offsets, offsets[-1:].expand(missing))) if missing else offsets
-    return CudnnSpans(padded * ((queries + 2 * keys) * width), padded * (queries * width), padded.diff())
+    firsts = padded if starts is None else torch.cat((starts, starts[-1:].expand(missing + 1)))
+    return CudnnSpans(firsts * ((queries + 2 * keys) * width), firsts * (queries * width), padded.diff())
 
 
 def build_graphs(
@@ -91,7 +98,9 @@ def build_graphs(
             attend(qkv, CudnnSpans(nothing, nothing, nothing[1:]), MIN_LONGEST << more, heads, width)
 
 
-def attend(qkv: Tensor, spans: CudnnSpans, longest: int, heads: tuple[int, int], width: int) -> Tensor | None:
+def attend(
+    qkv: Tensor, spans: CudnnSpans, longest: int, heads: tuple[int, int], width: int, out: Tensor | None = None
+) -> Tensor | None:
     """Compute causal attention within each sequence.
 
     Args:
@@ -99,9 +108,10 @@ def attend(qkv: Tensor, spans: CudnnSpans, longest: int, heads: tuple[int, int],
         longest: upper bound on the lengths.
         heads: (Q, G).
         width: D.
+        out: [T, Q * D]; rows of no sequence are kept. None for a new tensor.
 
     Returns:
-        [T, Q * D], or None if cuDNN does not support the shape. The reason is logged once.
+        `out`, or None if cuDNN does not support the shape. The reason is logged once.
     """
     queries, keys = heads
     tokens, row = qkv.shape
@@ -112,7 +122,8 @@ def attend(qkv: Tensor, spans: CudnnSpans, longest: int, heads: tuple[int, int],
     graph = graphs.get(shape)
     if graph is None:
         return None
-    out = torch.empty(tokens, queries * width, dtype=qkv.dtype, device=qkv.device)
+    if out is None:
+        out = torch.empty(tokens, queries * width, dtype=qkv.dtype, device=qkv.device)
     workspace = torch.empty(graph.workspace_bytes, dtype=torch.uint8, device=qkv.device)
     step = width * qkv.element_size()
     graphs.run(

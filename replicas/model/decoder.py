@@ -7,7 +7,7 @@ Letters: T tokens of the batch, H hidden width, B sequences.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from ranklet.kernels import dispatch, pointwise
 from ranklet.kernels.batch import LoraBatch
+from ranklet.kernels.kv_write import KvWrite
 from ranklet.kernels.packs import PACKS
+from ranklet.kernels.paged_attention import LayerPages
 from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
 from ranklet.replicas.model.architecture import Architecture, rotary_tables
-from ranklet.replicas.model.attention import Spans, attend
+from ranklet.replicas.model.attention import AttentionBatch, Spans, attend, last_rows
 from ranklet.replicas.model.checkpoint import Checkpoint
 from ranklet.replicas.model.modules import EMBED_TOKENS, module_path
 
@@ -37,7 +39,7 @@ class DeviceBatch:
 
     ids: Tensor  # int32 [T]
     positions: Tensor  # int32 [T], of each token in its sequence
-    spans: Spans
+    spans: Spans | AttentionBatch
     lora: LoraBatch
     last: LoraBatch | None = None  # one row a sequence; set if only the last tokens' states are needed
 
@@ -102,7 +104,7 @@ class Decoder:
 
     def forward(
         self, batch: DeviceBatch, stacks: Sequence[Stacks], embedding: EmbeddingStack | None,
-        on_stage: StageCallback = ignore_stage,
+        on_stage: StageCallback = ignore_stage, pages: Sequence[LayerPages] | None = None,
     ) -> Tensor:  # fmt: skip
         """Compute the hidden states before the final norm.
 
@@ -112,6 +114,7 @@ class Decoder:
             stacks: the LoRA slots of each layer.
             embedding: the LoRA slots of the token embedding.
             on_stage: called with a stage's name after the stage is launched, in every layer.
+            pages: keys and values of each layer; None if all keys that the batch attends to are in the batch.
 
         Returns:
             float32 [T, H], or [B, H] if `batch.last` is set.
@@ -124,12 +127,14 @@ class Decoder:
         heads = (shape.heads, shape.kv_heads)
         for i, layer in enumerate(self.layers):
             narrow = batch.last if i + 1 == len(self.layers) else None
-            qkv = layer.qkv.rotated(normed, stacks[i].qkv, batch.lora, self.rotary(layer, batch.positions))
+            own = None if pages is None else pages[i]
+            rotary = replace(self.rotary(layer, batch.positions), kv=_kv_write(batch.spans, own))
+            qkv = layer.qkv.rotated(normed, stacks[i].qkv, batch.lora, rotary)
             on_stage("qkv")
-            attended = attend(qkv, batch.spans, heads, shape.head_dim, layer.window, last=narrow is not None)
+            attended = attend(qkv, batch.spans, own, heads, shape.head_dim, layer.window, last=narrow is not None)
             on_stage("attention")
             if narrow is not None:
-                residual, lora = residual[batch.spans.offsets[1:] - 1], narrow
+                residual, lora = residual[last_rows(batch.spans)], narrow
             delta = layer.o(attended, stacks[i].o, lora)
             on_stage("o")
             normed = pointwise.add_rms_norm(delta, residual, layer.post_norm, self.architecture.eps)
@@ -151,6 +156,12 @@ class Decoder:
     def final_norm(self, rows: Tensor) -> Tensor:
         """Normalize the rows that a head reads: float32 [R, H] -> [R, H]."""
         return pointwise.rms_norm(rows, self.norm, self.architecture.eps)
+
+
+def _kv_write(spans: Spans | AttentionBatch, pages: LayerPages | None) -> KvWrite | None:
+    if pages is None or isinstance(spans, Spans) or spans.kv_slots is None:
+        return None
+    return KvWrite(spans.kv_slots, pages)
 
 
 def _read_layer(checkpoint: Checkpoint, shape: Architecture, index: int) -> Layer:

@@ -46,9 +46,9 @@ def test_attention_is_causal_grouped_and_windowed(
     lengths: list[int], heads: tuple[int, int], width: int, window: int | None
 ) -> None:
     qkv = torch.randn(sum(lengths), (heads[0] + 2 * heads[1]) * width)
-    ours = attend(qkv, spans(lengths), heads, width, window)
+    ours = attend(qkv, spans(lengths), None, heads, width, window)
     assert_close(ours.double(), attend64(qkv, lengths, heads, width, window), rtol=1e-5, atol=1e-5)
-    last = attend(qkv, spans(lengths), heads, width, window, last=True)
+    last = attend(qkv, spans(lengths), None, heads, width, window, last=True)
     assert_close(last, ours[spans(lengths).offsets[1:] - 1], rtol=1e-5, atol=1e-5)
 
 
@@ -56,11 +56,11 @@ def test_attention_is_causal_grouped_and_windowed(
 def test_no_request_sees_another(window: int | None) -> None:
     lengths, heads, width = [5, 1, 7, 4], (4, 2), 8
     qkv = torch.randn(17, (4 + 4) * width)
-    before = attend(qkv, spans(lengths), heads, width, window)
+    before = attend(qkv, spans(lengths), None, heads, width, window)
     for index, (start, length) in enumerate(zip([0, 5, 6, 13], lengths, strict=True)):
         poisoned = qkv.clone()
         poisoned[start : start + length] = float("nan")
-        after = attend(poisoned, spans(lengths), heads, width, window)
+        after = attend(poisoned, spans(lengths), None, heads, width, window)
         others = [t for t in range(17) if not start <= t < start + length]
         assert torch.equal(after[others], before[others]), f"request {index} leaks"
         assert after[start : start + length].isnan().all()
@@ -69,9 +69,9 @@ def test_no_request_sees_another(window: int | None) -> None:
 @pytest.mark.parametrize("window", [None, 3])
 def test_no_token_sees_a_later_one(window: int | None) -> None:
     qkv = torch.randn(6, 3 * 8)
-    before = attend(qkv, spans([6]), (1, 1), 8, window)
+    before = attend(qkv, spans([6]), None, (1, 1), 8, window)
     qkv[4:] = 100.0
-    after = attend(qkv, spans([6]), (1, 1), 8, window)
+    after = attend(qkv, spans([6]), None, (1, 1), 8, window)
     assert_close(after[:4], before[:4])
     assert not torch.allclose(after[4:], before[4:])
 
@@ -93,11 +93,11 @@ def test_attention_on_a_gpu_equals_the_loop(
     lengths = [70, 1, 129, 33]
     qkv = torch.randn(sum(lengths), (heads[0] + 2 * heads[1]) * width).to(dtype)
     packed = spans(lengths, "cuda")
-    ours = attend(qkv.cuda(), packed, heads, width, window).cpu()
+    ours = attend(qkv.cuda(), packed, None, heads, width, window).cpu()
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
     expected = attend64(qkv, lengths, heads, width, window)
     assert_close(ours.double(), expected, rtol=tolerance, atol=tolerance)
-    last = attend(qkv.cuda(), packed, heads, width, window, last=True).cpu()
+    last = attend(qkv.cuda(), packed, None, heads, width, window, last=True).cpu()
     assert_close(last.double(), expected[packed.offsets[1:].cpu() - 1], rtol=tolerance, atol=tolerance)
 
 
@@ -114,12 +114,12 @@ def test_cudnn_agrees_with_varlen(lengths: list[int], heads: tuple[int, int], wi
     assert cudnn_attention.is_available(device)
     qkv = torch.randn(sum(lengths), (heads[0] + 2 * heads[1]) * width, device=device, dtype=torch.bfloat16)
     with_cudnn = replace(packed, cudnn=cudnn_attention.cudnn_spans(packed.offsets, len(lengths), heads, width))
-    expected = attend(qkv, packed, heads, width, None).float()
-    ours = attend(qkv, with_cudnn, heads, width, None)
+    expected = attend(qkv, packed, None, heads, width, None).float()
+    ours = attend(qkv, with_cudnn, None, heads, width, None)
     assert (ours.float() - expected).norm() <= 4e-3 * expected.norm()
     for start, length in zip(packed.offsets.tolist(), lengths, strict=False):
         rows = slice(start, start + length)
         assert (ours[rows].float() - expected[rows]).norm() <= 6e-3 * expected[rows].norm()
     poisoned = qkv.clone()
     poisoned[: lengths[0]] = float("nan")
-    assert torch.equal(attend(poisoned, with_cudnn, heads, width, None)[lengths[0] :], ours[lengths[0] :])
+    assert torch.equal(attend(poisoned, with_cudnn, None, heads, width, None)[lengths[0] :], ours[lengths[0] :])
