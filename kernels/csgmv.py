@@ -63,6 +63,27 @@ def linear(
     return y
 
 
+def add(
+    x: Tensor,  # [T, K]
+    y: Tensor,  # [T, N]
+    stack: LinearStack,
+    batch: LoraBatch,
+) -> None:
+    """Add the adapters' output to `y` in place, with one rounding.
+
+    Semantics: `y[t] += s B A x[t]`, with A, B, s of row t's adapter. The batch must have its tiles on the device.
+
+    Raises:
+        ValueError: the batch has segments but no tiles.
+    """
+    if batch.segments and not batch.tiles:
+        raise ValueError("batch: expected tiles for its segments, got none; call LoraBatch.with_tiles")
+    chained = is_hopper(x.device)
+    for tiles in batch.tiles:
+        h = _shrunk(x, stack, tiles, split=True, chained=chained)
+        expand(h, y, stack, tiles, _tile(ExpandTile, "expand", x, stack, tiles), chained=chained)
+
+
 def _write_fused(
     x: Tensor, weight: Tensor, bias: Tensor | None, stack: LinearStack, batch: LoraBatch, y: Tensor,
     rotary: Rotary | None,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ranklet.replicas.model.modules import LORA_MODULES
+from ranklet.replicas.model.modules import ALL_MODULES, LORA_MODULES
 
 BACKENDS = ("auto", "fastest", "native", "csgmv", "merged")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -27,7 +27,8 @@ class EngineConfig:
     slots: int = 8
     # The largest LoRA rank that is served, rounded up to a multiple of 16.
     max_rank: int = 64
-    # Modules that the slots reserve memory for; adapters of other modules are refused.
+    # Modules that the slots reserve memory for; adapters of other modules are refused. `lm_head` is not among the
+    # default ones: each slot reserves max_rank times the vocabulary for it.
     lora_modules: tuple[str, ...] = LORA_MODULES
     # Largest number of tokens in one batch.
     max_batch_tokens: int = 32_768
@@ -88,9 +89,9 @@ class EngineConfig:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {self.backend!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        unknown = [name for name in self.lora_modules if name not in LORA_MODULES]
+        unknown = [name for name in self.lora_modules if name not in ALL_MODULES]
         if unknown:
-            raise ValueError(f"lora_modules: expected some of {', '.join(LORA_MODULES)}, got {', '.join(unknown)}")
+            raise ValueError(f"lora_modules: expected some of {', '.join(ALL_MODULES)}, got {', '.join(unknown)}")
 
     @property
     def adapters_per_batch(self) -> int:

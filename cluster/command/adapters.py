@@ -126,13 +126,20 @@ def _verify(options: argparse.Namespace) -> int:
     from ranklet.replicas.adapters.verify import ExpectedModules
     from ranklet.replicas.model.architecture import read_architecture, read_config
     from ranklet.replicas.model.checkpoint import Checkpoint
-    from ranklet.replicas.model.modules import LORA_MODULES
+    from ranklet.replicas.model.end_of_text import EndOfText
+    from ranklet.replicas.model.lm_head import LmHead, read_lm_head
+    from ranklet.replicas.model.modules import ALL_MODULES
 
-    architecture = read_architecture(read_config(options.model))
+    config = read_config(options.model)
+    architecture = read_architecture(config)
     bases = (options.model.resolve().name, *options.base_name)
     with Checkpoint(options.model, torch.device("cpu"), torch.bfloat16) as checkpoint:
         embedding = checkpoint.read("embed_tokens.weight", (architecture.vocab, architecture.hidden))
-    expected = ExpectedModules(architecture, options.max_rank, LORA_MODULES, bases, embedding)
+        head = read_lm_head(checkpoint, config, architecture, embedding)
+    expected = ExpectedModules(
+        architecture, options.max_rank, ALL_MODULES, bases, embedding, head if isinstance(head, LmHead) else None,
+        EndOfText(options.model, config, architecture.vocab),
+    )  # fmt: skip
     served = [_verify_folder(folder, expected) for folder in options.folders]
     return 0 if all(served) else 1
 

@@ -13,6 +13,9 @@ class LoraWeight:
     """A [rank, in_features] and B [out_features, rank] of one module, at two offsets of the adapter's flat weights.
 
     For the token embedding, in_features is the vocabulary.
+
+    Attributes:
+        transposed: whether both are stored as their transposes, as those of a head that shares the embedding's LoRA.
     """
 
     flat: Tensor
@@ -22,27 +25,38 @@ class LoraWeight:
     in_features: int
     out_features: int
     scaling: float
+    transposed: bool = False
 
     @property
     def a(self) -> Tensor:
         end = self.a_offset + self.rank * self.in_features
-        return self.flat[self.a_offset : end].view(self.rank, self.in_features)
+        return self._view(self.flat[self.a_offset : end], self.rank, self.in_features)
 
     @property
     def b(self) -> Tensor:
         end = self.b_offset + self.out_features * self.rank
-        return self.flat[self.b_offset : end].view(self.out_features, self.rank)
+        return self._view(self.flat[self.b_offset : end], self.out_features, self.rank)
+
+    def _view(self, numbers: Tensor, rows: int, columns: int) -> Tensor:
+        return numbers.view(columns, rows).t() if self.transposed else numbers.view(rows, columns)
 
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """A verified adapter: its weights end to end in the base model's dtype, on the CPU, and where each one is."""
+    """A verified adapter.
+
+    Attributes:
+        flat: its weights end to end in the base model's dtype, on the CPU.
+        weights: where each one is.
+        end_ids: ids that end its texts, besides those of the base model.
+    """
 
     ref: AdapterRef
     flat: Tensor
     weights: dict[Module, LoraWeight]
+    end_ids: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
-        """Return the largest rank of any module."""
-        return max(weight.rank for weight in self.weights.values())
+        """Return the largest rank of any module; 0 if the base model uses none of them, such as an unused head."""
+        return max((weight.rank for weight in self.weights.values()), default=0)

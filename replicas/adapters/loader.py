@@ -78,7 +78,9 @@ class Loader:
             if packed is None:
                 packed = self._read(ref)
             self._pool.load(slot, packed)
-            result = AdapterInfo(ref.name, ref.revision, packed.adapter_rank, packed.modules, packed.nbytes)
+            result = AdapterInfo(
+                ref.name, ref.revision, packed.adapter_rank, packed.modules, packed.nbytes, packed.end_ids
+            )
         except RankletError as error:
             result = error
         except Exception as error:  # a failed load must not end its thread

@@ -91,6 +91,10 @@ class AdapterManager:
         # An error that is raised again and again would collect the frames of every request in its traceback.
         return error and error.with_traceback(None)
 
+    def end_ids(self, ref: AdapterRef) -> tuple[int, ...]:
+        """Return the ids that end texts of an adapter in a slot, besides those of the base model."""
+        return self._info[ref].end_ids
+
     def held(self) -> HeldAdapters:
         resident = tuple(ref.name for ref in self._table.resident())
         loading = tuple(ref.name for ref in self._loading)

@@ -10,10 +10,10 @@ from ranklet.kernels.packs import PACKS
 from ranklet.kernels.stack import SlotMeta
 from ranklet.replicas.adapters.adapter import AdapterWeights
 from ranklet.replicas.adapters.pinned_memory import Allocate, pageable
-from ranklet.replicas.model.modules import EMBED_TOKENS, EMBEDDING, Module
+from ranklet.replicas.model.modules import EMBED_TOKENS, EMBEDDING, LM_HEAD, Module
 
 _CACHED_LAYOUTS = 256
-PARTS = {**PACKS, EMBED_TOKENS: (EMBED_TOKENS,)}  # the modules of each stack
+PARTS = {**PACKS, EMBED_TOKENS: (EMBED_TOKENS,), LM_HEAD: (LM_HEAD,)}  # the modules of each stack
 _PART_OF = {name: part for part, names in PARTS.items() for name in names}
 
 
@@ -23,19 +23,20 @@ class PackedMatrix:
 
     Attributes:
         side: "a" or "b".
-        shape: rows and columns in a slot; the embedding's A is stored transposed.
+        shape: rows and columns in a slot.
+        transposed: whether the flat buffer has it column by column, such as the embedding's A.
     """
 
     module: Module
     side: str
     offset: int
     shape: tuple[int, int]
+    transposed: bool = False
 
     @property
     def strides(self) -> tuple[int, int]:
         """Return the number of elements from row to row and from column to column."""
-        transposed = self.module[0] == EMBEDDING and self.side == "a"
-        return (1, self.shape[0]) if transposed else (self.shape[1], 1)
+        return (1, self.shape[0]) if self.transposed else (self.shape[1], 1)
 
     def view(self, flat: Tensor) -> Tensor:
         return flat.as_strided(self.shape, self.strides, self.offset)
@@ -62,6 +63,7 @@ class PackedAdapter:
     Attributes:
         metas: ranks and scalings by layer and part (a key of `PARTS`).
         modules: names of the targeted modules, over all layers.
+        end_ids: ids that end the adapter's texts, besides those of the base model.
     """
 
     adapter_rank: int
@@ -69,6 +71,7 @@ class PackedAdapter:
     layout: PackedLayout
     metas: dict[tuple[int, str], SlotMeta]
     modules: tuple[str, ...]
+    end_ids: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -83,10 +86,13 @@ def pack(adapter: AdapterWeights, dtype: torch.dtype, allocate: Allocate = pagea
     pieces = []
     for module, weight in adapter.weights.items():
         a, b = (weight.rank, weight.in_features), (weight.out_features, weight.rank)
-        a = a[::-1] if module[0] == EMBEDDING else a
-        pieces += [PackedMatrix(module, "a", weight.a_offset, a), PackedMatrix(module, "b", weight.b_offset, b)]
+        looked_up = module[0] == EMBEDDING  # a token's lookup reads one row of the slot's A
+        pieces += [
+            PackedMatrix(module, "a", weight.a_offset, a[::-1] if looked_up else a, looked_up != weight.transposed),
+            PackedMatrix(module, "b", weight.b_offset, b, weight.transposed),
+        ]
     modules = tuple(sorted({name for _, name in adapter.weights}))
-    return PackedAdapter(adapter.rank, flat, layout_of(tuple(pieces)), _metas(adapter), modules)
+    return PackedAdapter(adapter.rank, flat, layout_of(tuple(pieces)), _metas(adapter), modules, adapter.end_ids)
 
 
 def _metas(adapter: AdapterWeights) -> dict[tuple[int, str], SlotMeta]:

@@ -15,20 +15,23 @@ from typing import Any
 from ranklet.replicas.adapters.findings import Checked, shorten, show
 from ranklet.replicas.adapters.pattern_process import NO_LAYER
 from ranklet.replicas.adapters.patterns import Pattern, PatternMatch, match_patterns
+from ranklet.replicas.model.modules import EMBED_TOKENS, LM_HEAD
 
 # These fields shape training or describe the file; a forward pass does not depend on them.
 _HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "megatron_core",
-    "loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+    "loftq_config", "eva_config", "qalora_group_size", "runtime_config",
 }  # fmt: skip
 _APPLIED = {
     "peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias",
+    "ensure_weight_tying",
 }  # fmt: skip
 # These initialisations leave the base weights as they were; the others (pissa, olora, loftq, ...) change them.
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
 _FLOAT32_MAX = 3.4028234e38
 _ALL_LINEAR = "all-linear"
+_TIED = (EMBED_TOKENS, LM_HEAD)  # a tied model uses one weight for both
 _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")  # PEFT's rule without a layers_pattern
 MAX_CONFIG_BYTES = 1 << 20
 MAX_PATTERN_CHARS = 8192
@@ -45,7 +48,7 @@ class PeftConfig:
 
     def apply(self, modules: Iterable[str]) -> Checked["LoraSettings | None"]:
         """Match the config's patterns against the full names of a model's modules."""
-        matches = match_patterns(tuple(self._patterns()), tuple(modules))
+        matches = match_patterns(tuple(self._patterns()), tuple(dict.fromkeys((*modules, *_TIED))))
         for pattern, reason in matches.errors.items():
             yield f"{pattern.field}: pattern {show(pattern.text)}: {shorten(reason)}"
         return None if matches.errors else LoraSettings(self.fields, matches.found)
@@ -88,11 +91,23 @@ class LoraSettings:
             return False
         if "target_modules" not in self._names:
             if self._fields["target_modules"] == _ALL_LINEAR:  # every linear layer except the output head
-                return not module.endswith(("embed_tokens", "lm_head"))
+                return not module.endswith(_TIED)
             return self._selects("target_modules", module)
         # layers_to_transform does not apply to a module that is named in full
         full_name = module in self._names["target_modules"]
         return full_name or (self._selects("target_modules", module) and self._in_layers(module))
+
+    @property
+    def ties_head(self) -> bool:
+        """Whether the head of a tied model has the LoRA of the token embedding, which then is targeted as well.
+
+        PEFT compares patterns with the short names of the two modules, even if their full names are longer.
+        """
+        if not self._fields.get("ensure_weight_tying"):
+            return False
+        if "target_modules" in self._names:
+            return any(name.rpartition(".")[2] in _TIED for name in self._names["target_modules"])
+        return any(name in self._found["target_modules"] for name in _TIED)
 
     def rank(self, module: str) -> int:
         return int(self._ranks.get(module, self._fields.get("r", 8)))

@@ -21,7 +21,7 @@ from ranklet.kernels.unpack import MOST_ELEMENTS, Destination, table, unpack
 from ranklet.replicas.adapters.packed import PARTS, PackedAdapter, PackedLayout, layout_of
 from ranklet.replicas.model.architecture import Architecture
 from ranklet.replicas.model.decoder import Stacks
-from ranklet.replicas.model.modules import EMBED_TOKENS, EMBEDDING, Module
+from ranklet.replicas.model.modules import EMBED_TOKENS, EMBEDDING, HEAD, LM_HEAD, Module
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +38,7 @@ class AdapterPool:
     Attributes:
         layers: the stacks of each decoder layer.
         embedding: the token embedding's stack; None if `modules` leaves it out.
+        head: the language-model head's stack; None if `modules` leaves it out.
         contents: contents of each slot.
     """
 
@@ -49,6 +50,7 @@ class AdapterPool:
     dtype: torch.dtype
     layers: list[Stacks] = field(init=False)
     embedding: EmbeddingStack | None = field(init=False, default=None)
+    head: LinearStack | None = field(init=False, default=None)
     contents: list[SlotContents] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,6 +59,8 @@ class AdapterPool:
         self._where = [(layer, pack) for layer in range(self.architecture.layers) for pack in self._packs]
         if EMBED_TOKENS in self.modules:
             self._where.append((EMBEDDING, EMBED_TOKENS))
+        if LM_HEAD in self.modules:
+            self._where.append((HEAD, LM_HEAD))
         self._destinations: dict[tuple[Module, str], Destination] = {}
         self._tables: WeakKeyDictionary[PackedLayout, Tensor] = WeakKeyDictionary()
         self.contents = [SlotContents(frozenset())] * self.slots
@@ -66,6 +70,7 @@ class AdapterPool:
         self._scalings = torch.zeros(slices, dtype=torch.float32, device=self.device)
         self._stacks: dict[tuple[int, str], LinearStack] = {}
         self._make_stacks()
+        self.head = self._stacks.get((HEAD, LM_HEAD))
         self.layers = [
             Stacks(**{pack: self._stacks[layer, pack] for pack in self._packs})
             for layer in range(self.architecture.layers)
@@ -80,16 +85,12 @@ class AdapterPool:
         offset = 0
         for layer, part in self._where:
             for side, name in product("ab", PARTS[part]):
-                wide, out = self._dims(name)
+                wide, out = self.architecture.dims(name)
                 a = (wide, self.rank) if layer == EMBEDDING else (self.rank, wide)
                 rows, columns = a if side == "a" else (out, self.rank)
                 self._destinations[(layer, name), side] = Destination(offset, rows, columns)
                 offset += rows * columns
         return offset
-
-    def _dims(self, name: str) -> tuple[int, int]:
-        shape = self.architecture
-        return (shape.vocab, shape.hidden) if name == EMBED_TOKENS else shape.module_dims()[name]
 
     def _make_stacks(self) -> None:
         end = 0
@@ -100,7 +101,7 @@ class AdapterPool:
             if layer == EMBEDDING:
                 self.embedding = EmbeddingStack(a, b, ranks, scalings)
             else:
-                widths = tuple(self._dims(name)[1] for name in PARTS[part])
+                widths = tuple(self.architecture.dims(name)[1] for name in PARTS[part])
                 self._stacks[layer, part] = LinearStack(a, b, widths, ranks, scalings)
 
     def _matrices(self, layer: int, part: str, side: str) -> Tensor:

@@ -27,13 +27,18 @@ class AdapterRef:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """A verified adapter in a slot."""
+    """A verified adapter in a slot.
+
+    Attributes:
+        end_ids: ids that end its texts, besides those of the base model.
+    """
 
     name: str
     revision: str
     rank: int
     modules: tuple[str, ...]
     bytes: int
+    end_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

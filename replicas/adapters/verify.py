@@ -5,14 +5,14 @@ or wrong ones. Both are findings. All findings are reported together.
 """
 
 import math
-import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ranklet.kernels.stack import padded_rank
 from ranklet.replicas.adapters.adapter import AdapterWeights, LoraWeight
 from ranklet.replicas.adapters.findings import Checked, collect, join, shorten
 from ranklet.replicas.adapters.peft_config import LoraSettings, read_peft_config
@@ -27,20 +27,19 @@ from ranklet.replicas.adapters.safetensors_file import (
     read_tensor,
     read_tensors,
 )
+from ranklet.replicas.adapters.tensor_names import (
+    EMBEDDING_MODULE,
+    HEAD_MODULE,
+    full_names,
+    parse_base_copy,
+    parse_key,
+)
 from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
 from ranklet.replicas.model.architecture import Architecture
-from ranklet.replicas.model.modules import EMBED_TOKENS, EMBEDDING, LORA_MODULES, Module, module_path
+from ranklet.replicas.model.end_of_text import EndOfText, UnusableTokenError
+from ranklet.replicas.model.lm_head import LmHead
+from ranklet.replicas.model.modules import ALL_MODULES, EMBED_TOKENS, LM_HEAD, Module
 
-# `base_model.model.` from PEFT, `model.` from causal-LM wrappers, `0.auto_model.` from sentence-transformers, or none.
-_KEY = re.compile(
-    r"(?P<prefix>(?:(?:base_model|model|auto_model|\d+)\.)*?)"
-    r"(?:layers\.(?P<layer>\d+)\.(?:self_attn\.(?=[qkvo]_)|mlp\.(?=gate_|up_|down_)))?"
-    r"(?P<name>[a-z]+_proj|embed_tokens)"
-    r"\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.weight)?"
-)
-_MAX_KEY_CHARS = 512
-# PEFT saves the base's own embedding beside an adapter that targets it, or whose vocabulary it takes for resized.
-_BASE_COPY = re.compile(r"(?:(?:base_model|model|auto_model|\d+)\.)*(?:embed_tokens|lm_head)(?:\.base_layer)?\.weight")
 _FLOATS = "float32, bfloat16 or float16"
 
 Pairs = dict[Module, dict[str, StoredTensor]]  # the tensors of each module, by side: A or B
@@ -53,6 +52,9 @@ class ExpectedModules:
     Attributes:
         bases: names (fnmatch patterns) of the base model.
         embedding: the base model's token embedding [vocab, hidden], on any device.
+        head: the base model's head. Without one, LoRA on `lm_head` changes no answer and is not read.
+        end_of_text: finds the tokens that end an adapter's texts; None leaves them out.
+        slots: number of slots on the device.
     """
 
     architecture: Architecture
@@ -60,16 +62,24 @@ class ExpectedModules:
     modules: tuple[str, ...]
     bases: tuple[str, ...]
     embedding: Tensor
+    head: LmHead | None = None
+    end_of_text: EndOfText | None = None
+    slots: int = 1
+
+    @property
+    def head_bytes(self) -> int:
+        """Return the device memory that slots for `lm_head` take."""
+        elements = padded_rank(self.max_rank) * sum(self.architecture.dims(LM_HEAD))
+        return self.slots * elements * self.embedding.element_size()
 
     def every_module(self) -> list[Module]:
-        """Return every module of the base model that LoRA may target."""
+        """Return every module of the decoder that LoRA may target."""
         linear = self.architecture.module_dims()
-        return [(EMBEDDING, EMBED_TOKENS), *((i, name) for i in range(self.architecture.layers) for name in linear)]
+        return [EMBEDDING_MODULE, *((i, name) for i in range(self.architecture.layers) for name in linear)]
 
     def shapes(self, name: str, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Return the shapes of A and B of a module of this name at this rank."""
-        shape = self.architecture
-        wide, out = (shape.vocab, shape.hidden) if name == EMBED_TOKENS else shape.module_dims()[name]
+        wide, out = self.architecture.dims(name)
         return (rank, wide), (out, rank)
 
 
@@ -99,26 +109,42 @@ def _verify(
     ref: AdapterRef, folder: Path, expected: ExpectedModules, allocate: Allocate
 ) -> Checked[AdapterWeights | None]:
     path = folder / WEIGHTS_FILE
+    end_ids = yield from _end_ids(folder, expected)
     config = yield from read_peft_config(folder / CONFIG_FILE, expected.bases)
     stored = yield from _read_header(path)
-    prefix = _module_prefix(stored or ())
-    names = {module: prefix + _path_in_model(module) for module in expected.every_module()}
+    names = full_names([tensor.key for tensor in stored or ()], expected.every_module())
     settings = (yield from config.apply(names.values())) if config is not None else None
     if settings is None or stored is None:
         return None
     try:
-        pairs = yield from _match(path, stored, names.keys(), expected.embedding)
-        yield from _check_targets(pairs, names, settings, expected)
+        pairs = yield from _match(path, stored, names.keys(), expected)
+        ties = settings.ties_head and expected.head is not None and expected.head.ties and HEAD_MODULE in names
+        yield from _check_targets(pairs, names, settings, expected, ties=ties)
+        if expected.head is None:
+            pairs.pop(HEAD_MODULE, None)
         sound: Pairs = {}
         for module, sides in pairs.items():
-            if (yield from _check_pair(module, names[module], sides, settings, expected)):
+            rank = settings.rank(names[EMBEDDING_MODULE if ties and module == HEAD_MODULE else module])
+            if (yield from _check_pair(module, names[module], sides, rank, expected)):
                 sound[module] = sides
         adapter = _read(ref, path, sound, names, settings, expected.embedding.dtype, allocate)
     except UnreadableWeightsError as error:
         yield str(error)
         return None
     yield from _check_finite(adapter, names)
-    return adapter
+    if ties:
+        adapter = yield from _tied(adapter, settings.scaling(names[HEAD_MODULE]))
+    return replace(adapter, end_ids=end_ids)
+
+
+def _end_ids(folder: Path, expected: ExpectedModules) -> Checked[tuple[int, ...]]:
+    if expected.head is None or expected.end_of_text is None:
+        return ()
+    try:
+        return expected.end_of_text.adapter_ids(folder)
+    except UnusableTokenError as error:
+        yield str(error)
+        return ()
 
 
 def _read_header(path: Path) -> Checked[list[StoredTensor] | None]:
@@ -139,67 +165,53 @@ def _missing_weights(path: Path) -> str:
     return f"{path.name}: expected the weights that PEFT saves; the file is missing"
 
 
-def _module_prefix(stored: Iterable[StoredTensor]) -> str:
-    """Return the names before `layers.` in the model that was trained; patterns in the config may contain them."""
-    found = next(filter(None, (_parse(tensor.key) for tensor in stored)), None)
-    return found["prefix"].removeprefix("base_model.model.") if found else ""
-
-
-def _path_in_model(module: Module) -> str:
-    layer, name = module
-    return name if layer == EMBEDDING else f"layers.{layer}.{module_path(name)}"
-
-
-def _parse(key: str) -> re.Match[str] | None:
-    return _KEY.fullmatch(key) if len(key) <= _MAX_KEY_CHARS else None
-
-
 def _match(
-    path: Path, stored: Iterable[StoredTensor], modules: Collection[Module], embedding: Tensor
+    path: Path, stored: Iterable[StoredTensor], modules: Collection[Module], expected: ExpectedModules
 ) -> Checked[Pairs]:
     pairs: Pairs = {}
     unmatched = []
     for tensor in stored:
-        found = _parse(tensor.key)
-        if found is None and len(tensor.key) <= _MAX_KEY_CHARS and _BASE_COPY.fullmatch(tensor.key):
-            yield from _check_base_copy(path, tensor, embedding)
+        copied = parse_base_copy(tensor.key)
+        if copied is not None:
+            yield from _check_base_copy(path, tensor, copied, expected)
             continue
-        module = (int(found["layer"] or EMBEDDING), found["name"]) if found else None
-        if (
-            found is None
-            or module is None
-            or module not in modules
-            or bool(found["embedding"]) != (module[1] == EMBED_TOKENS)
-        ):
+        found = parse_key(tensor.key)
+        if found is None or found.module not in modules:
             unmatched.append(tensor.key)
             continue
-        sides = pairs.setdefault(module, {})
-        if found["side"] in sides:
-            yield f"{tensor.key}: a second tensor for layer {module[0]} {module[1]}; expected one"
-        sides[found["side"]] = tensor
+        sides = pairs.setdefault(found.module, {})
+        if found.side in sides:
+            yield f"{tensor.key}: a second tensor for layer {found.module[0]} {found.module[1]}; expected one"
+        sides[found.side] = tensor
     if unmatched:
         yield f"{len(unmatched)} tensors match no module of the base model: {join(unmatched)}"
     return pairs
 
 
-def _check_base_copy(path: Path, stored: StoredTensor, embedding: Tensor) -> Checked[None]:
-    """Compare the file's copy with the served base's embedding, up to the rounding of either's dtype."""
+def _check_base_copy(path: Path, stored: StoredTensor, name: str, expected: ExpectedModules) -> Checked[None]:
+    """Compare the file's copy with the served base's embedding or head, up to the rounding of either's dtype."""
+    if name == LM_HEAD and expected.head is None:
+        return
+    base = expected.head.weight if name == LM_HEAD and expected.head is not None else expected.embedding
     key = shorten(stored.key)
-    if stored.shape != tuple(embedding.shape):
-        yield f"{key}: expected the base's {list(embedding.shape)}, got {list(stored.shape)}; its vocabulary differs"
+    if stored.shape != tuple(base.shape):
+        yield f"{key}: expected the base's {list(base.shape)}, got {list(stored.shape)}; its vocabulary differs"
     elif stored.dtype not in DTYPES:
         yield f"{key}: expected {_FLOATS}, got {stored.dtype}"
     else:
         copy = read_tensor(path, stored)
-        ours = embedding.to(copy.dtype).to(embedding.dtype)
-        if not torch.equal(copy.to(embedding.device).to(embedding.dtype), ours):
-            yield f"{key}: differs from the served base's embedding; embeddings trained whole are not supported"
+        ours = base.to(copy.dtype).to(base.dtype)
+        if not torch.equal(copy.to(base.device).to(base.dtype), ours):
+            yield f"{key}: differs from the served base's {name}; modules trained whole are not supported"
 
 
 def _check_targets(
-    pairs: Pairs, names: dict[Module, str], settings: LoraSettings, expected: ExpectedModules
+    pairs: Pairs, names: dict[Module, str], settings: LoraSettings, expected: ExpectedModules, *, ties: bool
 ) -> Checked[None]:
     targeted = {module for module, name in names.items() if settings.targets(name)}
+    if ties:  # the head's own tensors may be missing
+        targeted |= {EMBEDDING_MODULE, *({HEAD_MODULE} & pairs.keys())}
+        targeted -= {HEAD_MODULE} - pairs.keys()
     missing = [names[module] for module in targeted - pairs.keys()]
     if missing:
         yield f"{len(missing)} modules that target_modules names have no tensors: {join(missing)}"
@@ -207,17 +219,22 @@ def _check_targets(
     if untargeted:
         yield f"{len(untargeted)} modules have tensors but target_modules leaves them out: {join(untargeted)}"
     if not pairs:
-        yield f"target_modules: expected some of {', '.join(LORA_MODULES)}; no tensor belongs to one"
-    unserved = sorted({name for _, name in pairs} - set(expected.modules))
+        yield f"target_modules: expected some of {', '.join(ALL_MODULES)}; no tensor belongs to one"
+    unserved = sorted({name for _, name in pairs} - {LM_HEAD, *expected.modules})
     if unserved:
         yield f"{', '.join(unserved)}: this server keeps no slots for them; add them to engine.lora_modules"
+    adapts_head = expected.head is not None and (ties or HEAD_MODULE in pairs)
+    if adapts_head and LM_HEAD not in expected.modules:
+        yield (
+            f"{LM_HEAD}: this server keeps no slots for it; add it to engine.lora_modules, which takes "
+            f"{math.ceil(expected.head_bytes / 1e6)} MB of device memory for {expected.slots} slots"
+        )
 
 
 def _check_pair(
-    module: Module, name: str, sides: dict[str, StoredTensor], settings: LoraSettings, expected: ExpectedModules
+    module: Module, name: str, sides: dict[str, StoredTensor], rank: int, expected: ExpectedModules
 ) -> Checked[bool]:
     sound = True
-    rank = settings.rank(name)
     if rank > expected.max_rank:
         sound = False
         yield f"{name}: expected a rank of at most {expected.max_rank} (engine.max_rank), got {shorten(str(rank))}"
@@ -259,3 +276,21 @@ def _check_finite(adapter: AdapterWeights, names: dict[Module, str]) -> Checked[
         for side, tensor in (("A", weight.a), ("B", weight.b)):
             if not bool(torch.isfinite(tensor).all()):
                 yield f"{names[module]}: lora_{side}: expected numbers finite in {served}, got NaN or infinity"
+
+
+def _tied(adapter: AdapterWeights, scaling: float) -> Checked[AdapterWeights]:
+    """Give the head the LoRA of the token embedding: A and B change places and are transposed.
+
+    PEFT saves that of the head as well, but loads only one of them if they differ.
+    """
+    source = adapter.weights.get(EMBEDDING_MODULE)
+    if source is None:
+        return adapter
+    shared = LoraWeight(
+        source.flat, source.b_offset, source.a_offset, source.rank, source.out_features, source.in_features, scaling,
+        transposed=True,
+    )  # fmt: skip
+    own = adapter.weights.get(HEAD_MODULE)
+    if own is not None and not (torch.equal(own.a, shared.a) and torch.equal(own.b, shared.b)):
+        yield f"{LM_HEAD}: expected the LoRA of {EMBED_TOKENS}, since ensure_weight_tying ties them, got another one"
+    return replace(adapter, weights={**adapter.weights, HEAD_MODULE: own or shared})

@@ -29,7 +29,9 @@ from ranklet.replicas.engine.warmup import warm_up
 from ranklet.replicas.model.architecture import read_architecture, read_config
 from ranklet.replicas.model.decoder import Decoder
 from ranklet.replicas.model.device import pick_device, pick_dtype
+from ranklet.replicas.model.end_of_text import EndOfText
 from ranklet.replicas.model.heads import PoolingHead
+from ranklet.replicas.model.lm_head import LmHead
 from ranklet.replicas.model.modules import Module
 from ranklet.replicas.model.pooling import read_pooling
 
@@ -39,6 +41,7 @@ class Engine:
 
     Attributes:
         head: the head of embeddings.
+        end_of_text: the tokens that end texts.
         runner: launches steps; public for benchmarks and profiles.
 
     Raises:
@@ -61,7 +64,11 @@ class Engine:
             architecture, config.slots, config.max_rank, config.lora_modules, self.device, self.dtype
         )
         bases = tuple(dict.fromkeys((config.model_dir.resolve().name, *config.base_aliases)))
-        expected = ExpectedModules(architecture, config.max_rank, config.lora_modules, bases, model.embedding)
+        self.end_of_text = EndOfText(config.model_dir, settings, architecture.vocab)
+        expected = ExpectedModules(
+            architecture, config.max_rank, config.lora_modules, bases, model.embedding,
+            model.lm_head if isinstance(model.lm_head, LmHead) else None, self.end_of_text, config.slots,
+        )  # fmt: skip
         loader = Loader(self._pool, expected, config.host_cache_bytes)
         self._lock = Condition()
         self._scheduler = Scheduler(

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ranklet.replicas.errors import ModelError
-from ranklet.replicas.model.modules import LINEAR_MODULES
+from ranklet.replicas.model.modules import EMBED_TOKENS, LINEAR_MODULES, LM_HEAD
 
 _FAMILIES = ("Qwen3", "Qwen2", "Llama", "Mistral")
 _ARCHITECTURES = tuple(f"{family}{head}" for family in _FAMILIES for head in ("Model", "ForCausalLM"))
@@ -36,11 +36,17 @@ class Architecture:
     max_position: int
 
     def module_dims(self) -> dict[str, tuple[int, int]]:
-        """Return (input width, output width) of each linear module."""
+        """Return (input width, output width) of each linear module of a layer."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = (self.hidden, query), (self.hidden, key), (self.hidden, key), (query, self.hidden)
         mlp = (self.hidden, self.intermediate), (self.hidden, self.intermediate), (self.intermediate, self.hidden)
         return dict(zip(LINEAR_MODULES, attention + mlp, strict=True))
+
+    def dims(self, name: str) -> tuple[int, int]:
+        """Return (input width, output width) of any module that LoRA can target."""
+        if name == EMBED_TOKENS:
+            return self.vocab, self.hidden
+        return (self.hidden, self.vocab) if name == LM_HEAD else self.module_dims()[name]
 
 
 def read_config(model_dir: Path) -> Any:

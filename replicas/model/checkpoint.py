@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ranklet.replicas.errors import ModelError
 
-# Tensors that a decoder does not use: the language-model head, and buffers of old checkpoints.
+# Tensors that may stay unread: the language-model head, and buffers of old checkpoints.
 _IGNORED = ("lm_head.weight", "rotary_emb.inv_freq")
 
 
@@ -56,6 +56,9 @@ class Checkpoint:
         if not single.is_file():
             raise ModelError(f"{self._dir}: expected model.safetensors or model.safetensors.index.json, got neither")
         return [single]
+
+    def has(self, name: str) -> bool:
+        return name in self._files
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Read one tensor.

@@ -24,6 +24,7 @@ from ranklet.kernels.stack import EmbeddingStack, LinearStack
 from ranklet.replicas.model.architecture import Architecture, rotary_tables
 from ranklet.replicas.model.attention import AttentionBatch, Spans, attend, last_rows
 from ranklet.replicas.model.checkpoint import Checkpoint
+from ranklet.replicas.model.lm_head import read_lm_head
 from ranklet.replicas.model.modules import EMBED_TOKENS, module_path
 
 StageCallback = Callable[[str], None]
@@ -86,7 +87,11 @@ class Layer:
 
 
 class Decoder:
-    """A Qwen3, Qwen2, Llama or Mistral decoder without its language-model head."""
+    """A Qwen3, Qwen2, Llama or Mistral decoder.
+
+    Attributes:
+        lm_head: the language-model head, which `forward` does not compute.
+    """
 
     def __init__(
         self, architecture: Architecture, config: Any, model_dir: Path, max_len: int, device: torch.device,
@@ -99,6 +104,7 @@ class Decoder:
             self.embedding = checkpoint.read(f"{EMBED_TOKENS}.weight", (architecture.vocab, architecture.hidden))
             self.layers = [_read_layer(checkpoint, architecture, i) for i in range(architecture.layers)]
             self.norm = checkpoint.read("norm.weight", (architecture.hidden,))
+            self.lm_head = read_lm_head(checkpoint, config, architecture, self.embedding)
             checkpoint.check_all_read()
         self._cos, self._sin = rotary_tables(config, architecture, max_len, device)
 

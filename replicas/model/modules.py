@@ -6,10 +6,13 @@ ATTENTION_MODULES = (*PACKS["qkv"], *PACKS["o"])
 MLP_MODULES = (*PACKS["gate_up"], *PACKS["down"])
 LINEAR_MODULES = (*ATTENTION_MODULES, *MLP_MODULES)
 EMBED_TOKENS = "embed_tokens"
-LORA_MODULES = (*LINEAR_MODULES, EMBED_TOKENS)
+LM_HEAD = "lm_head"
+LORA_MODULES = (*LINEAR_MODULES, EMBED_TOKENS)  # slots reserve memory for these unless told otherwise
+ALL_MODULES = (*LORA_MODULES, LM_HEAD)
 
-Module = tuple[int, str]  # (layer, name); the layer of `embed_tokens` is EMBEDDING
+Module = tuple[int, str]  # (layer, name); `embed_tokens` and `lm_head` have the layers EMBEDDING and HEAD
 EMBEDDING = -1
+HEAD = -2
 
 
 def module_path(module: str) -> str:

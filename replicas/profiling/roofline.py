@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ranklet.kernels.packs import PACKS
 from ranklet.replicas.model.architecture import Architecture
-from ranklet.replicas.model.modules import EMBED_TOKENS, EMBEDDING, Module
+from ranklet.replicas.model.modules import EMBED_TOKENS, EMBEDDING, HEAD, Module
 
 STAGES = ("embed", "norm", "qkv", "attention", "o", "gate_up", "down", "pool")
 _RESIDUAL_BYTES = 4  # of one element
@@ -115,6 +115,8 @@ def lora_costs(architecture: Architecture, batch: BatchShape) -> dict[str, Cost]
     found: dict[str, Cost] = {}
     for share in batch.shares:
         for (layer, module), rank in share.ranks.items():
+            if layer == HEAD:
+                continue  # pooling reads no logits
             stage = _STAGE_OF[module]
             narrow = batch.last_only and layer + 1 == architecture.layers and stage != "qkv"
             rows = share.prompts if narrow else share.tokens

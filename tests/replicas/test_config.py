@@ -27,7 +27,7 @@ from ranklet.replicas.config import EngineConfig
         ({"interleave_tokens": 0}, "interleave_tokens"),
         ({"backend": "cuda"}, "backend: expected one of auto, fastest, native"),
         ({"dtype": "int8"}, "dtype"),
-        ({"lora_modules": ("q_proj", "lm_head")}, "lm_head"),
+        ({"lora_modules": ("q_proj", "lm_tail")}, "lm_tail"),
     ],
 )
 def test_a_field_out_of_range_is_refused(fields: dict[str, Any], message: str) -> None:

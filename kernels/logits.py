@@ -1,0 +1,60 @@
+"""Logits: the projection onto the vocabulary, with each row's LoRA, in float32.
+
+Logits of 16 bits would be rounded to steps of 0.06 at 16, which shows in logprobs.
+
+Letters: T rows, K hidden width, N vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from ranklet.kernels import csgmv
+from ranklet.kernels.batch import LoraBatch
+from ranklet.kernels.row_subset import check_rows
+from ranklet.kernels.stack import LinearStack
+
+
+def logits(
+    x: Tensor,  # [T, K]
+    weight: Tensor,  # [N, K]
+    stack: LinearStack | None = None,  # of one slice
+    batch: LoraBatch | None = None,
+) -> Tensor:
+    """Compute logits with the batch's LoRA. Returns a new tensor, float32 [T, N].
+
+    Semantics: `y[t] = W x[t] + s B A x[t]`, with A, B, s of row t's adapter.
+
+    Args:
+        batch: of exactly these rows, see `row_subset`; with its tiles on the device if its backend is csgmv.
+
+    Raises:
+        ValueError: `x` does not have the batch's number of rows, or the batch has segments but no tiles.
+    """
+    x = x.to(weight.dtype)
+    y = _product(x, weight)
+    if stack is None or batch is None or batch.implementation is None:
+        return y
+    check_rows(x, batch)
+    if not stack.holds_any(segment.slot for segment in batch.segments):
+        return y
+    if batch.implementation is csgmv:
+        csgmv.add(x, y, stack, batch)
+    else:  # merging the whole vocabulary never pays
+        _add(x, y, stack, batch)
+    return y
+
+
+def _add(x: Tensor, y: Tensor, stack: LinearStack, batch: LoraBatch) -> None:
+    for segment in batch.segments:
+        meta, rows = stack.meta[segment.slot], slice(segment.start, segment.stop)
+        rank = meta.ranks[0]
+        if rank:
+            hidden = _product(x[rows], stack.a[segment.slot, :rank])
+            y[rows].add_(_product(hidden, stack.b[segment.slot, :, :rank]), alpha=meta.scalings[0])
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return `x weight^T` in float32."""
+    if weight.is_cuda and weight.dtype != torch.float32:
+        return torch.mm(x.to(weight.dtype), weight.t(), out_dtype=torch.float32)
+    return torch.mm(x.float(), weight.float().t())

@@ -1,0 +1,83 @@
+"""The language-model head: computes logits of hidden states, with the LoRA of each row's adapter.
+
+Letters: R rows, H hidden width, V vocabulary. A padded vocabulary is larger than the tokenizer's; the logits of the
+other ids stay as the model computes them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ranklet.kernels.batch import LoraBatch
+from ranklet.kernels.logits import logits
+from ranklet.kernels.stack import LinearStack
+from ranklet.replicas.model.architecture import Architecture
+from ranklet.replicas.model.checkpoint import Checkpoint
+from ranklet.replicas.model.modules import LM_HEAD
+
+_WEIGHT = f"{LM_HEAD}.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class LmHead:
+    """The head of a causal language model.
+
+    Attributes:
+        weight: [V, H]; the token embedding itself if the model has no other head.
+        ties: whether the config ties the head to the token embedding. Adapters with `ensure_weight_tying` depend on it.
+    """
+
+    weight: Tensor
+    ties: bool
+
+    def logits(
+        self,
+        rows: Tensor,  # [R, H], after the final norm
+        stack: LinearStack | None = None,
+        lora: LoraBatch | None = None,
+    ) -> Tensor:
+        """Return the logits of the rows, float32 [R, V].
+
+        Args:
+            stack: the LoRA slots of the head.
+            lora: the batch of exactly these rows; see `kernels.row_subset`.
+        """
+        return logits(rows, self.weight, stack, lora)
+
+
+@dataclass(frozen=True, slots=True)
+class MissingHead:
+    """A model without a head computes embeddings only; `reason` says why it cannot generate text."""
+
+    reason: str
+
+
+def read_lm_head(
+    checkpoint: Checkpoint, config: Any, architecture: Architecture, embedding: Tensor
+) -> LmHead | MissingHead:
+    """Return the head of a model. A model that is neither tied nor a causal language model costs no memory for one.
+
+    Args:
+        embedding: the token embedding [V, H].
+
+    Raises:
+        ModelError: the head has another shape than the token embedding.
+    """
+    ties = bool(config.tie_word_embeddings)
+    is_causal = architecture.name.endswith("ForCausalLM")
+    if checkpoint.has(_WEIGHT) and (ties or is_causal):
+        own = checkpoint.read(_WEIGHT, (architecture.vocab, architecture.hidden))
+        # As in transformers: a checkpoint with two different tensors is not tied, whatever its config says.
+        return LmHead(embedding if ties and torch.equal(own, embedding) else own, ties)
+    if ties:
+        return LmHead(embedding, ties=True)
+    if is_causal:
+        return MissingHead(
+            f"the base model cannot generate text: its checkpoint has no {_WEIGHT}, and tie_word_embeddings is false"
+        )
+    return MissingHead(
+        f"the base model cannot generate text: expected an architecture with a language-model head, got "
+        f"{architecture.name}"
+    )
