@@ -1,0 +1,162 @@
+"""Changes logits before a token is drawn: logit_bias, bans, allowed tokens, then penalties.
+
+Letters: N rows of logits, V vocabulary, R rows of the state. Launchers use Triton; twins in torch serve the CPU.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ranklet.kernels.sampling_flags import (
+    CHANGE,
+    EDIT,
+    EDITS,
+    FLAGS,
+    FREQUENCY,
+    MASK,
+    PARDON,
+    PENALIZE,
+    POSITION,
+    PRESENCE,
+    REPETITION,
+    ROW,
+    column_of,
+    float_of,
+)
+from ranklet.kernels.sampling_row import Column, Feature
+
+CHANGING: Final = Feature.PENALIZE | Feature.EDIT | Feature.MASK
+MOST_COUNTED: Final = 0x7FFF
+_COUNTED = tl.constexpr(MOST_COUNTED)
+_BLOCK = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingTables:
+    """What the sampler keeps of each sequence on the device. A table is None until a sequence needs it.
+
+    Attributes:
+        counts: int16 [R + 1, V]: the lower 15 bits count how often the token was drawn, up to 32,767; the sign bit says
+            that the prompt has it.
+        edits: int32 [R + 1, 3, edits]: token ids, bits of their biases, positions where their bans end.
+        masks: int32 [R + 1, ceil(V / 32)]: bit t % 32 of word t // 32 allows token t.
+    """
+
+    counts: Tensor | None = None
+    edits: Tensor | None = None
+    masks: Tensor | None = None
+
+
+@triton.jit
+def _changed(value, tokens, inside, flags, columns, row, counts, masks, FEATURES: tl.constexpr):
+    if MASK & FEATURES:
+        if flags & MASK:
+            word = tl.load(masks + tokens // 32, mask=inside, other=0)
+            allowed = ((word >> (tokens % 32)) & 1) != 0
+            # NaN must stay, so that the row is found invalid.
+            value = tl.where(allowed | (value != value), value, float("-inf"))
+    if PENALIZE & FEATURES:
+        if flags & PENALIZE:
+            count = tl.load(counts + tokens, mask=inside, other=0).to(tl.int32)
+            drawn = count & _COUNTED
+            factor = tl.where(value > 0, float_of(columns, row, PARDON), float_of(columns, row, REPETITION))
+            value = tl.where(count != 0, value * factor, value)
+            value -= float_of(columns, row, FREQUENCY) * drawn.to(tl.float32)
+            value -= tl.where(drawn > 0, float_of(columns, row, PRESENCE), 0.0)
+    return value
+
+
+@triton.jit
+def adjust_kernel(
+    logits, stride, columns, counts, edits, masks, out, out_stride, V, WORDS, LISTED,
+    FEATURES: tl.constexpr, BLOCK: tl.constexpr, EDIT_BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    flags = column_of(columns, row, FLAGS)
+    if (flags & CHANGE) == 0:
+        return
+    kept = column_of(columns, row, ROW).to(tl.int64)
+    counts += kept * V
+    masks += kept * WORDS
+    logits += row * stride
+    out += row * out_stride
+    first = tl.program_id(1) * BLOCK
+    tokens = first + tl.arange(0, BLOCK)
+    inside = tokens < V
+    value = tl.load(logits + tokens, mask=inside, other=float("-inf"))
+    value = _changed(value, tokens, inside, flags, columns, row, counts, masks, FEATURES)
+    tl.store(out + tokens, value, mask=inside)
+    if EDIT & FEATURES:
+        if flags & EDIT:
+            tl.debug_barrier()  # the edited tokens are stored again
+            edits += kept * 3 * LISTED
+            count = column_of(columns, row, EDITS)
+            position = column_of(columns, row, POSITION)
+            for start in range(0, count, EDIT_BLOCK):
+                entry = start + tl.arange(0, EDIT_BLOCK)
+                token = tl.load(edits + entry, mask=entry < count, other=-1)
+                mine = (token >= first) & (token < first + BLOCK) & (token < V)
+                bias = tl.load(edits + LISTED + entry, mask=mine, other=0).to(tl.float32, bitcast=True)
+                until = tl.load(edits + 2 * LISTED + entry, mask=mine, other=0)
+                edited = tl.load(logits + token, mask=mine, other=0.0) + bias
+                edited = _changed(edited, token, mine, flags, columns, row, counts, masks, FEATURES)
+                banned = (position < until) & (edited == edited)
+                tl.store(out + token, tl.where(banned, float("-inf"), edited), mask=mine)
+
+
+def adjust(
+    logits: Tensor,  # float32 [N, V], rows may be further apart than V
+    columns: Tensor,  # int32 [N, ROW_WIDTH]
+    tables: SamplingTables,
+    features: Feature,
+) -> Tensor:
+    """Return the logits of the rows that ask for a change, float32 [N, V]. Other rows have any values.
+
+    Semantics, for each token: `x = logit + bias`; -inf if it is banned or not allowed; where prompt or output have the
+    token, `x *= repetition` if it is negative and `x /= repetition` otherwise; `x -= frequency * drawn`; where drawn
+    > 0, `x -= presence`. NaN stays NaN.
+    """
+    rows, vocab = logits.shape
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    counts = tables.counts if tables.counts is not None else out
+    edits = tables.edits if tables.edits is not None else columns
+    masks = tables.masks if tables.masks is not None else columns
+    adjust_kernel[(rows, triton.cdiv(vocab, _BLOCK))](
+        logits, logits.stride(0), columns, counts, edits, masks, out, out.stride(0), vocab, masks.shape[-1],
+        edits.shape[-1], FEATURES=int(features & CHANGING), BLOCK=_BLOCK, EDIT_BLOCK=128, num_warps=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def adjusted(logits: Tensor, columns: Tensor, tables: SamplingTables, features: Feature) -> Tensor:
+    """Return the changed logits, and those of other rows unchanged: the twin of `adjust` in torch."""
+    out = logits.clone()
+    floats = columns.view(torch.float32)
+    vocab = logits.shape[1]
+    for row, flags in enumerate(columns[:, Column.FLAGS].tolist()):
+        asked = Feature(flags) & features
+        if not asked & CHANGING:
+            continue
+        value, kept = out[row], int(columns[row, Column.ROW])
+        banned = torch.zeros(vocab, dtype=torch.bool)
+        if asked & Feature.EDIT and tables.edits is not None:
+            ids, biases, until = tables.edits[kept, :, : int(columns[row, Column.EDITS])]
+            value[ids.long()] += biases.contiguous().view(torch.float32)
+            banned[ids.long()] = until > columns[row, Column.POSITION]
+        if asked & Feature.MASK and tables.masks is not None:
+            bits = (tables.masks[kept, :, None] >> torch.arange(32, dtype=torch.int32)) & 1
+            banned |= bits.flatten()[:vocab] == 0
+        if asked & Feature.PENALIZE and tables.counts is not None:
+            count = tables.counts[kept].int()
+            drawn = count & MOST_COUNTED
+            factor = torch.where(value > 0, floats[row, Column.PARDON], floats[row, Column.REPETITION])
+            value = torch.where(count != 0, value * factor, value)
+            value = value - floats[row, Column.FREQUENCY] * drawn
+            value = torch.where(drawn > 0, value - floats[row, Column.PRESENCE], value)
+        out[row] = torch.where(banned & ~value.isnan(), -torch.inf, value)
+    return out
