@@ -209,9 +209,10 @@ def _check_targets(
     pairs: Pairs, names: dict[Module, str], settings: LoraSettings, expected: ExpectedModules, *, ties: bool
 ) -> Checked[None]:
     targeted = {module for module, name in names.items() if settings.targets(name)}
-    if ties:  # the head's own tensors may be missing
-        targeted |= {EMBEDDING_MODULE, *({HEAD_MODULE} & pairs.keys())}
-        targeted -= {HEAD_MODULE} - pairs.keys()
+    if ties:
+        targeted.add(EMBEDDING_MODULE)
+    if ties or expected.head is None:  # with or without tensors of the head
+        targeted = (targeted - {HEAD_MODULE}) | (pairs.keys() & {HEAD_MODULE})
     missing = [names[module] for module in targeted - pairs.keys()]
     if missing:
         yield f"{len(missing)} modules that target_modules names have no tensors: {join(missing)}"
