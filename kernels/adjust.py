@@ -27,9 +27,8 @@ from ranklet.kernels.sampling_flags import (
     column_of,
     float_of,
 )
-from ranklet.kernels.sampling_row import Column, Feature
+from ranklet.kernels.sampling_row import CHANGING, Column, Feature
 
-CHANGING: Final = Feature.PENALIZE | Feature.EDIT | Feature.MASK
 MOST_COUNTED: Final = 0x7FFF
 _COUNTED = tl.constexpr(MOST_COUNTED)
 _BLOCK = 2048

@@ -28,7 +28,7 @@ from ranklet.kernels.sampling_flags import (
     column_of,
     float_of,
 )
-from ranklet.kernels.sampling_row import Column, Feature
+from ranklet.kernels.sampling_row import CHANGING, Column, Feature
 
 PIECE: Final = 4096  # tokens of a piece
 GROUP: Final = 32  # tokens of a group; a scan keeps the largest logit of each
@@ -158,9 +158,10 @@ def scan(
     pieces = triton.cdiv(vocab, PIECE)
     made = empty_scan(rows, pieces, features, logits.device)
     source = logits if changed is None else changed
+    compiled = features & ~CHANGING if changed is None else features | CHANGING
     scan_kernel[(rows, pieces)](
         logits, logits.stride(0), source, source.stride(0), columns, *made, vocab,
-        FEATURES=int(features), LENGTH=PIECE, IN_GROUP=GROUP, num_warps=4, enable_fp_fusion=False,
+        FEATURES=int(compiled), LENGTH=PIECE, IN_GROUP=GROUP, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return made
 
@@ -192,10 +193,11 @@ def finish(
     (rows, pieces), device = scanned.best.shape, logits.device
     tokens = torch.empty(rows, dtype=torch.int32, device=device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=device) if features & Feature.LOGPROB else None
+    compiled = features & (Feature.TRUNCATE | Feature.LOGPROB | Feature.PENALIZE)
     finish_kernel[(rows,)](
         logits, logits.stride(0), columns, scanned.best, scanned.ids, scanned.raw, tokens if drawn is None else drawn,
         tokens if counts is None else counts, tokens if last_token is None else last_token, tokens,
-        tokens if logprobs is None else logprobs, logits.shape[1], pieces, FEATURES=int(features),
+        tokens if logprobs is None else logprobs, logits.shape[1], pieces, FEATURES=int(compiled),
         PIECES=triton.next_power_of_2(pieces), KEEPS_LAST=last_token is not None, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     return tokens, logprobs

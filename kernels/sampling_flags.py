@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ranklet.kernels.sampling_row import ROW_WIDTH, TOP_LOGPROBS, Column, Feature
+from ranklet.kernels.sampling_row import CHANGING, ROW_WIDTH, TOP_LOGPROBS, Column, Feature
 
 NOISE = tl.constexpr(int(Feature.NOISE))
 TRUNCATE = tl.constexpr(int(Feature.TRUNCATE))
@@ -12,7 +12,7 @@ EDIT = tl.constexpr(int(Feature.EDIT))
 MASK = tl.constexpr(int(Feature.MASK))
 LOGPROB = tl.constexpr(int(Feature.LOGPROB))
 TOP = tl.constexpr(int(Feature.TOP))
-CHANGE = tl.constexpr(int(Feature.PENALIZE | Feature.EDIT | Feature.MASK))  # the row's logits are changed
+CHANGE = tl.constexpr(int(CHANGING))
 TOPS = tl.constexpr(TOP_LOGPROBS)
 
 WIDTH = tl.constexpr(ROW_WIDTH)

@@ -42,7 +42,8 @@ class Column(IntEnum):
     EDITS = 13  # number of edited tokens
 
 
-_ALL = Feature.NOISE | Feature.TRUNCATE | Feature.PENALIZE | Feature.EDIT | Feature.MASK
+CHANGING: Final = Feature.PENALIZE | Feature.EDIT | Feature.MASK  # the row draws from changed logits
+_ALL = Feature.NOISE | Feature.TRUNCATE | CHANGING
 _LOGPROBS = Feature.LOGPROB | Feature.TOP
 _LEVELS = (Feature(0), Feature.NOISE, Feature.NOISE | Feature.TRUNCATE, _ALL)
 

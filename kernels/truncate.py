@@ -86,7 +86,7 @@ def _threshold(
 @triton.jit
 def truncate_kernel(
     logits, stride, changed, changed_stride, columns, statistics, groups, blocks, values, ids, drawn, V, pieces,
-    FEATURES: tl.constexpr, PIECES: tl.constexpr, LENGTH: tl.constexpr, IN_GROUP: tl.constexpr, MOST: tl.constexpr,
+    CHANGES: tl.constexpr, PIECES: tl.constexpr, LENGTH: tl.constexpr, IN_GROUP: tl.constexpr, MOST: tl.constexpr,
     USUAL: tl.constexpr, TILE: tl.constexpr, BATCH: tl.constexpr, WAYS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -99,7 +99,7 @@ def truncate_kernel(
     values += row * MOST
     ids += row * MOST
     source = logits + row * stride
-    if CHANGE & FEATURES:
+    if CHANGES:
         if flags & CHANGE:
             source = changed + row * changed_stride
     scale = float_of(columns, row, SCALE)
@@ -156,7 +156,6 @@ def draw_truncated(
     changed: Tensor | None,  # float32 [N, V], read by rows with changed logits
     columns: Tensor,  # int32 [N, ROW_WIDTH]
     scanned: Scan,
-    features: Feature,
 ) -> Tensor:
     """Return the tokens of the rows that truncate, int32 [N]. Other rows have any values."""
     (rows, pieces), device = scanned.best.shape, logits.device
@@ -165,7 +164,7 @@ def draw_truncated(
     source = logits if changed is None else changed
     truncate_kernel[(rows,)](
         logits, logits.stride(0), source, source.stride(0), columns, scanned.scaled, scanned.scaled_groups, room[0],
-        room[1].view(torch.float32), room[2], drawn, logits.shape[1], pieces, FEATURES=int(features),
+        room[1].view(torch.float32), room[2], drawn, logits.shape[1], pieces, CHANGES=changed is not None,
         PIECES=triton.next_power_of_2(pieces), LENGTH=PIECE, IN_GROUP=GROUP, MOST=CAPACITY, USUAL=EXPECTED, TILE=2048,
         BATCH=64, WAYS=WAYS, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip

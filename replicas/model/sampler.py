@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ranklet.kernels.adjust import CHANGING, MOST_COUNTED, SamplingTables, adjust, adjusted
+from ranklet.kernels.adjust import MOST_COUNTED, SamplingTables, adjust, adjusted
 from ranklet.kernels.logprobs import largest_logprobs, logprobs_at, target_logprobs, top_logprobs
 from ranklet.kernels.sample import finish, noise_of, scaled, scan
-from ranklet.kernels.sampling_row import ROW_WIDTH, Column, Feature
+from ranklet.kernels.sampling_row import CHANGING, ROW_WIDTH, Column, Feature
 from ranklet.kernels.truncate import draw_truncated, truncated
 from ranklet.replicas.model.sampling_values import SamplingValues
 
@@ -159,7 +159,7 @@ def sample_by_kernels(
 ) -> Sampled:
     changed = adjust(logits, columns, tables, features) if features & CHANGING else None
     scanned = scan(logits, changed, columns, features)
-    drawn = draw_truncated(logits, changed, columns, scanned, features) if features & Feature.TRUNCATE else None
+    drawn = draw_truncated(logits, changed, columns, scanned) if features & Feature.TRUNCATE else None
     tokens, logprobs = finish(logits, columns, scanned, drawn, tables.counts, last_token, features)
     tops = top_logprobs(logits, scanned, columns) if features & Feature.TOP else (None, None)
     return Sampled(tokens, logprobs, *tops)
