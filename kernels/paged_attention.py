@@ -17,23 +17,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ranklet.kernels.launch import is_hopper, precision_of, processors_of
 
 PAGE_TOKENS = 64
 NO_WINDOW = 1 << 30
+_WHOLE = 384  # sequences with up to this many keys are not split
 _LEAST_SPLIT = 256  # tokens; smaller splits cost more for their sums than they gain
-_MOST_SPLITS = 16  # of a sequence; with more tokens, its splits are larger
+_MOST_SPLITS = 32  # of a sequence; with more tokens, its splits are larger
 _BLOCK_KEYS = 64
-_PROGRAMS = 4  # per processor
-_WARPS = 4
+_PROGRAMS = 8  # per processor
+_WARPS = 2  # fewer warps let more programs share a processor, which hides the start of each
+_STAGES = 3
 
 
 class LayerPages(NamedTuple):
     """The keys and values of one layer."""
 
-    keys: Tensor  # [pages, G, 64, D], after normalization and rotation; each page contiguous
-    values: Tensor  # [pages, G, 64, D]; strides as in `keys`
+    keys: Tensor  # [pages, G, 64, D], after normalization and rotation; contiguous
+    values: Tensor  # [pages, G, 64, D], contiguous
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,35 +51,47 @@ class PagedSpans:
 
 
 @triton.jit
-def _splits(length, window, LEAST: tl.constexpr, MOST: tl.constexpr, BLOCK_N: tl.constexpr):
+def _splits(length, window, WHOLE: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, BLOCK_N: tl.constexpr):
     # Returns the first key that is read, the tokens of a split, and the number of splits.
     begin = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
     keys = length - begin
     size = tl.maximum((keys + MOST * BLOCK_N - 1) // (MOST * BLOCK_N) * BLOCK_N, LEAST)
+    size = tl.where(keys <= WHOLE, WHOLE, size)
     return begin, size, (keys + size - 1) // size
+
+
+@triton.jit
+def _add_block(q, k, v, seen, top, total, acc, scale, PRECISION: tl.constexpr):
+    # Adds a block of keys, of which at least one is seen, to the softmax.
+    scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    weights = tl.exp2(scores - higher[:, None])
+    fade = tl.exp2(top - higher)
+    acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+    return higher, total * fade + tl.sum(weights, 1), acc
 
 
 @triton.jit(
     do_not_specialize=["window", "spans", "table_stride"], do_not_specialize_on_alignment=["rows", "lengths", "table"]
 )
 def split_kernel(
-    qkv, keys, values, out, sums, stats, rows, lengths, table, spans, table_stride, window, scale, qkv_stride,
-    out_stride, page_stride,
+    qkv, keys_tma, values_tma, keys, values, out, sums, stats, rows, lengths, table, spans, table_stride, window, scale,
+    qkv_stride, out_stride,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_B: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
+    BLOCK_B: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, LEAST: tl.constexpr,
+    MOST: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     if CHAINED:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     every = tl.arange(0, BLOCK_B)
-    _, _, counts = _splits(tl.load(lengths + every, mask=every < spans, other=0), window, LEAST, MOST, BLOCK_N)
+    own = tl.load(lengths + every, mask=every < spans, other=0)
+    _, _, counts = _splits(own, window, WHOLE, LEAST, MOST, BLOCK_N)
     ends = tl.cumsum(counts, 0)
     group = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
     in_group = (group < GROUP)[:, None] & (d < D)[None, :]
-    in_d = (d < D)[None, :]
     for item in tl.range(tl.program_id(0), tl.sum(counts, 0) * G, tl.num_programs(0), num_stages=1):
         # Consecutive items are the key heads of one split.
         head = item % G
@@ -85,29 +100,31 @@ def split_kernel(
         split = item // G - tl.max(tl.where(before, ends, 0), 0)
         length = tl.load(lengths + span)
         row = tl.load(rows + span).to(tl.int64)
-        begin, size, count = _splits(length, window, LEAST, MOST, BLOCK_N)
+        begin, size, count = _splits(length, window, WHOLE, LEAST, MOST, BLOCK_N)
         low = begin + split * size
+        high = tl.minimum(low + size, length)
         heads = head * GROUP + group
         q = tl.load(qkv + row * qkv_stride + heads[:, None] * D + d[None, :], mask=in_group, other=0.0)
         top = tl.full((BLOCK_G,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_G,), tl.float32)
         acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-        at_head = head * PAGE * D + n[:, None] * D + d[None, :]
-        for first in tl.range(low, tl.minimum(low + size, length), BLOCK_N, num_stages=STAGES):
-            page = tl.load(table + span * table_stride + first // PAGE).to(tl.int64)
-            at = page * page_stride + first % PAGE * D + at_head
-            held = first + n < length
-            k = tl.load(keys + at, mask=held[:, None] & in_d, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            seen = held & (first + n >= length - window)
-            scores = tl.where(seen[None, :], scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))  # finite, because each block has a key that is seen
-            weights = tl.exp2(scores - higher[:, None])
-            fade = tl.exp2(top - higher)
-            v = tl.load(values + at, mask=held[:, None] & in_d, other=0.0)
-            total = total * fade + tl.sum(weights, 1)
-            acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
-            top = higher
+        whole = high // BLOCK_N * BLOCK_N
+        for first in tl.range(low, whole, BLOCK_N, num_stages=STAGES):
+            page = tl.load(table + span * table_stride + first // PAGE)
+            line = (page * G + head) * PAGE + first % PAGE
+            seen = first + n >= length - window
+            top, total, acc = _add_block(
+                q, keys_tma.load([line, 0]), values_tma.load([line, 0]), seen, top, total, acc, scale, PRECISION
+            )
+        if whole < high:  # a page's tokens behind the length may be anything, so that the descriptors cannot read them
+            page = tl.load(table + span * table_stride + whole // PAGE).to(tl.int64)
+            at = ((page * G + head) * PAGE + whole % PAGE + n)[:, None] * D + d[None, :]
+            held = whole + n < length
+            mask = held[:, None] & (d < D)[None, :]
+            k = tl.load(keys + at, mask=mask, other=0.0)
+            v = tl.load(values + at, mask=mask, other=0.0)
+            seen = held & (whole + n >= length - window)
+            top, total, acc = _add_block(q, k, v, seen, top, total, acc, scale, PRECISION)
         if count == 1:
             at_out = out + row * out_stride + heads[:, None] * D + d[None, :]
             tl.store(at_out, (acc / total[:, None]).to(out.dtype.element_ty), mask=in_group)
@@ -121,15 +138,15 @@ def split_kernel(
 @triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["rows", "lengths"])
 def combine_kernel(
     sums, stats, out, rows, lengths, window, out_stride,
-    Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr,
-    MOST: tl.constexpr, CHAINED: tl.constexpr,
+    Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
+    LEAST: tl.constexpr, MOST: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     if CHAINED:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0)
     span = tl.program_id(1)
-    _, _, count = _splits(tl.load(lengths + span), window, LEAST, MOST, BLOCK_N)
+    _, _, count = _splits(tl.load(lengths + span), window, WHOLE, LEAST, MOST, BLOCK_N)
     if count < 2:  # `split_kernel` has written the row
         return
     split = tl.arange(0, MOST)
@@ -178,27 +195,35 @@ def decode_triton(
     batch, held = spans.table.shape
     block_d = max(16, triton.next_power_of_2(width))
     reach = NO_WINDOW if window is None else window
-    most = min(_MOST_SPLITS, triton.cdiv(min(held * page, reach + _BLOCK_KEYS), _LEAST_SPLIT))
+    most_keys = min(held * page, reach + _BLOCK_KEYS)
+    most = 1 if most_keys <= _WHOLE else min(_MOST_SPLITS, triton.cdiv(most_keys, _LEAST_SPLIT))
     shape = (batch, _MOST_SPLITS, queries) if most > 1 else (1,)
     sums = torch.empty((*shape, width), dtype=torch.float32, device=qkv.device)
     stats = torch.empty((*shape, 2), dtype=torch.float32, device=qkv.device)
     chained = is_hopper(qkv.device)
     programs = min(_PROGRAMS * processors_of(qkv.device), batch * key_heads * most)
     split_kernel[(programs,)](
-        qkv, pages.keys, pages.values, out, sums, stats, spans.rows, spans.lengths, spans.table, batch,
-        spans.table.stride(0), reach, log2_scale(width), qkv.stride(0), out.stride(0), pages.keys.stride(0),
+        qkv, *descriptors_of(pages, block_d, _BLOCK_KEYS), *pages, out, sums, stats, spans.rows, spans.lengths,
+        spans.table, batch, spans.table.stride(0), reach, log2_scale(width), qkv.stride(0), out.stride(0),
         G=key_heads, GROUP=queries // key_heads, D=width, BLOCK_D=block_d,
         BLOCK_G=max(16, triton.next_power_of_2(queries // key_heads)),
-        BLOCK_B=max(16, triton.next_power_of_2(batch)), PAGE=page, BLOCK_N=_BLOCK_KEYS, LEAST=_LEAST_SPLIT,
-        MOST=_MOST_SPLITS, STAGES=3 if qkv.element_size() == 2 else 2, PRECISION=precision_of(qkv), CHAINED=chained,
-        num_warps=_WARPS, launch_pdl=chained,
+        BLOCK_B=max(16, triton.next_power_of_2(batch)), PAGE=page, BLOCK_N=_BLOCK_KEYS, WHOLE=_WHOLE,
+        LEAST=_LEAST_SPLIT, MOST=_MOST_SPLITS, STAGES=_STAGES if qkv.element_size() == 2 else 2,
+        PRECISION=precision_of(qkv), CHAINED=chained, num_warps=_WARPS, launch_pdl=chained,
     )  # fmt: skip
     if most > 1:
         combine_kernel[(queries, batch)](
             sums, stats, out, spans.rows, spans.lengths, reach, out.stride(0), Q=queries, D=width, BLOCK_D=block_d,
-            BLOCK_N=_BLOCK_KEYS, LEAST=_LEAST_SPLIT, MOST=_MOST_SPLITS, CHAINED=chained, num_warps=4,
+            BLOCK_N=_BLOCK_KEYS, WHOLE=_WHOLE, LEAST=_LEAST_SPLIT, MOST=_MOST_SPLITS, CHAINED=chained, num_warps=4,
             launch_pdl=chained,
         )  # fmt: skip
+
+
+def descriptors_of(pages: LayerPages, block_d: int, block_keys: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Return descriptors of keys and values as rows: `[pages * G * page tokens, D]`, for blocks within a page."""
+    width = pages.keys.shape[3]
+    keys, values = (TensorDescriptor.from_tensor(part.view(-1, width), [block_keys, block_d]) for part in pages)
+    return keys, values
 
 
 def log2_scale(width: int) -> float:

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ranklet.kernels.launch import precision_of
-from ranklet.kernels.paged_attention import NO_WINDOW, LayerPages, PagedSpans, attend_torch, log2_scale
+from ranklet.kernels.paged_attention import NO_WINDOW, LayerPages, PagedSpans, attend_torch, descriptors_of, log2_scale
 
-TILE_QUERIES = 128
+TILE_QUERIES = 64
 _BLOCK_KEYS = 64
+_WARPS = 4
+_STAGES = 3
 
 
 def query_tiles(counts: Sequence[int] | NDArray[np.integer], length: int | None = None) -> NDArray[np.int32]:
@@ -41,30 +43,26 @@ def query_tiles(counts: Sequence[int] | NDArray[np.integer], length: int | None 
 
 @triton.jit
 def _add_keys(
-    q, top, total, acc, first, high, position, length, window, keys, values, pages, page_stride, at_head, in_d, scale,
-    PAGE: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
+    q, top, total, acc, first, high, position, length, window, keys_tma, values_tma, pages, head, scale,
+    G: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     # Adds the keys [first, high) to the softmax of a tile. Without MASKED, each query sees each of these keys.
     n = tl.arange(0, BLOCK_N)
     for start in tl.range(first, high, BLOCK_N, num_stages=STAGES):
-        page = tl.load(pages + start // PAGE).to(tl.int64)
-        at = page * page_stride + start % PAGE * D + at_head
-        mask = in_d
-        if MASKED:
-            mask = in_d & (start + n < length)[:, None]
-        k = tl.load(keys + at, mask=mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        line = (tl.load(pages + start // PAGE) * G + head) * PAGE + start % PAGE
+        scores = tl.dot(q, keys_tma.load([line, 0]).T, input_precision=PRECISION) * scale
+        v = values_tma.load([line, 0])
         if MASKED:
             distance = position[:, None] - (start + n)[None, :]
             scores = tl.where((distance >= 0) & (distance < window), scores, float("-inf"))
+            v = tl.where((start + n < length)[:, None], v, 0.0)  # what lies behind the length may be NaN
         higher = tl.maximum(top, tl.max(scores, 1))
         base = higher
         if MASKED:  # a query may not see any key of the first blocks
             base = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp2(scores - base[:, None])
         fade = tl.exp2(top - base)
-        v = tl.load(values + at, mask=mask, other=0.0)
         total = total * fade + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
         top = higher
@@ -76,21 +74,21 @@ def _add_keys(
     do_not_specialize_on_alignment=["tiles", "rows", "counts", "lengths", "table"],
 )
 def prefill_kernel(
-    qkv, keys, values, out, tiles, rows, counts, lengths, table, table_stride, window, scale, qkv_stride, out_stride,
-    page_stride,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    qkv, keys_tma, values_tma, out, tiles, rows, counts, lengths, table, table_stride, window, scale, qkv_stride,
+    out_stride,
+    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    span = tl.load(tiles + tl.program_id(0) * 2)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the last tile of a chunk has the most keys, so it starts first
+    span = tl.load(tiles + tile * 2)
     if span < 0:
         return
-    query = tl.load(tiles + tl.program_id(0) * 2 + 1)
-    head = tl.program_id(1)
+    query = tl.load(tiles + tile * 2 + 1)
+    head = tl.program_id(0)
     count = tl.load(counts + span)
     length = tl.load(lengths + span)
     m = query + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
-    n = tl.arange(0, BLOCK_N)
     mask = (m < count)[:, None] & (d < D)[None, :]
     packed = (tl.load(rows + span) + m).to(tl.int64)[:, None]
     q = tl.load(qkv + packed * qkv_stride + head * D + d[None, :], mask=mask, other=0.0)
@@ -104,21 +102,19 @@ def prefill_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    in_d = (d < D)[None, :]
-    at_head = head // GROUP * PAGE * D + n[:, None] * D + d[None, :]
     pages = table + span * table_stride
     if WINDOWED:
         top, total, acc = _add_keys(
-            q, top, total, acc, low, clear, position, length, window, keys, values, pages, page_stride, at_head, in_d,
-            scale, PAGE, D, BLOCK_N, True, STAGES, PRECISION,
+            q, top, total, acc, low, clear, position, length, window, keys_tma, values_tma, pages, head // GROUP, scale,
+            G, PAGE, BLOCK_N, True, STAGES, PRECISION,
         )  # fmt: skip
     top, total, acc = _add_keys(
-        q, top, total, acc, clear, diagonal, position, length, window, keys, values, pages, page_stride, at_head, in_d,
-        scale, PAGE, D, BLOCK_N, False, STAGES, PRECISION,
+        q, top, total, acc, clear, diagonal, position, length, window, keys_tma, values_tma, pages, head // GROUP,
+        scale, G, PAGE, BLOCK_N, False, STAGES, PRECISION,
     )  # fmt: skip
     top, total, acc = _add_keys(
-        q, top, total, acc, diagonal, end, position, length, window, keys, values, pages, page_stride, at_head, in_d,
-        scale, PAGE, D, BLOCK_N, True, STAGES, PRECISION,
+        q, top, total, acc, diagonal, end, position, length, window, keys_tma, values_tma, pages, head // GROUP,
+        scale, G, PAGE, BLOCK_N, True, 1, PRECISION,
     )  # fmt: skip
     total = tl.where(m < count, total, 1.0)  # rows behind the last query may not have any key
     at = out + packed * out_stride + head * D + d[None, :]
@@ -158,13 +154,13 @@ def prefill_triton(
 ) -> None:  # fmt: skip
     """Compute `prefill` with Triton in one launch."""
     page, width = pages.keys.shape[2:]
-    short = qkv.element_size() == 2
-    prefill_kernel[(len(tiles), heads[0])](
-        qkv, pages.keys, pages.values, out, tiles, spans.rows, spans.counts, spans.lengths, spans.table,
-        spans.table.stride(0), NO_WINDOW if window is None else window, log2_scale(width), qkv.stride(0),
-        out.stride(0), pages.keys.stride(0), GROUP=heads[0] // heads[1], D=width,
-        BLOCK_D=max(16, triton.next_power_of_2(width)), PAGE=page, BLOCK_M=TILE_QUERIES, BLOCK_N=_BLOCK_KEYS,
-        WINDOWED=window is not None, STAGES=3 if short else 1, PRECISION=precision_of(qkv), num_warps=8,
+    block_d = max(16, triton.next_power_of_2(width))
+    prefill_kernel[(heads[0], len(tiles))](
+        qkv, *descriptors_of(pages, block_d, _BLOCK_KEYS), out, tiles, spans.rows, spans.counts, spans.lengths,
+        spans.table, spans.table.stride(0), NO_WINDOW if window is None else window, log2_scale(width), qkv.stride(0),
+        out.stride(0), G=heads[1], GROUP=heads[0] // heads[1], D=width, BLOCK_D=block_d, PAGE=page,
+        BLOCK_M=TILE_QUERIES, BLOCK_N=_BLOCK_KEYS, WINDOWED=window is not None,
+        STAGES=_STAGES if qkv.element_size() == 2 else 1, PRECISION=precision_of(qkv), num_warps=_WARPS,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton
 
 def small_splits(monkeypatch: pytest.MonkeyPatch, least: int = 64, most: int = 2) -> None:
     """Make splits so small that short sequences, which the interpreter computes quickly, have several."""
+    monkeypatch.setattr(paged_attention, "_WHOLE", least)
     monkeypatch.setattr(paged_attention, "_LEAST_SPLIT", least)
     monkeypatch.setattr(paged_attention, "_MOST_SPLITS", most)
 
