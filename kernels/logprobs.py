@@ -54,7 +54,7 @@ def top_kernel(
     length = tl.where(is_short, found, V)
     for slot in range(TOPS):
         # The largest value that follows the last one in the order (value downwards, token id upwards).
-        best = tl.to_tensor(float("-inf"))
+        best = tl.full([], float("-inf"), tl.float32)
         choice = _NO_ID
         for start in range(0, length, TILE):
             inside = start + lanes < length
