@@ -32,7 +32,8 @@ FAMILIES = {
 
 def make_family(folder: Path, name: str) -> list[AdapterSpec]:
     """Write `folder`/model and `folder`/adapters. Returns the adapters."""
-    return make_adapters(make_model(folder / "model", text=True, **FAMILIES[name].model), folder / "adapters")
+    model = make_model(folder / "model", text=True, pooling=None, **FAMILIES[name].model)
+    return make_adapters(model, folder / "adapters")
 
 
 def family_prompts(name: str) -> list[NDArray[np.int32]]:

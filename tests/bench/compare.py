@@ -18,6 +18,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], dict[str, bool]]] = {
     "alone": (("prompt tokens", "adapters"), {"p50_ms": False}),
     "http": (("work",), {"tokens_per_s": True, "p50_ms": False}),
     "policy": (("replicas", "adapters"), {"choose_p50_us": False}),
+    "generate": (("shapes", "work", "adapters"), {"tokens_per_s": True, "step_ms": False}),
     "loads": (("beside", "tier"), {"p50_ms": False}),
 }
 

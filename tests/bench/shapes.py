@@ -1,5 +1,6 @@
 """Model folders and adapters with real shapes and random weights."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from ranklet.replicas.model.architecture import Architecture
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_FILE_BYTES = 4 << 30
 
 
 def decoder(
@@ -26,8 +28,9 @@ def decoder(
 QWEN3_EMBEDDING_06B = decoder(
     "Qwen3Model", layers=28, hidden=1024, heads=16, kv_heads=8, head_dim=128, intermediate=3072, vocab=151_669
 )
+QWEN3_06B = dataclasses.replace(QWEN3_EMBEDDING_06B, name="Qwen3ForCausalLM")
 LLAMA_31_8B = decoder(
-    "LlamaModel", layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, intermediate=14_336, vocab=128_256
+    "LlamaForCausalLM", layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, intermediate=14_336, vocab=128_256
 )
 
 
@@ -39,39 +42,84 @@ def module_path(layer: int, name: str) -> str:
 def write_model(
     folder: Path, shape: Architecture = QWEN3_EMBEDDING_06B, *, layers: int | None = None, seed: int = 0
 ) -> Path:
-    """Write a Qwen3 folder of this shape with random bf16 weights (std 1/sqrt(width)) and norms near one."""
+    """Write a Qwen3 or Llama folder of this shape with random bf16 weights (std 1/sqrt(width)) and norms near one.
+
+    A causal Llama has a head of its own; other models tie it to the embedding. Large models are written in several
+    files, so that host memory holds one at a time.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     layers = layers or shape.layers
-    config: dict[str, Any] = {
-        "architectures": ["Qwen3Model"], "model_type": "qwen3", "hidden_size": shape.hidden,
+    (folder / "config.json").write_text(json.dumps(_config(shape, layers)))
+    draws = _Draws(seed)
+    ends = {"embed_tokens.weight": draws.normal(shape.vocab, shape.hidden, std=0.02)}
+    ends["norm.weight"] = draws.near_one(shape.hidden)
+    if not _is_tied(shape):
+        ends["lm_head.weight"] = draws.normal(shape.vocab, shape.hidden, std=1 / math.sqrt(shape.hidden))
+    weights = layers * sum(wide * out for wide, out in shape.module_dims().values())
+    at_once = layers if 2 * weights < _FILE_BYTES else max(1, _FILE_BYTES * layers // (2 * weights))
+    groups = [range(start, min(start + at_once, layers)) for start in range(0, layers, at_once)]
+    files: dict[str, str] = {}
+    for number, group in enumerate(groups):
+        tensors = {} if number else ends
+        for layer in group:
+            tensors |= _layer(shape, layer, draws)
+        if _is_causal(shape):
+            tensors = {key if key.startswith("lm_head.") else f"model.{key}": value for key, value in tensors.items()}
+        name = "model.safetensors" if len(groups) == 1 else f"model-{number + 1:05}-of-{len(groups):05}.safetensors"
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        files |= dict.fromkeys(tensors, name)
+    if len(groups) > 1:
+        index = {"metadata": {}, "weight_map": files}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _is_causal(shape: Architecture) -> bool:
+    return shape.name.endswith("ForCausalLM")
+
+
+def _is_tied(shape: Architecture) -> bool:
+    return not (_is_causal(shape) and shape.name.startswith("Llama"))
+
+
+def _config(shape: Architecture, layers: int) -> dict[str, Any]:
+    family: dict[str, Any] = {"model_type": "qwen3", "rope_theta": 1_000_000}
+    if shape.name.startswith("Llama"):
+        scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                   "original_max_position_embeddings": 8192}  # fmt: skip
+        family = {"model_type": "llama", "rope_theta": 500_000, "rope_scaling": scaling, "mlp_bias": False}
+    return {
+        "architectures": [shape.name], "hidden_size": shape.hidden,
         "num_hidden_layers": layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
         "head_dim": shape.head_dim, "intermediate_size": shape.intermediate, "vocab_size": shape.vocab,
-        "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1_000_000, "max_position_embeddings": 32768,
-        "tie_word_embeddings": True, "attention_bias": False, "dtype": "bfloat16",
+        "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": shape.max_position,
+        "tie_word_embeddings": _is_tied(shape), "attention_bias": False, "dtype": "bfloat16", **family,
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(seed)
 
-    def normal(*size: int, std: float) -> torch.Tensor:
-        draw = torch.randn(size, generator=generator, device=generator.device) * std
+
+class _Draws:
+    """Random bf16 tensors, drawn on the GPU if there is one."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(seed)
+
+    def normal(self, *size: int, std: float) -> torch.Tensor:
+        draw = torch.randn(size, generator=self._generator, device=self._generator.device) * std
         return draw.bfloat16().cpu()
 
-    def near_one(width: int) -> torch.Tensor:
-        return (1 + normal(width, std=0.1).float()).bfloat16()
+    def near_one(self, width: int) -> torch.Tensor:
+        return (1 + self.normal(width, std=0.1).float()).bfloat16()
 
-    tensors = {
-        "embed_tokens.weight": normal(shape.vocab, shape.hidden, std=0.02),
-        "norm.weight": near_one(shape.hidden),
-    }
-    for layer in range(layers):
-        for name, (wide, out) in shape.module_dims().items():
-            tensors[f"{module_path(layer, name)}.weight"] = normal(out, wide, std=1 / math.sqrt(wide))
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"layers.{layer}.{name}.weight"] = near_one(shape.hidden)
-        for name in ("q_norm", "k_norm"):
-            tensors[f"layers.{layer}.self_attn.{name}.weight"] = near_one(shape.head_dim)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+
+def _layer(shape: Architecture, layer: int, draws: _Draws) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, (wide, out) in shape.module_dims().items():
+        tensors[f"{module_path(layer, name)}.weight"] = draws.normal(out, wide, std=1 / math.sqrt(wide))
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        tensors[f"layers.{layer}.{name}.weight"] = draws.near_one(shape.hidden)
+    for name in ("q_norm", "k_norm") if shape.qk_norm else ():
+        tensors[f"layers.{layer}.self_attn.{name}.weight"] = draws.near_one(shape.head_dim)
+    return tensors
 
 
 def write_adapters(
@@ -104,7 +152,7 @@ def _lora_tensors(
     for layer in range(layers):
         for name in modules:
             wide, out = shape.module_dims()[name]
-            key = f"base_model.model.{module_path(layer, name)}"
+            key = f"base_model.model.{'model.' * _is_causal(shape)}{module_path(layer, name)}"
             for side, size, std in (
                 ("A", (rank, wide), 1 / math.sqrt(wide)),
                 ("B", (out, rank), 0.05 / math.sqrt(rank)),
