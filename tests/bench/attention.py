@@ -1,0 +1,97 @@
+"""Time of attention over keys and values in pages, in CUDA graphs.
+
+`decode`: one token of each sequence, as a share of the rate at which the GPU copies memory. Launches use different
+pages, so that the keys and values come from memory and not from the L2 cache. `prefill`: a chunk of one prompt behind
+tokens in pages.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ranklet.kernels.paged_attention import PAGE_TOKENS, LayerPages, PagedSpans, decode
+from ranklet.kernels.prefill_attention import prefill, query_tiles
+from ranklet.kernels.tuning.random_lora import gpu_ms, graphed
+from tests.bench import report
+
+SHAPES = {"Qwen3-0.6B": (16, 8), "Llama-3.1-8B": (32, 8)}
+WIDTH = 128
+BATCHES, LENGTHS = (1, 16, 64, 256), (128, 300, 640, 1000, 8192)
+CHUNKS = ((2048, 0), (1024, 2000), (2048, 8192), (1024, 30_000), (2048, 30_000), (100, 8000))
+LAUNCH_BYTES = 300e6  # keys and values of the launches in a graph, several times the L2 cache
+MOST_LAYERS = 28
+
+
+def copied_bytes_per_s(device: torch.device, count: int) -> float:
+    source = torch.randint(256, (count,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * count / (gpu_ms(lambda: target.copy_(source), rep_ms=50) * 1e-3)
+
+
+def make_pages(layers: int, count: int, keys: int, device: torch.device, dtype: torch.dtype) -> list[LayerPages]:
+    """Return pages of random keys and values. They are drawn in place, because a batch of 8,192 tokens is large."""
+    states = torch.empty(layers, 2, count, keys, PAGE_TOKENS, WIDTH, device=device, dtype=dtype)
+    for part in states.flatten(0, 1):
+        part.normal_()
+    return [LayerPages(*both.unbind()) for both in states]
+
+
+def decoded(
+    name: str, batch: int, length: int, copied: float, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    heads = SHAPES[name]
+    held = -(-length // PAGE_TOKENS)
+    size = 2 * batch * length * heads[1] * WIDTH * dtype.itemsize
+    layers = max(1, min(MOST_LAYERS, int(LAUNCH_BYTES // size) + 1)) if device.type == "cuda" else 1
+    pages = make_pages(layers, batch * held, heads[1], device, dtype)
+    table = torch.randperm(batch * held, device=device).view(batch, held).int()
+    each = torch.ones(batch, dtype=torch.int32, device=device)
+    spans = PagedSpans(torch.arange(batch, dtype=torch.int32, device=device), each, each * length, table, 1)
+    qkv = torch.randn(batch, (heads[0] + 2 * heads[1]) * WIDTH, device=device).to(dtype)
+    out = torch.empty(batch, heads[0] * WIDTH, device=device, dtype=dtype)
+
+    def run() -> None:
+        for layer in pages:
+            decode(qkv, spans, layer, heads, None, out)
+
+    us = gpu_ms(graphed(run)) * 1e3 / layers
+    return {"part": "decode", "model": name, "what": f"{batch} x {length}", "us": us, "rate": size / us * 1e6 / copied}
+
+
+def prefilled(name: str, chunk: int, past: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    heads, length = SHAPES[name], chunk + past
+    held = -(-length // PAGE_TOKENS)
+    (pages,) = make_pages(1, held, heads[1], device, dtype)
+    row, count, keys = (torch.tensor([n], dtype=torch.int32, device=device) for n in (0, chunk, length))
+    spans = PagedSpans(row, count, keys, torch.randperm(held, device=device).int()[None], chunk)
+    qkv = torch.randn(chunk, (heads[0] + 2 * heads[1]) * WIDTH, device=device).to(dtype)
+    out = torch.empty(chunk, heads[0] * WIDTH, device=device, dtype=dtype)
+    tiles = torch.from_numpy(query_tiles([chunk])).to(device)
+    us = gpu_ms(graphed(lambda: prefill(qkv, spans, pages, heads, None, out, tiles))) * 1e3
+    flops = 4 * heads[0] * WIDTH * (chunk * past + chunk * (chunk + 1) / 2)
+    return {"part": "prefill", "model": name, "what": f"{chunk} behind {past}", "us": us, "rate": flops / us / 1e6}
+
+
+def measure(*, tiny: bool) -> Iterator[dict[str, Any]]:
+    cuda = torch.cuda.is_available()
+    device, dtype = torch.device("cuda:0" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
+    copied = copied_bytes_per_s(device, 1 << (20 if tiny else 30))
+    yield {"part": "copy", "model": "", "what": "GB/s", "us": 0.0, "rate": copied / 1e9}
+    for name in SHAPES:
+        for batch in BATCHES[:1] if tiny else BATCHES:
+            for length in LENGTHS[:2] if tiny else LENGTHS:
+                yield decoded(name, batch, length, copied, device, dtype)
+        for chunk, past in ((20, 70),) if tiny else CHUNKS:
+            yield prefilled(name, chunk, past, device, dtype)
+
+
+def main() -> None:
+    parser = report.parser(__doc__, "attention-h200")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, a smoke test")
+    options = parser.parse_args()
+    report.save(options.name, list(measure(tiny=options.tiny)), options.out)
+
+
+if __name__ == "__main__":
+    main()
