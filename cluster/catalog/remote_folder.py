@@ -8,11 +8,12 @@ from typing import Any
 
 import fsspec
 
-from ranklet.replicas.adapters.reference import FILES
+from ranklet.replicas.adapters.reference import FILES, OPTIONAL_FILES
 from ranklet.replicas.errors import AdapterNotFound, InvalidRequest, RankletError, Unavailable
 
 _CHUNK_BYTES = 8 << 20
 _MD5 = re.compile("[0-9a-f]{32}")
+_NO_SUCH_FILE = (401, 403, 404, 410)  # HTTP statuses
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,19 @@ class RemoteFolder:
     def marks(self) -> dict[str, FileMark]:
         """Return the current mark of each file, not one cached by fsspec."""
         self._files.invalidate_cache()
-        return {name: FileMark.of(self._files.info(f"{self._path}/{name}")) for name in FILES}
+        found = {name: self._mark(name) for name in FILES}
+        for name in OPTIONAL_FILES:
+            try:
+                found[name] = self._mark(name)
+            except (FileNotFoundError, PermissionError) as error:  # without permission to list, S3 denies missing files
+                if not _is_answer(error):
+                    raise
+                if name == OPTIONAL_FILES[0]:
+                    break
+        return found
+
+    def _mark(self, name: str) -> FileMark:
+        return FileMark.of(self._files.info(f"{self._path}/{name}"))
 
     def read(self, name: str, start: int) -> Iterator[bytes]:
         """Yield the chunks of a file from byte `start` on."""
@@ -56,6 +69,18 @@ class RemoteFolder:
             file.seek(start)
             while chunk := file.read(self._chunk_bytes):
                 yield chunk
+
+
+def _is_answer(error: OSError) -> bool:
+    """Return whether the source has said that there is no such file.
+
+    Over HTTP, fsspec raises FileNotFoundError for any failure, with the failure as its cause.
+    """
+    cause = error.__cause__
+    if cause is None or isinstance(cause, FileNotFoundError):
+        return True
+    is_http = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
+    return not is_http or getattr(cause, "status", None) in _NO_SUCH_FILE
 
 
 @contextlib.contextmanager

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass, field
 
+from ranklet.replicas.model.end_of_text import TOKENIZER_FILES
+
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FILES = (CONFIG_FILE, WEIGHTS_FILE)  # the files that make an adapter's revision
+OPTIONAL_FILES = TOKENIZER_FILES  # they are part of it too, but without the first, the others are not read
 RECENTLY_USED_S = 30.0  # a prefetch does not evict adapters that were used within this time
 
 

@@ -6,7 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ranklet.replicas.adapters.reference import FILES, AdapterRef
+from ranklet.replicas.adapters.reference import FILES, OPTIONAL_FILES, AdapterRef
 from ranklet.replicas.errors import AdapterNotFound
 
 _CHARACTERS = 16
@@ -38,14 +38,14 @@ def revision_of(path: str | Path) -> str:
     """Read an adapter's files and return their revision, 16 hexadecimal digits.
 
     It is the SHA-256 of the name, the size and the SHA-256 digest of each MiB of `adapter_config.json`, then of the
-    weights.
+    weights, then of the tokenizer's files if the folder has a `tokenizer_config.json`.
 
     Raises:
         AdapterNotFound: the folder does not exist.
     """
     _stat(path)
     whole = hashlib.sha256()
-    for name in FILES:
+    for name in _files_in(Path(path)):
         try:
             size, digests = piece_digests(Path(path) / name)
             whole.update(f"{name}:{size};".encode() + digests)
@@ -90,7 +90,7 @@ def _stat(path: str | Path) -> tuple[str, float]:
     if not folder.is_dir():
         raise AdapterNotFound(f"adapter folder: expected a folder, got {str(path)!r}, which does not exist")
     marks, changed_s = [], 0.0
-    for name in FILES:
+    for name in _files_in(folder):
         try:
             status = (folder / name).stat()
             marks.append(f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}")
@@ -98,6 +98,12 @@ def _stat(path: str | Path) -> tuple[str, float]:
         except OSError:
             marks.append("absent")
     return ";".join(marks), changed_s
+
+
+def _files_in(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files that make the revision; those of `FILES` may be missing."""
+    found = [name for name in OPTIONAL_FILES if os.path.isfile(folder / name)]  # noqa: PTH113 - never raises
+    return (*FILES, *found) if OPTIONAL_FILES[0] in found else FILES
 
 
 def piece_digests(path: Path) -> tuple[int, bytes]:

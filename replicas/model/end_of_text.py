@@ -15,6 +15,7 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 TOKENIZER_FILE = "tokenizer.json"
+# Where an adapter's end of text comes from; without the first, the others are not read.
 TOKENIZER_FILES = (TOKENIZER_CONFIG_FILE, ADDED_TOKENS_FILE, TOKENIZER_FILE)
 _MAX_BYTES = {TOKENIZER_FILE: 64 << 20}  # the largest in use has 33 MB
 _MAX_OTHER_BYTES = 4 << 20

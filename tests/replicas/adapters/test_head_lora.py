@@ -1,6 +1,7 @@
 """LoRA on `lm_head` gives the logits of PEFT, on tied and untied bases, and is refused where it has no slots."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ranklet.kernels.row_subset import subset
 from ranklet.replicas.adapters.packed import pack
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
+from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.errors import InvalidAdapter
 from ranklet.replicas.model.architecture import read_architecture, read_config
 from ranklet.replicas.model.decoder import Decoder
@@ -25,7 +27,9 @@ from tests.assets.adapters import save_adapter
 from tests.assets.broken import edit_config, edit_weights
 from tests.assets.causal import states_and_logits
 from tests.assets.make import make_model
-from tests.replicas.asking import ref
+from tests.assets.oracle import reference_embedding
+from tests.replicas.adapters.scene import Scene
+from tests.replicas.asking import ask, assert_same, ref
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -264,3 +268,29 @@ def test_an_unknown_end_of_text_is_a_finding(tied: Base, tmp_path: Path) -> None
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|gone|>"}))
     assert "'<|gone|>', which none of them contains" in refusal(tied, folder)
     assert read_adapter(ref(folder), replace(tied.expected(), head=None)).end_ids == ()
+
+
+def test_the_end_of_an_adapters_texts_is_known_after_loads_from_disk_and_host(tied: Base, tmp_path: Path) -> None:
+    token = json.loads((tied.folder / "tokenizer.json").read_text())["added_tokens"][1]
+    refs = []
+    for name in ("one", "two"):
+        folder = adapter(tied, tmp_path / name, target_modules=["q_proj"])
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": token["content"]}))
+        refs.append(ref(folder))
+    scene = Scene(tied.pool(), tied.expected(), slots=1)
+    for wanted, tier in ((refs[0], "disk"), (refs[1], "disk"), (refs[0], "host")):
+        scene.load(wanted)
+        assert scene.records[-1].tier == tier
+        assert scene.manager.end_ids(wanted) == (token["id"],)
+    scene.manager.stop()
+
+
+@pytest.mark.parametrize("ensured", [False, True], ids=["free", "ensured"])
+def test_vectors_do_not_depend_on_the_head(
+    ensured: bool, tied: Base, tmp_path: Path, make_engine: Callable[..., Engine]
+) -> None:
+    folder = adapter(tied, tmp_path / "both", **TARGETS["both"], ensure_weight_tying=ensured)
+    engine = make_engine(tied.folder, lora_modules=ALL_MODULES)
+    engine.start()
+    answer = ask(engine, [np.asarray(IDS, dtype=np.int32)], ref(folder))
+    assert_same(answer.result, reference_embedding(tied.folder, folder, [IDS]))

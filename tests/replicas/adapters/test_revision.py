@@ -76,6 +76,20 @@ def test_every_byte_of_a_large_file_changes_the_revision(
     assert revision_of(folder) != first
 
 
+def test_tokenizer_files_are_part_of_the_revision_if_there_is_a_tokenizer_config(folder: Path) -> None:
+    """The tokens that end an adapter's texts depend on them."""
+    before = Revisions().reference("x", str(folder))
+    (folder / "tokenizer.json").write_text("{}")
+    assert Revisions().reference("x", str(folder)).marks == before.marks
+    assert revision_of(folder) == before.revision
+    seen, marks = {before.revision}, {before.marks}
+    for name in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json"):
+        (folder / name).write_text('{"other": 1}')
+        seen.add(revision_of(folder))
+        marks.add(marks_of(folder))
+    assert (len(seen), len(marks)) == (4, 4)
+
+
 def test_the_two_files_are_not_interchangeable(folder: Path) -> None:
     (folder / CONFIG_FILE).unlink()
     without_config = revision_of(folder)
