@@ -1,6 +1,10 @@
-"""Changes logits before a token is drawn: logit_bias, bans, allowed tokens, then penalties.
+"""Changes logits before a token is drawn.
 
-Letters: N rows of logits, V vocabulary, R rows of the state. Launchers use Triton; twins in torch serve the CPU.
+Semantics, for each token: `x = logit + bias`; -inf if it is banned or not allowed; where prompt or output have the
+token, `x *= repetition` if it is negative and `x /= repetition` otherwise; `x -= frequency * drawn`; where drawn > 0,
+`x -= presence`. NaN stays NaN.
+
+Letters: N rows of logits, V vocabulary, R rows of the state.
 """
 
 from dataclasses import dataclass
@@ -12,10 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ranklet.kernels.sampling_flags import (
-    CHANGE,
     EDIT,
     EDITS,
-    FLAGS,
     FREQUENCY,
     MASK,
     PARDON,
@@ -23,7 +25,7 @@ from ranklet.kernels.sampling_flags import (
     POSITION,
     PRESENCE,
     REPETITION,
-    ROW,
+    TRUNCATE,
     column_of,
     float_of,
 )
@@ -31,7 +33,6 @@ from ranklet.kernels.sampling_row import CHANGING, Column, Feature
 
 MOST_COUNTED: Final = 0x7FFF
 _COUNTED = tl.constexpr(MOST_COUNTED)
-_BLOCK = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,70 +71,49 @@ def _changed(value, tokens, inside, flags, columns, row, counts, masks, FEATURES
 
 
 @triton.jit
-def adjust_kernel(
-    logits, stride, columns, counts, edits, masks, out, out_stride, V, WORDS, LISTED,
-    FEATURES: tl.constexpr, BLOCK: tl.constexpr, EDIT_BLOCK: tl.constexpr,
+def change(
+    value, tokens, inside, flags, columns, row, logits, counts, edits, masks, out, V, LISTED,
+    FEATURES: tl.constexpr, LENGTH: tl.constexpr, EDIT_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    flags = column_of(columns, row, FLAGS)
-    if (flags & CHANGE) == 0:
-        return
-    kept = column_of(columns, row, ROW).to(tl.int64)
-    counts += kept * V
-    masks += kept * WORDS
-    logits += row * stride
-    out += row * out_stride
-    first = tl.program_id(1) * BLOCK
-    tokens = first + tl.arange(0, BLOCK)
-    inside = tokens < V
-    value = tl.load(logits + tokens, mask=inside, other=float("-inf"))
+    """Return the changed logits of LENGTH tokens from tokens[0] on, and store them if the row truncates.
+
+    Args:
+        value: logits of these tokens.
+        logits, counts, edits, masks, out: the row's part of each tensor.
+        LISTED: number of tokens that `edits` has room for.
+    """
     value = _changed(value, tokens, inside, flags, columns, row, counts, masks, FEATURES)
-    tl.store(out + tokens, value, mask=inside)
+    found = 0
     if EDIT & FEATURES:
-        if flags & EDIT:
-            tl.debug_barrier()  # the edited tokens are stored again
-            edits += kept * 3 * LISTED
-            count = column_of(columns, row, EDITS)
+        first = tl.min(tokens, 0)
+        count = tl.where((flags & EDIT) != 0, column_of(columns, row, EDITS), 0)
+        for start in range(0, count, EDIT_BLOCK):
+            entry = start + tl.arange(0, EDIT_BLOCK)
+            token = tl.load(edits + entry, mask=entry < count, other=-1)
+            found += tl.sum(((token >= first) & (token < first + LENGTH)).to(tl.int32), 0)
+    if ((flags & FEATURES & TRUNCATE) != 0) | (found > 0):
+        tl.store(out + tokens, value, mask=inside)
+    if EDIT & FEATURES:
+        if found > 0:
+            tl.debug_barrier()  # what other threads have stored is stored again, then loaded
             position = column_of(columns, row, POSITION)
             for start in range(0, count, EDIT_BLOCK):
                 entry = start + tl.arange(0, EDIT_BLOCK)
                 token = tl.load(edits + entry, mask=entry < count, other=-1)
-                mine = (token >= first) & (token < first + BLOCK) & (token < V)
+                mine = (token >= first) & (token < first + LENGTH)
                 bias = tl.load(edits + LISTED + entry, mask=mine, other=0).to(tl.float32, bitcast=True)
                 until = tl.load(edits + 2 * LISTED + entry, mask=mine, other=0)
                 edited = tl.load(logits + token, mask=mine, other=0.0) + bias
                 edited = _changed(edited, token, mine, flags, columns, row, counts, masks, FEATURES)
                 banned = (position < until) & (edited == edited)
                 tl.store(out + token, tl.where(banned, float("-inf"), edited), mask=mine)
-
-
-def adjust(
-    logits: Tensor,  # float32 [N, V], rows may be further apart than V
-    columns: Tensor,  # int32 [N, ROW_WIDTH]
-    tables: SamplingTables,
-    features: Feature,
-) -> Tensor:
-    """Return the logits of the rows that ask for a change, float32 [N, V]. Other rows have any values.
-
-    Semantics, for each token: `x = logit + bias`; -inf if it is banned or not allowed; where prompt or output have the
-    token, `x *= repetition` if it is negative and `x /= repetition` otherwise; `x -= frequency * drawn`; where drawn
-    > 0, `x -= presence`. NaN stays NaN.
-    """
-    rows, vocab = logits.shape
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    counts = tables.counts if tables.counts is not None else out
-    edits = tables.edits if tables.edits is not None else columns
-    masks = tables.masks if tables.masks is not None else columns
-    adjust_kernel[(rows, triton.cdiv(vocab, _BLOCK))](
-        logits, logits.stride(0), columns, counts, edits, masks, out, out.stride(0), vocab, masks.shape[-1],
-        edits.shape[-1], FEATURES=int(features & CHANGING), BLOCK=_BLOCK, EDIT_BLOCK=128, num_warps=4,
-        enable_fp_fusion=False,
-    )  # fmt: skip
-    return out
+            tl.debug_barrier()
+            value = tl.load(out + tokens, mask=inside, other=float("-inf"))
+    return value
 
 
 def adjusted(logits: Tensor, columns: Tensor, tables: SamplingTables, features: Feature) -> Tensor:
-    """Return the changed logits, and those of other rows unchanged: the twin of `adjust` in torch."""
+    """Return the changed logits, and those of other rows unchanged: the twin of `change` in torch."""
     out = logits.clone()
     floats = columns.view(torch.float32)
     vocab = logits.shape[1]

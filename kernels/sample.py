@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ranklet.kernels.adjust import SamplingTables, change
 from ranklet.kernels.noise import gumbel, gumbel_run, seed_of
 from ranklet.kernels.sampling_flags import (
     CHANGE,
@@ -42,6 +43,7 @@ class Scan(NamedTuple):
     temperature. A row fills only what it asks for.
     """
 
+    changed: Tensor  # float32 [N, V]: changed logits of rows that change and truncate; other rows have any values
     best: Tensor  # float32 [N, P]: largest scaled logit with noise
     ids: Tensor  # int32 [N, P]: its token; -1 if a logit is NaN or infinite
     raw: Tensor  # float32 [N, P, 2]: statistics of the raw logits
@@ -71,8 +73,8 @@ def joined(statistics, pieces, PIECES: tl.constexpr):
 
 @triton.jit
 def scan_kernel(
-    logits, stride, changed, changed_stride, columns, best, ids, raw, scaled, raw_groups, scaled_groups, V,
-    FEATURES: tl.constexpr, LENGTH: tl.constexpr, IN_GROUP: tl.constexpr,
+    logits, stride, changed, columns, counts, edits, masks, best, ids, raw, scaled, raw_groups, scaled_groups, V, WORDS,
+    LISTED, FEATURES: tl.constexpr, LENGTH: tl.constexpr, IN_GROUP: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
@@ -82,12 +84,8 @@ def scan_kernel(
     place = row * tl.num_programs(1) + piece
     GROUPS: tl.constexpr = LENGTH // IN_GROUP
     groups = place * GROUPS + tl.arange(0, GROUPS)
-    is_changed = (flags & FEATURES & CHANGE) != 0
-    value = tl.load(
-        logits + row * stride + tokens,
-        mask=inside & ((is_changed == 0) | ((flags & LOGPROB) != 0)),
-        other=float("-inf"),
-    )
+    logits += row * stride
+    value = tl.load(logits + tokens, mask=inside, other=float("-inf"))
     if LOGPROB & FEATURES:
         if flags & LOGPROB:
             _statistics(value, raw + place * 2)
@@ -95,8 +93,12 @@ def scan_kernel(
         if flags & TOP:
             tl.store(raw_groups + groups, tl.max(tl.reshape(value, [GROUPS, IN_GROUP]), 1))
     if CHANGE & FEATURES:
-        if is_changed:
-            value = tl.load(changed + row * changed_stride + tokens, mask=inside, other=float("-inf"))
+        if flags & CHANGE:
+            kept = column_of(columns, row, ROW).to(tl.int64)
+            value = change(
+                value, tokens, inside, flags, columns, row, logits, counts + kept * V, edits + kept * 3 * LISTED,
+                masks + kept * WORDS, changed + row * V, V, LISTED, FEATURES, LENGTH, 128,
+            )  # fmt: skip
     is_bad = tl.max((value < float("inf")).to(tl.int32) ^ 1, 0)
     if NOISE & FEATURES:
         value *= float_of(columns, row, SCALE)
@@ -106,7 +108,7 @@ def scan_kernel(
                 tl.store(scaled_groups + groups, tl.max(tl.reshape(value, [GROUPS, IN_GROUP]), 1))
         if (flags & (NOISE | TRUNCATE)) == NOISE:
             seed = seed_of(column_of(columns, row, SEED_LOW), column_of(columns, row, SEED_HIGH))
-            value += gumbel_run(seed, column_of(columns, row, POSITION), piece * LENGTH, LENGTH)
+            value += gumbel_run(seed, column_of(columns, row, POSITION), piece * LENGTH, LENGTH, FAST)
     largest = tl.max(value, 0)
     token = tl.min(tl.where(value == largest, tokens, _NO_ID), 0)
     tl.store(best + place, largest)
@@ -149,31 +151,36 @@ def finish_kernel(
 
 
 def scan(
-    logits: Tensor,  # float32 [N, V]
-    changed: Tensor | None,  # float32 [N, V], read by rows with changed logits
+    logits: Tensor,  # float32 [N, V], rows may be further apart than V
     columns: Tensor,  # int32 [N, ROW_WIDTH]
+    tables: SamplingTables,
     features: Feature,
 ) -> Scan:
     rows, vocab = logits.shape
     pieces = triton.cdiv(vocab, PIECE)
-    made = empty_scan(rows, pieces, features, logits.device)
-    source = logits if changed is None else changed
-    compiled = features & ~CHANGING if changed is None else features | CHANGING
+    made = empty_scan(rows, vocab, features, logits.device)
+    counts = tables.counts if tables.counts is not None else columns
+    edits = tables.edits if tables.edits is not None else columns
+    masks = tables.masks if tables.masks is not None else columns
     scan_kernel[(rows, pieces)](
-        logits, logits.stride(0), source, source.stride(0), columns, *made, vocab,
-        FEATURES=int(compiled), LENGTH=PIECE, IN_GROUP=GROUP, num_warps=4, enable_fp_fusion=False,
+        logits, logits.stride(0), made.changed, columns, counts, edits, masks, *made[1:], vocab, masks.shape[-1],
+        edits.shape[-1], FEATURES=int(features), LENGTH=PIECE, IN_GROUP=GROUP, FAST=logits.is_cuda, num_warps=4,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return made
 
 
-def empty_scan(rows: int, pieces: int, features: Feature, device: torch.device, piece: int = PIECE) -> Scan:
+def empty_scan(rows: int, vocab: int, features: Feature, device: torch.device) -> Scan:
     """Return uninitialized tensors; those that no row asks for have a single element."""
 
     def empty(feature: Feature, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape if feature in features else (1,), dtype=dtype, device=device)
 
-    none, groups = Feature(0), pieces * (piece // GROUP)
+    none, pieces = Feature(0), triton.cdiv(vocab, PIECE)
+    groups = pieces * (PIECE // GROUP)
+    stores = features & Feature.EDIT or (features & Feature.TRUNCATE and features & CHANGING)
     return Scan(
+        torch.empty((rows, vocab) if stores else 1, dtype=torch.float32, device=device),
         empty(none, rows, pieces), empty(none, rows, pieces, dtype=torch.int32),
         empty(Feature.LOGPROB, rows, pieces, 2), empty(Feature.TRUNCATE, rows, pieces, 2),
         empty(Feature.TOP, rows, groups), empty(Feature.TRUNCATE, rows, groups),

@@ -28,7 +28,7 @@ from ranklet.kernels.sampling_flags import (
     column_of,
     float_of,
 )
-from ranklet.kernels.sampling_row import Column, Feature
+from ranklet.kernels.sampling_row import CHANGING, Column, Feature
 
 CAPACITY: Final = 4096  # candidates of a row
 EXPECTED: Final = 512  # groups to gather where top_k does not say how many tokens are kept
@@ -85,9 +85,9 @@ def _threshold(
 
 @triton.jit
 def truncate_kernel(
-    logits, stride, changed, changed_stride, columns, statistics, groups, blocks, values, ids, drawn, V, pieces,
+    logits, stride, changed, columns, statistics, groups, blocks, values, ids, drawn, V, pieces,
     CHANGES: tl.constexpr, PIECES: tl.constexpr, LENGTH: tl.constexpr, IN_GROUP: tl.constexpr, MOST: tl.constexpr,
-    USUAL: tl.constexpr, TILE: tl.constexpr, BATCH: tl.constexpr, WAYS: tl.constexpr,
+    USUAL: tl.constexpr, TILE: tl.constexpr, BATCH: tl.constexpr, WAYS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     flags = column_of(columns, row, FLAGS)
@@ -101,7 +101,7 @@ def truncate_kernel(
     source = logits + row * stride
     if CHANGES:
         if flags & CHANGE:
-            source = changed + row * changed_stride
+            source = changed + row * V
     scale = float_of(columns, row, SCALE)
     top_k = column_of(columns, row, TOP_K)
     cut = float_of(columns, row, MIN_P)
@@ -138,7 +138,7 @@ def truncate_kernel(
             value = tl.load(values + start + lanes, mask=inside, other=float("-inf"))
             token = tl.load(ids + start + lanes, mask=inside, other=0)
             kept, ties = _kept(value, threshold, quota, ties)
-            noisy = tl.where(kept, value + gumbel_at(seed, position, token), float("-inf"))
+            noisy = tl.where(kept, value + gumbel_at(seed, position, token, FAST), float("-inf"))
             best, choice = _best_of(noisy, token, best, choice)
     else:
         threshold, quota = _threshold(source, V, scale, columns, row, peak, total, TILE, WAYS)
@@ -146,27 +146,26 @@ def truncate_kernel(
             token = start + lanes
             value = tl.load(source + token, mask=token < V, other=float("-inf")) * scale
             kept, ties = _kept(value, threshold, quota, ties)
-            noisy = tl.where(kept, value + gumbel_run(seed, position, start, TILE), float("-inf"))
+            noisy = tl.where(kept, value + gumbel_run(seed, position, start, TILE, FAST), float("-inf"))
             best, choice = _best_of(noisy, token, best, choice)
     tl.store(drawn + row, choice)
 
 
 def draw_truncated(
     logits: Tensor,  # float32 [N, V]
-    changed: Tensor | None,  # float32 [N, V], read by rows with changed logits
     columns: Tensor,  # int32 [N, ROW_WIDTH]
     scanned: Scan,
+    features: Feature,
 ) -> Tensor:
     """Return the tokens of the rows that truncate, int32 [N]. Other rows have any values."""
     (rows, pieces), device = scanned.best.shape, logits.device
     drawn = torch.empty(rows, dtype=torch.int32, device=device)
     room = torch.empty((3, rows, CAPACITY), dtype=torch.int32, device=device)
-    source = logits if changed is None else changed
     truncate_kernel[(rows,)](
-        logits, logits.stride(0), source, source.stride(0), columns, scanned.scaled, scanned.scaled_groups, room[0],
-        room[1].view(torch.float32), room[2], drawn, logits.shape[1], pieces, CHANGES=changed is not None,
-        PIECES=triton.next_power_of_2(pieces), LENGTH=PIECE, IN_GROUP=GROUP, MOST=CAPACITY, USUAL=EXPECTED, TILE=2048,
-        BATCH=64, WAYS=WAYS, num_warps=8, enable_fp_fusion=False,
+        logits, logits.stride(0), scanned.changed, columns, scanned.scaled, scanned.scaled_groups, room[0],
+        room[1].view(torch.float32), room[2], drawn, logits.shape[1], pieces, CHANGES=bool(features & CHANGING),
+        PIECES=triton.next_power_of_2(pieces), LENGTH=PIECE, IN_GROUP=GROUP, MOST=CAPACITY, USUAL=EXPECTED, TILE=4096,
+        BATCH=128, WAYS=WAYS, FAST=logits.is_cuda, num_warps=16, enable_fp_fusion=False,
     )  # fmt: skip
     return drawn
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ranklet.kernels.adjust import MOST_COUNTED, SamplingTables, adjust, adjusted
+from ranklet.kernels.adjust import MOST_COUNTED, SamplingTables, adjusted
 from ranklet.kernels.logprobs import largest_logprobs, logprobs_at, target_logprobs, top_logprobs
 from ranklet.kernels.sample import finish, noise_of, scaled, scan
 from ranklet.kernels.sampling_row import CHANGING, ROW_WIDTH, Column, Feature
@@ -59,6 +59,10 @@ class Sampler:
         self._rows = rows
         self._device = device
         self._tables = SamplingTables()
+
+    @property
+    def tables(self) -> SamplingTables:
+        return self._tables
 
     def state_bytes(self, features: Feature) -> int:
         """Return the size of the tables that steps with these features read."""
@@ -154,17 +158,18 @@ class Sampler:
         return torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)
 
 
+@torch.inference_mode()
 def sample_by_kernels(
     logits: Tensor, columns: Tensor, tables: SamplingTables, features: Feature, last_token: Tensor | None
 ) -> Sampled:
-    changed = adjust(logits, columns, tables, features) if features & CHANGING else None
-    scanned = scan(logits, changed, columns, features)
-    drawn = draw_truncated(logits, changed, columns, scanned) if features & Feature.TRUNCATE else None
+    scanned = scan(logits, columns, tables, features)
+    drawn = draw_truncated(logits, columns, scanned, features) if features & Feature.TRUNCATE else None
     tokens, logprobs = finish(logits, columns, scanned, drawn, tables.counts, last_token, features)
     tops = top_logprobs(logits, scanned, columns) if features & Feature.TOP else (None, None)
     return Sampled(tokens, logprobs, *tops)
 
 
+@torch.inference_mode()
 def sample_by_torch(
     logits: Tensor, columns: Tensor, tables: SamplingTables, features: Feature, last_token: Tensor | None
 ) -> Sampled:
@@ -200,6 +205,6 @@ def logprobs_of(
         return TokenLogprobs(logprobs_at(logits, targets), *(largest_logprobs(logits) if top else (None, None)))
     features = Feature.LOGPROB | (Feature.TOP if top else Feature(0))
     columns = torch.full((len(logits), ROW_WIDTH), int(features), dtype=torch.int32, device=logits.device)
-    scanned = scan(logits, None, columns, features)
+    scanned = scan(logits, columns, SamplingTables(), features)
     tops = top_logprobs(logits, scanned, None) if top else (None, None)
     return TokenLogprobs(target_logprobs(logits, targets, scanned), *tops)
