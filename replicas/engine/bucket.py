@@ -11,6 +11,7 @@ from ranklet.kernels.powers import power_of_four, power_of_two
 from ranklet.replicas.model.cudnn_attention import MIN_LONGEST
 
 _MIN_TOKENS = 16
+_FEW_ROWS = 16
 _COARSE_TOKENS = 1024  # up to here, a replay saves more time than a quarter of the tokens costs
 _FINE_TOKENS = 8192  # from here on, a sixteenth of the tokens costs more time than a replay saves
 _FULL = 31 / 32  # of the largest step: nothing else fits into most of these
@@ -31,7 +32,7 @@ class Bucket:
     @classmethod
     def of(cls, lengths: Sequence[int], max_tokens: int) -> "Bucket":
         asked, longest = sum(lengths), power_of_two(max(*lengths, MIN_LONGEST))
-        tokens = max_tokens if is_full(asked, max_tokens) else _rounded(asked)
+        tokens = rounded_tokens(asked, max_tokens)
         fillers = -(-(tokens - asked) // longest)
         return cls(tokens, 2 * power_of_four(-(-(len(lengths) + fillers) // 2)), longest)
 
@@ -45,6 +46,18 @@ class Bucket:
 def is_full(tokens: int, max_tokens: int) -> bool:
     """Whether a step of this size is padded to the largest step."""
     return max_tokens * _FULL <= tokens <= max_tokens
+
+
+def rounded_tokens(tokens: int, max_tokens: int) -> int:
+    return max_tokens if is_full(tokens, max_tokens) else _rounded(tokens)
+
+
+def rounded_rows(rows: int) -> int:
+    """Round a number of decodes up: to a power of two up to 16, then in steps of at most a quarter."""
+    if rows <= _FEW_ROWS:
+        return power_of_two(rows)
+    step = 1 << max(rows - 1, 0).bit_length() - 3
+    return -(-rows // step) * step
 
 
 def _rounded(tokens: int) -> int:

@@ -15,25 +15,33 @@ from ranklet.replicas.adapters.manager import AdapterManager
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, AdapterReport, HeldAdapters
 from ranklet.replicas.adapters.verify import ExpectedModules
+from ranklet.replicas.cache.prefix import base_revision
+from ranklet.replicas.cache.tensors import KvPages, pages_that_fit
 from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.engine.kv_space import KvSpace
 from ranklet.replicas.engine.limits import RequestLimits, check_space
-from ranklet.replicas.engine.params import EmbedParams
+from ranklet.replicas.engine.paged_runner import PagedRunner
+from ranklet.replicas.engine.params import EmbedParams, Params
 from ranklet.replicas.engine.pipeline import Pipeline, shutting_down
 from ranklet.replicas.engine.request import Request, Sink, Ticket
 from ranklet.replicas.engine.runner import Runner
 from ranklet.replicas.engine.scheduler import Scheduler
 from ranklet.replicas.engine.sequence import Sequence, flow_of
 from ranklet.replicas.engine.stats import Listener, Snapshot
+from ranklet.replicas.engine.step_runner import StepRunner
 from ranklet.replicas.engine.tasks import EmbedTask, Task
+from ranklet.replicas.engine.text import Text, generates_text
 from ranklet.replicas.engine.warmup import warm_up
+from ranklet.replicas.errors import InvalidRequest
 from ranklet.replicas.model.architecture import read_architecture, read_config
 from ranklet.replicas.model.decoder import Decoder
 from ranklet.replicas.model.device import pick_device, pick_dtype
 from ranklet.replicas.model.end_of_text import EndOfText
-from ranklet.replicas.model.heads import PoolingHead
-from ranklet.replicas.model.lm_head import LmHead
+from ranklet.replicas.model.heads import PoolingHead, TextHead
+from ranklet.replicas.model.lm_head import LmHead, MissingHead
 from ranklet.replicas.model.modules import Module
 from ranklet.replicas.model.pooling import read_pooling
+from ranklet.replicas.model.sampler import Sampler
 
 
 class Engine:
@@ -74,21 +82,39 @@ class Engine:
         self._scheduler = Scheduler(
             max_tokens=config.max_batch_tokens, max_sequences=config.max_batch_requests,
             max_adapters=config.adapters_per_batch, max_demand=config.slots,
+            interleave_tokens=config.interleave_tokens,
         )  # fmt: skip
         self._adapters = AdapterManager(
             config.slots, loader, self._lock, self._scheduler.take_waiting, on_load=self._listener.load,
             on_loading=self._listener.loading, on_evicted=self._listener.evicted,
         )  # fmt: skip
         self.runner = Runner(model, self._pool, config.backend, config.merged_bytes, config.max_batch_tokens)
+        self._steps = StepRunner(self.runner)
+        self._text: Text | None = None
         self._pipeline = Pipeline(
-            self._lock, self.runner, self._scheduler, self._adapters, self._listener, self.head,
+            self._lock, self._steps, self._scheduler, self._adapters, self._listener, self.head,
             max_sequences=config.max_batch_requests,
         )  # fmt: skip
 
     def start(self) -> None:
         """Compile kernels and begin to serve. On a GPU the first start takes some 20 s."""
         warm_up(self.runner, self.head, self.limits.max_model_len, self.config.max_batch_requests)
+        self._start_text()
         self._pipeline.start()
+
+    def _start_text(self) -> None:
+        lm_head = self.runner.model.lm_head
+        if not isinstance(lm_head, LmHead) or not generates_text(self.config):
+            return
+        config, rows = self.config, self.config.max_batch_requests
+        pages = pages_that_fit(self.architecture, self.dtype, self.device, config, self.limits.max_model_len)
+        space = KvSpace(pages, rows, self.limits.max_model_len)
+        head = TextHead(lm_head, Sampler(self.limits.vocab, rows, self.device))
+        kv = KvPages(self.architecture, pages, self.device, self.dtype)
+        revision = base_revision(config.model_dir) if config.prefix_cache else ""
+        self._steps.paged = PagedRunner(self.runner, kv, space.table, head, self.head)
+        self._text = Text(head, self.end_of_text, self.limits, revision, str(self.dtype), config.prefix_cache)
+        self._scheduler.space = space
 
     def stop(self) -> None:
         """Finish the steps on the device, refuse waiting requests with `Unavailable`, and end the threads."""
@@ -96,9 +122,9 @@ class Engine:
         self._adapters.stop()
 
     def submit(
-        self, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None, params: EmbedParams, sink: Sink
+        self, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None, params: Params, sink: Sink
     ) -> Ticket:
-        """Queue an embedding request and return at once.
+        """Queue a request and return at once. The class of `params` is the kind of the request.
 
         Args:
             prompts: int32 [length] each.
@@ -111,19 +137,36 @@ class Engine:
             Unavailable: the engine is stopping.
         """
         self.limits.check_prompts(prompts)
-        task = EmbedTask(params, len(prompts), self.limits, self.head, normalize=self.head.pooling.normalize)
+        task: Task
+        if isinstance(params, EmbedParams):
+            task = EmbedTask(params, len(prompts), self.limits, self.head, normalize=self.head.pooling.normalize)
+        elif self._text is None:
+            raise InvalidRequest(self._no_text(), param="model")
+        else:
+            task = self._text.task(params, prompts, adapter)
         return self.submit_task(prompts, adapter, task, sink)
+
+    def _no_text(self) -> str:
+        lm_head = self.runner.model.lm_head
+        if isinstance(lm_head, MissingHead):
+            return lm_head.reason
+        if not generates_text(self.config):
+            return (
+                "the base model is served for embeddings only: its folder has the modules.json of an embedding model, "
+                "or engine.kv_cache_bytes is 0. Set engine.kv_cache_bytes to serve text too"
+            )
+        return "the engine has not started; send the request again"
 
     def submit_task(
         self, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None, task: Task, sink: Sink
     ) -> Ticket:
         """Queue a request of any task; see `submit`. The prompts must be within `limits`."""
-        tokens, arrived_s = sum(map(len, prompts)), perf_counter()
+        tokens = sum(map(len, prompts))
+        request = Request(task, prompts, adapter, sink, arrived_s=perf_counter())
         with self._lock:
             self._check_adapter(adapter)
             check_space(self._scheduler.queue, self.config.max_waiting_tokens, flow_of(adapter), tokens)
-            tier = None if adapter is None else self._adapters.tier(adapter)
-            request = Request(task, prompts, adapter, sink, arrived_s=arrived_s, tier=tier)
+            tier = request.tier = None if adapter is None else self._adapters.tier(adapter)
             for sequence in request.sequences:
                 self._scheduler.queue.add(sequence)
             self._lock.notify_all()
@@ -228,6 +271,15 @@ class Engine:
     def healthy(self) -> bool:
         """Whether the threads run and the device computes."""
         return self._pipeline.is_healthy()
+
+    def check_integrity(self) -> None:
+        """Check that every page of the key-value cache is free, cached or held by a sequence.
+
+        Raises:
+            IntegrityError: the tables contradict each other: a defect of ranklet.
+        """
+        with self._lock:
+            self._scheduler.check_integrity()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

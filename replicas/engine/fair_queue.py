@@ -4,7 +4,8 @@ The order is that of arrival as long as no adapter has more than an allowance of
 adapter's allowance are ordered as if the adapters were served in turn, token for token: fair queueing with the virtual
 time of WF2Q+ (Bennett and Zhang, 1997). The allowance keeps requests whole where nobody has to wait for them.
 
-The cost of a sequence is the token count of its next pass.
+The cost of a sequence is the number of tokens that it has to compute. Tokens of decodes, which do not wait here, count
+towards their adapter's turn and allowance too (`charge_flow`).
 """
 
 from bisect import bisect_left, insort
@@ -48,6 +49,7 @@ class FairQueue:
         self._now = 0.0  # virtual time: tokens that each active adapter should have been served by now
         self._served = 0  # tokens of all steps
         self._active: OrderedDict[str, int] = OrderedDict()  # adapters: `_served` at their last request
+        self._decoded: dict[str, float] = {}  # adapters: virtual time that their decodes have used up
         self.tokens = 0
 
     def __len__(self) -> int:
@@ -55,6 +57,11 @@ class FairQueue:
 
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._ordered)
+
+    def __contains__(self, sequence: object) -> bool:
+        assert isinstance(sequence, Sequence)
+        at = bisect_left(self._ordered, sequence.turn, key=_TURN)
+        return at < len(self._ordered) and self._ordered[at] is sequence
 
     def tokens_of(self, flow: str) -> int:
         return self._flows[flow].tokens if flow in self._flows else 0
@@ -68,15 +75,24 @@ class FairQueue:
 
     def add(self, sequence: Sequence) -> None:
         flow = self._flows.setdefault(sequence.flow, _Flow())
-        within = flow.tokens + sequence.need.tokens <= self._allowance
-        self._insert(sequence, flow, max(flow.last, self._now + (0 if within else flow.tokens)))
-        self._active[sequence.flow] = self._served
-        self._active.move_to_end(sequence.flow)
+        ahead = flow.tokens + max(0.0, self._decoded.get(sequence.flow, self._now) - self._now)
+        within = ahead + sequence.need.tokens <= self._allowance
+        self._insert(sequence, flow, max(flow.last, self._now + (0 if within else ahead)))
+        self._mark_active(sequence.flow)
 
     def put_back(self, sequences: Iterable[Sequence]) -> None:
         """Insert sequences of a failed step at the front, in this order."""
         for sequence in sequences:
             self._insert(sequence, self._flows.setdefault(sequence.flow, _Flow()), -inf)
+
+    def restore(self, sequence: Sequence) -> None:
+        """Insert a sequence at the place that it had before it was removed."""
+        self._insert(sequence, self._flows.setdefault(sequence.flow, _Flow()), sequence.turn[0])
+
+    def requeue(self, sequence: Sequence, tokens: int) -> None:
+        """Insert the rest of a sequence whose first `tokens` are in a step, which count as a part of its turn."""
+        turn = max(sequence.turn[0], self._now) + tokens
+        self._insert(sequence, self._flows.setdefault(sequence.flow, _Flow()), turn)
 
     def _insert(self, sequence: Sequence, flow: _Flow, turn: float) -> None:
         tokens = sequence.need.tokens
@@ -100,6 +116,15 @@ class FairQueue:
             if not flow.sequences:
                 del self._flows[sequence.flow]
 
+    def charge_flow(self, flow: str, tokens: int) -> None:
+        """Count tokens of an adapter's decodes towards its turn."""
+        self._decoded[flow] = max(self._decoded.get(flow, self._now), self._now) + tokens
+        self._mark_active(flow)
+
+    def _mark_active(self, flow: str) -> None:
+        self._active[flow] = self._served
+        self._active.move_to_end(flow)
+
     def charge(self, tokens: int) -> None:
         """Advance virtual time by the tokens of a step, after its sequences were removed."""
         self._now += tokens / max(len(self._active), 1)
@@ -114,7 +139,7 @@ class FairQueue:
             if last > self._served - _ACTIVE_ALLOWANCES * self._allowance:
                 return
             if name in self._flows:
-                self._active[name] = self._served
-                self._active.move_to_end(name)
+                self._mark_active(name)
             else:
                 del self._active[name]
+                self._decoded.pop(name, None)

@@ -18,16 +18,20 @@ class Forecast:
         self._rates: dict[int, float] = {}  # seconds per token, by the bit length of the step's tokens
         self._measured_at: dict[int, int] = {}  # number of finished steps at each rate's last measurement
         self._finished = 0
-        self._running: deque[int] = deque()  # tokens of launched steps, oldest first
+        self._running: deque[int | None] = deque()  # tokens of launched steps, oldest first
         self.free_s = 0.0
 
-    def on_launch(self, tokens: int, now_s: float) -> None:
+    def on_launch(self, tokens: int | None, now_s: float) -> None:
+        """Record a launch. `tokens` is None for a step whose time does not depend on its tokens alone."""
         self._running.append(tokens)
         self.free_s = max(self.free_s, now_s) + self.expected_s(tokens)
 
     def on_finish(self, device_s: float, now_s: float) -> None:
         """Record that the oldest step is done; it had the device for `device_s`."""
         tokens = self._running.popleft()
+        if tokens is None:
+            self.free_s = now_s + sum(map(self.expected_s, self._running))
+            return
         size, rate = tokens.bit_length(), device_s / tokens
         self._rates[size] = rate if self._is_outdated(size) else 0.5 * (self._rates[size] + rate)
         self._finished += 1
@@ -63,9 +67,9 @@ class Forecast:
     def _is_outdated(self, size: int) -> bool:
         return size not in self._rates or self._finished - self._measured_at[size] >= _OLD_STEPS
 
-    def expected_s(self, tokens: int) -> float:
-        """Return how long a step should take; 0 before a step has finished."""
-        if not self._rates:
+    def expected_s(self, tokens: int | None) -> float:
+        """Return how long a step should take; 0 if it is not known."""
+        if not self._rates or tokens is None:
             return 0.0
         size = tokens.bit_length()
         return tokens * self._rates[min(self._rates, key=lambda known: abs(known - size))]

@@ -2,12 +2,11 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
-from numpy.typing import NDArray
-
-from ranklet.replicas.engine.plan import Part
-from ranklet.replicas.engine.runner import LaunchedStep
+from ranklet.replicas.engine.launched import LaunchedStep
+from ranklet.replicas.engine.plan import StepPlan
+from ranklet.replicas.engine.request import Notice
 from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.engine.stats import BatchRecord
 from ranklet.replicas.errors import InternalError
@@ -17,45 +16,57 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class InFlightStep:
-    parts: list[Part]
+    plan: StepPlan
     launched: LaunchedStep
 
-    def deliver(self, outputs: list[NDArray[Any]], began_s: float, compute_s: float) -> list[Sequence]:
-        """Give each sequence its output. An invalid output fails only its own request.
+    def deliver(self, began_s: float, compute_s: float, notices: list[Notice]) -> list[Sequence]:
+        """Give each sequence its output. An invalid output fails only its own request. Valid after the step's `wait`.
 
         Args:
-            outputs: each head's outputs [parts, ...].
             began_s: when the device began the step.
+            notices: calls to make afterwards, without a lock.
 
         Returns:
-            The sequences that need another pass.
+            The sequences that are done.
         """
-        heads, backend, again = self.launched.heads, self.launched.backend, []
-        valid = [head.are_valid(output) for head, output in zip(heads, outputs, strict=True)]
-        for i, part in enumerate(self.parts):
-            sequence, at = part.sequence, 0 if len(heads) == 1 else heads.index(part.head)
-            request = sequence.request
-            if not valid[at][i]:
-                request.fail(InternalError("the output for this prompt is not finite; the adapter may overflow"))
-                continue
-            try:
-                if request.on_output(sequence, outputs[at][i], backend=backend, began_s=began_s, compute_s=compute_s):
-                    again.append(sequence)
-            except Exception as error:  # a defect of a task must not end the thread that answers every request
-                logger.exception("a task failed")
-                request.fail(InternalError(f"the engine failed on this output: {type(error).__name__}: {error}"))
-        return again
+        done: list[Sequence] = []
+        members, backend = list(self.plan.members()), self.launched.backend
+        for group in self.launched.groups:
+            for index, output in group.results():
+                sequence, epoch = members[index]
+                if sequence.epoch != epoch:
+                    continue  # preempted, failed or ended since the step was planned
+                request = sequence.request
+                if output is None:
+                    error = InternalError("the output for this prompt is not finite; the adapter may overflow")
+                    notices.append(partial(request.fail, error))
+                    done.append(sequence)
+                    continue
+                try:
+                    if request.on_output(
+                        sequence, output, notices, backend=backend, began_s=began_s, compute_s=compute_s
+                    ):
+                        done.append(sequence)
+                except Exception as error:  # a defect of a task must not end the thread that answers every request
+                    logger.exception("a task failed")
+                    failure = InternalError(f"the engine failed on this output: {type(error).__name__}: {error}")
+                    notices.append(partial(request.fail, failure))
+                    done.append(sequence)
+        return done
 
     def record(self, began_s: float, compute_s: float) -> BatchRecord:
-        """Describe the step. Called after `deliver`; only first passes have waited in the queue."""
+        """Describe the step. Called after `deliver`; only sequences without earlier outputs waited in the queue."""
         sequences: dict[str, int] = {}
         tokens: dict[str, int] = {}
         waits = []
-        for part in self.parts:
+        for part in self.plan.parts:
             sequence = part.sequence
             flow = sequence.flow
             sequences[flow] = sequences.get(flow, 0) + 1
             tokens[flow] = tokens.get(flow, 0) + part.tokens
-            if sequence.passes <= 1:
+            if sequence.passes <= 1 and part.head is not None:
                 waits.append(max(0.0, began_s - sequence.arrived_s))
-        return BatchRecord(sequences, tokens, self.launched.backend, waits, compute_s)
+        generated: dict[str, int] = {}
+        for sequence in self.plan.decodes:
+            generated[sequence.flow] = generated.get(sequence.flow, 0) + 1
+        return BatchRecord(sequences, tokens, self.launched.backend, waits, compute_s, generated)

@@ -29,12 +29,14 @@ class TokenSpan(NamedTuple):
     Attributes:
         ids: int32 [length].
         start: position of the first of these tokens in the sequence.
-        head: computes the output from the hidden states of these tokens.
+        head: computes the output from the hidden states of these tokens; None for no output.
+        row: row of the sequence's pages; None if keys and values are not kept.
     """
 
     ids: NDArray[np.int32]
     start: int
-    head: Head
+    head: Head | None
+    row: int | None = None
 
 
 def whole_prompts(prompts: Iterable[NDArray[np.int32]], head: Head) -> list[TokenSpan]:

@@ -174,3 +174,6 @@ def _mixed(number: int) -> int:
 
 
 _MASK = (1 << 64) - 1
+
+
+Params = EmbedParams | GenerateParams

@@ -17,15 +17,17 @@ from ranklet.replicas.adapters.manager import AdapterManager
 from ranklet.replicas.engine.forecast import Forecast
 from ranklet.replicas.engine.in_flight import InFlightStep
 from ranklet.replicas.engine.layout import TokenSpan
-from ranklet.replicas.engine.plan import Part, StepPlan
-from ranklet.replicas.engine.runner import Runner
+from ranklet.replicas.engine.plan import StepPlan
+from ranklet.replicas.engine.request import Notice
 from ranklet.replicas.engine.scheduler import Scheduler
 from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.engine.stats import Listener
+from ranklet.replicas.engine.step_runner import StepRunner
 from ranklet.replicas.errors import InternalError, Unavailable
 from ranklet.replicas.model.heads import Head
 
 _LAUNCH_LEAD_S = 0.004  # launch latency plus forecast error
+_SOLO_OUTPUTS = 2  # of a sequence of a failed step: the first, which a prompt's step computes, and one of a decode
 _HUNG_S = 30.0  # the device counts as broken when a step takes longer
 
 logger = logging.getLogger(__name__)
@@ -40,21 +42,22 @@ class Pipeline:
     """
 
     def __init__(
-        self, lock: Condition, runner: Runner, scheduler: Scheduler, adapters: AdapterManager, listener: Listener,
+        self, lock: Condition, steps: StepRunner, scheduler: Scheduler, adapters: AdapterManager, listener: Listener,
         probe_head: Head, *, max_sequences: int,
     ) -> None:  # fmt: skip
         self.is_stopping = False
         self._lock = lock
         self._scheduler = scheduler
         self._adapters = adapters
-        self._runner = runner
+        self._steps = steps
+        self._runner = steps.runner
         self._listener = listener
         self._probe_span = TokenSpan(np.zeros(1, dtype=np.int32), 0, probe_head)
         self._max_sequences = max_sequences
-        self._depth = 2 if runner.model.device.type == "cuda" else 1
+        self._depth = 2 if steps.runner.model.device.type == "cuda" else 1
         self._forecast = Forecast()
         self._in_flight: deque[InFlightStep] = deque()
-        self._launching: list[Part] = []  # on the CPU a launch is the whole computation
+        self._launching: list[Sequence] = []  # on the CPU a launch is the whole computation
         self._must_probe = False  # a sequence failed alone: either it cannot be computed, or the device is broken
         self._is_broken = False
         self._launches_more = True  # until the step thread has launched its last step
@@ -81,16 +84,14 @@ class Pipeline:
         error = shutting_down()
         with self._lock:
             waiting = self._scheduler.waiting()
-            self._scheduler.drop(waiting)
-            self._release_slots(waiting)
+            self._drop(waiting)
         for sequence in waiting:
             sequence.request.fail(error)
         self._adapters.refuse_loads(error)
 
     def running(self) -> list[Sequence]:
         """Return the sequences that are launched or on the device. Called under the lock."""
-        parts = [*self._launching, *(part for step in self._in_flight for part in step.parts)]
-        return [part.sequence for part in parts]
+        return [*self._launching, *(each for step in self._in_flight for each in step.plan.sequences)]
 
     def stuck_s(self) -> float:
         with self._lock:
@@ -132,20 +133,28 @@ class Pipeline:
             self._probe_device()
             return True
         self._listener.cancelled(sum(sequence.request.is_open for sequence in plan.cancelled))
-        if plan.parts:
+        if plan.computes:
             self._launch(plan, slots)
         return True
 
     def _commit(self, plan: StepPlan) -> list[int | None]:
-        self._release_slots(plan.cancelled)
-        self._scheduler.commit(plan)
-        self._launching = plan.parts
-        sequences = plan.sequences
-        starting = [sequence for sequence in sequences if not sequence.holds_slot]
+        """Make the plan take effect. Returns the slot of each part."""
+        self._release_slots([*plan.cancelled, *plan.preempted])
+        starting = [part.sequence for part in plan.parts if not part.sequence.holds_slot]
         slots = self._adapters.acquire_slots([sequence.adapter for sequence in starting])
         for sequence, slot in zip(starting, slots, strict=True):
             sequence.slot, sequence.holds_slot = slot, True
-        return [sequence.slot for sequence in sequences]
+            end_ids = () if sequence.adapter is None else self._adapters.end_ids(sequence.adapter)
+            sequence.request.start(sequence, end_ids)
+        self._scheduler.commit(plan)
+        self._launching = plan.sequences
+        return [part.sequence.slot for part in plan.parts]
+
+    def _drop(self, sequences: Iterable[Sequence]) -> None:
+        """Free everything that sequences hold."""
+        leaving = list(sequences)
+        self._scheduler.drop(leaving)
+        self._release_slots(leaving)
 
     def _release_slots(self, sequences: Iterable[Sequence]) -> None:
         holding = [sequence for sequence in sequences if sequence.holds_slot]
@@ -165,15 +174,15 @@ class Pipeline:
         """Return the step to launch now, if any, and start the loads that waiting sequences need."""
         forecast = self._forecast
         plan = self._scheduler.propose(self._adapters.usable, forecast.enough_tokens(), forecast.small_tokens())
-        self._adapters.start_loads(plan.demand, plan.adapters)
+        self._adapters.start_loads(plan.demand, [sequence.adapter for sequence in plan.sequences])
         if not self._in_flight:
-            return plan if plan.parts or plan.cancelled else None
-        if not plan.parts or len(self._in_flight) == self._depth:
+            return plan if plan.is_due else None
+        if not plan.computes or len(self._in_flight) == self._depth:
             return None
-        # A large step is launched behind the running one at once. A small step is launched just before the device is
-        # free, because sequences that arrive until then can join it.
+        # A large step, or one of decodes, is launched behind the running one at once. A small step is launched just
+        # before the device is free, because sequences that arrive until then can join it.
         is_large = plan.tokens * 2 >= self._runner.max_tokens or len(plan.parts) * 2 >= self._max_sequences
-        return plan if is_large or self._due_in_s() <= 0 else None
+        return plan if is_large or plan.decodes or self._due_in_s() <= 0 else None
 
     def _due_in_s(self) -> float:
         return self._forecast.free_s - _LAUNCH_LEAD_S - perf_counter()
@@ -185,18 +194,17 @@ class Pipeline:
         return due_s if due_s > 0 else None
 
     def _launch(self, plan: StepPlan, slots: list[int | None]) -> None:
-        spans = [TokenSpan(p.sequence.ids[p.start : p.start + p.tokens], p.start, p.head) for p in plan.parts]
         try:
-            launched = self._runner.launch(spans, slots)
+            launched = self._steps.launch(plan, slots)
         except Exception as error:  # only this step fails
             if isinstance(error, torch.OutOfMemoryError):
                 self._runner.free_caches()
-            self._on_failed_step(plan.parts, error)
+            self._on_failed_step(plan, error)
             return
         with self._lock:
             self._launching = []
-            self._in_flight.append(InFlightStep(plan.parts, launched))
-            self._forecast.on_launch(plan.tokens, launched.launched_s)
+            self._in_flight.append(InFlightStep(plan, launched))
+            self._forecast.on_launch(None if plan.uses_pages else plan.tokens, launched.launched_s)
             self._lock.notify_all()
 
     # The answer thread
@@ -210,43 +218,43 @@ class Pipeline:
                     self._lock.wait()
                 step = self._in_flight[0]
             try:
-                outputs = step.launched.wait()
+                step.launched.wait()
             except Exception as error:
                 with self._lock:
                     self._in_flight.popleft()
                     self._forecast.on_failure()
-                self._on_failed_step(step.parts, error)
+                self._on_failed_step(step.plan, error)
                 continue
             finished_s, compute_s = perf_counter(), step.launched.device_s()
-            began_s = finished_s - compute_s
-            with self._lock:  # the next step may be launched while this one's outputs are delivered
+            began_s, notices = finished_s - compute_s, list[Notice]()
+            # The lock keeps sequences with pages from being preempted during their delivery. Others are in no queue,
+            # and the next step may be launched while their outputs are delivered.
+            uses_pages = step.plan.uses_pages
+            with self._lock:
                 self._in_flight.popleft()
                 self._forecast.on_finish(compute_s, finished_s)
-                self._release_slots([part.sequence for part in step.parts if part.is_final])
+                if uses_pages:
+                    self._drop(step.deliver(began_s, compute_s, notices))
+                    self._scheduler.publish(step.plan)
+                self._release_slots(each for each in step.plan.final if each.row is None)
                 self._lock.notify_all()
-            again = step.deliver(outputs, began_s, compute_s)
+            if not uses_pages:
+                step.deliver(began_s, compute_s, notices)
+            for notice in notices:
+                notice()
             self._listener.batch(step.record(began_s, compute_s))
-            if again or any(not part.is_final for part in step.parts):
-                self._end_passes(step, again)
 
-    def _end_passes(self, step: InFlightStep, again: list[Sequence]) -> None:
-        unfinished = {id(sequence) for sequence in again}
-        with self._lock:
-            self._release_slots(part.sequence for part in step.parts if id(part.sequence) not in unfinished)
-            self._scheduler.resume(again)
-            self._lock.notify_all()
-
-    def _on_failed_step(self, parts: list[Part], error: Exception) -> None:
+    def _on_failed_step(self, plan: StepPlan, error: Exception) -> None:
         """Run the sequences of a failed step one by one, so that only the one at fault fails."""
-        sequences = [part.sequence for part in parts]
+        sequences = [sequence for sequence, epoch in plan.members() if sequence.epoch == epoch]
         again = [sequence for sequence in sequences if not sequence.solo] if len(sequences) > 1 else []
         with self._lock:
-            self._release_slots(sequences)
             self._launching = []
             self._must_probe = self._must_probe or not again
             for sequence in again:
-                sequence.solo = True
-            self._scheduler.queue.put_back(again)
+                sequence.solo = _SOLO_OUTPUTS
+            self._drop(sequences)
+            self._release_slots(self._scheduler.retry(again))
             self._lock.notify_all()
         if not again:
             logger.error("a sequence failed", exc_info=error)

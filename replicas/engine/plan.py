@@ -1,7 +1,11 @@
 """One step of the device: which tokens of which sequences it computes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ranklet.replicas.adapters.reference import AdapterRef
 
@@ -11,30 +15,38 @@ if TYPE_CHECKING:  # `sequence` imports this module, and `heads` imports torch
 
 
 class Need(NamedTuple):
-    """The next pass of a sequence.
+    """The work that is left for a sequence.
 
     Attributes:
-        tokens: number of tokens to compute, from `Sequence.computed` on. The queue uses it as the cost of the pass.
-        head: computes the output from the hidden states of these tokens.
+        tokens: number of tokens to compute before the first output, from `Sequence.computed` on.
+        head: computes the outputs from hidden states.
+        outputs: number of outputs to compute. Each output but the last is a token, which the next pass computes.
         keeps_cache: whether later passes read keys and values of these tokens.
-        is_final: whether `Task.accept` returns `Done` for this pass, so that the slot is released before the delivery.
+        divisible: whether the tokens may be computed in several steps.
     """
 
     tokens: int
     head: "Head"
+    outputs: int = 1
     keeps_cache: bool = False
-    is_final: bool = False
+    divisible: bool = False
 
 
 class Part(NamedTuple):
-    """The tokens of one sequence in a step: `tokens` from `start` on."""
+    """Tokens of one sequence in a step: `tokens` from `start` on, before its first output.
+
+    Attributes:
+        epoch: `Sequence.epoch` when the step was planned. The output is dropped if it has changed.
+        head: None if the step does not compute all tokens that the first output needs.
+        uses_pages: whether keys and values of these tokens are kept in pages.
+    """
 
     sequence: "Sequence"
+    epoch: int
     start: int
     tokens: int
-    head: "Head"
-    keeps_cache: bool
-    is_final: bool
+    head: "Head | None"
+    uses_pages: bool = False
 
 
 @dataclass(slots=True)
@@ -42,26 +54,61 @@ class StepPlan:
     """A proposed step. `Scheduler.commit` makes it take effect.
 
     Attributes:
+        decodes: sequences that compute one token, the last output. Oldest first.
+        epochs: `Sequence.epoch` of each of `decodes`.
+        parts: prompts and pieces of prompts.
+        final: sequences whose last output this step computes. `Scheduler.commit` sets this and the next three.
+        rows: int32 [decodes]: rows of the decodes.
+        part_rows: row of each part; None without pages.
+        started: sequences that got their row and pages in this step.
+        preempted: sequences whose pages are taken away; they are computed again later.
         passed: queued sequences that are ready but did not fit into the step.
         cancelled: sequences whose request was dropped.
         demand: adapters of waiting sequences, oldest first.
-        tokens: sum of the parts' tokens.
+        tokens: number of tokens of the step.
+        uses_pages: whether the step reads or writes keys and values in pages.
     """
 
+    decodes: list["Sequence"] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
+    final: list["Sequence"] = field(default_factory=list)
+    rows: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    part_rows: list[int | None] = field(default_factory=list)
+    started: list["Sequence"] = field(default_factory=list)
+    preempted: list["Sequence"] = field(default_factory=list)
     passed: list["Sequence"] = field(default_factory=list)
     cancelled: list["Sequence"] = field(default_factory=list)
     demand: list[AdapterRef] = field(default_factory=list)
     tokens: int = 0
+    uses_pages: bool = False
 
-    def add(self, sequence: "Sequence") -> None:
-        self.parts.append(Part(sequence, sequence.computed, *sequence.need))
-        self.tokens += sequence.need.tokens
+    def add(self, part: Part) -> None:
+        self.parts.append(part)
+        self.uses_pages = self.uses_pages or part.uses_pages
+        self.tokens += part.tokens
+
+    def decode(self, sequence: "Sequence") -> None:
+        self.decodes.append(sequence)
+        self.epochs.append(sequence.epoch)
+        self.uses_pages = True
+        self.tokens += 1
 
     @property
     def sequences(self) -> list["Sequence"]:
-        return [part.sequence for part in self.parts]
+        return [*self.decodes, *(part.sequence for part in self.parts)]
 
     @property
-    def adapters(self) -> list[AdapterRef | None]:
-        return [part.sequence.adapter for part in self.parts]
+    def computes(self) -> bool:
+        return bool(self.parts or self.decodes)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the plan changes anything."""
+        return bool(self.parts or self.decodes or self.cancelled or self.preempted)
+
+    def members(self) -> Iterator[tuple["Sequence", int]]:
+        """Yield each sequence and the epoch that it was planned in, decodes first."""
+        yield from zip(self.decodes, self.epochs, strict=True)
+        for part in self.parts:
+            yield part.sequence, part.epoch

@@ -1,9 +1,10 @@
 """A request to an engine. Its sequences run in several steps; the request collects their outputs."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.sequence import Sequence, flow_of
 from ranklet.replicas.engine.tasks import Delta, Task
-from ranklet.replicas.errors import RankletError
+from ranklet.replicas.errors import InternalError, RankletError
 
 logger = logging.getLogger(__name__)
+Notice = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Answer:
     """The answer to one request.
 
     Attributes:
-        result: content of the answer; for embeddings float32 [prompts, dimensions].
+        result: content of the answer: float32 [prompts, dimensions] for embeddings, a `Generation` for text.
         tier: where the adapter was when the request arrived: gpu, host or disk; None for the base model.
         backend: LoRA backend of the last step.
         queue_s: longest wait of a sequence for its first step.
@@ -61,54 +63,81 @@ class AnswerSink:
 
 
 class Request:
-    """Collects the outputs of its sequences. Ends once: when the last sequence is done, or the first one fails."""
+    """Collects the outputs of its sequences. Ends once: when the last sequence is done, or the first one fails.
+
+    Attributes:
+        tier: where the adapter was when the request arrived: gpu, host or disk; None for the base model.
+    """
 
     def __init__(
         self, task: Task, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None, sink: Sink, *,
-        arrived_s: float = 0.0, tier: str | None = None,
+        arrived_s: float = 0.0,
     ) -> None:  # fmt: skip
         self._task = task
         self._sink = sink
-        self._tier = tier
+        self.tier: str | None = None
         self._prompt_tokens = sum(map(len, prompts))
-        self._unfinished = len(prompts)
         self._queue_s = self._compute_s = 0.0
         self.is_open = True
         flow = flow_of(adapter)
-        self.sequences = [Sequence(ids, adapter, flow, arrived_s, self, i) for i, ids in enumerate(prompts)]
+        repeated = [ids for ids in prompts for _ in range(task.choices)]
+        self._unfinished = len(repeated)
+        self.sequences = [Sequence(ids, adapter, flow, arrived_s, self, i) for i, ids in enumerate(repeated)]
         for sequence in self.sequences:
-            sequence.need = task.need(sequence)
+            self.restart(sequence)
+        task.prepare(self.sequences)
+
+    def start(self, sequence: Sequence, end_ids: Collection[int]) -> None:
+        """Set up a sequence whose adapter is in a slot; see `Task.start`."""
+        self._task.start(sequence, end_ids)
+
+    def restart(self, sequence: Sequence) -> None:
+        """Set the work that is left of a sequence, from its first token on."""
+        sequence.begin(self._task.need(sequence))
 
     def on_output(
-        self, sequence: Sequence, output: NDArray[Any], *, backend: str, began_s: float, compute_s: float
+        self, sequence: Sequence, output: Any, notices: list[Notice], *, backend: str, began_s: float, compute_s: float
     ) -> bool:
-        """Pass the output of a step to the task. Returns whether the sequence needs another pass.
+        """Pass an output to the task. Returns whether the sequence is done.
 
         Args:
-            output: the sequence's row of the head's outputs.
+            output: the sequence's output of the head.
+            notices: calls of the sink are appended, for the caller to make after it has released its lock.
             began_s: when the device began the step.
             compute_s: device time of the step.
         """
         if not sequence.passes:
             self._queue_s = max(self._queue_s, began_s - sequence.arrived_s)
         sequence.passes += 1
+        sequence.delivered += 1
+        sequence.solo = max(0, sequence.solo - 1)
         sequence.compute_s += compute_s
         outcome = self._task.accept(sequence, output)
+        if outcome.piece is not None:
+            notices.append(partial(self._send, sequence.index, outcome.piece))
         if isinstance(outcome, Delta):
-            if sequence.need.is_final:  # its slot is released already
-                raise RuntimeError("the task wants another pass after a final one")
-            if outcome.piece is not None and self.is_open:
-                self._call(self._sink.delta, sequence.index, outcome.piece)
-            sequence.computed += sequence.need.tokens
-            sequence.need = self._task.need(sequence)
-            return True
+            if sequence.delivered == sequence.need.outputs:
+                raise RuntimeError("the task wants another output after the last one")
+            return False
         self._compute_s = max(self._compute_s, sequence.compute_s)
         self._unfinished -= 1
         if not self._unfinished:
-            self._finish(
-                Answer(self._task.result(), self._tier, backend, self._prompt_tokens, self._queue_s, self._compute_s)
+            notices.append(partial(self._end, backend))
+        return True
+
+    def _send(self, index: int, piece: Any) -> None:
+        if self.is_open:
+            self._call(self._sink.delta, index, piece)
+
+    def _end(self, backend: str) -> None:
+        try:
+            result: Answer | RankletError = Answer(
+                self._task.result(), self.tier, backend, self._prompt_tokens, self._queue_s, self._compute_s
             )
-        return False
+        except Exception as error:  # a defect of a task must not end the thread that answers every request
+            logger.exception("a task failed")
+            result = InternalError(f"the engine failed on this answer: {type(error).__name__}: {error}")
+        self._finish(result)
 
     def fail(self, error: RankletError) -> None:
         self.cancel()

@@ -4,14 +4,10 @@ Letters: B sequences of the step.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ranklet.kernels.batch import LoraBatch, plan
@@ -22,49 +18,14 @@ from ranklet.kernels.row_subset import one_each
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.engine.bucket import Bucket, is_full
 from ranklet.replicas.engine.cuda_graphs import GraphCache
+from ranklet.replicas.engine.launched import SKIPPED, LaunchedStep, OutputGroup, record_event, to_host
 from ranklet.replicas.engine.layout import Layout, TokenSpan
 from ranklet.replicas.model import cudnn_attention
 from ranklet.replicas.model.attention import Spans, reads_lengths_on_device
 from ranklet.replicas.model.decoder import Decoder, DeviceBatch, StageCallback, ignore_stage
-from ranklet.replicas.model.heads import Head
+from ranklet.replicas.model.heads import Head, PoolingHead, PromptHead
 
 _REPLAYED_TOKENS = 16_384  # launching a larger step takes Python less time than running it takes the device
-
-
-@dataclass(slots=True)
-class LaunchedStep:
-    """A step on the device.
-
-    Attributes:
-        heads: the distinct heads of the step.
-        order: row i of each head's outputs belongs to span `order[i]`.
-        outputs: each head's outputs [B, ...] on the host, valid after `wait`.
-        launch_s: duration of the launch. On the CPU it is the whole computation.
-        events: CUDA events before and after the step; None on the CPU.
-    """
-
-    heads: tuple[Head, ...]
-    order: list[int]
-    backend: str
-    outputs: tuple[Tensor, ...]
-    launched_s: float
-    launch_s: float
-    events: tuple[Any, Any] | None
-
-    def wait(self) -> list[NDArray[Any]]:
-        """Wait for the device, then return each head's outputs [B, ...] in the order of the spans."""
-        if self.events is not None:
-            self.events[1].synchronize()
-        return [self._reordered(output.numpy()) for output in self.outputs]
-
-    def _reordered(self, output: NDArray[Any]) -> NDArray[Any]:
-        out = np.empty_like(output)
-        out[self.order] = output
-        return out
-
-    def device_s(self) -> float:
-        """Return the device time of the step; valid after `wait`."""
-        return self.launch_s if self.events is None else float(self.events[0].elapsed_time(self.events[1])) * 1e-3
 
 
 class Runner:
@@ -108,19 +69,23 @@ class Runner:
         order, lora = plan([len(span.ids) for span in spans], slots)
         lora = self.backends.choose(lora, self.backend)
         self.backends.merged.observe(lora)
-        heads = tuple(dict.fromkeys(span.head for span in spans))
+        heads = tuple(dict.fromkeys(_prompt_head(span.head) for span in spans))
         pads = self.pads and lora.backend in ("csgmv", "none")
         replays = lora.rows <= _REPLAYED_TOKENS or (pads and is_full(lora.rows, self.max_tokens))
         graphs = self.graphs if replays and on_stage is None else None
         layout = self.lay_out([spans[i] for i in order], lora, heads, padded=pads and graphs is not None)
-        began = self._record_event()
+        began = record_event(self.model.device)
         outputs = self._run(layout, heads, graphs, on_stage or ignore_stage)
-        host = tuple(self._to_host(output[: len(spans)]) for output in outputs)
-        ended = self._record_event()
-        events = (began, ended) if self._cuda else None
-        return LaunchedStep(heads, order, lora.backend, host, launched_s, perf_counter() - launched_s, events)
+        groups = []
+        for head, output in zip(heads, outputs, strict=True):
+            members = [i if spans[i].head is head else SKIPPED for i in order]
+            groups.append(OutputGroup(head, members, (to_host(output[: len(spans)]),)))
+        events = (began, record_event(self.model.device)) if self._cuda else None
+        return LaunchedStep(groups, lora.backend, launched_s, perf_counter() - launched_s, events)
 
-    def lay_out(self, spans: Sequence[TokenSpan], lora: LoraBatch, heads: tuple[Head, ...], *, padded: bool) -> Layout:
+    def lay_out(
+        self, spans: Sequence[TokenSpan], lora: LoraBatch, heads: tuple[PromptHead, ...], *, padded: bool
+    ) -> Layout:
         bucket = Bucket.of([len(span.ids) for span in spans], self.max_tokens) if padded else None
         choose_last = self._choose_last if all(head.reads_last for head in heads) else None
         return Layout.pack(spans, lora, choose_last, bucket, pinned=self._cuda)
@@ -131,7 +96,7 @@ class Runner:
         return self.backends.choose(last) if lora.backend == "merged" else last
 
     def _run(
-        self, layout: Layout, heads: tuple[Head, ...], graphs: GraphCache | None, on_stage: StageCallback
+        self, layout: Layout, heads: tuple[PromptHead, ...], graphs: GraphCache | None, on_stage: StageCallback
     ) -> tuple[Tensor, ...]:
         key = self.graph_key(layout, heads) if graphs is not None else None
         if key is None or graphs is None:
@@ -140,7 +105,7 @@ class Runner:
         return graphs.run(key, layout.buffer, partial(self.forward, layout, heads, on_stage))
 
     def forward(
-        self, layout: Layout, heads: tuple[Head, ...], on_stage: StageCallback, moved: Tensor
+        self, layout: Layout, heads: tuple[PromptHead, ...], on_stage: StageCallback, moved: Tensor
     ) -> tuple[Tensor, ...]:
         arrays = layout.unpack(moved)
         shape, cudnn = self.model.architecture, None
@@ -155,10 +120,10 @@ class Runner:
         on_stage("pool")
         return outputs
 
-    def _finish(self, head: Head, states: Tensor, spans: Spans, *, only_last: bool) -> Tensor:
+    def _finish(self, head: PromptHead, states: Tensor, spans: Spans, *, only_last: bool) -> Tensor:
         return head.finish(self.model.final_norm(states if only_last else head.rows(states, spans)), spans)
 
-    def graph_key(self, layout: Layout, heads: tuple[Head, ...]) -> Hashable | None:
+    def graph_key(self, layout: Layout, heads: tuple[PromptHead, ...]) -> Hashable | None:
         """Return all facts that kernel launches depend on, apart from device memory; None if no graph can be reused.
 
         A graph of `csgmv`, which reads lengths, slots and ranks on the device, serves every step of the bucket whose
@@ -183,12 +148,7 @@ class Runner:
         if self._cuda:
             torch.cuda.empty_cache()
 
-    def _to_host(self, output: Tensor) -> Tensor:
-        if not self._cuda:
-            return output
-        host = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
-        host.copy_(output, non_blocking=True)
-        return host
 
-    def _record_event(self) -> Any:
-        return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)) if self._cuda else None
+def _prompt_head(head: Head | None) -> PromptHead:
+    assert isinstance(head, PoolingHead), "only steps with pages draw tokens"
+    return head

@@ -1,25 +1,36 @@
 """Chooses the sequences of the next step and the adapters to load. No clock, no locks, no tensors.
 
-Started sequences, which need another pass, come first. Queued sequences follow in the queue's order (`fair_queue.py`).
+Decoding sequences come first: each computes its last token. Prompts and pieces of prompts follow in the queue's order
+(`fair_queue.py`), up to `interleave_tokens` beside decodes. A sequence with pages keeps its row, its pages and its
+adapter's slot from its first piece to its last output. Where pages run out, the sequence that started last gives its
+pages back and waits in the queue, at its old place, to be computed again.
+
 A sequence is passed over while its adapter is in no slot. A sequence whose adapter is in a slot, but that does not fit
 into a step, is passed over at most `PATIENCE` times; then no later sequence enters a step before it. Therefore:
 
-- the first ready sequence of the queue is in the next step that has space beside the started ones;
-- a ready sequence is overtaken in at most `PATIENCE` steps;
+- the first ready sequence of the queue is in the next step that has space for it;
+- a ready sequence that needs no pages is overtaken in at most `PATIENCE` steps;
+- a sequence that needs pages is not overtaken by one that needs pages;
+- the sequence that started first is never preempted, so that it ends;
 - with S slots, the first S distinct adapters of the queue are loaded and kept.
 """
 
 from collections.abc import Callable, Iterable
 
 from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.cache.pages import PAGE_TOKENS
+from ranklet.replicas.engine.decodes import plan_decodes
 from ranklet.replicas.engine.fair_queue import FairQueue
-from ranklet.replicas.engine.plan import StepPlan
+from ranklet.replicas.engine.holders import Holders
+from ranklet.replicas.engine.kv_space import FreeSpace, KvSpace, Start
+from ranklet.replicas.engine.plan import Part, StepPlan
 from ranklet.replicas.engine.request import Request
 from ranklet.replicas.engine.sequence import Sequence
 
 PATIENCE = 4
 _REMEMBERED_STEPS = 8  # after a step with an adapter within its allowance, more requests of such adapters are expected
 _LOOKAHEAD = 512  # sequences examined after a step is full, so that their adapters are loaded early
+_LEAST_PIECE = 64  # tokens of a piece of a prompt that is not its last
 
 
 class Scheduler:
@@ -28,16 +39,28 @@ class Scheduler:
     Args:
         max_adapters: number of adapters that a step may mix.
         max_demand: number of adapters in `StepPlan.demand`.
+        interleave_tokens: tokens of prompts in a step with decodes.
+
+    Attributes:
+        space: pages and rows; None if the engine keeps no keys and values.
     """
 
-    def __init__(self, *, max_tokens: int, max_sequences: int, max_adapters: int, max_demand: int) -> None:
+    def __init__(
+        self, *, max_tokens: int, max_sequences: int, max_adapters: int, max_demand: int,
+        interleave_tokens: int | None = None,
+    ) -> None:  # fmt: skip
         self._max_tokens = max_tokens
         self._max_sequences = max_sequences
         self._max_adapters = max_adapters
         self._max_demand = max_demand
+        self._interleave_tokens = interleave_tokens or max_tokens
+        self.space: KvSpace | None = None
         self._steps_beside_others = 0  # further steps in which adapters within their allowance may have requests
-        self._started: list[Sequence] = []  # sequences that need another pass; they hold their slots
+        self._holders = Holders()
         self.queue = FairQueue(max_tokens)
+        self.preemptions = 0
+
+    # Planning
 
     def propose(
         self, is_ready: Callable[[AdapterRef], bool], enough: int | None = None, beside: int | None = None
@@ -46,22 +69,33 @@ class Scheduler:
 
         Args:
             is_ready: whether an adapter is in a slot.
-            enough: step size above which steps are not faster per token. A step takes no more sequences at this size,
-                unless more tokens wait than fit into the largest step.
+            enough: step size above which steps are not faster per token. A step without decodes takes no more
+                sequences at this size, unless more tokens wait than fit into the largest step.
             beside: step size up to which flooding adapters fill a step while other adapters have requests, so that
                 these need not wait for a large step.
         """
-        most = self._target_tokens(enough)
         plan = StepPlan()
-        adapters: set[AdapterRef] = set()
+        room = self.space.room() if self.space is not None else FreeSpace(0, 0)
+        first = next((each for each in self.queue if not each.cancelled), None)
+        if first is None or not _runs_alone(first) or not _is_ready(first, is_ready):
+            if self.space is not None:
+                plan_decodes(plan, self._holders, self.space, room)
+            if plan.decodes and plan.decodes[0].solo:
+                return plan
+        most = self._target_tokens(enough)
+        limit = self._max_tokens
+        if plan.decodes:
+            most = limit = min(len(plan.decodes) + self._interleave_tokens, self._max_tokens)
+        adapters = set(self._holders.adapters)
+        taken_away = set(plan.preempted)
         ready: dict[AdapterRef, bool] = {}
         beyond, others = 0, self._steps_beside_others > 0
-        for sequence in self._started:
-            self._add_started(sequence, plan, adapters)
-        full = len(plan.parts) == self._max_sequences or plan.tokens >= most
+        full = len(plan.decodes) >= self._max_sequences or plan.tokens >= most
         for sequence in self.queue:
             if sequence.cancelled:
                 plan.cancelled.append(sequence)
+                continue
+            if sequence in taken_away:
                 continue
             adapter = sequence.adapter
             if adapter is not None and adapter not in ready:
@@ -71,14 +105,18 @@ class Scheduler:
                 beyond += 1
                 if beyond > _LOOKAHEAD:
                     break
-            elif adapter is None or ready[adapter]:
-                if not self._fits(sequence, plan, adapters):
+            elif adapter is None or ready[adapter] or sequence.holds_slot:
+                part = self._part(sequence, plan, adapters, room, limit)
+                if part is None:
                     plan.passed.append(sequence)
-                    full = sequence.passed_over >= PATIENCE
+                    full = sequence.passed_over >= PATIENCE and not sequence.need.keeps_cache
                     continue
-                self._add(sequence, plan, adapters)
+                plan.add(part)
+                if adapter is not None:
+                    adapters.add(adapter)
                 others = others or not self.queue.floods(sequence)
-                full = sequence.solo or len(plan.parts) == self._max_sequences or plan.tokens >= most
+                count = len(plan.decodes) + len(plan.parts)
+                full = bool(sequence.solo) or count == self._max_sequences or plan.tokens >= most
         plan.demand = list(ready)[: self._max_demand]
         return plan
 
@@ -88,54 +126,194 @@ class Scheduler:
             backlog = self.queue.tokens_within() > self._max_tokens
         return self._max_tokens if backlog or enough is None else min(enough, self._max_tokens)
 
-    def _add_started(self, sequence: Sequence, plan: StepPlan, adapters: set[AdapterRef]) -> None:
-        if sequence.cancelled:
-            plan.cancelled.append(sequence)
-        elif len(plan.parts) < self._max_sequences and self._fits(sequence, plan, adapters):
-            self._add(sequence, plan, adapters)
+    def _part(
+        self, sequence: Sequence, plan: StepPlan, adapters: set[AdapterRef], room: FreeSpace, limit: int
+    ) -> Part | None:
+        """Return the tokens of a sequence that fit into the step; None if it does not fit."""
+        if (plan.parts or plan.decodes) and (sequence.solo or (plan.parts and plan.parts[0].sequence.solo)):
+            return None
+        if not sequence.need.divisible and self.space is not None and plan.uses_pages:
+            return None  # the head reads all tokens of a prompt: it runs in steps without pages
+        if sequence.need.keeps_cache and plan.parts and not plan.parts[0].sequence.need.divisible:
+            return None
+        adapter = sequence.adapter
+        if adapter is not None and adapter not in adapters and len(adapters) >= self._max_adapters:
+            return None
+        start, left, first = sequence.computed, sequence.need.tokens, None
+        if sequence.need.keeps_cache and sequence.row is None:
+            first = self._first_pages(sequence, room)
+            if first is None:
+                return None
+            start, left = first.tokens, left - first.tokens
+        tokens = self._piece(sequence, left, plan, limit)
+        if 0 < tokens < left and first is None and sequence.row is None:
+            first = self._first_pages(sequence, room)  # to be divided, a prompt needs pages
+            if first is None:
+                return None
+            start, left = first.tokens, left - first.tokens
+            tokens = min(tokens, left)
+        if not tokens:
+            return None
+        if first is not None:
+            room.pages -= first.pages
+            room.rows -= 1
+        head = sequence.need.head if tokens == left else None
+        return Part(sequence, sequence.epoch, start, tokens, head, first is not None or sequence.row is not None)
 
-    def _add(self, sequence: Sequence, plan: StepPlan, adapters: set[AdapterRef]) -> None:
-        plan.add(sequence)
-        if sequence.adapter is not None:
-            adapters.add(sequence.adapter)
+    def _first_pages(self, sequence: Sequence, room: FreeSpace) -> Start | None:
+        """Return what a sequence needs to start; None if there is no room for it."""
+        if sequence.waits_for_leader or self.space is None or not room.rows:
+            return None
+        found = self.space.to_start(sequence)
+        if found.pages + len(self._holders) > room.pages:  # each holder may soon need one page more
+            room.rows = 0  # no later sequence takes the pages that this one waits for
+            return None
+        return found
 
-    def _fits(self, sequence: Sequence, plan: StepPlan, adapters: set[AdapterRef]) -> bool:
-        if not plan.parts:
-            return True
-        if sequence.solo or plan.parts[0].sequence.solo or plan.tokens + sequence.need.tokens > self._max_tokens:
-            return False
-        return sequence.adapter is None or sequence.adapter in adapters or len(adapters) < self._max_adapters
+    def _piece(self, sequence: Sequence, left: int, plan: StepPlan, limit: int) -> int:
+        """Return how many of the `left` tokens fit into the step; 0 if it has no space for a useful number."""
+        space = limit - plan.tokens
+        if left <= space:
+            return left
+        if sequence.need.divisible and self.space is not None:
+            return space if space >= min(_LEAST_PIECE, self._interleave_tokens) else 0
+        if not plan.parts and (not plan.decodes or sequence.passed_over >= PATIENCE):
+            return left  # a prompt that cannot be divided; decodes wait for it once
+        return 0
+
+    # Changes
 
     def commit(self, plan: StepPlan) -> None:
-        """Remove the plan's sequences, and the cancelled ones, from the waiting sequences."""
-        sequences = plan.sequences
-        others = any(not self.queue.floods(sequence) for sequence in sequences)
+        """Make the plan take effect: its sequences have their slots."""
+        others = any(not self.queue.floods(part.sequence) for part in plan.parts)
         self._steps_beside_others = _REMEMBERED_STEPS if others else max(0, self._steps_beside_others - 1)
-        self.drop([*plan.cancelled, *sequences])
+        self.drop(plan.cancelled)
+        self._preempt(plan.preempted)
+        self.queue.remove([part.sequence for part in plan.parts])
+        # Cached pages are taken before other pages are allocated, which may evict cached ones, and pages of this step
+        # are published after all its sequences have started: no sequence reads a page in the step that writes it.
+        plan.started = [part.sequence for part in plan.parts if part.uses_pages and part.sequence.row is None]
+        if self.space is not None:
+            for sequence in plan.started:
+                self.space.share(sequence)
+        for sequence in plan.decodes:
+            self._decode(sequence, plan)
+        for sequence in plan.started:
+            self._start(sequence)
+        for part in plan.parts:
+            self._compute(part, plan)
+        for part in plan.parts:
+            if part.uses_pages and self.space is not None:
+                self.space.publish(part.sequence)
+        if plan.decodes and self.space is not None:
+            plan.rows = self.space.table.advance([each.row for each in plan.decodes])
+            for flow, tokens in self._holders.decoding_flows.items():
+                self.queue.charge_flow(flow, tokens)
         self.queue.charge(plan.tokens)
         for sequence in plan.passed:
             sequence.passed_over += 1
 
+    def _decode(self, sequence: Sequence, plan: StepPlan) -> None:
+        assert self.space is not None
+        if self.space.needs_page(sequence):
+            self.space.extend(sequence)
+        sequence.computed += 1
+        self._take_output(sequence, plan)
+
+    def _compute(self, part: Part, plan: StepPlan) -> None:
+        sequence = part.sequence
+        assert sequence.computed == part.start, "the cache has changed since the plan was made"
+        sequence.computed += part.tokens
+        if part.uses_pages:
+            assert self.space is not None
+            assert sequence.row is not None
+            self.space.table.lengths[sequence.row] = sequence.computed
+        plan.part_rows.append(sequence.row)
+        if part.head is not None:
+            self._take_output(sequence, plan)
+        else:
+            sequence.need = sequence.need._replace(tokens=len(sequence.ids) - sequence.computed)
+            self.queue.requeue(sequence, part.tokens)
+
+    def _start(self, sequence: Sequence) -> None:
+        assert self.space is not None
+        self.space.start(sequence)
+        self._holders.add(sequence)
+
+    def _take_output(self, sequence: Sequence, plan: StepPlan) -> None:
+        sequence.left -= 1
+        if sequence.left:
+            self._holders.start_decoding(sequence)
+        else:
+            plan.final.append(sequence)
+            self._holders.stop_decoding(sequence)
+
+    def _preempt(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            self.drop([sequence])
+            sequence.request.restart(sequence)
+            self.queue.restore(sequence)
+            self.preemptions += 1
+
+    def retry(self, sequences: Iterable[Sequence]) -> list[Sequence]:
+        """Put the sequences of a failed step, which were dropped, at the front of the queue.
+
+        The failed step may have written wrong keys and values into pages, which others share. Therefore all sequences
+        with pages are preempted, and no page is shared any more. Returns the preempted sequences.
+        """
+        preempted = self._holders.preemptible()
+        self._preempt(preempted)
+        if self.space is not None:
+            self.space.forget()
+        again = list(sequences)
+        for sequence in again:
+            sequence.request.restart(sequence)
+        self.queue.put_back(again)
+        return preempted
+
+    def publish(self, plan: StepPlan) -> None:
+        """Let later sequences share the pages that the delivered tokens of a step have filled."""
+        for sequence in plan.decodes:
+            if sequence.row is not None and len(sequence.ids) % PAGE_TOKENS == 1:
+                assert self.space is not None
+                self.space.publish(sequence)
+
     def drop(self, sequences: Iterable[Sequence]) -> None:
+        """Remove sequences and free their pages. Outputs of launched steps are void."""
         leaving = list(sequences)
-        if self._started:
-            ids, started = {id(each) for each in leaving}, {id(each) for each in self._started}
-            self._started = [each for each in self._started if id(each) not in ids]
-            leaving = [each for each in leaving if id(each) not in started]
-        self.queue.remove(leaving)
+        self.queue.remove([each for each in leaving if each in self.queue])
+        for sequence in leaving:
+            sequence.void()
+            if sequence in self._holders:
+                assert self.space is not None
+                self._holders.remove(sequence)
+                self.space.release(sequence)
 
     def take_waiting(self, adapter: AdapterRef) -> list[Request]:
-        """Remove the queued sequences of an adapter. Returns their requests."""
-        lost = [sequence for sequence in self.queue if sequence.adapter == adapter]
-        self.queue.remove(lost)
+        """Remove the queued sequences of an adapter that wait for its slot. Returns their requests."""
+        lost = [sequence for sequence in self.queue if sequence.adapter == adapter and not sequence.holds_slot]
+        self.drop(lost)
         return list(dict.fromkeys(sequence.request for sequence in lost))
 
-    def resume(self, sequences: Iterable[Sequence]) -> None:
-        self._started += sequences
+    # State
+
+    def check_integrity(self) -> None:
+        """Raise IntegrityError if a page is neither free nor cached nor held by a sequence."""
+        if self.space is not None:
+            self.space.pool.check_integrity([sequence.pages for sequence in self._holders.all])
 
     def waiting(self) -> list[Sequence]:
-        """Return the sequences that are in no step, queued or started."""
-        return [*self.queue, *self._started]
+        """Return the sequences that need another pass."""
+        return [*self.queue, *self._holders.decoding]
 
     def has_waiting(self) -> bool:
-        return len(self.queue) > 0 or bool(self._started)
+        return len(self.queue) > 0 or bool(self._holders.decoding)
+
+
+def _runs_alone(sequence: Sequence) -> bool:
+    """Whether the first sequence of the queue runs in a step without decodes."""
+    return bool(sequence.solo) or (not sequence.need.divisible and sequence.passed_over >= PATIENCE)
+
+
+def _is_ready(sequence: Sequence, is_ready: Callable[[AdapterRef], bool]) -> bool:
+    return sequence.adapter is None or sequence.holds_slot or is_ready(sequence.adapter)

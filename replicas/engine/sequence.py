@@ -7,10 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.cache.prefix import PrefixRoot
 from ranklet.replicas.engine.plan import Need
+from ranklet.replicas.model.sampling_values import SamplingValues
 
 if TYPE_CHECKING:
     from ranklet.replicas.engine.request import Request
+
+_MORE = 256  # tokens by which a full buffer grows at least
 
 
 @dataclass(slots=True, eq=False)
@@ -18,16 +22,29 @@ class Sequence:
     """A token sequence and its progress.
 
     Attributes:
-        ids: int32 [length]. A task may replace it by a longer one between two passes.
+        ids: int32 [length]: the prompt, and the output tokens that have reached the host.
         flow: the adapter's name, which owns a share of the queue; "" for the base model.
         index: position among the sequences of the request.
-        need: the next pass, which starts behind the computed tokens.
-        computed: number of leading tokens that earlier passes computed.
-        passes: number of completed passes.
+        prompt: number of leading tokens that the client sent.
+        need: the work that is left; set when the sequence starts, and when it starts again after a preemption.
+        computed: number of leading tokens that launched steps have computed.
+        left: number of outputs that no launched step computes yet.
+        epoch: number of times that launched work of this sequence became void: it was preempted, failed or ended.
+        passes: number of delivered outputs.
+        delivered: number of outputs delivered since it started or started again.
         passed_over: number of steps that this sequence did not fit into although its adapter was ready.
-        solo: whether it must run in a step of its own, because an earlier step with it failed.
+        solo: number of outputs that it computes in steps of its own, because an earlier step with it failed.
         slot: pool slot of the adapter; None for the base model.
         holds_slot: whether `slot` is reserved, from the first pass until the sequence is done.
+        row: row of the table of sequences with pages; None without pages.
+        pages: pages that hold its keys and values, in order.
+        sampling: how its tokens are drawn; None if it draws none.
+        leader: a sequence with the same prompt, whose pages this one waits for.
+        root: what its pages depend on besides the tokens; None if it shares no pages.
+        hashes: content hashes of its leading full pages; None if it shares no pages.
+        published: number of leading pages that others may share.
+        reads_cache: whether it may start with pages that others have computed.
+        cached_tokens: number of prompt tokens that were found in the prefix cache when it first started.
         turn: sort key in the queue.
     """
 
@@ -37,16 +54,57 @@ class Sequence:
     arrived_s: float
     request: "Request"
     index: int = 0
+    prompt: int = field(init=False)
     need: Need = field(init=False)
     computed: int = 0
+    left: int = 1
+    epoch: int = 0
     passes: int = 0
+    delivered: int = 0
     compute_s: float = 0.0
     passed_over: int = 0
-    solo: bool = False
+    solo: int = 0
     cancelled: bool = False
     slot: int | None = None
     holds_slot: bool = False
+    row: int | None = None
+    pages: list[int] = field(default_factory=list)
+    sampling: SamplingValues | None = None
+    leader: "Sequence | None" = None
+    root: PrefixRoot | None = None
+    hashes: list[bytes] | None = None
+    published: int = 0
+    reads_cache: bool = True
+    cached_tokens: int | None = None
     turn: tuple[float, int] = field(default=(0.0, 0), init=False)
+    _buffer: NDArray[np.int32] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt = len(self.ids)
+        self._buffer = self.ids
+
+    @property
+    def waits_for_leader(self) -> bool:
+        """Whether another sequence is about to compute pages that this one can share."""
+        leader = self.leader
+        return leader is not None and leader.left > 0 and not leader.cancelled and leader.computed < self.prompt
+
+    def append(self, token: int) -> None:
+        """Add an output token that has reached the host."""
+        length = len(self.ids)
+        if length == len(self._buffer):
+            self._buffer = np.empty(length + max(_MORE, length // 4), dtype=np.int32)
+            self._buffer[:length] = self.ids
+        self._buffer[length] = token
+        self.ids = self._buffer[: length + 1]
+
+    def begin(self, need: Need) -> None:
+        """Set the work that is left, from the first token on."""
+        self.need, self.left, self.computed, self.delivered = need, need.outputs, 0, 0
+
+    def void(self) -> None:
+        """Drop the outputs of launched steps."""
+        self.epoch += 1
 
 
 def flow_of(adapter: AdapterRef | None) -> str:

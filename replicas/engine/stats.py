@@ -1,6 +1,6 @@
 """Records that an engine pushes to a `Listener`, and snapshots of its state."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ranklet.replicas.adapters.reference import HeldAdapters, LoadRecord
 
@@ -13,6 +13,7 @@ class BatchRecord:
         prompts_by_adapter: number of sequences by adapter name; "" is the base model.
         queue_waits_s: wait of each sequence from its arrival to its first step.
         compute_s: device time of the step. The device runs one step at a time.
+        generated_by_adapter: tokens computed by decodes, by adapter name.
     """
 
     prompts_by_adapter: dict[str, int]
@@ -20,6 +21,7 @@ class BatchRecord:
     backend: str
     queue_waits_s: list[float]
     compute_s: float
+    generated_by_adapter: dict[str, int] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:

@@ -1,10 +1,11 @@
-"""Tasks: the passes that a request needs and the content of its answer.
+"""Tasks: the outputs that a request needs and the content of its answer.
 
-The engine runs a sequence in a loop. `Task.need` returns the next pass: how many tokens it computes, and with which
-head. `Head.finish` computes the output from the hidden states on the device. `Task.accept` takes the output and returns
-`Delta` if another pass follows, or `Done`.
+`Task.need` returns the work of a sequence: how many tokens it computes before its first output, and with which head.
+The head computes an output from the hidden states on the device. `Task.accept` takes each output on the host.
 """
 
+from collections.abc import Collection
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,34 +23,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """The sequence needs another pass."""
+    """The sequence has more outputs to come."""
 
     piece: Any = None  # sent to the client now; None sends nothing
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The sequence needs no further pass."""
+    """The sequence is done, even if outputs are left."""
+
+    piece: Any = None
 
 
 class Task(Protocol):
     """Work of one request. Collects the outputs of its sequences."""
 
-    def need(self, sequence: Sequence) -> Need:
-        """Return the next pass. Depends only on the sequence's `ids` and `computed`."""
+    @property
+    def choices(self) -> int:
+        """Number of sequences for each prompt."""
 
-    def accept(self, sequence: Sequence, output: NDArray[Any]) -> Delta | Done:
-        """Take the output of a pass, a row of the head's outputs. Called on the answer thread.
+    def prepare(self, sequences: Many[Sequence]) -> None:
+        """Describe the sequences of the request, prompt by prompt. Called once, by the client's thread."""
 
-        After `Delta` the engine adds the tokens of the pass to `sequence.computed` and calls `need`.
+    def start(self, sequence: Sequence, end_ids: Collection[int]) -> None:
+        """Set up a sequence whose adapter is in a slot. Called before its first step, and after a preemption.
+
+        Args:
+            end_ids: tokens that end texts of the adapter, besides those of the base model.
         """
+
+    def need(self, sequence: Sequence) -> Need:
+        """Return the work that is left from the first token on. Depends only on the sequence's `ids` and `prompt`."""
+
+    def accept(self, sequence: Sequence, output: Any) -> Delta | Done:
+        """Take an output of the head. Called on the answer thread."""
 
     def result(self) -> Any:
         """Return the content of the answer. Called once, after all sequences are done."""
 
 
 class EmbedTask:
-    """Computes each prompt in one pass. The result is the pooled vectors, float32 [prompts, dimensions].
+    """Computes each prompt once. The result is the pooled vectors, float32 [prompts, dimensions].
 
     Args:
         prompts: number of prompts.
@@ -59,6 +73,8 @@ class EmbedTask:
         InvalidRequest: `dimensions` is out of range.
     """
 
+    choices = 1
+
     def __init__(
         self, params: EmbedParams, prompts: int, limits: RequestLimits, head: "Head", *, normalize: bool
     ) -> None:
@@ -67,10 +83,16 @@ class EmbedTask:
         self._renormalize = normalize and width < limits.hidden
         self._vectors = np.full((prompts, width), np.nan, dtype=np.float32)
 
-    def need(self, sequence: Sequence) -> Need:
-        return Need(len(sequence.ids), self._head, is_final=True)
+    def prepare(self, sequences: Many[Sequence]) -> None:
+        pass
 
-    def accept(self, sequence: Sequence, output: NDArray[Any]) -> Delta | Done:
+    def start(self, sequence: Sequence, end_ids: Collection[int]) -> None:
+        pass
+
+    def need(self, sequence: Sequence) -> Need:
+        return Need(len(sequence.ids), self._head, divisible=self._head.reads_last)
+
+    def accept(self, sequence: Sequence, output: NDArray[np.float32]) -> Delta | Done:
         vector = output[: self._vectors.shape[1]]
         if self._renormalize:
             vector = vector / max(float(np.linalg.norm(vector)), 1e-12)

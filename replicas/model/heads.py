@@ -3,6 +3,7 @@
 Letters: T tokens of the batch, B sequences, R selected rows, H hidden width.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,8 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ranklet.kernels.batch import LoraBatch
+from ranklet.kernels.sampling_row import Feature
+from ranklet.kernels.stack import LinearStack
 from ranklet.replicas.model.attention import Spans
+from ranklet.replicas.model.lm_head import LmHead
 from ranklet.replicas.model.pooling import Pooling
+from ranklet.replicas.model.sampled import SampledToken
+from ranklet.replicas.model.sampler import Sampler
 
 
 class Head(Protocol):
@@ -21,14 +28,22 @@ class Head(Protocol):
     def reads_last(self) -> bool:
         """Whether the head reads only each sequence's last token. The last layer may then compute no other token."""
 
+    def results(self, arrays: Sequence[Tensor], count: int) -> Iterable[Any]:
+        """Return the outputs of the first `count` sequences on the host; None for one that is not finite.
+
+        Args:
+            arrays: what the head computed, on the host.
+        """
+
+
+class PromptHead(Head, Protocol):
+    """A head of whole prompts."""
+
     def rows(self, states: Tensor, spans: Spans) -> Tensor:
         """Select the states that the head reads: [T, H] -> [R, H]. Not called if only last tokens were computed."""
 
     def finish(self, rows: Tensor, spans: Spans) -> Tensor:
         """Compute outputs [B, ...] on the device from the selected rows [R, H], to which the final norm was applied."""
-
-    def are_valid(self, outputs: NDArray[Any]) -> NDArray[np.bool_]:
-        """Check outputs [B, ...] on the host. Returns [B]; an invalid output fails only its own request."""
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, because each step compares the heads of its spans
@@ -47,6 +62,49 @@ class PoolingHead:
     def finish(self, rows: Tensor, spans: Spans) -> Tensor:
         return self.pooling.vectors(rows, spans)
 
-    def are_valid(self, outputs: NDArray[Any]) -> NDArray[np.bool_]:
-        finite: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(outputs), axis=1)
-        return finite
+    def results(self, arrays: Sequence[Tensor], count: int) -> Iterable[NDArray[np.float32] | None]:
+        vectors = arrays[0].numpy()[:count]
+        finite = np.logical_and.reduce(np.isfinite(vectors), axis=1)
+        return (vector if valid else None for vector, valid in zip(vectors, finite, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class TextHead:
+    """Draws the next token of each sequence.
+
+    The outputs are the token ids, int32 [B]; then, if a sequence of the step asked, the tokens' logprobs, float32 [B];
+    then the ids and logprobs of the 20 best tokens, [B, 20] each.
+    """
+
+    lm_head: LmHead
+    sampler: Sampler
+
+    reads_last = True
+
+    def draw(
+        self, rows: Tensor, lora: LoraBatch | None, stack: LinearStack | None, columns: Tensor, features: Feature,
+        last_token: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Compute the logits of rows [B, H], to which the final norm was applied, and draw a token from each.
+
+        Args:
+            columns: int32 [B, columns]: sampling values of each row.
+            last_token: int32 [R + 1], to which the tokens are written too.
+        """
+        logits = self.lm_head.logits(rows, stack, lora)
+        sampled = self.sampler.sample(logits, columns, features, last_token)
+        return tuple(array for array in sampled if array is not None)
+
+    def results(self, arrays: Sequence[Tensor], count: int) -> Iterable[int | SampledToken | None]:
+        tokens = arrays[0][:count].tolist()
+        if len(arrays) == 1:
+            return (token if token >= 0 else None for token in tokens)
+        return self._with_logprobs(tokens, arrays)
+
+    @staticmethod
+    def _with_logprobs(tokens: list[int], arrays: Sequence[Tensor]) -> Iterator[SampledToken | None]:
+        logprobs = arrays[1].tolist()
+        tops = [array.numpy() for array in arrays[2:]]
+        for i, token in enumerate(tokens):
+            top = tuple(array[i] for array in tops)
+            yield SampledToken(token, logprobs[i], *top) if token >= 0 else None

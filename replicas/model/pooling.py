@@ -41,7 +41,10 @@ class Pooling:
             owner = torch.repeat_interleave(requests, lengths, output_size=rows.shape[0])
             sums = pooled.new_zeros(len(spans.lengths), pooled.shape[1]).index_add_(0, owner, pooled)
             pooled = sums / lengths[:, None]
-        return functional.normalize(pooled, dim=1) if self.normalize else pooled
+        return self.normalized(pooled)
+
+    def normalized(self, vectors: Tensor) -> Tensor:
+        return functional.normalize(vectors, dim=1) if self.normalize else vectors
 
 
 def read_pooling(model_dir: Path) -> Pooling:

@@ -13,8 +13,9 @@ from torch.nn import functional
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
+from ranklet.replicas.engine.launched import LaunchedStep
 from ranklet.replicas.engine.layout import whole_prompts
-from ranklet.replicas.engine.runner import LaunchedStep, Runner
+from ranklet.replicas.engine.runner import Runner
 from ranklet.replicas.model.decoder import StageCallback, ignore_stage
 from ranklet.replicas.model.heads import Head
 from ranklet.replicas.profiling.clock import StageClock, median_s

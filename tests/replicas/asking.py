@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import revision_of
 from ranklet.replicas.engine.engine import Engine
+from ranklet.replicas.engine.launched import LaunchedStep
 from ranklet.replicas.engine.layout import whole_prompts
 from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.engine.request import Answer, AnswerSink
-from ranklet.replicas.engine.runner import LaunchedStep
 from ranklet.replicas.errors import RankletError
 from ranklet.replicas.model.decoder import StageCallback
 from ranklet.replicas.process.process import EngineProcess
@@ -76,8 +76,10 @@ def launch(
 
 def vectors_of(step: LaunchedStep) -> NDArray[np.float32]:
     """Wait for a step of one head. Returns its outputs in the order of the prompts."""
-    (outputs,) = step.wait()
-    return outputs
+    step.wait()
+    (group,) = step.groups
+    results = dict(group.results())
+    return np.asarray([results[i] for i in range(len(results))])
 
 
 def until(condition: Callable[[], bool]) -> None:

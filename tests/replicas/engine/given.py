@@ -1,9 +1,10 @@
 """Sequences for tests of the queue and the scheduler, made through requests as the engine makes them."""
 
+from collections.abc import Collection
+from collections.abc import Sequence as Many
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.plan import Need
@@ -19,10 +20,18 @@ HEAD = PoolingHead(Pooling())
 class OnePassTask:
     """Computes all tokens once and drops the output."""
 
+    choices = 1
+
+    def prepare(self, sequences: Many[Sequence]) -> None:
+        pass
+
+    def start(self, sequence: Sequence, end_ids: Collection[int]) -> None:
+        pass
+
     def need(self, sequence: Sequence) -> Need:
         return Need(len(sequence.ids), HEAD)
 
-    def accept(self, sequence: Sequence, output: NDArray[Any]) -> Delta | Done:
+    def accept(self, sequence: Sequence, output: Any) -> Delta | Done:
         return Done()
 
     def result(self) -> None:

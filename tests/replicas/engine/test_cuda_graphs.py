@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
-from ranklet.replicas.engine.runner import LaunchedStep
+from ranklet.replicas.engine.launched import LaunchedStep
 from ranklet.replicas.model.decoder import ignore_stage
 from tests.bench.shapes import decoder, write_adapters, write_model
 from tests.replicas.asking import ask, launch, ref, vectors_of

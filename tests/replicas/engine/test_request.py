@@ -7,7 +7,7 @@ import numpy as np
 
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import EmbedParams
-from ranklet.replicas.engine.request import Answer, AnswerSink, Request, Ticket
+from ranklet.replicas.engine.request import Answer, AnswerSink, Notice, Request, Ticket
 from ranklet.replicas.engine.tasks import EmbedTask
 from ranklet.replicas.errors import InternalError, RankletError
 from tests.replicas.engine.given import HEAD
@@ -20,7 +20,7 @@ def make_request(prompts: int) -> tuple[Request, Ended]:
     ended: Ended = []
     task = EmbedTask(EmbedParams(), prompts, LIMITS, HEAD, normalize=True)
     ids = [np.zeros(i + 1, np.int32) for i in range(prompts)]
-    return Request(task, ids, None, AnswerSink(ended.append), arrived_s=10.0, tier="host"), ended
+    return Request(task, ids, None, AnswerSink(ended.append), arrived_s=10.0), ended
 
 
 def complete(
@@ -28,14 +28,19 @@ def complete(
 ) -> bool:
     output = np.asarray(vector, np.float32)
     sequence = request.sequences[index]
-    return request.on_output(sequence, output, backend="native", began_s=began_s, compute_s=ran_s)
+    notices = list[Notice]()
+    done = request.on_output(sequence, output, notices, backend="native", began_s=began_s, compute_s=ran_s)
+    for notice in notices:
+        notice()
+    return done
 
 
 def test_vectors_are_in_the_order_of_the_prompts() -> None:
     request, ended = make_request(3)
+    request.tier = "host"
     for index in (2, 0, 1):
         assert not ended
-        assert not complete(request, index, [index, 1, 2, 3], began_s=11.0 + index, ran_s=0.5 - 0.1 * index)
+        assert complete(request, index, [index, 1, 2, 3], began_s=11.0 + index, ran_s=0.5 - 0.1 * index)
     (answer,) = ended
     assert isinstance(answer, Answer)
     assert answer.result[:, 0].tolist() == [0, 1, 2]
@@ -89,5 +94,5 @@ def test_a_sink_that_raises_does_not_disturb_the_engine() -> None:
 
     task = EmbedTask(EmbedParams(), 1, LIMITS, HEAD, normalize=True)
     request = Request(task, [np.zeros(1, np.int32)], None, AnswerSink(careless))
-    assert not complete(request, 0, [1, 0, 0, 0])
+    assert complete(request, 0, [1, 0, 0, 0])
     assert not request.is_open

@@ -1,84 +1,44 @@
-"""A second task on the engine's seams: two passes over each sequence, with pieces that leave between them."""
+"""Text and embeddings on one engine: slots, pages and rows are held and freed, and a defect of a task fails alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.engine import Engine
-from ranklet.replicas.engine.plan import Need
+from ranklet.replicas.engine.generate import Generation, TokenPiece
+from ranklet.replicas.engine.params import EmbedParams, GenerateParams
 from ranklet.replicas.engine.request import Answer
 from ranklet.replicas.engine.sequence import Sequence
-from ranklet.replicas.engine.tasks import Delta, Done
-from ranklet.replicas.errors import InternalError, RankletError, Unavailable
-from ranklet.replicas.model.attention import Spans
-from ranklet.replicas.model.heads import Head
+from ranklet.replicas.engine.tasks import Delta, Done, EmbedTask
+from ranklet.replicas.errors import InternalError, InvalidRequest, RankletError, Unavailable
 from tests.assets.adapters import AdapterSpec
 from tests.replicas.asking import PATIENCE_S, ask, assert_same, ref, submit, until
-from tests.replicas.engine.recording import RecordingListener
+from tests.replicas.engine.recording import MakeEngine, RecordingListener
 
-
-class HalvesTask:
-    """Pools the first half of each sequence, then its second half: the second pass starts in the middle.
-
-    Attention is relative to positions, so each half has the vector that an embedding of that half alone has.
-    """
-
-    def __init__(self, prompts: int, head: Head, *, between: Callable[[], None] = lambda: None) -> None:
-        self._head = head
-        self._between = between
-        self._halves: list[list[NDArray[np.float32]]] = [[] for _ in range(prompts)]
-
-    def need(self, sequence: Sequence) -> Need:
-        middle = len(sequence.ids) // 2
-        if sequence.computed:
-            return Need(len(sequence.ids) - middle, self._head, is_final=True)
-        return Need(middle, self._head)
-
-    def accept(self, sequence: Sequence, output: NDArray[Any]) -> Delta | Done:
-        self._halves[sequence.index].append(output.copy())
-        if sequence.computed:
-            return Done()
-        self._between()
-        return Delta(output.copy())
-
-    def result(self) -> NDArray[np.float32]:
-        return np.asarray(self._halves)
-
-
-class NormHead:
-    """The length of each sequence's last state: a second head, so that steps of two tasks have two heads."""
-
-    reads_last = True
-
-    def rows(self, states: Tensor, spans: Spans) -> Tensor:
-        return states[spans.offsets[1:] - 1]
-
-    def finish(self, rows: Tensor, spans: Spans) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        return norms
-
-    def are_valid(self, outputs: NDArray[Any]) -> NDArray[np.bool_]:
-        valid: NDArray[np.bool_] = outputs[:, 0] > 0
-        return valid
+GREEDY = GenerateParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+LONG = GenerateParams(max_tokens=400, temperature=0.0, ignore_eos=True)
 
 
 @dataclass
-class RecordingSink:
-    pieces: list[tuple[int, NDArray[np.float32]]] = field(default_factory=list)
+class TextSink:
+    """Keeps the tokens of each choice as they come; `on_piece` runs on the engine's thread."""
+
+    on_piece: Callable[[], None] = lambda: None
+    tokens: dict[int, list[int]] = field(default_factory=dict)
     ended: "Future[Answer]" = field(default_factory=Future)
 
-    def delta(self, index: int, piece: Any) -> None:
+    def delta(self, index: int, piece: TokenPiece) -> None:
         assert not self.ended.done(), "no piece comes after the end"
-        self.pieces.append((index, piece))
+        self.tokens.setdefault(index, []).extend(piece.tokens)
+        self.on_piece()
 
     def done(self, result: Answer | RankletError) -> None:
         if isinstance(result, RankletError):
@@ -86,133 +46,180 @@ class RecordingSink:
         else:
             self.ended.set_result(result)
 
+    def generation(self) -> Generation:
+        result = self.ended.result(PATIENCE_S).result
+        assert isinstance(result, Generation)
+        return result
+
 
 def draw(*lengths: int) -> list[NDArray[np.int32]]:
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(sum(lengths))
     return [rng.integers(0, 1024, length, dtype=np.int32) for length in lengths]
 
 
-@pytest.mark.parametrize("with_adapter", [False, True])
-def test_each_half_has_the_vector_of_that_half_alone(
-    engine: Engine, adapter_specs: list[AdapterSpec], with_adapter: bool
-) -> None:
-    adapter: AdapterRef | None = ref(adapter_specs[0].path) if with_adapter else None
-    prompts, sink = draw(9, 40, 2), RecordingSink()
-    engine.submit_task(prompts, adapter, HalvesTask(3, engine.head), sink)
-    answer = sink.ended.result(PATIENCE_S)
-    halves = [part for ids in prompts for part in (ids[: len(ids) // 2], ids[len(ids) // 2 :])]
-    alone = ask(engine, halves, adapter).result.reshape(3, 2, -1)
-    for ours, theirs in zip(answer.result, alone, strict=True):
-        assert_same(ours, theirs)
-    assert sorted(index for index, _ in sink.pieces) == [0, 1, 2]
-    for index, piece in sink.pieces:
-        assert_same(piece[None], alone[index, :1])
-    assert answer.prompt_tokens == sum(map(len, prompts))
-
-
-def test_only_first_passes_count_as_waits_in_the_queue(make_engine: Callable[..., Engine]) -> None:
-    listener, prompts, sink = RecordingListener(), draw(9, 40, 2), RecordingSink()
-    engine = make_engine(listener=listener)
+@pytest.fixture
+def text_engine(make_engine: MakeEngine) -> Iterator[Engine]:
+    engine = make_engine(kv_cache_bytes=8 << 20, max_model_len=512)
     engine.start()
-    engine.submit_task(prompts, None, HalvesTask(3, engine.head), sink)
-    sink.ended.result(PATIENCE_S)
-    until(lambda: sum(record.tokens for record in listener.batches) == sum(map(len, prompts)))
-    assert sum(record.prompts_by_adapter[""] for record in listener.batches) == 2 * len(prompts)
-    assert sum(len(record.queue_waits_s) for record in listener.batches) == len(prompts)
+    yield engine
+    engine.check_integrity()
 
 
-def test_two_tasks_share_steps(engine: Engine) -> None:
-    """Embeddings beside the second task get the vectors that they get alone."""
-    prompts, sink = draw(30, 6), RecordingSink()
-    alone = ask(engine, prompts).result
-    with engine.paused():
-        beside = [submit(engine, [ids]) for ids in prompts]
-        engine.submit_task(prompts, None, HalvesTask(2, NormHead()), sink)
-        more = submit(engine, prompts)
-    for i, future in enumerate(beside):
-        assert_same(future.result(PATIENCE_S).result, alone[i : i + 1])
-    assert_same(more.result(PATIENCE_S).result, alone)
-    norms = sink.ended.result(PATIENCE_S).result
-    assert norms.shape == (2, 2, 1)
-    assert (norms > 0).all()
+def test_pieces_are_the_whole_answer_and_usage_counts_the_prompt_once(text_engine: Engine) -> None:
+    prompts, sink = draw(9, 70), TextSink()
+    params = GenerateParams(max_tokens=7, temperature=0.0, ignore_eos=True, n=2, logprobs=3)
+    text_engine.submit(prompts, None, params, sink)
+    generation = sink.generation()
+    assert len(generation.choices) == 4
+    for i, choice in enumerate(generation.choices):
+        assert choice.tokens.tolist() == sink.tokens[i]
+        assert choice.finish_reason == "length"
+        assert choice.logprobs is not None
+        assert [len(each.top) for each in choice.logprobs] == [3] * 7
+        assert all(each.top[0][0] == token for each, token in zip(choice.logprobs, sink.tokens[i], strict=True))
+    assert sink.tokens[0] == sink.tokens[1], "greedy choices are equal"
+    assert sink.ended.result(0).prompt_tokens == 79
 
 
-def test_a_sequence_keeps_its_slot_between_passes(
-    make_engine: Callable[..., Engine], adapter_specs: list[AdapterSpec]
+def test_a_stop_token_ends_a_choice_with_the_token(text_engine: Engine) -> None:
+    prompts, sink = draw(20), TextSink()
+    text_engine.submit(prompts, None, GREEDY, sink)
+    whole = sink.generation().choices[0].tokens.tolist()
+    again, stop = TextSink(), whole[5]
+    params = GenerateParams(max_tokens=12, temperature=0.0, ignore_eos=True, stop_token_ids=(stop,))
+    text_engine.submit(prompts, None, params, again)
+    (choice,) = again.generation().choices
+    assert choice.tokens.tolist() == whole[: whole.index(stop) + 1] == again.tokens[0]
+    assert (choice.finish_reason, choice.stop_token) == ("stop", stop)
+
+
+def test_seeded_draws_do_not_depend_on_other_requests(text_engine: Engine) -> None:
+    prompts = draw(30)
+    params = GenerateParams(max_tokens=20, temperature=1.0, seed=7, ignore_eos=True)
+    alone, beside = TextSink(), TextSink()
+    text_engine.submit(prompts, None, params, alone)
+    wanted = alone.generation().choices[0].tokens.tolist()
+    with text_engine.paused():
+        others = [TextSink() for _ in range(5)]
+        for i, each in enumerate(others):
+            text_engine.submit(draw(10 + i), None, GenerateParams(max_tokens=9 + i, seed=i), each)
+        text_engine.submit(prompts, None, params, beside)
+    assert beside.generation().choices[0].tokens.tolist() == wanted
+    assert len({tuple(each.generation().choices[0].tokens.tolist()) for each in others}) == 5
+
+
+def test_embeddings_beside_text_are_those_that_they_are_alone(
+    text_engine: Engine, adapter_specs: list[AdapterSpec]
 ) -> None:
-    """Another adapter waits for the only slot, and gets it only after the second pass."""
-    engine = make_engine(slots=1)
+    adapter: AdapterRef = ref(adapter_specs[0].path)
+    prompts = draw(30, 6, 300)
+    wanted = [ask(text_engine, prompts, each).result for each in (None, adapter)]
+    streams = [TextSink() for _ in range(4)]
+    for i, sink in enumerate(streams):
+        text_engine.submit(draw(40 + i), adapter if i % 2 else None, LONG, sink)
+    until(lambda: all(sink.tokens for sink in streams))
+    for each, vectors in zip((None, adapter), wanted, strict=True):
+        assert_same(ask(text_engine, prompts, each).result, vectors)
+    assert not any(sink.ended.done() for sink in streams), "the vectors came while text was generated"
+    for sink in streams:
+        assert len(sink.generation().choices[0].tokens) == 400
+
+
+def test_a_stream_keeps_its_slot(make_engine: MakeEngine, adapter_specs: list[AdapterSpec]) -> None:
+    """Another adapter waits for the only slot, and gets it after the stream."""
+    engine = make_engine(slots=1, kv_cache_bytes=8 << 20, max_model_len=512)
     engine.start()
     ours, theirs = (ref(spec.path) for spec in adapter_specs[:2])
-    others: list[Future[Answer]] = []
-    sink = RecordingSink()
-    task = HalvesTask(1, engine.head, between=lambda: others.append(submit(engine, draw(5), theirs)))
-    engine.submit_task(draw(20), ours, task, sink)
-    first, second = draw(20)[0][:10], draw(20)[0][10:]
-    answer = sink.ended.result(PATIENCE_S)
-    others[0].result(PATIENCE_S)
-    assert_same(answer.result[0], ask(engine, [first, second], ours).result)
+    sink = TextSink()
+    engine.submit(draw(20), ours, LONG, sink)
+    until(lambda: len(sink.tokens.get(0, ())) > 3)
+    other = submit(engine, draw(5), theirs)
+    other.result(PATIENCE_S)
+    assert len(sink.generation().choices[0].tokens) == 400
     assert [report.references for report in engine.report()] == [0, 0], "no slot stays in use"
 
 
-def test_a_request_cancelled_between_passes_frees_its_slot(
-    make_engine: Callable[..., Engine], adapter_specs: list[AdapterSpec]
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_a_cancelled_stream_frees_its_slot_and_pages(
+    make_engine: MakeEngine, adapter_specs: list[AdapterSpec], after: int
 ) -> None:
-    engine = make_engine(slots=1)
+    engine = make_engine(slots=1, kv_cache_bytes=8 << 20, max_model_len=512)
     engine.start()
     ours, theirs = (ref(spec.path) for spec in adapter_specs[:2])
-    sink = RecordingSink()
-    task = HalvesTask(1, engine.head, between=lambda: ticket.cancel())
-    with engine.paused():
-        ticket = engine.submit_task(draw(20), ours, task, sink)
+    sink = TextSink()
+    ticket = engine.submit(draw(100), ours, LONG, sink)
+    until(lambda: len(sink.tokens.get(0, ())) >= after)
+    ticket.cancel()
     ask(engine, draw(5), theirs)
+    until(lambda: engine.snapshot().waiting_requests == engine.snapshot().running_requests == 0)
     assert not sink.ended.done()
-    assert engine.snapshot().waiting_requests == 0
+    assert len(sink.tokens.get(0, ())) < 400
+    engine.check_integrity()
 
 
-def test_stopping_refuses_a_request_between_passes(make_engine: Callable[..., Engine]) -> None:
-    engine = make_engine()
+def test_stopping_refuses_running_streams(make_engine: MakeEngine) -> None:
+    engine = make_engine(kv_cache_bytes=8 << 20, max_model_len=512)
     engine.start()
-    sink, stopping = RecordingSink(), Thread(target=engine.stop)
-
-    def stop() -> None:
-        stopping.start()
-        until(lambda: not engine.healthy())  # the step thread has ended; this is the answer thread
-
-    engine.submit_task(draw(20), None, HalvesTask(1, engine.head, between=stop), sink)
+    sink = TextSink()
+    engine.submit(draw(20), None, LONG, sink)
+    until(lambda: bool(sink.tokens))
+    stopping = Thread(target=engine.stop)
+    stopping.start()
     with pytest.raises(Unavailable):
         sink.ended.result(PATIENCE_S)
     stopping.join(PATIENCE_S)
     assert not stopping.is_alive()
 
 
-def test_a_task_that_raises_fails_its_own_request_only(engine: Engine) -> None:
-    def fail() -> None:
+def test_only_first_outputs_count_as_waits_in_the_queue(make_engine: MakeEngine) -> None:
+    listener, sink = RecordingListener(), TextSink()
+    engine = make_engine(listener=listener, kv_cache_bytes=8 << 20, max_model_len=512)
+    engine.start()
+    engine.submit(draw(9, 40, 2), None, GREEDY, sink)
+    sink.generation()
+    until(lambda: sum(sum(record.generated_by_adapter.values()) for record in listener.batches) == 3 * 11)
+    assert sum(record.tokens for record in listener.batches) == 51
+    assert sum(len(record.queue_waits_s) for record in listener.batches) == 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "says"),
+    [
+        (20, GenerateParams(max_tokens=493), "expected at most 492"),
+        (20, GenerateParams(max_tokens=0), "at least 1"),
+        (20, GenerateParams(logit_bias=((5000, 1.0),)), "5000"),
+    ],
+)
+def test_bad_parameters_are_refused(text_engine: Engine, prompt: int, params: GenerateParams, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        text_engine.submit(draw(prompt), None, params, TextSink())
+
+
+def test_a_base_that_is_served_for_embeddings_says_so(engine: Engine, model_dir: Path) -> None:
+    assert (model_dir / "modules.json").is_file()
+    with pytest.raises(InvalidRequest, match="kv_cache_bytes"):
+        engine.submit(draw(5), None, GREEDY, TextSink())
+
+
+class RaisingTask(EmbedTask):
+    def accept(self, sequence: Sequence, output: Any) -> Delta | Done:
         raise ValueError("a defect of the task")
 
-    sink = RecordingSink()
+
+class EndlessTask(EmbedTask):
+    def accept(self, sequence: Sequence, output: Any) -> Delta | Done:
+        return Delta()
+
+
+@pytest.mark.parametrize(("kind", "says"), [(RaisingTask, "a defect of the task"), (EndlessTask, "after the last one")])
+def test_a_task_with_a_defect_fails_its_own_request_only(
+    engine: Engine, adapter_specs: list[AdapterSpec], kind: type[EmbedTask], says: str
+) -> None:
+    adapter, sink = ref(adapter_specs[0].path), TextSink()
     with engine.paused():
-        engine.submit_task(draw(20), None, HalvesTask(1, engine.head, between=fail), sink)
-        beside = submit(engine, draw(5))
-    with pytest.raises(InternalError, match="a defect of the task"):
+        engine.submit_task(draw(20), adapter, kind(EmbedParams(), 1, engine.limits, engine.head, normalize=True), sink)
+        beside = submit(engine, draw(5), adapter)
+    with pytest.raises(InternalError, match=says):
         sink.ended.result(PATIENCE_S)
     assert beside.result(PATIENCE_S).result.shape == (1, 128)
-    assert engine.healthy()
-
-
-class EndlessTask(HalvesTask):
-    """Calls its first pass final, and then wants another one."""
-
-    def need(self, sequence: Sequence) -> Need:
-        return super().need(sequence)._replace(is_final=True)
-
-
-def test_a_task_that_goes_on_after_a_final_pass_fails_its_own_request_only(
-    engine: Engine, adapter_specs: list[AdapterSpec]
-) -> None:
-    adapter, sink = ref(adapter_specs[0].path), RecordingSink()
-    engine.submit_task(draw(20), adapter, EndlessTask(1, engine.head), sink)
-    with pytest.raises(InternalError, match="final"):
-        sink.ended.result(PATIENCE_S)
-    assert ask(engine, draw(5), adapter).result.shape == (1, 128)
     assert engine.healthy()

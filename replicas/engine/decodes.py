@@ -1,0 +1,31 @@
+"""Plans the decodes of a step, and chooses the sequences that give up their pages for them."""
+
+from ranklet.replicas.engine.holders import Holders
+from ranklet.replicas.engine.kv_space import FreeSpace, KvSpace
+from ranklet.replicas.engine.plan import StepPlan
+from ranklet.replicas.engine.sequence import Sequence
+
+
+def plan_decodes(plan: StepPlan, holders: Holders, space: KvSpace, room: FreeSpace) -> None:
+    """Add every decoding sequence to a plan. Out of pages, the sequence that started last is preempted instead.
+
+    A sequence that runs alone, because a step with it failed, is the plan's only decode.
+    """
+    victims, preempted = holders.preemptible(), set[Sequence]()
+    solo = next((each for each in holders.decoding if each.solo and not each.cancelled), None)
+    for sequence in holders.decoding if solo is None else [solo]:
+        if sequence.cancelled:
+            plan.cancelled.append(sequence)
+            continue
+        if space.needs_page(sequence) and sequence not in preempted:
+            while not room.pages and sequence not in preempted:
+                victim = victims.pop()
+                preempted.add(victim)
+                room.pages += space.freed_by(victim)
+            if sequence not in preempted:
+                room.pages -= 1
+        if sequence not in preempted:
+            plan.decode(sequence)
+    if preempted:
+        plan.preempted = [each for each in holders.all if each in preempted]
+        room.rows = 0  # nothing starts in pages that were just taken away

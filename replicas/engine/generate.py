@@ -1,0 +1,152 @@
+"""The task that generates text: token ids in, token ids out."""
+
+from collections.abc import Collection
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ranklet.replicas.cache.prefix import PrefixRoot, page_hashes
+from ranklet.replicas.engine.params import GenerateParams
+from ranklet.replicas.engine.plan import Need
+from ranklet.replicas.engine.sequence import Sequence
+from ranklet.replicas.engine.tasks import Delta, Done
+from ranklet.replicas.model.sampled import SampledToken, TokenLogprob
+
+if TYPE_CHECKING:
+    from ranklet.replicas.model.heads import TextHead
+
+STOP, LENGTH = "stop", "length"
+
+
+class TokenPiece(NamedTuple):
+    """New tokens of a choice.
+
+    Attributes:
+        logprobs: of each token; None if the request did not ask.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextChoice:
+    """The output for one prompt.
+
+    Attributes:
+        tokens: int32 [length], with the token that ended it.
+        finish_reason: stop or length.
+        stop_token: the token that ended it; None at the length limit.
+        logprobs: of each token; None if the request did not ask.
+    """
+
+    tokens: NDArray[np.int32]
+    finish_reason: str
+    stop_token: int | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """The result of a request: `n` choices for each prompt, prompt by prompt.
+
+    Attributes:
+        cached_tokens: prompt tokens that were not computed, because the prefix cache held them. Of each prompt's first
+            choice.
+        prompt_logprobs: of each prompt's tokens but the first; None if the request did not ask.
+    """
+
+    choices: tuple[TextChoice, ...]
+    cached_tokens: int = 0
+    prompt_logprobs: tuple[tuple[TokenLogprob, ...], ...] | None = None
+
+
+@dataclass(slots=True)
+class _Output:
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    choice: TextChoice | None = None
+
+
+class GenerateTask:
+    """Generates up to `params.max_tokens` tokens for each choice of each prompt.
+
+    Args:
+        prompts: number of prompts.
+        end_ids: tokens that end a text of the base model.
+        seed: of the draws.
+        root: what pages depend on besides the tokens; None shares no pages.
+    """
+
+    def __init__(
+        self, params: GenerateParams, prompts: int, head: "TextHead", end_ids: Collection[int], seed: int,
+        root: PrefixRoot | None,
+    ) -> None:  # fmt: skip
+        self.choices = params.n
+        self._params = params
+        self._end_ids = tuple(end_ids)
+        self._stop_ids = frozenset[int]()
+        self._head = head
+        self._seed = seed
+        self._root = root
+        self._outputs = [_Output() for _ in range(prompts * params.n)]
+        self._prompt_logprobs: list[list[TokenLogprob]] = [[] for _ in range(prompts)]
+        self._cached_tokens = 0
+
+    def prepare(self, sequences: Many[Sequence]) -> None:
+        for first in range(0, len(sequences), self.choices):
+            leader = sequences[first]
+            hashes = None if self._root is None else page_hashes(self._root, leader.ids)
+            for sequence in sequences[first : first + self.choices]:
+                sequence.root = self._root
+                sequence.hashes = None if hashes is None else list(hashes)
+                sequence.reads_cache = self._params.prompt_logprobs is None
+                if hashes and sequence is not leader:
+                    sequence.leader = leader
+
+    def start(self, sequence: Sequence, end_ids: Collection[int]) -> None:
+        if sequence.sampling is not None:
+            return
+        ends = () if self._params.ignore_eos else (*self._end_ids, *end_ids)
+        self._stop_ids = frozenset((*ends, *self._params.stop_token_ids))
+        sequence.sampling = self._params.sampling(
+            seed=self._seed, eos_ids=sorted(set(ends)), prompt_tokens=sequence.prompt,
+            choice=sequence.index % self.choices,
+        )  # fmt: skip
+
+    def need(self, sequence: Sequence) -> Need:
+        outputs = self._params.max_tokens - (len(sequence.ids) - sequence.prompt)
+        return Need(len(sequence.ids), self._head, outputs, keeps_cache=True, divisible=True)
+
+    def accept(self, sequence: Sequence, output: int | SampledToken) -> Delta | Done:
+        token = output.token if isinstance(output, SampledToken) else output
+        logprobs = None
+        if self._params.logprobs is not None:
+            assert isinstance(output, SampledToken)
+            logprobs = (output.best(self._params.logprobs),)
+            self._outputs[sequence.index].logprobs += logprobs
+        sequence.append(token)
+        piece = TokenPiece((token,), logprobs)
+        produced = len(sequence.ids) - sequence.prompt
+        if token in self._stop_ids and produced > self._params.min_tokens:
+            self._end(sequence, STOP, token)
+            return Done(piece)
+        if produced == self._params.max_tokens:
+            self._end(sequence, LENGTH, None)
+            return Done(piece)
+        return Delta(piece)
+
+    def _end(self, sequence: Sequence, reason: str, stop_token: int | None) -> None:
+        output = self._outputs[sequence.index]
+        logprobs = None if self._params.logprobs is None else tuple(output.logprobs)
+        output.choice = TextChoice(sequence.ids[sequence.prompt :].copy(), reason, stop_token, logprobs)
+        if sequence.index % self.choices == 0:
+            self._cached_tokens += sequence.cached_tokens or 0
+
+    def result(self) -> Generation:
+        choices = tuple(output.choice for output in self._outputs if output.choice is not None)
+        asked = self._params.prompt_logprobs is not None
+        prompt_logprobs = tuple(map(tuple, self._prompt_logprobs)) if asked else None
+        return Generation(choices, self._cached_tokens, prompt_logprobs)

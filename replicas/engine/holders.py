@@ -1,0 +1,63 @@
+"""The sequences that hold pages, a row and their adapter's slot."""
+
+from collections import Counter
+from typing import TypeVar
+
+from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.engine.sequence import Sequence
+
+Key = TypeVar("Key")
+
+
+class Holders:
+    """Sequences with pages.
+
+    Attributes:
+        all: every one, in the order in which they started.
+        decoding: those whose next pass computes one token.
+        adapters: number of holders by adapter.
+        decoding_flows: number of decoding sequences by flow.
+    """
+
+    def __init__(self) -> None:
+        self.all: dict[Sequence, None] = {}
+        self.decoding: dict[Sequence, None] = {}
+        self.adapters: Counter[AdapterRef] = Counter()
+        self.decoding_flows: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self.all)
+
+    def __contains__(self, sequence: object) -> bool:
+        return sequence in self.all
+
+    def preemptible(self) -> list[Sequence]:
+        """Return the sequences that have outputs left, in the order in which they started."""
+        return [each for each in self.all if each.left and not each.cancelled]
+
+    def add(self, sequence: Sequence) -> None:
+        self.all[sequence] = None
+        if sequence.adapter is not None:
+            self.adapters[sequence.adapter] += 1
+
+    def remove(self, sequence: Sequence) -> None:
+        self.stop_decoding(sequence)
+        del self.all[sequence]
+        if sequence.adapter is not None:
+            _decrease(self.adapters, sequence.adapter)
+
+    def start_decoding(self, sequence: Sequence) -> None:
+        if sequence not in self.decoding:
+            self.decoding[sequence] = None
+            self.decoding_flows[sequence.flow] += 1
+
+    def stop_decoding(self, sequence: Sequence) -> None:
+        if sequence in self.decoding:
+            del self.decoding[sequence]
+            _decrease(self.decoding_flows, sequence.flow)
+
+
+def _decrease(counter: Counter[Key], key: Key) -> None:
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]

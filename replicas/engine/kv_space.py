@@ -1,0 +1,116 @@
+"""The pages and rows of the sequences that keep keys and values: who holds which, and who may get more."""
+
+from dataclasses import dataclass
+
+from ranklet.replicas.cache.pages import PAGE_TOKENS, PagePool
+from ranklet.replicas.cache.prefix import page_hashes, sharable_pages
+from ranklet.replicas.engine.row_table import RowTable
+from ranklet.replicas.engine.sequence import Sequence
+
+
+def pages_of(tokens: int) -> int:
+    """Return the number of pages that hold this many tokens."""
+    return -(-tokens // PAGE_TOKENS)
+
+
+@dataclass(slots=True)
+class FreeSpace:
+    """Pages and rows that are left while a step is planned."""
+
+    pages: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a sequence needs to start.
+
+    Attributes:
+        tokens: leading tokens whose pages are cached. The last token is always computed.
+        pages: by how much the available pages fall.
+    """
+
+    tokens: int
+    pages: int
+
+
+class KvSpace:
+    """Gives pages and rows to sequences. The caller holds the engine's lock."""
+
+    def __init__(self, pages: int, rows: int, max_tokens: int) -> None:
+        self.pool = PagePool(pages)
+        self.table = RowTable(rows, pages_of(max_tokens))
+
+    def room(self) -> FreeSpace:
+        return FreeSpace(self.pool.available, self.table.free)
+
+    def to_start(self, sequence: Sequence) -> Start:
+        """Return what the sequence finds and takes when it starts. Changes nothing."""
+        match = self.pool.match(_sharable(sequence))
+        pages = pages_of(len(sequence.ids)) - match.pages + match.cached
+        return Start(match.pages * PAGE_TOKENS, pages)
+
+    def share(self, sequence: Sequence) -> None:
+        """Give a sequence the cached pages of its tokens, so that they are not evicted for others."""
+        sequence.pages = self.pool.share(_sharable(sequence))
+
+    def start(self, sequence: Sequence) -> None:
+        """Give a sequence that has its cached pages a row, and the other pages of its known tokens."""
+        shared = len(sequence.pages)
+        pages = sequence.pages + self.pool.allocate(pages_of(len(sequence.ids)) - shared)
+        sequence.row, sequence.pages = self.table.take(), pages
+        sequence.computed = shared * PAGE_TOKENS
+        sequence.published = shared
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.computed
+        table, row = self.table, sequence.row
+        table.set_pages(row, 0, pages)
+        table.lengths[row] = sequence.computed
+        table.slots[row] = -1 if sequence.slot is None else sequence.slot
+        if sequence.sampling is not None:
+            table.sampling[row] = sequence.sampling.columns(row)
+
+    def needs_page(self, sequence: Sequence) -> bool:
+        """Whether the next token needs a page that the sequence does not have."""
+        return sequence.computed == len(sequence.pages) * PAGE_TOKENS
+
+    def extend(self, sequence: Sequence) -> None:
+        """Give a sequence one more page."""
+        assert sequence.row is not None
+        page = self.pool.allocate(1)
+        self.table.set_pages(sequence.row, len(sequence.pages), page)
+        sequence.pages += page
+
+    def publish(self, sequence: Sequence) -> None:
+        """Let later sequences share the full pages whose tokens are known and whose keys and values are launched."""
+        hashes = sequence.hashes
+        if hashes is None or sequence.root is None:
+            return
+        full = min(sequence.computed, len(sequence.ids)) // PAGE_TOKENS
+        if full > len(hashes):
+            hashes += page_hashes(sequence.root, sequence.ids[: full * PAGE_TOKENS], hashes)
+        for page in range(sequence.published, full):
+            self.pool.register(sequence.pages[page], hashes[page])
+        sequence.published = max(sequence.published, full)
+
+    def freed_by(self, sequence: Sequence) -> int:
+        """Return by how much the available pages rise when the sequence is released."""
+        return self.pool.unshared(sequence.pages)
+
+    def release(self, sequence: Sequence) -> None:
+        """Take a sequence's row and pages."""
+        if sequence.row is None:
+            return
+        self.pool.release(sequence.pages)
+        self.table.give_back(sequence.row)
+        sequence.row, sequence.pages, sequence.published = None, [], 0
+
+    def forget(self) -> None:
+        """Share no page that was written until now: a step has failed."""
+        self.pool.forget_all()
+
+
+def _sharable(sequence: Sequence) -> list[bytes]:
+    if sequence.hashes is None or not sequence.reads_cache:
+        return []
+    return sequence.hashes[: sharable_pages(len(sequence.ids))]

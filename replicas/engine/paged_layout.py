@@ -1,0 +1,276 @@
+"""Packs the arrays of a step with pages into a single buffer, so that they reach the device in one copy.
+
+A step's items are its decodes, one token each, and then its spans. Their tokens are packed in the order of their
+adapters. Sizes are rounded up, so that steps of similar size share a CUDA graph; the values of fillers are such that
+they read nothing and write nothing that is used.
+
+Letters: T tokens, D decodes, C spans whose keys are in pages, F spans whose keys are all in the step, P pages a
+sequence, S outputs that are drawn tokens, E outputs that are pooled, fillers included in all of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ranklet.kernels.batch import LoraBatch, cut, plan
+from ranklet.kernels.paged_attention import PAGE_TOKENS, PagedSpans
+from ranklet.kernels.powers import power_of_four, power_of_two
+from ranklet.kernels.prefill_attention import TILE_QUERIES, query_tiles
+from ranklet.kernels.row_subset import subset
+from ranklet.kernels.row_tiles import RowTiles
+from ranklet.kernels.sampling_row import ROW_WIDTH, Column, Feature, features_of, rounded
+from ranklet.replicas.engine.bucket import rounded_rows, rounded_tokens
+from ranklet.replicas.engine.layout import TokenSpan
+from ranklet.replicas.engine.row_table import RowTable
+from ranklet.replicas.model.heads import TextHead
+
+_LEAST_PAGES = 16  # a sequence's pages are rounded up to a power of four, at least this
+
+
+@dataclass(frozen=True, slots=True)
+class StepItems:
+    """What a step computes.
+
+    Attributes:
+        decodes: int32 [decodes]: rows of the sequences that compute their last token.
+        spans: prompts and pieces of prompts.
+        slots: pool slot of each span's adapter; None for the base model.
+    """
+
+    decodes: NDArray[np.int32]
+    spans: Sequence[TokenSpan]
+    slots: Sequence[int | None]
+
+    def lora(self, table: RowTable) -> tuple[NDArray[np.int64], LoraBatch]:
+        """Return the items in the order of their adapters, and the LoRA batch of that order."""
+        decode_slots = [None if slot < 0 else slot for slot in table.slots[self.decodes].tolist()]
+        lengths = [1] * len(decode_slots) + [len(span.ids) for span in self.spans]
+        order, batch = plan(lengths, [*decode_slots, *self.slots])
+        return np.asarray(order, dtype=np.int64), batch
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutSizes:
+    """LayoutSizes of the arrays of a layout, a part of the key of its CUDA graph."""
+
+    tokens: int
+    decodes: int
+    chunks: int
+    tiles: int
+    fresh: int
+    longest_fresh: int
+    pages: int
+    drawn: int
+    pooled: int
+
+
+@dataclass(slots=True)
+class PagedArrays:
+    """The arrays of a layout, on the host or on the device."""
+
+    ids: Tensor  # int32 [T]; -(row + 1) stands for the last token of a row
+    positions: Tensor  # int32 [T]
+    kv_slots: Tensor  # int32 [T]: where keys and values go: page * PAGE_TOKENS + offset; -1: nowhere
+    decodes: PagedSpans | None
+    chunks: PagedSpans | None
+    tiles: Tensor  # int32 [tiles, 2] of the chunks' queries
+    fresh_starts: Tensor  # int32 [F]: first packed token
+    fresh_offsets: Tensor  # int32 [F + 1]: cumulative lengths
+    drawn: Tensor  # int32 [S]: packed token that each drawn token follows
+    columns: Tensor  # int32 [S, columns]: sampling values
+    pooled: Tensor  # int32 [E]: packed token that each pooled output reads
+    lora: LoraBatch
+    drawn_lora: LoraBatch | None
+
+
+@dataclass(frozen=True, slots=True)
+class PagedLayout:
+    """A packed step with pages.
+
+    Attributes:
+        drawn_items: the item of each drawn token, in the order of the outputs.
+        pooled_items: the item of each pooled output.
+        fresh_lengths: tokens of each span whose keys are all in the step, in the order of their tokens.
+        features: what the drawn tokens ask of the sampler.
+        lora: LoRA of every token.
+        drawn_lora: LoRA of the drawn tokens; None if the language-model head has no slots.
+        buffer: int32: all arrays, end to end. Pinned for a GPU.
+    """
+
+    sizes: LayoutSizes
+    drawn_items: list[int]
+    pooled_items: list[int]
+    features: Feature
+    lora: LoraBatch
+    drawn_lora: LoraBatch | None
+    buffer: Tensor
+    fresh_lengths: tuple[int, ...]
+    _shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+    @property
+    def tile_shapes(self) -> tuple[tuple[int | tuple[int, int], ...], ...]:
+        """LayoutSizes of the LoRA tile tables, on which kernel launches depend."""
+        tiles = _all_tiles(self.lora, self.drawn_lora)
+        return tuple((t.height, t.rows, len(t.table), len(t.runs), len(t.blocks)) for t in tiles)
+
+    def unpack(self, moved: Tensor) -> PagedArrays:
+        parts = iter(moved.split([int(np.prod(shape)) for shape in self._shapes]))
+        arrays = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        ids, positions, kv_slots, *arrays = arrays
+        d_rows, d_lengths, d_counts, d_table, *arrays = arrays
+        c_rows, c_counts, c_lengths, c_table, tiles, *arrays = arrays
+        starts, offsets, drawn, columns, pooled, *tables = arrays
+        size = self.sizes
+        placed = [
+            replace(kind, on_device=(tables[3 * i], tables[3 * i + 1], tables[3 * i + 2]))
+            for i, kind in enumerate(_all_tiles(self.lora, self.drawn_lora))
+        ]
+        count = len(self.lora.tiles)
+        lora = replace(self.lora, tiles=tuple(placed[:count]))
+        drawn_lora = None if self.drawn_lora is None else replace(self.drawn_lora, tiles=tuple(placed[count:]))
+        return PagedArrays(
+            ids, positions, kv_slots,
+            PagedSpans(d_rows, d_counts, d_lengths, d_table, 1) if size.decodes else None,
+            PagedSpans(c_rows, c_counts, c_lengths, c_table, size.tokens) if size.chunks else None,
+            tiles, starts, offsets, drawn, columns, pooled, lora, drawn_lora,
+        )  # fmt: skip
+
+
+class LayoutPacker:
+    """Packs steps of one engine.
+
+    Args:
+        pads: whether sizes are rounded up, for CUDA graphs.
+        adapts_head: whether the language-model head has LoRA slots.
+    """
+
+    def __init__(self, table: RowTable, *, max_tokens: int, pads: bool, pinned: bool, adapts_head: bool) -> None:
+        self._table = table
+        self._max_tokens = max_tokens
+        self._pads = pads
+        self._pinned = pinned
+        self._adapts_head = adapts_head
+
+    def pack(self, items: StepItems, order: NDArray[np.int64], lora: LoraBatch) -> PagedLayout:
+        """Pack a step. `order` and `lora` are those of `items.lora`, with the backend chosen."""
+        table, decodes, spans = self._table, items.decodes, items.spans
+        count = len(decodes)
+        lengths = np.ones(count + len(spans), dtype=np.int64)
+        lengths[count:] = [len(span.ids) for span in spans]
+        starts = np.empty(len(lengths), dtype=np.int64)
+        starts[order] = np.cumsum(lengths[order]) - lengths[order]
+        chunks = [i for i, span in enumerate(spans, count) if span.row is not None and span.start]
+        fresh = [i for i, span in enumerate(spans, count) if not (span.row is not None and span.start)]
+        fresh.sort(key=starts.__getitem__)
+        texts = [i for i, span in enumerate(spans, count) if isinstance(span.head, TextHead)]
+        drawn = np.asarray([*range(count), *texts], dtype=np.int64)
+        drawn_at = starts[drawn] + lengths[drawn] - 1
+        by_row = drawn_at.argsort()
+        drawn, drawn_at = drawn[by_row], drawn_at[by_row]
+        pooled = [
+            i for i, span in enumerate(spans, count) if span.head is not None and not isinstance(span.head, TextHead)
+        ]
+        sizes = self._sizes(int(lengths.sum()), decodes, lengths, chunks, fresh, len(drawn), len(pooled), spans, count)
+
+        ids = np.zeros(sizes.tokens, dtype=np.int32)
+        positions = np.zeros(sizes.tokens, dtype=np.int32)
+        kv_slots = np.full(sizes.tokens, -1, dtype=np.int32)
+        at = starts[:count]
+        ids[at] = -1 - decodes
+        place = table.lengths[decodes] - 1
+        positions[at] = place
+        kv_slots[at] = table.pages[decodes, place // PAGE_TOKENS] * PAGE_TOKENS + place % PAGE_TOKENS
+        for i, span in enumerate(spans, count):
+            rows = slice(starts[i], starts[i] + lengths[i])
+            ids[rows] = span.ids
+            positions[rows] = np.arange(span.start, span.start + lengths[i], dtype=np.int32)
+            if span.row is not None:
+                kv_slots[rows] = table.page_slots(span.row, span.start, int(lengths[i]), PAGE_TOKENS)
+        chunk_rows = np.asarray([spans[i - count].row for i in chunks], dtype=np.int64)
+        counts = lengths[chunks]
+        behind = np.asarray([spans[i - count].start for i in chunks], dtype=np.int64) + counts
+        columns = self._columns(drawn, decodes, place, spans, count, sizes.drawn)
+        offsets = np.full(sizes.fresh + 1, lengths[fresh].sum())
+        offsets[: len(fresh) + 1] = np.cumsum((0, *lengths[fresh]))
+        lora = self._tiled(replace(lora, rows=sizes.tokens))
+        drawn_lora = None
+        if self._adapts_head and len(drawn):
+            drawn_lora = self._tiled(replace(subset(lora, drawn_at), rows=sizes.drawn))
+        arrays = [
+            ids, positions, kv_slots,
+            _filled(at, sizes.decodes), _filled(place + 1, sizes.decodes), _filled(np.ones(count), sizes.decodes),
+            _filled(table.pages[decodes, : sizes.pages], sizes.decodes),
+            _filled(starts[chunks], sizes.chunks), _filled(counts, sizes.chunks), _filled(behind, sizes.chunks),
+            _filled(table.pages[chunk_rows, : sizes.pages], sizes.chunks), query_tiles(counts, sizes.tiles),
+            _filled(starts[fresh], sizes.fresh), offsets,
+            _filled(drawn_at, sizes.drawn), columns, _filled(starts[pooled] + lengths[pooled] - 1, sizes.pooled),
+            *(array for tiles in _all_tiles(lora, drawn_lora) for array in tiles.arrays),
+        ]  # fmt: skip
+        buffer = torch.empty(sum(array.size for array in arrays), dtype=torch.int32, pin_memory=self._pinned)
+        np.concatenate([array.reshape(-1) for array in arrays], out=buffer.numpy(), casting="unsafe")
+        features = features_of(columns)
+        return PagedLayout(
+            sizes, drawn.tolist(), pooled, rounded(features) if self._pads else features, lora, drawn_lora, buffer,
+            (*lengths[fresh].tolist(), *(0,) * (sizes.fresh - len(fresh))), [array.shape for array in arrays],
+        )  # fmt: skip
+
+    def _columns(
+        self, drawn: NDArray[np.int64], decodes: NDArray[np.int32], place: NDArray[np.int32],
+        spans: Sequence[TokenSpan], count: int, size: int,
+    ) -> NDArray[np.int32]:  # fmt: skip
+        """Return the sampling values of the drawn tokens and of fillers, int32 [S, columns]."""
+        rows = np.full(size, self._table.filler, dtype=np.int64)
+        positions = np.zeros(size, dtype=np.int32)
+        all_rows = np.concatenate((decodes, [self._table.filler if span.row is None else span.row for span in spans]))
+        after = np.concatenate((place + 1, [span.start + len(span.ids) for span in spans]))
+        rows[: len(drawn)] = all_rows[drawn]
+        positions[: len(drawn)] = after[drawn]
+        columns = self._table.sampling[rows]
+        columns[:, Column.POSITION] = positions
+        assert columns.shape == (size, ROW_WIDTH)
+        return columns
+
+    def _sizes(
+        self, tokens: int, decodes: NDArray[np.int32], lengths: NDArray[np.int64], chunks: list[int],
+        fresh: list[int], drawn: int, pooled: int, spans: Sequence[TokenSpan], count: int,
+    ) -> LayoutSizes:  # fmt: skip
+        chunk_lengths = lengths[chunks]
+        longest = int(self._table.lengths[decodes].max()) if count else 0
+        longest = max((longest, *(spans[i - count].start + int(lengths[i]) for i in chunks)))
+        pages = -(-longest // PAGE_TOKENS)
+        tiles = int((-(-chunk_lengths // TILE_QUERIES)).sum())
+        longest_fresh = max((int(lengths[i]) for i in fresh), default=0)
+        if not self._pads:
+            return LayoutSizes(tokens, count, len(chunks), tiles, len(fresh), longest_fresh, pages, drawn, pooled)
+        width = self._table.pages.shape[1]
+        padded_decodes = rounded_rows(count) if count else 0
+        padded = max(rounded_tokens(tokens, self._max_tokens), padded_decodes) if spans else padded_decodes
+        padded_chunks = power_of_two(len(chunks)) if chunks else 0
+        padded_tiles = padded // TILE_QUERIES + padded_chunks if chunks else 0
+        return LayoutSizes(
+            padded, padded_decodes, padded_chunks, padded_tiles, power_of_two(len(fresh)) if fresh else 0,
+            power_of_two(longest_fresh) if fresh else 0, min(width, max(_LEAST_PAGES, power_of_four(pages))),
+            rounded_rows(drawn) if drawn else 0, power_of_two(pooled) if pooled else 0,
+        )  # fmt: skip
+
+    def _tiled(self, batch: LoraBatch) -> LoraBatch:
+        if batch.backend != "csgmv":
+            return batch
+        return replace(batch, tiles=cut(batch, padded=self._pads), padded=self._pads)
+
+
+def _filled(values: NDArray[np.generic], size: int) -> NDArray[np.generic]:
+    """Append zeros up to `size` rows."""
+    if len(values) == size:
+        return values
+    out = np.zeros((size, *values.shape[1:]), dtype=np.int32)
+    out[: len(values)] = values
+    return out
+
+
+def _all_tiles(lora: LoraBatch, drawn_lora: LoraBatch | None) -> list[RowTiles]:
+    return [*lora.tiles, *(drawn_lora.tiles if drawn_lora is not None else ())]

@@ -1,0 +1,128 @@
+"""Runs the steps that read or write pages of keys and values: text, and prompts beside it."""
+
+from collections.abc import Hashable, Sequence
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from ranklet.replicas.cache.tensors import KvPages
+from ranklet.replicas.engine.launched import LaunchedStep, OutputGroup, record_event, to_host
+from ranklet.replicas.engine.layout import TokenSpan
+from ranklet.replicas.engine.paged_layout import LayoutPacker, PagedArrays, PagedLayout, StepItems
+from ranklet.replicas.engine.plan import StepPlan
+from ranklet.replicas.engine.row_table import RowTable
+from ranklet.replicas.engine.runner import Runner
+from ranklet.replicas.model import cudnn_attention
+from ranklet.replicas.model.attention import AttentionBatch, Spans
+from ranklet.replicas.model.decoder import DeviceBatch
+from ranklet.replicas.model.heads import PoolingHead, TextHead
+
+
+class PagedRunner:
+    """Launches the steps with pages of one model on one device.
+
+    Args:
+        pooling: the head of embeddings that run beside text.
+
+    Attributes:
+        last_token: int32 [R + 1]: the last token that was drawn for each row, which the next decode computes.
+    """
+
+    def __init__(self, runner: Runner, kv: KvPages, table: RowTable, text: TextHead, pooling: PoolingHead) -> None:
+        self._runner = runner
+        self._table = table
+        self._text = text
+        self._pooling = pooling
+        model = runner.model
+        self._pages = [kv.layer(i) for i in range(model.architecture.layers)]
+        self._cuda = model.device.type == "cuda"
+        self._packer = LayoutPacker(
+            table, max_tokens=runner.max_tokens, pads=runner.graphs is not None, pinned=self._cuda,
+            adapts_head=runner.pool.head is not None,
+        )  # fmt: skip
+        self.last_token = torch.zeros(table.filler + 1, dtype=torch.int32, device=model.device)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, slots: Sequence[int | None]) -> LaunchedStep:
+        """Start a committed step. On CUDA it returns while the device works.
+
+        Args:
+            slots: pool slot of the adapter of each of `plan.parts`; None for the base model.
+        """
+        launched_s, runner = perf_counter(), self._runner
+        for sequence in plan.started:
+            if sequence.sampling is not None and sequence.row is not None:
+                ids = sequence.ids
+                self._text.sampler.begin(
+                    sequence.row, sequence.sampling, ids[: sequence.prompt], ids[sequence.prompt :]
+                )
+        items = StepItems(plan.rows, spans_of(plan), slots)
+        order, lora = items.lora(self._table)
+        lora = runner.backends.choose(lora, runner.backend)
+        layout = self._packer.pack(items, order, lora)
+        self._text.sampler.prepare(layout.features)
+        began = record_event(runner.model.device)
+        outputs = self._run(layout)
+        groups = []
+        if layout.drawn_items:
+            drawn = tuple(map(to_host, outputs if not layout.pooled_items else outputs[:-1]))
+            groups.append(OutputGroup(self._text, layout.drawn_items, drawn))
+        if layout.pooled_items:
+            groups.append(OutputGroup(self._pooling, layout.pooled_items, (to_host(outputs[-1]),)))
+        events = (began, record_event(runner.model.device)) if self._cuda else None
+        return LaunchedStep(groups, lora.backend, launched_s, perf_counter() - launched_s, events)
+
+    def _run(self, layout: PagedLayout) -> tuple[Tensor, ...]:
+        graphs = self._runner.graphs
+        if graphs is None or layout.lora.backend not in ("csgmv", "none"):
+            return self.forward(layout, layout.buffer.to(self._runner.model.device, non_blocking=True))
+        return graphs.run(self.graph_key(layout), layout.buffer, lambda moved: self.forward(layout, moved))
+
+    def graph_key(self, layout: PagedLayout) -> Hashable:
+        """Return all facts that kernel launches depend on, apart from device memory."""
+        contents = [self._runner.pool.contents[segment.slot] for segment in layout.lora.segments]
+        modules = frozenset[object]().union(*(slot.modules for slot in contents))
+        return "pages", layout.sizes, layout.tile_shapes, layout.features, layout.lora.backend, modules
+
+    def forward(self, layout: PagedLayout, moved: Tensor) -> tuple[Tensor, ...]:
+        """Compute the outputs of a step from its buffer on the device: of drawn tokens, then pooled vectors."""
+        model, pool = self._runner.model, self._runner.pool
+        arrays = layout.unpack(moved)
+        ids = arrays.ids
+        if layout.sizes.decodes:
+            ids = torch.where(ids < 0, self.last_token[(-1 - ids).clamp(min=0)], ids)
+        batch = DeviceBatch(ids, arrays.positions, self._attention(layout, arrays), arrays.lora)
+        states = model.forward(batch, pool.layers, pool.embedding, pages=self._pages)
+        outputs: tuple[Tensor, ...] = ()
+        if layout.sizes.drawn:
+            rows = model.final_norm(states[arrays.drawn])
+            outputs = self._text.draw(
+                rows, arrays.drawn_lora, pool.head, arrays.columns, layout.features, self.last_token
+            )
+        if layout.sizes.pooled:
+            pooled = self._pooling.pooling.normalized(model.final_norm(states[arrays.pooled]).float())
+            outputs = (*outputs, pooled)
+        return outputs
+
+    def _attention(self, layout: PagedLayout, arrays: PagedArrays) -> AttentionBatch:
+        fresh, sizes = None, layout.sizes
+        if sizes.fresh:
+            shape, cudnn = self._runner.model.architecture, None
+            # Without other spans they lie side by side.
+            starts = arrays.fresh_starts if arrays.chunks or arrays.decodes else None
+            if self._runner.uses_cudnn:
+                cudnn = cudnn_attention.cudnn_spans(
+                    arrays.fresh_offsets, sizes.fresh, (shape.heads, shape.kv_heads), shape.head_dim, starts
+                )
+            fresh = Spans(layout.fresh_lengths, arrays.fresh_offsets, sizes.longest_fresh, cudnn, starts)
+        return AttentionBatch(fresh, arrays.chunks, arrays.tiles, arrays.decodes, arrays.kv_slots)
+
+
+def spans_of(plan: StepPlan) -> list[TokenSpan]:
+    """Return the tokens of a plan's parts."""
+    rows = plan.part_rows or [None] * len(plan.parts)
+    return [
+        TokenSpan(part.sequence.ids[part.start : part.start + part.tokens], part.start, part.head, row)
+        for part, row in zip(plan.parts, rows, strict=True)
+    ]

@@ -1,0 +1,58 @@
+"""A table on the host with one row for each sequence that has pages, so that a step gathers its arrays with numpy.
+
+Letters: R rows, P pages a row.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ranklet.kernels.sampling_row import ROW_WIDTH
+from ranklet.replicas.model.sampling_values import filler_columns
+
+
+class RowTable:
+    """Rows of the sequences that have pages. Row R belongs to the fillers of padded steps.
+
+    Attributes:
+        pages: int32 [R + 1, P]; entries behind a sequence's last page hold any number.
+        lengths: int32 [R + 1]: tokens whose keys and values launched steps have written.
+        slots: int32 [R + 1]: pool slot of the adapter, -1 for the base model.
+        sampling: int32 [R + 1, columns]: sampling values of the sequence.
+    """
+
+    def __init__(self, rows: int, pages: int) -> None:
+        self.filler = rows
+        self.pages = np.zeros((rows + 1, pages), dtype=np.int32)
+        self.lengths = np.zeros(rows + 1, dtype=np.int32)
+        self.slots = np.full(rows + 1, -1, dtype=np.int32)
+        self.sampling = np.zeros((rows + 1, ROW_WIDTH), dtype=np.int32)
+        self.sampling[rows] = filler_columns(rows)
+        self._free = list(range(rows - 1, -1, -1))
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self) -> int:
+        return self._free.pop()
+
+    def give_back(self, row: int) -> None:
+        self._free.append(row)
+
+    def advance(self, rows: Iterable[int | None]) -> NDArray[np.int32]:
+        """Add one token to each row's length. Returns the rows as an array."""
+        found = np.fromiter(rows, dtype=np.int32)
+        self.lengths[found] += 1
+        return found
+
+    def set_pages(self, row: int, start: int, pages: list[int]) -> None:
+        """Set the pages of a row from index `start` on."""
+        self.pages[row, start : start + len(pages)] = pages
+
+    def page_slots(self, row: int, start: int, tokens: int, page_tokens: int) -> NDArray[np.int32]:
+        """Return where the keys and values of a row's tokens go: page * page_tokens + offset, int32 [tokens]."""
+        positions = np.arange(start, start + tokens, dtype=np.int32)
+        found: NDArray[np.int32] = self.pages[row, positions // page_tokens] * page_tokens + positions % page_tokens
+        return found

@@ -1,0 +1,75 @@
+"""What an engine needs to generate text besides what embeddings need."""
+
+import secrets
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.cache.prefix import PrefixRoot
+from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.engine.generate import GenerateTask
+from ranklet.replicas.engine.limits import RequestLimits
+from ranklet.replicas.engine.params import GenerateParams
+from ranklet.replicas.errors import InvalidRequest
+from ranklet.replicas.model.end_of_text import EndOfText
+from ranklet.replicas.model.heads import TextHead
+
+_SEED_BITS = 63
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Makes the tasks of text requests.
+
+    Attributes:
+        base_revision: content of the base model, for the prefix cache.
+        dtype: of keys and values.
+        max_model_len: largest number of tokens of a prompt and its output.
+        shares_prefixes: whether requests share pages.
+    """
+
+    head: TextHead
+    end_of_text: EndOfText
+    limits: RequestLimits
+    base_revision: str
+    dtype: str
+    shares_prefixes: bool
+
+    def task(
+        self, params: GenerateParams, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None
+    ) -> GenerateTask:
+        """Return the task of a request.
+
+        Raises:
+            InvalidRequest: a parameter is out of range, or a prompt leaves no space for `max_tokens`.
+        """
+        params.check(self.limits.vocab)
+        if params.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens: expected at least 1, got {params.max_tokens}", param="max_tokens")
+        longest = max(map(len, prompts))
+        if longest + params.max_tokens > self.limits.max_model_len:
+            raise InvalidRequest(
+                f"max_tokens: expected at most {self.limits.max_model_len - longest} beside a prompt of {longest} "
+                f"tokens, since prompt and output together may have {self.limits.max_model_len}; got "
+                f"{params.max_tokens}. Shorten the prompt or lower max_tokens",
+                param="max_tokens",
+            )
+        root = None
+        if self.shares_prefixes:
+            revision = "" if adapter is None else adapter.revision
+            root = PrefixRoot(self.base_revision, revision, params.cache_salt, self.dtype)
+        seed = params.seed if params.seed is not None and params.seed >= 0 else secrets.randbits(_SEED_BITS)
+        return GenerateTask(params, len(prompts), self.head, self.end_of_text.base_ids, seed, root)
+
+
+def generates_text(config: EngineConfig) -> bool:
+    """Return whether an engine keeps keys and values, which text needs.
+
+    The folder of an embedding model has the language model's head too, if that is tied to the token embedding.
+    """
+    if config.kv_cache_bytes is not None:
+        return config.kv_cache_bytes > 0
+    return not (config.model_dir / "modules.json").is_file()
