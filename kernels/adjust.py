@@ -22,6 +22,8 @@ from ranklet.kernels.sampling_flags import (
     MASK,
     PARDON,
     PENALIZE,
+    PIECES_HIGH,
+    PIECES_LOW,
     POSITION,
     PRESENCE,
     REPETITION,
@@ -72,10 +74,10 @@ def _changed(value, tokens, inside, flags, columns, row, counts, masks, FEATURES
 
 @triton.jit
 def change(
-    value, tokens, inside, flags, columns, row, logits, counts, edits, masks, out, V, LISTED,
+    value, tokens, inside, piece, flags, columns, row, logits, counts, edits, masks, out, LISTED,
     FEATURES: tl.constexpr, LENGTH: tl.constexpr, EDIT_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return the changed logits of LENGTH tokens from tokens[0] on, and store them if the row truncates.
+    """Return the changed logits of a piece of LENGTH tokens, and store them if the row truncates.
 
     Args:
         value: logits of these tokens.
@@ -83,20 +85,20 @@ def change(
         LISTED: number of tokens that `edits` has room for.
     """
     value = _changed(value, tokens, inside, flags, columns, row, counts, masks, FEATURES)
-    found = 0
+    edited_here = False
     if EDIT & FEATURES:
-        first = tl.min(tokens, 0)
-        count = tl.where((flags & EDIT) != 0, column_of(columns, row, EDITS), 0)
-        for start in range(0, count, EDIT_BLOCK):
-            entry = start + tl.arange(0, EDIT_BLOCK)
-            token = tl.load(edits + entry, mask=entry < count, other=-1)
-            found += tl.sum(((token >= first) & (token < first + LENGTH)).to(tl.int32), 0)
-    if ((flags & FEATURES & TRUNCATE) != 0) | (found > 0):
+        first = piece * LENGTH
+        word = column_of(columns, row, PIECES_LOW)
+        if piece >= 32:
+            word = column_of(columns, row, PIECES_HIGH)
+        edited_here = ((flags & EDIT) != 0) & (((word >> (tl.minimum(piece, 63) % 32)) & 1) != 0)
+    if ((flags & FEATURES & TRUNCATE) != 0) | edited_here:
         tl.store(out + tokens, value, mask=inside)
     if EDIT & FEATURES:
-        if found > 0:
+        if edited_here:
             tl.debug_barrier()  # what other threads have stored is stored again, then loaded
             position = column_of(columns, row, POSITION)
+            count = column_of(columns, row, EDITS)
             for start in range(0, count, EDIT_BLOCK):
                 entry = start + tl.arange(0, EDIT_BLOCK)
                 token = tl.load(edits + entry, mask=entry < count, other=-1)

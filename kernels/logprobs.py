@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ranklet.kernels.candidates import WAYS, extents, gather, threshold_of
-from ranklet.kernels.sample import GROUP, PIECE, Scan, joined
+from ranklet.kernels.sample import GROUP, Scan, joined
 from ranklet.kernels.sampling_flags import FLAGS, TOP, TOPS, column_of
-from ranklet.kernels.sampling_row import TOP_LOGPROBS
+from ranklet.kernels.sampling_row import PIECE, TOP_LOGPROBS
 
 CAPACITY: Final = 1024  # candidates of a row
 _NO_ID = tl.constexpr(0x7FFFFFFF)

@@ -29,9 +29,8 @@ from ranklet.kernels.sampling_flags import (
     column_of,
     float_of,
 )
-from ranklet.kernels.sampling_row import CHANGING, Column, Feature
+from ranklet.kernels.sampling_row import CHANGING, PIECE, Column, Feature
 
-PIECE: Final = 4096  # tokens of a piece
 GROUP: Final = 32  # tokens of a group; a scan keeps the largest logit of each
 _NO_ID = tl.constexpr(0x7FFFFFFF)
 
@@ -96,8 +95,8 @@ def scan_kernel(
         if flags & CHANGE:
             kept = column_of(columns, row, ROW).to(tl.int64)
             value = change(
-                value, tokens, inside, flags, columns, row, logits, counts + kept * V, edits + kept * 3 * LISTED,
-                masks + kept * WORDS, changed + row * V, V, LISTED, FEATURES, LENGTH, 128,
+                value, tokens, inside, piece, flags, columns, row, logits, counts + kept * V, edits + kept * 3 * LISTED,
+                masks + kept * WORDS, changed + row * V, LISTED, FEATURES, LENGTH, 128,
             )  # fmt: skip
     is_bad = tl.max((value < float("inf")).to(tl.int32) ^ 1, 0)
     if NOISE & FEATURES:
@@ -165,7 +164,7 @@ def scan(
     scan_kernel[(rows, pieces)](
         logits, logits.stride(0), made.changed, columns, counts, edits, masks, *made[1:], vocab, masks.shape[-1],
         edits.shape[-1], FEATURES=int(features), LENGTH=PIECE, IN_GROUP=GROUP, FAST=logits.is_cuda, num_warps=4,
-        enable_fp_fusion=False,
+        maxnreg=128, enable_fp_fusion=False,
     )  # fmt: skip
     return made
 

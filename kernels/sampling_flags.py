@@ -30,6 +30,8 @@ PARDON = tl.constexpr(int(Column.PARDON))
 SEED_LOW = tl.constexpr(int(Column.SEED_LOW))
 SEED_HIGH = tl.constexpr(int(Column.SEED_HIGH))
 EDITS = tl.constexpr(int(Column.EDITS))
+PIECES_LOW = tl.constexpr(int(Column.PIECES_LOW))
+PIECES_HIGH = tl.constexpr(int(Column.PIECES_HIGH))
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 TOP_LOGPROBS: Final = 20  # most ids and logprobs that a row may ask for
 ROW_WIDTH: Final = 16  # columns of a row
+PIECE: Final = 4096  # tokens of the vocabulary that one program scans
 
 
 class Feature(IntFlag):
@@ -40,6 +41,8 @@ class Column(IntEnum):
     SEED_LOW = 11
     SEED_HIGH = 12
     EDITS = 13  # number of edited tokens
+    PIECES_LOW = 14  # bit p: piece p has an edited token; bit 63 stands for all pieces from 63 on
+    PIECES_HIGH = 15
 
 
 CHANGING: Final = Feature.PENALIZE | Feature.EDIT | Feature.MASK  # the row draws from changed logits

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ranklet.kernels.candidates import WAYS, extents, gather, measured, threshold_of
 from ranklet.kernels.noise import gumbel_at, gumbel_run, seed_of
-from ranklet.kernels.sample import GROUP, PIECE, Scan, joined
+from ranklet.kernels.sample import GROUP, Scan, joined
 from ranklet.kernels.sampling_flags import (
     CHANGE,
     FLAGS,
@@ -28,7 +28,7 @@ from ranklet.kernels.sampling_flags import (
     column_of,
     float_of,
 )
-from ranklet.kernels.sampling_row import CHANGING, Column, Feature
+from ranklet.kernels.sampling_row import CHANGING, PIECE, Column, Feature
 
 CAPACITY: Final = 4096  # candidates of a row
 EXPECTED: Final = 512  # groups to gather where top_k does not say how many tokens are kept
@@ -164,8 +164,8 @@ def draw_truncated(
     truncate_kernel[(rows,)](
         logits, logits.stride(0), scanned.changed, columns, scanned.scaled, scanned.scaled_groups, room[0],
         room[1].view(torch.float32), room[2], drawn, logits.shape[1], pieces, CHANGES=bool(features & CHANGING),
-        PIECES=triton.next_power_of_2(pieces), LENGTH=PIECE, IN_GROUP=GROUP, MOST=CAPACITY, USUAL=EXPECTED, TILE=4096,
-        BATCH=128, WAYS=WAYS, FAST=logits.is_cuda, num_warps=16, enable_fp_fusion=False,
+        PIECES=triton.next_power_of_2(pieces), LENGTH=PIECE, IN_GROUP=GROUP, MOST=CAPACITY, USUAL=EXPECTED, TILE=2048,
+        BATCH=64, WAYS=WAYS, FAST=logits.is_cuda, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return drawn
 

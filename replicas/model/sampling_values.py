@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.kernels.sampling_row import ROW_WIDTH, Column, Feature
+from ranklet.kernels.sampling_row import PIECE, ROW_WIDTH, Column, Feature
 
 _LEAST_TEMPERATURE = 0.001  # keeps scaled logits far from the largest float
 
@@ -90,7 +90,10 @@ class SamplingValues:
         floats[Column.REPETITION] = self.repetition_penalty
         floats[Column.PARDON] = 1.0 / self.repetition_penalty
         columns[[Column.SEED_LOW, Column.SEED_HIGH]] = np.array([self.seed], dtype=np.int64).view(np.int32)
-        columns[Column.EDITS] = len({token for token, _ in self.logit_bias} | set(self.banned_ids))
+        edited = {token for token, _ in self.logit_bias} | set(self.banned_ids)
+        columns[Column.EDITS] = len(edited)
+        pieces = sum(1 << piece for piece in {min(token // PIECE, 63) for token in edited})
+        columns[[Column.PIECES_LOW, Column.PIECES_HIGH]] = np.array([pieces], dtype=np.uint64).view(np.int32)
         return columns
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 GPU: dict[str, list[str]] = {
     "engine": [], "fidelity": ["--backends", "native", "csgmv", "merged"], "kernels": [], "profile": [], "buckets": [],
+    "sampler": [],
 }  # fmt: skip
 CPU = {"fidelity": ["--layers", "1"], "kernels": ["--tiny"], "policy": [], "simulate": ["--replicas", "20"]}
 

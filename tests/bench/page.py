@@ -157,6 +157,11 @@ TABLES = (
         lambda row: row["unit"] == "ms",
     ),
     ResultTable(
+        "Head and sampler in a step of one token a row, an earlier commit", "sampler-h200",
+        {"what": ("what", TEXT), "logits": ("logits", TEXT), "rows": ("rows", COUNT), "ms": ("ms", FINE_MS),
+         "tokens as on the CPU": ("tokens as on the CPU", TEXT)},
+    ),
+    ResultTable(
         "Stages of a batch with 4 adapters", "profile-h200",
         {"prompts": ("prompts x tokens", TEXT), "stage": ("stage", TEXT), "ms": ("base ms", FINE_MS),
          "floor_ms": ("roofline floor ms", FINE_MS), "bound": ("bound by", TEXT),

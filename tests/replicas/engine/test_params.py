@@ -97,6 +97,9 @@ def test_columns_hold_the_bits_of_the_values() -> None:
     assert floats[[Column.REPETITION, Column.PARDON]].tolist() == [2.0, 0.5]
     assert floats[Column.MIN_P] == np.float32(math.log(0.25))
     assert columns[[Column.SEED_LOW, Column.SEED_HIGH]].tolist() == [-2, -1]
+    assert columns[[Column.PIECES_LOW, Column.PIECES_HIGH]].tolist() == [1, 0]
+    ends = SamplingValues(banned_ids=(31 * 4096, 32 * 4096, 80 * 4096)).columns(0)
+    assert ends[[Column.PIECES_LOW, Column.PIECES_HIGH]].tolist() == [-(1 << 31), 1 - (1 << 31)]
     edits = values.edits()
     assert edits[0].tolist() == [2, 4, 9]
     assert edits[1].view(np.float32).tolist() == [-100.0, 1.5, 0.0]
