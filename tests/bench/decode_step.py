@@ -46,8 +46,8 @@ SHAPES = {"Qwen3-0.6B": QWEN3_EMBEDDING_06B, "Llama-3.1-8B": LLAMA_31_8B}
 class RandomDecoder(Decoder):
     """A decoder with random weights, which it does not read from a folder."""
 
-    def __init__(self, shape: Architecture, device: torch.device) -> None:
-        self.architecture, self.device, self.dtype = shape, device, torch.bfloat16
+    def __init__(self, shape: Architecture, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.architecture, self.device, self.dtype = shape, device, dtype
         self.embedding = self._draw(shape.vocab, shape.hidden)
         self.layers = [self._layer() for _ in range(shape.layers)]
         self.norm = self._draw(shape.hidden) + 1

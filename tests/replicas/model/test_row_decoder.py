@@ -1,0 +1,132 @@
+"""Steps of one token a sequence against the whole sequences in float64, with adapters merged into the weights."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ranklet.kernels.batch import LoraBatch, cut, plan
+from ranklet.kernels.packs import PACKS
+from ranklet.kernels.paged_attention import PAGE_TOKENS, LayerPages, PagedSpans
+from ranklet.kernels.stack import LinearStack
+from ranklet.replicas.model import row_decoder
+from ranklet.replicas.model.decoder import Decoder, Stacks
+from ranklet.replicas.model.row_decoder import RowBatch, RowDecoder
+from tests.bench.decode_step import RandomDecoder
+from tests.bench.shapes import decoder
+from tests.kernels import oracle
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # the interpreter multiplies no bfloat16
+TOLERANCE = 2e-2 if torch.cuda.is_available() else 1e-4
+SHAPE = decoder(
+    "Qwen3Model", layers=2, hidden=48, heads=3, kv_heads=1, head_dim=32, intermediate=96, vocab=50
+)  # widths as odd as SmolLM2's
+RANKS = {0: 4, 1: 16, 2: 9}
+TOKENS, SEQUENCES = 4, 4
+SLOTS: list[int | None] = [2, 0, 1, None]
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> RandomDecoder:
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(row_decoder, "supports", lambda _: True)
+    return RandomDecoder(SHAPE, DEVICE, DTYPE)
+
+
+def adapters_of(layer: int) -> dict[str, oracle.Adapters]:
+    dims = SHAPE.module_dims()
+    return {
+        pack: oracle.random_adapters(
+            {slot: (rank,) * len(modules) for slot, rank in RANKS.items()}, dims[modules[0]][0],
+            [dims[name][1] for name in modules], dtype=DTYPE, seed=layer,
+        )
+        for pack, modules in PACKS.items()
+    }  # fmt: skip
+
+
+def stack_of(pack: str, adapters: oracle.Adapters) -> LinearStack:
+    dims = SHAPE.module_dims()
+    widths = [dims[name][1] for name in PACKS[pack]]
+    return oracle.linear_stack(adapters, 3, 16, dims[PACKS[pack][0]][0], widths, stale=0.0, device=str(DEVICE))
+
+
+def states_of(model: Decoder, ids: Tensor, slot: int | None) -> Tensor:
+    """Return the states of one sequence before the final norm, float64 [tokens, H]."""
+    shape, heads, width = SHAPE, SHAPE.heads + 2 * SHAPE.kv_heads, SHAPE.head_dim
+    x = model.embedding.cpu().double()[ids]
+    rotary = model.rotary(model.layers[0], torch.arange(len(ids)))
+    cos, sin = (table.cpu().double()[: len(ids), None] for table in (rotary.cos, rotary.sin))
+    for i, layer in enumerate(model.layers):
+        adapters = adapters_of(i)
+
+        def project(pack: str, y: Tensor, weight: Tensor, of: dict[str, oracle.Adapters] = adapters) -> Tensor:
+            return oracle.linear(y, weight.cpu(), None, [slot] * len(y), of[pack])
+
+        def norm(y: Tensor, weight: Tensor) -> Tensor:
+            return functional.rms_norm(y, y.shape[-1:], weight.cpu().double(), shape.eps)
+
+        qkv = project("qkv", norm(x, layer.input_norm), layer.qkv.weight).view(len(ids), heads, width)
+        queries, keys, values = qkv.split((shape.heads, shape.kv_heads, shape.kv_heads), 1)
+        assert layer.qk_norms is not None
+        turned = []
+        for part, weight in zip((queries, keys), layer.qk_norms, strict=True):
+            low, high = norm(part, weight).chunk(2, -1)
+            turned.append(torch.cat((low * cos - high * sin, high * cos + low * sin), -1).transpose(0, 1))
+        attended = functional.scaled_dot_product_attention(
+            turned[0], turned[1], values.transpose(0, 1), is_causal=True, enable_gqa=True
+        )
+        x = x + project("o", attended.transpose(0, 1).flatten(1), layer.o.weight)
+        gate, up = project("gate_up", norm(x, layer.post_norm), layer.gate_up.weight).chunk(2, 1)
+        x = x + project("down", functional.silu(gate) * up, layer.down.weight)
+    return x
+
+
+class Steps:
+    """Steps of `SEQUENCES` sequences, whose pages are in no order."""
+
+    def __init__(self, model: RandomDecoder) -> None:
+        self.rows = RowDecoder(model)
+        self.ids = torch.randint(SHAPE.vocab, (SEQUENCES, TOKENS), dtype=torch.int32)
+        order, lora = plan([1] * SEQUENCES, SLOTS)
+        self.slots = [SLOTS[i] for i in order]
+        tiles = tuple(tiles.to(DEVICE) for tiles in cut(lora, padded=True))
+        self.lora = LoraBatch(lora.segments, SEQUENCES, tiles=tiles, padded=True)
+        found = [{pack: stack_of(pack, of) for pack, of in adapters_of(i).items()} for i in range(SHAPE.layers)]
+        self.stacks = [Stacks(**stacks) for stacks in found]
+        size = (SHAPE.layers, 2, SEQUENCES, SHAPE.kv_heads, PAGE_TOKENS, SHAPE.head_dim)
+        self.pages = [LayerPages(kv[0], kv[1]) for kv in torch.zeros(size, dtype=DTYPE, device=DEVICE)]
+        self.table = torch.tensor([[2], [0], [3], [1]], dtype=torch.int32, device=DEVICE)
+
+    def step(self, position: int) -> Tensor:
+        ones = torch.ones(SEQUENCES, dtype=torch.int32, device=DEVICE)
+        spans = PagedSpans(torch.arange(SEQUENCES, device=DEVICE).int(), ones, ones * (position + 1), self.table, 1)
+        kv_slots = self.table[:, 0] * PAGE_TOKENS + position
+        batch = RowBatch(self.ids[:, position].to(DEVICE), ones * position, spans, kv_slots, self.lora)
+        return self.rows.forward(batch, self.pages, self.stacks, None)
+
+
+def test_steps_give_the_states_of_whole_sequences(model: RandomDecoder) -> None:
+    steps = Steps(model)
+    found = torch.stack([steps.step(position).cpu().double() for position in range(TOKENS)], 1)
+    for row, slot in enumerate(steps.slots):
+        wanted = states_of(model, steps.ids[row].long(), slot)
+        assert (found[row] - wanted).norm() <= TOLERANCE * wanted.norm()
+
+
+@pytest.mark.gpu
+def test_a_replayed_step_gives_the_bits_of_a_launched_one(model: RandomDecoder) -> None:
+    steps = Steps(model)
+    launched = steps.step(0).clone()
+    steps.ids = steps.ids.to(DEVICE)  # a graph cannot copy from the host
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = steps.step(0)
+    for _ in range(100):
+        graph.replay()
+        assert torch.equal(replayed, launched)
+
+
+def test_unsupported_decoders_are_refused() -> None:
+    with pytest.raises(ValueError, match="Hopper"):
+        RowDecoder(RandomDecoder(SHAPE, torch.device("cpu"), torch.float32))
