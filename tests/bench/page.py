@@ -92,6 +92,13 @@ TABLES = (
         {"prompt tokens": ("tokens", TEXT), "adapters": ("adapters", TEXT), "p50_ms": ("p50 ms", MS),
          "p99_ms": ("p99 ms", MS)},
     ),
+    ResultTable(
+        "One step that makes one token a request, rank-16 adapters on all seven projections", "decode-step-h200",
+        {"shapes": ("shapes", TEXT), "batch": ("requests", COUNT), "context": ("context", COUNT),
+         "adapters": ("adapters", COUNT), "ms": ("ms", FINE_MS),
+         "floor_ms": ("time to read each byte once ms", FINE_MS), "of base": ("of the step without LoRA", RATIO),
+         "tokens_per_s": ("tokens/s", COUNT)},
+    ),
     ResultTable("Over HTTP: HAProxy, 8 gateways and one replica", "http-h200", HTTP),
     ResultTable("Over HTTP with 16 gateways", "http-h200-512", HTTP),
     ResultTable("Over HTTP with 8 processes of the load client", "http-h200-p8", HTTP),
