@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _CAPTURE_AFTER = 2  # eager runs of a key before it is captured
+RUNS_TO_CAPTURE = _CAPTURE_AFTER + 1  # of a key, until its graph exists
 _COUNTED_KEYS = 4096
 
 logger = logging.getLogger(__name__)

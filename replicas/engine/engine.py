@@ -31,7 +31,7 @@ from ranklet.replicas.engine.stats import Listener, Snapshot
 from ranklet.replicas.engine.step_runner import StepRunner
 from ranklet.replicas.engine.tasks import EmbedTask, Task
 from ranklet.replicas.engine.text import Text, generates_text
-from ranklet.replicas.engine.warmup import warm_up
+from ranklet.replicas.engine.warmup import measured_workspace, warm_up, warm_up_text
 from ranklet.replicas.errors import InvalidRequest
 from ranklet.replicas.model.architecture import read_architecture, read_config
 from ranklet.replicas.model.decoder import Decoder
@@ -98,16 +98,19 @@ class Engine:
 
     def start(self) -> None:
         """Compile kernels and begin to serve. On a GPU the first start takes some 20 s."""
-        warm_up(self.runner, self.head, self.limits.max_model_len, self.config.max_batch_requests)
-        self._start_text()
+        with measured_workspace(self.device) as workspace:
+            warm_up(self.runner, self.head, self.limits.max_model_len, self.config.max_batch_requests)
+        self._start_text(workspace.bytes)
         self._pipeline.start()
 
-    def _start_text(self) -> None:
+    def _start_text(self, workspace_bytes: int) -> None:
         lm_head = self.runner.model.lm_head
         if not isinstance(lm_head, LmHead) or not generates_text(self.config):
             return
         config, rows = self.config, self.config.max_batch_requests
-        pages = pages_that_fit(self.architecture, self.dtype, self.device, config, self.limits.max_model_len)
+        pages = pages_that_fit(
+            self.architecture, self.dtype, self.device, config, self.limits.max_model_len, workspace_bytes
+        )
         space = KvSpace(pages, rows, self.limits.max_model_len)
         head = TextHead(lm_head, Sampler(self.limits.vocab, rows, self.device))
         kv = KvPages(self.architecture, pages, self.device, self.dtype)
@@ -115,6 +118,7 @@ class Engine:
         self._steps.paged = PagedRunner(self.runner, kv, space.table, head, self.head)
         self._text = Text(head, self.end_of_text, self.limits, revision, str(self.dtype), config.prefix_cache)
         self._scheduler.space = space
+        warm_up_text(self._steps.paged, config.interleave_tokens, self.limits.max_model_len)
 
     def stop(self) -> None:
         """Finish the steps on the device, refuse waiting requests with `Unavailable`, and end the threads."""

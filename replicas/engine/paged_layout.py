@@ -20,6 +20,7 @@ from ranklet.kernels.batch import LoraBatch, cut, plan
 from ranklet.kernels.paged_attention import PAGE_TOKENS, PagedSpans
 from ranklet.kernels.powers import power_of_four, power_of_two
 from ranklet.kernels.prefill_attention import TILE_QUERIES, query_tiles
+from ranklet.kernels.row_gemm_tiles import MOST_ROWS
 from ranklet.kernels.row_subset import subset
 from ranklet.kernels.row_tiles import RowTiles
 from ranklet.kernels.sampling_row import ROW_WIDTH, Column, Feature, features_of, rounded
@@ -110,6 +111,12 @@ class PagedLayout:
     buffer: Tensor
     fresh_lengths: tuple[int, ...]
     _shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+    @property
+    def suits_rows(self) -> bool:
+        """Whether `RowDecoder` serves the step: it consists of decodes, and its LoRA is that of padded tiles."""
+        only_decodes = self.sizes.tokens == self.sizes.decodes <= MOST_ROWS
+        return only_decodes and (self.lora.backend == "none" or self.lora.padded)
 
     @property
     def tile_shapes(self) -> tuple[tuple[int | tuple[int, int], ...], ...]:

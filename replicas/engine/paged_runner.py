@@ -13,10 +13,11 @@ from ranklet.replicas.engine.paged_layout import LayoutPacker, PagedArrays, Page
 from ranklet.replicas.engine.plan import StepPlan
 from ranklet.replicas.engine.row_table import RowTable
 from ranklet.replicas.engine.runner import Runner
-from ranklet.replicas.model import cudnn_attention
+from ranklet.replicas.model import cudnn_attention, row_decoder
 from ranklet.replicas.model.attention import AttentionBatch, Spans
 from ranklet.replicas.model.decoder import DeviceBatch
 from ranklet.replicas.model.heads import PoolingHead, TextHead
+from ranklet.replicas.model.row_decoder import RowBatch, RowDecoder
 
 
 class PagedRunner:
@@ -26,13 +27,15 @@ class PagedRunner:
         pooling: the head of embeddings that run beside text.
 
     Attributes:
+        table: the rows of the sequences with pages.
+        text: the head that draws tokens.
         last_token: int32 [R + 1]: the last token that was drawn for each row, which the next decode computes.
     """
 
     def __init__(self, runner: Runner, kv: KvPages, table: RowTable, text: TextHead, pooling: PoolingHead) -> None:
-        self._runner = runner
-        self._table = table
-        self._text = text
+        self.runner = runner
+        self.table = table
+        self.text = text
         self._pooling = pooling
         model = runner.model
         self._pages = [kv.layer(i) for i in range(model.architecture.layers)]
@@ -41,6 +44,7 @@ class PagedRunner:
             table, max_tokens=runner.max_tokens, pads=runner.graphs is not None, pinned=self._cuda,
             adapts_head=runner.pool.head is not None,
         )  # fmt: skip
+        self._rows = RowDecoder(model) if row_decoder.supports(model) else None
         self.last_token = torch.zeros(table.filler + 1, dtype=torch.int32, device=model.device)
 
     @torch.inference_mode()
@@ -50,54 +54,61 @@ class PagedRunner:
         Args:
             slots: pool slot of the adapter of each of `plan.parts`; None for the base model.
         """
-        launched_s, runner = perf_counter(), self._runner
+        launched_s = perf_counter()
         for sequence in plan.started:
             if sequence.sampling is not None and sequence.row is not None:
                 ids = sequence.ids
-                self._text.sampler.begin(
-                    sequence.row, sequence.sampling, ids[: sequence.prompt], ids[sequence.prompt :]
-                )
-        items = StepItems(plan.rows, spans_of(plan), slots)
-        order, lora = items.lora(self._table)
+                self.text.sampler.begin(sequence.row, sequence.sampling, ids[: sequence.prompt], ids[sequence.prompt :])
+        return self.launch_items(StepItems(plan.rows, spans_of(plan), slots), launched_s)
+
+    @torch.inference_mode()
+    def launch_items(self, items: StepItems, launched_s: float) -> LaunchedStep:
+        """Start a step of sequences whose rows are set up; see `launch`."""
+        runner = self.runner
+        order, lora = items.lora(self.table)
         lora = runner.backends.choose(lora, runner.backend)
         layout = self._packer.pack(items, order, lora)
-        self._text.sampler.prepare(layout.features)
+        self.text.sampler.prepare(layout.features)
         began = record_event(runner.model.device)
         outputs = self._run(layout)
         groups = []
         if layout.drawn_items:
             drawn = tuple(map(to_host, outputs if not layout.pooled_items else outputs[:-1]))
-            groups.append(OutputGroup(self._text, layout.drawn_items, drawn))
+            groups.append(OutputGroup(self.text, layout.drawn_items, drawn))
         if layout.pooled_items:
             groups.append(OutputGroup(self._pooling, layout.pooled_items, (to_host(outputs[-1]),)))
         events = (began, record_event(runner.model.device)) if self._cuda else None
         return LaunchedStep(groups, lora.backend, launched_s, perf_counter() - launched_s, events)
 
     def _run(self, layout: PagedLayout) -> tuple[Tensor, ...]:
-        graphs = self._runner.graphs
+        graphs = self.runner.graphs
         if graphs is None or layout.lora.backend not in ("csgmv", "none"):
-            return self.forward(layout, layout.buffer.to(self._runner.model.device, non_blocking=True))
+            return self.forward(layout, layout.buffer.to(self.runner.model.device, non_blocking=True))
         return graphs.run(self.graph_key(layout), layout.buffer, lambda moved: self.forward(layout, moved))
 
     def graph_key(self, layout: PagedLayout) -> Hashable:
         """Return all facts that kernel launches depend on, apart from device memory."""
-        contents = [self._runner.pool.contents[segment.slot] for segment in layout.lora.segments]
+        contents = [self.runner.pool.contents[segment.slot] for segment in layout.lora.segments]
         modules = frozenset[object]().union(*(slot.modules for slot in contents))
         return "pages", layout.sizes, layout.tile_shapes, layout.features, layout.lora.backend, modules
 
     def forward(self, layout: PagedLayout, moved: Tensor) -> tuple[Tensor, ...]:
         """Compute the outputs of a step from its buffer on the device: of drawn tokens, then pooled vectors."""
-        model, pool = self._runner.model, self._runner.pool
+        model, pool = self.runner.model, self.runner.pool
         arrays = layout.unpack(moved)
         ids = arrays.ids
         if layout.sizes.decodes:
             ids = torch.where(ids < 0, self.last_token[(-1 - ids).clamp(min=0)], ids)
-        batch = DeviceBatch(ids, arrays.positions, self._attention(layout, arrays), arrays.lora)
-        states = model.forward(batch, pool.layers, pool.embedding, pages=self._pages)
+        if self._rows is not None and layout.suits_rows and arrays.decodes is not None:
+            rows_batch = RowBatch(ids, arrays.positions, arrays.decodes, arrays.kv_slots, arrays.lora)
+            states = self._rows.forward(rows_batch, self._pages, pool.layers, pool.embedding)
+        else:
+            batch = DeviceBatch(ids, arrays.positions, self._attention(layout, arrays), arrays.lora)
+            states = model.forward(batch, pool.layers, pool.embedding, pages=self._pages)
         outputs: tuple[Tensor, ...] = ()
         if layout.sizes.drawn:
             rows = model.final_norm(states[arrays.drawn])
-            outputs = self._text.draw(
+            outputs = self.text.draw(
                 rows, arrays.drawn_lora, pool.head, arrays.columns, layout.features, self.last_token
             )
         if layout.sizes.pooled:
@@ -108,10 +119,10 @@ class PagedRunner:
     def _attention(self, layout: PagedLayout, arrays: PagedArrays) -> AttentionBatch:
         fresh, sizes = None, layout.sizes
         if sizes.fresh:
-            shape, cudnn = self._runner.model.architecture, None
+            shape, cudnn = self.runner.model.architecture, None
             # Without other spans they lie side by side.
             starts = arrays.fresh_starts if arrays.chunks or arrays.decodes else None
-            if self._runner.uses_cudnn:
+            if self.runner.uses_cudnn:
                 cudnn = cudnn_attention.cudnn_spans(
                     arrays.fresh_offsets, sizes.fresh, (shape.heads, shape.kv_heads), shape.head_dim, starts
                 )

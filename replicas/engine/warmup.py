@@ -2,13 +2,18 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
 import torch
 
 from ranklet.kernels.precompile import precompile
-from ranklet.replicas.engine.layout import whole_prompts
+from ranklet.replicas.engine.cuda_graphs import RUNS_TO_CAPTURE
+from ranklet.replicas.engine.layout import TokenSpan, whole_prompts
+from ranklet.replicas.engine.paged_layout import StepItems
+from ranklet.replicas.engine.paged_runner import PagedRunner
 from ranklet.replicas.engine.runner import Runner
 from ranklet.replicas.model import cudnn_attention
 from ranklet.replicas.model.heads import Head
@@ -61,6 +66,54 @@ def warm_up(runner: Runner, head: Head, longest: int, max_sequences: int) -> Non
             _run(runner, head, lengths, slots)
         runner.free_caches()  # drops graphs and merged weights of the placeholder adapters
     logger.info("warm-up took %.1f s", perf_counter() - began_s)
+
+
+@dataclass
+class StepWorkspace:
+    bytes: int = 0
+
+
+@contextmanager
+def measured_workspace(device: torch.device) -> Iterator[StepWorkspace]:
+    """Measure the device memory that steps need beside what stays allocated; 0 on the CPU."""
+    found = StepWorkspace()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    yield found
+    if device.type == "cuda":
+        found.bytes = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+
+
+def warm_up_text(paged: PagedRunner, interleave_tokens: int, longest: int) -> None:
+    """Compile kernels and capture the CUDA graphs of decodes, with and without adapters. Does nothing on the CPU."""
+    runner, table = paged.runner, paged.table
+    if runner.model.device.type != "cuda":
+        return
+    began_s = perf_counter()
+    most = min(table.filler, runner.max_tokens)
+    sizes = sorted({min(1 << power, most) for power in range(most.bit_length() + 1)})
+    pool = runner.pool
+    adapters = [count for count in (0, *_ADAPTERS) if count <= pool.slots]
+    table.lengths[:most] = 1
+    with pool.placeholder_adapters():
+        for count in adapters:
+            table.slots[:most] = [i % count for i in range(most)] if count else -1
+            for rows in sizes:
+                if rows >= count:
+                    for _ in range(RUNS_TO_CAPTURE if runner.model.dtype != torch.float32 else 1):
+                        _run_paged(paged, rows, [], None)
+            # A piece of a prompt beside decodes, and a prompt alone.
+            piece, slot = min(interleave_tokens, runner.max_tokens - 1, longest - 1), 0 if count else None
+            for length in {min(64, piece), piece}:
+                _run_paged(paged, 1, [TokenSpan(np.zeros(length, dtype=np.int32), 1, paged.text, 0)], slot)
+                _run_paged(paged, 0, [TokenSpan(np.zeros(length, dtype=np.int32), 0, paged.text, 0)], slot)
+    table.lengths[:most], table.slots[:most] = 0, -1
+    logger.info("warm-up for text took %.1f s", perf_counter() - began_s)
+
+
+def _run_paged(paged: PagedRunner, decodes: int, spans: list[TokenSpan], slot: int | None) -> None:
+    items = StepItems(np.arange(decodes, dtype=np.int32), spans, [slot] * len(spans))
+    paged.launch_items(items, perf_counter()).wait()
 
 
 def _run(runner: Runner, head: Head, lengths: list[int], slots: list[int | None]) -> None:
