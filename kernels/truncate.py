@@ -70,7 +70,8 @@ def _threshold(
             threshold = found
             quota = top_k - above.to(tl.int32)
     if top_p < 1:
-        if threshold > float("-inf"):
+        # Candidates may be exactly the k largest, and then weigh less than the whole row.
+        if (threshold > float("-inf")) | (top_k > 0):
             total, ties = measured(source, length, scale, threshold, peak, TILE)
             total += tl.minimum(ties, quota).to(tl.float32) * tl.exp(threshold - peak)
         goal = top_p * total

@@ -1,10 +1,13 @@
 """Draws: the torch code against float64, Triton (interpreted and compiled) against the torch code."""
 
 import math
+import random
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from ranklet.kernels.adjust import adjusted
@@ -36,6 +39,24 @@ def make_logits(rows: int, vocab: int = VOCAB) -> Tensor:
     return 3 * torch.randn(rows, vocab)
 
 
+def random_values(rng: random.Random, vocab: int) -> SamplingValues:
+    return SamplingValues(
+        temperature=rng.choice([0.0, 0.2, 0.7, 1.0, 1.5]),
+        top_k=rng.choice([0, 0, 2, 7, 100, 550, 3000]),
+        top_p=rng.choice([1.0, 0.2, 0.9, 0.99]),
+        min_p=rng.choice([0.0, 0.0, 0.01, 0.3]),
+        presence_penalty=rng.choice([0.0, 0.5]),
+        frequency_penalty=rng.choice([0.0, -0.5]),
+        repetition_penalty=rng.choice([1.0, 1.4]),
+        seed=rng.randrange(-(1 << 63), 1 << 63),
+        logit_bias=tuple((token, rng.uniform(-5, 5)) for token in rng.sample(range(vocab), rng.choice([0, 3, 20]))),
+        banned_ids=tuple(rng.sample(range(vocab), rng.choice([0, 2]))),
+        banned_until=rng.choice([0, 41]),
+        allowed_token_ids=rng.choice([None, None, tuple(rng.sample(range(vocab), 20))]),
+        logprobs=rng.choice([None, 0, 5]),
+    )
+
+
 @pytest.mark.parametrize("values", [PENALTIES, EDITED, MIX[6], MIX[7]])
 def test_changes_agree_with_float64(values: SamplingValues) -> None:
     step, logits = SamplingStep(VOCAB, [values], torch.device("cpu")), make_logits(1)
@@ -62,6 +83,15 @@ def test_kernels_agree_with_torch(seed: int) -> None:
 @pytest.mark.parametrize("values", MIX)
 def test_kernels_agree_with_torch_without_other_features(values: SamplingValues) -> None:
     step, logits = SamplingStep(VOCAB, [values], DEVICE), make_logits(1)
+    assert_same(step.by_kernels(logits), step.by_torch(logits))
+
+
+@settings(max_examples=10)
+@given(st.randoms(use_true_random=False), st.sampled_from([33, 129, 600, 4097]))
+def test_kernels_agree_with_torch_on_random_rows(rng: random.Random, vocab: int) -> None:
+    torch.manual_seed(rng.randrange(1 << 30))
+    step = SamplingStep(vocab, [random_values(rng, vocab) for _ in range(4)], DEVICE)
+    logits = torch.randn(4, vocab) * rng.choice([0.1, 1.0, 5.0])
     assert_same(step.by_kernels(logits), step.by_torch(logits))
 
 

@@ -77,6 +77,14 @@ def test_kernels_keep_ties_as_torch_does(seed: int, levels: int) -> None:
     assert_same(step.by_kernels(logits), step.by_torch(logits))
 
 
+def test_top_p_is_a_share_of_what_top_k_keeps() -> None:
+    wants = [values_of({"top_k": 2, "top_p": 0.2}, seed) for seed in range(8)]
+    step, logits = SamplingStep(600, wants, DEVICE), 0.1 * torch.randn(8, 600)
+    logits[:, [62, 293]] = torch.tensor([0.52, 0.5])  # of two groups, so that there are exactly two candidates
+    for drawn in (step.by_kernels(logits), step.by_torch(logits)):
+        assert drawn.tokens.tolist() == [62] * 8
+
+
 def test_few_finite_logits() -> None:
     wants = [values_of(want, seed) for seed, want in enumerate(WANTS)]
     step, logits = SamplingStep(500, wants, DEVICE), torch.full((len(wants), 500), -torch.inf)
