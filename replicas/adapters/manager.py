@@ -155,7 +155,7 @@ class AdapterManager:
             self._requested[ref] = future
         return future
 
-    def start_loads(self, demand: Sequence[AdapterRef], using: Collection[AdapterRef | None] = ()) -> None:
+    def start_loads(self, demand: Sequence[AdapterRef], using: Collection[AdapterRef | None] = ()) -> bool:
         """Start the loads that `request_load` and waiting prompts (`demand`, oldest first) need.
 
         Starts only loads that the loader can begin now; other adapters keep their slots until then. An adapter that is
@@ -163,13 +163,17 @@ class AdapterManager:
 
         Args:
             using: adapters of a batch that is about to `acquire_slots`; they are not evicted.
+
+        Returns:
+            Whether a retiring adapter is usable again, so that more sequences are ready.
         """
+        revived = False
         batch = {ref for ref in using if ref is not None}
         wanted = [*self._requested, *demand]
         before, self._queued = self._queued, {}
         for i, ref in enumerate(wanted):
             if self._table.holds(ref):
-                self._table.revive(ref)  # adapters that are wanted earlier have their slots already
+                revived |= self._table.revive(ref)  # adapters that are wanted earlier have their slots already
                 continue
             if not self._loader.can_start(ref):
                 self._queued[ref] = before.get(ref, self._clock())
@@ -177,8 +181,9 @@ class AdapterManager:
             place = self._table.reserve(ref, batch.union(wanted[:i]))
             if place is None:
                 self._table.retire(wanted[:i])
-                return
+                break
             self._start(ref, *place)
+        return revived
 
     def prefetch(self, ref: AdapterRef, needed: Collection[AdapterRef | None] = ()) -> None:
         """Start a load that no prompt waits for yet, if that evicts no adapter that is `needed` or was used recently.

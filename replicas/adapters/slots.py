@@ -97,9 +97,13 @@ class SlotTable:
                 slot.retiring = True
                 return
 
-    def revive(self, key: AdapterRef) -> None:
-        if key in self._by_key:
-            self._by_key[key].retiring = False
+    def revive(self, key: AdapterRef) -> bool:
+        """Let a retiring adapter take new work again. Returns whether the adapter was retiring."""
+        slot = self._by_key.get(key)
+        if slot is None or not slot.retiring:
+            return False
+        slot.retiring = False
+        return True
 
     def mark_ready(self, key: AdapterRef) -> None:
         self._by_key[key].ready = True

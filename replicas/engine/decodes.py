@@ -13,7 +13,8 @@ def plan_decodes(plan: StepPlan, holders: Holders, space: KvSpace, room: FreeSpa
     """
     victims, preempted = holders.preemptible(), set[Sequence]()
     solo = next((each for each in holders.decoding if each.solo and not each.cancelled), None)
-    for sequence in holders.decoding if solo is None else [solo]:
+    # In the order in which they started, so that a victim is never in the plan already.
+    for sequence in [each for each in holders.all if each in holders.decoding] if solo is None else [solo]:
         if sequence.cancelled:
             plan.cancelled.append(sequence)
             continue

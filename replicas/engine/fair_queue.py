@@ -87,16 +87,16 @@ class FairQueue:
 
     def restore(self, sequence: Sequence) -> None:
         """Insert a sequence at the place that it had before it was removed."""
-        self._insert(sequence, self._flows.setdefault(sequence.flow, _Flow()), sequence.turn[0])
+        self._insert(sequence, self._flows.setdefault(sequence.flow, _Flow()), *sequence.turn)
 
     def requeue(self, sequence: Sequence, tokens: int) -> None:
         """Insert the rest of a sequence whose first `tokens` are in a step, which count as a part of its turn."""
         turn = max(sequence.turn[0], self._now) + tokens
         self._insert(sequence, self._flows.setdefault(sequence.flow, _Flow()), turn)
 
-    def _insert(self, sequence: Sequence, flow: _Flow, turn: float) -> None:
+    def _insert(self, sequence: Sequence, flow: _Flow, turn: float, arrival: int | None = None) -> None:
         tokens = sequence.need.tokens
-        sequence.turn = turn, next(self._arrivals)
+        sequence.turn = turn, next(self._arrivals) if arrival is None else arrival
         flow.last = max(flow.last, turn)
         flow.sequences += 1
         flow.tokens += tokens

@@ -35,6 +35,10 @@ class Holders:
         """Return the sequences that have outputs left, in the order in which they started."""
         return [each for each in self.all if each.left and not each.cancelled]
 
+    def undelivered(self) -> list[Sequence]:
+        """Return the sequences whose outputs are not all delivered, also those whose last output is launched."""
+        return [each for each in self.all if not each.cancelled]
+
     def add(self, sequence: Sequence) -> None:
         self.all[sequence] = None
         if sequence.adapter is not None:

@@ -173,8 +173,10 @@ class Pipeline:
     def _next_plan(self) -> StepPlan | None:
         """Return the step to launch now, if any, and start the loads that waiting sequences need."""
         forecast = self._forecast
-        plan = self._scheduler.propose(self._adapters.usable, forecast.enough_tokens(), forecast.small_tokens())
-        self._adapters.start_loads(plan.demand, [sequence.adapter for sequence in plan.sequences])
+        revived = True
+        while revived:  # sequences of an adapter that no longer retires are ready now
+            plan = self._scheduler.propose(self._adapters.usable, forecast.enough_tokens(), forecast.small_tokens())
+            revived = self._adapters.start_loads(plan.demand, [sequence.adapter for sequence in plan.sequences])
         if not self._in_flight:
             return plan if plan.is_due else None
         if not plan.computes or len(self._in_flight) == self._depth:

@@ -6,7 +6,7 @@ adapter's slot from its first piece to its last output. Where pages run out, the
 pages back and waits in the queue, at its old place, to be computed again.
 
 A sequence is passed over while its adapter is in no slot. A sequence whose adapter is in a slot, but that does not fit
-into a step, is passed over at most `PATIENCE` times; then no later sequence enters a step before it. Therefore:
+into a step, is passed over at most `PATIENCE` times; then no later sequence starts before it. Therefore:
 
 - the first ready sequence of the queue is in the next step that has space for it;
 - a ready sequence that needs no pages is overtaken in at most `PATIENCE` steps;
@@ -77,9 +77,9 @@ class Scheduler:
         plan = StepPlan()
         room = self.space.room() if self.space is not None else FreeSpace(0, 0)
         first = next((each for each in self.queue if not each.cancelled), None)
-        if first is None or not _runs_alone(first) or not _is_ready(first, is_ready):
-            if self.space is not None:
-                plan_decodes(plan, self._holders, self.space, room)
+        alone = first is not None and _runs_alone(first) and _is_ready(first, is_ready)
+        if not alone and self.space is not None:
+            plan_decodes(plan, self._holders, self.space, room)
             if plan.decodes and plan.decodes[0].solo:
                 return plan
         most = self._target_tokens(enough)
@@ -87,21 +87,20 @@ class Scheduler:
         if plan.decodes:
             most = limit = min(len(plan.decodes) + self._interleave_tokens, self._max_tokens)
         adapters = set(self._holders.adapters)
-        taken_away = set(plan.preempted)
         ready: dict[AdapterRef, bool] = {}
-        beyond, others = 0, self._steps_beside_others > 0
+        beyond, blocked, others = 0, False, self._steps_beside_others > 0
         full = len(plan.decodes) >= self._max_sequences or plan.tokens >= most
         for sequence in self.queue:
             if sequence.cancelled:
                 plan.cancelled.append(sequence)
                 continue
-            if sequence in taken_away:
+            if sequence in plan.preempted:
                 continue
             adapter = sequence.adapter
             if adapter is not None and adapter not in ready:
                 ready[adapter] = is_ready(adapter)
             full = full or (others and plan.tokens >= (beside or most) and self.queue.floods(sequence))
-            if full:
+            if full or (blocked and sequence.row is None):
                 beyond += 1
                 if beyond > _LOOKAHEAD:
                     break
@@ -109,7 +108,7 @@ class Scheduler:
                 part = self._part(sequence, plan, adapters, room, limit)
                 if part is None:
                     plan.passed.append(sequence)
-                    full = sequence.passed_over >= PATIENCE and not sequence.need.keeps_cache
+                    blocked = blocked or (sequence.passed_over >= PATIENCE and not sequence.need.keeps_cache)
                     continue
                 plan.add(part)
                 if adapter is not None:
@@ -118,6 +117,8 @@ class Scheduler:
                 count = len(plan.decodes) + len(plan.parts)
                 full = bool(sequence.solo) or count == self._max_sequences or plan.tokens >= most
         plan.demand = list(ready)[: self._max_demand]
+        if alone and not plan.parts and self.space is not None:  # it waits for pages that others hold
+            plan_decodes(plan, self._holders, self.space, room)
         return plan
 
     def _target_tokens(self, enough: int | None) -> int:
@@ -261,7 +262,7 @@ class Scheduler:
         The failed step may have written wrong keys and values into pages, which others share. Therefore all sequences
         with pages are preempted, and no page is shared any more. Returns the preempted sequences.
         """
-        preempted = self._holders.preemptible()
+        preempted = self._holders.undelivered()
         self._preempt(preempted)
         if self.space is not None:
             self.space.forget()

@@ -1,0 +1,120 @@
+"""A simulated device. It writes a number for each token into pages, and draws a token from all numbers that it reads.
+
+So a page that is stale, shared wrongly or of another adapter, a wrong slot or a lost token changes the text.
+"""
+
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.cache.pages import PAGE_TOKENS
+from ranklet.replicas.engine.kv_space import KvSpace
+from ranklet.replicas.engine.launched import LaunchedStep, OutputGroup
+from ranklet.replicas.engine.plan import StepPlan
+from ranklet.replicas.model.heads import Head
+
+VOCAB = 40
+END = 0  # the token that ends a text
+WRONG = -1  # what a failed step writes
+_MASK = (1 << 61) - 1
+
+
+class SimulatedHead:
+    """Passes on the outputs of the simulated device."""
+
+    def __init__(self, *, reads_last: bool = True) -> None:
+        self.reads_last = reads_last
+
+    def results(self, arrays: Sequence[Any], count: int) -> Iterable[Any]:
+        return list(arrays[0])[:count]
+
+
+TEXT, LAST, MEAN = SimulatedHead(), SimulatedHead(), SimulatedHead(reads_last=False)
+
+
+def numbers(last: int, tokens: Iterable[int]) -> list[int]:
+    """Return the number of each token. It covers all tokens before, from the number before the first."""
+    found = []
+    for token in tokens:
+        last = (last * 1_000_003 + int(token) + 1) & _MASK
+        found.append(last)
+    return found
+
+
+def first_number(adapter: AdapterRef | None) -> int:
+    return zlib.crc32(adapter.revision.encode()) if adapter is not None else 1
+
+
+def drawn(read: NDArray[np.int64]) -> int:
+    return zlib.crc32(read.tobytes()) % VOCAB
+
+
+def expected_text(prompt: Iterable[int], adapter: AdapterRef | None, most: int) -> list[int]:
+    """Return the text that an engine must generate."""
+    states = numbers(first_number(adapter), prompt)
+    text: list[int] = []
+    while len(text) < most and END not in text:
+        text.append(drawn(np.array(states, np.int64)))
+        states += numbers(states[-1], text[-1:])
+    return text
+
+
+class SimulatedDevice:
+    def __init__(self, space: KvSpace, slots: int) -> None:
+        self._table = space.table
+        self._memory = np.full(space.pool.count * PAGE_TOKENS, WRONG, np.int64)
+        self._last_token = np.zeros(space.table.filler + 1, np.int64)
+        self.contents: list[AdapterRef | None] = [None] * slots  # None while the slot is written
+
+    def launch(self, plan: StepPlan, slots: Sequence[int | None], *, fails: bool) -> LaunchedStep:
+        """Compute a committed step at once. A step that fails writes wrong numbers and has no outputs."""
+        outputs: dict[SimulatedHead, list[tuple[int, Any]]] = {TEXT: [], LAST: [], MEAN: []}
+        for item, (row, slot) in enumerate(zip(plan.rows, self._table.slots[plan.rows], strict=True)):
+            position = int(self._table.lengths[row]) - 1
+            read = self._write(row, position, [int(self._last_token[row])], None if slot < 0 else int(slot), fails)
+            outputs[TEXT].append((item, drawn(read)))
+            self._last_token[row] = drawn(read)
+        for index, (part, row, slot) in enumerate(zip(plan.parts, plan.part_rows, slots, strict=True)):
+            tokens = part.sequence.ids[part.start : part.start + part.tokens]
+            if part.uses_pages:
+                assert row is not None
+                read = self._write(row, part.start, tokens, slot, fails)
+            else:
+                assert part.start == 0
+                read = np.array(numbers(self._first(slot), tokens), np.int64)
+            head = cast(SimulatedHead | None, part.head)
+            if head is None:
+                continue
+            if head is TEXT:
+                assert row is not None
+                self._last_token[row] = drawn(read)
+                outputs[head].append((len(plan.decodes) + index, drawn(read)))
+            else:
+                outputs[head].append((len(plan.decodes) + index, np.array([drawn(read)], np.float32)))
+        groups = [
+            OutputGroup(cast(Head, head), [item for item, _ in found], (cast(Tensor, [each for _, each in found]),))
+            for head, found in outputs.items()
+            if found
+        ]
+        return LaunchedStep([] if fails else groups, "none", 0.0, 0.0, None)
+
+    def _first(self, slot: int | None) -> int:
+        if slot is None:
+            return first_number(None)
+        assert self.contents[slot] is not None, "the slot holds no adapter"
+        return first_number(self.contents[slot])
+
+    def _write(self, row: int, start: int, tokens: Iterable[int], slot: int | None, fails: bool) -> NDArray[np.int64]:
+        """Write tokens from position `start` on. Returns the numbers of all tokens up to the last one."""
+        made = numbers(int(self._read(row, start)[-1]) if start else self._first(slot), tokens)
+        at = self._table.page_slots(row, start, len(made), PAGE_TOKENS)
+        self._memory[at] = WRONG if fails else made
+        return self._read(row, start + len(made))
+
+    def _read(self, row: int, length: int) -> NDArray[np.int64]:
+        return self._memory[self._table.page_slots(row, 0, length, PAGE_TOKENS)]
