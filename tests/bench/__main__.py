@@ -16,9 +16,13 @@ from rich.console import Console
 
 GPU: dict[str, list[str]] = {
     "engine": [], "fidelity": ["--backends", "native", "csgmv", "merged"], "kernels": [], "profile": [], "buckets": [],
+    "generate": [],
     "sampler": [],
 }  # fmt: skip
-CPU = {"fidelity": ["--layers", "1"], "kernels": ["--tiny"], "policy": [], "simulate": ["--replicas", "20"]}
+CPU = {
+    "fidelity": ["--layers", "1"], "kernels": ["--tiny"], "policy": [], "simulate": ["--replicas", "20"],
+    "generate": ["--shapes", "tiny"],
+}  # fmt: skip
 
 
 def main() -> int:

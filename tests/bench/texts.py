@@ -128,11 +128,10 @@ def submit_texts(
     engine: Engine, prompts: Sequence[NDArray[np.int32]], adapters: Sequence[AdapterRef | None], max_tokens: int
 ) -> list[TokenTimes]:
     """Submit each prompt as its own greedy request, with the adapters in turn."""
-    params: Any = greedy(max_tokens)
     finished = threading.Semaphore(0)
     texts = [TokenTimes(finished) for _ in prompts]
     for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-        engine.submit([prompt], adapters[i % len(adapters)], params, text)
+        engine.submit([prompt], adapters[i % len(adapters)], greedy(max_tokens), text)
     return texts
 
 
