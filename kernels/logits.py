@@ -19,19 +19,22 @@ def logits(
     weight: Tensor,  # [N, K]
     stack: LinearStack | None = None,  # of one slice
     batch: LoraBatch | None = None,
+    *,
+    columns: int | None = None,
 ) -> Tensor:
     """Compute logits with the batch's LoRA. Returns a new tensor, float32 [T, N].
 
     Semantics: `y[t] = W x[t] + s B A x[t]`, with A, B, s of row t's adapter.
 
     Args:
+        columns: leading rows of the weight that are tokens; None for all. The result has no other columns.
         batch: of exactly these rows, see `row_subset`; with its tiles on the device if its backend is csgmv.
 
     Raises:
         ValueError: `x` does not have the batch's number of rows, or the batch has segments but no tiles.
     """
     x = x.to(weight.dtype)
-    y = _product(x, weight)
+    y = _product(x, weight)[:, :columns]
     if stack is None or batch is None or batch.implementation is None:
         return y
     check_rows(x, batch)

@@ -134,8 +134,9 @@ def _verify(options: argparse.Namespace) -> int:
     architecture = read_architecture(config)
     bases = (options.model.resolve().name, *options.base_name)
     with Checkpoint(options.model, torch.device("cpu"), torch.bfloat16) as checkpoint:
-        embedding = checkpoint.read("embed_tokens.weight", (architecture.vocab, architecture.hidden))
-        head = read_lm_head(checkpoint, config, architecture, embedding)
+        padded = checkpoint.read_padded("embed_tokens.weight", (architecture.vocab, architecture.hidden))
+        embedding = padded[: architecture.vocab]
+        head = read_lm_head(checkpoint, config, architecture, embedding, padded)
     expected = ExpectedModules(
         architecture, options.max_rank, ALL_MODULES, bases, embedding, head if isinstance(head, LmHead) else None,
         EndOfText(options.model, config, architecture.vocab),

@@ -30,3 +30,11 @@ def plan_decodes(plan: StepPlan, holders: Holders, space: KvSpace, room: FreeSpa
     if preempted:
         plan.preempted = [each for each in holders.all if each in preempted]
         room.rows = 0  # nothing starts in pages that were just taken away
+
+
+def tokens_of_mixed(decodes: int, starting: int, interleave_tokens: int) -> int:
+    """Return the largest number of tokens of a step with decodes: more if more sequences can start than are decoding.
+
+    Otherwise a burst of prompts would wait for many short steps, for the sake of the first ones' texts.
+    """
+    return decodes + int(interleave_tokens * max(1.0, starting / decodes))

@@ -39,6 +39,7 @@ class FairQueue:
 
     Attributes:
         tokens: all waiting tokens.
+        texts: number of waiting sequences that keep keys and values.
     """
 
     def __init__(self, allowance: int) -> None:
@@ -50,7 +51,7 @@ class FairQueue:
         self._served = 0  # tokens of all steps
         self._active: OrderedDict[str, int] = OrderedDict()  # adapters: `_served` at their last request
         self._decoded: dict[str, float] = {}  # adapters: virtual time that their decodes have used up
-        self.tokens = 0
+        self.tokens = self.texts = 0
 
     def __len__(self) -> int:
         return len(self._ordered)
@@ -101,6 +102,7 @@ class FairQueue:
         flow.sequences += 1
         flow.tokens += tokens
         self.tokens += tokens
+        self.texts += sequence.need.keeps_cache
         insort(self._ordered, sequence, key=_TURN)
 
     def remove(self, sequences: Iterable[Sequence]) -> None:
@@ -110,6 +112,7 @@ class FairQueue:
             del self._ordered[at]
             tokens = sequence.need.tokens
             self.tokens -= tokens
+            self.texts -= sequence.need.keeps_cache
             flow = self._flows[sequence.flow]
             flow.sequences -= 1
             flow.tokens -= tokens

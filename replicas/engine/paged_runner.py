@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ranklet.replicas.cache.tensors import KvPages
+from ranklet.replicas.engine.cuda_graphs import CAPTURE_AFTER
 from ranklet.replicas.engine.launched import LaunchedStep, OutputGroup, record_event, to_host
 from ranklet.replicas.engine.layout import TokenSpan
 from ranklet.replicas.engine.paged_layout import LayoutPacker, PagedArrays, PagedLayout, StepItems
@@ -18,6 +19,8 @@ from ranklet.replicas.model.attention import AttentionBatch, Spans
 from ranklet.replicas.model.decoder import DeviceBatch
 from ranklet.replicas.model.heads import PoolingHead, TextHead
 from ranklet.replicas.model.row_decoder import RowBatch, RowDecoder
+
+_CAPTURE_MIXED_AFTER = 8  # sizes of steps with prompts vary, so that most graphs would be replayed only a few times
 
 
 class PagedRunner:
@@ -84,7 +87,8 @@ class PagedRunner:
         graphs = self.runner.graphs
         if graphs is None or layout.lora.backend not in ("csgmv", "none"):
             return self.forward(layout, layout.buffer.to(self.runner.model.device, non_blocking=True))
-        return graphs.run(self.graph_key(layout), layout.buffer, lambda moved: self.forward(layout, moved))
+        after = CAPTURE_AFTER if layout.suits_rows else _CAPTURE_MIXED_AFTER
+        return graphs.run(self.graph_key(layout), layout.buffer, lambda moved: self.forward(layout, moved), after=after)
 
     def graph_key(self, layout: PagedLayout) -> Hashable:
         """Return all facts that kernel launches depend on, apart from device memory."""

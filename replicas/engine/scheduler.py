@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.cache.pages import PAGE_TOKENS
-from ranklet.replicas.engine.decodes import plan_decodes
+from ranklet.replicas.engine.decodes import plan_decodes, tokens_of_mixed
 from ranklet.replicas.engine.fair_queue import FairQueue
 from ranklet.replicas.engine.holders import Holders
 from ranklet.replicas.engine.kv_space import FreeSpace, KvSpace, Start
@@ -82,10 +82,10 @@ class Scheduler:
             plan_decodes(plan, self._holders, self.space, room)
             if plan.decodes and plan.decodes[0].solo:
                 return plan
-        most = self._target_tokens(enough)
-        limit = self._max_tokens
+        most, limit = self._target_tokens(enough), self._max_tokens
         if plan.decodes:
-            most = limit = min(len(plan.decodes) + self._interleave_tokens, self._max_tokens)
+            starting = min(self.queue.texts, room.rows)
+            most = limit = min(tokens_of_mixed(len(plan.decodes), starting, self._interleave_tokens), self._max_tokens)
         adapters = set(self._holders.adapters)
         ready: dict[AdapterRef, bool] = {}
         beyond, blocked, others = 0, False, self._steps_beside_others > 0

@@ -101,10 +101,11 @@ class Decoder:
         self.device = device
         self.dtype = dtype
         with Checkpoint(model_dir, device, dtype) as checkpoint:
-            self.embedding = checkpoint.read(f"{EMBED_TOKENS}.weight", (architecture.vocab, architecture.hidden))
+            padded = checkpoint.read_padded(f"{EMBED_TOKENS}.weight", (architecture.vocab, architecture.hidden))
+            self.embedding = padded[: architecture.vocab]
             self.layers = [_read_layer(checkpoint, architecture, i) for i in range(architecture.layers)]
             self.norm = checkpoint.read("norm.weight", (architecture.hidden,))
-            self.lm_head = read_lm_head(checkpoint, config, architecture, self.embedding)
+            self.lm_head = read_lm_head(checkpoint, config, architecture, self.embedding, padded)
             checkpoint.check_all_read()
         self._cos, self._sin = rotary_tables(config, architecture, max_len, device)
 

@@ -26,11 +26,13 @@ class LmHead:
 
     Attributes:
         weight: [V, H]; the token embedding itself if the model has no other head.
+        padded: `weight` with rows of zeros behind it, so that products with it are fast; None if it has none.
         ties: whether the config ties the head to the token embedding. Adapters with `ensure_weight_tying` depend on it.
     """
 
     weight: Tensor
     ties: bool
+    padded: Tensor | None = None
 
     def logits(
         self,
@@ -44,7 +46,8 @@ class LmHead:
             stack: the LoRA slots of the head.
             lora: the batch of exactly these rows; see `kernels.row_subset`.
         """
-        return logits(rows, self.weight, stack, lora)
+        weight = self.weight if self.padded is None else self.padded
+        return logits(rows, weight, stack, lora, columns=len(self.weight))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +58,13 @@ class MissingHead:
 
 
 def read_lm_head(
-    checkpoint: Checkpoint, config: Any, architecture: Architecture, embedding: Tensor
+    checkpoint: Checkpoint, config: Any, architecture: Architecture, embedding: Tensor, padded: Tensor
 ) -> LmHead | MissingHead:
     """Return the head of a model. A model that is neither tied nor a causal language model costs no memory for one.
 
     Args:
         embedding: the token embedding [V, H].
+        padded: the token embedding with the rows behind it.
 
     Raises:
         ModelError: the head has another shape than the token embedding.
@@ -68,11 +72,12 @@ def read_lm_head(
     ties = bool(config.tie_word_embeddings)
     is_causal = architecture.name.endswith("ForCausalLM")
     if checkpoint.has(_WEIGHT) and (ties or is_causal):
-        own = checkpoint.read(_WEIGHT, (architecture.vocab, architecture.hidden))
+        own = checkpoint.read_padded(_WEIGHT, (architecture.vocab, architecture.hidden))
         # As in transformers: a checkpoint with two different tensors is not tied, whatever its config says.
-        return LmHead(embedding if ties and torch.equal(own, embedding) else own, ties)
+        if not ties or not torch.equal(own, padded):
+            return LmHead(own[: architecture.vocab], ties, own)
     if ties:
-        return LmHead(embedding, ties=True)
+        return LmHead(embedding, ties, padded)
     if is_causal:
         return MissingHead(
             f"the base model cannot generate text: its checkpoint has no {_WEIGHT}, and tie_word_embeddings is false"
