@@ -13,7 +13,7 @@ from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.engine.plan import Need
 from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.engine.tasks import Delta, Done
-from ranklet.replicas.model.sampled import SampledToken, TokenLogprob
+from ranklet.replicas.model.sampled import PromptScores, SampledToken, TokenLogprob
 
 if TYPE_CHECKING:
     from ranklet.replicas.model.heads import TextHead
@@ -102,7 +102,8 @@ class GenerateTask:
             for sequence in sequences[first : first + self.choices]:
                 sequence.root = self._root
                 sequence.hashes = None if hashes is None else list(hashes)
-                sequence.reads_cache = self._params.prompt_logprobs is None
+                sequence.reads_cache = self._params.prompt_logprobs is None or sequence is not leader
+                sequence.scores = self._params.prompt_logprobs if sequence is leader else None
                 if hashes and sequence is not leader:
                     sequence.leader = leader
 
@@ -137,6 +138,12 @@ class GenerateTask:
             self._end(sequence, LENGTH, None)
             return Done(piece)
         return Delta(piece)
+
+    def accept_scores(self, sequence: Sequence, scores: PromptScores) -> None:
+        """Take logprobs of the prompt. After a preemption they may come again."""
+        known = self._prompt_logprobs[sequence.index // self.choices]
+        end = scores.start + len(scores.logprobs)
+        known += [scores.of(token, sequence.scores or 0) for token in range(1 + len(known), end)]
 
     def _end(self, sequence: Sequence, reason: str, stop_token: int | None) -> None:
         output = self._outputs[sequence.index]

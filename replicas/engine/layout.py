@@ -31,12 +31,16 @@ class TokenSpan(NamedTuple):
         start: position of the first of these tokens in the sequence.
         head: computes the output from the hidden states of these tokens; None for no output.
         row: row of the sequence's pages; None if keys and values are not kept.
+        scored: int32: tokens whose logprobs are computed from the first hidden states; None for none.
+        top: number of best alternatives to each scored token.
     """
 
     ids: NDArray[np.int32]
     start: int
     head: Head | None
     row: int | None = None
+    scored: NDArray[np.int32] | None = None
+    top: int = 0
 
 
 def whole_prompts(prompts: Iterable[NDArray[np.int32]], head: Head) -> list[TokenSpan]:

@@ -10,6 +10,7 @@ sequence, S outputs that are drawn tokens, E outputs that are pooled, fillers in
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +53,24 @@ class StepItems:
         lengths = [1] * len(decode_slots) + [len(span.ids) for span in self.spans]
         order, batch = plan(lengths, [*decode_slots, *self.slots])
         return np.asarray(order, dtype=np.int64), batch
+
+
+class ScoredSpan(NamedTuple):
+    """Tokens whose logprobs are computed from consecutive hidden states.
+
+    Attributes:
+        item: the item of the step that they belong to.
+        first: packed token whose state gives the first logprob.
+        start: index of the first scored token in its sequence.
+        tokens: int32 [scored].
+        top: number of best alternatives to each.
+    """
+
+    item: int
+    first: int
+    start: int
+    tokens: NDArray[np.int32]
+    top: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +116,7 @@ class PagedLayout:
         pooled_items: the item of each pooled output.
         fresh_lengths: tokens of each span whose keys are all in the step, in the order of their tokens.
         features: what the drawn tokens ask of the sampler.
+        scored: tokens of prompts whose logprobs are computed.
         lora: LoRA of every token.
         drawn_lora: LoRA of the drawn tokens; None if the language-model head has no slots.
         buffer: int32: all arrays, end to end. Pinned for a GPU.
@@ -110,6 +130,7 @@ class PagedLayout:
     drawn_lora: LoraBatch | None
     buffer: Tensor
     fresh_lengths: tuple[int, ...]
+    scored: list[ScoredSpan]
     _shapes: list[tuple[int, ...]] = field(default_factory=list)
 
     @property
@@ -204,6 +225,11 @@ class LayoutPacker:
         offsets = np.full(sizes.fresh + 1, lengths[fresh].sum())
         offsets[: len(fresh) + 1] = np.cumsum((0, *lengths[fresh]))
         lora = self._tiled(replace(lora, rows=sizes.tokens))
+        scored = [
+            ScoredSpan(i, int(starts[i]), span.start + 1, span.scored, span.top)
+            for i, span in enumerate(spans, count)
+            if span.scored is not None
+        ]
         drawn_lora = None
         if self._adapts_head and len(drawn):
             drawn_lora = self._tiled(replace(subset(lora, drawn_at), rows=sizes.drawn))
@@ -222,7 +248,7 @@ class LayoutPacker:
         features = features_of(columns)
         return PagedLayout(
             sizes, drawn.tolist(), pooled, rounded(features) if self._pads else features, lora, drawn_lora, buffer,
-            (*lengths[fresh].tolist(), *(0,) * (sizes.fresh - len(fresh))), [array.shape for array in arrays],
+            (*lengths[fresh].tolist(), *(0,) * (sizes.fresh - len(fresh))), scored, [array.shape for array in arrays],
         )  # fmt: skip
 
     def _columns(

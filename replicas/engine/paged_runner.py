@@ -3,24 +3,31 @@
 from collections.abc import Hashable, Sequence
 from time import perf_counter
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ranklet.kernels.batch import LoraBatch
+from ranklet.kernels.row_subset import subset
 from ranklet.replicas.cache.tensors import KvPages
 from ranklet.replicas.engine.cuda_graphs import CAPTURE_AFTER
 from ranklet.replicas.engine.launched import LaunchedStep, OutputGroup, record_event, to_host
 from ranklet.replicas.engine.layout import TokenSpan
-from ranklet.replicas.engine.paged_layout import LayoutPacker, PagedArrays, PagedLayout, StepItems
-from ranklet.replicas.engine.plan import StepPlan
+from ranklet.replicas.engine.paged_layout import LayoutPacker, PagedArrays, PagedLayout, ScoredSpan, StepItems
+from ranklet.replicas.engine.plan import Part, StepPlan
 from ranklet.replicas.engine.row_table import RowTable
 from ranklet.replicas.engine.runner import Runner
 from ranklet.replicas.model import cudnn_attention, row_decoder
 from ranklet.replicas.model.attention import AttentionBatch, Spans
 from ranklet.replicas.model.decoder import DeviceBatch
-from ranklet.replicas.model.heads import PoolingHead, TextHead
+from ranklet.replicas.model.heads import PoolingHead, ScoringHead, TextHead
+from ranklet.replicas.model.prompt_logprobs import prompt_logprobs
 from ranklet.replicas.model.row_decoder import RowBatch, RowDecoder
 
 _CAPTURE_MIXED_AFTER = 8  # sizes of steps with prompts vary, so that most graphs would be replayed only a few times
+
+
+_Scores = tuple[int, ScoringHead, tuple[Tensor, ...]]  # item of the step, head, its outputs
 
 
 class PagedRunner:
@@ -73,22 +80,31 @@ class PagedRunner:
         layout = self._packer.pack(items, order, lora)
         self.text.sampler.prepare(layout.features)
         began = record_event(runner.model.device)
-        outputs = self._run(layout)
+        outputs, scores = self._run(layout)
         groups = []
         if layout.drawn_items:
             drawn = tuple(map(to_host, outputs if not layout.pooled_items else outputs[:-1]))
             groups.append(OutputGroup(self.text, layout.drawn_items, drawn))
         if layout.pooled_items:
             groups.append(OutputGroup(self._pooling, layout.pooled_items, (to_host(outputs[-1]),)))
+        groups += [OutputGroup(head, [item], tuple(map(to_host, arrays))) for item, head, arrays in scores]
         events = (began, record_event(runner.model.device)) if self._cuda else None
         return LaunchedStep(groups, lora.backend, launched_s, perf_counter() - launched_s, events)
 
-    def _run(self, layout: PagedLayout) -> tuple[Tensor, ...]:
+    def _run(self, layout: PagedLayout) -> tuple[tuple[Tensor, ...], list[_Scores]]:
         graphs = self.runner.graphs
-        if graphs is None or layout.lora.backend not in ("csgmv", "none"):
-            return self.forward(layout, layout.buffer.to(self.runner.model.device, non_blocking=True))
+        if graphs is None or layout.scored or layout.lora.backend not in ("csgmv", "none"):
+            moved = layout.buffer.to(self.runner.model.device, non_blocking=True)
+            arrays, states = self._states(layout, moved)
+            return self._outputs(layout, arrays, states), [
+                (span.item, ScoringHead(span.start), self._score(span, arrays.lora, states)) for span in layout.scored
+            ]
         after = CAPTURE_AFTER if layout.suits_rows else _CAPTURE_MIXED_AFTER
-        return graphs.run(self.graph_key(layout), layout.buffer, lambda moved: self.forward(layout, moved), after=after)
+
+        def forward(moved: Tensor) -> tuple[Tensor, ...]:
+            return self._outputs(layout, *self._states(layout, moved))
+
+        return graphs.run(self.graph_key(layout), layout.buffer, forward, after=after), []
 
     def graph_key(self, layout: PagedLayout) -> Hashable:
         """Return all facts that kernel launches depend on, apart from device memory."""
@@ -96,8 +112,8 @@ class PagedRunner:
         modules = frozenset[object]().union(*(slot.modules for slot in contents))
         return "pages", layout.sizes, layout.tile_shapes, layout.features, layout.lora.backend, modules
 
-    def forward(self, layout: PagedLayout, moved: Tensor) -> tuple[Tensor, ...]:
-        """Compute the outputs of a step from its buffer on the device: of drawn tokens, then pooled vectors."""
+    def _states(self, layout: PagedLayout, moved: Tensor) -> tuple[PagedArrays, Tensor]:
+        """Compute the hidden states of a step from its buffer on the device."""
         model, pool = self.runner.model, self.runner.pool
         arrays = layout.unpack(moved)
         ids = arrays.ids
@@ -109,6 +125,11 @@ class PagedRunner:
         else:
             batch = DeviceBatch(ids, arrays.positions, self._attention(layout, arrays), arrays.lora)
             states = model.forward(batch, pool.layers, pool.embedding, pages=self._pages)
+        return arrays, states
+
+    def _outputs(self, layout: PagedLayout, arrays: PagedArrays, states: Tensor) -> tuple[Tensor, ...]:
+        """Compute the outputs of drawn tokens, then the pooled vectors."""
+        model, pool = self.runner.model, self.runner.pool
         outputs: tuple[Tensor, ...] = ()
         if layout.sizes.drawn:
             rows = model.final_norm(states[arrays.drawn])
@@ -119,6 +140,17 @@ class PagedRunner:
             pooled = self._pooling.pooling.normalized(model.final_norm(states[arrays.pooled]).float())
             outputs = (*outputs, pooled)
         return outputs
+
+    def _score(self, span: ScoredSpan, lora: LoraBatch, states: Tensor) -> tuple[Tensor, ...]:
+        """Compute the logprobs of tokens of a prompt."""
+        model, head = self.runner.model, self.runner.pool.head
+        rows = np.arange(span.first, span.first + len(span.tokens))
+        targets = torch.from_numpy(span.tokens).to(states.device)
+        found = prompt_logprobs(
+            self.text.lm_head, model.final_norm(states[span.first : span.first + len(span.tokens)]), targets, span.top,
+            head, None if head is None else subset(lora, rows),
+        )  # fmt: skip
+        return tuple(array for array in found if array is not None)
 
     def _attention(self, layout: PagedLayout, arrays: PagedArrays) -> AttentionBatch:
         fresh, sizes = None, layout.sizes
@@ -137,7 +169,13 @@ class PagedRunner:
 def spans_of(plan: StepPlan) -> list[TokenSpan]:
     """Return the tokens of a plan's parts."""
     rows = plan.part_rows or [None] * len(plan.parts)
-    return [
-        TokenSpan(part.sequence.ids[part.start : part.start + part.tokens], part.start, part.head, row)
-        for part, row in zip(plan.parts, rows, strict=True)
-    ]
+    return [_span(part, row) for part, row in zip(plan.parts, rows, strict=True)]
+
+
+def _span(part: Part, row: int | None) -> TokenSpan:
+    sequence, end = part.sequence, part.start + part.tokens
+    span = TokenSpan(sequence.ids[part.start : end], part.start, part.head, row)
+    if sequence.scores is None or part.start + 1 >= sequence.prompt:
+        return span
+    scored = sequence.ids[part.start + 1 : min(end + 1, sequence.prompt)]
+    return span._replace(scored=scored, top=sequence.scores)

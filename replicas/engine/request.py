@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.engine.generate import GenerateTask
 from ranklet.replicas.engine.sequence import Sequence, flow_of
 from ranklet.replicas.engine.tasks import Delta, Task
 from ranklet.replicas.errors import InternalError, RankletError
+from ranklet.replicas.model.sampled import PromptScores
 
 logger = logging.getLogger(__name__)
 Notice = Callable[[], None]
@@ -106,6 +108,10 @@ class Request:
             began_s: when the device began the step.
             compute_s: device time of the step.
         """
+        if isinstance(output, PromptScores):
+            assert isinstance(self._task, GenerateTask)
+            self._task.accept_scores(sequence, output)
+            return False
         if not sequence.passes:
             self._queue_s = max(self._queue_s, began_s - sequence.arrived_s)
         sequence.passes += 1

@@ -40,6 +40,7 @@ class Sequence:
         pages: pages that hold its keys and values, in order.
         sampling: how its tokens are drawn; None if it draws none.
         leader: a sequence with the same prompt, whose pages this one waits for.
+        scores: number of best alternatives to each prompt token whose logprobs are wanted; None if none are wanted.
         root: what its pages depend on besides the tokens; None if it shares no pages.
         hashes: content hashes of its leading full pages; None if it shares no pages.
         published: number of leading pages that others may share.
@@ -71,6 +72,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     sampling: SamplingValues | None = None
     leader: "Sequence | None" = None
+    scores: int | None = None
     root: PrefixRoot | None = None
     hashes: list[bytes] | None = None
     published: int = 0

@@ -17,7 +17,7 @@ from ranklet.kernels.stack import LinearStack
 from ranklet.replicas.model.attention import Spans
 from ranklet.replicas.model.lm_head import LmHead
 from ranklet.replicas.model.pooling import Pooling
-from ranklet.replicas.model.sampled import SampledToken
+from ranklet.replicas.model.sampled import PromptScores, SampledToken
 from ranklet.replicas.model.sampler import Sampler
 
 
@@ -66,6 +66,19 @@ class PoolingHead:
         vectors = arrays[0].numpy()[:count]
         finite = np.logical_and.reduce(np.isfinite(vectors), axis=1)
         return (vector if valid else None for vector, valid in zip(vectors, finite, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class ScoringHead:
+    """Computes logprobs of the tokens of one prompt: [N], and the best alternatives to each, [N, 20]."""
+
+    start: int  # index of the first token in the prompt
+
+    reads_last = False
+
+    def results(self, arrays: Sequence[Tensor], count: int) -> Iterable[PromptScores | None]:
+        found = [array.numpy() for array in arrays]
+        return [PromptScores(self.start, *found) if np.isfinite(found[0]).all() else None]
 
 
 @dataclass(frozen=True, eq=False)

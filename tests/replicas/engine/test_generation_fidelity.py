@@ -114,7 +114,6 @@ def test_equal_prompts_under_every_adapter_share_no_page(scene: TextScene, start
             assert check(asked.first(4), request(engine, asked.first(4))).cached_tokens == 0
 
 
-@pytest.mark.xfail(reason="the engine does not answer with prompt logprobs yet", strict=True)
 def test_logprobs_of_a_text_as_a_prompt(scene: TextScene, start_engine: MakeEngine) -> None:
     engine = start_engine()
     asked = [each for each in scene.all() if len(each.prompt) == 40]
