@@ -10,6 +10,7 @@ into a step, is passed over at most `PATIENCE` times; then no later sequence sta
 
 - the first ready sequence of the queue is in the next step that has space for it;
 - a ready sequence that needs no pages is overtaken in at most `PATIENCE` steps;
+- decodes wait for at most one step in turn;
 - a sequence that needs pages is not overtaken by one that needs pages;
 - the sequence that started first is never preempted, so that it ends;
 - with S slots, the first S distinct adapters of the queue are loaded and kept.
@@ -25,9 +26,8 @@ from ranklet.replicas.engine.holders import Holders
 from ranklet.replicas.engine.kv_space import FreeSpace, KvSpace, Start
 from ranklet.replicas.engine.plan import Part, StepPlan
 from ranklet.replicas.engine.request import Request
-from ranklet.replicas.engine.sequence import Sequence
+from ranklet.replicas.engine.sequence import PATIENCE, Sequence
 
-PATIENCE = 4
 _REMEMBERED_STEPS = 8  # after a step with an adapter within its allowance, more requests of such adapters are expected
 _LOOKAHEAD = 512  # sequences examined after a step is full, so that their adapters are loaded early
 _LEAST_PIECE = 64  # tokens of a piece of a prompt that is not its last
@@ -56,6 +56,7 @@ class Scheduler:
         self._interleave_tokens = interleave_tokens or max_tokens
         self.space: KvSpace | None = None
         self._steps_beside_others = 0  # further steps in which adapters within their allowance may have requests
+        self._decodes_waited = False  # whether the last step left out the decodes
         self._holders = Holders()
         self.queue = FairQueue(max_tokens)
         self.preemptions = 0
@@ -77,7 +78,7 @@ class Scheduler:
         plan = StepPlan()
         room = self.space.room() if self.space is not None else FreeSpace(0, 0)
         first = next((each for each in self.queue if not each.cancelled), None)
-        alone = first is not None and _runs_alone(first) and _is_ready(first, is_ready)
+        alone = first is not None and first.runs_alone and _is_ready(first, is_ready) and not self._decodes_waited
         if not alone and self.space is not None:
             plan_decodes(plan, self._holders, self.space, room)
             if plan.decodes and plan.decodes[0].solo:
@@ -188,6 +189,7 @@ class Scheduler:
         """Make the plan take effect: its sequences have their slots."""
         others = any(not self.queue.floods(part.sequence) for part in plan.parts)
         self._steps_beside_others = _REMEMBERED_STEPS if others else max(0, self._steps_beside_others - 1)
+        self._decodes_waited = plan.computes and not plan.decodes and bool(self._holders.decoding)
         self.drop(plan.cancelled)
         self._preempt(plan.preempted)
         self.queue.remove([part.sequence for part in plan.parts])
@@ -309,11 +311,6 @@ class Scheduler:
 
     def has_waiting(self) -> bool:
         return len(self.queue) > 0 or bool(self._holders.decoding)
-
-
-def _runs_alone(sequence: Sequence) -> bool:
-    """Whether the first sequence of the queue runs in a step without decodes."""
-    return bool(sequence.solo) or (not sequence.need.divisible and sequence.passed_over >= PATIENCE)
 
 
 def _is_ready(sequence: Sequence, is_ready: Callable[[AdapterRef], bool]) -> bool:

@@ -14,6 +14,7 @@ from ranklet.replicas.model.sampling_values import SamplingValues
 if TYPE_CHECKING:
     from ranklet.replicas.engine.request import Request
 
+PATIENCE = 4
 _MORE = 256  # tokens by which a full buffer grows at least
 
 
@@ -84,6 +85,11 @@ class Sequence:
     def __post_init__(self) -> None:
         self.prompt = len(self.ids)
         self._buffer = self.ids
+
+    @property
+    def runs_alone(self) -> bool:
+        """Whether it needs a step without decodes when it is the first of the queue."""
+        return bool(self.solo) or (not self.need.divisible and self.passed_over >= PATIENCE)
 
     @property
     def waits_for_leader(self) -> bool:

@@ -42,7 +42,7 @@ PROMPTS = asked_prompts()
 
 
 @dataclass(eq=False)
-class Exchange:
+class RandomRequest:
     """A request to the engine, and what has come back."""
 
     prompt: int
@@ -70,17 +70,17 @@ class Expectation:
     texts: dict[Path | None, list[list[int]]]
     vectors: dict[Path | None, list[NDArray[np.float32]]]
 
-    def check(self, exchange: Exchange) -> None:
-        (result,) = exchange.results
+    def check(self, request: RandomRequest) -> None:
+        (result,) = request.results
         assert isinstance(result, Answer), result
-        if isinstance(exchange.params, EmbedParams):
-            assert_same(result.result, self.vectors[exchange.folder][exchange.prompt])
+        if isinstance(request.params, EmbedParams):
+            assert_same(result.result, self.vectors[request.folder][request.prompt])
             return
         assert isinstance(result.result, Generation)
-        assert len(result.result.choices) == exchange.params.n
+        assert len(result.result.choices) == request.params.n
         for index, choice in enumerate(result.result.choices):
-            expected = self.texts[exchange.folder][exchange.prompt][: exchange.params.max_tokens]
-            assert choice.tokens.tolist() == exchange.tokens[index] == expected
+            expected = self.texts[request.folder][request.prompt][: request.params.max_tokens]
+            assert choice.tokens.tolist() == request.tokens[index] == expected
 
 
 class GenerationStates(RuleBasedStateMachine):
@@ -90,18 +90,18 @@ class GenerationStates(RuleBasedStateMachine):
         self.folders = folders
         self.expectation = expectation
         self.current = dict(zip(NAMES, folders, strict=True))
-        self.exchanges: list[Exchange] = []
+        self.sent: list[RandomRequest] = []
 
     def adapter(self, name: str | None) -> AdapterRef | None:
         return None if name is None else ref(self.current[name], name)
 
     def submit(self, prompt: int, name: str | None, params: GenerateParams | EmbedParams) -> None:
-        exchange = Exchange(prompt, None if name is None else self.current[name], params)
-        exchange.ticket = self.engine.submit([PROMPTS[prompt]], self.adapter(name), params, exchange)
-        self.exchanges.append(exchange)
+        request = RandomRequest(prompt, None if name is None else self.current[name], params)
+        request.ticket = self.engine.submit([PROMPTS[prompt]], self.adapter(name), params, request)
+        self.sent.append(request)
 
-    def open(self) -> list[Exchange]:
-        return [each for each in self.exchanges if not each.results and not each.cancelled]
+    def open(self) -> list[RandomRequest]:
+        return [each for each in self.sent if not each.results and not each.cancelled]
 
     @rule(
         prompt=st.integers(0, 3), name=st.none() | st.sampled_from(NAMES), most=st.sampled_from((1, 2, 20, MOST)),
@@ -123,16 +123,16 @@ class GenerationStates(RuleBasedStateMachine):
     @precondition(lambda self: self.open())
     @rule(data=st.data())
     def wait_for_news(self, data: st.DataObject) -> None:
-        exchange = data.draw(st.sampled_from(range(len(self.open()))).map(self.open().__getitem__))
-        exchange.news.clear()
-        assert exchange.results or exchange.news.wait(PATIENCE_S)
+        request = data.draw(st.sampled_from(range(len(self.open()))).map(self.open().__getitem__))
+        request.news.clear()
+        assert request.results or request.news.wait(PATIENCE_S)
 
     @precondition(lambda self: self.open())
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        exchange = data.draw(st.sampled_from(range(len(self.open()))).map(self.open().__getitem__))
-        exchange.ticket.cancel()
-        exchange.cancelled = True
+        request = data.draw(st.sampled_from(range(len(self.open()))).map(self.open().__getitem__))
+        request.ticket.cancel()
+        request.cancelled = True
 
     @rule(name=st.sampled_from(NAMES))
     def load(self, name: str) -> None:
@@ -160,9 +160,9 @@ class GenerationStates(RuleBasedStateMachine):
     def teardown(self) -> None:
         until(lambda: not self.open())
         until(lambda: self.engine.snapshot().waiting_requests + self.engine.snapshot().running_requests == 0)
-        for exchange in self.exchanges:
-            if exchange.results or not exchange.cancelled:
-                self.expectation.check(exchange)
+        for request in self.sent:
+            if request.results or not request.cancelled:
+                self.expectation.check(request)
         for name in NAMES:  # no reference to a slot is left
             until(lambda name=name: self.engine.release(name))  # type: ignore[misc]
         self.agrees()

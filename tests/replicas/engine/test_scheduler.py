@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.plan import StepPlan
-from ranklet.replicas.engine.scheduler import PATIENCE, Scheduler
-from ranklet.replicas.engine.sequence import Sequence
+from ranklet.replicas.engine.scheduler import Scheduler
+from ranklet.replicas.engine.sequence import PATIENCE, Sequence
 from tests.replicas.engine.given import make_sequence
 
 REFS = [AdapterRef(f"a{index}", f"/{index}", "1") for index in range(6)]
