@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, AdapterReport, HeldAdapters
 from ranklet.replicas.engine.limits import RequestLimits
-from ranklet.replicas.engine.params import EmbedParams
+from ranklet.replicas.engine.params import Params
 from ranklet.replicas.engine.request import Sink
 from ranklet.replicas.engine.stats import Snapshot
 
@@ -34,7 +34,7 @@ class EngineApi(QuickCalls, Protocol):
     def start(self) -> None: ...
     def stop(self) -> None: ...
     def submit(
-        self, prompts: Sequence[NDArray[np.int32]], adapter: AdapterRef | None, params: EmbedParams, sink: Sink
+        self, prompts: Sequence[NDArray[np.int32]], adapter: AdapterRef | None, params: Params, sink: Sink
     ) -> Cancellable: ...
     def load(self, adapter: AdapterRef) -> AdapterInfo: ...
     def prefetch(self, adapter: AdapterRef) -> None: ...

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from functools import partial
+from threading import RLock
 from typing import Any, Protocol
 
 import numpy as np
@@ -81,6 +82,7 @@ class Request:
         self._prompt_tokens = sum(map(len, prompts))
         self._queue_s = self._compute_s = 0.0
         self.is_open = True
+        self._lock = RLock()  # steps, loads and a stop end requests on threads of their own
         flow = flow_of(adapter)
         repeated = [ids for ids in prompts for _ in range(task.choices)]
         self._unfinished = len(repeated)
@@ -132,8 +134,9 @@ class Request:
         return True
 
     def _send(self, index: int, piece: Any) -> None:
-        if self.is_open:
-            self._call(self._sink.delta, index, piece)
+        with self._lock:
+            if self.is_open:
+                self._call(self._sink.delta, index, piece)
 
     def _end(self, backend: str) -> None:
         try:
@@ -155,9 +158,10 @@ class Request:
             sequence.cancelled = True
 
     def _finish(self, result: Answer | RankletError) -> None:
-        if self.is_open:
-            self.is_open = False
-            self._call(self._sink.done, result)
+        with self._lock:
+            if self.is_open:
+                self.is_open = False
+                self._call(self._sink.done, result)
 
     def _call(self, method: Callable[..., None], *arguments: Any) -> None:
         try:

@@ -10,6 +10,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ranklet.replicas.adapters.reference import AdapterRef, HeldAdapters
+from ranklet.replicas.engine.generate import TokenPiece
+from ranklet.replicas.model.sampled import TokenLogprob
+
+# Number of the call, index of the sequence, tokens, and for each token its logprob and the best alternatives. A step of
+# 256 texts has 256 pieces. Pickling them takes 0.03 ms as plain tuples and 0.36 ms as objects, and no other thread of
+# the process runs meanwhile.
+PieceTuple = tuple[int, int, tuple[int, ...], tuple[tuple[Any, ...], ...] | None]
 
 
 @dataclass(frozen=True)
@@ -33,15 +40,6 @@ class Prefetch:
     """Calls `Engine.prefetch`. Has no reply."""
 
     adapter: AdapterRef
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A piece of the output of sequence `index` of a request."""
-
-    number: int
-    index: int
-    piece: Any
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,16 @@ class EngineState:
     stuck_s: float = 0.0  # how long the oldest step has been on the device
 
 
+def pack_piece(number: int, index: int, piece: TokenPiece) -> PieceTuple:
+    """Return a message with a piece of the output of sequence `index` of the request of a call."""
+    return number, index, piece.tokens, piece.logprobs and tuple(map(tuple, piece.logprobs))
+
+
+def unpack_piece(message: PieceTuple) -> TokenPiece:
+    _, _, tokens, logprobs = message
+    return TokenPiece(tokens, None if logprobs is None else tuple(TokenLogprob(*each) for each in logprobs))
+
+
 class Outbox:
     """Sends messages in a thread of its own, so that `put` never blocks. Sends all waiting messages at once."""
 
@@ -86,6 +94,10 @@ class Outbox:
             self._waiting.append(message)
             self._changed.notify()
 
+    def put_later(self, message: object) -> None:
+        """Queue a message that needs no sending before the next `put`, so that many messages are sent at once."""
+        self._waiting.append(message)
+
     def close(self) -> None:
         with self._changed:
             self._closing = True
@@ -97,8 +109,8 @@ class Outbox:
             with self._changed:
                 while not self._waiting and not self._closing:
                     self._changed.wait()
-                messages = list(self._waiting)
-                self._waiting.clear()
+                # `put_later` appends without the lock, perhaps at this moment.
+                messages = [self._waiting.popleft() for _ in range(len(self._waiting))]
             if not messages:
                 return
             try:

@@ -23,7 +23,7 @@ from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, HeldAda
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.api import EngineApi, QuickCalls
 from ranklet.replicas.engine.limits import RequestLimits
-from ranklet.replicas.engine.params import EmbedParams
+from ranklet.replicas.engine.params import Params
 from ranklet.replicas.engine.request import AnswerSink, Sink
 from ranklet.replicas.engine.stats import Listener
 from ranklet.replicas.errors import AdapterLoadCrashed, RankletError, Unavailable
@@ -33,9 +33,10 @@ from ranklet.replicas.process.messages import (
     EngineState,
     MethodCall,
     Outbox,
-    Piece,
+    PieceTuple,
     Prefetch,
     Reply,
+    unpack_piece,
 )
 
 _PROGRAM = "ranklet.replicas.process.worker"
@@ -129,9 +130,10 @@ class EngineProcess(EngineApi):
         self._process.wait()
 
     def submit(
-        self, prompts: Sequence[NDArray[np.int32]], adapter: AdapterRef | None, params: EmbedParams, sink: Sink
+        self, prompts: Sequence[NDArray[np.int32]], adapter: AdapterRef | None, params: Params, sink: Sink
     ) -> RemoteTicket:
-        number = self._send("submit", (list(prompts), adapter, params), _Waiting(sink, adapter))
+        streams = not isinstance(sink, AnswerSink)
+        number = self._send("submit", (list(prompts), adapter, params, streams), _Waiting(sink, adapter))
 
         def cancel() -> None:
             with self._lock:
@@ -200,19 +202,19 @@ class EngineProcess(EngineApi):
         if waiting:
             logger.error("the engine's process %d has ended with %d open calls", self._process.pid, len(waiting))
 
-    def _on_message(self, message: Reply | Piece | EngineEvent | EngineState) -> None:
+    def _on_message(self, message: Reply | PieceTuple | EngineEvent | EngineState) -> None:
         self._last_message_s = monotonic()
-        if isinstance(message, EngineState):
+        if isinstance(message, tuple):
+            found = self._waiting.get(message[0])
+            if found is not None:
+                self._notify(found.sink.delta, message[1], unpack_piece(message))
+        elif isinstance(message, EngineState):
             changed, self._state = message.held != self._state.held, message
             for listener in self._listeners if changed else ():
                 self._notify(listener.holdings_changed, message.held)
         elif isinstance(message, EngineEvent):
             for listener in self._listeners:
                 self._notify(getattr(listener, message.method), message.record)
-        elif isinstance(message, Piece):
-            found = self._waiting.get(message.number)
-            if found is not None:
-                self._notify(found.sink.delta, message.index, message.piece)
         else:
             with self._lock:
                 found = self._waiting.pop(message.number, None)

@@ -22,7 +22,8 @@ from ranklet.replicas.adapters.reference import AdapterRef, LoadRecord
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.api import QUICK_CALLS
 from ranklet.replicas.engine.engine import Engine
-from ranklet.replicas.engine.params import EmbedParams
+from ranklet.replicas.engine.generate import TokenPiece
+from ranklet.replicas.engine.params import Params
 from ranklet.replicas.engine.request import Answer, Ticket
 from ranklet.replicas.engine.stats import BatchRecord, Listener
 from ranklet.replicas.errors import InternalError, RankletError
@@ -32,9 +33,9 @@ from ranklet.replicas.process.messages import (
     EngineState,
     MethodCall,
     Outbox,
-    Piece,
     Prefetch,
     Reply,
+    pack_piece,
 )
 
 _STATE_INTERVAL_S = 0.5
@@ -46,12 +47,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _ReplySink:
+    """Sends the outputs of a request to the parent process.
+
+    Attributes:
+        streams: whether the parent wants pieces.
+    """
+
     number: int
     outbox: Outbox
+    streams: bool
     finished: Callable[[int], None]
 
-    def delta(self, index: int, piece: Any) -> None:
-        self.outbox.put(Piece(self.number, index, piece))
+    def delta(self, index: int, piece: TokenPiece) -> None:
+        if self.streams:
+            self.outbox.put_later(pack_piece(self.number, index, piece))  # the event of the step follows
 
     def done(self, result: Answer | RankletError) -> None:
         self.finished(self.number)
@@ -118,9 +127,9 @@ class Worker:
         self._reply(number, None)
 
     def _submit(
-        self, number: int, prompts: list[NDArray[np.int32]], adapter: AdapterRef | None, params: EmbedParams
+        self, number: int, prompts: list[NDArray[np.int32]], adapter: AdapterRef | None, params: Params, streams: bool
     ) -> None:
-        sink = _ReplySink(number, self._outbox, self._forget)
+        sink = _ReplySink(number, self._outbox, streams, self._forget)
         ticket = self._engine.submit(prompts, adapter, params, sink)
         if ticket.is_open:
             self._tickets[number] = ticket
@@ -191,6 +200,7 @@ class _EventListener(Listener):
         self._send_state = send_state
 
     def batch(self, record: BatchRecord) -> None:
+        """Send the record of a step, and all pieces that the step's requests have received before."""
         self._outbox.put(EngineEvent("batch", record))
 
     def load(self, record: LoadRecord) -> None:

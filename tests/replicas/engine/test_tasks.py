@@ -1,60 +1,22 @@
 """Text and embeddings on one engine: slots, pages and rows are held and freed, and a defect of a task fails alone."""
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.engine import Engine
-from ranklet.replicas.engine.generate import Generation, TokenPiece
 from ranklet.replicas.engine.params import EmbedParams, GenerateParams
-from ranklet.replicas.engine.request import Answer
 from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.engine.tasks import Delta, Done, EmbedTask
-from ranklet.replicas.errors import InternalError, InvalidRequest, RankletError, Unavailable
+from ranklet.replicas.errors import InternalError, InvalidRequest, Unavailable
 from tests.assets.adapters import AdapterSpec
 from tests.replicas.asking import PATIENCE_S, ask, assert_same, ref, submit, until
 from tests.replicas.engine.recording import MakeEngine, RecordingListener
-
-GREEDY = GenerateParams(max_tokens=12, temperature=0.0, ignore_eos=True)
-LONG = GenerateParams(max_tokens=400, temperature=0.0, ignore_eos=True)
-
-
-@dataclass
-class TextSink:
-    """Keeps the tokens of each choice as they come; `on_piece` runs on the engine's thread."""
-
-    on_piece: Callable[[], None] = lambda: None
-    tokens: dict[int, list[int]] = field(default_factory=dict)
-    ended: "Future[Answer]" = field(default_factory=Future)
-
-    def delta(self, index: int, piece: TokenPiece) -> None:
-        assert not self.ended.done(), "no piece comes after the end"
-        self.tokens.setdefault(index, []).extend(piece.tokens)
-        self.on_piece()
-
-    def done(self, result: Answer | RankletError) -> None:
-        if isinstance(result, RankletError):
-            self.ended.set_exception(result)
-        else:
-            self.ended.set_result(result)
-
-    def generation(self) -> Generation:
-        result = self.ended.result(PATIENCE_S).result
-        assert isinstance(result, Generation)
-        return result
-
-
-def draw(*lengths: int) -> list[NDArray[np.int32]]:
-    rng = np.random.default_rng(sum(lengths))
-    return [rng.integers(0, 1024, length, dtype=np.int32) for length in lengths]
+from tests.replicas.streaming import GREEDY, LONG, TextSink, draw
 
 
 @pytest.fixture

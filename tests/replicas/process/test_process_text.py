@@ -1,0 +1,212 @@
+"""Text from an engine in a process of its own: the same pieces and texts, and an end for every stream."""
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from multiprocessing import Pipe
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ranklet.replicas.adapters.reference import WEIGHTS_FILE
+from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.engine.engine import Engine
+from ranklet.replicas.engine.generate import TokenPiece
+from ranklet.replicas.engine.params import GenerateParams
+from ranklet.replicas.engine.request import Answer, AnswerSink
+from ranklet.replicas.errors import AdapterLoadCrashed, InvalidRequest, RankletError, Unavailable
+from ranklet.replicas.model.sampled import TokenLogprob
+from ranklet.replicas.process.messages import Outbox, pack_piece, unpack_piece
+from ranklet.replicas.process.process import EngineProcess
+from tests.assets.adapters import AdapterSpec
+from tests.assets.hanging import hanging
+from tests.replicas.asking import PATIENCE_S, assert_same, ref, submit, until
+from tests.replicas.streaming import LONG, TextSink, draw
+
+
+def text_config(model_dir: Path) -> EngineConfig:
+    return EngineConfig(model_dir, slots=2, kv_cache_bytes=8 << 20, max_model_len=512, max_batch_tokens=4096)
+
+
+@pytest.fixture(scope="module")
+def text_process(model_dir: Path) -> Iterator[EngineProcess]:
+    made = EngineProcess(text_config(model_dir))
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def text_here(model_dir: Path) -> Iterator[Engine]:
+    made = Engine(text_config(model_dir))
+    made.start()
+    yield made
+    made.stop()
+
+
+def is_idle(engine: EngineProcess) -> bool:
+    shot = engine.snapshot()
+    return shot.waiting_requests == shot.running_requests == 0
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        GenerateParams(max_tokens=9, temperature=0.0, ignore_eos=True),
+        GenerateParams(max_tokens=9, temperature=0.9, seed=5, n=2, ignore_eos=True),
+        GenerateParams(max_tokens=9, temperature=0.0, logprobs=3, logit_bias=((7, 2.0),), ignore_eos=True),
+    ],
+)
+def test_texts_equal_those_of_an_engine_in_this_process(
+    text_process: EngineProcess, text_here: Engine, adapter_specs: list[AdapterSpec], params: GenerateParams
+) -> None:
+    prompts = draw(9, 70)
+    for adapter in (None, ref(adapter_specs[0].path), ref(adapter_specs[1].path)):
+        theirs, ours = TextSink(), TextSink()
+        for engine, sink in ((text_here, theirs), (text_process, ours)):
+            engine.submit(prompts, adapter, params, sink)
+        wanted, found = theirs.generation(), ours.generation()
+        assert ours.tokens == theirs.tokens
+        assert [each.tokens.tolist() for each in found.choices] == list(dict(sorted(ours.tokens.items())).values())
+        for index, (one, other) in enumerate(zip(wanted.choices, found.choices, strict=True)):
+            np.testing.assert_array_equal(one.tokens, other.tokens)
+            assert (one.finish_reason, one.stop_token) == (other.finish_reason, other.stop_token)
+            assert (one.logprobs is None) == (other.logprobs is None) == (params.logprobs is None)
+            assert list(other.logprobs or ()) == ours.logprobs[index]
+            for one_token, other_token in zip(one.logprobs or (), other.logprobs or (), strict=True):
+                assert abs(one_token.logprob - other_token.logprob) <= 1e-4
+                assert [token for token, _ in one_token.top] == [token for token, _ in other_token.top]
+
+
+def test_many_streams_run_beside_embeddings(
+    text_process: EngineProcess, text_here: Engine, adapter_specs: list[AdapterSpec]
+) -> None:
+    adapters = [None, *(ref(spec.path) for spec in adapter_specs[:2])]
+    params = GenerateParams(max_tokens=60, temperature=0.0, ignore_eos=True)
+    ours, theirs = ([TextSink() for _ in range(9)] for _ in range(2))
+    for engine, sinks in ((text_process, ours), (text_here, theirs)):
+        for i, sink in enumerate(sinks):
+            engine.submit(draw(20 + i), adapters[i % 3], params, sink)
+    for adapter in adapters:
+        vectors = [
+            submit(engine, draw(30, 6), adapter).result(PATIENCE_S).result for engine in (text_process, text_here)
+        ]
+        assert_same(*vectors)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.generation().choices[0].tokens.tolist() == one.tokens[0]
+        assert one.tokens[0] == other.generation().choices[0].tokens.tolist()
+
+
+def test_a_caller_of_the_whole_text_gets_it_without_pieces(text_process: EngineProcess) -> None:
+    results: list[Answer | RankletError] = []
+    params = GenerateParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+    sink = TextSink()
+    text_process.submit(draw(9), None, params, AnswerSink(results.append))
+    text_process.submit(draw(9), None, params, sink)
+    wanted = sink.generation().choices[0].tokens.tolist()
+    until(lambda: bool(results))
+    (found,) = results
+    assert isinstance(found, Answer)
+    assert found.result.choices[0].tokens.tolist() == wanted
+
+
+def test_a_refused_text_ends_with_the_error(text_process: EngineProcess) -> None:
+    sink = TextSink()
+    text_process.submit(draw(20), None, GenerateParams(max_tokens=493), sink)
+    with pytest.raises(InvalidRequest, match="expected at most 492") as refused:
+        sink.ended.result(PATIENCE_S)
+    assert refused.value.param == "max_tokens"
+    assert not sink.tokens
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_a_cancelled_stream_ends_without_a_result(
+    text_process: EngineProcess, adapter_specs: list[AdapterSpec], after: int
+) -> None:
+    sink, beside = TextSink(), TextSink()
+    ticket = text_process.submit(draw(100), ref(adapter_specs[0].path), LONG, sink)
+    until(lambda: len(sink.tokens.get(0, ())) >= after)
+    ticket.cancel()
+    assert text_process.open_calls == 0
+    until(lambda: is_idle(text_process))
+    assert not sink.ended.done()
+    assert len(sink.tokens.get(0, ())) < 400
+    assert all(report.references == 0 for report in text_process.report())
+    text_process.submit(draw(100), None, GenerateParams(max_tokens=3), beside)
+    assert len(beside.generation().choices) == 1
+
+
+def test_streams_end_once_when_the_process_dies(model_dir: Path, adapter_specs: list[AdapterSpec]) -> None:
+    engine = EngineProcess(text_config(model_dir))
+    engine.start()
+    sinks = [TextSink() for _ in range(6)]
+    for i, sink in enumerate(sinks):
+        engine.submit(draw(10 + i), ref(adapter_specs[0].path) if i % 2 else None, LONG, sink)
+    until(lambda: all(len(sink.tokens.get(0, ())) > 2 for sink in sinks))
+    assert not any(sink.ended.done() for sink in sinks)
+    os.kill(engine.pid, signal.SIGKILL)
+    for sink in sinks:
+        with pytest.raises(Unavailable, match="has ended"):
+            sink.ended.result(PATIENCE_S)
+    late = TextSink()
+    engine.submit(draw(9), None, LONG, late).cancel()
+    with pytest.raises(Unavailable, match="has ended"):
+        late.ended.result(PATIENCE_S)
+    engine.stop()
+    assert [sink.late for sink in (*sinks, late)] == [0] * 7
+
+
+def test_an_adapter_that_ends_the_process_is_named_to_its_own_streams_only(
+    model_dir: Path, adapters_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "suspect"
+    shutil.copytree(adapters_dir / "legal-v2", folder)
+    suspect, engine = ref(folder), EngineProcess(text_config(model_dir))
+    engine.start()
+    running, waiting = TextSink(), TextSink()
+    with hanging(folder / WEIGHTS_FILE):
+        engine.submit(draw(20), None, LONG, running)
+        engine.submit(draw(20), suspect, LONG, waiting)
+        until(lambda: engine.held().loading == ("suspect",) and bool(running.tokens))
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(AdapterLoadCrashed, match="suspect"):
+            waiting.ended.result(PATIENCE_S)
+        with pytest.raises(Unavailable):
+            running.ended.result(PATIENCE_S)
+    engine.stop()
+
+
+def test_stopping_ends_streams(model_dir: Path) -> None:
+    engine, sink = EngineProcess(text_config(model_dir)), TextSink()
+    engine.start()
+    engine.submit(draw(20), None, LONG, sink)
+    until(lambda: bool(sink.tokens))
+    engine.stop()
+    with pytest.raises(Unavailable, match="shutting down"):
+        sink.ended.result(0)
+    assert not sink.late
+
+
+@pytest.mark.parametrize("logprobs", [None, (TokenLogprob(-0.5),), (TokenLogprob(-0.5, ((3, -0.5), (9, -1.5))),)])
+def test_a_piece_survives_its_message(logprobs: tuple[TokenLogprob, ...] | None) -> None:
+    piece = TokenPiece((17,), logprobs)
+    number, index, *_ = message = pack_piece(3, 1, piece)
+    assert (number, index) == (3, 1)
+    assert unpack_piece(message) == piece
+    assert all(type(each) is tuple for each in message[3] or ()), "a class of its own makes pickling slow"
+
+
+def test_pieces_of_a_step_are_sent_at_once() -> None:
+    ours, theirs = Pipe()
+    outbox = Outbox(ours)
+    messages = [pack_piece(number, 0, TokenPiece((number,))) for number in range(256)]
+    for message in messages:
+        outbox.put_later(message)
+    assert not theirs.poll(0.05)
+    outbox.put("step")
+    assert theirs.recv() == [*messages, "step"]
+    outbox.put_later("last")
+    outbox.close()
+    assert theirs.recv() == ["last"]
