@@ -146,6 +146,19 @@ def run_texts(
     return TextRun(texts, began_s, perf_counter() - began_s)
 
 
+def wait_for(
+    engine: Engine, asked: Sequence[tuple[AdapterRef | None, NDArray[np.int32]]], params: GenerateParams
+) -> list[Any]:
+    """Submit each prompt as its own request and return the content of every answer."""
+    finished = threading.Semaphore(0)
+    texts = [TokenTimes(finished) for _ in asked]
+    for (adapter, prompt), text in zip(asked, texts, strict=True):
+        engine.submit([prompt], adapter, params, text)
+    for text in texts:
+        text.finished.acquire()
+    return [text.answer().result for text in texts]
+
+
 def random_prompts(engine: Engine, count: int, length: int, seed: int = 0) -> list[NDArray[np.int32]]:
     rng = np.random.default_rng((length, seed))
     return [rng.integers(0, engine.limits.vocab, length, dtype=np.int32) for _ in range(count)]

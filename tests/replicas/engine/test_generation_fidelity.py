@@ -3,9 +3,11 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from ranklet.kernels.paged_attention import PAGE_TOKENS
 from ranklet.replicas.engine.engine import Engine
@@ -14,6 +16,7 @@ from ranklet.replicas.model.architecture import read_architecture, read_config
 from tests.assets.cache import digest
 from tests.assets.families import FAMILIES, LENGTHS, MAX_TOKENS
 from tests.assets.oracle import reference_embedding
+from tests.assets.text_oracle import reference_text
 from tests.replicas.asking import PATIENCE_S, assert_same, submit
 from tests.replicas.text_scene import LOGPROB_ERROR, TextScene, check, generate, make_scene, request
 
@@ -112,6 +115,20 @@ def test_equal_prompts_under_every_adapter_share_no_page(scene: TextScene, start
     for asked in scene.all():
         if len(asked.prompt) == max(LENGTHS):
             assert check(asked.first(4), request(engine, asked.first(4))).cached_tokens == 0
+
+
+def test_a_real_model_answers_and_stops(smollm_dir: Path, make_engine: MakeEngine) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(smollm_dir)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    asked = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
+    engine = make_engine(smollm_dir, max_model_len=MAX_MODEL_LEN, dtype="float32")
+    engine.start()
+    prompt = np.array(asked, dtype=np.int32)
+    (choice,) = generate(engine, [prompt], None, 40, ignore_eos=False).result(PATIENCE_S).result.choices
+    (expected,) = reference_text(smollm_dir, None, [prompt], 40, ignore_eos=False)
+    np.testing.assert_array_equal(choice.tokens, expected.tokens)
+    assert choice.finish_reason == "stop"
+    assert tokenizer.decode(choice.tokens) == "The capital of France is Paris.<|im_end|>"
 
 
 def test_logprobs_of_a_text_as_a_prompt(scene: TextScene, start_engine: MakeEngine) -> None:
