@@ -93,7 +93,7 @@ def warm_up_text(paged: PagedRunner, interleave_tokens: int, longest: int) -> No
     most = min(table.filler, runner.max_tokens)
     sizes = sorted({min(1 << power, most) for power in range(most.bit_length() + 1)})
     pool = runner.pool
-    adapters = [count for count in (0, *_ADAPTERS) if count <= pool.slots]
+    adapters = sorted({min(count, pool.slots) for count in (0, *_ADAPTERS)})
     table.lengths[:most] = 1
     with pool.placeholder_adapters():
         for count in adapters:
