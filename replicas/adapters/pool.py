@@ -133,14 +133,17 @@ class AdapterPool:
         }
 
     @contextmanager
-    def placeholder_adapters(self) -> Iterator[None]:
+    def placeholder_adapters(self, *, in_layers: bool = False) -> Iterator[None]:
         """Give every slot an adapter of zeros with full rank on every module, until the context ends.
 
         For the launches of a warm-up, before the first `load`.
+
+        Args:
+            in_layers: leave out the token embedding and the language-model head.
         """
-        sizes = {where: len(PARTS[where[1]]) for where in self._where}
+        sizes = {where: len(PARTS[where[1]]) for where in self._where if where[0] >= 0 or not in_layers}
         metas = {where: SlotMeta((self.rank,) * size, (1.0,) * size) for where, size in sizes.items()}
-        modules = frozenset(module for module, _ in self._destinations)
+        modules = frozenset(module for module, _ in self._destinations if module[0] >= 0 or not in_layers)
         for slot in range(self.slots):
             self._describe(slot, metas, modules)
         try:

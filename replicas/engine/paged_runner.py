@@ -21,6 +21,7 @@ from ranklet.replicas.model import cudnn_attention, row_decoder
 from ranklet.replicas.model.attention import AttentionBatch, Spans
 from ranklet.replicas.model.decoder import DeviceBatch
 from ranklet.replicas.model.heads import PoolingHead, ScoringHead, TextHead
+from ranklet.replicas.model.modules import Module
 from ranklet.replicas.model.prompt_logprobs import prompt_logprobs
 from ranklet.replicas.model.row_decoder import RowBatch, RowDecoder
 
@@ -109,7 +110,9 @@ class PagedRunner:
     def graph_key(self, layout: PagedLayout) -> Hashable:
         """Return all facts that kernel launches depend on, apart from device memory."""
         contents = [self.runner.pool.contents[segment.slot] for segment in layout.lora.segments]
-        modules = frozenset[object]().union(*(slot.modules for slot in contents))
+        modules = frozenset[Module]().union(*(slot.modules for slot in contents))
+        if layout.suits_rows:  # the row decoder computes LoRA of every projection in the layers
+            modules = frozenset(module for module in modules if module[0] < 0)
         return "pages", layout.sizes, layout.tile_shapes, layout.features, layout.lora.backend, modules
 
     def _states(self, layout: PagedLayout, moved: Tensor) -> tuple[PagedArrays, Tensor]:

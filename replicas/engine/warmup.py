@@ -95,7 +95,7 @@ def warm_up_text(paged: PagedRunner, interleave_tokens: int, longest: int) -> No
     pool = runner.pool
     adapters = sorted({min(count, pool.slots) for count in (0, *_ADAPTERS)})
     table.lengths[:most] = 1
-    with pool.placeholder_adapters():
+    with pool.placeholder_adapters(in_layers=True):
         for count in adapters:
             table.slots[:most] = [i % count for i in range(most)] if count else -1
             for rows in sizes:
