@@ -132,7 +132,7 @@ class ReplicaDescription:
     id: str
     rank: int  # assigned by Serve; a replacement gets the same one
     pid: int
-    healthy: bool
+    problem: str | None  # why its engine is unhealthy; None if it is healthy
     metrics_target: str  # host:port of its exporter, "" if it has none
     limits: RequestLimits
     resident: tuple[str, ...]  # adapters in slots

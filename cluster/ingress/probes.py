@@ -31,10 +31,10 @@ class ProbesApi:
         return json_response({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """Answer 200 if a replica answers and its engine is healthy. Raises Unavailable otherwise."""
+        """Answer 200 if a replica answers and its engine is healthy. Raises Unavailable with the reason otherwise."""
         replica = await self.replicas.describe()
-        if not replica.healthy:
-            raise Unavailable(f"expected a healthy engine, but the engine of replica {replica.id} has stopped")
+        if replica.problem is not None:
+            raise Unavailable(f"expected a healthy engine, but replica {replica.id} reports: {replica.problem}")
         return json_response({"status": "ready", "replica": replica.id})
 
     async def version(self, request: Request) -> Response:

@@ -236,7 +236,7 @@ class Replica:
             id=self._id,
             rank=self._rank,
             pid=os.getpid(),
-            healthy=self._engine.healthy(),
+            problem=self._engine.problem(),
             metrics_target=self._metrics_target,
             limits=self._engine.limits,
             resident=self._engine.held().resident,
@@ -256,8 +256,9 @@ class Replica:
             self._is_publishing = True
             self._spawn(self._publisher.run())
             self._spawn(self.pin(self._pins))
-        if not self._engine.healthy():
-            raise RuntimeError("the engine has stopped; replacing this replica")
+        problem = self._engine.problem()
+        if problem is not None:
+            raise RuntimeError(f"{problem}; replacing this replica")
 
     def __del__(self) -> None:
         engine = getattr(self, "_engine", None)

@@ -80,6 +80,7 @@ class ReplicaState(Listener):
     def batch(self, record: BatchRecord) -> None:
         if record.compute_s > 0:
             self._busy_s += record.compute_s
+        if record.compute_s > 0 and record.tokens:  # a step of decodes alone says nothing of how fast prompts are
             with self._lock:  # weighted by tokens, because a full queue is served in large batches
                 self._speed.add(record.tokens / record.compute_s, record.tokens)
             self._notice_level()

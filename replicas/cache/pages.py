@@ -189,6 +189,16 @@ class PagePool:
         assert content is not None
         del self._by_hash[content]
 
+    def copy(self) -> "PagePool":
+        """Return a pool with the same pages, to check while this one changes."""
+        twin = PagePool(0)
+        twin.count, twin.evicted_pages = self.count, self.evicted_pages
+        twin.asked_tokens, twin.shared_tokens = self.asked_tokens, self.shared_tokens
+        twin._references, twin._hashes = self._references.copy(), self._hashes.copy()
+        twin._by_hash, twin._free = self._by_hash.copy(), self._free.copy()
+        twin._cached = OrderedDict.fromkeys(self._cached)
+        return twin
+
     def check_integrity(self, held: Iterable[Sequence[int]] | None = None) -> None:
         """Check that the tables agree. Takes time in proportion to the number of pages.
 

@@ -15,6 +15,7 @@ from ranklet.replicas.adapters.manager import AdapterManager
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, AdapterReport, HeldAdapters
 from ranklet.replicas.adapters.verify import ExpectedModules
+from ranklet.replicas.cache.pages import IntegrityError
 from ranklet.replicas.cache.prefix import base_revision
 from ranklet.replicas.cache.tensors import KvPages, pages_that_fit
 from ranklet.replicas.config import EngineConfig
@@ -91,6 +92,7 @@ class Engine:
         self.runner = Runner(model, self._pool, config.backend, config.merged_bytes, config.max_batch_tokens)
         self._steps = StepRunner(self.runner)
         self._text: Text | None = None
+        self._lost_pages: str | None = None
         self._pipeline = Pipeline(
             self._lock, self._steps, self._scheduler, self._adapters, self._listener, self.head,
             max_sequences=config.max_batch_requests,
@@ -224,6 +226,7 @@ class Engine:
 
     def _references(self) -> Counter[AdapterRef]:
         """Count the open requests of each adapter. Called under the lock."""
+        # A sequence is in the queue, among the decoding ones, or in a step whose output is not delivered.
         sequences = [*self._scheduler.waiting(), *self._pipeline.running()]
         pairs = {(id(each.request), each.adapter) for each in sequences}
         return Counter(adapter for _, adapter in pairs if adapter is not None)
@@ -256,8 +259,10 @@ class Engine:
 
     def snapshot(self) -> Snapshot:
         with self._lock:
-            waiting, running = self._scheduler.waiting(), self._pipeline.running()
-            held = self._adapters.held()
+            in_steps, started, waiting = self._pipeline.running(), list[Sequence](), list[Sequence]()
+            for sequence in self._scheduler.waiting():
+                (waiting if sequence.row is None else started).append(sequence)
+            running, held, space = [*in_steps, *started], self._adapters.held(), self._scheduler.space
             return Snapshot(
                 resident=held.resident,
                 hosted=held.hosted,
@@ -270,20 +275,33 @@ class Engine:
                 pool_bytes=self._pool.nbytes,
                 host_bytes=self._adapters.host_bytes,
                 pinned=tuple(sorted(self._adapters.pinned)),
+                kv_cache=None if space is None else space.state(self._scheduler.preemptions),
             )
 
     def healthy(self) -> bool:
-        """Whether the threads run and the device computes."""
-        return self._pipeline.is_healthy()
+        return self.problem() is None
+
+    def problem(self) -> str | None:
+        """Return why the engine is unhealthy; None if its threads run, the device computes and no page is lost."""
+        return self._lost_pages or self._pipeline.problem()
 
     def check_integrity(self) -> None:
         """Check that every page of the key-value cache is free, cached or held by a sequence.
+
+        If not, the engine is unhealthy from now on. The owner calls this every few seconds.
 
         Raises:
             IntegrityError: the tables contradict each other: a defect of ranklet.
         """
         with self._lock:
-            self._scheduler.check_integrity()
+            space = self._scheduler.space
+            check = space.integrity_check() if space is not None else None
+        try:
+            if check is not None:
+                check()
+        except IntegrityError as error:
+            self._lost_pages = f"the tables of the key-value cache contradict each other: {error}"
+            raise
 
     @contextmanager
     def paused(self) -> Iterator[None]:

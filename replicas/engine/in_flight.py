@@ -1,7 +1,8 @@
 """A step between its launch and the delivery of its outputs."""
 
 import logging
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import partial
 
 from ranklet.replicas.engine.launched import LaunchedStep
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 class InFlightStep:
     plan: StepPlan
     launched: LaunchedStep
+    generated: Counter[str] = field(default_factory=Counter)  # delivered tokens by flow
 
     def deliver(self, began_s: float, compute_s: float, notices: list[Notice]) -> list[Sequence]:
         """Give each sequence its output. An invalid output fails only its own request. Valid after the step's `wait`.
@@ -36,7 +38,7 @@ class InFlightStep:
                 sequence, epoch = members[index]
                 if sequence.epoch != epoch:
                     continue  # preempted, failed or ended since the step was planned
-                request = sequence.request
+                request, length = sequence.request, len(sequence.ids)
                 if output is None:
                     error = InternalError("the output for this prompt is not finite; the adapter may overflow")
                     notices.append(partial(request.fail, error))
@@ -52,6 +54,8 @@ class InFlightStep:
                     failure = InternalError(f"the engine failed on this output: {type(error).__name__}: {error}")
                     notices.append(partial(request.fail, failure))
                     done.append(sequence)
+                if len(sequence.ids) > length:
+                    self.generated[sequence.flow] += len(sequence.ids) - length
         return done
 
     def record(self, began_s: float, compute_s: float) -> BatchRecord:
@@ -62,11 +66,8 @@ class InFlightStep:
         for part in self.plan.parts:
             sequence = part.sequence
             flow = sequence.flow
-            sequences[flow] = sequences.get(flow, 0) + 1
             tokens[flow] = tokens.get(flow, 0) + part.tokens
             if sequence.passes <= 1 and part.head is not None:
+                sequences[flow] = sequences.get(flow, 0) + 1
                 waits.append(max(0.0, began_s - sequence.arrived_s))
-        generated: dict[str, int] = {}
-        for sequence in self.plan.decodes:
-            generated[sequence.flow] = generated.get(sequence.flow, 0) + 1
-        return BatchRecord(sequences, tokens, self.launched.backend, waits, compute_s, generated)
+        return BatchRecord(sequences, tokens, self.launched.backend, waits, compute_s, dict(self.generated))

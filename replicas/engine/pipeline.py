@@ -98,8 +98,14 @@ class Pipeline:
             launched_s = self._in_flight[0].launched.launched_s if self._in_flight and self._depth > 1 else None
         return 0.0 if launched_s is None else perf_counter() - launched_s
 
-    def is_healthy(self) -> bool:
-        return all(thread.is_alive() for thread in self._threads) and not self._is_broken and self.stuck_s() < _HUNG_S
+    def problem(self) -> str | None:
+        """Return why no step runs; None if steps run."""
+        if self._is_broken:
+            return "the device no longer computes"
+        if not all(thread.is_alive() for thread in self._threads):
+            return "the engine's threads do not run"
+        stuck_s = self.stuck_s()
+        return f"a step has been on the device for {stuck_s:.0f} s" if stuck_s >= _HUNG_S else None
 
     # The step thread
 
@@ -146,6 +152,10 @@ class Pipeline:
             sequence.slot, sequence.holds_slot = slot, True
             end_ids = () if sequence.adapter is None else self._adapters.end_ids(sequence.adapter)
             sequence.request.start(sequence, end_ids)
+        if plan.computes:
+            # A sequence may lose its slot while the device works on it: preempted, cancelled, or ended by its last
+            # token. Then the step keeps the slot, so that no other adapter's weights are written into it.
+            self._adapters.acquire_slots(plan.adapters)
         self._scheduler.commit(plan)
         self._launching = plan.sequences
         return [part.sequence.slot for part in plan.parts]
@@ -222,10 +232,7 @@ class Pipeline:
             try:
                 step.launched.wait()
             except Exception as error:
-                with self._lock:
-                    self._in_flight.popleft()
-                    self._forecast.on_failure()
-                self._on_failed_step(step.plan, error)
+                self._on_failed_step(step.plan, error, step)
                 continue
             finished_s, compute_s = perf_counter(), step.launched.device_s()
             began_s, notices = finished_s - compute_s, list[Notice]()
@@ -239,6 +246,7 @@ class Pipeline:
                     self._drop(step.deliver(began_s, compute_s, notices))
                     self._scheduler.publish(step.plan)
                 self._release_slots(each for each in step.plan.final if each.row is None)
+                self._adapters.release_slots(step.plan.adapters)
                 self._lock.notify_all()
             if not uses_pages:
                 step.deliver(began_s, compute_s, notices)
@@ -246,17 +254,26 @@ class Pipeline:
                 notice()
             self._listener.batch(step.record(began_s, compute_s))
 
-    def _on_failed_step(self, plan: StepPlan, error: Exception) -> None:
-        """Run the sequences of a failed step one by one, so that only the one at fault fails."""
-        sequences = [sequence for sequence, epoch in plan.members() if sequence.epoch == epoch]
-        again = [sequence for sequence in sequences if not sequence.solo] if len(sequences) > 1 else []
+    def _on_failed_step(self, plan: StepPlan, error: Exception, launched: InFlightStep | None = None) -> None:
+        """Run the sequences of a failed step one by one, so that only the one at fault fails.
+
+        Args:
+            launched: the oldest step in flight; None if the launch failed.
+        """
         with self._lock:
-            self._launching = []
+            sequences = [sequence for sequence, epoch in plan.members() if sequence.epoch == epoch]
+            again = [sequence for sequence in sequences if not sequence.solo] if len(sequences) > 1 else []
+            if launched is not None:
+                self._in_flight.popleft()
+                self._forecast.on_failure()
+            else:
+                self._launching = []
             self._must_probe = self._must_probe or not again
             for sequence in again:
                 sequence.solo = _SOLO_OUTPUTS
             self._drop(sequences)
             self._release_slots(self._scheduler.retry(again))
+            self._adapters.release_slots(plan.adapters)
             self._lock.notify_all()
         if not again:
             logger.error("a sequence failed", exc_info=error)

@@ -99,6 +99,10 @@ class StepPlan:
         return [*self.decodes, *(part.sequence for part in self.parts)]
 
     @property
+    def adapters(self) -> list[AdapterRef]:
+        return list({each.adapter: None for each in self.sequences if each.adapter is not None})
+
+    @property
     def computes(self) -> bool:
         return bool(self.parts or self.decodes)
 

@@ -10,10 +10,12 @@ class BatchRecord:
     """A step that has run.
 
     Attributes:
-        prompts_by_adapter: number of sequences by adapter name; "" is the base model.
+        prompts_by_adapter: number of prompts whose first output this step computed, by adapter name; "" is the base
+            model.
+        tokens_by_adapter: tokens of prompts, and tokens that were computed again after a preemption.
         queue_waits_s: wait of each sequence from its arrival to its first step.
         compute_s: device time of the step. The device runs one step at a time.
-        generated_by_adapter: tokens computed by decodes, by adapter name.
+        generated_by_adapter: tokens that texts were given.
     """
 
     prompts_by_adapter: dict[str, int]
@@ -29,7 +31,35 @@ class BatchRecord:
 
     @property
     def adapters(self) -> int:
-        return sum(1 for name in self.prompts_by_adapter if name)
+        return len({*self.tokens_by_adapter, *self.generated_by_adapter} - {""})
+
+    @property
+    def generated(self) -> int:
+        return sum(self.generated_by_adapter.values())
+
+
+@dataclass(frozen=True)
+class KvCacheState:
+    """State of the key-value cache. The counts of events are since the start.
+
+    Attributes:
+        used_pages: pages of sequences; a shared page counts once.
+        cached_pages: pages that no sequence uses and that later sequences may share.
+        sequences: number of sequences with pages.
+        preemptions: how often a sequence lost its pages to another.
+        asked_tokens: tokens that sequences looked up in the prefix cache when they started.
+        shared_tokens: tokens that they found there.
+        evicted_pages: cached pages that were given to other tokens.
+    """
+
+    pages: int
+    used_pages: int
+    cached_pages: int
+    sequences: int
+    preemptions: int
+    asked_tokens: int
+    shared_tokens: int
+    evicted_pages: int
 
 
 @dataclass(frozen=True)
@@ -39,6 +69,9 @@ class Snapshot:
     Attributes:
         resident: names of adapters in slots, most recently used last.
         hosted: names of adapters in the host cache.
+        waiting_requests: requests with a prompt that no step has begun, or that was preempted.
+        running_requests: requests with a prompt or a text in a step, or between two of its steps.
+        kv_cache: None if the engine generates no text.
     """
 
     resident: tuple[str, ...]
@@ -52,6 +85,7 @@ class Snapshot:
     pool_bytes: int
     host_bytes: int
     pinned: tuple[str, ...] = ()
+    kv_cache: KvCacheState | None = None
 
 
 class Listener:

@@ -60,11 +60,16 @@ class EngineEvent:
 
 @dataclass(frozen=True)
 class EngineState:
-    """State of the engine, sent at each change and twice a second."""
+    """State of the engine, sent at each change and twice a second.
 
-    healthy: bool
+    Attributes:
+        problem: why the engine is unhealthy; None if it is healthy.
+        stuck_s: how long the oldest step has been on the device.
+    """
+
+    problem: str | None
     held: HeldAdapters
-    stuck_s: float = 0.0  # how long the oldest step has been on the device
+    stuck_s: float = 0.0
 
 
 def pack_piece(number: int, index: int, piece: TokenPiece) -> PieceTuple:

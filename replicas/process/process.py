@@ -100,7 +100,7 @@ class EngineProcess(EngineApi):
         self._waiting: dict[int, _Waiting] = {}
         self._lock = threading.Lock()
         self._has_ended = False
-        self._state = EngineState(healthy=False, held=HeldAdapters())
+        self._state = EngineState("the engine has not started", HeldAdapters())
         self._last_message_s = monotonic()
         threading.Thread(target=self._receive, name="ranklet-replies", daemon=True).start()
         try:
@@ -154,8 +154,16 @@ class EngineProcess(EngineApi):
         return self._state.held
 
     def healthy(self) -> bool:
-        """Whether the process runs, has sent a message recently and reports a healthy engine."""
-        return not self._has_ended and self._state.healthy and monotonic() - self._last_message_s < _HUNG_AFTER_S
+        return self.problem() is None
+
+    def problem(self) -> str | None:
+        """Return why the engine is unhealthy: its process ended or is silent, or the engine reports a problem."""
+        if self._has_ended:
+            return "the engine's process has ended"
+        silent_s = monotonic() - self._last_message_s
+        if silent_s >= _HUNG_AFTER_S:
+            return f"the engine's process has been silent for {silent_s:.0f} s"
+        return self._state.problem
 
     def at_work(self) -> bool:
         """Whether answers can be expected soon: the process is healthy, is not silent, and no step takes long."""

@@ -38,7 +38,7 @@ from ranklet.routing.report import QueueLoad
 BASE = "base"
 HIDDEN = 32
 MAX_MODEL_LEN = 4096
-DESCRIPTION = ReplicaDescription("r0", 0, 1, True, "", RequestLimits(MAX_MODEL_LEN, HIDDEN, 1000), ())
+DESCRIPTION = ReplicaDescription("r0", 0, 1, None, "", RequestLimits(MAX_MODEL_LEN, HIDDEN, 1000), ())
 
 
 class FakeTokenizer:
@@ -72,6 +72,7 @@ class FakeReplicas:
     """Stands in for Ray's handle. Answers each call with ones, or with `refusal`; never if `is_silent`."""
 
     def __init__(self) -> None:
+        self.description = DESCRIPTION
         self.refusal: Refusal | None = None
         self.is_silent = False
         self.calls: list[InferenceCall[Any]] = []
@@ -84,7 +85,7 @@ class FakeReplicas:
     def remote(self, *arguments: Any, **kwargs: Any) -> "asyncio.Future[Any]":
         result: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         if self._method == "describe":
-            result.set_result(DESCRIPTION)
+            result.set_result(self.description)
             return result
         self.calls.append(arguments[0])
         if not self.is_silent:

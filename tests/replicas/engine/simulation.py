@@ -139,6 +139,8 @@ class Simulation:
             sequence.slot = None if sequence.adapter is None else self.slots.acquire(sequence.adapter)
             sequence.holds_slot = True
             sequence.request.start(sequence, ())
+        for ref in plan.adapters if plan.computes else ():
+            self.slots.acquire(ref)
         self.scheduler.commit(plan)
         if plan.computes:
             launched = self.device.launch(plan, [part.sequence.slot for part in plan.parts], fails=fails)
@@ -148,6 +150,8 @@ class Simulation:
     def deliver(self) -> None:
         """Deliver the outputs of the oldest step on the device."""
         step, failed = self.in_flight.popleft()
+        for ref in step.plan.adapters:
+            self.slots.release(ref)
         if failed:
             self._on_failed_step(step.plan)
             return
@@ -198,6 +202,8 @@ class Simulation:
             if place is None:
                 self.slots.retire(plan.demand[:index])
                 break
+            used = {each.slot for step, _ in self.in_flight for each in step.plan.sequences}
+            assert place[0] not in used, "the weights of an adapter are replaced while the device reads them"
             self.device.contents[place[0]] = None
             self.loading.append(ref)
         return revived

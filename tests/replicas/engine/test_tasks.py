@@ -139,7 +139,7 @@ def test_only_first_outputs_count_as_waits_in_the_queue(make_engine: MakeEngine)
     engine.start()
     engine.submit(draw(9, 40, 2), None, GREEDY, sink)
     sink.generation()
-    until(lambda: sum(sum(record.generated_by_adapter.values()) for record in listener.batches) == 3 * 11)
+    until(lambda: sum(record.generated for record in listener.batches) == 3 * 12)
     assert sum(record.tokens for record in listener.batches) == 51
     assert sum(len(record.queue_waits_s) for record in listener.batches) == 3
 

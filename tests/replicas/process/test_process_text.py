@@ -6,11 +6,13 @@ import signal
 from collections.abc import Iterator
 from multiprocessing import Pipe
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 
 from ranklet.replicas.adapters.reference import WEIGHTS_FILE
+from ranklet.replicas.cache.pages import PagePool
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.generate import TokenPiece
@@ -18,8 +20,9 @@ from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.engine.request import Answer, AnswerSink
 from ranklet.replicas.errors import AdapterLoadCrashed, InvalidRequest, RankletError, Unavailable
 from ranklet.replicas.model.sampled import TokenLogprob
-from ranklet.replicas.process.messages import Outbox, pack_piece, unpack_piece
+from ranklet.replicas.process.messages import EngineState, MethodCall, Outbox, pack_piece, unpack_piece
 from ranklet.replicas.process.process import EngineProcess
+from ranklet.replicas.process.worker import Worker
 from tests.assets.adapters import AdapterSpec
 from tests.assets.hanging import hanging
 from tests.replicas.asking import PATIENCE_S, assert_same, ref, submit, until
@@ -133,6 +136,9 @@ def test_a_cancelled_stream_ends_without_a_result(
     until(lambda: is_idle(text_process))
     assert not sink.ended.done()
     assert len(sink.tokens.get(0, ())) < 400
+    cache = text_process.snapshot().kv_cache
+    assert cache is not None
+    assert (cache.sequences, cache.used_pages) == (0, 0)
     assert all(report.references == 0 for report in text_process.report())
     text_process.submit(draw(100), None, GenerateParams(max_tokens=3), beside)
     assert len(beside.generation().choices) == 1
@@ -150,6 +156,7 @@ def test_streams_end_once_when_the_process_dies(model_dir: Path, adapter_specs: 
     for sink in sinks:
         with pytest.raises(Unavailable, match="has ended"):
             sink.ended.result(PATIENCE_S)
+    assert engine.problem() == "the engine's process has ended"
     late = TextSink()
     engine.submit(draw(9), None, LONG, late).cancel()
     with pytest.raises(Unavailable, match="has ended"):
@@ -187,6 +194,27 @@ def test_stopping_ends_streams(model_dir: Path) -> None:
     with pytest.raises(Unavailable, match="shutting down"):
         sink.ended.result(0)
     assert not sink.late
+
+
+def test_a_lost_page_is_reported_to_the_parent(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker runs in a thread of the test, which makes its engine lose pages."""
+    ours, theirs = Pipe()
+    worker = Worker(theirs)
+    serving = Thread(target=worker.serve)
+    serving.start()
+    monkeypatch.setattr(PagePool, "release", lambda self, pages: None)
+    params = GenerateParams(max_tokens=2, ignore_eos=True)
+    calls = [("make", (text_config(model_dir),)), ("start", ()), ("submit", (draw(9), None, params, False))]
+    ours.send([MethodCall(number, method, arguments) for number, (method, arguments) in enumerate(calls)])
+    problems: list[str | None] = []
+    while not problems or problems[-1] is None:
+        assert ours.poll(PATIENCE_S)
+        problems += [message.problem for message in ours.recv() if isinstance(message, EngineState)]
+    assert problems[0] is None
+    assert "1 references, but 0 sequences hold it" in (problems[-1] or "")
+    ours.send([MethodCall(3, "stop")])
+    serving.join(PATIENCE_S)
+    assert not serving.is_alive()
 
 
 @pytest.mark.parametrize("logprobs", [None, (TokenLogprob(-0.5),), (TokenLogprob(-0.5, ((3, -0.5), (9, -1.5))),)])
