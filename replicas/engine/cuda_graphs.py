@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-CAPTURE_AFTER = 2  # eager runs of a key before it is captured
-RUNS_TO_CAPTURE = CAPTURE_AFTER + 1  # of a key, until its graph exists
+_CAPTURE_AFTER = 2  # eager runs of a key before it is captured
+RUNS_TO_CAPTURE = _CAPTURE_AFTER + 1  # of a key, until its graph exists
 _COUNTED_KEYS = 4096
 
 logger = logging.getLogger(__name__)
@@ -47,19 +47,16 @@ class GraphCache:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def run(
-        self, key: Hashable, inputs: Tensor, forward: Callable[[Tensor], Outputs], *, after: int = CAPTURE_AFTER
-    ) -> Outputs:
+    def run(self, key: Hashable, inputs: Tensor, forward: Callable[[Tensor], Outputs]) -> Outputs:
         """Return `forward(inputs on the device)`, replayed if a graph of this key exists.
 
         Args:
             key: equal only for calls that launch the same kernels with the same arguments, apart from input values.
             inputs: pinned host memory.
             forward: reads only its argument and device memory that stays in place.
-            after: eager runs of the key before it is captured, which takes as long as several of them.
         """
         found = self._graphs.get(key)
-        if found is None and self._is_due(key, after):
+        if found is None and self._is_due(key):
             found = self._capture(key, inputs, forward)
         if found is None:
             return forward(inputs.to(self._device, non_blocking=True))
@@ -75,9 +72,9 @@ class GraphCache:
         self._graphs.clear()
         self._eager_runs.clear()
 
-    def _is_due(self, key: Hashable, after: int) -> bool:
+    def _is_due(self, key: Hashable) -> bool:
         count = self._eager_runs.pop(key, 0) + 1
-        if count > after:
+        if count > _CAPTURE_AFTER:
             return True
         self._eager_runs[key] = count
         if len(self._eager_runs) > _COUNTED_KEYS:

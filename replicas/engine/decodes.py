@@ -1,9 +1,12 @@
 """Plans the decodes of a step, and chooses the sequences that give up their pages for them."""
 
+from ranklet.replicas.engine.fair_queue import FairQueue
 from ranklet.replicas.engine.holders import Holders
 from ranklet.replicas.engine.kv_space import FreeSpace, KvSpace
 from ranklet.replicas.engine.plan import StepPlan
 from ranklet.replicas.engine.sequence import Sequence
+
+_BURST = 0.25  # texts that a step starts, as a share of those that decode
 
 
 def plan_decodes(plan: StepPlan, holders: Holders, space: KvSpace, room: FreeSpace) -> None:
@@ -32,9 +35,16 @@ def plan_decodes(plan: StepPlan, holders: Holders, space: KvSpace, room: FreeSpa
         room.rows = 0  # nothing starts in pages that were just taken away
 
 
-def tokens_of_mixed(decodes: int, starting: int, interleave_tokens: int) -> int:
-    """Return the largest number of tokens of a step with decodes: more if more sequences can start than are decoding.
+def is_burst(queue: FairQueue, decodes: int, rows: int, max_tokens: int) -> bool:
+    """Return whether one large step beside decodes starts so many texts that they pay for the wait.
 
-    Otherwise a burst of prompts would wait for many short steps, for the sake of the first ones' texts.
+    In small steps, a burst of prompts would wait long for the sake of the first ones' texts. A few long prompts are no
+    burst: they would only make the others wait.
+
+    Args:
+        rows: number of sequences that can start.
     """
-    return decodes + int(interleave_tokens * max(1.0, starting / decodes))
+    if not queue.texts:
+        return False
+    starting = min(queue.texts, rows, max_tokens * queue.texts // max(queue.text_tokens, 1))
+    return starting >= _BURST * decodes

@@ -40,6 +40,7 @@ class FairQueue:
     Attributes:
         tokens: all waiting tokens.
         texts: number of waiting sequences that keep keys and values.
+        text_tokens: their waiting tokens.
     """
 
     def __init__(self, allowance: int) -> None:
@@ -51,7 +52,7 @@ class FairQueue:
         self._served = 0  # tokens of all steps
         self._active: OrderedDict[str, int] = OrderedDict()  # adapters: `_served` at their last request
         self._decoded: dict[str, float] = {}  # adapters: virtual time that their decodes have used up
-        self.tokens = self.texts = 0
+        self.tokens = self.texts = self.text_tokens = 0
 
     def __len__(self) -> int:
         return len(self._ordered)
@@ -102,7 +103,9 @@ class FairQueue:
         flow.sequences += 1
         flow.tokens += tokens
         self.tokens += tokens
-        self.texts += sequence.need.keeps_cache
+        if sequence.need.keeps_cache:
+            self.texts += 1
+            self.text_tokens += tokens
         insort(self._ordered, sequence, key=_TURN)
 
     def remove(self, sequences: Iterable[Sequence]) -> None:
@@ -112,7 +115,9 @@ class FairQueue:
             del self._ordered[at]
             tokens = sequence.need.tokens
             self.tokens -= tokens
-            self.texts -= sequence.need.keeps_cache
+            if sequence.need.keeps_cache:
+                self.texts -= 1
+                self.text_tokens -= tokens
             flow = self._flows[sequence.flow]
             flow.sequences -= 1
             flow.tokens -= tokens

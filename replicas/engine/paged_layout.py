@@ -31,6 +31,7 @@ from ranklet.replicas.engine.row_table import RowTable
 from ranklet.replicas.model.heads import TextHead
 
 _LEAST_PAGES = 16  # a sequence's pages are rounded up to a power of four, at least this
+_LEAST_DECODES = 16  # in a step with prompts, whose time does not depend on so few tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +192,10 @@ class LayoutPacker:
         lengths[count:] = [len(span.ids) for span in spans]
         starts = np.empty(len(lengths), dtype=np.int64)
         starts[order] = np.cumsum(lengths[order]) - lengths[order]
-        chunks = [i for i, span in enumerate(spans, count) if span.row is not None and span.start]
-        fresh = [i for i, span in enumerate(spans, count) if not (span.row is not None and span.start)]
+        # Beside others, also a prompt's first piece reads its keys from pages, so that fewer sizes of steps exist.
+        mixed = count > 0 or any(span.start for span in spans)
+        chunks = [i for i, span in enumerate(spans, count) if span.row is not None and mixed]
+        fresh = [i for i, span in enumerate(spans, count) if span.row is None or not mixed]
         fresh.sort(key=starts.__getitem__)
         texts = [i for i, span in enumerate(spans, count) if isinstance(span.head, TextHead)]
         drawn = np.asarray([*range(count), *texts], dtype=np.int64)
@@ -279,15 +282,19 @@ class LayoutPacker:
         longest_fresh = max((int(lengths[i]) for i in fresh), default=0)
         if not self._pads:
             return LayoutSizes(tokens, count, len(chunks), tiles, len(fresh), longest_fresh, pages, drawn, pooled)
-        width = self._table.pages.shape[1]
-        padded_decodes = rounded_rows(count) if count else 0
-        padded = max(rounded_tokens(tokens, self._max_tokens), padded_decodes) if spans else padded_decodes
-        padded_chunks = power_of_two(len(chunks)) if chunks else 0
-        padded_tiles = padded // TILE_QUERIES + padded_chunks if chunks else 0
+        width = min(self._table.pages.shape[1], max(_LEAST_PAGES, power_of_four(pages)))
+        if not spans:
+            rows = rounded_rows(count)
+            return LayoutSizes(rows, rows, 0, 0, 0, 0, width, rows, 0)
+        padded = rounded_tokens(tokens, self._max_tokens)
+        padded_decodes = max(_LEAST_DECODES, power_of_two(count)) if count else 0
+        padded_chunks = power_of_four(len(chunks)) if chunks else 0
+        padded_fresh = power_of_four(len(fresh)) if fresh else 0
         return LayoutSizes(
-            padded, padded_decodes, padded_chunks, padded_tiles, power_of_two(len(fresh)) if fresh else 0,
-            power_of_two(longest_fresh) if fresh else 0, min(width, max(_LEAST_PAGES, power_of_four(pages))),
-            rounded_rows(drawn) if drawn else 0, power_of_two(pooled) if pooled else 0,
+            padded, padded_decodes, padded_chunks, padded // TILE_QUERIES + padded_chunks if chunks else 0,
+            padded_fresh, power_of_two(longest_fresh) if fresh else 0, width,
+            padded_decodes + padded_chunks + (padded_fresh if not chunks else 0) if drawn else 0,
+            power_of_four(pooled) if pooled else 0,
         )  # fmt: skip
 
     def _tiled(self, batch: LoraBatch) -> LoraBatch:

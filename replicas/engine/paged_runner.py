@@ -10,7 +10,6 @@ from torch import Tensor
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.row_subset import subset
 from ranklet.replicas.cache.tensors import KvPages
-from ranklet.replicas.engine.cuda_graphs import CAPTURE_AFTER
 from ranklet.replicas.engine.launched import LaunchedStep, OutputGroup, record_event, to_host
 from ranklet.replicas.engine.layout import TokenSpan
 from ranklet.replicas.engine.paged_layout import LayoutPacker, PagedArrays, PagedLayout, ScoredSpan, StepItems
@@ -25,7 +24,7 @@ from ranklet.replicas.model.modules import Module
 from ranklet.replicas.model.prompt_logprobs import prompt_logprobs
 from ranklet.replicas.model.row_decoder import RowBatch, RowDecoder
 
-_CAPTURE_MIXED_AFTER = 8  # sizes of steps with prompts vary, so that most graphs would be replayed only a few times
+_REPLAYED_TOKENS = 8192  # launching a larger step takes Python less time than running it takes the device
 
 
 _Scores = tuple[int, ScoringHead, tuple[Tensor, ...]]  # item of the step, head, its outputs
@@ -94,18 +93,18 @@ class PagedRunner:
 
     def _run(self, layout: PagedLayout) -> tuple[tuple[Tensor, ...], list[_Scores]]:
         graphs = self.runner.graphs
-        if graphs is None or layout.scored or layout.lora.backend not in ("csgmv", "none"):
+        replays = layout.sizes.tokens <= _REPLAYED_TOKENS and layout.lora.backend in ("csgmv", "none")
+        if graphs is None or layout.scored or not replays:
             moved = layout.buffer.to(self.runner.model.device, non_blocking=True)
             arrays, states = self._states(layout, moved)
             return self._outputs(layout, arrays, states), [
                 (span.item, ScoringHead(span.start), self._score(span, arrays.lora, states)) for span in layout.scored
             ]
-        after = CAPTURE_AFTER if layout.suits_rows else _CAPTURE_MIXED_AFTER
 
         def forward(moved: Tensor) -> tuple[Tensor, ...]:
             return self._outputs(layout, *self._states(layout, moved))
 
-        return graphs.run(self.graph_key(layout), layout.buffer, forward, after=after), []
+        return graphs.run(self.graph_key(layout), layout.buffer, forward), []
 
     def graph_key(self, layout: PagedLayout) -> Hashable:
         """Return all facts that kernel launches depend on, apart from device memory."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.cache.pages import PAGE_TOKENS
-from ranklet.replicas.engine.decodes import plan_decodes, tokens_of_mixed
+from ranklet.replicas.engine.decodes import is_burst, plan_decodes
 from ranklet.replicas.engine.fair_queue import FairQueue
 from ranklet.replicas.engine.holders import Holders
 from ranklet.replicas.engine.kv_space import FreeSpace, KvSpace, Start
@@ -85,8 +85,8 @@ class Scheduler:
                 return plan
         most, limit = self._target_tokens(enough), self._max_tokens
         if plan.decodes:
-            starting = min(self.queue.texts, room.rows)
-            most = limit = min(tokens_of_mixed(len(plan.decodes), starting, self._interleave_tokens), self._max_tokens)
+            pays = is_burst(self.queue, len(plan.decodes), room.rows, self._max_tokens)
+            most = limit = self._max_tokens if pays else min(len(plan.decodes) + self._interleave_tokens, limit)
         adapters = set(self._holders.adapters)
         ready: dict[AdapterRef, bool] = {}
         beyond, blocked, others = 0, False, self._steps_beside_others > 0

@@ -4,7 +4,6 @@ FD is the file descriptor of a socket to the parent process. No HTTP or RPC serv
 thread that launches steps.
 """
 
-import gc
 import itertools
 import logging
 import os
@@ -24,6 +23,7 @@ from ranklet.replicas.cache.pages import IntegrityError
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.api import QUICK_CALLS
 from ranklet.replicas.engine.engine import Engine
+from ranklet.replicas.engine.garbage import freeze_garbage_collector
 from ranklet.replicas.engine.generate import TokenPiece
 from ranklet.replicas.engine.params import Params
 from ranklet.replicas.engine.request import Answer, Ticket
@@ -124,7 +124,7 @@ class Worker:
 
     def _start(self, number: int) -> None:
         self._engine.start()
-        _freeze_garbage_collector()
+        freeze_garbage_collector()
         self._send_state()
         threading.Thread(target=self._send_states, name="ranklet-state", daemon=True).start()
         self._reply(number, None)
@@ -193,16 +193,6 @@ class Worker:
 
 def _picklable(result: Any) -> Any:
     return result.with_traceback(None) if isinstance(result, RankletError) else result
-
-
-def _freeze_garbage_collector() -> None:
-    """Exempt all present objects from garbage collection.
-
-    PyTorch makes most of the 300,000 objects. Each collection that visits them delays launches by 0.2 s on a slow core.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.collect()  # resets the collector's counts, so that only new objects trigger it
 
 
 class _EventListener(Listener):

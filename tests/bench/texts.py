@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
+from ranklet.replicas.engine.garbage import freeze_garbage_collector
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.engine.request import Answer
 from ranklet.replicas.errors import RankletError
@@ -61,6 +62,7 @@ def text_engine(model: TextModel, **fields: Any) -> Iterator[Engine]:
     defaults = {"slots": max(1, len(model.adapters)), "max_rank": RANK, "host_cache_bytes": 16 << 30}
     engine = Engine(EngineConfig(model.folder, **{**defaults, **fields}))
     engine.start()
+    freeze_garbage_collector()  # as in an engine's own process
     try:
         for ref in model.adapters:
             engine.load(ref)
@@ -68,6 +70,7 @@ def text_engine(model: TextModel, **fields: Any) -> Iterator[Engine]:
     finally:
         engine.stop()
         del engine
+        gc.unfreeze()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
