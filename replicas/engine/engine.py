@@ -51,7 +51,8 @@ class Engine:
     Attributes:
         head: the head of embeddings.
         end_of_text: the tokens that end texts.
-        runner: launches steps; public for benchmarks and profiles.
+        runner: launches steps without pages; public for benchmarks and profiles, as is the next.
+        steps: launches all steps.
 
     Raises:
         ModelError: the model folder cannot be served; the message says why.
@@ -90,11 +91,11 @@ class Engine:
             on_loading=self._listener.loading, on_evicted=self._listener.evicted,
         )  # fmt: skip
         self.runner = Runner(model, self._pool, config.backend, config.merged_bytes, config.max_batch_tokens)
-        self._steps = StepRunner(self.runner)
+        self.steps = StepRunner(self.runner)
         self._text: Text | None = None
         self._lost_pages: str | None = None
         self._pipeline = Pipeline(
-            self._lock, self._steps, self._scheduler, self._adapters, self._listener, self.head,
+            self._lock, self.steps, self._scheduler, self._adapters, self._listener, self.head,
             max_sequences=config.max_batch_requests,
         )  # fmt: skip
 
@@ -117,10 +118,10 @@ class Engine:
         head = TextHead(lm_head, Sampler(self.limits.vocab, rows, self.device))
         kv = KvPages(self.architecture, pages, self.device, self.dtype)
         revision = base_revision(config.model_dir) if config.prefix_cache else ""
-        self._steps.paged = PagedRunner(self.runner, kv, space.table, head, self.head)
+        self.steps.paged = PagedRunner(self.runner, kv, space.table, head, self.head)
         self._text = Text(head, self.end_of_text, self.limits, revision, str(self.dtype), config.prefix_cache)
         self._scheduler.space = space
-        warm_up_text(self._steps.paged, config.interleave_tokens, self.limits.max_model_len)
+        warm_up_text(self.steps.paged, config.interleave_tokens, self.limits.max_model_len)
 
     def stop(self) -> None:
         """Finish the steps on the device, refuse waiting requests with `Unavailable`, and end the threads."""

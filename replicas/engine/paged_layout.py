@@ -173,14 +173,14 @@ class LayoutPacker:
     """Packs steps of one engine.
 
     Args:
-        pads: whether sizes are rounded up, for CUDA graphs.
+        pads: whether sizes are rounded up, for CUDA graphs. May be changed later.
         adapts_head: whether the language-model head has LoRA slots.
     """
 
     def __init__(self, table: RowTable, *, max_tokens: int, pads: bool, pinned: bool, adapts_head: bool) -> None:
         self._table = table
         self._max_tokens = max_tokens
-        self._pads = pads
+        self.pads = pads
         self._pinned = pinned
         self._adapts_head = adapts_head
 
@@ -250,7 +250,7 @@ class LayoutPacker:
         np.concatenate([array.reshape(-1) for array in arrays], out=buffer.numpy(), casting="unsafe")
         features = features_of(columns)
         return PagedLayout(
-            sizes, drawn.tolist(), pooled, rounded(features) if self._pads else features, lora, drawn_lora, buffer,
+            sizes, drawn.tolist(), pooled, rounded(features) if self.pads else features, lora, drawn_lora, buffer,
             (*lengths[fresh].tolist(), *(0,) * (sizes.fresh - len(fresh))), scored, [array.shape for array in arrays],
         )  # fmt: skip
 
@@ -280,7 +280,7 @@ class LayoutPacker:
         pages = -(-longest // PAGE_TOKENS)
         tiles = int((-(-chunk_lengths // TILE_QUERIES)).sum())
         longest_fresh = max((int(lengths[i]) for i in fresh), default=0)
-        if not self._pads:
+        if not self.pads:
             return LayoutSizes(tokens, count, len(chunks), tiles, len(fresh), longest_fresh, pages, drawn, pooled)
         width = min(self._table.pages.shape[1], max(_LEAST_PAGES, power_of_four(pages)))
         if not spans:
@@ -300,7 +300,7 @@ class LayoutPacker:
     def _tiled(self, batch: LoraBatch) -> LoraBatch:
         if batch.backend != "csgmv":
             return batch
-        return replace(batch, tiles=cut(batch, padded=self._pads), padded=self._pads)
+        return replace(batch, tiles=cut(batch, padded=self.pads), padded=self.pads)
 
 
 def _filled(values: NDArray[np.generic], size: int) -> NDArray[np.generic]:

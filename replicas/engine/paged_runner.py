@@ -39,6 +39,7 @@ class PagedRunner:
     Attributes:
         table: the rows of the sequences with pages.
         text: the head that draws tokens.
+        packer: packs the steps.
         last_token: int32 [R + 1]: the last token that was drawn for each row, which the next decode computes.
     """
 
@@ -50,7 +51,7 @@ class PagedRunner:
         model = runner.model
         self._pages = [kv.layer(i) for i in range(model.architecture.layers)]
         self._cuda = model.device.type == "cuda"
-        self._packer = LayoutPacker(
+        self.packer = LayoutPacker(
             table, max_tokens=runner.max_tokens, pads=runner.graphs is not None, pinned=self._cuda,
             adapts_head=runner.pool.head is not None,
         )  # fmt: skip
@@ -77,7 +78,7 @@ class PagedRunner:
         runner = self.runner
         order, lora = items.lora(self.table)
         lora = runner.backends.choose(lora, runner.backend)
-        layout = self._packer.pack(items, order, lora)
+        layout = self.packer.pack(items, order, lora)
         self.text.sampler.prepare(layout.features)
         began = record_event(runner.model.device)
         outputs, scores = self._run(layout)
