@@ -97,15 +97,13 @@ class GenerateTask:
 
     def prepare(self, sequences: Many[Sequence]) -> None:
         for first in range(0, len(sequences), self.choices):
-            leader = sequences[first]
-            hashes = None if self._root is None else page_hashes(self._root, leader.ids)
+            scored = sequences[first] if self._params.prompt_logprobs is not None else None
+            hashes = None if self._root is None else page_hashes(self._root, sequences[first].ids)
             for sequence in sequences[first : first + self.choices]:
                 sequence.root = self._root
                 sequence.hashes = None if hashes is None else list(hashes)
-                sequence.reads_cache = self._params.prompt_logprobs is None or sequence is not leader
-                sequence.scores = self._params.prompt_logprobs if sequence is leader else None
-                if hashes and sequence is not leader:
-                    sequence.leader = leader
+                sequence.reads_cache = sequence is not scored
+                sequence.scores = self._params.prompt_logprobs if sequence is scored else None
 
     def start(self, sequence: Sequence, end_ids: Collection[int]) -> None:
         if sequence.sampling is not None:

@@ -4,6 +4,7 @@ from collections import Counter
 from typing import TypeVar
 
 from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.engine.kv_space import next_page
 from ranklet.replicas.engine.sequence import Sequence
 
 Key = TypeVar("Key")
@@ -38,6 +39,11 @@ class Holders:
     def undelivered(self) -> list[Sequence]:
         """Return the sequences whose outputs are not all delivered, also those whose last output is launched."""
         return [each for each in self.all if not each.cancelled]
+
+    def pages_in_work(self) -> set[bytes]:
+        """Return the content hashes of the next pages of sequences of which a part of the prompt is computed."""
+        prefilling = (each for each in self.all if each.left and each not in self.decoding)
+        return {page for each in prefilling if (page := next_page(each)) is not None}
 
     def add(self, sequence: Sequence) -> None:
         self.all[sequence] = None

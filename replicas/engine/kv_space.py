@@ -1,7 +1,7 @@
 """The pages and rows of the sequences that keep keys and values: who holds which, and who may get more."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from ranklet.replicas.cache.pages import PAGE_TOKENS, PagePool
@@ -18,10 +18,15 @@ def pages_of(tokens: int) -> int:
 
 @dataclass(slots=True)
 class FreeSpace:
-    """Pages and rows that are left while a step is planned."""
+    """What is left while a step is planned.
+
+    Attributes:
+        computing: content hashes of the next pages of prompts that started sequences are computing.
+    """
 
     pages: int
     rows: int
+    computing: set[bytes] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +36,12 @@ class Start:
     Attributes:
         tokens: leading tokens whose pages are cached. The last token is always computed.
         pages: by how much the available pages fall.
+        next_page: content hash of the first page that it would compute; None if others cannot share that page.
     """
 
     tokens: int
     pages: int
+    next_page: bytes | None
 
 
 class KvSpace:
@@ -50,9 +57,11 @@ class KvSpace:
 
     def to_start(self, sequence: Sequence) -> Start:
         """Return what the sequence finds and takes when it starts. Changes nothing."""
-        match = self.pool.match(_sharable(sequence))
+        sharable = _sharable(sequence)
+        match = self.pool.match(sharable)
         pages = pages_of(len(sequence.ids)) - match.pages + match.cached
-        return Start(match.pages * PAGE_TOKENS, pages)
+        missing = sharable[match.pages] if match.pages < len(sharable) else None
+        return Start(match.pages * PAGE_TOKENS, pages, missing)
 
     def share(self, sequence: Sequence) -> None:
         """Give a sequence the cached pages of its tokens, so that they are not evicted for others."""
@@ -129,6 +138,12 @@ class KvSpace:
         cached nor held by a sequence.
         """
         return partial(self.pool.copy().check_integrity, [each.pages.copy() for each in self._in_rows.values()])
+
+
+def next_page(sequence: Sequence) -> bytes | None:
+    """Return the content hash of the page that a started sequence computes next; None if it is not known yet."""
+    page = sequence.computed // PAGE_TOKENS
+    return sequence.hashes[page] if sequence.hashes is not None and page < len(sequence.hashes) else None
 
 
 def _sharable(sequence: Sequence) -> list[bytes]:

@@ -77,6 +77,7 @@ class Scheduler:
         """
         plan = StepPlan()
         room = self.space.room() if self.space is not None else FreeSpace(0, 0)
+        room.computing |= self._holders.pages_in_work()
         first = next((each for each in self.queue if not each.cancelled), None)
         alone = first is not None and first.runs_alone and _is_ready(first, is_ready) and not self._decodes_waited
         if not alone and self.space is not None:
@@ -143,14 +144,12 @@ class Scheduler:
             return None
         start, left, first = sequence.computed, sequence.need.tokens, None
         if sequence.need.keeps_cache and sequence.row is None:
-            first = self._first_pages(sequence, room)
-            if first is None:
+            if (first := self._first_pages(sequence, room)) is None:
                 return None
             start, left = first.tokens, left - first.tokens
         tokens = self._piece(sequence, left, plan, limit)
         if 0 < tokens < left and first is None and sequence.row is None:
-            first = self._first_pages(sequence, room)  # to be divided, a prompt needs pages
-            if first is None:
+            if (first := self._first_pages(sequence, room)) is None:  # to be divided, a prompt needs pages
                 return None
             start, left = first.tokens, left - first.tokens
             tokens = min(tokens, left)
@@ -159,14 +158,18 @@ class Scheduler:
         if first is not None:
             room.pages -= first.pages
             room.rows -= 1
+            if first.next_page is not None:
+                room.computing.add(first.next_page)
         head = sequence.need.head if tokens == left else None
         return Part(sequence, sequence.epoch, start, tokens, head, first is not None or sequence.row is not None)
 
     def _first_pages(self, sequence: Sequence, room: FreeSpace) -> Start | None:
         """Return what a sequence needs to start; None if there is no room for it."""
-        if sequence.waits_for_leader or self.space is None or not room.rows:
+        if self.space is None or not room.rows:
             return None
         found = self.space.to_start(sequence)
+        if found.next_page in room.computing:
+            return None  # it can share that page in the next step
         if found.pages + len(self._holders) > room.pages:  # each holder may soon need one page more
             room.rows = 0  # no later sequence takes the pages that this one waits for
             return None

@@ -40,7 +40,6 @@ class Sequence:
         row: row of the table of sequences with pages; None without pages.
         pages: pages that hold its keys and values, in order.
         sampling: how its tokens are drawn; None if it draws none.
-        leader: a sequence with the same prompt, whose pages this one waits for.
         scores: number of best alternatives to each prompt token whose logprobs are wanted; None if none are wanted.
         root: what its pages depend on besides the tokens; None if it shares no pages.
         hashes: content hashes of its leading full pages; None if it shares no pages.
@@ -72,7 +71,6 @@ class Sequence:
     row: int | None = None
     pages: list[int] = field(default_factory=list)
     sampling: SamplingValues | None = None
-    leader: "Sequence | None" = None
     scores: int | None = None
     root: PrefixRoot | None = None
     hashes: list[bytes] | None = None
@@ -90,12 +88,6 @@ class Sequence:
     def runs_alone(self) -> bool:
         """Whether it needs a step without decodes when it is the first of the queue."""
         return bool(self.solo) or (not self.need.divisible and self.passed_over >= PATIENCE)
-
-    @property
-    def waits_for_leader(self) -> bool:
-        """Whether another sequence is about to compute pages that this one can share."""
-        leader = self.leader
-        return leader is not None and leader.left > 0 and not leader.cancelled and leader.computed < self.prompt
 
     def append(self, token: int) -> None:
         """Add an output token that has reached the host."""

@@ -1,6 +1,7 @@
 """Text and embeddings on one engine: slots, pages and rows are held and freed, and a defect of a task fails alone."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -41,6 +42,22 @@ def test_pieces_are_the_whole_answer_and_usage_counts_the_prompt_once(text_engin
         assert all(each.top[0][0] == token for each, token in zip(choice.logprobs, sink.tokens[i], strict=True))
     assert sink.tokens[0] == sink.tokens[1], "greedy choices are equal"
     assert sink.ended.result(0).prompt_tokens == 79
+
+
+@pytest.mark.parametrize("length", [200, 500])  # the longer one is computed in pieces
+def test_equal_prompts_that_come_at_once_are_computed_once(make_engine: MakeEngine, length: int) -> None:
+    engine = make_engine(kv_cache_bytes=16 << 20, max_model_len=600, max_batch_tokens=700, interleave_tokens=150)
+    engine.start()
+    prompts, sinks = draw(length), [TextSink() for _ in range(6)]
+    with engine.paused():
+        for sink in sinks[:4]:
+            engine.submit(prompts, None, GREEDY, sink)
+        engine.submit(prompts, None, replace(GREEDY, n=2), sinks[4])
+        engine.submit(draw(length + 1), None, GREEDY, sinks[5])
+    found = [sink.generation() for sink in sinks]
+    assert len({tuple(choice.tokens.tolist()) for each in found[:5] for choice in each.choices}) == 1
+    assert sorted(each.cached_tokens for each in found) == [0, 0] + [length // 64 * 64] * 4
+    engine.check_integrity()
 
 
 def test_a_stop_token_ends_a_choice_with_the_token(text_engine: Engine) -> None:
