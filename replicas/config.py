@@ -32,11 +32,12 @@ class EngineConfig:
     lora_modules: tuple[str, ...] = LORA_MODULES
     # Largest number of tokens in one batch.
     max_batch_tokens: int = 32_768
-    # Largest number of prompts in one batch.
+    # Largest number of prompts in one batch, and of texts that are generated at the same time.
     max_batch_requests: int = 512
     # Largest number of adapters in one batch; None for the number of slots.
     max_adapters_per_batch: int | None = None
-    # Largest number of tokens in a prompt; None for the model's own limit, up to max_batch_tokens.
+    # Largest number of tokens in a prompt, generated text included; None for the model's own limit, up to
+    # max_batch_tokens.
     max_model_len: int | None = None
     # Largest number of tokens that wait for a batch; further requests are refused with 503.
     max_waiting_tokens: int = 4_000_000
@@ -44,14 +45,16 @@ class EngineConfig:
     host_cache_bytes: int = 4 << 30
     # Time after which a request whose adapter is still loading is refused with 503 and Retry-After.
     load_timeout_s: float = 8.0
-    # Share of the device memory that is free after start-up that the KV cache takes.
+    # Share of the GPU memory left at the start that the KV cache takes, for models that generate text.
     kv_cache_fraction: float = 0.9
-    # Size of the KV cache in bytes, instead of kv_cache_fraction; 0 serves embeddings only. None on the CPU is 256 MiB,
-    # or one prompt of max_model_len if that is more.
+    # Size of the KV cache in bytes, instead of kv_cache_fraction; 0 serves embeddings only. None serves embeddings only
+    # if the folder has the modules.json of an embedding model. Else, on the CPU, None is 256 MiB, or one prompt of
+    # max_model_len if that is more.
     kv_cache_bytes: int | None = None
-    # Whether sequences share the keys and values of equal beginnings.
+    # Whether texts share the keys and values of equal beginnings of prompts, within one adapter revision.
     prefix_cache: bool = True
-    # Largest number of prompt tokens in a step that also decodes: more delays the next token of every stream.
+    # Largest number of prompt tokens in a step that also decodes: more delays the next token of every running text. A
+    # step that starts many texts at once may have more, up to max_batch_tokens.
     interleave_tokens: int = 1024
     # Device memory for merged weights of the most requested adapters.
     merged_bytes: int = 0

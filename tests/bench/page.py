@@ -73,7 +73,8 @@ Each number is one run; those of vLLM on an H200 are the better of two. A step i
 4 of 10 targets are reached. With 512 x 512/256 the engine is slower than vLLM. The median step alone would give 38,800
 tokens/s without adapters, so the loss is in the steps with prompts. Steps with prompts beside decodes were launched
 from Python, not replayed from CUDA graphs. The garbage collector of the benchmark's process was not frozen, as it is in
-an engine's own process. Not measured: Llama-3.1-8B, shared prefixes, and gaps between tokens beside other work."""
+an engine's own process. Later commits change both and were not measured. Nor were Llama-3.1-8B, shared prefixes, and
+gaps between tokens beside other work."""
 FIDELITY_TEXT_NOTE = """\
 At commit 2798a18, in bf16, with six prompts of 1 to 1,000 random tokens and 48 generated tokens each. The target for
 logprobs of the text as a prompt, 0.016, is missed; that for logprobs that came with the tokens, 0.031, is reached. The
