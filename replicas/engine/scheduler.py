@@ -72,8 +72,7 @@ class Scheduler:
             is_ready: whether an adapter is in a slot.
             enough: step size above which steps are not faster per token. A step without decodes takes no more
                 sequences at this size, unless more tokens wait than fit into the largest step.
-            beside: step size up to which flooding adapters fill a step while other adapters have requests, so that
-                these need not wait for a large step.
+            beside: prompt tokens up to which flooding adapters fill a step while other adapters have requests.
         """
         plan = StepPlan()
         room = self.space.room() if self.space is not None else FreeSpace(0, 0)
@@ -101,7 +100,8 @@ class Scheduler:
             adapter = sequence.adapter
             if adapter is not None and adapter not in ready:
                 ready[adapter] = is_ready(adapter)
-            full = full or (others and plan.tokens >= (beside or most) and self.queue.floods(sequence))
+            prompts = plan.tokens - len(plan.decodes)
+            full = full or (others and prompts >= (beside or most) and self.queue.floods(sequence))
             if full or (blocked and sequence.row is None):
                 beyond += 1
                 if beyond > _LOOKAHEAD:
