@@ -145,7 +145,8 @@ class Pipeline:
 
     def _commit(self, plan: StepPlan) -> list[int | None]:
         """Make the plan take effect. Returns the slot of each part."""
-        self._release_slots([*plan.cancelled, *plan.preempted])
+        # A preempted sequence keeps its slot: its adapter's files may have been replaced since it started.
+        self._release_slots(plan.cancelled)
         starting = [part.sequence for part in plan.parts if not part.sequence.holds_slot]
         slots = self._adapters.acquire_slots([sequence.adapter for sequence in starting])
         for sequence, slot in zip(starting, slots, strict=True):
@@ -271,8 +272,9 @@ class Pipeline:
             self._must_probe = self._must_probe or not again
             for sequence in again:
                 sequence.solo = _SOLO_OUTPUTS
-            self._drop(sequences)
-            self._release_slots(self._scheduler.retry(again))
+            self._scheduler.drop(sequences)
+            self._release_slots(() if again else sequences)
+            self._scheduler.retry(again)
             self._adapters.release_slots(plan.adapters)
             self._lock.notify_all()
         if not again:

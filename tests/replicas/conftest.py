@@ -15,6 +15,7 @@ from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.stats import Listener
 from ranklet.replicas.model.architecture import Architecture, read_architecture, read_config
 from ranklet.replicas.model.modules import LORA_MODULES
+from tests.assets.adapters import AdapterSpec
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,15 @@ def engine(model_dir: Path) -> Iterator[Engine]:
     running.start()
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def text_family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[AdapterSpec]]:
+    """Return a small Llama whose texts do not repeat one token, as those of `model_dir` do, and its adapters."""
+    from tests.assets.families import make_family
+
+    folder = tmp_path_factory.mktemp("text")
+    return folder / "model", make_family(folder, "llama")
 
 
 @pytest.fixture

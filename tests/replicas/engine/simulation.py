@@ -134,7 +134,7 @@ class Simulation:
             revived = self._start_loads(plan)
         if not plan.is_due or (self.in_flight and (not plan.computes or len(self.in_flight) == self.depth)):
             return None
-        self._release_slots([*plan.cancelled, *plan.preempted])
+        self._release_slots(plan.cancelled)
         for sequence in (part.sequence for part in plan.parts if not part.sequence.holds_slot):
             sequence.slot = None if sequence.adapter is None else self.slots.acquire(sequence.adapter)
             sequence.holds_slot = True
@@ -169,13 +169,14 @@ class Simulation:
         again = [sequence for sequence in sequences if not sequence.solo] if len(sequences) > 1 else []
         for sequence in again:
             sequence.solo = _SOLO_OUTPUTS
-        self._drop(sequences)
-        self._release_slots(self.scheduler.retry(again))
+        self.scheduler.drop(sequences)
+        self._release_slots(() if again else sequences)
+        self.scheduler.retry(again)
         for sequence in () if again else sequences:
             sequence.request.fail(InternalError("failed"))
 
     def preempt_all(self) -> None:
-        self._release_slots(self.scheduler.retry([]))
+        self.scheduler.retry([])
 
     def _drop(self, sequences: Iterable[Sequence]) -> None:
         leaving = list(sequences)

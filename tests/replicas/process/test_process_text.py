@@ -29,6 +29,16 @@ from tests.replicas.asking import PATIENCE_S, assert_same, ref, submit, until
 from tests.replicas.streaming import LONG, TextSink, draw
 
 
+@pytest.fixture(scope="session")
+def model_dir(text_family: tuple[Path, list[AdapterSpec]]) -> Path:
+    return text_family[0]
+
+
+@pytest.fixture(scope="session")
+def adapter_specs(text_family: tuple[Path, list[AdapterSpec]]) -> list[AdapterSpec]:
+    return text_family[1]
+
+
 def text_config(model_dir: Path) -> EngineConfig:
     return EngineConfig(model_dir, slots=2, kv_cache_bytes=8 << 20, max_model_len=512, max_batch_tokens=4096)
 
@@ -166,10 +176,10 @@ def test_streams_end_once_when_the_process_dies(model_dir: Path, adapter_specs: 
 
 
 def test_an_adapter_that_ends_the_process_is_named_to_its_own_streams_only(
-    model_dir: Path, adapters_dir: Path, tmp_path: Path
+    model_dir: Path, adapter_specs: list[AdapterSpec], tmp_path: Path
 ) -> None:
     folder = tmp_path / "suspect"
-    shutil.copytree(adapters_dir / "legal-v2", folder)
+    shutil.copytree(adapter_specs[0].path, folder)
     suspect, engine = ref(folder), EngineProcess(text_config(model_dir))
     engine.start()
     running, waiting = TextSink(), TextSink()
