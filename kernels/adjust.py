@@ -39,11 +39,11 @@ _COUNTED = tl.constexpr(MOST_COUNTED)
 
 @dataclass(frozen=True, slots=True)
 class SamplingTables:
-    """What the sampler keeps of each sequence on the device. A table is None until a sequence needs it.
+    """State of each sequence on the device. A table is None until a sequence needs it.
 
     Attributes:
-        counts: int16 [R + 1, V]: the lower 15 bits count how often the token was drawn, up to 32,767; the sign bit says
-            that the prompt has it.
+        counts: int16 [R + 1, V]: the lower 15 bits count how often the token was drawn, up to 32,767; the sign bit
+            is set if the prompt has the token.
         edits: int32 [R + 1, 3, edits]: token ids, bits of their biases, positions where their bans end.
         masks: int32 [R + 1, ceil(V / 32)]: bit t % 32 of word t // 32 allows token t.
     """
@@ -82,7 +82,7 @@ def change(
     Args:
         value: logits of these tokens.
         logits, counts, edits, masks, out: the row's part of each tensor.
-        LISTED: number of tokens that `edits` has room for.
+        LISTED: largest number of tokens in `edits`.
     """
     value = _changed(value, tokens, inside, flags, columns, row, counts, masks, FEATURES)
     edited_here = False
@@ -96,7 +96,7 @@ def change(
         tl.store(out + tokens, value, mask=inside)
     if EDIT & FEATURES:
         if edited_here:
-            tl.debug_barrier()  # what other threads have stored is stored again, then loaded
+            tl.debug_barrier()  # other threads have stored these places: now they are stored again, then loaded
             position = column_of(columns, row, POSITION)
             count = column_of(columns, row, EDITS)
             for start in range(0, count, EDIT_BLOCK):

@@ -1,6 +1,6 @@
 """Finds thresholds in a row of logits without sorting it, and gathers the tokens above one. One program works on a row.
 
-A `source` holds `length` float32 values: a row of logits, its gathered candidates, or the largest of each group.
+A `source` holds `length` float32 values: a row of logits, its gathered candidates, or the largest value of each group.
 """
 
 from typing import Final

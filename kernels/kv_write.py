@@ -1,7 +1,6 @@
 """Stores the keys and values of packed tokens in pages.
 
-Where a kernel of its own rotates queries and keys (`rotary.py`), that kernel stores them too. `write_kv` is for
-products that rotate their output.
+The rotation kernel of `rotary.py` stores keys and values itself. `write_kv` is for products that rotate their output.
 
 Letters: T tokens of the batch, Q query heads, G key heads, D head width.
 """

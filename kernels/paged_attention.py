@@ -1,8 +1,8 @@
 """Attention of one new token per sequence over keys and values in pages, as a decode step needs it.
 
 A program computes a part of a sequence's keys, a split, for one key head. A second launch combines the splits. The
-size of a split depends only on the sequence's length, so that a token's result does not depend on the other sequences
-of the batch. Programs find their splits from the lengths in device memory: one CUDA graph serves all lengths.
+size of a split depends only on the sequence's length, so a token's result does not depend on the other sequences of the
+batch. Programs compute their splits from the lengths in device memory, so one CUDA graph serves all lengths.
 
 Letters: T tokens of the batch, Q query heads, G key heads, D head width, B spans, P pages of a span. After
 Flash-Decoding.
@@ -24,7 +24,7 @@ from ranklet.kernels.launch import is_hopper, precision_of, processors_of
 PAGE_TOKENS = 64
 NO_WINDOW = 1 << 30
 _WHOLE = 384  # sequences with up to this many keys are not split
-_LEAST_SPLIT = 256  # tokens; smaller splits cost more for their sums than they gain
+_LEAST_SPLIT = 256  # tokens; smaller splits cost more time to combine than they save
 _MOST_SPLITS = 32  # of a sequence; with more tokens, its splits are larger
 _BLOCK_KEYS = 64
 _PROGRAMS = 8  # per processor
@@ -46,7 +46,7 @@ class PagedSpans:
     rows: Tensor  # int32 [B]: first packed token of each span
     counts: Tensor  # int32 [B]: query tokens of each span; 1 for decode, 0 for a filler
     lengths: Tensor  # int32 [B]: keys of each span, this step's tokens included; 0 for a filler
-    table: Tensor  # int32 [B, P]: pages; entries behind the length are any number
+    table: Tensor  # int32 [B, P]: pages; entries past the length are any number
     longest_query: int  # upper bound on the counts
 
 
@@ -116,7 +116,7 @@ def split_kernel(
             top, total, acc = _add_block(
                 q, keys_tma.load([line, 0]), values_tma.load([line, 0]), seen, top, total, acc, scale, PRECISION
             )
-        if whole < high:  # a page's tokens behind the length may be anything, so that the descriptors cannot read them
+        if whole < high:  # the last page may hold NaN past the length, so a mask replaces the descriptors
             page = tl.load(table + span * table_stride + whole // PAGE).to(tl.int64)
             at = ((page * G + head) * PAGE + whole % PAGE + n)[:, None] * D + d[None, :]
             held = whole + n < length

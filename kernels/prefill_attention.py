@@ -56,7 +56,7 @@ def _add_keys(
         if MASKED:
             distance = position[:, None] - (start + n)[None, :]
             scores = tl.where((distance >= 0) & (distance < window), scores, float("-inf"))
-            v = tl.where((start + n < length)[:, None], v, 0.0)  # what lies behind the length may be NaN
+            v = tl.where((start + n < length)[:, None], v, 0.0)  # values past the length may be NaN
         higher = tl.maximum(top, tl.max(scores, 1))
         base = higher
         if MASKED:  # a query may not see any key of the first blocks
@@ -116,7 +116,7 @@ def prefill_kernel(
         q, top, total, acc, diagonal, end, position, length, window, keys_tma, values_tma, pages, head // GROUP,
         scale, G, PAGE, BLOCK_N, True, 1, PRECISION,
     )  # fmt: skip
-    total = tl.where(m < count, total, 1.0)  # rows behind the last query may not have any key
+    total = tl.where(m < count, total, 1.0)  # rows past the last query may have no key
     at = out + packed * out_stride + head * D + d[None, :]
     tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
 

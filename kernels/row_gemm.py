@@ -1,9 +1,9 @@
 """A decoder layer's products for batches of few rows, such as a step that makes one token a request.
 
 One launch computes a projection, with the norm before it, the adapters' `B h`, and what follows: the activation, or the
-addition to the residual stream. Launches are chained (programmatic dependent launch): the next one starts early, and
-fetches its weights while it waits for this one. A row's result does not depend on its neighbours, only on the number of
-rows rounded up to one of `BUCKETS`, and on whether the batch has no adapter, one, or several.
+addition to the residual stream. Launches are chained (programmatic dependent launch): a launch starts early, and
+fetches its weights while it waits for the launch before. A row's result does not depend on the other rows. It depends
+on the number of rows, rounded up to one of `BUCKETS`, and on whether the batch has no adapter, one, or several.
 
 Letters as in `stack.py`; T rows (tokens) of the batch.
 """
@@ -30,11 +30,11 @@ _RUN_RANKS = {ThinTile: 256, SplitTile: 128}  # ranks of adapters side by side i
 
 
 class NormedRows(NamedTuple):
-    """Rows whose RMS norm is completed by the products that read them.
+    """Rows before a product, which completes their RMS norm.
 
     Attributes:
         x: [T, K] residual * norm weight, in 16 bits.
-        squares: float32 [T, parts], sums of squares of parts of the residual's rows. None: `x` is read as it is.
+        squares: float32 [T, parts]: sums of squares of parts of the residual's rows. None if `x` needs no norm.
     """
 
     x: Tensor
@@ -55,7 +55,7 @@ class RowLora(NamedTuple):
 
 
 class Workspace:
-    """Device memory that the programs of one product share. For one stream at a time.
+    """Device memory that the programs of one product share. Only one stream may use it.
 
     Args:
         width: the largest number of columns of a product that is added to the residual stream.
@@ -67,7 +67,7 @@ class Workspace:
 
 
 def supports(weight: Tensor, widths: Iterable[int]) -> bool:
-    """Return whether this file computes products with such weights: bfloat16, on Hopper.
+    """Return whether the weights are supported: bfloat16, on Hopper, and of suitable widths.
 
     In float16, `residual * norm weight` could overflow.
 
@@ -123,7 +123,7 @@ def added(
     *,
     tile: Tile | None = None,
 ) -> NormedRows:
-    """Add a projection to the residual stream in place. Returns the rows for the products behind the next norm.
+    """Add a projection to the residual stream in place. Returns the rows that the products after the next norm read.
 
     Args:
         norm: None if no norm follows. Then the returned rows have no contents.

@@ -1,8 +1,8 @@
 """Tile shapes of the products of short batches, as measured on an H200.
 
-Each is the fastest of 20 to 40 tiles in a CUDA graph of chained products with the weights of all layers, at 16, 64 and
-256 rows, and with adapters of rank 16 if the batch has any: Qwen3-0.6B's projections first, then Llama-8B's. Between a
-tile and the next best one there are some 5 %.
+Each tile is the fastest of 20 to 40 in a CUDA graph of chained products with the weights of all layers, at 16, 64 and
+256 rows. The second best tile is about 5 % slower. The tables list Qwen3-0.6B's projections first, then Llama-8B's.
+`_LORA` was measured with adapters of rank 16.
 """
 
 import math
@@ -13,8 +13,8 @@ from ranklet.kernels.row_steps import ADDED, GATED, PLAIN
 
 BUCKETS = (16, 64, 256)  # rows; a row's result is the same at all numbers of rows that round up to the same bucket
 MOST_ROWS = BUCKETS[-1]
-LEAST_WIDTH = 16  # slices of a projection are multiples of it
-_OWN_ELEMENTS, _OWN_RANK = 64 << 20, 32  # above, programs that each read all of A take longer than a launch that does
+LEAST_WIDTH = 16  # widths of a projection's slices are multiples of this
+_OWN_ELEMENTS, _OWN_RANK = 64 << 20, 32  # above these, a launch for `s A x` is faster than all programs reading A
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class ThinTile:
     block_k: int
     warps: int
     stages: int
-    early: bool  # the first weights are loaded before waiting for the launch before
+    early: bool  # load the first weights before waiting for the launch before
     own: bool = False  # with one adapter, programs compute `s A x` themselves
     block_m: int = 16
 

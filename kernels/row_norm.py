@@ -1,4 +1,4 @@
-"""The start of a chain of products with norms inside: the residual stream, and the rows the first product reads."""
+"""Starts a decoder's chain of products: makes the residual stream and the rows that the first product reads."""
 
 import torch
 import triton

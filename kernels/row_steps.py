@@ -73,12 +73,13 @@ def add_lora(
     R: tl.constexpr, BLOCK_R: tl.constexpr, RUNS: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
     CHAINED: tl.constexpr,
 ):  # fmt: skip
-    # Adds `B h` of the runs of rows that share an adapter, RUNS of them in one product. A row's h is zero for others.
+    # A run is consecutive rows that share an adapter. Adds `B h` of each run, RUNS of them in one product: a row's h
+    # is zero for the other runs.
     # `start`, `stop` and `weight` are of the first group of runs.
     r = tl.arange(0, RUNS * BLOCK_R) % BLOCK_R
     h_at = h + rows[:, None] * h_stride + piece * R + r[None, :]
     if CHAINED:
-        tl.extra.cuda.gdc_wait()  # of what is read here, the launch before has written h only
+        tl.extra.cuda.gdc_wait()  # h is the only tensor read here that the launch before has written
     own = (rows[:, None] >= start[None, :]) & (rows[:, None] < stop[None, :])
     hidden = tl.load(h_at, mask=own, other=0.0)
     acc = tl.dot(hidden, tl.trans(weight), acc, input_precision=PRECISION)

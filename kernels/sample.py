@@ -36,10 +36,10 @@ _NO_ID = tl.constexpr(0x7FFFFFFF)
 
 
 class Scan(NamedTuple):
-    """What a scan found. Groups are the PIECE / GROUP of each piece, in order of their tokens; they may reach beyond V.
+    """The results of a scan. A row fills only the tensors of the features that it asks for.
 
-    Statistics are the largest logit and the sum of exp(logit - largest). `scaled` logits are changed and divided by the
-    temperature. A row fills only what it asks for.
+    Each piece has PIECE / GROUP groups, in order of their tokens; the last groups may lie beyond V. Statistics are the
+    largest logit and the sum of exp(logit - largest). `scaled` logits are changed and divided by the temperature.
     """
 
     changed: Tensor  # float32 [N, V]: changed logits of rows that change and truncate; other rows have any values

@@ -1,4 +1,4 @@
-"""What a row of logits asks of the sampler, as int32 columns that travel with a step. Imports no torch.
+"""Sampling values of a row of logits, as int32 columns that travel with a step. Imports no torch.
 
 Floats travel as their bits. Letters: N rows of logits.
 """
@@ -15,7 +15,7 @@ PIECE: Final = 4096  # tokens of the vocabulary that one program scans
 
 
 class Feature(IntFlag):
-    """What one row asks for, or any row of a step. Part of the key of a CUDA graph."""
+    """Work that a row, or any row of a step, asks of the sampler. Part of the key of a CUDA graph."""
 
     NOISE = 1  # temperature above 0
     TRUNCATE = 2  # top_k, top_p or min_p

@@ -1,7 +1,6 @@
-"""The product of some hundred rows, with parts of K computed by different programs where tiles are few.
+"""The product of up to 256 rows. If there are few tiles, several programs share a tile, each with a part of K.
 
-The parts of a tile are summed in the order of K by the program that is done last, so the result does not depend on
-which one that is.
+The program that finishes last sums the parts in the order of K, so the result does not depend on the order of arrival.
 
 Letters as in `stack.py`; T rows (tokens) of the batch.
 """

@@ -1,9 +1,9 @@
 """The product of a few rows: the weight is streamed once, and the warps of a program share its tile by parts of K.
 
-With one adapter in the batch, each program also computes `s A x` for itself: A comes from the L2 cache, and no launch
-or wait is needed between the halves of LoRA. With more adapters, `row_shrink.py` has computed it before.
+With one adapter in the batch, each program may also compute `s A x` itself (OWN): A comes from the L2 cache, and no
+launch or wait is needed between the halves of LoRA. Otherwise `row_shrink.py` has computed it before.
 
-What does not depend on the launch before is loaded before waiting for it: the first weights, and A and B.
+B, and with EARLY the first weights and A, are loaded before waiting for the launch before, which does not write them.
 
 Letters as in `stack.py`; T rows (tokens) of the batch.
 """
