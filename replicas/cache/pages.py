@@ -39,8 +39,8 @@ class PagePool:
     Attributes:
         count: number of pages.
         evicted_pages: cached pages that were evicted until now.
-        asked_tokens: tokens of all pages that `share` was asked for.
-        shared_tokens: tokens of all pages that `share` returned.
+        asked_tokens: tokens of all pages that `share` looked up.
+        shared_tokens: tokens of all pages that `share` found.
     """
 
     def __init__(self, pages: int) -> None:
@@ -122,7 +122,7 @@ class PagePool:
         return pages
 
     def unshared(self, pages: Iterable[int]) -> int:
-        """Return how many of a sequence's pages no other sequence uses: `available` rises by this on their release."""
+        """Return how many of a sequence's pages no other sequence uses: a release makes that many pages available."""
         return sum(self._references[page] == 1 for page in pages)
 
     def register(self, page: int, content: bytes) -> bool:
@@ -169,8 +169,8 @@ class PagePool:
     def forget(self, pages: Iterable[int]) -> None:
         """Drop the hashes of pages whose content is wrong, because the step that wrote them failed.
 
-        No other sequence will share them. Sequences that share them already keep their references: what they computed
-        after these pages is wrong, too, and their own pages must be forgotten as well.
+        No other sequence will share them. Sequences that share them already keep their references. The caller must
+        also forget the pages that these sequences computed afterwards, since they are wrong too.
         """
         for page in pages:
             if self._hashes[page] is None:
@@ -181,7 +181,7 @@ class PagePool:
                 self._free.append(page)
 
     def forget_all(self) -> None:
-        """Drop every hash, as if no page had been shared until now."""
+        """Drop every hash, so that pages written until now are not shared with further sequences."""
         self.forget(list(self._by_hash.values()))
 
     def _forget(self, page: int) -> None:

@@ -18,17 +18,17 @@ from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.folder import read_settings
 
 _HASH_BYTES = 16
-_REVISION_CHARACTERS = 16  # as many as an adapter's revision has
+_REVISION_CHARACTERS = 16  # as in an adapter's revision
 _CONFIG, _INDEX, _WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 
 
 class PrefixRoot(NamedTuple):
-    """What the keys and values of a sequence depend on besides its tokens.
+    """Everything besides the tokens that the keys and values of a sequence depend on.
 
     Attributes:
         base_revision: content of the base model (see `base_revision`).
         adapter_revision: content of the adapter, never its name or path; "" for the base model.
-        salt: sequences with different salts share nothing, so that response times tell a tenant nothing about others.
+        salt: sequences with different salts share nothing, so that response times reveal nothing about other tenants.
         dtype: dtype of keys and values.
     """
 
@@ -38,7 +38,9 @@ class PrefixRoot(NamedTuple):
     dtype: str
 
     def digest(self) -> bytes:
-        """Return the hash before the first page's. Each field is preceded by its length, so that none runs on."""
+        """Return the hash before the first page's. Each field is preceded by its length, so that different
+        roots never have the same bytes.
+        """
         state = hashlib.blake2b(digest_size=_HASH_BYTES, person=b"ranklet root")
         for field in self:
             content = field.encode("utf-8", "surrogatepass")  # JSON strings may hold lone surrogates
@@ -74,9 +76,9 @@ def sharable_pages(tokens: int) -> int:
 def base_revision(model_dir: Path) -> str:
     """Read a base model's config and weights and return their revision, 16 hexadecimal digits.
 
-    It covers every byte, as an adapter's revision does. Sizes, times and safetensors headers are equal for a model and
-    its fine-tuned successor, and differ between nodes that have the same files. Eight threads hash some 10 GB/s, and
-    the weights were just read, so they come from the page cache: 1 to 2 s for 8B parameters. The GIL is free meanwhile.
+    It covers every byte, as an adapter's revision does: a model and its fine-tuned successor have equal sizes and
+    safetensors headers, and times differ between nodes with the same files. Eight threads hash about 10 GB/s, and the
+    weights were just read, so they come from the page cache: 1 to 2 s for 8B parameters, without the GIL.
 
     Raises:
         ModelError: a file cannot be read.

@@ -15,7 +15,7 @@ _CPU_BYTES = 256 << 20
 class KvPages:
     """Keys and values of all layers. Keys are stored after norm and rotation.
 
-    The memory is not initialised: what a page contains matters only where a sequence has written.
+    The memory is not initialised: a page is read only where a sequence has written.
 
     Attributes:
         pages: [layers, 2, pages, G, 64, D]; the second axis is keys and values, G is the number of key heads.
@@ -49,12 +49,12 @@ def pages_that_fit(
 ) -> int:  # fmt: skip
     """Return how many pages the engine can have.
 
-    On CUDA this measures the free memory, so it must be called after weights, slots, graphs and workspace exist.
-    Without `kv_cache_bytes` a CPU gets 256 MiB or, if that is more, space for one prompt of `max_model_len` tokens:
-    memory that text never uses is never touched there.
+    On CUDA this measures the free memory, so it must be called after weights and slots exist. Without `kv_cache_bytes`
+    a CPU gets 256 MiB or, if that is more, space for one prompt of `max_model_len` tokens. The operating system
+    provides this memory only as far as it is written.
 
     Args:
-        reserve_bytes: device memory that is needed later. It counts only against a measured budget.
+        reserve_bytes: device memory that steps need besides. Ignored if `kv_cache_bytes` is set.
 
     Raises:
         ModelError: not even one prompt of `max_model_len` tokens fits.

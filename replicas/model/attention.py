@@ -31,7 +31,8 @@ class Spans:
     offsets: Tensor  # int32 [B + 1] on the device: cumulative lengths, starting at 0
     longest: int  # upper bound on the lengths
     cudnn: CudnnSpans | None = None  # None if cuDNN is not used
-    # int32 [B]: first packed token of each sequence, and a row of no span for a filler. None if they lie side by side.
+    # int32 [B]: first packed token of each sequence; for a filler, a row that belongs to no sequence. None if the
+    # sequences lie side by side.
     starts: Tensor | None = None
 
 
@@ -44,7 +45,7 @@ class AttentionBatch:
         chunks: parts of prompts whose earlier keys are in pages.
         chunk_tiles: `query_tiles` of `chunks.counts`, on the device.
         decodes: sequences with one token in the batch.
-        kv_slots: int32 [T]: where each token's key and value are stored, as in `KvWrite`; None if no token's are.
+        kv_slots: int32 [T]: where each token's key and value are stored, as in `KvWrite`; None if none are stored.
         ends: int32 [B]: last packed token of each span, in the order of the batch's outputs. None if the batch
             consists of `fresh` only.
     """
@@ -81,7 +82,7 @@ def attend(
 
     Args:
         qkv: [T, (Q + 2 G) * D], after normalization and rotation.
-        pages: of the layer; with the keys and values of this batch. None if the batch has fresh spans only.
+        pages: of the layer, which already hold the keys and values of this batch. None if all spans are fresh.
         heads: (Q, G).
         head_dim: D.
         window: number of tokens that each token attends to, itself included; None for no limit.

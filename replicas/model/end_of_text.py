@@ -1,6 +1,6 @@
 """Token ids that end a text: those of the base model's folder, and the one that an adapter's tokenizer names.
 
-An adapter trained on a chat format ends its texts with that format's token, which a plain base model never ends with.
+An adapter trained on a chat format ends its texts with that format's token, which a plain base model never produces.
 """
 
 import json
@@ -15,9 +15,9 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 TOKENIZER_FILE = "tokenizer.json"
-# Where an adapter's end of text comes from; without the first, the others are not read.
+# Sources of an adapter's end-of-text token. Without the first, the others are not read.
 TOKENIZER_FILES = (TOKENIZER_CONFIG_FILE, ADDED_TOKENS_FILE, TOKENIZER_FILE)
-_MAX_BYTES = {TOKENIZER_FILE: 64 << 20}  # the largest in use has 33 MB
+_MAX_BYTES = {TOKENIZER_FILE: 64 << 20}  # the largest known one has 33 MB
 _MAX_OTHER_BYTES = 4 << 20
 _MAX_ID_DIGITS = 10
 _MAX_SHOWN_CHARS = 100

@@ -32,7 +32,7 @@ class Head(Protocol):
         """Return the outputs of the first `count` sequences on the host; None for one that is not finite.
 
         Args:
-            arrays: what the head computed, on the host.
+            arrays: the outputs of the head, on the host.
         """
 
 

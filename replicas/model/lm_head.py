@@ -1,7 +1,7 @@
 """The language-model head: computes logits of hidden states, with the LoRA of each row's adapter.
 
-Letters: R rows, H hidden width, V vocabulary. A padded vocabulary is larger than the tokenizer's; the logits of the
-other ids stay as the model computes them.
+Letters: R rows, H hidden width, V vocabulary. V may be larger than the tokenizer's vocabulary; logits of ids without a
+token stay as the model computes them.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class LmHead:
 
     Attributes:
         weight: [V, H]; the token embedding itself if the model has no other head.
-        padded: `weight` with rows of zeros behind it, so that products with it are fast; None if it has none.
+        padded: `weight` followed by rows of zeros, which makes products faster; None if there are none.
         ties: whether the config ties the head to the token embedding. Adapters with `ensure_weight_tying` depend on it.
     """
 
@@ -64,7 +64,7 @@ def read_lm_head(
 
     Args:
         embedding: the token embedding [V, H].
-        padded: the token embedding with the rows behind it.
+        padded: the token embedding followed by rows of zeros.
 
     Raises:
         ModelError: the head has another shape than the token embedding.

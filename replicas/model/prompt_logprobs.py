@@ -1,4 +1,4 @@
-"""Logprobs of prompt tokens: the head over chunks of rows, so that no tensor of all rows by the vocabulary exists.
+"""Logprobs of prompt tokens. The head computes chunks of rows, since logits of all rows would take too much memory.
 
 Letters: R rows, H hidden width.
 """

@@ -1,7 +1,7 @@
 """A decoder's forward pass for a step that makes one token a sequence, with few launches.
 
-`Decoder.forward` serves every batch. This one serves short batches on a GPU: the products of `row_gemm.py` include
-norms, adapters, activation and residual stream. Keys and values are in pages.
+`Decoder.forward` serves every batch. `RowDecoder` serves short batches on a Hopper GPU: the products of `row_gemm.py`
+include norms, adapters, activation and residual stream. Keys and values are in pages.
 
 Letters as in `decoder.py`; B sequences, one token each.
 """
@@ -70,10 +70,10 @@ class RowDecoder:
             qkv = row_gemm.plain(
                 rows, product.weight, product.bias, lora, self._workspace, dtype=torch.float32
             )  # rounded after the rotation
-            turned = torch.empty(qkv.shape, dtype=scaled.dtype, device=scaled.device)
+            rotated = torch.empty(qkv.shape, dtype=scaled.dtype, device=scaled.device)
             rotary = replace(decoder.rotary(layer, batch.positions), kv=KvWrite(batch.kv_slots, pages[i]))
-            rotary.write(qkv, turned)
-            paged_attention.decode(turned, batch.spans, pages[i], heads, layer.window, attended)
+            rotary.write(qkv, rotated)
+            paged_attention.decode(rotated, batch.spans, pages[i], heads, layer.window, attended)
             post = NextNorm(layer.post_norm, eps)
             rows = self._added(NormedRows(attended), layer.o, stacks[i].o, batch.lora, residual, post)
             lora = _lora(stacks[i].gate_up, batch.lora)

@@ -45,9 +45,9 @@ class TokenLogprobs(NamedTuple):
 
 
 class Sampler:
-    """Draws a token for each row of logits, and keeps on the device what this needs of each sequence.
+    """Draws a token for each row of logits, and keeps the state of each sequence on the device.
 
-    A table of the state is allocated when a sequence first needs it. All methods work in order of the current stream.
+    A table of the state is allocated when a sequence first needs it. All methods use the current stream.
 
     Args:
         vocab: number of token ids.
@@ -93,7 +93,7 @@ class Sampler:
     def begin(
         self, row: int, values: SamplingValues, prompt_ids: NDArray[np.int32], output_ids: NDArray[np.int32]
     ) -> None:
-        """Write the state of a sequence that starts, or goes on after preemption, in a row of the state.
+        """Set a row of the state for a sequence that starts, or starts again after a preemption.
 
         Args:
             output_ids: tokens that the sequence has drawn so far.
@@ -102,15 +102,15 @@ class Sampler:
         self.prepare(features)
         if features & Feature.PENALIZE and self._tables.counts is not None:
             counts = self._tables.counts[row].zero_()
-            counts.index_fill_(0, self._sent(prompt_ids.astype(np.int64)), -MOST_COUNTED - 1)
+            counts.index_fill_(0, self._to_device(prompt_ids.astype(np.int64)), -MOST_COUNTED - 1)
             ids, times = np.unique(output_ids, return_counts=True)
             drawn = np.minimum(times, MOST_COUNTED).astype(np.int16)
-            counts.index_add_(0, self._sent(ids.astype(np.int64)), self._sent(drawn))
+            counts.index_add_(0, self._to_device(ids.astype(np.int64)), self._to_device(drawn))
         if features & Feature.EDIT and self._tables.edits is not None:
             edits = values.edits()
             if edits.shape[1] > MAX_EDITS:
                 raise ValueError(f"expected at most {MAX_EDITS} edited tokens, got {edits.shape[1]}")
-            self._tables.edits[row, :, : edits.shape[1]].copy_(self._sent(edits))
+            self._tables.edits[row, :, : edits.shape[1]].copy_(self._to_device(edits))
         if values.allowed_token_ids is not None:
             allowed = np.asarray(values.allowed_token_ids, dtype=np.int64)
             words = np.zeros(-(-self._vocab // 32), dtype=np.uint32)
@@ -122,7 +122,7 @@ class Sampler:
         """Write which tokens a sequence may draw: bit t % 32 of word t // 32 allows token t."""
         self.prepare(Feature.MASK)
         if self._tables.masks is not None:
-            self._tables.masks[row].copy_(self._sent(allowed))
+            self._tables.masks[row].copy_(self._to_device(allowed))
 
     @torch.inference_mode()
     def sample(
@@ -152,7 +152,7 @@ class Sampler:
                  "masks": (Feature.MASK, -(-self._vocab // 32))}  # fmt: skip
         return {name: (self._rows + 1, width) for name, (feature, width) in asked.items() if features & feature}
 
-    def _sent(self, array: NDArray[np.integer]) -> Tensor:
+    def _to_device(self, array: NDArray[np.integer]) -> Tensor:
         if self._device.type != "cuda":
             return torch.from_numpy(array)
         return torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What one sequence asks of the sampler."""
+"""The sampling parameters of one sequence, and the columns that carry them to the kernels."""
 
 import math
 from dataclasses import dataclass
