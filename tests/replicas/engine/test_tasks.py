@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
-from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.reference import WEIGHTS_FILE, AdapterRef
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.params import EmbedParams, GenerateParams
 from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.engine.tasks import Delta, Done, EmbedTask
 from ranklet.replicas.errors import InternalError, InvalidRequest, Unavailable
 from tests.assets.adapters import AdapterSpec
+from tests.assets.broken import sound
+from tests.assets.hanging import hanging
 from tests.replicas.asking import PATIENCE_S, ask, assert_same, ref, submit, until
 from tests.replicas.engine.recording import MakeEngine, RecordingListener
 from tests.replicas.streaming import GREEDY, LONG, TextSink, draw
@@ -116,6 +118,19 @@ def test_a_stream_keeps_its_slot(make_engine: MakeEngine, adapter_specs: list[Ad
     other.result(PATIENCE_S)
     assert len(sink.generation().choices[0].tokens) == 400
     assert [report.references for report in engine.report()] == [0, 0], "no slot stays in use"
+
+
+def test_a_load_that_hangs_does_not_stop_streams(make_engine: MakeEngine, model_dir: Path, tmp_path: Path) -> None:
+    engine = make_engine(kv_cache_bytes=8 << 20, max_model_len=512)
+    engine.start()
+    slow, sink = ref(sound(model_dir, tmp_path / "slow")), TextSink()
+    with hanging(tmp_path / "slow" / WEIGHTS_FILE):
+        waiting = submit(engine, draw(5), slow)
+        until(lambda: [each.where for each in engine.report()] == ["loading"])
+        engine.submit(draw(20), None, LONG, sink)
+        assert len(sink.generation().choices[0].tokens) == 400
+        assert not waiting.done()
+    waiting.result(PATIENCE_S)
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])

@@ -1,0 +1,120 @@
+"""Text on a GPU: replayed graphs give the bits of eager launches, and decodes the logprobs of prompts."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.engine.engine import Engine
+from ranklet.replicas.engine.generate import Generation
+from ranklet.replicas.engine.params import GenerateParams
+from ranklet.replicas.model.modules import LINEAR_MODULES
+from tests.bench.shapes import decoder, write_adapters, write_model
+from tests.replicas.asking import ref
+from tests.replicas.streaming import TextSink, draw
+
+pytestmark = pytest.mark.gpu
+SHAPE = decoder(
+    "Qwen3ForCausalLM", layers=3, hidden=256, heads=4, kv_heads=2, head_dim=64, intermediate=512, vocab=1024
+)
+GREEDY = GenerateParams(max_tokens=24, temperature=0.0, ignore_eos=True, logprobs=5)
+LENGTHS = (5, 64, 65, 300, 17, 130, 1, 90)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("text")
+    write_model(made / "model", SHAPE)
+    write_adapters(made / "all", 3, shape=SHAPE, rank=16, modules=LINEAR_MODULES)
+    write_adapters(made / "some", 2, shape=SHAPE, rank=64, modules=("q_proj", "down_proj"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[Engine]:
+    config = EngineConfig(
+        folder / "model", slots=5, max_batch_tokens=2048, max_model_len=1024, max_batch_requests=64,
+        kv_cache_bytes=256 << 20, interleave_tokens=128, prefix_cache=False,
+    )  # fmt: skip
+    running = Engine(config)
+    running.start()
+    yield running
+    running.check_integrity()
+    running.stop()
+
+
+def adapters(folder: Path) -> list[AdapterRef | None]:
+    return [None, *(ref(path, f"{path.parent.name}-{path.name}") for path in sorted(folder.glob("*/ad*")))]
+
+
+def texts(engine: Engine, folder: Path, params: GenerateParams) -> list[Generation]:
+    """Return the texts of all prompts, with the adapters in turn. The planner sees all prompts at once."""
+    used = adapters(folder)
+    sinks = [TextSink() for _ in LENGTHS]
+    for ref_ in used:
+        if ref_ is not None:
+            engine.load(ref_)
+    with engine.paused():
+        for i, (prompt, sink) in enumerate(zip(draw(*LENGTHS), sinks, strict=True)):
+            engine.submit([prompt], used[i % len(used)], params, sink)
+    return [sink.generation() for sink in sinks]
+
+
+def values(generation: Generation) -> list[float]:
+    (choice,) = generation.choices
+    return [each.logprob for each in choice.logprobs or ()]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        GREEDY,
+        replace(GREEDY, temperature=1.0, seed=3),
+        replace(GREEDY, temperature=0.8, seed=3, top_p=0.9, presence_penalty=0.5, logit_bias=((7, 2.0),)),
+    ],
+)
+def test_replayed_steps_equal_eager_ones_bit_for_bit(engine: Engine, folder: Path, params: GenerateParams) -> None:
+    for _ in range(3):
+        replayed = texts(engine, folder, params)
+    graphs = engine.runner.graphs
+    assert graphs is not None
+    assert len(graphs)
+    engine.runner.graphs = None
+    try:
+        eager = texts(engine, folder, params)
+    finally:
+        engine.runner.graphs = graphs
+    for ours, theirs in zip(replayed, eager, strict=True):
+        assert ours.choices[0].tokens.tolist() == theirs.choices[0].tokens.tolist()
+        assert values(ours) == values(theirs)
+
+
+def test_logprobs_of_decodes_are_those_of_a_prompt(engine: Engine, folder: Path) -> None:
+    used = adapters(folder)
+    made = texts(engine, folder, GREEDY)
+    for i, (prompt, text) in enumerate(zip(draw(*LENGTHS), made, strict=True)):
+        sink = TextSink()
+        whole = np.concatenate([prompt, text.choices[0].tokens])
+        engine.submit([whole], used[i % len(used)], replace(GREEDY, max_tokens=1, prompt_logprobs=0), sink)
+        scored = sink.generation().prompt_logprobs
+        assert scored is not None
+        as_prompt = [each.logprob for each in scored[0][-GREEDY.max_tokens :]]
+        np.testing.assert_allclose(values(text), as_prompt, atol=6e-2)
+
+
+def test_texts_do_not_depend_on_the_prefix_cache(engine: Engine, folder: Path) -> None:
+    config = replace(engine.config, prefix_cache=True)
+    sharing = Engine(config)
+    sharing.start()
+    try:
+        cold, warm = texts(sharing, folder, GREEDY), texts(sharing, folder, GREEDY)
+        sharing.check_integrity()
+    finally:
+        sharing.stop()
+    assert sum(each.cached_tokens for each in warm) > sum(each.cached_tokens for each in cold)
+    for ours, theirs in zip(warm, cold, strict=True):
+        np.testing.assert_allclose(values(ours)[:1], values(theirs)[:1], atol=6e-2)
