@@ -246,7 +246,8 @@ class Pipeline:
                 if uses_pages:
                     self._drop(step.deliver(began_s, compute_s, notices))
                     self._scheduler.publish(step.plan)
-                self._release_slots(each for each in step.plan.final if each.row is None)
+                else:
+                    self._release_slots(step.plan.final)
                 self._adapters.release_slots(step.plan.adapters)
                 self._lock.notify_all()
             if not uses_pages:

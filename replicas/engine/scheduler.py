@@ -3,7 +3,7 @@
 Decoding sequences come first: each computes its last token. Prompts and pieces of prompts follow in the queue's order
 (`fair_queue.py`), up to `interleave_tokens` beside decodes. A sequence with pages keeps its row, its pages and its
 adapter's slot from its first piece to its last output. Where pages run out, the sequence that started last gives its
-pages back and waits in the queue, at its old place, to be computed again.
+pages back, keeps its slot and waits in the queue, at its old place, to be computed again.
 
 A sequence is passed over while its adapter is in no slot. A sequence whose adapter is in a slot, but that does not fit
 into a step, is passed over at most `PATIENCE` times; then no later sequence starts before it. Therefore:
@@ -261,21 +261,19 @@ class Scheduler:
             self.queue.restore(sequence)
             self.preemptions += 1
 
-    def retry(self, sequences: Iterable[Sequence]) -> list[Sequence]:
+    def retry(self, sequences: Iterable[Sequence]) -> None:
         """Put the sequences of a failed step, which were dropped, at the front of the queue.
 
         The failed step may have written wrong keys and values into pages, which others share. Therefore all sequences
-        with pages are preempted, and no page is shared any more. Returns the preempted sequences.
+        with pages are preempted, and no page is shared any more.
         """
-        preempted = self._holders.undelivered()
-        self._preempt(preempted)
+        self._preempt(self._holders.undelivered())
         if self.space is not None:
             self.space.forget()
         again = list(sequences)
         for sequence in again:
             sequence.request.restart(sequence)
         self.queue.put_back(again)
-        return preempted
 
     def publish(self, plan: StepPlan) -> None:
         """Let later sequences share the pages that the delivered tokens of a step have filled."""

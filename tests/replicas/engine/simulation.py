@@ -160,7 +160,8 @@ class Simulation:
         if step.plan.uses_pages:
             self._drop(done)
             self.scheduler.publish(step.plan)
-        self._release_slots(each for each in step.plan.final if each.row is None)
+        else:
+            self._release_slots(step.plan.final)
         for notice in notices:
             notice()
 
@@ -233,6 +234,8 @@ class Simulation:
         for sequence in self.sequences():
             if sequence.holds_slot and sequence.adapter is not None:
                 assert self.slots.holds(sequence.adapter)
+            if sequence in queue and len(sequence.ids) > sequence.prompt:
+                assert sequence.holds_slot, "it must finish on the revision that it started with"
 
     def run(self, steps: int) -> None:
         """Go on until nothing waits, in at most this many steps."""
