@@ -32,7 +32,7 @@ class LoraKey(NamedTuple):
 
 
 def parse_key(key: str) -> LoraKey | None:
-    """Return what a tensor's key says; None if it is no half of a module's LoRA."""
+    """Parse the key of a tensor. Returns None if the tensor is not A or B of a module's LoRA."""
     found = _KEY.fullmatch(key) if len(key) <= _MAX_KEY_CHARS else None
     if found is None or bool(found["embedding"]) != (found["name"] == EMBED_TOKENS):
         return None

@@ -40,7 +40,7 @@ class FairQueue:
     Attributes:
         tokens: all waiting tokens.
         texts: number of waiting sequences that keep keys and values.
-        text_tokens: their waiting tokens.
+        text_tokens: waiting tokens of these sequences.
     """
 
     def __init__(self, allowance: int) -> None:

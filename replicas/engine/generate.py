@@ -54,9 +54,8 @@ class Generation:
     """The result of a request: `n` choices for each prompt, prompt by prompt.
 
     Attributes:
-        cached_tokens: prompt tokens that were not computed, because the prefix cache held them. Of each prompt's first
-            choice.
-        prompt_logprobs: of each prompt's tokens but the first; None if the request did not ask.
+        cached_tokens: prompt tokens of the first choices that were in the prefix cache and therefore not computed.
+        prompt_logprobs: of each prompt's tokens from the second on; None if the request did not ask.
     """
 
     choices: tuple[TextChoice, ...]
@@ -76,8 +75,8 @@ class GenerateTask:
     Args:
         prompts: number of prompts.
         end_ids: tokens that end a text of the base model.
-        seed: of the draws.
-        root: what pages depend on besides the tokens; None shares no pages.
+        seed: makes the draws repeatable.
+        root: root of the pages' hashes; None shares no pages.
     """
 
     def __init__(

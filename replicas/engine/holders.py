@@ -11,10 +11,10 @@ Key = TypeVar("Key")
 
 
 class Holders:
-    """Sequences with pages.
+    """Sequences with pages, called holders.
 
     Attributes:
-        all: every one, in the order in which they started.
+        all: in the order in which they started.
         decoding: those whose next pass computes one token.
         adapters: number of holders by adapter.
         decoding_flows: number of decoding sequences by flow.

@@ -31,11 +31,11 @@ class FreeSpace:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a sequence needs to start.
+    """Pages that a sequence finds and takes when it starts.
 
     Attributes:
         tokens: leading tokens whose pages are cached. The last token is always computed.
-        pages: by how much the available pages fall.
+        pages: number of available pages that it takes.
         next_page: content hash of the first page that it would compute; None if others cannot share that page.
     """
 
@@ -56,7 +56,7 @@ class KvSpace:
         return FreeSpace(self.pool.available, self.table.free)
 
     def to_start(self, sequence: Sequence) -> Start:
-        """Return what the sequence finds and takes when it starts. Changes nothing."""
+        """Look up the pages of a sequence that is about to start. Changes nothing."""
         sharable = _sharable(sequence)
         match = self.pool.match(sharable)
         pages = pages_of(len(sequence.ids)) - match.pages + match.cached
@@ -68,7 +68,7 @@ class KvSpace:
         sequence.pages = self.pool.share(_sharable(sequence))
 
     def start(self, sequence: Sequence) -> None:
-        """Give a sequence that has its cached pages a row, and the other pages of its known tokens."""
+        """Give a sequence a row and, after `share`, the other pages of its known tokens."""
         shared = len(sequence.pages)
         pages = sequence.pages + self.pool.allocate(pages_of(len(sequence.ids)) - shared)
         sequence.row, sequence.pages = self.table.take(), pages
@@ -96,7 +96,7 @@ class KvSpace:
         sequence.pages += page
 
     def publish(self, sequence: Sequence) -> None:
-        """Let later sequences share the full pages whose tokens are known and whose keys and values are launched."""
+        """Let later sequences share the full pages that launched steps write and whose tokens are on the host."""
         hashes = sequence.hashes
         if hashes is None or sequence.root is None:
             return
@@ -108,7 +108,7 @@ class KvSpace:
         sequence.published = max(sequence.published, full)
 
     def freed_by(self, sequence: Sequence) -> int:
-        """Return by how much the available pages rise when the sequence is released."""
+        """Return how many pages become available when the sequence is released."""
         return self.pool.unshared(sequence.pages)
 
     def release(self, sequence: Sequence) -> None:
@@ -121,7 +121,7 @@ class KvSpace:
         sequence.row, sequence.pages, sequence.published = None, [], 0
 
     def forget(self) -> None:
-        """Share no page that was written until now: a step has failed."""
+        """Stop sharing all pages written until now, because a step has failed."""
         self.pool.forget_all()
 
     def state(self, preemptions: int) -> KvCacheState:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ranklet.replicas.model.heads import Head
 
-SKIPPED = -1  # a member of an output group that stands for no item
+SKIPPED = -1  # in the place of an item: nothing reads this output
 
 
 @dataclass(frozen=True, slots=True)

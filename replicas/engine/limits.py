@@ -18,7 +18,7 @@ class RequestLimits:
     """Bounds of one request.
 
     Attributes:
-        max_model_len: largest number of tokens of a prompt.
+        max_model_len: largest number of tokens of a prompt, generated text included.
         hidden: width of an embedding.
         vocab: number of token ids.
     """

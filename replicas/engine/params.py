@@ -25,8 +25,8 @@ class GenerateParams:
     Attributes:
         temperature: 0 chooses the likeliest token.
         top_k: 0 or -1 keeps all tokens.
-        presence_penalty: subtracted from the logits of generated tokens.
-        frequency_penalty: subtracted for each time that a token was generated.
+        presence_penalty: subtracted once from the logit of each generated token.
+        frequency_penalty: subtracted from a token's logit for each time that it was generated.
         repetition_penalty: divides positive logits of tokens in the prompt or the output, and multiplies negative ones.
         logit_bias: (token id, bias) pairs.
         allowed_token_ids: the only tokens to draw; None allows all.
@@ -36,7 +36,7 @@ class GenerateParams:
         n: number of choices.
         seed: makes the draws repeatable; None or -1 draws a seed.
         logprobs: number of largest logprobs at each generated token; 0 asks for the token's own only.
-        prompt_logprobs: the same for the tokens of the prompt.
+        prompt_logprobs: number of largest logprobs at each token of the prompt; 0 asks for the token's own only.
         cache_salt: requests with different salts share no cached pages.
 
     Raises:

@@ -54,13 +54,13 @@ class StepPlan:
     """A proposed step. `Scheduler.commit` makes it take effect.
 
     Attributes:
-        decodes: sequences that compute one token, the last output. Oldest first.
+        decodes: sequences that compute one token, which was their last output. Oldest first.
         epochs: `Sequence.epoch` of each of `decodes`.
         parts: prompts and pieces of prompts.
-        final: sequences whose last output this step computes. `Scheduler.commit` sets this and the next three.
-        rows: int32 [decodes]: rows of the decodes.
-        part_rows: row of each part; None without pages.
-        started: sequences that got their row and pages in this step.
+        final: sequences whose last output this step computes. Set by `Scheduler.commit`.
+        rows: int32 [decodes]: rows of the decodes. Set by `Scheduler.commit`.
+        part_rows: row of each part; None without pages. Set by `Scheduler.commit`.
+        started: sequences that get their row and pages in this step. Set by `Scheduler.commit`.
         preempted: sequences whose pages are taken away; they are computed again later.
         passed: queued sequences that are ready but did not fit into the step.
         cancelled: sequences whose request was dropped.

@@ -16,7 +16,7 @@ class RowTable:
     """Rows of the sequences that have pages. Row R belongs to the fillers of padded steps.
 
     Attributes:
-        pages: int32 [R + 1, P]; entries behind a sequence's last page hold any number.
+        pages: int32 [R + 1, P]; entries past a sequence's last page hold any number.
         lengths: int32 [R + 1]: tokens whose keys and values launched steps have written.
         slots: int32 [R + 1]: pool slot of the adapter, -1 for the base model.
         sampling: int32 [R + 1, columns]: sampling values of the sequence.

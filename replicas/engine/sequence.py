@@ -34,14 +34,14 @@ class Sequence:
         passes: number of delivered outputs.
         delivered: number of outputs delivered since it started or started again.
         passed_over: number of steps that this sequence did not fit into although its adapter was ready.
-        solo: number of outputs that it computes in steps of its own, because an earlier step with it failed.
+        solo: number of outputs that it still computes without other sequences, because an earlier step with it failed.
         slot: pool slot of the adapter; None for the base model.
         holds_slot: whether `slot` is reserved, from the first pass until the sequence is done.
         row: row of the table of sequences with pages; None without pages.
         pages: pages that hold its keys and values, in order.
         sampling: how its tokens are drawn; None if it draws none.
         scores: number of best alternatives to each prompt token whose logprobs are wanted; None if none are wanted.
-        root: what its pages depend on besides the tokens; None if it shares no pages.
+        root: root of the hashes of its pages; None if it shares no pages.
         hashes: content hashes of its leading full pages; None if it shares no pages.
         published: number of leading pages that others may share.
         reads_cache: whether it may start with pages that others have computed.

@@ -1,4 +1,4 @@
-"""What an engine needs to generate text besides what embeddings need."""
+"""Makes the tasks of text requests, and decides whether an engine generates text."""
 
 import secrets
 from collections.abc import Sequence as Many
@@ -22,12 +22,11 @@ _SEED_BITS = 63
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Makes the tasks of text requests.
+    """Makes the tasks of one engine's text requests.
 
     Attributes:
         base_revision: content of the base model, for the prefix cache.
         dtype: of keys and values.
-        max_model_len: largest number of tokens of a prompt and its output.
         shares_prefixes: whether requests share pages.
     """
 
@@ -68,7 +67,8 @@ class Text:
 def generates_text(config: EngineConfig) -> bool:
     """Return whether an engine keeps keys and values, which text needs.
 
-    The folder of an embedding model has the language model's head too, if that is tied to the token embedding.
+    A folder with the modules.json of an embedding model generates no text by default. It often has a language-model
+    head all the same, since the head may be tied to the token embedding.
     """
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes > 0

@@ -75,7 +75,7 @@ class StepWorkspace:
 
 @contextmanager
 def measured_workspace(device: torch.device) -> Iterator[StepWorkspace]:
-    """Measure the device memory that steps need beside what stays allocated; 0 on the CPU."""
+    """Measure the device memory that steps allocate and free again; 0 on the CPU."""
     found = StepWorkspace()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
