@@ -38,8 +38,8 @@ def plan_decodes(plan: StepPlan, holders: Holders, space: KvSpace, room: FreeSpa
 def is_burst(queue: FairQueue, decodes: int, rows: int, max_tokens: int) -> bool:
     """Return whether one large step beside decodes starts so many texts that they pay for the wait.
 
-    In small steps, a burst of prompts would wait long for the sake of the first ones' texts. A few long prompts are no
-    burst: they would only make the others wait.
+    In small steps, the last prompts of a burst would wait long, so that the first texts are not delayed. A few long
+    prompts are no burst: a large step would delay all running texts and start few.
 
     Args:
         rows: number of sequences that can start.

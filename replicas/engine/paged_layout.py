@@ -36,7 +36,7 @@ _LEAST_DECODES = 16  # in a step with prompts, whose time does not depend on so 
 
 @dataclass(frozen=True, slots=True)
 class StepItems:
-    """What a step computes.
+    """The decodes and spans of a step.
 
     Attributes:
         decodes: int32 [decodes]: rows of the sequences that compute their last token.
@@ -60,11 +60,11 @@ class ScoredSpan(NamedTuple):
     """Tokens whose logprobs are computed from consecutive hidden states.
 
     Attributes:
-        item: the item of the step that they belong to.
+        item: the item of the step that the tokens belong to.
         first: packed token whose state gives the first logprob.
         start: index of the first scored token in its sequence.
         tokens: int32 [scored].
-        top: number of best alternatives to each.
+        top: number of best alternatives to each token.
     """
 
     item: int
@@ -76,7 +76,7 @@ class ScoredSpan(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LayoutSizes:
-    """LayoutSizes of the arrays of a layout, a part of the key of its CUDA graph."""
+    """Sizes of the arrays of a layout, a part of the key of its CUDA graph."""
 
     tokens: int
     decodes: int
@@ -142,7 +142,7 @@ class PagedLayout:
 
     @property
     def tile_shapes(self) -> tuple[tuple[int | tuple[int, int], ...], ...]:
-        """LayoutSizes of the LoRA tile tables, on which kernel launches depend."""
+        """Sizes of the LoRA tile tables, on which kernel launches depend."""
         tiles = _all_tiles(self.lora, self.drawn_lora)
         return tuple((t.height, t.rows, len(t.table), len(t.runs), len(t.blocks)) for t in tiles)
 
@@ -192,7 +192,7 @@ class LayoutPacker:
         lengths[count:] = [len(span.ids) for span in spans]
         starts = np.empty(len(lengths), dtype=np.int64)
         starts[order] = np.cumsum(lengths[order]) - lengths[order]
-        # Beside others, also a prompt's first piece reads its keys from pages, so that fewer sizes of steps exist.
+        # Beside decodes and later pieces, a prompt's first piece reads its keys from pages too: steps have fewer sizes.
         mixed = count > 0 or any(span.start for span in spans)
         chunks = [i for i, span in enumerate(spans, count) if span.row is not None and mixed]
         fresh = [i for i, span in enumerate(spans, count) if span.row is None or not mixed]
