@@ -1,11 +1,9 @@
 """Chooses the sequences of the next step and the adapters to load. No clock, no locks, no tensors.
 
 Decoding sequences come first: each computes its last token. Prompts and pieces of prompts follow in the queue's order
-(`fair_queue.py`), up to `interleave_tokens` beside decodes unless a burst starts (`decodes.py`).
-
-A sequence with pages keeps its row, its pages and its adapter's slot from its first piece to its last output. Where
-pages run out, the sequence that started last gives its pages back, keeps its slot and waits in the queue, at its old
-place, to be computed again.
+(`fair_queue.py`), up to `interleave_tokens` beside decodes unless a burst starts (`decodes.py`). From its first piece
+to its last output, a sequence with pages keeps its row, its pages and its slot. Where pages run out, the sequence
+that started last gives its pages back, keeps its slot and waits at its old place in the queue to be computed again.
 
 A sequence is passed over while its adapter is in no slot. A sequence whose adapter is in a slot, but that does not fit
 into a step, is passed over at most `PATIENCE` times; then no later sequence starts before it. Therefore:
