@@ -13,6 +13,11 @@ from typing import NamedTuple
 PAGE_TOKENS = 64  # equal to the constant of kernels/paged_attention.py, which imports torch
 
 
+def pages_of(tokens: int) -> int:
+    """Return the number of pages that hold this many tokens."""
+    return -(-tokens // PAGE_TOKENS)
+
+
 class OutOfPages(Exception):  # noqa: N818 - named after its cause, as in replicas/errors.py
     """Fewer pages are free or cached than a sequence needs."""
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ranklet.kernels.paged_attention import LayerPages
-from ranklet.replicas.cache.pages import PAGE_TOKENS
+from ranklet.replicas.cache.pages import PAGE_TOKENS, pages_of
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.architecture import Architecture
@@ -60,7 +60,7 @@ def pages_that_fit(
         ModelError: not even one prompt of `max_model_len` tokens fits.
     """
     each = page_bytes(architecture, dtype)
-    least = -(-max_model_len // PAGE_TOKENS)
+    least = pages_of(max_model_len)
     if config.kv_cache_bytes is not None:
         budget, setting = config.kv_cache_bytes, "kv_cache_bytes"
         remedy = "Raise kv_cache_bytes or lower max_model_len"

@@ -36,10 +36,10 @@ def plan_decodes(plan: StepPlan, holders: Holders, space: KvSpace, room: FreeSpa
 
 
 def is_burst(queue: FairQueue, decodes: int, rows: int, max_tokens: int) -> bool:
-    """Return whether one large step beside decodes starts so many texts that they pay for the wait.
+    """Return whether a large step would start many texts, compared with the number of decodes that it delays.
 
-    In small steps, the last prompts of a burst would wait long, so that the first texts are not delayed. A few long
-    prompts are no burst: a large step would delay all running texts and start few.
+    Then the step may exceed `interleave_tokens`; otherwise the last prompts of a burst would wait for many small steps.
+    A large step of a few long prompts would delay all running texts and start few.
 
     Args:
         rows: number of sequences that can start.

@@ -19,7 +19,7 @@ from ranklet.replicas.cache.pages import IntegrityError
 from ranklet.replicas.cache.prefix import base_revision
 from ranklet.replicas.cache.tensors import KvPages, pages_that_fit
 from ranklet.replicas.config import EngineConfig
-from ranklet.replicas.engine.kv_space import KvSpace
+from ranklet.replicas.engine.kv_space import KvSpace, integrity_check
 from ranklet.replicas.engine.limits import RequestLimits, check_space
 from ranklet.replicas.engine.paged_runner import PagedRunner
 from ranklet.replicas.engine.params import EmbedParams, Params
@@ -100,7 +100,7 @@ class Engine:
         )  # fmt: skip
 
     def start(self) -> None:
-        """Compile kernels and begin to serve. On a GPU the first start takes some 20 s."""
+        """Compile kernels and begin to serve. On a GPU the first start takes minutes, a later one less."""
         with measured_workspace(self.device) as workspace:
             warm_up(self.runner, self.head, self.limits.max_model_len, self.config.max_batch_requests)
         self._start_text(workspace.bytes)
@@ -263,7 +263,7 @@ class Engine:
             in_steps, started, waiting = self._pipeline.running(), list[Sequence](), list[Sequence]()
             for sequence in self._scheduler.waiting():
                 (waiting if sequence.row is None else started).append(sequence)
-            running, held, space = [*in_steps, *started], self._adapters.held(), self._scheduler.space
+            running, held = [*in_steps, *started], self._adapters.held()
             return Snapshot(
                 resident=held.resident,
                 hosted=held.hosted,
@@ -276,7 +276,7 @@ class Engine:
                 pool_bytes=self._pool.nbytes,
                 host_bytes=self._adapters.host_bytes,
                 pinned=tuple(sorted(self._adapters.pinned)),
-                kv_cache=None if space is None else space.state(self._scheduler.preemptions),
+                kv_cache=self._scheduler.kv_state(),
             )
 
     def healthy(self) -> bool:
@@ -296,7 +296,7 @@ class Engine:
         """
         with self._lock:
             space = self._scheduler.space
-            check = space.integrity_check() if space is not None else None
+            check = None if space is None else integrity_check(space.pool, self._scheduler.holders.all)
         try:
             if check is not None:
                 check()

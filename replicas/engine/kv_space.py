@@ -1,19 +1,14 @@
 """The pages and rows of the sequences that keep keys and values: who holds which, and who may get more."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-from ranklet.replicas.cache.pages import PAGE_TOKENS, PagePool
+from ranklet.replicas.cache.pages import PAGE_TOKENS, PagePool, pages_of
 from ranklet.replicas.cache.prefix import page_hashes, sharable_pages
 from ranklet.replicas.engine.row_table import RowTable
 from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.engine.stats import KvCacheState
-
-
-def pages_of(tokens: int) -> int:
-    """Return the number of pages that hold this many tokens."""
-    return -(-tokens // PAGE_TOKENS)
 
 
 @dataclass(slots=True)
@@ -50,7 +45,6 @@ class KvSpace:
     def __init__(self, pages: int, rows: int, max_tokens: int) -> None:
         self.pool = PagePool(pages)
         self.table = RowTable(rows, pages_of(max_tokens))
-        self._in_rows: dict[int, Sequence] = {}
 
     def room(self) -> FreeSpace:
         return FreeSpace(self.pool.available, self.table.free)
@@ -72,7 +66,6 @@ class KvSpace:
         shared = len(sequence.pages)
         pages = sequence.pages + self.pool.allocate(pages_of(len(sequence.ids)) - shared)
         sequence.row, sequence.pages = self.table.take(), pages
-        self._in_rows[sequence.row] = sequence
         sequence.computed = shared * PAGE_TOKENS
         sequence.published = shared
         if sequence.cached_tokens is None:
@@ -117,27 +110,27 @@ class KvSpace:
             return
         self.pool.release(sequence.pages)
         self.table.give_back(sequence.row)
-        del self._in_rows[sequence.row]
         sequence.row, sequence.pages, sequence.published = None, [], 0
 
     def forget(self) -> None:
         """Stop sharing all pages written until now, because a step has failed."""
         self.pool.forget_all()
 
-    def state(self, preemptions: int) -> KvCacheState:
+    def state(self, sequences: int, preemptions: int) -> KvCacheState:
+        """Describe the cache, of which this many sequences hold pages."""
         pool = self.pool
         return KvCacheState(
-            pool.count, pool.used, pool.cached, len(self._in_rows), preemptions, pool.asked_tokens, pool.shared_tokens,
+            pool.count, pool.used, pool.cached, sequences, preemptions, pool.asked_tokens, pool.shared_tokens,
             pool.evicted_pages,
         )  # fmt: skip
 
-    def integrity_check(self) -> Callable[[], None]:
-        """Return a check of the present state, to run without the lock.
 
-        It takes time in proportion to the number of pages, and raises IntegrityError if a page is neither free nor
-        cached nor held by a sequence.
-        """
-        return partial(self.pool.copy().check_integrity, [each.pages.copy() for each in self._in_rows.values()])
+def integrity_check(pool: PagePool, holders: Iterable[Sequence]) -> Callable[[], None]:
+    """Return a check of the present state, to run without the lock: it takes time for each page.
+
+    The check raises IntegrityError if a page is neither free nor cached nor held by a sequence.
+    """
+    return partial(pool.copy().check_integrity, [each.pages.copy() for each in holders])
 
 
 def next_page(sequence: Sequence) -> bytes | None:

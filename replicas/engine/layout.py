@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ranklet.kernels.batch import LoraBatch, cut
+from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.powers import power_of_two
-from ranklet.kernels.row_tiles import RowTiles
 from ranklet.replicas.engine.bucket import Bucket
+from ranklet.replicas.engine.tile_tables import TileShapes, all_tiles, placed, shapes_of, tiled
 from ranklet.replicas.model.heads import Head
 
 ChooseLast = Callable[[LoraBatch, Sequence[int]], LoraBatch]
@@ -91,46 +91,30 @@ class Layout:
         longest, tokens = max(lengths), sum(lengths)
         if bucket is not None:
             lengths, longest, lora = bucket.filled(lengths), bucket.longest, replace(lora, rows=bucket.tokens)
-        lora = _tiled(lora, padded=bucket is not None)
-        last = None if choose_last is None else _tiled(choose_last(lora, lengths), padded=bucket is not None)
+        lora = tiled(lora, padded=bucket is not None)
+        last = None if choose_last is None else tiled(choose_last(lora, lengths), padded=bucket is not None)
         count = _positions(power_of_two(max(span.start + len(span.ids) for span in spans)))
         # Fillers get position 0: one may be longer than the model's longest prompt.
         filler = np.zeros(lora.rows - tokens, dtype=np.int32)
         parts = [span.ids for span in spans] + [filler]
         parts += [count[span.start : span.start + len(span.ids)] for span in spans]
         parts += [filler, np.array((0, *accumulate(lengths)), dtype=np.int32)]
-        parts += [array.reshape(-1) for tiles in _all_tiles(lora, last) for array in tiles.arrays]
+        parts += [array.reshape(-1) for tiles in all_tiles(lora, last) for array in tiles.arrays]
         buffer = torch.empty(sum(map(len, parts)), dtype=torch.int32, pin_memory=pinned)
         np.concatenate(parts, out=buffer.numpy())
         return cls(lengths, longest, lora, last, buffer)
 
     def unpack(self, moved: Tensor) -> DeviceArrays:
-        tiles = _all_tiles(self.lora, self.last)
+        tiles = all_tiles(self.lora, self.last)
         tokens = sum(self.lengths)
         sizes = (tokens, tokens, len(self.lengths) + 1, *(array.size for kind in tiles for array in kind.arrays))
         ids, positions, offsets, *tables = moved.split(sizes)
-        placed = [
-            replace(kind, on_device=(tables[3 * i], tables[3 * i + 1], tables[3 * i + 2]))
-            for i, kind in enumerate(tiles)
-        ]
-        count = len(self.lora.tiles)
-        lora = replace(self.lora, tiles=tuple(placed[:count]))
-        last = None if self.last is None else replace(self.last, tiles=tuple(placed[count:]))
+        lora, last = placed(self.lora, self.last, tables)
         return DeviceArrays(ids, positions, offsets, lora, last)
 
     @property
-    def tile_shapes(self) -> tuple[tuple[int | tuple[int, int], ...], ...]:
-        """Sizes of the tile tables, on which kernel launches depend."""
-        tiles = _all_tiles(self.lora, self.last)
-        return tuple((t.height, t.rows, len(t.table), len(t.runs), len(t.blocks)) for t in tiles)
-
-
-def _all_tiles(lora: LoraBatch, last: LoraBatch | None) -> list[RowTiles]:
-    return [*lora.tiles, *(last.tiles if last is not None else ())]
-
-
-def _tiled(batch: LoraBatch, *, padded: bool) -> LoraBatch:
-    return replace(batch, tiles=cut(batch, padded=padded), padded=padded) if batch.backend == "csgmv" else batch
+    def tile_shapes(self) -> TileShapes:
+        return shapes_of(self.lora, self.last)
 
 
 @cache

@@ -17,17 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ranklet.kernels.batch import LoraBatch, cut, plan
+from ranklet.kernels.batch import LoraBatch, plan
 from ranklet.kernels.paged_attention import PAGE_TOKENS, PagedSpans
 from ranklet.kernels.powers import power_of_four, power_of_two
 from ranklet.kernels.prefill_attention import TILE_QUERIES, query_tiles
 from ranklet.kernels.row_gemm_tiles import MOST_ROWS
 from ranklet.kernels.row_subset import subset
-from ranklet.kernels.row_tiles import RowTiles
 from ranklet.kernels.sampling_row import ROW_WIDTH, Column, Feature, features_of, rounded
+from ranklet.replicas.cache.pages import pages_of
 from ranklet.replicas.engine.bucket import rounded_rows, rounded_tokens
 from ranklet.replicas.engine.layout import TokenSpan
 from ranklet.replicas.engine.row_table import RowTable
+from ranklet.replicas.engine.tile_tables import TileShapes, all_tiles, placed, shapes_of, tiled
 from ranklet.replicas.model.heads import TextHead
 
 _LEAST_PAGES = 16  # a sequence's pages are rounded up to a power of four, at least this
@@ -141,10 +142,8 @@ class PagedLayout:
         return only_decodes and (self.lora.backend == "none" or self.lora.padded)
 
     @property
-    def tile_shapes(self) -> tuple[tuple[int | tuple[int, int], ...], ...]:
-        """Sizes of the LoRA tile tables, on which kernel launches depend."""
-        tiles = _all_tiles(self.lora, self.drawn_lora)
-        return tuple((t.height, t.rows, len(t.table), len(t.runs), len(t.blocks)) for t in tiles)
+    def tile_shapes(self) -> TileShapes:
+        return shapes_of(self.lora, self.drawn_lora)
 
     def unpack(self, moved: Tensor) -> PagedArrays:
         parts = iter(moved.split([int(np.prod(shape)) for shape in self._shapes]))
@@ -154,13 +153,7 @@ class PagedLayout:
         c_rows, c_counts, c_lengths, c_table, tiles, *arrays = arrays
         starts, offsets, drawn, columns, pooled, *tables = arrays
         size = self.sizes
-        placed = [
-            replace(kind, on_device=(tables[3 * i], tables[3 * i + 1], tables[3 * i + 2]))
-            for i, kind in enumerate(_all_tiles(self.lora, self.drawn_lora))
-        ]
-        count = len(self.lora.tiles)
-        lora = replace(self.lora, tiles=tuple(placed[:count]))
-        drawn_lora = None if self.drawn_lora is None else replace(self.drawn_lora, tiles=tuple(placed[count:]))
+        lora, drawn_lora = placed(self.lora, self.drawn_lora, tables)
         return PagedArrays(
             ids, positions, kv_slots,
             PagedSpans(d_rows, d_counts, d_lengths, d_table, 1) if size.decodes else None,
@@ -227,7 +220,7 @@ class LayoutPacker:
         columns = self._columns(drawn, decodes, place, spans, count, sizes.drawn)
         offsets = np.full(sizes.fresh + 1, lengths[fresh].sum())
         offsets[: len(fresh) + 1] = np.cumsum((0, *lengths[fresh]))
-        lora = self._tiled(replace(lora, rows=sizes.tokens))
+        lora = tiled(replace(lora, rows=sizes.tokens), padded=self.pads)
         scored = [
             ScoredSpan(i, int(starts[i]), span.start + 1, span.scored, span.top)
             for i, span in enumerate(spans, count)
@@ -235,7 +228,7 @@ class LayoutPacker:
         ]
         drawn_lora = None
         if self._adapts_head and len(drawn):
-            drawn_lora = self._tiled(replace(subset(lora, drawn_at), rows=sizes.drawn))
+            drawn_lora = tiled(replace(subset(lora, drawn_at), rows=sizes.drawn), padded=self.pads)
         arrays = [
             ids, positions, kv_slots,
             _filled(at, sizes.decodes), _filled(place + 1, sizes.decodes), _filled(np.ones(count), sizes.decodes),
@@ -244,7 +237,7 @@ class LayoutPacker:
             _filled(table.pages[chunk_rows, : sizes.pages], sizes.chunks), query_tiles(counts, sizes.tiles),
             _filled(starts[fresh], sizes.fresh), offsets,
             _filled(drawn_at, sizes.drawn), columns, _filled(starts[pooled] + lengths[pooled] - 1, sizes.pooled),
-            *(array for tiles in _all_tiles(lora, drawn_lora) for array in tiles.arrays),
+            *(array for tiles in all_tiles(lora, drawn_lora) for array in tiles.arrays),
         ]  # fmt: skip
         buffer = torch.empty(sum(array.size for array in arrays), dtype=torch.int32, pin_memory=self._pinned)
         np.concatenate([array.reshape(-1) for array in arrays], out=buffer.numpy(), casting="unsafe")
@@ -277,7 +270,7 @@ class LayoutPacker:
         chunk_lengths = lengths[chunks]
         longest = int(self._table.lengths[decodes].max()) if count else 0
         longest = max((longest, *(spans[i - count].start + int(lengths[i]) for i in chunks)))
-        pages = -(-longest // PAGE_TOKENS)
+        pages = pages_of(longest)
         tiles = int((-(-chunk_lengths // TILE_QUERIES)).sum())
         longest_fresh = max((int(lengths[i]) for i in fresh), default=0)
         if not self.pads:
@@ -297,11 +290,6 @@ class LayoutPacker:
             power_of_four(pooled) if pooled else 0,
         )  # fmt: skip
 
-    def _tiled(self, batch: LoraBatch) -> LoraBatch:
-        if batch.backend != "csgmv":
-            return batch
-        return replace(batch, tiles=cut(batch, padded=self.pads), padded=self.pads)
-
 
 def _filled(values: NDArray[np.generic], size: int) -> NDArray[np.generic]:
     """Append zeros up to `size` rows."""
@@ -310,7 +298,3 @@ def _filled(values: NDArray[np.generic], size: int) -> NDArray[np.generic]:
     out = np.zeros((size, *values.shape[1:]), dtype=np.int32)
     out[: len(values)] = values
     return out
-
-
-def _all_tiles(lora: LoraBatch, drawn_lora: LoraBatch | None) -> list[RowTiles]:
-    return [*lora.tiles, *(drawn_lora.tiles if drawn_lora is not None else ())]

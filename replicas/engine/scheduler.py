@@ -27,6 +27,7 @@ from ranklet.replicas.engine.kv_space import FreeSpace, KvSpace, Start
 from ranklet.replicas.engine.plan import Part, StepPlan
 from ranklet.replicas.engine.request import Request
 from ranklet.replicas.engine.sequence import PATIENCE, Sequence
+from ranklet.replicas.engine.stats import KvCacheState
 
 _REMEMBERED_STEPS = 8  # after a step with an adapter within its allowance, more requests of such adapters are expected
 _LOOKAHEAD = 512  # sequences examined after a step is full, so that their adapters are loaded early
@@ -43,6 +44,7 @@ class Scheduler:
 
     Attributes:
         space: pages and rows; None if the engine keeps no keys and values.
+        holders: the sequences with pages.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class Scheduler:
         self.space: KvSpace | None = None
         self._steps_beside_others = 0  # further steps in which adapters within their allowance may have requests
         self._decodes_waited = False  # whether the last step left out the decodes
-        self._holders = Holders()
+        self.holders = Holders()
         self.queue = FairQueue(max_tokens)
         self.preemptions = 0
 
@@ -76,18 +78,18 @@ class Scheduler:
         """
         plan = StepPlan()
         room = self.space.room() if self.space is not None else FreeSpace(0, 0)
-        room.computing |= self._holders.pages_in_work()
+        room.computing |= self.holders.pages_in_work()
         first = next((each for each in self.queue if not each.cancelled), None)
         alone = first is not None and first.runs_alone and _is_ready(first, is_ready) and not self._decodes_waited
         if not alone and self.space is not None:
-            plan_decodes(plan, self._holders, self.space, room)
+            plan_decodes(plan, self.holders, self.space, room)
             if plan.decodes and plan.decodes[0].solo:
                 return plan
         most, limit = self._target_tokens(enough), self._max_tokens
         if plan.decodes:
             pays = is_burst(self.queue, len(plan.decodes), room.rows, self._max_tokens)
             most = limit = self._max_tokens if pays else min(len(plan.decodes) + self._interleave_tokens, limit)
-        adapters = set(self._holders.adapters)
+        adapters = set(self.holders.adapters)
         ready: dict[AdapterRef, bool] = {}
         beyond, blocked, others = 0, False, self._steps_beside_others > 0
         full = len(plan.decodes) >= self._max_sequences or plan.tokens >= most
@@ -120,7 +122,7 @@ class Scheduler:
                 full = bool(sequence.solo) or count == self._max_sequences or plan.tokens >= most
         plan.demand = list(ready)[: self._max_demand]
         if alone and not plan.parts and self.space is not None:  # it waits for pages that others hold
-            plan_decodes(plan, self._holders, self.space, room)
+            plan_decodes(plan, self.holders, self.space, room)
         return plan
 
     def _target_tokens(self, enough: int | None) -> int:
@@ -170,7 +172,7 @@ class Scheduler:
         found = self.space.to_start(sequence)
         if found.next_page in room.computing:
             return None  # it can share that page in the next step
-        if found.pages + len(self._holders) > room.pages:  # each holder may soon need one page more
+        if found.pages + len(self.holders) > room.pages:  # each holder may soon need one page more
             room.rows = 0  # no later sequence takes the pages that this one waits for
             return None
         return found
@@ -192,7 +194,7 @@ class Scheduler:
         """Make the plan take effect: its sequences have their slots."""
         others = any(not self.queue.floods(part.sequence) for part in plan.parts)
         self._steps_beside_others = _REMEMBERED_STEPS if others else max(0, self._steps_beside_others - 1)
-        self._decodes_waited = plan.computes and not plan.decodes and bool(self._holders.decoding)
+        self._decodes_waited = plan.computes and not plan.decodes and bool(self.holders.decoding)
         self.drop(plan.cancelled)
         self._preempt(plan.preempted)
         self.queue.remove([part.sequence for part in plan.parts])
@@ -213,7 +215,7 @@ class Scheduler:
                 self.space.publish(part.sequence)
         if plan.decodes and self.space is not None:
             plan.rows = self.space.table.advance([each.row for each in plan.decodes])
-            for flow, tokens in self._holders.decoding_flows.items():
+            for flow, tokens in self.holders.decoding_flows.items():
                 self.queue.charge_flow(flow, tokens)
         self.queue.charge(plan.tokens)
         for sequence in plan.passed:
@@ -244,15 +246,15 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> None:
         assert self.space is not None
         self.space.start(sequence)
-        self._holders.add(sequence)
+        self.holders.add(sequence)
 
     def _take_output(self, sequence: Sequence, plan: StepPlan) -> None:
         sequence.left -= 1
         if sequence.left:
-            self._holders.start_decoding(sequence)
+            self.holders.start_decoding(sequence)
         else:
             plan.final.append(sequence)
-            self._holders.stop_decoding(sequence)
+            self.holders.stop_decoding(sequence)
 
     def _preempt(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
@@ -267,7 +269,7 @@ class Scheduler:
         The failed step may have written wrong keys and values into pages, which others share. Therefore all sequences
         with pages are preempted, and no page is shared any more.
         """
-        self._preempt(self._holders.undelivered())
+        self._preempt(self.holders.undelivered())
         if self.space is not None:
             self.space.forget()
         again = list(sequences)
@@ -288,9 +290,9 @@ class Scheduler:
         self.queue.remove([each for each in leaving if each in self.queue])
         for sequence in leaving:
             sequence.void()
-            if sequence in self._holders:
+            if sequence in self.holders:
                 assert self.space is not None
-                self._holders.remove(sequence)
+                self.holders.remove(sequence)
                 self.space.release(sequence)
 
     def take_waiting(self, adapter: AdapterRef) -> list[Request]:
@@ -301,17 +303,15 @@ class Scheduler:
 
     # State
 
-    def check_integrity(self) -> None:
-        """Raise IntegrityError if a page is neither free nor cached nor held by a sequence."""
-        if self.space is not None:
-            self.space.pool.check_integrity([sequence.pages for sequence in self._holders.all])
+    def kv_state(self) -> KvCacheState | None:
+        return None if self.space is None else self.space.state(len(self.holders), self.preemptions)
 
     def waiting(self) -> list[Sequence]:
         """Return the sequences that need another pass."""
-        return [*self.queue, *self._holders.decoding]
+        return [*self.queue, *self.holders.decoding]
 
     def has_waiting(self) -> bool:
-        return len(self.queue) > 0 or bool(self._holders.decoding)
+        return len(self.queue) > 0 or bool(self.holders.decoding)
 
 
 def _is_ready(sequence: Sequence, is_ready: Callable[[AdapterRef], bool]) -> bool:

@@ -7,7 +7,7 @@ MLP_MODULES = (*PACKS["gate_up"], *PACKS["down"])
 LINEAR_MODULES = (*ATTENTION_MODULES, *MLP_MODULES)
 EMBED_TOKENS = "embed_tokens"
 LM_HEAD = "lm_head"
-LORA_MODULES = (*LINEAR_MODULES, EMBED_TOKENS)  # slots reserve memory for these unless told otherwise
+LORA_MODULES = (*LINEAR_MODULES, EMBED_TOKENS)  # the default of EngineConfig.lora_modules
 ALL_MODULES = (*LORA_MODULES, LM_HEAD)
 
 Module = tuple[int, str]  # (layer, name); `embed_tokens` and `lm_head` have the layers EMBEDDING and HEAD

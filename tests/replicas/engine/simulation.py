@@ -12,7 +12,7 @@ from ranklet.replicas.adapters.slots import SlotTable
 from ranklet.replicas.cache.prefix import PrefixRoot
 from ranklet.replicas.engine.generate import GenerateTask, Generation
 from ranklet.replicas.engine.in_flight import InFlightStep
-from ranklet.replicas.engine.kv_space import KvSpace
+from ranklet.replicas.engine.kv_space import KvSpace, integrity_check
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import EmbedParams, GenerateParams
 from ranklet.replicas.engine.plan import StepPlan
@@ -226,7 +226,7 @@ class Simulation:
 
     def check(self) -> None:
         """Check that pages, rows and slots are held by exactly the sequences that use them."""
-        self.scheduler.check_integrity()
+        integrity_check(self.space.pool, self.scheduler.holders.all)()
         holders = [each for each in self.sequences() if each.row is not None]
         assert len({each.row for each in holders}) == len(holders) == self.space.table.filler - self.space.table.free
         queue = self.scheduler.queue

@@ -41,7 +41,7 @@ def scene(request: pytest.FixtureRequest) -> TextScene:
 
 @pytest.fixture
 def start_engine(make_engine: MakeEngine, scene: TextScene) -> MakeEngine:
-    """Return a function that starts engines with a slot for each adapter, unless told otherwise."""
+    """Return a function that starts engines; by default with a slot for each adapter."""
 
     def start(listener: Listener | None = None, **fields: object) -> Engine:
         engine = make_engine(scene.model, listener, **{"slots": 6, "max_model_len": MAX_MODEL_LEN, **fields})
