@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ranklet.kernels.batch import LoraBatch, plan
-from ranklet.kernels.paged_attention import PAGE_TOKENS, PagedSpans
+from ranklet.kernels.paged_attention import PagedSpans
 from ranklet.kernels.powers import power_of_four, power_of_two
 from ranklet.kernels.prefill_attention import TILE_QUERIES, query_tiles
 from ranklet.kernels.row_gemm_tiles import MOST_ROWS
@@ -207,13 +207,13 @@ class LayoutPacker:
         ids[at] = -1 - decodes
         place = table.lengths[decodes] - 1
         positions[at] = place
-        kv_slots[at] = table.pages[decodes, place // PAGE_TOKENS] * PAGE_TOKENS + place % PAGE_TOKENS
+        kv_slots[at] = table.page_slots(decodes, place)
         for i, span in enumerate(spans, count):
             rows = slice(starts[i], starts[i] + lengths[i])
             ids[rows] = span.ids
             positions[rows] = np.arange(span.start, span.start + lengths[i], dtype=np.int32)
             if span.row is not None:
-                kv_slots[rows] = table.page_slots(span.row, span.start, int(lengths[i]), PAGE_TOKENS)
+                kv_slots[rows] = table.page_slots(span.row, positions[rows])
         chunk_rows = np.asarray([spans[i - count].row for i in chunks], dtype=np.int64)
         counts = lengths[chunks]
         behind = np.asarray([spans[i - count].start for i in chunks], dtype=np.int64) + counts

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.kernels.sampling_row import ROW_WIDTH
+from ranklet.replicas.cache.pages import PAGE_TOKENS
 from ranklet.replicas.model.sampling_values import filler_columns
 
 
@@ -51,8 +52,12 @@ class RowTable:
         """Set the pages of a row from index `start` on."""
         self.pages[row, start : start + len(pages)] = pages
 
-    def page_slots(self, row: int, start: int, tokens: int, page_tokens: int) -> NDArray[np.int32]:
-        """Return where the keys and values of a row's tokens go: page * page_tokens + offset, int32 [tokens]."""
-        positions = np.arange(start, start + tokens, dtype=np.int32)
-        found: NDArray[np.int32] = self.pages[row, positions // page_tokens] * page_tokens + positions % page_tokens
+    def page_slots(self, rows: int | NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return where keys and values go: page * PAGE_TOKENS + offset, int32 [tokens].
+
+        Args:
+            rows: of each token, or one for all.
+            positions: int32 [tokens]: of each token in its sequence.
+        """
+        found: NDArray[np.int32] = self.pages[rows, positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS
         return found

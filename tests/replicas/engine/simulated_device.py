@@ -112,9 +112,9 @@ class SimulatedDevice:
     def _write(self, row: int, start: int, tokens: Iterable[int], slot: int | None, fails: bool) -> NDArray[np.int64]:
         """Write tokens from position `start` on. Returns the numbers of all tokens up to the last one."""
         made = numbers(int(self._read(row, start)[-1]) if start else self._first(slot), tokens)
-        at = self._table.page_slots(row, start, len(made), PAGE_TOKENS)
+        at = self._table.page_slots(row, np.arange(start, start + len(made), dtype=np.int32))
         self._memory[at] = WRONG if fails else made
         return self._read(row, start + len(made))
 
     def _read(self, row: int, length: int) -> NDArray[np.int64]:
-        return self._memory[self._table.page_slots(row, 0, length, PAGE_TOKENS)]
+        return self._memory[self._table.page_slots(row, np.arange(length, dtype=np.int32))]
