@@ -12,7 +12,6 @@ from ranklet.replicas.cache.prefix import PrefixRoot, page_hashes
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.engine.plan import Need
 from ranklet.replicas.engine.sequence import Sequence
-from ranklet.replicas.engine.tasks import Delta, Done
 from ranklet.replicas.model.sampled import PromptScores, SampledToken, TokenLogprob
 
 if TYPE_CHECKING:
@@ -115,26 +114,28 @@ class GenerateTask:
         )  # fmt: skip
 
     def need(self, sequence: Sequence) -> Need:
-        outputs = self._params.max_tokens - (len(sequence.ids) - sequence.prompt)
-        return Need(len(sequence.ids), self._head, outputs, keeps_cache=True, divisible=True)
+        outputs = self._params.max_tokens - (sequence.length - sequence.prompt)
+        return Need(sequence.length, self._head, outputs, keeps_cache=True, divisible=True)
 
-    def accept(self, sequence: Sequence, output: int | SampledToken) -> Delta | Done:
-        token = output.token if isinstance(output, SampledToken) else output
-        logprobs = None
-        if self._params.logprobs is not None:
-            assert isinstance(output, SampledToken)
-            logprobs = (output.best(self._params.logprobs),)
-            self._outputs[sequence.index].logprobs += logprobs
+    def accept(self, sequence: Sequence, output: int | SampledToken) -> tuple[TokenPiece, bool]:
+        params, logprobs = self._params, None
+        if isinstance(output, int):
+            token = output
+        else:
+            token = output.token
+            if params.logprobs is not None:
+                logprobs = (output.best(params.logprobs),)
+                self._outputs[sequence.index].logprobs += logprobs
         sequence.append(token)
         piece = TokenPiece((token,), logprobs)
-        produced = len(sequence.ids) - sequence.prompt
-        if token in self._stop_ids and produced > self._params.min_tokens:
+        produced = sequence.length - sequence.prompt
+        if token in self._stop_ids and produced > params.min_tokens:
             self._end(sequence, STOP, token)
-            return Done(piece)
-        if produced == self._params.max_tokens:
+        elif produced == params.max_tokens:
             self._end(sequence, LENGTH, None)
-            return Done(piece)
-        return Delta(piece)
+        else:
+            return piece, False
+        return piece, True
 
     def accept_scores(self, sequence: Sequence, scores: PromptScores) -> None:
         """Take logprobs of the prompt. After a preemption they may come again."""

@@ -2,12 +2,13 @@
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from ranklet.replicas.engine.launched import LaunchedStep
 from ranklet.replicas.engine.plan import StepPlan
-from ranklet.replicas.engine.request import Notice
 from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.engine.stats import BatchRecord
 from ranklet.replicas.errors import InternalError
@@ -19,44 +20,53 @@ logger = logging.getLogger(__name__)
 class InFlightStep:
     plan: StepPlan
     launched: LaunchedStep
-    generated: Counter[str] = field(default_factory=Counter)  # delivered tokens by flow
+    _pieces: list[tuple[Sequence, Any]] = field(default_factory=list)  # of texts, one token each
+    _ends: list[Callable[[], None]] = field(default_factory=list)
 
-    def deliver(self, began_s: float, compute_s: float, notices: list[Notice]) -> list[Sequence]:
+    def deliver(self, began_s: float, compute_s: float) -> list[Sequence]:
         """Give each sequence its output. An invalid output fails only its own request. Valid after the step's `wait`.
 
         Args:
             began_s: when the device began the step.
-            notices: calls to make afterwards, without a lock.
 
         Returns:
             The sequences that are done.
         """
         done: list[Sequence] = []
-        members, backend = list(self.plan.members()), self.launched.backend
+        members, pieces = list(self.plan.members()), self._pieces
         for group in self.launched.groups:
             for index, output in group.results():
                 sequence, epoch = members[index]
                 if sequence.epoch != epoch:
                     continue  # preempted, failed or ended since the step was planned
-                request, length = sequence.request, len(sequence.ids)
                 if output is None:
-                    error = InternalError("the output for this prompt is not finite; the adapter may overflow")
-                    notices.append(partial(request.fail, error))
+                    self._fail(sequence, "the output for this prompt is not finite; the adapter may overflow")
                     done.append(sequence)
                     continue
                 try:
-                    if request.on_output(
-                        sequence, output, notices, backend=backend, began_s=began_s, compute_s=compute_s
-                    ):
-                        done.append(sequence)
+                    piece, is_done = sequence.request.on_output(sequence, output, began_s, compute_s)
                 except Exception as error:  # a defect of a task must not end the thread that answers every request
                     logger.exception("a task failed")
-                    failure = InternalError(f"the engine failed on this output: {type(error).__name__}: {error}")
-                    notices.append(partial(request.fail, failure))
+                    self._fail(sequence, f"the engine failed on this output: {type(error).__name__}: {error}")
                     done.append(sequence)
-                if len(sequence.ids) > length:
-                    self.generated[sequence.flow] += len(sequence.ids) - length
+                    continue
+                if piece is not None:
+                    pieces.append((sequence, piece))
+                if is_done:
+                    done.append(sequence)
+                    if sequence.request.is_complete:
+                        self._ends.append(partial(sequence.request.end, self.launched.backend))
         return done
+
+    def _fail(self, sequence: Sequence, message: str) -> None:
+        self._ends.append(partial(sequence.request.fail, InternalError(message)))
+
+    def send(self) -> None:
+        """Pass what was delivered to the sinks. Called without the engine's lock."""
+        for sequence, piece in self._pieces:
+            sequence.request.send(sequence.index, piece)
+        for end in self._ends:
+            end()
 
     def record(self, began_s: float, compute_s: float) -> BatchRecord:
         """Describe the step. Called after `deliver`; only sequences without earlier outputs waited in the queue."""
@@ -70,4 +80,5 @@ class InFlightStep:
             if sequence.passes <= 1 and part.head is not None:
                 sequences[flow] = sequences.get(flow, 0) + 1
                 waits.append(max(0.0, began_s - sequence.arrived_s))
-        return BatchRecord(sequences, tokens, self.launched.backend, waits, compute_s, dict(self.generated))
+        generated = Counter([sequence.flow for sequence, _ in self._pieces])
+        return BatchRecord(sequences, tokens, self.launched.backend, waits, compute_s, dict(generated))

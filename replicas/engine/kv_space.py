@@ -53,7 +53,7 @@ class KvSpace:
         """Look up the pages of a sequence that is about to start. Changes nothing."""
         sharable = _sharable(sequence)
         match = self.pool.match(sharable)
-        pages = pages_of(len(sequence.ids)) - match.pages + match.cached
+        pages = pages_of(sequence.length) - match.pages + match.cached
         missing = sharable[match.pages] if match.pages < len(sharable) else None
         return Start(match.pages * PAGE_TOKENS, pages, missing)
 
@@ -64,7 +64,7 @@ class KvSpace:
     def start(self, sequence: Sequence) -> None:
         """Give a sequence a row and, after `share`, the other pages of its known tokens."""
         shared = len(sequence.pages)
-        pages = sequence.pages + self.pool.allocate(pages_of(len(sequence.ids)) - shared)
+        pages = sequence.pages + self.pool.allocate(pages_of(sequence.length) - shared)
         sequence.row, sequence.pages = self.table.take(), pages
         sequence.computed = shared * PAGE_TOKENS
         sequence.published = shared
@@ -93,7 +93,7 @@ class KvSpace:
         hashes = sequence.hashes
         if hashes is None or sequence.root is None:
             return
-        full = min(sequence.computed, len(sequence.ids)) // PAGE_TOKENS
+        full = min(sequence.computed, sequence.length) // PAGE_TOKENS
         if full > len(hashes):
             hashes += page_hashes(sequence.root, sequence.ids[: full * PAGE_TOKENS], hashes)
         for page in range(sequence.published, full):
@@ -142,4 +142,4 @@ def next_page(sequence: Sequence) -> bytes | None:
 def _sharable(sequence: Sequence) -> list[bytes]:
     if sequence.hashes is None or not sequence.reads_cache:
         return []
-    return sequence.hashes[: sharable_pages(len(sequence.ids))]
+    return sequence.hashes[: sharable_pages(sequence.length)]

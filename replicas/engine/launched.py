@@ -29,6 +29,8 @@ class OutputGroup:
     def results(self) -> Iterable[tuple[int, Any]]:
         """Return pairs of an item and its output; None for an invalid output."""
         results = zip(self.members, self.head.results(self.arrays, len(self.members)), strict=True)
+        if SKIPPED not in self.members:
+            return results
         return ((member, output) for member, output in results if member != SKIPPED)
 
 

@@ -18,7 +18,6 @@ from ranklet.replicas.engine.forecast import Forecast
 from ranklet.replicas.engine.in_flight import InFlightStep
 from ranklet.replicas.engine.layout import TokenSpan
 from ranklet.replicas.engine.plan import StepPlan
-from ranklet.replicas.engine.request import Notice
 from ranklet.replicas.engine.scheduler import Scheduler
 from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.engine.stats import Listener
@@ -236,7 +235,7 @@ class Pipeline:
                 self._on_failed_step(step.plan, error, step)
                 continue
             finished_s, compute_s = perf_counter(), step.launched.device_s()
-            began_s, notices = finished_s - compute_s, list[Notice]()
+            began_s = finished_s - compute_s
             # The lock keeps sequences with pages from being preempted during their delivery. Others are in no queue,
             # and the next step may be launched while their outputs are delivered.
             uses_pages = step.plan.uses_pages
@@ -244,16 +243,15 @@ class Pipeline:
                 self._in_flight.popleft()
                 self._forecast.on_finish(compute_s, finished_s)
                 if uses_pages:
-                    self._drop(step.deliver(began_s, compute_s, notices))
+                    self._drop(step.deliver(began_s, compute_s))
                     self._scheduler.publish(step.plan)
                 else:
                     self._release_slots(step.plan.final)
                 self._adapters.release_slots(step.plan.adapters)
                 self._lock.notify_all()
             if not uses_pages:
-                step.deliver(began_s, compute_s, notices)
-            for notice in notices:
-                notice()
+                step.deliver(began_s, compute_s)
+            step.send()
             self._listener.batch(step.record(began_s, compute_s))
 
     def _on_failed_step(self, plan: StepPlan, error: Exception, launched: InFlightStep | None = None) -> None:

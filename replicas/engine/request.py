@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from functools import partial
 from threading import RLock
 from typing import Any, Protocol
 
@@ -14,12 +13,11 @@ from numpy.typing import NDArray
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.generate import GenerateTask
 from ranklet.replicas.engine.sequence import Sequence, flow_of
-from ranklet.replicas.engine.tasks import Delta, Task
+from ranklet.replicas.engine.tasks import Task
 from ranklet.replicas.errors import InternalError, RankletError
 from ranklet.replicas.model.sampled import PromptScores
 
 logger = logging.getLogger(__name__)
-Notice = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -99,46 +97,49 @@ class Request:
         """Set the work that is left of a sequence, from its first token on."""
         sequence.begin(self._task.need(sequence))
 
-    def on_output(
-        self, sequence: Sequence, output: Any, notices: list[Notice], *, backend: str, began_s: float, compute_s: float
-    ) -> bool:
-        """Pass an output to the task. Returns whether the sequence is done.
+    def on_output(self, sequence: Sequence, output: Any, began_s: float, compute_s: float) -> tuple[Any, bool]:
+        """Pass an output to the task.
 
         Args:
             output: the sequence's output of the head.
-            notices: calls of the sink are appended, for the caller to make after it has released its lock.
             began_s: when the device began the step.
             compute_s: device time of the step.
+
+        Returns:
+            A piece to `send`; None for none. And whether the sequence is done.
         """
         if isinstance(output, PromptScores):
             assert isinstance(self._task, GenerateTask)
             self._task.accept_scores(sequence, output)
-            return False
+            return None, False
         if not sequence.passes:
             self._queue_s = max(self._queue_s, began_s - sequence.arrived_s)
         sequence.passes += 1
-        sequence.delivered += 1
-        sequence.solo = max(0, sequence.solo - 1)
+        sequence.awaited -= 1
+        if sequence.solo:
+            sequence.solo -= 1
         sequence.compute_s += compute_s
-        outcome = self._task.accept(sequence, output)
-        if outcome.piece is not None:
-            notices.append(partial(self._send, sequence.index, outcome.piece))
-        if isinstance(outcome, Delta):
-            if sequence.delivered == sequence.need.outputs:
-                raise RuntimeError("the task wants another output after the last one")
-            return False
-        self._compute_s = max(self._compute_s, sequence.compute_s)
-        self._unfinished -= 1
-        if not self._unfinished:
-            notices.append(partial(self._end, backend))
-        return True
+        piece, is_done = self._task.accept(sequence, output)
+        if is_done:
+            self._compute_s = max(self._compute_s, sequence.compute_s)
+            self._unfinished -= 1
+        elif not sequence.awaited:
+            raise RuntimeError("the task wants another output after the last one")
+        return piece, is_done
 
-    def _send(self, index: int, piece: Any) -> None:
+    @property
+    def is_complete(self) -> bool:
+        """Whether all sequences are done."""
+        return not self._unfinished
+
+    def send(self, index: int, piece: Any) -> None:
+        """Send a piece of the output of sequence `index`. Called without the engine's lock, like `end` and `fail`."""
         with self._lock:
             if self.is_open:
                 self._call(self._sink.delta, index, piece)
 
-    def _end(self, backend: str) -> None:
+    def end(self, backend: str) -> None:
+        """Send the answer of a complete request."""
         try:
             result: Answer | RankletError = Answer(
                 self._task.result(), self.tier, backend, self._prompt_tokens, self._queue_s, self._compute_s

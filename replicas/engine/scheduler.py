@@ -240,7 +240,7 @@ class Scheduler:
         if part.head is not None:
             self._take_output(sequence, plan)
         else:
-            sequence.need = sequence.need._replace(tokens=len(sequence.ids) - sequence.computed)
+            sequence.need = sequence.need._replace(tokens=sequence.length - sequence.computed)
             self.queue.requeue(sequence, part.tokens)
 
     def _start(self, sequence: Sequence) -> None:
@@ -280,7 +280,7 @@ class Scheduler:
     def publish(self, plan: StepPlan) -> None:
         """Let later sequences share the pages that the delivered tokens of a step have filled."""
         for sequence in plan.decodes:
-            if sequence.row is not None and len(sequence.ids) % PAGE_TOKENS == 1:
+            if sequence.row is not None and sequence.length % PAGE_TOKENS == 1:
                 assert self.space is not None
                 self.space.publish(sequence)
 

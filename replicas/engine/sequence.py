@@ -23,7 +23,8 @@ class Sequence:
     """A token sequence and its progress.
 
     Attributes:
-        ids: int32 [length]: the prompt, and the output tokens that have reached the host.
+        buffer: int32: holds `ids`, and has space for more.
+        length: number of tokens of the prompt and of the outputs that have reached the host.
         flow: the adapter's name, which owns a share of the queue; "" for the base model.
         index: position among the sequences of the request.
         prompt: number of leading tokens that the client sent.
@@ -32,7 +33,7 @@ class Sequence:
         left: number of outputs that no launched step computes yet.
         epoch: number of times that launched work of this sequence became void: it was preempted, failed or ended.
         passes: number of delivered outputs.
-        delivered: number of outputs delivered since it started or started again.
+        awaited: number of outputs that are not delivered.
         passed_over: number of steps that this sequence did not fit into although its adapter was ready.
         solo: number of outputs that it still computes without other sequences, because an earlier step with it failed.
         slot: pool slot of the adapter; None for the base model.
@@ -49,19 +50,20 @@ class Sequence:
         turn: sort key in the queue.
     """
 
-    ids: NDArray[np.int32]
+    buffer: NDArray[np.int32]
     adapter: AdapterRef | None
     flow: str
     arrived_s: float
     request: "Request"
     index: int = 0
+    length: int = field(init=False)
     prompt: int = field(init=False)
     need: Need = field(init=False)
     computed: int = 0
     left: int = 1
     epoch: int = 0
     passes: int = 0
-    delivered: int = 0
+    awaited: int = 1
     compute_s: float = 0.0
     passed_over: int = 0
     solo: int = 0
@@ -78,11 +80,14 @@ class Sequence:
     reads_cache: bool = True
     cached_tokens: int | None = None
     turn: tuple[float, int] = field(default=(0.0, 0), init=False)
-    _buffer: NDArray[np.int32] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.prompt = len(self.ids)
-        self._buffer = self.ids
+        self.length = self.prompt = len(self.buffer)
+
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """Return the prompt, and the output tokens that have reached the host: int32 [length]."""
+        return self.buffer[: self.length]
 
     @property
     def runs_alone(self) -> bool:
@@ -91,16 +96,16 @@ class Sequence:
 
     def append(self, token: int) -> None:
         """Add an output token that has reached the host."""
-        length = len(self.ids)
-        if length == len(self._buffer):
-            self._buffer = np.empty(length + max(_MORE, length // 4), dtype=np.int32)
-            self._buffer[:length] = self.ids
-        self._buffer[length] = token
-        self.ids = self._buffer[: length + 1]
+        length = self.length
+        if length == len(self.buffer):
+            known, self.buffer = self.buffer, np.empty(length + max(_MORE, length // 4), dtype=np.int32)
+            self.buffer[:length] = known
+        self.buffer[length] = token
+        self.length = length + 1
 
     def begin(self, need: Need) -> None:
         """Set the work that is left, from the first token on."""
-        self.need, self.left, self.computed, self.delivered = need, need.outputs, 0, 0
+        self.need, self.left, self.awaited, self.computed = need, need.outputs, need.outputs, 0
 
     def void(self) -> None:
         """Drop the outputs of launched steps."""

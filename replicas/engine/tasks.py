@@ -6,7 +6,6 @@ The head computes an output from the hidden states on the device. `Task.accept` 
 
 from collections.abc import Collection
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -19,20 +18,6 @@ from ranklet.replicas.engine.sequence import Sequence
 
 if TYPE_CHECKING:
     from ranklet.replicas.model.heads import Head
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """The sequence has more outputs to come."""
-
-    piece: Any = None  # sent to the client now; None sends nothing
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """The sequence is done, even if outputs are left."""
-
-    piece: Any = None
 
 
 class Task(Protocol):
@@ -55,8 +40,13 @@ class Task(Protocol):
     def need(self, sequence: Sequence) -> Need:
         """Return the work that is left from the first token on. Depends only on the sequence's `ids` and `prompt`."""
 
-    def accept(self, sequence: Sequence, output: Any) -> Delta | Done:
-        """Take an output of the head. Called on the answer thread."""
+    def accept(self, sequence: Sequence, output: Any) -> tuple[Any, bool]:
+        """Take an output of the head. Called on the answer thread.
+
+        Returns:
+            A piece to send to the client, with the tokens that the sequence was given; None for nothing. And whether
+            the sequence is done, even if outputs are left.
+        """
 
     def result(self) -> Any:
         """Return the content of the answer. Called once, after all sequences are done."""
@@ -90,17 +80,14 @@ class EmbedTask:
         pass
 
     def need(self, sequence: Sequence) -> Need:
-        return Need(len(sequence.ids), self._head, divisible=self._head.reads_last)
+        return Need(sequence.length, self._head, divisible=self._head.reads_last)
 
-    def accept(self, sequence: Sequence, output: NDArray[np.float32]) -> Delta | Done:
+    def accept(self, sequence: Sequence, output: NDArray[np.float32]) -> tuple[None, bool]:
         vector = output[: self._vectors.shape[1]]
         if self._renormalize:
             vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
         self._vectors[sequence.index] = vector
-        return _DONE
+        return None, True
 
     def result(self) -> NDArray[np.float32]:
         return self._vectors
-
-
-_DONE = Done()

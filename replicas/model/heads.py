@@ -111,7 +111,7 @@ class TextHead:
     def results(self, arrays: Sequence[Tensor], count: int) -> Iterable[int | SampledToken | None]:
         tokens = arrays[0][:count].tolist()
         if len(arrays) == 1:
-            return (token if token >= 0 else None for token in tokens)
+            return [token if token >= 0 else None for token in tokens]
         return self._with_logprobs(tokens, arrays)
 
     @staticmethod

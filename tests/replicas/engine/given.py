@@ -10,7 +10,6 @@ from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.plan import Need
 from ranklet.replicas.engine.request import AnswerSink, Request
 from ranklet.replicas.engine.sequence import Sequence
-from ranklet.replicas.engine.tasks import Delta, Done
 from ranklet.replicas.model.heads import PoolingHead
 from ranklet.replicas.model.pooling import Pooling
 
@@ -31,8 +30,8 @@ class OnePassTask:
     def need(self, sequence: Sequence) -> Need:
         return Need(len(sequence.ids), HEAD)
 
-    def accept(self, sequence: Sequence, output: Any) -> Delta | Done:
-        return Done()
+    def accept(self, sequence: Sequence, output: Any) -> tuple[Any, bool]:
+        return None, True
 
     def result(self) -> None:
         return None

@@ -16,7 +16,7 @@ from ranklet.replicas.engine.kv_space import KvSpace, integrity_check
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import EmbedParams, GenerateParams
 from ranklet.replicas.engine.plan import StepPlan
-from ranklet.replicas.engine.request import Answer, Notice, Request
+from ranklet.replicas.engine.request import Answer, Request
 from ranklet.replicas.engine.scheduler import Scheduler
 from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.engine.tasks import EmbedTask, Task
@@ -155,15 +155,13 @@ class Simulation:
         if failed:
             self._on_failed_step(step.plan)
             return
-        notices: list[Notice] = []
-        done = step.deliver(0.0, 0.0, notices)
+        done = step.deliver(0.0, 0.0)
         if step.plan.uses_pages:
             self._drop(done)
             self.scheduler.publish(step.plan)
         else:
             self._release_slots(step.plan.final)
-        for notice in notices:
-            notice()
+        step.send()
 
     def _on_failed_step(self, plan: StepPlan) -> None:
         sequences = [sequence for sequence, epoch in plan.members() if sequence.epoch == epoch]

@@ -7,7 +7,7 @@ import numpy as np
 
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import EmbedParams
-from ranklet.replicas.engine.request import Answer, AnswerSink, Notice, Request, Ticket
+from ranklet.replicas.engine.request import Answer, AnswerSink, Request, Ticket
 from ranklet.replicas.engine.tasks import EmbedTask
 from ranklet.replicas.errors import InternalError, RankletError
 from tests.replicas.engine.given import HEAD
@@ -28,11 +28,10 @@ def complete(
 ) -> bool:
     output = np.asarray(vector, np.float32)
     sequence = request.sequences[index]
-    notices = list[Notice]()
-    done = request.on_output(sequence, output, notices, backend="native", began_s=began_s, compute_s=ran_s)
-    for notice in notices:
-        notice()
-    return done
+    _, is_done = request.on_output(sequence, output, began_s, ran_s)
+    if request.is_complete:
+        request.end("native")
+    return is_done
 
 
 def test_vectors_are_in_the_order_of_the_prompts() -> None:

@@ -12,7 +12,7 @@ from ranklet.replicas.adapters.reference import WEIGHTS_FILE, AdapterRef
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.params import EmbedParams, GenerateParams
 from ranklet.replicas.engine.sequence import Sequence
-from ranklet.replicas.engine.tasks import Delta, Done, EmbedTask
+from ranklet.replicas.engine.tasks import EmbedTask
 from ranklet.replicas.errors import InternalError, InvalidRequest, Unavailable
 from tests.assets.adapters import AdapterSpec
 from tests.assets.broken import sound
@@ -196,13 +196,13 @@ def test_a_base_that_is_served_for_embeddings_says_so(engine: Engine, model_dir:
 
 
 class RaisingTask(EmbedTask):
-    def accept(self, sequence: Sequence, output: Any) -> Delta | Done:
+    def accept(self, sequence: Sequence, output: Any) -> tuple[None, bool]:
         raise ValueError("a defect of the task")
 
 
 class EndlessTask(EmbedTask):
-    def accept(self, sequence: Sequence, output: Any) -> Delta | Done:
-        return Delta()
+    def accept(self, sequence: Sequence, output: Any) -> tuple[None, bool]:
+        return None, False
 
 
 @pytest.mark.parametrize(("kind", "says"), [(RaisingTask, "a defect of the task"), (EndlessTask, "after the last one")])
