@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ranklet.kernels.launch import precision_of, programs_of, slice_of, widths_of
+from ranklet.kernels.launch import launch_fitted, precision_of, programs_of, slice_of, widths_of
 from ranklet.kernels.row_tiles import RowTiles
 from ranklet.kernels.stack import LinearStack
 from ranklet.kernels.tiles import ExpandTile
@@ -79,14 +79,19 @@ def expand(
         chained: whether the launch right before this one is a `shrink` with `chained` that writes `h`.
     """
     assert tiles.on_device is not None
+    table = tiles.on_device[0]
     moved = out is not None and out is not y
     block_n = min(tile.block_n, triton.next_power_of_2(max(stack.widths)))
     programs = programs_of(stack, block_n * tile.loop)
-    expand_kernel[(len(tiles.table), programs)](
-        h, stack.b, y, out if moved else y, tiles.on_device[0], stack.ranks, stack.ranks.stride(0),
-        h.stride(1), h.stride(0), stack.b.stride(0), y.stride(0), first_row,
-        R=stack.rank, **widths_of(stack), BLOCK_M=tiles.height,
-        BLOCK_R=triton.next_power_of_2(stack.rank), BLOCK_N=block_n, LOOP=tile.loop, SPLIT=h.shape[0],
-        STAGES=tile.stages, PRECISION=precision_of(stack.b), CHAINED=chained, MOVED=moved,
-        num_warps=tile.warps, launch_pdl=chained, maxnreg=tile.registers or None,
-    )  # fmt: skip
+    block_r = triton.next_power_of_2(stack.rank)
+
+    def launch(stages: int) -> None:
+        expand_kernel[(len(tiles.table), programs)](
+            h, stack.b, y, out if moved else y, table, stack.ranks, stack.ranks.stride(0), h.stride(1),
+            h.stride(0), stack.b.stride(0), y.stride(0), first_row, R=stack.rank, **widths_of(stack),
+            BLOCK_M=tiles.height, BLOCK_R=block_r, BLOCK_N=block_n, LOOP=tile.loop, SPLIT=h.shape[0], STAGES=stages,
+            PRECISION=precision_of(stack.b), CHAINED=chained, MOVED=moved, num_warps=tile.warps, launch_pdl=chained,
+            maxnreg=tile.registers or None,
+        )  # fmt: skip
+
+    launch_fitted(launch, tile.stages, (expand_kernel, tile, tiles.height, block_r, h.shape[0], y.dtype, moved))

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ranklet.kernels.launch import is_hopper, processors_of
+from ranklet.kernels.launch import is_hopper, launch_fitted, processors_of
 from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.row_tiles import BLOCK_ROWS, RowTiles
 from ranklet.kernels.stack import LinearStack
@@ -189,14 +189,21 @@ def _launch(
     if rotary is not None:
         half, y_half_tma = rotary.half, TensorDescriptor.from_tensor(y, [BLOCK_ROWS, rotary.half])
         rotation = (*(rotary.norms or (x, x)), rotary.cos, rotary.sin, rotary.positions, rotary.eps)
-    gemm_kernel[(min(programs, blocks_and_rows[0] * triton.cdiv(weight.shape[0], block_n)),)](
-        TensorDescriptor.from_tensor(x, [BLOCK_ROWS, tile.block_k]), w_tma, b_tma, y_tma, y_half_tma, h, y,
-        weight if bias is None else bias, runs, blocks, *blocks_and_rows, weight.shape[0], y.stride(0), h.stride(-2),
-        *rotation, K=x.shape[1], R=rank, W0=widths[0], W1=widths[1], PROGRAMS=programs, BLOCK_M=BLOCK_ROWS,
-        BLOCK_N=block_n, BLOCK_K=tile.block_k, GROUP=tile.group, HALVES=tile.halves, BIAS=bias is not None,
-        LORA=lora is not None, HALF=half, NORM=rotary is not None and rotary.norms is not None, STAGES=tile.stages,
-        LORA_STAGES=_LORA_STAGES, CHAINED=chained, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=chained,
-    )  # fmt: skip
+    grid = (min(programs, blocks_and_rows[0] * triton.cdiv(weight.shape[0], block_n)),)
+    x_tma = TensorDescriptor.from_tensor(x, [BLOCK_ROWS, tile.block_k])
+    norm = rotary is not None and rotary.norms is not None
+
+    def launch(stages: int) -> None:
+        gemm_kernel[grid](
+            x_tma, w_tma, b_tma, y_tma, y_half_tma, h, y, weight if bias is None else bias, runs, blocks,
+            *blocks_and_rows, weight.shape[0], y.stride(0), h.stride(-2), *rotation, K=x.shape[1], R=rank,
+            W0=widths[0], W1=widths[1], PROGRAMS=programs, BLOCK_M=BLOCK_ROWS, BLOCK_N=block_n, BLOCK_K=tile.block_k,
+            GROUP=tile.group, HALVES=tile.halves, BIAS=bias is not None, LORA=lora is not None, HALF=half, NORM=norm,
+            STAGES=stages, LORA_STAGES=_LORA_STAGES, CHAINED=chained, num_warps=tile.warps, num_stages=stages,
+            launch_pdl=chained,
+        )  # fmt: skip
+
+    launch_fitted(launch, tile.stages, (gemm_kernel, tile, rank, bias is None, half, norm, chained))
 
 
 def can_fuse(x: Tensor, stack: LinearStack, tiles: RowTiles, tile: FusedTile) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ranklet.kernels.fused_gemm import suits
-from ranklet.kernels.launch import is_hopper, processors_of
+from ranklet.kernels.launch import is_hopper, launch_fitted, processors_of
 from ranklet.kernels.row_tiles import BLOCK_ROWS
 from ranklet.kernels.tiles import FusedTile, TileKey, find_tile
 
@@ -51,13 +51,17 @@ def gated(
     width, tile, programs = weight.shape[0] // 2, _tile(x, weight), processors_of(x.device)
     y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     pair = weight.view(2, width, wide)
-    gated_kernel[(min(programs, triton.cdiv(rows, BLOCK_ROWS) * (width // tile.block_n)),)](
-        TensorDescriptor.from_tensor(x, [BLOCK_ROWS, tile.block_k]),
-        TensorDescriptor.from_tensor(pair, [2, tile.block_n, tile.block_k]),
-        TensorDescriptor.from_tensor(y, [BLOCK_ROWS, tile.block_n]),
-        rows, N=width, K=wide, PROGRAMS=programs, BLOCK_M=BLOCK_ROWS, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        GROUP=tile.group, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    x_tma = TensorDescriptor.from_tensor(x, [BLOCK_ROWS, tile.block_k])
+    w_tma = TensorDescriptor.from_tensor(pair, [2, tile.block_n, tile.block_k])
+    y_tma = TensorDescriptor.from_tensor(y, [BLOCK_ROWS, tile.block_n])
+
+    def launch(stages: int) -> None:
+        gated_kernel[(min(programs, triton.cdiv(rows, BLOCK_ROWS) * (width // tile.block_n)),)](
+            x_tma, w_tma, y_tma, rows, N=width, K=wide, PROGRAMS=programs, BLOCK_M=BLOCK_ROWS, BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k, GROUP=tile.group, STAGES=stages, num_warps=tile.warps, num_stages=stages,
+        )  # fmt: skip
+
+    launch_fitted(launch, tile.stages, (gated_kernel, tile))
     return y
 
 

@@ -1,13 +1,17 @@
 """Functions that several kernels and launchers share."""
 
+from collections.abc import Callable, Hashable
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from ranklet.kernels.stack import LinearStack
+
+_fitting: dict[Hashable, int] = {}  # stages by variant, where not all fit
 
 
 @triton.jit
@@ -59,3 +63,21 @@ def processors_of(device: torch.device) -> int:
     if device.type != "cuda":
         return 4  # Triton's interpreter
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch_fitted(launch: Callable[[int], object], stages: int, variant: Hashable) -> None:
+    """Call `launch` with as many pipeline stages, up to `stages`, as fit into the device's shared memory.
+
+    Triton lets parts of a kernel share memory, so only a compiled kernel shows how much it needs.
+
+    Args:
+        variant: what that depends on: the kernel, its tile and its specialization.
+    """
+    for fitting in range(_fitting.get(variant, stages), 1, -1):
+        try:
+            launch(fitting)
+        except OutOfResources:
+            _fitting[variant] = fitting - 1
+        else:
+            return
+    launch(1)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ranklet.kernels.launch import precision_of
+from ranklet.kernels.launch import launch_fitted, precision_of
 from ranklet.kernels.row_tiles import RowTiles
 from ranklet.kernels.stack import LinearStack
 from ranklet.kernels.tiles import ShrinkTile
@@ -94,12 +94,17 @@ def shrink(
             kernel must wait before it reads `h`.
     """
     assert tiles.on_device is not None
+    table = tiles.on_device[0]
     wide, block_k = x.shape[1], min(tile.block_k, triton.next_power_of_2(x.shape[1]))
-    shrink_kernel[(len(tiles.table), tile.split)](
-        x, stack.a, h, tiles.on_device[0], stack.ranks, stack.scalings, stack.ranks.stride(0), wide,
-        x.stride(0), stack.a.stride(0), h.stride(1), h.stride(0),
-        R=stack.rank, SLICES=len(stack.widths), BLOCK_M=tiles.height, BLOCK_R=triton.next_power_of_2(stack.rank),
-        BLOCK_K=block_k, SPLIT=tile.split, EVEN_K=wide % (block_k * tile.split) == 0, STAGES=tile.stages,
-        PRECISION=precision_of(x), CHAINED=chained,
-        num_warps=tile.warps, launch_pdl=chained, maxnreg=tile.registers or None,
-    )  # fmt: skip
+    block_r = triton.next_power_of_2(stack.rank)
+
+    def launch(stages: int) -> None:
+        shrink_kernel[(len(tiles.table), tile.split)](
+            x, stack.a, h, table, stack.ranks, stack.scalings, stack.ranks.stride(0), wide, x.stride(0),
+            stack.a.stride(0), h.stride(1), h.stride(0), R=stack.rank, SLICES=len(stack.widths), BLOCK_M=tiles.height,
+            BLOCK_R=block_r, BLOCK_K=block_k, SPLIT=tile.split, EVEN_K=wide % (block_k * tile.split) == 0,
+            STAGES=stages, PRECISION=precision_of(x), CHAINED=chained, num_warps=tile.warps, launch_pdl=chained,
+            maxnreg=tile.registers or None,
+        )  # fmt: skip
+
+    launch_fitted(launch, tile.stages, (shrink_kernel, tile, tiles.height, block_r, len(stack.widths), x.dtype))
