@@ -27,6 +27,9 @@ class AdapterRef:
     revision: str
     marks: str = field(default="", compare=False)
 
+    def __hash__(self) -> int:
+        return hash(self.revision)  # each step looks up each of its adapters several times
+
 
 @dataclass(frozen=True)
 class AdapterInfo:

@@ -1,5 +1,6 @@
-"""Plans the decodes of a step, and chooses the sequences that give up their pages for them."""
+"""Plans and commits the decodes of a step, and chooses the sequences that give up their pages for them."""
 
+from ranklet.replicas.engine.decode_set import DecodeSet
 from ranklet.replicas.engine.fair_queue import FairQueue
 from ranklet.replicas.engine.holders import Holders
 from ranklet.replicas.engine.kv_space import FreeSpace, KvSpace
@@ -14,10 +15,17 @@ def plan_decodes(plan: StepPlan, holders: Holders, space: KvSpace, room: FreeSpa
 
     A sequence that runs alone, because a step with it failed, is the plan's only decode.
     """
-    victims, preempted = holders.preemptible(), set[Sequence]()
-    solo = next((each for each in holders.decoding if each.solo and not each.cancelled), None)
+    decode_set = holders.decode_set()
+    if not any(each.cancelled or each.solo for each in decode_set.sequences):
+        growing = len(space.table.full(decode_set.rows))
+        if growing <= room.pages:
+            room.pages -= growing
+            plan.decode(decode_set)
+            return
+    solo = next((each for each in decode_set.sequences if each.solo and not each.cancelled), None)
+    victims, preempted, kept = holders.preemptible(), set[Sequence](), list[Sequence]()
     # In the order in which they started, so that a victim is never in the plan already.
-    for sequence in [each for each in holders.all if each in holders.decoding] if solo is None else [solo]:
+    for sequence in decode_set.sequences if solo is None else [solo]:
         if sequence.cancelled:
             plan.cancelled.append(sequence)
             continue
@@ -29,10 +37,25 @@ def plan_decodes(plan: StepPlan, holders: Holders, space: KvSpace, room: FreeSpa
             if sequence not in preempted:
                 room.pages -= 1
         if sequence not in preempted:
-            plan.decode(sequence)
+            kept.append(sequence)
+    plan.decode(DecodeSet.of(kept))
     if preempted:
         plan.preempted = [each for each in holders.all if each in preempted]
         room.rows = 0  # nothing starts in pages that were just taken away
+
+
+def commit_decodes(plan: StepPlan, holders: Holders, space: KvSpace) -> None:
+    """Count the token that each decode computes, and give it a page for that token."""
+    decodes, rows = plan.decodes, plan.decode_set.rows
+    for index in space.table.full(rows):
+        space.extend(decodes[index])
+    space.table.lengths[rows] += 1
+    for sequence in decodes:
+        sequence.computed += 1
+        sequence.left -= 1
+    plan.final = [each for each in decodes if not each.left]
+    for sequence in plan.final:
+        holders.stop_decoding(sequence)
 
 
 def is_burst(queue: FairQueue, decodes: int, rows: int, max_tokens: int) -> bool:

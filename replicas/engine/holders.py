@@ -4,6 +4,7 @@ from collections import Counter
 from typing import TypeVar
 
 from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.engine.decode_set import DecodeSet
 from ranklet.replicas.engine.kv_space import next_page
 from ranklet.replicas.engine.sequence import Sequence
 
@@ -15,7 +16,7 @@ class Holders:
 
     Attributes:
         all: in the order in which they started.
-        decoding: those whose next pass computes one token.
+        decoding: those whose next pass computes one token, in any order.
         adapters: number of holders by adapter.
         decoding_flows: number of decoding sequences by flow.
     """
@@ -25,6 +26,7 @@ class Holders:
         self.decoding: dict[Sequence, None] = {}
         self.adapters: Counter[AdapterRef] = Counter()
         self.decoding_flows: Counter[str] = Counter()
+        self._decode_set: DecodeSet | None = None  # of `decoding`; None after a change
 
     def __len__(self) -> int:
         return len(self.all)
@@ -42,8 +44,14 @@ class Holders:
 
     def pages_in_work(self) -> set[bytes]:
         """Return the content hashes of the next pages of sequences of which a part of the prompt is computed."""
-        prefilling = (each for each in self.all if each.left and each not in self.decoding)
-        return {page for each in prefilling if (page := next_page(each)) is not None}
+        others = self.all.keys() - self.decoding.keys()
+        return {page for each in others if each.left and (page := next_page(each)) is not None}
+
+    def decode_set(self) -> DecodeSet:
+        """Return the decoding sequences in the order in which they started."""
+        if self._decode_set is None:
+            self._decode_set = DecodeSet.of(each for each in self.all if each in self.decoding)
+        return self._decode_set
 
     def add(self, sequence: Sequence) -> None:
         self.all[sequence] = None
@@ -58,12 +66,13 @@ class Holders:
 
     def start_decoding(self, sequence: Sequence) -> None:
         if sequence not in self.decoding:
-            self.decoding[sequence] = None
+            self.decoding[sequence] = self._decode_set = None
             self.decoding_flows[sequence.flow] += 1
 
     def stop_decoding(self, sequence: Sequence) -> None:
         if sequence in self.decoding:
             del self.decoding[sequence]
+            self._decode_set = None
             _decrease(self.decoding_flows, sequence.flow)
 
 

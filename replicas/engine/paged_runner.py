@@ -70,7 +70,7 @@ class PagedRunner:
             if sequence.sampling is not None and sequence.row is not None:
                 ids = sequence.ids
                 self.text.sampler.begin(sequence.row, sequence.sampling, ids[: sequence.prompt], ids[sequence.prompt :])
-        return self.launch_items(StepItems(plan.rows, spans_of(plan), slots), launched_s)
+        return self.launch_items(StepItems(plan.decode_set.rows, spans_of(plan), slots), launched_s)
 
     @torch.inference_mode()
     def launch_items(self, items: StepItems, launched_s: float) -> LaunchedStep:

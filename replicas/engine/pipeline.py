@@ -186,7 +186,7 @@ class Pipeline:
         revived = True
         while revived:  # sequences of an adapter that no longer retires are ready now
             plan = self._scheduler.propose(self._adapters.usable, forecast.enough_tokens(), forecast.small_tokens())
-            revived = self._adapters.start_loads(plan.demand, [sequence.adapter for sequence in plan.sequences])
+            revived = self._adapters.start_loads(plan.demand, plan.adapters)
         if not self._in_flight:
             return plan if plan.is_due else None
         if not plan.computes or len(self._in_flight) == self._depth:

@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.engine.decode_set import DecodeSet
 
 if TYPE_CHECKING:  # `sequence` imports this module, and `heads` imports torch
     from ranklet.replicas.engine.sequence import Sequence
     from ranklet.replicas.model.heads import Head
+
+_NO_DECODES = DecodeSet()
 
 
 class Need(NamedTuple):
@@ -54,11 +54,9 @@ class StepPlan:
     """A proposed step. `Scheduler.commit` makes it take effect.
 
     Attributes:
-        decodes: sequences that compute one token, which was their last output. Oldest first.
-        epochs: `Sequence.epoch` of each of `decodes`.
+        decode_set: sequences that compute one token, which was their last output.
         parts: prompts and pieces of prompts.
         final: sequences whose last output this step computes. Set by `Scheduler.commit`.
-        rows: int32 [decodes]: rows of the decodes. Set by `Scheduler.commit`.
         part_rows: row of each part; None without pages. Set by `Scheduler.commit`.
         started: sequences that get their row and pages in this step. Set by `Scheduler.commit`.
         preempted: sequences whose pages are taken away; they are computed again later.
@@ -69,11 +67,9 @@ class StepPlan:
         uses_pages: whether the step reads or writes keys and values in pages.
     """
 
-    decodes: list["Sequence"] = field(default_factory=list)
-    epochs: list[int] = field(default_factory=list)
+    decode_set: DecodeSet = _NO_DECODES
     parts: list[Part] = field(default_factory=list)
     final: list["Sequence"] = field(default_factory=list)
-    rows: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     part_rows: list[int | None] = field(default_factory=list)
     started: list["Sequence"] = field(default_factory=list)
     preempted: list["Sequence"] = field(default_factory=list)
@@ -88,11 +84,14 @@ class StepPlan:
         self.uses_pages = self.uses_pages or part.uses_pages
         self.tokens += part.tokens
 
-    def decode(self, sequence: "Sequence") -> None:
-        self.decodes.append(sequence)
-        self.epochs.append(sequence.epoch)
-        self.uses_pages = True
-        self.tokens += 1
+    def decode(self, decode_set: DecodeSet) -> None:
+        self.decode_set = decode_set
+        self.uses_pages = self.uses_pages or bool(self.decodes)
+        self.tokens += len(self.decodes)
+
+    @property
+    def decodes(self) -> list["Sequence"]:
+        return self.decode_set.sequences
 
     @property
     def sequences(self) -> list["Sequence"]:
@@ -100,7 +99,11 @@ class StepPlan:
 
     @property
     def adapters(self) -> list[AdapterRef]:
-        return list({each.adapter: None for each in self.sequences if each.adapter is not None})
+        decoded = self.decode_set.adapters
+        if not self.parts:
+            return decoded
+        started = (part.sequence.adapter for part in self.parts)
+        return list(dict.fromkeys((*decoded, *(each for each in started if each is not None))))
 
     @property
     def computes(self) -> bool:
@@ -113,6 +116,6 @@ class StepPlan:
 
     def members(self) -> Iterator[tuple["Sequence", int]]:
         """Yield each sequence and the epoch that it was planned in, decodes first."""
-        yield from zip(self.decodes, self.epochs, strict=True)
+        yield from zip(self.decodes, self.decode_set.epochs, strict=True)
         for part in self.parts:
             yield part.sequence, part.epoch

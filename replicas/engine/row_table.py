@@ -3,8 +3,6 @@
 Letters: R rows, P pages a row.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,6 +17,7 @@ class RowTable:
     Attributes:
         pages: int32 [R + 1, P]; entries past a sequence's last page hold any number.
         lengths: int32 [R + 1]: tokens whose keys and values launched steps have written.
+        spaces: int32 [R + 1]: tokens that fit into the sequence's pages.
         slots: int32 [R + 1]: pool slot of the adapter, -1 for the base model.
         sampling: int32 [R + 1, columns]: sampling values of the sequence.
     """
@@ -27,6 +26,7 @@ class RowTable:
         self.filler = rows
         self.pages = np.zeros((rows + 1, pages), dtype=np.int32)
         self.lengths = np.zeros(rows + 1, dtype=np.int32)
+        self.spaces = np.zeros(rows + 1, dtype=np.int32)
         self.slots = np.full(rows + 1, -1, dtype=np.int32)
         self.sampling = np.zeros((rows + 1, ROW_WIDTH), dtype=np.int32)
         self.sampling[rows] = filler_columns(rows)
@@ -42,15 +42,16 @@ class RowTable:
     def give_back(self, row: int) -> None:
         self._free.append(row)
 
-    def advance(self, rows: Iterable[int | None]) -> NDArray[np.int32]:
-        """Add one token to each row's length. Returns the rows as an array."""
-        found = np.fromiter(rows, dtype=np.int32)
-        self.lengths[found] += 1
+    def full(self, rows: NDArray[np.int32]) -> list[int]:
+        """Return the indices of the given rows whose pages have no space for another token."""
+        found: list[int] = (self.lengths[rows] == self.spaces[rows]).nonzero()[0].tolist()
         return found
 
     def set_pages(self, row: int, start: int, pages: list[int]) -> None:
         """Set the pages of a row from index `start` on."""
-        self.pages[row, start : start + len(pages)] = pages
+        stop = start + len(pages)
+        self.pages[row, start:stop] = pages
+        self.spaces[row] = stop * PAGE_TOKENS
 
     def page_slots(self, rows: int | NDArray[np.int32], positions: NDArray[np.int32]) -> NDArray[np.int32]:
         """Return where keys and values go: page * PAGE_TOKENS + offset, int32 [tokens].

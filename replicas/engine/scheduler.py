@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.cache.pages import PAGE_TOKENS
-from ranklet.replicas.engine.decodes import is_burst, plan_decodes
+from ranklet.replicas.engine.decodes import commit_decodes, is_burst, plan_decodes
 from ranklet.replicas.engine.fair_queue import FairQueue
 from ranklet.replicas.engine.holders import Holders
 from ranklet.replicas.engine.kv_space import FreeSpace, KvSpace, Start
@@ -204,8 +204,8 @@ class Scheduler:
         if self.space is not None:
             for sequence in plan.started:
                 self.space.share(sequence)
-        for sequence in plan.decodes:
-            self._decode(sequence, plan)
+        if plan.decodes and self.space is not None:
+            commit_decodes(plan, self.holders, self.space)
         for sequence in plan.started:
             self._start(sequence)
         for part in plan.parts:
@@ -213,20 +213,12 @@ class Scheduler:
         for part in plan.parts:
             if part.uses_pages and self.space is not None:
                 self.space.publish(part.sequence)
-        if plan.decodes and self.space is not None:
-            plan.rows = self.space.table.advance([each.row for each in plan.decodes])
+        if plan.decodes:
             for flow, tokens in self.holders.decoding_flows.items():
                 self.queue.charge_flow(flow, tokens)
         self.queue.charge(plan.tokens)
         for sequence in plan.passed:
             sequence.passed_over += 1
-
-    def _decode(self, sequence: Sequence, plan: StepPlan) -> None:
-        assert self.space is not None
-        if self.space.needs_page(sequence):
-            self.space.extend(sequence)
-        sequence.computed += 1
-        self._take_output(sequence, plan)
 
     def _compute(self, part: Part, plan: StepPlan) -> None:
         sequence = part.sequence
@@ -279,10 +271,10 @@ class Scheduler:
 
     def publish(self, plan: StepPlan) -> None:
         """Let later sequences share the pages that the delivered tokens of a step have filled."""
-        for sequence in plan.decodes:
-            if sequence.row is not None and sequence.length % PAGE_TOKENS == 1:
-                assert self.space is not None
-                self.space.publish(sequence)
+        filled = [each for each in plan.decodes if each.length % PAGE_TOKENS == 1 and each.row is not None]
+        for sequence in filled:
+            assert self.space is not None
+            self.space.publish(sequence)
 
     def drop(self, sequences: Iterable[Sequence]) -> None:
         """Remove sequences and free their pages. Outputs of launched steps are void."""

@@ -74,7 +74,8 @@ class SimulatedDevice:
     def launch(self, plan: StepPlan, slots: Sequence[int | None], *, fails: bool) -> LaunchedStep:
         """Compute a committed step at once. A step that fails writes wrong numbers and has no outputs."""
         outputs: dict[SimulatedHead, list[tuple[int, Any]]] = {TEXT: [], LAST: [], MEAN: []}
-        for item, (row, slot) in enumerate(zip(plan.rows, self._table.slots[plan.rows], strict=True)):
+        rows = plan.decode_set.rows
+        for item, (row, slot) in enumerate(zip(rows, self._table.slots[rows], strict=True)):
             position = int(self._table.lengths[row]) - 1
             read = self._write(row, position, [int(self._last_token[row])], None if slot < 0 else int(slot), fails)
             outputs[TEXT].append((item, drawn(read)))
