@@ -6,6 +6,7 @@ from typing import Protocol, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ranklet.kernels.row_tiles import SHORT_ROWS, RowTiles, cut_padded, cut_runs
@@ -80,15 +81,18 @@ def plan(lengths: Sequence[int], slots: Sequence[int | None]) -> tuple[list[int]
         The indices of the requests in their new order, and the batch for that order. Adapters with many rows come
         first, requests without an adapter last. Requests of one adapter keep their order.
     """
-    count = np.asarray(lengths, dtype=np.int64)
-    if not len(count):
-        return [], LoraBatch((), rows=0)
-    # Key 0 is the base model, key 1 + slot an adapter. Converting the list at once is faster than replacing Nones.
-    if None in slots:
-        key = np.array([0 if one is None else one + 1 for one in slots], dtype=np.int64)
-    else:
-        key = np.array(slots, dtype=np.int64) + 1
-    rows = np.bincount(key, weights=count)
+    # Converting the list at once is faster than replacing Nones.
+    known = [-1 if one is None else one for one in slots] if None in slots else slots
+    order, batch = plan_arrays(np.asarray(lengths, dtype=np.int64), np.asarray(known, dtype=np.int64))
+    return order.tolist(), batch
+
+
+def plan_arrays(lengths: NDArray[np.integer], slots: NDArray[np.integer]) -> tuple[NDArray[np.int64], LoraBatch]:
+    """Do the same as `plan` for arrays, in which slot -1 stands for the base model."""
+    if not len(lengths):
+        return np.zeros(0, dtype=np.int64), LoraBatch((), rows=0)
+    key = slots + 1
+    rows = np.bincount(key, weights=lengths)
     late = (rows <= SHORT_ROWS) * len(rows)  # sorts short segments behind all long ones
     late[0] = 2 * len(rows)
     order = (late[key] + key).argsort(kind="stable")
@@ -98,7 +102,7 @@ def plan(lengths: Sequence[int], slots: Sequence[int | None]) -> tuple[list[int]
     runs[:, 1] = stops = rows[used].cumsum()
     runs[:, 0] = stops - rows[used]
     runs[:, 2] = used - 1
-    return order.tolist(), LoraBatch(Segments(runs), rows=int(rows.sum()))
+    return order, LoraBatch(Segments(runs), rows=int(rows.sum()))
 
 
 def plan_evenly(rows: int, adapters: int) -> LoraBatch:

@@ -5,8 +5,7 @@ batch of exactly its rows: with the full batch, rows would silently get the wron
 but not the tiles. Segments keep their order, so a long segment may come after a shortened one.
 """
 
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ranklet.kernels.batch import LoraBatch
-from ranklet.kernels.segments import Segment, Segments, runs_of
+from ranklet.kernels.segments import Segments, runs_of
 
 
 def check_rows(x: Tensor, batch: LoraBatch) -> None:
@@ -47,8 +46,8 @@ def subset(batch: LoraBatch, rows: NDArray[np.integer]) -> LoraBatch:
     """
     if rows.size and not (rows[0] >= 0 and rows[-1] < batch.rows and bool((rows[1:] > rows[:-1]).all())):
         raise ValueError(f"rows: expected increasing indices in [0, {batch.rows}), got {rows}")
-    stops = np.searchsorted(rows, [segment.stop for segment in batch.segments])
-    return _cut(batch, [segment.slot for segment in batch.segments], stops.tolist(), rows.size)
+    runs = runs_of(batch.segments)
+    return _cut(batch, runs[:, 2], rows.searchsorted(runs[:, 1]), rows.size)
 
 
 def subset_by_counts(batch: LoraBatch, kept_per_request: Sequence[int], rows_per_request: Sequence[int]) -> LoraBatch:
@@ -66,14 +65,15 @@ def subset_by_counts(batch: LoraBatch, kept_per_request: Sequence[int], rows_per
         raise ValueError(f"kept rows: expected at most the requests' {rows_per_request}, got {kept_per_request}")
     ends = np.concatenate(([0], rows.cumsum()))
     kept_ends = np.concatenate(([0], kept.cumsum()))
-    stops = np.array([segment.stop for segment in batch.segments], dtype=np.int64)
+    runs = runs_of(batch.segments)
+    stops = runs[:, 1]
     at = np.searchsorted(ends, stops)
     if ends[-1] != batch.rows or (ends[at] != stops).any():
         raise ValueError(
             f"rows of the requests: expected a sum of {batch.rows}, and segments {batch.segments} that end where "
             f"requests end, got {rows_per_request}; pass the requests in the order that `plan` returned"
         )
-    return _cut(batch, [segment.slot for segment in batch.segments], kept_ends[at].tolist(), int(kept_ends[-1]))
+    return _cut(batch, runs[:, 2], kept_ends[at], int(kept_ends[-1]))
 
 
 def row_range(batch: LoraBatch, start: int, stop: int) -> LoraBatch:
@@ -84,20 +84,13 @@ def row_range(batch: LoraBatch, start: int, stop: int) -> LoraBatch:
     """
     if not 0 <= start <= stop <= batch.rows:
         raise ValueError(f"rows: expected a range in [0, {batch.rows}], got [{start}, {stop})")
-    first = bisect_right(batch.segments, start, key=lambda segment: segment.stop)
-    slots, stops = [], []
-    for segment in batch.segments[first:]:
-        if segment.start >= stop:
-            break
-        slots.append(segment.slot)
-        stops.append(min(segment.stop, stop) - start)
-    return _cut(batch, slots, stops, stop - start)
+    runs = runs_of(batch.segments)
+    return _cut(batch, runs[:, 2], runs[:, 1].clip(start, stop) - start, stop - start)
 
 
-def _cut(batch: LoraBatch, slots: Iterable[int], stops: Iterable[int], rows: int) -> LoraBatch:
-    segments, start = [], 0
-    for slot, stop in zip(slots, stops, strict=True):
-        if stop > start:
-            segments.append(Segment(slot, start, stop))
-        start = stop
-    return LoraBatch(tuple(segments), rows, batch.implementation if segments else None)
+def _cut(batch: LoraBatch, slots: NDArray[np.integer], stops: NDArray[np.integer], rows: int) -> LoraBatch:
+    runs = np.empty((len(slots), 3), dtype=np.int32)
+    runs[:1, 0], runs[1:, 0] = 0, stops[:-1]
+    runs[:, 1], runs[:, 2] = stops, slots
+    runs = runs[runs[:, 1] > runs[:, 0]]
+    return LoraBatch(Segments(runs), rows, batch.implementation if len(runs) else None)

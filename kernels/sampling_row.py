@@ -4,6 +4,7 @@ Floats travel as their bits. Letters: N rows of logits.
 """
 
 from enum import IntEnum, IntFlag
+from functools import cache
 from typing import Final
 
 import numpy as np
@@ -56,6 +57,7 @@ def features_of(columns: NDArray[np.int32]) -> Feature:
     return Feature(int(np.bitwise_or.reduce(columns[:, Column.FLAGS], initial=0)))
 
 
+@cache
 def rounded(features: Feature) -> Feature:
     """Return the smallest of eight supersets, so that steps share CUDA graphs. Any superset gives the same tokens."""
     level = next(level for level in _LEVELS if features & ~_LOGPROBS in level)

@@ -4,7 +4,7 @@ Letters: T tokens, B sequences.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -90,9 +90,10 @@ class Layout:
         lengths = tuple(len(span.ids) for span in spans)
         longest, tokens = max(lengths), sum(lengths)
         if bucket is not None:
-            lengths, longest, lora = bucket.filled(lengths), bucket.longest, replace(lora, rows=bucket.tokens)
-        lora = tiled(lora, padded=bucket is not None)
-        last = None if choose_last is None else tiled(choose_last(lora, lengths), padded=bucket is not None)
+            lengths, longest = bucket.filled(lengths), bucket.longest
+        padded = bucket is not None
+        lora = tiled(lora, sum(lengths), padded=padded)
+        last = None if choose_last is None else tiled(choose_last(lora, lengths), len(lengths), padded=padded)
         count = _positions(power_of_two(max(span.start + len(span.ids) for span in spans)))
         # Fillers get position 0: one may be longer than the model's longest prompt.
         filler = np.zeros(lora.rows - tokens, dtype=np.int32)

@@ -9,7 +9,7 @@ sequence, S outputs that are drawn tokens, E outputs that are pooled, fillers in
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ranklet.kernels.batch import LoraBatch, plan
+from ranklet.kernels.batch import LoraBatch, plan_arrays
 from ranklet.kernels.paged_attention import PagedSpans
 from ranklet.kernels.powers import power_of_four, power_of_two
 from ranklet.kernels.prefill_attention import TILE_QUERIES, query_tiles
@@ -51,10 +51,15 @@ class StepItems:
 
     def lora(self, table: RowTable) -> tuple[NDArray[np.int64], LoraBatch]:
         """Return the items in the order of their adapters, and the LoRA batch of that order."""
-        decode_slots = [None if slot < 0 else slot for slot in table.slots[self.decodes].tolist()]
-        lengths = [1] * len(decode_slots) + [len(span.ids) for span in self.spans]
-        order, batch = plan(lengths, [*decode_slots, *self.slots])
-        return np.asarray(order, dtype=np.int64), batch
+        slots = np.array([-1 if slot is None else slot for slot in self.slots], dtype=np.int64)
+        return plan_arrays(self.lengths, np.concatenate((table.slots[self.decodes], slots)))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Return the number of tokens of each item."""
+        lengths = np.ones(len(self.decodes) + len(self.spans), dtype=np.int64)
+        lengths[len(self.decodes) :] = [len(span.ids) for span in self.spans]
+        return lengths
 
 
 class ScoredSpan(NamedTuple):
@@ -181,8 +186,7 @@ class LayoutPacker:
         """Pack a step. `order` and `lora` are those of `items.lora`, with the backend chosen."""
         table, decodes, spans = self._table, items.decodes, items.spans
         count = len(decodes)
-        lengths = np.ones(count + len(spans), dtype=np.int64)
-        lengths[count:] = [len(span.ids) for span in spans]
+        lengths = items.lengths
         starts = np.empty(len(lengths), dtype=np.int64)
         starts[order] = np.cumsum(lengths[order]) - lengths[order]
         # Beside decodes and later pieces, a prompt's first piece reads its keys from pages too: steps have fewer sizes.
@@ -191,7 +195,7 @@ class LayoutPacker:
         fresh = [i for i, span in enumerate(spans, count) if span.row is None or not mixed]
         fresh.sort(key=starts.__getitem__)
         texts = [i for i, span in enumerate(spans, count) if isinstance(span.head, TextHead)]
-        drawn = np.asarray([*range(count), *texts], dtype=np.int64)
+        drawn = np.concatenate((np.arange(count), np.array(texts, dtype=np.int64)))
         drawn_at = starts[drawn] + lengths[drawn] - 1
         by_row = drawn_at.argsort()
         drawn, drawn_at = drawn[by_row], drawn_at[by_row]
@@ -220,7 +224,7 @@ class LayoutPacker:
         columns = self._columns(drawn, decodes, place, spans, count, sizes.drawn)
         offsets = np.full(sizes.fresh + 1, lengths[fresh].sum())
         offsets[: len(fresh) + 1] = np.cumsum((0, *lengths[fresh]))
-        lora = tiled(replace(lora, rows=sizes.tokens), padded=self.pads)
+        lora = tiled(lora, sizes.tokens, padded=self.pads)
         scored = [
             ScoredSpan(i, int(starts[i]), span.start + 1, span.scored, span.top)
             for i, span in enumerate(spans, count)
@@ -228,7 +232,8 @@ class LayoutPacker:
         ]
         drawn_lora = None
         if self._adapts_head and len(drawn):
-            drawn_lora = tiled(replace(subset(lora, drawn_at), rows=sizes.drawn), padded=self.pads)
+            draws_all = not spans and sizes.drawn == sizes.tokens
+            drawn_lora = lora if draws_all else tiled(subset(lora, drawn_at), sizes.drawn, padded=self.pads)
         arrays = [
             ids, positions, kv_slots,
             _filled(at, sizes.decodes), _filled(place + 1, sizes.decodes), _filled(np.ones(count), sizes.decodes),

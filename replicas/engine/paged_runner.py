@@ -1,6 +1,7 @@
 """Runs the steps that read or write pages of keys and values: text, and prompts beside it."""
 
 from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from time import perf_counter
 
 import numpy as np
@@ -9,11 +10,13 @@ from torch import Tensor
 
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.row_subset import subset
+from ranklet.kernels.segments import runs_of
 from ranklet.replicas.cache.tensors import KvPages
 from ranklet.replicas.engine.launched import LaunchedStep, OutputGroup, record_event, to_host
 from ranklet.replicas.engine.layout import TokenSpan
 from ranklet.replicas.engine.paged_layout import LayoutPacker, PagedArrays, PagedLayout, ScoredSpan, StepItems
 from ranklet.replicas.engine.plan import Part, StepPlan
+from ranklet.replicas.engine.repeated_layout import RepeatedLayout
 from ranklet.replicas.engine.row_table import RowTable
 from ranklet.replicas.engine.runner import Runner
 from ranklet.replicas.model import cudnn_attention, row_decoder
@@ -56,6 +59,7 @@ class PagedRunner:
             adapts_head=runner.pool.head is not None,
         )  # fmt: skip
         self._rows = RowDecoder(model) if row_decoder.supports(model) else None
+        self._repeated: RepeatedLayout | None = None  # of the last step that had decodes only
         self.last_token = torch.zeros(table.filler + 1, dtype=torch.int32, device=model.device)
 
     @torch.inference_mode()
@@ -76,9 +80,9 @@ class PagedRunner:
     def launch_items(self, items: StepItems, launched_s: float) -> LaunchedStep:
         """Start a step of sequences whose rows are set up; see `launch`."""
         runner = self.runner
-        order, lora = items.lora(self.table)
-        lora = runner.backends.choose(lora, runner.backend)
-        layout = self.packer.pack(items, order, lora)
+        layout = self._repeated.next(items) if self._repeated is not None else None
+        if layout is None:
+            layout = self._pack(items)
         self.text.sampler.prepare(layout.features)
         began = record_event(runner.model.device)
         outputs, scores = self._run(layout)
@@ -90,7 +94,14 @@ class PagedRunner:
             groups.append(OutputGroup(self._pooling, layout.pooled_items, (to_host(outputs[-1]),)))
         groups += [OutputGroup(head, [item], tuple(map(to_host, arrays))) for item, head, arrays in scores]
         events = (began, record_event(runner.model.device)) if self._cuda else None
-        return LaunchedStep(groups, lora.backend, launched_s, perf_counter() - launched_s, events)
+        return LaunchedStep(groups, layout.lora.backend, launched_s, perf_counter() - launched_s, events)
+
+    def _pack(self, items: StepItems) -> PagedLayout:
+        order, lora = items.lora(self.table)
+        lora = self.runner.backends.choose(lora, self.runner.backend)
+        layout = self.packer.pack(items, order, lora)
+        self._repeated = None if items.spans else RepeatedLayout(self.table, items, layout)
+        return layout
 
     def _run(self, layout: PagedLayout) -> tuple[tuple[Tensor, ...], list[_Scores]]:
         graphs = self.runner.graphs
@@ -109,10 +120,11 @@ class PagedRunner:
 
     def graph_key(self, layout: PagedLayout) -> Hashable:
         """Return all facts that kernel launches depend on, apart from device memory."""
-        contents = [self.runner.pool.contents[segment.slot] for segment in layout.lora.segments]
-        modules = frozenset[Module]().union(*(slot.modules for slot in contents))
-        if layout.suits_rows:  # the row decoder computes LoRA of every projection in the layers
-            modules = frozenset(module for module in modules if module[0] < 0)
+        contents = self.runner.pool.contents
+        # Equal adapters share their set of modules, and a set's hash is computed once.
+        distinct = {contents[slot].modules for slot in runs_of(layout.lora.segments)[:, 2].tolist()}
+        # The row decoder computes LoRA of every projection in the layers.
+        modules = _modules(frozenset(distinct), in_layers=not layout.suits_rows)
         return "pages", layout.sizes, layout.tile_shapes, layout.features, layout.lora.backend, modules
 
     def _states(self, layout: PagedLayout, moved: Tensor) -> tuple[PagedArrays, Tensor]:
@@ -167,6 +179,12 @@ class PagedRunner:
                 )
             fresh = Spans(layout.fresh_lengths, arrays.fresh_offsets, sizes.longest_fresh, cudnn, starts)
         return AttentionBatch(fresh, arrays.chunks, arrays.tiles, arrays.decodes, arrays.kv_slots)
+
+
+@lru_cache(256)
+def _modules(distinct: frozenset[frozenset[Module]], *, in_layers: bool) -> frozenset[Module]:
+    """Return the modules of all adapters, without those in the layers unless `in_layers`."""
+    return frozenset(module for modules in distinct for module in modules if in_layers or module[0] < 0)
 
 
 def spans_of(plan: StepPlan) -> list[TokenSpan]:

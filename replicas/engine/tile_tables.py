@@ -11,8 +11,9 @@ from ranklet.kernels.row_tiles import RowTiles
 TileShapes = tuple[tuple[int | tuple[int, int], ...], ...]
 
 
-def tiled(batch: LoraBatch, *, padded: bool) -> LoraBatch:
-    """Cut the batch into tiles if its backend reads them."""
+def tiled(batch: LoraBatch, rows: int, *, padded: bool) -> LoraBatch:
+    """Add fillers up to this number of rows, and cut the batch into tiles if its backend reads them."""
+    batch = batch if rows == batch.rows else replace(batch, rows=rows)
     return replace(batch, tiles=cut(batch, padded=padded), padded=padded) if batch.backend == "csgmv" else batch
 
 
