@@ -1,6 +1,7 @@
 """Settings of an engine."""
 
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from ranklet.replicas.model.modules import ALL_MODULES, LORA_MODULES
@@ -53,9 +54,9 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     # Whether texts share the keys and values of equal beginnings of prompts, within one adapter revision.
     prefix_cache: bool = True
-    # Largest number of prompt tokens in a step that also decodes: more delays the next token of every running text. A
-    # step that starts many texts at once may have more, up to max_batch_tokens.
-    interleave_tokens: int = 1024
+    # Factor by which prompts may lengthen a step of running texts, as estimated from the model's dimensions. Steps
+    # beside few texts, and those that start many texts at once, may take longer.
+    decode_slowdown: float = 2.0
     # Device memory for merged weights of the most requested adapters.
     merged_bytes: int = 0
     # LoRA backend; "fastest" may give up a little accuracy for speed (see kernels/dispatch.py).
@@ -65,9 +66,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model_dir", Path(self.model_dir))
-        for name in (
-            "slots", "max_rank", "max_batch_tokens", "max_batch_requests", "max_waiting_tokens", "interleave_tokens",
-        ):  # fmt: skip
+        for name in ("slots", "max_rank", "max_batch_tokens", "max_batch_requests", "max_waiting_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("max_adapters_per_batch", "max_model_len"):
@@ -79,6 +78,8 @@ class EngineConfig:
                 f"max_model_len: expected at most max_batch_tokens ({self.max_batch_tokens}), since a prompt runs in "
                 f"one batch; got {self.max_model_len}. Raise max_batch_tokens or lower max_model_len"
             )
+        if not 1 <= self.decode_slowdown < inf:
+            raise ValueError(f"decode_slowdown: expected at least 1, got {self.decode_slowdown}")
         if not self.load_timeout_s > 0:
             raise ValueError(f"load_timeout_s: expected more than 0, got {self.load_timeout_s}")
         if not 0 < self.kv_cache_fraction <= 0.98:

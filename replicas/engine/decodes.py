@@ -1,4 +1,4 @@
-"""Plans and commits the decodes of a step, and chooses the sequences that give up their pages for them."""
+"""Plans and commits the decodes of a step: who gives up pages for them, and what prompts may cost beside them."""
 
 from ranklet.replicas.engine.decode_set import DecodeSet
 from ranklet.replicas.engine.fair_queue import FairQueue
@@ -6,8 +6,11 @@ from ranklet.replicas.engine.holders import Holders
 from ranklet.replicas.engine.kv_space import FreeSpace, KvSpace
 from ranklet.replicas.engine.plan import StepPlan
 from ranklet.replicas.engine.sequence import Sequence
+from ranklet.replicas.engine.step_cost import PromptBudget, StepCost
 
-_BURST = 0.25  # texts that a step starts, as a share of those that decode
+_BURST, _BURST_TEXTS = 0.125, 4  # texts that a step starts at least, as a share of those that decode, and in all
+_BURST_COST = 2  # of the prompts of a burst at most, compared with a full step of tokens that have none before them
+_LEAST_TOKENS = 256  # of prompts beside few decodes
 
 
 def plan_decodes(plan: StepPlan, holders: Holders, space: KvSpace, room: FreeSpace) -> None:
@@ -58,16 +61,34 @@ def commit_decodes(plan: StepPlan, holders: Holders, space: KvSpace) -> None:
         holders.stop_decoding(sequence)
 
 
-def is_burst(queue: FairQueue, decodes: int, rows: int, max_tokens: int) -> bool:
-    """Return whether a large step would start many texts, compared with the number of decodes that it delays.
+def prompt_budget(
+    plan: StepPlan, queue: FairQueue, rows: int, costs: StepCost, slowdown: float, max_tokens: int
+) -> PromptBudget:
+    """Return what prompts may take in a step whose decodes are planned.
 
-    Then the step may exceed `interleave_tokens`; otherwise the last prompts of a burst would wait for many small steps.
-    A large step of a few long prompts would delay all running texts and start few.
+    Beside decodes, the step may cost `slowdown` times as much as without prompts. Beside few decodes, which cost
+    little, it may cost more. A burst may take a full step.
 
     Args:
         rows: number of sequences that can start.
     """
+    count = len(plan.decodes)
+    budget = PromptBudget(costs, max_tokens - plan.tokens, decodes=count)
+    if count and len(queue):
+        alone = costs.decodes(count, sum(each.computed for each in plan.decodes))
+        budget.cost = max((slowdown - 1) * alone - costs.mixed, (slowdown - 1) * _LEAST_TOKENS)
+        if _is_burst(queue, count, rows, costs, max_tokens):
+            budget.cost = max(budget.cost, _BURST_COST * max_tokens)
+    return budget
+
+
+def _is_burst(queue: FairQueue, decodes: int, rows: int, costs: StepCost, max_tokens: int) -> bool:
+    """Return whether a large step would start many texts, compared with the number of decodes that it delays.
+
+    In many small steps, the prompts of a burst would wait, and rows would stay empty. A large step of a few long
+    prompts would delay all running texts and start few.
+    """
     if not queue.texts:
         return False
-    starting = min(queue.texts, rows, max_tokens * queue.texts // max(queue.text_tokens, 1))
-    return starting >= _BURST * decodes
+    starting = min(queue.texts, rows, max_tokens / costs.piece(queue.text_tokens / queue.texts, 0))
+    return starting >= max(_BURST * decodes, _BURST_TEXTS)

@@ -29,6 +29,7 @@ from ranklet.replicas.engine.runner import Runner
 from ranklet.replicas.engine.scheduler import Scheduler
 from ranklet.replicas.engine.sequence import Sequence, flow_of
 from ranklet.replicas.engine.stats import Listener, Snapshot
+from ranklet.replicas.engine.step_cost import StepCost
 from ranklet.replicas.engine.step_runner import StepRunner
 from ranklet.replicas.engine.tasks import EmbedTask, Task
 from ranklet.replicas.engine.text import Text, generates_text
@@ -84,7 +85,7 @@ class Engine:
         self._scheduler = Scheduler(
             max_tokens=config.max_batch_tokens, max_sequences=config.max_batch_requests,
             max_adapters=config.adapters_per_batch, max_demand=config.slots,
-            interleave_tokens=config.interleave_tokens,
+            costs=StepCost.of(architecture), decode_slowdown=config.decode_slowdown,
         )  # fmt: skip
         self._adapters = AdapterManager(
             config.slots, loader, self._lock, self._scheduler.take_waiting, on_load=self._listener.load,
@@ -121,7 +122,7 @@ class Engine:
         self.steps.paged = PagedRunner(self.runner, kv, space.table, head, self.head)
         self._text = Text(head, self.end_of_text, self.limits, revision, str(self.dtype), config.prefix_cache)
         self._scheduler.space = space
-        warm_up_text(self.steps.paged, config.interleave_tokens, self.limits.max_model_len)
+        warm_up_text(self.steps.paged, self.limits.max_model_len)
 
     def stop(self) -> None:
         """Finish the steps on the device, refuse waiting requests with `Unavailable`, and end the threads."""

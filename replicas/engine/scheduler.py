@@ -1,9 +1,10 @@
 """Chooses the sequences of the next step and the adapters to load. No clock, no locks, no tensors.
 
 Decoding sequences come first: each computes its last token. Prompts and pieces of prompts follow in the queue's order
-(`fair_queue.py`), up to `interleave_tokens` beside decodes unless a burst starts (`decodes.py`). From its first piece
-to its last output, a sequence with pages keeps its row, its pages and its slot. Where pages run out, the sequence
-that started last gives its pages back, keeps its slot and waits at its old place in the queue to be computed again.
+(`fair_queue.py`). Beside decodes, their cost is limited (`step_cost.py`), unless a burst starts (`decodes.py`). From
+its first piece to its last output, a sequence with pages keeps its row, its pages and its slot. Where pages run out,
+the sequence that started last gives its pages back, keeps its slot and waits at its old place in the queue to be
+computed again.
 
 A sequence is passed over while its adapter is in no slot. A sequence whose adapter is in a slot, but that does not fit
 into a step, is passed over at most `PATIENCE` times; then no later sequence starts before it. Therefore:
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable
 
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.cache.pages import PAGE_TOKENS
-from ranklet.replicas.engine.decodes import commit_decodes, is_burst, plan_decodes
+from ranklet.replicas.engine.decodes import commit_decodes, plan_decodes, prompt_budget
 from ranklet.replicas.engine.fair_queue import FairQueue
 from ranklet.replicas.engine.holders import Holders
 from ranklet.replicas.engine.kv_space import FreeSpace, KvSpace, Start
@@ -28,10 +29,10 @@ from ranklet.replicas.engine.plan import Part, StepPlan
 from ranklet.replicas.engine.request import Request
 from ranklet.replicas.engine.sequence import PATIENCE, Sequence
 from ranklet.replicas.engine.stats import KvCacheState
+from ranklet.replicas.engine.step_cost import PromptBudget, StepCost
 
 _REMEMBERED_STEPS = 8  # after a step with an adapter within its allowance, more requests of such adapters are expected
 _LOOKAHEAD = 512  # sequences examined after a step is full, so that their adapters are loaded early
-_LEAST_PIECE = 64  # tokens of a piece of a prompt that is not its last
 
 
 class Scheduler:
@@ -40,7 +41,8 @@ class Scheduler:
     Args:
         max_adapters: number of adapters that a step may mix.
         max_demand: number of adapters in `StepPlan.demand`.
-        interleave_tokens: tokens of prompts in a step with decodes.
+        costs: what steps cost.
+        decode_slowdown: factor by which prompts may raise the cost of a step of decodes.
 
     Attributes:
         space: pages and rows; None if the engine keeps no keys and values.
@@ -49,13 +51,14 @@ class Scheduler:
 
     def __init__(
         self, *, max_tokens: int, max_sequences: int, max_adapters: int, max_demand: int,
-        interleave_tokens: int | None = None,
+        costs: StepCost = StepCost(), decode_slowdown: float = 2.0,
     ) -> None:  # fmt: skip
         self._max_tokens = max_tokens
         self._max_sequences = max_sequences
         self._max_adapters = max_adapters
         self._max_demand = max_demand
-        self._interleave_tokens = interleave_tokens or max_tokens
+        self._costs = costs
+        self._slowdown = decode_slowdown
         self.space: KvSpace | None = None
         self._steps_beside_others = 0  # further steps in which adapters within their allowance may have requests
         self._decodes_waited = False  # whether the last step left out the decodes
@@ -85,10 +88,8 @@ class Scheduler:
             plan_decodes(plan, self.holders, self.space, room)
             if plan.decodes and plan.decodes[0].solo:
                 return plan
-        most, limit = self._target_tokens(enough), self._max_tokens
-        if plan.decodes:
-            pays = is_burst(self.queue, len(plan.decodes), room.rows, self._max_tokens)
-            most = limit = self._max_tokens if pays else min(len(plan.decodes) + self._interleave_tokens, limit)
+        most = self._max_tokens if plan.decodes else self._target_tokens(enough)
+        budget = prompt_budget(plan, self.queue, room.rows, self._costs, self._slowdown, self._max_tokens)
         adapters = set(self.holders.adapters)
         ready: dict[AdapterRef, bool] = {}
         beyond, blocked, others = 0, False, self._steps_beside_others > 0
@@ -109,17 +110,19 @@ class Scheduler:
                 if beyond > _LOOKAHEAD:
                     break
             elif adapter is None or ready[adapter] or sequence.holds_slot:
-                part = self._part(sequence, plan, adapters, room, limit)
+                part = self._part(sequence, plan, adapters, room, budget)
                 if part is None:
                     plan.passed.append(sequence)
                     blocked = blocked or (sequence.passed_over >= PATIENCE and not sequence.need.keeps_cache)
+                    full = budget.is_spent
                     continue
                 plan.add(part)
+                budget.take(part.tokens, part.start)
                 if adapter is not None:
                     adapters.add(adapter)
                 others = others or not self.queue.floods(sequence)
                 count = len(plan.decodes) + len(plan.parts)
-                full = bool(sequence.solo) or count == self._max_sequences or plan.tokens >= most
+                full = bool(sequence.solo) or count == self._max_sequences or plan.tokens >= most or part.head is None
         plan.demand = list(ready)[: self._max_demand]
         if alone and not plan.parts and self.space is not None:  # it waits for pages that others hold
             plan_decodes(plan, self.holders, self.space, room)
@@ -132,7 +135,7 @@ class Scheduler:
         return self._max_tokens if backlog or enough is None else min(enough, self._max_tokens)
 
     def _part(
-        self, sequence: Sequence, plan: StepPlan, adapters: set[AdapterRef], room: FreeSpace, limit: int
+        self, sequence: Sequence, plan: StepPlan, adapters: set[AdapterRef], room: FreeSpace, budget: PromptBudget
     ) -> Part | None:
         """Return the tokens of a sequence that fit into the step; None if it does not fit."""
         if (plan.parts or plan.decodes) and (sequence.solo or (plan.parts and plan.parts[0].sequence.solo)):
@@ -149,12 +152,12 @@ class Scheduler:
             if (first := self._first_pages(sequence, room)) is None:
                 return None
             start, left = first.tokens, left - first.tokens
-        tokens = self._piece(sequence, left, plan, limit)
+        tokens = self._piece(sequence, left, start, plan, budget)
         if 0 < tokens < left and first is None and sequence.row is None:
             if (first := self._first_pages(sequence, room)) is None:  # to be divided, a prompt needs pages
                 return None
             start, left = first.tokens, left - first.tokens
-            tokens = min(tokens, left)
+            tokens = budget.fit(left, start)
         if not tokens:
             return None
         if first is not None:
@@ -177,16 +180,13 @@ class Scheduler:
             return None
         return found
 
-    def _piece(self, sequence: Sequence, left: int, plan: StepPlan, limit: int) -> int:
+    def _piece(self, sequence: Sequence, left: int, start: int, plan: StepPlan, budget: PromptBudget) -> int:
         """Return how many of the `left` tokens fit into the step; 0 if it has no space for a useful number."""
-        space = limit - plan.tokens
-        if left <= space:
-            return left
         if sequence.need.divisible and self.space is not None:
-            return space if space >= min(_LEAST_PIECE, self._interleave_tokens) else 0
-        if not plan.parts and (not plan.decodes or sequence.passed_over >= PATIENCE):
-            return left  # a prompt that cannot be divided; decodes wait for it once
-        return 0
+            return budget.fit(left, start)
+        # A prompt that cannot be divided; decodes wait for it once.
+        alone = not plan.parts and (not plan.decodes or sequence.passed_over >= PATIENCE)
+        return left if left <= budget.tokens or alone else 0
 
     # Changes
 

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _TOKENS = (16, 300, 1100, 5000)
 _ADAPTERS = (1, 2, 8, 64)
+_PIECE_TOKENS = 1024
 
 
 def _warmup_steps(
@@ -84,7 +85,7 @@ def measured_workspace(device: torch.device) -> Iterator[StepWorkspace]:
         found.bytes = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
 
 
-def warm_up_text(paged: PagedRunner, interleave_tokens: int, longest: int) -> None:
+def warm_up_text(paged: PagedRunner, longest: int) -> None:
     """Compile kernels and capture the CUDA graphs of decodes, with and without adapters. Does nothing on the CPU."""
     runner, table = paged.runner, paged.table
     if runner.model.device.type != "cuda":
@@ -103,7 +104,7 @@ def warm_up_text(paged: PagedRunner, interleave_tokens: int, longest: int) -> No
                     for _ in range(RUNS_TO_CAPTURE if runner.model.dtype != torch.float32 else 1):
                         _run_paged(paged, rows, [], None)
             # A piece of a prompt beside decodes, and a prompt alone.
-            piece, slot = min(interleave_tokens, runner.max_tokens - 1, longest - 1), 0 if count else None
+            piece, slot = min(_PIECE_TOKENS, runner.max_tokens - 1, longest - 1), 0 if count else None
             for length in {min(64, piece), piece}:
                 _run_paged(paged, 1, [TokenSpan(np.zeros(length, dtype=np.int32), 1, paged.text, 0)], slot)
                 _run_paged(paged, 0, [TokenSpan(np.zeros(length, dtype=np.int32), 0, paged.text, 0)], slot)

@@ -114,7 +114,7 @@ def shared(model: TextModel, name: str, options: argparse.Namespace) -> list[dic
 
 def fields(options: argparse.Namespace) -> dict[str, Any]:
     """Return the engine's settings that options give."""
-    names = ("max_batch_tokens", "interleave_tokens", "backend", "kv_cache_fraction")
+    names = ("max_batch_tokens", "decode_slowdown", "backend", "kv_cache_fraction")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return {"max_batch_requests": 256, **given}
 
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--shared-output", type=int, default=32, help="tokens of each text of the part `shared`")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep models here, for further runs")
     parser.add_argument("--max-batch-tokens", type=int, help="as the engine's setting, here and below")
-    parser.add_argument("--interleave-tokens", type=int)
+    parser.add_argument("--decode-slowdown", type=float)
     parser.add_argument("--kv-cache-fraction", type=float)
     parser.add_argument("--backend")
     options = parser.parse_args()

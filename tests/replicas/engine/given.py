@@ -2,17 +2,25 @@
 
 from collections.abc import Collection
 from collections.abc import Sequence as Many
+from math import inf
 from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
 
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.plan import Need
 from ranklet.replicas.engine.request import AnswerSink, Request
 from ranklet.replicas.engine.sequence import Sequence
+from ranklet.replicas.engine.step_cost import StepCost
 from ranklet.replicas.model.heads import PoolingHead
 from ranklet.replicas.model.pooling import Pooling
 
+given_costs = st.builds(
+    StepCost, step=st.sampled_from((0.0, 50.0, 300.0)), mixed=st.sampled_from((0.0, 30.0)),
+    read=st.sampled_from((0.0, 0.2)), attend=st.sampled_from((0.0, 0.01, 1.0)),
+    windows=st.sampled_from((((1.0, inf),), ((0.5, 30), (0.5, inf)))),
+)  # fmt: skip
 HEAD = PoolingHead(Pooling())
 
 

@@ -19,6 +19,7 @@ from ranklet.replicas.engine.plan import StepPlan
 from ranklet.replicas.engine.request import Answer, Request
 from ranklet.replicas.engine.scheduler import Scheduler
 from ranklet.replicas.engine.sequence import Sequence
+from ranklet.replicas.engine.step_cost import StepCost
 from ranklet.replicas.engine.tasks import EmbedTask, Task
 from ranklet.replicas.errors import InternalError, RankletError
 from ranklet.replicas.model.heads import Head, TextHead
@@ -82,13 +83,13 @@ class Simulation:
     """
 
     def __init__(
-        self, *, pages: int, rows: int, slots: int, max_tokens: int, max_adapters: int, interleave_tokens: int,
-        max_model_len: int, depth: int = 2, shares_prefixes: bool = True,
+        self, *, pages: int, rows: int, slots: int, max_tokens: int, max_adapters: int, max_model_len: int,
+        costs: StepCost = StepCost(), slowdown: float = 1.0, depth: int = 2, shares_prefixes: bool = True,
     ) -> None:  # fmt: skip
         self.depth = depth
         self.scheduler = Scheduler(
             max_tokens=max_tokens, max_sequences=rows, max_adapters=max_adapters, max_demand=slots,
-            interleave_tokens=interleave_tokens,
+            costs=costs, decode_slowdown=slowdown,
         )  # fmt: skip
         self.space = self.scheduler.space = KvSpace(pages, rows, max_model_len)
         self.slots = SlotTable(slots)

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from ranklet.kernels.paged_attention import PAGE_TOKENS
+from ranklet.replicas.engine import step_cost
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.stats import BatchRecord, Listener
 from ranklet.replicas.model.architecture import read_architecture, read_config
@@ -58,9 +59,12 @@ def test_texts_one_at_a_time(scene: TextScene, start_engine: MakeEngine) -> None
     engine.check_integrity()
 
 
-def test_texts_of_all_adapters_beside_embeddings(scene: TextScene, start_engine: MakeEngine) -> None:
+def test_texts_of_all_adapters_beside_embeddings(
+    scene: TextScene, start_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Embeddings arrive one after the other while texts run, so that steps have both, and odd chunks of prompts."""
-    engine = start_engine(interleave_tokens=37, prefix_cache=False)
+    monkeypatch.setattr(step_cost, "LEAST_PIECE", 37)
+    engine = start_engine(decode_slowdown=1.0, prefix_cache=False)
     early, late = scene.all()[::2], scene.all()[1::2]
     with engine.paused():
         texts = [request(engine, asked) for asked in early]
@@ -81,7 +85,7 @@ def test_texts_that_are_preempted(scene: TextScene, start_engine: MakeEngine) ->
     counter, rng, least = TokenCounter(), random.Random(scene.family), 0
     for pages in (LONGEST_PAGES, LONGEST_PAGES + 1, LONGEST_PAGES + 3):
         kv_cache_bytes = pages * page_bytes(scene)
-        engine = start_engine(counter, kv_cache_bytes=kv_cache_bytes, prefix_cache=False, interleave_tokens=50)
+        engine = start_engine(counter, kv_cache_bytes=kv_cache_bytes, prefix_cache=False, decode_slowdown=1.0)
         chosen = rng.sample(scene.all(), 6)
         with engine.paused():
             texts = [request(engine, asked) for asked in chosen]

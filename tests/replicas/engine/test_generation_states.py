@@ -172,7 +172,7 @@ class GenerationStates(RuleBasedStateMachine):
 def tight_engine(make_engine: MakeEngine, architecture: Architecture) -> Iterator[Engine]:
     """Return an engine with space for four requests, of which few keep their pages."""
     engine = make_engine(
-        slots=2, max_model_len=192, max_batch_tokens=192, max_batch_requests=4, interleave_tokens=24,
+        slots=2, max_model_len=192, max_batch_tokens=192, max_batch_requests=4, decode_slowdown=1.0,
         kv_cache_bytes=5 * page_bytes(architecture, torch.float32),
     )  # fmt: skip
     engine.start()

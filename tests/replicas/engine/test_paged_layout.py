@@ -18,7 +18,7 @@ GREEDY = GenerateParams(max_tokens=20, temperature=0.0, ignore_eos=True, logprob
 
 
 def text_engine(make_engine: MakeEngine, *, pads: bool) -> Engine:
-    engine = make_engine(slots=4, kv_cache_bytes=8 << 20, max_model_len=512, interleave_tokens=48)
+    engine = make_engine(slots=4, kv_cache_bytes=8 << 20, max_model_len=512, decode_slowdown=1.0)
     engine.start()
     assert engine.steps.paged is not None
     engine.steps.paged.packer.pads = pads

@@ -7,12 +7,10 @@ from tests.replicas.engine.simulation import Simulation
 ONE, TWO = AdapterRef("one", "/one", "one-1"), AdapterRef("two", "/two", "two-1")
 
 
-def simulation(
-    pages: int, *, rows: int = 4, slots: int = 1, max_tokens: int = 320, interleave: int = 64, depth: int = 1
-) -> Simulation:
+def simulation(pages: int, *, rows: int = 4, slots: int = 1, max_tokens: int = 320, depth: int = 1) -> Simulation:
     return Simulation(
-        pages=pages, rows=rows, slots=slots, max_tokens=max_tokens, max_adapters=slots, interleave_tokens=interleave,
-        max_model_len=320, depth=depth,
+        pages=pages, rows=rows, slots=slots, max_tokens=max_tokens, max_adapters=slots, max_model_len=320,
+        depth=depth,
     )  # fmt: skip
 
 
@@ -51,7 +49,7 @@ def test_cached_pages_that_a_sequence_shares_are_not_evicted_for_others_of_the_s
 
 
 def test_a_prompt_that_waits_for_pages_does_not_block_the_sequence_that_holds_them() -> None:
-    running = simulation(5, rows=2, max_tokens=64, interleave=1)
+    running = simulation(5, rows=2, max_tokens=64)
     running.generate([lasting(64, 5)], max_tokens=5)
     running.embed([[1] * 129])
     running.embed([[1] * 65])

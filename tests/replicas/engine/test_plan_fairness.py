@@ -10,26 +10,28 @@ from hypothesis import strategies as st
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.plan import StepPlan
 from ranklet.replicas.engine.sequence import Sequence
+from ranklet.replicas.engine.step_cost import LEAST_PIECE, StepCost
+from tests.replicas.engine.given import given_costs
 from tests.replicas.engine.simulated_device import LAST, MEAN, VOCAB, expected_text
 from tests.replicas.engine.simulation import Asked, Simulation
 
 ONE, TWO = REFS = [AdapterRef(f"a{index}", f"/{index}", f"a{index}-1") for index in range(2)]
 BUDGET = 100  # tokens of a step, and the allowance of an adapter
-INTERLEAVE = 40
 
 Arrival = tuple[str, int, AdapterRef | None, int]  # kind, length, adapter, most output tokens
 arrivals = st.tuples(
     st.sampled_from(("text", "text", "last", "mean")), st.integers(1, 200), st.sampled_from((None, *REFS)),
     st.integers(1, 60),
 )  # fmt: skip
+slowdowns = st.sampled_from((1.0, 1.1, 1.3, 2.0))
 traffic = st.lists(st.lists(arrivals, max_size=4), min_size=1, max_size=12)
 
 
-def simulation(*, pages: int = 24, rows: int = 4, interleave: int = INTERLEAVE) -> Simulation:
+def simulation(*, pages: int = 24, rows: int = 4, costs: StepCost = StepCost(), slowdown: float = 1.0) -> Simulation:
     """Return a simulation whose adapters are in their slots."""
     made = Simulation(
         pages=pages, rows=rows, slots=len(REFS), max_tokens=BUDGET, max_adapters=len(REFS),
-        interleave_tokens=interleave, max_model_len=320, depth=1,
+        max_model_len=320, costs=costs, slowdown=slowdown, depth=1,
     )  # fmt: skip
     for ref in REFS:
         made.embed([[1]], ref)
@@ -79,9 +81,11 @@ def streams(running: Simulation) -> set[Sequence]:
 
 
 @settings(max_examples=60)
-@given(traffic, st.integers(5, 24), st.integers(1, 60))
-def test_a_stream_waits_for_at_most_one_step(drawn: list[list[Arrival]], pages: int, interleave: int) -> None:
-    running = simulation(pages=pages, interleave=interleave)
+@given(traffic, st.integers(5, 24), given_costs, slowdowns)
+def test_a_stream_waits_for_at_most_one_step(
+    drawn: list[list[Arrival]], pages: int, costs: StepCost, slowdown: float
+) -> None:
+    running = simulation(pages=pages, costs=costs, slowdown=slowdown)
     before: set[Sequence] = set()
     waited: dict[Sequence, int] = {}
 
@@ -91,6 +95,27 @@ def test_a_stream_waits_for_at_most_one_step(drawn: list[list[Arrival]], pages: 
             waited[each] = 0 if each in plan.decodes else waited.get(each, 0) + 1
             assert waited[each] <= 1
         before = streams(running)
+
+    serve(running, drawn, check)
+
+
+@settings(max_examples=60)
+@given(traffic, st.integers(5, 24), given_costs, slowdowns)
+def test_prompts_slow_decodes_down_by_the_factor_at_most_and_always_go_on(
+    drawn: list[list[Arrival]], pages: int, costs: StepCost, slowdown: float
+) -> None:
+    """The least piece may cost more. The rows are too few for a burst."""
+    running = simulation(pages=pages, costs=costs, slowdown=slowdown)
+
+    def check(plan: StepPlan, queue: list[Sequence]) -> None:
+        if not plan.decodes:
+            return
+        alone = costs.decodes(len(plan.decodes), sum(each.computed - 1 for each in plan.decodes))
+        added = sum(costs.piece(part.tokens, part.start) for part in plan.parts)
+        most = max((slowdown - 1) * alone - costs.mixed, (slowdown - 1) * 256)
+        assert added <= most + 1e-6 or [part.tokens <= LEAST_PIECE for part in plan.parts] == [True]
+        begun = [each for each in queue if each.row is not None and each not in plan.started + plan.preempted]
+        assert plan.parts or not begun, "a prompt that has begun goes on in every step"
 
     serve(running, drawn, check)
 
@@ -115,8 +140,7 @@ def test_a_text_that_waits_for_pages_is_not_overtaken_by_another_text(drawn: lis
     running = simulation(pages=pages)
 
     def check(plan: StepPlan, queue: list[Sequence]) -> None:
-        limit = min(len(plan.decodes) + INTERLEAVE, BUDGET) if plan.decodes else BUDGET
-        if plan.tokens + INTERLEAVE > limit or plan.preempted:
+        if plan.tokens + LEAST_PIECE > BUDGET or plan.preempted:
             return  # the others do not fit because of their tokens
         waiting = [each for each in queue if each.need.keeps_cache and each.row is None and not each.computed]
         started = [each for each in queue if each.need.keeps_cache and each in plan.started]

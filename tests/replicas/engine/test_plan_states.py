@@ -5,7 +5,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.engine.step_cost import StepCost
 from ranklet.replicas.errors import RankletError
+from tests.replicas.engine.given import given_costs
 from tests.replicas.engine.simulated_device import LAST, MEAN, VOCAB
 from tests.replicas.engine.simulation import Asked, Simulation
 
@@ -29,16 +31,16 @@ class PlanStates(RuleBasedStateMachine):
 
     @initialize(
         pages=st.integers(5, 12), rows=st.integers(1, 4), slots=st.integers(1, 3),
-        max_tokens=st.sampled_from((64, 100, 320)), interleave=st.sampled_from((1, 17, 64, 100)),
+        max_tokens=st.sampled_from((64, 100, 320)), costs=given_costs, slowdown=st.sampled_from((1.0, 1.2, 2.0)),
         max_adapters=st.integers(1, 3), depth=st.integers(1, 2), shares=st.sampled_from((True, True, True, False)),
     )  # fmt: skip
     def begin(
-        self, pages: int, rows: int, slots: int, max_tokens: int, interleave: int, max_adapters: int, depth: int,
-        shares: bool,
+        self, pages: int, rows: int, slots: int, max_tokens: int, costs: StepCost, slowdown: float, max_adapters: int,
+        depth: int, shares: bool,
     ) -> None:  # fmt: skip
         self.simulation = Simulation(
             pages=pages, rows=rows, slots=slots, max_tokens=max_tokens, max_adapters=min(max_adapters, slots),
-            interleave_tokens=interleave, max_model_len=MAX_MODEL_LEN, depth=depth, shares_prefixes=shares,
+            max_model_len=MAX_MODEL_LEN, costs=costs, slowdown=slowdown, depth=depth, shares_prefixes=shares,
         )  # fmt: skip
         self.longest_prompt = min(max_tokens, MAX_MODEL_LEN - 110)
         self.revisions = dict.fromkeys(NAMES, 1)

@@ -76,7 +76,7 @@ def test_streams_finish_on_their_revision(
         kv_cache_bytes=pages * page_bytes,
         max_model_len=512,
         host_cache_bytes=0,
-        interleave_tokens=50,
+        decode_slowdown=1.0,
     )
     engine.start()
     live = tmp_path / "live"

@@ -48,7 +48,7 @@ def test_pieces_are_the_whole_answer_and_usage_counts_the_prompt_once(text_engin
 
 @pytest.mark.parametrize("length", [200, 500])  # the longer one is computed in pieces
 def test_equal_prompts_that_come_at_once_are_computed_once(make_engine: MakeEngine, length: int) -> None:
-    engine = make_engine(kv_cache_bytes=16 << 20, max_model_len=600, max_batch_tokens=700, interleave_tokens=150)
+    engine = make_engine(kv_cache_bytes=16 << 20, max_model_len=600, max_batch_tokens=700, decode_slowdown=1.0)
     engine.start()
     prompts, sinks = draw(length), [TextSink() for _ in range(6)]
     with engine.paused():

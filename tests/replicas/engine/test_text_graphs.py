@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(folder: Path) -> Iterator[Engine]:
     config = EngineConfig(
         folder / "model", slots=5, max_batch_tokens=2048, max_model_len=1024, max_batch_requests=64,
-        kv_cache_bytes=256 << 20, interleave_tokens=128, prefix_cache=False,
+        kv_cache_bytes=256 << 20, decode_slowdown=1.0, prefix_cache=False,
     )  # fmt: skip
     running = Engine(config)
     running.start()

@@ -162,7 +162,7 @@ def test_an_adapter_is_in_use_at_every_moment_of_its_streams(
     make_engine: MakeEngine, model_dir: Path, adapter_specs: list[AdapterSpec], pages: int
 ) -> None:
     """With 8 pages, streams are preempted and wait in the queue."""
-    engine = make_engine(kv_cache_bytes=pages * page_bytes(model_dir), max_model_len=512, interleave_tokens=70)
+    engine = make_engine(kv_cache_bytes=pages * page_bytes(model_dir), max_model_len=512, decode_slowdown=1.0)
     engine.start()
     adapters = [ref(spec.path) for spec in adapter_specs[:2]]
     streams = [(adapters[i % 2], TextSink()) for i in range(6)]
