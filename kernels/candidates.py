@@ -13,6 +13,13 @@ _PASSES = tl.constexpr(64)  # enough for any float32; stops the search in a row 
 
 
 @triton.jit
+def row_places(row, logits, stride, groups, group_count, blocks, values, ids, CAPACITY: tl.constexpr):
+    """Return where a row's logits, groups, blocks, candidates and token ids begin; see `gather`."""
+    room = row * CAPACITY
+    return logits + row * stride, groups + row * group_count, blocks + room, values + room, ids + room
+
+
+@triton.jit
 def extents(source, length, scale, TILE: tl.constexpr):
     """Return the least and the largest finite value, and the number of finite values."""
     lanes = tl.arange(0, TILE)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ranklet.kernels.candidates import WAYS, extents, gather, threshold_of
+from ranklet.kernels.candidates import WAYS, extents, gather, row_places, threshold_of
 from ranklet.kernels.sample import GROUP, Scan, joined
 from ranklet.kernels.sampling_flags import FLAGS, TOP, TOPS, column_of
 from ranklet.kernels.sampling_row import PIECE, TOP_LOGPROBS
@@ -31,11 +31,9 @@ def top_kernel(
         if (column_of(columns, row, FLAGS) & TOP) == 0:
             return
     group_count = pieces * (LENGTH // IN_GROUP)
-    groups += row * group_count
-    blocks += row * MOST
-    values += row * MOST
-    ids += row * MOST
-    source = logits + row * stride
+    source, groups, blocks, values, ids = row_places(
+        row, logits, stride, groups, group_count, blocks, values, ids, MOST
+    )
     peak, total = joined(statistics + row * pieces * 2, pieces, PIECES)
     total = peak + tl.log(total)
     least, largest, count = extents(groups, group_count, 1.0, TILE)

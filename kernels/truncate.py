@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ranklet.kernels.candidates import WAYS, extents, gather, measured, threshold_of
+from ranklet.kernels.candidates import WAYS, extents, gather, measured, row_places, threshold_of
 from ranklet.kernels.noise import gumbel_at, gumbel_run, seed_of
 from ranklet.kernels.sample import GROUP, Scan, joined
 from ranklet.kernels.sampling_flags import (
@@ -95,11 +95,9 @@ def truncate_kernel(
     if (flags & TRUNCATE) == 0:
         return
     group_count = pieces * (LENGTH // IN_GROUP)
-    groups += row * group_count
-    blocks += row * MOST
-    values += row * MOST
-    ids += row * MOST
-    source = logits + row * stride
+    source, groups, blocks, values, ids = row_places(
+        row, logits, stride, groups, group_count, blocks, values, ids, MOST
+    )
     if CHANGES:
         if flags & CHANGE:
             source = changed + row * V
