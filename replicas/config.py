@@ -37,8 +37,9 @@ class EngineConfig:
     max_batch_requests: int = 512
     # Largest number of adapters in one batch; None for the number of slots.
     max_adapters_per_batch: int | None = None
-    # Largest number of tokens in a prompt, generated text included; None for the model's own limit, up to
-    # max_batch_tokens.
+    # Largest number of tokens in a prompt, generated text included; None for the model's own limit, or what
+    # kv_cache_bytes holds. Embeddings have at most max_batch_tokens, unless the engine generates text and pools the
+    # last token: then it computes their prompts in pieces, like those of texts.
     max_model_len: int | None = None
     # Largest number of tokens that wait for a batch; further requests are refused with 503.
     max_waiting_tokens: int = 4_000_000
@@ -73,11 +74,6 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1 or null, got {value}")
-        if self.max_model_len is not None and self.max_model_len > self.max_batch_tokens:
-            raise ValueError(
-                f"max_model_len: expected at most max_batch_tokens ({self.max_batch_tokens}), since a prompt runs in "
-                f"one batch; got {self.max_model_len}. Raise max_batch_tokens or lower max_model_len"
-            )
         if not 1 <= self.decode_slowdown < inf:
             raise ValueError(f"decode_slowdown: expected at least 1, got {self.decode_slowdown}")
         if not self.load_timeout_s > 0:

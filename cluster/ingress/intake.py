@@ -60,7 +60,7 @@ class Intake:
                 return inputs
             inputs = self._tokenizer.encode(inputs)
         # The engine checks too, but it sees the parts of a split request, so its indices would be wrong.
-        limits.check_prompts(inputs)
+        limits.check_prompts(inputs, limits.max_embedding_len)
         return inputs
 
     async def tokenise(self, inputs: Texts | TokenIds, limits: RequestLimits, owner: str) -> TokenIds:
@@ -78,7 +78,7 @@ class Intake:
         for part, size_bytes in self._slices(inputs):
             async with self._budget.spend(owner, size_bytes):
                 prompts += await self._encode(part)
-        limits.check_prompts(prompts)
+        limits.check_prompts(prompts, limits.max_embedding_len)
         return prompts
 
     async def _encode(self, texts: Texts) -> TokenIds:
@@ -91,11 +91,11 @@ class Intake:
 
     def _check_lengths(self, texts: Texts, limits: RequestLimits) -> None:
         for index, text in enumerate(texts):
-            if len(text) > limits.max_model_len:  # the lower bound of a shorter text cannot exceed the limit
+            if len(text) > limits.max_embedding_len:  # the lower bound of a shorter text cannot exceed the limit
                 least = self._tokenizer.least_tokens(text)
-                if least > limits.max_model_len:
+                if least > limits.max_embedding_len:
                     raise InvalidRequest(
-                        f"input[{index}]: expected 1 to {limits.max_model_len} tokens, got at least {least}; "
+                        f"input[{index}]: expected 1 to {limits.max_embedding_len} tokens, got at least {least}; "
                         "shorten the text or split it",
                         param="input",
                     )

@@ -49,25 +49,34 @@ def pages_that_fit(
 ) -> int:  # fmt: skip
     """Return how many pages the engine can have.
 
-    On CUDA this measures the free memory, so it must be called after weights and slots exist. Without `kv_cache_bytes`
-    a CPU gets 256 MiB or, if that is more, space for one prompt of `max_model_len` tokens. The operating system
-    provides this memory only as far as it is written.
+    On CUDA this measures the free memory, so it must be called after weights, slots and tables exist. The pages get
+    `kv_cache_fraction` of what is free beside the reserve. Without `kv_cache_bytes` a CPU gets 256 MiB or, if that is
+    more, space for one prompt of `max_model_len` tokens. The operating system provides this memory only as far as it is
+    written.
 
     Args:
-        reserve_bytes: device memory that steps need besides. Ignored if `kv_cache_bytes` is set.
+        reserve_bytes: device memory that steps and graphs need besides. Ignored if `kv_cache_bytes` is set.
 
     Raises:
-        ModelError: not even one prompt of `max_model_len` tokens fits.
+        ModelError: not even one prompt of `max_model_len` tokens fits, or `kv_cache_bytes` are not free.
     """
     each = page_bytes(architecture, dtype)
     least = pages_of(max_model_len)
+    free = _free_bytes(device)
     if config.kv_cache_bytes is not None:
         budget, setting = config.kv_cache_bytes, "kv_cache_bytes"
         remedy = "Raise kv_cache_bytes or lower max_model_len"
-    elif device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        budget, setting = max(int(free * config.kv_cache_fraction) - reserve_bytes, 0), "device memory for the KV cache"
-        remedy = "Lower max_model_len, slots or max_batch_tokens, or raise kv_cache_fraction"
+        if free is not None and budget > free:
+            raise ModelError(
+                f"kv_cache_bytes: expected at most {free}, the free bytes of the device beside weights and slots, got "
+                f"{budget}. Lower kv_cache_bytes or slots"
+            )
+    elif free is not None:
+        budget, setting = int(max(free - reserve_bytes, 0) * config.kv_cache_fraction), "device memory for the KV cache"
+        remedy = (
+            f"Of {free} free bytes, steps and graphs need {reserve_bytes}. Lower max_model_len, slots, "
+            "max_batch_tokens or max_batch_requests, or raise kv_cache_fraction"
+        )
     else:
         budget, setting, remedy = max(_CPU_BYTES, least * each), "", ""
     if budget // each < least:
@@ -76,3 +85,12 @@ def pages_that_fit(
             f"max_model_len ({max_model_len}) tokens, got {budget}. {remedy}"
         )
     return budget // each
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Return the free memory of a GPU; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()  # what torch keeps for later allocations is free
+    free, _ = torch.cuda.mem_get_info(device)
+    return free

@@ -38,7 +38,7 @@ class GraphCache:
 
     def __init__(self, device: torch.device, max_graphs: int = 256) -> None:
         self._device = device
-        self._max_graphs = max_graphs
+        self.max_graphs = max_graphs
         self._graphs: OrderedDict[Hashable, _CapturedGraph] = OrderedDict()
         self._eager_runs: OrderedDict[Hashable, float] = OrderedDict()  # of keys without a graph
         self._stream = torch.cuda.Stream(device)
@@ -84,7 +84,7 @@ class GraphCache:
     def _capture(self, key: Hashable, inputs: Tensor, forward: Callable[[Tensor], Any]) -> _CapturedGraph | None:
         main, graph = torch.cuda.current_stream(self._device), torch.cuda.CUDAGraph()
         static = inputs.to(self._device, non_blocking=True)
-        if len(self._graphs) >= self._max_graphs:
+        if len(self._graphs) >= self.max_graphs:
             main.synchronize()  # the graph to drop may be running
             self._graphs.popitem(last=False)
         if not self._graphs:  # torch frees a pool with its last graph, and then refuses to capture into it

@@ -1,9 +1,11 @@
 """One base model on one device, serving many adapters at once. Any thread may call an engine."""
 
+import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
+from functools import partial
 from threading import Condition
 from time import perf_counter
 
@@ -20,19 +22,22 @@ from ranklet.replicas.cache.prefix import base_revision
 from ranklet.replicas.cache.tensors import KvPages, pages_that_fit
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.kv_space import KvSpace, integrity_check
-from ranklet.replicas.engine.limits import RequestLimits, check_space
+from ranklet.replicas.engine.lengths import request_limits
+from ranklet.replicas.engine.limits import check_space
 from ranklet.replicas.engine.paged_runner import PagedRunner
 from ranklet.replicas.engine.params import EmbedParams, Params
 from ranklet.replicas.engine.pipeline import Pipeline, shutting_down
 from ranklet.replicas.engine.request import Request, Sink, Ticket
 from ranklet.replicas.engine.runner import Runner
 from ranklet.replicas.engine.scheduler import Scheduler
-from ranklet.replicas.engine.sequence import Sequence, flow_of
+from ranklet.replicas.engine.sequence import Sequence, adapter_names, count_requests, flow_of
+from ranklet.replicas.engine.start_times import StartTimes
 from ranklet.replicas.engine.stats import Listener, Snapshot
 from ranklet.replicas.engine.step_cost import StepCost
 from ranklet.replicas.engine.step_runner import StepRunner
 from ranklet.replicas.engine.tasks import EmbedTask, Task
-from ranklet.replicas.engine.text import Text, generates_text
+from ranklet.replicas.engine.text import Text, generates_text, why_no_text
+from ranklet.replicas.engine.text_workspace import text_reserve
 from ranklet.replicas.engine.warmup import measured_workspace, warm_up, warm_up_text
 from ranklet.replicas.errors import InvalidRequest
 from ranklet.replicas.model.architecture import read_architecture, read_config
@@ -40,10 +45,12 @@ from ranklet.replicas.model.decoder import Decoder
 from ranklet.replicas.model.device import pick_device, pick_dtype
 from ranklet.replicas.model.end_of_text import EndOfText
 from ranklet.replicas.model.heads import PoolingHead, TextHead
-from ranklet.replicas.model.lm_head import LmHead, MissingHead
+from ranklet.replicas.model.lm_head import LmHead
 from ranklet.replicas.model.modules import Module
 from ranklet.replicas.model.pooling import read_pooling
 from ranklet.replicas.model.sampler import Sampler
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -66,16 +73,20 @@ class Engine:
         settings = read_config(config.model_dir)
         self.architecture = architecture = read_architecture(settings)
         pooling = read_pooling(config.model_dir)
-        bounds = (config.max_model_len, pooling.max_tokens, architecture.max_position, config.max_batch_tokens)
-        longest = min(bound for bound in bounds if bound is not None)
-        self.limits = RequestLimits(longest, architecture.hidden, architecture.vocab)
+        limits = partial(request_limits, config, architecture, pooling, self.dtype)
+        longest = limits(makes_text=generates_text(config)).max_model_len
         self.head = PoolingHead(pooling)
-        model = Decoder(architecture, settings, config.model_dir, longest, self.device, self.dtype)
-        self._pool = AdapterPool(
-            architecture, config.slots, config.max_rank, config.lora_modules, self.device, self.dtype
-        )
+        self._times = StartTimes()
+        with self._times.part("weights"):
+            model = Decoder(architecture, settings, config.model_dir, longest, self.device, self.dtype)
+            self._pool = AdapterPool(
+                architecture, config.slots, config.max_rank, config.lora_modules, self.device, self.dtype
+            )
+        self._no_text = why_no_text(config, model.lm_head)
+        self.limits = limits(makes_text=self._no_text is None)
         bases = tuple(dict.fromkeys((config.model_dir.resolve().name, *config.base_aliases)))
         self.end_of_text = EndOfText(config.model_dir, settings, architecture.vocab)
+        self._end_ids = self.end_of_text.base_ids if self._no_text is None else ()
         expected = ExpectedModules(
             architecture, config.max_rank, config.lora_modules, bases, model.embedding,
             model.lm_head if isinstance(model.lm_head, LmHead) else None, self.end_of_text, config.slots,
@@ -102,27 +113,30 @@ class Engine:
 
     def start(self) -> None:
         """Compile kernels and begin to serve. On a GPU the first start takes minutes, a later one less."""
-        with measured_workspace(self.device) as workspace:
-            warm_up(self.runner, self.head, self.limits.max_model_len, self.config.max_batch_requests)
-        self._start_text(workspace.bytes)
-        self._pipeline.start()
-
-    def _start_text(self, workspace_bytes: int) -> None:
+        config, longest = self.config, min(self.limits.max_model_len, self.config.max_batch_tokens)
+        with self._times.part("kernels"), measured_workspace(self.device) as workspace:
+            warm_up(self.runner, self.head, longest, config.max_batch_requests)
         lm_head = self.runner.model.lm_head
-        if not isinstance(lm_head, LmHead) or not generates_text(self.config):
-            return
-        config, rows = self.config, self.config.max_batch_requests
-        pages = pages_that_fit(
-            self.architecture, self.dtype, self.device, config, self.limits.max_model_len, workspace_bytes
-        )
-        space = KvSpace(pages, rows, self.limits.max_model_len)
-        head = TextHead(lm_head, Sampler(self.limits.vocab, rows, self.device))
-        kv = KvPages(self.architecture, pages, self.device, self.dtype)
-        revision = base_revision(config.model_dir) if config.prefix_cache else ""
-        self.steps.paged = PagedRunner(self.runner, kv, space.table, head, self.head)
-        self._text = Text(head, self.end_of_text, self.limits, revision, str(self.dtype), config.prefix_cache)
+        if self._no_text is None and isinstance(lm_head, LmHead):
+            self._start_text(lm_head, workspace.bytes)
+        self._pipeline.start()
+        logger.info("the engine started in %s", self._times.summary())
+
+    def _start_text(self, lm_head: LmHead, workspace_bytes: int) -> None:
+        config, rows, longest = self.config, self.config.max_batch_requests, self.limits.max_model_len
+        with self._times.part("text kernels"):
+            head = TextHead(lm_head, Sampler(self.limits.vocab, rows, self.device))
+            reserve_bytes = text_reserve(self.runner, head, self.head, config, longest, workspace_bytes)
+        with self._times.part("pages"):
+            pages = pages_that_fit(self.architecture, self.dtype, self.device, config, longest, reserve_bytes)
+            space = KvSpace(pages, rows, longest)
+            kv = KvPages(self.architecture, pages, self.device, self.dtype)
+            revision = base_revision(config.model_dir) if config.prefix_cache else ""
+            self.steps.paged = PagedRunner(self.runner, kv, space.table, head, self.head)
+        self._text = Text(head, self._end_ids, self.limits, revision, str(self.dtype), config.prefix_cache)
         self._scheduler.space = space
-        warm_up_text(self.steps.paged, self.limits.max_model_len)
+        with self._times.part("graphs"):
+            warm_up_text(self.steps.paged, longest)
 
     def stop(self) -> None:
         """Finish the steps on the device, refuse waiting requests with `Unavailable`, and end the threads."""
@@ -144,26 +158,16 @@ class Engine:
             Saturated: too many tokens are waiting.
             Unavailable: the engine is stopping.
         """
-        self.limits.check_prompts(prompts)
+        embeds = isinstance(params, EmbedParams)
+        self.limits.check_prompts(prompts, self.limits.max_embedding_len if embeds else self.limits.max_model_len)
         task: Task
         if isinstance(params, EmbedParams):
             task = EmbedTask(params, len(prompts), self.limits, self.head, normalize=self.head.pooling.normalize)
         elif self._text is None:
-            raise InvalidRequest(self._no_text(), param="model")
+            raise InvalidRequest(self._no_text or "the engine has not started; send the request again", param="model")
         else:
             task = self._text.task(params, prompts, adapter)
         return self.submit_task(prompts, adapter, task, sink)
-
-    def _no_text(self) -> str:
-        lm_head = self.runner.model.lm_head
-        if isinstance(lm_head, MissingHead):
-            return lm_head.reason
-        if not generates_text(self.config):
-            return (
-                "the base model is served for embeddings only: its folder has the modules.json of an embedding model, "
-                "or engine.kv_cache_bytes is 0. Set engine.kv_cache_bytes to serve text too"
-            )
-        return "the engine has not started; send the request again"
 
     def submit_task(
         self, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None, task: Task, sink: Sink
@@ -268,11 +272,11 @@ class Engine:
             return Snapshot(
                 resident=held.resident,
                 hosted=held.hosted,
-                waiting_requests=_count_requests(waiting),
+                waiting_requests=count_requests(waiting),
                 waiting_tokens=self._scheduler.queue.tokens,
-                running_requests=_count_requests(running),
-                waiting_adapters=_adapter_names(waiting),
-                running_adapters=_adapter_names(running),
+                running_requests=count_requests(running),
+                waiting_adapters=adapter_names(waiting),
+                running_adapters=adapter_names(running),
                 slots=self.config.slots,
                 pool_bytes=self._pool.nbytes,
                 host_bytes=self._adapters.host_bytes,
@@ -310,11 +314,3 @@ class Engine:
         """Plan no step while the context is open, so that requests submitted in it can share one."""
         with self._lock:
             yield
-
-
-def _count_requests(sequences: Iterable[Sequence]) -> int:
-    return len({id(sequence.request) for sequence in sequences})
-
-
-def _adapter_names(sequences: Iterable[Sequence]) -> tuple[str, ...]:
-    return tuple(sorted({sequence.adapter.name for sequence in sequences if sequence.adapter is not None}))

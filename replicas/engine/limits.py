@@ -21,18 +21,27 @@ class RequestLimits:
         max_model_len: largest number of tokens of a prompt, generated text included.
         hidden: width of an embedding.
         vocab: number of token ids.
+        max_embedding_len: largest number of tokens of a prompt of embeddings.
     """
 
     max_model_len: int
     hidden: int
     vocab: int
+    max_embedding_len: int
 
-    def check_prompts(self, prompts: Sequence[NDArray[np.int32]]) -> None:
-        """Raise InvalidRequest if there is no prompt, or one is empty, too long or has an unknown token id."""
+    def check_prompts(self, prompts: Sequence[NDArray[np.int32]], longest: int) -> None:
+        """Check the prompts of a request.
+
+        Args:
+            longest: `max_embedding_len` or `max_model_len`.
+
+        Raises:
+            InvalidRequest: there is no prompt, or one is empty, too long or has an unknown token id.
+        """
         if not prompts:
             raise InvalidRequest("input: expected at least one prompt, got none", param="input")
         for index, prompt in enumerate(prompts):
-            self._check_prompt(index, prompt)
+            self._check_prompt(index, prompt, longest)
 
     def check_dimensions(self, dimensions: int | None) -> int:
         """Return the width of the answer's vectors; raise InvalidRequest if `dimensions` is out of range."""
@@ -41,11 +50,10 @@ class RequestLimits:
             raise InvalidRequest(f"dimensions: expected {least} to {self.hidden}, got {dimensions}", param="dimensions")
         return dimensions or self.hidden
 
-    def _check_prompt(self, index: int, prompt: NDArray[np.int32]) -> None:
-        if not 1 <= len(prompt) <= self.max_model_len:
+    def _check_prompt(self, index: int, prompt: NDArray[np.int32], longest: int) -> None:
+        if not 1 <= len(prompt) <= longest:
             raise InvalidRequest(
-                f"input[{index}]: expected 1 to {self.max_model_len} tokens, got {len(prompt)}; "
-                "shorten the text or split it",
+                f"input[{index}]: expected 1 to {longest} tokens, got {len(prompt)}; shorten the text or split it",
                 param="input",
             )
         low, high = int(prompt.min()), int(prompt.max())

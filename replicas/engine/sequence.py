@@ -1,5 +1,6 @@
 """A token sequence of a request, and its progress."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -114,3 +115,11 @@ class Sequence:
 
 def flow_of(adapter: AdapterRef | None) -> str:
     return adapter.name if adapter else ""
+
+
+def count_requests(sequences: Iterable[Sequence]) -> int:
+    return len({id(sequence.request) for sequence in sequences})
+
+
+def adapter_names(sequences: Iterable[Sequence]) -> tuple[str, ...]:
+    return tuple(sorted({sequence.adapter.name for sequence in sequences if sequence.adapter is not None}))

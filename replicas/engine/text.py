@@ -14,8 +14,8 @@ from ranklet.replicas.engine.generate import GenerateTask
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.errors import InvalidRequest
-from ranklet.replicas.model.end_of_text import EndOfText
 from ranklet.replicas.model.heads import TextHead
+from ranklet.replicas.model.lm_head import LmHead, MissingHead
 
 _SEED_BITS = 63
 
@@ -25,13 +25,14 @@ class Text:
     """Makes the tasks of one engine's text requests.
 
     Attributes:
+        end_ids: tokens that end a text of the base model.
         base_revision: content of the base model, for the prefix cache.
         dtype: of keys and values.
         shares_prefixes: whether requests share pages.
     """
 
     head: TextHead
-    end_of_text: EndOfText
+    end_ids: tuple[int, ...]
     limits: RequestLimits
     base_revision: str
     dtype: str
@@ -61,7 +62,7 @@ class Text:
             revision = "" if adapter is None else adapter.revision
             root = PrefixRoot(self.base_revision, revision, params.cache_salt, self.dtype)
         seed = params.seed if params.seed is not None and params.seed >= 0 else secrets.randbits(_SEED_BITS)
-        return GenerateTask(params, len(prompts), self.head, self.end_of_text.base_ids, seed, root)
+        return GenerateTask(params, len(prompts), self.head, self.end_ids, seed, root)
 
 
 def generates_text(config: EngineConfig) -> bool:
@@ -73,3 +74,15 @@ def generates_text(config: EngineConfig) -> bool:
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes > 0
     return not (config.model_dir / "modules.json").is_file()
+
+
+def why_no_text(config: EngineConfig, lm_head: LmHead | MissingHead) -> str | None:
+    """Return why an engine serves embeddings only; None if it generates text."""
+    if isinstance(lm_head, MissingHead):
+        return lm_head.reason
+    if not generates_text(config):
+        return (
+            "the base model is served for embeddings only: its folder has the modules.json of an embedding model, "
+            "or engine.kv_cache_bytes is 0. Set engine.kv_cache_bytes to serve text too"
+        )
+    return None

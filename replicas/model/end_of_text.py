@@ -88,11 +88,11 @@ class EndOfText:
     def base_ids(self) -> tuple[int, ...]:
         """Return the ids that end a text of the base model, in increasing order.
 
-        These are all ids of `generation_config.json`, or else of `config.json`, and the tokenizer's `eos_token`. Ids
-        that the model has no logits for are left out, since it never generates them.
+        These are all ids of `generation_config.json`, or else of `config.json`, and the tokenizer's `eos_token`. The
+        latter is left out if the model has no logit for it, since it is never generated.
 
         Raises:
-            ModelError: a file cannot be read, or its `eos_token_id` is neither an id nor a list of ids.
+            ModelError: a file cannot be read, or its `eos_token_id` is neither an id nor a list of ids of the model.
         """
         path = self._dir / GENERATION_CONFIG_FILE
         try:
@@ -102,6 +102,12 @@ class EndOfText:
             ids = configured if isinstance(configured, list) else [] if configured is None else [configured]
             if not all(_is_id(each) for each in ids):
                 raise ModelError(f"{path}: eos_token_id: expected an id or a list of ids, got {_show(configured)}")
+            unknown = [each for each in ids if not 0 <= each < self._vocab]
+            if unknown:
+                raise ModelError(
+                    f"{path}: eos_token_id: expected ids from 0 to {self._vocab - 1}, which the model has logits for, "
+                    f"got {_show(unknown[0])}. Correct the file"
+                )
             token = _eos_token(self._dir)
             named = None if token is None else self._vocabulary.id_of(token)
         except UnusableTokenError as error:

@@ -18,7 +18,6 @@ from ranklet.replicas.config import EngineConfig
         ({"max_waiting_tokens": 0}, "max_waiting_tokens"),
         ({"max_adapters_per_batch": 0}, "max_adapters_per_batch"),
         ({"max_model_len": 0}, "max_model_len"),
-        ({"max_model_len": 9, "max_batch_tokens": 8}, "max_batch_tokens (8)"),
         ({"host_cache_bytes": -1}, "host_cache_bytes"),
         ({"kv_cache_fraction": 0.0}, "kv_cache_fraction: expected more than 0 and at most 0.98, got 0.0"),
         ({"kv_cache_fraction": 0.99}, "kv_cache_fraction"),

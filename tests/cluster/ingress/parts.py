@@ -38,7 +38,9 @@ from ranklet.routing.report import QueueLoad
 BASE = "base"
 HIDDEN = 32
 MAX_MODEL_LEN = 4096
-DESCRIPTION = ReplicaDescription("r0", 0, 1, None, "", RequestLimits(MAX_MODEL_LEN, HIDDEN, 1000), ())
+DESCRIPTION = ReplicaDescription(
+    "r0", 0, 1, None, "", RequestLimits(2 * MAX_MODEL_LEN, HIDDEN, 1000, MAX_MODEL_LEN), ()
+)
 
 
 class FakeTokenizer:

@@ -55,16 +55,16 @@ def test_layers_are_views_of_one_tensor(architecture: Architecture, dtype: torch
     assert cache.nbytes == cache.pages.nbytes == 3 * page_bytes(architecture, dtype)
 
 
-def test_a_gpu_gives_a_fraction_of_its_free_memory_less_the_reserve(
+def test_a_gpu_gives_a_fraction_of_the_memory_that_is_free_beside_the_reserve(
     architecture: Architecture, free_bytes: int, page: int
 ) -> None:
     assert fitting(architecture, CUDA) == 90
     assert fitting(architecture, CUDA, kv_cache_fraction=0.5) == 50
-    assert fitting(architecture, CUDA, reserve=20 * page) == 70
+    assert fitting(architecture, CUDA, reserve=20 * page) == 72
     assert fitting(architecture, CUDA, reserve=20 * page, kv_cache_bytes=8 * page - 1) == 7
 
 
-@pytest.mark.parametrize("reserve", [0, 99])
+@pytest.mark.parametrize("reserve", [0, 99, 200])
 def test_too_little_memory_is_refused_with_both_numbers(
     architecture: Architecture, free_bytes: int, page: int, reserve: int
 ) -> None:
@@ -72,16 +72,24 @@ def test_too_little_memory_is_refused_with_both_numbers(
     assert fitting(architecture, CUDA, length - 1) == 90
     with pytest.raises(ModelError) as refused:
         fitting(architecture, CUDA, length, reserve * page)
-    got = 0 if reserve else int(free_bytes * 0.9)
+    got = int(max(free_bytes - reserve * page, 0) * 0.9)
     assert f"at least {91 * page} bytes (91 pages of {page} bytes)" in str(refused.value)
-    assert f"max_model_len ({length}) tokens, got {got}. Lower max_model_len" in str(refused.value)
+    assert f"max_model_len ({length}) tokens, got {got}. Of {free_bytes} free bytes" in str(refused.value)
+    assert f"steps and graphs need {reserve * page}. Lower max_model_len" in str(refused.value)
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
-def test_a_budget_in_bytes_overrides(architecture: Architecture, device: torch.device, page: int) -> None:
+def test_a_budget_in_bytes_overrides(
+    architecture: Architecture, device: torch.device, free_bytes: int, page: int
+) -> None:
     assert fitting(architecture, device, kv_cache_bytes=5 * page) == 5
     with pytest.raises(ModelError, match=r"kv_cache_bytes: expected at least .* Raise kv_cache_bytes"):
         fitting(architecture, device, 5 * PAGE_TOKENS + 1, kv_cache_bytes=5 * page)
+
+
+def test_a_budget_that_a_gpu_does_not_have_is_refused(architecture: Architecture, free_bytes: int) -> None:
+    with pytest.raises(ModelError, match=f"kv_cache_bytes: expected at most {free_bytes}, .* got {free_bytes + 1}"):
+        fitting(architecture, CUDA, kv_cache_bytes=free_bytes + 1)
 
 
 def test_a_cpu_has_a_default_budget_that_holds_one_prompt(architecture: Architecture, page: int) -> None:

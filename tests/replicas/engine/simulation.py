@@ -96,7 +96,7 @@ class Simulation:
         self.loading: list[AdapterRef] = []
         self.device = SimulatedDevice(self.space, slots)
         self.in_flight: deque[tuple[InFlightStep, bool]] = deque()
-        self.limits = RequestLimits(max_model_len, 1, VOCAB)
+        self.limits = RequestLimits(max_model_len, 1, VOCAB, max_model_len)
         self.asked: list[Asked] = []
         self._shares_prefixes = shares_prefixes
 

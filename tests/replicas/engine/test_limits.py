@@ -6,7 +6,7 @@ import pytest
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.errors import InvalidRequest
 
-LIMITS = RequestLimits(max_model_len=10, hidden=64, vocab=100)
+LIMITS = RequestLimits(max_model_len=20, hidden=64, vocab=100, max_embedding_len=10)
 
 
 def tokens(*ids: int) -> np.ndarray:
@@ -15,7 +15,7 @@ def tokens(*ids: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("dimensions", "width"), [(None, 64), (32, 32), (64, 64), (33, 33)])
 def test_the_width_is_that_of_the_request_or_the_model(dimensions: int | None, width: int) -> None:
-    LIMITS.check_prompts([tokens(0), tokens(*range(90, 100))])
+    LIMITS.check_prompts([tokens(0), tokens(*range(90, 100))], 10)
     assert LIMITS.check_dimensions(dimensions) == width
 
 
@@ -39,7 +39,7 @@ def test_an_error_names_the_field_and_the_bounds(
     prompts: list[np.ndarray], dimensions: int | None, param: str, says: str
 ) -> None:
     def check() -> None:
-        LIMITS.check_prompts(prompts)
+        LIMITS.check_prompts(prompts, 10)
         LIMITS.check_dimensions(dimensions)
 
     with pytest.raises(InvalidRequest) as refused:
@@ -49,4 +49,11 @@ def test_an_error_names_the_field_and_the_bounds(
 
 
 def test_a_narrow_model_accepts_its_own_width() -> None:
-    assert RequestLimits(10, hidden=16, vocab=5).check_dimensions(16) == 16
+    assert RequestLimits(10, 16, 5, 10).check_dimensions(16) == 16
+
+
+def test_prompts_of_texts_may_be_longer_than_those_of_embeddings() -> None:
+    prompts = [np.zeros(11, np.int32)]
+    LIMITS.check_prompts(prompts, LIMITS.max_model_len)
+    with pytest.raises(InvalidRequest, match="expected 1 to 10 tokens, got 11"):
+        LIMITS.check_prompts(prompts, LIMITS.max_embedding_len)

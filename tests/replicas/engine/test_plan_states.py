@@ -31,7 +31,7 @@ class PlanStates(RuleBasedStateMachine):
 
     @initialize(
         pages=st.integers(5, 12), rows=st.integers(1, 4), slots=st.integers(1, 3),
-        max_tokens=st.sampled_from((64, 100, 320)), costs=given_costs, slowdown=st.sampled_from((1.0, 1.2, 2.0)),
+        max_tokens=st.sampled_from((24, 64, 100, 320)), costs=given_costs, slowdown=st.sampled_from((1.0, 1.2, 2.0)),
         max_adapters=st.integers(1, 3), depth=st.integers(1, 2), shares=st.sampled_from((True, True, True, False)),
     )  # fmt: skip
     def begin(

@@ -12,7 +12,7 @@ from ranklet.replicas.engine.tasks import EmbedTask
 from ranklet.replicas.errors import InternalError, RankletError
 from tests.replicas.engine.given import HEAD
 
-LIMITS = RequestLimits(max_model_len=10, hidden=4, vocab=100)
+LIMITS = RequestLimits(max_model_len=10, hidden=4, vocab=100, max_embedding_len=10)
 Ended = list[Answer | RankletError]
 
 
@@ -48,7 +48,7 @@ def test_vectors_are_in_the_order_of_the_prompts() -> None:
 
 
 def shortened(vector: list[float], *, normalize: bool) -> list[float]:
-    wide = RequestLimits(max_model_len=10, hidden=33, vocab=100)
+    wide = RequestLimits(max_model_len=10, hidden=33, vocab=100, max_embedding_len=10)
     ended: Ended = []
     task = EmbedTask(EmbedParams(32), 1, wide, HEAD, normalize=normalize)
     request = Request(task, [np.zeros(1, np.int32)], None, AnswerSink(ended.append))

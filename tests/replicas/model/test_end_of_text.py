@@ -38,7 +38,6 @@ def base_ids(folder: Path, config: Any = None) -> tuple[int, ...]:
         ({}, [7, 3], (3, 7)),
         (None, 7, (7,)),
         (None, None, ()),
-        ({"eos_token_id": [5, -1, VOCAB]}, None, (5,)),
     ],
 )
 def test_the_ids_of_generation_config_replace_those_of_the_config(
@@ -69,6 +68,15 @@ def test_an_eos_token_id_that_is_no_id_is_refused(wrong: Any, tmp_path: Path) ->
     save(tmp_path, generation_config={"eos_token_id": wrong})
     with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id"):
         base_ids(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [-1, VOCAB, [5, VOCAB]])
+def test_an_id_without_a_logit_is_refused(wrong: Any, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json: eos_token_id: expected ids from 0 to 999"):
+        base_ids(tmp_path, wrong)
+    save(tmp_path, generation_config={"eos_token_id": wrong})
+    with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id: expected ids from 0 to 999"):
+        base_ids(tmp_path, 5)
 
 
 def test_a_file_of_the_base_that_is_no_json_is_refused(tmp_path: Path) -> None:
