@@ -28,7 +28,7 @@ class AdapterRef:
     marks: str = field(default="", compare=False)
 
     def __hash__(self) -> int:
-        return hash(self.revision)  # each step looks up each of its adapters several times
+        return hash(self.name)  # each step looks up each of its adapters several times
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,8 @@ class Scheduler:
             adapter = sequence.adapter
             if adapter is not None and adapter not in ready:
                 ready[adapter] = is_ready(adapter)
+            if not room.rows and sequence.row is None and sequence.need.keeps_cache:
+                continue  # a long queue of texts costs little
             prompts = plan.tokens - len(plan.decodes)
             full = full or (others and prompts >= (beside or most) and self.queue.floods(sequence))
             if full or (blocked and sequence.row is None):
