@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +20,9 @@ if TYPE_CHECKING:
 STOP, LENGTH = "stop", "length"
 
 
-class TokenPiece(NamedTuple):
-    """New tokens of a choice.
-
-    Attributes:
-        logprobs: of each token; None if the request did not ask.
-    """
-
-    tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] | None = None
+# New tokens of a choice, and the logprob of each; None if the request did not ask. A step makes one for each text, as a
+# plain tuple in 0.01 us. An object of a class would take 0.2 us.
+TokenPiece = tuple[tuple[int, ...], tuple[TokenLogprob, ...] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +121,7 @@ class GenerateTask:
                 logprobs = (output.best(params.logprobs),)
                 self._outputs[sequence.index].logprobs += logprobs
         sequence.append(token)
-        piece = TokenPiece((token,), logprobs)
+        piece = (token,), logprobs
         produced = sequence.length - sequence.prompt
         if token in self._stop_ids and produced > params.min_tokens:
             self._end(sequence, STOP, token)

@@ -73,12 +73,13 @@ class EngineState:
 
 def pack_piece(number: int, index: int, piece: TokenPiece) -> PieceTuple:
     """Return a message with a piece of the output of sequence `index` of the request of a call."""
-    return number, index, piece.tokens, piece.logprobs and tuple(map(tuple, piece.logprobs))
+    tokens, logprobs = piece
+    return number, index, tokens, None if logprobs is None else tuple(map(tuple, logprobs))
 
 
 def unpack_piece(message: PieceTuple) -> TokenPiece:
     _, _, tokens, logprobs = message
-    return TokenPiece(tokens, None if logprobs is None else tuple(TokenLogprob(*each) for each in logprobs))
+    return tokens, None if logprobs is None else tuple(TokenLogprob(*each) for each in logprobs)
 
 
 class Outbox:

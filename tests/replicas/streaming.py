@@ -30,8 +30,9 @@ class TextSink:
 
     def delta(self, index: int, piece: TokenPiece) -> None:
         self.late += self.ended.done()
-        self.tokens.setdefault(index, []).extend(piece.tokens)
-        self.logprobs.setdefault(index, []).extend(piece.logprobs or ())
+        tokens, logprobs = piece
+        self.tokens.setdefault(index, []).extend(tokens)
+        self.logprobs.setdefault(index, []).extend(logprobs or ())
         self.on_piece()
 
     def done(self, result: Answer | RankletError) -> None:

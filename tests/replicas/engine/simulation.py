@@ -52,7 +52,7 @@ class Asked:
 
     def delta(self, index: int, piece: Any) -> None:
         assert self.result is None, "a token came after the answer"
-        self.pieces.setdefault(index, []).extend(piece.tokens)
+        self.pieces.setdefault(index, []).extend(piece[0])
 
     def done(self, result: Answer | RankletError) -> None:
         assert self.result is None, "a second answer"

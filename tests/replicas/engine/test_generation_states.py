@@ -55,7 +55,7 @@ class RandomRequest:
     news: Event = field(default_factory=Event)
 
     def delta(self, index: int, piece: TokenPiece) -> None:
-        self.tokens.setdefault(index, []).extend(piece.tokens)
+        self.tokens.setdefault(index, []).extend(piece[0])
         self.news.set()
 
     def done(self, result: Answer | RankletError) -> None:

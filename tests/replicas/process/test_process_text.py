@@ -15,7 +15,6 @@ from ranklet.replicas.adapters.reference import WEIGHTS_FILE
 from ranklet.replicas.cache.pages import PagePool
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
-from ranklet.replicas.engine.generate import TokenPiece
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.engine.request import Answer, AnswerSink
 from ranklet.replicas.errors import AdapterLoadCrashed, InvalidRequest, RankletError, Unavailable
@@ -229,7 +228,7 @@ def test_a_lost_page_is_reported_to_the_parent(model_dir: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("logprobs", [None, (TokenLogprob(-0.5),), (TokenLogprob(-0.5, ((3, -0.5), (9, -1.5))),)])
 def test_a_piece_survives_its_message(logprobs: tuple[TokenLogprob, ...] | None) -> None:
-    piece = TokenPiece((17,), logprobs)
+    piece = (17,), logprobs
     number, index, *_ = message = pack_piece(3, 1, piece)
     assert (number, index) == (3, 1)
     assert unpack_piece(message) == piece
@@ -239,7 +238,7 @@ def test_a_piece_survives_its_message(logprobs: tuple[TokenLogprob, ...] | None)
 def test_pieces_of_a_step_are_sent_at_once() -> None:
     ours, theirs = Pipe()
     outbox = Outbox(ours)
-    messages = [pack_piece(number, 0, TokenPiece((number,))) for number in range(256)]
+    messages = [pack_piece(number, 0, ((number,), None)) for number in range(256)]
     for message in messages:
         outbox.put_later(message)
     assert not theirs.poll(0.05)
