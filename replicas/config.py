@@ -47,7 +47,8 @@ class EngineConfig:
     host_cache_bytes: int = 4 << 30
     # Time after which a request whose adapter is still loading is refused with 503 and Retry-After.
     load_timeout_s: float = 8.0
-    # Share of the GPU memory left at the start that the KV cache takes, for models that generate text.
+    # Share of the GPU memory left beside weights, slots, steps and graphs that the KV cache takes, for models that
+    # generate text.
     kv_cache_fraction: float = 0.9
     # Size of the KV cache in bytes, instead of kv_cache_fraction; 0 serves embeddings only. None serves embeddings only
     # if the folder has the modules.json of an embedding model. Else, on the CPU, None is 256 MiB, or one prompt of

@@ -5,6 +5,7 @@ measured with a single page, which all sequences write to and read from; graphs 
 later.
 """
 
+import logging
 from collections.abc import Sequence
 from time import perf_counter
 
@@ -24,6 +25,8 @@ from ranklet.replicas.engine.runner import Runner
 from ranklet.replicas.engine.warmup import measured_workspace
 from ranklet.replicas.model.heads import PoolingHead, TextHead
 from ranklet.replicas.model.sampling_values import SamplingValues
+
+logger = logging.getLogger(__name__)
 
 # Asks for all features of the sampler.
 _EVERYTHING = SamplingValues(
@@ -70,6 +73,7 @@ def text_reserve(
         graph_bytes = _bytes_of_a_graph(paged, rows)
         runner.free_caches()
     step_bytes = max(largest.bytes, workspace_bytes)
+    logger.info("the largest step takes %d MB of device memory, a graph %.1f MB", step_bytes >> 20, graph_bytes / 2**20)
     return 2 * step_bytes + graphs.max_graphs * graph_bytes + config.merged_bytes
 
 
