@@ -183,13 +183,17 @@ class Pipeline:
     def _next_plan(self) -> StepPlan | None:
         """Return the step to launch now, if any, and start the loads that waiting sequences need."""
         forecast = self._forecast
+        is_full = len(self._in_flight) == self._depth
+        if is_full and not len(self._scheduler.queue):  # no plan could be launched or demand an adapter
+            self._adapters.start_loads(())
+            return None
         revived = True
         while revived:  # sequences of an adapter that no longer retires are ready now
             plan = self._scheduler.propose(self._adapters.usable, forecast.enough_tokens(), forecast.small_tokens())
             revived = self._adapters.start_loads(plan.demand, plan.adapters)
         if not self._in_flight:
             return plan if plan.is_due else None
-        if not plan.computes or len(self._in_flight) == self._depth:
+        if is_full or not plan.computes:
             return None
         # A large step, or one of decodes, is launched behind the running one at once. A small step is launched just
         # before the device is free, because sequences that arrive until then can join it.
