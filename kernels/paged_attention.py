@@ -249,7 +249,8 @@ def attend_torch(
     own = table[: -(-length // pages.keys.shape[2])].long()
     k, v = (part[own].transpose(0, 1).flatten(1, 2)[None, :, :length].float() for part in pages)
     q = qkv[rows, : queries * width].float().view(-1, queries, width).transpose(0, 1)[None]
-    distance = torch.arange(length - q.shape[2], length)[:, None] - torch.arange(length)[None, :]
+    position = torch.arange(length, device=qkv.device)
+    distance = position[length - q.shape[2] :, None] - position[None, :]
     mask = (distance >= 0) & (distance < (window or length))
     attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=heads[0] != heads[1])
     out[rows] = attended[0].transpose(0, 1).flatten(1).to(out.dtype)

@@ -20,7 +20,6 @@ from torch import Tensor
 from ranklet.kernels.batch import LoraBatch, plan_arrays
 from ranklet.kernels.paged_attention import PagedSpans
 from ranklet.kernels.powers import power_of_four, power_of_two
-from ranklet.kernels.prefill_attention import TILE_QUERIES, query_tiles
 from ranklet.kernels.row_gemm_tiles import MOST_ROWS
 from ranklet.kernels.row_subset import subset
 from ranklet.kernels.sampling_row import ROW_WIDTH, Column, Feature, features_of, rounded
@@ -87,7 +86,6 @@ class LayoutSizes:
     tokens: int
     decodes: int
     chunks: int
-    tiles: int
     fresh: int
     longest_fresh: int
     pages: int
@@ -104,7 +102,6 @@ class PagedArrays:
     kv_slots: Tensor  # int32 [T]: where keys and values go: page * PAGE_TOKENS + offset; -1: nowhere
     decodes: PagedSpans | None
     chunks: PagedSpans | None
-    tiles: Tensor  # int32 [tiles, 2] of the chunks' queries
     fresh_starts: Tensor  # int32 [F]: first packed token
     fresh_offsets: Tensor  # int32 [F + 1]: cumulative lengths
     drawn: Tensor  # int32 [S]: packed token that each drawn token follows
@@ -155,7 +152,7 @@ class PagedLayout:
         arrays = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
         ids, positions, kv_slots, *arrays = arrays
         d_rows, d_lengths, d_counts, d_table, *arrays = arrays
-        c_rows, c_counts, c_lengths, c_table, tiles, *arrays = arrays
+        c_rows, c_counts, c_lengths, c_table, *arrays = arrays
         starts, offsets, drawn, columns, pooled, *tables = arrays
         size = self.sizes
         lora, drawn_lora = placed(self.lora, self.drawn_lora, tables)
@@ -163,7 +160,7 @@ class PagedLayout:
             ids, positions, kv_slots,
             PagedSpans(d_rows, d_counts, d_lengths, d_table, 1) if size.decodes else None,
             PagedSpans(c_rows, c_counts, c_lengths, c_table, size.tokens) if size.chunks else None,
-            tiles, starts, offsets, drawn, columns, pooled, lora, drawn_lora,
+            starts, offsets, drawn, columns, pooled, lora, drawn_lora,
         )  # fmt: skip
 
 
@@ -239,7 +236,7 @@ class LayoutPacker:
             _filled(at, sizes.decodes), _filled(place + 1, sizes.decodes), _filled(np.ones(count), sizes.decodes),
             _filled(table.pages[decodes, : sizes.pages], sizes.decodes),
             _filled(starts[chunks], sizes.chunks), _filled(counts, sizes.chunks), _filled(behind, sizes.chunks),
-            _filled(table.pages[chunk_rows, : sizes.pages], sizes.chunks), query_tiles(counts, sizes.tiles),
+            _filled(table.pages[chunk_rows, : sizes.pages], sizes.chunks),
             _filled(starts[fresh], sizes.fresh), offsets,
             _filled(drawn_at, sizes.drawn), columns, _filled(starts[pooled] + lengths[pooled] - 1, sizes.pooled),
             *(array for tiles in all_tiles(lora, drawn_lora) for array in tiles.arrays),
@@ -272,25 +269,22 @@ class LayoutPacker:
         self, tokens: int, decodes: NDArray[np.int32], lengths: NDArray[np.int64], chunks: list[int],
         fresh: list[int], drawn: int, pooled: int, spans: Sequence[TokenSpan], count: int,
     ) -> LayoutSizes:  # fmt: skip
-        chunk_lengths = lengths[chunks]
         longest = int(self._table.lengths[decodes].max()) if count else 0
         longest = max((longest, *(spans[i - count].start + int(lengths[i]) for i in chunks)))
         pages = pages_of(longest)
-        tiles = int((-(-chunk_lengths // TILE_QUERIES)).sum())
         longest_fresh = max((int(lengths[i]) for i in fresh), default=0)
         if not self.pads:
-            return LayoutSizes(tokens, count, len(chunks), tiles, len(fresh), longest_fresh, pages, drawn, pooled)
+            return LayoutSizes(tokens, count, len(chunks), len(fresh), longest_fresh, pages, drawn, pooled)
         width = min(self._table.pages.shape[1], max(_LEAST_PAGES, power_of_four(pages)))
         if not spans:
             rows = rounded_rows(count)
-            return LayoutSizes(rows, rows, 0, 0, 0, 0, width, rows, 0)
+            return LayoutSizes(rows, rows, 0, 0, 0, width, rows, 0)
         padded = rounded_tokens(tokens, self._max_tokens)
         padded_decodes = max(_LEAST_DECODES, power_of_two(count)) if count else 0
         padded_chunks = power_of_four(len(chunks)) if chunks else 0
         padded_fresh = power_of_four(len(fresh)) if fresh else 0
         return LayoutSizes(
-            padded, padded_decodes, padded_chunks, padded // TILE_QUERIES + padded_chunks if chunks else 0,
-            padded_fresh, power_of_two(longest_fresh) if fresh else 0, width,
+            padded, padded_decodes, padded_chunks, padded_fresh, power_of_two(longest_fresh) if fresh else 0, width,
             padded_decodes + padded_chunks + (padded_fresh if not chunks else 0) if drawn else 0,
             power_of_four(pooled) if pooled else 0,
         )  # fmt: skip

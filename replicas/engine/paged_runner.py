@@ -178,7 +178,7 @@ class PagedRunner:
                     arrays.fresh_offsets, sizes.fresh, (shape.heads, shape.kv_heads), shape.head_dim, starts
                 )
             fresh = Spans(layout.fresh_lengths, arrays.fresh_offsets, sizes.longest_fresh, cudnn, starts)
-        return AttentionBatch(fresh, arrays.chunks, arrays.tiles, arrays.decodes, arrays.kv_slots)
+        return AttentionBatch(fresh, arrays.chunks, arrays.decodes, arrays.kv_slots)
 
 
 @lru_cache(256)

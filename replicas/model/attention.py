@@ -43,7 +43,6 @@ class AttentionBatch:
     Attributes:
         fresh: sequences whose keys are all in the batch.
         chunks: parts of prompts whose earlier keys are in pages.
-        chunk_tiles: `query_tiles` of `chunks.counts`, on the device.
         decodes: sequences with one token in the batch.
         kv_slots: int32 [T]: where each token's key and value are stored, as in `KvWrite`; None if none are stored.
         ends: int32 [B]: last packed token of each span, in the order of the batch's outputs. None if the batch
@@ -52,7 +51,6 @@ class AttentionBatch:
 
     fresh: Spans | None = None
     chunks: PagedSpans | None = None
-    chunk_tiles: Tensor | None = None
     decodes: PagedSpans | None = None
     kv_slots: Tensor | None = None
     ends: Tensor | None = None
@@ -122,8 +120,7 @@ def _attend_mixed(
         _attend_scattered(qkv, batch.fresh, heads, head_dim, _needed(window, batch.fresh), out)
     if batch.chunks is not None:
         assert pages is not None
-        assert batch.chunk_tiles is not None
-        prefill(qkv, batch.chunks, pages, heads, window, out, batch.chunk_tiles)
+        prefill(qkv, batch.chunks, pages, heads, window, out)
     if batch.decodes is not None:
         assert pages is not None
         decode(qkv, batch.decodes, pages, heads, window, out)

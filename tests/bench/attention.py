@@ -1,8 +1,8 @@
 """Time of attention over keys and values in pages, in CUDA graphs.
 
 `decode`: one token of each sequence, as a share of the rate at which the GPU copies memory. Launches use different
-pages, so that the keys and values come from memory and not from the L2 cache. `prefill`: a chunk of one prompt behind
-tokens in pages.
+pages, so that the keys and values come from memory and not from the L2 cache. `prefill`: pieces of prompts behind
+tokens in pages, in TFLOP/s.
 """
 
 from collections.abc import Iterator
@@ -11,14 +11,17 @@ from typing import Any
 import torch
 
 from ranklet.kernels.paged_attention import PAGE_TOKENS, LayerPages, PagedSpans, decode
-from ranklet.kernels.prefill_attention import prefill, query_tiles
+from ranklet.kernels.prefill_attention import prefill
 from ranklet.kernels.tuning.random_lora import gpu_ms, graphed
 from tests.bench import report
 
 SHAPES = {"Qwen3-0.6B": (16, 8), "Llama-3.1-8B": (32, 8)}
 WIDTH = 128
 BATCHES, LENGTHS = (1, 16, 64, 256), (128, 300, 640, 1000, 8192)
-CHUNKS = ((2048, 0), (1024, 2000), (2048, 8192), (1024, 30_000), (2048, 30_000), (100, 8000))
+PIECES = (  # pieces, tokens of each, tokens in pages before each
+    (1, 2048, 0), (1, 1024, 2000), (1, 2048, 8192), (1, 2048, 30_000), (1, 1024, 30_000), (1, 512, 30_000),
+    (1, 256, 30_000), (1, 64, 30_000), (1, 100, 8000), (1, 64, 8000), (64, 32, 0), (32, 512, 0), (64, 128, 8000),
+)  # fmt: skip
 LAUNCH_BYTES = 300e6  # keys and values of the launches in a graph, several times the L2 cache
 MOST_LAYERS = 28
 
@@ -59,18 +62,22 @@ def decoded(
     return {"part": "decode", "model": name, "what": f"{batch} x {length}", "us": us, "rate": size / us * 1e6 / copied}
 
 
-def prefilled(name: str, chunk: int, past: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    heads, length = SHAPES[name], chunk + past
+def prefilled(
+    name: str, pieces: int, count: int, past: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    heads, length = SHAPES[name], count + past
     held = -(-length // PAGE_TOKENS)
-    (pages,) = make_pages(1, held, heads[1], device, dtype)
-    row, count, keys = (torch.tensor([n], dtype=torch.int32, device=device) for n in (0, chunk, length))
-    spans = PagedSpans(row, count, keys, torch.randperm(held, device=device).int()[None], chunk)
-    qkv = torch.randn(chunk, (heads[0] + 2 * heads[1]) * WIDTH, device=device).to(dtype)
-    out = torch.empty(chunk, heads[0] * WIDTH, device=device, dtype=dtype)
-    tiles = torch.from_numpy(query_tiles([chunk])).to(device)
-    us = gpu_ms(graphed(lambda: prefill(qkv, spans, pages, heads, None, out, tiles))) * 1e3
-    flops = 4 * heads[0] * WIDTH * (chunk * past + chunk * (chunk + 1) / 2)
-    return {"part": "prefill", "model": name, "what": f"{chunk} behind {past}", "us": us, "rate": flops / us / 1e6}
+    (pages,) = make_pages(1, pieces * held, heads[1], device, dtype)
+    table = torch.randperm(pieces * held, device=device).view(pieces, held).int()
+    rows = torch.arange(pieces, dtype=torch.int32, device=device) * count
+    each = torch.ones(pieces, dtype=torch.int32, device=device)
+    spans = PagedSpans(rows, each * count, each * length, table, count)
+    qkv = torch.randn(pieces * count, (heads[0] + 2 * heads[1]) * WIDTH, device=device).to(dtype)
+    out = torch.empty(pieces * count, heads[0] * WIDTH, device=device, dtype=dtype)
+    us = gpu_ms(graphed(lambda: prefill(qkv, spans, pages, heads, None, out))) * 1e3
+    flops = 4 * heads[0] * WIDTH * pieces * (count * past + count * (count + 1) / 2)
+    what = f"{pieces} x {count} behind {past}"
+    return {"part": "prefill", "model": name, "what": what, "us": us, "rate": flops / us / 1e6}
 
 
 def measure(*, tiny: bool) -> Iterator[dict[str, Any]]:
@@ -82,8 +89,8 @@ def measure(*, tiny: bool) -> Iterator[dict[str, Any]]:
         for batch in BATCHES[:1] if tiny else BATCHES:
             for length in LENGTHS[:2] if tiny else LENGTHS:
                 yield decoded(name, batch, length, copied, device, dtype)
-        for chunk, past in ((20, 70),) if tiny else CHUNKS:
-            yield prefilled(name, chunk, past, device, dtype)
+        for pieces, count, past in ((2, 20, 70),) if tiny else PIECES:
+            yield prefilled(name, pieces, count, past, device, dtype)
 
 
 def main() -> None:

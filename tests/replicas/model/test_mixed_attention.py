@@ -11,7 +11,6 @@ from torch.testing import assert_close
 
 from ranklet.kernels.kv_write import write_kv
 from ranklet.kernels.paged_attention import PAGE_TOKENS, LayerPages, PagedSpans
-from ranklet.kernels.prefill_attention import query_tiles
 from ranklet.replicas.model import cudnn_attention
 from ranklet.replicas.model.attention import AttentionBatch, Spans, attend
 from tests.replicas.model.test_attention import attend64
@@ -43,7 +42,7 @@ class MixedStep:
             write_kv(own[:past].to(device), self.on_device(every[:past]), self.pages, heads)
             slots += every[past:]
         self.batch = AttentionBatch(
-            self.fresh(spans), self.paged(spans, "chunk"), self.tiles(spans), self.paged(spans, "decode"),
+            self.fresh(spans), self.paged(spans, "chunk"), self.paged(spans, "decode"),
             self.on_device(slots), self.on_device([s + c - 1 for s, c in zip(self.starts, self.counts, strict=True)]),
         )  # fmt: skip
         write_kv(self.qkv, self.on_device(slots), self.pages, heads)
@@ -72,10 +71,6 @@ class MixedStep:
             self.on_device([len(self.sequences[i]) for i in own]), table.to(self.device),
             max(self.counts[i] for i in own),
         )  # fmt: skip
-
-    def tiles(self, spans: Sequence[Span]) -> Tensor | None:
-        counts = [count for kind, count, _ in spans if kind == "chunk"]
-        return torch.from_numpy(query_tiles(counts)).to(self.device) if counts else None
 
     def expected(self, window: int | None) -> Tensor:
         parts = [
@@ -113,7 +108,7 @@ def test_padding_behind_scattered_sequences_is_not_written() -> None:
     padded = Spans(
         (*fresh.lengths, 2), torch.cat((fresh.offsets, fresh.offsets[-1:])), 3, starts=step.on_device([0, 4, 0])
     )
-    step.batch = AttentionBatch(padded, None, None, step.batch.decodes, step.batch.kv_slots, step.batch.ends)
+    step.batch = AttentionBatch(padded, None, step.batch.decodes, step.batch.kv_slots, step.batch.ends)
     step.check(None, 1e-5)
 
 
@@ -139,6 +134,6 @@ def test_cudnn_attends_to_scattered_sequences() -> None:
     cudnn = cudnn_attention.cudnn_spans(fresh.offsets, len(fresh.lengths), step.heads, step.width, fresh.starts)
     step.batch = AttentionBatch(
         Spans(fresh.lengths, fresh.offsets, fresh.longest, cudnn, fresh.starts), step.batch.chunks,
-        step.batch.chunk_tiles, step.batch.decodes, step.batch.kv_slots, step.batch.ends,
+        step.batch.decodes, step.batch.kv_slots, step.batch.ends,
     )  # fmt: skip
     step.check(None, 2e-2)

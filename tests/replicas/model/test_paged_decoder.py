@@ -11,7 +11,6 @@ from torch.testing import assert_close
 
 from ranklet.kernels.batch import plan
 from ranklet.kernels.paged_attention import PAGE_TOKENS, LayerPages, PagedSpans
-from ranklet.kernels.prefill_attention import query_tiles
 from ranklet.replicas.model.architecture import read_architecture, read_config
 from ranklet.replicas.model.attention import AttentionBatch, Spans
 from ranklet.replicas.model.decoder import Decoder, DeviceBatch, Stacks
@@ -45,8 +44,7 @@ class PagedSequence:
         elif count == 1:
             batch = AttentionBatch(decodes=spans, kv_slots=slots, ends=ends)
         else:
-            tiles = torch.from_numpy(query_tiles([count]))
-            batch = AttentionBatch(chunks=spans, chunk_tiles=tiles, kv_slots=slots, ends=ends)
+            batch = AttentionBatch(chunks=spans, kv_slots=slots, ends=ends)
         lora = plan([count], [None])[1]
         narrow = plan([1], [None])[1] if last else None
         device = DeviceBatch(self.ids[begin:end], positions, batch, lora, narrow)
