@@ -19,6 +19,7 @@ SHORT_HEIGHTS = (16, 32)
 TALL_HEIGHTS = (64, 128)
 HEIGHTS = (*SHORT_HEIGHTS, *TALL_HEIGHTS)
 BLOCK_ROWS = 128
+MANY_ROWS = 256  # batches with more rows use no kernels for short batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,8 @@ def cut_runs(runs: NDArray[np.int32]) -> tuple[RowTiles, ...]:
 def cut_padded(runs: NDArray[np.int32], rows: int) -> tuple[RowTiles, ...]:
     """Cut segments so that a CUDA graph can be reused for other batches with the same number of rows.
 
-    Height and array lengths depend only on the number of rows and on the number of adapters, rounded up to a power of
-    four. The blocks cover all rows of the batch, also those without an adapter.
+    Height and array lengths depend only on the number of rows and on the number of adapters, rounded up by
+    `padded_runs`. The blocks cover all rows of the batch, also those without an adapter.
 
     Args:
         runs: [segments, 3]: first row, end row, slot.
@@ -76,11 +77,23 @@ def cut_padded(runs: NDArray[np.int32], rows: int) -> tuple[RowTiles, ...]:
     """
     if not len(runs):
         return ()
-    adapters = power_of_four(len(runs))
+    adapters = padded_runs(len(runs), rows)
     height = next((height for height in HEIGHTS if rows <= height * adapters), HEIGHTS[-1])
     most = rows // height + adapters  # each adapter has at most one tile that is not full
     table, padded = _fill(_table(runs, height), most), _fill(runs, adapters)
     return (RowTiles(height, table, padded, _blocks(runs, (0, rows)), (0, rows)),)
+
+
+def padded_runs(adapters: int, rows: int) -> int:
+    """Round a number of adapters up: to a power of four, of which some are left out where the next costs the same.
+
+    Kernels for long batches do not differ for one adapter. Those for short ones work on 16 ranks of eight adapters at
+    a time, so 16 and 64 differ in empty tiles only.
+    """
+    rounded = power_of_four(adapters)
+    if rows > MANY_ROWS:
+        return max(rounded, 4)
+    return 64 if rounded == 16 < rows else rounded
 
 
 def _cut(runs: NDArray[np.int32], heights: Sequence[int]) -> RowTiles:

@@ -11,7 +11,12 @@ from ranklet.kernels.powers import power_of_four, power_of_two
 from ranklet.replicas.model.cudnn_attention import MIN_LONGEST
 
 _MIN_TOKENS = 16
+_COARSE_STEP = 2048  # the same, for steps with pieces of prompts
+_LEAST_STEP = 64  # tokens; smaller steps with prompts take about as long
 _FEW_ROWS = 16
+_TILE_ROWS = 64
+_WIDTHS = (16, 64)  # pages
+_SMALL_TABLE = 16_384  # entries of a page table that are copied in a few microseconds
 _COARSE_TOKENS = 1024  # up to here, a replay saves more time than a quarter of the tokens costs
 _FINE_TOKENS = 8192  # from here on, a sixteenth of the tokens costs more time than a replay saves
 _FULL = 31 / 32  # of the largest step: nothing else fits into most of these
@@ -52,12 +57,36 @@ def rounded_tokens(tokens: int, max_tokens: int) -> int:
     return max_tokens if is_full(tokens, max_tokens) else _rounded(tokens)
 
 
+def rounded_step(tokens: int, max_tokens: int) -> int:
+    """Round the tokens of a step with pieces of prompts up. Its size is coarser, because more else differs."""
+    if tokens > _COARSE_STEP:
+        return rounded_tokens(tokens, max_tokens)
+    step = max(_LEAST_STEP, power_of_two(tokens) // (4 if tokens <= _COARSE_TOKENS else 8))
+    return min(-(-tokens // step) * step, max(max_tokens, _LEAST_STEP))
+
+
 def rounded_rows(rows: int) -> int:
-    """Round a number of decodes up: to a power of two up to 16, then in steps of at most a quarter."""
+    """Round a number of decodes up, to few sizes, because graphs of each are captured before requests come.
+
+    A power of four up to 16. Behind it 16 times the products of up to 64 rows cost the same, and a filler costs some
+    microseconds in the language-model head.
+    """
     if rows <= _FEW_ROWS:
-        return power_of_two(rows)
-    step = 1 << max(rows - 1, 0).bit_length() - 3
+        return power_of_four(rows)
+    step = max(_FEW_ROWS if rows <= _TILE_ROWS else 2 * _FEW_ROWS, power_of_two(rows) // 8)
     return -(-rows // step) * step
+
+
+def rounded_pages(rows: int, pages: int, most: int) -> int:
+    """Round the pages of a step's longest sequence up to the width of its page table.
+
+    Args:
+        rows: of the table.
+        most: pages of the longest sequence that is possible.
+    """
+    if rows * most <= _SMALL_TABLE:
+        return most
+    return next((width for width in _WIDTHS if pages <= width < most), most)
 
 
 def _rounded(tokens: int) -> int:

@@ -37,8 +37,9 @@ from ranklet.replicas.engine.step_cost import StepCost
 from ranklet.replicas.engine.step_runner import StepRunner
 from ranklet.replicas.engine.tasks import EmbedTask, Task
 from ranklet.replicas.engine.text import Text, generates_text, why_no_text
+from ranklet.replicas.engine.text_warmup import warm_up_text
 from ranklet.replicas.engine.text_workspace import text_reserve
-from ranklet.replicas.engine.warmup import measured_workspace, warm_up, warm_up_text
+from ranklet.replicas.engine.warmup import measured_workspace, warm_up
 from ranklet.replicas.errors import InvalidRequest
 from ranklet.replicas.model.architecture import read_architecture, read_config
 from ranklet.replicas.model.decoder import Decoder

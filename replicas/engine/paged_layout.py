@@ -24,14 +24,15 @@ from ranklet.kernels.row_gemm_tiles import MOST_ROWS
 from ranklet.kernels.row_subset import subset
 from ranklet.kernels.sampling_row import ROW_WIDTH, Column, Feature, features_of, rounded
 from ranklet.replicas.cache.pages import pages_of
-from ranklet.replicas.engine.bucket import rounded_rows, rounded_tokens
+from ranklet.replicas.engine.bucket import rounded_pages, rounded_rows, rounded_step
 from ranklet.replicas.engine.layout import TokenSpan
 from ranklet.replicas.engine.row_table import RowTable
 from ranklet.replicas.engine.tile_tables import TileShapes, all_tiles, placed, shapes_of, tiled
 from ranklet.replicas.model.heads import TextHead
 
-_LEAST_PAGES = 16  # a sequence's pages are rounded up to a power of four, at least this
-_LEAST_DECODES = 16  # in a step with prompts, whose time does not depend on so few tokens
+SHORT_STEP = 2048  # tokens of a step with prompts whose sizes are as those of steps with decodes too
+_LONG_STEP = 8192
+_LEAST_PAGES = 64  # of the page table of a step with prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +188,8 @@ class LayoutPacker:
         starts = np.empty(len(lengths), dtype=np.int64)
         starts[order] = np.cumsum(lengths[order]) - lengths[order]
         # Beside decodes and later pieces, a prompt's first piece reads its keys from pages too: steps have fewer sizes.
-        mixed = count > 0 or any(span.start for span in spans)
+        # So do short prompts, for which it takes little longer.
+        mixed = count > 0 or any(span.start for span in spans) or (self.pads and lora.rows <= SHORT_STEP)
         chunks = [i for i, span in enumerate(spans, count) if span.row is not None and mixed]
         fresh = [i for i, span in enumerate(spans, count) if span.row is None or not mixed]
         fresh.sort(key=starts.__getitem__)
@@ -275,19 +277,29 @@ class LayoutPacker:
         longest_fresh = max((int(lengths[i]) for i in fresh), default=0)
         if not self.pads:
             return LayoutSizes(tokens, count, len(chunks), len(fresh), longest_fresh, pages, drawn, pooled)
-        width = min(self._table.pages.shape[1], max(_LEAST_PAGES, power_of_four(pages)))
+        most = self._table.pages.shape[1]
         if not spans:
             rows = rounded_rows(count)
-            return LayoutSizes(rows, rows, 0, 0, 0, width, rows, 0)
-        padded = rounded_tokens(tokens, self._max_tokens)
-        padded_decodes = max(_LEAST_DECODES, power_of_two(count)) if count else 0
-        padded_chunks = power_of_four(len(chunks)) if chunks else 0
+            return LayoutSizes(rows, rows, 0, 0, 0, rounded_pages(rows, pages, most), rows, 0)
+        padded = rounded_step(tokens, self._max_tokens)
+        padded_decodes = decodes_beside_prompts(count, padded) if count or (chunks and tokens <= SHORT_STEP) else 0
+        padded_chunks = max(_few(padded)[0], power_of_four(len(chunks))) if chunks else 0
         padded_fresh = power_of_four(len(fresh)) if fresh else 0
+        width = rounded_pages(padded_decodes + padded_chunks, max(pages, _LEAST_PAGES), most)
         return LayoutSizes(
             padded, padded_decodes, padded_chunks, padded_fresh, power_of_two(longest_fresh) if fresh else 0, width,
             padded_decodes + padded_chunks + (padded_fresh if not chunks else 0) if drawn else 0,
             power_of_four(pooled) if pooled else 0,
         )  # fmt: skip
+
+
+def decodes_beside_prompts(count: int, tokens: int) -> int:
+    """Round the decodes of a step with prompts up. More tokens hide more fillers."""
+    return next((size for size in _few(tokens) if count <= size), power_of_two(count))
+
+
+def _few(tokens: int) -> tuple[int, int]:
+    return (16, 64) if tokens <= _LONG_STEP else (64, 256)
 
 
 def _filled(values: NDArray[np.generic], size: int) -> NDArray[np.generic]:

@@ -27,7 +27,7 @@ from ranklet.replicas.model.modules import Module
 from ranklet.replicas.model.prompt_logprobs import prompt_logprobs
 from ranklet.replicas.model.row_decoder import RowBatch, RowDecoder
 
-_REPLAYED_TOKENS = 8192  # launching a larger step takes Python less time than running it takes the device
+_REPLAYED_TOKENS = 8192  # sizes of larger steps vary too much to recur, except the largest
 
 
 _Scores = tuple[int, ScoringHead, tuple[Tensor, ...]]  # item of the step, head, its outputs
@@ -105,7 +105,8 @@ class PagedRunner:
 
     def _run(self, layout: PagedLayout) -> tuple[tuple[Tensor, ...], list[_Scores]]:
         graphs = self.runner.graphs
-        replays = layout.sizes.tokens <= _REPLAYED_TOKENS and layout.lora.backend in ("csgmv", "none")
+        replays = layout.sizes.tokens <= _REPLAYED_TOKENS or layout.sizes.tokens == self.runner.max_tokens
+        replays &= layout.lora.backend in ("csgmv", "none")
         if graphs is None or layout.scored or not replays:
             moved = layout.buffer.to(self.runner.model.device, non_blocking=True)
             arrays, states = self._states(layout, moved)

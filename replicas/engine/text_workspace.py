@@ -22,6 +22,7 @@ from ranklet.replicas.engine.paged_layout import StepItems
 from ranklet.replicas.engine.paged_runner import PagedRunner
 from ranklet.replicas.engine.row_table import RowTable
 from ranklet.replicas.engine.runner import Runner
+from ranklet.replicas.engine.text_warmup import compile_text_kernels
 from ranklet.replicas.engine.warmup import measured_workspace
 from ranklet.replicas.model.heads import PoolingHead, TextHead
 from ranklet.replicas.model.sampling_values import SamplingValues
@@ -42,7 +43,7 @@ _MOST_GRAPH_BYTES = 32 << 20
 def text_reserve(
     runner: Runner, text: TextHead, pooling: PoolingHead, config: EngineConfig, longest: int, workspace_bytes: int
 ) -> int:
-    """Allocate the sampler's tables, and return the device memory that must stay free beside the pages.
+    """Compile kernels, allocate the sampler's tables, and return the device memory that pages must leave free.
 
     This is the memory of the largest step twice: for steps that Python launches, and for the pool that all graphs
     share. Then that of each graph outside the pool, for as many graphs as are kept, and that of merged weights. Loads
@@ -58,11 +59,12 @@ def text_reserve(
     if model.device.type != "cuda" or graphs is None:
         return 0
     text.sampler.prepare(_EVERYTHING.features)
-    if config.kv_cache_bytes is not None:
-        return 0
     table = RowTable(config.max_batch_requests, pages_of(longest))
     page = KvPages(model.architecture, 1, model.device, model.dtype)
     paged = PagedRunner(runner, page, table, text, pooling)
+    compile_text_kernels(paged, longest)
+    if config.kv_cache_bytes is not None:
+        return 0
     rows = min(table.filler, runner.max_tokens)
     adapters = min(runner.pool.slots, rows)
     table.slots[:rows] = np.arange(rows) % adapters

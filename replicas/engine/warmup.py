@@ -9,11 +9,10 @@ from time import perf_counter
 import numpy as np
 import torch
 
+from ranklet.kernels.compile_ahead import compile_kernels, listed_kernels
 from ranklet.kernels.precompile import precompile
-from ranklet.replicas.engine.cuda_graphs import RUNS_TO_CAPTURE
-from ranklet.replicas.engine.layout import TokenSpan, whole_prompts
-from ranklet.replicas.engine.paged_layout import StepItems
-from ranklet.replicas.engine.paged_runner import PagedRunner
+from ranklet.replicas.engine.cuda_graphs import NEVER
+from ranklet.replicas.engine.layout import whole_prompts
 from ranklet.replicas.engine.runner import Runner
 from ranklet.replicas.model import cudnn_attention
 from ranklet.replicas.model.heads import Head
@@ -22,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _TOKENS = (16, 300, 1100, 5000)
 _ADAPTERS = (1, 2, 8, 64)
-_PIECE_TOKENS = 1024
+_LAYERS = 4  # metadata of slots has the same alignment in every fourth layer
 
 
 def _warmup_steps(
@@ -50,23 +49,60 @@ def warm_up(runner: Runner, head: Head, longest: int, max_sequences: int) -> Non
     model, pool = runner.model, runner.pool
     if model.device.type != "cuda" or model.dtype == torch.float32:
         return
-    began_s, max_tokens = perf_counter(), runner.max_tokens
-    if runner.backend != "native":
-        positions = torch.zeros(max_tokens, dtype=torch.int32, device=model.device)
-        precompile(pool.stacks_of_one_layer(), max_tokens, model.rotary(model.layers[0], positions))
+    began_s = perf_counter()
     if runner.uses_cudnn:
         shape = model.architecture
         heads = (shape.heads, shape.kv_heads)
         cudnn_attention.build_graphs(model.device, max_sequences, longest, heads, shape.head_dim, model.dtype)
-    full = [longest] * max(1, max_tokens // longest)
-    for lengths in ([1], full):
-        _run(runner, head, lengths, [None] * len(lengths))
+    built_s = perf_counter()
+    with compiled_ahead(runner), pool.placeholder_adapters():
+        _launch_all(runner, head, longest, max_sequences)
+    compiled_s = perf_counter()
     pool.compile_load()
     with pool.placeholder_adapters():
+        _launch_all(runner, head, longest, max_sequences)
+    runner.free_caches()  # drops merged weights of the placeholder adapters
+    logger.info(
+        "warm-up took %.1f s: %.1f for cuDNN's graphs, %.1f to compile kernels, %.1f for steps",
+        perf_counter() - began_s, built_s - began_s, compiled_s - built_s, perf_counter() - compiled_s,
+    )  # fmt: skip
+
+
+def _launch_all(runner: Runner, head: Head, longest: int, max_sequences: int) -> None:
+    model, pool, max_tokens = runner.model, runner.pool, runner.max_tokens
+    if runner.backend != "native":
+        positions = torch.zeros(max_tokens, dtype=torch.int32, device=model.device)
+        precompile(pool.stacks_of_one_layer(), max_tokens, model.rotary(model.layers[0], positions))
+    full = [longest] * max(1, max_tokens // longest)
+    assert runner.graphs is not None
+    with runner.graphs.capturing_after(NEVER):
+        for lengths in ([1], full):
+            _run(runner, head, lengths, [None] * len(lengths))
         for lengths, slots in _warmup_steps(pool.slots, longest, max_tokens, max_sequences):
             _run(runner, head, lengths, slots)
-        runner.free_caches()  # drops graphs and merged weights of the placeholder adapters
-    logger.info("warm-up took %.1f s", perf_counter() - began_s)
+
+
+@contextmanager
+def compiled_ahead(runner: Runner) -> Iterator[None]:
+    """Compile the kernels that the context launches, all at once at its end, instead of launching them.
+
+    The results of its steps have any contents. Only the first layers take part: those of some variants of alignment,
+    and one for each window of attention.
+    """
+    model, began_s = runner.model, perf_counter()
+    layers, windows = model.layers, [layer.window for layer in model.layers]
+    model.layers = layers[: max(_LAYERS, *(windows.index(window) + 1 for window in windows))]
+    try:
+        with listed_kernels() as kernels:
+            yield
+    finally:
+        model.layers = layers
+    listed_s = perf_counter()
+    failed = compile_kernels(list(kernels), model.device)
+    logger.info(
+        "listed %d kernels in %.1f s, compiled them in %.1f s; %d failed",
+        len(kernels), listed_s - began_s, perf_counter() - listed_s, failed,
+    )  # fmt: skip
 
 
 @dataclass
@@ -83,38 +119,6 @@ def measured_workspace(device: torch.device) -> Iterator[StepWorkspace]:
     yield found
     if device.type == "cuda":
         found.bytes = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-
-
-def warm_up_text(paged: PagedRunner, longest: int) -> None:
-    """Compile kernels and capture the CUDA graphs of decodes, with and without adapters. Does nothing on the CPU."""
-    runner, table = paged.runner, paged.table
-    if runner.model.device.type != "cuda":
-        return
-    began_s = perf_counter()
-    most = min(table.filler, runner.max_tokens)
-    sizes = sorted({min(1 << power, most) for power in range(most.bit_length() + 1)})
-    pool = runner.pool
-    adapters = sorted({min(count, pool.slots) for count in (0, *_ADAPTERS)})
-    table.lengths[:most] = 1
-    with pool.placeholder_adapters(in_layers=True):
-        for count in adapters:
-            table.slots[:most] = [i % count for i in range(most)] if count else -1
-            for rows in sizes:
-                if rows >= count:
-                    for _ in range(RUNS_TO_CAPTURE if runner.model.dtype != torch.float32 else 1):
-                        _run_paged(paged, rows, [], None)
-            # A piece of a prompt beside decodes, and a prompt alone.
-            piece, slot = min(_PIECE_TOKENS, runner.max_tokens - 1, longest - 1), 0 if count else None
-            for length in {min(64, piece), piece}:
-                _run_paged(paged, 1, [TokenSpan(np.zeros(length, dtype=np.int32), 1, paged.text, 0)], slot)
-                _run_paged(paged, 0, [TokenSpan(np.zeros(length, dtype=np.int32), 0, paged.text, 0)], slot)
-    table.lengths[:most], table.slots[:most] = 0, -1
-    logger.info("warm-up for text took %.1f s", perf_counter() - began_s)
-
-
-def _run_paged(paged: PagedRunner, decodes: int, spans: list[TokenSpan], slot: int | None) -> None:
-    items = StepItems(np.arange(decodes, dtype=np.int32), spans, [slot] * len(spans))
-    paged.launch_items(items, perf_counter()).wait()
 
 
 def _run(runner: Runner, head: Head, lengths: list[int], slots: list[int | None]) -> None:

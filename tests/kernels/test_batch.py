@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ranklet.kernels.batch import LoraBatch, cut, plan, plan_evenly
 from ranklet.kernels.powers import power_of_four
-from ranklet.kernels.row_tiles import BLOCK_ROWS
+from ranklet.kernels.row_tiles import BLOCK_ROWS, padded_runs
 from ranklet.kernels.segments import Segment, Segments
 
 requests = st.lists(st.tuples(st.integers(0, 9), st.none() | st.integers(0, 5)), max_size=40)
@@ -79,7 +79,7 @@ def test_the_layout_of_padded_tiles_depends_only_on_rows_and_adapters(
         assert cut(batch, padded=True) == ()
         return
     (tiles,) = cut(batch, padded=True)
-    adapters = power_of_four(batch.adapters)
+    adapters = padded_runs(batch.adapters, batch.rows)
     assert (len(tiles.table), len(tiles.runs)) == (batch.rows // tiles.height + adapters, adapters)
     assert (tiles.rows, len(tiles.blocks)) == ((0, batch.rows), -(-batch.rows // BLOCK_ROWS))
     (one,) = cut(LoraBatch((Segment(0, 0, batch.rows),), batch.rows), padded=True)
@@ -90,6 +90,12 @@ def test_the_layout_of_padded_tiles_depends_only_on_rows_and_adapters(
     for block, (first, last) in enumerate(tiles.blocks.tolist()):
         rows = range(block * BLOCK_ROWS, (block + 1) * BLOCK_ROWS)
         assert {slot for row, slot in covered if row in rows} == {s.slot for s in Segments(tiles.runs[first:last])}
+
+
+def test_padded_runs_are_few() -> None:
+    assert [padded_runs(count, 16) for count in (1, 2, 4, 5, 16)] == [1, 4, 4, 16, 16]
+    assert [padded_runs(count, 256) for count in (1, 2, 4, 5, 64, 65)] == [1, 4, 4, 64, 64, 256]
+    assert [padded_runs(count, 257) for count in (1, 4, 5, 17)] == [4, 4, 16, 64]
 
 
 def test_powers_of_four() -> None:
