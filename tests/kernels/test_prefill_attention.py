@@ -128,11 +128,11 @@ def test_prefill_on_a_gpu(
 @pytest.mark.parametrize("window", [None, 2000])
 def test_a_span_on_a_gpu_does_not_depend_on_the_others(window: int | None) -> None:
     """The spans keep more partial sums than a batch may, so programs compute the last ones without."""
-    counts = [40 + index for index in range(70)]
+    counts = [40 + index for index in range(100)]
     case = make_case(counts, [count + 2100 for count in counts], (4, 2), 128, torch.bfloat16).to(DEVICE)
     together = case.empty_out()
     prefill(case.qkv, case.spans, case.pages, case.heads, window, together)
-    for index in (0, 35, 69):
+    for index in (0, 50, 99):
         own = slice(index, index + 1)
         alone = case.empty_out()
         spans = PagedSpans(
