@@ -1,8 +1,9 @@
 """Attention of one new token per sequence over keys and values in pages, as a decode step needs it.
 
-A program computes a part of a sequence's keys, a split, for one key head. A second launch combines the splits. The
-size of a split depends only on the sequence's length, so a token's result does not depend on the other sequences of the
-batch. Programs compute their splits from the lengths in device memory, so one CUDA graph serves all lengths.
+A program computes a part of a sequence's keys, a split, for one key head. The program that finishes a sequence's last
+split combines them, in their order. The size of a split depends on the sequence's length and on whether the batch has
+one sequence, few or many (`_SPLITS`), but not on the other sequences. Programs compute their splits from the lengths in
+device memory, so one CUDA graph serves all lengths.
 
 Letters: T tokens of the batch, Q query heads, G key heads, D head width, B spans, P pages of a span. After
 Flash-Decoding.
@@ -23,11 +24,15 @@ from ranklet.kernels.launch import is_hopper, precision_of, processors_of
 
 PAGE_TOKENS = 64
 NO_WINDOW = 1 << 30
-_WHOLE = 384  # sequences with up to this many keys are not split
-_LEAST_SPLIT = 256  # tokens; smaller splits cost more time to combine than they save
-_MOST_SPLITS = 32  # of a sequence; with more tokens, its splits are larger
+# For up to so many spans: the most splits of each, and the fewest tokens of a split. An H200 holds 528 programs at
+# once, and a model has about 8 key heads. A span has more splits if they would exceed the largest split.
+_SPLITS = ((1, 32, 64), (4, 16, 128), (16, 4, 128))
+_WHOLE = (1, PAGE_TOKENS)  # for more spans, which fill the GPU unsplit
+_LARGEST_SPLIT = 2048  # tokens
+_MOST_SPLITS = 32  # of a span; with more tokens, its splits are larger
+_SIDE = 8  # splits that are combined side by side
 _BLOCK_KEYS = 64
-_PROGRAMS = 8  # per processor
+_PROGRAMS = 12  # per processor, which holds 4: later programs even out sequences of different lengths
 _WARPS = 2  # fewer warps let more programs share a processor, which hides the start of each
 _STAGES = 3
 
@@ -51,12 +56,13 @@ class PagedSpans:
 
 
 @triton.jit
-def _splits(length, window, WHOLE: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, BLOCK_N: tl.constexpr):
+def _splits(length, window, most, least, BLOCK_N: tl.constexpr, LARGEST: tl.constexpr, CAP: tl.constexpr):
     # Returns the first key that is read, the tokens of a split, and the number of splits.
     begin = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
     keys = length - begin
-    size = tl.maximum((keys + MOST * BLOCK_N - 1) // (MOST * BLOCK_N) * BLOCK_N, LEAST)
-    size = tl.where(keys <= WHOLE, WHOLE, size)
+    count = tl.minimum((keys + least - 1) // least, most)
+    count = tl.minimum(tl.maximum(count, (keys + LARGEST - 1) // LARGEST), CAP)
+    size = tl.maximum((keys + count * BLOCK_N - 1) // tl.maximum(count * BLOCK_N, 1), 1) * BLOCK_N
     return begin, size, (keys + size - 1) // size
 
 
@@ -71,22 +77,51 @@ def _add_block(q, k, v, seen, top, total, acc, scale, PRECISION: tl.constexpr):
     return higher, total * fade + tl.sum(weights, 1), acc
 
 
+@triton.jit
+def _combined(
+    sums, stats, first_split, head, count, d,
+    G: tl.constexpr, GROUP: tl.constexpr, BLOCK_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    SIDE: tl.constexpr,
+):  # fmt: skip
+    # Returns a span's output for the query heads of one key head, SIDE splits at a time.
+    inner = tl.arange(0, BLOCK_HEADS)
+    split = tl.arange(0, SIDE)
+    top = tl.full((BLOCK_HEADS,), -1e38, tl.float32)  # finite, so that heads past GROUP give no NaN
+    total = (inner >= GROUP).to(tl.float32)
+    mixed = tl.zeros((BLOCK_HEADS, BLOCK_D), tl.float32)
+    for first in tl.range(0, count, SIDE, num_stages=1):
+        live = ((first + split) < count)[:, None] & (inner < GROUP)[None, :]
+        index = (first_split + first + split)[:, None] * (G * GROUP) + (head * GROUP + inner)[None, :]
+        tops = tl.load(stats + index * 2, mask=live, other=float("-inf"), cache_modifier=".cg")
+        totals = tl.load(stats + index * 2 + 1, mask=live, other=0.0, cache_modifier=".cg")
+        mask = live[:, :, None] & (d < D)[None, None, :]
+        parts = tl.load(sums + index[:, :, None] * D + d[None, None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(top, tl.max(tops, 0))
+        fades = tl.exp2(tops - higher[None, :])
+        fade = tl.exp2(top - higher)
+        total = total * fade + tl.sum(totals * fades, 0)
+        mixed = mixed * fade[:, None] + tl.sum(parts * fades[:, :, None], 0)
+        top = higher
+    return mixed / total[:, None]
+
+
 @triton.jit(
-    do_not_specialize=["window", "spans", "table_stride"], do_not_specialize_on_alignment=["rows", "lengths", "table"]
+    do_not_specialize=["window", "spans", "table_stride", "most", "least", "kept"],
+    do_not_specialize_on_alignment=["rows", "lengths", "table"],
 )
 def split_kernel(
-    qkv, keys_tma, values_tma, keys, values, out, sums, stats, rows, lengths, table, spans, table_stride, window, scale,
-    qkv_stride, out_stride,
+    qkv, keys_tma, values_tma, keys, values, out, sums, stats, arrivals, rows, lengths, table, spans, table_stride,
+    window, most, least, kept, scale, qkv_stride, out_stride,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_B: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, LEAST: tl.constexpr,
-    MOST: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_B: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, LARGEST: tl.constexpr,
+    CAP: tl.constexpr, SIDE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     if CHAINED:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     every = tl.arange(0, BLOCK_B)
     own = tl.load(lengths + every, mask=every < spans, other=0)
-    _, _, counts = _splits(own, window, WHOLE, LEAST, MOST, BLOCK_N)
+    _, _, counts = _splits(own, window, most, least, BLOCK_N, LARGEST, CAP)
     ends = tl.cumsum(counts, 0)
     group = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)
@@ -100,7 +135,7 @@ def split_kernel(
         split = item // G - tl.max(tl.where(before, ends, 0), 0)
         length = tl.load(lengths + span)
         row = tl.load(rows + span).to(tl.int64)
-        begin, size, count = _splits(length, window, WHOLE, LEAST, MOST, BLOCK_N)
+        begin, size, count = _splits(length, window, most, least, BLOCK_N, LARGEST, CAP)
         low = begin + split * size
         high = tl.minimum(low + size, length)
         heads = head * GROUP + group
@@ -108,58 +143,41 @@ def split_kernel(
         top = tl.full((BLOCK_G,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_G,), tl.float32)
         acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-        whole = high // BLOCK_N * BLOCK_N
-        for first in tl.range(low, whole, BLOCK_N, num_stages=STAGES):
+        last = high // BLOCK_N * BLOCK_N
+        for first in tl.range(low, last, BLOCK_N, num_stages=STAGES):
             page = tl.load(table + span * table_stride + first // PAGE)
             line = (page * G + head) * PAGE + first % PAGE
             seen = first + n >= length - window
             top, total, acc = _add_block(
                 q, keys_tma.load([line, 0]), values_tma.load([line, 0]), seen, top, total, acc, scale, PRECISION
             )
-        if whole < high:  # the last page may hold NaN past the length, so a mask replaces the descriptors
-            page = tl.load(table + span * table_stride + whole // PAGE).to(tl.int64)
-            at = ((page * G + head) * PAGE + whole % PAGE + n)[:, None] * D + d[None, :]
-            held = whole + n < length
+        if last < high:  # the last page may hold NaN past the length, so a mask replaces the descriptors
+            page = tl.load(table + span * table_stride + last // PAGE).to(tl.int64)
+            at = ((page * G + head) * PAGE + last % PAGE + n)[:, None] * D + d[None, :]
+            held = last + n < length
             mask = held[:, None] & (d < D)[None, :]
             k = tl.load(keys + at, mask=mask, other=0.0)
             v = tl.load(values + at, mask=mask, other=0.0)
-            seen = held & (whole + n >= length - window)
+            seen = held & (last + n >= length - window)
             top, total, acc = _add_block(q, k, v, seen, top, total, acc, scale, PRECISION)
         if count == 1:
             at_out = out + row * out_stride + heads[:, None] * D + d[None, :]
             tl.store(at_out, (acc / total[:, None]).to(out.dtype.element_ty), mask=in_group)
         else:
-            index = (span.to(tl.int64) * MOST + split) * (G * GROUP) + heads
+            first_split = span.to(tl.int64) * kept
+            index = (first_split + split) * (G * GROUP) + heads
             tl.store(sums + index[:, None] * D + d[None, :], acc, mask=in_group)
             tl.store(stats + index * 2, top, mask=group < GROUP)
             tl.store(stats + index * 2 + 1, total, mask=group < GROUP)
-
-
-@triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["rows", "lengths"])
-def combine_kernel(
-    sums, stats, out, rows, lengths, window, out_stride,
-    Q: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
-    LEAST: tl.constexpr, MOST: tl.constexpr, CHAINED: tl.constexpr,
-):  # fmt: skip
-    if CHAINED:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    head = tl.program_id(0)
-    span = tl.program_id(1)
-    _, _, count = _splits(tl.load(lengths + span), window, WHOLE, LEAST, MOST, BLOCK_N)
-    if count < 2:  # `split_kernel` has written the row
-        return
-    split = tl.arange(0, MOST)
-    d = tl.arange(0, BLOCK_D)
-    index = (span.to(tl.int64) * MOST + split) * Q + head
-    top = tl.load(stats + index * 2, mask=split < count, other=float("-inf"))
-    total = tl.load(stats + index * 2 + 1, mask=split < count, other=0.0)
-    mask = (split < count)[:, None] & (d < D)[None, :]
-    parts = tl.load(sums + index[:, None] * D + d[None, :], mask=mask, other=0.0)
-    fade = tl.exp2(top - tl.max(top, 0))
-    mixed = tl.sum(parts * fade[:, None], 0) / tl.sum(total * fade, 0)
-    at = out + tl.load(rows + span).to(tl.int64) * out_stride + head * D + d
-    tl.store(at, mixed.to(out.dtype.element_ty), mask=d < D)
+            tl.debug_barrier()  # every thread's part is written before the arrival is counted
+            arrived = arrivals + span * G + head
+            if tl.atomic_add(arrived, 1, sem="acq_rel") == count - 1:
+                inner = tl.arange(0, BLOCK_HEADS)
+                mixed = _combined(sums, stats, first_split, head, count, d, G, GROUP, BLOCK_HEADS, D, BLOCK_D, SIDE)
+                at_out = out + row * out_stride + (head * GROUP + inner)[:, None] * D + d[None, :]
+                mask = (inner < GROUP)[:, None] & (d < D)[None, :]
+                tl.store(at_out, mixed.to(out.dtype.element_ty), mask=mask)
+                tl.store(arrived, 0)
 
 
 def decode(
@@ -169,6 +187,7 @@ def decode(
     heads: tuple[int, int],
     window: int | None,
     out: Tensor,  # [T, Q * D]
+    arrivals: Tensor | None = None,
 ) -> None:
     """Compute grouped-query attention of one token per span. Overwrites row `spans.rows[b]` of `out` for each span b.
 
@@ -180,43 +199,44 @@ def decode(
     Args:
         heads: (Q, G).
         window: number of tokens that each token attends to, itself included; None for no limit.
+        arrivals: int32 zeros, at least B * G, which the launch leaves zero. None to let a launch make them.
     """
     if qkv.is_cuda:
-        decode_triton(qkv, spans, pages, heads, window, out)
+        decode_triton(qkv, spans, pages, heads, window, out, arrivals)
     else:
         decode_torch(qkv, spans, pages, heads, window, out)
 
 
 def decode_triton(
-    qkv: Tensor, spans: PagedSpans, pages: LayerPages, heads: tuple[int, int], window: int | None, out: Tensor
-) -> None:
-    """Compute `decode` with Triton: one launch, or two if a span of the table's width has several splits."""
+    qkv: Tensor, spans: PagedSpans, pages: LayerPages, heads: tuple[int, int], window: int | None, out: Tensor,
+    arrivals: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Compute `decode` with Triton."""
     (queries, key_heads), (page, width) = heads, pages.keys.shape[2:]
     batch, held = spans.table.shape
-    block_d = max(16, triton.next_power_of_2(width))
+    block_d, group = max(16, triton.next_power_of_2(width)), queries // key_heads
     reach = NO_WINDOW if window is None else window
     most_keys = min(held * page, reach + _BLOCK_KEYS)
-    most = 1 if most_keys <= _WHOLE else min(_MOST_SPLITS, triton.cdiv(most_keys, _LEAST_SPLIT))
-    shape = (batch, _MOST_SPLITS, queries) if most > 1 else (1,)
+    most, least = next((rule for spans_up_to, *rule in _SPLITS if batch <= spans_up_to), _WHOLE)
+    kept = min(max(min(triton.cdiv(most_keys, least), most), triton.cdiv(most_keys, _LARGEST_SPLIT)), _MOST_SPLITS)
+    shape = (batch, kept, queries) if kept > 1 else (1,)
     sums = torch.empty((*shape, width), dtype=torch.float32, device=qkv.device)
     stats = torch.empty((*shape, 2), dtype=torch.float32, device=qkv.device)
+    if arrivals is None:
+        make = torch.zeros if kept > 1 else torch.empty
+        arrivals = make(batch * key_heads, dtype=torch.int32, device=qkv.device)
     chained = is_hopper(qkv.device)
-    programs = min(_PROGRAMS * processors_of(qkv.device), batch * key_heads * most)
+    programs = min(_PROGRAMS * processors_of(qkv.device), batch * key_heads * kept)
     split_kernel[(programs,)](
-        qkv, *descriptors_of(pages, block_d, _BLOCK_KEYS), *pages, out, sums, stats, spans.rows, spans.lengths,
-        spans.table, batch, spans.table.stride(0), reach, log2_scale(width), qkv.stride(0), out.stride(0),
-        G=key_heads, GROUP=queries // key_heads, D=width, BLOCK_D=block_d,
-        BLOCK_G=max(16, triton.next_power_of_2(queries // key_heads)),
-        BLOCK_B=max(16, triton.next_power_of_2(batch)), PAGE=page, BLOCK_N=_BLOCK_KEYS, WHOLE=_WHOLE,
-        LEAST=_LEAST_SPLIT, MOST=_MOST_SPLITS, STAGES=_STAGES if qkv.element_size() == 2 else 2,
-        PRECISION=precision_of(qkv), CHAINED=chained, num_warps=_WARPS, launch_pdl=chained,
+        qkv, *descriptors_of(pages, block_d, _BLOCK_KEYS), *pages, out, sums, stats, arrivals, spans.rows,
+        spans.lengths, spans.table, batch, spans.table.stride(0), reach, most, least, kept, log2_scale(width),
+        qkv.stride(0), out.stride(0),
+        G=key_heads, GROUP=group, D=width, BLOCK_D=block_d, BLOCK_G=max(16, triton.next_power_of_2(group)),
+        BLOCK_HEADS=triton.next_power_of_2(group), BLOCK_B=max(16, triton.next_power_of_2(batch)), PAGE=page,
+        BLOCK_N=_BLOCK_KEYS, LARGEST=_LARGEST_SPLIT, CAP=_MOST_SPLITS, SIDE=_SIDE,
+        STAGES=_STAGES if qkv.element_size() == 2 else 2, PRECISION=precision_of(qkv), CHAINED=chained,
+        num_warps=_WARPS, launch_pdl=chained,
     )  # fmt: skip
-    if most > 1:
-        combine_kernel[(queries, batch)](
-            sums, stats, out, spans.rows, spans.lengths, reach, out.stride(0), Q=queries, D=width, BLOCK_D=block_d,
-            BLOCK_N=_BLOCK_KEYS, WHOLE=_WHOLE, LEAST=_LEAST_SPLIT, MOST=_MOST_SPLITS, CHAINED=chained, num_warps=4,
-            launch_pdl=chained,
-        )  # fmt: skip
 
 
 def descriptors_of(pages: LayerPages, block_d: int, block_keys: int) -> tuple[TensorDescriptor, TensorDescriptor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ranklet.kernels.launch import is_hopper, precision_of
-from ranklet.kernels.row_gemm_tiles import LEAST_WIDTH, MOST_ROWS, SplitTile, ThinTile, Tile, find
+from ranklet.kernels.row_gemm_tiles import LEAST_WIDTH, MOST_ROWS, ThinTile, Tile, find
 from ranklet.kernels.row_shrink import row_shrink
 from ranklet.kernels.row_steps import ADDED, GATED, PLAIN
 from ranklet.kernels.row_tiles import RowTiles
@@ -26,7 +26,6 @@ from ranklet.kernels.stack import LinearStack
 from ranklet.kernels.thin_gemm import thin_kernel
 
 _MOST_SPLIT = 4
-_RUN_RANKS = {ThinTile: 256, SplitTile: 128}  # ranks of adapters side by side in one product
 
 
 class NormedRows(NamedTuple):
@@ -172,7 +171,7 @@ def _launch(call: _Call, tile: Tile | None) -> None:
         "OUT_PARTS": 0 if out_squares is None else out_squares.shape[1],
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
         "KIND": kind, "NEXT": norm is not None, "BIAS": bias is not None, "LORA": lora is not None,
-        "RUNS": max(1, min(adapters, _RUN_RANKS[type(tile)] // triton.next_power_of_2(rank))), "ADAPTERS": adapters,
+        "RUNS": max(1, min(adapters, tile.run_ranks // triton.next_power_of_2(rank))), "ADAPTERS": adapters,
         "PRECISION": precision_of(x),
         "CHAINED": chained, "num_warps": tile.warps, "num_stages": tile.stages, "launch_pdl": chained,
     }  # fmt: skip

@@ -28,6 +28,7 @@ class ThinTile:
     early: bool  # load the first weights before waiting for the launch before
     own: bool = False  # with one adapter, programs compute `s A x` themselves
     block_m: int = 16
+    run_ranks: int = 256  # ranks of adapters side by side in one product
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class SplitTile:
     split: int  # programs that share a tile, each with a part of K
     warps: int
     stages: int
+    run_ranks: int = 128
 
 
 Tile = ThinTile | SplitTile
@@ -85,7 +87,10 @@ _LORA: dict[_Product, Tile] = _BASE | {
     _Product(PLAIN, 64, 1024, 4096): SplitTile(64, 32, 128, 1, 4, 4),
     _Product(ADDED, 64, 2048, 1024): SplitTile(64, 32, 128, 2, 4, 4),
     _Product(ADDED, 64, 3072, 1024): SplitTile(64, 32, 128, 2, 4, 4),
-    _Product(ADDED, 256, 3072, 1024): SplitTile(64, 64, 128, 1, 4, 4),
+    _Product(PLAIN, 256, 1024, 4096): SplitTile(64, 128, 128, 1, 4, 4, run_ranks=64),
+    _Product(ADDED, 256, 2048, 1024): SplitTile(64, 64, 128, 2, 4, 4, run_ranks=64),
+    _Product(GATED, 256, 1024, 3072): SplitTile(64, 64, 64, 1, 4, 4, run_ranks=64),
+    _Product(ADDED, 256, 3072, 1024): SplitTile(64, 64, 128, 1, 4, 4, run_ranks=64),
     _Product(PLAIN, 16, 4096, 6144): ThinTile(32, 64, 4, 4, early=False),
     _Product(PLAIN, 64, 4096, 6144): SplitTile(64, 32, 128, 1, 4, 4),
     _Product(ADDED, 64, 4096, 4096): SplitTile(64, 32, 128, 2, 4, 4),

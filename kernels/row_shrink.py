@@ -3,6 +3,8 @@
 Letters as in `stack.py`; T rows (tokens) of the batch.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,10 +14,17 @@ from ranklet.kernels.launch import precision_of
 from ranklet.kernels.row_tiles import RowTiles
 from ranklet.kernels.stack import LinearStack
 
+
+class _Launch(NamedTuple):
+    warps: int
+    block_k: int
+    stages: int
+
+
 _BLOCK_ROWS = 16
 _BLOCK_RANKS = 16
-_WARPS = 8
-_STAGES = 3
+_SHORT, _MOST_SHORT = _Launch(4, 256, 1), 3072  # up to this K
+_LONG = _Launch(8, 128, 3)
 
 
 @triton.jit(do_not_specialize_on_alignment=["tiles"])
@@ -73,11 +82,12 @@ def row_shrink(
     assert tiles.on_device is not None
     wide = x.shape[1]
     h = torch.empty((x.shape[0], stack.a.shape[1]), dtype=x.dtype, device=x.device)
-    block_k = max(16, min(128, triton.next_power_of_2(wide // _WARPS)))
+    launch = _SHORT if wide <= _MOST_SHORT else _LONG
+    block_k = max(16, min(launch.block_k, triton.next_power_of_2(wide // launch.warps)))
     row_shrink_kernel[(len(tiles.table) * (tiles.height // _BLOCK_ROWS), h.shape[1] // _BLOCK_RANKS)](
         x, stack.a, h, tiles.on_device[0], stack.scalings, stack.scalings.stride(0), x.stride(0), stack.a.stride(0),
         h.stride(0), K=wide, R=stack.rank, BLOCK_R=_BLOCK_RANKS, BLOCK_M=_BLOCK_ROWS,
-        HEIGHT=tiles.height, BLOCK_K=block_k, PARTS=_WARPS, STAGES=_STAGES, PRECISION=precision_of(x),
-        CHAINED=chained, num_warps=_WARPS, num_stages=_STAGES, launch_pdl=chained,
+        HEIGHT=tiles.height, BLOCK_K=block_k, PARTS=launch.warps, STAGES=launch.stages, PRECISION=precision_of(x),
+        CHAINED=chained, num_warps=launch.warps, num_stages=launch.stages, launch_pdl=chained,
     )  # fmt: skip
     return h

@@ -29,6 +29,7 @@ def split_kernel(
     low_row = row_block * BLOCK_M
     SPAN: tl.constexpr = ((K + SPLIT - 1) // SPLIT + BLOCK_K - 1) // BLOCK_K * BLOCK_K
     low = part * SPAN
+    EARLY: tl.constexpr = BLOCK_N <= 32  # B of wider tiles would take shared memory from the loop over K
     if CHAINED:
         tl.extra.cuda.gdc_launch_dependents()
         if not LORA:
@@ -43,6 +44,18 @@ def split_kernel(
         scale = row_scale(squares, rows, in_rows, eps, K, IN_PARTS, IN_BLOCK)
     if LORA:
         first_run, end_run = runs_in(runs, low_row, ADAPTERS, BLOCK_M)
+        if EARLY:
+            start, stop, weight = run_group(
+                b, runs, first_run, end_run, low_row, columns, b_slot_stride, R, BLOCK_R, RUNS, BLOCK_M
+            )
+            if KIND == 1:
+                _, _, up_weight = run_group(
+                    b, runs, first_run, end_run, low_row, N + columns, b_slot_stride, R, BLOCK_R, RUNS, BLOCK_M
+                )
+    before = acc
+    if KIND == 2:  # the launches between have waited for the one that wrote the residual stream
+        at = residual + rows.to(tl.int64)[:, None] * N + columns[None, :]
+        before = tl.load(at, mask=in_rows[:, None], other=0.0)
     for k in tl.range(low, tl.minimum(low + SPAN, K), BLOCK_K, num_stages=STAGES):
         xs = x_tma.load([low_row, k])
         acc = tl.dot(xs, w_tma.load([first, k]).T, acc, input_precision=PRECISION)
@@ -50,19 +63,21 @@ def split_kernel(
             up = tl.dot(xs, w_tma.load([N + first, k]).T, up, input_precision=PRECISION)
     if LORA and part == 0:
         piece = (first >= W0).to(tl.int32) + (first >= W0 + W1).to(tl.int32) if KIND != 1 else 0
-        start, stop, weight = run_group(
-            b, runs, first_run, end_run, low_row, columns, b_slot_stride, R, BLOCK_R, RUNS, BLOCK_M
-        )
+        if not EARLY:
+            start, stop, weight = run_group(
+                b, runs, first_run, end_run, low_row, columns, b_slot_stride, R, BLOCK_R, RUNS, BLOCK_M
+            )
         acc = add_lora(
             acc, h, b, runs, start, stop, weight, first_run, end_run, rows, low_row, piece, columns, h_stride,
             b_slot_stride, R, BLOCK_R, RUNS, BLOCK_M, PRECISION, CHAINED,
         )  # fmt: skip
         if KIND == 1:
-            start, stop, weight = run_group(
-                b, runs, first_run, end_run, low_row, N + columns, b_slot_stride, R, BLOCK_R, RUNS, BLOCK_M
-            )
+            if not EARLY:
+                start, stop, up_weight = run_group(
+                    b, runs, first_run, end_run, low_row, N + columns, b_slot_stride, R, BLOCK_R, RUNS, BLOCK_M
+                )
             up = add_lora(
-                up, h, b, runs, start, stop, weight, first_run, end_run, rows, low_row, 1, N + columns, h_stride,
+                up, h, b, runs, start, stop, up_weight, first_run, end_run, rows, low_row, 1, N + columns, h_stride,
                 b_slot_stride, R, BLOCK_R, RUNS, BLOCK_M, PRECISION, CHAINED,
             )  # fmt: skip
     elif LORA and CHAINED:
@@ -88,10 +103,6 @@ def split_kernel(
                     up += tl.load(parts_at + other * SIZE + BLOCK_M * BLOCK_N, cache_modifier=".cg")
             tl.store(arrivals + place, 0)
     if last:
-        before = acc
-        if KIND == 2:
-            at = residual + rows.to(tl.int64)[:, None] * N + columns[None, :]
-            before = tl.load(at, mask=in_rows[:, None], other=0.0)
         finish(
             acc, up, scale, before, rows, in_rows, columns, tile, N, bias, out, residual, norm, out_squares, OUT_PARTS,
             IN_PARTS > 0, BIAS, KIND, NEXT,

@@ -17,6 +17,7 @@ from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.kv_write import KvWrite
 from ranklet.kernels.paged_attention import LayerPages, PagedSpans
 from ranklet.kernels.row_gemm import NextNorm, NormedRows, RowLora, Workspace
+from ranklet.kernels.row_gemm_tiles import MOST_ROWS
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
 from ranklet.replicas.model.decoder import Decoder, Projection, Stacks
 
@@ -43,7 +44,9 @@ class RowDecoder:
         if not supports(decoder):
             raise ValueError("decoder: expected bfloat16 on a Hopper GPU, and widths that are multiples of 16")
         self._decoder = decoder
-        self._workspace = Workspace(decoder.device, decoder.architecture.hidden)
+        shape = decoder.architecture
+        self._workspace = Workspace(decoder.device, shape.hidden)
+        self._arrivals = torch.zeros(MOST_ROWS * shape.kv_heads, dtype=torch.int32, device=decoder.device)
 
     def forward(
         self, batch: RowBatch, pages: Sequence[LayerPages], stacks: Sequence[Stacks], embedding: EmbeddingStack | None
@@ -51,7 +54,7 @@ class RowDecoder:
         """Compute the hidden states before the final norm, and store the tokens' keys and values.
 
         Args:
-            batch: of at most `row_gemm.MOST_ROWS` rows.
+            batch: of at most `MOST_ROWS` rows.
             pages: the keys and values of each layer.
             stacks: the LoRA slots of each layer.
             embedding: the LoRA slots of the token embedding.
@@ -73,7 +76,7 @@ class RowDecoder:
             rotated = torch.empty(qkv.shape, dtype=scaled.dtype, device=scaled.device)
             rotary = replace(decoder.rotary(layer, batch.positions), kv=KvWrite(batch.kv_slots, pages[i]))
             rotary.write(qkv, rotated)
-            paged_attention.decode(rotated, batch.spans, pages[i], heads, layer.window, attended)
+            paged_attention.decode(rotated, batch.spans, pages[i], heads, layer.window, attended, self._arrivals)
             post = NextNorm(layer.post_norm, eps)
             rows = self._added(NormedRows(attended), layer.o, stacks[i].o, batch.lora, residual, post)
             lora = _lora(stacks[i].gate_up, batch.lora)

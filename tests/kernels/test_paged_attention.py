@@ -20,8 +20,7 @@ needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton
 
 def small_splits(monkeypatch: pytest.MonkeyPatch, least: int = 64, most: int = 2) -> None:
     """Make splits so small that short sequences, which the interpreter computes quickly, have several."""
-    monkeypatch.setattr(paged_attention, "_WHOLE", least)
-    monkeypatch.setattr(paged_attention, "_LEAST_SPLIT", least)
+    monkeypatch.setattr(paged_attention, "_SPLITS", ((256, most, least),))
     monkeypatch.setattr(paged_attention, "_MOST_SPLITS", most)
 
 
@@ -80,6 +79,32 @@ def test_a_token_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch, r
         run(case.qkv, alone, case.pages, case.heads, None, out)
         row = int(case.spans.rows[b])
         assert torch.equal(out[row], together[row])
+
+
+@needs_interpreter
+def test_longer_spans_have_more_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_attention, "_SPLITS", ())
+    monkeypatch.setattr(paged_attention, "_LARGEST_SPLIT", 64)
+    check(decode_triton, [1, 0, 64, 65, 300], (4, 2), 16, None)
+
+
+def test_arrivals_are_left_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_splits(monkeypatch)
+    case = make_case([1, 1], [150, 70], (4, 2), 16).to(DEVICE)
+    arrivals = torch.zeros(8, dtype=torch.int32, device=DEVICE)
+    outs = [case.empty_out() for _ in range(3)]
+    for out, counted in zip(outs, (None, arrivals, arrivals), strict=True):
+        decode_triton(case.qkv, case.spans, case.pages, case.heads, None, out, counted)
+        assert_close(out, outs[0], rtol=0, atol=0, equal_nan=True)
+    assert not arrivals.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spans", [1, 4, 16, 80])
+def test_any_number_of_spans_on_a_gpu(spans: int) -> None:
+    lengths = [(1000, 2049, 70, 640, 5000, 300)[i % 6] for i in range(spans)]
+    for heads in ((16, 8), (32, 8)):
+        check(decode, lengths, heads, 128, None, torch.bfloat16, 1e-2, DEVICE)
 
 
 @pytest.mark.gpu

@@ -168,9 +168,27 @@ def test_a_row_does_not_depend_on_its_neighbours(tile: ThinTile | SplitTile) -> 
         assert torch.equal(found[at], whole[row])
 
 
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("slots", [[None, None], [4, 3, 2, 1, 0, None]], ids=["base", "mixed"])
+def test_wide_tiles(slots: list[int | None], split: int) -> None:
+    tile = SplitTile(16, 64, 16, split, 4, 2, run_ranks=32)
+    check_products(RowCase(slots, widths=(128,)), torch.float32, tile)
+    case = RowCase(slots, widths=(64, 64))
+    y = row_gemm.gated(case.rows(normed=True), *case.weights, case.lora, case.workspace, tile=tile)
+    gate, up = case.normed.chunk(2, dim=1)
+    check(y, torch.nn.functional.silu(gate) * up, torch.float32)
+
+
 @pytest.mark.parametrize(
     ("wide", "widths"),
-    [(1024, (2048, 1024, 1024)), (576, (576, 192, 192)), (1536, (576,)), (4096, (4096,)), (576, (1536, 1536))],
+    [
+        (1024, (2048, 1024, 1024)),
+        (576, (576, 192, 192)),
+        (1536, (576,)),
+        (4096, (4096,)),
+        (8960, (1536,)),
+        (576, (1536, 1536)),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("rows", [1, 7, 16, 40, 200])
