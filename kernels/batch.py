@@ -36,6 +36,8 @@ class LoraBatch:
         implementation: set by `Backends.choose`. With None, only the base model is computed, and `backend` is "none".
         tiles: for backends that read them, see `cut`.
         padded: whether `tiles` were cut with `padded`. Launches must then not depend on the segments.
+        everywhere: whether LoRA of each projection is computed, also where no adapter has one: then launches do not
+            depend on the adapters' modules.
 
     Raises:
         ValueError: the segments leave a gap, overlap, or end beyond the rows.
@@ -46,6 +48,7 @@ class LoraBatch:
     implementation: Backend | None = None
     tiles: tuple[RowTiles, ...] = field(default=(), compare=False)
     padded: bool = False
+    everywhere: bool = False
 
     def __post_init__(self) -> None:
         runs = runs_of(self.segments)
@@ -65,6 +68,10 @@ class LoraBatch:
     @property
     def lora_rows(self) -> int:
         return self.segments[-1].stop if self.segments else 0
+
+    def reaches(self, stack: LinearStack) -> bool:
+        """Return whether LoRA of a projection is computed."""
+        return self.everywhere or stack.holds_any(segment.slot for segment in self.segments)
 
     def with_tiles(self, device: torch.device) -> Self:
         return replace(self, tiles=tuple(tiles.to(device) for tiles in cut(self)))

@@ -49,7 +49,7 @@ def linear(
         ValueError: `x` does not have the batch's number of rows, or the batch has segments but no tiles.
     """
     check_rows(x, batch)
-    if not stack.holds_any(segment.slot for segment in batch.segments):
+    if not batch.reaches(stack):
         return base_gemm.base(x, weight, bias, rotary)
     if not batch.tiles:
         raise ValueError("batch: expected tiles for its segments, got none; call LoraBatch.with_tiles")

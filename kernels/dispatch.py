@@ -117,7 +117,7 @@ def gated(
 
     Semantics: `y[t] = silu(gate[t]) * up[t]`, where `(gate[t], up[t]) = linear(x)[t]`.
     """
-    adapted = stack is not None and stack.holds_any(segment.slot for segment in batch.segments)
+    adapted = stack is not None and batch.reaches(stack)
     if not adapted and bias is None and gated_mlp.can_gate(x, weight):
         return gated_mlp.gated(x, weight)
     if not adapted and base_gemm.may_widen(x):

@@ -223,7 +223,7 @@ class LayoutPacker:
         columns = self._columns(drawn, decodes, place, spans, count, sizes.drawn)
         offsets = np.full(sizes.fresh + 1, lengths[fresh].sum())
         offsets[: len(fresh) + 1] = np.cumsum((0, *lengths[fresh]))
-        lora = tiled(lora, sizes.tokens, padded=self.pads)
+        lora = tiled(lora, sizes.tokens, padded=self.pads, everywhere=self.pads and sizes.tokens <= SHORT_STEP)
         scored = [
             ScoredSpan(i, int(starts[i]), span.start + 1, span.scored, span.top)
             for i, span in enumerate(spans, count)

@@ -124,8 +124,7 @@ class PagedRunner:
         contents = self.runner.pool.contents
         # Equal adapters share their set of modules, and a set's hash is computed once.
         distinct = {contents[slot].modules for slot in runs_of(layout.lora.segments)[:, 2].tolist()}
-        # The row decoder computes LoRA of every projection in the layers.
-        modules = _modules(frozenset(distinct), in_layers=not layout.suits_rows)
+        modules = _modules(frozenset(distinct), in_layers=not layout.lora.everywhere)
         return "pages", layout.sizes, layout.tile_shapes, layout.features, layout.lora.backend, modules
 
     def _states(self, layout: PagedLayout, moved: Tensor) -> tuple[PagedArrays, Tensor]:

@@ -11,10 +11,12 @@ from ranklet.kernels.row_tiles import RowTiles
 TileShapes = tuple[tuple[int | tuple[int, int], ...], ...]
 
 
-def tiled(batch: LoraBatch, rows: int, *, padded: bool) -> LoraBatch:
+def tiled(batch: LoraBatch, rows: int, *, padded: bool, everywhere: bool = False) -> LoraBatch:
     """Add fillers up to this number of rows, and cut the batch into tiles if its backend reads them."""
     batch = batch if rows == batch.rows else replace(batch, rows=rows)
-    return replace(batch, tiles=cut(batch, padded=padded), padded=padded) if batch.backend == "csgmv" else batch
+    if batch.backend != "csgmv":
+        return batch
+    return replace(batch, tiles=cut(batch, padded=padded), padded=padded, everywhere=everywhere)
 
 
 def all_tiles(lora: LoraBatch, narrow: LoraBatch | None) -> list[RowTiles]:

@@ -30,9 +30,10 @@ def by_row(lengths: list[int], slots: list[int | None]) -> list[int | None]:
 
 def check(
     lengths: list[int], slots: list[int | None], *, wide: int = 40, widths: tuple[int, ...] = (24, 8, 8),
-    dtype: torch.dtype = torch.float32, bias: bool = False, stale: float = NAN,
+    dtype: torch.dtype = torch.float32, bias: bool = False, stale: float = NAN, everywhere: bool = False,
 ) -> None:  # fmt: skip
     _, batch = plan(lengths, slots)
+    batch = replace(batch, everywhere=everywhere)
     ranks = {slot: of[: len(widths)] for slot, of in RANKS.items()}
     adapters = oracle.random_adapters(ranks, wide, widths, dtype=dtype)
     x = torch.randn(batch.rows, wide).to(dtype)
@@ -73,6 +74,13 @@ def test_unusual_batches(lengths: list[int], slots: list[int | None]) -> None:
     check(lengths, slots)
     check(lengths, slots, widths=(24,), bias=True)
     check(lengths, slots, wide=72, widths=(40, 136))
+
+
+@pytest.mark.parametrize("lengths", [[7], [150]])
+def test_lora_that_no_adapter_has(lengths: list[int]) -> None:
+    check(lengths, [5], everywhere=True)
+    check(lengths, [5], widths=(24,), bias=True, everywhere=True)
+    check([*lengths, 9], [5, None], dtype=torch.float16, stale=0.0, everywhere=True)
 
 
 def test_hundreds_of_adapters_of_one_row() -> None:

@@ -8,6 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from ranklet.kernels.sampling_row import Column, Feature
+from ranklet.replicas.adapters.pool import SlotContents
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.launched import LaunchedStep
@@ -102,6 +103,18 @@ def test_every_step_of_decodes_is_captured_before_requests_come(
         keys.add(key_of(paged, draw(rng, count, 0, 0)))
     assert keys <= captured
     assert len(keys) >= 40, "the steps differ"
+
+
+def test_keys_of_short_steps_do_not_depend_on_modules(paged: PagedRunner, captured: set[Hashable], draw: Draw) -> None:
+    rng, pool, names = np.random.default_rng(0), paged.runner.pool, ("q_proj", "down_proj")
+    few = [
+        SlotContents(frozenset(module for module in held.modules if module[1] == names[slot % 2]))
+        for slot, held in enumerate(pool.contents)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "contents", few)
+        for decodes, prompts, tokens in ((1, 0, 0), (300, 0, 0), (20, 3, 200), (0, 1, 700), (250, 16, 1700)):
+            assert key_of(paged, draw(rng, decodes, prompts, tokens)) in captured
 
 
 def test_short_steps_with_prompts_are_captured_before_requests_come(

@@ -1,0 +1,63 @@
+"""Kernels are listed instead of compiled, and then compiled by threads. No GPU: Triton's part is played."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from threading import Thread
+from types import SimpleNamespace
+
+import pytest
+import torch
+from triton import knobs
+
+from ranklet.kernels.compile_ahead import Kernel, compile_kernels, listed_kernels
+
+
+@dataclass(eq=False)
+class Function:
+    """A function that Triton compiles."""
+
+    cache_key: str = "key"
+    compiled: list[str] = field(default_factory=list)
+
+    def preload(self, specialization: str) -> SimpleNamespace:
+        if specialization == "fails":
+            raise RuntimeError("the kernel does not fit the device")
+        self.compiled.append(specialization)
+        return SimpleNamespace(run=None)
+
+    def launch(self, specialization: str) -> bool:
+        """Return whether the kernel was compiled and launched."""
+        hook = knobs.runtime.jit_cache_hook
+        if hook is None:
+            return True
+        return not hook(
+            key="", repr="", fn=SimpleNamespace(jit_function=self), compile={"specialization_data": specialization},
+            is_manual_warmup=False, already_compiled=False,
+        )  # fmt: skip
+
+
+def test_kernels_of_this_thread_are_listed_once_and_not_launched() -> None:
+    one, two, elsewhere = Function(), Function(), list[bool]()
+    with listed_kernels() as kernels:
+        assert not any([one.launch("a"), two.launch("a"), one.launch("b"), one.launch("a")])
+        thread = Thread(target=lambda: elsewhere.append(two.launch("c")))
+        thread.start()
+        thread.join()
+    assert elsewhere == [True]
+    assert list(kernels) == [Kernel(one, "a"), Kernel(two, "a"), Kernel(one, "b")]
+    assert one.launch("a")
+
+
+def test_the_hook_is_restored_after_an_error() -> None:
+    with pytest.raises(ZeroDivisionError), listed_kernels():
+        raise ZeroDivisionError
+    assert knobs.runtime.jit_cache_hook is None
+
+
+def test_kernels_are_compiled_and_failures_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    one, two = Function(), Function()
+    kernels = [Kernel(one, "a"), Kernel(two, "fails"), Kernel(two, "b"), Kernel(one, "c")]
+    assert compile_kernels(kernels, torch.device("cpu"), threads=1) == 1
+    assert (one.compiled, two.compiled) == (["a", "c"], ["b"])
+    assert compile_kernels([], torch.device("cpu")) == 0
