@@ -1,8 +1,8 @@
 """Chunked segmented LoRA in Triton: each adapter's rows are cut into tiles, and one launch serves all adapters.
 
-Where it pays, one product computes base and LoRA (`fused_gemm.py`). Elsewhere, `expand` adds LoRA to the base product.
-The kernel after `shrink` starts while `shrink` still runs (CUDA's programmatic dependent launch) and waits before it
-reads h.
+Where it pays, one product computes base and LoRA (`fused_gemm.py`, `gated_mlp.py`). Elsewhere, `expand` adds LoRA to
+the base product. The kernel after `shrink` starts while `shrink` still runs (CUDA's programmatic dependent launch) and
+waits before it reads h.
 
 Letters as in `stack.py`; T rows (tokens) of the batch. After SGLang's csgmv and Punica's SGMV.
 """
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from ranklet.kernels import base_gemm, fused_gemm
+from ranklet.kernels import base_gemm, fused_gemm, gated_mlp, pointwise
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.expand import expand
 from ranklet.kernels.launch import is_hopper, precision_of
@@ -61,6 +61,28 @@ def linear(
     else:
         base_gemm.base(x[done:], weight, bias, rest, out=y[done:])
     return y
+
+
+def gated(
+    x: Tensor,  # [T, K]
+    weight: Tensor,  # [2 N, K], gate first
+    bias: Tensor | None,  # [2 N]
+    stack: LinearStack,
+    batch: LoraBatch,
+) -> Tensor:
+    """Compute the gated activation of an MLP with LoRA on gate and up. Returns a new tensor [T, N].
+
+    Semantics: `y[t] = silu(gate[t]) * up[t]`, where `(gate[t], up[t]) = linear(x)[t]`. Requirements as of `linear`.
+    """
+    if bias is None and gated_mlp.can_gate(x, weight) and gated_mlp.can_add(stack, batch.tiles):
+        chained = is_hopper(x.device)
+        h = _shrunk(x, stack, batch.tiles[0], split=False, chained=chained)
+        return gated_mlp.gated(x, weight, h, stack, batch.tiles[0], chained=chained)
+    if base_gemm.may_widen(x) and x.shape[0] <= fused_gemm.LEAST_ROWS:  # as `linear`, but rounds only once
+        product = base_gemm.widened(x, weight, bias)
+        add(x, product, stack, batch)
+        return pointwise.silu_mul(product, x.dtype)
+    return pointwise.silu_mul(linear(x, weight, bias, stack, batch))
 
 
 def add(

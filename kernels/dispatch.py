@@ -118,6 +118,9 @@ def gated(
     Semantics: `y[t] = silu(gate[t]) * up[t]`, where `(gate[t], up[t]) = linear(x)[t]`.
     """
     adapted = stack is not None and batch.reaches(stack)
+    if adapted and batch.implementation is csgmv:
+        assert stack is not None
+        return csgmv.gated(x, weight, bias, stack, batch)
     if not adapted and bias is None and gated_mlp.can_gate(x, weight):
         return gated_mlp.gated(x, weight)
     if not adapted and base_gemm.may_widen(x):

@@ -211,12 +211,16 @@ def can_fuse(x: Tensor, stack: LinearStack, tiles: RowTiles, tile: FusedTile) ->
 
     It needs Hopper or later, 16 bits, many rows, slices of whole blocks, and few adapters per block.
     """
-    steps = len(tiles.runs) + len(tiles.blocks) - 1  # upper bound: each block has a step per run that it intersects
-    if steps * stack.rank > _MOST_STEPS * x.shape[1] * len(tiles.blocks) or stack.rank not in (16, 32, 64, 128):
+    if runs_per_block(tiles) * stack.rank > _MOST_STEPS * x.shape[1] or stack.rank not in (16, 32, 64, 128):
         return False
     if x.is_cuda and not is_hopper(x.device):
         return False
     return suits(x, len(tiles.blocks) * BLOCK_ROWS, tile) and not any(width % tile.block_n for width in stack.widths)
+
+
+def runs_per_block(tiles: RowTiles) -> float:
+    """Return an upper bound on the mean number of adapters in a block of rows."""
+    return 1 + (len(tiles.runs) - 1) / len(tiles.blocks)  # a block has a step for each run that it intersects
 
 
 def can_rotate(tile: FusedTile, rotary: Rotary) -> bool:

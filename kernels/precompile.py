@@ -50,5 +50,8 @@ def precompile(stacks: Sequence[LinearStack], most_rows: int, rotary: Rotary | N
         x = torch.zeros(most_rows, wide, dtype=dtype, device=device)
         rotated = rotary if slices == len(PACKS["qkv"]) else None
         for batch in batches(slots, most_rows):
-            csgmv.linear(x[: batch.rows], weight, None, full, batch.with_tiles(device), rotated)
+            placed = batch.with_tiles(device)
+            csgmv.linear(x[: batch.rows], weight, None, full, placed, rotated)
+            if slices == len(PACKS["gate_up"]):
+                csgmv.gated(x[: batch.rows], weight, None, full, placed)
         merge.merge(torch.empty(1, *weight.shape, dtype=dtype, device=device), weight, full, [0])

@@ -9,6 +9,7 @@ from ranklet.kernels import csgmv
 from ranklet.kernels.batch import cut, plan
 from ranklet.kernels.expand import expand_kernel
 from ranklet.kernels.fused_gemm import gemm_kernel
+from ranklet.kernels.gated_mlp import gated_kernel
 from ranklet.kernels.precompile import batches, precompile
 from ranklet.kernels.rotary import Rotary, rotary_kernel
 from ranklet.kernels.shrink import shrink_kernel
@@ -16,7 +17,7 @@ from ranklet.kernels.stack import LinearStack
 from ranklet.kernels.tuning.random_lora import ProjectionShape, random_lora
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-KERNELS = (shrink_kernel, expand_kernel, gemm_kernel, rotary_kernel)
+KERNELS = (shrink_kernel, expand_kernel, gemm_kernel, gated_kernel, rotary_kernel)
 
 
 @pytest.mark.parametrize("slots", [1, 8, 300])
@@ -43,8 +44,12 @@ def test_stacks_are_not_written() -> None:
 def test_random_batches_compile_nothing_after_it() -> None:
     slots, most_rows = 64, 8192
     loras = [
-        random_lora(p, 64, slots, device=DEVICE, dtype=torch.bfloat16)
-        for p in (ProjectionShape("qkv", 1024, (2048, 1024, 1024)), ProjectionShape("down", 3072, (1024,)))
+        random_lora(ProjectionShape(name, wide, widths), rank, slots, device=DEVICE, dtype=torch.bfloat16)
+        for name, wide, widths, rank in (
+            ("qkv", 1024, (2048, 1024, 1024), 64),
+            ("gate_up", 1024, (3072, 3072), 16),
+            ("down", 3072, (1024,), 64),
+        )
     ]
     places = torch.zeros(most_rows, dtype=torch.int32, device=DEVICE)
     rotary = Rotary(None, torch.ones(64, 64, device=DEVICE), torch.ones(64, 64, device=DEVICE), places, 16, 8, 1e-6)
@@ -58,6 +63,9 @@ def test_random_batches_compile_nothing_after_it() -> None:
         for p in loras:
             x = torch.randn(batch.rows, p.projection.wide, device=DEVICE, dtype=torch.bfloat16)
             rotation = rotary.rows(most_rows - batch.rows) if p.projection.name == "qkv" else None
-            csgmv.linear(x, p.weight, None, p.stack, batch.with_tiles(DEVICE), rotation)
+            placed = batch.with_tiles(DEVICE)
+            csgmv.linear(x, p.weight, None, p.stack, placed, rotation)
+            if p.projection.name == "gate_up":
+                csgmv.gated(x, p.weight, None, p.stack, placed)
     found = [set(kernel.device_caches[0][0]) for kernel in KERNELS]
     assert [more - known for more, known in zip(found, compiled, strict=True)] == [set()] * len(KERNELS)
