@@ -6,9 +6,10 @@ from ranklet.replicas.engine.holders import Holders
 from ranklet.replicas.engine.kv_space import FreeSpace, KvSpace
 from ranklet.replicas.engine.plan import StepPlan
 from ranklet.replicas.engine.sequence import Sequence
-from ranklet.replicas.engine.step_cost import PromptBudget, StepCost
+from ranklet.replicas.engine.step_cost import MOST_TEXT_TOKENS, PromptBudget, StepCost
 
-_BURST, _BURST_TEXTS = 0.125, 4  # texts that a step starts at least, as a share of those that decode, and in all
+_BURST = 0.05  # texts that can start, as a share of those that decode
+_BURST_TEXTS = 4  # that a step starts at least
 _BURST_COST = 2  # of the prompts of a burst at most, compared with a full step of tokens that have none before them
 _LEAST_TOKENS = 256  # of prompts beside few decodes
 
@@ -73,6 +74,8 @@ def prompt_budget(
         rows: number of sequences that can start.
     """
     count = len(plan.decodes)
+    if count:
+        max_tokens = min(max_tokens, MOST_TEXT_TOKENS)
     budget = PromptBudget(costs, max_tokens - plan.tokens, decodes=count)
     if count and len(queue):
         alone = costs.decodes(count, sum(each.computed for each in plan.decodes))
@@ -83,12 +86,12 @@ def prompt_budget(
 
 
 def _is_burst(queue: FairQueue, decodes: int, rows: int, costs: StepCost, max_tokens: int) -> bool:
-    """Return whether a large step would start many texts, compared with the number of decodes that it delays.
+    """Return whether many texts can start, compared with the number of decodes that a large step delays.
 
-    In many small steps, the prompts of a burst would wait, and rows would stay empty. A large step of a few long
-    prompts would delay all running texts and start few.
+    In many small steps, the prompts of a burst would wait, and rows would stay empty. A large step of less than some
+    long prompts would delay all running texts and start few.
     """
-    if not queue.texts:
+    can_start = min(queue.texts, rows)
+    if can_start < max(_BURST * decodes, _BURST_TEXTS):
         return False
-    starting = min(queue.texts, rows, max_tokens / costs.piece(queue.text_tokens / queue.texts, 0))
-    return starting >= max(_BURST * decodes, _BURST_TEXTS)
+    return max_tokens >= _BURST_TEXTS * costs.piece(queue.text_tokens / queue.texts, 0)

@@ -119,7 +119,7 @@ class Scheduler:
                     full = budget.is_spent
                     continue
                 plan.add(part)
-                budget.take(part.tokens, part.start)
+                budget.take(part.tokens, part.start, is_text=sequence.need.keeps_cache)
                 if adapter is not None:
                     adapters.add(adapter)
                 others = others or not self.queue.floods(sequence)
@@ -159,7 +159,7 @@ class Scheduler:
             if (first := self._first_pages(sequence, room)) is None:  # to be divided, a prompt needs pages
                 return None
             start, left = first.tokens, left - first.tokens
-            tokens = budget.fit(left, start)
+            tokens = self._piece(sequence, left, start, plan, budget)
         if not tokens:
             return None
         if first is not None:
@@ -185,7 +185,7 @@ class Scheduler:
     def _piece(self, sequence: Sequence, left: int, start: int, plan: StepPlan, budget: PromptBudget) -> int:
         """Return how many of the `left` tokens fit into the step; 0 if it has no space for a useful number."""
         if sequence.need.divisible and self.space is not None:
-            return budget.fit(left, start)
+            return budget.fit(left, start, is_text=sequence.need.keeps_cache)
         # A prompt that cannot be divided; decodes wait for it once.
         alone = not plan.parts and (not plan.decodes or sequence.passed_over >= PATIENCE)
         return left if left <= budget.tokens or alone else 0

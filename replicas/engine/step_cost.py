@@ -12,6 +12,7 @@ from math import inf
 from ranklet.replicas.model.architecture import Architecture
 
 LEAST_PIECE = 64  # tokens of a piece of a prompt that is not its last
+MOST_TEXT_TOKENS = 8192  # of a step with texts. Larger steps are hardly faster per token, and running texts wait longer
 _COARSEST = 1024  # steps of more than some thousand tokens need no graph
 _WEIGHT_BYTES = 2
 _FLOPS_PER_BYTE = 160  # operations in products that take as long as reading a byte
@@ -94,12 +95,14 @@ class PromptBudget:
     taken: int = 0
     is_spent: bool = False
 
-    def fit(self, left: int, start: int) -> int:
+    def fit(self, left: int, start: int, *, is_text: bool) -> int:
         """Return how many of the last `left` tokens of a prompt, behind `start` others, fit; 0 if too few.
 
         Without prompts in the step, the least piece always fits, whatever it costs.
         """
-        most = min(left, self.tokens)
+        most = min(left, self._text_tokens if is_text else self.tokens)
+        if most <= 0:
+            return 0
         tokens = most if self.cost == inf else self.costs.fitting(self.cost, start, most)
         if tokens < most:
             tokens = self._rounded(tokens)
@@ -115,7 +118,13 @@ class PromptBudget:
         total = self.decodes + self.taken + tokens
         return tokens - total % min(_COARSEST, max(1, (1 << total.bit_length()) // 4))
 
-    def take(self, tokens: int, start: int) -> None:
+    @property
+    def _text_tokens(self) -> int:
+        return min(self.tokens, MOST_TEXT_TOKENS - self.decodes - self.taken)
+
+    def take(self, tokens: int, start: int, *, is_text: bool) -> None:
         self.tokens -= tokens
         self.taken += tokens
+        if is_text:
+            self.tokens = self._text_tokens
         self.cost -= self.costs.piece(tokens, start)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ranklet.replicas.engine.step_cost import LEAST_PIECE, PromptBudget, StepCost
+from ranklet.replicas.engine.step_cost import LEAST_PIECE, MOST_TEXT_TOKENS, PromptBudget, StepCost
 from tests.bench.shapes import LLAMA_31_8B, QWEN3_06B
 from tests.replicas.engine.given import given_costs
 
@@ -50,17 +50,17 @@ def test_as_many_tokens_fit_as_the_cost_allows(costs: StepCost, cost: float, sta
 
 @given(
     given_costs, st.floats(0, 3000), st.integers(1, 200), st.integers(1, 3000),
-    st.lists(st.tuples(st.integers(1, 1500), st.integers(0, 3000)), min_size=1, max_size=8),
+    st.lists(st.tuples(st.integers(1, 1500), st.integers(0, 3000), st.booleans()), min_size=1, max_size=8),
 )  # fmt: skip
 def test_pieces_keep_their_budget(
-    costs: StepCost, cost: float, decodes: int, tokens: int, prompts: list[tuple[int, int]]
+    costs: StepCost, cost: float, decodes: int, tokens: int, prompts: list[tuple[int, int, bool]]
 ) -> None:
     budget, pieces, spent = PromptBudget(costs, tokens, cost, decodes), list[int](), 0.0
-    for left, start in prompts:
-        piece = budget.fit(left, start)
+    for left, start, is_text in prompts:
+        piece = budget.fit(left, start, is_text=is_text)
         assert piece >= min(LEAST_PIECE, left) or (not pieces and piece == tokens) or (pieces and not piece)
         if piece:
-            budget.take(piece, start)
+            budget.take(piece, start, is_text=is_text)
             pieces.append(piece)
             spent += costs.piece(piece, start)
     assert sum(pieces) <= tokens
@@ -74,5 +74,21 @@ def test_steps_with_pieces_have_few_sizes() -> None:
     for cost in range(100, 5000, 7):
         for start in range(0, 30_000, 1000):
             budget = PromptBudget(COSTS["0.6B"], 32_000, cost, decodes=64)
-            sizes.add(64 + budget.fit(40_000, start))
+            sizes.add(64 + budget.fit(40_000, start, is_text=True))
     assert len(sizes) <= 14, sizes
+
+
+def test_a_step_with_a_text_has_a_bounded_size() -> None:
+    budget = PromptBudget(COSTS["0.6B"], 32_000)
+    assert budget.fit(5000, 0, is_text=False) == 5000
+    budget.take(5000, 0, is_text=False)
+    assert budget.fit(30_000, 0, is_text=True) == MOST_TEXT_TOKENS - 5000
+    budget.take(MOST_TEXT_TOKENS - 5000, 0, is_text=True)
+    assert budget.fit(5000, 0, is_text=False) == 0
+
+
+def test_a_text_does_not_join_a_large_step() -> None:
+    budget = PromptBudget(COSTS["0.6B"], 32_000)
+    budget.take(20_000, 0, is_text=False)
+    assert budget.fit(100, 0, is_text=True) == 0
+    assert budget.fit(5000, 0, is_text=False) == 5000
