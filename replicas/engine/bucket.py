@@ -59,9 +59,10 @@ def rounded_tokens(tokens: int, max_tokens: int) -> int:
 
 def rounded_step(tokens: int, max_tokens: int) -> int:
     """Round the tokens of a step with pieces of prompts up. Its size is coarser, because more else differs."""
-    if tokens > _COARSE_STEP:
+    if tokens > _FINE_TOKENS:
         return rounded_tokens(tokens, max_tokens)
-    step = max(_LEAST_STEP, power_of_two(tokens) // (4 if tokens <= _COARSE_TOKENS else 8))
+    parts = 8 if _COARSE_TOKENS < tokens <= _COARSE_STEP else 4
+    step = max(_LEAST_STEP, power_of_two(tokens) // parts)
     return min(-(-tokens // step) * step, max(max_tokens, _LEAST_STEP))
 
 

@@ -30,8 +30,8 @@ from ranklet.replicas.engine.row_table import RowTable
 from ranklet.replicas.engine.tile_tables import TileShapes, all_tiles, placed, shapes_of, tiled
 from ranklet.replicas.model.heads import TextHead
 
-SHORT_STEP = 2048  # tokens of a step with prompts whose sizes are as those of steps with decodes too
-_LONG_STEP = 8192
+SHORT_STEP = 2048  # tokens of a step with prompts
+_SHORT_PROMPT = 1024  # tokens of a prompt for which attention over pages takes little longer than cuDNN's
 _LEAST_PAGES = 64  # of the page table of a step with prompts
 
 
@@ -188,8 +188,9 @@ class LayoutPacker:
         starts = np.empty(len(lengths), dtype=np.int64)
         starts[order] = np.cumsum(lengths[order]) - lengths[order]
         # Beside decodes and later pieces, a prompt's first piece reads its keys from pages too: steps have fewer sizes.
-        # So do short prompts, for which it takes little longer.
-        mixed = count > 0 or any(span.start for span in spans) or (self.pads and lora.rows <= SHORT_STEP)
+        # So do short prompts.
+        short = self.pads and (lora.rows <= SHORT_STEP or int(lengths.max()) <= _SHORT_PROMPT)
+        mixed = short or count > 0 or any(span.start for span in spans)
         chunks = [i for i, span in enumerate(spans, count) if span.row is not None and mixed]
         fresh = [i for i, span in enumerate(spans, count) if span.row is None or not mixed]
         fresh.sort(key=starts.__getitem__)
@@ -282,7 +283,7 @@ class LayoutPacker:
             rows = rounded_rows(count)
             return LayoutSizes(rows, rows, 0, 0, 0, rounded_pages(rows, pages, most), rows, 0)
         padded = rounded_step(tokens, self._max_tokens)
-        padded_decodes = decodes_beside_prompts(count, padded) if count or (chunks and tokens <= SHORT_STEP) else 0
+        padded_decodes = decodes_beside_prompts(count, padded) if count or chunks else 0
         padded_chunks = max(_few(padded)[0], power_of_four(len(chunks))) if chunks else 0
         padded_fresh = power_of_four(len(fresh)) if fresh else 0
         width = rounded_pages(padded_decodes + padded_chunks, max(pages, _LEAST_PAGES), most)
@@ -299,7 +300,7 @@ def decodes_beside_prompts(count: int, tokens: int) -> int:
 
 
 def _few(tokens: int) -> tuple[int, int]:
-    return (16, 64) if tokens <= _LONG_STEP else (64, 256)
+    return (16, 64) if tokens <= SHORT_STEP else (64, 256)
 
 
 def _filled(values: NDArray[np.generic], size: int) -> NDArray[np.generic]:

@@ -21,9 +21,9 @@ from ranklet.replicas.engine.cuda_graphs import NEVER
 from ranklet.replicas.engine.layout import TokenSpan
 from ranklet.replicas.engine.paged_layout import StepItems, decodes_beside_prompts
 from ranklet.replicas.engine.paged_runner import PagedRunner
+from ranklet.replicas.engine.step_cost import MOST_TEXT_TOKENS
 from ranklet.replicas.engine.warmup import compiled_ahead
 
-_CAPTURED_TOKENS = 2048  # of the largest step with prompts whose graph is captured
 _LARGE_TOKENS = (1100, 3000, 5000)  # of steps that are launched for their kernels
 _PROMPTS = (17, 65, 257)  # with more, attention of pieces has other kernels
 _FEATURES = (
@@ -104,7 +104,7 @@ def text_steps(paged: PagedRunner, longest: int) -> Iterator[WarmupStep]:
         for adapters in _adapter_counts(min(slots, count), size):
             for width in widths:
                 yield WarmupStep(count, width, adapters, 0, captured=True, is_new=width == widths[0])
-    captured = min(_CAPTURED_TOKENS, largest, longest - 1)
+    captured = min(MOST_TEXT_TOKENS, largest, longest - 1)
     for size in sorted({rounded_step(tokens, largest) for tokens in range(1, captured + 1)}):
         beside = sorted({decodes_beside_prompts(count, size) for count in range(min(rows, size - 1) + 1)})
         for adapters in _adapter_counts(min(slots, size), size):
