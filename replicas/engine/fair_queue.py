@@ -91,9 +91,13 @@ class FairQueue:
         """Insert a sequence at the place that it had before it was removed."""
         self._insert(sequence, self._flows.setdefault(sequence.flow, _Flow()), *sequence.turn)
 
-    def requeue(self, sequence: Sequence, tokens: int) -> None:
-        """Insert the rest of a sequence whose first `tokens` are in a step, which count as a part of its turn."""
-        turn = max(sequence.turn[0], self._now) + tokens
+    def requeue(self, sequence: Sequence, cost: float) -> None:
+        """Insert the rest of a sequence, whose turn goes on from the one that it had.
+
+        Args:
+            cost: of the part that is in a step, in tokens without others before them.
+        """
+        turn = max(sequence.turn[0], self._now - self._allowance) + cost
         self._insert(sequence, self._flows.setdefault(sequence.flow, _Flow()), turn)
 
     def _insert(self, sequence: Sequence, flow: _Flow, turn: float, arrival: int | None = None) -> None:

@@ -88,7 +88,7 @@ class PagedRunner:
         outputs, scores = self._run(layout)
         groups = []
         if layout.drawn_items:
-            drawn = tuple(map(to_host, outputs if not layout.pooled_items else outputs[:-1]))
+            drawn = tuple(map(to_host, outputs[:-1] if layout.sizes.pooled else outputs))
             groups.append(OutputGroup(self.text, layout.drawn_items, drawn))
         if layout.pooled_items:
             groups.append(OutputGroup(self._pooling, layout.pooled_items, (to_host(outputs[-1]),)))

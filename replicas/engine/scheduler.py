@@ -150,9 +150,12 @@ class Scheduler:
         if adapter is not None and adapter not in adapters and len(adapters) >= self._max_adapters:
             return None
         start, left, first = sequence.computed, sequence.need.tokens, None
-        if sequence.need.keeps_cache and sequence.row is None:
-            if (first := self._first_pages(sequence, room)) is None:
+        # Beside decodes, prompts of embeddings use pages too, so that steps have fewer kinds of attention.
+        if sequence.row is None and (sequence.need.keeps_cache or plan.decodes):
+            first = self._first_pages(sequence, room)
+            if first is None and sequence.need.keeps_cache:
                 return None
+        if first is not None:
             start, left = first.tokens, left - first.tokens
         tokens = self._piece(sequence, left, start, plan, budget)
         if 0 < tokens < left and first is None and sequence.row is None:
@@ -235,7 +238,7 @@ class Scheduler:
             self._take_output(sequence, plan)
         else:
             sequence.need = sequence.need._replace(tokens=sequence.length - sequence.computed)
-            self.queue.requeue(sequence, part.tokens)
+            self.queue.requeue(sequence, self._costs.piece(part.tokens, part.start))
 
     def _start(self, sequence: Sequence) -> None:
         assert self.space is not None

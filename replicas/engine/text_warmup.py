@@ -19,12 +19,13 @@ from ranklet.kernels.sampling_row import CHANGING, ROW_WIDTH, Feature
 from ranklet.replicas.engine.bucket import rounded_pages, rounded_rows, rounded_step
 from ranklet.replicas.engine.cuda_graphs import NEVER
 from ranklet.replicas.engine.layout import TokenSpan
-from ranklet.replicas.engine.paged_layout import StepItems, decodes_beside_prompts
+from ranklet.replicas.engine.paged_layout import SHORT_STEP, StepItems, decodes_beside_prompts
 from ranklet.replicas.engine.paged_runner import PagedRunner
 from ranklet.replicas.engine.step_cost import MOST_TEXT_TOKENS
 from ranklet.replicas.engine.warmup import compiled_ahead
 
 _LARGE_TOKENS = (1100, 3000, 5000)  # of steps that are launched for their kernels
+_FEW_PROMPTS = 16
 _PROMPTS = (17, 65, 257)  # with more, attention of pieces has other kernels
 _FEATURES = (
     Feature.NOISE | Feature.TRUNCATE,
@@ -104,14 +105,17 @@ def text_steps(paged: PagedRunner, longest: int) -> Iterator[WarmupStep]:
         for adapters in _adapter_counts(min(slots, count), size):
             for width in widths:
                 yield WarmupStep(count, width, adapters, 0, captured=True, is_new=width == widths[0])
-    captured = min(MOST_TEXT_TOKENS, largest, longest - 1)
-    for size in sorted({rounded_step(tokens, largest) for tokens in range(1, captured + 1)}):
+    for size in sorted({rounded_step(tokens, largest) for tokens in range(1, min(MOST_TEXT_TOKENS, largest) + 1)}):
         beside = sorted({decodes_beside_prompts(count, size) for count in range(min(rows, size - 1) + 1)})
         for adapters in _adapter_counts(min(slots, size), size):
             for decodes in beside:
                 count = min(decodes, rows, size - 1)
-                if 0 < size - count < longest:
-                    yield WarmupStep(count, 1, adapters, size - count, captured=True, is_new=decodes == beside[0])
+                # Large steps have many prompts; one that fills such a step needs the longest page tables.
+                prompts = 1 if size <= SHORT_STEP else _FEW_PROMPTS
+                if 0 < (size - count) // prompts < longest - 1:
+                    yield WarmupStep(
+                        count, 1, adapters, size - count, captured=True, is_new=decodes == beside[0], prompts=prompts
+                    )
     for tokens in sorted({min(tokens, largest, longest - 1) for tokens in (*_LARGE_TOKENS, largest)}):
         for adapters in _adapter_counts(min(slots, tokens), tokens):
             for decodes in (0, 1):
@@ -136,8 +140,11 @@ def run_step(paged: PagedRunner, step: WarmupStep, longest: int) -> None:
     table.lengths[:count], table.slots[:count] = 1, slots[:count]
     if count:
         table.lengths[0] = min(step.pages * PAGE_TOKENS, longest)
-    ids = np.zeros(step.tokens // max(prompts, 1), dtype=np.int32)
-    spans = [TokenSpan(ids, 0, paged.text, count + i) for i in range(prompts)]
+    lengths = [len(part) for part in np.array_split(np.empty(step.tokens), prompts)] if prompts else []
+    spans = [
+        TokenSpan(np.zeros(length, dtype=np.int32), 0, paged.text, min(count + i, table.filler))
+        for i, length in enumerate(lengths)
+    ]
     items = StepItems(
         np.arange(count, dtype=np.int32), spans, [slot if slot >= 0 else None for slot in slots[count:].tolist()]
     )

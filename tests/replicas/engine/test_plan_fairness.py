@@ -27,11 +27,14 @@ slowdowns = st.sampled_from((1.0, 1.1, 1.3, 2.0))
 traffic = st.lists(st.lists(arrivals, max_size=4), min_size=1, max_size=12)
 
 
-def simulation(*, pages: int = 24, rows: int = 4, costs: StepCost = StepCost(), slowdown: float = 1.0) -> Simulation:
+def simulation(
+    *, pages: int = 24, rows: int = 4, costs: StepCost = StepCost(), slowdown: float = 1.0, max_model_len: int = 320,
+    tokens: int = BUDGET,
+) -> Simulation:  # fmt: skip
     """Return a simulation whose adapters are in their slots."""
     made = Simulation(
-        pages=pages, rows=rows, slots=len(REFS), max_tokens=BUDGET, max_adapters=len(REFS),
-        max_model_len=320, costs=costs, slowdown=slowdown, depth=1,
+        pages=pages, rows=rows, slots=len(REFS), max_tokens=tokens, max_adapters=len(REFS),
+        max_model_len=max_model_len, costs=costs, slowdown=slowdown, depth=1,
     )  # fmt: skip
     for ref in REFS:
         made.embed([[1]], ref)
@@ -201,3 +204,24 @@ def test_adapters_that_always_have_requests_waiting_get_equal_shares(lengths: tu
             served[sequence.adapter] += tokens
         running.deliver()
     assert max(served.values()) <= 1.15 * min(served.values()), served
+
+
+def test_a_long_prompt_beside_other_prompts_gets_its_share_of_the_cost() -> None:
+    """Embeddings of another adapter, which is within its allowance, always wait, and a text decodes."""
+    costs = StepCost(attend=0.001)
+    running = simulation(pages=80, costs=costs, slowdown=1.2, max_model_len=3000, tokens=2000)
+    running.generate([lasting(5, 150, ONE)], ONE, max_tokens=150)
+    running.step()
+    running.deliver()
+    running.generate([[1] * 2900], TWO, max_tokens=1)
+    spent: dict[AdapterRef | None, float] = dict.fromkeys(REFS, 0.0)
+    for _ in range(149):
+        if not running.scheduler.queue.tokens_of(ONE.name):
+            running.embed([[1] * 10] * 190, ONE)
+        plan = running.step()
+        assert plan is not None
+        assert plan.decodes
+        for part in plan.parts:
+            spent[part.sequence.adapter] += costs.piece(part.tokens, part.start)
+        running.deliver()
+    assert 0.3 <= spent[ONE] / spent[TWO] <= 3

@@ -129,6 +129,22 @@ def test_short_steps_with_prompts_are_captured_before_requests_come(
     assert len(keys) >= 40, "the steps differ"
 
 
+@pytest.mark.parametrize("adapters", [0, 1, 4, SLOTS])
+def test_large_steps_of_a_burst_are_captured_before_requests_come(
+    paged: PagedRunner, captured: set[Hashable], adapters: int
+) -> None:
+    table, head = paged.table, paged.text
+    for decodes in (0, 1, 40, 100, 256):
+        for prompts, length in ((8, 300), (14, 512), (40, 130), (16, 496)):
+            count = decodes + prompts
+            table.slots[:count] = np.arange(count) % adapters if adapters else -1
+            table.lengths[:decodes] = 700
+            slots = [None if slot < 0 else slot for slot in table.slots[decodes:count].tolist()]
+            pieces = [TokenSpan(np.zeros(length, dtype=np.int32), 0, head, decodes + i) for i in range(prompts)]
+            items = StepItems(np.arange(decodes, dtype=np.int32), pieces, slots)
+            assert key_of(paged, items) in captured, (decodes, prompts, length)
+
+
 def test_steps_of_any_prompts_have_few_keys(paged: PagedRunner, draw: Draw) -> None:
     """Most steps must find a graph."""
     rng, keys, found, turns = np.random.default_rng(0), set[Hashable](), 0, 2000
