@@ -31,7 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["csgmv", "native"])
 def engine(folder: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
-    running = Engine(EngineConfig(folder / "model", slots=2, backend=request.param, max_batch_tokens=20_000))
+    running = Engine(
+        EngineConfig(folder / "model", slots=2, backend=request.param, max_batch_tokens=20_000, kv_cache_bytes=0)
+    )
     running.start()
     yield running
     running.stop()
@@ -81,7 +83,10 @@ def test_one_graph_serves_a_bucket(folder: Path, dtype: str) -> None:
     Except in float32, whose attention reads lengths on the host: a graph is for one batch's lengths there.
     """
     some = adapters(folder)[1:3]
-    running, plain = (Engine(EngineConfig(folder / "model", slots=2, backend="csgmv", dtype=dtype)) for _ in range(2))
+    running, plain = (
+        Engine(EngineConfig(folder / "model", slots=2, backend="csgmv", dtype=dtype, kv_cache_bytes=0))
+        for _ in range(2)
+    )
     plain.runner.graphs = None
     for one in (running, plain):
         one.start()
@@ -129,7 +134,7 @@ def test_steps_of_other_lengths_share_a_graph(folder: Path, engine: Engine) -> N
 
 def test_a_filler_may_be_longer_than_the_longest_prompt(folder: Path) -> None:
     """The rotary table has no positions beyond the longest prompt of the model."""
-    engine = Engine(EngineConfig(folder / "model", slots=2, max_model_len=24))
+    engine = Engine(EngineConfig(folder / "model", slots=2, max_model_len=24, kv_cache_bytes=0))
     prompts = draw(*[24] * 50)
     plain = vectors_of(launch(engine, prompts, [None] * 50, ignore_stage))
     for _ in range(4):
@@ -155,7 +160,7 @@ def test_large_steps_and_steps_after_clearing_are_launched(folder: Path, engine:
 
 def test_full_steps_share_a_graph(folder: Path) -> None:
     """Nearly full steps are replayed although they are large; fillers take the missing tokens."""
-    engine = Engine(EngineConfig(folder / "model", slots=2, backend="csgmv", max_batch_tokens=20_000))
+    engine = Engine(EngineConfig(folder / "model", slots=2, backend="csgmv", max_batch_tokens=20_000, kv_cache_bytes=0))
     adapter = adapters(folder)[1]
     assert engine.runner.graphs is not None
     assert adapter is not None
