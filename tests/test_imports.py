@@ -46,13 +46,14 @@ ROOMS = {
     "routing.simulate": Room(("routing",), only=frozenset({"numpy"})),
     "cluster.watched_file": Room((), RAY),
     "cluster.config": Room(("replicas",), RAY),
+    "cluster.text": Room(("replicas", "replicas.model"), BELOW_KERNELS | {"torch"}),
     "cluster.access": Room(("cluster.config", "cluster.watched_file", "replicas", "replicas.engine"), RAY),
     "cluster.catalog": Room(("cluster.config", "cluster.watched_file", "replicas", "replicas.adapters"), RAY),
     "cluster": Room(("cluster.config", "cluster.watched_file", "cluster.catalog", "routing", *ENGINE)),
     "cluster.autoscaling": Room(),
-    "cluster.ingress": Room(("cluster.access", "cluster.catalog", "routing", *SHARED, *ENGINE)),
+    "cluster.ingress": Room(("cluster.access", "cluster.catalog", "cluster.text", "routing", *SHARED, *ENGINE)),
     "cluster.replica": Room(
-        ("cluster.autoscaling", "cluster.catalog", "routing", "replicas.process", *SHARED, *ENGINE)
+        ("cluster.autoscaling", "cluster.catalog", "cluster.text", "routing", "replicas.process", *SHARED, *ENGINE)
     ),
     "cluster.app": Room(("cluster.ingress", "cluster.replica", "cluster.catalog", *SHARED)),
 }  # fmt: skip
@@ -157,12 +158,14 @@ def test_the_top_of_a_room_holds_only_shared_files() -> None:
         ("replicas/config.py", "from ranklet.replicas.model.device import pick_device"),
         ("replicas/model/modules.py", "import torch"),
         ("replicas/errors.py", "from ranklet.kernels.batch import LoraBatch"),
-        # {access, catalog} <- ingress, catalog <- replica
+        # {access, catalog, text} <- ingress, {catalog, text} <- replica
         ("cluster/access/keys.py", "from ranklet.cluster.catalog.registry import Registry"),
         ("cluster/access/quota.py", "from ranklet.cluster.ingress.metrics import GatewayMetrics"),
         ("cluster/access/quota.py", "from ranklet.cluster.message import EmbedCall"),
         ("cluster/catalog/registry.py", "from ranklet.cluster.access.keys import ApiKey"),
         ("cluster/catalog/registry.py", "from ranklet.cluster.replica.state import ReplicaState"),
+        ("cluster/text/frames.py", "from ranklet.cluster.ingress.responses import json_response"),
+        ("cluster/text/template.py", "from ranklet.replicas.engine.params import GenerateParams"),
         ("cluster/ingress/gateway.py", "from ranklet.cluster.replica.state import ReplicaState"),
         ("cluster/ingress/gateway.py", "from ranklet.cluster.autoscaling import by_work"),
         ("cluster/ingress/gateway.py", "from ranklet.replicas.process.process import EngineProcess"),
@@ -187,6 +190,8 @@ def test_the_top_of_a_room_holds_only_shared_files() -> None:
         ("replicas/engine/engine.py", "import importlib\nimportlib.import_module('fastapi')"),
         ("cluster/access/quota.py", "import ray"),
         ("cluster/catalog/registry.py", "def f():\n    from ray import serve"),
+        ("cluster/text/frames.py", "from starlette.responses import StreamingResponse"),
+        ("cluster/text/template.py", "import transformers"),
         ("routing/affinity.py", "import torch"),
         ("routing/affinity.py", "from ray.serve import handle"),
         ("routing/router.py", "import torch"),
@@ -221,6 +226,9 @@ def test_a_planted_violation_is_found(file: str, source: str) -> None:
         ("cluster/message.py", "from ranklet.cluster.catalog.registry import AdapterLocation"),
         ("cluster/access/keys.py", "from ranklet.cluster.watched_file import WatchedFile"),
         ("cluster/ingress/gateway.py", "import ray\nfrom ranklet.cluster.access.keys import ApiKeys"),
+        ("cluster/text/vocabulary.py", "from ranklet.replicas.model.tokenizer_files import Vocabulary"),
+        ("cluster/ingress/gateway.py", "from ranklet.cluster.text.choice import ChoiceText"),
+        ("cluster/replica/deployment.py", "from ranklet.cluster.text.vocabulary import BaseVocabulary"),
         ("cluster/replica/deployment.py", "from ranklet.cluster.catalog.resolver import AdapterResolver"),
         ("cluster/replica/deployment.py", "from ranklet.replicas.process.process import EngineProcess"),
         ("cluster/app.py", "from ranklet.cluster.ingress import gateway\nfrom ranklet.cluster.replica import state"),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ranklet.replicas.model.end_of_text import TOKENIZER_FILES
+from ranklet.replicas.model.tokenizer_files import TOKENIZER_FILES
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -36,9 +36,10 @@ from ranklet.replicas.adapters.tensor_names import (
 )
 from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
 from ranklet.replicas.model.architecture import Architecture
-from ranklet.replicas.model.end_of_text import EndOfText, UnusableTokenError
+from ranklet.replicas.model.end_of_text import EndOfText
 from ranklet.replicas.model.lm_head import LmHead
 from ranklet.replicas.model.modules import ALL_MODULES, EMBED_TOKENS, LM_HEAD, Module
+from ranklet.replicas.model.tokenizer_files import UnusableTokenError
 
 _FLOATS = "float32, bfloat16 or float16"
 

@@ -3,70 +3,22 @@
 An adapter trained on a chat format ends its texts with that format's token, which a plain base model never produces.
 """
 
-import json
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ranklet.replicas.errors import ModelError
+from ranklet.replicas.model.tokenizer_files import (
+    TOKENIZER_CONFIG_FILE,
+    UnusableTokenError,
+    Vocabulary,
+    content_of,
+    is_id,
+    read_tokenizer_file,
+    show,
+)
 
 GENERATION_CONFIG_FILE = "generation_config.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-ADDED_TOKENS_FILE = "added_tokens.json"
-TOKENIZER_FILE = "tokenizer.json"
-# Sources of an adapter's end-of-text token. Without the first, the others are not read.
-TOKENIZER_FILES = (TOKENIZER_CONFIG_FILE, ADDED_TOKENS_FILE, TOKENIZER_FILE)
-_MAX_BYTES = {TOKENIZER_FILE: 64 << 20}  # the largest known one has 33 MB
-_MAX_OTHER_BYTES = 4 << 20
-_MAX_ID_DIGITS = 10
-_MAX_SHOWN_CHARS = 100
-
-
-class UnusableTokenError(Exception):
-    """A tokenizer file cannot be read, or its end-of-text token has no usable id; the message is the finding."""
-
-
-class Vocabulary:
-    """Token ids by token, from a folder's tokenizer files, which are read when they are first needed."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def id_of(self, token: str) -> int | None:
-        """Return the id of a token; None if no file contains it.
-
-        Raises:
-            UnusableTokenError: a file cannot be read.
-        """
-        found = self.added_id_of(token)
-        return self._every_token.get(token) if found is None else found
-
-    def added_id_of(self, token: str) -> int | None:
-        """Return the id of a token without reading tokenizer.json, which may take half a second."""
-        return self._added_tokens.get(token)
-
-    @cached_property
-    def _added_tokens(self) -> dict[str, int]:
-        found = _ids(_read(self._folder / ADDED_TOKENS_FILE).items())
-        decoder = _read(self._folder / TOKENIZER_CONFIG_FILE).get("added_tokens_decoder")
-        if isinstance(decoder, dict):
-            found |= _ids((_content(token), int(key)) for key, token in decoder.items() if _is_number(key))
-        return found
-
-    @cached_property
-    def _every_token(self) -> dict[str, int]:
-        content = _read(self._folder / TOKENIZER_FILE)
-        model = content.get("model")
-        vocabulary = model.get("vocab") if isinstance(model, dict) else None
-        found: dict[str, int] = {}
-        if isinstance(vocabulary, dict):
-            found = _ids(vocabulary.items())
-        elif isinstance(vocabulary, list):  # of a unigram model: pairs of token and score, in the order of ids
-            found = _ids((pair[0], i) for i, pair in enumerate(vocabulary) if isinstance(pair, list) and pair)
-        added = content.get("added_tokens")
-        tokens = added if isinstance(added, list) else []
-        return found | _ids((_content(token), token.get("id")) for token in tokens if isinstance(token, dict))
 
 
 class EndOfText:
@@ -96,17 +48,17 @@ class EndOfText:
         """
         path = self._dir / GENERATION_CONFIG_FILE
         try:
-            configured = _read(path).get("eos_token_id")
+            configured = read_tokenizer_file(path).get("eos_token_id")
             if configured is None:
                 path, configured = self._dir / "config.json", getattr(self._config, "eos_token_id", None)
             ids = configured if isinstance(configured, list) else [] if configured is None else [configured]
-            if not all(_is_id(each) for each in ids):
-                raise ModelError(f"{path}: eos_token_id: expected an id or a list of ids, got {_show(configured)}")
+            if not all(is_id(each) for each in ids):
+                raise ModelError(f"{path}: eos_token_id: expected an id or a list of ids, got {show(configured)}")
             unknown = [each for each in ids if not 0 <= each < self._vocab]
             if unknown:
                 raise ModelError(
                     f"{path}: eos_token_id: expected ids from 0 to {self._vocab - 1}, which the model has logits for, "
-                    f"got {_show(unknown[0])}. Correct the file"
+                    f"got {show(unknown[0])}. Correct the file"
                 )
             token = _eos_token(self._dir)
             named = None if token is None else self._vocabulary.id_of(token)
@@ -135,61 +87,20 @@ class EndOfText:
         else:
             raise UnusableTokenError(
                 f"{TOKENIZER_CONFIG_FILE}: eos_token: expected a token of the base model or of the folder's tokenizer "
-                f"files, got {_show(token)}, which none of them contains"
+                f"files, got {show(token)}, which none of them contains"
             )
         if not 0 <= found < self._vocab:
             raise UnusableTokenError(
                 f"{TOKENIZER_CONFIG_FILE}: eos_token: expected an id below the base model's {self._vocab} logits, got "
-                f"{found} for {_show(token)}"
+                f"{found} for {show(token)}"
             )
         return (found,)
 
 
 def _eos_token(folder: Path) -> str | None:
     """Return the token of `eos_token`, which is a string, or an object with the string as its content."""
-    token = _read(folder / TOKENIZER_CONFIG_FILE).get("eos_token")
-    content = _content(token) if isinstance(token, dict) else token
+    token = read_tokenizer_file(folder / TOKENIZER_CONFIG_FILE).get("eos_token")
+    content = content_of(token) if isinstance(token, dict) else token
     if content is not None and not isinstance(content, str):
-        raise UnusableTokenError(f"{TOKENIZER_CONFIG_FILE}: eos_token: expected a token, got {_show(token)}")
+        raise UnusableTokenError(f"{TOKENIZER_CONFIG_FILE}: eos_token: expected a token, got {show(token)}")
     return content or None
-
-
-def _content(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else None
-
-
-def _ids(pairs: Iterable[tuple[Any, Any]]) -> dict[str, int]:
-    return {token: found for token, found in pairs if isinstance(token, str) and _is_id(found)}
-
-
-def _is_number(key: str) -> bool:
-    return key.isdecimal() and len(key) <= _MAX_ID_DIGITS
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Returns an empty one if there is no such file."""
-    most = _MAX_BYTES.get(path.name, _MAX_OTHER_BYTES)
-    try:
-        if not path.exists():
-            return {}
-        if not path.is_file():
-            raise UnusableTokenError(f"{path.name}: expected a file")
-        with path.open("rb") as file:
-            content = file.read(most + 1)
-        if len(content) > most:
-            raise UnusableTokenError(f"{path.name}: expected at most {most} bytes, got {path.stat().st_size}")
-        fields = json.loads(content.decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UnusableTokenError(f"{path.name}: expected JSON, got: {str(error)[:_MAX_SHOWN_CHARS]}") from error
-    if not isinstance(fields, dict):
-        raise UnusableTokenError(f"{path.name}: expected a JSON object, got {type(fields).__name__}")
-    return fields
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[: _MAX_SHOWN_CHARS - 3]}..."

@@ -101,7 +101,7 @@ def _tokens(model: dict[str, Any], *, byte_level: bool) -> list[bytes]:
     if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise _UnboundedError
     if byte_level:
-        letters = _byte_letters()
+        letters = byte_letters()
         if not letters.keys() <= vocabulary.keys():
             raise _UnboundedError
         return [bytes(letters[letter] for letter in token if letter in letters) for token in vocabulary]
@@ -110,7 +110,7 @@ def _tokens(model: dict[str, Any], *, byte_level: bool) -> list[bytes]:
     return [token.encode() for token in vocabulary]
 
 
-def _byte_letters() -> dict[str, int]:
+def byte_letters() -> dict[str, int]:
     """Map the letters of GPT-2's byte-level vocabularies to the bytes that they spell."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]

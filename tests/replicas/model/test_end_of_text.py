@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from ranklet.replicas.errors import ModelError
-from ranklet.replicas.model.end_of_text import EndOfText, UnusableTokenError, Vocabulary
+from ranklet.replicas.model.end_of_text import EndOfText
+from ranklet.replicas.model.tokenizer_files import UnusableTokenError, Vocabulary
 from tests.assets.tokenizer import CHAT_EOS
 
 VOCAB = 1000

@@ -1,0 +1,102 @@
+"""Compares an adapter's vocabulary with the base model's, since text becomes ids with the base model's tokenizer."""
+
+import hashlib
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+from ranklet.replicas.model.tokenizer_files import (
+    ADDED_TOKENS_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    VOCABULARY_FILE,
+    UnusableTokenError,
+    Vocabulary,
+    read_within_bounds,
+    show,
+)
+
+_MAX_NAMED = 5
+
+
+class BaseVocabulary:
+    """The vocabulary of the base model. Reads its files at the first comparison that needs them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._vocabulary = Vocabulary(folder)
+
+    def differences(self, folder: Path) -> tuple[str, ...]:
+        """Return why an adapter's tokenizer files do not fit; nothing if they fit or there are none.
+
+        A `tokenizer.json` must have the base model's tokens and no others. It is not parsed if its bytes are the base
+        model's. Without one, the other files may list some of the base model's tokens.
+        """
+        try:
+            return tuple(self._differences(folder))
+        except UnusableTokenError as error:
+            return (str(error),)
+
+    def _differences(self, folder: Path) -> list[str]:
+        stored = _hash(folder / TOKENIZER_FILE)
+        if stored is not None:
+            if stored == self._hash:
+                return []
+            found = _difference(TOKENIZER_FILE, Vocabulary(folder).every_token, self._tokens, complete=True)
+            return [found] if found else []
+        own = Vocabulary(folder)
+        listed = {
+            VOCABULARY_FILE: own.plain_tokens,
+            f"{ADDED_TOKENS_FILE}, {TOKENIZER_CONFIG_FILE}": own.added_tokens,
+        }
+        compared = (
+            _difference(name, tokens, self._tokens, complete=False) for name, tokens in listed.items() if tokens
+        )
+        return [found for found in compared if found]
+
+    @cached_property
+    def _hash(self) -> bytes | None:
+        return _hash(self._folder / TOKENIZER_FILE)
+
+    @cached_property
+    def _tokens(self) -> dict[str, int]:
+        """Return the base model's tokens.
+
+        Raises:
+            UnusableTokenError: it has no JSON file of them.
+        """
+        found = self._vocabulary.every_token or self._vocabulary.plain_tokens
+        if not found:
+            raise UnusableTokenError(
+                f"{TOKENIZER_FILE}: cannot be compared, since the base model has neither {TOKENIZER_FILE} nor "
+                f"{VOCABULARY_FILE}. Remove the adapter's tokenizer files"
+            )
+        return found | self._vocabulary.added_tokens
+
+
+def _hash(path: Path) -> bytes | None:
+    try:
+        content = read_within_bounds(path)
+    except OSError as error:
+        raise UnusableTokenError(f"{path.name}: cannot be read: {error.strerror}") from error
+    return None if content is None else hashlib.sha256(content).digest()
+
+
+def _difference(name: str, own: Mapping[str, int], base: Mapping[str, int], *, complete: bool) -> str | None:
+    tokens = {token for token, found in own.items() if base.get(token) != found}
+    tokens |= base.keys() - own.keys() if complete else set()
+    differing = sorted(tokens, key=lambda token: (own.get(token, base.get(token, 0)), token))
+    if not differing:
+        return None
+    named = "; ".join(_named(token, own.get(token), base.get(token)) for token in differing[:_MAX_NAMED])
+    more = f"; and {len(differing) - _MAX_NAMED} more" if len(differing) > _MAX_NAMED else ""
+    return (
+        f"{name}: expected the ids of the base model's {len(base)} tokens, since the base model's tokenizer reads the "
+        f"prompts; {len(differing)} differ: {named}{more}"
+    )
+
+
+def _named(token: str, own: int | None, base: int | None) -> str:
+    if own is None:
+        return f"{show(token)} is missing (base model: {base})"
+    return f"{show(token)} is {own} ({'not in the base model' if base is None else f'base model: {base}'})"
