@@ -144,6 +144,4 @@ class ChoiceText:
                 break
             tokens.append(record)
             self._waiting.popleft()
-        if is_cut:
-            self._waiting.clear()
         return TextPiece(text, tuple(tokens)) if text or tokens else NOTHING

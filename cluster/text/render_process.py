@@ -12,6 +12,7 @@ from time import monotonic
 from typing import Any, Final, Protocol
 
 from ranklet.cluster.text.template_language import reason_of, render
+from ranklet.replicas.errors import InternalError
 
 MAX_PROMPT_CHARS: Final = 8 << 20
 MAX_VARIABLES_BYTES: Final = 16 << 20
@@ -74,6 +75,7 @@ class RenderProcess:
 
         Raises:
             TemplateFailedError: the template fails, or takes too much time or memory.
+            InternalError: the process does not start.
         """
         request = _request(source, variables)
         with self._lock:
@@ -128,10 +130,14 @@ class RenderProcess:
             command = [sys.executable, "-m", _PROGRAM, str(theirs.fileno()), *limits]
             process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=environment)
         self._running = process, connection
-        if not connection.poll(_START_S):
-            raise EOFError
-        connection.recv_bytes()
-        return connection
+        try:
+            if connection.poll(_START_S):
+                connection.recv_bytes()
+                return connection
+        except (OSError, EOFError):
+            pass
+        self._end()
+        raise InternalError("the process that renders chat templates does not start")
 
     def _end(self) -> None:
         if self._running is None:

@@ -4,6 +4,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final
 
+from ranklet.replicas.errors import InvalidRequest
+
 MAX_STOP_CHARS: Final = 8192  # of all stops together: each character takes 0.3 KB
 
 
@@ -21,7 +23,7 @@ class StopStrings:
         letters: the first characters of the stops.
 
     Raises:
-        ValueError: a stop is empty, or the stops are too long.
+        InvalidRequest: a stop is empty, or the stops are too long.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
@@ -31,9 +33,13 @@ class StopStrings:
         self.matches: list[str | None] = [None]
         stops = tuple(stops)
         if not all(stops):
-            raise ValueError("expected stops of at least one character, got an empty one")
-        if sum(map(len, stops)) > MAX_STOP_CHARS:
-            raise ValueError(f"expected stops of at most {MAX_STOP_CHARS} characters together")
+            raise InvalidRequest("stop: expected strings of at least one character, got an empty one", param="stop")
+        length = sum(map(len, stops))
+        if length > MAX_STOP_CHARS:
+            raise InvalidRequest(
+                f"stop: expected at most {MAX_STOP_CHARS} characters in all strings together, got {length}",
+                param="stop",
+            )
         for stop in stops:
             self._add(stop)
         self._link()

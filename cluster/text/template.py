@@ -15,7 +15,7 @@ from ranklet.replicas.model.tokenizer_files import (
 )
 
 TEMPLATE_FILE: Final = "chat_template.jinja"
-MAX_TEMPLATE_CHARS: Final = 1 << 18
+MAX_TEMPLATE_CHARS: Final = 1 << 16
 _END_MARK = "THE_FINAL_MESSAGE_ENDS_HERE "  # the space shows whether the template removes spaces there
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 # Other fields of the request set them, or the server does.

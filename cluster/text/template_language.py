@@ -13,8 +13,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-_COMPILED_TEMPLATES = 64
+_COMPILED_CHARS = 1 << 17  # a compiled template takes up to 1 KB for each character
 PROMPT_FLAG = "add_generation_prompt"
+_templates: dict[str, Template] = {}
 
 
 class OutputTooLargeError(Exception):
@@ -26,9 +27,10 @@ class GenerationBlock(Extension):
 
     tags = {"generation"}  # noqa: RUF012 - Jinja declares it as an instance's attribute
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)  # variables that it sets end with it
 
 
 class TemplateNamespace(Namespace):
@@ -97,9 +99,13 @@ def template_findings(source: str) -> tuple[str, ...]:
     return (finding,)
 
 
-@lru_cache(maxsize=_COMPILED_TEMPLATES)
 def _compiled(source: str) -> Template:
-    return _environment().from_string(source)
+    found = _templates.get(source)
+    if found is None:
+        if sum(map(len, tuple(_templates))) + len(source) > _COMPILED_CHARS:
+            _templates.clear()
+        found = _templates[source] = _environment().from_string(source)
+    return found
 
 
 @lru_cache(maxsize=1)

@@ -120,12 +120,11 @@ def test_tokens_leave_with_their_text(drawn: tuple[DrawnChoice, list[int]]) -> N
     ][: choice.used_tokens]  # fmt: skip
     assert records == [TokenRecord(case.tokens[i], offsets[i], *case.logprobs[i]) for i in shown]
     sent, left = 0, 0
-    for piece in pieces[:-1]:
+    for piece, pushed in zip(pieces, [*cuts, len(case.tokens)], strict=False):
         sent += len(piece.text)
         left += len(piece.tokens)
-        if not choice.matched:
-            assert all(end <= sent for end in ends[:left])
-            assert left == len(ends) or ends[left] > sent or left == choice.used_tokens or not piece.tokens
+        if not is_cut:
+            assert left == sum(end <= sent for end in ends[:pushed])
 
 
 @given(streams())
@@ -198,6 +197,13 @@ def test_a_hidden_end_token_has_a_record_and_no_text() -> None:
     assert [(record.id, record.offset) for record in piece.tokens] == [(word("a")[0], 0), (end, 1)]
     assert choice.finish("stop") == NOTHING
     assert choice.used_tokens == 2
+
+
+def test_a_hidden_end_token_ends_an_incomplete_character() -> None:
+    half, end = id_of("byte_fallback", "<0xE4>"), id_of("byte_fallback", "</s>")
+    choice = ChoiceText(Detokenizer(table("byte_fallback")), end_ids=(end,), keeps_tokens=True)
+    assert choice.push([half]) == NOTHING
+    assert choice.push([end]) == TextPiece("\ufffd", (TokenRecord(half, 0), TokenRecord(end, 1)))
 
 
 def test_tokens_are_left_out_where_nobody_asked() -> None:

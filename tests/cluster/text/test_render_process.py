@@ -17,7 +17,7 @@ import pytest
 from ranklet.cluster.text.render_process import RenderProcess, TemplateFailedError, TrustedRenderer
 from ranklet.cluster.text.template import ChatTemplate
 from ranklet.cluster.text.template_language import render
-from ranklet.replicas.errors import InvalidRequest
+from ranklet.replicas.errors import InternalError, InvalidRequest
 from tests.cluster.text.templates import TEMPLATES
 
 MESSAGES = [{"role": "user", "content": "héllo \ud800"}]
@@ -173,6 +173,14 @@ def test_a_killed_process_is_replaced() -> None:
     finally:
         process.stop()
     assert child_pids() == before
+
+
+def test_a_process_that_does_not_start_is_no_fault_of_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = RenderProcess(LIMIT_S)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    for _ in range(2):
+        with pytest.raises(InternalError, match="does not start"):
+            process.render("", {})
 
 
 def test_the_process_ends_with_the_gateway() -> None:

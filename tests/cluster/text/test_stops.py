@@ -7,6 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ranklet.cluster.text.stops import MAX_STOP_CHARS, StopScanner, StopStrings
+from ranklet.replicas.errors import InvalidRequest
 
 LETTERS = "ab😀"
 STOPS = st.lists(st.text(LETTERS, min_size=1, max_size=5), min_size=1, max_size=4)
@@ -92,8 +93,9 @@ def too_long() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("stops", [[""], ["a", ""], *too_long()])
 def test_unusable_stops_are_refused(stops: list[str]) -> None:
-    with pytest.raises(ValueError, match="expected stops of at"):
+    with pytest.raises(InvalidRequest, match="stop: expected") as raised:
         StopStrings(stops)
+    assert raised.value.param == "stop"
 
 
 def test_a_text_that_repeats_the_beginning_of_a_long_stop_takes_linear_time() -> None:

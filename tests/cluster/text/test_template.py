@@ -99,6 +99,24 @@ def test_a_continued_message_keeps_its_end(content: Any) -> None:
     assert messages[1]["content"] == content
 
 
+def test_fields_without_a_value_are_left_out() -> None:
+    source = (
+        "{% for m in messages %}{{ m.name is defined }}{{ m.content is none }}{% endfor %}{{ add_generation_prompt }}"
+    )
+    check(source, [{**USER, "name": None}, {"role": "assistant", "content": None}], add_generation_prompt=True)
+
+
+def test_variables_of_a_generation_block_end_with_it() -> None:
+    source = (
+        "{% set x = 1 %}{% for m in messages %}{% generation %}{% set x = 2 %}{{ x }}{{ loop.index }}{{ m.content }}"
+    )
+    check(
+        source + "{% endgeneration %}{{ x }}{% endfor %}{{ add_generation_prompt }}",
+        [USER, ANSWER],
+        add_generation_prompt=False,
+    )
+
+
 def test_the_models_own_template(smollm_dir: Path) -> None:
     source = folder_template(smollm_dir)
     assert source is not None
@@ -178,7 +196,7 @@ def test_the_template_of_a_folder(tmp_path: Path) -> None:
     assert folder_template(tmp_path) == "three\n"
 
 
-@pytest.mark.parametrize("content", [b"\xff", b"x" * (1 << 19), b"x" * (5 << 20)])
+@pytest.mark.parametrize("content", [b"\xff", b"x" * ((1 << 16) + 1), b"x" * (5 << 20)])
 def test_an_unusable_template_file_is_a_finding(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(content)
     with pytest.raises(UnusableTokenError, match="template"):
