@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ranklet.kernels.launch import is_hopper, precision_of
+from ranklet.kernels.launch import is_hopper, launch_fitted, precision_of
 from ranklet.kernels.row_gemm_tiles import LEAST_WIDTH, MOST_ROWS, ThinTile, Tile, find
 from ranklet.kernels.row_shrink import row_shrink
 from ranklet.kernels.row_steps import ADDED, GATED, PLAIN
@@ -169,29 +169,39 @@ def _launch(call: _Call, tile: Tile | None) -> None:
         "K": wide, "N": width, "R": rank, "BLOCK_R": triton.next_power_of_2(rank), "W0": slices[0], "W1": slices[1],
         "IN_PARTS": in_parts, "IN_BLOCK": triton.next_power_of_2(max(in_parts, 1)),
         "OUT_PARTS": 0 if out_squares is None else out_squares.shape[1],
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "KIND": kind, "NEXT": norm is not None, "BIAS": bias is not None, "LORA": lora is not None,
         "RUNS": max(1, min(adapters, tile.run_ranks // triton.next_power_of_2(rank))), "ADAPTERS": adapters,
-        "PRECISION": precision_of(x),
-        "CHAINED": chained, "num_warps": tile.warps, "num_stages": tile.stages, "launch_pdl": chained,
+        "PRECISION": precision_of(x), "CHAINED": chained, "num_warps": tile.warps, "launch_pdl": chained,
     }  # fmt: skip
+    variant = (tile, own, *common.values())
     after = (out, x if residual is None else residual, x if norm is None else norm.weight, next_squares)
     bias = weight if bias is None else bias
     h_strides = (h.stride(0), b.stride(0))
     row_blocks = triton.cdiv(count, tile.block_m)
     if isinstance(tile, ThinTile):
-        thin_kernel[(width // tile.block_n, row_blocks)](
-            x, squares, weight, bias, a, h, b, runs, scalings, *after, count, rows.eps, x.stride(0),
-            scalings.stride(0), a.stride(0), *h_strides, PARTS=tile.warps, OWN=own, EARLY=tile.early,
-            **common,
-        )  # fmt: skip
+        thin = tile
+
+        def launch_thin(stages: int) -> None:
+            thin_kernel[(width // thin.block_n, row_blocks)](
+                x, squares, weight, bias, a, h, b, runs, scalings, *after, count, rows.eps, x.stride(0),
+                scalings.stride(0), a.stride(0), *h_strides, PARTS=thin.warps, OWN=own, EARLY=thin.early,
+                STAGES=stages, num_stages=stages, **common,
+            )  # fmt: skip
+
+        launch_fitted(launch_thin, tile.stages, variant)
         return
-    split_kernel[(width // tile.block_n * row_blocks * tile.split,)](
-        TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
-        TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
-        squares, bias, h, b, runs, *after, workspace.parts, workspace.arrivals, count, rows.eps,
-        *h_strides, ROW_BLOCKS=row_blocks, SPLIT=tile.split, **common,
-    )  # fmt: skip
+    split = tile
+    x_tma = TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k])
+    w_tma = TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k])
+
+    def launch_split(stages: int) -> None:
+        split_kernel[(width // split.block_n * row_blocks * split.split,)](
+            x_tma, w_tma, squares, bias, h, b, runs, *after, workspace.parts, workspace.arrivals, count, rows.eps,
+            *h_strides, ROW_BLOCKS=row_blocks, SPLIT=split.split, STAGES=stages, num_stages=stages, **common,
+        )  # fmt: skip
+
+    launch_fitted(launch_split, tile.stages, variant)
 
 
 def _tile(rows: NormedRows, weight: Tensor, lora: RowLora | None, kind: int) -> Tile:
