@@ -32,7 +32,7 @@ class TextChoice:
     Attributes:
         tokens: int32 [length], with the token that ended it.
         finish_reason: stop or length.
-        stop_token: the token that ended it; None at the length limit.
+        stop_token: the token that ended it; None at the length limit, or if the client ended it.
         logprobs: of each token; None if the request did not ask.
     """
 
@@ -125,6 +125,8 @@ class GenerateTask:
         produced = sequence.length - sequence.prompt
         if token in self._stop_ids and produced > params.min_tokens:
             self._end(sequence, STOP, token)
+        elif sequence.finishing:
+            self._end(sequence, STOP, None)
         elif produced == params.max_tokens:
             self._end(sequence, LENGTH, None)
         else:

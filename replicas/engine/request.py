@@ -147,18 +147,23 @@ class Request:
         except Exception as error:  # a defect of a task must not end the thread that answers every request
             logger.exception("a task failed")
             result = InternalError(f"the engine failed on this answer: {type(error).__name__}: {error}")
-        self._finish(result)
+        self._close(result)
 
     def fail(self, error: RankletError) -> None:
         self.cancel()
-        self._finish(error)
+        self._close(error)
 
     def cancel(self) -> None:
         """Drop the sequences that wait. The sink may then never be called."""
         for sequence in self.sequences:
             sequence.cancelled = True
 
-    def _finish(self, result: Answer | RankletError) -> None:
+    def finish(self, index: int) -> None:
+        """End text `index` with its next output. A text that runs has up to two more."""
+        if index < len(self.sequences):
+            self.sequences[index].finishing = True
+
+    def _close(self, result: Answer | RankletError) -> None:
         with self._lock:
             if self.is_open:
                 self.is_open = False
@@ -183,3 +188,7 @@ class Ticket:
 
     def cancel(self) -> None:
         self.request.cancel()
+
+    def finish(self, index: int) -> None:
+        """End text `index` with its next output, as if that was a stop token."""
+        self.request.finish(index)

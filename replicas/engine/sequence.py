@@ -37,6 +37,7 @@ class Sequence:
         awaited: number of outputs that are not delivered.
         passed_over: number of steps that this sequence did not fit into although its adapter was ready.
         solo: number of outputs that it still computes without other sequences, because an earlier step with it failed.
+        finishing: whether its next output is its last, because the client needs no more.
         slot: pool slot of the adapter; None for the base model.
         holds_slot: whether `slot` is reserved, from the first pass until the sequence is done.
         row: row of the table of sequences with pages; None without pages.
@@ -69,6 +70,7 @@ class Sequence:
     passed_over: int = 0
     solo: int = 0
     cancelled: bool = False
+    finishing: bool = False
     slot: int | None = None
     holds_slot: bool = False
     row: int | None = None

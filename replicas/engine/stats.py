@@ -108,3 +108,6 @@ class Listener:
 
     def holdings_changed(self, held: HeldAdapters) -> None:
         """Receive the adapters that the engine holds, at each change. Only `EngineProcess` calls it."""
+
+    def pieces(self, gateway: str, data: bytes) -> None:
+        """Receive the pieces of texts that a step made for one gateway. Only `EngineProcess` calls it."""

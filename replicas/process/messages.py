@@ -3,19 +3,33 @@
 The socket connects only these two processes, which run the same package. No data from outside is unpickled.
 """
 
+import pickle
 import threading
 from collections import deque
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 from ranklet.replicas.adapters.reference import AdapterRef, HeldAdapters
 from ranklet.replicas.engine.generate import TokenPiece
 from ranklet.replicas.model.sampled import TokenLogprob
 
-# Number of the call, index of the sequence, tokens, and for each token its logprob and the best alternatives. A step of
-# 256 texts has 256 pieces. Pickling them takes 0.03 ms as plain tuples and 0.36 ms as objects. Pickling holds the GIL.
-PieceTuple = tuple[int, int, tuple[int, ...], tuple[tuple[Any, ...], ...] | None]
+# Number of the request, index of the text, number of the text's tokens before these, tokens, and for each token its
+# logprob and the best alternatives. A step of 256 texts has 256 pieces. Pickling them takes 0.03 ms as plain tuples and
+# 0.36 ms as objects. Pickling holds the GIL.
+PieceTuple = tuple[int, int, int, tuple[int, ...], tuple[tuple[Any, ...], ...] | None]
+
+
+class FeedKey(NamedTuple):
+    """The receiver of a request's pieces.
+
+    Attributes:
+        gateway: id of the gateway; "" for a sink in the parent process.
+        number: the receiver's number of the request, which its pieces carry.
+    """
+
+    gateway: str
+    number: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,14 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class Finish:
+    """Calls `Ticket.finish` of the request of a call. Has no reply."""
+
+    number: int
+    index: int
+
+
+@dataclass(frozen=True)
 class Prefetch:
     """Calls `Engine.prefetch`. Has no reply."""
 
@@ -47,6 +69,14 @@ class Reply:
 
     number: int
     result: Any
+
+
+@dataclass(frozen=True)
+class FeedPieces:
+    """Pieces of texts for one gateway, packed by `pack_pieces`. The parent process passes them on unread."""
+
+    gateway: str
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -71,15 +101,24 @@ class EngineState:
     stuck_s: float = 0.0
 
 
-def pack_piece(number: int, index: int, piece: TokenPiece) -> PieceTuple:
-    """Return a message with a piece of the output of sequence `index` of the request of a call."""
+def piece_tuple(number: int, index: int, start: int, piece: TokenPiece) -> PieceTuple:
     tokens, logprobs = piece
-    return number, index, tokens, None if logprobs is None else tuple(map(tuple, logprobs))
+    return number, index, start, tokens, None if logprobs is None else tuple(map(tuple, logprobs))
 
 
-def unpack_piece(message: PieceTuple) -> TokenPiece:
-    _, _, tokens, logprobs = message
+def token_piece(message: PieceTuple) -> TokenPiece:
+    _, _, _, tokens, logprobs = message
     return tokens, None if logprobs is None else tuple(TokenLogprob(*each) for each in logprobs)
+
+
+def pack_pieces(pieces: list[PieceTuple]) -> bytes:
+    return pickle.dumps(pieces, pickle.HIGHEST_PROTOCOL)
+
+
+def unpack_pieces(data: bytes) -> list[PieceTuple]:
+    """Return the pieces in the order in which they were made. The data must come from a process of this cluster."""
+    pieces: list[PieceTuple] = pickle.loads(data)
+    return pieces
 
 
 class Outbox:
@@ -122,3 +161,30 @@ class Outbox:
                 self._connection.send(messages)
             except OSError:  # the other process is gone; the thread that receives its messages ends too
                 return
+
+
+class StepPieces:
+    """Collects the pieces of a step, and sends those of each gateway as one message.
+
+    Each message costs the parent process some Python time. A message per piece would cost more than the engine's step.
+    """
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self._pieces: deque[tuple[str, PieceTuple]] = deque()
+        self._lock = threading.Lock()  # of `flush`: a failed load ends requests on a thread of its own
+
+    def add(self, gateway: str, piece: PieceTuple) -> None:
+        self._pieces.append((gateway, piece))
+
+    def flush(self) -> None:
+        """Queue the collected pieces for the next `Outbox.put`."""
+        if not self._pieces:
+            return
+        with self._lock:
+            by_gateway: dict[str, list[PieceTuple]] = {}
+            for _ in range(len(self._pieces)):
+                gateway, piece = self._pieces.popleft()
+                by_gateway.setdefault(gateway, []).append(piece)
+            for gateway, pieces in by_gateway.items():
+                self._outbox.put_later(FeedPieces(gateway, pack_pieces(pieces)))

@@ -31,12 +31,15 @@ from ranklet.replicas.process.messages import (
     Cancel,
     EngineEvent,
     EngineState,
+    FeedKey,
+    FeedPieces,
+    Finish,
     MethodCall,
     Outbox,
-    PieceTuple,
     Prefetch,
     Reply,
-    unpack_piece,
+    token_piece,
+    unpack_pieces,
 )
 
 _PROGRAM = "ranklet.replicas.process.worker"
@@ -44,6 +47,7 @@ _HUNG_AFTER_S = 10.0  # after this long without a message the process counts as 
 _PAUSED_AFTER_S = 2.0  # after this long without a message, or with one step, no answer is expected soon
 _QUICK_CALL_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 30.0
+_THIS_PROCESS = ""  # in a FeedKey, in the place of a gateway
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -52,7 +56,10 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class RemoteTicket:
+    """The caller's handle of a request; see `ranklet.replicas.engine.request.Ticket`."""
+
     cancel: Callable[[], None]
+    finish: Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,17 +137,26 @@ class EngineProcess(EngineApi):
         self._process.wait()
 
     def submit(
-        self, prompts: Sequence[NDArray[np.int32]], adapter: AdapterRef | None, params: Params, sink: Sink
-    ) -> RemoteTicket:
-        streams = not isinstance(sink, AnswerSink)
-        number = self._send("submit", (list(prompts), adapter, params, streams), _Waiting(sink, adapter))
+        self, prompts: Sequence[NDArray[np.int32]], adapter: AdapterRef | None, params: Params, sink: Sink,
+        feed: FeedKey | None = None,
+    ) -> RemoteTicket:  # fmt: skip
+        """Send a request to the engine; see `Engine.submit`.
+
+        Args:
+            feed: the listeners receive the request's pieces for this gateway, and `sink` receives none. Without a
+                feed, a request for an `AnswerSink` has no pieces.
+        """
+        number = next(self._numbers)
+        if feed is None and not isinstance(sink, AnswerSink):
+            feed = FeedKey(_THIS_PROCESS, number)
+        self._send(number, "submit", (list(prompts), adapter, params, feed), _Waiting(sink, adapter))
 
         def cancel() -> None:
             with self._lock:
                 self._waiting.pop(number, None)
             self._outbox.put(Cancel(number))
 
-        return RemoteTicket(cancel)
+        return RemoteTicket(cancel, lambda index: self._outbox.put(Finish(number, index)))
 
     def load(self, adapter: AdapterRef) -> AdapterInfo:
         info: AdapterInfo = self.call("load", adapter, adapter=adapter).result()
@@ -180,11 +196,10 @@ class EngineProcess(EngineApi):
             else:
                 future.set_result(result)
 
-        self._send(method, arguments, _Waiting(AnswerSink(done), adapter))
+        self._send(next(self._numbers), method, arguments, _Waiting(AnswerSink(done), adapter))
         return future
 
-    def _send(self, method: str, arguments: tuple[Any, ...], waiting: _Waiting) -> int:
-        number = next(self._numbers)
+    def _send(self, number: int, method: str, arguments: tuple[Any, ...], waiting: _Waiting) -> None:
         with self._lock:
             has_ended = self._has_ended
             if not has_ended:
@@ -193,7 +208,6 @@ class EngineProcess(EngineApi):
             waiting.sink.done(_process_ended())
         else:
             self._outbox.put(MethodCall(number, method, arguments))
-        return number
 
     def _receive(self) -> None:
         try:
@@ -210,12 +224,10 @@ class EngineProcess(EngineApi):
         if waiting:
             logger.error("the engine's process %d has ended with %d open calls", self._process.pid, len(waiting))
 
-    def _on_message(self, message: Reply | PieceTuple | EngineEvent | EngineState) -> None:
+    def _on_message(self, message: Reply | FeedPieces | EngineEvent | EngineState) -> None:
         self._last_message_s = monotonic()
-        if isinstance(message, tuple):
-            found = self._waiting.get(message[0])
-            if found is not None:
-                self._notify(found.sink.delta, message[1], unpack_piece(message))
+        if isinstance(message, FeedPieces):
+            self._on_pieces(message)
         elif isinstance(message, EngineState):
             changed, self._state = message.held != self._state.held, message
             for listener in self._listeners if changed else ():
@@ -228,6 +240,16 @@ class EngineProcess(EngineApi):
                 found = self._waiting.pop(message.number, None)
             if found is not None:
                 self._notify(found.sink.done, message.result)
+
+    def _on_pieces(self, message: FeedPieces) -> None:
+        if message.gateway != _THIS_PROCESS:
+            for listener in self._listeners:
+                self._notify(listener.pieces, message.gateway, message.data)
+            return
+        for piece in unpack_pieces(message.data):
+            found = self._waiting.get(piece[0])
+            if found is not None:
+                self._notify(found.sink.delta, piece[1], token_piece(piece))
 
     def _error_at_end(self, adapter: AdapterRef | None) -> RankletError:
         # An adapter that was loading may be the cause. Its requests must not be repeated on another replica.

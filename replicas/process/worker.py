@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -33,11 +33,14 @@ from ranklet.replicas.process.messages import (
     Cancel,
     EngineEvent,
     EngineState,
+    FeedKey,
+    Finish,
     MethodCall,
     Outbox,
     Prefetch,
     Reply,
-    pack_piece,
+    StepPieces,
+    piece_tuple,
 )
 
 _STATE_INTERVAL_S = 0.5
@@ -50,23 +53,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _ReplySink:
-    """Sends the outputs of a request to the parent process.
+    """Sends the answer of a request to the parent process, and its pieces to a feed if it has one.
 
     Attributes:
-        streams: whether the parent wants pieces.
+        sent: number of tokens that the feed was given, by index of the text.
     """
 
     number: int
     outbox: Outbox
-    streams: bool
     finished: Callable[[int], None]
+    pieces: StepPieces
+    feed: FeedKey | None
+    sent: dict[int, int] = field(default_factory=dict)
 
     def delta(self, index: int, piece: TokenPiece) -> None:
-        if self.streams:
-            self.outbox.put_later(pack_piece(self.number, index, piece))  # the event of the step follows
+        if self.feed is not None:
+            gateway, number = self.feed
+            start = self.sent.get(index, 0)
+            self.sent[index] = start + len(piece[0])
+            self.pieces.add(gateway, piece_tuple(number, index, start, piece))
 
     def done(self, result: Answer | RankletError) -> None:
         self.finished(self.number)
+        self.pieces.flush()  # of the same step: they come before the answer
         self.outbox.put(Reply(self.number, _picklable(result)))
 
 
@@ -76,6 +85,7 @@ class Worker:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._outbox = Outbox(connection)
+        self._pieces = StepPieces(self._outbox)
         self._made: Engine | None = None
         self._tickets: dict[int, Ticket] = {}
         self._loads = ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="load")
@@ -96,13 +106,17 @@ class Worker:
                 self._on_message(message)
         self._outbox.close()
 
-    def _on_message(self, message: MethodCall | Cancel | Prefetch) -> None:
+    def _on_message(self, message: MethodCall | Cancel | Finish | Prefetch) -> None:
         if isinstance(message, Prefetch):
             self._engine.prefetch(message.adapter)
         elif isinstance(message, Cancel):
             ticket = self._tickets.pop(message.number, None)
             if ticket is not None:
                 ticket.cancel()
+        elif isinstance(message, Finish):
+            ticket = self._tickets.get(message.number)
+            if ticket is not None:
+                ticket.finish(message.index)
         else:
             self._call(message)
 
@@ -119,7 +133,7 @@ class Worker:
         self._outbox.put(Reply(number, _picklable(result)))
 
     def _make(self, number: int, config: EngineConfig) -> None:
-        self._made = Engine(config, _EventListener(self._outbox, self._send_state))
+        self._made = Engine(config, _EventListener(self._outbox, self._pieces, self._send_state))
         self._reply(number, self._made.limits)
 
     def _start(self, number: int) -> None:
@@ -130,9 +144,10 @@ class Worker:
         self._reply(number, None)
 
     def _submit(
-        self, number: int, prompts: list[NDArray[np.int32]], adapter: AdapterRef | None, params: Params, streams: bool
-    ) -> None:
-        sink = _ReplySink(number, self._outbox, streams, self._forget)
+        self, number: int, prompts: list[NDArray[np.int32]], adapter: AdapterRef | None, params: Params,
+        feed: FeedKey | None,
+    ) -> None:  # fmt: skip
+        sink = _ReplySink(number, self._outbox, self._forget, self._pieces, feed)
         ticket = self._engine.submit(prompts, adapter, params, sink)
         if ticket.is_open:
             self._tickets[number] = ticket
@@ -198,12 +213,14 @@ def _picklable(result: Any) -> Any:
 class _EventListener(Listener):
     """Sends the engine's events to the parent process."""
 
-    def __init__(self, outbox: Outbox, send_state: Callable[[], None]) -> None:
+    def __init__(self, outbox: Outbox, pieces: StepPieces, send_state: Callable[[], None]) -> None:
         self._outbox = outbox
+        self._pieces = pieces
         self._send_state = send_state
 
     def batch(self, record: BatchRecord) -> None:
-        """Send the record of a step, and all pieces that the step's requests have received before."""
+        """Send the pieces and the record of a step."""
+        self._pieces.flush()
         self._outbox.put(EngineEvent("batch", record))
 
     def load(self, record: LoadRecord) -> None:

@@ -19,7 +19,17 @@ from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.engine.request import Answer, AnswerSink
 from ranklet.replicas.errors import AdapterLoadCrashed, InvalidRequest, RankletError, Unavailable
 from ranklet.replicas.model.sampled import TokenLogprob
-from ranklet.replicas.process.messages import EngineState, MethodCall, Outbox, pack_piece, unpack_piece
+from ranklet.replicas.process.messages import (
+    EngineState,
+    FeedPieces,
+    MethodCall,
+    Outbox,
+    StepPieces,
+    pack_pieces,
+    piece_tuple,
+    token_piece,
+    unpack_pieces,
+)
 from ranklet.replicas.process.process import EngineProcess
 from ranklet.replicas.process.worker import Worker
 from tests.assets.adapters import AdapterSpec
@@ -213,7 +223,7 @@ def test_a_lost_page_is_reported_to_the_parent(model_dir: Path, monkeypatch: pyt
     serving.start()
     monkeypatch.setattr(PagePool, "release", lambda self, pages: None)
     params = GenerateParams(max_tokens=2, ignore_eos=True)
-    calls = [("make", (text_config(model_dir),)), ("start", ()), ("submit", (draw(9), None, params, False))]
+    calls = [("make", (text_config(model_dir),)), ("start", ()), ("submit", (draw(9), None, params, None))]
     ours.send([MethodCall(number, method, arguments) for number, (method, arguments) in enumerate(calls)])
     problems: list[str | None] = []
     while not problems or problems[-1] is None:
@@ -229,21 +239,29 @@ def test_a_lost_page_is_reported_to_the_parent(model_dir: Path, monkeypatch: pyt
 @pytest.mark.parametrize("logprobs", [None, (TokenLogprob(-0.5),), (TokenLogprob(-0.5, ((3, -0.5), (9, -1.5))),)])
 def test_a_piece_survives_its_message(logprobs: tuple[TokenLogprob, ...] | None) -> None:
     piece = (17,), logprobs
-    number, index, *_ = message = pack_piece(3, 1, piece)
-    assert (number, index) == (3, 1)
-    assert unpack_piece(message) == piece
-    assert all(type(each) is tuple for each in message[3] or ()), "a class of its own makes pickling slow"
+    number, index, start, *_ = message = piece_tuple(3, 1, 5, piece)
+    assert (number, index, start) == (3, 1, 5)
+    assert all(type(each) is tuple for each in message[4] or ()), "a class of its own makes pickling slow"
+    assert [token_piece(each) for each in unpack_pieces(pack_pieces([message]))] == [piece]
 
 
-def test_pieces_of_a_step_are_sent_at_once() -> None:
+def test_pieces_of_a_step_are_sent_at_once_in_one_message_a_gateway() -> None:
     ours, theirs = Pipe()
     outbox = Outbox(ours)
-    messages = [pack_piece(number, 0, ((number,), None)) for number in range(256)]
-    for message in messages:
-        outbox.put_later(message)
+    step = StepPieces(outbox)
+    pieces = [piece_tuple(number, 0, 0, ((number,), None)) for number in range(256)]
+    for piece in pieces:
+        step.add(("even", "odd")[piece[0] % 2], piece)
+    step.flush()
     assert not theirs.poll(0.05)
     outbox.put("step")
-    assert theirs.recv() == [*messages, "step"]
+    step.flush()
+    first, second, last = theirs.recv()
+    assert (first, second) == (
+        FeedPieces("even", pack_pieces(pieces[::2])),
+        FeedPieces("odd", pack_pieces(pieces[1::2])),
+    )
+    assert last == "step"
     outbox.put_later("last")
     outbox.close()
     assert theirs.recv() == ["last"]
