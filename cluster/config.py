@@ -62,7 +62,8 @@ class LimitsConfig(_StrictModel):
     Attributes:
         max_body_bytes: larger bodies get 413.
         max_texts_per_request: requests with more inputs get 400.
-        request_timeout_s: time for replicas to answer a request; then 503.
+        request_timeout_s: time for replicas to answer a request; then 503. For a text, this is the longest time
+            without a new token.
         no_replica_timeout_s: time to wait for a replica while there is none; then 503.
         body_timeout_s: time for a client to send its request; then 408.
         max_in_flight_requests: further requests get 503.

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.replicas.engine.limits import RequestLimits
+from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.errors import InvalidAdapter, RankletError, error_class
 from ranklet.routing.report import QueueLoad, StateReport
 
@@ -30,8 +31,7 @@ Result = TypeVar("Result")
 class InferenceCall(Generic[Params]):
     """Prompts of one request for one adapter.
 
-    A call that fails may be repeated on another replica only before the first delta of its result has arrived. After
-    that, it may only be continued from the last delta. A result that arrives as a whole has no deltas before its end.
+    A call that fails may be repeated on another replica, unless a part of its text has been passed on to the client.
 
     Attributes:
         adapter: None for the base model.
@@ -39,6 +39,7 @@ class InferenceCall(Generic[Params]):
         lengths: int32 [prompts].
         params: parameters of the task, such as `EmbedParams`.
         sender: the gateway's id.
+        number: the sender's number of a text call. It differs for each attempt at a call.
     """
 
     adapter: AdapterLocation | None
@@ -46,6 +47,7 @@ class InferenceCall(Generic[Params]):
     lengths: bytes
     params: Params
     sender: str
+    number: int = 0
 
     @property
     def adapter_name(self) -> str | None:
@@ -54,6 +56,18 @@ class InferenceCall(Generic[Params]):
     @property
     def total_tokens(self) -> int:
         return len(self.tokens) // 4
+
+    @property
+    def work(self) -> int:
+        """Work of the call for routers, in prefill-equivalent tokens.
+
+        A text counts with all tokens that it may have, although most texts end earlier. A generated token takes longer
+        than one of a prompt, about as much longer as texts stay below `max_tokens`.
+        """
+        params = self.params
+        if isinstance(params, GenerateParams):
+            return self.total_tokens + len(self.lengths) // 4 * params.n * params.max_tokens
+        return self.total_tokens
 
     def prompts(self) -> list[NDArray[np.int32]]:
         """Return the token ids of each prompt, int32 [length]. They are views of the message."""
@@ -67,6 +81,26 @@ class EmbedResult:
 
     vectors: bytes  # float32 [prompts, dimensions]
     dimensions: int
+
+    @classmethod
+    def of(cls, vectors: NDArray[np.float32]) -> "EmbedResult":
+        return cls(vectors.tobytes(), vectors.shape[1])
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The first message of a text call on its gateway's feed: the engine is given the request.
+
+    Attributes:
+        number: the gateway's number of the call.
+        revision: of the adapter; None for the base model.
+        tier: as in `InferenceReply`, by what the replica knows before the engine has the request.
+    """
+
+    number: int
+    replica: str
+    revision: str | None
+    tier: str | None
 
 
 @dataclass(frozen=True)
@@ -176,18 +210,21 @@ def pack(
     return InferenceCall(adapter, tokens.tobytes(), lengths.tobytes(), params, sender)
 
 
-def split(prompts: Sequence[NDArray[np.int32]], result_bytes: int) -> Iterator[Sequence[NDArray[np.int32]]]:
+def split(
+    prompts: Sequence[NDArray[np.int32]], result_bytes: int, max_prompts: int | None = None
+) -> Iterator[Sequence[NDArray[np.int32]]]:
     """Cut `prompts`, in order, into parts whose calls and replies stay within the limits of a message.
 
     Each part has at least one prompt, however large.
 
     Args:
         result_bytes: size of the result of one prompt.
+        max_prompts: of a part; None for `MAX_MESSAGE_PROMPTS`.
     """
     start = size = 0
     for index, prompt in enumerate(prompts):
         cost = max(4 * len(prompt), result_bytes)
-        full = size + cost > MAX_MESSAGE_BYTES or index - start == MAX_MESSAGE_PROMPTS
+        full = size + cost > MAX_MESSAGE_BYTES or index - start == (max_prompts or MAX_MESSAGE_PROMPTS)
         if index > start and full:
             yield prompts[start:index]
             start, size = index, 0

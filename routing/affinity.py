@@ -160,6 +160,10 @@ class Affinity:
             fleet.mark_alive(report.replica, now_s)
             self._costs.update(fleet.update_holdings(report.replica, report.holdings))
 
+    def members(self) -> tuple[Member, ...]:
+        """Return the live replicas: the same tuple until one starts or ends."""
+        return self._fleet.members
+
     def views(self) -> list[ReplicaView]:
         with self._lock:
             return self._fleet.views(self._clock())

@@ -142,6 +142,7 @@ class Gateway(ReportReceiver):
 
     async def on_report(self, report: StateReport) -> str:
         self._affinity.on_report(report, self._id, time.time() - report.load.at_s)
+        self._replicas.feeds.update()
         return self._id
 
     async def on_overrides_changed(self) -> None:

@@ -1,34 +1,36 @@
-"""Calls from a gateway to the replicas: splits requests, repeats a failed call once, and cancels abandoned calls."""
+"""Calls from a gateway to the replicas. Splits requests into calls."""
 
 import asyncio
 import contextlib
-import contextvars
 import itertools
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
 import numpy as np
 from numpy.typing import NDArray
-from ray.exceptions import RayActorError, RayError, TaskCancelledError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException, RequestCancelledError
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from ranklet.cluster.broadcast import CONTROL_TIMEOUT_S, broadcast
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.config import LimitsConfig
+from ranklet.cluster.ingress.call_sender import CallSender, RepeatableCall, summary
+from ranklet.cluster.ingress.feeds import TextCall, TextFeeds, TextReceiver
 from ranklet.cluster.ingress.watchdog import Watchdog
 from ranklet.cluster.message import InferenceCall, InferenceReply, Refusal, ReplicaDescription, pack, split
+from ranklet.cluster.text_result import GenerateResult, prompt_result_bytes
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterReport
 from ranklet.replicas.engine.limits import RequestLimits
-from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unavailable
+from ranklet.replicas.engine.params import GenerateParams
+from ranklet.replicas.errors import Unavailable
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.hint import HINT, RoutingHint
 
-# The replica or its connection is gone. Embeddings are idempotent, so the call may be repeated.
-_LOST = (RayActorError, TaskCancelledError, RequestCancelledError)
-_LOST_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+_MAX_TEXT_PROMPTS = 32  # of a call: each may need many steps
+_LOOKS = 8  # at a text request's signs of life, during its timeout
 _CONTROL_ERRORS = (RayError, RayServeException, grpc.RpcError, TimeoutError)
 
 
@@ -47,12 +49,12 @@ class ReplicasClient:
         self._handle = handle
         self._affinity = affinity
         self._timeout_s = limits.request_timeout_s
-        self._no_replica_timeout_s = limits.no_replica_timeout_s
-        self._on_retry = on_retry
         self._sender = sender
         self._hint_ids = itertools.count()
         self._limits: RequestLimits | None = None
         self.watchdog = Watchdog(affinity, self._prefetch, limits.no_replica_timeout_s)
+        self.feeds = TextFeeds(handle, affinity, sender, self._hint_ids)
+        self._calls = CallSender(handle, affinity, self.watchdog, self._hint_ids, limits.no_replica_timeout_s, on_retry)
 
     async def infer(
         self, method: str, adapter: AdapterLocation | None, prompts: Sequence[NDArray[np.int32]], params: Any,
@@ -72,15 +74,75 @@ class ReplicasClient:
             Unavailable: no replica answered in time, or two replicas failed.
             RankletError: a replica returned this error.
         """
-        calls = [pack(adapter, part, params, self._sender) for part in split(prompts, result_bytes)]
+        parts = split(prompts, result_bytes)
+        calls = [RepeatableCall(pack(adapter, part, params, self._sender)) for part in parts]
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await self._send_all(method, calls)
+                return await self._calls.send_all(method, calls)
         except TimeoutError:
-            raise Unavailable(
-                f"expected an answer within {self._timeout_s:g} s (limits.request_timeout_s), got none. The cluster is "
-                "overloaded, or its replicas are starting. Try again"
-            ) from None
+            raise self._timed_out("an answer") from None
+
+    async def generate(
+        self, adapter: AdapterLocation | None, prompts: Sequence[NDArray[np.int32]], params: GenerateParams,
+        receiver: TextReceiver,
+    ) -> list[InferenceReply[GenerateResult]]:  # fmt: skip
+        """Generate `params.n` texts for each prompt. `receiver` gets all tokens, before the end of this call.
+
+        A call is repeated only before `receiver` has tokens of it. The timeout starts again with each message about a
+        text of the request.
+
+        Args:
+            prompts: int32 [length] each.
+
+        Returns:
+            The replies to the calls, in the order of the prompts.
+
+        Raises:
+            InvalidRequest: the result of a prompt may be too large for a message.
+            Unavailable: no replica answered in time, two replicas failed, or one that had sent tokens.
+            RankletError: a replica returned this error.
+        """
+        result_bytes = prompt_result_bytes(params, max(map(len, prompts)))
+        calls: list[_TextAttempts] = []
+        texts = 0
+        for part in split(prompts, result_bytes, _MAX_TEXT_PROMPTS):
+            count = len(part) * params.n
+            call = pack(adapter, part, params, self._sender)
+            calls.append(_TextAttempts(call, self.feeds, TextCall(count, texts, receiver)))
+            texts += count
+        try:
+            async with self._timeout_between_signs(calls):
+                replies = await self._calls.send_all("generate", calls)
+        except TimeoutError:
+            raise self._timed_out("a token") from None
+        for each, reply in zip(calls, replies, strict=True):
+            each.text.fill(reply.result)
+        return replies
+
+    @contextlib.asynccontextmanager
+    async def _timeout_between_signs(self, calls: "Sequence[_TextAttempts]") -> AsyncIterator[None]:
+        """Raise TimeoutError in the body when no message about the calls has come for the time of a request."""
+        loop, interval_s = asyncio.get_running_loop(), self._timeout_s / _LOOKS
+        async with asyncio.timeout(self._timeout_s) as timeout:
+            looking = loop.call_later(interval_s, lambda: look(0))
+
+            def look(before: int) -> None:
+                nonlocal looking
+                signs = sum(each.text.signs for each in calls)
+                if signs != before and not timeout.expired():
+                    timeout.reschedule(loop.time() + self._timeout_s)
+                looking = loop.call_later(interval_s, look, signs)
+
+            try:
+                yield
+            finally:
+                looking.cancel()
+
+    def _timed_out(self, expected: str) -> Unavailable:
+        return Unavailable(
+            f"expected {expected} within {self._timeout_s:g} s (limits.request_timeout_s), got none. The cluster is "
+            "overloaded, or its replicas are starting. Try again"
+        )
 
     async def describe(self) -> ReplicaDescription:
         """Describe any one replica.
@@ -145,75 +207,7 @@ class ReplicasClient:
             async with asyncio.timeout(timeout_s):
                 return await self._handle.options(method_name=method).remote(*arguments, **hint)
         except _CONTROL_ERRORS as error:
-            raise Unavailable(f"expected an answer from a replica, got {_summary(error)}") from error
-
-    async def _send_all(self, method: str, calls: Sequence[InferenceCall[Any]]) -> list[InferenceReply[Any]]:
-        if len(calls) == 1:
-            return [await self._send(method, calls[0])]
-        # Ray 2.60 identifies a call that waits for a replica by the id of its HTTP request, so that the second of two
-        # calls with one id waits for ever. In an empty context, Ray gives each call an id of its own.
-        loop = asyncio.get_running_loop()
-        tasks = [loop.create_task(self._send(method, call), context=contextvars.Context()) for call in calls]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:  # if one call failed, the results of the others are not needed
-                task.cancel()
-
-    async def _send(self, method: str, call: InferenceCall[Any]) -> InferenceReply[Any]:
-        try:
-            return await self._attempt(method, call, avoid=None)
-        except _RepeatableError as first:
-            self._on_retry()
-            try:
-                return await self._attempt(method, call, avoid=first.replica)
-            except _RepeatableError as second:
-                raise second.error from first
-
-    async def _attempt(self, method: str, call: InferenceCall[Any], avoid: str | None) -> InferenceReply[Any]:
-        work = call.total_tokens  # embeddings: one unit per prompt token
-        hint = RoutingHint(next(self._hint_ids), call.adapter_name, work, avoid, location=call.adapter)
-        result: InferenceReply[Any] | Refusal | None = None
-        self.watchdog.watch(hint.id)
-        # The adapter is not passed as a multiplexed model id: Ray 2.60 keeps every call that has one, for ever, unless
-        # Ray's own multiplexing routes it.
-        response = self._handle.options(method_name=method).remote(call, **{HINT: hint})
-        try:
-            result = await response
-        except asyncio.CancelledError:
-            response.cancel()  # type: ignore[no-untyped-call]
-            self._raise_if_abandoned(hint.id)
-            raise
-        except Exception as error:
-            raise _translate(error, self._affinity.replica_of(hint.id)) from error
-        finally:
-            self.watchdog.unwatch(hint.id)
-            self._complete(hint, result)
-        if isinstance(result, InferenceReply):
-            return result
-        refusal = result.error()
-        raise _RepeatableError(refusal, result.replica) if isinstance(refusal, Unavailable | Saturated) else refusal
-
-    def _raise_if_abandoned(self, hint_id: int) -> None:
-        abandoned = self.watchdog.abandoned(hint_id)
-        if abandoned is None:
-            return
-        task = asyncio.current_task()
-        assert task is not None
-        task.uncancel()
-        if abandoned.replica is not None:
-            raise _RepeatableError(_lost("hangs"), abandoned.replica) from None
-        raise Unavailable(
-            f"expected a replica within {self._no_replica_timeout_s:g} s (limits.no_replica_timeout_s), but none is "
-            "up. Try again"
-        ) from None
-
-    def _complete(self, hint: RoutingHint, result: InferenceReply[Any] | Refusal | None) -> None:
-        if result is None:
-            self._affinity.complete(hint.id)
-        else:
-            age_s = time.time() - result.load.at_s if result.load else 0.0
-            self._affinity.complete(hint.id, result.replica, result.load, age_s)
+            raise Unavailable(f"expected an answer from a replica, got {summary(error)}") from error
 
     async def _prefetch(self, adapter: AdapterLocation, replica: str) -> None:
         hint = {HINT: RoutingHint(next(self._hint_ids), only=replica)}
@@ -221,29 +215,19 @@ class ReplicasClient:
             await self._control("prefetch", adapter.name, adapter.source, timeout_s=CONTROL_TIMEOUT_S, **hint)
 
 
-def _lost(reason: str) -> Unavailable:
-    return Unavailable(f"the replica that computed the request {reason}, and no other could answer. Try again")
+@dataclass(frozen=True)
+class _TextAttempts:
+    """A text call, which may be sent again until tokens of it have been passed on."""
 
+    call: InferenceCall[GenerateParams]
+    feeds: TextFeeds
+    text: TextCall
 
-class _RepeatableError(Exception):
-    """A failure of one replica. The call may be repeated on another; `error` is raised if that fails too."""
+    @property
+    def is_repeatable(self) -> bool:
+        return not self.text.has_passed_on
 
-    def __init__(self, error: RankletError, replica: str | None) -> None:
-        super().__init__(error.message)
-        self.error = error
-        self.replica = replica
-
-
-def _translate(error: Exception, replica: str | None) -> Exception:
-    if isinstance(error, BackPressureError):
-        return Saturated("expected space in the queue of the replicas (max_queued_requests), got none. Try again")
-    if isinstance(error, _LOST) or (isinstance(error, grpc.aio.AioRpcError) and error.code() in _LOST_CODES):
-        return _RepeatableError(_lost("died"), replica)
-    if isinstance(error, DeploymentUnavailableError):
-        return Unavailable("expected a replica, but none is up (deployment unhealthy). See `serve status`")
-    return InternalError(f"the replica failed unexpectedly: {_summary(error)}")
-
-
-def _summary(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[-1] if text else 'no message'}"[:300]
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[InferenceCall[GenerateParams]]:
+        with self.feeds.attempt(self.text) as number:
+            yield replace(self.call, number=number)

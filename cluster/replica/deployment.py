@@ -4,9 +4,8 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, TypeVar
 
 from ray import serve
@@ -19,22 +18,23 @@ from ranklet.cluster.catalog.resolver import AdapterResolver, ResolvedAdapter
 from ranklet.cluster.config import AdapterList, AppArgs
 from ranklet.cluster.exporter import start_exporter
 from ranklet.cluster.message import EmbedResult, InferenceCall, InferenceReply, Refusal, ReplicaDescription
+from ranklet.cluster.replica.calls import ReplicaCalls
+from ranklet.cluster.replica.feeds import OutgoingFeeds
 from ranklet.cluster.replica.gateways_client import GatewaysClient
 from ranklet.cluster.replica.metrics import ReplicaMetrics
 from ranklet.cluster.replica.publisher import StatePublisher
 from ranklet.cluster.replica.state import ReplicaState
-from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, AdapterReport
-from ranklet.replicas.engine.params import EmbedParams
-from ranklet.replicas.engine.request import Answer, AnswerSink
-from ranklet.replicas.errors import AdapterChanged, InternalError, RankletError
+from ranklet.cluster.text_result import GenerateResult
+from ranklet.replicas.adapters.reference import AdapterInfo, AdapterReport
+from ranklet.replicas.engine.params import EmbedParams, GenerateParams
+from ranklet.replicas.errors import RankletError
 from ranklet.replicas.process.process import EngineProcess
 from ranklet.routing.hint import RoutingHint
-from ranklet.routing.report import RANK, QueueLoad
+from ranklet.routing.report import RANK
 
 _BLOCKING_THREADS = 8  # blocking calls of the engine, mostly loads, that run at the same time
 _RELEASE_POLL_S = 0.02
 _RELEASE_RETRY_S = 60.0
-_ATTEMPTS = 3  # to use an adapter whose files change
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
@@ -49,12 +49,14 @@ class Replica:
         self._rank = context.rank.rank if context.rank else 0
         metrics, config, sources = ReplicaMetrics(args.metrics.top_adapters), args.engine_config(), args.sources
         self._state = ReplicaState(self._id, config.slots, config.max_rank)
-        self._engine = EngineProcess(config, metrics, self._state)
+        self._feeds = OutgoingFeeds()
+        self._engine = EngineProcess(config, metrics, self._state, self._feeds)
         self._engine.start()
         metrics.watch(self._engine.snapshot, self._engine.pid)
         self._pins = Registry(args.adapters_dir, args.adapters).pins()
         cache = RemoteCache(sources.cache_dir, sources.cache_bytes, sources.max_adapter_bytes, metrics.downloaded)
         self._resolver = AdapterResolver(cache, config.load_timeout_s)
+        self._calls = ReplicaCalls(self._id, self._engine, self._resolver, self._state, self._feeds)
         self._metrics_target = start_exporter(metrics.registry, args.metrics)
         self._threads = ThreadPoolExecutor(_BLOCKING_THREADS, thread_name_prefix="engine-call")
         self._tasks: set[asyncio.Task[None]] = set()
@@ -72,33 +74,37 @@ class Replica:
         Args:
             hint: read by the router only.
         """
-        work = call.total_tokens  # embeddings: one unit per prompt token
-        outcome: Answer | RankletError
-        resolved: ResolvedAdapter | None = None
-        self._state.call_arrived(call.sender, work)
-        try:
-            if call.adapter is None:
-                outcome = await self._compute(call, None)
-            else:
-                resolved, outcome = await self._use(call.adapter, partial(self._compute, call))
-        except RankletError as error:
-            outcome = error
-        except Exception as error:
-            logger.exception("a call failed")
-            outcome = InternalError(f"the replica failed: {type(error).__name__}: {error}")
-        finally:
-            self._state.call_finished(work)
-        load = self._state.load_for(call.sender)
-        if isinstance(outcome, RankletError):
-            return Refusal.of(outcome, self._id, call.adapter_name or "", load)
-        return self._reply(outcome, resolved, load)
+        return await self._calls.answer(call, EmbedResult.of)
+
+    async def generate(
+        self, call: InferenceCall[GenerateParams], hint: RoutingHint
+    ) -> InferenceReply[GenerateResult] | Refusal:
+        """Generate the texts of a call. Their pieces leave through the sender's feed before. Cancellation ends them."""
+        with self._feeds.call_from(call.sender):
+            return await self._calls.answer(call, GenerateResult.of)
+
+    async def feed(self, gateway: str, replica: str, hint: RoutingHint) -> AsyncGenerator[list[bytes], None]:
+        """Yield messages about the text calls of a gateway, see `OutgoingFeeds.read`.
+
+        Args:
+            replica: id of the replica that the feed is for. If that is gone, Serve sends the call to another one.
+        """
+        if replica == self._id:
+            async with contextlib.aclosing(self._feeds.read(gateway)) as feed:
+                async for messages in feed:
+                    yield messages
+
+    async def finish(self, gateway: str, texts: list[tuple[int, int]], hint: RoutingHint) -> None:
+        """End texts, given by the number of their call and their index in it, with what they have."""
+        for number, index in texts:
+            self._calls.finish(gateway, number, index)
 
     async def load(self, name: str, source: str, pins: tuple[str, ...], hint: RoutingHint) -> AdapterInfo | Refusal:
         """Verify an adapter and load it into a slot. Afterwards, only the adapters in `pins` are pinned."""
         try:
             await self._on_thread(self._engine.pin, pins)
             self._resolver.invalidate(name)
-            return (await self._use(AdapterLocation(name, source), self._load_adapter))[1]
+            return (await self._calls.use(AdapterLocation(name, source), self._load_adapter))[1]
         except RankletError as error:
             return Refusal.of(error, self._id, name, None)
 
@@ -156,66 +162,8 @@ class Replica:
     async def _on_thread(self, call: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
 
-    async def _use(
-        self, location: AdapterLocation, use: Callable[[AdapterRef], Awaitable[T]]
-    ) -> tuple[ResolvedAdapter, T]:
-        """Call `use` with the adapter's current revision. Call it again if the files change in the meantime.
-
-        Raises:
-            UnknownModel: another revision was requested.
-            RankletError: raised by `use`; AdapterChanged if the files change during each attempt.
-        """
-        for _ in range(_ATTEMPTS - 1):
-            with contextlib.suppress(AdapterChanged):
-                return await self._use_once(location, use)
-            self._resolver.invalidate(location.name)
-        return await self._use_once(location, use)
-
-    async def _use_once(
-        self, location: AdapterLocation, use: Callable[[AdapterRef], Awaitable[T]]
-    ) -> tuple[ResolvedAdapter, T]:
-        resolved = await self._resolver.resolve(location.name, location.source)
-        location.check_revision(resolved.adapter.revision)
-        return resolved, await use(resolved.adapter)
-
-    async def _load_adapter(self, adapter: AdapterRef) -> AdapterInfo:
-        return await self._on_thread(self._engine.load, adapter)
-
-    async def _compute(self, call: InferenceCall[EmbedParams], adapter: AdapterRef | None) -> Answer:
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Answer] = loop.create_future()
-
-        def resolve(result: Answer | RankletError) -> None:
-            if answer.done():  # cancelled
-                return
-            if isinstance(result, RankletError):
-                answer.set_exception(result)
-            else:
-                answer.set_result(result)
-
-        def done(result: Answer | RankletError) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
-                loop.call_soon_threadsafe(resolve, result)
-
-        ticket = self._engine.submit(call.prompts(), adapter, call.params, AnswerSink(done))
-        try:
-            return await answer
-        except asyncio.CancelledError:
-            ticket.cancel()
-            raise
-
-    def _reply(self, answer: Answer, resolved: ResolvedAdapter | None, load: QueueLoad) -> InferenceReply[EmbedResult]:
-        return InferenceReply(
-            result=EmbedResult(answer.result.tobytes(), answer.result.shape[1]),
-            prompt_tokens=answer.prompt_tokens,
-            tier="remote" if resolved and resolved.downloaded and answer.tier == "disk" else answer.tier,
-            backend=answer.backend,
-            replica=self._id,
-            revision=resolved.adapter.revision if resolved else None,
-            queue_s=answer.queue_s,
-            compute_s=answer.compute_s,
-            load=load,
-        )
+    async def _load_adapter(self, resolved: ResolvedAdapter) -> AdapterInfo:
+        return await self._on_thread(self._engine.load, resolved.adapter)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Load the adapters of `user_config: {adapters: ...}` ahead of their first request. Errors are logged."""
@@ -224,7 +172,7 @@ class Replica:
 
     async def _preload(self, name: str, source: str) -> None:
         try:
-            _, info = await self._use(AdapterLocation(name, source), self._load_adapter)
+            _, info = await self._calls.use(AdapterLocation(name, source), self._load_adapter)
             logger.info("adapter %s: rank %d, %d bytes", name, info.rank, info.bytes)
         except RankletError as error:
             logger.error("adapter %s not loaded: %s", name, error.message)

@@ -1,0 +1,230 @@
+"""Receives the pieces of texts: one stream from each replica, whose messages contain the pieces of many texts."""
+
+import asyncio
+import contextlib
+import contextvars
+import itertools
+import logging
+import pickle
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import grpc
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from ranklet.cluster.message import Begun
+from ranklet.cluster.text_result import GenerateResult
+from ranklet.routing.affinity import Affinity
+from ranklet.routing.hint import HINT, RoutingHint
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0  # before a broken feed is opened again
+_FEED_ERRORS = (RayError, RayServeException, grpc.RpcError)
+
+logger = logging.getLogger("ray.serve")
+Logprobs = Sequence[tuple[float, Sequence[tuple[int, float]]]]  # of each token, and of the best alternatives to it
+
+
+class TextReceiver(Protocol):
+    """Receives the tokens of one request. Called in the gateway's event loop, so methods must be quick."""
+
+    def begin(self, begun: Begun) -> None:
+        """Receive where a call of the request runs. Called for each call, and again after a repeat."""
+
+    def receive(self, index: int, tokens: Sequence[int], logprobs: Logprobs | None) -> bool:
+        """Receive the next tokens of text `index`, counted over all prompts of the request.
+
+        Returns:
+            Whether the text is to go on. If not, no further tokens of it are received, and the replica ends it.
+        """
+
+
+class TextCall:
+    """The pieces of one text call, at most one attempt at a time. Passes on each token once and in order.
+
+    Args:
+        texts: number of texts of the call.
+        first: index of the call's first text in the request.
+        receiver: of the request.
+    """
+
+    def __init__(self, texts: int, first: int, receiver: TextReceiver) -> None:
+        self.has_passed_on = False
+        self.replica: str | None = None
+        self.signs = 0  # of life: messages about this call
+        self.gaps = 0
+        self._first = first
+        self._receiver = receiver
+        self._seen = [0] * texts
+        self._ended = [False] * texts
+
+    def begin(self, begun: Begun) -> None:
+        self.replica = begun.replica
+        self.signs += 1
+        self._receiver.begin(begun)
+
+    def on_piece(self, index: int, start: int, tokens: Sequence[int], logprobs: Logprobs | None) -> bool:
+        """Pass on a piece. Returns False if the replica should end the text.
+
+        Pieces behind a gap are dropped: `fill` passes their tokens on.
+        """
+        self.signs += 1
+        seen = self._seen[index]
+        if self._ended[index]:
+            return True
+        if start != seen:
+            known = seen - start
+            if known < 0:
+                self.gaps += 1
+                return True
+            tokens, logprobs = tokens[known:], logprobs and logprobs[known:]
+            if not tokens:
+                return True
+        self._seen[index] = seen + len(tokens)
+        self.has_passed_on = True
+        if self._receiver.receive(self._first + index, tokens, logprobs):
+            return True
+        self._ended[index] = True
+        return False
+
+    def fill(self, result: GenerateResult) -> None:
+        """Pass on the tokens of the whole answer that no piece has brought."""
+        for index, choice in enumerate(result.choices):
+            start = self._seen[index]
+            tokens: list[int] = choice.ids()[start:].tolist()
+            if tokens and not self._ended[index]:
+                logprobs = None if choice.logprobs is None else choice.logprobs.unpack(start)
+                self.on_piece(index, start, tokens, logprobs)
+
+
+class TextFeeds:
+    """The feeds of one gateway: one from each live replica, from the first text call on.
+
+    Args:
+        handle: of the replicas.
+        gateway: id of this gateway.
+        hint_ids: unique in this process.
+    """
+
+    def __init__(
+        self, handle: "DeploymentHandle[Any]", affinity: Affinity, gateway: str, hint_ids: Iterator[int]
+    ) -> None:
+        self._handle = handle
+        self._affinity = affinity
+        self._gateway = gateway
+        self._hint_ids = hint_ids
+        self._numbers = itertools.count()
+        self._calls: dict[int, TextCall] = {}
+        self._is_wanted = False
+        self._members: object = None
+        self._feeds: dict[str, asyncio.Task[None]] = {}
+        self._finishing: set[asyncio.Task[None]] = set()
+        self.opened = 0  # number of opened feeds
+        self.gaps = 0  # pieces that came behind a gap, and were replaced by the whole answer
+
+    @property
+    def replicas(self) -> set[str]:
+        """Replicas whose feed is open, or is being opened again."""
+        return set(self._feeds)
+
+    @contextlib.contextmanager
+    def attempt(self, call: TextCall) -> Iterator[int]:
+        """Pass the pieces of an attempt at a call to `call`. Yields the number that the attempt must have."""
+        self._is_wanted = True
+        self.update()
+        number = next(self._numbers)
+        self._calls[number] = call
+        try:
+            yield number
+        finally:
+            del self._calls[number]
+            call.replica = None
+            self.gaps += call.gaps
+            call.gaps = 0
+
+    def update(self) -> None:
+        """Open a feed from each live replica. Close those from others, once no call needs them.
+
+        Called at each text call and each report of a replica.
+        """
+        members = self._affinity.members()
+        if not self._is_wanted or members is self._members:
+            return
+        live = {each.id for each in members}
+        for replica in live - self._feeds.keys():
+            # In an empty context, Ray gives the feed a request id of its own. See `ReplicasClient`.
+            reading = self._read(replica)
+            self._feeds[replica] = asyncio.get_running_loop().create_task(reading, context=contextvars.Context())
+        used = {call.replica for call in self._calls.values()}
+        for replica in self._feeds.keys() - live - used:
+            self._feeds.pop(replica).cancel()
+        if self._feeds.keys() == live:  # else look again, since a replica that ends may still generate texts
+            self._members = members
+
+    async def _read(self, replica: str) -> None:
+        """Read the feed of a replica, and open it again when it breaks, for as long as the replica lives."""
+        pause_s = _FIRST_PAUSE_S
+        try:
+            while True:
+                try:
+                    if await self._read_once(replica):
+                        pause_s = _FIRST_PAUSE_S
+                except _FEED_ERRORS as error:
+                    logger.info("the feed of replica %s broke: %s", replica, type(error).__name__)
+                except Exception:
+                    logger.exception("the feed of replica %s broke", replica)
+                if all(replica != each.id for each in self._affinity.members()):
+                    return
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        finally:
+            if self._feeds.get(replica) is asyncio.current_task():
+                del self._feeds[replica]
+                self._members = None
+
+    async def _read_once(self, replica: str) -> bool:
+        """Read a feed to its end. Returns whether it was open."""
+        hint = RoutingHint(next(self._hint_ids), only=replica)
+        feed = self._handle.options(method_name="feed", stream=True)
+        opening: Any = feed.remote(self._gateway, replica, **{HINT: hint})
+        is_open = False
+        try:
+            async for messages in opening:
+                self.opened += not is_open
+                is_open = True
+                finished: list[tuple[int, int]] = []
+                for message in messages:
+                    self._on_message(pickle.loads(message), finished)
+                if finished:
+                    self._finish(replica, finished)
+        finally:
+            opening.cancel()
+        return is_open
+
+    def _on_message(self, message: Any, finished: list[tuple[int, int]]) -> None:
+        calls = self._calls
+        if isinstance(message, Begun):
+            call = calls.get(message.number)
+            if call is not None:
+                call.begin(message)
+            return
+        for number, index, start, tokens, logprobs in message:
+            call = calls.get(number)
+            try:
+                if call is not None and not call.on_piece(index, start, tokens, logprobs):
+                    finished.append((number, index))
+            except Exception:  # a defect of one request must not end the feed of all
+                logger.exception("a piece of a text was lost")
+
+    def _finish(self, replica: str, texts: list[tuple[int, int]]) -> None:
+        task = asyncio.get_running_loop().create_task(self._send_finish(replica, texts), context=contextvars.Context())
+        self._finishing.add(task)
+        task.add_done_callback(self._finishing.discard)
+
+    async def _send_finish(self, replica: str, texts: list[tuple[int, int]]) -> None:
+        hint = RoutingHint(next(self._hint_ids), only=replica)
+        try:
+            await self._handle.options(method_name="finish").remote(self._gateway, texts, **{HINT: hint})
+        except _FEED_ERRORS as error:  # the texts end at their length limit, or their call fails too
+            logger.info("texts of replica %s were not ended early: %s", replica, type(error).__name__)

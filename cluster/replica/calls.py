@@ -1,0 +1,158 @@
+"""The life of an inference call on a replica: its adapter is resolved, the engine computes it, the replica replies."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.cluster.catalog.resolver import AdapterResolver, ResolvedAdapter
+from ranklet.cluster.message import Begun, InferenceCall, InferenceReply, Refusal
+from ranklet.cluster.replica.feeds import OutgoingFeeds
+from ranklet.cluster.replica.state import ReplicaState
+from ranklet.replicas.engine.params import GenerateParams
+from ranklet.replicas.engine.request import Answer, AnswerSink
+from ranklet.replicas.errors import AdapterChanged, InternalError, RankletError
+from ranklet.replicas.process.messages import FeedKey
+from ranklet.replicas.process.process import EngineProcess, RemoteTicket
+from ranklet.routing.report import QueueLoad
+
+_ATTEMPTS = 3  # to use an adapter whose files change
+
+logger = logging.getLogger("ray.serve")
+T = TypeVar("T")
+Result = TypeVar("Result")
+
+
+class ReplicaCalls:
+    """Answers the calls of one replica.
+
+    Args:
+        replica: id of the replica.
+    """
+
+    def __init__(
+        self, replica: str, engine: EngineProcess, resolver: AdapterResolver, state: ReplicaState, feeds: OutgoingFeeds
+    ) -> None:
+        self._id = replica
+        self._engine = engine
+        self._resolver = resolver
+        self._state = state
+        self._feeds = feeds
+        self._tickets: dict[FeedKey, RemoteTicket] = {}  # of open text calls
+
+    async def answer(
+        self, call: InferenceCall[Any], make_result: Callable[[Any], Result]
+    ) -> InferenceReply[Result] | Refusal:
+        """Compute a call. Cancellation drops what the device has not computed.
+
+        Args:
+            make_result: makes the reply's result of the engine's.
+        """
+        outcome: Answer | RankletError
+        resolved: ResolvedAdapter | None = None
+        self._state.call_arrived(call.sender, call.work)
+        try:
+            if call.adapter is None:
+                outcome = await self._compute(call, None)
+            else:
+                resolved, outcome = await self.use(call.adapter, partial(self._compute, call))
+        except RankletError as error:
+            outcome = error
+        except Exception as error:
+            logger.exception("a call failed")
+            outcome = InternalError(f"the replica failed: {type(error).__name__}: {error}")
+        finally:
+            self._state.call_finished(call.work)
+        load = self._state.load_for(call.sender)
+        if isinstance(outcome, RankletError):
+            return Refusal.of(outcome, self._id, call.adapter_name or "", load)
+        return self._reply(outcome, make_result(outcome.result), resolved, load)
+
+    def finish(self, gateway: str, number: int, index: int) -> None:
+        """End a text of an open call with what it has."""
+        ticket = self._tickets.get(FeedKey(gateway, number))
+        if ticket is not None:
+            ticket.finish(index)
+
+    async def use(
+        self, location: AdapterLocation, use: Callable[[ResolvedAdapter], Awaitable[T]]
+    ) -> tuple[ResolvedAdapter, T]:
+        """Call `use` with the adapter's current revision. Call it again if the files change in the meantime.
+
+        Raises:
+            UnknownModel: another revision was requested.
+            RankletError: raised by `use`; AdapterChanged if the files change during each attempt.
+        """
+        for _ in range(_ATTEMPTS - 1):
+            with contextlib.suppress(AdapterChanged):
+                return await self._use_once(location, use)
+            self._resolver.invalidate(location.name)
+        return await self._use_once(location, use)
+
+    async def _use_once(
+        self, location: AdapterLocation, use: Callable[[ResolvedAdapter], Awaitable[T]]
+    ) -> tuple[ResolvedAdapter, T]:
+        resolved = await self._resolver.resolve(location.name, location.source)
+        location.check_revision(resolved.adapter.revision)
+        return resolved, await use(resolved)
+
+    async def _compute(self, call: InferenceCall[Any], resolved: ResolvedAdapter | None) -> Answer:
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Answer] = loop.create_future()
+
+        def resolve(result: Answer | RankletError) -> None:
+            if answer.done():  # cancelled
+                return
+            if isinstance(result, RankletError):
+                answer.set_exception(result)
+            else:
+                answer.set_result(result)
+
+        def done(result: Answer | RankletError) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
+                loop.call_soon_threadsafe(resolve, result)
+
+        feed = FeedKey(call.sender, call.number) if isinstance(call.params, GenerateParams) else None
+        if feed is not None:
+            self._feeds.begin(call.sender, self._begun(call.number, resolved))
+        adapter = None if resolved is None else resolved.adapter
+        ticket = self._engine.submit(call.prompts(), adapter, call.params, AnswerSink(done), feed)
+        if feed is not None:
+            self._tickets[feed] = ticket
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            ticket.cancel()
+            raise
+        finally:
+            if feed is not None:
+                del self._tickets[feed]
+
+    def _begun(self, number: int, resolved: ResolvedAdapter | None) -> Begun:
+        if resolved is None:
+            return Begun(number, self._id, None, None)
+        held, name = self._engine.held(), resolved.adapter.name
+        tier = "gpu" if name in held.resident else "host" if name in held.hosted else "disk"
+        return Begun(number, self._id, resolved.adapter.revision, _tier(tier, resolved))
+
+    def _reply(
+        self, answer: Answer, result: Result, resolved: ResolvedAdapter | None, load: QueueLoad
+    ) -> InferenceReply[Result]:
+        return InferenceReply(
+            result=result,
+            prompt_tokens=answer.prompt_tokens,
+            tier=_tier(answer.tier, resolved),
+            backend=answer.backend,
+            replica=self._id,
+            revision=resolved.adapter.revision if resolved else None,
+            queue_s=answer.queue_s,
+            compute_s=answer.compute_s,
+            load=load,
+        )
+
+
+def _tier(tier: str | None, resolved: ResolvedAdapter | None) -> str | None:
+    return "remote" if resolved and resolved.downloaded and tier == "disk" else tier
