@@ -160,6 +160,22 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class AdapterText:
+    """What an adapter's folder says about prompts and texts.
+
+    Attributes:
+        chat_template: None without one; the base model's applies.
+        special_tokens: their texts by the names that chat templates use, such as eos_token.
+        findings: why its tokenizer files cannot be used, such as tokens that the base model does not have.
+    """
+
+    revision: str
+    chat_template: str | None
+    special_tokens: dict[str, str]
+    findings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ReplicaDescription:
     """Identity, health and limits of one replica. `labels` are its labels in Prometheus."""
 

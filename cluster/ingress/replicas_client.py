@@ -20,7 +20,7 @@ from ranklet.cluster.config import LimitsConfig
 from ranklet.cluster.ingress.call_sender import CallSender, RepeatableCall, summary
 from ranklet.cluster.ingress.feeds import TextCall, TextFeeds, TextReceiver
 from ranklet.cluster.ingress.watchdog import Watchdog
-from ranklet.cluster.message import InferenceCall, InferenceReply, Refusal, ReplicaDescription, pack, split
+from ranklet.cluster.message import AdapterText, InferenceCall, InferenceReply, Refusal, ReplicaDescription, pack, split
 from ranklet.cluster.text_result import GenerateResult, prompt_result_bytes
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterReport
 from ranklet.replicas.engine.limits import RequestLimits
@@ -177,12 +177,27 @@ class ReplicasClient:
             Unavailable: no replica answers.
             RankletError: the adapter cannot be served.
         """
-        hint = RoutingHint(next(self._hint_ids), adapter.name)
-        arguments = (adapter.name, adapter.source, tuple(pins))
-        result = await self._control("load", *arguments, timeout_s=self._timeout_s, **{HINT: hint})
+        loaded: AdapterInfo = await self._control_adapter("load", adapter, tuple(pins))
+        return loaded
+
+    async def text_description(self, adapter: AdapterLocation) -> AdapterText:
+        """Describe what an adapter's current revision says about prompts and texts.
+
+        The replica that the router chooses downloads the adapter if it must, and keeps the answer for this revision.
+
+        Raises:
+            Unavailable: no replica answers.
+            RankletError: the adapter cannot be found.
+        """
+        text: AdapterText = await self._control_adapter("text_description", adapter)
+        return text
+
+    async def _control_adapter(self, method: str, adapter: AdapterLocation, *arguments: Any) -> Any:
+        hint = {HINT: RoutingHint(next(self._hint_ids), adapter.name)}
+        given = adapter.name, adapter.source, *arguments
+        result = await self._control(method, *given, timeout_s=self._timeout_s, **hint)
         if isinstance(result, Refusal):
             raise result.error()
-        assert isinstance(result, AdapterInfo)
         return result
 
     async def release(self, name: str, keep: str | None, timeout_s: float = 0.0) -> bool:

@@ -17,7 +17,8 @@ from ranklet.cluster.catalog.remote import RemoteCache
 from ranklet.cluster.catalog.resolver import AdapterResolver, ResolvedAdapter
 from ranklet.cluster.config import AdapterList, AppArgs
 from ranklet.cluster.exporter import start_exporter
-from ranklet.cluster.message import EmbedResult, InferenceCall, InferenceReply, Refusal, ReplicaDescription
+from ranklet.cluster.message import AdapterText, EmbedResult, InferenceCall, InferenceReply, Refusal, ReplicaDescription
+from ranklet.cluster.replica.adapter_texts import AdapterTexts
 from ranklet.cluster.replica.calls import ReplicaCalls
 from ranklet.cluster.replica.feeds import OutgoingFeeds
 from ranklet.cluster.replica.gateways_client import GatewaysClient
@@ -57,6 +58,7 @@ class Replica:
         cache = RemoteCache(sources.cache_dir, sources.cache_bytes, sources.max_adapter_bytes, metrics.downloaded)
         self._resolver = AdapterResolver(cache, config.load_timeout_s)
         self._calls = ReplicaCalls(self._id, self._engine, self._resolver, self._state, self._feeds)
+        self._texts = AdapterTexts(config.model_dir)
         self._metrics_target = start_exporter(metrics.registry, args.metrics)
         self._threads = ThreadPoolExecutor(_BLOCKING_THREADS, thread_name_prefix="engine-call")
         self._tasks: set[asyncio.Task[None]] = set()
@@ -98,6 +100,16 @@ class Replica:
         """End texts, given by the number of their call and their index in it, with what they have."""
         for number, index in texts:
             self._calls.finish(gateway, number, index)
+
+    async def text_description(self, name: str, source: str, hint: RoutingHint) -> AdapterText | Refusal:
+        """Describe what the current revision of an adapter says about prompts and texts. Loads nothing."""
+        try:
+            return (await self._calls.use(AdapterLocation(name, source), self._describe_text))[1]
+        except RankletError as error:
+            return Refusal.of(error, self._id, name, None)
+
+    async def _describe_text(self, resolved: ResolvedAdapter) -> AdapterText:
+        return await self._on_thread(self._texts.describe, resolved.adapter)
 
     async def load(self, name: str, source: str, pins: tuple[str, ...], hint: RoutingHint) -> AdapterInfo | Refusal:
         """Verify an adapter and load it into a slot. Afterwards, only the adapters in `pins` are pinned."""

@@ -38,7 +38,7 @@ def revision_of(path: str | Path) -> str:
     """Read an adapter's files and return their revision, 16 hexadecimal digits.
 
     It is the SHA-256 of the name, the size and the SHA-256 digest of each MiB of `adapter_config.json`, then of the
-    weights, then of the tokenizer's files if the folder has a `tokenizer_config.json`.
+    weights, then of the tokenizer's files and the chat template if the folder has a `tokenizer_config.json`.
 
     Raises:
         AdapterNotFound: the folder does not exist.

@@ -1,0 +1,80 @@
+"""What gateways need of an adapter's folder to make prompts and texts. Gateways have no remote adapters' files."""
+
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+from ranklet.cluster.message import AdapterText
+from ranklet.cluster.text.template import folder_template
+from ranklet.cluster.text.vocabulary import BaseVocabulary
+from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.revision import marks_of
+from ranklet.replicas.errors import AdapterChanged
+from ranklet.replicas.model.tokenizer_files import (
+    TOKENIZER_CONFIG_FILE,
+    UnusableTokenError,
+    content_of,
+    read_tokenizer_file,
+)
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_MAX_KEPT = 256
+
+
+class AdapterTexts:
+    """Reads the folders of adapters, each revision once. Thread-safe.
+
+    Args:
+        model_dir: folder of the base model.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        self._vocabulary = BaseVocabulary(model_dir)
+        self._kept: OrderedDict[AdapterRef, AdapterText] = OrderedDict()
+        self._lock = threading.Lock()  # one folder at a time: a large tokenizer.json takes half a second
+
+    def describe(self, adapter: AdapterRef) -> AdapterText:
+        """Return the description of a revision. Blocks.
+
+        Raises:
+            AdapterChanged: the folder no longer has this revision.
+        """
+        with self._lock:
+            found = self._kept.get(adapter)
+            if found is None:
+                found = self._read(adapter)
+                if adapter.marks and marks_of(adapter.path) != adapter.marks:
+                    raise AdapterChanged(f"adapter {adapter.name!r}: its files have changed. Send the request again")
+                self._kept[adapter] = found
+                if len(self._kept) > _MAX_KEPT:
+                    self._kept.popitem(last=False)
+            return found
+
+    def _read(self, adapter: AdapterRef) -> AdapterText:
+        folder = Path(adapter.path)
+        template, tokens, findings = None, dict[str, str](), list[str]()
+        try:
+            template = folder_template(folder)
+            tokens = special_tokens(folder)
+        except UnusableTokenError as error:
+            findings.append(str(error))
+        for finding in self._vocabulary.differences(folder):
+            if finding not in findings:
+                findings.append(finding)
+        return AdapterText(adapter.revision, template, tokens, tuple(findings))
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """Return the texts of a folder's special tokens by the names that chat templates use.
+
+    Raises:
+        UnusableTokenError: the file cannot be read.
+    """
+    config = read_tokenizer_file(folder / TOKENIZER_CONFIG_FILE)
+    found = {}
+    for name in _SPECIAL_TOKENS:
+        token = config.get(name)
+        content = content_of(token) if isinstance(token, dict) else token
+        if isinstance(content, str) and content:
+            found[name] = content
+    return found

@@ -1,0 +1,59 @@
+"""What a replica tells gateways of an adapter's folder: template, special tokens, tokens that the base lacks."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ranklet.cluster.replica.adapter_texts import AdapterTexts
+from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.revision import Revisions
+from ranklet.replicas.errors import AdapterChanged
+
+
+@pytest.fixture
+def folder(adapters_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(adapters_dir / "legal-v2", tmp_path / "legal"))
+
+
+def reference(folder: Path) -> AdapterRef:
+    return Revisions().reference("legal", str(folder))
+
+
+def test_an_adapter_without_tokenizer_files_has_no_text_of_its_own(model_dir: Path, folder: Path) -> None:
+    adapter = reference(folder)
+    text = AdapterTexts(model_dir).describe(adapter)
+    assert (text.revision, text.chat_template) == (adapter.revision, None)
+    assert (text.special_tokens, text.findings) == ({}, ())
+
+
+def test_the_template_and_special_tokens_are_read_once_a_revision(model_dir: Path, folder: Path) -> None:
+    shutil.copy(model_dir / "tokenizer.json", folder)
+    config = {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<|endoftext|>", "bos_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    texts, adapter = AdapterTexts(model_dir), reference(folder)
+    text = texts.describe(adapter)
+    assert text.chat_template == "{{ messages }}"
+    assert text.special_tokens == {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    assert text.findings == ()
+    assert texts.describe(adapter) is text
+    (folder / "chat_template.jinja").write_text("{{ other }}")
+    changed = reference(folder)
+    assert changed.revision != adapter.revision
+    assert texts.describe(changed).chat_template == "{{ other }}"
+    with pytest.raises(AdapterChanged):
+        texts.describe(replace(adapter, revision="a third one"))
+
+
+def test_foreign_tokens_and_unreadable_files_are_findings(model_dir: Path, folder: Path) -> None:
+    content = json.loads((model_dir / "tokenizer.json").read_text())
+    content["model"]["vocab"]["foreign"] = 99_999
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text("{")
+    findings = AdapterTexts(model_dir).describe(reference(folder)).findings
+    assert len(findings) == 2
+    assert findings[0].startswith("tokenizer_config.json: expected JSON")
+    assert "'foreign' is 99999 (not in the base model)" in findings[1]
