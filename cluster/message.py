@@ -23,6 +23,10 @@ MAX_MESSAGE_BYTES = 2 << 20
 # Smaller calls let several replicas share a large request.
 MAX_MESSAGE_PROMPTS = 512
 
+# Clients that set no max_tokens allow thousands of tokens. Counted in full, one text would seem to occupy a replica for
+# long, so that the next one would leave the adapter's home.
+_MAX_TEXT_WORK = 512
+
 Params = TypeVar("Params")
 Result = TypeVar("Result")
 
@@ -61,12 +65,13 @@ class InferenceCall(Generic[Params]):
     def work(self) -> int:
         """Work of the call for routers, in prefill-equivalent tokens.
 
-        A text counts with all tokens that it may have, although most texts end earlier. A generated token takes longer
-        than one of a prompt, about as much longer as texts stay below `max_tokens`.
+        A text counts with the tokens that it may have, up to a number that few texts reach. A generated token takes
+        longer than one of a prompt, but most texts end before `max_tokens`.
         """
         params = self.params
         if isinstance(params, GenerateParams):
-            return self.total_tokens + len(self.lengths) // 4 * params.n * params.max_tokens
+            text = min(params.max_tokens, _MAX_TEXT_WORK)
+            return self.total_tokens + len(self.lengths) // 4 * params.n * text
         return self.total_tokens
 
     def prompts(self) -> list[NDArray[np.int32]]:

@@ -13,8 +13,8 @@ class RoutingHint:
     Attributes:
         id: unique in this process.
         adapter: name of the adapter, None for the base model.
-        work: of the prompts, in prefill-equivalent tokens (embeddings: one per prompt token). 0 for calls without
-            prompts, such as a load.
+        work: in prefill-equivalent tokens (embeddings: one per prompt token). 0 for calls without prompts, such as a
+            load.
         avoid: id of the replica that has just failed the call.
         only: id of the replica that the call is for. If that replica is gone, any other may serve the call.
         location: location of the adapter. The router returns it in its prefetch orders and does not read it.

@@ -205,9 +205,11 @@ class TextFeeds:
     def _on_message(self, message: Any, finished: list[tuple[int, int]]) -> None:
         calls = self._calls
         if isinstance(message, Begun):
-            call = calls.get(message.number)
-            if call is not None:
-                call.begin(message)
+            try:
+                if message.number in calls:
+                    calls[message.number].begin(message)
+            except Exception:
+                logger.exception("the receiver of a text failed")
             return
         for number, index, start, tokens, logprobs in message:
             call = calls.get(number)
@@ -215,7 +217,7 @@ class TextFeeds:
                 if call is not None and not call.on_piece(index, start, tokens, logprobs):
                     finished.append((number, index))
             except Exception:  # a defect of one request must not end the feed of all
-                logger.exception("a piece of a text was lost")
+                logger.exception("the receiver of a text failed")
 
     def _finish(self, replica: str, texts: list[tuple[int, int]]) -> None:
         task = asyncio.get_running_loop().create_task(self._send_finish(replica, texts), context=contextvars.Context())

@@ -134,7 +134,11 @@ class Gateway(ReportReceiver):
         self._quotas.set_model_quotas(config.tokens_per_minute)
 
     async def check_health(self) -> None:
-        """Start the watchdog, which needs an event loop, if it is not running. Serve calls this once a second."""
+        """Start the watchdog, which needs an event loop, if it is not running. Serve calls this once a second.
+
+        Close feeds of replicas that have left, which wait for their end when they shut down.
+        """
+        self._replicas.feeds.update()
         if self._watching is None or self._watching.done():
             self._watching = asyncio.ensure_future(self._replicas.watchdog.run())
 

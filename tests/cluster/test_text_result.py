@@ -68,3 +68,4 @@ def test_the_work_of_a_text_call_counts_the_tokens_that_it_may_have() -> None:
     prompts = [np.arange(1, 5, dtype=np.int32), np.arange(1, 4, dtype=np.int32)]
     assert pack(None, prompts, EmbedParams(), "g").work == 7
     assert pack(None, prompts, GenerateParams(max_tokens=10, n=3), "g").work == 7 + 2 * 3 * 10
+    assert pack(None, prompts, GenerateParams(max_tokens=100_000), "g").work == 7 + 2 * 512

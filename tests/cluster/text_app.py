@@ -93,6 +93,7 @@ class TextGateway(ReportReceiver):
         self._retries += 1
 
     async def check_health(self) -> None:
+        self._replicas.feeds.update()
         if self._watching is None:
             self._watching = asyncio.ensure_future(self._replicas.watchdog.run())
 
