@@ -45,6 +45,10 @@ class AdapterLabels:
         self._on_drop(least_busy)
         return adapter
 
+    def current(self, label: str) -> str:
+        """Return a label that `label` returned earlier, or OTHER if another adapter has replaced it since."""
+        return label if label == BASE or label in self._labelled else OTHER
+
     def _count(self, adapter: str, weight: int) -> None:
         self._counts[adapter] += weight
         self._observed += 1

@@ -60,7 +60,7 @@ class Gateway(ReportReceiver):
         self._args = args
         self._affinity, routing_counters = Affinity(), Counters()
         bind(self._affinity, routing_counters)  # before the first call through `replica`, which creates the router
-        self._metrics = GatewayMetrics(args.metrics.top_adapters, routing_counters)
+        self._metrics = GatewayMetrics(args.metrics.top_adapters, routing_counters, args.base_names[0])
         self._registry = Registry(args.adapters_dir, args.adapters)
         self._names = ModelNames(args.base_names, self._registry)
         self._intake = Intake(PromptTokenizer(args.base.model_dir), args.limits)

@@ -7,14 +7,19 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
+from ranklet.cluster.ingress.text_metrics import TextMetrics
 from ranklet.cluster.labels import BASE, LATENCY_BUCKETS_S, AdapterLabels
 from ranklet.routing.counters import SPILLS, Counters
 
 
 class GatewayMetrics:
-    """Metrics of the requests to one gateway process."""
+    """Metrics of the requests to one gateway process.
 
-    def __init__(self, top_adapters: int, routing: Counters) -> None:
+    Args:
+        model: name of the base model.
+    """
+
+    def __init__(self, top_adapters: int, routing: Counters, model: str) -> None:
         self.registry = CollectorRegistry()
         counter = partial(Counter, registry=self.registry)
         gauge = partial(Gauge, registry=self.registry)
@@ -24,7 +29,7 @@ class GatewayMetrics:
             "Requests answered, by adapter, HTTP status and error code",
             ["adapter", "status", "code"],
         )
-        self.seconds = histogram("ranklet_request_seconds", "From the request's headers to its answer", ["adapter"])
+        self.seconds = histogram("ranklet_request_seconds", "From a request's headers to its embeddings", ["adapter"])
         self.in_flight = gauge("ranklet_requests_in_flight", "Requests in this gateway")
         self.retries = counter("ranklet_retries_total", "Calls repeated on another replica")
         self.client_gone = counter("ranklet_client_gone_total", "Requests whose client disconnected before the answer")
@@ -34,18 +39,21 @@ class GatewayMetrics:
         for by in ("key", "adapter"):
             self.quota_rejections.labels(by, BASE)
         self.labels = AdapterLabels(top_adapters, self._drop_series)
+        self.text = TextMetrics(self.registry, self.labels, model)
         self.registry.register(_RoutingCounters(routing))
         ProcessCollector(registry=self.registry)
 
-    def on_answer(self, adapter: str, status: int, code: str, seconds: float) -> None:
+    def on_answer(self, adapter: str, status: int, code: str, seconds: float | None) -> None:
         """Count a request, and record its time.
 
         Args:
             adapter: a value that `labels` returned.
             code: code of the error, "" for success.
+            seconds: None for a request for text.
         """
         self.requests.labels(adapter, str(status), code).inc()
-        self.seconds.labels(adapter).observe(seconds)
+        if seconds is not None:
+            self.seconds.labels(adapter).observe(seconds)
 
     def on_over_quota(self, by: str, adapter: str | None) -> None:
         """Count a request over the quota of its key or adapter; `adapter` is None for the base model."""
@@ -54,6 +62,7 @@ class GatewayMetrics:
     def _drop_series(self, adapter: str) -> None:
         for metric in (self.requests, self.seconds, self.quota_rejections):
             metric.remove_by_labels({"adapter": adapter})
+        self.text.drop(adapter)
 
 
 class _RoutingCounters(Collector):

@@ -29,6 +29,7 @@ class RequestRecord:
         label: value of the `adapter` label in metrics.
         model: name of the adapter or base model.
         message: message of the error, for the status page.
+        is_text: whether text is requested. `TextMetrics` has the time of texts, which depends on their length.
     """
 
     span: Span
@@ -41,6 +42,7 @@ class RequestRecord:
     status: int = 200
     code: str = ""
     message: str = ""
+    is_text: bool = False
 
     def refused(self, error: RankletError) -> None:
         self.status, self.code = error.status, error.code
@@ -82,7 +84,7 @@ class Observer:
     def on_answer(self, record: RequestRecord) -> None:
         seconds = time.perf_counter() - record.began_s
         self._recent.on_answer(record.status, record.code, record.message)
-        self._metrics.on_answer(record.label, record.status, record.code, seconds)
+        self._metrics.on_answer(record.label, record.status, record.code, None if record.is_text else seconds)
         logged = self._requests == "all" or (self._requests == "refused" and record.status >= 400)
         if logged or record.span.is_recording():
             fields = _fields(record, seconds)

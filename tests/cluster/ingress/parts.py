@@ -119,7 +119,7 @@ class Parts:
     def __post_init__(self) -> None:
         (self.folder / "legal-v2").mkdir(exist_ok=True)
         self.tokenizer, self.handle = FakeTokenizer(), FakeReplicas()
-        self.metrics = GatewayMetrics(10, Counters())
+        self.metrics = GatewayMetrics(10, Counters(), BASE)
         self.admission = Admission(self.limits.max_in_flight_requests)
         self.quotas = Quotas(self._sync, self.metrics.on_over_quota)
         handle: Any = self.handle
