@@ -1,4 +1,4 @@
-"""Checks of answers, in the formats of several servers."""
+"""Checks of embeddings, and error codes, in the formats of several servers."""
 
 import base64
 from typing import Any
@@ -8,7 +8,7 @@ import orjson
 from numpy.typing import NDArray
 
 OK = "ok"
-_BAD_ANSWER = "bad_answer"  # status 200 without the requested vectors
+BAD_ANSWER = "bad_answer"  # status 200 without what was asked for
 
 
 def check_answer(status: int, raw: bytes, prompts: int, *, check_values: bool = False) -> tuple[str, int]:
@@ -20,18 +20,27 @@ def check_answer(status: int, raw: bytes, prompts: int, *, check_values: bool = 
     try:
         content = orjson.loads(raw)
         if status != 200:
-            return _error_code(status, content), 0
+            return error_code(status, content), 0
         if len(content["data"]) != prompts or (check_values and not all(map(_is_finite, content["data"]))):
-            return _BAD_ANSWER, 0
+            return BAD_ANSWER, 0
         return OK, int((content.get("usage") or {}).get("prompt_tokens", 0))
     except (ValueError, KeyError, TypeError, AttributeError):
-        return _BAD_ANSWER if status == 200 else str(status), 0
+        return BAD_ANSWER if status == 200 else str(status), 0
 
 
-def _error_code(status: int, content: Any) -> str:
+def check_status(status: int, raw: bytes) -> str:
+    """Return the error code of an answer whose status is not 200."""
+    try:
+        return error_code(status, orjson.loads(raw))
+    except (ValueError, AttributeError):
+        return str(status)
+
+
+def error_code(status: int | str, content: Any) -> str:
     """Return the code in the body. OpenAI and vLLM send {"error": {code}}, SGLang {code}, others only a status."""
-    error = content.get("error") or content
-    return str(error.get("code") or error.get("type") or status)
+    error = content.get("error")
+    fields = error if isinstance(error, dict) else content
+    return str(fields.get("code") or fields.get("type") or status)
 
 
 def _is_finite(entry: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ranklet.cluster.command.bench.text_plan import TextPlan
 from ranklet.kernels.mixes import MIXES, exponent
 
 
@@ -18,14 +19,15 @@ def _processes() -> int:
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """One run against one server with OpenAI's embeddings API.
+    """One run against one server with OpenAI's API for embeddings or text.
 
     Raises:
         ValueError: A field is out of range. The message names the flag, the expected value and the actual one.
     """
 
     base_url: str = "http://127.0.0.1:8000"
-    endpoint: str = "/v1/embeddings"
+    text: TextPlan | None = None  # None: embeddings
+    endpoint: str | None = None  # None: the path of the task in OpenAI's API
     api_key: str = field(default="", repr=False)
     model: str | None = None  # name of the base model; None: the server's first model without a parent
     adapters: tuple[str, ...] = ()  # names, or fnmatch patterns of names in /v1/models; empty: only the base model
@@ -35,6 +37,7 @@ class BenchPlan:
     path: Path | None = None  # for dataset "file": one text per line, or JSON lines with "text" or "input", and "model"
     input_len: int = 512  # tokens
     range_ratio: float = 1.0  # lengths are uniform in [range_ratio * input_len, input_len], as in SGLang's benchmark
+    length_distribution: str = "uniform"
     vocab: int = 10_000  # upper bound of random token ids
     as_text: bool = False  # random words instead of token ids, so that the server tokenizes
     num_prompts: int = 1000
@@ -68,6 +71,12 @@ class BenchPlan:
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{flag_name(name)}: expected {' or '.join(known)}, got {getattr(self, name)!r}")
+        if self.text and self.batch_size > 1:
+            raise ValueError(f"--batch-size: expected 1 with --task text, got {self.batch_size}")
+        if self.length_distribution != "uniform":
+            lognormal_sigma(self.length_distribution)
+            if self.range_ratio == 1 and (self.text is None or self.text.output_range_ratio == 1):
+                raise ValueError("--length-distribution lognormal: expected a range ratio below 1, got 1.0")
         if (self.dataset == "file") != (self.path is not None):
             raise ValueError("--dataset file: expected --path FILE with it, and --path only with it")
         if self.adapter_distribution not in MIXES:
@@ -80,7 +89,26 @@ class BenchPlan:
 
     @property
     def url(self) -> str:
-        return self.base_url.rstrip("/") + "/" + self.endpoint.lstrip("/")
+        path = self.endpoint or (self.text.endpoint if self.text else "/v1/embeddings")
+        return self.base_url.rstrip("/") + "/" + path.lstrip("/")
+
+
+def lognormal_sigma(distribution: str) -> float:
+    """Return SIGMA of "lognormal:SIGMA".
+
+    Raises:
+        ValueError: The distribution is another one, or SIGMA is not a finite number above 0.
+    """
+    name, _, sigma = distribution.partition(":")
+    try:
+        found = float(sigma) if name == "lognormal" else 0.0
+    except ValueError:
+        found = 0.0
+    if not 0 < found < math.inf:
+        raise ValueError(
+            f"--length-distribution: expected uniform or lognormal:SIGMA (such as lognormal:0.8), got {distribution!r}"
+        )
+    return found
 
 
 def flag_name(field: str) -> str:

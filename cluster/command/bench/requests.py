@@ -1,19 +1,18 @@
 """The requests of a plan: model, body and send time of each. The seed determines all of them."""
 
-import json
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import orjson
-from numpy.typing import NDArray
 
 from ranklet.cluster.command.bench.plan import BenchPlan
+from ranklet.cluster.command.bench.prompts import PromptLine, draw_lengths, make_prompts
+from ranklet.cluster.command.bench.text_plan import TextPlan
 from ranklet.kernels.mixes import assign
 
-_WORDS = 4096  # distinct random words
-_TOKENS_PER_WORD = 2  # roughly, with common tokenizers
+_OUTPUT_SEED = 3  # added to the plan's seed for the lengths of outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,29 +25,23 @@ class PlannedRequest:
     body: bytes
 
 
-class PromptLine(NamedTuple):
-    """One prompt: a text, or token ids."""
-
-    content: str | list[int] | NDArray[np.int32]
-    model: str | None = None  # as named in the dataset's file
-
-
 def make_requests(plan: BenchPlan, base: str, adapters: list[str]) -> list[PlannedRequest]:
     """Return all requests of a run, in send order.
 
     Raises:
         ValueError: The dataset's file cannot be used.
     """
-    prompts = _prompts(plan)
+    prompts = make_prompts(plan)
     count = math.ceil(len(prompts) / plan.batch_size)
     models = [base] * count
     if adapters:
         models = [adapters[i] for i in assign(plan.adapter_distribution, count, len(adapters), seed=plan.seed)]
+    outputs = _output_lengths(plan, count)
     requests = []
     for i, at_s in enumerate(_send_times(plan, count)):
         chunk = prompts[i * plan.batch_size : (i + 1) * plan.batch_size]
         model = chunk[0].model or models[i]
-        requests.append(PlannedRequest(at_s, model, len(chunk), _body(plan, base, model, chunk)))
+        requests.append(PlannedRequest(at_s, model, len(chunk), _body(plan, base, model, chunk, outputs[i], i)))
     return requests
 
 
@@ -60,57 +53,40 @@ def _send_times(plan: BenchPlan, count: int) -> list[float]:
     return times
 
 
-def _body(plan: BenchPlan, base: str, model: str, chunk: list[PromptLine]) -> bytes:
-    body: dict[str, Any] = {"model": base, "encoding_format": plan.encoding_format}
+def _output_lengths(plan: BenchPlan, count: int) -> list[int]:
+    if plan.text is None:
+        return [0] * count
+    rng = np.random.default_rng(plan.seed + _OUTPUT_SEED)
+    return draw_lengths(plan, rng, plan.text.output_len, plan.text.output_range_ratio, count)
+
+
+def _body(plan: BenchPlan, base: str, model: str, chunk: list[PromptLine], output_tokens: int, index: int) -> bytes:
+    body: dict[str, Any] = {"model": base}
     if model != base:
         body[plan.adapter_as] = model
-    body["input"] = [prompt.content for prompt in chunk] if plan.batch_size > 1 else chunk[0].content
+    if plan.text:
+        body |= _text_fields(plan.text, chunk[0], output_tokens, plan.seed + index)
+    else:
+        body["encoding_format"] = plan.encoding_format
+        body["input"] = [prompt.content for prompt in chunk] if plan.batch_size > 1 else chunk[0].content
     return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _prompts(plan: BenchPlan) -> list[PromptLine]:
-    if plan.dataset == "file":
-        lines = _read_file(plan)
-        if plan.batch_size > 1 and any(line.model for line in lines):
-            raise ValueError(f"--batch-size: expected 1 for a file whose lines name models, got {plan.batch_size}")
-        return [lines[i % len(lines)] for i in range(plan.num_prompts)]
-    rng = np.random.default_rng(plan.seed)
-    shortest = max(1, int(plan.input_len * plan.range_ratio))
-    lengths = rng.integers(shortest, plan.input_len, plan.num_prompts, endpoint=True).tolist()
-    if not plan.as_text:
-        return [PromptLine(rng.integers(0, plan.vocab, length, dtype=np.int32)) for length in lengths]
-    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
-    words = np.array(["".join(rng.choice(letters, rng.integers(3, 9))) for _ in range(_WORDS)])
-    return [PromptLine(" ".join(rng.choice(words, max(1, length // _TOKENS_PER_WORD)))) for length in lengths]
-
-
-def _read_file(plan: BenchPlan) -> list[PromptLine]:
-    assert plan.path is not None
-    try:
-        # str.splitlines would also split at characters that texts and JSON may contain
-        lines = [line.strip() for line in plan.path.read_text(encoding="utf-8").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--path: expected a readable UTF-8 file: {error}") from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line]
-    if not numbered:
-        raise ValueError(f"--path: expected at least one text, {plan.path} has none")
-    if numbered[0][1].startswith("{"):
-        return [_parse_entry(number, line) for number, line in numbered]
-    return [PromptLine(line) for _, line in numbered]
-
-
-def _parse_entry(number: int, line: str) -> PromptLine:
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        entry = None
-    fields = entry if isinstance(entry, dict) else {}
-    content: Any = fields.get("text") or fields.get("input")
-    model = fields.get("model")
-    is_ids = isinstance(content, list) and content and all(type(token) is int for token in content)
-    if not (isinstance(content, str) or is_ids) or not (model is None or isinstance(model, str)):
-        raise ValueError(
-            f"--path: line {number}: expected a JSON object with a text or token ids in `text` or `input`, "
-            f"and optionally a name in `model`; got {line[:60]}"
-        )
-    return PromptLine(content, model)
+def _text_fields(text: TextPlan, prompt: PromptLine, output_tokens: int, seed: int) -> dict[str, Any]:
+    """Return the fields that all servers know, and the others only if the plan sets them."""
+    fields: dict[str, Any] = {"temperature": text.temperature, "stream": text.stream}
+    if text.chat:
+        fields["messages"] = [{"role": "user", "content": prompt.content}]
+        fields["max_completion_tokens"] = output_tokens
+    else:
+        fields["prompt"] = prompt.content
+        fields["max_tokens"] = output_tokens
+    if text.stream:
+        fields["stream_options"] = {"include_usage": True}
+        if text.continuous_usage:
+            fields["stream_options"]["continuous_usage_stats"] = True
+    if text.ignore_eos:
+        fields["ignore_eos"] = True
+    if text.temperature > 0:
+        fields["seed"] = seed
+    return fields

@@ -30,7 +30,7 @@ def run_bench(plan: BenchPlan, progress: Callable[[int, int], None] = lambda don
         progress: Called several times per second with the number of answered requests and of all requests.
 
     Raises:
-        ValueError: The server cannot be reached or does not answer the warm-up with vectors, a pattern matches no
+        ValueError: The server cannot be reached or does not answer the warm-up as asked, a pattern matches no
             adapter, or the dataset cannot be used.
     """
     base, adapters = resolve_models(plan)
@@ -39,7 +39,13 @@ def run_bench(plan: BenchPlan, progress: Callable[[int, int], None] = lambda don
     processes = min(plan.processes, len(requests), plan.max_concurrency or len(requests))
     shares = [
         ClientShare(
-            plan.url, request_headers(plan), requests[i::processes], _concurrency(plan, processes, i), plan.timeout_s
+            plan.url,
+            request_headers(plan),
+            requests[i::processes],
+            _concurrency(plan, processes, i),
+            plan.timeout_s,
+            text=plan.text is not None,
+            streamed=plan.text is not None and plan.text.stream,
         )
         for i in range(processes)
     ]

@@ -4,6 +4,7 @@ Neither these requests nor the load use the environment's proxies, so the measur
 """
 
 import asyncio
+import contextlib
 import fnmatch
 from typing import Any
 
@@ -12,6 +13,7 @@ import aiohttp
 from ranklet.cluster.command.bench.answer import OK, check_answer
 from ranklet.cluster.command.bench.plan import BenchPlan
 from ranklet.cluster.command.bench.requests import PlannedRequest
+from ranklet.cluster.command.bench.text_client import TextLoadClient
 from ranklet.cluster.command.json_client import fetch_json
 
 _PATTERN = frozenset("*?[")
@@ -73,13 +75,27 @@ def warm_up(plan: BenchPlan, requests: list[PlannedRequest]) -> None:
     """Send requests one after the other.
 
     Raises:
-        ValueError: The server cannot be reached, refuses a request, or answers without vectors.
+        ValueError: The server cannot be reached, refuses a request, or answers without vectors or text.
     """
     if requests:
-        asyncio.run(_warm_up(plan, requests))
+        asyncio.run(_warm_up_text(plan, requests) if plan.text else _warm_up_embeddings(plan, requests))
 
 
-async def _warm_up(plan: BenchPlan, requests: list[PlannedRequest]) -> None:
+async def _warm_up_text(plan: BenchPlan, requests: list[PlannedRequest]) -> None:
+    assert plan.text is not None
+    client = TextLoadClient(plan.url, request_headers(plan), plan.timeout_s, streamed=plan.text.stream)
+    with contextlib.closing(client):
+        for request in requests:
+            reply = await client.send(request.body)
+            if reply.outcome != OK:
+                text = reply.detail[:500].decode(errors="replace")
+                raise ValueError(
+                    f"expected a text from a warm-up request for {request.model} to {plan.url}, "
+                    f"got {reply.outcome}: {text}. --warmup 0 skips this check"
+                )
+
+
+async def _warm_up_embeddings(plan: BenchPlan, requests: list[PlannedRequest]) -> None:
     timeout = aiohttp.ClientTimeout(total=plan.timeout_s)
     async with aiohttp.ClientSession(timeout=timeout, headers=request_headers(plan)) as session:
         for request in requests:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ranklet.cluster.command.bench.result import PERCENTILES, BenchResult, Latencies
+from ranklet.cluster.command.bench.text_show import print_text_notes, text_columns, text_row
 
 _MAX_ROWS = 20
 _COLUMNS = ("requests", "failed", "req/s", "texts/s", "tokens/s", "mean ms", *(f"p{p}" for p in PERCENTILES))
@@ -19,25 +20,33 @@ _PICTURES = (".png", ".svg", ".pdf")
 def print_result(result: BenchResult, console: Console) -> None:
     table = Table(title=f"{result.overall.answered:,} of {result.planned:,} requests in {result.seconds:.2f} s")
     table.add_column("")
-    for column in _COLUMNS:
-        table.add_column(column, justify="right")
-    table.add_row("all", *_row(result.overall), style="bold", end_section=True)
+    if result.overall.text:
+        text_columns(table)
+    else:
+        for column in _COLUMNS:
+            table.add_column(column, justify="right")
+    row = text_row if result.overall.text else _row
+    table.add_row("all", *row(result.overall), style="bold", end_section=True)
     busiest = sorted(result.by_adapter.items(), key=lambda item: -item[1].requests)
     if len(busiest) > 1:
         for name, numbers in busiest[:_MAX_ROWS]:
-            table.add_row(name, *_row(numbers))
+            table.add_row(name, *row(numbers))
         if len(busiest) > _MAX_ROWS:
             table.add_row(f"... {len(busiest) - _MAX_ROWS} more")
     console.print(table)
+    if result.overall.text:
+        print_text_notes(result, console)
     for code, count in result.overall.errors.items():
         console.print(f"[red]{count} x {code}")
     unsent = result.planned - result.overall.requests
     if unsent:
         console.print(f"[yellow]interrupted: {unsent:,} requests were not sent or not answered")
     client = result.client
+    shares = ", ".join(f"{share:.0%}" for share in client.cpu_shares)
+    per_frame = f", {client.cpu_us_per_frame:.1f} us per frame" if client.cpu_us_per_frame else ""
     console.print(
-        f"client: {client.processes} process{'es' if client.processes > 1 else ''}, the busiest used "
-        f"{client.busiest:.0%} of a core, {client.cpu_ms_per_request:.2f} ms per request"
+        f"client: {client.processes} process{'es' if client.processes > 1 else ''} used {shares} of a core, "
+        f"{client.cpu_ms_per_request:.2f} ms per request{per_frame}"
     )
     console.print(f"  answers waited for the client: p99 {client.p99_lag_ms:.1f} ms, max {client.max_lag_ms:.1f} ms")
     if client.mean_late_ms is not None:
@@ -84,8 +93,8 @@ def plot_result(result: BenchResult, path: Path) -> None:
             left.axvline(float(np.percentile(waits, percentile)), ls=":", lw=0.8, color="grey")
     sums, edges = np.histogram(result.answers[:, 0], _BINS, (0, result.seconds), weights=result.tokens)
     right.stairs(sums / np.diff(edges), edges, fill=True, alpha=0.5)
-    right.axhline(result.overall.tokens_per_s, ls=":", color="black")
-    right.set(
-        xlabel="seconds", ylabel="tokens answered per second", title=f"{result.overall.tokens_per_s:,.0f} tokens/s"
-    )
+    text = result.overall.text
+    rate = text.output_tokens_per_s if text else result.overall.tokens_per_s
+    right.axhline(rate, ls=":", color="black")
+    right.set(xlabel="seconds", ylabel="tokens answered per second", title=f"{rate:,.0f} tokens/s")
     figure.savefig(path)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ranklet.cluster.command.bench.plan import BenchPlan
+from ranklet.cluster.command.bench.text_plan import TextPlan
 from ranklet.cluster.command.cli import main
 
 
@@ -35,6 +36,11 @@ from ranklet.cluster.command.cli import main
         ({"adapter_distribution": "zipf:-1"}, "--adapter-distribution", "zipf:-1"),
         ({"adapter_distribution": "normal"}, "--adapter-distribution", "'normal'"),
         ({"base_url": "localhost:8000"}, "--base-url", "localhost:8000"),
+        ({"length_distribution": "normal"}, "--length-distribution", "'normal'"),
+        ({"length_distribution": "lognormal:0", "range_ratio": 0.5}, "--length-distribution", "'lognormal:0'"),
+        ({"length_distribution": "lognormal:x", "range_ratio": 0.5}, "--length-distribution", "'lognormal:x'"),
+        ({"length_distribution": "lognormal:1"}, "--length-distribution", "got 1.0"),
+        ({"text": TextPlan(), "batch_size": 2}, "--batch-size", "got 2"),
     ],
 )
 def test_a_field_out_of_range_is_refused(fields: dict[str, Any], flag: str, got: str) -> None:
@@ -44,11 +50,44 @@ def test_a_field_out_of_range_is_refused(fields: dict[str, Any], flag: str, got:
     assert got in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("fields", "flag", "got"),
+    [
+        ({"output_len": 0}, "--output-len", "got 0"),
+        ({"output_range_ratio": 0.0}, "--output-range-ratio", "got 0"),
+        ({"output_range_ratio": math.nan}, "--output-range-ratio", "got nan"),
+        ({"common_prompt_tokens": -1}, "--common-prompt-tokens", "got -1"),
+        ({"temperature": -0.5}, "--temperature", "got -0.5"),
+        ({"temperature": math.inf}, "--temperature", "got inf"),
+        ({"continuous_usage": True, "stream": False}, "--continuous-usage", "--no-stream"),
+    ],
+)
+def test_a_field_of_text_out_of_range_is_refused(fields: dict[str, Any], flag: str, got: str) -> None:
+    with pytest.raises(ValueError, match="expected") as error:
+        TextPlan(**fields)
+    assert str(error.value).startswith(flag)
+    assert got in str(error.value)
+
+
+def test_the_task_decides_the_path() -> None:
+    base = "http://h:1"
+    assert BenchPlan(base_url=base).url == "http://h:1/v1/embeddings"
+    assert BenchPlan(base_url=base, text=TextPlan()).url == "http://h:1/v1/completions"
+    assert BenchPlan(base_url=base, text=TextPlan(chat=True)).url == "http://h:1/v1/chat/completions"
+    assert BenchPlan(base_url=base, text=TextPlan(), endpoint="/x").url == "http://h:1/x"
+
+
 def test_the_key_is_not_shown() -> None:
     assert "secret" not in repr(BenchPlan(api_key="secret"))
 
 
-@pytest.mark.parametrize("flags", [["--input-len", "0"], ["--out", "no/such/folder/a.json"], ["--plot", "a.txt"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--input-len", "0"], ["--out", "no/such/folder/a.json"], ["--plot", "a.txt"], ["--ignore-eos"],
+        ["--no-stream"], ["--task", "text", "--output-len", "0"],
+    ],
+)  # fmt: skip
 def test_the_command_refuses_before_it_sends(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--base-url", "http://127.0.0.1:9", *flags]) == 1
     output = capsys.readouterr().err

@@ -47,6 +47,15 @@ def test_the_seed_determines_all_requests() -> None:
         assert (one.body, one.at_s) != (another.body, another.at_s)
 
 
+def test_lognormal_lengths_have_the_lengths_as_medians_and_are_cut_off() -> None:
+    plan = dataclasses.replace(PLAN, length_distribution="lognormal:0.8", num_prompts=4000)
+    lengths = [len(body["input"]) for body in bodies(make_requests(plan, "base", []))]
+    assert (min(lengths), max(lengths)) == (25, 400)
+    assert np.median(lengths) == pytest.approx(100, rel=0.08)
+    within = [length for length in lengths if 25 < length < 400]
+    assert np.std(np.log(within)) == pytest.approx(0.68, abs=0.06)  # of a normal cut off at 1.73 deviations
+
+
 def test_arrivals_are_poisson() -> None:
     requests = make_requests(dataclasses.replace(PLAN, num_prompts=5000, input_len=4, request_rate=50.0), "base", [])
     gaps = np.diff([0.0, *(one.at_s for one in requests)])
