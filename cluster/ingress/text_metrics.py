@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ranklet.cluster.ingress.histogram import AdapterHistogram, HistogramState, WeightedHistogram
+from ranklet.cluster.ingress.histogram import AdapterHistogram, WeightedHistogram
 from ranklet.cluster.labels import BASE, LATENCY_BUCKETS_S, OTHER, AdapterLabels
 
 CancelReason = Literal["client_gone", "slow_reader", "error"]
@@ -36,7 +36,7 @@ class TextMetrics(Collector):
         self._model = model
         self._first_token = AdapterHistogram(LATENCY_BUCKETS_S)
         self._gap = WeightedHistogram(_GAP_BUCKETS_S)
-        self._seconds = AdapterHistogram(_TEXT_BUCKETS_S)
+        self._seconds = WeightedHistogram(_TEXT_BUCKETS_S)
         self._prompt_lengths = WeightedHistogram(_TOKENS)
         self._text_lengths = WeightedHistogram(_TOKENS)
         counter = partial(Counter, registry=registry)
@@ -93,7 +93,7 @@ class TextMetrics(Collector):
             generated_tokens: tokens of all choices, as in `usage`.
         """
         label = self._labels.current(label)
-        self._seconds.observe(label, seconds)
+        self._seconds.observe(seconds)
         self._prompt_tokens.labels(label).inc(prompt_tokens)
         self._generated_tokens.labels(label).inc(generated_tokens)
         self._prompt_lengths.observe(prompt_tokens)
@@ -113,33 +113,32 @@ class TextMetrics(Collector):
     def drop(self, label: str) -> None:
         """Remove the series of an adapter that lost its label."""
         self._first_token.drop(label)
-        self._seconds.drop(label)
         for counter in (self._prompt_tokens, self._generated_tokens, self._choices, self._cancelled):
             counter.remove_by_labels({"adapter": label})
 
     def collect(self) -> Iterable[Metric]:
-        for name, about, histogram in (
-            ("first_token", "From a request's headers to the first token of its streamed text", self._first_token),
-            ("duration", "From a request's headers to the end of its text", self._seconds),
-        ):
-            family = HistogramMetricFamily(f"ranklet_text_{name}_seconds", about, labels=["adapter"])
-            for label, state in histogram.by_label().items():
-                family.add_metric([label], state.buckets, state.total)
-            yield family
-        gaps = self._gap.state()
-        yield HistogramMetricFamily(
-            "ranklet_text_token_gap_seconds", "Time between streamed tokens of a choice", gaps.buckets, gaps.total
+        first = HistogramMetricFamily(
+            "ranklet_text_first_token_seconds",
+            "From a request's headers to the first token of its streamed text",
+            labels=["adapter"],
         )
-        yield from self._of_vllm(gaps)
-
-    def _of_vllm(self, gaps: HistogramState) -> Iterable[Metric]:
+        for label, state in self._first_token.by_label().items():
+            first.add_metric([label], state.buckets, state.total)
+        yield first
+        of_all = {
+            "ranklet_text_token_gap_seconds": "Time between streamed tokens of a choice",
+            "ranklet_text_duration_seconds": "From a request's headers to the end of its text",
+        }
+        gaps, durations = self._gap.state(), self._seconds.state()
+        for (name, about), state in zip(of_all.items(), (gaps, durations), strict=True):
+            yield HistogramMetricFamily(name, about, state.buckets, state.total)
         for name, about, state in (
             ("time_to_first_token_seconds", "Time to the first token", self._first_token.all()),
             ("inter_token_latency_seconds", "Time between tokens", gaps),
-            ("e2e_request_latency_seconds", "From a request to the end of its text", self._seconds.all()),
+            ("e2e_request_latency_seconds", "From a request to the end of its text", durations),
             ("request_prompt_tokens", "Prompt tokens of a request", self._prompt_lengths.state()),
             ("request_generation_tokens", "Generated tokens of a request", self._text_lengths.state()),
         ):
             family = HistogramMetricFamily(f"vllm:{name}", about, labels=["model_name"])
-            family.add_metric([self._model], *state)
+            family.add_metric([self._model], state.buckets, state.total)
             yield family

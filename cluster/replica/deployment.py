@@ -48,7 +48,8 @@ class Replica:
         context = serve.get_replica_context()
         self._id = context.replica_id.unique_id
         self._rank = context.rank.rank if context.rank else 0
-        metrics, config, sources = ReplicaMetrics(args.metrics.top_adapters), args.engine_config(), args.sources
+        metrics = ReplicaMetrics(args.metrics.top_adapters, args.base_names[0])
+        config, sources = args.engine_config(), args.sources
         self._state = ReplicaState(self._id, config.slots, config.max_rank)
         self._feeds = OutgoingFeeds()
         self._engine = EngineProcess(config, metrics, self._state, self._feeds)

@@ -42,11 +42,43 @@ def _rate(metric: str, by: str = "", where: str = "") -> str:
 ROWS: dict[str, tuple[Panel, ...]] = {
     "Cluster": (
         Panel("Requests", "reqps", {"all": _rate("ranklet_requests_total")}),
-        Panel("Texts", "ops", {"all": _rate("ranklet_prompts_total")}),
-        Panel("Tokens", "ops", {"all": _rate("ranklet_tokens_total")}),
-        Panel("Latency", "s", _quantiles("ranklet_request_seconds"), "From the first byte of the body to the answer"),
+        Panel("Prompts", "ops", {"all": _rate("ranklet_prompts_total")}),
+        Panel("Tokens", "ops", {
+            "of prompts": _rate("ranklet_tokens_total"), "generated": _rate("ranklet_generated_tokens_total"),
+        }),
+        Panel("Latency", "s", _quantiles("ranklet_request_seconds"), "From the headers of a request to its embeddings"),
         Panel("Refusals, by code", "reqps", {"{{code}}": _rate("ranklet_requests_total", "code", '{code!=""}')}),
         Panel("Up", "short", {"{{role}}s": 'count by (role) (up{job="ranklet"} == 1)'}),
+    ),
+    "Text": (
+        Panel("Time to first token", "s", _quantiles("ranklet_text_first_token_seconds"),
+              "From the headers of a streamed request to its first token"),
+        Panel("Time between tokens", "s", _quantiles("ranklet_text_token_gap_seconds"), "As a gateway sends them"),
+        Panel("Time of a text", "s", _quantiles("ranklet_text_duration_seconds"), "From the headers to the end"),
+        Panel("Generated tokens", "ops", {
+            "{{adapter}}": f"topk(20, {_rate('ranklet_generated_tokens_total', 'adapter')})"
+        }),
+        Panel("Prompt tokens", "ops", {
+            "of texts": _rate("ranklet_text_prompt_tokens_total"),
+            "found in the prefix cache": _rate("ranklet_prefix_cache_shared_tokens_total"),
+        }),
+        Panel(
+            "p99 of the time to first token", "s",
+            {"{{adapter}}": "topk(20, histogram_quantile(0.99, sum by (le, adapter) "
+             "(rate(ranklet_text_first_token_seconds_bucket[$__rate_interval])) ))"},
+        ),
+        Panel("Sequences", "short", {
+            "running": "sum (ranklet_running_sequences)", "waiting": "sum (ranklet_waiting_sequences)",
+        }, "Choices of texts, and prompts for embeddings. Those that wait need pages, a row or their turn"),
+        Panel("Pages of keys and values", "short", {"{{state}}": "sum by (state) (ranklet_kv_pages)"}),
+        Panel("Tokens found in the prefix cache", "percentunit", {
+            "{{replica}}": f"{_rate('ranklet_prefix_cache_shared_tokens_total', 'replica')} / "
+            f"({_rate('ranklet_prefix_cache_asked_tokens_total', 'replica')} > 0)"
+        }),
+        Panel("Preemptions", "ops", {"{{replica}}": _rate("ranklet_preemptions_total", "replica")},
+              "Sequences that lost their pages and are computed again: see RankletPreemptions"),
+        Panel("Ended early", "ops", {"{{reason}}": _rate("ranklet_text_cancelled_total", "reason")}),
+        Panel("Finish reasons", "ops", {"{{reason}}": _rate("ranklet_text_choices_total", "reason")}),
     ),
     "Adapters": (
         Panel("Requests", "reqps", {"{{adapter}}": f"topk(20, {_rate('ranklet_requests_total', 'adapter')})"}),

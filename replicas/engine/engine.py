@@ -275,6 +275,7 @@ class Engine:
                 hosted=held.hosted,
                 waiting_requests=count_requests(waiting),
                 waiting_tokens=self._scheduler.queue.tokens,
+                waiting_sequences=len(waiting),
                 running_requests=count_requests(running),
                 waiting_adapters=adapter_names(waiting),
                 running_adapters=adapter_names(running),

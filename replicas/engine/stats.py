@@ -70,6 +70,7 @@ class Snapshot:
         resident: names of adapters in slots, most recently used last.
         hosted: names of adapters in the host cache.
         waiting_requests: requests with a prompt that no step has begun, or that was preempted.
+        waiting_sequences: prompts and choices that no step has begun, or that were preempted.
         running_requests: requests with a prompt or a text in a step, or between two of its steps.
         kv_cache: None if the engine generates no text.
     """
@@ -78,6 +79,7 @@ class Snapshot:
     hosted: tuple[str, ...]
     waiting_requests: int
     waiting_tokens: int
+    waiting_sequences: int
     running_requests: int
     waiting_adapters: tuple[str, ...]
     running_adapters: tuple[str, ...]

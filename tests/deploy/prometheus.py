@@ -1,6 +1,7 @@
 """A real Prometheus on a free port that scrapes a running service with deploy/prometheus.yml."""
 
 import contextlib
+import math
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ import httpx
 import yaml
 
 from ranklet.cluster.command.ports import free_ports
+from tests.cluster.service import eventually
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SCRAPE_S = 1
+WAIT_S = 60.0  # rates need several scrapes, which take longer on a busy machine
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,12 @@ class Prometheus:
         """Return the samples of an instant query. Fails if the query is malformed."""
         return list(self._get("query", {"query": expr})["result"])
 
+    def panel_data(self, expr: str) -> list[dict[str, Any]]:
+        """Return the samples of a board's or rule's query once one of them is finite. Fails if none ever is."""
+        query = expr.replace("$__rate_interval", "10s")
+        eventually(f"{query}: finite data", lambda: bool(finite(self.query(query))), WAIT_S)
+        return self.query(query)
+
     def query_range(self, expr: str, seconds: float, step_s: float = 1.0) -> list[dict[str, Any]]:
         """Return the series of the last `seconds`."""
         now_s = time.time()
@@ -37,12 +46,19 @@ class Prometheus:
         return list(self._get("targets", {})["activeTargets"])
 
     def rules(self) -> list[dict[str, Any]]:
-        return [rule for group in self._get("rules", {})["groups"] for rule in group["rules"]]
+        """Return all rules, each with the name of its group."""
+        groups = self._get("rules", {})["groups"]
+        return [{**rule, "group": group["name"]} for group in groups for rule in group["rules"]]
 
     def _get(self, call: str, parameters: dict[str, Any]) -> Any:
         answer = httpx.get(f"{self.url}/api/v1/{call}", params=parameters, timeout=30, trust_env=False)
         assert answer.status_code == 200, f"{parameters}: {answer.text}"
         return answer.json()["data"]
+
+
+def finite(samples: list[dict[str, Any]]) -> list[float]:
+    values = [float(sample["value"][1]) for sample in samples]
+    return [value for value in values if math.isfinite(value)]
 
 
 @contextlib.contextmanager
