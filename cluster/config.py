@@ -67,6 +67,8 @@ class LimitsConfig(_StrictModel):
         no_replica_timeout_s: time to wait for a replica while there is none; then 503.
         body_timeout_s: time for a client to send its request; then 408.
         max_in_flight_requests: further requests get 503.
+        max_waiting_stream_bytes: text that may wait for a client that reads its stream slowly. If more waits, the
+            request ends.
         max_tokenising_bytes: texts of large requests that one gateway tokenises at once. Further texts wait, and keys
             take turns.
     """
@@ -77,6 +79,7 @@ class LimitsConfig(_StrictModel):
     no_replica_timeout_s: float = Field(default=6.0, gt=0)
     body_timeout_s: float = Field(default=30.0, gt=0)
     max_in_flight_requests: int = Field(default=2000, ge=1)
+    max_waiting_stream_bytes: int = Field(default=1 << 20, ge=1)
     max_tokenising_bytes: int = Field(default=8 << 20, ge=1)
 
 

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from ranklet.cluster.access.keys import ApiKey
 from ranklet.replicas.errors import RankletError
@@ -88,6 +89,18 @@ class Ledger:
         return levels
 
 
+class Charge:
+    """Charges the output of one request as it is made. A quota that it overdraws refuses the next requests."""
+
+    def __init__(self, spend: Callable[[int], None]) -> None:
+        self.output_tokens = 0
+        self._spend = spend
+
+    def add(self, tokens: int) -> None:
+        self.output_tokens += tokens
+        self._spend(tokens)
+
+
 class Quotas:
     """One gateway's buckets of all quotas. A bucket that does not exist is full.
 
@@ -127,15 +140,20 @@ class Quotas:
                 raise OverQuota(_message(owner, per_minute), retry_after_s=math.ceil((1 - level) * 60 / per_minute))
 
     @contextlib.contextmanager
-    def charge(self, key: ApiKey | None, model: str, tokens: int) -> Iterator[None]:
-        """Charge a request, and refund it if the context ends with an exception. Raises OverQuota, see `check`."""
+    def charge(self, key: ApiKey | None, model: str, tokens: int) -> Iterator["Charge"]:
+        """Charge the prompts of a request. Raises OverQuota, see `check`.
+
+        They are refunded if the context ends with an exception before the request has any output.
+        """
         quotas = self._quotas_of(key, model)
         self.check(key, model)
+        charge = Charge(partial(self._spend, quotas))
         self._spend(quotas, tokens)
         try:
-            yield
+            yield charge
         except BaseException:
-            self._spend(quotas, -tokens)
+            if not charge.output_tokens:
+                self._spend(quotas, -tokens)
             raise
 
     def _quotas_of(self, key: ApiKey | None, model: str) -> dict[QuotaOwner, int]:

@@ -10,7 +10,8 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from ranklet.cluster.message import EmbedResult, InferenceReply
+from ranklet.cluster.message import Begun, EmbedResult, InferenceReply
+from ranklet.cluster.text_result import GenerateResult
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,6 @@ class JoinedAnswer:
     compute_s: float
     completed_ns: int
 
-    @property
-    def size_bytes(self) -> int:
-        """Approximate size of the result to be rendered."""
-        return 0
-
 
 @dataclass(frozen=True)
 class Embeddings(JoinedAnswer):
@@ -45,6 +41,22 @@ class Embeddings(JoinedAnswer):
     @property
     def size_bytes(self) -> int:
         return self.vectors.nbytes
+
+
+def join_texts(replies: Sequence[InferenceReply[GenerateResult]]) -> JoinedAnswer:
+    """Join what the replies to the calls of one text request say besides their texts."""
+    return JoinedAnswer(**_common(replies))
+
+
+def begun_headers(begun: Iterable[Begun]) -> dict[str, str]:
+    """Return the `x-ranklet-*` headers of a stream, which are sent before the replies arrive."""
+    calls = list(begun)
+    found = {
+        "x-ranklet-replica": _distinct(call.replica for call in calls),
+        "x-ranklet-revision": _distinct(call.revision for call in calls),
+        "x-ranklet-tier": _distinct(call.tier for call in calls),
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def join_embeddings(replies: Sequence[InferenceReply[EmbedResult]]) -> Embeddings:

@@ -4,28 +4,29 @@ import asyncio
 import contextlib
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from ranklet.cluster.access.admission import Admission
 from ranklet.cluster.access.keys import ApiKey, ApiKeys
-from ranklet.cluster.access.quota import Quotas
+from ranklet.cluster.access.quota import Charge, Quotas
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.config import LimitsConfig
 from ranklet.cluster.ingress.body import read_body
-from ranklet.cluster.ingress.intake import Intake
+from ranklet.cluster.ingress.intake import Inputs, Intake
+from ranklet.cluster.ingress.known_fields import IGNORED_HEADER, ignored_value
 from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.cluster.ingress.observe import Observer
-from ranklet.cluster.ingress.protocol import Texts, TokenIds
+from ranklet.cluster.ingress.protocol import TokenIds
 from ranklet.cluster.ingress.refusals import on_error, refuse
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
-from ranklet.cluster.ingress.task import AnswerT, InferenceTask, ParseTask
+from ranklet.cluster.ingress.stream import EventStream
+from ranklet.cluster.ingress.task import AdmittedCall, InferenceTask, ParseTask
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.errors import RankletError
 
-_RENDER_INLINE_BYTES = 1 << 20  # larger answers are rendered on a thread
 _CLIENT_GONE = 499  # only Ray's log shows it: the client has disconnected
 
 
@@ -43,21 +44,23 @@ class InferenceServices:
     observer: Observer
 
 
-class Exchange(Generic[AnswerT]):
+class Exchange:
     """One inference call, of any task, until the end of its answer.
 
     Steps: check the key, admit the request, read and parse the body, find the model, check the key's rights and quota,
     check the parameters and lengths, tokenise, charge the quota, send the prompts to replicas, render the answer.
 
-    Admission and the charge end with the call. A call that fails or is cancelled costs no quota.
+    Admission and the charge end with the answer, that of a stream with its last event. A call that fails or is
+    cancelled costs no quota, unless it has generated tokens.
     """
 
-    def __init__(self, services: InferenceServices, parse: ParseTask[AnswerT], request: Request) -> None:
+    def __init__(self, services: InferenceServices, parse: ParseTask, request: Request) -> None:
         self._services = services
         self._parse = parse
         self._request = request
         self._record = services.observer.begin(f"{request.method} {request.scope['path']}", request.headers)
         self._held = contextlib.ExitStack()  # admission and the charge
+        self._ignored: tuple[str, ...] = ()
 
     async def answer(self) -> Response:
         """Take all steps. Renders an error of any step as the answer.
@@ -67,8 +70,11 @@ class Exchange(Generic[AnswerT]):
         """
         observer, record = self._services.observer, self._record
         try:
-            with self._held:
+            with self._held as held:
                 response = await self._answer()
+                if isinstance(response, EventStream):
+                    self._name_ignored(response)
+                    return _OpenAnswer(self, response, held.pop_all())
         except RankletError as error:
             response = refuse(error)
             record.refused(error)
@@ -82,7 +88,27 @@ class Exchange(Generic[AnswerT]):
             response = await on_error(self._request, error)
             record.failed()
         observer.on_answer(record)
+        self._name_ignored(response)
         return response
+
+    async def send(
+        self, stream: EventStream, held: contextlib.ExitStack, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Send a streamed answer. Its admission and charge, which are `held`, end with it.
+
+        Raises:
+            asyncio.CancelledError: the client disconnected.
+        """
+        observer, record = self._services.observer, self._record
+        try:
+            with held:
+                await stream(scope, receive, send)
+        except (asyncio.CancelledError, OSError):
+            observer.on_disconnect(record)
+            raise
+        if stream.queue.error is not None:
+            record.refused(stream.queue.error)
+        observer.on_answer(record)
 
     async def _answer(self) -> Response:
         services, limits = self._services, self._services.limits
@@ -91,31 +117,73 @@ class Exchange(Generic[AnswerT]):
         body = await read_body(self._request, limits.max_body_bytes, limits.body_timeout_s)
         engine_limits = await services.replicas.limits()
         task, adapter, inputs = await services.intake.on_thread(partial(self._check, key, body, engine_limits))
-        prompts = await services.intake.tokenise(inputs, engine_limits, key.name if key else "")
-        self._charge(key, prompts)
-        answer = await task.send(services.replicas, adapter, prompts, engine_limits)
-        self._record.answer = answer
-        rendering = partial(task.render, answer, self._record.model)
-        large = answer.size_bytes > _RENDER_INLINE_BYTES
-        content = await services.intake.on_thread(rendering) if large else rendering()
-        return Response(content, headers=answer.headers, media_type="application/json")
+        remake = partial(self._prompts, key, task, adapter, engine_limits, len(body))
+        prompts = await remake(inputs)
+        return await task.respond(
+            AdmittedCall(
+                limits=engine_limits,
+                stream_limits=limits,
+                replicas=services.replicas,
+                intake=services.intake,
+                adapter=adapter,
+                prompts=prompts,
+                observer=services.observer,
+                record=self._record,
+                charge=self._charge(key, prompts),
+                remake_prompts=remake,
+            )
+        )
 
     def _check(
         self, key: ApiKey | None, body: bytes, engine_limits: RequestLimits
-    ) -> tuple[InferenceTask[AnswerT], AdapterLocation | None, Texts | TokenIds]:
+    ) -> tuple[InferenceTask, AdapterLocation | None, Inputs | None]:
         """Take the steps from parsing to tokenising a small body. They share one thread, since each switch costs."""
         services = self._services
         task = self._parse(body)
+        self._ignored, self._record.is_text = task.ignored, task.is_text
         adapter = services.names.resolve(task.model, task.lora_path)
         model = adapter.name if adapter else services.names.base
         services.keys.authorize(key, model)
         services.observer.on_model(self._record, model, is_adapter=adapter is not None)
         services.quotas.check(key, model)
-        inputs = task.inputs(services.limits.max_texts_per_request, engine_limits)
-        return task, adapter, services.intake.tokenise_if_small(inputs, engine_limits, len(body))
+        return task, adapter, self._inputs(task, adapter, engine_limits, len(body))
 
-    def _charge(self, key: ApiKey | None, prompts: TokenIds) -> None:
+    def _inputs(
+        self, task: InferenceTask, adapter: AdapterLocation | None, engine_limits: RequestLimits, body_bytes: int
+    ) -> Inputs | None:
+        inputs = task.inputs(adapter, self._services.limits.max_texts_per_request, engine_limits)
+        return None if inputs is None else self._services.intake.tokenise_if_small(inputs, body_bytes)
+
+    async def _prompts(
+        self, key: ApiKey | None, task: InferenceTask, adapter: AdapterLocation | None, engine_limits: RequestLimits,
+        body_bytes: int, inputs: Inputs | None = None,
+    ) -> TokenIds:  # fmt: skip
+        intake = self._services.intake
+        if inputs is None:
+            await task.prepare(adapter, engine_limits)
+            inputs = await intake.on_thread(partial(self._inputs, task, adapter, engine_limits, body_bytes))
+            assert inputs is not None, "the task is prepared"
+        return await intake.tokenise(inputs, key.name if key else "")
+
+    def _charge(self, key: ApiKey | None, prompts: TokenIds) -> Charge:
         services, record = self._services, self._record
         record.prompts, record.tokens = len(prompts), sum(map(len, prompts))
         self._held.enter_context(services.admission.admit_model(record.model))
-        self._held.enter_context(services.quotas.charge(key, record.model, record.tokens))
+        return self._held.enter_context(services.quotas.charge(key, record.model, record.tokens))
+
+    def _name_ignored(self, response: Response) -> None:
+        if self._ignored:
+            response.headers[IGNORED_HEADER] = ignored_value(self._ignored)
+            self._services.observer.on_ignored(self._ignored)
+
+
+class _OpenAnswer(Response):
+    """A streamed answer that Starlette sends, with what its exchange holds until its end."""
+
+    def __init__(self, exchange: Exchange, stream: EventStream, held: contextlib.ExitStack) -> None:
+        super().__init__()
+        self._parts = exchange, stream, held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange, stream, held = self._parts
+        await exchange.send(stream, held, scope, receive, send)

@@ -36,6 +36,10 @@ from ranklet.cluster.ingress.probes import ProbesApi
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.routes import Handler, build_app
 from ranklet.cluster.ingress.status import RecentRequests
+from ranklet.cluster.ingress.task import ParseTask
+from ranklet.cluster.ingress.text_task import ChatTask, CompletionsTask
+from ranklet.cluster.ingress.texts import TextModels
+from ranklet.cluster.ingress.tokenize import TokenizeApi
 from ranklet.cluster.message import GatewayDescription, ReportReceiver
 from ranklet.replicas.model.tokenizer import PromptTokenizer
 from ranklet.routing.affinity import Affinity
@@ -63,13 +67,15 @@ class Gateway(ReportReceiver):
         self._metrics = GatewayMetrics(args.metrics.top_adapters, routing_counters, args.base_names[0])
         self._registry = Registry(args.adapters_dir, args.adapters)
         self._names = ModelNames(args.base_names, self._registry)
-        self._intake = Intake(PromptTokenizer(args.base.model_dir), args.limits)
+        tokenizer = PromptTokenizer(args.base.model_dir)
+        self._intake = Intake(tokenizer, args.limits)
         self._keys = ApiKeys(args.security.keys_file, open_admin=args.security.open_admin or False)
         self._admission = Admission(args.limits.max_in_flight_requests, self._metrics.in_flight.set)
         self._quotas = Quotas(LedgerActor(context.app_name), self._on_over_quota)
         self._recent = RecentRequests()
         self._observer = Observer(self._metrics, self._recent, args.log.requests, self._id)
         self._replicas = ReplicasClient(replica, self._affinity, args.limits, self._metrics.retries.inc, self._id)
+        self._texts = TextModels(tokenizer, args.base.model_dir, self._replicas)
         self._watching: asyncio.Task[None] | None = None
         self._metrics_target = start_exporter(self._metrics.registry, args.metrics)
         logger.info("gateway %s: %s; metrics on %s", self._id, DataPath.current().summary(), self._metrics_target)
@@ -79,8 +85,13 @@ class Gateway(ReportReceiver):
         args, keys, registry, intake, replicas = self._args, self._keys, self._registry, self._intake, self._replicas
         cards = AdapterCards(registry, replicas)
         return build_app(
-            embeddings=self._embeddings_handler(),
-            models=ModelsApi(keys, self._names, registry, args.base.model_dir, intake, replicas, cards),
+            inference={
+                "/v1/embeddings": self._inference_handler(EmbeddingsTask.parse),
+                "/v1/completions": self._inference_handler(partial(CompletionsTask.parse, self._texts)),
+                "/v1/chat/completions": self._inference_handler(partial(ChatTask.parse, self._texts)),
+            },
+            tokens=TokenizeApi(args.limits, keys, self._admission, self._names, intake, replicas, self._texts),
+            models=ModelsApi(keys, self._names, registry, args.base.model_dir, intake, replicas, cards, self._texts),
             admin=AdminApi(
                 keys=keys,
                 limits=args.limits,
@@ -96,7 +107,7 @@ class Gateway(ReportReceiver):
             probes=ProbesApi(replicas, self._describe_gateways),
         )
 
-    def _embeddings_handler(self) -> Handler:
+    def _inference_handler(self, parse: ParseTask) -> Handler:
         services = InferenceServices(
             limits=self._args.limits,
             keys=self._keys,
@@ -108,10 +119,10 @@ class Gateway(ReportReceiver):
             observer=self._observer,
         )
 
-        async def embeddings(request: Request) -> Response:
-            return await Exchange(services, EmbeddingsTask.parse, request).answer()
+        async def answer(request: Request) -> Response:
+            return await Exchange(services, parse, request).answer()
 
-        return embeddings
+        return answer
 
     def _lifecycle(self) -> Lifecycle:
         args = self._args

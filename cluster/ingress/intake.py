@@ -1,32 +1,29 @@
 """Checks and tokenises the inputs of requests on threads. Bounds the texts that are tokenised at once."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Final, TypeVar
 
 from ranklet.cluster.config import LimitsConfig
 from ranklet.cluster.ingress.fair_budget import FairBudget
+from ranklet.cluster.ingress.prompts import PromptRules, Tokenizer
 from ranklet.cluster.ingress.protocol import Texts, TokenIds
-from ranklet.replicas.engine.limits import RequestLimits
-from ranklet.replicas.errors import InvalidRequest
 
 T = TypeVar("T")
+SMALL_BODY_BYTES: Final = 1 << 16  # texts of smaller bodies are tokenised by the thread that parses the body
 _THREADS = 4  # the tokenizer releases the GIL
-_SMALL_BODY_BYTES = 1 << 16  # texts of smaller bodies are tokenised by the thread that parses the body
 _SLICE_BYTES = 1 << 20  # texts of larger bodies are tokenised in slices, so that requests take turns
 
 
-class Tokenizer(Protocol):
-    """The part of `ranklet.replicas.model.tokenizer.PromptTokenizer` that the intake needs."""
+@dataclass(frozen=True)
+class Inputs:
+    """The texts or the token ids of a request, and the rules for the prompts that they become."""
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]: ...
-
-    def least_tokens(self, text: str) -> int: ...
+    values: Texts | TokenIds
+    rules: PromptRules
 
 
 class Intake:
@@ -45,7 +42,7 @@ class Intake:
         """Run blocking `work` on a thread of the intake."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def tokenise_if_small(self, inputs: Texts | TokenIds, limits: RequestLimits, body_bytes: int) -> Texts | TokenIds:
+    def tokenise_if_small(self, inputs: Inputs, body_bytes: int) -> Inputs:
         """Check lengths, and tokenise the texts of a small body. Blocks.
 
         Returns:
@@ -54,16 +51,16 @@ class Intake:
         Raises:
             InvalidRequest: an input is too long, or contains an unknown token id.
         """
-        if isinstance(inputs[0], str):
-            self._check_lengths(inputs, limits)
-            if body_bytes > _SMALL_BODY_BYTES:
+        values, rules = inputs.values, inputs.rules
+        if isinstance(values[0], str):
+            self._check_lengths(values, rules)
+            if body_bytes > SMALL_BODY_BYTES:
                 return inputs
-            inputs = self._tokenizer.encode(inputs)
-        # The engine checks too, but it sees the parts of a split request, so its indices would be wrong.
-        limits.check_prompts(inputs, limits.max_embedding_len)
-        return inputs
+            values = rules.encode(self._tokenizer, values)
+        rules.check(values)
+        return replace(inputs, values=values)
 
-    async def tokenise(self, inputs: Texts | TokenIds, limits: RequestLimits, owner: str) -> TokenIds:
+    async def tokenise(self, inputs: Inputs, owner: str) -> TokenIds:
         """Tokenise the texts that `tokenise_if_small` returned. Returns token ids unchanged.
 
         Args:
@@ -72,33 +69,30 @@ class Intake:
         Raises:
             InvalidRequest: a text is too long.
         """
-        if not isinstance(inputs[0], str):
-            return inputs
+        values = inputs.values
+        if not isinstance(values[0], str):
+            return values
         prompts: TokenIds = []
-        for part, size_bytes in self._slices(inputs):
+        for part, size_bytes in self._slices(values):
             async with self._budget.spend(owner, size_bytes):
-                prompts += await self._encode(part)
-        limits.check_prompts(prompts, limits.max_embedding_len)
+                prompts += await self._encode(inputs.rules, part)
+        inputs.rules.check(prompts)
         return prompts
 
-    async def _encode(self, texts: Texts) -> TokenIds:
-        work = asyncio.ensure_future(self.on_thread(partial(self._tokenizer.encode, texts)))
+    async def _encode(self, rules: PromptRules, texts: Texts) -> TokenIds:
+        work = asyncio.ensure_future(self.on_thread(partial(rules.encode, self._tokenizer, texts)))
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
             await asyncio.wait([work])  # the thread cannot be stopped, so the budget stays in use until it ends
             raise
 
-    def _check_lengths(self, texts: Texts, limits: RequestLimits) -> None:
+    def _check_lengths(self, texts: Texts, rules: PromptRules) -> None:
         for index, text in enumerate(texts):
-            if len(text) > limits.max_embedding_len:  # the lower bound of a shorter text cannot exceed the limit
+            if len(text) > rules.longest:  # the lower bound of a shorter text cannot exceed the limit
                 least = self._tokenizer.least_tokens(text)
-                if least > limits.max_embedding_len:
-                    raise InvalidRequest(
-                        f"input[{index}]: expected 1 to {limits.max_embedding_len} tokens, got at least {least}; "
-                        "shorten the text or split it",
-                        param="input",
-                    )
+                if least > rules.longest:
+                    raise rules.too_long(index, least)
 
     def _slices(self, texts: Texts) -> Iterator[tuple[Texts, int]]:
         """Cut `texts` into parts of up to `_slice_bytes` or one text, each with its size in bytes."""

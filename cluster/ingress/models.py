@@ -17,7 +17,9 @@ from ranklet.cluster.ingress.intake import Intake
 from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.responses import json_response
-from ranklet.replicas.errors import Unavailable
+from ranklet.cluster.ingress.texts import TextModels
+from ranklet.replicas.engine.limits import RequestLimits
+from ranklet.replicas.errors import RankletError, Unavailable
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,13 @@ class ModelsApi:
     intake: Intake
     replicas: ReplicasClient
     cards: AdapterCards
+    texts: TextModels
 
     async def list_models(self, request: Request) -> Response:
         """List the base model and the adapters that the key may use."""
-        key, max_len = self.keys.authenticate(request.headers), await self._max_model_len()
+        key, limits = self.keys.authenticate(request.headers), await self._limits()
         return json_response(
-            {"object": "list", "data": await self.intake.on_thread(partial(self._build_cards, key, max_len))}
+            {"object": "list", "data": await self.intake.on_thread(partial(self._build_cards, key, limits))}
         )
 
     async def get_model(self, request: Request) -> Response:
@@ -50,18 +53,27 @@ class ModelsApi:
         self.keys.authorize(key, adapter.name if adapter else self.names.base)
         if adapter is not None:
             await self.cards.check_revision(adapter)
-        return json_response(self._card(adapter, await self._max_model_len()))
+        limits = await self._limits()
+        await self._describe(adapter, limits)
+        return json_response(self._card(adapter, limits))
 
-    def _build_cards(self, key: ApiKey | None, max_len: int | None) -> list[dict[str, Any]]:
+    async def _describe(self, adapter: AdapterLocation | None, limits: RequestLimits | None) -> None:
+        """Let a replica describe the adapter if it may generate text. An adapter that does not fit has no template."""
+        if limits is not None and self.texts.generates(limits) and adapter is not None:
+            with contextlib.suppress(RankletError):
+                if self.texts.known(adapter, limits) is None:
+                    await self.texts.describe(adapter, limits)
+
+    def _build_cards(self, key: ApiKey | None, limits: RequestLimits | None) -> list[dict[str, Any]]:
         may_use_base = key is None or key.may_use(self.names.base)
-        cards = [self._card(None, max_len)] if may_use_base else []
+        cards = [self._card(None, limits)] if may_use_base else []
         for adapter, modified_s in self.registry.scan():
             if key is None or key.may_use(adapter.name):
-                cards.append(self._card(adapter, max_len, modified_s))
+                cards.append(self._card(adapter, limits, modified_s))
         return cards
 
     def _card(
-        self, adapter: AdapterLocation | None, max_len: int | None, modified_s: int | None = None
+        self, adapter: AdapterLocation | None, limits: RequestLimits | None, modified_s: int | None = None
     ) -> dict[str, Any]:
         if adapter is None:
             root, modified_s = str(self.model_dir), int(self.model_dir.stat().st_mtime)
@@ -74,10 +86,21 @@ class ModelsApi:
             "owned_by": "ranklet",
             "root": root,
             "parent": self.names.base if adapter else None,
-            "max_model_len": max_len,
+            "max_model_len": None if limits is None else limits.max_model_len,
+            "ranklet": self._uses(adapter, limits),
         }
 
-    async def _max_model_len(self) -> int | None:
+    def _uses(self, adapter: AdapterLocation | None, limits: RequestLimits | None) -> dict[str, Any]:
+        """Return what a model is for, and whose chat template makes its prompts: base or adapter.
+
+        The template is None if there is none. In the list of all models, it is also None for an adapter without any
+        text request so far, since its folder has not been read.
+        """
+        if not self.texts.generates(limits):
+            return {"tasks": ["embeddings"], "chat_template": None}
+        return {"tasks": ["embeddings", "text"], "chat_template": self.texts.template_owner(adapter)}
+
+    async def _limits(self) -> RequestLimits | None:
         with contextlib.suppress(Unavailable):
-            return (await self.replicas.limits()).max_model_len
+            return await self.replicas.limits()
         return None

@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from opentelemetry import propagate, trace
@@ -11,6 +11,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from ranklet.cluster.config import Requests
 from ranklet.cluster.ingress.answers import JoinedAnswer
+from ranklet.cluster.ingress.frame_queue import ReaderTooSlow
 from ranklet.cluster.ingress.metrics import GatewayMetrics
 from ranklet.cluster.ingress.status import RecentRequests
 from ranklet.replicas.errors import InternalError, InvalidRequest, RankletError
@@ -28,6 +29,10 @@ class RequestRecord:
     Attributes:
         label: value of the `adapter` label in metrics.
         model: name of the adapter or base model.
+        is_generating: whether replicas have been asked for text.
+        output_tokens: number of generated tokens; None before the first of them.
+        first_token_s: time until the first of them arrived.
+        reasons: why each choice ended, once all have.
         message: message of the error, for the status page.
         is_text: whether text is requested. `TextMetrics` has the time of texts, which depends on their length.
     """
@@ -38,11 +43,23 @@ class RequestRecord:
     model: str = ""
     prompts: int = 0
     tokens: int = 0
+    output_tokens: int | None = None
+    first_token_s: float | None = None
+    reasons: Sequence[str] | None = None
+    is_generating: bool = False
     answer: JoinedAnswer | None = None
     status: int = 200
     code: str = ""
     message: str = ""
     is_text: bool = False
+
+    def on_tokens(self, count: int) -> bool:
+        """Record generated tokens. Returns whether they are the first."""
+        is_first = self.output_tokens is None
+        if is_first:
+            self.first_token_s = time.perf_counter() - self.began_s
+        self.output_tokens = (self.output_tokens or 0) + count
+        return is_first
 
     def refused(self, error: RankletError) -> None:
         self.status, self.code = error.status, error.code
@@ -75,9 +92,25 @@ class Observer:
         """Set the model of a request, and its label in metrics."""
         record.model, record.label = model, self._metrics.labels.label(model if is_adapter else None)
 
+    def on_ignored(self, fields: Iterable[str]) -> None:
+        """Count unknown fields of a request."""
+        for name in fields:
+            self._metrics.text.ignored_field(name)
+
+    def on_first_token(self, record: RequestRecord) -> None:
+        """Record the first token of a streamed text."""
+        if record.first_token_s is not None:
+            self._metrics.text.first_token(record.label, record.first_token_s)
+
+    def on_gap(self, tokens: int, seconds: float) -> None:
+        """Record the time between streamed tokens, see `TextMetrics.tokens`."""
+        self._metrics.text.tokens(tokens, seconds)
+
     def on_disconnect(self, record: RequestRecord) -> None:
-        """Record a request whose client disconnected before the answer."""
+        """Record a request whose client disconnected before the end of the answer."""
         self._metrics.client_gone.inc()
+        if record.is_generating:
+            self._metrics.text.cancelled(record.label, "client_gone")
         record.span.set_status(Status(StatusCode.ERROR, "the client disconnected"))
         record.span.end()
 
@@ -85,6 +118,8 @@ class Observer:
         seconds = time.perf_counter() - record.began_s
         self._recent.on_answer(record.status, record.code, record.message)
         self._metrics.on_answer(record.label, record.status, record.code, None if record.is_text else seconds)
+        if record.is_text:
+            self._count_text(record, seconds)
         logged = self._requests == "all" or (self._requests == "refused" and record.status >= 400)
         if logged or record.span.is_recording():
             fields = _fields(record, seconds)
@@ -93,6 +128,14 @@ class Observer:
                 logger.log(logging.WARNING if record.status >= 500 else logging.INFO, line, extra=fields)
             self._trace(record, fields)
         record.span.end()
+
+    def _count_text(self, record: RequestRecord, seconds: float) -> None:
+        text, made = self._metrics.text, record.output_tokens
+        if record.status >= 400:
+            if made is not None:
+                text.cancelled(record.label, "slow_reader" if record.code == ReaderTooSlow.code else "error")
+        elif record.reasons is not None:
+            text.finished(record.label, record.reasons, seconds, record.tokens, made or 0)
 
     def _trace(self, record: RequestRecord, fields: Mapping[str, str | int | float]) -> None:
         """Set the span's attributes, and add child spans for the replica's queue and for the batch."""
@@ -117,6 +160,8 @@ def _fields(record: RequestRecord, seconds: float) -> dict[str, str | int | floa
         fields["code"] = record.code
     if record.model:
         fields |= {"model": record.model, "prompts": record.prompts, "tokens": record.tokens}
+    if record.output_tokens is not None and record.first_token_s is not None:
+        fields |= {"output_tokens": record.output_tokens, "first_token_ms": round(record.first_token_s * 1e3, 2)}
     if record.answer is not None:
         answer = record.answer
         fields |= {name.removeprefix("x-ranklet-"): value for name, value in answer.headers.items()}

@@ -6,8 +6,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ranklet.cluster.ingress.chat import ChatRequest
+from ranklet.cluster.ingress.completions import CompletionsRequest
 from ranklet.cluster.ingress.embeddings import EmbeddingsRequest
 from ranklet.cluster.ingress.lifecycle import LoadRequest, UnloadRequest
+from ranklet.cluster.ingress.tokenize import DetokenizeRequest, TokenizeRequest
 
 _TEXT, _NUMBER, _FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
 _MAYBE_TEXT = {"type": ["string", "null"]}
@@ -22,6 +25,21 @@ def _list_of(item: dict[str, Any]) -> dict[str, Any]:
     return _record(object={"const": "list"}, data={"type": "array", "items": item})
 
 
+_MAYBE_OBJECT = {"type": ["object", "null"]}
+_FINISH = {"enum": ["stop", "length"]}
+_USAGE = _record(
+    prompt_tokens=_NUMBER, completion_tokens=_NUMBER, total_tokens=_NUMBER,
+    prompt_tokens_details=_record(cached_tokens=_NUMBER),
+)  # fmt: skip
+
+
+def _answer(kind: str, choice: dict[str, Any]) -> dict[str, Any]:
+    return _record(
+        id=_TEXT, object={"const": kind}, created=_NUMBER, model=_TEXT, system_fingerprint=_TEXT,
+        choices={"type": "array", "items": choice}, usage={"$ref": "#/components/schemas/Usage"},
+    )  # fmt: skip
+
+
 _VECTOR = {"oneOf": [{"type": "array", "items": {"type": "number"}}, {"type": "string", "contentEncoding": "base64"}]}
 _SCHEMAS: dict[str, dict[str, Any]] = {
     "Error": _record(error=_record(message=_TEXT, type=_TEXT, param=_MAYBE_TEXT, code=_TEXT)),
@@ -33,7 +51,31 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
     "Card": _record(
         id=_TEXT, object={"const": "model"}, created=_NUMBER, owned_by=_TEXT, root=_TEXT, parent=_MAYBE_TEXT,
         max_model_len={"type": ["integer", "null"]},
+        ranklet=_record(
+            tasks={"type": "array", "items": {"enum": ["embeddings", "text"]}},
+            chat_template={"enum": ["base", "adapter", None]},
+        ),
     ),
+    "Usage": _USAGE,
+    "Completion": _answer(
+        "text_completion",
+        _record(
+            index=_NUMBER, text=_TEXT, logprobs=_MAYBE_OBJECT, finish_reason=_FINISH,
+            stop_reason={"type": ["string", "integer", "null"]},
+        ),
+    ),
+    "ChatCompletion": _answer(
+        "chat.completion",
+        _record(
+            index=_NUMBER, message=_record(role={"const": "assistant"}, content=_TEXT), logprobs=_MAYBE_OBJECT,
+            finish_reason=_FINISH, stop_reason={"type": ["string", "integer", "null"]},
+        ),
+    ),
+    "Tokens": _record(
+        count=_NUMBER, max_model_len=_NUMBER, tokens={"type": "array", "items": _NUMBER},
+        token_strs={"type": ["array", "null"], "items": _MAYBE_TEXT},
+    ),
+    "Prompt": _record(prompt=_TEXT),
     "Loaded": _record(
         name=_TEXT, revision=_TEXT, rank=_NUMBER, target_modules={"type": "array", "items": _TEXT}, bytes=_NUMBER,
         state={"const": "ready"}, verified=_FLAG, pinned=_FLAG, path=_TEXT,
@@ -49,15 +91,33 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
 _CARDS, _ADAPTERS = _list_of({"$ref": "#/components/schemas/Card"}), _list_of({"$ref": "#/components/schemas/Adapter"})
 
 _USER = ("401", "403")
+_INFER = (*_USER, "400", "404", "408", "413", "429", "503")
 _CHANGE = (*_USER, "400", "404", "408", "409", "413", "503")
 _LOAD = ("Load, replace or pin an adapter", LoadRequest, "Loaded", _CHANGE)
 _UNLOAD = ("Unload an adapter", UnloadRequest, "Unloaded", _CHANGE)
+_STREAMED = frozenset({"/v1/completions", "/v1/chat/completions"})
 _Operation = tuple[str, type[BaseModel] | None, "str | dict[str, Any]", tuple[str, ...]]
 # By path and method: summary, model of the body, schema of the answer, and statuses of refusals.
 OPERATIONS: Mapping[tuple[str, str], _Operation] = {
     ("/v1/embeddings", "post"): (
-        "Embed texts or token ids; `model` names an adapter or the base model", EmbeddingsRequest, "Embeddings",
-        (*_USER, "400", "404", "408", "413", "429", "503"),
+        "Embed texts or token ids; `model` names an adapter or the base model", EmbeddingsRequest, "Embeddings", _INFER,
+    ),
+    ("/v1/completions", "post"): (
+        "Continue prompts, whole or as a stream; `model` names an adapter or the base model", CompletionsRequest,
+        "Completion", _INFER,
+    ),
+    ("/v1/chat/completions", "post"): (
+        "Answer the messages of a chat, whole or as a stream", ChatRequest, "ChatCompletion", _INFER,
+    ),
+    ("/tokenize", "post"): (
+        "Return the token ids of a prompt or a chat", TokenizeRequest, "Tokens",
+        (*_USER, "400", "404", "408", "413", "503"),
+    ),
+    ("/detokenize", "post"): (
+        "Return the text of token ids", DetokenizeRequest, "Prompt", (*_USER, "400", "404", "408", "413", "503"),
+    ),
+    ("/tokenizer_info", "get"): (
+        "Return the tokenizer's configuration and the chat template", None, _OBJECT, (*_USER, "400", "404", "503"),
     ),
     ("/v1/models", "get"): ("List the base model and the adapters that the key may use", None, _CARDS, _USER),
     ("/v1/models/{name}", "get"): ("Describe one model, by any of its names", None, "Card", (*_USER, "400", "404")),
@@ -103,10 +163,13 @@ def _operation(
     refusals: tuple[str, ...],
 ) -> dict[str, Any]:  # fmt: skip
     schema = {"$ref": f"#/components/schemas/{answer}"} if isinstance(answer, str) else answer
+    content = _content("the answer", schema)
+    if path in _STREAMED:
+        content["content"]["text/event-stream"] = {"schema": _TEXT}
     described: dict[str, Any] = {
         "operationId": f"{method}{path.replace('/', '_').replace('{', '').replace('}', '')}",
         "summary": summary,
-        "responses": {"200": _content("the answer", schema)}
+        "responses": {"200": content}
         | {status: _content("refused", {"$ref": "#/components/schemas/Error"}) for status in sorted(refusals)},
     }
     if "{name}" in path:

@@ -1,7 +1,7 @@
 """Parses and checks the JSON of requests. Each error names the field, the expected value and the value received."""
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import orjson
@@ -15,6 +15,18 @@ Texts = list[str]
 TokenIds = list[NDArray[np.int32]]  # int32 [length] each
 _MAX_TOKEN_ID = 2**31 - 1
 
+INPUT_SCHEMA: Final = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
+        {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}},
+        {
+            "type": "array", "minItems": 1,
+            "items": {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}},
+        },
+    ]
+}  # fmt: skip
+
 _KINDS: dict[type, str] = {
     dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number", bool: "a boolean"
 }  # fmt: skip
@@ -23,62 +35,88 @@ _EMPTY: dict[type, str] = {list: "an empty list", str: "an empty text"}
 
 def parse_body(body: bytes, form: type[Form]) -> Form:
     """Parse a JSON body into a pydantic model. Raises InvalidRequest."""
+    return validate(parse_object(body), form)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Parse a JSON body. Raises InvalidRequest."""
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"body: expected JSON, got: {error}", param="body") from None
     if not isinstance(fields, dict):
         raise InvalidRequest(f"body: expected a JSON object, got {_kind(fields)}", param="body")
+    return fields
+
+
+def validate(fields: Mapping[str, Any], form: type[Form]) -> Form:
+    """Make a pydantic model of the fields of a request. Raises InvalidRequest."""
     try:
         return form.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         param = str(first["loc"][0]) if first["loc"] else "body"
-        got = "" if first["type"] == "missing" else f", got {_describe(first['input'])}"
+        got = "" if first["type"] == "missing" else f", got {describe_value(first['input'])}"
         raise InvalidRequest(f"{param}: {first['msg']}{got}", param=param) from None
 
 
-def parse_input(value: Any, max_texts: int) -> Texts | TokenIds:
-    """Parse `input`: str | [str] | [int] | [[int]]. The result is not empty.
+def parse_input(value: Any, max_texts: int, param: str = "input") -> Texts | TokenIds:
+    """Parse texts or token ids: str | [str] | [int] | [[int]]. The result is not empty.
+
+    Args:
+        param: the field of the request.
 
     Raises:
         InvalidRequest: another type, an empty text or list, a mixed list, too many texts, or a token id out of range.
     """
+    try:
+        return _parse_input(value, max_texts)
+    except _UnusableInputError as error:
+        raise InvalidRequest(f"{param}: {error}", param=param) from None
+
+
+class _UnusableInputError(Exception):
+    pass
+
+
+def _parse_input(value: Any, max_texts: int) -> Texts | TokenIds:
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list) or not value:
-        raise _bad_input(f"expected a text, texts, token ids or lists of token ids; got {_describe(value)}")
+        raise _UnusableInputError(
+            f"expected a text, texts, token ids or lists of token ids; got {describe_value(value)}"
+        )
     kinds = set(map(type, value))
     if kinds == {int}:
         return [_token_ids(value, None)]
     if len(value) > max_texts:
-        raise _bad_input(f"expected at most {max_texts} texts in one request, got {len(value)}. Send several requests")
+        raise _UnusableInputError(
+            f"expected at most {max_texts} texts in one request, got {len(value)}. Send several requests"
+        )
     if kinds == {str}:
         return _texts(value)
     if kinds == {list}:
         return [_token_ids(ids, index) for index, ids in enumerate(value)]
-    raise _bad_input(f"expected only texts, only token ids or only lists of token ids; got a list with {_kinds(value)}")
+    raise _UnusableInputError(
+        f"expected only texts, only token ids or only lists of token ids; got a list with {_kinds(value)}"
+    )
 
 
 def _texts(texts: Texts) -> Texts:
     for index, text in enumerate(texts):
         if not text:
-            raise _bad_input(f"expected no empty texts, text {index} of {len(texts)} is empty")
+            raise _UnusableInputError(f"expected no empty texts, text {index} of {len(texts)} is empty")
     return texts
 
 
 def _token_ids(ids: Any, index: int | None) -> NDArray[np.int32]:
     where = "" if index is None else f"prompt {index}: "
     if not isinstance(ids, list) or set(map(type, ids)) != {int}:
-        raise _bad_input(f"{where}expected a list of at least one token id, got {_describe(ids)}")
+        raise _UnusableInputError(f"{where}expected a list of at least one token id, got {describe_value(ids)}")
     if min(ids) < 0 or max(ids) > _MAX_TOKEN_ID:
         bad = next(token for token in ids if not 0 <= token <= _MAX_TOKEN_ID)
-        raise _bad_input(f"{where}expected token ids of the model's vocabulary, got {bad}")
+        raise _UnusableInputError(f"{where}expected token ids of the model's vocabulary, got {bad}")
     return np.array(ids, dtype=np.int32)
-
-
-def _bad_input(message: str) -> InvalidRequest:
-    return InvalidRequest(f"input: {message}", param="input")
 
 
 def _kinds(values: Sequence[Any]) -> str:
@@ -89,7 +127,8 @@ def _kind(value: Any) -> str:
     return _KINDS.get(type(value), "null")
 
 
-def _describe(value: Any) -> str:
+def describe_value(value: Any) -> str:
+    """Return the kind of a value of JSON, and its beginning."""
     if value is None or value == [] or value == "":
         return _EMPTY.get(type(value), "null")
     text = repr(value)

@@ -12,6 +12,10 @@ from starlette.responses import Response
 from ranklet.cluster.ingress.responses import json_response
 from ranklet.replicas.errors import InternalError, RankletError
 
+_TEXTS = "POST /v1/chat/completions and POST /v1/completions"
+# Paths of other APIs for texts.
+_HINTS = dict.fromkeys(("/v1/responses", "/v1/messages"), f"This API is not offered. Send the messages to {_TEXTS}")
+
 logger = logging.getLogger("ray.serve")
 
 
@@ -46,8 +50,9 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     """Render an error of Starlette, such as an unknown path or a wrong method."""
     status, headers = (error.status_code, error.headers) if isinstance(error, HTTPException) else (500, None)
     reason = {404: "does not exist", 405: f"does not accept {request.method}"}.get(status, f"failed with {status}")
+    hint = _HINTS.get(request.url.path, "Embeddings are at POST /v1/embeddings, texts at " + _TEXTS)
     refusal = (MethodNotAllowed if status == 405 else PathNotFound)(
-        f"{request.method} {request.url.path}: this path {reason}. Embeddings are at POST /v1/embeddings"
+        f"{request.method} {request.url.path}: this path {reason}. {hint}"
     )
     refusal.status = status
     return refuse(refusal, headers)
@@ -58,5 +63,11 @@ async def on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, RankletError):
         return refuse(error)
     request_id = request.headers.get("x-request-id", "")
-    logger.error("%s %s (%s) failed", request.method, request.url.path, request_id, exc_info=error)
-    return refuse(InternalError(f"ranklet failed unexpectedly. Look for x-request-id {request_id} in its log"))
+    what = f"{request.method} {request.url.path} ({request_id}) failed"
+    return refuse(unexpected(what, error, f"x-request-id {request_id}"))
+
+
+def unexpected(what: str, error: Exception, hint: str = "it") -> InternalError:
+    """Log a defect, and return the error that the client gets."""
+    logger.error("%s", what, exc_info=error)
+    return InternalError(f"ranklet failed unexpectedly. Look for {hint} in its log")

@@ -1,6 +1,6 @@
 """The HTTP routes of a gateway."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -12,15 +12,25 @@ from ranklet.cluster.ingress.admin import AdminApi
 from ranklet.cluster.ingress.models import ModelsApi
 from ranklet.cluster.ingress.probes import ProbesApi
 from ranklet.cluster.ingress.refusals import on_error, on_http_error
+from ranklet.cluster.ingress.tokenize import TokenizeApi
 from ranklet.replicas.errors import RankletError
 
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def build_app(*, embeddings: Handler, models: ModelsApi, admin: AdminApi, probes: ProbesApi) -> Starlette:
-    """Build the ASGI app that Serve runs in each gateway."""
+def build_app(
+    *, inference: Mapping[str, Handler], tokens: TokenizeApi, models: ModelsApi, admin: AdminApi, probes: ProbesApi
+) -> Starlette:
+    """Build the ASGI app that Serve runs in each gateway.
+
+    Args:
+        inference: the handlers of inference calls by path.
+    """
     routes = [
-        _route("POST", "/v1/embeddings", embeddings),
+        *(_route("POST", path, handler) for path, handler in inference.items()),
+        _route("POST", "/tokenize", tokens.tokenize),
+        _route("POST", "/detokenize", tokens.detokenize),
+        _route("GET", "/tokenizer_info", tokens.tokenizer_info),
         _route("GET", "/v1/models", models.list_models),
         _route("GET", "/v1/models/{name:path}", models.get_model),
         _route("GET", "/v1/adapters", admin.list_adapters),

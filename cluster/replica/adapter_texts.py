@@ -5,19 +5,13 @@ from collections import OrderedDict
 from pathlib import Path
 
 from ranklet.cluster.message import AdapterText
-from ranklet.cluster.text.template import folder_template
+from ranklet.cluster.text.template import folder_special_tokens, folder_template
 from ranklet.cluster.text.vocabulary import BaseVocabulary
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import marks_of
 from ranklet.replicas.errors import AdapterChanged
-from ranklet.replicas.model.tokenizer_files import (
-    TOKENIZER_CONFIG_FILE,
-    UnusableTokenError,
-    content_of,
-    read_tokenizer_file,
-)
+from ranklet.replicas.model.tokenizer_files import UnusableTokenError
 
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MAX_KEPT = 256
 
 
@@ -55,26 +49,10 @@ class AdapterTexts:
         template, tokens, findings = None, dict[str, str](), list[str]()
         try:
             template = folder_template(folder)
-            tokens = special_tokens(folder)
+            tokens = folder_special_tokens(folder)
         except UnusableTokenError as error:
             findings.append(str(error))
         for finding in self._vocabulary.differences(folder):
             if finding not in findings:
                 findings.append(finding)
         return AdapterText(adapter.revision, template, tokens, tuple(findings))
-
-
-def special_tokens(folder: Path) -> dict[str, str]:
-    """Return the texts of a folder's special tokens by the names that chat templates use.
-
-    Raises:
-        UnusableTokenError: the file cannot be read.
-    """
-    config = read_tokenizer_file(folder / TOKENIZER_CONFIG_FILE)
-    found = {}
-    for name in _SPECIAL_TOKENS:
-        token = config.get(name)
-        content = content_of(token) if isinstance(token, dict) else token
-        if isinstance(content, str) and content:
-            found[name] = content
-    return found

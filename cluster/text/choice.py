@@ -47,6 +47,7 @@ class ChoiceText:
         end_ids: tokens that end the text: those of the model, and the request's stop ids. The engine ends there too.
         include_stop: whether the stop string, or the text of the token that ends it, is part of the text.
         keeps_tokens: whether pieces have their tokens.
+        min_tokens: stop strings do not count in the text of this many first tokens.
 
     Attributes:
         end_token: the token that ended the text.
@@ -56,7 +57,7 @@ class ChoiceText:
 
     def __init__(
         self, detokenizer: Detokenizer, stops: StopStrings | None = None, *, end_ids: Collection[int] = (),
-        include_stop: bool = False, keeps_tokens: bool = False,
+        include_stop: bool = False, keeps_tokens: bool = False, min_tokens: int = 0,
     ) -> None:  # fmt: skip
         self.end_token: int | None = None
         self.used_tokens = 0
@@ -65,6 +66,7 @@ class ChoiceText:
         self._scanner = None if stops is None else StopScanner(stops, include=include_stop)
         self._end_ids = end_ids
         self._include_stop = include_stop
+        self._min_tokens = min_tokens
         self._waiting: deque[tuple[TokenRecord, int]] | None = deque() if keeps_tokens else None
         self._made = 0  # characters
         self._sent = 0  # characters that have left
@@ -102,7 +104,7 @@ class ChoiceText:
             text = self._detokenizer.push(token) if shown else self._detokenizer.finish()
             if self._waiting is not None:
                 self._record(token, text, logprobs[i] if logprobs else None, shown=shown)
-            made += text if self._scanner is None else self._scan(text)
+            made += text if self._scanner is None or self.used_tokens <= self._min_tokens else self._scan(text)
         return self._piece(made)
 
     def finish(self, reason: str) -> TextPiece:

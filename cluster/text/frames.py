@@ -80,13 +80,16 @@ class StreamFrames:
         self._head = {"id": id, "object": kind, "created": created, "model": model, "system_fingerprint": fingerprint}
         self._reports_usage = reports_usage
 
-    def chunk(self, choice: Mapping[str, Any], usage: Mapping[str, Any] | None = None) -> bytes:
+    def chunk(
+        self, choice: Mapping[str, Any], usage: Mapping[str, Any] | None = None, extras: Mapping[str, Any] | None = None
+    ) -> bytes:
         """Return the frame of a choice.
 
         Args:
             usage: the usage so far, if the client wants it with each chunk.
+            extras: further fields.
         """
-        content: dict[str, Any] = self._head | {"choices": [choice]}
+        content: dict[str, Any] = self._head | {"choices": [choice], **(extras or {})}
         if self._reports_usage:
             content["usage"] = usage
         return frame(content)

@@ -10,6 +10,7 @@ from ranklet.replicas.errors import InvalidRequest
 from ranklet.replicas.model.tokenizer_files import (
     TOKENIZER_CONFIG_FILE,
     UnusableTokenError,
+    content_of,
     read_tokenizer_file,
     read_within_bounds,
 )
@@ -18,6 +19,7 @@ TEMPLATE_FILE: Final = "chat_template.jinja"
 MAX_TEMPLATE_CHARS: Final = 1 << 16
 _END_MARK = "THE_FINAL_MESSAGE_ENDS_HERE "  # the space shows whether the template removes spaces there
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Other fields of the request set them, or the server does.
 _RESERVED = frozenset(
     {
@@ -42,6 +44,10 @@ class ChatTemplate:
         self._source = source
         self._special_tokens = dict(special_tokens)
         self._renderer = renderer
+
+    def reads(self, name: str) -> bool:
+        """Return whether the template may read a variable."""
+        return name in self._source
 
     def prompt(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, continue_final_message: bool = False,
@@ -92,6 +98,22 @@ def folder_template(folder: Path) -> str | None:
     if source is not None and len(source) > MAX_TEMPLATE_CHARS:
         raise UnusableTokenError(f"chat template: expected at most {MAX_TEMPLATE_CHARS} characters, got {len(source)}")
     return source
+
+
+def folder_special_tokens(folder: Path) -> dict[str, str]:
+    """Return the texts of a folder's special tokens by the names that chat templates use.
+
+    Raises:
+        UnusableTokenError: the file cannot be read.
+    """
+    config = read_tokenizer_file(folder / TOKENIZER_CONFIG_FILE)
+    found = {}
+    for name in _SPECIAL_TOKENS:
+        token = config.get(name)
+        content = content_of(token) if isinstance(token, dict) else token
+        if isinstance(content, str) and content:
+            found[name] = content
+    return found
 
 
 def _configured(template: Any) -> str | None:

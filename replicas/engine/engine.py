@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from threading import Condition
 from time import perf_counter
@@ -84,10 +85,12 @@ class Engine:
                 architecture, config.slots, config.max_rank, config.lora_modules, self.device, self.dtype
             )
         self._no_text = why_no_text(config, model.lm_head)
-        self.limits = limits(makes_text=self._no_text is None)
+        self.limits = replace(limits(makes_text=self._no_text is None), no_text=self._no_text)
         bases = tuple(dict.fromkeys((config.model_dir.resolve().name, *config.base_aliases)))
         self.end_of_text = EndOfText(config.model_dir, settings, architecture.vocab)
-        self._end_ids = self.end_of_text.base_ids if self._no_text is None else ()
+        if self._no_text is None:
+            with self._times.part("revision"):
+                self.limits = self.limits.with_text(self.end_of_text.base_ids, base_revision(config.model_dir))
         expected = ExpectedModules(
             architecture, config.max_rank, config.lora_modules, bases, model.embedding,
             model.lm_head if isinstance(model.lm_head, LmHead) else None, self.end_of_text, config.slots,
@@ -132,9 +135,8 @@ class Engine:
             pages = pages_that_fit(self.architecture, self.dtype, self.device, config, longest, reserve_bytes)
             space = KvSpace(pages, rows, longest)
             kv = KvPages(self.architecture, pages, self.device, self.dtype)
-            revision = base_revision(config.model_dir) if config.prefix_cache else ""
             self.steps.paged = PagedRunner(self.runner, kv, space.table, head, self.head)
-        self._text = Text(head, self._end_ids, self.limits, revision, str(self.dtype), config.prefix_cache)
+        self._text = Text(head, self.limits, str(self.dtype), config.prefix_cache)
         self._scheduler.space = space
         with self._times.part("graphs"):
             warm_up_text(self.steps.paged, longest)

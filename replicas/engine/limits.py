@@ -1,7 +1,7 @@
 """Limits of requests and of the queue, checked before anything is queued."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,19 +15,28 @@ _MIN_DIMENSIONS = 32
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """Bounds of one request.
+    """Bounds of one request, and what its text depends on.
 
     Attributes:
         max_model_len: largest number of tokens of a prompt, generated text included.
         hidden: width of an embedding.
         vocab: number of token ids.
         max_embedding_len: largest number of tokens of a prompt of embeddings.
+        no_text: why the engine generates no text; None if it does.
+        end_ids: tokens that end a text of the base model.
+        base_revision: content of the base model; "" if the engine generates no text.
     """
 
     max_model_len: int
     hidden: int
     vocab: int
     max_embedding_len: int
+    no_text: str | None = None
+    end_ids: tuple[int, ...] = ()
+    base_revision: str = ""
+
+    def with_text(self, end_ids: tuple[int, ...], base_revision: str) -> "RequestLimits":
+        return replace(self, end_ids=end_ids, base_revision=base_revision)
 
     def check_prompts(self, prompts: Sequence[NDArray[np.int32]], longest: int) -> None:
         """Check the prompts of a request.

@@ -25,16 +25,12 @@ class Text:
     """Makes the tasks of one engine's text requests.
 
     Attributes:
-        end_ids: tokens that end a text of the base model.
-        base_revision: content of the base model, for the prefix cache.
         dtype: of keys and values.
         shares_prefixes: whether requests share pages.
     """
 
     head: TextHead
-    end_ids: tuple[int, ...]
     limits: RequestLimits
-    base_revision: str
     dtype: str
     shares_prefixes: bool
 
@@ -60,9 +56,9 @@ class Text:
         root = None
         if self.shares_prefixes:
             revision = "" if adapter is None else adapter.revision
-            root = PrefixRoot(self.base_revision, revision, params.cache_salt, self.dtype)
+            root = PrefixRoot(self.limits.base_revision, revision, params.cache_salt, self.dtype)
         seed = params.seed if params.seed is not None and params.seed >= 0 else secrets.randbits(_SEED_BITS)
-        return GenerateTask(params, len(prompts), self.head, self.end_ids, seed, root)
+        return GenerateTask(params, len(prompts), self.head, self.limits.end_ids, seed, root)
 
 
 def generates_text(config: EngineConfig) -> bool:

@@ -37,8 +37,18 @@ class PromptTokenizer:
     def least_tokens(self, text: str) -> int:
         return self._bound.least_tokens(text)
 
+    @property
+    def backend(self) -> Any:
+        """The `tokenizers.Tokenizer`, which must not be changed."""
+        return self._backend
+
+    def encode_plain(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[NDArray[np.int32]]:
+        """Return the token ids of each text, int32 [length], without the folder's settings for embeddings."""
+        found = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in found]
+
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """Return the token ids of each text, int32 [length], special tokens included."""
+        """Return the token ids of each text, int32 [length], as prompts of embeddings: special tokens included."""
         prompts = [self._prefix + text for text in texts] if self._prefix else list(texts)
         prompts = [prompt.lower() for prompt in prompts] if self._lower else prompts
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in self._backend.encode_batch_fast(prompts)]

@@ -57,6 +57,9 @@ class FakeTokenizer:
     def least_tokens(self, text: str) -> int:
         return len(text.encode()) // 64
 
+    def encode_plain(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[NDArray[np.int32]]:
+        return self.encode(texts)
+
     def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         size_bytes = sum(map(len, texts))
         with self._lock:

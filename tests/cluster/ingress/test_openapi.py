@@ -12,14 +12,17 @@ from ranklet.cluster.ingress.models import ModelsApi
 from ranklet.cluster.ingress.openapi import OPERATIONS
 from ranklet.cluster.ingress.probes import ProbesApi
 from ranklet.cluster.ingress.routes import build_app
+from ranklet.cluster.ingress.tokenize import TokenizeApi
 from tests.cluster.service import Service, assert_close
 
+INFERENCE = ("/v1/embeddings", "/v1/completions", "/v1/chat/completions")
 _UNDESCRIBED = {("/", "get"), ("/openapi.json", "get")}
 
 
 def test_every_route_is_described() -> None:
     app = build_app(
-        embeddings=create_autospec(lambda request: None),
+        inference={path: create_autospec(lambda request: None) for path in INFERENCE},
+        tokens=create_autospec(TokenizeApi),
         models=create_autospec(ModelsApi),
         admin=create_autospec(AdminApi),
         probes=create_autospec(ProbesApi),

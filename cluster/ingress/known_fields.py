@@ -1,0 +1,172 @@
+"""Fields of requests that ranklet does not honour: refused if they change the answer, otherwise accepted or ignored.
+
+Clients send many fields of other servers at values that change nothing, such as `best_of: 1`. A refused field is
+therefore accepted at these values, and if it is null.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from ranklet.cluster.ingress.protocol import describe_value
+from ranklet.replicas.errors import InvalidRequest
+
+IGNORED_HEADER: Final = "x-ranklet-ignored"
+_MAX_NAMED = 20
+_EMPTY: tuple[Any, ...] = ("", [], {})  # mean the same as null
+_PLAIN_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class RefusedField:
+    """A field that would change the answer.
+
+    Attributes:
+        neutral: values that change nothing, besides null.
+        remedy: what to do instead.
+    """
+
+    neutral: tuple[Any, ...] = ()
+    remedy: str = "Leave it out"
+
+
+@dataclass(frozen=True)
+class KnownFields:
+    """The fields of a kind of requests that its form does not have.
+
+    Attributes:
+        refused: by name.
+        accepted: fields that change nothing.
+    """
+
+    refused: Mapping[str, RefusedField]
+    accepted: Collection[str]
+
+    def check(self, fields: Mapping[str, Any], honoured: Collection[str]) -> tuple[str, ...]:
+        """Return the names of unknown fields. Raises InvalidRequest for a refused one that changes the answer."""
+        unknown = []
+        for name, value in fields.items():
+            if name in honoured or name in self.accepted or value is None:
+                continue
+            refused = self.refused.get(name)
+            if refused is None:
+                unknown.append(name)
+            elif not any(_equals(value, neutral) for neutral in refused.neutral):
+                neutral = " or ".join(_written(each) for each in refused.neutral if each not in _EMPTY) or "null"
+                raise InvalidRequest(
+                    f"{name}: this field is not supported: expected {neutral}, got {describe_value(value)}. "
+                    f"{refused.remedy}",
+                    param=name,
+                )
+        return tuple(unknown)
+
+
+def ignored_value(names: Collection[str]) -> str:
+    """Return the value of the header that names ignored fields. Clients choose the names, so it is bounded."""
+    shown = [name if _PLAIN_NAME.fullmatch(name) else "?" for name in list(names)[:_MAX_NAMED]]
+    return ",".join([*shown, *(["..."] if len(names) > _MAX_NAMED else [])])
+
+
+def _equals(value: Any, neutral: Any) -> bool:
+    return bool(value == neutral) and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def _written(value: Any) -> str:
+    return orjson.dumps(value).decode()
+
+
+_PLAIN = RefusedField()
+_OFF = RefusedField((False,))
+_EMPTY_LIST = RefusedField(([],))
+_EMPTY_OBJECT = RefusedField(({},))
+_CONSTRAINED = RefusedField(({}, "", []), "Constrained decoding is not installed. Leave it out")
+_NO_TOOLS = "Tools are not supported yet. Leave it out"
+
+_REFUSED: Final = {
+    "use_beam_search": _OFF,
+    "length_penalty": RefusedField((1,)),
+    "early_stopping": _OFF,
+    "bad_words": RefusedField(([],), "Use logit_bias with -100 for the ids of the words"),
+    "stop_regex": RefusedField(([], ""), "Use stop"),
+    "no_stop_trim": RefusedField((False,), "Use include_stop_str_in_output"),
+    "priority": RefusedField((0,)),
+    "max_new_tokens": RefusedField((), "Use max_tokens"),
+    "min_new_tokens": RefusedField((0,), "Use min_tokens"),
+    "do_sample": RefusedField((), "Use temperature: 0 for the likeliest tokens"),
+    "custom_logit_processor": RefusedField(("",)),
+    "custom_params": _EMPTY_OBJECT,
+    "logits_processors": _EMPTY_LIST,
+    "logit_processors": _EMPTY_LIST,
+    "vllm_xargs": _EMPTY_OBJECT,
+    "kv_transfer_params": _EMPTY_OBJECT,
+    "prompt_embeds": _EMPTY_LIST,
+    "input_embeds": _EMPTY_LIST,
+    "thinking_token_budget": _PLAIN,
+    "repetition_detection": _PLAIN,
+    "logprob_token_ids": _EMPTY_LIST,
+    "token_ids_logprob": _EMPTY_LIST,
+    "return_hidden_states": _OFF,
+    "spaces_between_special_tokens": RefusedField((True,)),
+    "truncate_prompt_tokens": RefusedField((), "Shorten the prompt"),
+    "store": RefusedField((False,), "Answers are not stored. Leave it out"),
+    "service_tier": RefusedField(("auto", "default")),
+    "response_format": RefusedField(
+        ({"type": "text"}, {}),
+        "Constrained decoding is not installed. Use {'type': 'text'}, and ask for JSON in the prompt",
+    ),
+    "structured_outputs": _CONSTRAINED,
+    "guided_json": _CONSTRAINED,
+    "guided_regex": _CONSTRAINED,
+    "guided_choice": _CONSTRAINED,
+    "guided_grammar": _CONSTRAINED,
+    "guided_decoding_backend": _CONSTRAINED,
+    "guided_whitespace_pattern": _CONSTRAINED,
+    "structural_tag": _CONSTRAINED,
+    "json_schema": _CONSTRAINED,
+    "regex": _CONSTRAINED,
+    "ebnf": _CONSTRAINED,
+}
+_ACCEPTED: Final = frozenset(
+    {
+        "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+        "truncation_side", "stream_interval",
+    }
+)  # fmt: skip
+
+COMPLETION_FIELDS: Final = KnownFields(
+    _REFUSED
+    | {
+        "suffix": RefusedField(("",)),
+        "max_completion_tokens": RefusedField((), "Use max_tokens"),
+        "messages": RefusedField((), "Send messages to /v1/chat/completions"),
+    },
+    _ACCEPTED,
+)
+CHAT_FIELDS: Final = KnownFields(
+    _REFUSED
+    | {
+        "prompt": RefusedField((), "Send a prompt to /v1/completions"),
+        "audio": _PLAIN,
+        "modalities": RefusedField((["text"],)),
+        "web_search_options": _PLAIN,
+        "tools": RefusedField(([],), _NO_TOOLS),
+        "tool_choice": RefusedField(("none",), _NO_TOOLS),
+        "functions": RefusedField(([],), _NO_TOOLS),
+        "function_call": RefusedField(("none",), _NO_TOOLS),
+        "prediction": _PLAIN,
+        "moderation": _PLAIN,
+        "chat_template": RefusedField(("",), "A template is code. Put it into the adapter's folder"),
+        "documents": _EMPTY_LIST,
+        "echo": _OFF,
+        "verbosity": RefusedField(("medium",)),
+        "include_reasoning": RefusedField((True,), "Reasoning stays in the content"),
+        "separate_reasoning": RefusedField((False,), "Reasoning stays in the content"),
+        "mm_processor_kwargs": _EMPTY_OBJECT,
+        "input_ids": RefusedField((), "Send token ids to /v1/completions"),
+    },
+    _ACCEPTED | {"parallel_tool_calls", "stream_reasoning"},
+)
+EMBEDDING_FIELDS: Final = KnownFields({}, ())

@@ -1,0 +1,123 @@
+"""How the texts of requests become the token ids of prompts, and what the prompts of each kind must be like."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ranklet.cluster.ingress.protocol import Texts, TokenIds
+from ranklet.replicas.engine.limits import RequestLimits
+from ranklet.replicas.errors import InvalidRequest
+
+
+class Tokenizer(Protocol):
+    """The part of `ranklet.replicas.model.tokenizer.PromptTokenizer` that makes prompts."""
+
+    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]: ...
+
+    def encode_plain(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[NDArray[np.int32]]: ...
+
+    def least_tokens(self, text: str) -> int: ...
+
+
+class PromptRules(Protocol):
+    """The rules for the prompts of one request."""
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens that a prompt may have."""
+
+    def encode(self, tokenizer: Tokenizer, texts: Texts) -> TokenIds:
+        """Return the token ids of each text. Blocks."""
+
+    def check(self, prompts: TokenIds) -> None:
+        """Raise InvalidRequest if a prompt is too long or has an unknown token id."""
+
+    def too_long(self, index: int, least: int) -> InvalidRequest:
+        """Return the error for text `index`, which has at least `least` tokens."""
+
+
+class ContextTooLong(InvalidRequest):  # named as its siblings in replicas/errors.py
+    """A prompt and its text do not fit into the context. Clients look for this code, and for the numbers."""
+
+    code, status = "context_length_exceeded", 400
+
+
+@dataclass(frozen=True)
+class EmbeddingPrompts:
+    """Rules for the inputs of embeddings."""
+
+    limits: RequestLimits
+
+    @property
+    def longest(self) -> int:
+        return self.limits.max_embedding_len
+
+    def encode(self, tokenizer: Tokenizer, texts: Texts) -> TokenIds:
+        return tokenizer.encode(texts)
+
+    def check(self, prompts: TokenIds) -> None:
+        # The engine checks too, but it sees the parts of a split request, so its indices would be wrong.
+        self.limits.check_prompts(prompts, self.longest)
+
+    def too_long(self, index: int, least: int) -> InvalidRequest:
+        return InvalidRequest(
+            f"input[{index}]: expected 1 to {self.longest} tokens, got at least {least}; shorten the text or split it",
+            param="input",
+        )
+
+
+@dataclass(frozen=True)
+class TextPrompts:
+    """Rules for the prompts of texts.
+
+    Attributes:
+        param: the field of the request that has the prompts.
+        adds_special_tokens: whether the tokenizer adds its special tokens, such as BOS.
+        max_tokens: limit on generated tokens; 1 if the request has none.
+        is_limited: whether the request has a limit.
+    """
+
+    limits: RequestLimits
+    param: str
+    adds_special_tokens: bool
+    max_tokens: int
+    is_limited: bool
+
+    @property
+    def longest(self) -> int:
+        return self.limits.max_model_len - self.max_tokens
+
+    def encode(self, tokenizer: Tokenizer, texts: Texts) -> TokenIds:
+        return tokenizer.encode_plain(texts, add_special_tokens=self.adds_special_tokens)
+
+    def check(self, prompts: TokenIds) -> None:
+        for index, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise InvalidRequest(
+                    f"{self.param}: expected at least one token in each prompt, prompt {index} has none",
+                    param=self.param,
+                )
+            if len(prompt) > self.longest:
+                raise self._too_long(index, str(len(prompt)))
+            low, high = int(prompt.min()), int(prompt.max())
+            if low < 0 or high >= self.limits.vocab:
+                raise InvalidRequest(
+                    f"{self.param}: expected token ids from 0 to {self.limits.vocab - 1}, got "
+                    f"{low if low < 0 else high} in prompt {index}",
+                    param=self.param,
+                )
+
+    def too_long(self, index: int, least: int) -> InvalidRequest:
+        return self._too_long(index, f"at least {least}")
+
+    def _too_long(self, index: int, tokens: str) -> InvalidRequest:
+        # Clients search for OpenAI's words.
+        limit = f"max_tokens is {self.max_tokens}" if self.is_limited else "the text needs at least 1"
+        return ContextTooLong(
+            f"{self.param}: This model's maximum context length is {self.limits.max_model_len} tokens. However, prompt "
+            f"{index} has {tokens} tokens, and {limit}. Shorten the prompt{' or lower max_tokens' * self.is_limited}",
+            param=self.param,
+        )

@@ -1,0 +1,263 @@
+"""The tasks of `POST /v1/completions` and `POST /v1/chat/completions`."""
+
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar, Final
+
+import orjson
+from starlette.responses import Response
+
+from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.cluster.ingress.answers import begun_headers, join_texts
+from ranklet.cluster.ingress.chat import ChatRequest
+from ranklet.cluster.ingress.completions import CompletionsRequest
+from ranklet.cluster.ingress.fields import TextFields, TextOptions
+from ranklet.cluster.ingress.frame_queue import FrameQueue
+from ranklet.cluster.ingress.generation import PieceSink, TextGeneration
+from ranklet.cluster.ingress.intake import Inputs
+from ranklet.cluster.ingress.known_fields import CHAT_FIELDS, COMPLETION_FIELDS
+from ranklet.cluster.ingress.prompts import TextPrompts
+from ranklet.cluster.ingress.protocol import TokenIds, parse_object, validate
+from ranklet.cluster.ingress.stream import EventStream, StreamedTexts, open_stream
+from ranklet.cluster.ingress.task import AdmittedCall
+from ranklet.cluster.ingress.text_format import (
+    ChatFormat,
+    CompletionsFormat,
+    TextFormat,
+    WholeTexts,
+    shown_prompt_logprobs,
+)
+from ranklet.cluster.ingress.texts import DescribedModel, TextModels
+from ranklet.cluster.text.frames import DONE, StreamFrames
+from ranklet.cluster.text.logprobs import LogprobsFormat
+from ranklet.replicas.engine.limits import RequestLimits
+from ranklet.replicas.engine.params import GenerateParams
+from ranklet.replicas.errors import AdapterChanged, InvalidRequest, UnknownModel
+
+_RENDER_INLINE_TOKENS: Final = 10_000  # larger answers are rendered on a thread
+
+
+class TextTask:
+    """One text request; implements `ranklet.cluster.ingress.task.InferenceTask`.
+
+    Args:
+        fields: that the request and all text requests have.
+        ignored: names of the request's unknown fields.
+    """
+
+    is_text: ClassVar[bool] = True
+
+    def __init__(self, fields: TextFields, ignored: tuple[str, ...], texts: TextModels) -> None:
+        self.fields = fields
+        self.ignored = ignored
+        self.texts = texts
+        self.text_model: DescribedModel | None = None
+        self.params = GenerateParams()
+        self.options: TextOptions | None = None
+
+    @property
+    def model(self) -> str | None:
+        return self.fields.model
+
+    @property
+    def lora_path(self) -> str | None:
+        return self.fields.lora_path
+
+    def inputs(self, adapter: AdapterLocation | None, max_texts: int, limits: RequestLimits) -> Inputs | None:
+        if self.options is None:
+            self.texts.check(limits)
+            self.params, self.options = self.check(limits)
+        self.text_model = self.text_model or self.texts.known(adapter, limits)
+        return None if self.text_model is None else self.prompts(self.text_model, max_texts, limits)
+
+    async def prepare(self, adapter: AdapterLocation | None, limits: RequestLimits) -> None:
+        if self.text_model is None and adapter is not None:
+            self.text_model = await self.texts.describe(adapter, limits)
+
+    def check(self, limits: RequestLimits) -> tuple[GenerateParams, TextOptions]:
+        """Return the checked parameters and options. Raises InvalidRequest."""
+        raise NotImplementedError
+
+    def prompts(self, model: DescribedModel, max_texts: int, limits: RequestLimits) -> Inputs | None:
+        """Return the prompts; None if `prepare` must come first. Raises InvalidRequest."""
+        raise NotImplementedError
+
+    def params_for(self, prompts: TokenIds, limits: RequestLimits) -> GenerateParams:
+        """Return the parameters for these prompts."""
+        return self.params
+
+    def make_format(self, options: TextOptions, logprobs: LogprobsFormat, prompts: TokenIds) -> TextFormat:
+        raise NotImplementedError
+
+    async def respond(self, call: AdmittedCall) -> Response:
+        try:
+            return await self._respond(call, call.prompts)
+        except UnknownModel:
+            adapter = call.adapter
+            if adapter is None or adapter.requested_revision is not None:
+                raise
+            # The adapter was replaced after it was described: its template and the ends of its texts may differ.
+            self.texts.forget(adapter)
+            self.text_model = None
+        prompts = await call.remake_prompts()
+        try:
+            return await self._respond(call, prompts)
+        except UnknownModel as error:
+            raise AdapterChanged(f"adapter {call.model!r} is being replaced. Send the request again") from error
+
+    async def _respond(self, call: AdmittedCall, prompts: TokenIds) -> Response:
+        model, options = self.text_model, self.options
+        assert model is not None, "called before `inputs`"
+        assert options is not None, "called before `inputs`"
+        params = self.params_for(prompts, call.limits)
+        logprobs = LogprobsFormat(self.texts.token_bytes, as_ids=options.names_ids)
+        text_format = self.make_format(options, logprobs, prompts)
+        head: dict[str, Any] = {
+            "id": text_format.id_prefix + (self.fields.request_id or self.fields.rid or uuid.uuid4().hex),
+            "created": int(time.time()),
+            "model": self.fields.model or call.model,
+            "system_fingerprint": model.fingerprint,
+        }
+
+        on_tokens = call.meter(streams=options.streams).add
+        call.record.is_generating = True
+
+        def generation(sink: PieceSink) -> TextGeneration:
+            return TextGeneration(prompts, params, options, self.texts.token_bytes, model.end_ids, sink, on_tokens)
+
+        pinned = model.pin(call.adapter)
+        if options.streams:
+            return await self._stream(call, pinned, params, options, head, text_format, generation)
+        whole = WholeTexts(len(prompts) * params.n)
+        run = generation(whole)
+        replies = await call.replicas.generate(pinned, prompts, params, run)
+        run.complete(replies)
+        call.record.answer = answer = join_texts(replies)
+        call.record.reasons = run.reasons()
+
+        def render() -> bytes:
+            scores = None
+            if options.shows_prompt_logprobs and run.prompt_logprobs is not None:
+                best = self.fields.prompt_logprobs or 0
+                scores = shown_prompt_logprobs(prompts, run.prompt_logprobs, best, logprobs)
+            fields = text_format.whole(whole.texts, scores)
+            return orjson.dumps({**head, "object": text_format.kind, **fields, "usage": run.usage()})
+
+        usage = run.usage()
+        is_large = options.keeps_tokens and usage["total_tokens"] > _RENDER_INLINE_TOKENS
+        content = await call.intake.on_thread(render) if is_large else render()
+        return Response(content, headers=answer.headers, media_type="application/json")
+
+    async def _stream(
+        self, call: AdmittedCall, adapter: AdapterLocation | None, params: GenerateParams, options: TextOptions,
+        head: dict[str, Any], text_format: TextFormat, generation: Callable[[PieceSink], TextGeneration],
+    ) -> Response:  # fmt: skip
+        limits = call.stream_limits
+        frames = StreamFrames(
+            text_format.chunk_kind, head["id"], model=head["model"], created=head["created"],
+            fingerprint=head["system_fingerprint"], reports_usage=options.usage_at_end or options.usage_always,
+        )  # fmt: skip
+        queue = FrameQueue(limits.max_waiting_stream_bytes)
+        sink = StreamedTexts(queue, frames, text_format, usage_always=options.usage_always)
+        sink.generation = run = generation(sink)
+
+        async def generate() -> None:
+            replies = await call.replicas.generate(adapter, run.prompts, params, run)
+            run.complete(replies)
+            call.record.answer = join_texts(replies)
+            call.record.reasons = run.reasons()
+            queue.close(*([frames.usage(run.usage())] if options.usage_at_end else []), DONE)
+
+        generating = await open_stream(queue, generate)
+        return EventStream(queue, generating, begun_headers(run.begun), limits.request_timeout_s)
+
+
+class CompletionsTask(TextTask):
+    """One request to `/v1/completions`."""
+
+    def __init__(self, form: CompletionsRequest, ignored: tuple[str, ...], texts: TextModels) -> None:
+        super().__init__(form, ignored, texts)
+        self._form = form
+
+    @classmethod
+    def parse(cls, texts: TextModels, body: bytes) -> "CompletionsTask":
+        """Parse a JSON body. Raises InvalidRequest."""
+        fields = parse_object(body)
+        ignored = COMPLETION_FIELDS.check(fields, CompletionsRequest.model_fields)
+        return cls(validate(fields, CompletionsRequest), ignored, texts)
+
+    def check(self, limits: RequestLimits) -> tuple[GenerateParams, TextOptions]:
+        return self._form.params(limits.vocab), self._form.options()
+
+    def prompts(self, model: DescribedModel, max_texts: int, limits: RequestLimits) -> Inputs | None:
+        values = self._form.prompts(max_texts)
+        if len(values) * self.params.n > max_texts:
+            raise InvalidRequest(
+                f"n: expected at most {max_texts} texts in one request (limits.max_texts_per_request), got "
+                f"{len(values)} prompts with n={self.params.n}. Send several requests",
+                param="n",
+            )
+        adds_special_tokens = self._form.add_special_tokens is not False
+        # Without output, the prompt may fill the context but for the token that is made and dropped.
+        return Inputs(
+            values, TextPrompts(limits, "prompt", adds_special_tokens, self.params.max_tokens, is_limited=True)
+        )
+
+    def make_format(self, options: TextOptions, logprobs: LogprobsFormat, prompts: TokenIds) -> TextFormat:
+        return CompletionsFormat(options, logprobs, prompts, self.params.n)
+
+
+class ChatTask(TextTask):
+    """One request to `/v1/chat/completions`."""
+
+    def __init__(self, form: ChatRequest, ignored: tuple[str, ...], texts: TextModels, body_bytes: int) -> None:
+        super().__init__(form, ignored, texts)
+        self._form = form
+        self._body_bytes = body_bytes
+        self._rendered: tuple[DescribedModel, str] | None = None
+
+    @classmethod
+    def parse(cls, texts: TextModels, body: bytes) -> "ChatTask":
+        """Parse a JSON body. Raises InvalidRequest."""
+        fields = parse_object(body)
+        ignored = CHAT_FIELDS.check(fields, ChatRequest.model_fields)
+        return cls(validate(fields, ChatRequest), ignored, texts, len(body))
+
+    def check(self, limits: RequestLimits) -> tuple[GenerateParams, TextOptions]:
+        return self._form.params(limits.vocab, limits.max_model_len), self._form.options()
+
+    async def prepare(self, adapter: AdapterLocation | None, limits: RequestLimits) -> None:
+        await super().prepare(adapter, limits)
+        model = self.text_model
+        assert model is not None, "the base model is known"
+        template = model.chat_template()
+        if template.quick_for(self._body_bytes) is None:
+            text = await template.renderer.run(partial(self._form.prompt, template.bounded))
+            self._rendered = model, text
+
+    def prompts(self, model: DescribedModel, max_texts: int, limits: RequestLimits) -> Inputs | None:
+        if self._rendered is None or self._rendered[0] is not model:
+            template = model.chat_template().quick_for(self._body_bytes)
+            if template is None:
+                return None
+            self._rendered = model, self._form.prompt(template)
+        text = self._rendered[1]
+        if not text:
+            raise InvalidRequest(
+                "messages: expected a chat template that makes a prompt, got no text", param="messages"
+            )
+        limit = self._form.wanted_tokens
+        adds_special_tokens = bool(self._form.add_special_tokens)  # the template writes them
+        rules = TextPrompts(limits, "messages", adds_special_tokens, limit or 1, is_limited=limit is not None)
+        return Inputs([text], rules)
+
+    def params_for(self, prompts: TokenIds, limits: RequestLimits) -> GenerateParams:
+        if self._form.wanted_tokens is not None:
+            return self.params
+        return replace(self.params, max_tokens=limits.max_model_len - len(prompts[0]))
+
+    def make_format(self, options: TextOptions, logprobs: LogprobsFormat, prompts: TokenIds) -> TextFormat:
+        return ChatFormat(options, logprobs, prompts)

@@ -1,0 +1,202 @@
+"""What a gateway needs to know of the base model and of adapters to make prompts and texts."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol
+
+from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.cluster.ingress.intake import SMALL_BODY_BYTES
+from ranklet.cluster.message import AdapterText
+from ranklet.cluster.text.render_process import RenderProcess, TrustedRenderer
+from ranklet.cluster.text.template import ChatTemplate, folder_special_tokens, folder_template
+from ranklet.cluster.text.token_bytes import TokenBytes
+from ranklet.replicas.engine.limits import RequestLimits
+from ranklet.replicas.errors import InvalidAdapter, InvalidRequest, ModelError
+from ranklet.replicas.model.tokenizer import PromptTokenizer
+from ranklet.replicas.model.tokenizer_files import UnusableTokenError
+
+TemplateOwner = Literal["base", "adapter"]
+_MAX_KEPT = 4096
+_FINGERPRINT_CHARS: Final = 8  # of each revision
+
+
+class TextDescriber(Protocol):
+    """The part of `ReplicasClient` that describes adapters."""
+
+    async def text_description(self, adapter: AdapterLocation) -> AdapterText: ...
+
+
+class BoundedRenderer:
+    """Renders chat templates in a process of its own, off the event loop and bounded in time, one at a time."""
+
+    def __init__(self) -> None:
+        self.process = RenderProcess()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="render")
+
+    async def run(self, work: Callable[[], str]) -> str:
+        """Run `work`, which renders with `process`."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+@dataclass(frozen=True)
+class OwnedTemplate:
+    """A chat template.
+
+    Attributes:
+        quick: renders in this process; None for an adapter's, which may come from anyone.
+        bounded: renders in the process of `renderer`.
+    """
+
+    owner: TemplateOwner
+    source: str
+    quick: ChatTemplate | None
+    bounded: ChatTemplate
+    renderer: BoundedRenderer
+
+    def quick_for(self, body_bytes: int) -> ChatTemplate | None:
+        """Return the template for a body that is rendered at once; None if rendering it may take long."""
+        return self.quick if body_bytes <= SMALL_BODY_BYTES else None
+
+
+@dataclass(frozen=True)
+class DescribedModel:
+    """The base model, or one revision of an adapter.
+
+    Attributes:
+        revision: of the adapter; None for the base model.
+        template: None if neither folder has one.
+        end_ids: tokens that end its texts.
+        fingerprint: of the base model and the adapter.
+    """
+
+    revision: str | None
+    template: OwnedTemplate | None
+    end_ids: frozenset[int]
+    fingerprint: str
+
+    def chat_template(self) -> OwnedTemplate:
+        """Return the template. Raises InvalidRequest if there is none."""
+        if self.template is None:
+            raise InvalidRequest(
+                "messages: expected a chat template (chat_template.jinja, or chat_template in tokenizer_config.json) "
+                "in the adapter's folder or the base model's, found none. Send a prompt to /v1/completions instead",
+                param="messages",
+            )
+        return self.template
+
+    def pin(self, adapter: AdapterLocation | None) -> AdapterLocation | None:
+        """Return the location of exactly this revision."""
+        return None if adapter is None else replace(adapter, requested_revision=self.revision)
+
+
+class TextModels:
+    """Describes the models of one gateway. Replicas describe adapters, since gateways have no remote files.
+
+    An adapter's description is kept until `forget`: calls name its revision, and replicas refuse an old one.
+
+    Args:
+        model_dir: folder of the base model.
+
+    Attributes:
+        tokenizer: of the base model.
+    """
+
+    def __init__(self, tokenizer: PromptTokenizer, model_dir: Path, replicas: TextDescriber) -> None:
+        self.tokenizer: Any = tokenizer.backend
+        self.model_dir = model_dir
+        self._replicas = replicas
+        self._token_bytes, self._problem = _token_bytes(self.tokenizer)
+        self._base_renderer, self._adapter_renderer = BoundedRenderer(), BoundedRenderer()
+        self.special_tokens, self._base_template = self._read_base()
+        self._kept: dict[tuple[str, str], AdapterText] = {}
+
+    def check(self, limits: RequestLimits) -> None:
+        """Raise InvalidRequest if the base model generates no text."""
+        problem = limits.no_text or self._problem
+        if problem is not None:
+            raise InvalidRequest(f"model: expected a model that generates text: {problem}", param="model")
+
+    @property
+    def token_bytes(self) -> TokenBytes:
+        assert self._token_bytes is not None, "called without `check`"
+        return self._token_bytes
+
+    def generates(self, limits: RequestLimits | None) -> bool:
+        return limits is not None and limits.no_text is None and self._problem is None
+
+    def known(self, adapter: AdapterLocation | None, limits: RequestLimits) -> DescribedModel | None:
+        """Return what is known of a model; None if a replica must describe it first."""
+        if adapter is None:
+            return DescribedModel(None, self._base_template, frozenset(limits.end_ids), _fingerprint(limits, None))
+        text = self._kept.get((adapter.name, adapter.source))
+        if text is None or adapter.requested_revision not in (None, text.revision):
+            return None
+        return self._model(text, limits)
+
+    async def describe(self, adapter: AdapterLocation, limits: RequestLimits) -> DescribedModel:
+        """Let a replica describe an adapter.
+
+        Raises:
+            InvalidAdapter: its tokenizer files cannot be used with the base model.
+            UnknownModel: another revision was requested.
+            RankletError: an error of `ReplicasClient.text_description`.
+        """
+        text = await self._replicas.text_description(adapter)
+        adapter.check_revision(text.revision)
+        if text.findings:  # not kept, so that a corrected folder is noticed
+            raise InvalidAdapter(adapter.name, text.findings)
+        self._kept.pop((adapter.name, adapter.source), None)
+        while len(self._kept) >= _MAX_KEPT:
+            self._kept.pop(next(iter(self._kept)))
+        self._kept[adapter.name, adapter.source] = text
+        return self._model(text, limits)
+
+    def forget(self, adapter: AdapterLocation) -> None:
+        self._kept.pop((adapter.name, adapter.source), None)
+
+    def template_owner(self, adapter: AdapterLocation | None) -> TemplateOwner | None:
+        """Return whose chat template answers; None if there is none, or if the adapter is not described yet."""
+        text = None if adapter is None else self._kept.get((adapter.name, adapter.source))
+        if adapter is not None and text is None:
+            return None
+        template = self._base_template if text is None else self._template_of(text)
+        return None if template is None else template.owner
+
+    def _model(self, text: AdapterText, limits: RequestLimits) -> DescribedModel:
+        end = self.tokenizer.token_to_id(text.special_tokens.get("eos_token", ""))
+        own = () if end is None or end >= limits.vocab else (end,)
+        ends = frozenset((*limits.end_ids, *own))
+        return DescribedModel(text.revision, self._template_of(text), ends, _fingerprint(limits, text.revision))
+
+    def _template_of(self, text: AdapterText) -> OwnedTemplate | None:
+        if text.chat_template is None:
+            return self._base_template
+        tokens, renderer = self.special_tokens | text.special_tokens, self._adapter_renderer
+        bounded = ChatTemplate(text.chat_template, tokens, renderer.process)
+        return OwnedTemplate("adapter", text.chat_template, None, bounded, renderer)
+
+    def _read_base(self) -> tuple[dict[str, str], OwnedTemplate | None]:
+        try:
+            tokens, source = folder_special_tokens(self.model_dir), folder_template(self.model_dir)
+        except UnusableTokenError as error:
+            raise ModelError(f"{self.model_dir}: {error}") from error
+        if source is None:
+            return tokens, None
+        quick = ChatTemplate(source, tokens, TrustedRenderer())
+        bounded = ChatTemplate(source, tokens, self._base_renderer.process)
+        return tokens, OwnedTemplate("base", source, quick, bounded, self._base_renderer)
+
+
+def _token_bytes(tokenizer: Any) -> tuple[TokenBytes | None, str | None]:
+    try:
+        return TokenBytes(tokenizer), None
+    except ModelError as error:
+        return None, error.message
+
+
+def _fingerprint(limits: RequestLimits, revision: str | None) -> str:
+    parts = (limits.base_revision, revision or "")
+    return "fp_" + "_".join(part[:_FINGERPRINT_CHARS] for part in parts if part)
