@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from opentelemetry import propagate, trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
@@ -17,6 +18,7 @@ from ranklet.cluster.ingress.status import RecentRequests
 from ranklet.replicas.errors import InternalError, InvalidRequest, RankletError
 
 _UNRESOLVED = "unknown"  # label of requests that are refused before their model is known
+_MAX_IGNORED = 20
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 logger = logging.getLogger("ray.serve.requests")
@@ -93,8 +95,8 @@ class Observer:
         record.model, record.label = model, self._metrics.labels.label(model if is_adapter else None)
 
     def on_ignored(self, fields: Iterable[str]) -> None:
-        """Count unknown fields of a request."""
-        for name in fields:
+        """Count unknown fields of a request, up to a limit: a client may send any number."""
+        for name in islice(fields, _MAX_IGNORED):
             self._metrics.text.ignored_field(name)
 
     def on_first_token(self, record: RequestRecord) -> None:

@@ -71,7 +71,7 @@ class TextMetrics(Collector):
         self._first_token.observe(self._labels.current(label), seconds)
 
     def tokens(self, count: int, seconds: float) -> None:
-        """Record tokens of a streamed choice that leave together, except its first ones.
+        """Record tokens of a streamed choice that arrive together, except its first ones.
 
         There is no label: adapters share the steps of a replica.
 

@@ -53,7 +53,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "Text": (
         Panel("Time to first token", "s", _quantiles("ranklet_text_first_token_seconds"),
               "From the headers of a streamed request to its first token"),
-        Panel("Time between tokens", "s", _quantiles("ranklet_text_token_gap_seconds"), "As a gateway sends them"),
+        Panel("Time between tokens", "s", _quantiles("ranklet_text_token_gap_seconds"), "As they arrive at a gateway"),
         Panel("Time of a text", "s", _quantiles("ranklet_text_duration_seconds"), "From the headers to the end"),
         Panel("Generated tokens", "ops", {
             "{{adapter}}": f"topk(20, {_rate('ranklet_generated_tokens_total', 'adapter')})"

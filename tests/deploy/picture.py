@@ -38,7 +38,10 @@ _INK, _PAPER, _GRID = "#d8d9da", "#181b1f", "#2c3235"
 
 
 def send_requests(service: Service, stop: Event, turn: int, start_s: float, seconds: float) -> None:
-    """Request all adapters in turn; in the middle third of the time, mostly one adapter. Some requests are invalid."""
+    """Request all adapters in turn; in the middle third of the time, mostly one adapter. Some requests are invalid.
+
+    One third of the requests are for streamed texts.
+    """
     for number in itertools.count(turn):
         if stop.is_set():
             return
@@ -46,7 +49,13 @@ def send_requests(service: Service, stop: Event, turn: int, start_s: float, seco
         model = "medical" if crowded and number % 4 else _MODELS[number % len(_MODELS)]
         if number % 40 == 0:
             model = ("nobody", "broken")[number % 80 == 0]
-        service.post(model, [f"text {number} about one thing and another"] * (1 + number % 6))
+        text = f"text {number} about one thing and another"
+        if number % 3:
+            service.post(model, [text] * (1 + number % 6))
+        else:
+            limits = {"max_tokens": 8 + number % 60, "stream": True}
+            prompt = f"{'one thing or another, ' * 40} {text}"
+            service.http.post("/v1/completions", json={"model": model, "prompt": prompt, **limits})
 
 
 def series(prometheus: Prometheus, panel: board.Panel, seconds: float) -> list[Line]:
@@ -112,7 +121,7 @@ def main() -> None:
         folder = Path(scratch)
         content = own_configuration(assets / "model", assets / "adapters", folder)
         BROKEN["nan"].make(assets / "model", folder / "adapters" / "broken")
-        content["applications"][0]["args"]["engine"]["slots"] = 2
+        content["applications"][0]["args"]["engine"] |= {"slots": 2, "kv_cache_bytes": 1 << 24}
         with serving(content, folder) as service, scraping(service.url, folder) as prometheus:
             service.deploy({"tokens_per_minute": {"support-*": 6000}})
             stop, start_s = Event(), time.monotonic()
