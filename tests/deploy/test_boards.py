@@ -105,6 +105,22 @@ def test_prometheus_counts_the_requests_that_clients_sent(watched: tuple[Service
     eventually("they are counted", lambda: sum(_values(prometheus, expr)) >= before + 30)
 
 
+def test_prometheus_counts_texts_and_clients_that_leave(watched: tuple[Service, Prometheus]) -> None:
+    service, prometheus = watched
+    whole = 'sum(ranklet_text_choices_total{adapter="medical",reason="length"})'
+    left = 'sum(ranklet_text_cancelled_total{adapter="medical",reason="client_gone"})'
+    before = sum(_values(prometheus, whole))
+    request = {"model": "medical", "prompt": "a", "max_tokens": 4, "ignore_eos": True, "n": 2}
+    for _ in range(5):
+        assert service.http.post("/v1/completions", json=request).status_code == 200
+    eventually("both choices of each are counted", lambda: sum(_values(prometheus, whole)) >= before + 10)
+    before = sum(_values(prometheus, left))
+    endless = {**request, "max_tokens": 2000, "stream": True}
+    with service.http.stream("POST", "/v1/completions", json=endless) as answer:
+        assert next(answer.iter_lines()).startswith("data: ")
+    eventually("the client is counted", lambda: sum(_values(prometheus, left)) == before + 1)
+
+
 def test_rules_and_alerts_evaluate(watched: tuple[Service, Prometheus]) -> None:
     _, prometheus = watched
     eventually("all rules are evaluated", lambda: {rule["health"] for rule in prometheus.rules()} == {"ok"}, WAIT_S)
