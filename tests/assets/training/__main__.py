@@ -1,6 +1,6 @@
 """Train the adapters of SmolLM2-135M-Instruct and check their answers to questions that they were not trained on.
 
-Needs no GPU. Exits with 1 if too few answers show the effect. Equal versions of PyTorch on equal CPUs give equal files.
+Needs no GPU. Exits with 1 if too few answers show the effect. The same PyTorch on the same CPU gives the same weights.
 """
 
 import argparse
@@ -19,11 +19,13 @@ ROOT = Path(__file__).parents[3]
 def main() -> int:
     by_name = {lesson.name: lesson for lesson in LESSONS}
     parser = argparse.ArgumentParser("python -m tests.assets.training", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*by_name, []], help="adapters; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(by_name)}; default: all")
     parser.add_argument("--only-check", action="store_true", help="check the stored adapters without training")
     parser.add_argument("--model", type=Path, help="folder of the model; default: .demo/smollm/model")
     parser.add_argument("--out", type=Path, default=TRAINED, help="folder of the adapters; default: %(default)s")
     options = parser.parse_args()
+    if unknown := set(options.names) - set(by_name):
+        parser.error(f"expected names of {', '.join(by_name)}, got {', '.join(sorted(unknown))}")
     model = options.model or make_smollm(ROOT / ".demo" / "smollm")
     passed = True
     for lesson in [by_name[name] for name in options.names] or LESSONS:
