@@ -4,13 +4,9 @@ import re
 import subprocess
 from pathlib import Path
 
+from tests.cluster.ingress.browser import FLAGS
 from tests.cluster.service import Service
 from tests.needs import needs
-
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--hide-scrollbars", "--window-size=1200,760",
-)  # fmt: skip
 
 pytestmark = needs("chromium")
 
