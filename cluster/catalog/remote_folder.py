@@ -56,7 +56,7 @@ class RemoteFolder:
             except (FileNotFoundError, PermissionError) as error:  # without permission to list, S3 denies missing files
                 if not _is_answer(error):
                     raise
-                if name == OPTIONAL_FILES[0]:
+                if name == OPTIONAL_FILES[1]:  # tokenizer_config.json
                     break
         return found
 

@@ -6,8 +6,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ranklet.replicas.adapters.reference import FILES, OPTIONAL_FILES, AdapterRef
+from ranklet.replicas.adapters.reference import FILES, OPTIONAL_FILES, TEMPLATE_FILE, AdapterRef
 from ranklet.replicas.errors import AdapterNotFound
+from ranklet.replicas.model.tokenizer_files import TOKENIZER_CONFIG_FILE
 
 _CHARACTERS = 16
 _PIECE_BYTES = 1 << 20  # each piece has its own digest, so that threads can share a file
@@ -38,7 +39,7 @@ def revision_of(path: str | Path) -> str:
     """Read an adapter's files and return their revision, 16 hexadecimal digits.
 
     It is the SHA-256 of the name, the size and the SHA-256 digest of each MiB of `adapter_config.json`, then of the
-    weights, then of the tokenizer's files and the chat template if the folder has a `tokenizer_config.json`.
+    weights, then of the chat template, then of the tokenizer's files if the folder has a `tokenizer_config.json`.
 
     Raises:
         AdapterNotFound: the folder does not exist.
@@ -103,7 +104,9 @@ def _stat(path: str | Path) -> tuple[str, float]:
 def _files_in(folder: Path) -> tuple[str, ...]:
     """Return the names of the files that make the revision; those of `FILES` may be missing."""
     found = [name for name in OPTIONAL_FILES if os.path.isfile(folder / name)]  # noqa: PTH113 - never raises
-    return (*FILES, *found) if OPTIONAL_FILES[0] in found else FILES
+    if TOKENIZER_CONFIG_FILE not in found:
+        found = [name for name in found if name == TEMPLATE_FILE]
+    return (*FILES, *found)
 
 
 def piece_digests(path: Path) -> tuple[int, bytes]:

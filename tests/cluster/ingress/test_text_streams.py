@@ -1,0 +1,171 @@
+"""Streams of a gateway: errors, slow readers and clients that leave; what a stream holds until its end."""
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from ranklet.cluster.message import InferenceCall, Refusal
+from ranklet.replicas.engine.params import GenerateParams
+from ranklet.replicas.errors import InternalError, UnknownModel
+from tests.cluster.ingress.test_exchange import until
+from tests.cluster.ingress.text_parts import AsgiCall, DescribingReplica, TextParts
+from tests.cluster.ingress.text_replica import failure, reply
+from tests.cluster.text_client import CHAT, COMPLETIONS, events_of
+
+TEXT = tuple(range(40, 60))
+FIELDS = {"prompt": [50, 51, 52, 53], "max_tokens": len(TEXT)}
+Call = InferenceCall[GenerateParams]
+
+
+async def whole(replica: Any, call: Call) -> Any:
+    replica.begin(call.number)
+    for i, token in enumerate(TEXT):
+        replica.send((call.number, 0, i, (token,), None))
+    return reply(TEXT)
+
+
+async def refused(replica: Any, call: Call) -> Any:
+    return Refusal.of(InternalError("the device failed"), "r0", "", None)
+
+
+async def fails_later(replica: Any, call: Call) -> Any:
+    replica.begin(call.number)
+    replica.send((call.number, 0, 0, TEXT[:3], None))
+    await asyncio.sleep(0.05)
+    return failure()
+
+
+async def endless(replica: Any, call: Call) -> Any:
+    replica.begin(call.number)
+    replica.send((call.number, 0, 0, TEXT[:3], None))
+    await asyncio.Event().wait()
+
+
+def used(parts: TextParts) -> int:
+    return parts.admission.in_flight
+
+
+async def test_a_stream_has_the_text_and_headers_of_its_replica(tmp_path: Path) -> None:
+    parts = TextParts(tmp_path, DescribingReplica(whole))
+    call = AsgiCall(parts.app, COMPLETIONS, FIELDS)
+    await call.run()
+    headers = dict(call.sent[0]["headers"])
+    assert headers[b"x-ranklet-replica"] == b"r0"
+    events = events_of(call.body)
+    assert "".join(event["choices"][0]["text"] for event in events) == parts.texts.tokenizer.decode(list(TEXT))
+    assert events[0]["system_fingerprint"] == "fp_abcdef01"
+    assert used(parts) == 0
+    assert parts.sample("ranklet_requests_total", adapter="base", status="200", code="") == 1
+    assert parts.sample("ranklet_text_choices_total", adapter="base", reason="length") == 1
+
+
+async def test_frames_that_wait_together_are_one_write(tmp_path: Path) -> None:
+    parts = TextParts(tmp_path, DescribingReplica(whole))
+    call = AsgiCall(parts.app, COMPLETIONS, FIELDS)
+    call.reads.clear()
+    running = asyncio.ensure_future(call.run())
+    await asyncio.sleep(0.3)
+    call.reads.set()
+    await running
+    assert len(events_of(call.body)) > 5
+    assert len(call.sent) == 2  # the start, and one body with all frames
+
+
+async def test_an_error_before_the_first_token_is_a_status(tmp_path: Path) -> None:
+    parts = TextParts(tmp_path, DescribingReplica(refused))
+    call = AsgiCall(parts.app, CHAT, {"messages": [{"role": "user", "content": "hi"}]})
+    await call.run()
+    assert call.sent[0]["status"] == 500
+    assert orjson.loads(call.body)["error"]["code"] == "internal_error"
+    assert used(parts) == 0
+
+
+async def test_an_error_after_the_first_token_is_an_event(tmp_path: Path) -> None:
+    parts = TextParts(tmp_path, DescribingReplica(fails_later))
+    call = AsgiCall(parts.app, CHAT, {"messages": [{"role": "user", "content": "hi"}]})
+    await call.run()
+    assert call.sent[0]["status"] == 200
+    *texts, last = events_of(call.body)
+    assert len(texts) >= 2
+    assert last["error"]["code"] == "unavailable"
+    assert set(last["error"]) == {"message", "type", "param", "code"}
+    assert parts.sample("ranklet_requests_total", adapter="base", status="503", code="unavailable") == 1
+    assert parts.sample("ranklet_text_cancelled_total", adapter="base", reason="error") == 1
+    assert used(parts) == 0
+
+
+async def test_a_client_that_leaves_cancels_and_pays_for_what_was_made(tmp_path: Path) -> None:
+    parts = TextParts(tmp_path, DescribingReplica(endless), keys={"team": (("*",), 1000)})
+    call = AsgiCall(parts.app, COMPLETIONS, FIELDS, key=parts.secrets["team"])
+    running = asyncio.ensure_future(call.run())
+    await until(lambda: len(call.sent) > 1)
+    assert used(parts) == 1
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    assert used(parts) == 0
+    assert parts.sample("ranklet_text_cancelled_total", adapter="base", reason="client_gone") == 1
+    assert await parts.spent() == 4 + 3
+
+
+async def test_a_slow_reader_ends_only_its_own_request(tmp_path: Path) -> None:
+    parts = TextParts(tmp_path, DescribingReplica(whole, whole), limits={"max_waiting_stream_bytes": 1000})
+    slow, quick = (AsgiCall(parts.app, COMPLETIONS, FIELDS) for _ in range(2))
+    slow.reads.clear()
+    running = asyncio.ensure_future(slow.run())
+    await asyncio.sleep(0.2)
+    slow.reads.set()
+    await running
+    assert events_of(slow.body)[-1]["error"]["code"] == "reader_too_slow"
+    assert parts.sample("ranklet_text_cancelled_total", adapter="base", reason="slow_reader") == 1
+    await quick.run()
+    assert used(parts) == 0
+
+
+async def test_a_client_that_reads_nothing_is_dropped(tmp_path: Path) -> None:
+    parts = TextParts(tmp_path, DescribingReplica(whole), limits={"request_timeout_s": 0.3})
+    call = AsgiCall(parts.app, COMPLETIONS, FIELDS)
+    running = asyncio.ensure_future(call.run())
+    await until(lambda: len(call.sent) > 0)
+    call.reads.clear()
+    await asyncio.wait_for(running, 5)
+    assert used(parts) == 0
+
+
+async def test_an_adapter_that_was_replaced_is_described_again(tmp_path: Path) -> None:
+    async def replaced(replica: Any, call: Call) -> Any:
+        replica.revision, replica.template = "v2", "new"
+        assert call.adapter is not None
+        assert call.adapter.requested_revision == "v1"
+        return Refusal.of(UnknownModel("another revision", param="model"), "r0", "", None)
+
+    parts = TextParts(tmp_path, DescribingReplica(whole, replaced, whole, whole))
+    sent = {"model": "legal-v2", "messages": [{"role": "user", "content": "hi"}], "max_tokens": len(TEXT)}
+    for described in (1, 2, 2):
+        call = AsgiCall(parts.app, CHAT, sent)
+        await call.run()
+        assert call.sent[0]["status"] == 200, call.body
+        assert parts.replica.described == described
+    assert [each.adapter and each.adapter.requested_revision for each in parts.replica.calls] == [
+        "v1",
+        "v1",
+        "v2",
+        "v2",
+    ]
+    assert parts.replica.calls[2].total_tokens == len(parts.texts.tokenizer.encode("new").ids)
+
+
+@pytest.mark.parametrize("tokens", [96, 97])
+async def test_prompt_and_text_must_fit_into_the_context(tmp_path: Path, tokens: int) -> None:
+    parts = TextParts(tmp_path, DescribingReplica(whole))
+    answer = await parts.http_post(COMPLETIONS, {"model": "base", **FIELDS, "max_tokens": tokens})
+    assert answer.status_code == (200 if tokens == 96 else 400)
+    if tokens == 97:
+        message = answer.json()["error"]["message"]
+        assert "maximum context length is 100 tokens" in message
+        assert "4 tokens" in message
+        assert "97" in message
