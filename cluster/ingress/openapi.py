@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from ranklet.cluster.ingress.chat import ChatRequest
 from ranklet.cluster.ingress.completions import CompletionsRequest
 from ranklet.cluster.ingress.embeddings import EmbeddingsRequest
+from ranklet.cluster.ingress.fields import StreamOptions
 from ranklet.cluster.ingress.lifecycle import LoadRequest, UnloadRequest
 from ranklet.cluster.ingress.tokenize import DetokenizeRequest, TokenizeRequest
 
@@ -57,6 +58,7 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
         ),
     ),
     "Usage": _USAGE,
+    StreamOptions.__name__: StreamOptions.model_json_schema(),
     "Completion": _answer(
         "text_completion",
         _record(
@@ -175,7 +177,9 @@ def _operation(
     if "{name}" in path:
         described["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": _TEXT}]
     if form is not None:
-        body = _content("", form.model_json_schema(mode="validation"))
+        described_form = form.model_json_schema(mode="validation", ref_template="#/components/schemas/{model}")
+        assert described_form.pop("$defs", {}).keys() <= _SCHEMAS.keys()
+        body = _content("", described_form)
         described["requestBody"] = {"required": True, "content": body["content"]}
     return described
 
