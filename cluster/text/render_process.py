@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -130,6 +131,7 @@ class RenderProcess:
             command = [sys.executable, "-m", _PROGRAM, str(theirs.fileno()), *limits]
             process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=environment)
         self._running = process, connection
+        self._end_running = weakref.finalize(self, _end_process, process, connection)
         try:
             if connection.poll(_START_S):
                 connection.recv_bytes()
@@ -140,13 +142,15 @@ class RenderProcess:
         raise InternalError("the process that renders chat templates does not start")
 
     def _end(self) -> None:
-        if self._running is None:
-            return
-        process, connection = self._running
-        self._running = None
-        process.kill()
-        process.wait()
-        connection.close()
+        if self._running is not None:
+            self._running = None
+            self._end_running()
+
+
+def _end_process(process: "subprocess.Popen[bytes]", connection: Connection) -> None:
+    process.kill()
+    process.wait()
+    connection.close()
 
 
 def _request(source: str, variables: Mapping[str, Any]) -> bytes:

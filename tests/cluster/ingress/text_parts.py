@@ -70,6 +70,9 @@ class _Describer:
         return AdapterText(self.replica.revision, self.replica.template, {})
 
 
+_kept: list["TextParts"] = []  # feeds are read until the loop ends, which refers to its tasks weakly
+
+
 class TextParts(Parts):
     """A gateway for texts, and an HTTP client for it."""
 
@@ -90,6 +93,7 @@ class TextParts(Parts):
         self.services = replace(self.services, replicas=replicas, intake=Intake(tokenizer, limits))
         tasks = {COMPLETIONS: CompletionsTask, CHAT: ChatTask}
         self.app = Starlette(routes=[self._route(path, task) for path, task in tasks.items()])
+        _kept.append(self)
 
     async def spent(self) -> float:
         """Return the tokens that were charged to quotas since the last call."""

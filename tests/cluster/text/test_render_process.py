@@ -1,5 +1,6 @@
 """Templates that take too much time or memory, or that try to leave the sandbox, harm nobody but themselves."""
 
+import gc
 import os
 import resource
 import signal
@@ -206,3 +207,14 @@ def test_compiled_templates_keep_nothing_between_requests() -> None:
         "{% set ns = namespace(seen=false) %}{{ ns.seen }}{% set ns.seen = true %}{{ x is defined }}{% set x = 1 %}"
     )
     assert [render(source, {}, 100) for _ in range(2)] == ["FalseFalse", "FalseFalse"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
+def test_the_process_ends_with_its_owner() -> None:
+    before = child_pids()
+    renderer = RenderProcess()
+    assert renderer.render("a {{ b }}", {"b": 1}) == "a 1"
+    assert len(child_pids() - before) == 1
+    del renderer
+    gc.collect()
+    assert child_pids() == before
