@@ -24,8 +24,8 @@ from ranklet.kernels.launch import is_hopper, precision_of, processors_of
 
 PAGE_TOKENS = 64
 NO_WINDOW = 1 << 30
-# For up to so many spans: the most splits of each, and the fewest tokens of a split. An H200 holds 528 programs at
-# once, and a model has about 8 key heads. A span has more splits if they would exceed the largest split.
+# Rows: a number of spans up to which the row counts, the most splits of a span, and the fewest tokens of a split. An
+# H200 runs 528 programs at once, and a model has about 8 key heads. Longer spans have more splits of the largest size.
 _SPLITS = ((1, 32, 64), (4, 16, 128), (16, 4, 128))
 _WHOLE = (1, PAGE_TOKENS)  # for more spans, which fill the GPU unsplit
 _LARGEST_SPLIT = 2048  # tokens

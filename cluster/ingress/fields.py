@@ -26,7 +26,7 @@ class StreamOptions(BaseModel):
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How the tokens of a request become text, and what the answer tells about them.
+    """Settings of a request that apply after its tokens are drawn: stop strings, and the contents of the answer.
 
     Attributes:
         end_ids: ids of the request that end a text.

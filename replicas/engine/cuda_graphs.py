@@ -56,7 +56,7 @@ class GraphCache:
 
     @contextmanager
     def capturing_after(self, eager_runs: float) -> Iterator[None]:
-        """Capture a key after so many eager runs, until the context ends. Without one, its kernels must be loaded."""
+        """Capture a key after this number of eager runs, while the context is open. For 0, kernels must be loaded."""
         before, self._capture_after = self._capture_after, eager_runs
         try:
             yield

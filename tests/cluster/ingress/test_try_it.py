@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.chat_models import make_chat_models
-from tests.cluster.ingress.browser import browser
+from tests.cluster.ingress.browser import Page, browser
 from tests.cluster.service import Service, local_configuration, serving
 from tests.needs import needs, require
 
@@ -32,11 +32,15 @@ document.getElementById('send').click()
 """
 
 
+def ask(page: Page, model: str) -> None:
+    page.wait_for("document.getElementById('model').options.length > 2")
+    page.run(ASK.format(model=model))
+
+
 def test_an_answer_streams_with_its_rate_and_headers(texts: tuple[Service, list[str]], tmp_path: Path) -> None:
     service, names = texts
     with browser(service.url + "/", tmp_path) as page:
-        page.wait_for("document.getElementById('model').options.length > 2")
-        page.run(ASK.format(model=names[0]))
+        ask(page, names[0])
         page.wait_for("!document.getElementById('send').disabled && document.getElementById('facts').textContent")
         facts = page.run("document.getElementById('facts').textContent")
         page.picture(tmp_path / "try.png")
@@ -48,7 +52,6 @@ def test_an_answer_streams_with_its_rate_and_headers(texts: tuple[Service, list[
 def test_an_error_is_shown(texts: tuple[Service, list[str]], tmp_path: Path) -> None:
     service, names = texts
     with browser(service.url + "/", tmp_path) as page:
-        page.wait_for("document.getElementById('model').options.length > 2")
-        page.run(ASK.format(model=names[2]))
+        ask(page, names[2])
         page.wait_for("document.getElementById('facts').textContent")
         assert "only users may speak" in page.run("document.getElementById('facts').textContent")

@@ -1,4 +1,4 @@
-"""What a replica tells gateways of an adapter's folder: template, special tokens, tokens that the base lacks."""
+"""A replica describes an adapter's template, special tokens and vocabulary to gateways."""
 
 import json
 import shutil

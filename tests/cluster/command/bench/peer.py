@@ -3,13 +3,14 @@
 import asyncio
 import base64
 import contextlib
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from aiohttp import web
+
+from tests.cluster.command.bench.app_thread import serving
 
 GOOD, BAD = ("good-1", "good-2"), ("busy", "gone", "few", "hole", "plain")
 ERRORS = {"busy": "quota", "gone": "ServerDisconnectedError", "few": "bad_answer", "plain": "500"}
@@ -69,27 +70,9 @@ class Peer:
 @contextlib.contextmanager
 def running(slow_s: float = 0.0) -> Iterator[Peer]:
     """Run a peer on a free loopback port."""
-    peer, up, loop, stop = Peer(slow_s), threading.Event(), asyncio.new_event_loop(), asyncio.Event()
-
-    async def serve() -> None:
-        app = web.Application(client_max_size=1 << 28)
-        app.router.add_post("/v1/embeddings", peer.embed)
-        app.router.add_get("/v1/models", peer.models)
-        app.router.add_get("/version", peer.version)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        peer.port = runner.addresses[0][1]
-        up.set()
-        await stop.wait()
-        await runner.cleanup()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
-    thread.start()
-    try:
-        assert up.wait(60)
+    peer, app = Peer(slow_s), web.Application(client_max_size=1 << 28)
+    app.router.add_post("/v1/embeddings", peer.embed)
+    app.router.add_get("/v1/models", peer.models)
+    app.router.add_get("/version", peer.version)
+    with serving(app) as peer.port:
         yield peer
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(60)
-        loop.close()

@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+
+from tests.cluster.command.bench.app_thread import serving
 
 DONE = b"data: [DONE]\n\n"
 FIRST_TEXT_S = 0.05  # before the first text, and after a role chunk
@@ -132,27 +133,9 @@ def _parts(model: str, chat: bool, tokens: int) -> Iterator[bytes | None]:
 @contextlib.contextmanager
 def running() -> Iterator[TextPeer]:
     """Run a peer on a free loopback port."""
-    peer, up, loop, stop = TextPeer(), threading.Event(), asyncio.new_event_loop(), asyncio.Event()
-
-    async def serve() -> None:
-        app = web.Application(client_max_size=1 << 28)
-        app.router.add_post("/v1/completions", peer.complete)
-        app.router.add_post("/v1/chat/completions", peer.complete)
-        app.router.add_get("/v1/models", peer.models)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        peer.port = runner.addresses[0][1]
-        up.set()
-        await stop.wait()
-        await runner.cleanup()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
-    thread.start()
-    try:
-        assert up.wait(60)
+    peer, app = TextPeer(), web.Application(client_max_size=1 << 28)
+    app.router.add_post("/v1/completions", peer.complete)
+    app.router.add_post("/v1/chat/completions", peer.complete)
+    app.router.add_get("/v1/models", peer.models)
+    with serving(app) as peer.port:
         yield peer
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(60)
-        loop.close()
