@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ranklet.cluster.command.haproxy import PROGRAM_VARIABLE, write_haproxy
 from ranklet.cluster.command.ports import free_block, free_ports
 from ranklet.cluster.datapath import FAST_PATH
 
@@ -58,8 +59,14 @@ class RayHead:
         ]  # fmt: skip
 
     def environment(self, extra: Mapping[str, str]) -> dict[str, str]:
-        """Return this process's environment with the data path, ports, paths and token of this cluster, and `extra`."""
+        """Return this process's environment with the data path, ports, paths and token of this cluster, and `extra`.
+
+        Writes the program that starts HAProxy.
+        """
+        program = self.temp_dir / "haproxy" / "haproxy"
+        has_program = self.proxy == "haproxy" and write_haproxy(program)
         settings = {
+            **({PROGRAM_VARIABLE: str(program)} if has_program else {}),
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # on SIGTERM: no other node could take over
             **{name: value if self.proxy == "haproxy" else "0" for name, value in FAST_PATH.items()},
             **_serve_settings(self.temp_dir / "haproxy", self.proxy_ports, self.first_gateway_port),
@@ -88,7 +95,7 @@ def _serve_settings(folder: Path, ports: Sequence[int], first_gateway_port: int)
 
 
 # All environment variables of Serve that ranklet sets.
-SERVE_VARIABLES = (*FAST_PATH, *_serve_settings(Path(), (0, 0, 0, 0), 0))
+SERVE_VARIABLES = (*FAST_PATH, PROGRAM_VARIABLE, *_serve_settings(Path(), (0, 0, 0, 0), 0))
 
 
 def write_token(temp_dir: Path) -> None:
