@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -74,8 +74,7 @@ def _launch_all(runner: Runner, head: Head, longest: int, max_sequences: int) ->
         positions = torch.zeros(max_tokens, dtype=torch.int32, device=model.device)
         precompile(pool.stacks_of_one_layer(), max_tokens, model.rotary(model.layers[0], positions))
     full = [longest] * max(1, max_tokens // longest)
-    assert runner.graphs is not None
-    with runner.graphs.capturing_after(NEVER):
+    with nullcontext() if runner.graphs is None else runner.graphs.capturing_after(NEVER):
         for lengths in ([1], full):
             _run(runner, head, lengths, [None] * len(lengths))
         for lengths, slots in _warmup_steps(pool.slots, longest, max_tokens, max_sequences):

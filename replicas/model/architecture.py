@@ -59,7 +59,7 @@ def read_config(model_dir: Path) -> Any:
         raise ModelError(f"model_dir: expected a folder with config.json and safetensors, got {str(model_dir)!r}")
     try:
         return AutoConfig.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{model_dir / 'config.json'}: cannot be read as a transformers config: {error}") from error
 
 

@@ -15,24 +15,29 @@ from tests.kernels.adapters import NAN
 
 WIDE, VOCAB, LENGTHS, SLOTS = 40, 130, [3, 40, 5, 2, 1], [1, 0, None, 2, 1]
 ROWS = sum(LENGTHS)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Case:
     """Rows of several adapters, and their logits in float64."""
 
     def __init__(self) -> None:
-        order, self.batch = plan(LENGTHS, SLOTS)
+        order, batch = plan(LENGTHS, SLOTS)
+        self.batch = batch.with_tiles(DEVICE)
         adapters = oracle.random_adapters({0: (3,), 1: (16,), 2: (0,)}, WIDE, (VOCAB,))
-        self.stack = oracle.linear_stack(adapters, 3, 16, WIDE, (VOCAB,), stale=NAN)
-        self.rows, weight = torch.randn(ROWS, WIDE), torch.randn(VOCAB, WIDE) * WIDE**-0.5
-        self.targets = torch.randint(VOCAB, (ROWS,), dtype=torch.int32)
-        self.head = LmHead(weight, ties=False)
+        self.stack = oracle.linear_stack(adapters, 3, 16, WIDE, (VOCAB,), stale=NAN, device=DEVICE.type)
+        rows, weight = torch.randn(ROWS, WIDE), torch.randn(VOCAB, WIDE) * WIDE**-0.5
         owners = [SLOTS[i] for i in order for _ in range(LENGTHS[i])]
-        self.logits = oracle.linear(self.rows, weight, None, owners, adapters)
+        self.logits = oracle.linear(rows, weight, None, owners, adapters)
+        self.targets = torch.randint(VOCAB, (ROWS,), dtype=torch.int32)
+        self.rows, self.head = rows.to(DEVICE), LmHead(weight.to(DEVICE), ties=False)
 
     def run(self, backend: Backend, chunk_rows: int, top: int) -> TokenLogprobs:
         lora = replace(self.batch, implementation=backend)
-        return prompt_logprobs(self.head, self.rows, self.targets, top, self.stack, lora, chunk_rows=chunk_rows)
+        found = prompt_logprobs(
+            self.head, self.rows, self.targets.to(DEVICE), top, self.stack, lora, chunk_rows=chunk_rows
+        )
+        return TokenLogprobs(found.logprobs.cpu(), *(None if part is None else part.cpu() for part in found[1:]))
 
 
 @pytest.mark.parametrize("backend", [native, csgmv], ids=lambda backend: backend.NAME)
