@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -61,6 +62,45 @@ class StreamedTexts:
         self._queue.put(self._frames.chunk(choice, usage, extras))
 
 
+class WriteLimit:
+    """Bounds the time of each write of a stream. One timer serves all of them: a timeout of each would cost more.
+
+    Raises:
+        TimeoutError: on leaving the context, if a write took longer than `limit_s`.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._loop = asyncio.get_running_loop()
+        self._timeout = asyncio.timeout(None)
+        self._began_s: float | None = None  # the write that is under way
+        self._timer = self._loop.call_later(limit_s, self._check)
+
+    async def __aenter__(self) -> Self:
+        await self._timeout.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        await self._timeout.__aexit__(kind, error, trace)
+
+    def begin(self) -> None:
+        self._began_s = self._loop.time()
+
+    def end(self) -> None:
+        self._began_s = None
+
+    def _check(self) -> None:
+        now_s = self._loop.time()
+        left_s = self._limit_s if self._began_s is None else self._began_s + self._limit_s - now_s
+        if left_s <= 0:
+            self._timeout.reschedule(now_s)
+        else:
+            self._timer = self._loop.call_later(left_s, self._check)
+
+
 class EventStream(Response):
     """The answer to a streamed request. Cancels the generation if the client leaves.
 
@@ -90,13 +130,14 @@ class EventStream(Response):
         timeout_s = self._write_timeout_s
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            while True:
-                waiting = await self.queue.take()
-                async with asyncio.timeout(timeout_s):
+            async with WriteLimit(timeout_s) as limit:
+                is_last = False
+                while not is_last:
+                    waiting = await self.queue.take()
                     is_last = self.queue.is_closed
+                    limit.begin()
                     await send({"type": "http.response.body", "body": waiting, "more_body": not is_last})
-                if is_last:
-                    return
+                    limit.end()
         except TimeoutError:  # the connection is closed, since the answer has no end
             self.queue.error = ReaderTooSlow(f"expected a client that reads the stream, got none for {timeout_s:g} s")
 
