@@ -119,6 +119,7 @@ class InferenceReply(Generic[Result]):
         queue_s: the longest wait of any prompt.
         compute_s: the longest batch of any prompt.
         load: the replica's queue when it replied.
+        first_piece_s: time from the call's arrival in the engine to its first tokens; None of embeddings.
     """
 
     result: Result
@@ -130,6 +131,7 @@ class InferenceReply(Generic[Result]):
     queue_s: float
     compute_s: float
     load: QueueLoad
+    first_piece_s: float | None = None
 
 
 @dataclass(frozen=True)

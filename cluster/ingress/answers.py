@@ -22,6 +22,7 @@ class JoinedAnswer:
         headers: `x-ranklet-*` headers of the HTTP answer.
         queue_s: longest wait of a prompt in a replica's queue.
         compute_s: longest time of a batch.
+        first_piece_s: shortest time of a replica's engine to its first tokens; None of embeddings.
         completed_ns: arrival of the last reply, in Unix time.
     """
 
@@ -29,6 +30,7 @@ class JoinedAnswer:
     headers: dict[str, str]
     queue_s: float
     compute_s: float
+    first_piece_s: float | None
     completed_ns: int
 
 
@@ -91,6 +93,7 @@ def _common(replies: Sequence[InferenceReply[Any]]) -> dict[str, Any]:
         "headers": {name: value for name, value in _headers(replies) if value},
         "queue_s": max(reply.queue_s for reply in replies),
         "compute_s": max(reply.compute_s for reply in replies),
+        "first_piece_s": min((s for reply in replies if (s := reply.first_piece_s) is not None), default=None),
         "completed_ns": time.time_ns(),
     }
 

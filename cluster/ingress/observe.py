@@ -169,6 +169,8 @@ def _fields(record: RequestRecord, seconds: float) -> dict[str, str | int | floa
         fields |= {name.removeprefix("x-ranklet-"): value for name, value in answer.headers.items()}
         fields["answered_by"] = fields.pop("replica")  # in Serve's log, `replica` is the process that writes the line
         fields |= {"queue_ms": round(answer.queue_s * 1e3, 2), "compute_ms": round(answer.compute_s * 1e3, 2)}
+        if answer.first_piece_s is not None:
+            fields["engine_first_token_ms"] = round(answer.first_piece_s * 1e3, 2)
     return fields
 
 

@@ -151,6 +151,7 @@ class ReplicaCalls:
             queue_s=answer.queue_s,
             compute_s=answer.compute_s,
             load=load,
+            first_piece_s=answer.first_piece_s,
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from threading import RLock
+from time import perf_counter
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +31,7 @@ class Answer:
         backend: LoRA backend of the last step.
         queue_s: longest wait of a sequence for its first step.
         compute_s: longest device time of a sequence.
+        first_piece_s: time from the request's arrival to its first piece; None without pieces.
     """
 
     result: Any
@@ -38,6 +40,7 @@ class Answer:
     prompt_tokens: int
     queue_s: float
     compute_s: float
+    first_piece_s: float | None = None
 
 
 class Sink(Protocol):
@@ -79,6 +82,8 @@ class Request:
         self.tier: str | None = None
         self._prompt_tokens = sum(map(len, prompts))
         self._queue_s = self._compute_s = 0.0
+        self._arrived_s = arrived_s
+        self._first_piece_s: float | None = None
         self.is_open = True
         self._lock = RLock()  # steps, loads and a stop end requests on threads of their own
         flow = flow_of(adapter)
@@ -136,14 +141,17 @@ class Request:
         """Send a piece of the output of sequence `index`. Called without the engine's lock, like `end` and `fail`."""
         with self._lock:
             if self.is_open:
+                if self._first_piece_s is None:
+                    self._first_piece_s = perf_counter() - self._arrived_s
                 self._call(self._sink.delta, index, piece)
 
     def end(self, backend: str) -> None:
         """Send the answer of a complete request."""
         try:
             result: Answer | RankletError = Answer(
-                self._task.result(), self.tier, backend, self._prompt_tokens, self._queue_s, self._compute_s
-            )
+                self._task.result(), self.tier, backend, self._prompt_tokens, self._queue_s, self._compute_s,
+                self._first_piece_s,
+            )  # fmt: skip
         except Exception as error:  # a defect of a task must not end the thread that answers every request
             logger.exception("a task failed")
             result = InternalError(f"the engine failed on this answer: {type(error).__name__}: {error}")

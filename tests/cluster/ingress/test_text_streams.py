@@ -2,12 +2,16 @@
 
 import asyncio
 import contextlib
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 
+from ranklet.cluster.ingress.observe import Observer
+from ranklet.cluster.ingress.status import RecentRequests
 from ranklet.cluster.message import InferenceCall, Refusal
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.errors import InternalError, UnknownModel
@@ -61,6 +65,19 @@ async def test_a_stream_has_the_text_and_headers_of_its_replica(tmp_path: Path) 
     assert used(parts) == 0
     assert parts.sample("ranklet_requests_total", adapter="base", status="200", code="") == 1
     assert parts.sample("ranklet_text_choices_total", adapter="base", reason="length") == 1
+
+
+async def test_the_log_has_the_times_to_the_first_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def timed(replica: Any, call: Call) -> Any:
+        return replace(await whole(replica, call), first_piece_s=0.25)
+
+    parts = TextParts(tmp_path, DescribingReplica(timed))
+    parts.services = replace(parts.services, observer=Observer(parts.metrics, RecentRequests(), "all", "gateway"))
+    with caplog.at_level(logging.INFO, "ray.serve.requests"):
+        await AsgiCall(parts.app, COMPLETIONS, FIELDS).run()
+    (line,) = caplog.messages
+    assert " engine_first_token_ms=250.0" in line
+    assert " first_token_ms=" in line
 
 
 async def test_frames_that_wait_together_are_one_write(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import EmbedParams
@@ -44,7 +45,18 @@ def test_vectors_are_in_the_order_of_the_prompts() -> None:
     assert isinstance(answer, Answer)
     assert answer.result[:, 0].tolist() == [0, 1, 2]
     assert (answer.tier, answer.backend, answer.prompt_tokens) == ("host", "native", 1 + 2 + 3)
-    assert (answer.queue_s, answer.compute_s) == (3.0, 0.5)
+    assert (answer.queue_s, answer.compute_s, answer.first_piece_s) == (3.0, 0.5, None)
+
+
+def test_an_answer_has_the_time_to_its_first_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    request, ended = make_request(1)
+    for now_s in (12.5, 14.0):
+        monkeypatch.setattr("ranklet.replicas.engine.request.perf_counter", lambda now_s=now_s: now_s)
+        request.send(0, ((1,), None))
+    complete(request, 0, [1, 1, 1, 1])
+    (answer,) = ended
+    assert isinstance(answer, Answer)
+    assert answer.first_piece_s == 2.5
 
 
 def shortened(vector: list[float], *, normalize: bool) -> list[float]:
