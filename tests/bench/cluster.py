@@ -10,7 +10,7 @@ import re
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -32,12 +32,13 @@ _STILL = 0.01  # change of the hit rate
 Samples = dict[str, dict[str, float]]  # metric values by replica or gateway id, then by name with labels
 
 
-def configuration(folder: Path, replicas: int, gateways: int, slots: int) -> dict[str, Any]:
-    """Return a Serve configuration with one GPU for each replica, or with CPU replicas where there is no GPU."""
+def configuration(folder: Path, replicas: int, gateways: int, engine: dict[str, Any]) -> dict[str, Any]:
+    """Return a Serve configuration with one GPU for each replica, or with CPU replicas where there is no GPU.
+
+    Args:
+        engine: settings of the engines.
+    """
     gpus = torch.cuda.device_count()
-    engine: dict[str, Any] = {
-        "slots": slots, "max_rank": 64, "max_batch_tokens": 30_720, "lora_modules": list(ATTENTION),
-    }  # fmt: skip
     actor = {"num_cpus": 1, "num_gpus": 1} if gpus else {"num_cpus": 0.5}
     return {
         "proxy_location": "HeadOnly",
@@ -72,16 +73,28 @@ def served(
     """Run a cluster with random weights at the model's real widths."""
     write_model(folder / "model", layers=layers)
     save_tokenizer(folder / "model", vocab_size=1024, max_length=32_768)
-    made = write_adapters(folder / "adapters", adapters, layers=layers)
-    content = configuration(folder, replicas, gateways, slots)
-    content["applications"][0]["args"]["engine"]["backend"] = backend
+    write_adapters(folder / "adapters", adapters, layers=layers)
+    engine = {
+        "slots": slots, "max_rank": 64, "max_batch_tokens": 30_720, "lora_modules": list(ATTENTION), "backend": backend,
+    }  # fmt: skip
+    with running(folder, configuration(folder, replicas, gateways, engine)) as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def running(folder: Path, content: dict[str, Any], environment: Mapping[str, str] | None = None) -> Iterator[Served]:
+    """Run a cluster that serves the model and the adapters of `folder`.
+
+    Args:
+        environment: additional variables for Ray's processes.
+    """
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(content))
-    cluster = LocalCluster(http_port=0, report=print)
+    cluster = LocalCluster(http_port=0, report=print, environment=environment)
     state = cluster.start(path, timeout_s=300)
     content["http_options"]["port"] = int(state.base_url.rpartition(":")[2])
     try:
-        yield Served(state, [one.name for one in made], cluster, content)
+        yield Served(state, sorted(one.name for one in (folder / "adapters").iterdir()), cluster, content)
     finally:
         cluster.stop()
 
@@ -172,12 +185,17 @@ def slot_hit_rate(grown: Samples) -> float:
     return tiers["gpu"] / max(sum(tiers.values()), 1)
 
 
-def scaled(served: Served, replicas: int) -> None:
-    """Deploy the app with another number of replicas and wait until they run."""
-    deployments = served.content["applications"][0]["deployments"]
-    deployments[1]["num_replicas"] = replicas
+def scaled(served: Served, deployment: str, count: int) -> None:
+    """Deploy the app with another number of gateways or replicas and wait until they run.
+
+    Args:
+        deployment: Gateway or Replica.
+    """
+    for each in served.content["applications"][0]["deployments"]:
+        if each["name"] == deployment:
+            each["num_replicas"] = count
     served.cluster.deploy(served.content)
-    while len(samples(served.state.base_url, "replica")) != replicas:
+    while len(samples(served.state.base_url, deployment.lower())) != count:
         time.sleep(0.5)
 
 
@@ -197,13 +215,13 @@ def main() -> None:
     console = Console(stderr=True)
     with (
         tempfile.TemporaryDirectory() as scratch,
-        served(Path(scratch), options.layers, options.adapters, **shape) as running,
+        served(Path(scratch), options.layers, options.adapters, **shape) as cluster,
     ):
-        url = running.state.base_url
+        url = cluster.state.base_url
         for replicas in (options.replicas, 1):
             if replicas == 1:
-                scaled(running, 1)
-            work = plans(url, running.adapters, options.processes, replicas, options.requests)
+                scaled(cluster, "Replica", 1)
+            work = plans(url, cluster.adapters, options.processes, replicas, options.requests)
             for name, (plan, against) in work.items():
                 row = measured(url, name, plan, replicas, options.repeats)
                 same = {found["work"]: found["tokens_per_s"] for found in rows if found["replicas"] != replicas}
