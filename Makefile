@@ -12,7 +12,7 @@ CLUSTERED := tests/cluster tests/deploy# these start Ray, and need the machine t
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: $(READY) ## serve a small model and six LoRA adapters and compare the answers with transformers + PEFT
+demo: $(READY) ## serve SmolLM2-135M-Instruct and four trained LoRA adapters and compare the answers with transformers + PEFT
 	@$(BIN)/python -m tests.demo
 
 serve: $(READY) ## run the demo and keep its server running until Ctrl-C

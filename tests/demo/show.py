@@ -1,50 +1,92 @@
-"""The demo's table and banner."""
+"""What the demo prints: tables of vectors and of answers, and commands to try."""
+
+import json
 
 from rich import box
 from rich.console import Console
-from rich.panel import Panel
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from tests.assets.adapters import ATTENTION, LINEAR, MLP
+from tests.assets.adapters import LINEAR
 from tests.assets.oracle import cosine
-from tests.demo.client import BASE_MODEL, Question, Row, Vectors
+from tests.demo.chat import Answer
+from tests.demo.client import EmbeddedTexts, Row
+from tests.demo.models import DemoModel
+from tests.demo.reference import Vectors
 
-HEADINGS = ("model", "rank", "targets", "tier", "1st ms", "ms", "cosine*")
-NUMBERS = {"rank", "1st ms", "ms"}
-GROUPS = {LINEAR: "linear", ATTENTION: "q k v o", MLP: "gate up down", (*ATTENTION, "embed_tokens"): "q k v o"}
+NUMBERS = {"rank", "1st ms", "ms", "tok/s", "equal*"}
 
 
-def table(console: Console, rows: list[Row], expected: Vectors) -> float:
+def vectors(console: Console, rows: list[Row], expected: Vectors) -> float:
     """Print a line for each model. Returns the lowest cosine."""
-    shown = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="One text per request; the first may load the adapter"
+    shown = _table(
+        "Embeddings: one text per request; the first may load the adapter",
+        "* lowest cosine of six texts to transformers + PEFT\n",
     )
-    for heading in HEADINGS:
-        shown.add_column(heading, justify="right" if heading in NUMBERS else "left", no_wrap=heading != "targets")
+    for heading in ("model", "rank", "targets", "tier", "1st ms", "ms", "cosine*"):
+        _column(shown, heading, wraps=heading == "targets")
     worst = 1.0
     for row in rows:
-        close = min(cosine(got, right) for got, right in zip(row.vectors, expected[row.question.model], strict=True))
+        close = min(cosine(got, right) for got, right in zip(row.vectors, expected[row.sent.model], strict=True))
         worst = min(worst, close)
         times = (f"{seconds * 1000:.1f}" for seconds in (row.first_s, row.then_s))
-        shown.add_row(*_described(row.question), ", ".join(row.tiers) or "-", *times, f"{close:.9f}")
+        shown.add_row(*_described(row.sent), ", ".join(row.tiers) or "-", *times, f"{close:.9f}")
     console.print(shown)
-    console.print("* lowest cosine of six texts to transformers + PEFT\n", highlight=False)
     return worst
 
 
-def _described(question: Question) -> tuple[str, str, str]:
-    spec = question.adapter
+def answers(question: str, answers: list[Answer]) -> Table:
+    """Return the table of answers as they are now."""
+    shown = _table(f"Streamed at once: {question}", "* tokens that transformers + PEFT choose too, of all tokens\n")
+    shown.expand = True  # else it widens while the answers grow
+    for heading in ("model", "1st ms", "tok/s", "equal*", "answer"):
+        _column(shown, heading, wraps=heading == "answer")
+    for answer in answers:
+        first = "" if answer.first_s is None else f"{answer.first_s * 1000:.0f}"
+        rate = "" if answer.tokens_per_s is None else f"{answer.tokens_per_s:.1f}"
+        equal = "" if answer.right is None else f"{answer.right}/{len(answer.tokens)}"
+        text = answer.text + (" ..." if answer.text and answer.finish_reason != "stop" else "")
+        shown.add_row(answer.model, first, rate, equal, Text(text))
+    return shown
+
+
+def commands(console: Console, url: str, served: DemoModel) -> None:
+    """Print what a user may do with the running server."""
+    adapter = served.adapters[-1].name
+    as_json = "-H 'content-type: application/json'"
+    bodies: dict[str, tuple[str, dict[str, object]]] = {}
+    if served.question is not None:
+        messages = [{"role": "user", "content": served.question}]
+        body = {"model": adapter, "stream": True, "messages": messages}
+        bodies["a streamed answer"] = "chat/completions", body
+    bodies["an embedding"] = "embeddings", {"model": adapter, "input": "Notice must be given in writing."}
+    for what, (path, body) in bodies.items():
+        _line(console, f"[b]{what}[/]")
+        _line(console, escape(f"curl -sN {url}/v1/{path} {as_json} -d '{json.dumps(body)}'"))
+    panel = '; its panel "Try it" streams an answer' if served.question is not None else ""
+    _line(console, f"[b]the status page[/] {url}/{panel}")
+    _line(console, f"[b]models[/] {', '.join(served.names)}")
+
+
+def _line(console: Console, line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def _table(title: str, note: str) -> Table:
+    return Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, caption=note, caption_justify="left", caption_style=""
+    )
+
+
+def _column(table: Table, heading: str, *, wraps: bool) -> None:
+    table.add_column(heading, justify="right" if heading in NUMBERS else "left", no_wrap=not wraps)
+
+
+def _described(sent: EmbeddedTexts) -> tuple[str, str, str]:
+    spec = sent.adapter
     if spec is None:
-        return question.model, "-", "-"
-    return question.model, str(spec.rank), f"{GROUPS[spec.targets]}{spec.note and f', {spec.note}'}"
-
-
-def banner(console: Console, url: str, sent: list[Question]) -> None:
-    adapters = [question.model for question in sent if question.adapter]
-    lines = Table.grid(padding=(0, 2))
-    for name, value in (("URL", f"{url}/v1"), ("base", BASE_MODEL), ("adapters", ", ".join(adapters))):
-        lines.add_row(f"[b]{name}[/]", value)
-    console.print(Panel(lines, title="ranklet", expand=False))
-    body = f'{{"model": "{adapters[0]}", "input": "Notice must be given in writing."}}'
-    command = f"curl {url}/v1/embeddings -H 'content-type: application/json' -d '{body}'"
-    console.print(command, highlight=False, soft_wrap=True, markup=False)
+        return sent.model, "-", "-"
+    modules = (target.removesuffix("_proj") for target in spec.targets if target != "embed_tokens")
+    targets = "linear" if spec.targets == LINEAR else " ".join(modules)
+    return sent.model, str(spec.rank), f"{targets}{spec.note and f', {spec.note}'}"
