@@ -11,7 +11,7 @@ MAX_TOKENS = 48
 
 
 @dataclass
-class Answer:
+class ChatAnswer:
     """An answer that grows while it streams.
 
     Attributes:
@@ -37,7 +37,7 @@ class Answer:
         return (len(self.tokens) - 1) / max(self.last_s - self.first_s, 1e-9)
 
 
-async def stream_all(url: str, answers: Sequence[Answer], question: str) -> None:
+async def stream_all(url: str, answers: Sequence[ChatAnswer], question: str) -> None:
     """Ask all models at the same time, so that one batch mixes their answers. Fills `answers` as tokens arrive."""
     client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
     async with client, asyncio.TaskGroup() as group:
@@ -45,7 +45,7 @@ async def stream_all(url: str, answers: Sequence[Answer], question: str) -> None
             group.create_task(_stream(client, answer, question))
 
 
-async def _stream(client: AsyncOpenAI, answer: Answer, question: str) -> None:
+async def _stream(client: AsyncOpenAI, answer: ChatAnswer, question: str) -> None:
     started_s = time.perf_counter()
     stream = await client.chat.completions.create(
         model=answer.model, messages=[{"role": "user", "content": question}], stream=True, temperature=0,

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -10,7 +11,7 @@ from rich.text import Text
 
 from tests.assets.adapters import LINEAR
 from tests.assets.oracle import cosine
-from tests.demo.chat import Answer
+from tests.demo.chat import ChatAnswer
 from tests.demo.client import EmbeddedTexts, Row
 from tests.demo.models import DemoModel
 from tests.demo.reference import Vectors
@@ -26,17 +27,18 @@ def vectors(console: Console, rows: list[Row], expected: Vectors) -> float:
     )
     for heading in ("model", "rank", "targets", "tier", "1st ms", "ms", "cosine*"):
         _column(shown, heading, wraps=heading == "targets")
-    worst = 1.0
+    lowest = []
     for row in rows:
-        close = min(cosine(got, right) for got, right in zip(row.vectors, expected[row.sent.model], strict=True))
-        worst = min(worst, close)
+        pairs = zip(row.vectors, expected[row.sent.model], strict=True)
+        close = float(np.min([cosine(got, right) for got, right in pairs]))  # NaN if any is; `min` may hide it
+        lowest.append(close)
         times = (f"{seconds * 1000:.1f}" for seconds in (row.first_s, row.then_s))
         shown.add_row(*_described(row.sent), ", ".join(row.tiers) or "-", *times, f"{close:.9f}")
     console.print(shown)
-    return worst
+    return float(np.min(lowest))
 
 
-def answers(question: str, answers: list[Answer]) -> Table:
+def answers(question: str, answers: list[ChatAnswer]) -> Table:
     """Return the table of answers as they are now."""
     shown = _table(f"Streamed at once: {question}", "* tokens that transformers + PEFT choose too, of all tokens\n")
     shown.expand = True  # else it widens while the answers grow

@@ -3,16 +3,21 @@
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.serve.schema import ServeDeploySchema
+from rich.console import Console
 
 from ranklet.cluster.config import AppArgs
-from tests.demo.__main__ import Comparison
-from tests.demo.chat import Answer
-from tests.demo.client import texts_of
+from tests.demo import show
+from tests.demo.__main__ import WORST_COSINE
+from tests.demo.chat import ChatAnswer
+from tests.demo.client import EmbeddedTexts, Row, texts_of
+from tests.demo.comparison import Comparison
 from tests.demo.models import SMOLLM, DemoModel, made_model, prepare, smollm_model
 
 LABEL = "billing"  # the answer of the adapter `ticket`
@@ -63,16 +68,30 @@ def test_an_answer_that_differs_is_noticed(smollm_dir: Path) -> None:
         expected = Comparison(pool, served, texts_of(served)[:1])
         reference = expected.reference()
         label = [*reference.encode(LABEL), reference.eos]
-        right = Answer("ticket", LABEL, label, finish_reason="stop")
+        right = ChatAnswer("ticket", LABEL, label, finish_reason="stop")
         assert expected.is_right(right, served.question)
         assert right.right == len(label)
-        other = Answer("ticket", LABEL, [label[0] + 1, *label[1:]], finish_reason="stop")
+        other = ChatAnswer("ticket", LABEL, [label[0] + 1, *label[1:]], finish_reason="stop")
         assert not expected.is_right(other, served.question)
         assert other.right == 0
-        assert not expected.is_right(Answer("pirate", LABEL, label, finish_reason="stop"), served.question)
-        assert not expected.is_right(Answer("ticket", "bug", label, finish_reason="stop"), served.question)
-        assert not expected.is_right(Answer("ticket", LABEL, label[:-1], finish_reason="stop"), served.question)
-        assert not expected.is_right(Answer("ticket"), served.question)
+        assert not expected.is_right(ChatAnswer("pirate", LABEL, label, finish_reason="stop"), served.question)
+        assert not expected.is_right(ChatAnswer("ticket", "bug", label, finish_reason="stop"), served.question)
+        assert not expected.is_right(ChatAnswer("ticket", LABEL, label[:-1], finish_reason="stop"), served.question)
+        assert not expected.is_right(ChatAnswer("ticket"), served.question)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, 2.0])
+def test_a_vector_that_differs_is_noticed(wrong: float) -> None:
+    right, console = np.ones((3, 4), np.float32), Console(file=StringIO())
+    vectors = right.copy()
+    vectors[1, 2] = wrong
+    rows = [
+        Row(EmbeddedTexts(name, ("text",) * 3, None), got, (), 0.1, 0.1)
+        for name, got in (("first", right), ("second", vectors), ("third", right))
+    ]
+    expected = dict.fromkeys(("first", "second", "third"), right)
+    assert show.vectors(console, rows[::2], expected) >= WORST_COSINE
+    assert not show.vectors(console, rows, expected) >= WORST_COSINE
 
 
 def prepared(smollm_dir: Path, lines: list[str]) -> DemoModel:
