@@ -79,7 +79,9 @@ def rounded_rows(rows: int) -> int:
 
 
 def rounded_pages(rows: int, pages: int, most: int) -> int:
-    """Round the pages of a step's longest sequence up to the width of its page table.
+    """Round the pages of the longest of some decodes up to the width of their page table.
+
+    Steps with prompts have tables of `most` pages: their size matters less there, and they have fewer sizes.
 
     Args:
         rows: of the table.

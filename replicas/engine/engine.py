@@ -184,7 +184,7 @@ class Engine:
             tier = request.tier = None if adapter is None else self._adapters.tier(adapter)
             for sequence in request.sequences:
                 self._scheduler.queue.add(sequence)
-            self._lock.notify_all()
+            self._pipeline.wake(must_load=tier not in (None, "gpu"))
         if tier is not None:
             self._listener.tier_hit(tier)
         return Ticket(request)

@@ -32,7 +32,6 @@ from ranklet.replicas.model.heads import TextHead
 
 SHORT_STEP = 2048  # tokens of a step with prompts
 _SHORT_PROMPT = 1024  # tokens of a prompt for which attention over pages takes little longer than cuDNN's
-_LEAST_PAGES = 64  # of the page table of a step with prompts
 _LEAST_POOLED = 16  # of a step with pieces of prompts, so that embeddings beside texts need no graphs of their own
 
 
@@ -287,9 +286,8 @@ class LayoutPacker:
         padded_decodes = decodes_beside_prompts(count, padded) if count or chunks else 0
         padded_chunks = max(_few(padded)[0], power_of_four(len(chunks))) if chunks else 0
         padded_fresh = power_of_four(len(fresh)) if fresh else 0
-        width = rounded_pages(padded_decodes + padded_chunks, max(pages, _LEAST_PAGES), most)
         return LayoutSizes(
-            padded, padded_decodes, padded_chunks, padded_fresh, power_of_two(longest_fresh) if fresh else 0, width,
+            padded, padded_decodes, padded_chunks, padded_fresh, power_of_two(longest_fresh) if fresh else 0, most,
             padded_decodes + padded_chunks + (padded_fresh if not chunks else 0) if drawn else 0,
             max(_LEAST_POOLED if chunks else 0, power_of_four(pooled) if pooled else 0),
         )  # fmt: skip

@@ -88,6 +88,15 @@ class Pipeline:
             sequence.request.fail(error)
         self._adapters.refuse_loads(error)
 
+    def wake(self, *, must_load: bool) -> None:
+        """Plan again, because a request was queued. Called under the lock.
+
+        Args:
+            must_load: whether the request's adapter is in no slot.
+        """
+        if must_load or len(self._in_flight) < self._depth:  # else nothing can start before a step ends
+            self._lock.notify_all()
+
     def running(self) -> list[Sequence]:
         """Return the sequences that are launched or on the device. Called under the lock."""
         return [*self._launching, *(each for step in self._in_flight for each in step.plan.sequences)]

@@ -1,8 +1,7 @@
 """Compiles kernels of text and captures the CUDA graphs of its usual steps, before an engine takes requests.
 
 Afterwards a step of decodes that are greedy or sample without penalties, biases and logprobs never runs eagerly, if
-adapters have modules in the layers only. Nor does a step of up to 2,048 tokens with up to 16 pieces of prompts, if its
-sequences have up to 4,096 tokens.
+adapters have modules in the layers only. Nor does a step of up to 2,048 tokens with up to 16 pieces of prompts.
 """
 
 import logging

@@ -45,7 +45,7 @@ from ranklet.replicas.process.messages import (
 
 _STATE_INTERVAL_S = 0.5
 _STATES_PER_CHECK = 10  # a check of 16,000 pages takes 5 ms of this thread, 0.4 ms of it with the engine's lock
-_SWITCH_INTERVAL_S = 0.0005  # time after which a thread yields the interpreter to a waiting one; 5 ms by default
+SWITCH_INTERVAL_S = 0.0005  # time after which a thread yields the interpreter to a waiting one; 5 ms by default
 _LOAD_THREADS = 4  # concurrent calls of `load`, which wait for the engine's loader threads
 
 logger = logging.getLogger(__name__)
@@ -243,5 +243,5 @@ class _EventListener(Listener):
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     Worker(Connection(int(sys.argv[1]))).serve()
