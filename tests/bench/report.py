@@ -54,11 +54,13 @@ def environment() -> dict[str, Any]:
 
 def _command() -> str:
     """Return the command line without --out, which differs between machines."""
-    words = [Path(sys.argv[0]).stem, *sys.argv[1:]]
+    words = sys.argv[1:]
     if "--out" in words:
         at = words.index("--out")
         del words[at : at + 2]
-    return shlex.join(["python", "-m", f"tests.bench.{words[0]}", *words[1:]])
+    running = sys.modules["__main__"].__spec__  # None unless the program was started with -m
+    module = running.name.removesuffix(".__main__") if running else f"tests.bench.{Path(sys.argv[0]).stem}"
+    return shlex.join(["python", "-m", module, *words])
 
 
 def _version(package: str) -> str | None:
@@ -73,6 +75,14 @@ def _driver() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
+def write(name: str, rows: list[dict[str, Any]], out: Path = RESULTS) -> Path:
+    """Write `rows` with their environment to `out/name.json`."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    return path
+
+
 def save(name: str, rows: list[dict[str, Any]], out: Path = RESULTS) -> Path:
     """Write `rows` with their environment to `out/name.json` and print them as a table.
 
@@ -81,9 +91,7 @@ def save(name: str, rows: list[dict[str, Any]], out: Path = RESULTS) -> Path:
     """
     if not rows:
         raise ValueError(f"{name}: nothing was measured")
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    path = write(name, rows, out)
     table = Table(title=name)
     for column in rows[0]:
         table.add_column(column)

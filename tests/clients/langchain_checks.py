@@ -1,0 +1,89 @@
+"""LangChain: the standard tests of chat models, with ChatOpenAI on the base model and overridden with an adapter."""
+
+from typing import Any
+
+import openai
+import pytest
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessageChunk
+from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
+from langchain_tests.integration_tests import ChatModelIntegrationTests
+from pydantic import BaseModel
+
+BASE = "SmolLM2-135M-Instruct"
+
+
+class City(BaseModel):
+    """A form that an answer may be asked to have."""
+
+    name: str
+
+
+class TestRanklet(ChatModelIntegrationTests):
+    @property
+    def chat_model_class(self) -> type[BaseChatModel]:
+        return ChatOpenAI
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {"model": BASE, "max_tokens": 32, "stream_usage": True, "max_retries": 0}
+
+    @property
+    def model_override_value(self) -> str:
+        return "pirate"
+
+    @property
+    def has_tool_calling(self) -> bool:
+        return False
+
+    @property
+    def has_tool_choice(self) -> bool:
+        return False
+
+    @property
+    def has_structured_output(self) -> bool:
+        return False
+
+
+def chat(model: str = BASE, **settings: Any) -> ChatOpenAI:
+    return ChatOpenAI(model=model, **{"max_tokens": 32, "temperature": 0, "max_retries": 0, **settings})
+
+
+@pytest.mark.parametrize("model", [BASE, "french", "json", "pirate", "ticket"])
+def test_a_stream_is_the_whole_answer(model: str) -> None:
+    whole = chat(model).invoke("Why was my card charged twice?")
+    parts = list(chat(model, stream_usage=True).stream("Why was my card charged twice?"))
+    summed = sum(parts[1:], parts[0])
+    assert isinstance(summed, AIMessageChunk)
+    assert summed.content == whole.content
+    assert summed.usage_metadata is not None
+    assert whole.usage_metadata is not None
+    assert summed.usage_metadata["output_tokens"] == whole.usage_metadata["output_tokens"]
+    assert whole.response_metadata["model_name"] == model
+
+
+def test_logprobs() -> None:
+    answer = chat(logprobs=True, top_logprobs=2).invoke("Hello")
+    assert all(len(entry["top_logprobs"]) == 2 for entry in answer.response_metadata["logprobs"]["content"])
+
+
+def test_completions() -> None:
+    model = OpenAI(model=BASE, max_tokens=8, temperature=0, max_retries=0)
+    whole = model.invoke("The capital of France is")
+    assert "Paris" in whole
+    assert "".join(model.stream("The capital of France is")) == whole
+    assert model.batch(["The capital of France is", "The capital of France is"]) == [whole, whole]
+
+
+def test_embeddings() -> None:
+    # Without this option the client sends token ids of OpenAI's own tokenizer.
+    vectors = OpenAIEmbeddings(model=BASE, check_embedding_ctx_length=False).embed_documents(["one", "another"])
+    assert [len(vector) for vector in vectors] == [576, 576]
+
+
+@pytest.mark.parametrize("asked", ["tool_choice", "response_format"])
+def test_refused_by_name(asked: str) -> None:
+    method = "function_calling" if asked == "tool_choice" else "json_schema"
+    model = chat().with_structured_output(City, method=method)
+    with pytest.raises(openai.BadRequestError, match=f"{asked}: this field is not supported"):
+        model.invoke("Name a city.")
