@@ -75,15 +75,17 @@ def run(console: Console, clients: list[Client], model: DemoModel, unusable: dic
 
 
 def show(console: Console, outcomes: list[Outcome]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, title="Clients, unchanged, against ranklet with SmolLM2-135M-Instruct")
-    shown = ("client", "version", *NUMBERS, "refused by name")
-    for heading in shown:
-        table.add_column(
-            heading, justify="right" if heading in NUMBERS else "left", no_wrap=heading in ("client", "version")
-        )
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title="Clients, unchanged, against ranklet with SmolLM2-135M-Instruct",
+    )
+    for heading in ("client", "version", *NUMBERS, "refused by name"):
+        table.add_column(heading, justify="right" if heading in NUMBERS else "left")
     for outcome in outcomes:
         row = outcome.row()
-        table.add_row(*(str(row[heading]) for heading in shown), style=None if outcome.is_good else "red")
+        cells = (str(row[heading]) for heading in ("client", "version", *NUMBERS))
+        table.add_row(*cells, "\n".join(outcome.refused), style=None if outcome.is_good else "red")
     console.print(table)
     for outcome in outcomes:
         for what, value in outcome.measured:
