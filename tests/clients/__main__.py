@@ -81,7 +81,7 @@ def show(console: Console, outcomes: list[Outcome]) -> None:
         title="Clients, unchanged, against ranklet with SmolLM2-135M-Instruct",
     )
     for heading in ("client", "version", *NUMBERS, "refused by name"):
-        table.add_column(heading, justify="right" if heading in NUMBERS else "left")
+        table.add_column(heading, justify="right" if heading in NUMBERS else "left", no_wrap=heading not in NUMBERS)
     for outcome in outcomes:
         row = outcome.row()
         cells = (str(row[heading]) for heading in ("client", "version", *NUMBERS))
