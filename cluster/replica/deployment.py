@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from ray import serve
@@ -20,8 +21,9 @@ from ranklet.cluster.exporter import start_exporter
 from ranklet.cluster.message import AdapterText, EmbedResult, InferenceCall, InferenceReply, Refusal, ReplicaDescription
 from ranklet.cluster.replica.adapter_texts import AdapterTexts
 from ranklet.cluster.replica.calls import ReplicaCalls
-from ranklet.cluster.replica.feeds import OutgoingFeeds
+from ranklet.cluster.replica.feeds import GatewayLost, OutgoingFeeds
 from ranklet.cluster.replica.gateways_client import GatewaysClient
+from ranklet.cluster.replica.lost_gateways import LostGateways, ended_actors
 from ranklet.cluster.replica.metrics import ReplicaMetrics
 from ranklet.cluster.replica.publisher import StatePublisher
 from ranklet.cluster.replica.state import ReplicaState
@@ -31,7 +33,7 @@ from ranklet.replicas.engine.params import EmbedParams, GenerateParams
 from ranklet.replicas.errors import RankletError
 from ranklet.replicas.process.process import EngineProcess
 from ranklet.routing.hint import RoutingHint
-from ranklet.routing.report import RANK
+from ranklet.routing.report import RANK, StateReport
 
 _BLOCKING_THREADS = 8  # blocking calls of the engine, mostly loads, that run at the same time
 _RELEASE_POLL_S = 0.02
@@ -48,7 +50,7 @@ class Replica:
         context = serve.get_replica_context()
         self._id = context.replica_id.unique_id
         self._rank = context.rank.rank if context.rank else 0
-        metrics = ReplicaMetrics(args.metrics.top_adapters, args.base_names[0])
+        self._metrics = metrics = ReplicaMetrics(args.metrics.top_adapters, args.base_names[0])
         config, sources = args.engine_config(), args.sources
         self._state = ReplicaState(self._id, config.slots, config.max_rank)
         self._feeds = OutgoingFeeds()
@@ -63,8 +65,9 @@ class Replica:
         self._metrics_target = start_exporter(metrics.registry, args.metrics)
         self._threads = ThreadPoolExecutor(_BLOCKING_THREADS, thread_name_prefix="engine-call")
         self._tasks: set[asyncio.Task[None]] = set()
-        gateways = GatewaysClient(context.app_name)
-        self._publisher = StatePublisher(self._state, gateways.send, self._engine.at_work)
+        self._gateways = GatewaysClient(context.app_name)
+        self._lost_gateways = LostGateways(self._feeds, partial(ended_actors, existing=self._id))
+        self._publisher = StatePublisher(self._state, self._send_report, self._engine.at_work)
         self._is_publishing = False
         logger.info(
             "replica %s (rank %d) serves %s, metrics on %s",
@@ -82,9 +85,17 @@ class Replica:
     async def generate(
         self, call: InferenceCall[GenerateParams], hint: RoutingHint
     ) -> InferenceReply[GenerateResult] | Refusal:
-        """Generate the texts of a call. Their pieces leave through the sender's feed before. Cancellation ends them."""
-        with self._feeds.call_from(call.sender):
-            return await self._calls.answer(call, GenerateResult.of)
+        """Generate the texts of a call. Their pieces leave through the sender's feed before.
+
+        They end early if the call is cancelled or its sender is lost.
+        """
+        try:
+            async with self._feeds.call_from(call.sender):
+                return await self._calls.answer(call, GenerateResult.of)
+        except GatewayLost as error:
+            logger.warning("a text of %s ends: %s", call.adapter_name or "the base model", error.message)
+            self._metrics.on_gateway_lost(call.adapter_name)
+            return Refusal.of(error, self._id, call.adapter_name or "", None)
 
     async def feed(self, gateway: str, replica: str, hint: RoutingHint) -> AsyncGenerator[list[bytes], None]:
         """Yield messages about the text calls of a gateway, see `OutgoingFeeds.read`.
@@ -167,6 +178,11 @@ class Replica:
         with contextlib.suppress(RankletError):  # the next request for the adapter gets the error
             self._engine.prefetch((await self._resolver.resolve(name, source)).adapter)
 
+    async def _send_report(self, report: StateReport) -> list[str]:
+        reached = await self._gateways.send(report)
+        self._lost_gateways.on_reached(reached)
+        return reached
+
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
@@ -216,6 +232,7 @@ class Replica:
         if not self._is_publishing:  # Serve calls this once the replica has started
             self._is_publishing = True
             self._spawn(self._publisher.run())
+            self._spawn(self._lost_gateways.run())
             self._spawn(self.pin(self._pins))
         problem = self._engine.problem()
         if problem is not None:

@@ -5,13 +5,18 @@ import contextlib
 import pickle
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 
 from ranklet.cluster.message import MAX_MESSAGE_BYTES, Begun
 from ranklet.replicas.engine.stats import Listener
+from ranklet.replicas.errors import Unavailable
 
 MAX_WAITING_BYTES = 8 << 20  # of one gateway: a second of a full engine with many logprobs, ten without
+
+
+class GatewayLost(Unavailable):
+    """The process of the gateway that sent the call has ended, so nobody waits for the text."""
 
 
 class _Reader:
@@ -36,13 +41,13 @@ class _Outgoing:
     """What waits for one gateway.
 
     Attributes:
-        calls: number of open text calls.
+        calls: a timeout for each open text call, which ends it.
         reader: None while the gateway has no stream open.
     """
 
     waiting: deque[bytes] = field(default_factory=deque)
     waiting_bytes: int = 0
-    calls: int = 0
+    calls: set[asyncio.Timeout] = field(default_factory=set)
     reader: _Reader | None = None
 
 
@@ -60,18 +65,46 @@ class OutgoingFeeds(Listener):
         self._lock = threading.Lock()
         self.dropped_bytes = 0
 
-    @contextlib.contextmanager
-    def call_from(self, gateway: str) -> Iterator[None]:
-        """Keep what the gateway cannot receive yet while a text call of it is open."""
+    @property
+    def callers(self) -> frozenset[str]:
+        """Gateways with open text calls."""
+        with self._lock:
+            return frozenset(gateway for gateway, outgoing in self._gateways.items() if outgoing.calls)
+
+    @contextlib.asynccontextmanager
+    async def call_from(self, gateway: str) -> AsyncIterator[None]:
+        """Keep what the gateway cannot receive yet while a text call of it, which is the body, is open.
+
+        Raises:
+            GatewayLost: the body was cancelled by `lose`.
+        """
+        life = asyncio.timeout(None)
         with self._lock:
             outgoing = self._gateways.setdefault(gateway, _Outgoing())
-            outgoing.calls += 1
+            outgoing.calls.add(life)
         try:
-            yield
+            async with life:
+                yield
+        except TimeoutError as error:
+            if not life.expired():
+                raise
+            raise GatewayLost(f"gateway {gateway}, which had sent the request, has ended") from error
         finally:
             with self._lock:
-                outgoing.calls -= 1
+                outgoing.calls.discard(life)
                 self._remove_if_unused(gateway, outgoing)
+
+    def lose(self, gateway: str) -> None:
+        """End the open calls and the stream of a gateway that has ended. Call it in their event loop."""
+        with self._lock:
+            outgoing = self._gateways.get(gateway)
+            calls = () if outgoing is None else tuple(outgoing.calls)
+            reader = None if outgoing is None else outgoing.reader
+        for life in calls:
+            if not life.expired():
+                life.reschedule(0.0)
+        if reader is not None:
+            reader.end()
 
     def begin(self, gateway: str, begun: Begun) -> None:
         self.pieces(gateway, pickle.dumps(begun))

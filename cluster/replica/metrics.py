@@ -52,6 +52,11 @@ class ReplicaMetrics(Listener):
         self.fetched_bytes = counter("ranklet_source_bytes_total", "Bytes downloaded into the node's cache")
         self.evictions = counter("ranklet_adapter_evictions_total", "Adapters evicted from a slot")
         self.cancelled_prompts = counter("ranklet_cancelled_prompts_total", "Prompts of clients that disconnected")
+        # Under the name of the gateways' own metric, since the gateway is gone.
+        self.texts_cancelled = counter(
+            "ranklet_text_cancelled_total", "Calls whose text ended early, by reason", ["adapter", "reason"]
+        )
+        self.texts_cancelled.labels(BASE, "gateway_lost")
         self.labels = AdapterLabels(top_adapters, self._forget)
         self._totals = EngineTotals()
         self._model = model
@@ -94,11 +99,15 @@ class ReplicaMetrics(Listener):
     def cancelled(self, prompts: int) -> None:
         self.cancelled_prompts.inc(prompts)
 
+    def on_gateway_lost(self, adapter: str | None) -> None:
+        """Record a text call that ended since its gateway was gone."""
+        self.texts_cancelled.labels(self.labels.label(adapter, 0), "gateway_lost").inc()
+
     def watch(self, snapshot: Callable[[], Snapshot], pid: int) -> None:
         """Export gauges that are read from the engine at each scrape, and the resource usage of the process `pid`."""
         self.registry.register(EngineStateMetrics(snapshot, self._totals, self._model, self.labels.limit))
         ProcessCollector(namespace="ranklet_engine", pid=lambda: pid, registry=self.registry)
 
     def _forget(self, adapter: str) -> None:
-        for metric in (self.prompts, self.tokens, self.generated):
+        for metric in (self.prompts, self.tokens, self.generated, self.texts_cancelled):
             metric.remove_by_labels({"adapter": adapter})

@@ -3,7 +3,7 @@
 import base64
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,16 +75,7 @@ class Service:
 
     def samples(self, role: str, **labels: str) -> Mapping[str, float]:
         """Return the samples of all processes of a role whose labels include `labels`, summed by name."""
-        summed: dict[str, float] = {}
-        for group in self.targets():
-            if group["labels"]["role"] != role:
-                continue
-            text = httpx.get(f"http://{group['targets'][0]}/metrics", timeout=30, trust_env=False).text
-            for family in text_string_to_metric_families(text):
-                for sample in family.samples:
-                    if labels.items() <= sample.labels.items():
-                        summed[sample.name] = summed.get(sample.name, 0.0) + sample.value
-        return summed
+        return summed_samples([each["targets"][0] for each in self.targets() if each["labels"]["role"] == role], labels)
 
     def deploy(self, user_config: Mapping[str, Any]) -> None:
         gateway, *others = self.content["applications"][0]["deployments"]
@@ -94,6 +85,18 @@ class Service:
             "deployments": [{**gateway, "user_config": user_config}, *others],
         }
         self.cluster.deploy({**self.content, "applications": [application]})
+
+
+def summed_samples(targets: Iterable[str], labels: Mapping[str, str]) -> Mapping[str, float]:
+    """Return the samples that these targets export and whose labels include `labels`, summed by name."""
+    summed: dict[str, float] = {}
+    for target in targets:
+        text = httpx.get(f"http://{target}/metrics", timeout=30, trust_env=False).text
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if labels.items() <= sample.labels.items():
+                    summed[sample.name] = summed.get(sample.name, 0.0) + sample.value
+    return summed
 
 
 @contextmanager

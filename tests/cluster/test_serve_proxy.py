@@ -1,10 +1,14 @@
 """The application behind Serve's own proxy, whose transport, threads and event loops differ from those of HAProxy."""
 
 import json
+import os
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
@@ -21,6 +25,7 @@ from tests.cluster.service import (
     eventually,
     own_configuration,
     serving,
+    summed_samples,
     vectors_of,
 )
 
@@ -52,6 +57,7 @@ def plain(
     (folder / "team").write_text(team)
     content["applications"][0]["args"]["security"] = {"keys_file": str(keys)}
     content["applications"][0]["args"]["log"] = {"requests": "all"}
+    content["applications"][0]["args"]["engine"]["kv_cache_bytes"] = 64 << 20
     content["logging_config"] = {"encoding": "JSON"}
     content["applications"][0]["args"]["sources"] = {"allowed": [s3.url], "cache_dir": str(folder / "cache")}
     environment = {
@@ -179,6 +185,30 @@ def test_an_adapter_in_an_object_store_is_served_in_one_revision_until_it_is_loa
 
 def test_work_for_a_client_that_disconnected_is_dropped(plain: Service) -> None:
     load.disconnect_early(plain)
+
+
+def test_texts_of_a_gateway_that_died_end(plain: Service) -> None:
+    """Through Ray's own calls, a replica is not told that the process of a caller has ended."""
+    targets = [each["targets"][0] for each in plain.targets() if each["labels"]["role"] == "replica"]
+
+    def sample(name: str, **labels: str) -> float:
+        return summed_samples(targets, labels)[name]
+
+    def stream(model: str) -> None:
+        long = {"model": model, "prompt": [5] * 100, "max_tokens": 3900, "ignore_eos": True, "stream": True}
+        assert plain.http.post("/v1/completions", json=long).status_code == 200
+
+    (gateway,) = plain.processes("Gateway").values()
+    with ThreadPoolExecutor(2) as pool:
+        streams = [pool.submit(stream, model) for model in (BASE, "legal-v2")]
+        eventually("texts are generated", lambda: sample("ranklet_running_sequences") == 2, poll_s=0.05)
+        os.kill(gateway, signal.SIGKILL)
+        for each in streams:
+            assert isinstance(each.exception(), httpx.TransportError)
+    eventually("the pages are free", lambda: sample("ranklet_kv_pages", state="used") == 0)
+    assert sample("ranklet_text_cancelled_total", reason="gateway_lost") == 2
+    assert sample("ranklet_generated_tokens_total") < 7000
+    eventually("another gateway", lambda: plain.http.get("/ready").status_code == 200)
 
 
 def test_the_gateway_repeats_a_request_whose_replica_died(plain: Service) -> None:

@@ -21,7 +21,7 @@ async def next_of(stream: object) -> list[bytes]:
 async def test_messages_wait_for_the_stream_while_a_call_is_open_and_come_at_once() -> None:
     feeds = OutgoingFeeds()
     feeds.pieces("g", b"lost: no call is open")
-    with feeds.call_from("g"), feeds.call_from("other"):
+    async with feeds.call_from("g"), feeds.call_from("other"):
         feeds.begin("g", Begun(3, "r", None, None))
         feeds.pieces("g", b"1")
         stream = feeds.read("g")
@@ -62,7 +62,7 @@ async def test_a_second_stream_of_a_gateway_ends_the_first() -> None:
 
 async def test_a_stream_that_is_read_too_slowly_ends_and_begins_again_without_the_lost_messages() -> None:
     feeds = OutgoingFeeds(max_waiting_bytes=100)
-    with feeds.call_from("g"):
+    async with feeds.call_from("g"):
         stream = feeds.read("g")
         assert await next_of(stream) == []
         for _ in range(3):
