@@ -116,7 +116,7 @@ class TextFeeds:
         self._hint_ids = hint_ids
         self._numbers = itertools.count()
         self._calls: dict[int, TextCall] = {}
-        self._is_wanted = False
+        self._is_wanted = self._has_stopped = False
         self._members: object = None
         self._feeds: dict[str, asyncio.Task[None]] = {}
         self._finishing: set[asyncio.Task[None]] = set()
@@ -149,7 +149,7 @@ class TextFeeds:
         Called at each text call and each report of a replica.
         """
         members = self._affinity.members()
-        if not self._is_wanted or members is self._members:
+        if not self._is_wanted or self._has_stopped or members is self._members:
             return
         live = {each.id for each in members}
         for replica in live - self._feeds.keys():
@@ -161,6 +161,12 @@ class TextFeeds:
             self._feeds.pop(replica).cancel()
         if self._feeds.keys() == live:  # else look again, since a replica that ends may still generate texts
             self._members = members
+
+    def stop(self) -> None:
+        """Close all feeds, and open no others. Call it in their event loop."""
+        self._has_stopped = True
+        for task in (*self._feeds.values(), *self._finishing):
+            task.cancel()
 
     async def _read(self, replica: str) -> None:
         """Read the feed of a replica, and open it again when it breaks, for as long as the replica lives."""

@@ -153,6 +153,12 @@ class Gateway(ReportReceiver):
         if self._watching is None or self._watching.done():
             self._watching = asyncio.ensure_future(self._replicas.watchdog.run())
 
+    def __del__(self) -> None:
+        """Close the feeds. Serve calls this once the requests have been answered."""
+        replicas = getattr(self, "_replicas", None)
+        if replicas is not None:
+            replicas.feeds.stop()
+
     # Called by replicas and other gateways
 
     async def on_report(self, report: StateReport) -> str:

@@ -229,3 +229,20 @@ def test_feeds_of_replicas_that_are_gone_are_closed_once_no_text_needs_them() ->
         assert client.feeds.replicas == set()
 
     run_in_virtual_time(run())
+
+
+def test_feeds_that_were_stopped_are_closed_and_stay_closed() -> None:
+    async def run() -> None:
+        replica, kept = TextReplica(stream, stream), KeptText()
+        client = client_of(replica)
+        await client.generate(None, PROMPTS, PARAMS, kept)
+        assert client.feeds.replicas == {"r0"}
+        client.feeds.stop()
+        await asyncio.sleep(5)
+        assert client.feeds.replicas == set()
+        kept.tokens.clear()
+        await client.generate(None, PROMPTS, PARAMS, kept)
+        assert kept.tokens == {0: list(TEXT)}, "the whole answer has them"
+        assert (client.feeds.replicas, replica.opened) == (set(), 1)
+
+    run_in_virtual_time(run())

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tests.cluster.text_client import CHAT, COMPLETIONS, events_of
 TEXT = tuple(range(40, 60))
 FIELDS = {"prompt": [50, 51, 52, 53], "max_tokens": len(TEXT)}
 Call = InferenceCall[GenerateParams]
+MakeParts = Callable[..., TextParts]
 
 
 async def whole(replica: Any, call: Call) -> Any:
@@ -49,12 +51,26 @@ async def endless(replica: Any, call: Call) -> Any:
     await asyncio.Event().wait()
 
 
+@pytest.fixture
+async def make_parts(tmp_path: Path) -> AsyncIterator[MakeParts]:
+    """Return a function that makes the parts of a gateway. Its feeds are closed at the end."""
+    made: list[TextParts] = []
+
+    def make(*arguments: Any, **given: Any) -> TextParts:
+        made.append(TextParts(tmp_path, *arguments, **given))
+        return made[-1]
+
+    yield make
+    for parts in made:
+        parts.replicas.feeds.stop()
+
+
 def used(parts: TextParts) -> int:
     return parts.admission.in_flight
 
 
-async def test_a_stream_has_the_text_and_headers_of_its_replica(tmp_path: Path) -> None:
-    parts = TextParts(tmp_path, DescribingReplica(whole))
+async def test_a_stream_has_the_text_and_headers_of_its_replica(make_parts: MakeParts) -> None:
+    parts = make_parts(DescribingReplica(whole))
     call = AsgiCall(parts.app, COMPLETIONS, FIELDS)
     await call.run()
     headers = dict(call.sent[0]["headers"])
@@ -67,11 +83,11 @@ async def test_a_stream_has_the_text_and_headers_of_its_replica(tmp_path: Path) 
     assert parts.sample("ranklet_text_choices_total", adapter="base", reason="length") == 1
 
 
-async def test_the_log_has_the_times_to_the_first_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_log_has_the_times_to_the_first_token(make_parts: MakeParts, caplog: pytest.LogCaptureFixture) -> None:
     async def timed(replica: Any, call: Call) -> Any:
         return replace(await whole(replica, call), first_piece_s=0.25)
 
-    parts = TextParts(tmp_path, DescribingReplica(timed))
+    parts = make_parts(DescribingReplica(timed))
     parts.services = replace(parts.services, observer=Observer(parts.metrics, RecentRequests(), "all", "gateway"))
     with caplog.at_level(logging.INFO, "ray.serve.requests"):
         await AsgiCall(parts.app, COMPLETIONS, FIELDS).run()
@@ -80,8 +96,8 @@ async def test_the_log_has_the_times_to_the_first_token(tmp_path: Path, caplog: 
     assert " first_token_ms=" in line
 
 
-async def test_frames_that_wait_together_are_one_write(tmp_path: Path) -> None:
-    parts = TextParts(tmp_path, DescribingReplica(whole))
+async def test_frames_that_wait_together_are_one_write(make_parts: MakeParts) -> None:
+    parts = make_parts(DescribingReplica(whole))
     call = AsgiCall(parts.app, COMPLETIONS, FIELDS)
     call.reads.clear()
     running = asyncio.ensure_future(call.run())
@@ -92,8 +108,8 @@ async def test_frames_that_wait_together_are_one_write(tmp_path: Path) -> None:
     assert len(call.sent) == 2  # the start, and one body with all frames
 
 
-async def test_an_error_before_the_first_token_is_a_status(tmp_path: Path) -> None:
-    parts = TextParts(tmp_path, DescribingReplica(refused))
+async def test_an_error_before_the_first_token_is_a_status(make_parts: MakeParts) -> None:
+    parts = make_parts(DescribingReplica(refused))
     call = AsgiCall(parts.app, CHAT, {"messages": [{"role": "user", "content": "hi"}]})
     await call.run()
     assert call.sent[0]["status"] == 500
@@ -101,8 +117,8 @@ async def test_an_error_before_the_first_token_is_a_status(tmp_path: Path) -> No
     assert used(parts) == 0
 
 
-async def test_an_error_after_the_first_token_is_an_event(tmp_path: Path) -> None:
-    parts = TextParts(tmp_path, DescribingReplica(fails_later))
+async def test_an_error_after_the_first_token_is_an_event(make_parts: MakeParts) -> None:
+    parts = make_parts(DescribingReplica(fails_later))
     call = AsgiCall(parts.app, CHAT, {"messages": [{"role": "user", "content": "hi"}]})
     await call.run()
     assert call.sent[0]["status"] == 200
@@ -115,8 +131,8 @@ async def test_an_error_after_the_first_token_is_an_event(tmp_path: Path) -> Non
     assert used(parts) == 0
 
 
-async def test_a_client_that_leaves_cancels_and_pays_for_what_was_made(tmp_path: Path) -> None:
-    parts = TextParts(tmp_path, DescribingReplica(endless), keys={"team": (("*",), 1000)})
+async def test_a_client_that_leaves_cancels_and_pays_for_what_was_made(make_parts: MakeParts) -> None:
+    parts = make_parts(DescribingReplica(endless), keys={"team": (("*",), 1000)})
     call = AsgiCall(parts.app, COMPLETIONS, FIELDS, key=parts.secrets["team"])
     running = asyncio.ensure_future(call.run())
     await until(lambda: len(call.sent) > 1)
@@ -129,8 +145,8 @@ async def test_a_client_that_leaves_cancels_and_pays_for_what_was_made(tmp_path:
     assert await parts.spent() == 4 + 3
 
 
-async def test_a_slow_reader_ends_only_its_own_request(tmp_path: Path) -> None:
-    parts = TextParts(tmp_path, DescribingReplica(whole, whole), limits={"max_waiting_stream_bytes": 1000})
+async def test_a_slow_reader_ends_only_its_own_request(make_parts: MakeParts) -> None:
+    parts = make_parts(DescribingReplica(whole, whole), limits={"max_waiting_stream_bytes": 1000})
     slow, quick = (AsgiCall(parts.app, COMPLETIONS, FIELDS) for _ in range(2))
     slow.reads.clear()
     running = asyncio.ensure_future(slow.run())
@@ -143,8 +159,8 @@ async def test_a_slow_reader_ends_only_its_own_request(tmp_path: Path) -> None:
     assert used(parts) == 0
 
 
-async def test_a_client_that_reads_nothing_is_dropped(tmp_path: Path) -> None:
-    parts = TextParts(tmp_path, DescribingReplica(whole), limits={"request_timeout_s": 0.3})
+async def test_a_client_that_reads_nothing_is_dropped(make_parts: MakeParts) -> None:
+    parts = make_parts(DescribingReplica(whole), limits={"request_timeout_s": 0.3})
     call = AsgiCall(parts.app, COMPLETIONS, FIELDS)
     running = asyncio.ensure_future(call.run())
     await until(lambda: len(call.sent) > 0)
@@ -153,14 +169,14 @@ async def test_a_client_that_reads_nothing_is_dropped(tmp_path: Path) -> None:
     assert used(parts) == 0
 
 
-async def test_an_adapter_that_was_replaced_is_described_again(tmp_path: Path) -> None:
+async def test_an_adapter_that_was_replaced_is_described_again(make_parts: MakeParts) -> None:
     async def replaced(replica: Any, call: Call) -> Any:
         replica.revision, replica.template = "v2", "new"
         assert call.adapter is not None
         assert call.adapter.requested_revision == "v1"
         return Refusal.of(UnknownModel("another revision", param="model"), "r0", "", None)
 
-    parts = TextParts(tmp_path, DescribingReplica(whole, replaced, whole, whole))
+    parts = make_parts(DescribingReplica(whole, replaced, whole, whole))
     sent = {"model": "legal-v2", "messages": [{"role": "user", "content": "hi"}], "max_tokens": len(TEXT)}
     for described in (1, 2, 2):
         call = AsgiCall(parts.app, CHAT, sent)
@@ -177,8 +193,8 @@ async def test_an_adapter_that_was_replaced_is_described_again(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("tokens", [96, 97])
-async def test_prompt_and_text_must_fit_into_the_context(tmp_path: Path, tokens: int) -> None:
-    parts = TextParts(tmp_path, DescribingReplica(whole))
+async def test_prompt_and_text_must_fit_into_the_context(make_parts: MakeParts, tokens: int) -> None:
+    parts = make_parts(DescribingReplica(whole))
     answer = await parts.http_post(COMPLETIONS, {"model": "base", **FIELDS, "max_tokens": tokens})
     assert answer.status_code == (200 if tokens == 96 else 400)
     if tokens == 97:

@@ -70,9 +70,6 @@ class _Describer:
         return AdapterText(self.replica.revision, self.replica.template, {})
 
 
-_kept: list["TextParts"] = []  # feeds are read until the loop ends, which refers to its tasks weakly
-
-
 class TextParts(Parts):
     """A gateway for texts, and an HTTP client for it."""
 
@@ -83,7 +80,7 @@ class TextParts(Parts):
         affinity = Affinity()
         affinity.set_members([Member("r0", 0)])
         handle: Any = _WithLimits(replica)
-        replicas = ReplicasClient(handle, affinity, limits, lambda: None, "gateway")
+        self.replicas = replicas = ReplicasClient(handle, affinity, limits, lambda: None, "gateway")
         tokenizer: Any = PlainTokenizer()
         model_dir = folder / "model"
         model_dir.mkdir()
@@ -93,7 +90,6 @@ class TextParts(Parts):
         self.services = replace(self.services, replicas=replicas, intake=Intake(tokenizer, limits))
         tasks = {COMPLETIONS: CompletionsTask, CHAT: ChatTask}
         self.app = Starlette(routes=[self._route(path, task) for path, task in tasks.items()])
-        _kept.append(self)
 
     async def spent(self) -> float:
         """Return the tokens that were charged to quotas since the last call."""

@@ -1,7 +1,7 @@
 """Pieces of a choice: their text, their tokens, and where they end, however the tokens arrive."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ranklet.cluster.text.choice import NOTHING, ChoiceText, Logprob, TextPiece, TokenRecord
 from ranklet.cluster.text.detokenizer import Detokenizer
 from ranklet.cluster.text.stops import StopStrings
-from tests.cluster.text.small_tokenizers import MAKERS, id_of, make
+from tests.cluster.text.small_tokenizers import MAKERS, SPECIAL, id_of, make
 from tests.cluster.text.test_detokenizer import ids, table
 from tests.cluster.text.test_stops import first_match, held
 
@@ -23,11 +23,12 @@ class DrawnChoice:
     end_ids: frozenset[int]
     include: bool
     skip: bool
+    min_tokens: int = 0
 
     def choice(self) -> ChoiceText:
         return ChoiceText(
             Detokenizer(table(self.name), skip_special=self.skip), StopStrings(self.stops) if self.stops else None,
-            end_ids=self.end_ids, include_stop=self.include, keeps_tokens=True,
+            end_ids=self.end_ids, include_stop=self.include, keeps_tokens=True, min_tokens=self.min_tokens,
         )  # fmt: skip
 
     def texts(self) -> tuple[list[str], list[bool], list[int]]:
@@ -48,17 +49,37 @@ class DrawnChoice:
                 break
         return [*texts, detokenizer.finish()], within, offsets
 
+    def first_match(self, texts: Sequence[str]) -> tuple[int, str] | None:
+        """Return where the text ends and its stop, which lies behind the text of the first `min_tokens` tokens."""
+        before = len("".join(texts[:-1][: self.min_tokens]))
+        found = first_match("".join(texts)[before:], self.stops)
+        return found and (before + found[0], found[1])
+
+
+@st.composite
+def stops(draw: st.DrawFn, text: str) -> list[str]:
+    """Draw stops: parts of the text, whatever tokens they cross, and strings that begin like them or end like them."""
+    cut = st.tuples(st.integers(0, len(text) - 1), st.integers(1, 6)).map(lambda at: text[at[0] : at[0] + at[1]])
+    found = draw(st.lists(st.one_of(cut, st.just(text), st.sampled_from(["\ufffd", "e", "o f", "😀"])), max_size=3))
+    for stop in found[: draw(st.integers(0, len(found)))]:
+        kept = draw(st.integers(1, len(stop)))
+        found.append(draw(st.sampled_from([stop[:kept], stop[-kept:], stop[:kept] + "\u20ac", stop + "x"])))
+    return found
+
 
 @st.composite
 def choices(draw: st.DrawFn) -> DrawnChoice:
-    name = draw(st.sampled_from(sorted(MAKERS)))
+    name, skip = draw(st.sampled_from(sorted(MAKERS))), draw(st.booleans())
     tokens = draw(ids(name, 12))
-    text = make(name).decode(tokens) or "x"
-    cut = st.tuples(st.integers(0, len(text) - 1), st.integers(1, 6)).map(lambda at: text[at[0] : at[0] + at[1]])
-    stops = draw(st.lists(st.one_of(cut, st.just(text), st.sampled_from(["\ufffd", "e", "o f"])), max_size=3))
+    special = st.sampled_from([id_of(name, token) for token in SPECIAL])
+    for at in draw(st.lists(st.integers(0, len(tokens)), max_size=2)):
+        tokens = [*tokens[:at], draw(special), *tokens[at:]]
+    text = make(name).decode(tokens, skip_special_tokens=skip) or "x"
     end_ids = draw(st.frozensets(st.sampled_from(tokens or [0]), max_size=1))
     logprobs: list[Logprob] = [(-float(i), ((i, -0.5),)) for i in range(len(tokens))]
-    return DrawnChoice(name, tokens, logprobs, stops, end_ids, draw(st.booleans()), draw(st.booleans()))
+    return DrawnChoice(
+        name, tokens, logprobs, draw(stops(text)), end_ids, draw(st.booleans()), skip, draw(st.sampled_from([0, 0, 3]))
+    )
 
 
 @st.composite
@@ -85,7 +106,7 @@ def test_the_text_ends_at_the_first_stop_or_end_token(drawn: tuple[DrawnChoice, 
     choice, pieces = stream(case, cuts)
     texts, _, _ = case.texts()
     whole = "".join(texts)
-    match = first_match(whole, case.stops)
+    match = case.first_match(texts)
     text, _ = joined(pieces)
     if match is not None:
         end, stop = match
@@ -129,7 +150,7 @@ def test_tokens_leave_with_their_text(drawn: tuple[DrawnChoice, list[int]]) -> N
 
 @given(streams())
 def test_only_the_beginning_of_a_stop_is_held_back(drawn: tuple[DrawnChoice, list[int]]) -> None:
-    case, _ = drawn
+    case = replace(drawn[0], min_tokens=0)
     choice = case.choice()
     texts, _, _ = case.texts()
     made = sent = ""
@@ -146,7 +167,7 @@ def test_used_tokens_end_with_the_one_that_ends_the_text(drawn: tuple[DrawnChoic
     case, cuts = drawn
     choice, _ = stream(case, cuts)
     texts, _, _ = case.texts()
-    match = first_match("".join(texts), case.stops)
+    match = case.first_match(texts)
     ends = [sum(map(len, texts[: i + 1])) for i in range(len(texts) - 1)]
     expected = len(ends) if match is None else next((i + 1 for i, end in enumerate(ends) if end >= match[0]), len(ends))
     assert choice.used_tokens == expected
@@ -209,3 +230,27 @@ def test_a_hidden_end_token_ends_an_incomplete_character() -> None:
 def test_tokens_are_left_out_where_nobody_asked() -> None:
     choice = ChoiceText(Detokenizer(table("byte_level")))
     assert choice.push(word("a")) == TextPiece("a")
+
+
+def test_a_stop_may_cross_characters_of_several_tokens() -> None:
+    """A stop ends within no character: the bytes of one that it does not contain leave as a whole."""
+    sequence = [id_of("byte_fallback_unstripped", f"<0x{byte:02X}>") for byte in "a你😀b".encode()]
+    for stop, include, text in (
+        ("你😀", False, "a"),
+        ("你😀", True, "a你😀"),
+        ("😀b", False, "a你"),
+        ("😃", False, "a你😀b"),
+    ):
+        choice = ChoiceText(
+            Detokenizer(table("byte_fallback_unstripped")), StopStrings([stop, stop + "!"]), include_stop=include
+        )
+        made = "".join(choice.push([token]).text for token in sequence) + choice.finish("length").text
+        assert (made, choice.matched) == (text, None if stop == "😃" else stop)
+
+
+def test_a_shown_special_token_may_be_a_stop() -> None:
+    end = id_of("byte_level", "<|im_end|>")
+    for skip, text, stop in ((False, "a", "<|im_end|>"), (True, "ab", None)):
+        choice = ChoiceText(Detokenizer(table("byte_level"), skip_special=skip), StopStrings(["<|im_end|>"]))
+        made = choice.push([*word("a"), end, *word("b")]).text + choice.finish("length").text
+        assert (made, choice.matched) == (text, stop)
