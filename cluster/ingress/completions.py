@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Final
 
-from pydantic import WithJsonSchema
+from pydantic import Field, WithJsonSchema
 
 from ranklet.cluster.ingress.fields import TextFields, TextOptions
 from ranklet.cluster.ingress.protocol import INPUT_SCHEMA, Texts, TokenIds, parse_input
@@ -10,6 +10,10 @@ from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.errors import InvalidRequest
 
 _DEFAULT_MAX_TOKENS: Final = 16
+_ECHO: Final = (
+    "Begin each text with its prompt. The logprobs of a prompt are known when its texts are whole, so a stream with "
+    "echo and logprobs begins then."
+)
 
 
 class CompletionsRequest(TextFields):
@@ -17,7 +21,7 @@ class CompletionsRequest(TextFields):
 
     prompt: Annotated[Any, WithJsonSchema(INPUT_SCHEMA)]
     max_tokens: int | None = None
-    echo: bool | None = None
+    echo: Annotated[bool | None, Field(description=_ECHO)] = None
     logprobs: int | None = None
 
     def params(self, vocab: int) -> GenerateParams:

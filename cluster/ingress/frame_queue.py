@@ -17,6 +17,8 @@ class ReaderTooSlow(RankletError):  # noqa: N818  # named like its siblings in r
 class FrameQueue:
     """Frames that wait for one client, up to `limit_bytes`.
 
+    Frames that are added at once while the writer waits for them may take more: it takes them all as soon as it runs.
+
     Attributes:
         error: why the stream ended early.
         has_begun: whether there was a frame.
@@ -41,7 +43,7 @@ class FrameQueue:
         """Add a frame. After the end, it is dropped."""
         if self._is_closed:
             return
-        if self._bytes + len(frame) > self._limit_bytes and self._frames:
+        if self._bytes + len(frame) > self._limit_bytes and self._frames and self._waiter is None:
             self._frames.clear()
             self.fail(
                 ReaderTooSlow(
@@ -90,7 +92,10 @@ class FrameQueue:
 
     async def _change(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

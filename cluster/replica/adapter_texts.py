@@ -7,6 +7,7 @@ from pathlib import Path
 from ranklet.cluster.message import AdapterText
 from ranklet.cluster.text.template import folder_special_tokens, folder_template
 from ranklet.cluster.text.vocabulary import BaseVocabulary
+from ranklet.cluster.text.vocabulary_process import differences_within
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import marks_of
 from ranklet.replicas.errors import AdapterChanged
@@ -23,15 +24,17 @@ class AdapterTexts:
     """
 
     def __init__(self, model_dir: Path) -> None:
+        self._model_dir = model_dir
         self._vocabulary = BaseVocabulary(model_dir)
         self._kept: OrderedDict[AdapterRef, AdapterText] = OrderedDict()
-        self._lock = threading.Lock()  # one folder at a time: a large tokenizer.json takes half a second
+        self._lock = threading.Lock()  # one folder at a time
 
     def describe(self, adapter: AdapterRef) -> AdapterText:
         """Return the description of a revision. Blocks.
 
         Raises:
             AdapterChanged: the folder no longer has this revision.
+            Unavailable: the vocabularies were not compared in time.
         """
         with self._lock:
             found = self._kept.get(adapter)
@@ -52,7 +55,7 @@ class AdapterTexts:
             tokens = folder_special_tokens(folder)
         except UnusableTokenError as error:
             findings.append(str(error))
-        for finding in self._vocabulary.differences(folder):
-            if finding not in findings:
-                findings.append(finding)
+        if not self._vocabulary.fits_unparsed(folder):
+            different = differences_within(self._model_dir, folder)
+            findings += (finding for finding in different if finding not in findings)
         return AdapterText(adapter.revision, template, tokens, tuple(findings))

@@ -16,6 +16,7 @@ from ranklet.replicas.model.tokenizer_files import (
     show,
 )
 
+_OTHER_FILES = (VOCABULARY_FILE, ADDED_TOKENS_FILE, TOKENIZER_CONFIG_FILE)
 _MAX_NAMED = 5
 
 
@@ -37,11 +38,20 @@ class BaseVocabulary:
         except UnusableTokenError as error:
             return (str(error),)
 
-    def _differences(self, folder: Path) -> list[str]:
-        stored = _hash(folder / TOKENIZER_FILE)
+    def fits_unparsed(self, folder: Path) -> bool:
+        """Return whether an adapter's files fit, which is known without parsing them. Most adapters' do."""
+        try:
+            stored = _hash(folder / TOKENIZER_FILE)
+        except UnusableTokenError:
+            return False
         if stored is not None:
-            if stored == self._hash:
-                return []
+            return stored == self._hash
+        return not any((folder / name).exists() for name in _OTHER_FILES)
+
+    def _differences(self, folder: Path) -> list[str]:
+        if self.fits_unparsed(folder):
+            return []
+        if _hash(folder / TOKENIZER_FILE) is not None:
             found = _difference(TOKENIZER_FILE, Vocabulary(folder).every_token, self._tokens, complete=True)
             return [found] if found else []
         own = Vocabulary(folder)

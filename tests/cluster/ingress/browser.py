@@ -12,7 +12,7 @@ from typing import Any
 
 from websockets.sync.client import ClientConnection, connect
 
-FLAGS = (
+_FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--hide-scrollbars", "--window-size=1200,760",
 )  # fmt: skip
@@ -58,7 +58,7 @@ def browser(url: str, folder: Path) -> Iterator[Page]:
     """Open a page in a new browser, whose profile is in `folder`, and wait until it is loaded."""
     profile = folder / "profile"
     process = subprocess.Popen(
-        ["chromium", *FLAGS, "--remote-debugging-port=0", f"--user-data-dir={profile}"],
+        ["chromium", *_FLAGS, "--remote-debugging-port=0", f"--user-data-dir={profile}"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:

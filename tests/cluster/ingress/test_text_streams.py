@@ -34,6 +34,13 @@ async def whole(replica: Any, call: Call) -> Any:
     return reply(TEXT)
 
 
+async def token_by_token(replica: Any, call: Call) -> Any:
+    for i, token in enumerate(TEXT):
+        replica.send((call.number, 0, i, (token,), None))
+        await asyncio.sleep(0.002)
+    return reply(TEXT)
+
+
 async def refused(replica: Any, call: Call) -> Any:
     return Refusal.of(InternalError("the device failed"), "r0", "", None)
 
@@ -146,7 +153,7 @@ async def test_a_client_that_leaves_cancels_and_pays_for_what_was_made(make_part
 
 
 async def test_a_slow_reader_ends_only_its_own_request(make_parts: MakeParts) -> None:
-    parts = make_parts(DescribingReplica(whole, whole), limits={"max_waiting_stream_bytes": 1000})
+    parts = make_parts(DescribingReplica(token_by_token, whole), limits={"max_waiting_stream_bytes": 1000})
     slow, quick = (AsgiCall(parts.app, COMPLETIONS, FIELDS) for _ in range(2))
     slow.reads.clear()
     running = asyncio.ensure_future(slow.run())
@@ -157,6 +164,22 @@ async def test_a_slow_reader_ends_only_its_own_request(make_parts: MakeParts) ->
     assert parts.sample("ranklet_text_cancelled_total", adapter="base", reason="slow_reader") == 1
     await quick.run()
     assert used(parts) == 0
+
+
+async def test_frames_that_come_at_once_are_not_too_many_for_a_client_that_reads(make_parts: MakeParts) -> None:
+    """An echoed prompt with logprobs comes with the whole answer."""
+
+    async def at_once(replica: Any, call: Call) -> Any:
+        replica.begin(call.number)
+        await asyncio.sleep(0.05)
+        return reply(*[TEXT] * 4)
+
+    parts = make_parts(DescribingReplica(at_once), limits={"max_waiting_stream_bytes": 1000})
+    call = AsgiCall(parts.app, COMPLETIONS, {**FIELDS, "n": 4})
+    await call.run()
+    events = events_of(call.body)
+    assert len(call.body) > 1000
+    assert [event["choices"][0]["index"] for event in events] == [0, 1, 2, 3]
 
 
 async def test_a_client_that_reads_nothing_is_dropped(make_parts: MakeParts) -> None:

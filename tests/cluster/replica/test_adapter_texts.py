@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from ranklet.cluster.replica.adapter_texts import AdapterTexts
+from ranklet.cluster.text.vocabulary_process import differences_within
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import Revisions
-from ranklet.replicas.errors import AdapterChanged
+from ranklet.replicas.errors import AdapterChanged, Unavailable
 
 
 @pytest.fixture
@@ -57,3 +58,19 @@ def test_foreign_tokens_and_unreadable_files_are_findings(model_dir: Path, folde
     assert len(findings) == 2
     assert findings[0].startswith("tokenizer_config.json: expected JSON")
     assert "'foreign' is 99999 (not in the base model)" in findings[1]
+
+
+def test_a_comparison_ends_in_time(model_dir: Path, folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(Unavailable, match=r"takes 0.001 s"):
+        differences_within(model_dir, folder, time_s=0.001)
+
+
+def test_a_comparison_that_takes_too_much_memory_is_a_finding(model_dir: Path, folder: Path) -> None:
+    shutil.copy(model_dir / "tokenizer.json", folder)
+    assert differences_within(model_dir, folder) == ()
+    with (folder / "tokenizer.json").open("a") as file:
+        file.write(" ")  # other bytes, which must be parsed
+    assert differences_within(model_dir, folder) == ()
+    (finding,) = differences_within(model_dir, folder, memory_bytes=1 << 20)
+    assert finding.startswith("the tokenizer's files: expected")

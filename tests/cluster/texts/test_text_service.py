@@ -1,37 +1,18 @@
 """Texts over HTTP from one engine on the CPU: streams, logprobs, templates, errors, and the official openai client."""
 
 import asyncio
-import socket
-import time
-from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import numpy as np
 import openai
-import orjson
 import pytest
 
 from tests.assets.text_oracle import reference_logprobs, reference_text
-from tests.cluster.chat_models import make_chat_models
-from tests.cluster.service import BASE, Service, eventually, local_configuration, serving
+from tests.cluster.service import BASE, Service, eventually
 from tests.cluster.text_client import CHAT, COMPLETED, COMPLETIONS, PROMPT, STREAMED, TextService, events_of
-from tests.needs import require
 
-LONG = {"model": BASE, "prompt": PROMPT, "max_tokens": 4000, "ignore_eos": True}
 MESSAGES = [{"role": "user", "content": "When does it end?"}]
 OWN, FAILING = "medical", "support-rs"  # adapters with a chat template of their own; see `make_chat_models`
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    require("haproxy")
-    folder = tmp_path_factory.mktemp("texts")
-    make_chat_models(folder)
-    content = local_configuration(folder / "model", folder / "adapters")
-    content["applications"][0]["deployments"][1]["num_replicas"] = 1
-    with serving(content, folder) as service:
-        yield service
 
 
 @pytest.fixture
@@ -231,31 +212,6 @@ def test_headers_say_where_the_text_was_made(text: TextService, *, stream: bool)
     base, adapter = answers[0]["system_fingerprint"].removeprefix("fp_").split("_")
     assert answer.headers["x-ranklet-revision"].startswith(adapter)
     assert base
-
-
-def used_pages(service: Service) -> float:
-    return service.samples("replica", state="used")["ranklet_kv_pages"]
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("pause_s", [0.0, 0.1])
-def test_a_client_that_leaves_frees_its_pages(service: Service, pause_s: float, *, stream: bool) -> None:
-    """With splicing, HAProxy 2.8 notices it only if the request's header and body came in one packet."""
-    gone = cancelled(service)
-    body = orjson.dumps({**LONG, "stream": stream})
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-    url = httpx.URL(service.url)
-    with socket.create_connection((url.host, url.port or 80), timeout=30) as connection:
-        for part in (f"{head}\r\n\r\n".encode(), body) if pause_s else (f"{head}\r\n\r\n".encode() + body,):
-            connection.sendall(part)
-            time.sleep(pause_s)
-        eventually("pages are used", lambda: used_pages(service) > 0, poll_s=0.05)
-    eventually("the pages are free", lambda: used_pages(service) == 0, timeout_s=10)
-    eventually("the cancel is counted", lambda: cancelled(service) == gone + 1)
-
-
-def cancelled(service: Service) -> float:
-    return service.samples("gateway", reason="client_gone")["ranklet_text_cancelled_total"]
 
 
 def test_the_openai_client_parses_all_answers(service: Service) -> None:
