@@ -90,7 +90,9 @@ async def test_a_stream_has_the_text_and_headers_of_its_replica(make_parts: Make
     assert parts.sample("ranklet_text_choices_total", adapter="base", reason="length") == 1
 
 
-async def test_the_log_has_the_times_to_the_first_token(make_parts: MakeParts, caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_log_has_the_times_to_the_first_token(
+    make_parts: MakeParts, caplog: pytest.LogCaptureFixture
+) -> None:
     async def timed(replica: Any, call: Call) -> Any:
         return replace(await whole(replica, call), first_piece_s=0.25)
 
