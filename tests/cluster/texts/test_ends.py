@@ -1,11 +1,13 @@
-"""How texts end early over HTTP: clients that leave, and engines that fail."""
+"""How texts end early over HTTP: clients that leave, clients that do not read, and engines that fail."""
 
 import os
+import re
 import signal
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,26 +16,36 @@ import pytest
 
 from tests.cluster.nodes import child_processes
 from tests.cluster.service import BASE, Service, eventually
-from tests.cluster.text_client import COMPLETIONS, PROMPT, TextService, events_of
+from tests.cluster.text_client import CHAT, COMPLETIONS, PROMPT, TextService, events_of
 
 LONG = {"model": BASE, "prompt": PROMPT, "max_tokens": 4000, "ignore_eos": True}
 LONG_PROMPTS = [[3 + number, *range(3, 1003), *range(3, 1003), *range(3, 1003)] for number in range(32)]
 
 
 @contextmanager
-def client(service: Service, fields: dict[str, Any], pause_s: float = 0.0) -> Iterator[socket.socket]:
+def client(
+    service: Service, fields: dict[str, Any], pause_s: float = 0.0, *, path: str = COMPLETIONS, port: int | None = None
+) -> Iterator[socket.socket]:
     """Send a request, its body `pause_s` behind its header. The client leaves at the end of the context."""
     body = orjson.dumps(fields)
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
     url = httpx.URL(service.url)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(60)
-        connection.connect((url.host, url.port or 80))
+        connection.connect((url.host, port or url.port or 80))
         for part in (f"{head}\r\n\r\n".encode(), body) if pause_s else (f"{head}\r\n\r\n".encode() + body,):
             connection.sendall(part)
             time.sleep(pause_s)
         yield connection
+
+
+def gateway_port(service: Service) -> int:
+    """Return the port on which the gateway listens for HAProxy."""
+    (configuration,) = Path(service.cluster.state.temp_dir, "haproxy").rglob("haproxy*.cfg")
+    servers = re.findall(r"^ *server \S+ \S+:(\d+) check(.*)$", configuration.read_text(), re.MULTILINE)
+    (port,) = {int(port) for port, options in servers if "backup" not in options}
+    return port
 
 
 def used_pages(service: Service) -> float:
@@ -98,6 +110,31 @@ def test_a_client_that_leaves_while_its_request_is_queued_costs_no_step(service:
 
 def in_flight(service: Service) -> float:
     return service.samples("gateway")["ranklet_requests_in_flight"]
+
+
+def test_a_client_that_does_not_read_loses_its_request_and_holds_up_no_other(service: Service) -> None:
+    """Without HAProxy between them, whose sockets hold up to 10 MB."""
+    slow_readers, before = cancelled(service, "slow_reader"), generated(service)
+    large = {
+        "model": BASE, "messages": [{"role": "user", "content": "a"}], "max_tokens": 1400, "n": 8, "logprobs": True,
+        "top_logprobs": 20, "ignore_eos": True, "stream": True,
+    }  # fmt: skip
+    text, other = TextService(service.http), {"prompt": PROMPT, "max_tokens": 20, "seed": 1, "ignore_eos": True}
+    expected = text.whole(COMPLETIONS, other)["choices"][0]["text"]
+    others = 1
+    with client(service, large, path=CHAT, port=gateway_port(service)) as connection:
+        received = connection.recv(1000)
+        assert received.startswith(b"HTTP/1.1 200 ")
+        while used_pages(service) > 0:
+            assert text.streamed(COMPLETIONS, other)["choices"][0]["text"] == expected
+            others += 1
+        assert generated(service) - before - 20 * others < 8 * 1400
+        while not received.endswith(b"0\r\n\r\n"):
+            received += connection.recv(1 << 20)
+    assert b'"code":"reader_too_slow"' in received
+    assert b"data: [DONE]" in received
+    assert others > 1, "others are answered meanwhile"
+    eventually("it is counted", lambda: cancelled(service, "slow_reader") == slow_readers + 1)
 
 
 def test_an_error_after_the_first_token_is_an_event(service: Service) -> None:
