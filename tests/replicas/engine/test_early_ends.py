@@ -2,6 +2,7 @@
 
 import pytest
 
+from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.generate import Generation
 from ranklet.replicas.engine.request import Answer, Ticket
 from tests.replicas.engine.simulation import Asked, Simulation
@@ -10,9 +11,9 @@ from tests.replicas.engine.test_plan_cases import lasting
 TOKENS = 30
 
 
-def simulation(depth: int, *, pages: int = 12) -> Simulation:
+def simulation(depth: int, *, pages: int = 12, rows: int = 4, max_tokens: int = 320) -> Simulation:
     return Simulation(
-        pages=pages, rows=4, slots=1, max_tokens=320, max_adapters=1, max_model_len=320, depth=depth
+        pages=pages, rows=rows, slots=1, max_tokens=max_tokens, max_adapters=1, max_model_len=320, depth=depth
     )  # fmt: skip
 
 
@@ -93,4 +94,35 @@ def test_a_cancelled_text_frees_its_pages_within_two_steps(depth: int) -> None:
     running.check()
     running.run(100)
     beside.check()
+    assert running.space.pool.used == 0
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("state", ["queued", "loading", "prefilling", "decoding"])
+def test_a_text_that_is_cancelled_in_any_state_holds_nothing_after_two_steps(state: str, depth: int) -> None:
+    running = simulation(depth, rows=1 if state == "queued" else 4, max_tokens=64)
+    beside = running.generate([lasting(20, TOKENS)], max_tokens=TOKENS)
+    adapter = AdapterRef("one", "/one", "one-1") if state == "loading" else None
+    length = 10 if state == "decoding" else 200
+    asked = running.generate([lasting(length, TOKENS, adapter)], adapter, max_tokens=TOKENS)
+    run_steps(running, 4 if state == "decoding" else 1)
+    while running.step() is not None:
+        pass
+    (sequence,) = asked.request.sequences
+    assert bool(running.loading) == (state == "loading")
+    assert (sequence.row is not None) == (state in ("prefilling", "decoding"))
+    assert bool(asked.pieces) == (state == "decoding")
+    asked.request.cancel()
+    for _ in range(2):
+        running.deliver()
+        while running.step() is not None:
+            pass
+    assert sequence.row is None
+    assert not sequence.holds_slot
+    assert sequence not in running.scheduler.queue
+    running.check()
+    pieces = {index: list(tokens) for index, tokens in asked.pieces.items()}
+    running.run(100)
+    beside.check()
+    assert (asked.result, asked.pieces) == (None, pieces)
     assert running.space.pool.used == 0
