@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ranklet.cluster.command.finding import Finding
+from ranklet.cluster.command.haproxy import PROGRAM_VARIABLE
 from ranklet.cluster.command.ray_head import SERVE_VARIABLES
 from ranklet.cluster.datapath import FAST_PATH, version_of
 
@@ -120,6 +121,9 @@ def _check_shared_memory() -> Finding:
 
 def _check_data_path() -> Finding:
     missing = [f"{name}={value}" for name, value in FAST_PATH.items() if os.environ.get(name) != value]
+    if not missing and not os.environ.get(PROGRAM_VARIABLE):
+        remedy = f"export {PROGRAM_VARIABLE} before `ray start`, see deploy/config.yaml; `ranklet up` does it"
+        return Finding("warn", "data path", "HAProxy, which does not notice some clients that leave", remedy)
     if not missing:
         return Finding("ok", "data path", "HAProxy")
     remedy = f"export {' '.join(missing)} before `ray start` on every node; `ranklet up` does it"

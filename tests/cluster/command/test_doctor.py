@@ -9,8 +9,10 @@ import yaml
 
 from ranklet.cluster.command import cli, machine_checks
 from ranklet.cluster.command.doctor import run_checks
+from ranklet.cluster.command.haproxy import PROGRAM_VARIABLE
 from ranklet.cluster.command.machine_checks import check_port
 from ranklet.cluster.command.token_check import check_manifest_token, check_token
+from ranklet.cluster.datapath import FAST_PATH
 from tests.cluster.service import ROOT, local_configuration
 
 
@@ -139,6 +141,15 @@ def test_the_shipped_manifest_is_sound_and_fails_without_its_token() -> None:
     assert check_manifest_token(cluster).state == "fail"
     del cluster["headGroupSpec"]["template"]
     assert check_manifest_token(cluster).state == "fail"  # KubeRay itself refuses a group without a template
+
+
+def test_a_haproxy_that_splices_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in FAST_PATH.items():
+        monkeypatch.setenv(name, value)
+    (finding,) = [each for each in run_checks(None) if each.subject == "data path"]
+    assert (finding.state, finding.value) == ("warn", "HAProxy, which does not notice some clients that leave")
+    monkeypatch.setenv(PROGRAM_VARIABLE, "/usr/local/bin/haproxy")
+    assert states(None)["data path"] == "ok"
 
 
 def test_a_ray_that_no_longer_reads_a_variable_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
