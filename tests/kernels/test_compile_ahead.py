@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from threading import Thread
+from threading import Thread, get_ident
 from types import SimpleNamespace
 
 import pytest
@@ -18,12 +18,13 @@ class Function:
 
     cache_key: str = "key"
     compiled: list[str] = field(default_factory=list)
+    loaded_by: list[int] = field(default_factory=list)
 
-    def preload(self, specialization: str) -> SimpleNamespace:
+    def preload(self, specialization: str) -> "Compiled":
         if specialization == "fails":
             raise RuntimeError("the kernel does not fit the device")
         self.compiled.append(specialization)
-        return SimpleNamespace(run=None)
+        return Compiled(self.loaded_by)
 
     def launch(self, specialization: str) -> bool:
         """Return whether the kernel was compiled and launched."""
@@ -34,6 +35,17 @@ class Function:
             key="", repr="", fn=SimpleNamespace(jit_function=self), compile={"specialization_data": specialization},
             is_manual_warmup=False, already_compiled=False,
         )  # fmt: skip
+
+
+@dataclass
+class Compiled:
+    """A compiled kernel, which notes the threads that load it."""
+
+    loaded_by: list[int]
+
+    @property
+    def run(self) -> None:
+        self.loaded_by.append(get_ident())
 
 
 def test_kernels_of_this_thread_are_listed_once_and_not_launched() -> None:
@@ -60,4 +72,5 @@ def test_kernels_are_compiled_and_failures_counted(monkeypatch: pytest.MonkeyPat
     kernels = [Kernel(one, "a"), Kernel(two, "fails"), Kernel(two, "b"), Kernel(one, "c")]
     assert compile_kernels(kernels, torch.device("cpu"), threads=1) == 1
     assert (one.compiled, two.compiled) == (["a", "c"], ["b"])
+    assert one.loaded_by + two.loaded_by == 3 * [get_ident()]
     assert compile_kernels([], torch.device("cpu")) == 0
