@@ -8,12 +8,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from ranklet.cluster.names import name_error, normal_name
 from ranklet.replicas.config import EngineConfig
 
 Requests = Literal["all", "refused", "none"]
 _SET_ELSEWHERE = {"model_dir": "base.model_dir"}
+
+
+def _checked_name(name: str) -> str:
+    name = normal_name(name)
+    if reason := name_error(name):
+        raise ValueError(reason)
+    return name
+
+
+_ModelName = Annotated[str, AfterValidator(_checked_name)]
 
 
 class _StrictModel(BaseModel):
@@ -52,8 +72,8 @@ class BaseConfig(_StrictModel):
     """
 
     model_dir: Path
-    name: str | None = None
-    aliases: tuple[str, ...] = ()
+    name: _ModelName | None = None
+    aliases: tuple[_ModelName, ...] = ()
 
 
 class LimitsConfig(_StrictModel):
@@ -158,6 +178,7 @@ class AdapterList(_StrictModel):
             for name, path in value.items():
                 if "://" in str(path):
                     raise ValueError(f"{name}: expected a folder, got {path}. Load remote adapters by name")
+            value = {normal_name(name) if isinstance(name, str) else name: path for name, path in value.items()}
         return value
 
 
@@ -223,7 +244,7 @@ class AppArgs(AdapterList):
     @property
     def base_names(self) -> tuple[str, ...]:
         """Names that requests may use for the base model. Answers contain the first one."""
-        return (self.base.name or self.base.model_dir.resolve().name, *self.base.aliases)
+        return (self.base.name or normal_name(self.base.model_dir.resolve().name), *self.base.aliases)
 
     def resolved(self) -> "AppArgs":
         """Return a copy whose paths are absolute, so that they are valid in every process."""

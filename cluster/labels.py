@@ -1,4 +1,8 @@
-"""Bounds the number of series: only the busiest adapters have a label value of their own."""
+"""Bounds the number of series: only the busiest adapters have a label value of their own.
+
+The label of an adapter is its name. `name:` precedes a name that would look like another label: BASE, OTHER, UNKNOWN,
+and a name that starts with `name:` itself.
+"""
 
 import threading
 from collections import Counter
@@ -6,6 +10,8 @@ from collections.abc import Callable
 
 BASE = "base"
 OTHER = "other"
+UNKNOWN = "unknown"  # of requests that are refused before their model is known
+_ESCAPE = "name:"
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _HALVE_EVERY = 10_000  # observations, so that adapters that are no longer used lose their label
 _MARGIN = 100  # of count, so that labels do not change at the start
@@ -17,7 +23,7 @@ class AdapterLabels:
     A busy adapter replaces the least busy labelled one when its count is twice as large, plus 100. Thread-safe.
 
     Args:
-        on_drop: called with the replaced name, so that its series can be removed.
+        on_drop: called with the replaced label, so that its series can be removed.
     """
 
     def __init__(self, limit: int, on_drop: Callable[[str], None] = lambda name: None) -> None:
@@ -32,6 +38,8 @@ class AdapterLabels:
         """Return the label value of an adapter; None or "" is the base model. Adds `weight` to its count."""
         if not adapter:
             return BASE
+        if adapter in (BASE, OTHER, UNKNOWN) or adapter.startswith(_ESCAPE):
+            adapter = _ESCAPE + adapter
         with self._lock:
             self._count(adapter, weight)
             if adapter in self._labelled or len(self._labelled) < self.limit:

@@ -17,7 +17,8 @@ BELOW_KERNELS = BELOW_REPLICAS | {"transformers", "tokenizers"}
 RAY = frozenset({"ray"})
 MODULES = "replicas.model.modules"  # names only, without torch: settings may import them
 ENGINE = ("replicas", MODULES, "replicas.model", "replicas.adapters", "replicas.cache", "replicas.engine")
-SHARED = ("cluster", "cluster.config", "cluster.watched_file")
+LEAVES = ("cluster.config", "cluster.names", "cluster.watched_file")
+SHARED = ("cluster", *LEAVES)
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,12 @@ ROOMS = {
     "routing.router": Room(("routing",), only=frozenset({"numpy", "ray"})),
     "routing.simulate": Room(("routing",), only=frozenset({"numpy"})),
     "cluster.watched_file": Room((), RAY),
-    "cluster.config": Room(("replicas",), RAY),
+    "cluster.names": Room(only=frozenset()),
+    "cluster.config": Room(("cluster.names", "replicas"), RAY),
     "cluster.text": Room(("replicas", "replicas.model"), BELOW_KERNELS | {"torch"}),
-    "cluster.access": Room(("cluster.config", "cluster.watched_file", "replicas", "replicas.engine"), RAY),
-    "cluster.catalog": Room(("cluster.config", "cluster.watched_file", "replicas", "replicas.adapters"), RAY),
-    "cluster": Room(("cluster.config", "cluster.watched_file", "cluster.catalog", "routing", *ENGINE)),
+    "cluster.access": Room((*LEAVES, "replicas", "replicas.engine"), RAY),
+    "cluster.catalog": Room((*LEAVES, "replicas", "replicas.adapters"), RAY),
+    "cluster": Room((*LEAVES, "cluster.catalog", "routing", *ENGINE)),
     "cluster.autoscaling": Room(),
     "cluster.ingress": Room(("cluster.access", "cluster.catalog", "cluster.text", "routing", *SHARED, *ENGINE)),
     "cluster.replica": Room(
@@ -130,8 +132,8 @@ def test_every_folder_has_a_rule_of_its_own() -> None:
 def test_the_top_of_a_room_holds_only_shared_files() -> None:
     """A new file directly in cluster/ or replicas/ could be imported by every folder below it."""
     shared = {
-        "app", "autoscaling", "broadcast", "config", "datapath", "exporter", "labels", "message", "text_result",
-        "watched_file",
+        "app", "autoscaling", "broadcast", "config", "datapath", "exporter", "labels", "message", "names",
+        "text_result", "watched_file",
     }  # fmt: skip
     assert {file.stem for file in (ROOT / "cluster").glob("*.py")} <= shared
     assert {file.stem for file in (ROOT / "replicas").glob("*.py")} == {"config", "errors"}

@@ -1,6 +1,5 @@
 """API keys: a file lists their hashes and rights and is read again when it changes."""
 
-import fnmatch
 import hashlib
 import secrets
 import time
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ranklet.cluster.names import matches
 from ranklet.cluster.watched_file import WatchedFile
 from ranklet.replicas.errors import InternalError, RankletError
 
@@ -37,7 +37,8 @@ class ApiKey(BaseModel):
         name: shown in error messages instead of the key.
         sha256: hash of the key, in hexadecimal.
         admin: grants the right to load and unload adapters, and to use all models.
-        adapters: patterns such as `legal-*` for the models that requests may use, the base model included.
+        adapters: patterns such as `legal-*` for the models that requests may use, the base model included; see
+            `ranklet.cluster.names`.
         tokens_per_minute: quota of prompt tokens over all gateways; None for no limit.
     """
 
@@ -49,8 +50,9 @@ class ApiKey(BaseModel):
     adapters: tuple[str, ...] = ()
     tokens_per_minute: int | None = Field(default=None, ge=1)
 
-    def may_use(self, name: str) -> bool:
-        return self.admin or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.adapters)
+    def may_use(self, *names: str) -> bool:
+        """Return whether requests may use the model that has these names."""
+        return self.admin or any(matches(pattern, names) for pattern in self.adapters)
 
 
 class ApiKeys:
@@ -100,11 +102,11 @@ class ApiKeys:
             raise Forbidden(f"key {key.name!r}: expected one with admin: true for this call")
 
     @staticmethod
-    def authorize(key: ApiKey | None, name: str) -> None:
-        """Raise Forbidden unless the key may use the model `name`."""
-        if key is not None and not key.may_use(name):
+    def authorize(key: ApiKey | None, *names: str) -> None:
+        """Raise Forbidden unless the key may use the model that has these names."""
+        if key is not None and not key.may_use(*names):
             raise Forbidden(
-                f"key {key.name!r}: may use {', '.join(key.adapters) or 'nothing'}; got {name!r}", param="model"
+                f"key {key.name!r}: may use {', '.join(key.adapters) or 'nothing'}; got {names[0]!r}", param="model"
             )
 
 

@@ -7,15 +7,15 @@ time.
 
 import asyncio
 import contextlib
-import fnmatch
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from ranklet.cluster.access.keys import ApiKey
+from ranklet.cluster.names import matches
 from ranklet.replicas.errors import RankletError
 
 SYNC_INTERVAL_S = 0.2
@@ -108,14 +108,17 @@ class Quotas:
         ledger: sends accounts to `Ledger.sync`. Raises TimeoutError when the ledger does not answer.
         on_reject: called for each rejection with `QuotaOwner.by` and the model.
         clock: monotonic, in seconds.
+        names_of: returns all names of a model.
     """
 
     def __init__(
         self, ledger: Callable[[Mapping[QuotaOwner, Account]], Awaitable[Mapping[QuotaOwner, float]]],
         on_reject: Callable[[str, str], None] = lambda by, model: None, clock: Callable[[], float] = time.monotonic,
+        names_of: Callable[[str], Sequence[str]] = lambda model: (model,),
     ) -> None:  # fmt: skip
         self._ledger = ledger
         self._on_reject = on_reject
+        self._names_of = names_of
         self._clock = clock
         self._model_quotas: dict[str, int] = {}
         self._buckets: dict[QuotaOwner, TokenBucket] = {}
@@ -124,7 +127,7 @@ class Quotas:
         self._sync_task: asyncio.Task[None] | None = None
 
     def set_model_quotas(self, per_minute: Mapping[str, int]) -> None:
-        """Set quotas by pattern of model names, such as `legal-*`. The first pattern that matches a name counts."""
+        """Set quotas by pattern of model names, such as `legal-*`. The first pattern that matches a model counts."""
         self._model_quotas = dict(per_minute)
 
     def check(self, key: ApiKey | None, model: str) -> None:
@@ -160,8 +163,9 @@ class Quotas:
         quotas = {}
         if key is not None and key.tokens_per_minute is not None:
             quotas[QuotaOwner("key", key.name)] = key.tokens_per_minute
+        names = self._names_of(model)
         for pattern, per_minute in self._model_quotas.items():
-            if fnmatch.fnmatchcase(model, pattern):
+            if matches(pattern, names):
                 quotas[QuotaOwner("adapter", model)] = per_minute
                 break
         return quotas

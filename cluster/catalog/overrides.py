@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ranklet.cluster.names import normal_name
 from ranklet.cluster.watched_file import WatchedFile
 from ranklet.replicas.errors import InternalError
 
@@ -98,7 +99,8 @@ class Overrides:
 
 def _read(path: Path) -> dict[str, Override]:
     try:
-        return dict(_OverridesFile.model_validate_json(path.read_bytes()).adapters)
+        content = _OverridesFile.model_validate_json(path.read_bytes())
+        return {normal_name(name): entry for name, entry in content.adapters.items()}
     except FileNotFoundError:
         return {}
     except OSError as error:

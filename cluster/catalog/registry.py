@@ -4,14 +4,15 @@ import contextlib
 import difflib
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ranklet.cluster.catalog.folders import AdapterFolder, FolderScanner
-from ranklet.cluster.catalog.location import MAX_NAME_CHARACTERS, AdapterLocation, name_error
+from ranklet.cluster.catalog.folders import FolderScanner, ScannedFolders
+from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.overrides import Override, Overrides
 from ranklet.cluster.catalog.source import is_remote
+from ranklet.cluster.names import MAX_NAME_CHARACTERS, name_error, normal_name, spellings
 from ranklet.replicas.adapters.reference import CONFIG_FILE
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, RankletError, UnknownModel
 
@@ -25,13 +26,15 @@ class Registry:
     Args:
         root: folder whose subfolders are adapters.
         configured: folders by name, from the arguments of the application.
+        base_names: of the base model, which no adapter may have.
     """
 
-    def __init__(self, root: Path | None, configured: Mapping[str, Path]) -> None:
+    def __init__(self, root: Path | None, configured: Mapping[str, Path], base_names: Sequence[str] = ()) -> None:
         self._root = root
         self._scanner = FolderScanner(root) if root is not None else None
         self.overrides = Overrides(root) if root is not None else None
         self._configured = dict(configured)
+        self._base_names = tuple(base_names)
         self._user_config: dict[str, Path] = {}
 
     def set_user_config(self, folders: Mapping[str, Path]) -> None:
@@ -47,8 +50,9 @@ class Registry:
             InvalidRequest: the name is a path.
             UnknownModel: there is no such adapter; the message lists similar names.
             AdapterNotFound: the configured folder does not exist.
-            InvalidAdapter: the entry is not a folder, or is a link that leaves the root.
+            InvalidAdapter: the entry is not a folder, is a link that leaves the root, or has a name of the base model.
         """
+        name = normal_name(name)
         reason = name_error(name)
         if reason and (".." in re.split(r"[/\\]", name) or name.startswith(("/", "\\", "~")) or "\0" in name):
             raise InvalidRequest(
@@ -57,6 +61,10 @@ class Registry:
                 param=param,
             )
         location = self._locate_entry(name) or self._locate_revision(name, param)
+        if location is None and name in self._base_names:
+            raise UnknownModel(
+                f"{param}: expected the name of an adapter, but {name!r} is a name of the base model", param=param
+            )
         if location is None:
             raise UnknownModel(
                 f"{param}: expected the name of the base model or of an adapter, got {name[:MAX_NAME_CHARACTERS]!r}. "
@@ -65,7 +73,17 @@ class Registry:
             )
         return location
 
+    def name_error(self, name: str) -> str | None:
+        """Return the reason why `name`, in its normal form, cannot be the name of an adapter, or None."""
+        return name_error(name, self._base_names)
+
     def _locate_entry(self, name: str) -> AdapterLocation | None:
+        location = self._find_entry(name)
+        if location is not None and (reason := self.name_error(name)):
+            raise InvalidAdapter(name, [reason])
+        return location
+
+    def _find_entry(self, name: str) -> AdapterLocation | None:
         entry = None if name in self._user_config else self._entries().get(name)
         if entry is not None:
             if entry.path is None or is_remote(entry.path):
@@ -74,7 +92,16 @@ class Registry:
         path = self._user_config.get(name) or self._configured.get(name)
         if path is not None:
             return _check_folder(name, path)
-        return None if self._root is None or name_error(name) else _locate_in_root(name, self._root)
+        return self._find_in_root(name)
+
+    def _find_in_root(self, name: str) -> AdapterLocation | None:
+        if self._root is None or "/" in name or name_error(name):
+            return None
+        for spelling in spellings(name):
+            if (location := _locate_in_root(name, self._root / spelling, self._root)) is not None:
+                return location
+        folder = None if name.isascii() else self._folders().adapters.get(name)
+        return None if folder is None else folder.location
 
     def _locate_revision(self, name: str, param: str) -> AdapterLocation | None:
         plain, at, revision = name.rpartition("@")
@@ -92,25 +119,34 @@ class Registry:
 
     def exists_without_override(self, name: str) -> bool:
         """Return whether the adapter would exist if it had no override."""
-        return name in self._configured or (self._root is not None and (self._root / name).exists())
+        with contextlib.suppress(InvalidAdapter):
+            return name in self._configured or self._find_in_root(name) is not None
+        return True
 
     def pins(self) -> dict[str, str]:
         pins = ((name, entry) for name, entry in self._entries().items() if name not in self._user_config)
-        return {name: entry.path for name, entry in pins if entry.pinned and entry.path}
+        return {
+            name: entry.path for name, entry in pins if entry.pinned and entry.path and self.name_error(name) is None
+        }
 
     def _entries(self) -> Mapping[str, Override]:
         return self.overrides.entries() if self.overrides is not None else {}
 
     def names(self) -> list[str]:
         """Return the sorted names of all adapters. A folder without a config is no adapter."""
-        return sorted({*self._named(), *self._folders()} - self._unloaded())
+        return sorted({*self._named(), *self._folders().adapters} - self._unloaded())
+
+    def skipped(self) -> dict[str, str]:
+        """Return why other folders in the root are no adapters, by their names."""
+        return {name: why for name, why in self._folders().skipped.items() if name not in self._unloaded()}
 
     def scan(self) -> list[tuple[AdapterLocation, int]]:
         """Return the adapters whose folders exist, by name, with the folders' modification times (Unix time)."""
-        folders, named, unloaded = self._folders(), self._named(), self._unloaded()
-        plain = ((name, folder) for name, folder in folders.items() if folder is not None)
+        folders, named, unloaded = self._folders().adapters, self._named(), self._unloaded()
+        valid = {name: folder for name, folder in folders.items() if self.name_error(name) is None}
+        plain = ((name, folder) for name, folder in valid.items() if folder is not None)
         found = {name: (each.location, each.modified_ns // 10**9) for name, each in plain if name not in unloaded}
-        links = {name for name, folder in folders.items() if folder is None}
+        links = {name for name, folder in valid.items() if folder is None}
         for name in (named | links) - unloaded:
             found.pop(name, None)
             with contextlib.suppress(RankletError, OSError):  # its folder does not exist
@@ -118,8 +154,8 @@ class Registry:
                 found[name] = location, location.modified_s()
         return [found[name] for name in sorted(found)]
 
-    def _folders(self) -> dict[str, AdapterFolder | None]:
-        return self._scanner.scan() if self._scanner else {}
+    def _folders(self) -> ScannedFolders:
+        return self._scanner.scan() if self._scanner else ScannedFolders()
 
     def _named(self) -> set[str]:
         return {*self._configured, *self._user_config, *(name for name, entry in self._entries().items() if entry.path)}
@@ -146,9 +182,8 @@ def _check_folder(name: str, path: Path) -> AdapterLocation:
     return AdapterLocation(name, str(path))
 
 
-def _locate_in_root(name: str, root: Path) -> AdapterLocation | None:
-    """Return None if the root has no such entry. Makes one system call for a plain folder."""
-    path = root / name
+def _locate_in_root(name: str, path: Path, root: Path) -> AdapterLocation | None:
+    """Return None if the root has no entry `path`. Makes one system call for a plain folder."""
     try:
         mode = path.lstat().st_mode
         if stat.S_ISLNK(mode):

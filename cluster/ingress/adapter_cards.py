@@ -9,6 +9,7 @@ from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.catalog.source import is_remote, pinned_revision
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
+from ranklet.cluster.names import normal_name
 from ranklet.replicas.adapters.reference import AdapterReport
 from ranklet.replicas.adapters.revision import Revisions, marks_of
 from ranklet.replicas.errors import AdapterNotFound, RankletError, UnknownModel
@@ -28,10 +29,11 @@ class AdapterCards:
         """Return the cards of all adapters.
 
         The state is registered, loading, ready, failed, or draining: unloaded, but in use by requests in flight. The
-        revision of an adapter that no replica has read is None, since reading all files would take too long.
+        revision of an adapter that no replica has read is None, since reading all files would take too long. Folders
+        that are no adapters are failed, with the reason.
         """
         reports = await self._replicas.reports()
-        names = await asyncio.to_thread(self._registry.names)
+        names, skipped = await asyncio.to_thread(lambda: (self._registry.names(), self._registry.skipped()))
         by_name: dict[str, list[tuple[str, AdapterReport]]] = {name: [] for name in names}
         for replica, adapters in reports:
             for report in adapters:
@@ -40,10 +42,11 @@ class AdapterCards:
         pinned, served = self._registry.pins(), set(names)
 
         def build() -> list[dict[str, Any]]:
-            return [
-                self._card(name, found, pinned=name in pinned, served=name in served)
-                for name, found in sorted(by_name.items())
+            cards = [
+                self._card(name, found, pinned=name in pinned, served=name in served) for name, found in by_name.items()
             ]
+            cards += [_failed_card(name, reason) for name, reason in skipped.items() if name not in by_name]
+            return sorted(cards, key=lambda card: str(card["name"]))
 
         return await asyncio.to_thread(build)
 
@@ -53,6 +56,7 @@ class AdapterCards:
         Raises:
             UnknownModel: there is no adapter of this name.
         """
+        name = normal_name(name)
         card = next((card for card in await self.cards() if card["name"] == name), None)
         if card is None:
             await asyncio.to_thread(self._registry.locate, name, "name")  # its error lists similar names
@@ -107,6 +111,13 @@ class AdapterCards:
         if is_remote(location.source):
             return pinned_revision(location.source) or None
         return self._revisions.reference(location.name, location.source).revision
+
+
+def _failed_card(name: str, error: str) -> dict[str, Any]:
+    return {
+        "name": name, "state": "failed", "revision": None, "path": None, "pinned": False, "rank": None,
+        "target_modules": None, "bytes": None, "references": 0, "replicas": [], "error": error,
+    }  # fmt: skip
 
 
 def _state(error: str | None, current: Iterable[AdapterReport]) -> str:

@@ -1,21 +1,31 @@
 """Loads, replaces and unloads adapters by name while requests run. A change on one gateway holds for all of them."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from weakref import WeakValueDictionary
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
 
-from ranklet.cluster.catalog.location import AdapterLocation, name_error
+from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.overrides import Override, Overrides
 from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.catalog.source import check_url_allowed, is_remote
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
-from ranklet.replicas.errors import AdapterNotFound, InvalidRequest, RankletError, Unavailable, UnknownModel
+from ranklet.cluster.names import normal_name, spellings
+from ranklet.replicas.errors import (
+    AdapterNotFound,
+    InvalidAdapter,
+    InvalidRequest,
+    RankletError,
+    Unavailable,
+    UnknownModel,
+)
 
 _RELEASE_TIMEOUT_S = 30.0
+_Name = Annotated[str, AfterValidator(normal_name)]
 
 
 class AdapterExists(RankletError):  # noqa: N818  # named like its siblings in replicas/errors.py
@@ -29,7 +39,7 @@ class LoadRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    name: str = Field(validation_alias=AliasChoices("lora_name", "name"))
+    name: _Name = Field(validation_alias=AliasChoices("lora_name", "name"))
     path: str | None = Field(default=None, validation_alias=AliasChoices("lora_path", "path"))
     replace: bool = Field(default=False, validation_alias=AliasChoices("load_inplace", "replace"))
     pinned: bool = False
@@ -39,7 +49,7 @@ class LoadRequest(BaseModel):
 class UnloadRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    name: str = Field(validation_alias=AliasChoices("lora_name", "name"))
+    name: _Name = Field(validation_alias=AliasChoices("lora_name", "name"))
     lora_int_id: int | None = None
 
 
@@ -96,11 +106,9 @@ class Lifecycle:
             UnknownModel: there is no adapter of this name.
             Unavailable: requests still use it after 30 s. Its memory is freed after the last of them.
         """
-        overrides = self._overrides()
+        overrides, name = self._overrides(), normal_name(name)
         async with self._lock(name):
-            location = await asyncio.to_thread(self._registry.locate, name, "name")
-            if location.requested_revision is not None:
-                raise UnknownModel(f"name: expected a name without a revision, got {name!r}", param="name")
+            await asyncio.to_thread(self._check_exists, name)
             self._refuse_configured(name)
             exists_elsewhere = self._registry.exists_without_override(name)
             await asyncio.to_thread(overrides.put, name, Override() if exists_elsewhere else None)
@@ -112,10 +120,17 @@ class Lifecycle:
                 )
         return {"name": name, "state": "unloaded"}
 
+    def _check_exists(self, name: str) -> None:
+        try:
+            location = self._registry.locate(name, "name")
+        except (AdapterNotFound, InvalidAdapter):
+            return  # it is listed as failed, and may be unloaded all the same
+        if location.requested_revision is not None:
+            raise UnknownModel(f"name: expected a name without a revision, got {name!r}", param="name")
+
     def _locate(self, request: LoadRequest) -> AdapterLocation:
-        reason = name_error(request.name)
-        if reason or "@" in request.name:
-            raise InvalidRequest(f"name: {reason or 'expected a name without @'}", param="name")
+        if reason := self._registry.name_error(request.name):
+            raise InvalidRequest(f"name: {reason}", param="name")
         self._refuse_configured(request.name)
         if not request.replace:
             self._refuse_existing(request)
@@ -140,10 +155,11 @@ class Lifecycle:
         return folder
 
     def _resolve(self, path: str) -> Path | None:
-        try:
-            return (self._roots[0] / path).resolve(strict=True)
-        except (OSError, ValueError, RuntimeError):  # it does not exist, no file can have this name, a loop of links
-            return None
+        for spelling in spellings(path):
+            # It may not exist, or no file may have this name, or it is a loop of links.
+            with contextlib.suppress(OSError, ValueError, RuntimeError):
+                return (self._roots[0] / spelling).resolve(strict=True)
+        return None
 
     def _refuse_existing(self, request: LoadRequest) -> None:
         try:
@@ -154,7 +170,7 @@ class Lifecycle:
         if moves or self._registry.is_loaded_by_name(request.name):
             raise AdapterExists(
                 f"name: expected an unused name, but {request.name!r} is served from {served.source}. "
-                "Set load_inplace to replace it",
+                "Set load_inplace to replace it (`ranklet adapters load --replace`)",
                 param="name",
             )
 

@@ -50,7 +50,7 @@ class ModelsApi:
         """Describe a model, by any name that the field `model` of a request accepts."""
         key, name = self.keys.authenticate(request.headers), request.path_params["name"]
         adapter = await self.intake.on_thread(partial(self.names.resolve, name))
-        self.keys.authorize(key, adapter.name if adapter else self.names.base)
+        self.keys.authorize(key, *self.names.names_of(adapter.name if adapter else self.names.base))
         if adapter is not None:
             await self.cards.check_revision(adapter)
         limits = await self._limits()
@@ -65,7 +65,7 @@ class ModelsApi:
                     await self.texts.describe(adapter, limits)
 
     def _build_cards(self, key: ApiKey | None, limits: RequestLimits | None) -> list[dict[str, Any]]:
-        may_use_base = key is None or key.may_use(self.names.base)
+        may_use_base = key is None or key.may_use(*self.names.names_of(self.names.base))
         cards = [self._card(None, limits)] if may_use_base else []
         for adapter, modified_s in self.registry.scan():
             if key is None or key.may_use(adapter.name):

@@ -2,28 +2,37 @@
 
 from collections.abc import Sequence
 
-from ranklet.cluster.catalog.location import MAX_NAME_CHARACTERS, AdapterLocation
+from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.registry import Registry
+from ranklet.cluster.names import MAX_NAME_CHARACTERS, normal_name
 from ranklet.replicas.errors import InvalidRequest, UnknownModel
 
 _MAX_REVISION_CHARACTERS = 64
+_MOST_DECOMPOSED = 4  # characters that one may become in another Unicode form
 
 
 class ModelNames:
     """Resolves `base`, `adapter`, `adapter@revision`, and either of the last two after `base:`.
+
+    `ranklet.cluster.names` has the rules of names.
 
     Args:
         base_names: the base model's own name, then its aliases.
     """
 
     def __init__(self, base_names: Sequence[str], registry: Registry) -> None:
-        self._bases = tuple(base_names)
+        self._bases = tuple(map(normal_name, base_names))
+        self._prefixes = sorted((name + ":" for name in self._bases), key=len, reverse=True)
         self._max_characters = max(map(len, base_names)) + MAX_NAME_CHARACTERS + _MAX_REVISION_CHARACTERS + len(":@")
         self._registry = registry
 
     @property
     def base(self) -> str:
         return self._bases[0]
+
+    def names_of(self, model: str) -> tuple[str, ...]:
+        """Return all names of the base model or of an adapter, by its own name."""
+        return self._bases if model == self.base else (model,)
 
     def resolve(self, model: str | None, lora_path: str | None = None) -> AdapterLocation | None:
         """Return the adapter that a request names, or None for the base model. Reads the file system.
@@ -52,16 +61,17 @@ class ModelNames:
 
     def _locate(self, model: str) -> AdapterLocation | None:
         self._check_length(model, "model")
+        model = normal_name(model)
         if model in self._bases:
             return None
-        for base in self._bases:
-            if model.startswith(base + ":"):
-                return self._registry.locate(model[len(base) + 1 :])
+        for prefix in self._prefixes:
+            if model.startswith(prefix):
+                return self._registry.locate(model[len(prefix) :])
         return self._registry.locate(model)
 
     def _check_length(self, name: str, param: str) -> None:
         # For an unknown name, the registry searches similar names, which is slow for a long one.
-        if len(name) > self._max_characters:
+        if len(name) > self._max_characters * (1 if name.isascii() else _MOST_DECOMPOSED):
             raise UnknownModel(
                 f"{param}: expected a name of at most {self._max_characters} characters, got {len(name)}. "
                 "GET /v1/models lists what is served",

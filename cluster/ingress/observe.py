@@ -15,9 +15,9 @@ from ranklet.cluster.ingress.answers import JoinedAnswer
 from ranklet.cluster.ingress.frame_queue import ReaderTooSlow
 from ranklet.cluster.ingress.metrics import GatewayMetrics
 from ranklet.cluster.ingress.status import RecentRequests
+from ranklet.cluster.labels import UNKNOWN
 from ranklet.replicas.errors import InternalError, InvalidRequest, RankletError
 
-_UNRESOLVED = "unknown"  # label of requests that are refused before their model is known
 _MAX_IGNORED = 20
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
@@ -41,7 +41,7 @@ class RequestRecord:
 
     span: Span
     began_s: float = field(default_factory=time.perf_counter)
-    label: str = _UNRESOLVED
+    label: str = UNKNOWN
     model: str = ""
     prompts: int = 0
     tokens: int = 0

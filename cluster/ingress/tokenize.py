@@ -139,7 +139,7 @@ class TokenizeApi:
 
     def _resolve(self, key: ApiKey | None, model: str | None, lora_path: str | None) -> AdapterLocation | None:
         adapter = self.names.resolve(model, lora_path) if model or lora_path else None
-        self.keys.authorize(key, adapter.name if adapter else self.names.base)
+        self.keys.authorize(key, *self.names.names_of(adapter.name if adapter else self.names.base))
         return adapter
 
     def _detokenize(self, key: ApiKey | None, body: bytes, vocab: int) -> str:

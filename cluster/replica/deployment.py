@@ -57,7 +57,7 @@ class Replica:
         self._engine = EngineProcess(config, metrics, self._state, self._feeds)
         self._engine.start()
         metrics.watch(self._engine.snapshot, self._engine.pid)
-        self._pins = Registry(args.adapters_dir, args.adapters).pins()
+        self._pins = Registry(args.adapters_dir, args.adapters, args.base_names).pins()
         cache = RemoteCache(sources.cache_dir, sources.cache_bytes, sources.max_adapter_bytes, metrics.downloaded)
         self._resolver = AdapterResolver(cache, config.load_timeout_s)
         self._calls = ReplicaCalls(self._id, self._engine, self._resolver, self._state, self._feeds)

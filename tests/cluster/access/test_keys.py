@@ -1,5 +1,6 @@
 """API keys: stored by hash, with rights, read again when the file changes."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import pytest
 import yaml
 
 from ranklet.cluster.access.keys import ApiKeys, Forbidden, Unauthorized, new_key
+from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.command import cli
+from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.replicas.errors import InternalError
 
 
@@ -96,3 +99,15 @@ def test_without_keys_only_an_open_service_lets_requests_change_adapters() -> No
     ApiKeys(None, open_admin=True).require_admin({})
     with pytest.raises(Unauthorized, match="open_admin"):
         ApiKeys(None).require_admin({})
+
+
+@pytest.mark.parametrize(
+    ("allowed", "may"), [("Org/Base", True), ("demo-base", True), ("Org/*", True), ("base", False)]
+)
+def test_a_key_for_one_name_of_the_base_model_allows_all_of_its_names(tmp_path: Path, allowed: str, may: bool) -> None:
+    secret, entry = new_key("team", admin=False, adapters=(allowed,))
+    (tmp_path / "keys.yaml").write_text(yaml.safe_dump({"keys": [entry.model_dump(mode="json")]}))
+    loaded = ApiKeys(tmp_path / "keys.yaml")
+    names = ModelNames(["demo-base", "Org/Base"], Registry(None, {})).names_of("demo-base")
+    with contextlib.nullcontext() if may else pytest.raises(Forbidden, match="got 'demo-base'"):
+        loaded.authorize(loaded.authenticate(bearer(secret)), *names)

@@ -199,3 +199,13 @@ def test_one_model_cannot_use_the_whole_limit() -> None:
         with pytest.raises(Saturated, match="10"), admission.admit():
             pass
     assert admission.in_flight == counts[-1] == 0
+
+
+async def test_a_quota_for_one_name_of_the_base_model_counts_by_any_of_them() -> None:
+    gateway = Quotas(QuotaSite().sync, names_of=lambda model: ("base", "Org/Base") if model == "base" else (model,))
+    gateway.set_model_quotas({"Org/*": 60, "legal[v2]": 60})
+    for model in ("base", "legal[v2]"):
+        assert passes(gateway, 61, model)
+        assert not passes(gateway, 1, model)
+    for _ in range(2):
+        assert passes(gateway, 61, "legalv")

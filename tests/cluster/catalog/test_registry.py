@@ -1,15 +1,21 @@
 """Names of adapters, and the adapters that requests mean by them."""
 
+import json
+import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ranklet.cluster.catalog.location import name_error
 from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.ingress.naming import ModelNames
+from ranklet.cluster.names import name_error
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, RankletError, UnknownModel
+
+Form = Literal["NFC", "NFD"]
+FORMS: tuple[Form, ...] = ("NFC", "NFD")
 
 
 def folder(path: Path) -> Path:
@@ -67,10 +73,10 @@ def test_the_error_for_an_unknown_name_lists_similar_names(root: Path) -> None:
 
 
 def test_faulty_configured_folders_are_refused_with_a_reason(root: Path) -> None:
-    registry = Registry(root, {"up": root / ".." / "secret", "gone": root / "gone", "a:b": root, "file": root / "file"})
+    registry = Registry(root, {"up": root / ".." / "secret", "gone": root / "gone", "a*b": root, "file": root / "file"})
     with pytest.raises(AdapterNotFound):
         registry.locate("gone")
-    for name in ("up", "a:b", "file"):
+    for name in ("up", "a*b", "file"):
         with pytest.raises(InvalidAdapter):
             registry.locate(name)
 
@@ -96,11 +102,86 @@ def test_no_name_leaves_the_root(name: str) -> None:
     assert name_error(name) is None
 
 
+@pytest.mark.parametrize("written", ["NFC", "NFD"])
+@pytest.mark.parametrize("asked", ["NFC", "NFD"])
+def test_a_name_is_found_in_each_unicode_form(root: Path, written: Form, asked: Form) -> None:
+    made = folder(root / unicodedata.normalize(written, "café"))
+    registry = Registry(root, {}, ["base"])
+    location = registry.locate(unicodedata.normalize(asked, "café"))
+    assert (location.name, location.source) == ("café", str(made))
+    assert "café" in registry.names()
+    assert [location.source for location, _ in registry.scan() if location.name == "café"] == [str(made)]
+
+
+def test_a_name_in_neither_unicode_form_is_found(root: Path) -> None:
+    mixed = "é" + unicodedata.normalize("NFD", "é")
+    folder(root / mixed)
+    assert Registry(root, {}).locate("éé").source == str(root / mixed)
+
+
+def test_of_two_folders_with_one_name_the_second_is_skipped_with_the_reason(root: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in FORMS)
+    for name in (decomposed, composed):
+        folder(root / name)
+    registry = Registry(root, {})
+    assert registry.locate(decomposed).source == str(root / composed)
+    assert list(registry.skipped()) == [decomposed]
+    assert "another Unicode form" in registry.skipped()[decomposed]
+
+
+@pytest.mark.parametrize("name", ["a:b", "a@b", "legal[v2]", "legal [old]", "v2.1", "名前", "x]y[z"])
+def test_folders_may_have_any_plain_characters(root: Path, name: str) -> None:
+    folder(root / name)
+    registry = Registry(root, {})
+    assert registry.locate(name).source == str(root / name)
+    assert name in registry.names()
+
+
+@pytest.mark.parametrize("name", ["a*b", "a?b", "a\\b", "a\nb", " a", "a@0123456789abcdef", "\u202eb", "\udcff"])
+def test_folders_with_other_names_are_skipped_with_the_reason(root: Path, name: str) -> None:
+    folder(root / name)
+    registry = Registry(root, {})
+    shown = name.encode(errors="backslashreplace").decode()
+    assert registry.skipped()[shown].startswith("expected")
+    assert json.dumps(registry.skipped()).encode()
+    assert shown not in registry.names()
+
+
+def test_a_folder_without_a_config_is_skipped_until_it_has_one(root: Path) -> None:
+    (root / "half").mkdir()
+    (root / "lost+found").mkdir()
+    registry = Registry(root, {})
+    assert list(registry.skipped()) == ["half"], "files, hidden folders and those of file systems are not listed"
+    assert "adapter_config.json" in registry.skipped()["half"]
+    (root / "half" / "adapter_config.json").write_text("{}")
+    assert registry.skipped() == {}
+    assert "half" in registry.names()
+
+
+def test_a_folder_below_a_subfolder_has_no_name(root: Path) -> None:
+    folder(root / "org" / "legal")
+    with pytest.raises(UnknownModel):
+        Registry(root, {}).locate("org/legal")
+
+
+@pytest.mark.parametrize("name", ["base", "base:legal-v1"])
+def test_an_adapter_named_like_the_base_model_is_refused_and_not_listed_as_a_model(root: Path, name: str) -> None:
+    folder(root / name)
+    registry = Registry(root, {}, ["base", "org/base"])
+    for asked in (name, f"{name}@0123456789abcdef"):
+        with pytest.raises(InvalidAdapter, match="a name of the base model"):
+            registry.locate(asked)
+    assert name in registry.names()
+    assert name not in [location.name for location, _ in registry.scan()]
+    with pytest.raises(UnknownModel, match="a name of the base model"):
+        registry.locate("org/base")
+
+
 def names(root: Path) -> ModelNames:
-    return ModelNames(["base", "org/base"], Registry(root, {}))
+    return ModelNames(["base", "org/base", "base:4b"], Registry(root, {}, ["base", "org/base", "base:4b"]))
 
 
-@pytest.mark.parametrize("model", ["base", "org/base"])
+@pytest.mark.parametrize("model", ["base", "org/base", "base:4b"])
 def test_the_base_model_has_several_names(root: Path, model: str) -> None:
     assert names(root).resolve(model) is None
 
@@ -111,6 +192,7 @@ def test_the_base_model_has_several_names(root: Path, model: str) -> None:
         ("legal-v2", None),
         ("base:legal-v2", None),
         ("org/base:legal-v2", None),
+        ("base:4b:legal-v2", None),
         ("base", "legal-v2"),
         (None, "legal-v2"),
         ("legal-v2", "legal-v2"),

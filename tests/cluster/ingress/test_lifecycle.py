@@ -90,8 +90,8 @@ def test_the_rest_calls_show_where_an_adapter_is(service: Service, source: str) 
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"lora_name": "a/b", "lora_path": "x"}, (400, "invalid_request_error")),
-        ({"lora_name": "a@b", "lora_path": "x"}, (400, "invalid_request_error")),
+        ({"lora_name": "a/../b", "lora_path": "x"}, (400, "invalid_request_error")),
+        ({"lora_name": BASE, "lora_path": "legal-v2", "load_inplace": True}, (400, "invalid_request_error")),
         ({"lora_name": "x", "lora_path": "/etc"}, (400, "invalid_request_error")),
         ({"lora_name": "x", "lora_path": "../../etc"}, (404, "adapter_not_found")),
         ({"lora_name": "x", "lora_path": "no-such"}, (404, "adapter_not_found")),
