@@ -58,7 +58,7 @@ class EngineConfig:
     prefix_cache: bool = True
     # Factor by which prompts may lengthen a step of running texts, as estimated from the model's dimensions. Steps
     # beside few texts, and those that start many texts at once, may take longer.
-    decode_slowdown: float = 1.9
+    decode_slowdown: float = 1.8
     # Device memory for merged weights of the most requested adapters.
     merged_bytes: int = 0
     # LoRA backend; "fastest" may give up a little accuracy for speed (see kernels/dispatch.py).

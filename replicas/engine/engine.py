@@ -176,11 +176,11 @@ class Engine:
         self, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None, task: Task, sink: Sink
     ) -> Ticket:
         """Queue a request of any task; see `submit`. The prompts must be within `limits`."""
-        tokens = sum(map(len, prompts))
         request = Request(task, prompts, adapter, sink, arrived_s=perf_counter())
+        self._pipeline.wait_for_launch()
         with self._lock:
             self._check_adapter(adapter)
-            check_space(self._scheduler.queue, self.config.max_waiting_tokens, flow_of(adapter), tokens)
+            check_space(self._scheduler.queue, self.config.max_waiting_tokens, flow_of(adapter), sum(map(len, prompts)))
             tier = request.tier = None if adapter is None else self._adapters.tier(adapter)
             for sequence in request.sequences:
                 self._scheduler.queue.add(sequence)

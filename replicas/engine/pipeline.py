@@ -7,7 +7,7 @@ guards the queue, the slot table and the steps in flight; no code holds it for l
 import logging
 from collections import deque
 from collections.abc import Iterable
-from threading import Condition, Thread
+from threading import Condition, Lock, Thread
 from time import perf_counter
 
 import numpy as np
@@ -57,6 +57,7 @@ class Pipeline:
         self._forecast = Forecast()
         self._in_flight: deque[InFlightStep] = deque()
         self._launching: list[Sequence] = []  # on the CPU a launch is the whole computation
+        self._launch_lock = Lock()
         self._must_probe = False  # a sequence failed alone: either it cannot be computed, or the device is broken
         self._is_broken = False
         self._launches_more = True  # until the step thread has launched its last step
@@ -87,6 +88,16 @@ class Pipeline:
         for sequence in waiting:
             sequence.request.fail(error)
         self._adapters.refuse_loads(error)
+
+    def wait_for_launch(self) -> None:
+        """Wait while a step is launched on CUDA. A thread calls this before it queues a request.
+
+        Each kernel that is launched gives Python's interpreter up. Beside a thread that is busy in Python, the launch
+        of a step without a graph takes ten times as long, and the device waits for it.
+        """
+        if self._depth > 1:
+            with self._launch_lock:
+                pass
 
     def wake(self, *, must_load: bool) -> None:
         """Plan again, because a request was queued. Called under the lock.
@@ -220,7 +231,8 @@ class Pipeline:
 
     def _launch(self, plan: StepPlan, slots: list[int | None]) -> None:
         try:
-            launched = self._steps.launch(plan, slots)
+            with self._launch_lock:
+                launched = self._steps.launch(plan, slots)
         except Exception as error:  # only this step fails
             if isinstance(error, torch.OutOfMemoryError):
                 self._runner.free_caches()

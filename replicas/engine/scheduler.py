@@ -51,7 +51,7 @@ class Scheduler:
 
     def __init__(
         self, *, max_tokens: int, max_sequences: int, max_adapters: int, max_demand: int,
-        costs: StepCost = StepCost(), decode_slowdown: float = 1.9,
+        costs: StepCost = StepCost(), decode_slowdown: float = 1.8,
     ) -> None:  # fmt: skip
         self._max_tokens = max_tokens
         self._max_sequences = max_sequences

@@ -2,6 +2,9 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import run
+from sys import executable
 from threading import Thread, get_ident
 from types import SimpleNamespace
 
@@ -74,3 +77,42 @@ def test_kernels_are_compiled_and_failures_counted(monkeypatch: pytest.MonkeyPat
     assert (one.compiled, two.compiled) == (["a", "c"], ["b"])
     assert one.loaded_by + two.loaded_by == 3 * [get_ident()]
     assert compile_kernels([], torch.device("cpu")) == 0
+
+
+SOURCE = """
+import torch
+import triton
+import triton.language as tl
+from ranklet.kernels.compile_ahead import compile_kernels, listed_kernels
+
+"""
+KERNEL = """
+@triton.jit
+def kernel_{i}(out, {names}):
+    tl.store(out, {added})
+
+"""
+
+
+@pytest.mark.gpu
+def test_kernels_of_any_arguments_are_launched_by_their_own_functions(tmp_path: Path) -> None:
+    """The first process fills the cache; the others load from it, in which threads would mix functions up."""
+    count, source, calls = 24, SOURCE, ""
+    for i in range(1, count + 1):
+        names = [f"x{j}" for j in range(i)]
+        source += KERNEL.format(i=i, names=", ".join(names), added=" + ".join(names))
+        calls += f"    kernel_{i}[(1,)](out[{i}:], {', '.join(['3'] * i)})\n"
+    source += f"""out = torch.zeros({count + 1}, dtype=torch.int32, device="cuda")
+def launch():
+{calls}
+with listed_kernels() as kernels:
+    launch()
+assert len(kernels) >= {count}
+assert compile_kernels(list(kernels), out.device, threads=16) == 0
+launch()
+assert out.tolist() == [3 * i for i in range({count + 1})]
+"""
+    script = tmp_path / "script.py"
+    script.write_text(source)
+    for _ in range(6):
+        run([executable, str(script)], check=True, timeout=100)
