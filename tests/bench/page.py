@@ -8,6 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.bench.notes import (
+    ATTENTION_NOTE,
+    CLIENTS_NOTE,
+    ENGINE_NOTE,
+    FIDELITY_SMOLLM_NOTE,
+    FIDELITY_TEXT_NOTE,
+    GAPS_NOTE,
+    GENERATE_8B_NOTE,
+    GENERATE_NOTE,
+    TEXT_CPU_NOTE,
+    TEXT_HTTP_NOTE,
+)
 from tests.bench.report import RESULTS
 
 HEAD = """# Benchmark results
@@ -78,46 +90,6 @@ LOGPROBS: dict[str, tuple[str, Column]] = {
     "decode": ("as generated", NATS), "self": ("between these two", NATS),
     "transformers": ("transformers + PEFT in bf16", NATS),
 }  # fmt: skip
-GENERATE_NOTE = """\
-One engine without a server, at commit 5391fa9: greedy, all requests submitted at once, random tokens, no prefix cache.
-Each number is the better of two runs, as for vLLM on an H200. A step is the time between two tokens of a text. A script
-around the benchmark noted each step's size. 9 of 10 targets are reached, and the last is missed by 0.3 %."""
-GENERATE_8B_NOTE = """\
-As above, one run each, weights in the shapes of Llama-3.1-8B. The targets of one text at a time are reached, the others
-are missed by 2 to 14 %. With 16 texts, a step takes 4.86 ms, of which reading weights, keys and values takes 4.1. With
-256 texts, the layers' products take 6.5 ms of a step, and would take 6.1 with cuBLAS (`kernels/NOTES.md`); reading keys
-and values takes 2.3 ms at 288 tokens and 5.1 at 640. Steps with prompts reach 710 TFLOP/s."""
-GAPS_NOTE = """\
-64 texts of 512 prompt tokens and 1,024 generated ones, at commit b80c4ac with `decode_slowdown: 1.9`. The target for
-p99 is 2.5 times the median without other work. It is missed beside embeddings, so the setting is 1.8 since then. With
-1.85, the same benchmark within a script that noted each step gave 2.17, 2.32 and 2.32."""
-ENGINE_NOTE = """\
-At commit b80c4ac. All prompts are submitted at once by a thread of the same process, whose work slows down the first
-launches. In the same call the commit e1bea1a, before text, had 338,504, 322,202 and 325,065 tokens/s with prompts of
-6144 tokens, 529,060, 495,389 and 494,076 with 512, and 534,687, 443,090 and 501,738 with 128. The time of a batch on
-the device differed by up to 1 %. Since then requests wait for the launch, which was not measured."""
-FIDELITY_TEXT_NOTE = """\
-At commit 2798a18, in bf16, with six prompts of 1 to 1,000 random tokens and 48 generated tokens each. The target for
-logprobs of the text as a prompt, 0.016, is missed; that for logprobs that came with the tokens, 0.031, is reached. The
-weights are random, so the measure is the last column: the engine is closer to float32 than transformers + PEFT in
-bf16."""
-FIDELITY_SMOLLM_NOTE = """\
-At commit 5391fa9, SmolLM2-135M-Instruct, with trained weights: questions in its chat format and 64 generated tokens
-each. The adapters are random. Differences are larger where a token is unlikely, in all of them. The targets of 0.016
-and 0.031 are out of the reach of bf16 here; the engine is closer to float32 than transformers + PEFT in bf16. Mean
-differences are 0.014 as a prompt, 0.005 as generated, and 0.036 for transformers."""
-CLIENTS_NOTE = """\
-Published clients, unchanged, against one replica with SmolLM2-135M-Instruct and four trained adapters, in float32 on
-a CPU. LangChain's standard tests of tools, structured output, images, sounds and documents do not apply: ranklet
-refuses tools and structured output by name, as further checks show. lm-eval's measure is the largest difference of a
-log-likelihood to its `hf` model, which is transformers + PEFT, over answers of a few tokens and two whole texts, for
-the base and two adapters."""
-
-
-ATTENTION_NOTE = """\
-Keys were cut into splits of at least 256 keys; 512 are kept. With 512, 32 x 512 behind 0 took 171 us for Qwen3-0.6B in
-the same call. Times of the other shapes measured with both differ by up to 4 %. The larger bound on partial sums and
-the explicit `fma` came later and were not measured."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +153,30 @@ TABLES = (
          "tokens_per_s": ("generated tokens/s", COUNT), "long prompt tokens_per_s": ("long prompts tokens/s", COUNT),
          "embedding tokens_per_s": ("embeddings tokens/s", COUNT)},
         note=GAPS_NOTE,
+    ),
+    ResultTable(
+        "Generated text over HTTP", "text-http-h200",
+        {"work": ("requests x prompt/output", TEXT), "gateways": ("gateways", COUNT),
+         "tokens_per_s": ("generated tokens/s", COUNT), "engine tokens_per_s": ("the engine alone", COUNT),
+         "of the engine": ("of the engine", RATIO), "failed": ("failed", failures)},
+        note=TEXT_HTTP_NOTE,
+    ),
+    ResultTable(
+        "CPU time of a token, us", "text-http-h200-cpu",
+        {"work": ("requests x prompt/output", TEXT), "gateways": ("gateways", COUNT),
+         **{f"{name} us": (name, number(1)) for name in ("gateway", "actor", "engine", "haproxy", "client")},
+         "gateway busiest": ("busiest gateway, of a core", PERCENT)},
+        note=TEXT_CPU_NOTE,
+    ),
+    ResultTable(
+        "Time to the first token, and what HTTP, Ray and gateways add", "text-http-h200-first",
+        {"load": ("load", TEXT), "gateways": ("gateways", COUNT), "client p50_ms": ("p50 ms", MS),
+         **{f"added p{p}_ms": (f"added p{p} ms", MS) for p in (50, 90, 99)}, "must": ("target ms", TEXT)},
+    ),
+    ResultTable(
+        "Median gap between the tokens of one text, over HTTP and of the engine", "text-http-h200-gaps",
+        {"gateways": ("gateways", COUNT), "gap_p50_ms": ("ms", FINE_MS), "engine gap_p50_ms": ("engine ms", FINE_MS),
+         "added ms": ("added ms", FINE_MS)},
     ),
     ResultTable(
         "Largest differences of logprobs of generated text to transformers + PEFT in float32", "fidelity-text-h200",
