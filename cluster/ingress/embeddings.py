@@ -11,17 +11,19 @@ from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.ingress.answers import join_embeddings, render_embeddings
 from ranklet.cluster.ingress.intake import Inputs
 from ranklet.cluster.ingress.known_fields import EMBEDDING_FIELDS
-from ranklet.cluster.ingress.prompts import EmbeddingPrompts
+from ranklet.cluster.ingress.prompts import EmbeddingPrompts, truncation_of
 from ranklet.cluster.ingress.protocol import INPUT_SCHEMA, parse_input, parse_object, validate
 from ranklet.cluster.ingress.task import AdmittedCall
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import EmbedParams
+from ranklet.replicas.errors import InvalidRequest
+from ranklet.replicas.model.tokenizer import TruncationSide
 
 _RENDER_INLINE_BYTES: Final = 1 << 20  # larger answers are rendered on a thread
 
 
 class EmbeddingsRequest(BaseModel):
-    """Body of `POST /v1/embeddings`. Unknown fields are ignored and named in a header."""
+    """Body of `POST /v1/embeddings`. `known_fields` has the names of fields that are refused or ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
@@ -29,6 +31,11 @@ class EmbeddingsRequest(BaseModel):
     input: Annotated[Any, WithJsonSchema(INPUT_SCHEMA)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: TruncationSide | None = None
+    add_special_tokens: bool | None = None
+    normalize: bool | None = None
+    use_activation: bool | None = None  # the newer name of normalize in vLLM
     user: str | None = None
     lora_path: str | None = None  # SGLang's field for the adapter
 
@@ -47,7 +54,15 @@ class EmbeddingsTask:
         """Parse a JSON body. Raises InvalidRequest."""
         fields = parse_object(body)
         ignored = EMBEDDING_FIELDS.check(fields, EmbeddingsRequest.model_fields)
-        return cls(validate(fields, EmbeddingsRequest), ignored)
+        form = validate(fields, EmbeddingsRequest)
+        for name, value in (("normalize", form.normalize), ("use_activation", form.use_activation)):
+            if value is False:
+                raise InvalidRequest(
+                    f"{name}: expected true or null, got false. Vectors that the model's folder normalises cannot be "
+                    "answered otherwise",
+                    param=name,
+                )
+        return cls(form, ignored)
 
     @property
     def model(self) -> str | None:
@@ -60,7 +75,9 @@ class EmbeddingsTask:
     def inputs(self, adapter: AdapterLocation | None, max_texts: int, limits: RequestLimits) -> Inputs | None:
         values = parse_input(self.form.input, max_texts)
         limits.check_dimensions(self.form.dimensions)
-        return Inputs(values, EmbeddingPrompts(limits))
+        form, longest = self.form, limits.max_embedding_len
+        truncation = truncation_of(form.truncate_prompt_tokens, form.truncation_side, longest, "right")
+        return Inputs(values, EmbeddingPrompts(limits, form.add_special_tokens, truncation))
 
     async def prepare(self, adapter: AdapterLocation | None, limits: RequestLimits) -> None:
         pass
@@ -68,7 +85,8 @@ class EmbeddingsTask:
     async def respond(self, call: AdmittedCall) -> Response:
         params, vector_bytes = EmbedParams(self.form.dimensions), 4 * call.limits.hidden
         replies = await call.replicas.infer("embed", call.adapter, call.prompts, params, vector_bytes)
-        call.record.answer = answer = join_embeddings(replies)
+        normalizes = bool(self.form.normalize or self.form.use_activation)
+        call.record.answer = answer = join_embeddings(replies, normalizes=normalizes)
         rendering = partial(render_embeddings, answer, self.form.model or call.model, self.form.encoding_format)
         large = answer.size_bytes > _RENDER_INLINE_BYTES
         content = await call.intake.on_thread(rendering) if large else rendering()

@@ -6,10 +6,13 @@ from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ranklet.cluster.ingress.prompts import TextPrompts, truncation_of
 from ranklet.cluster.ingress.protocol import describe_value
 from ranklet.cluster.text.stops import StopStrings
+from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.errors import InvalidRequest
+from ranklet.replicas.model.tokenizer import TruncationSide
 
 MAX_STOPS: Final = 16
 _MAX_ID_CHARS = 128
@@ -94,6 +97,8 @@ class TextFields(BaseModel):
     allowed_token_ids: list[int] | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: TruncationSide | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     cache_salt: str | None = None
@@ -142,6 +147,19 @@ class TextFields(BaseModel):
         )
         params.check(vocab)
         return params
+
+    def prompt_rules(
+        self, limits: RequestLimits, param: str, max_tokens: int, *, adds_special_tokens: bool, is_limited: bool
+    ) -> TextPrompts:
+        """Return the rules for the prompts. Raises InvalidRequest.
+
+        Args:
+            max_tokens: see `TextPrompts`, as for the others.
+        """
+        longest = limits.max_model_len - max_tokens
+        # As in vLLM, a text continues the end of its prompt, so the beginning is removed.
+        truncation = truncation_of(self.truncate_prompt_tokens, self.truncation_side, longest, "left")
+        return TextPrompts(limits, param, adds_special_tokens, max_tokens, is_limited, truncation)
 
     def text_options(self, *, echoes: bool = False, drops_output: bool = False, logprobs: bool) -> TextOptions:
         """Return the options of the texts. Raises InvalidRequest."""

@@ -57,6 +57,8 @@ class Intake:
             if body_bytes > SMALL_BODY_BYTES:
                 return inputs
             values = rules.encode(self._tokenizer, values)
+        else:
+            values = rules.shorten(values)
         rules.check(values)
         return replace(inputs, values=values)
 

@@ -85,7 +85,17 @@ _EMPTY_OBJECT = RefusedField(({},))
 _CONSTRAINED = RefusedField(({}, "", []), "Constrained decoding is not installed. Leave it out")
 _NO_TOOLS = "Tools are not supported yet. Leave it out"
 
-_REFUSED: Final = {
+# Fields of other servers, and of clients, that would lead to another model or other fields.
+_ELSEWHERE: Final = {
+    **dict.fromkeys(
+        ("adapter", "adapter_id", "adapter_name", "lora", "lora_id", "lora_name", "lora_request"),
+        RefusedField(("",), "Name the adapter in model"),
+    ),
+    "adapter_source": RefusedField(("",), "Load the adapter by name first"),
+    "adapter_parameters": RefusedField(({},), "Adapters are not merged"),
+    "extra_body": RefusedField(({},), "Send its fields beside the others: only OpenAI's Python client unpacks it"),
+}
+_REFUSED: Final = _ELSEWHERE | {
     "use_beam_search": _OFF,
     "length_penalty": RefusedField((1,)),
     "early_stopping": _OFF,
@@ -110,7 +120,6 @@ _REFUSED: Final = {
     "token_ids_logprob": _EMPTY_LIST,
     "return_hidden_states": _OFF,
     "spaces_between_special_tokens": RefusedField((True,)),
-    "truncate_prompt_tokens": RefusedField((), "Shorten the prompt"),
     "store": RefusedField((False,), "Answers are not stored. Leave it out"),
     "service_tier": RefusedField(("auto", "default")),
     "response_format": RefusedField(
@@ -132,7 +141,7 @@ _REFUSED: Final = {
 _ACCEPTED: Final = frozenset(
     {
         "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
-        "truncation_side", "stream_interval",
+        "stream_interval",
     }
 )  # fmt: skip
 
@@ -169,4 +178,63 @@ CHAT_FIELDS: Final = KnownFields(
     },
     _ACCEPTED | {"parallel_tool_calls", "stream_reasoning"},
 )
-EMBEDDING_FIELDS: Final = KnownFields({}, ())
+_CUTS: Final = "Use truncate_prompt_tokens, -1 for the longest input"
+_PROMPT: Final = "Put it before each text"
+_FLOATS: Final = "Vectors are float32; encoding_format is float or base64"
+EMBEDDING_FIELDS: Final = KnownFields(
+    _ELSEWHERE
+    | {
+        **dict.fromkeys(("prompt_name", "prompt", "instruction", "task", "task_type"), RefusedField(("",), _PROMPT)),
+        "embed_dtype": RefusedField(("float32", "float"), _FLOATS),
+        "output_dtype": RefusedField(("float", "float32"), _FLOATS),
+        "precision": RefusedField(("float32", "float"), _FLOATS),
+        "embedding_type": RefusedField(("float", "float32"), _FLOATS),
+        "embedding_types": RefusedField((["float"], []), _FLOATS),
+        "encoding": RefusedField(("float",), "Use encoding_format"),
+        "endianness": RefusedField(("little", "native"), "Vectors in base64 are little-endian"),
+        "output_dimension": RefusedField((), "Use dimensions"),
+        "truncate_dim": RefusedField((), "Use dimensions"),
+        "truncate": RefusedField((False, "NONE"), _CUTS),
+        "truncation": RefusedField((False,), _CUTS),
+        "truncation_direction": RefusedField(("Right", "right"), "Use truncation_side"),
+        "max_length": RefusedField((), _CUTS),
+        "max_tokens": RefusedField((), _CUTS),
+        "softmax": _OFF,
+        "activation": _OFF,
+        "pooling": _PLAIN,
+        "pooling_type": _PLAIN,
+        "pooling_task": RefusedField(("embed",)),
+        "embd_normalize": RefusedField((2,), "The model's folder decides whether vectors have length 1"),
+        "late_chunking": _OFF,
+        "return_sparse": _OFF,
+        "return_colbert_vecs": _OFF,
+        "modality": RefusedField(("text",)),
+        "images": _EMPTY_LIST,
+        "image_data": _EMPTY_LIST,
+        "mm_processor_kwargs": _EMPTY_OBJECT,
+        **dict.fromkeys(("inputs", "texts", "text", "content"), RefusedField((), "Use input")),
+        "input_ids": RefusedField((), "Send token ids as input"),
+        "messages": RefusedField((), "Send texts as input. Chats are for /v1/chat/completions"),
+        "chat_template": RefusedField(("",), "Send texts as input"),
+        "chat_template_kwargs": _EMPTY_OBJECT,
+        "add_generation_prompt": _OFF,
+        "continue_final_message": _OFF,
+    },
+    {
+        "user", "metadata", "safety_identifier", "priority", "input_type", "request_id", "rid", "cache_salt",
+    },
+)  # fmt: skip
+TOKENIZE_FIELDS: Final = KnownFields(
+    _ELSEWHERE
+    | {
+        "tools": CHAT_FIELDS.refused["tools"],
+        "chat_template": CHAT_FIELDS.refused["chat_template"],
+        "mm_processor_kwargs": _EMPTY_OBJECT,
+        "documents": _EMPTY_LIST,
+        "truncate_prompt_tokens": RefusedField((), "Cut the answer's tokens"),
+    },
+    _ACCEPTED,
+)
+DETOKENIZE_FIELDS: Final = KnownFields(
+    _ELSEWHERE | {"skip_special_tokens": RefusedField((False,), "The text has all special tokens")}, _ACCEPTED
+)

@@ -1,5 +1,6 @@
 """How the texts of requests become the token ids of prompts, and what the prompts of each kind must be like."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,16 +11,51 @@ from numpy.typing import NDArray
 from ranklet.cluster.ingress.protocol import Texts, TokenIds
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.errors import InvalidRequest
+from ranklet.replicas.model.tokenizer import Truncation, TruncationSide
 
 
 class Tokenizer(Protocol):
     """The part of `ranklet.replicas.model.tokenizer.PromptTokenizer` that makes prompts."""
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]: ...
+    def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool | None = None, truncation: Truncation | None = None
+    ) -> list[NDArray[np.int32]]: ...
 
-    def encode_plain(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[NDArray[np.int32]]: ...
+    def encode_plain(
+        self, texts: Sequence[str], *, add_special_tokens: bool, truncation: Truncation | None = None
+    ) -> list[NDArray[np.int32]]: ...
 
     def least_tokens(self, text: str) -> int: ...
+
+
+def truncation_of(
+    tokens: int | None, side: TruncationSide | None, longest: int, usual_side: TruncationSide
+) -> Truncation | None:
+    """Return the truncation that a request wants by vLLM's fields; None for none.
+
+    Args:
+        tokens: `truncate_prompt_tokens`. -1 is the longest prompt.
+        side: `truncation_side`.
+
+    Raises:
+        InvalidRequest: `tokens` is out of range.
+    """
+    if tokens is None or longest < 1:  # without room for a prompt, each is refused as too long
+        return None
+    if tokens != -1 and not 1 <= tokens <= longest:
+        raise InvalidRequest(
+            f"truncate_prompt_tokens: expected 1 to {longest}, or -1 for the longest prompt, got {tokens}",
+            param="truncate_prompt_tokens",
+        )
+    return Truncation(longest if tokens == -1 else tokens, side or usual_side)
+
+
+def shortened(prompts: TokenIds, truncation: Truncation | None) -> TokenIds:
+    """Return token ids of a request, shortened. The request has all special tokens that it wants."""
+    if truncation is None:
+        return prompts
+    kept = slice(truncation.tokens) if truncation.side == "right" else slice(-truncation.tokens, None)
+    return [prompt[kept] for prompt in prompts]
 
 
 class PromptRules(Protocol):
@@ -27,10 +63,13 @@ class PromptRules(Protocol):
 
     @property
     def longest(self) -> int:
-        """Number of tokens that a prompt may have."""
+        """Number of tokens that a text may have."""
 
     def encode(self, tokenizer: Tokenizer, texts: Texts) -> TokenIds:
         """Return the token ids of each text. Blocks."""
+
+    def shorten(self, prompts: TokenIds) -> TokenIds:
+        """Return token ids of the request, shortened as its texts are."""
 
     def check(self, prompts: TokenIds) -> None:
         """Raise InvalidRequest if a prompt is too long or has an unknown token id."""
@@ -47,20 +86,30 @@ class ContextTooLong(InvalidRequest):  # named as its siblings in replicas/error
 
 @dataclass(frozen=True)
 class EmbeddingPrompts:
-    """Rules for the inputs of embeddings."""
+    """Rules for the inputs of embeddings.
+
+    Attributes:
+        adds_special_tokens: whether the tokenizer adds its special tokens, such as EOS; None as the folder says.
+        truncation: None refuses inputs that are too long.
+    """
 
     limits: RequestLimits
+    adds_special_tokens: bool | None = None
+    truncation: Truncation | None = None
 
     @property
     def longest(self) -> int:
-        return self.limits.max_embedding_len
+        return self.limits.max_embedding_len if self.truncation is None else sys.maxsize
 
     def encode(self, tokenizer: Tokenizer, texts: Texts) -> TokenIds:
-        return tokenizer.encode(texts)
+        return tokenizer.encode(texts, add_special_tokens=self.adds_special_tokens, truncation=self.truncation)
+
+    def shorten(self, prompts: TokenIds) -> TokenIds:
+        return shortened(prompts, self.truncation)
 
     def check(self, prompts: TokenIds) -> None:
         # The engine checks too, but it sees the parts of a split request, so its indices would be wrong.
-        self.limits.check_prompts(prompts, self.longest)
+        self.limits.check_prompts(prompts, self.limits.max_embedding_len)
 
     def too_long(self, index: int, least: int) -> InvalidRequest:
         return InvalidRequest(
@@ -78,6 +127,7 @@ class TextPrompts:
         adds_special_tokens: whether the tokenizer adds its special tokens, such as BOS.
         max_tokens: limit on generated tokens; 1 if the request has none.
         is_limited: whether the request has a limit.
+        truncation: None refuses prompts that are too long.
     """
 
     limits: RequestLimits
@@ -85,13 +135,21 @@ class TextPrompts:
     adds_special_tokens: bool
     max_tokens: int
     is_limited: bool
+    truncation: Truncation | None = None
 
     @property
     def longest(self) -> int:
+        return self._longest if self.truncation is None else sys.maxsize
+
+    @property
+    def _longest(self) -> int:
         return self.limits.max_model_len - self.max_tokens
 
     def encode(self, tokenizer: Tokenizer, texts: Texts) -> TokenIds:
-        return tokenizer.encode_plain(texts, add_special_tokens=self.adds_special_tokens)
+        return tokenizer.encode_plain(texts, add_special_tokens=self.adds_special_tokens, truncation=self.truncation)
+
+    def shorten(self, prompts: TokenIds) -> TokenIds:
+        return shortened(prompts, self.truncation)
 
     def check(self, prompts: TokenIds) -> None:
         for index, prompt in enumerate(prompts):
@@ -100,15 +158,9 @@ class TextPrompts:
                     f"{self.param}: expected at least one token in each prompt, prompt {index} has none",
                     param=self.param,
                 )
-            if len(prompt) > self.longest:
+            if len(prompt) > self._longest:
                 raise self._too_long(index, str(len(prompt)))
-            low, high = int(prompt.min()), int(prompt.max())
-            if low < 0 or high >= self.limits.vocab:
-                raise InvalidRequest(
-                    f"{self.param}: expected token ids from 0 to {self.limits.vocab - 1}, got "
-                    f"{low if low < 0 else high} in prompt {index}",
-                    param=self.param,
-                )
+            self.limits.check_token_ids(f"{self.param}: prompt {index}", prompt, self.param)
 
     def too_long(self, index: int, least: int) -> InvalidRequest:
         return self._too_long(index, f"at least {least}")

@@ -8,6 +8,7 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
+from ranklet.replicas.engine.limits import OTHER_VOCABULARY
 from ranklet.replicas.errors import InvalidRequest
 
 Form = TypeVar("Form", bound=BaseModel)
@@ -115,7 +116,7 @@ def _token_ids(ids: Any, index: int | None) -> NDArray[np.int32]:
         raise _UnusableInputError(f"{where}expected a list of at least one token id, got {describe_value(ids)}")
     if min(ids) < 0 or max(ids) > _MAX_TOKEN_ID:
         bad = next(token for token in ids if not 0 <= token <= _MAX_TOKEN_ID)
-        raise _UnusableInputError(f"{where}expected token ids of the model's vocabulary, got {bad}")
+        raise _UnusableInputError(f"{where}expected token ids of the model's vocabulary, got {bad}. {OTHER_VOCABULARY}")
     return np.array(ids, dtype=np.int32)
 
 

@@ -19,7 +19,6 @@ from ranklet.cluster.ingress.frame_queue import FrameQueue
 from ranklet.cluster.ingress.generation import PieceSink, TextGeneration
 from ranklet.cluster.ingress.intake import Inputs
 from ranklet.cluster.ingress.known_fields import CHAT_FIELDS, COMPLETION_FIELDS
-from ranklet.cluster.ingress.prompts import TextPrompts
 from ranklet.cluster.ingress.protocol import TokenIds, parse_object, validate
 from ranklet.cluster.ingress.stream import EventStream, StreamedTexts, open_stream
 from ranklet.cluster.ingress.task import AdmittedCall
@@ -202,9 +201,11 @@ class CompletionsTask(TextTask):
             )
         adds_special_tokens = self._form.add_special_tokens is not False
         # Without output, the prompt may fill the context but for the token that is made and dropped.
-        return Inputs(
-            values, TextPrompts(limits, "prompt", adds_special_tokens, self.params.max_tokens, is_limited=True)
+        max_tokens = self.params.max_tokens
+        rules = self._form.prompt_rules(
+            limits, "prompt", max_tokens, adds_special_tokens=adds_special_tokens, is_limited=True
         )
+        return Inputs(values, rules)
 
     def make_format(self, options: TextOptions, logprobs: LogprobsFormat, prompts: TokenIds) -> TextFormat:
         return CompletionsFormat(options, logprobs, prompts, self.params.n)
@@ -251,7 +252,9 @@ class ChatTask(TextTask):
             )
         limit = self._form.wanted_tokens
         adds_special_tokens = bool(self._form.add_special_tokens)  # the template writes them
-        rules = TextPrompts(limits, "messages", adds_special_tokens, limit or 1, is_limited=limit is not None)
+        rules = self._form.prompt_rules(
+            limits, "messages", limit or 1, adds_special_tokens=adds_special_tokens, is_limited=limit is not None
+        )
         return Inputs([text], rules)
 
     def params_for(self, prompts: TokenIds, limits: RequestLimits) -> GenerateParams:

@@ -16,9 +16,16 @@ from ranklet.cluster.config import LimitsConfig
 from ranklet.cluster.ingress.body import read_body
 from ranklet.cluster.ingress.chat import MESSAGES_SCHEMA, chat_prompt
 from ranklet.cluster.ingress.intake import Inputs, Intake
+from ranklet.cluster.ingress.known_fields import (
+    DETOKENIZE_FIELDS,
+    IGNORED_HEADER,
+    TOKENIZE_FIELDS,
+    KnownFields,
+    ignored_value,
+)
 from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.cluster.ingress.prompts import TextPrompts
-from ranklet.cluster.ingress.protocol import TokenIds, parse_body
+from ranklet.cluster.ingress.protocol import Form, TokenIds, parse_object, validate
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.responses import json_response
 from ranklet.cluster.ingress.texts import OwnedTemplate, TextModels
@@ -70,7 +77,7 @@ class TokenizeApi:
         with self.admission.admit():
             body = await read_body(request, self.limits.max_body_bytes, self.limits.body_timeout_s)
             engine_limits = await self.replicas.limits()
-            form = await self.intake.on_thread(partial(parse_body, body, TokenizeRequest))
+            form, ignored = await self.intake.on_thread(partial(_parse, body, TokenizeRequest, TOKENIZE_FIELDS))
             tokens = await self._tokens(key, form, engine_limits, len(body))
         strings = [self.texts.tokenizer.id_to_token(token) for token in tokens] if form.return_token_strs else None
         return json_response(
@@ -79,7 +86,8 @@ class TokenizeApi:
                 "max_model_len": engine_limits.max_model_len,
                 "tokens": tokens,
                 "token_strs": strings,
-            }
+            },
+            headers=ignored,
         )
 
     async def detokenize(self, request: Request) -> Response:
@@ -88,8 +96,8 @@ class TokenizeApi:
         with self.admission.admit():
             body = await read_body(request, self.limits.max_body_bytes, self.limits.body_timeout_s)
             vocab = (await self.replicas.limits()).vocab
-            text = await self.intake.on_thread(partial(self._detokenize, key, body, vocab))
-        return json_response({"prompt": text})
+            text, ignored = await self.intake.on_thread(partial(self._detokenize, key, body, vocab))
+        return json_response({"prompt": text}, headers=ignored)
 
     async def tokenizer_info(self, request: Request) -> Response:
         """Return the tokenizer's configuration, and the chat template of the model in the query `model`."""
@@ -142,13 +150,13 @@ class TokenizeApi:
         self.keys.authorize(key, *self.names.names_of(adapter.name if adapter else self.names.base))
         return adapter
 
-    def _detokenize(self, key: ApiKey | None, body: bytes, vocab: int) -> str:
-        form = parse_body(body, DetokenizeRequest)
+    def _detokenize(self, key: ApiKey | None, body: bytes, vocab: int) -> tuple[str, dict[str, str]]:
+        form, ignored = _parse(body, DetokenizeRequest, DETOKENIZE_FIELDS)
         self._resolve(key, form.model, None)
         for token in form.tokens:
             if not 0 <= token < vocab:
                 raise InvalidRequest(f"tokens: expected token ids from 0 to {vocab - 1}, got {token}", param="tokens")
-        return str(self.texts.tokenizer.decode(form.tokens, skip_special_tokens=False))
+        return str(self.texts.tokenizer.decode(form.tokens, skip_special_tokens=False)), ignored
 
     def _config(self) -> dict[str, Any]:
         try:
@@ -156,6 +164,13 @@ class TokenizeApi:
         except UnusableTokenError as error:
             raise ModelError(str(error)) from error
         return {"tokenizer_class": "PreTrainedTokenizerFast"} | config
+
+
+def _parse(body: bytes, form: type[Form], known: KnownFields) -> tuple[Form, dict[str, str]]:
+    """Return the form of a body, and the header that names ignored fields. Raises InvalidRequest."""
+    fields = parse_object(body)
+    ignored = known.check(fields, form.model_fields)
+    return validate(fields, form), {IGNORED_HEADER: ignored_value(ignored)} if ignored else {}
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def request_limits(
     embedding = _least(longest, pooling.max_tokens, embedded)
     return RequestLimits(
         max_model_len=longest if makes_text else embedding, hidden=architecture.hidden, vocab=architecture.vocab,
-        max_embedding_len=embedding,
+        max_embedding_len=embedding, dimensions=architecture.matryoshka,
     )  # fmt: skip
 
 

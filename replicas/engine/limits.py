@@ -10,7 +10,10 @@ from ranklet.replicas.engine.fair_queue import FairQueue
 from ranklet.replicas.engine.fair_share import fair_share
 from ranklet.replicas.errors import InvalidRequest, Saturated
 
-_MIN_DIMENSIONS = 32
+OTHER_VOCABULARY = (
+    "Ids are those of this model's tokenizer. LangChain's OpenAIEmbeddings sends ids of another vocabulary, unless its "
+    "check_embedding_ctx_length is False; then it sends texts"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,7 @@ class RequestLimits:
         no_text: why the engine generates no text; None if it does.
         end_ids: tokens that end a text of the base model.
         base_revision: content of the base model; "" if the engine generates no text.
+        dimensions: widths to which embeddings may be shortened; None for any.
     """
 
     max_model_len: int
@@ -34,6 +38,7 @@ class RequestLimits:
     no_text: str | None = None
     end_ids: tuple[int, ...] = ()
     base_revision: str = ""
+    dimensions: tuple[int, ...] | None = None
 
     def with_text(self, end_ids: tuple[int, ...], base_revision: str) -> "RequestLimits":
         return replace(self, end_ids=end_ids, base_revision=base_revision)
@@ -54,10 +59,26 @@ class RequestLimits:
 
     def check_dimensions(self, dimensions: int | None) -> int:
         """Return the width of the answer's vectors; raise InvalidRequest if `dimensions` is out of range."""
-        least = min(_MIN_DIMENSIONS, self.hidden)
-        if dimensions is not None and not least <= dimensions <= self.hidden:
-            raise InvalidRequest(f"dimensions: expected {least} to {self.hidden}, got {dimensions}", param="dimensions")
-        return dimensions or self.hidden
+        if dimensions is None or dimensions == self.hidden:
+            return self.hidden
+        allowed = range(1, self.hidden) if self.dimensions is None else self.dimensions
+        if dimensions not in allowed:
+            if self.dimensions is None:
+                expected = f"1 to {self.hidden}"
+            else:
+                expected = f"{', '.join(map(str, (*allowed, self.hidden)))}, as the model's config.json lists"
+            raise InvalidRequest(f"dimensions: expected {expected}, got {dimensions}", param="dimensions")
+        return dimensions
+
+    def check_token_ids(self, where: str, ids: NDArray[np.int32], param: str) -> None:
+        """Raise InvalidRequest if an id is not in the vocabulary. `where` begins the message."""
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab:
+            raise InvalidRequest(
+                f"{where}: expected token ids from 0 to {self.vocab - 1}, got {low if low < 0 else high}. "
+                f"{OTHER_VOCABULARY}",
+                param=param,
+            )
 
     def _check_prompt(self, index: int, prompt: NDArray[np.int32], longest: int) -> None:
         if not 1 <= len(prompt) <= longest:
@@ -65,12 +86,7 @@ class RequestLimits:
                 f"input[{index}]: expected 1 to {longest} tokens, got {len(prompt)}; shorten the text or split it",
                 param="input",
             )
-        low, high = int(prompt.min()), int(prompt.max())
-        if low < 0 or high >= self.vocab:
-            wrong = low if low < 0 else high
-            raise InvalidRequest(
-                f"input[{index}]: expected token ids from 0 to {self.vocab - 1}, got {wrong}", param="input"
-            )
+        self.check_token_ids(f"input[{index}]", prompt, "input")
 
 
 def check_space(queue: FairQueue, max_tokens: int, flow: str, tokens: int) -> None:

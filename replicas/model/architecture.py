@@ -20,7 +20,11 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True)
 class Architecture:
-    """The dimensions of a decoder of the Qwen3, Qwen2, Llama or Mistral family."""
+    """The dimensions of a decoder of the Qwen3, Qwen2, Llama or Mistral family.
+
+    Attributes:
+        matryoshka: widths below `hidden` to which embeddings may be shortened; None for any.
+    """
 
     name: str
     layers: int
@@ -34,6 +38,7 @@ class Architecture:
     qk_norm: bool
     windows: tuple[int | None, ...]  # by layer: tokens that a token attends to, itself included; None for no limit
     max_position: int
+    matryoshka: tuple[int, ...] | None = None
 
     def module_dims(self) -> dict[str, tuple[int, int]]:
         """Return (input width, output width) of each linear module of a layer."""
@@ -84,6 +89,7 @@ def read_architecture(config: Any) -> Architecture:
         qk_norm=name.startswith("Qwen3"),
         windows=_windows(config),
         max_position=config.max_position_embeddings,
+        matryoshka=_matryoshka(config),
     )
 
 
@@ -103,6 +109,16 @@ def _check_supported(config: Any) -> None:
     rotated = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
     if rotated != 1.0:
         raise ModelError(f"rope_parameters: expected partial_rotary_factor 1, got {rotated}")
+
+
+def _matryoshka(config: Any) -> tuple[int, ...] | None:
+    """Read the fields that vLLM reads too. Models without them are trained for any width, or say nothing."""
+    widths, hidden = getattr(config, "matryoshka_dimensions", None), config.hidden_size
+    if widths is None:
+        return () if getattr(config, "is_matryoshka", None) is False else None
+    if not isinstance(widths, list) or not all(type(width) is int and 1 <= width <= hidden for width in widths):
+        raise ModelError(f"matryoshka_dimensions: expected a list of integers from 1 to {hidden}, got {widths!r}")
+    return tuple(sorted({width for width in widths if width < hidden}))
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:

@@ -1,15 +1,30 @@
 """Tokenizes texts with the tokenizer and the settings of the model folder."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.replicas.errors import ModelError
+from ranklet.replicas.errors import InvalidRequest, ModelError
 from ranklet.replicas.model.folder import read_default_prompt, read_settings
 from ranklet.replicas.model.token_bound import TokenBound
+
+TruncationSide = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """Shortens prompts to a number of tokens, those that the tokenizer adds included.
+
+    Attributes:
+        side: where tokens are removed. The tokens that the tokenizer adds stay.
+    """
+
+    tokens: int
+    side: TruncationSide
 
 
 class PromptTokenizer:
@@ -42,13 +57,41 @@ class PromptTokenizer:
         """The `tokenizers.Tokenizer`, which must not be changed."""
         return self._backend
 
-    def encode_plain(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[NDArray[np.int32]]:
+    def encode_plain(
+        self, texts: Sequence[str], *, add_special_tokens: bool, truncation: Truncation | None = None
+    ) -> list[NDArray[np.int32]]:
         """Return the token ids of each text, int32 [length], without the folder's settings for embeddings."""
-        found = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in found]
+        return _ids(self._backend, texts, add_special_tokens=add_special_tokens, truncation=truncation)
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """Return the token ids of each text, int32 [length], as prompts of embeddings: special tokens included."""
+    def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool | None = None, truncation: Truncation | None = None
+    ) -> list[NDArray[np.int32]]:
+        """Return the token ids of each text, int32 [length], as prompts of embeddings.
+
+        Args:
+            add_special_tokens: None as the folder says.
+        """
         prompts = [self._prefix + text for text in texts] if self._prefix else list(texts)
         prompts = [prompt.lower() for prompt in prompts] if self._lower else prompts
-        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in self._backend.encode_batch_fast(prompts)]
+        return _ids(self._backend, prompts, add_special_tokens=add_special_tokens is not False, truncation=truncation)
+
+
+def _ids(
+    backend: Any, texts: Sequence[str], *, add_special_tokens: bool, truncation: Truncation | None
+) -> list[NDArray[np.int32]]:
+    if truncation is None:
+        found = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+    else:
+        added = backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+        if truncation.tokens < added:
+            raise InvalidRequest(
+                f"truncate_prompt_tokens: expected at least {added}, the special tokens that are added to each text, "
+                f"got {truncation.tokens}",
+                param="truncate_prompt_tokens",
+            )
+        found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        for encoding in found:
+            encoding.truncate(truncation.tokens - added, direction=truncation.side)
+        if added:
+            found = [backend.post_process(encoding, add_special_tokens=True) for encoding in found]
+    return [np.asarray(encoding.ids, dtype=np.int32) for encoding in found]

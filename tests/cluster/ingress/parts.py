@@ -31,6 +31,7 @@ from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.status import RecentRequests
 from ranklet.cluster.message import EmbedResult, InferenceCall, InferenceReply, Refusal, ReplicaDescription
 from ranklet.replicas.engine.limits import RequestLimits
+from ranklet.replicas.model.tokenizer import Truncation
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.counters import Counters
 from ranklet.routing.report import QueueLoad
@@ -57,10 +58,14 @@ class FakeTokenizer:
     def least_tokens(self, text: str) -> int:
         return len(text.encode()) // 64
 
-    def encode_plain(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[NDArray[np.int32]]:
-        return self.encode(texts)
+    def encode_plain(
+        self, texts: Sequence[str], *, add_special_tokens: bool, truncation: Truncation | None = None
+    ) -> list[NDArray[np.int32]]:
+        return self.encode(texts, truncation=truncation)
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+    def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool | None = None, truncation: Truncation | None = None
+    ) -> list[NDArray[np.int32]]:
         size_bytes = sum(map(len, texts))
         with self._lock:
             self.encoded.append(texts)
@@ -70,7 +75,8 @@ class FakeTokenizer:
             assert self.released.wait(60)
         with self._lock:
             self._bytes -= size_bytes
-        return [np.ones(len(text.split()), np.int32) for text in texts]
+        longest = None if truncation is None else truncation.tokens
+        return [np.ones(len(text.split()[:longest]), np.int32) for text in texts]
 
 
 class FakeReplicas:

@@ -55,7 +55,6 @@ BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({"input": [7] * 40_000}, "input", "40000"),
     ({"input": ["a"] * 2049}, "input", "2048"),
     ({"input": "a", "dimensions": 0}, "dimensions", "got 0"),
-    ({"input": "a", "dimensions": 31}, "dimensions", "got 31"),
     ({"input": "a", "dimensions": 129}, "dimensions", "got 129"),
     ({"input": "a", "dimensions": -5}, "dimensions", "got -5"),
     ({"input": "a", "dimensions": "64"}, "dimensions", "64"),
@@ -116,7 +115,7 @@ def test_the_openai_client_raises_its_own_errors(service: Service) -> None:
         with pytest.raises(openai.NotFoundError, match="legal-v2"):
             client.embeddings.create(model="legal", input="a")
         with pytest.raises(openai.BadRequestError) as wrong:
-            client.embeddings.create(model=BASE, input="a", dimensions=5)
+            client.embeddings.create(model=BASE, input="a", dimensions=129)
         assert (wrong.value.param, wrong.value.code) == ("dimensions", INVALID)
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 from unittest.mock import create_autospec
 
+import numpy as np
 import orjson
 import pytest
 
@@ -157,9 +158,10 @@ def test_bad_fields_of_chats_are_refused_by_name(param: str, fields: dict[str, A
         ("store", True, False),
         ("service_tier", "priority", "auto"),
         ("spaces_between_special_tokens", False, True),
-        ("truncate_prompt_tokens", 5, None),
         ("stop_regex", "a+", None),
         ("max_new_tokens", 5, None),
+        ("adapter_id", "legal", ""),
+        ("extra_body", {"top_k": 1}, {}),
     ],
 )
 def test_a_field_that_changes_the_answer_is_refused_unless_neutral(
@@ -170,6 +172,41 @@ def test_a_field_that_changes_the_answer_is_refused_unless_neutral(
     assert "not supported" in error.message
     for value in (neutral, None):
         assert task_of({name: value}, chat=chat).ignored == ()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "side", "kept"),
+    [
+        (None, None, [*range(9)]),
+        (3, None, [6, 7, 8]),
+        (3, "left", [6, 7, 8]),
+        (3, "right", [0, 1, 2]),
+        (20, None, [*range(9)]),
+        (-1, None, [*range(9)]),
+    ],
+)
+@pytest.mark.parametrize("chat", [False, True])
+def test_prompts_are_truncated_as_the_request_wants(
+    tokens: int | None, side: str | None, kept: list[int], *, chat: bool
+) -> None:
+    """As in vLLM, the end of the prompt stays unless the request says otherwise."""
+    fields = task_of({"truncate_prompt_tokens": tokens, "truncation_side": side}, chat=chat).fields
+    rules = fields.prompt_rules(LIMITS, "prompt", 10, adds_special_tokens=True, is_limited=True)
+    (prompt,) = rules.shorten([np.arange(9, dtype=np.int32)])
+    assert prompt.tolist() == kept
+
+
+def test_the_longest_prompt_leaves_room_for_the_text() -> None:
+    prompt = np.zeros(1500, np.int32)
+    for tokens, max_tokens, expected in ((-1, 10, 990), (990, 10, 990), (-1, 1000, 1500)):
+        fields = task_of({"truncate_prompt_tokens": tokens}, chat=False).fields
+        rules = fields.prompt_rules(LIMITS, "prompt", max_tokens, adds_special_tokens=True, is_limited=True)
+        assert len(rules.shorten([prompt])[0]) == expected
+    for tokens in (991, 0, -2):
+        with pytest.raises(InvalidRequest, match=f"expected 1 to 990, or -1 .*, got {tokens}"):
+            task_of({"truncate_prompt_tokens": tokens}, chat=True).fields.prompt_rules(
+                LIMITS, "prompt", 10, adds_special_tokens=True, is_limited=True
+            )
 
 
 def test_a_boolean_is_no_neutral_number() -> None:

@@ -25,6 +25,7 @@ from ranklet.cluster.ingress.text_task import ChatTask, CompletionsTask
 from ranklet.cluster.ingress.texts import TextModels
 from ranklet.cluster.message import AdapterText
 from ranklet.replicas.engine.limits import RequestLimits
+from ranklet.replicas.model.tokenizer import Truncation
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.fleet import Member
 from tests.cluster.ingress.parts import DESCRIPTION, Parts
@@ -41,11 +42,19 @@ class PlainTokenizer:
     def __init__(self) -> None:
         self.backend = byte_level()
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        return self.encode_plain(texts, add_special_tokens=True)
+    def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool | None = None, truncation: Truncation | None = None
+    ) -> list[NDArray[np.int32]]:
+        return self.encode_plain(texts, add_special_tokens=True, truncation=truncation)
 
-    def encode_plain(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[NDArray[np.int32]]:
-        return [np.array(each.ids, np.int32) for each in self.backend.encode_batch(list(texts))]
+    def encode_plain(
+        self, texts: Sequence[str], *, add_special_tokens: bool, truncation: Truncation | None = None
+    ) -> list[NDArray[np.int32]]:
+        found = self.backend.encode_batch(list(texts))
+        if truncation is not None:
+            for each in found:
+                each.truncate(truncation.tokens, direction=truncation.side)
+        return [np.array(each.ids, np.int32) for each in found]
 
     def least_tokens(self, text: str) -> int:
         return 0

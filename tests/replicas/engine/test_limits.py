@@ -13,7 +13,7 @@ def tokens(*ids: int) -> np.ndarray:
     return np.asarray(ids, dtype=np.int32)
 
 
-@pytest.mark.parametrize(("dimensions", "width"), [(None, 64), (32, 32), (64, 64), (33, 33)])
+@pytest.mark.parametrize(("dimensions", "width"), [(None, 64), (1, 1), (32, 32), (64, 64), (33, 33)])
 def test_the_width_is_that_of_the_request_or_the_model(dimensions: int | None, width: int) -> None:
     LIMITS.check_prompts([tokens(0), tokens(*range(90, 100))], 10)
     assert LIMITS.check_dimensions(dimensions) == width
@@ -29,8 +29,7 @@ def test_the_width_is_that_of_the_request_or_the_model(dimensions: int | None, w
         ([tokens(3, 100, 5)], None, "input", "from 0 to 99, got 100"),
         ([tokens(-1, 5)], None, "input", "got -1"),
         ([tokens(2**31 - 1)], None, "input", str(2**31 - 1)),
-        ([tokens(1)], 0, "dimensions", "32 to 64, got 0"),
-        ([tokens(1)], 31, "dimensions", "got 31"),
+        ([tokens(1)], 0, "dimensions", "1 to 64, got 0"),
         ([tokens(1)], 65, "dimensions", "got 65"),
         ([tokens(1)], -5, "dimensions", "got -5"),
     ],
@@ -48,8 +47,18 @@ def test_an_error_names_the_field_and_the_bounds(
     assert says in refused.value.message
 
 
-def test_a_narrow_model_accepts_its_own_width() -> None:
-    assert RequestLimits(10, 16, 5, 10).check_dimensions(16) == 16
+@pytest.mark.parametrize(("allowed", "said"), [((16, 32), "16, 32, 64"), ((), "64")])
+def test_a_model_may_allow_some_widths_only(allowed: tuple[int, ...], said: str) -> None:
+    limits = RequestLimits(20, 64, 100, 10, dimensions=allowed)
+    for width in (*allowed, 64, None):
+        assert limits.check_dimensions(width) == (width or 64)
+    with pytest.raises(InvalidRequest, match=f"expected {said}, as the model's config.json lists, got 8"):
+        limits.check_dimensions(8)
+
+
+def test_an_unknown_token_id_is_refused_with_the_setting_of_clients_that_send_other_ids() -> None:
+    with pytest.raises(InvalidRequest, match=r"got 100277.*check_embedding_ctx_length"):
+        LIMITS.check_prompts([tokens(100_277)], 10)
 
 
 def test_prompts_of_texts_may_be_longer_than_those_of_embeddings() -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ranklet.replicas.errors import ModelError
-from ranklet.replicas.model.tokenizer import PromptTokenizer
+from ranklet.replicas.errors import InvalidRequest, ModelError
+from ranklet.replicas.model.tokenizer import PromptTokenizer, Truncation, TruncationSide
 from tests.assets.corpus import TEXTS
 from tests.assets.tokenizer import EOS, save_tokenizer
 
@@ -45,6 +45,41 @@ def test_texts_are_tokenized_as_by_sentence_transformers_and_end_with_eos(pair: 
 def test_a_text_longer_than_the_tokenizers_limit_is_not_truncated(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, vocab_size=400, max_length=16)
     assert len(PromptTokenizer(tmp_path).encode(["word " * 500])[0]) > 500
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("bos", [False, True])
+def test_texts_are_truncated_as_by_transformers(tmp_path: Path, side: TruncationSide, *, bos: bool) -> None:
+    save_tokenizer(tmp_path, vocab_size=400, max_length=512, append_eos=not bos, bos=bos)
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path), truncation_side=side)
+    ours = PromptTokenizer(tmp_path)
+    text = "the court ruled that the notice was late"
+    whole = len(theirs(text)["input_ids"])
+    for length in range(1, whole + 2):
+        for special in (True, False):
+            asked = {"truncation": True, "max_length": length, "add_special_tokens": special}
+            expected = theirs(text, **asked)["input_ids"]
+            cut = Truncation(length, side)
+            for (found,) in (
+                ours.encode([text], add_special_tokens=special, truncation=cut),
+                ours.encode_plain([text], add_special_tokens=special, truncation=cut),
+            ):
+                assert list(found) == expected
+
+
+def test_special_tokens_do_not_fit_into_fewer_tokens(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, vocab_size=400, max_length=512, bos=True)
+    tokenizer = PromptTokenizer(tmp_path)
+    added = len(tokenizer.encode([""])[0])
+    assert list(tokenizer.encode(["a b"], truncation=Truncation(added, "right"))[0]) == list(tokenizer.encode([""])[0])
+    with pytest.raises(InvalidRequest, match=f"expected at least {added}.*got {added - 1}"):
+        tokenizer.encode(["a b"], truncation=Truncation(added - 1, "right"))
+
+
+def test_special_tokens_may_be_left_out(pair: Pair) -> None:
+    ours, theirs = pair
+    (ids,) = ours.encode(["one two"], add_special_tokens=False)
+    assert list(ids) == theirs("one two", add_special_tokens=False)["input_ids"]
 
 
 def test_the_post_processor_adds_the_special_tokens(tmp_path: Path) -> None:
