@@ -30,6 +30,7 @@ from ranklet.cluster.command.bench.result import BenchResult
 from ranklet.cluster.command.bench.run import run_bench
 from ranklet.cluster.command.bench.text_plan import TextPlan
 from ranklet.cluster.command.bench.text_result import TextNumbers
+from ranklet.cluster.command.json_client import fetch_json
 from tests.bench import report
 from tests.bench.cluster import Served, configuration, running, scaled
 from tests.bench.cpu import CpuTimes, PartCpu, cpu_times, used
@@ -223,6 +224,8 @@ def main() -> None:
         for part, row in rows_of(cluster, model, works, one, engine, options):
             print(part, row, flush=True)
             rows[part].append(row)
+            if row["failed"]:
+                print(fetch_json(f"{cluster.state.base_url}/v1/status", timeout_s=30)["errors"], flush=True)
     for part, found in rows.items():
         report.save(options.name if part == "rates" else f"{options.name}-{part}", found, options.out)
 
