@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from ranklet.cluster.names import name_error, normal_name
 from ranklet.replicas.config import EngineConfig
 
 Requests = Literal["all", "refused", "none"]
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s*A-Z]+")  # as browsers write it, without a path
 _SET_ELSEWHERE = {"model_dir": "base.model_dir"}
 
 
@@ -151,11 +153,21 @@ class SecurityConfig(_StrictModel):
         open_admin: without a keys file, lets every client load and unload adapters. `ranklet up` turns it on if it is
             not set and HTTP listens on loopback.
         adapter_roots: folders that adapters may be loaded from by name, besides adapters_dir.
+        allowed_origins: origins such as https://app.example.com whose pages may use the API (CORS); `*` allows any.
     """
 
     keys_file: Path | None = None
     open_admin: bool | None = None
     adapter_roots: tuple[Path, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"expected origins such as https://app.example.com:8443, or *; got {origin!r}")
+        return origins
 
 
 class AdapterList(_StrictModel):

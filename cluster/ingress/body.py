@@ -1,14 +1,17 @@
-"""Reads a request's body up to a size limit."""
+"""Reads a request's body up to a size limit, and inflates it."""
 
 import asyncio
+import zlib
 
 from starlette.requests import Request
 
-from ranklet.replicas.errors import RankletError
+from ranklet.replicas.errors import InvalidRequest, RankletError
 
 # A client that is still sending does not read the answer, and closing the connection would lose the 413. So the rest of
 # the body is read and discarded, up to this multiple of the limit.
 _DRAIN_FACTOR = 8
+_INFLATED = ("gzip", "x-gzip", "deflate")
+_ANY_ZLIB_HEADER = zlib.MAX_WBITS | 32  # of gzip or zlib
 
 
 class BodyTooLarge(RankletError):  # noqa: N818  # named like its siblings in replicas/errors.py
@@ -23,23 +26,63 @@ class BodyTooSlow(RankletError):  # noqa: N818
     code, status = "body_timeout", 408
 
 
+class UnsupportedEncoding(RankletError):  # noqa: N818
+    """The header Content-Encoding names a compression that is not supported."""
+
+    code, status = "unsupported_content_encoding", 415
+
+
 async def read_body(request: Request, limit_bytes: int, timeout_s: float) -> bytes:
-    """Read the whole body, holding at most `limit_bytes` in memory.
+    """Read the whole body, holding at most `limit_bytes` in memory; of a compressed one, twice as much.
 
     Raises:
-        BodyTooLarge: the body exceeds `limit_bytes`.
+        BodyTooLarge: the body exceeds `limit_bytes`, before or after it is inflated.
         BodyTooSlow: the body is not complete within `timeout_s`.
+        UnsupportedEncoding: the body is compressed otherwise than by gzip or deflate.
+        InvalidRequest: the body is not what Content-Encoding says.
         starlette.requests.ClientDisconnect: the client disconnected while sending.
     """
     try:
         async with asyncio.timeout(timeout_s):
-            return await _read(request, limit_bytes)
+            body = await _read(request, limit_bytes)
     except TimeoutError:
         raise BodyTooSlow(
             f"body: expected the complete body within {timeout_s:g} s (limits.body_timeout_s), got part of it. "
             "Send fewer texts per request",
             param="body",
         ) from None
+
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding in ("", "identity"):
+        return body
+    if encoding in _INFLATED:
+        return await asyncio.to_thread(_inflate, body, encoding, limit_bytes)
+    raise UnsupportedEncoding(
+        f"Content-Encoding: expected gzip, deflate or none, got {encoding[:60]!r}", param="content-encoding"
+    )
+
+
+def _inflate(body: bytes, encoding: str, limit_bytes: int) -> bytes:
+    inflater = zlib.decompressobj(_ANY_ZLIB_HEADER)
+    try:
+        content = inflater.decompress(body, limit_bytes + 1)
+    except zlib.error as error:
+        raise _not_encoded(encoding, str(error)) from None
+    if len(content) > limit_bytes:
+        raise BodyTooLarge(
+            f"body: expected at most {limit_bytes} bytes after it is inflated, got more. Send fewer texts per request, "
+            "or raise limits.max_body_bytes",
+            param="body",
+        )
+    if not inflater.eof or inflater.unused_data:
+        raise _not_encoded(encoding, "more data after its end" if inflater.eof else "a part of it")
+    return content
+
+
+def _not_encoded(encoding: str, got: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"body: expected one whole {encoding} stream, since content-encoding is {encoding}, got: {got}", param="body"
+    )
 
 
 async def _read(request: Request, limit_bytes: int) -> bytes:

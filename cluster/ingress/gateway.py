@@ -105,6 +105,7 @@ class Gateway(ReportReceiver):
                 recent_requests=self._recent_of_gateways,
             ),
             probes=ProbesApi(replicas, self._describe_gateways),
+            origins=args.security.allowed_origins,
         )
 
     def _inference_handler(self, parse: ParseTask) -> Handler:

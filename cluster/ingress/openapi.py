@@ -93,8 +93,8 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
 _CARDS, _ADAPTERS = _list_of({"$ref": "#/components/schemas/Card"}), _list_of({"$ref": "#/components/schemas/Adapter"})
 
 _USER = ("401", "403")
-_INFER = (*_USER, "400", "404", "408", "413", "429", "503")
-_CHANGE = (*_USER, "400", "404", "408", "409", "413", "503")
+_INFER = (*_USER, "400", "404", "408", "413", "415", "429", "503")
+_CHANGE = (*_USER, "400", "404", "408", "409", "413", "415", "503")
 _LOAD = ("Load, replace or pin an adapter", LoadRequest, "Loaded", _CHANGE)
 _UNLOAD = ("Unload an adapter", UnloadRequest, "Unloaded", _CHANGE)
 _STREAMED = frozenset({"/v1/completions", "/v1/chat/completions"})
@@ -102,7 +102,8 @@ _Operation = tuple[str, type[BaseModel] | None, "str | dict[str, Any]", tuple[st
 # By path and method: summary, model of the body, schema of the answer, and statuses of refusals.
 OPERATIONS: Mapping[tuple[str, str], _Operation] = {
     ("/v1/embeddings", "post"): (
-        "Embed texts or token ids; `model` names an adapter or the base model", EmbeddingsRequest, "Embeddings", _INFER,
+        "Embed texts, or token ids, to which no end token is added; `model` names an adapter or the base model",
+        EmbeddingsRequest, "Embeddings", _INFER,
     ),
     ("/v1/completions", "post"): (
         "Continue prompts, whole or as a stream; `model` names an adapter or the base model", CompletionsRequest,
@@ -113,10 +114,10 @@ OPERATIONS: Mapping[tuple[str, str], _Operation] = {
     ),
     ("/tokenize", "post"): (
         "Return the token ids of a prompt or a chat", TokenizeRequest, "Tokens",
-        (*_USER, "400", "404", "408", "413", "503"),
+        (*_USER, "400", "404", "408", "413", "415", "503"),
     ),
     ("/detokenize", "post"): (
-        "Return the text of token ids", DetokenizeRequest, "Prompt", (*_USER, "400", "404", "408", "413", "503"),
+        "Return the text of token ids", DetokenizeRequest, "Prompt", (*_USER, "400", "404", "408", "413", "415", "503"),
     ),
     ("/tokenizer_info", "get"): (
         "Return the tokenizer's configuration and the chat template", None, _OBJECT, (*_USER, "400", "404", "503"),

@@ -1,5 +1,7 @@
 """Parses and checks the JSON of requests. Each error names the field, the expected value and the value received."""
 
+import codecs
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
@@ -42,12 +44,31 @@ def parse_body(body: bytes, form: type[Form]) -> Form:
 def parse_object(body: bytes) -> dict[str, Any]:
     """Parse a JSON body. Raises InvalidRequest."""
     try:
-        fields = orjson.loads(body)
+        fields = orjson.loads(body.removeprefix(codecs.BOM_UTF8))
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"body: expected JSON, got: {error}", param="body") from None
+        raise InvalidRequest(f"body: expected JSON, got {_other_content(body) or f'{error}'}", param="body") from None
     if not isinstance(fields, dict):
         raise InvalidRequest(f"body: expected a JSON object, got {_kind(fields)}", param="body")
     return fields
+
+
+def _other_content(body: bytes) -> str | None:
+    """Return what a body is instead of JSON, by its beginning; None for JSON with a mistake."""
+    if not body.strip():
+        return "an empty body"
+    if body.startswith(b"\x1f\x8b"):
+        return "gzip. Set the header Content-Encoding: gzip"
+    if body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16. Send UTF-8"
+    try:
+        beginning = body.decode().lstrip()[:40]
+    except UnicodeDecodeError as error:
+        return f"bytes that are not UTF-8, at byte {error.start}"
+    if beginning.startswith("--") or re.match(r"[\w.-]+=", beginning):
+        return "a form. Send JSON, with the header Content-Type: application/json"
+    if beginning.startswith(("'", "{'")):
+        return "single quotes. JSON has double quotes"
+    return None
 
 
 def validate(fields: Mapping[str, Any], form: type[Form]) -> Form:

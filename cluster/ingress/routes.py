@@ -1,14 +1,16 @@
 """The HTTP routes of a gateway."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from ranklet.cluster.ingress.admin import AdminApi
+from ranklet.cluster.ingress.edge import OtherOrigins, PlainPaths
 from ranklet.cluster.ingress.models import ModelsApi
 from ranklet.cluster.ingress.probes import ProbesApi
 from ranklet.cluster.ingress.refusals import on_error, on_http_error
@@ -19,12 +21,19 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 def build_app(
-    *, inference: Mapping[str, Handler], tokens: TokenizeApi, models: ModelsApi, admin: AdminApi, probes: ProbesApi
+    *,
+    inference: Mapping[str, Handler],
+    tokens: TokenizeApi,
+    models: ModelsApi,
+    admin: AdminApi,
+    probes: ProbesApi,
+    origins: Collection[str] = (),
 ) -> Starlette:
     """Build the ASGI app that Serve runs in each gateway.
 
     Args:
         inference: the handlers of inference calls by path.
+        origins: other origins whose pages may use the API, see `security.allowed_origins`.
     """
     routes = [
         *(_route("POST", path, handler) for path, handler in inference.items()),
@@ -50,10 +59,11 @@ def build_app(
         _route("GET", "/metrics/targets", probes.metrics_targets),
     ]
     errors = {HTTPException: on_http_error, RankletError: on_error, Exception: on_error}
-    return Starlette(routes=routes, exception_handlers=errors)
+    layers = [*([Middleware(OtherOrigins, origins=origins)] if origins else []), Middleware(PlainPaths)]
+    app = Starlette(routes=routes, middleware=layers, exception_handlers=errors)
+    app.router.redirect_slashes = False
+    return app
 
 
 def _route(method: str, path: str, handler: Handler) -> Route:
-    route = Route(path, handler, methods=[method])
-    route.methods = {method}  # Starlette adds HEAD to GET
-    return route
+    return Route(path, handler, methods=[method])  # Starlette adds HEAD to GET

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.resolver import AdapterResolver, ResolvedAdapter
+from ranklet.cluster.logs import log_place
 from ranklet.cluster.message import Begun, InferenceCall, InferenceReply, Refusal
 from ranklet.cluster.replica.feeds import OutgoingFeeds
 from ranklet.cluster.replica.state import ReplicaState
@@ -63,7 +64,9 @@ class ReplicaCalls:
             outcome = error
         except Exception as error:
             logger.exception("a call failed")
-            outcome = InternalError(f"the replica failed: {type(error).__name__}: {error}")
+            outcome = InternalError(
+                f"the replica failed: {type(error).__name__}: {error}. Its log has more: {log_place()}"
+            )
         finally:
             self._state.call_finished(call.work)
         load = self._state.load_for(call.sender)
