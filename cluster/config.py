@@ -203,6 +203,15 @@ class GatewayUserConfig(AdapterList):
 
     tokens_per_minute: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
 
+    @field_validator("tokens_per_minute", mode="before")
+    @classmethod
+    def _numbers_only(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            for pattern, tokens in value.items():
+                if isinstance(tokens, bool):  # pydantic takes true for 1
+                    raise ValueError(f"{pattern}: expected a number of at least 1, got {str(tokens).lower()}")
+        return {} if value is None else value
+
 
 class AppArgs(AdapterList):
     """Arguments of `ranklet.cluster.app:build`. Relative paths start at the folder that Ray was started in.

@@ -6,7 +6,7 @@ takes twice as long.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -193,6 +193,7 @@ class ReplicaDescription:
     metrics_target: str  # host:port of its exporter, "" if it has none
     limits: RequestLimits
     resident: tuple[str, ...]  # adapters in slots
+    refused_settings: dict[str, str] = field(default_factory=dict)  # why, by the setting's name
 
     @property
     def labels(self) -> dict[str, str]:
@@ -206,6 +207,7 @@ class GatewayDescription:
     id: str
     pid: int
     metrics_target: str  # host:port of its exporter, "" if it has none
+    refused_settings: dict[str, str] = field(default_factory=dict)  # why, by the setting's name
 
     @property
     def labels(self) -> dict[str, str]:

@@ -17,8 +17,8 @@ BELOW_KERNELS = BELOW_REPLICAS | {"transformers", "tokenizers"}
 RAY = frozenset({"ray"})
 MODULES = "replicas.model.modules"  # names only, without torch: settings may import them
 ENGINE = ("replicas", MODULES, "replicas.model", "replicas.adapters", "replicas.cache", "replicas.engine")
-LEAVES = ("cluster.config", "cluster.names", "cluster.watched_file")
-SHARED = ("cluster", *LEAVES)
+LEAVES = ("cluster.config", "cluster.names", "cluster.settings")
+SHARED = ("cluster", "cluster.settings.keeper", *LEAVES)
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,10 @@ ROOMS = {
     "routing": Room(only=frozenset({"numpy"})),
     "routing.router": Room(("routing",), only=frozenset({"numpy", "ray"})),
     "routing.simulate": Room(("routing",), only=frozenset({"numpy"})),
-    "cluster.watched_file": Room((), RAY),
     "cluster.names": Room(only=frozenset()),
     "cluster.config": Room(("cluster.names", "replicas"), RAY),
+    "cluster.settings": Room(("cluster.config",), RAY),
+    "cluster.settings.keeper": Room(),
     "cluster.text": Room(("replicas", "replicas.model"), BELOW_KERNELS | {"torch"}),
     "cluster.access": Room((*LEAVES, "replicas", "replicas.engine"), RAY),
     "cluster.catalog": Room((*LEAVES, "replicas", "replicas.adapters"), RAY),
@@ -133,7 +134,7 @@ def test_the_top_of_a_room_holds_only_shared_files() -> None:
     """A new file directly in cluster/ or replicas/ could be imported by every folder below it."""
     shared = {
         "app", "autoscaling", "broadcast", "config", "datapath", "exporter", "labels", "logs", "message", "names",
-        "text_result", "watched_file",
+        "text_result",
     }  # fmt: skip
     assert {file.stem for file in (ROOT / "cluster").glob("*.py")} <= shared
     assert {file.stem for file in (ROOT / "replicas").glob("*.py")} == {"config", "errors"}
@@ -229,7 +230,7 @@ def test_a_planted_violation_is_found(file: str, source: str) -> None:
         ("routing/router.py", "import heapq\nfrom ray.serve.request_router import RequestRouter"),
         ("routing/simulate/world.py", "from ranklet.routing.affinity import Affinity"),
         ("cluster/message.py", "from ranklet.cluster.catalog.registry import AdapterLocation"),
-        ("cluster/access/keys.py", "from ranklet.cluster.watched_file import WatchedFile"),
+        ("cluster/access/keys.py", "from ranklet.cluster.settings.watched_file import WatchedFile"),
         ("cluster/ingress/gateway.py", "import ray\nfrom ranklet.cluster.access.keys import ApiKeys"),
         ("cluster/text/vocabulary.py", "from ranklet.replicas.model.tokenizer_files import Vocabulary"),
         ("cluster/ingress/gateway.py", "from ranklet.cluster.text.choice import ChoiceText"),

@@ -11,11 +11,22 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ranklet.cluster.names import matches
-from ranklet.cluster.watched_file import WatchedFile
+from ranklet.cluster.settings.settings import Settings
 from ranklet.replicas.errors import InternalError, RankletError
 
 _CHECK_INTERVAL_S = 1.0
 _PREFIX = "rk-"
+_FORM = (
+    "The file is a list of the entries that `ranklet keys new NAME` prints, such as "
+    f"[{{name: ops, sha256: '{64 * '0'}', admin: true}}], by itself or as `keys`"
+)
+_EXPECTED = {
+    "name": "a text",
+    "sha256": "64 hexadecimal digits in quotes, the SHA-256 of the key",
+    "admin": "true or false",
+    "adapters": "a list of patterns such as 'legal-*'",
+    "tokens_per_minute": "a whole number of at least 1",
+}
 
 
 class Unauthorized(RankletError):  # noqa: N818  # named as its siblings in replicas/errors.py
@@ -63,6 +74,7 @@ class ApiKeys:
     Args:
         path: None lets every request infer without a key.
         open_admin: without a file, lets every request change adapters too.
+        settings: gets the file as the setting "keys_file".
         clock: monotonic, in seconds.
 
     Raises:
@@ -70,9 +82,13 @@ class ApiKeys:
     """
 
     def __init__(
-        self, path: Path | None, *, open_admin: bool = False, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._file = WatchedFile(path, _read, InternalError, _CHECK_INTERVAL_S, clock) if path is not None else None
+        self, path: Path | None, *, open_admin: bool = False, settings: Settings | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        settings = settings or Settings()
+        self._file = None
+        if path is not None:
+            self._file = settings.file("keys_file", path, _read, InternalError, _CHECK_INTERVAL_S, clock)
         self._open_admin = open_admin
 
     def authenticate(self, headers: Mapping[str, str]) -> ApiKey | None:
@@ -111,23 +127,54 @@ class ApiKeys:
 
 
 def _read(path: Path) -> dict[str, ApiKey]:
+    """Parse the file. The message of an error contains nothing from it: a key may stand there in the wrong place."""
     try:
-        return _parse(yaml.safe_load(path.read_text()))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        return _parse(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InternalError(f"security.keys_file {path}: {error}. {_FORM}") from error
+    except RecursionError as error:
         raise InternalError(
-            f"security.keys_file {path}: expected keys as `ranklet keys new` prints them, got: {error}"
+            f"security.keys_file {path}: expected a list of entries, got deep nesting. {_FORM}"
         ) from error
 
 
-def _parse(content: Any) -> dict[str, ApiKey]:
-    if not isinstance(content, dict) or set(content) != {"keys"} or not isinstance(content["keys"], list):
-        raise ValueError("expected a map whose only entry `keys` is a list")
+def _parse(text: str) -> dict[str, ApiKey]:
     try:
-        keys = [ApiKey.model_validate(entry) for entry in content["keys"]]
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    return {key.sha256: key for key in keys}
+        content = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ValueError(f"line {line}: expected YAML, got: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ValueError("expected YAML, got other characters") from error
+    entries = content["keys"] if isinstance(content, dict) and set(content) == {"keys"} else content
+    if not isinstance(entries, list) or not (entries or entries is not content):
+        raise ValueError(f"expected a list of entries, got {_kind(content)}")
+    keys: dict[str, ApiKey] = {}
+    for number, entry in enumerate(entries, 1):
+        try:
+            key = ApiKey.model_validate(entry)
+        except ValidationError as error:
+            raise ValueError(f"entry {number}: {_fault(error)}") from error
+        if key.sha256 in keys:
+            raise ValueError(f"entry {number}: expected another key than that of {keys[key.sha256].name!r}")
+        keys[key.sha256] = key
+    return keys
+
+
+def _kind(content: Any) -> str:
+    if content in (None, []):
+        return "an empty file"
+    return "a map with other entries than `keys`" if isinstance(content, dict) else f"a {type(content).__name__}"
+
+
+def _fault(error: ValidationError) -> str:
+    first = error.errors()[0]
+    field = next((str(part) for part in first["loc"] if part in ApiKey.model_fields), None)
+    if field is None:
+        return f"expected a map with {', '.join(ApiKey.model_fields)}, got something else"
+    if first["type"] == "missing":
+        return f"expected {field}, got none"
+    return f"{field}: expected {_EXPECTED.get(field, 'another value')}, got something else"
 
 
 def new_key(

@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ranklet.cluster.names import normal_name
-from ranklet.cluster.watched_file import WatchedFile
+from ranklet.cluster.settings.settings import Settings
 from ranklet.replicas.errors import InternalError
 
 FOLDER = ".ranklet"  # in the adapters' folder; no adapter's name starts with a dot
@@ -51,15 +51,19 @@ class Overrides:
     After a faulty change of the file, its last good content stays in force.
 
     Args:
+        settings: gets the file as the setting "adapters_file".
         clock: monotonic, in seconds.
 
     Raises:
         InternalError: the file is faulty; the message names it.
     """
 
-    def __init__(self, adapters_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, adapters_dir: Path, settings: Settings | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._path = adapters_dir / FOLDER / _FILE
-        self._file = WatchedFile(self._path, _read, InternalError, _CHECK_INTERVAL_S, clock)
+        settings = settings or Settings()
+        self._file = settings.file("adapters_file", self._path, _read, InternalError, _CHECK_INTERVAL_S, clock)
 
     def entries(self, *, fresh: bool = False) -> Mapping[str, Override]:
         """Return the entries by name. They may be 0.2 s old, unless `fresh` is set."""
@@ -106,7 +110,9 @@ def _read(path: Path) -> dict[str, Override]:
     except OSError as error:
         raise InternalError(f"{path}: cannot be read: {error}") from error
     except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
         raise InternalError(
-            f"{path}: expected the file that ranklet wrote, got: {error.errors()[0]['msg']}. Repair it, or "
+            f"{path}: expected the file that ranklet wrote, got: {where and where + ': '}{first['msg']}. Repair it, or "
             "move it away to serve every folder again"
         ) from error

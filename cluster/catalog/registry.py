@@ -13,6 +13,7 @@ from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.overrides import Override, Overrides
 from ranklet.cluster.catalog.source import is_remote
 from ranklet.cluster.names import MAX_NAME_CHARACTERS, name_error, normal_name, spellings
+from ranklet.cluster.settings.settings import Settings
 from ranklet.replicas.adapters.reference import CONFIG_FILE
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, RankletError, UnknownModel
 
@@ -27,12 +28,16 @@ class Registry:
         root: folder whose subfolders are adapters.
         configured: folders by name, from the arguments of the application.
         base_names: of the base model, which no adapter may have.
+        settings: gets the file of overrides, see `Overrides`.
     """
 
-    def __init__(self, root: Path | None, configured: Mapping[str, Path], base_names: Sequence[str] = ()) -> None:
+    def __init__(
+        self, root: Path | None, configured: Mapping[str, Path], base_names: Sequence[str] = (),
+        settings: Settings | None = None,
+    ) -> None:  # fmt: skip
         self._root = root
         self._scanner = FolderScanner(root) if root is not None else None
-        self.overrides = Overrides(root) if root is not None else None
+        self.overrides = Overrides(root, settings) if root is not None else None
         self._configured = dict(configured)
         self._base_names = tuple(base_names)
         self._user_config: dict[str, Path] = {}

@@ -58,13 +58,17 @@ def _list(options: argparse.Namespace) -> int:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("adapter", "state", "revision", "rank", "MB", "in use", "in slots of", "pinned"):
         table.add_column(title, justify="right" if title in ("rank", "MB", "in use", "in slots of") else "left")
-    for card in _request(options, "GET", "/v1/adapters")["data"]:
+    answer = _request(options, "GET", "/v1/adapters")
+    for card in answer["data"]:
         size = f"{card['bytes'] / 1e6:.1f}" if card["bytes"] else ""
         slots = sum(each["tier"] == "gpu" for each in card["replicas"])
         pinned = "yes" if card["pinned"] else ""
         row = (card["name"], card["state"], card["revision"], card["rank"], size, card["references"], slots, pinned)
         table.add_row(*("" if value is None else str(value) for value in row))
     open_console().print(table)
+    for refused in answer.get("refused_settings", ()):  # older services do not send it
+        where = f"{refused['setting']} ({len(refused['processes'])} {refused['role']}s)"
+        _print(f"ranklet: {where}: {refused['reason']}. The last good content stays in force")
     return 0
 
 

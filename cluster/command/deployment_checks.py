@@ -1,7 +1,8 @@
-"""Checks of a deployment's file: its form, its router settings, its paths, its HTTP port, and Ray's token."""
+"""Checks of a deployment's file: its form, router, `user_config`, paths and HTTP port, and Ray's token."""
 
+import difflib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,21 @@ import yaml
 from pydantic import ValidationError
 
 from ranklet.cluster.access.keys import ApiKeys
+from ranklet.cluster.catalog.folders import FolderScanner
+from ranklet.cluster.catalog.overrides import Overrides
 from ranklet.cluster.catalog.registry import Registry
-from ranklet.cluster.command.deployment_file import SERVE_PORT, check_router, http_host
+from ranklet.cluster.command.deployment_file import (
+    SERVE_PORT,
+    check_router,
+    check_user_configs,
+    http_host,
+    user_configs,
+)
 from ranklet.cluster.command.finding import Finding
 from ranklet.cluster.command.machine_checks import check_port
 from ranklet.cluster.command.token_check import check_manifest_token, check_token
 from ranklet.cluster.config import AppArgs
+from ranklet.cluster.settings.user_config import USER_CONFIGS, describe_errors
 from ranklet.replicas.errors import RankletError
 
 
@@ -32,11 +42,37 @@ def check_deployment(path: Path) -> Iterator[Finding]:
             where = ".".join(map(str, each["loc"]))
             yield Finding("fail", f"args.{where}", each["msg"], "correct it in the file")
     else:
-        yield Finding("ok", str(path), "valid")
+        yield from _check_form(path, content)
         yield from (Finding("fail", "router", each, "correct it in the file") for each in check_router(content))
+        yield from (Finding("fail", "user_config", each, "correct it") for each in check_user_configs(content))
         yield from _check_cluster(content, cluster)
         if cluster is None:
             yield from _check_paths(args)
+            yield from _check_user_folders(content, args)
+
+
+def _check_form(path: Path, content: dict[str, Any]) -> Iterator[Finding]:
+    from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema  # takes seconds to import
+
+    application = content["applications"][0]
+    deployments = application.get("deployments") or []
+    yield from _check_keys("file", content, ServeDeploySchema.model_fields)
+    yield from _check_keys("application", application, ServeApplicationSchema.model_fields)
+    for each in deployments:
+        yield from _check_keys(str(each.get("name")), each, DeploymentSchema.model_fields)
+    faults = []
+    try:
+        ServeDeploySchema.model_validate(content)
+    except ValidationError as error:
+        faults += [f"Ray Serve: {fault}" for fault in describe_errors(error)]
+    names = [each.get("name") for each in deployments]
+    faults += [
+        f"deployments: expected {' or '.join(USER_CONFIGS)}, got {name!r}" for name in names if name not in USER_CONFIGS
+    ]
+    if faults:
+        yield from (Finding("fail", str(path), fault, "correct it in the file") for fault in faults)
+    else:
+        yield Finding("ok", str(path), "valid")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -60,6 +96,7 @@ def _check_paths(args: AppArgs) -> Iterator[Finding]:
     checks: dict[str, Callable[[], str]] = {
         "base.model_dir": lambda: _describe_model(args.base.model_dir),
         "adapters_dir": lambda: _describe_adapters(args),
+        "adapters_dir/.ranklet": lambda: _describe_overrides(args.adapters_dir),
         "security.keys_file": lambda: _describe_keys(args.security.keys_file),
     }
     for subject, describe in checks.items():
@@ -67,7 +104,27 @@ def _check_paths(args: AppArgs) -> Iterator[Finding]:
             yield Finding("ok", subject, describe())
         except (OSError, ValueError, RankletError) as error:
             message = error.message if isinstance(error, RankletError) else str(error)
-            yield Finding("fail", subject, message, "correct the path; it must be valid on every node")
+            yield Finding("fail", subject, message, "correct the path or the file; it must be valid on every node")
+
+
+def _check_keys(where: str, given: dict[str, Any], known: Iterable[str]) -> Iterator[Finding]:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            value = "Ray Serve ignores it" + (f"; did you mean {near[0]!r}?" if near else "")
+            yield Finding("warn", f"{key!r} of the {where}", value, "correct or remove it in the file")
+
+
+def _check_user_folders(content: dict[str, Any], args: AppArgs) -> Iterator[Finding]:
+    """A wrong folder in a `user_config` refuses the requests for its adapter only."""
+    for deployment, config in user_configs(content):
+        registry = Registry(None, {}, args.base_names)
+        registry.set_user_config({name: path.absolute() for name, path in config.adapters.items()})
+        for name in config.adapters:
+            try:
+                registry.locate(name)
+            except RankletError as error:
+                yield Finding("warn", f"user_config of the {deployment}", error.message, "correct the path or the name")
 
 
 def _describe_model(folder: Path) -> str:
@@ -84,7 +141,15 @@ def _describe_adapters(args: AppArgs) -> str:
         raise ValueError(f"expected a folder, {args.adapters_dir} does not exist")
     if not os.access(args.adapters_dir, os.W_OK):
         raise ValueError(f"{args.adapters_dir} is not writable, so no adapter can be loaded by name")
-    return f"{args.adapters_dir}: {len(Registry(args.adapters_dir, args.adapters).names())} adapters"
+    # without the file of overrides, which is a subject of its own
+    found = set(Registry(None, args.adapters).names()) | FolderScanner(args.adapters_dir).scan().adapters.keys()
+    return f"{args.adapters_dir}: {len(found)} adapters"
+
+
+def _describe_overrides(adapters_dir: Path | None) -> str:
+    if adapters_dir is None or not adapters_dir.is_dir():
+        return "none"
+    return f"{len(Overrides(adapters_dir).entries())} adapters loaded or unloaded by name"
 
 
 def _describe_keys(path: Path | None) -> str:

@@ -1,5 +1,6 @@
 """The YAML file of a deployment, which `serve deploy`, `ranklet up` and `ranklet doctor` read."""
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -7,7 +8,9 @@ from typing import Any
 
 import yaml
 
+from ranklet.cluster.config import AdapterList
 from ranklet.cluster.datapath import ROUTER, is_loopback
+from ranklet.cluster.settings.user_config import USER_CONFIGS, read_user_config
 from ranklet.routing.policy import check_policy
 
 _BUILDER = "ranklet.cluster.app:build"
@@ -19,7 +22,7 @@ def read_configuration(path: Path) -> dict[str, Any]:
     """Read a configuration and fill in the HTTP port.
 
     Raises:
-        ValueError: The file is not a YAML map, or the router does not accept its settings.
+        ValueError: The file is not a YAML map, or the router or a deployment does not accept its settings.
         OSError: The file cannot be read.
     """
     try:
@@ -28,7 +31,7 @@ def read_configuration(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: expected YAML, got: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a map, as in deploy/local.yaml; got {type(content).__name__}")
-    findings = check_router(content)
+    findings = [*check_router(content), *check_user_configs(content)]
     if findings:
         raise ValueError(f"{path}: {'; '.join(findings)}")
     content["http_options"] = {"port": SERVE_PORT} | (content.get("http_options") or {})
@@ -63,6 +66,31 @@ def check_router(content: Mapping[str, Any]) -> list[str]:
         for deployment in application.get("deployments") or []
         for finding in _check_router_config(deployment.get("request_router_config") or {})
     ]
+
+
+def check_user_configs(content: Mapping[str, Any]) -> list[str]:
+    """Return one sentence per `user_config` with which its deployment would not start."""
+    found = []
+    for name, given in _user_configs(content):
+        try:
+            read_user_config(USER_CONFIGS[name], given, name)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def user_configs(content: Mapping[str, Any]) -> Iterator[tuple[str, AdapterList]]:
+    """Yield the name of each deployment and its `user_config`, without those that are faulty."""
+    for name, given in _user_configs(content):
+        with contextlib.suppress(ValueError):
+            yield name, read_user_config(USER_CONFIGS[name], given, name)
+
+
+def _user_configs(content: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for application in _applications(content):
+        for deployment in application.get("deployments") or []:
+            if deployment.get("name") in USER_CONFIGS:
+                yield deployment["name"], deployment.get("user_config")
 
 
 def _check_router_config(config: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """HTTP handlers for administrators: adapters by name, and the data of the status page."""
 
+import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from ranklet.cluster.ingress.body import read_body
 from ranklet.cluster.ingress.intake import Intake
 from ranklet.cluster.ingress.lifecycle import Lifecycle, LoadRequest, UnloadRequest
 from ranklet.cluster.ingress.protocol import parse_body
+from ranklet.cluster.ingress.refused_settings import refused_settings
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.responses import json_response
 from ranklet.cluster.ingress.status import status_of
+from ranklet.cluster.message import GatewayDescription
 from ranklet.replicas.errors import Unavailable
 from ranklet.routing.affinity import Affinity
 
@@ -32,6 +35,7 @@ class AdminApi:
     Attributes:
         base: name of the base model.
         recent_requests: collects `RecentRequests.as_dict` of all gateways.
+        describe_gateways: returns the descriptions of all live gateways.
     """
 
     keys: ApiKeys
@@ -44,10 +48,12 @@ class AdminApi:
     lifecycle: Lifecycle
     cards: AdapterCards
     recent_requests: Callable[[], Awaitable[list[dict[str, Any]]]]
+    describe_gateways: Callable[[], Awaitable[list[GatewayDescription]]]
 
     async def list_adapters(self, request: Request) -> Response:
         self.keys.require_admin(request.headers)
-        return json_response({"object": "list", "data": await self.cards.cards()})
+        cards, refused = await asyncio.gather(self.cards.cards(), self._refused_settings())
+        return json_response({"object": "list", "data": cards, "refused_settings": refused})
 
     async def get_adapter(self, request: Request) -> Response:
         self.keys.require_admin(request.headers)
@@ -73,8 +79,12 @@ class AdminApi:
         with contextlib.suppress(Unavailable):  # Serve creates the router at the first call
             await self.replicas.limits()
         names = await self.intake.on_thread(self.registry.names)
-        gateways = await self.recent_requests()
-        return json_response(status_of(self.base, names, self.affinity.views(), gateways))
+        gateways, refused = await asyncio.gather(self.recent_requests(), self._refused_settings())
+        return json_response(status_of(self.base, names, self.affinity.views(), gateways, refused))
+
+    async def _refused_settings(self) -> list[dict[str, Any]]:
+        gateways, replicas = await asyncio.gather(self.describe_gateways(), self.replicas.describe_all())
+        return refused_settings([*gateways, *replicas])
 
     async def _body(self, request: Request) -> bytes:
         limit_bytes = min(_MAX_BODY_BYTES, self.limits.max_body_bytes)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ReplicaRank
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -41,6 +42,10 @@ from ranklet.cluster.ingress.text_task import ChatTask, CompletionsTask
 from ranklet.cluster.ingress.texts import TextModels
 from ranklet.cluster.ingress.tokenize import TokenizeApi
 from ranklet.cluster.message import GatewayDescription, ReportReceiver
+from ranklet.cluster.settings.keeper import KeeperActor
+from ranklet.cluster.settings.setting import Setting
+from ranklet.cluster.settings.settings import Settings
+from ranklet.cluster.settings.user_config import read_user_config
 from ranklet.replicas.model.tokenizer import PromptTokenizer
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.binding import bind
@@ -65,11 +70,15 @@ class Gateway(ReportReceiver):
         self._affinity, routing_counters = Affinity(), Counters()
         bind(self._affinity, routing_counters)  # before the first call through `replica`, which creates the router
         self._metrics = GatewayMetrics(args.metrics.top_adapters, routing_counters, args.base_names[0])
-        self._registry = Registry(args.adapters_dir, args.adapters, args.base_names)
+        self._settings = Settings(KeeperActor(context.app_name, context.deployment))
+        self._metrics.registry.register(self._settings)
+        self._user_config: Setting[GatewayUserConfig] = self._settings.setting("user_config", ValueError)
+        self._registry = Registry(args.adapters_dir, args.adapters, args.base_names, self._settings)
         self._names = ModelNames(args.base_names, self._registry)
         tokenizer = PromptTokenizer(args.base.model_dir)
         self._intake = Intake(tokenizer, args.limits)
-        self._keys = ApiKeys(args.security.keys_file, open_admin=args.security.open_admin or False)
+        open_admin = args.security.open_admin or False
+        self._keys = ApiKeys(args.security.keys_file, open_admin=open_admin, settings=self._settings)
         self._admission = Admission(args.limits.max_in_flight_requests, self._metrics.in_flight.set)
         self._quotas = Quotas(LedgerActor(context.app_name), self._on_over_quota, names_of=self._names.names_of)
         self._recent = RecentRequests()
@@ -77,6 +86,7 @@ class Gateway(ReportReceiver):
         self._replicas = ReplicasClient(replica, self._affinity, args.limits, self._metrics.retries.inc, self._id)
         self._texts = TextModels(tokenizer, args.base.model_dir, self._replicas)
         self._watching: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
         self._metrics_target = start_exporter(self._metrics.registry, args.metrics)
         logger.info("gateway %s: %s; metrics on %s", self._id, DataPath.current().summary(), self._metrics_target)
         log_missing_token()
@@ -103,6 +113,7 @@ class Gateway(ReportReceiver):
                 lifecycle=self._lifecycle(),
                 cards=cards,
                 recent_requests=self._recent_of_gateways,
+                describe_gateways=self._describe_gateways,
             ),
             probes=ProbesApi(replicas, self._describe_gateways),
             origins=args.security.allowed_origins,
@@ -136,23 +147,32 @@ class Gateway(ReportReceiver):
             args.sources.allowed,
         )
 
-    def reconfigure(self, user_config: dict[str, Any]) -> None:
+    def reconfigure(self, user_config: dict[str, Any] | None, rank: ReplicaRank) -> None:
         """Apply `user_config`, see `GatewayUserConfig`. Serve calls this at the start and at each change.
 
         The adapters are served in addition to those of the application's args.
+
+        Args:
+            rank: not used. Without this parameter, Serve does not call when `user_config` is removed from the file.
+
+        Raises:
+            ValueError: it is faulty, and no gateway of the application has had a good one.
         """
-        config = GatewayUserConfig.model_validate(user_config)
+        self._user_config.change(partial(read_user_config, GatewayUserConfig, user_config, "Gateway"))
+        config = self._user_config.content
         self._registry.set_user_config({name: path.absolute() for name, path in config.adapters.items()})
         self._quotas.set_model_quotas(config.tokens_per_minute)
 
     async def check_health(self) -> None:
-        """Start the watchdog, which needs an event loop, if it is not running. Serve calls this once a second.
+        """Start the tasks that need an event loop, if they are not running. Serve calls this once a second.
 
         Close feeds of replicas that have left, which wait for their end when they shut down.
         """
         self._replicas.feeds.update()
         if self._watching is None or self._watching.done():
             self._watching = asyncio.ensure_future(self._replicas.watchdog.run())
+        if self._looking is None or self._looking.done():  # not awaited: the files' system may hang
+            self._looking = asyncio.ensure_future(self._intake.on_thread(self._settings.look))
 
     def __del__(self) -> None:
         """Close the feeds. Serve calls this once the requests have been answered."""
@@ -176,7 +196,7 @@ class Gateway(ReportReceiver):
         return self._recent.as_dict(self._admission.in_flight)
 
     async def describe(self) -> GatewayDescription:
-        return GatewayDescription(self._id, os.getpid(), self._metrics_target)
+        return GatewayDescription(self._id, os.getpid(), self._metrics_target, self._settings.refused())
 
     async def _broadcast(self, method: str) -> list[Any]:
         return await broadcast(serve.get_deployment_handle(*self._deployment), method)

@@ -47,7 +47,11 @@ class RecentRequests:
 
 
 def status_of(
-    base: str, names: Sequence[str], replicas: Sequence[ReplicaView], gateways: Sequence[Mapping[str, Any]]
+    base: str,
+    names: Sequence[str],
+    replicas: Sequence[ReplicaView],
+    gateways: Sequence[Mapping[str, Any]],
+    refused: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Return the data of the page.
 
@@ -55,6 +59,7 @@ def status_of(
         names: names of all adapters.
         replicas: the last reports to this gateway's router.
         gateways: `RecentRequests.as_dict` of each gateway.
+        refused: see `refused_settings`.
     """
     errors = sorted((each for one in gateways for each in one["errors"]), key=lambda each: -float(each["at_s"]))
     tiers: dict[str, dict[str, str]] = {name: {} for name in names}
@@ -80,5 +85,5 @@ def status_of(
             for each in replicas
         ],
         "adapters": [{"name": name, "tiers": tiers[name]} for name in shown[:_MAX_ADAPTERS]],
-        "more": max(len(shown) - _MAX_ADAPTERS, 0), "errors": errors[:_MAX_ERRORS],
+        "more": max(len(shown) - _MAX_ADAPTERS, 0), "errors": errors[:_MAX_ERRORS], "refused_settings": refused,
     }  # fmt: skip

@@ -7,9 +7,11 @@ import os
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ray import serve
+from ray.serve.schema import ReplicaRank
 
 from ranklet.cluster.autoscaling import BUSY, WAIT_S
 from ranklet.cluster.catalog.location import AdapterLocation
@@ -27,6 +29,10 @@ from ranklet.cluster.replica.lost_gateways import LostGateways, ended_actors
 from ranklet.cluster.replica.metrics import ReplicaMetrics
 from ranklet.cluster.replica.publisher import StatePublisher
 from ranklet.cluster.replica.state import ReplicaState
+from ranklet.cluster.settings.keeper import KeeperActor
+from ranklet.cluster.settings.setting import Setting
+from ranklet.cluster.settings.settings import Settings
+from ranklet.cluster.settings.user_config import read_user_config
 from ranklet.cluster.text_result import GenerateResult
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterReport
 from ranklet.replicas.engine.params import EmbedParams, GenerateParams
@@ -57,7 +63,10 @@ class Replica:
         self._engine = EngineProcess(config, metrics, self._state, self._feeds)
         self._engine.start()
         metrics.watch(self._engine.snapshot, self._engine.pid)
-        self._pins = Registry(args.adapters_dir, args.adapters, args.base_names).pins()
+        self._settings = Settings(KeeperActor(context.app_name, context.deployment))
+        metrics.registry.register(self._settings)
+        self._user_config: Setting[AdapterList] = self._settings.setting("user_config", ValueError)
+        self._pins = _pins(args)
         cache = RemoteCache(sources.cache_dir, sources.cache_bytes, sources.max_adapter_bytes, metrics.downloaded)
         self._resolver = AdapterResolver(cache, config.load_timeout_s)
         self._calls = ReplicaCalls(self._id, self._engine, self._resolver, self._state, self._feeds)
@@ -69,6 +78,7 @@ class Replica:
         self._lost_gateways = LostGateways(self._feeds, partial(ended_actors, existing=self._id))
         self._publisher = StatePublisher(self._state, self._send_report, self._engine.at_work)
         self._is_publishing = False
+        self._preloaded: dict[str, Path] = {}
         logger.info(
             "replica %s (rank %d) serves %s, metrics on %s",
             self._id, self._rank, args.base_names[0], self._metrics_target,
@@ -194,10 +204,22 @@ class Replica:
     async def _load_adapter(self, resolved: ResolvedAdapter) -> AdapterInfo:
         return await self._on_thread(self._engine.load, resolved.adapter)
 
-    async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Load the adapters of `user_config: {adapters: ...}` ahead of their first request. Errors are logged."""
-        for name, path in AdapterList.model_validate(user_config).adapters.items():
-            self._spawn(self._preload(name, str(path.absolute())))
+    async def reconfigure(self, user_config: dict[str, Any] | None, rank: ReplicaRank) -> None:
+        """Load the adapters of `user_config: {adapters: ...}` ahead of their first request. Errors are logged.
+
+        Args:
+            rank: see `Gateway.reconfigure`.
+
+        Raises:
+            ValueError: it is faulty, and no replica of the application has had a good one.
+        """
+        await asyncio.to_thread(
+            self._user_config.change, partial(read_user_config, AdapterList, user_config, "Replica")
+        )
+        preloaded, self._preloaded = self._preloaded, self._user_config.content.adapters
+        for name, path in self._preloaded.items():
+            if preloaded.get(name) != path:
+                self._spawn(self._preload(name, str(path.absolute())))
 
     async def _preload(self, name: str, source: str) -> None:
         try:
@@ -217,6 +239,7 @@ class Replica:
             metrics_target=self._metrics_target,
             limits=self._engine.limits,
             resident=self._engine.held().resident,
+            refused_settings=self._settings.refused(),
         )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -242,3 +265,12 @@ class Replica:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             engine.stop()
+
+
+def _pins(args: AppArgs) -> dict[str, str]:
+    """Return the pinned adapters. A replica serves without pins where their file is faulty; gateways show that."""
+    try:
+        return Registry(args.adapters_dir, args.adapters, args.base_names).pins()
+    except RankletError as error:
+        logger.error("pinned adapters: %s", error.message)
+        return {}

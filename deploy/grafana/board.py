@@ -49,6 +49,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel("Latency", "s", _quantiles("ranklet_request_seconds"), "From the headers of a request to its embeddings"),
         Panel("Refusals, by code", "reqps", {"{{code}}": _rate("ranklet_requests_total", "code", '{code!=""}')}),
         Panel("Up", "short", {"{{role}}s": 'count by (role) (up{job="ranklet"} == 1)'}),
+        Panel("Refused settings", "short", {
+            "{{setting}} of {{role}}s": "sum by (role, setting) (ranklet_setting_refused)",
+        }, "Processes that refused the newest content: see RankletSettingRefused"),
     ),
     "Text": (
         Panel("Time to first token", "s", _quantiles("ranklet_text_first_token_seconds"),

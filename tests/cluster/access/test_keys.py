@@ -13,6 +13,8 @@ from ranklet.cluster.command import cli
 from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.replicas.errors import InternalError
 
+ROOT = Path(__file__).parents[3]
+
 
 @dataclass(frozen=True)
 class Keys:
@@ -72,11 +74,59 @@ def test_a_changed_file_takes_effect_and_a_faulty_one_does_not(keys: Keys) -> No
     assert loaded.authenticate(bearer(keys.admin))
 
 
-@pytest.mark.parametrize("text", ["", "keys: 3", "[]", "keys: [{name: x, sha256: abc}]", "{", "keys: []\nmore: 1"])
-def test_a_faulty_file_is_refused_at_the_start(tmp_path: Path, text: str) -> None:
+ENTRY = f"{{name: x, sha256: '{64 * 'a'}'}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "expected a list of entries, got an empty file"),
+        ("[]", "expected a list of entries, got an empty file"),
+        ("keys: 3", "expected a list of entries, got a map"),
+        ("keys: []\nmore: 1", "expected a list of entries, got a map with other entries than `keys`"),
+        ("rk-secret", "expected a list of entries, got a str"),
+        ("{", "line 1: expected YAML"),
+        ("[" * 2000, "expected a list of entries, got deep nesting"),
+        ("keys: [{name: x, sha256: rk-secret}]", "entry 1: sha256: expected 64 hexadecimal digits"),
+        (
+            f"- {ENTRY}\n- {{name: y, sha256: {int('1' * 64)}}}",
+            "entry 2: sha256: expected 64 hexadecimal digits in quotes",
+        ),
+        ("- rk-secret", "entry 1: expected a map with name, sha256, admin, adapters, tokens_per_minute"),
+        (f"- {{name: x, sha256: '{64 * 'a'}', rk-secret: 1}}", "entry 1: expected a map with name"),
+        (
+            f"- {{name: x, sha256: '{64 * 'a'}', tokens_per_minute: 0}}",
+            "entry 1: tokens_per_minute: expected a whole number of at",
+        ),
+        ("- {name: x}", "entry 1: expected sha256, got none"),
+        (f"- {ENTRY}\n- {ENTRY}", "entry 2: expected another key than that of 'x'"),
+    ],
+)
+def test_a_faulty_file_is_refused_at_the_start_with_the_form_that_is_expected(
+    tmp_path: Path, text: str, reason: str
+) -> None:
     (tmp_path / "keys.yaml").write_text(text)
-    with pytest.raises(InternalError, match="keys_file"):
+    with pytest.raises(InternalError, match=f"^security.keys_file .*keys.yaml: ({reason})") as refused:
         ApiKeys(tmp_path / "keys.yaml")
+    assert "rk-secret" not in refused.value.message, "a key in the wrong place is not shown"
+    assert "\n" not in refused.value.message
+    example = refused.value.message.partition("such as ")[2].partition(", by itself")[0]
+    for form in (example, f"keys: {example}"):
+        (tmp_path / "keys.yaml").write_text(form)
+        ApiKeys(tmp_path / "keys.yaml")
+
+
+def test_the_runbook_shows_a_file_that_works(tmp_path: Path) -> None:
+    section = (ROOT / "deploy" / "README.md").read_text().partition("\n## Keys\n")[2].partition("\n## ")[0]
+    (tmp_path / "keys.yaml").write_text(section.partition("```yaml\n")[2].partition("```")[0])
+    ApiKeys(tmp_path / "keys.yaml")
+    assert "tokens_per_minute" in (tmp_path / "keys.yaml").read_text()
+
+
+def test_the_last_key_can_be_revoked(keys: Keys) -> None:
+    keys.path.write_text("keys: []")
+    with pytest.raises(Unauthorized):
+        ApiKeys(keys.path).authenticate(bearer(keys.admin))
 
 
 def test_a_missing_file_is_refused_at_the_start(tmp_path: Path) -> None:
@@ -87,10 +137,11 @@ def test_a_missing_file_is_refused_at_the_start(tmp_path: Path) -> None:
 def test_the_command_prints_an_entry_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["keys", "new", "team", "--adapters", "legal-*", "--tokens-per-minute", "6000"]) == 0
     first, _, *entry = capsys.readouterr().out.splitlines()
-    (tmp_path / "keys.yaml").write_text(yaml.safe_dump({"keys": yaml.safe_load("\n".join(entry))}))
-    key = ApiKeys(tmp_path / "keys.yaml").authenticate(bearer(first.split()[-1]))
-    assert key is not None
-    assert (key.name, key.adapters, key.tokens_per_minute) == ("team", ("legal-*",), 6000)
+    for above in ("", "keys:\n"):
+        (tmp_path / "keys.yaml").write_text(above + "\n".join(entry))
+        key = ApiKeys(tmp_path / "keys.yaml").authenticate(bearer(first.split()[-1]))
+        assert key is not None
+        assert (key.name, key.adapters, key.tokens_per_minute) == ("team", ("legal-*",), 6000)
     assert cli.main(["keys", "new", "team", "--tokens-per-minute", "0"]) == 1
 
 

@@ -13,7 +13,7 @@ from ranklet.cluster.command.haproxy import PROGRAM_VARIABLE
 from ranklet.cluster.command.machine_checks import check_port
 from ranklet.cluster.command.token_check import check_manifest_token, check_token
 from ranklet.cluster.datapath import FAST_PATH
-from tests.cluster.service import ROOT, local_configuration
+from tests.cluster.service import ROOT, local_configuration, own_configuration
 
 
 def states(config: Path | None) -> dict[str, str]:
@@ -46,6 +46,7 @@ def test_a_sound_deployment_passes(
         ({"base": {"model_dir": "/nowhere"}}, "base.model_dir"),
         ({"adapters_dir": "/nowhere"}, "adapters_dir"),
         ({"security": {"keys_file": "/nowhere"}}, "security.keys_file"),
+        ({"security": {"keys_file": "README.md"}}, "security.keys_file"),
         ({"slots": 3}, "args."),
         ({"engine": {"slots": 0}}, "args."),
     ],
@@ -59,6 +60,70 @@ def test_each_fault_is_found(
     config = written(tmp_path, content)
     assert cli.main(["doctor", str(config)]) == 1
     assert [name for name, state in states(config).items() if state == "fail"] == [subject]
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("deployment", "change", "subject", "says"),
+    [
+        (0, {"user_config": {"adaptors": {}}}, "user_config", "did you mean 'adapters'"),
+        (0, {"user_config": {"tokens_per_minute": {"free-*": 0}}}, "user_config", "got 0"),
+        (1, {"user_config": {"tokens_per_minute": {"free-*": 5}}}, "user_config", "user_config of the Replica"),
+        (1, {"name": "replica"}, "config.yaml", "expected Gateway or Replica, got 'replica'"),
+        (1, {"max_ongoing_requests": 0}, "config.yaml", "max_ongoing_requests"),
+    ],
+)
+def test_each_fault_of_a_deployment_with_which_it_would_not_start_is_found(
+    deployment: int, change: dict[str, object], subject: str, says: str, model_dir: Path, adapters_dir: Path,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    content = local_configuration(model_dir, adapters_dir)
+    content["applications"][0]["deployments"][deployment] |= change
+    config = written(tmp_path, content)
+    assert cli.main(["doctor", str(config)]) == 1
+    (failed,) = [finding for finding in run_checks(config) if finding.state == "fail"]
+    assert (subject in failed.subject, says in failed.value) == (True, True), failed
+    capsys.readouterr()
+
+
+def test_a_folder_in_user_config_that_cannot_be_served_is_a_warning(
+    model_dir: Path, adapters_dir: Path, tmp_path: Path
+) -> None:
+    content = local_configuration(model_dir, adapters_dir)
+    adapters = {"good": str(adapters_dir / "medical"), "gone": "/nowhere", ".dot": str(adapters_dir / "medical")}
+    content["applications"][0]["deployments"][0]["user_config"] = {"adapters": adapters}
+    found = [finding for finding in run_checks(written(tmp_path, content)) if "user_config of" in finding.subject]
+    assert [finding.state for finding in found] == ["warn", "warn"]
+    values = "\n".join(finding.value for finding in found)
+    assert ("/nowhere does not exist" in values, "'.dot'" in values) == (True, True)
+
+
+def test_settings_that_ray_serve_would_ignore_are_warnings(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
+    content = local_configuration(model_dir, adapters_dir)
+    content["http_option"] = content["applications"][0]["deployments"][0]["user_confg"] = {}
+    found = {each.subject: each.value for each in run_checks(written(tmp_path, content)) if each.state == "warn"}
+    assert "did you mean 'http_options'" in found["'http_option' of the file"]
+    assert "did you mean 'user_config'" in found["'user_confg' of the Gateway"]
+
+
+def test_a_faulty_file_of_loaded_adapters_fails(
+    model_dir: Path, adapters_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = own_configuration(model_dir, adapters_dir, tmp_path)
+    config = written(tmp_path, content)
+    book = tmp_path / "adapters" / ".ranklet" / "adapters.json"
+    book.parent.mkdir()
+    book.write_text('{"version": 1, "adapters": {"medical": {"path": "/x"}}}')
+    (finding,) = [each for each in run_checks(config) if each.subject == "adapters_dir/.ranklet"]
+    assert (finding.state, finding.value) == ("ok", "1 adapters loaded or unloaded by name")
+    book.write_text('{"version": 1, "adapters": {"medical": {"pined": true}}}')
+    assert cli.main(["doctor", str(config)]) == 1
+    (failed,) = [each for each in run_checks(config) if each.state == "fail"]
+    assert (failed.subject, str(book) in failed.value, "medical" in failed.value) == (
+        "adapters_dir/.ranklet",
+        True,
+        True,
+    )
     capsys.readouterr()
 
 

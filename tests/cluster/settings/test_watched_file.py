@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ranklet.cluster.watched_file import WatchedFile
+from ranklet.cluster.settings.setting import NoKeeper, Setting
+from ranklet.cluster.settings.watched_file import WatchedFile
 
 
 class Clock:
@@ -22,6 +23,10 @@ def read(path: Path) -> str:
     return text
 
 
+def setting() -> Setting[str]:
+    return Setting("file", ValueError, NoKeeper())
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     (tmp_path / "file").write_text("one")
@@ -30,7 +35,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_a_change_is_seen_once_the_interval_has_passed(path: Path) -> None:
     clock = Clock()
-    watched = WatchedFile(path, read, ValueError, 10.0, clock)
+    watched = WatchedFile(path, read, setting(), 10.0, clock)
     path.write_text("another")
     clock.now_s += 9
     assert watched.content() == "one"
@@ -48,7 +53,7 @@ def test_an_unchanged_file_is_not_read_again(path: Path) -> None:
         reads.append(path)
         return read(path)
 
-    watched = WatchedFile(path, counted, ValueError, 0.0, Clock())
+    watched = WatchedFile(path, counted, setting(), 0.0, Clock())
     assert [watched.content() for _ in range(3)] == ["one"] * 3
     assert len(reads) == 1
 
@@ -56,7 +61,7 @@ def test_an_unchanged_file_is_not_read_again(path: Path) -> None:
 def test_a_faulty_change_is_logged_once_and_the_last_good_content_stays(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    watched = WatchedFile(path, read, ValueError, 0.0, Clock())
+    watched = WatchedFile(path, read, setting(), 0.0, Clock())
     path.write_text("wrong")
     with caplog.at_level(logging.ERROR):
         assert [watched.content() for _ in range(3)] == ["one"] * 3
@@ -68,4 +73,4 @@ def test_a_faulty_change_is_logged_once_and_the_last_good_content_stays(
 def test_a_faulty_file_is_refused_at_the_start(path: Path) -> None:
     path.write_text("wrong")
     with pytest.raises(ValueError, match="wrong content"):
-        WatchedFile(path, read, ValueError, 0.0)
+        WatchedFile(path, read, setting(), 0.0)
