@@ -162,6 +162,7 @@ class RemoteCache:
         return part
 
     def _copy(self, url: str, remote: RemoteFolder, name: str, mark: FileMark, target: Path, other_bytes: int) -> int:
+        target.parent.mkdir(exist_ok=True)
         had = target.stat().st_size if target.exists() and mark.size is not None else 0
         with target.open("ab" if had else "wb") as file:
             for chunk in remote.read(name, had):

@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,15 +51,17 @@ class RemoteFolder:
         """Return the current mark of each file, not one cached by fsspec."""
         self._files.invalidate_cache()
         found = {name: self._mark(name) for name in FILES}
-        for name in OPTIONAL_FILES:
-            try:
-                found[name] = self._mark(name)
-            except (FileNotFoundError, PermissionError) as error:  # without permission to list, S3 denies missing files
-                if not _is_answer(error):
-                    raise
-                if name == OPTIONAL_FILES[1]:  # tokenizer_config.json
-                    break
-        return found
+        with ThreadPoolExecutor(len(OPTIONAL_FILES), thread_name_prefix="marks") as threads:
+            marks = zip(OPTIONAL_FILES, threads.map(self._optional_mark, OPTIONAL_FILES), strict=True)
+            return found | {name: mark for name, mark in marks if mark is not None}
+
+    def _optional_mark(self, name: str) -> FileMark | None:
+        try:
+            return self._mark(name)
+        except (FileNotFoundError, PermissionError) as error:  # without permission to list, S3 denies missing files
+            if not _is_answer(error):
+                raise
+            return None
 
     def _mark(self, name: str) -> FileMark:
         return FileMark.of(self._files.info(f"{self._path}/{name}"))

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from ranklet.cluster.message import AdapterText
 from ranklet.cluster.text.template import folder_special_tokens, folder_template
-from ranklet.cluster.text.vocabulary import BaseVocabulary
-from ranklet.cluster.text.vocabulary_process import differences_within
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import marks_of
+from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison
 from ranklet.replicas.errors import AdapterChanged
 from ranklet.replicas.model.tokenizer_files import UnusableTokenError
 
@@ -24,8 +23,7 @@ class AdapterTexts:
     """
 
     def __init__(self, model_dir: Path) -> None:
-        self._model_dir = model_dir
-        self._vocabulary = BaseVocabulary(model_dir)
+        self._tokenizer = TokenizerComparison(model_dir)
         self._kept: OrderedDict[AdapterRef, AdapterText] = OrderedDict()
         self._lock = threading.Lock()  # one folder at a time
 
@@ -55,7 +53,5 @@ class AdapterTexts:
             tokens = folder_special_tokens(folder)
         except UnusableTokenError as error:
             findings.append(str(error))
-        if not self._vocabulary.fits_unparsed(folder):
-            different = differences_within(self._model_dir, folder)
-            findings += (finding for finding in different if finding not in findings)
+        findings += (finding for finding in self._tokenizer.differences(folder) if finding not in findings)
         return AdapterText(adapter.revision, template, tokens, tuple(findings))

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass, field
 
+from ranklet.replicas.model.embedding_settings import SETTINGS_FILES
 from ranklet.replicas.model.tokenizer_files import TOKENIZER_FILES
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FILES = (CONFIG_FILE, WEIGHTS_FILE)  # the files that make an adapter's revision
 TEMPLATE_FILE = "chat_template.jinja"
-# These are part of it too, but without the second, those after it are not read. Texts depend on all of them.
-OPTIONAL_FILES = (TEMPLATE_FILE, *TOKENIZER_FILES)
+# These are part of it too, where a folder has them. Prompts, vectors and texts depend on them.
+OPTIONAL_FILES = (TEMPLATE_FILE, *TOKENIZER_FILES, *SETTINGS_FILES)
 RECENTLY_USED_S = 30.0  # a prefetch does not evict adapters that were used within this time
 
 

@@ -6,9 +6,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ranklet.replicas.adapters.reference import FILES, OPTIONAL_FILES, TEMPLATE_FILE, AdapterRef
+from ranklet.replicas.adapters.reference import FILES, OPTIONAL_FILES, AdapterRef
 from ranklet.replicas.errors import AdapterNotFound
-from ranklet.replicas.model.tokenizer_files import TOKENIZER_CONFIG_FILE
 
 _CHARACTERS = 16
 _PIECE_BYTES = 1 << 20  # each piece has its own digest, so that threads can share a file
@@ -39,7 +38,7 @@ def revision_of(path: str | Path) -> str:
     """Read an adapter's files and return their revision, 16 hexadecimal digits.
 
     It is the SHA-256 of the name, the size and the SHA-256 digest of each MiB of `adapter_config.json`, then of the
-    weights, then of the chat template, then of the tokenizer's files if the folder has a `tokenizer_config.json`.
+    weights, then of the chat template, the tokenizer's files and those of sentence-transformers, as far as it has them.
 
     Raises:
         AdapterNotFound: the folder does not exist.
@@ -103,10 +102,12 @@ def _stat(path: str | Path) -> tuple[str, float]:
 
 def _files_in(folder: Path) -> tuple[str, ...]:
     """Return the names of the files that make the revision; those of `FILES` may be missing."""
-    found = [name for name in OPTIONAL_FILES if os.path.isfile(folder / name)]  # noqa: PTH113 - never raises
-    if TOKENIZER_CONFIG_FILE not in found:
-        found = [name for name in found if name == TEMPLATE_FILE]
-    return (*FILES, *found)
+    try:
+        entries = {path.name for path in folder.iterdir()}  # one call, since a folder has few of these files
+    except OSError:
+        entries = {name.partition("/")[0] for name in OPTIONAL_FILES}
+    found = [name for name in OPTIONAL_FILES if name.partition("/")[0] in entries]
+    return (*FILES, *(name for name in found if os.path.isfile(folder / name)))  # noqa: PTH113 - never raises
 
 
 def piece_digests(path: Path) -> tuple[int, bytes]:

@@ -7,6 +7,7 @@ or wrong ones. Both are findings. All findings are reported together.
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from ranklet.kernels.stack import padded_rank
 from ranklet.replicas.adapters.adapter import AdapterWeights, LoraWeight
 from ranklet.replicas.adapters.findings import Checked, collect, join, shorten
+from ranklet.replicas.adapters.folder_check import BaseFolder
 from ranklet.replicas.adapters.peft_config import LoraSettings, read_peft_config
 from ranklet.replicas.adapters.pinned_memory import Allocate, pageable
 from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE, AdapterRef
@@ -54,7 +56,8 @@ class ExpectedModules:
         bases: names (fnmatch patterns) of the base model.
         embedding: the base model's token embedding [vocab, hidden], on any device.
         head: the base model's head. Without one, LoRA on `lm_head` changes no answer and is not read.
-        end_of_text: finds the tokens that end an adapter's texts; None leaves them out.
+        end_of_text: finds the tokens that end an adapter's texts; None leaves them out, and checks no files but the
+            config and the weights.
         slots: number of slots on the device.
     """
 
@@ -66,6 +69,12 @@ class ExpectedModules:
     head: LmHead | None = None
     end_of_text: EndOfText | None = None
     slots: int = 1
+
+    @cached_property
+    def base_folder(self) -> BaseFolder | None:
+        if self.end_of_text is None:
+            return None
+        return BaseFolder(self.end_of_text.model_dir, self.architecture.max_position)
 
     @property
     def head_bytes(self) -> int:
@@ -110,6 +119,8 @@ def _verify(
     ref: AdapterRef, folder: Path, expected: ExpectedModules, allocate: Allocate
 ) -> Checked[AdapterWeights | None]:
     path = folder / WEIGHTS_FILE
+    if expected.base_folder is not None:
+        yield from expected.base_folder.check(folder)
     end_ids = yield from _end_ids(folder, expected)
     config = yield from read_peft_config(folder / CONFIG_FILE, expected.bases)
     stored = yield from _read_header(path)

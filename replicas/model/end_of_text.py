@@ -28,10 +28,13 @@ class EndOfText:
         model_dir: the base model's folder.
         config: its transformers config.
         vocab: number of its logits.
+
+    Attributes:
+        model_dir: the base model's folder.
     """
 
     def __init__(self, model_dir: Path, config: Any, vocab: int) -> None:
-        self._dir = model_dir
+        self.model_dir = model_dir
         self._config = config
         self._vocab = vocab
         self._vocabulary = Vocabulary(model_dir)
@@ -46,11 +49,11 @@ class EndOfText:
         Raises:
             ModelError: a file cannot be read, or its `eos_token_id` is neither an id nor a list of ids of the model.
         """
-        path = self._dir / GENERATION_CONFIG_FILE
+        path = self.model_dir / GENERATION_CONFIG_FILE
         try:
             configured = read_tokenizer_file(path).get("eos_token_id")
             if configured is None:
-                path, configured = self._dir / "config.json", getattr(self._config, "eos_token_id", None)
+                path, configured = self.model_dir / "config.json", getattr(self._config, "eos_token_id", None)
             ids = configured if isinstance(configured, list) else [] if configured is None else [configured]
             if not all(is_id(each) for each in ids):
                 raise ModelError(f"{path}: eos_token_id: expected an id or a list of ids, got {show(configured)}")
@@ -60,10 +63,10 @@ class EndOfText:
                     f"{path}: eos_token_id: expected ids from 0 to {self._vocab - 1}, which the model has logits for, "
                     f"got {show(unknown[0])}. Correct the file"
                 )
-            token = _eos_token(self._dir)
+            token = _eos_token(self.model_dir)
             named = None if token is None else self._vocabulary.id_of(token)
         except UnusableTokenError as error:
-            raise ModelError(f"{self._dir}: {error}") from error
+            raise ModelError(f"{self.model_dir}: {error}") from error
         return tuple(sorted({each for each in (*ids, named) if each is not None and 0 <= each < self._vocab}))
 
     def adapter_ids(self, folder: Path) -> tuple[int, ...]:

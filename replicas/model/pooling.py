@@ -2,18 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.attention import Spans
-from ranklet.replicas.model.folder import read_default_prompt, read_json, read_settings
-
-_MODES = {"lasttoken": "last", "mean": "mean", "cls": "cls"}
-_FLAGS = {"pooling_mode_lasttoken": "last", "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+from ranklet.replicas.model.embedding_settings import read_base_settings
 
 
 @dataclass(frozen=True)
@@ -48,40 +43,10 @@ class Pooling:
 
 
 def read_pooling(model_dir: Path) -> Pooling:
-    """Read the folder's pooling. Without `modules.json` it is that of Qwen3-Embedding: last token and L2 norm.
+    """Read the pooling of a base model's folder.
 
     Raises:
-        ModelError: a module or an option of the pooling is not supported.
+        ModelError: a setting of the folder's embeddings is not supported.
     """
-    modules_file = model_dir / "modules.json"
-    if not modules_file.is_file():
-        return Pooling()
-    try:
-        modules = {str(each["type"]).rsplit(".", 1)[-1]: str(each["path"]) for each in read_json(modules_file, list)}
-    except (KeyError, TypeError) as error:
-        raise ModelError(f"{modules_file}: expected modules with type and path, got: {error!r}") from error
-    unknown = sorted(set(modules) - {"Transformer", "Pooling", "Normalize"})
-    if unknown:
-        raise ModelError(f"{modules_file}: expected Transformer, Pooling, Normalize; got also {', '.join(unknown)}")
-    mode = "last"
-    if "Pooling" in modules:
-        mode = _mode(model_dir / modules["Pooling"] / "config.json", read_default_prompt(model_dir))
-    limits = model_dir / modules.get("Transformer", "") / "sentence_bert_config.json"
-    limit = read_settings(limits).get("max_seq_length")
-    return Pooling(mode=mode, normalize="Normalize" in modules, max_tokens=limit)
-
-
-def _mode(path: Path, default_prompt: str) -> str:
-    if not path.is_file():
-        raise ModelError(f"{path}: expected the pooling config that modules.json names, but the file is missing")
-    config: dict[str, Any] = read_json(path, dict)
-    flags = [name for name, on in config.items() if name.startswith("pooling_mode_") and on]
-    configured = config.get("pooling_mode") or flags
-    names = [configured] if isinstance(configured, str) else list(configured)
-    known = _MODES | _FLAGS
-    if len(names) != 1 or names[0] not in known:
-        raise ModelError(f"{path}: expected one pooling mode of {', '.join(_MODES)}, got {', '.join(names) or 'none'}")
-    mode = known[names[0]]
-    if mode == "mean" and default_prompt and not config.get("include_prompt", True):
-        raise ModelError(f"{path}: include_prompt: expected true for mean pooling with a default prompt, got false")
-    return mode
+    settings = read_base_settings(model_dir)
+    return Pooling(settings.mode, settings.normalize, settings.max_tokens)

@@ -31,12 +31,11 @@ class TokenBound:
 
     Args:
         backend: a `tokenizers.Tokenizer`.
-        lower: whether texts are lowercased before they reach the tokenizer.
     """
 
-    def __init__(self, backend: Any, *, lower: bool) -> None:
+    def __init__(self, backend: Any) -> None:
         try:
-            weights = _weights(backend, lower=lower)
+            weights = _weights(backend)
         except _UnboundedError:
             weights = None
         self._weights = None if weights is None else weights.astype(np.float32)
@@ -58,7 +57,7 @@ class _UnboundedError(Exception):
     """A step of the tokenizer may drop characters, or is not supported."""
 
 
-def _weights(backend: Any, *, lower: bool) -> Weights:
+def _weights(backend: Any) -> Weights:
     spec = json.loads(backend.to_str())
     if not all(map(_keeps_tokens, _flat(spec["post_processor"], "processors"))):
         raise _UnboundedError
@@ -76,8 +75,7 @@ def _weights(backend: Any, *, lower: bool) -> Weights:
     weights = _capped(weights, map(normalize, added))
     for step in reversed(list(_flat(spec["normalizer"], "normalizers"))):
         weights = _before_normalizer(step, weights)
-    weights = _capped(weights, added)
-    return _before_lower(weights) if lower else weights
+    return _capped(weights, added)
 
 
 def _flat(step: dict[str, Any] | None, children: str) -> Iterator[dict[str, Any]]:

@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.replicas.errors import InvalidRequest, ModelError
-from ranklet.replicas.model.folder import read_default_prompt, read_settings
+from ranklet.replicas.model.embedding_settings import read_base_settings
+from ranklet.replicas.model.git_lfs import pointer_problem
 from ranklet.replicas.model.token_bound import TokenBound
+from ranklet.replicas.model.tokenizer_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, VOCABULARY_FILE
 
 TruncationSide = Literal["left", "right"]
 
@@ -31,26 +33,22 @@ class PromptTokenizer:
     """The folder's fast tokenizer. Thread-safe; releases the GIL while it tokenizes."""
 
     def __init__(self, model_dir: Path) -> None:
-        from transformers import AutoTokenizer  # slow to import, and only gateways tokenize
-
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-            self._backend = tokenizer.backend_tokenizer
-        except (OSError, ValueError, AttributeError) as error:
-            raise ModelError(f"{model_dir}: expected a fast tokenizer (tokenizer.json), got: {error}") from error
-        self._backend.no_padding()
-        self._backend.no_truncation()  # prompts that are too long are refused instead
-        self._prefix = read_default_prompt(model_dir)
-        self._lower = bool(read_settings(model_dir / "sentence_bert_config.json").get("do_lower_case"))
-        self._bound = TokenBound(self._backend, lower=self._lower)
+        self._backend = load_backend(model_dir)
+        settings = read_base_settings(model_dir)
+        self._prefix = settings.prompt
+        self._adds_special_tokens = settings.special_tokens
+        self._embedding_backend = _lowercasing(self._backend) if settings.lower else self._backend
+        self._bounds = [TokenBound(backend) for backend in dict.fromkeys((self._backend, self._embedding_backend))]
 
     @property
     def longest_token_bytes(self) -> int | None:
         """Upper bound on the UTF-8 bytes of text that one token covers; None if none can be proven."""
-        return self._bound.longest_token_bytes
+        longest = [bound.longest_token_bytes for bound in self._bounds]
+        known = [each for each in longest if each is not None]
+        return max(known) if len(known) == len(longest) else None
 
     def least_tokens(self, text: str) -> int:
-        return self._bound.least_tokens(text)
+        return min(bound.least_tokens(text) for bound in self._bounds)
 
     @property
     def backend(self) -> Any:
@@ -71,9 +69,41 @@ class PromptTokenizer:
         Args:
             add_special_tokens: None as the folder says.
         """
-        prompts = [self._prefix + text for text in texts] if self._prefix else list(texts)
-        prompts = [prompt.lower() for prompt in prompts] if self._lower else prompts
-        return _ids(self._backend, prompts, add_special_tokens=add_special_tokens is not False, truncation=truncation)
+        prompts = [self._prefix + text for text in texts] if self._prefix else texts
+        adds = self._adds_special_tokens if add_special_tokens is None else add_special_tokens
+        return _ids(self._embedding_backend, prompts, add_special_tokens=adds, truncation=truncation)
+
+
+def load_backend(folder: Path) -> Any:
+    """Return the `tokenizers.Tokenizer` of a folder, without padding and truncation.
+
+    Raises:
+        ModelError: the folder has no fast tokenizer.
+    """
+    from transformers import AutoTokenizer  # slow to import, and only gateways tokenize
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        backend = tokenizer.backend_tokenizer
+    except Exception as error:  # the file's content decides what `tokenizers` raises
+        files = (folder / name for name in (TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, VOCABULARY_FILE))
+        problem = next(
+            filter(None, map(pointer_problem, files)), f"expected a fast tokenizer (tokenizer.json), got: {error}"
+        )
+        raise ModelError(f"{folder}: {problem}") from error
+    backend.no_padding()
+    backend.no_truncation()  # prompts that are too long are refused instead
+    return backend
+
+
+def _lowercasing(backend: Any) -> Any:
+    """Return a copy that lowercases texts first, as sentence-transformers does for `do_lower_case`."""
+    from tokenizers import Tokenizer, normalizers
+
+    copy: Any = Tokenizer.from_str(backend.to_str())
+    first = normalizers.Lowercase()
+    copy.normalizer = normalizers.Sequence([first, copy.normalizer] if copy.normalizer else [first])
+    return copy
 
 
 def _ids(

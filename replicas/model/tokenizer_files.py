@@ -6,13 +6,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ranklet.replicas.model.git_lfs import is_pointer, pointer_message
+
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 TOKENIZER_FILE = "tokenizer.json"
-VOCABULARY_FILE = "vocab.json"  # of older folders without a tokenizer.json
-# Sources of an adapter's end-of-text token. Without the first, the others are not read.
-TOKENIZER_FILES = (TOKENIZER_CONFIG_FILE, ADDED_TOKENS_FILE, TOKENIZER_FILE)
-_MAX_BYTES = {TOKENIZER_FILE: 64 << 20, VOCABULARY_FILE: 16 << 20}  # the largest known one has 33 MB
+# Of older folders without a tokenizer.json.
+VOCABULARY_FILE = "vocab.json"
+MERGES_FILE = "merges.txt"
+SENTENCEPIECE_FILE = "tokenizer.model"
+TOKENIZER_FILES = (
+    TOKENIZER_CONFIG_FILE, ADDED_TOKENS_FILE, TOKENIZER_FILE, VOCABULARY_FILE, MERGES_FILE, SENTENCEPIECE_FILE,
+)  # fmt: skip
+_MAX_BYTES = {  # the largest known tokenizer.json has 33 MB
+    TOKENIZER_FILE: 64 << 20, VOCABULARY_FILE: 16 << 20, MERGES_FILE: 16 << 20, SENTENCEPIECE_FILE: 16 << 20,
+}  # fmt: skip
 _MAX_OTHER_BYTES = 4 << 20
 _MAX_ID_DIGITS = 10
 _MAX_SHOWN_CHARS = 100
@@ -95,6 +103,8 @@ def read_tokenizer_file(path: Path) -> dict[str, Any]:
     """
     try:
         content = read_within_bounds(path)
+        if content is not None and is_pointer(content):
+            raise UnusableTokenError(pointer_message(path.name))
         fields = {} if content is None else json.loads(content.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UnusableTokenError(f"{path.name}: expected JSON, got: {str(error)[:_MAX_SHOWN_CHARS]}") from error

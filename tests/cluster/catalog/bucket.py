@@ -30,9 +30,9 @@ class S3Bucket:
     def put(self, folder: Path, name: str) -> str:
         """Upload an adapter, or replace one; returns its URL."""
         files = fsspec.filesystem("s3", **self.settings, skip_instance_cache=True)
-        for path in folder.iterdir():
+        for path in folder.rglob("*"):
             if path.is_file():
-                files.pipe_file(f"{NAME}/adapters/{name}/{path.name}", path.read_bytes())
+                files.pipe_file(f"{NAME}/adapters/{name}/{path.relative_to(folder)}", path.read_bytes())
         return f"{self.url}/{name}"
 
 

@@ -1,4 +1,4 @@
-"""Tokenizer files come with a remote adapter and are part of its revision: they say which token ends its texts."""
+"""The files beside an adapter's weights come with a remote adapter and are part of its revision."""
 
 import shutil
 import threading
@@ -18,16 +18,17 @@ from ranklet.replicas.errors import RankletError
 from tests.cluster.catalog.bucket import bucket
 
 
-@pytest.mark.parametrize("names", [(), ("tokenizer_config.json",), ("tokenizer_config.json", "tokenizer.json")])
+@pytest.mark.parametrize("names", [(), ("tokenizer.json",), ("modules.json", "1_Pooling/config.json")])
 def test_a_remote_adapter_has_the_revision_of_its_folder(
     names: tuple[str, ...], adapters_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(adapters_dir / "legal-v2", tmp_path / "folder"))
     for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
     with bucket() as s3:
         monkeypatch.setitem(fsspec.config.conf, "s3", s3.settings)
-        found = RemoteCache(tmp_path / "cache", 1 << 30, 1 << 30).fetch(s3.put(folder, "adapter"))
+        found = RemoteCache(tmp_path / "cache", 1 << 30, 1 << 30).fetch(s3.put(folder, f"with-{len(names)}"))
     assert found.revision == revision_of(folder)
     assert all((found.folder / name).is_file() for name in names)
 

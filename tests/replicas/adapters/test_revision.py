@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ranklet.replicas.adapters import revision
-from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE
+from ranklet.replicas.adapters.reference import CONFIG_FILE, OPTIONAL_FILES, WEIGHTS_FILE
 from ranklet.replicas.adapters.revision import Revisions, marks_of, revision_of
 from ranklet.replicas.errors import AdapterNotFound
 
@@ -76,18 +76,28 @@ def test_every_byte_of_a_large_file_changes_the_revision(
     assert revision_of(folder) != first
 
 
-def test_tokenizer_files_are_part_of_the_revision_if_there_is_a_tokenizer_config(folder: Path) -> None:
-    """The tokens that end an adapter's texts depend on them."""
-    before = Revisions().reference("x", str(folder))
-    (folder / "tokenizer.json").write_text("{}")
-    assert Revisions().reference("x", str(folder)).marks == before.marks
-    assert revision_of(folder) == before.revision
-    seen, marks = {before.revision}, {before.marks}
-    for name in ("tokenizer_config.json", "tokenizer.json", "added_tokens.json"):
-        (folder / name).write_text('{"other": 1}')
-        seen.add(revision_of(folder))
-        marks.add(marks_of(folder))
-    assert (len(seen), len(marks)) == (4, 4)
+def test_every_file_that_changes_an_answer_is_part_of_the_revision(folder: Path) -> None:
+    """Prompts, vectors and the ends of texts depend on the files of the tokenizer and of sentence-transformers."""
+    seen, marks = {revision_of(folder)}, {marks_of(folder)}
+    for name in OPTIONAL_FILES:
+        (folder / name).parent.mkdir(exist_ok=True)
+        for content in ("{}", '{"other": 1}'):
+            (folder / name).write_text(content)
+            seen.add(revision_of(folder))
+            marks.add(marks_of(folder))
+    changes = 1 + 2 * len(OPTIONAL_FILES)
+    assert (len(seen), len(marks)) == (changes, changes)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="needs a user other than root, who may list every folder")
+def test_a_folder_that_may_not_be_listed_has_the_same_revision(folder: Path) -> None:
+    (folder / "modules.json").write_text("[]")
+    before = revision_of(folder), marks_of(folder)
+    folder.chmod(0o100)
+    try:
+        assert (revision_of(folder), marks_of(folder)) == before
+    finally:
+        folder.chmod(0o700)
 
 
 def test_the_two_files_are_not_interchangeable(folder: Path) -> None:

@@ -82,20 +82,33 @@ def test_module_names_of_newer_releases_and_the_token_limit_are_read(tmp_path: P
     assert read_pooling(folder) == Pooling("mean", normalize=False, max_tokens=77)
 
 
+TRANSFORMER, POOLING, NORMALIZE = module("Transformer"), module("Pooling", "1_Pooling"), module("Normalize", "2_N")
+
+
 @pytest.mark.parametrize(
     ("modules", "pooling", "message"),
     [
-        ([module("Transformer"), module("Dense", "2_Dense")], None, "Dense"),
-        ([module("Transformer"), module("Pooling", "1_Pooling")], {"pooling_mode_max_tokens": True}, "max_tokens"),
-        ([module("Pooling", "1_Pooling")], {"pooling_mode": ["mean", "cls"]}, "mean, cls"),
+        ([TRANSFORMER, module("Dense", "2_Dense")], None, "got also Dense"),
         (
-            [module("Pooling", "1_Pooling")],
+            [TRANSFORMER, {"type": "mine.Pooling", "path": "1_Pooling"}],
+            {"pooling_mode": "mean"},
+            "got also mine.Pooling",
+        ),
+        ([TRANSFORMER, NORMALIZE, POOLING], {"pooling_mode": "mean"}, "the order Transformer, Pooling, Normalize, got"),
+        ([TRANSFORMER], None, "the order Transformer, Pooling, Normalize, got Transformer"),
+        ([TRANSFORMER, POOLING, POOLING], {"pooling_mode": "mean"}, "got Transformer, Pooling, Pooling"),
+        ([module("Transformer", "0_Transformer"), POOLING], {"pooling_mode": "mean"}, "Transformer: expected the path"),
+        ([TRANSFORMER, module("Pooling", "../1_Pooling")], None, "paths within the folder"),
+        ([TRANSFORMER, POOLING], {"pooling_mode_max_tokens": True}, "max_tokens"),
+        ([TRANSFORMER, POOLING], {"pooling_mode": ["mean", "cls"]}, "mean, cls"),
+        (
+            [TRANSFORMER, POOLING],
             {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
             "pooling_mode_mean_tokens",
         ),
-        ([module("Pooling", "1_Pooling")], {"pooling_mode": "weightedmean"}, "weightedmean"),
-        ([module("Pooling", "1_Pooling")], {}, "none"),
-        ([module("Pooling", "1_Pooling")], None, "missing"),
+        ([TRANSFORMER, POOLING], {"pooling_mode": "weightedmean"}, "weightedmean"),
+        ([TRANSFORMER, POOLING], {}, "none"),
+        ([TRANSFORMER, POOLING], None, "missing"),
         ([{"type": "sentence_transformers.models.Pooling"}], None, "expected modules with type and path"),
         (["Pooling"], None, "expected modules with type and path"),
     ],
@@ -105,14 +118,23 @@ def test_unsupported_pooling_is_refused_by_name(tmp_path: Path, modules: Any, po
         read_pooling(write(tmp_path, modules, pooling))
 
 
-def test_a_mean_without_the_default_prompt_is_refused(tmp_path: Path) -> None:
-    """sentence-transformers leaves the prompt's tokens out of the mean; ranklet would include them."""
-    folder = write(tmp_path, [module("Pooling", "1_Pooling")], {"pooling_mode": "mean", "include_prompt": False})
-    assert read_pooling(folder).mode == "mean"
+@pytest.mark.parametrize("mode", ["mean", "cls", "lasttoken"])
+def test_pooling_without_the_default_prompt_is_refused(tmp_path: Path, mode: str) -> None:
+    """sentence-transformers leaves the prompt's tokens out of the pooling; ranklet would include them."""
+    folder = write(tmp_path, [TRANSFORMER, POOLING], {"pooling_mode": mode, "include_prompt": False})
+    assert read_pooling(folder).mode == mode.removesuffix("token")
     prompt = {"prompts": {"query": "Query: "}, "default_prompt_name": "query"}
     (folder / "config_sentence_transformers.json").write_text(json.dumps(prompt))
     with pytest.raises(ModelError, match="include_prompt"):
         read_pooling(folder)
+
+
+def test_a_pooling_config_without_modules_is_refused(tmp_path: Path) -> None:
+    """A copy that left out modules.json would be pooled otherwise."""
+    write(tmp_path, [TRANSFORMER, POOLING], {"pooling_mode": "mean"})
+    (tmp_path / "modules.json").unlink()
+    with pytest.raises(ModelError, match=r"expected modules\.json beside it"):
+        read_pooling(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["modules.json", "1_Pooling/config.json", "sentence_bert_config.json"])

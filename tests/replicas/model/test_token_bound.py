@@ -170,7 +170,7 @@ def template_without_text(tokenizer: Tokenizer) -> None:
 def test_a_tokenizer_that_may_drop_text_has_no_bound(
     spoil: Callable[[Tokenizer], Tokenizer], backend: Callable[[], Tokenizer]
 ) -> None:
-    bound = TokenBound(spoil(backend()), lower=False)
+    bound = TokenBound(spoil(backend()))
     assert bound.longest_token_bytes is None
     assert bound.least_tokens("a" * 1000) == 0
 
@@ -178,7 +178,7 @@ def test_a_tokenizer_that_may_drop_text_has_no_bound(
 def test_a_replacement_by_nothing_bounds_the_rest_of_the_text(backend: Callable[[], Tokenizer]) -> None:
     tokenizer = backend()
     normalized(normalizers.Replace("-", ""))(tokenizer)
-    bound = TokenBound(tokenizer, lower=False)
+    bound = TokenBound(tokenizer)
     assert bound.longest_token_bytes is None
     assert bound.least_tokens("-" * 1000) == 0
     assert bound.least_tokens(ACCENT * 1000) > 100

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ranklet.cluster.text.vocabulary import BaseVocabulary
+from ranklet.replicas.adapters.vocabulary import BaseVocabulary
 from tests.cluster.text.small_tokenizers import MAKERS, make
 
 

@@ -16,7 +16,6 @@ from ranklet.replicas.model.tokenizer_files import (
     show,
 )
 
-_OTHER_FILES = (VOCABULARY_FILE, ADDED_TOKENS_FILE, TOKENIZER_CONFIG_FILE)
 _MAX_NAMED = 5
 
 
@@ -38,30 +37,24 @@ class BaseVocabulary:
         except UnusableTokenError as error:
             return (str(error),)
 
-    def fits_unparsed(self, folder: Path) -> bool:
-        """Return whether an adapter's files fit, which is known without parsing them. Most adapters' do."""
-        try:
-            stored = _hash(folder / TOKENIZER_FILE)
-        except UnusableTokenError:
-            return False
-        if stored is not None:
-            return stored == self._hash
-        return not any((folder / name).exists() for name in _OTHER_FILES)
+    def has_file_of(self, folder: Path) -> bool:
+        """Return whether an adapter's `tokenizer.json` has the bytes of the base model's."""
+        own = _hash(folder / TOKENIZER_FILE)
+        return own is not None and own == self._hash
 
     def _differences(self, folder: Path) -> list[str]:
-        if self.fits_unparsed(folder):
-            return []
-        if _hash(folder / TOKENIZER_FILE) is not None:
-            found = _difference(TOKENIZER_FILE, Vocabulary(folder).every_token, self._tokens, complete=True)
+        stored = _hash(folder / TOKENIZER_FILE)
+        if stored is not None:
+            if stored == self._hash:
+                return []
+            found = _difference(TOKENIZER_FILE, Vocabulary(folder).every_token, self.tokens, complete=True)
             return [found] if found else []
         own = Vocabulary(folder)
         listed = {
             VOCABULARY_FILE: own.plain_tokens,
             f"{ADDED_TOKENS_FILE}, {TOKENIZER_CONFIG_FILE}": own.added_tokens,
         }
-        compared = (
-            _difference(name, tokens, self._tokens, complete=False) for name, tokens in listed.items() if tokens
-        )
+        compared = (_difference(name, tokens, self.tokens, complete=False) for name, tokens in listed.items() if tokens)
         return [found for found in compared if found]
 
     @cached_property
@@ -69,7 +62,7 @@ class BaseVocabulary:
         return _hash(self._folder / TOKENIZER_FILE)
 
     @cached_property
-    def _tokens(self) -> dict[str, int]:
+    def tokens(self) -> dict[str, int]:
         """Return the base model's tokens.
 
         Raises:

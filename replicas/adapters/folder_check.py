@@ -1,0 +1,63 @@
+"""Compares what an adapter's folder says about embeddings and tokens with the base model's folder.
+
+All requests of a server share the base model's tokenizer and pooling. An adapter that was trained with others would get
+vectors that its own library does not compute.
+"""
+
+from functools import cached_property
+from pathlib import Path
+
+from ranklet.replicas.adapters.findings import Checked, show
+from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison
+from ranklet.replicas.errors import ModelError
+from ranklet.replicas.model.embedding_settings import EmbeddingSettings, read_base_settings, read_embedding_settings
+
+_REMEDY = "this server has one setting for the base model and its adapters"
+_NAMES = {
+    "mode": "pooling",
+    "normalize": "normalization",
+    "prompt": "default prompt",
+    "lower": "do_lower_case",
+    "special_tokens": "add_special_tokens",
+    "pools_prompt": "include_prompt",
+}
+
+
+class BaseFolder:
+    """The base model's folder, whose files are read at the first comparison that needs them.
+
+    Args:
+        max_position: the longest prompt that the base model can compute.
+    """
+
+    def __init__(self, folder: Path, max_position: int) -> None:
+        self._folder = folder
+        self._max_position = max_position
+        self._tokenizer = TokenizerComparison(folder)
+
+    def check(self, folder: Path) -> Checked[None]:
+        """Yield what an adapter's folder asks for beyond the base model's."""
+        base = self._settings
+        try:
+            own = read_embedding_settings(folder, base)
+        except ModelError as error:
+            yield error.message
+        else:
+            yield from self._check_settings(base, own)
+        yield from self._tokenizer.differences(folder)
+
+    def _check_settings(self, base: EmbeddingSettings, own: EmbeddingSettings) -> Checked[None]:
+        for field, name in _NAMES.items():
+            expected, got = getattr(base, field), getattr(own, field)
+            if expected != got:
+                yield f"{name}: expected {show(expected)} as the base model has, got {show(got)}; {_REMEDY}"
+        longest, limit = (min(each.max_tokens or self._max_position, self._max_position) for each in (base, own))
+        if limit < longest:
+            yield (
+                f"longest text: expected at least {longest} tokens as the base model has, got {limit} (max_seq_length "
+                f"or model_max_length); {_REMEDY}"
+            )
+
+    @cached_property
+    def _settings(self) -> EmbeddingSettings:
+        return read_base_settings(self._folder)

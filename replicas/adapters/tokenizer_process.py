@@ -1,0 +1,101 @@
+"""Compares tokenizers: `python -m ranklet.replicas.adapters.tokenizer_process BASE ADAPTER MEMORY_BYTES`.
+
+Parsing the files of a large tokenizer holds the interpreter for half a second, in which a replica would answer nothing
+and an engine would launch nothing. The files come with an adapter, so this process of its own has limits.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+from functools import cached_property
+from pathlib import Path
+
+from ranklet.replicas.adapters.tokenizer_check import BaseTokenizer
+from ranklet.replicas.errors import Unavailable
+from ranklet.replicas.model.tokenizer_files import TOKENIZER_FILES, UnusableTokenError, read_within_bounds
+
+_PROGRAM = "ranklet.replicas.adapters.tokenizer_process"
+_MEMORY_BYTES = 16 << 30  # of address space; libraries that are never used take some of it
+_MAX_KEPT = 256
+
+
+class TokenizerComparison:
+    """Compares adapters' tokenizer files with those of the base model. Thread-safe.
+
+    Adapters of one training tool often have the same files, so results are kept by the files' content.
+
+    Args:
+        base: folder of the base model.
+    """
+
+    def __init__(self, base: Path) -> None:
+        self._base = base
+        self._kept: dict[bytes, tuple[str, ...]] = {}
+
+    def differences(self, adapter: Path) -> tuple[str, ...]:
+        """Return `BaseTokenizer(base).differences(adapter)`. Blocks.
+
+        Raises:
+            Unavailable: it takes too much time.
+        """
+        try:
+            content = _digest(adapter)
+        except (OSError, UnusableTokenError) as error:
+            return (str(error),)
+        if content is None or content == self._own:
+            return ()
+        found = self._kept.get(content)
+        if found is None:
+            found = differences_within(self._base, adapter)
+            if len(self._kept) >= _MAX_KEPT:
+                self._kept.clear()
+            self._kept[content] = found
+        return found
+
+    @cached_property
+    def _own(self) -> bytes | None:
+        with contextlib.suppress(OSError, UnusableTokenError):
+            return _digest(self._base)
+        return None
+
+
+def _digest(folder: Path) -> bytes | None:
+    """Return a hash of a folder's tokenizer files; None if there are none."""
+    contents = {name: read_within_bounds(folder / name) for name in TOKENIZER_FILES}
+    parts = [name.encode() + hashlib.sha256(each).digest() for name, each in contents.items() if each is not None]
+    return hashlib.sha256(b"".join(parts)).digest() if parts else None
+
+
+def differences_within(
+    base: Path, adapter: Path, time_s: float = 30.0, memory_bytes: int = _MEMORY_BYTES
+) -> tuple[str, ...]:
+    """Return `BaseTokenizer(base).differences(adapter)`, or that the process ended early.
+
+    Raises:
+        Unavailable: it takes too much time, perhaps since the machine is busy.
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", _PROGRAM, str(base), str(adapter), str(memory_bytes)]
+    try:
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, timeout=time_s)
+        return tuple(json.loads(done.stdout))
+    except subprocess.TimeoutExpired as error:
+        raise Unavailable(f"comparing the adapter's tokenizer with the base model's takes {time_s:g} s") from error
+    except (subprocess.CalledProcessError, ValueError):
+        return ("the tokenizer's files: expected files that can be compared with the base model's, got others",)
+
+
+def main() -> None:
+    base, adapter, memory_bytes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    with contextlib.suppress(ValueError, OSError):  # not every system limits memory
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    json.dump(BaseTokenizer(base).differences(adapter), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Writes the files that sentence-transformers saves beside a model or an adapter, from a description of them."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MODULES = {
+    "Transformer": "sentence_transformers.base.modules.transformer.Transformer",
+    "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+    "Normalize": "sentence_transformers.base.modules.normalize.Normalize",
+}
+OLD_FLAGS = {
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "max": "pooling_mode_max_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+
+
+@dataclass(frozen=True)
+class SentenceFolder:
+    """What a folder says about embeddings.
+
+    Attributes:
+        modules: kinds in order.
+        old_names: write the fields as releases before 6 do.
+        prompt: the default prompt.
+        transformer: content of sentence_bert_config.json; None writes no file.
+        tokenizer: changed fields of tokenizer_config.json.
+        appends: whether the tokenizer's post-processor appends the end token; None leaves it as it is.
+        lowers: whether the tokenizer lowercases.
+    """
+
+    modules: tuple[str, ...] = ("Transformer", "Pooling", "Normalize")
+    mode: str = "lasttoken"
+    include_prompt: bool = True
+    old_names: bool = False
+    prompt: str = ""
+    transformer: dict[str, Any] | None = None
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    appends: bool | None = None
+    lowers: bool = False
+
+    def write(self, folder: Path, hidden: int) -> Path:
+        """Write the files into a folder that has the tokenizer's."""
+        paths = {kind: "" if kind == "Transformer" else f"{index}_{kind}" for index, kind in enumerate(self.modules)}
+        types = {kind: f"sentence_transformers.models.{kind}" if self.old_names else MODULES[kind] for kind in paths}
+        _write(
+            folder / "modules.json",
+            [
+                {"idx": index, "name": str(index), "path": paths[kind], "type": types[kind]}
+                for index, kind in enumerate(self.modules)
+            ],
+        )
+        if self.old_names:
+            flags = {flag: mode == self.mode for mode, flag in OLD_FLAGS.items()}
+            pooling: dict[str, Any] = {"word_embedding_dimension": hidden, **flags}
+        else:
+            pooling = {"embedding_dimension": hidden, "pooling_mode": self.mode}
+        _write(folder / paths["Pooling"] / "config.json", {**pooling, "include_prompt": self.include_prompt})
+        if self.transformer is not None:
+            _write(folder / "sentence_bert_config.json", self.transformer)
+        prompts = {"prompts": {"task": self.prompt}, "default_prompt_name": "task"} if self.prompt else {"prompts": {}}
+        _write(folder / "config_sentence_transformers.json", prompts)
+        self._change_tokenizer(folder)
+        return folder
+
+    def _change_tokenizer(self, folder: Path) -> None:
+        path = folder / "tokenizer_config.json"
+        _write(path, json.loads(path.read_text()) | self.tokenizer)
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_text())
+        if self.appends is False:
+            content["post_processor"] = None
+        if self.lowers:
+            content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, content["normalizer"]]}
+        path.write_text(json.dumps(content, ensure_ascii=False))
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content))
