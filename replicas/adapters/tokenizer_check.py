@@ -60,7 +60,11 @@ class BaseTokenizer:
         if any(problems):
             yield from filter(None, problems)
             return
-        config = read_tokenizer_file(folder / TOKENIZER_CONFIG_FILE)
+        config: dict[str, Any] = {}
+        try:
+            config = read_tokenizer_file(folder / TOKENIZER_CONFIG_FILE)
+        except UnusableTokenError as error:
+            yield str(error)
         if config:
             yield from self._config_differences(config)
         if read_within_bounds(folder / TOKENIZER_FILE) is not None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from ranklet.cluster.replica.adapter_texts import AdapterTexts
-from ranklet.replicas.adapters.tokenizer_process import differences_within
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import Revisions
+from ranklet.replicas.adapters.tokenizer_process import differences_within
 from ranklet.replicas.errors import AdapterChanged, Unavailable
 
 
