@@ -8,7 +8,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from ranklet.cluster.config import AppArgs
-from ranklet.cluster.datapath import ROUTER, DataPath
+from ranklet.cluster.datapath import ROUTER, SHUTDOWN_TIMEOUT_S, DataPath
 from ranklet.cluster.ingress.gateway import Gateway
 from ranklet.cluster.replica.deployment import Replica
 from ranklet.cluster.replica.gateways_client import GATEWAY
@@ -23,7 +23,7 @@ _COMMON: dict[str, Any] = {
     "health_check_period_s": 1,  # a dead process is replaced after about two seconds
     "health_check_timeout_s": 10,
     "graceful_shutdown_wait_loop_s": 0.5,
-    "graceful_shutdown_timeout_s": 20,
+    "graceful_shutdown_timeout_s": SHUTDOWN_TIMEOUT_S,
 }
 
 logger = logging.getLogger("ray.serve")

@@ -11,6 +11,9 @@ from typing import Any
 ROUTER = "ranklet.routing.router:AdapterRouter"  # chooses the replica of each call
 # Environment of `ray start`, on every node, for the recommended data path.
 FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+# Names a file. While it exists, gateways refuse new requests and let those in flight end.
+DRAIN_VARIABLE = "RANKLET_DRAIN_FILE"
+SHUTDOWN_TIMEOUT_S = 20.0  # default of graceful_shutdown_timeout_s
 _PACKAGES = ("ranklet", "ray", "torch", "triton", "transformers")
 _TOKEN_REMEDY = (
     "set RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN in the environment of `ray start` on every "

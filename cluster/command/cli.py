@@ -1,11 +1,7 @@
 """The `ranklet` command: a local cluster, adapters, keys, load tests, profiles and kernel tuning."""
 
 import argparse
-import getpass
-import signal
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +9,9 @@ from typing import Any
 import yaml
 
 from ranklet.cluster.access import keys
-from ranklet.cluster.command import adapters, doctor, profile, simulate
+from ranklet.cluster.command import adapters, doctor, profile, simulate, up
 from ranklet.cluster.command.bench import command as bench
-from ranklet.cluster.command.local_cluster import ClusterError, LocalCluster
-from ranklet.cluster.command.processes import notify_systemd
-from ranklet.cluster.command.ray_head import auth_environment
+from ranklet.cluster.command.local_cluster import ClusterError
 from ranklet.cluster.datapath import versions
 
 
@@ -36,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="ranklet", description="Serve many LoRA adapters of one base model, over Ray Serve."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_up_and_down(commands)
+    up.add(commands)
     doctor.add(commands)
     adapters.add(commands)
     _add_keys(commands)
@@ -46,26 +40,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_tune(commands)
     commands.add_parser("version", help="print installed versions").set_defaults(run=_version)
     return parser
-
-
-def _add_up_and_down(commands: Any) -> None:
-    up = commands.add_parser("up", help="start Ray on this machine, deploy a configuration, wait until it answers")
-    up.add_argument("config", type=Path, metavar="CONFIG", help="a file such as deploy/local.yaml")
-    up.add_argument(
-        "--proxy", choices=("haproxy", "serve"), default="haproxy", help="HTTP proxy (default: %(default)s)"
-    )
-    up.add_argument("--port", type=int, help="HTTP port in place of the configuration's; 0 selects a free port")
-    up.add_argument("--timeout-s", type=float, default=180.0, help="longest wait (default: %(default)s)")
-    up.add_argument(
-        "--foreground", action="store_true", help="keep running; SIGTERM or Ctrl-C stops Ray; exit with 1 if Ray ends"
-    )
-    up.set_defaults(run=_up)
-    down = commands.add_parser("down", help="stop what `ranklet up` started")
-    down.set_defaults(run=_down)
-    for command in (up, down):
-        command.add_argument(
-            "--temp-dir", type=Path, default=_default_temp_dir(), help="Ray's sessions and logs (default: %(default)s)"
-        )
 
 
 def _add_keys(commands: Any) -> None:
@@ -89,55 +63,6 @@ def _add_tune(commands: Any) -> None:
     tune.set_defaults(run=_tune)
 
 
-def _default_temp_dir() -> Path:
-    return Path(tempfile.gettempdir()) / f"ranklet-{getpass.getuser()}"
-
-
-def _print(line: str) -> None:
-    print(f"ranklet: {line}", flush=True)
-
-
-def _up(options: argparse.Namespace) -> int:
-    cluster = LocalCluster(options.temp_dir, proxy=options.proxy, http_port=options.port, report=_print)
-    if not options.foreground:
-        _start(cluster, options)
-        return 0
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _exit)
-    with cluster:
-        _start(cluster, options)
-        return _wait(cluster)
-
-
-def _start(cluster: LocalCluster, options: argparse.Namespace) -> None:
-    state = cluster.start(options.config, options.timeout_s)
-    settings = " ".join(f"{name}={value}" for name, value in auth_environment(options.temp_dir.absolute()).items())
-    _print(f"logs are in {state.temp_dir}/session_latest/logs/serve; Serve's status:")
-    print(f"  {settings} serve status -a {state.dashboard}", flush=True)
-
-
-def _wait(cluster: LocalCluster) -> int:
-    """Wait until a signal raises SystemExit, or until Ray ends; then return 1."""
-    notify_systemd("READY=1")
-    while cluster.is_alive:
-        time.sleep(1.0)
-    print("ranklet: Ray ended unexpectedly", file=sys.stderr)
-    return 1
-
-
-def _exit(number: int, frame: object) -> None:
-    notify_systemd("STOPPING=1")
-    raise SystemExit(0)
-
-
-def _down(options: argparse.Namespace) -> int:
-    cluster = LocalCluster(options.temp_dir, report=_print)
-    running = cluster.state
-    cluster.stop()
-    _print(f"stopped {running.base_url}")
-    return 0
-
-
 def _new_key(options: argparse.Namespace) -> int:
     secret, entry = keys.new_key(
         options.name, admin=options.admin, adapters=tuple(options.adapters), tokens_per_minute=options.tokens_per_minute
@@ -156,7 +81,7 @@ def _tune(options: argparse.Namespace) -> int:
     dims = read_architecture(read_config(options.model)).module_dims()
     ranks = sorted({options.rank, *options.ranks})
     path = tune(dims, ranks, path=options.gpu_table, rows=options.rows, crossovers=not options.no_crossovers)
-    _print(f"wrote {path}")
+    print(f"ranklet: wrote {path}")
     return 0
 
 

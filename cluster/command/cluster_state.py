@@ -1,10 +1,10 @@
 """The state file of a local cluster: its addresses, and the process that `ranklet down` stops."""
 
-import contextlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ranklet.cluster.command.own_folder import OwnFolder
 from ranklet.cluster.command.processes import process_start_time
 
 STATE_FILE = "ranklet.json"
@@ -20,19 +20,45 @@ class ClusterState:
     pid: int  # of `ray start --block`
     start_time: str  # of that process; a later process with the same id has another one
     temp_dir: str
+    drain_s: float = 0.0  # longest wait for requests in flight before a stop
+    chosen_port: bool = False  # --port replaced the configuration's port
 
     def write(self) -> None:
-        (Path(self.temp_dir) / STATE_FILE).write_text(json.dumps(asdict(self)))
+        OwnFolder(Path(self.temp_dir)).write(STATE_FILE, json.dumps(asdict(self)))
 
     @property
     def is_running(self) -> bool:
         return process_start_time(self.pid) == self.start_time
 
+    @property
+    def session(self) -> Path:
+        """Folder of Ray's current session."""
+        return ray_dir(Path(self.temp_dir)) / "session_latest"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the logs of gateways and replicas."""
+        return self.session / "logs" / "serve"
+
+
+def ray_dir(temp_dir: Path) -> Path:
+    """Return Ray's temporary folder, which every user of the machine can read."""
+    return temp_dir / "ray"
+
 
 def find_cluster(temp_dir: Path) -> ClusterState | None:
-    """Return the cluster that runs under `temp_dir`, if there is one."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        state = ClusterState(**json.loads((temp_dir / STATE_FILE).read_text()))
-        if state.is_running:
-            return state
-    return None
+    """Return the cluster that runs under `temp_dir`, if there is one.
+
+    Raises:
+        ValueError: the folder or its state file belongs to another user.
+        OSError: the folder or its state file is a link, or cannot be read.
+    """
+    try:
+        text = OwnFolder(temp_dir).read(STATE_FILE)
+    except FileNotFoundError:
+        return None
+    try:
+        state = ClusterState(**json.loads(text))
+    except (ValueError, TypeError):
+        return None
+    return state if state.is_running else None

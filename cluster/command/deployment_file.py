@@ -2,15 +2,19 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from ranklet.cluster.config import AdapterList
-from ranklet.cluster.datapath import ROUTER, is_loopback
+from ranklet.cluster.access.keys import ApiKeys
+from ranklet.cluster.command.absolute_paths import make_paths_absolute
+from ranklet.cluster.config import AdapterList, AppArgs
+from ranklet.cluster.datapath import ROUTER, SHUTDOWN_TIMEOUT_S, is_loopback
 from ranklet.cluster.settings.user_config import USER_CONFIGS, read_user_config
+from ranklet.replicas.errors import RankletError
 from ranklet.routing.policy import check_policy
 
 _BUILDER = "ranklet.cluster.app:build"
@@ -18,11 +22,17 @@ SERVE_HOST = "127.0.0.1"  # Serve's default
 SERVE_PORT = 8000
 
 
-def read_configuration(path: Path) -> dict[str, Any]:
-    """Read a configuration and fill in the HTTP port.
+def read_configuration(
+    path: Path, directory: Path | None = None, report: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Read a configuration, fill in the HTTP port, and make its paths absolute.
+
+    Args:
+        directory: Relative paths start here. None is the current folder.
+        report: Called with each warning.
 
     Raises:
-        ValueError: The file is not a YAML map, or the router or a deployment does not accept its settings.
+        ValueError: The file is not a YAML map, a setting is not accepted, or the folder of the base model is missing.
         OSError: The file cannot be read.
     """
     try:
@@ -35,7 +45,42 @@ def read_configuration(path: Path) -> dict[str, Any]:
     if findings:
         raise ValueError(f"{path}: {'; '.join(findings)}")
     content["http_options"] = {"port": SERVE_PORT} | (content.get("http_options") or {})
+    for application in _applications(content):
+        _check_arguments(path, application["args"], (directory or Path.cwd()).absolute(), report)
+        make_paths_absolute(application, (directory or Path.cwd()).absolute())
     return content
+
+
+def _check_arguments(path: Path, values: dict[str, Any], directory: Path, report: Callable[[str], None]) -> None:
+    try:
+        args = AppArgs.model_validate(values)
+    except ValidationError as error:
+        found = [f"args.{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        raise ValueError(f"{path}: {'; '.join(found)}") from None
+    if not (directory / args.base.model_dir).is_dir():
+        raise ValueError(f"{path}: base.model_dir: expected a folder, {_missing(args.base.model_dir, directory)}")
+    if args.security.keys_file is not None:
+        try:
+            ApiKeys(directory / args.security.keys_file)
+        except RankletError as error:
+            raise ValueError(f"{path}: {error.message}") from None
+    if args.adapters_dir is not None and not (directory / args.adapters_dir).is_dir():
+        missing = _missing(args.adapters_dir, directory)
+        report(f"warning: adapters_dir: {missing}. Until it does, no adapter is served from it")
+
+
+def _missing(path: Path, directory: Path) -> str:
+    return f"{path} does not exist" + ("" if path.is_absolute() else f" in {directory}")
+
+
+def drain_time_s(content: Mapping[str, Any]) -> float:
+    """Return how long requests in flight may take when the cluster stops."""
+    times = [
+        float(deployment.get("graceful_shutdown_timeout_s") or SHUTDOWN_TIMEOUT_S)
+        for application in _applications(content)
+        for deployment in application.get("deployments") or [{}]
+    ]
+    return max(times, default=0.0)
 
 
 def http_host(content: Mapping[str, Any]) -> str:

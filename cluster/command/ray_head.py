@@ -8,13 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ranklet.cluster.command.cluster_state import ray_dir
 from ranklet.cluster.command.haproxy import PROGRAM_VARIABLE, write_haproxy
+from ranklet.cluster.command.no_proxy import no_proxy_variables
+from ranklet.cluster.command.own_folder import OwnFolder
 from ranklet.cluster.command.ports import free_block, free_ports
-from ranklet.cluster.datapath import FAST_PATH
+from ranklet.cluster.command.user import user_variables
+from ranklet.cluster.datapath import DRAIN_VARIABLE, FAST_PATH
 
 _OBJECT_STORE_BYTES = 100 << 20  # vectors do not travel through it
 _GATEWAY_PORTS = 64
 _TOKEN_FILE = "auth_token"
+STOPPING_FILE = "stopping"  # exists while gateways let their requests in flight end
+# Ray creates sockets below its folder, with names of up to 64 characters. The path of a socket may have 107.
+MAX_TEMP_DIR_CHARACTERS = 107 - 64 - len("/ray")
 
 Proxy = Literal["haproxy", "serve"]
 
@@ -55,7 +62,7 @@ class RayHead:
             f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
             f"--metrics-export-port={metrics}", f"--ray-client-server-port={client}",
             f"--runtime-env-agent-port={runtime_env}",
-            f"--object-store-memory={_OBJECT_STORE_BYTES}", f"--temp-dir={self.temp_dir}",
+            f"--object-store-memory={_OBJECT_STORE_BYTES}", f"--temp-dir={ray_dir(self.temp_dir)}",
         ]  # fmt: skip
 
     def environment(self, extra: Mapping[str, str]) -> dict[str, str]:
@@ -71,7 +78,16 @@ class RayHead:
             **{name: value if self.proxy == "haproxy" else "0" for name, value in FAST_PATH.items()},
             **_serve_settings(self.temp_dir / "haproxy", self.proxy_ports, self.first_gateway_port),
         }
-        return {**os.environ, **settings, **auth_environment(self.temp_dir), "RAY_USAGE_STATS_ENABLED": "0", **extra}
+        own = {DRAIN_VARIABLE: str(self.temp_dir / STOPPING_FILE), "RAY_USAGE_STATS_ENABLED": "0"}
+        return {
+            **os.environ,
+            **user_variables(),
+            **no_proxy_variables(),
+            **settings,
+            **auth_environment(self.temp_dir),
+            **own,
+            **extra,
+        }
 
 
 def _serve_settings(folder: Path, ports: Sequence[int], first_gateway_port: int) -> dict[str, str]:
@@ -100,14 +116,11 @@ SERVE_VARIABLES = (*FAST_PATH, PROGRAM_VARIABLE, *_serve_settings(Path(), (0, 0,
 
 def write_token(temp_dir: Path) -> None:
     """Create a new token for a cluster. Without one, anyone who can connect to Ray can run code."""
-    path = temp_dir / _TOKEN_FILE
-    path.unlink(missing_ok=True)
-    path.touch(mode=0o600)
-    path.write_text(secrets.token_hex(32))
+    OwnFolder(temp_dir).write(_TOKEN_FILE, secrets.token_hex(32))
 
 
 def read_token(temp_dir: Path) -> str:
-    return (temp_dir / _TOKEN_FILE).read_text()
+    return OwnFolder(temp_dir).read(_TOKEN_FILE)
 
 
 def auth_environment(temp_dir: Path) -> dict[str, str]:

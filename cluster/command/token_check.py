@@ -1,5 +1,6 @@
 """Checks that Ray's token authentication is on. Without it, anyone who can connect to Ray can run code on its nodes."""
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,9 @@ def _token_source(environment: Mapping[str, str]) -> str | None:
     """Return the first place with a token, in the order in which Ray searches; None if there is no token."""
     if environment.get("RAY_AUTH_TOKEN"):
         return "RAY_AUTH_TOKEN"
-    path = Path(environment.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    path = Path(environment.get("RAY_AUTH_TOKEN_PATH") or Path("~/.ray/auth_token"))
+    with contextlib.suppress(RuntimeError):  # a user without a home folder
+        path = path.expanduser()
     try:
         return str(path) if path.read_text().strip() else None
     except OSError:

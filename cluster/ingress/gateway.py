@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from ranklet.cluster.datapath import DataPath, log_missing_token
 from ranklet.cluster.exporter import start_exporter
 from ranklet.cluster.ingress.adapter_cards import AdapterCards
 from ranklet.cluster.ingress.admin import AdminApi
+from ranklet.cluster.ingress.drain import Drain
 from ranklet.cluster.ingress.embeddings import EmbeddingsTask
 from ranklet.cluster.ingress.exchange import Exchange, InferenceServices
 from ranklet.cluster.ingress.intake import Intake
@@ -81,6 +83,7 @@ class Gateway(ReportReceiver):
         self._keys = ApiKeys(args.security.keys_file, open_admin=open_admin, settings=self._settings)
         self._admission = Admission(args.limits.max_in_flight_requests, self._metrics.in_flight.set)
         self._quotas = Quotas(LedgerActor(context.app_name), self._on_over_quota, names_of=self._names.names_of)
+        self._drain = Drain()
         self._recent = RecentRequests()
         self._observer = Observer(self._metrics, self._recent, args.log.requests, self._id)
         self._replicas = ReplicasClient(replica, self._affinity, args.limits, self._metrics.retries.inc, self._id)
@@ -115,7 +118,8 @@ class Gateway(ReportReceiver):
                 recent_requests=self._recent_of_gateways,
                 describe_gateways=self._describe_gateways,
             ),
-            probes=ProbesApi(replicas, self._describe_gateways),
+            probes=ProbesApi(replicas, self._describe_gateways, self._drain, self._requests_in_flight),
+            drain=self._drain,
             origins=args.security.allowed_origins,
         )
 
@@ -198,8 +202,14 @@ class Gateway(ReportReceiver):
     async def describe(self) -> GatewayDescription:
         return GatewayDescription(self._id, os.getpid(), self._metrics_target, self._settings.refused())
 
-    async def _broadcast(self, method: str) -> list[Any]:
-        return await broadcast(serve.get_deployment_handle(*self._deployment), method)
+    async def requests_in_flight(self) -> int:
+        return self._drain.in_flight
+
+    async def _broadcast(self, method: str, missing: Sequence[Any] = ()) -> list[Any]:
+        return await broadcast(serve.get_deployment_handle(*self._deployment), method, missing=missing)
+
+    async def _requests_in_flight(self) -> int:
+        return sum(await self._broadcast("requests_in_flight", missing=[1]))  # a silent gateway may work on one
 
     async def _recent_of_gateways(self) -> list[dict[str, Any]]:
         return await self._broadcast("recent_requests") or [await self.recent_requests()]

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ranklet.cluster.datapath import versions
+from ranklet.cluster.ingress.drain import Drain
 from ranklet.cluster.ingress.openapi import document
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.responses import json_response
@@ -22,16 +23,24 @@ class ProbesApi:
 
     Attributes:
         describe_gateways: returns the descriptions of all live gateways.
+        requests_in_flight: returns how many requests all gateways work on.
     """
 
     replicas: ReplicasClient
     describe_gateways: Callable[[], Awaitable[list[GatewayDescription]]]
+    drain: Drain
+    requests_in_flight: Callable[[], Awaitable[int]]
 
     async def health(self, request: Request) -> Response:
         return json_response({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """Answer 200 if a replica answers and its engine is healthy. Raises Unavailable with the reason otherwise."""
+        """Answer 200 if a replica answers and its engine is healthy. Raises Unavailable with the reason otherwise.
+
+        While the cluster stops, answer 503 with the number of requests that are still worked on.
+        """
+        if self.drain.is_on:
+            return json_response({"status": "stopping", "in_flight": await self.requests_in_flight()}, 503)
         replica = await self.replicas.describe()
         if replica.problem is not None:
             raise Unavailable(f"expected a healthy engine, but replica {replica.id} reports: {replica.problem}")

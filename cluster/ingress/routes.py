@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ranklet.cluster.ingress.admin import AdminApi
+from ranklet.cluster.ingress.drain import Drain, DrainMiddleware
 from ranklet.cluster.ingress.edge import OtherOrigins, PlainPaths
 from ranklet.cluster.ingress.models import ModelsApi
 from ranklet.cluster.ingress.probes import ProbesApi
@@ -27,6 +28,7 @@ def build_app(
     models: ModelsApi,
     admin: AdminApi,
     probes: ProbesApi,
+    drain: Drain,
     origins: Collection[str] = (),
 ) -> Starlette:
     """Build the ASGI app that Serve runs in each gateway.
@@ -59,7 +61,11 @@ def build_app(
         _route("GET", "/metrics/targets", probes.metrics_targets),
     ]
     errors = {HTTPException: on_http_error, RankletError: on_error, Exception: on_error}
-    layers = [*([Middleware(OtherOrigins, origins=origins)] if origins else []), Middleware(PlainPaths)]
+    layers = [
+        *([Middleware(OtherOrigins, origins=origins)] if origins else []),
+        Middleware(PlainPaths),
+        Middleware(DrainMiddleware, drain=drain),
+    ]
     app = Starlette(routes=routes, middleware=layers, exception_handlers=errors)
     app.router.redirect_slashes = False
     return app

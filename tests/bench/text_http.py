@@ -174,7 +174,7 @@ def rows_of(
         return dataclasses.replace(plan_of(url, work, model, options.processes), **fields)
 
     def logs() -> list[Path]:
-        return list((cluster.cluster.temp_dir / "session_latest" / "logs" / "serve").glob("replica_*Gateway*"))
+        return list(cluster.cluster.state.logs.glob("replica_*Gateway*"))
 
     run_bench(plan(one, num_prompts=2 * ADAPTERS, max_concurrency=4))  # loads the adapters
     for gateways in options.gateways:

@@ -104,7 +104,7 @@ def test_a_request_is_in_the_log_and_in_its_clients_trace(plain: Service, collec
     headers_received = answer.headers
     assert (answer.status_code, headers_received["x-request-id"]) == (200, "request-of-mine")
     assert plain.post("no-such", secret).status_code == 404
-    logs = Path(plain.cluster.state.temp_dir) / "session_latest" / "logs" / "serve"
+    logs = plain.cluster.state.logs
 
     def lines() -> list[dict[str, Any]]:
         written = [line for path in logs.glob("replica_*Gateway*") for line in path.read_text().splitlines()]

@@ -1,5 +1,6 @@
 """The local cluster: ports, processes, refusals, and `ranklet up --foreground`."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,6 +8,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -18,7 +22,7 @@ from ranklet.cluster.command.cluster_state import find_cluster
 from ranklet.cluster.command.local_cluster import ClusterError, LocalCluster
 from ranklet.cluster.command.ports import free_block, free_ports
 from ranklet.cluster.command.processes import process_start_time, terminate
-from tests.cluster.service import Service, local_configuration
+from tests.cluster.service import Service, eventually, local_configuration
 
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
 STUBBORN = [
@@ -56,8 +60,23 @@ def test_another_process_with_the_same_id_is_left_alone() -> None:
 
 
 def test_a_long_temp_dir_is_refused_before_ray_would_fail(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="up to 40 characters"):
+    with pytest.raises(ValueError, match="up to 39 characters, because Ray creates sockets below it"):
         LocalCluster(tmp_path / ("x" * 40))
+
+
+def test_a_long_temporary_folder_of_the_system_does_not_stop_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default folder is then in /tmp."""
+    long = tmp_path / ("x" * 60)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    folder = LocalCluster().temp_dir
+    assert folder.parent == Path("/tmp")
+    folder.rmdir()
+    with pytest.raises(SystemExit):
+        cli.main(["up", "--help"])
+    assert "(default: /tmp/ranklet-" in " ".join(capsys.readouterr().out.split())
 
 
 def test_down_without_a_cluster_fails(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,11 +129,31 @@ def _serve_once(model_dir: Path, adapters_dir: Path, *, first: bool) -> None:
                         kept = {"lora_name": "kept", "lora_path": ".sources/kept"}
                         assert http.post("/v1/load_lora_adapter", json=kept).status_code == 200
                     assert http.post("/v1/embeddings", json={"model": "kept", "input": "text"}).status_code == 200
-                process.send_signal(signal.SIGTERM)
+                    _end_in_flight(http, process)
                 assert process.wait(60) == 0
             assert notifications.recv(100) == b"STOPPING=1"
         assert process_start_time(state.pid) is None
         assert find_cluster(Path(folder)) is None
+
+
+def _end_in_flight(http: httpx.Client, process: subprocess.Popen[bytes]) -> None:
+    """Send SIGTERM when half of a request has arrived. Its answer comes all the same."""
+    go_on = threading.Event()
+
+    def body() -> Iterator[bytes]:
+        content = json.dumps({"model": "kept", "input": "text"}).encode()
+        yield content[:10]
+        go_on.wait()
+        yield content[10:]
+
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(http.post, "/v1/embeddings", content=body())
+        eventually("it is in flight", lambda: http.get("/v1/status").json()["in_flight"] == 1)
+        process.send_signal(signal.SIGTERM)
+        eventually("probes see the stop", lambda: http.get("/ready").status_code == 503)
+        assert http.post("/v1/embeddings", json={"input": "text"}).status_code == 503
+        go_on.set()
+        assert answer.result().status_code == 200
 
 
 def test_a_second_start_in_the_same_folder_is_refused(service: Service, tmp_path: Path) -> None:

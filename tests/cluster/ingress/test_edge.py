@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from ranklet.cluster.config import LimitsConfig, SecurityConfig
 from ranklet.cluster.ingress.admin import AdminApi
+from ranklet.cluster.ingress.drain import Drain
 from ranklet.cluster.ingress.embeddings import EmbeddingsTask
 from ranklet.cluster.ingress.exchange import Exchange
 from ranklet.cluster.ingress.models import ModelsApi
@@ -38,12 +39,17 @@ def client(folder: Path, *origins: str) -> httpx.AsyncClient:
     async def no_gateways() -> list[Any]:
         return []
 
+    async def none_in_flight() -> int:
+        return 0
+
+    drain = Drain()
     app = build_app(
         inference={"/v1/embeddings": embeddings},
         tokens=create_autospec(TokenizeApi),
         models=create_autospec(ModelsApi),
         admin=create_autospec(AdminApi),
-        probes=ProbesApi(parts.services.replicas, no_gateways),
+        probes=ProbesApi(parts.services.replicas, no_gateways, drain, none_in_flight),
+        drain=drain,
         origins=origins,
     )
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway", timeout=60)

@@ -8,6 +8,7 @@ from unittest.mock import create_autospec
 from starlette.routing import Route
 
 from ranklet.cluster.ingress.admin import AdminApi
+from ranklet.cluster.ingress.drain import Drain
 from ranklet.cluster.ingress.models import ModelsApi
 from ranklet.cluster.ingress.openapi import OPERATIONS
 from ranklet.cluster.ingress.probes import ProbesApi
@@ -26,6 +27,7 @@ def test_every_route_is_described() -> None:
         models=create_autospec(ModelsApi),
         admin=create_autospec(AdminApi),
         probes=create_autospec(ProbesApi),
+        drain=Drain(),
     )
     routes = [route for route in app.routes if isinstance(route, Route)]
     described = {
