@@ -10,6 +10,7 @@ from typing import Final
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.names import name_error, normal_name
+from ranklet.replicas.adapters.nested import missing_config
 from ranklet.replicas.adapters.reference import CONFIG_FILE
 
 _SYSTEM_FOLDERS: Final = frozenset({"lost+found"})  # made by file systems
@@ -80,7 +81,7 @@ class FolderScanner:
         if folder.has_config:
             found.adapters[name] = folder
         elif folder.is_folder:
-            found.skipped[name] = f"{CONFIG_FILE}: expected this file in the folder, it is missing"
+            found.skipped[name] = missing_config(Path(entry.path))
 
     def _look(self, name: str, entry: "os.DirEntry[str]") -> AdapterFolder:
         status, last = entry.stat(follow_symlinks=False), self._last.get(entry.name)

@@ -161,6 +161,8 @@ def _verify_folder(folder: Path, expected: "ExpectedModules") -> bool:
         _print(error.message)
         return False
     modules = ", ".join(sorted({name for _, name in adapter.weights}))
+    for note in adapter.notes:
+        _print(f"{ref.name}: note: {note}")
     megabytes = adapter.flat.numel() * adapter.flat.element_size() / 1e6
     _print(f"{ref.name}@{ref.revision}: rank {adapter.rank}, {megabytes:.1f} MB in bfloat16, on {modules}")
     return True

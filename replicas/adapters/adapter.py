@@ -49,12 +49,14 @@ class AdapterWeights:
         flat: its weights end to end in the base model's dtype, on the CPU.
         weights: where each one is.
         end_ids: ids that end its texts, besides those of the base model.
+        notes: what of the folder has no effect, or not on all answers.
     """
 
     ref: AdapterRef
     flat: Tensor
     weights: dict[Module, LoraWeight]
     end_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:

@@ -1,5 +1,6 @@
 """Loads adapters from disk or from the host cache into slots, on threads of its own."""
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, LoadRecord
 from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
 from ranklet.replicas.errors import InternalError, RankletError
+
+logger = logging.getLogger(__name__)
 
 READERS = 8  # concurrent loads from disk; a folder that hangs blocks only one of them
 COPIERS = 2  # concurrent loads from the host cache, which never wait for a disk
@@ -89,6 +92,8 @@ class Loader:
 
     def _read(self, ref: AdapterRef) -> PackedAdapter:
         adapter = read_adapter(ref, self._expected, self._allocate)
+        for note in adapter.notes:
+            logger.info("adapter %r: %s", ref.name, note)
         packed = pack(adapter, self._pool.dtype, self._allocate)
         self.host.put(ref, packed)
         return packed

@@ -13,8 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ranklet.replicas.adapters.findings import Checked, shorten, show
+from ranklet.replicas.adapters.nested import missing_config
 from ranklet.replicas.adapters.pattern_process import NO_LAYER
 from ranklet.replicas.adapters.patterns import Pattern, PatternMatch, match_patterns
+from ranklet.replicas.model.git_lfs import is_pointer, pointer_message
 from ranklet.replicas.model.modules import EMBED_TOKENS, LM_HEAD
 
 # These fields shape training or describe the file; a forward pass does not depend on them.
@@ -29,6 +31,14 @@ _APPLIED = {
 }  # fmt: skip
 # These initialisations leave the base weights as they were; the others (pissa, olora, loftq, ...) change them.
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
+_LORA = "LORA"
+_METHODS = {
+    "PREFIX_TUNING": "prefix tuning", "PROMPT_TUNING": "prompt tuning", "MULTITASK_PROMPT_TUNING": "prompt tuning",
+    "P_TUNING": "p-tuning", "CPT": "prompt tuning", "ADAPTION_PROMPT": "LLaMA-Adapter", "IA3": "(IA)3",
+    "OFT": "orthogonal fine-tuning", "BOFT": "orthogonal fine-tuning", "HRA": "orthogonal fine-tuning",
+    "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA", "XLORA": "a mixture of LoRA adapters",
+    "LN_TUNING": "tuning of norms", "TRAINABLE_TOKENS": "training of single tokens", "FOURIERFT": "FourierFT",
+}  # fmt: skip
 _FLOAT32_MAX = 3.4028234e38
 _ALL_LINEAR = "all-linear"
 _TIED = (EMBED_TOKENS, LM_HEAD)  # a tied model uses one weight for both
@@ -152,7 +162,7 @@ def read_peft_config(path: Path, bases: Sequence[str]) -> Checked[PeftConfig | N
         bases: names (fnmatch patterns) of the served base model.
     """
     if not path.is_file():
-        yield f"{path.name}: expected the config that PEFT saves beside the weights; the file is missing"
+        yield missing_config(path.parent)
         return None
     try:
         with path.open("rb") as file:
@@ -160,12 +170,20 @@ def read_peft_config(path: Path, bases: Sequence[str]) -> Checked[PeftConfig | N
         if len(content) > MAX_CONFIG_BYTES:
             yield f"{path.name}: expected at most {MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}"
             return None
+        if is_pointer(content):
+            yield pointer_message(path.name)
+            return None
         fields = json.loads(content.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         yield f"{path.name}: expected JSON, got: {shorten(str(error))}"
         return None
     if not isinstance(fields, dict):
         yield f"{path.name}: expected a JSON object, got {type(fields).__name__}"
+        return None
+    kind = fields.get("peft_type", _LORA)
+    if kind != _LORA:  # the other fields and the weights are those of another method
+        named = f", which is {_METHODS[kind]}" if isinstance(kind, str) and kind in _METHODS else ""
+        yield f"peft_type: expected {_LORA}, got {show(kind)}{named}; only LoRA adapters can be served"
         return None
     unusable = [*_wrong_types(fields), *_beyond_limits(fields)]
     yield from unusable
@@ -221,8 +239,6 @@ def _is_list(value: Any, kind: type) -> bool:
 
 
 def _unsupported(fields: dict[str, Any]) -> Iterator[str]:
-    if fields.get("peft_type", "LORA") != "LORA":
-        yield f"peft_type: expected LORA, got {show(fields['peft_type'])}"
     if fields.get("bias", "none") != "none":
         yield f"bias: expected 'none', got {show(fields['bias'])}; train without biases"
     if fields.get("init_lora_weights", True) not in _PLAIN_INIT:

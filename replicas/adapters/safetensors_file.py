@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ranklet.replicas.adapters.findings import shorten
 from ranklet.replicas.adapters.pinned_memory import Allocate
+from ranklet.replicas.model.git_lfs import pointer_problem
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 65_536  # more than twenty times a model of 200 layers with all modules targeted
@@ -53,6 +54,9 @@ def read_header(path: Path) -> list[StoredTensor]:
     Raises:
         UnreadableWeightsError: not a whole safetensors file, or one beyond the limits of this module.
     """
+    problem = pointer_problem(path)
+    if problem is not None:
+        raise UnreadableWeightsError(problem)
     try:
         start = _check_header(path)
         stored = []

@@ -119,11 +119,11 @@ def _verify(
     ref: AdapterRef, folder: Path, expected: ExpectedModules, allocate: Allocate
 ) -> Checked[AdapterWeights | None]:
     path = folder / WEIGHTS_FILE
+    config = yield from read_peft_config(folder / CONFIG_FILE, expected.bases)
+    stored = yield from _read_header(path)
     if expected.base_folder is not None:
         yield from expected.base_folder.check(folder)
     end_ids = yield from _end_ids(folder, expected)
-    config = yield from read_peft_config(folder / CONFIG_FILE, expected.bases)
-    stored = yield from _read_header(path)
     names = full_names([tensor.key for tensor in stored or ()], expected.every_module())
     settings = (yield from config.apply(names.values())) if config is not None else None
     if settings is None or stored is None:
@@ -132,6 +132,7 @@ def _verify(
         pairs = yield from _match(path, stored, names.keys(), expected)
         ties = settings.ties_head and expected.head is not None and expected.head.ties and HEAD_MODULE in names
         yield from _check_targets(pairs, names, settings, expected, ties=ties)
+        notes = _head_notes(pairs, expected, ties=ties)
         if expected.head is None:
             pairs.pop(HEAD_MODULE, None)
         sound: Pairs = {}
@@ -146,7 +147,14 @@ def _verify(
     yield from _check_finite(adapter, names)
     if ties:
         adapter = yield from _tied(adapter, settings.scaling(names[HEAD_MODULE]))
-    return replace(adapter, end_ids=end_ids)
+    return replace(adapter, end_ids=end_ids, notes=notes)
+
+
+def _head_notes(pairs: Pairs, expected: ExpectedModules, *, ties: bool) -> tuple[str, ...]:
+    if not ties and HEAD_MODULE not in pairs:
+        return ()
+    used = "it is left out" if expected.head is None else "texts do"
+    return (f"{LM_HEAD}: embeddings do not use the LoRA of the head; {used}",)
 
 
 def _end_ids(folder: Path, expected: ExpectedModules) -> Checked[tuple[int, ...]]:

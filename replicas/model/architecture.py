@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ranklet.replicas.errors import ModelError
+from ranklet.replicas.model.git_lfs import pointer_problem
 from ranklet.replicas.model.modules import EMBED_TOKENS, LINEAR_MODULES, LM_HEAD
 
 _FAMILIES = ("Qwen3", "Qwen2", "Llama", "Mistral")
@@ -61,7 +62,12 @@ def read_config(model_dir: Path) -> Any:
         ModelError: the folder does not exist or has no readable config.
     """
     if not (model_dir / "config.json").is_file():
-        raise ModelError(f"model_dir: expected a folder with config.json and safetensors, got {str(model_dir)!r}")
+        snapshot = next(iter(sorted(model_dir.glob("snapshots/*/config.json"))), None)
+        hint = "" if snapshot is None else f"; the model is below, in {snapshot.parent}"
+        raise ModelError(f"model_dir: expected a folder with config.json and safetensors, got {str(model_dir)!r}{hint}")
+    problem = pointer_problem(model_dir / "config.json")
+    if problem is not None:
+        raise ModelError(f"{model_dir}: {problem}")
     try:
         return AutoConfig.from_pretrained(model_dir, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:

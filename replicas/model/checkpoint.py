@@ -1,6 +1,5 @@
 """Reads the tensors of a base model, in one safetensors file or several, onto the device."""
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ranklet.replicas.errors import ModelError
+from ranklet.replicas.model.folder import read_json
+from ranklet.replicas.model.git_lfs import pointer_problem
 
 # Tensors that may stay unread: the language-model head, and buffers of old checkpoints.
 _IGNORED = ("lm_head.weight", "rotary_emb.inv_freq")
@@ -35,7 +36,8 @@ class Checkpoint:
             try:
                 file = self._open_files.enter_context(safe_open(path, framework="pt", device="cpu"))
             except (OSError, SafetensorError) as error:
-                raise ModelError(f"{path}: expected a safetensors file, got: {error}") from error
+                problem = pointer_problem(path) or f"{path.name}: expected a safetensors file, got: {error}"
+                raise ModelError(f"{self._dir}: {problem}") from error
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 self._files[key.removeprefix("model.")] = (file, key)
         self._unread = {key for key in self._files if not key.endswith(_IGNORED)}
@@ -50,7 +52,7 @@ class Checkpoint:
         index = self._dir / "model.safetensors.index.json"
         if index.is_file():
             try:
-                names = set(json.loads(index.read_text())["weight_map"].values())
+                names = set(read_json(index, dict)["weight_map"].values())
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ModelError(f"{index}: expected a weight_map of tensors to files, got: {error!r}") from error
             return [self._dir / name for name in sorted(names)]

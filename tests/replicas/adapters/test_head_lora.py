@@ -249,6 +249,16 @@ def test_rows_of_several_adapters_and_of_none_keep_their_own_head(base: Base, tm
     torch.testing.assert_close(found, wanted[rows], rtol=1e-5, atol=1e-5)
 
 
+def test_a_head_that_is_not_used_is_left_out_with_a_note(base: Base, tmp_path: Path) -> None:
+    folder = adapter(base, tmp_path / "head", **TARGETS["head"])
+    said = "lm_head: embeddings do not use the LoRA of the head; "
+    assert read_adapter(ref(folder), base.expected()).notes == (f"{said}texts do",)
+    without = read_adapter(ref(folder), replace(base.expected(LORA_MODULES), head=None))
+    assert without.notes == (f"{said}it is left out",)
+    assert {name for _, name in without.weights} == {"q_proj"}
+    assert read_adapter(ref(adapter(base, tmp_path / "q", target_modules=["q_proj"])), base.expected()).notes == ()
+
+
 # The tokens that end texts
 
 

@@ -1,0 +1,59 @@
+"""`ranklet adapters verify` reports what a service would refuse, and what it would leave out."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ranklet.cluster.command.cli import main
+from tests.assets.adapters import save_adapter
+from tests.assets.make import make_model
+from tests.assets.sentence_folders import SentenceFolder
+
+HIDDEN = 32
+
+
+@pytest.fixture(scope="module", name="base_dir")
+def _base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(
+        tmp_path_factory.mktemp("base") / "model", hidden_size=HIDDEN, intermediate_size=48, layers=1, heads=2,
+        kv_heads=1, head_dim=16, vocab_size=600,
+    )  # fmt: skip
+
+
+def verify(base_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    status = main(["adapters", "verify", "--model", str(base_dir), str(folder)])
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def test_the_files_of_sentence_transformers_are_compared_with_the_bases(
+    base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_adapter(base_dir, tmp_path / "adapter", r=4, target_modules=["q_proj"])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((base_dir / name).read_bytes())
+    SentenceFolder().write(folder, HIDDEN)
+    status, said = verify(base_dir, folder, capsys)
+    assert (status, "rank 4" in said) == (0, True)
+    SentenceFolder(mode="mean", prompt="Q: ").write(folder, HIDDEN)
+    status, said = verify(base_dir, folder, capsys)
+    assert status == 1
+    assert "pooling: expected 'last' as the base model has, got 'mean'" in said
+    assert "default prompt: expected '' as the base model has, got 'Q: '" in said
+    changed = json.loads((base_dir / "tokenizer.json").read_text()) | {"post_processor": None}
+    (folder / "tokenizer.json").write_text(json.dumps(changed))
+    assert "tokenizer.json: post_processor: expected" in verify(base_dir, folder, capsys)[1]
+
+
+def test_lora_of_the_head_is_a_note(base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_adapter(base_dir, tmp_path / "head", r=4, target_modules=["q_proj", "lm_head"])
+    status, said = verify(base_dir, folder, capsys)
+    assert (status, "head: note: lm_head: embeddings do not use the LoRA of the head" in said) == (0, True)
+
+
+def test_a_git_lfs_pointer_is_named(base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_adapter(base_dir, tmp_path / "pointer", r=4, target_modules=["q_proj"])
+    (folder / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    status, said = verify(base_dir, folder, capsys)
+    assert (status, "Git LFS pointer" in said) == (1, True)
