@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,10 +75,10 @@ def test_a_git_lfs_pointer_in_the_base_models_folder_is_named(name: str, tmp_pat
     ids=["prefix", "prompt", "oft"],
 )
 def test_another_method_than_lora_is_the_only_reason(
-    config: object, says: str, model_dir: Path, tmp_path: Path, expectation: ExpectedModules
+    config: Any, says: str, model_dir: Path, tmp_path: Path, expectation: ExpectedModules
 ) -> None:
     with quiet():
-        get_peft_model(load_base(model_dir, "causal"), config).save_pretrained(str(tmp_path / "other"))  # type: ignore[arg-type]
+        get_peft_model(load_base(model_dir, "causal"), config).save_pretrained(str(tmp_path / "other"))
     (finding,) = findings(tmp_path / "other", expectation)
     assert finding == f"peft_type: expected LORA, got {says}; only LoRA adapters can be served"
 
