@@ -154,12 +154,18 @@ class SecurityConfig(_StrictModel):
             not set and HTTP listens on loopback.
         adapter_roots: folders that adapters may be loaded from by name, besides adapters_dir.
         allowed_origins: origins such as https://app.example.com whose pages may use the API (CORS); `*` allows any.
+        host_names: host names of this service, where HTTP listens on loopback only. Requests to other names than these,
+            localhost and IP addresses are refused.
+        open_ray: lets gateways start although Ray listens beyond loopback without a token, so that everyone who can
+            connect to a node can run code on it.
     """
 
     keys_file: Path | None = None
     open_admin: bool | None = None
     adapter_roots: tuple[Path, ...] = ()
     allowed_origins: tuple[str, ...] = ()
+    host_names: tuple[str, ...] = ()
+    open_ray: bool = False
 
     @field_validator("allowed_origins")
     @classmethod

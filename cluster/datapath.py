@@ -14,6 +14,7 @@ FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED":
 # Names a file. While it exists, gateways refuse new requests and let those in flight end.
 DRAIN_VARIABLE = "RANKLET_DRAIN_FILE"
 SHUTDOWN_TIMEOUT_S = 20.0  # default of graceful_shutdown_timeout_s
+_EVERYWHERE = "0.0.0.0"
 _PACKAGES = ("ranklet", "ray", "torch", "triton", "transformers")
 _TOKEN_REMEDY = (
     "set RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN in the environment of `ray start` on every "
@@ -63,14 +64,35 @@ def missing_token(environment: Mapping[str, str]) -> str | None:
     return None if is_on else _TOKEN_REMEDY
 
 
-def log_missing_token() -> None:
-    """Log an error if this Ray node listens beyond loopback without a token. Call it in a Ray process."""
+def refuse_missing_token(http_host: str, *, open_ray: bool) -> None:
+    """Refuse to serve beyond loopback if Ray's token is off on this node. Call it in a Ray process.
+
+    Args:
+        http_host: address on which Serve listens.
+        open_ray: `security.open_ray`; then the fault is only logged.
+
+    Raises:
+        RuntimeError: Ray or Serve listens beyond loopback without a token.
+    """
     import ray  # the command line imports this module, and does not wait for Ray
 
-    address = ray.util.get_node_ip_address()
+    exposed = [host for host in (ray.util.get_node_ip_address(), http_host) if not is_loopback(host)]
     remedy = missing_token(os.environ)
-    if remedy is not None and not is_loopback(address):
-        logger.error("anyone who can connect to Ray on %s can run code on it: %s", address, remedy)
+    if remedy is None or not exposed:
+        return
+    fault = f"anyone who can connect to Ray on {exposed[0]} can run code on it: {remedy}"
+    if not open_ray:
+        raise RuntimeError(f"{fault}. To serve all the same, set security.open_ray: true")
+    logger.error("%s", fault)
+
+
+def http_host() -> str:
+    """Return the address on which Serve listens. Call it in a process of Serve."""
+    import ray
+
+    controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    options: Any = ray.get(controller.get_http_config.remote())
+    return str(options.host or _EVERYWHERE)
 
 
 def versions() -> dict[str, Any]:

@@ -15,7 +15,8 @@ RankletError
 
 Other packages subclass `RankletError` next to the code that raises their errors: cluster/access/keys.py (Unauthorized,
 Forbidden), cluster/access/quota.py (OverQuota), cluster/ingress/lifecycle.py (AdapterExists), cluster/ingress/body.py
-(BodyTooLarge, BodyTooSlow, UnsupportedEncoding), cluster/ingress/refusals.py (PathNotFound, MethodNotAllowed).
+(BodyTooLarge, BodyTooSlow, UnsupportedEncoding), cluster/ingress/refusals.py (PathNotFound, MethodNotAllowed),
+cluster/ingress/browsers.py (ForeignPage, ForeignHost, WrongContentType).
 """
 
 from collections.abc import Sequence

@@ -45,7 +45,7 @@ def check_deployment(path: Path) -> Iterator[Finding]:
         yield from _check_form(path, content)
         yield from (Finding("fail", "router", each, "correct it in the file") for each in check_router(content))
         yield from (Finding("fail", "user_config", each, "correct it") for each in check_user_configs(content))
-        yield from _check_cluster(content, cluster)
+        yield from _check_cluster(content, cluster, args)
         if cluster is None:
             yield from _check_paths(args)
             yield from _check_user_folders(content, args)
@@ -84,11 +84,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     return documents[0], None
 
 
-def _check_cluster(content: dict[str, Any], cluster: dict[str, Any] | None) -> Iterator[Finding]:
+def _check_cluster(content: dict[str, Any], cluster: dict[str, Any] | None, args: AppArgs) -> Iterator[Finding]:
     if cluster is not None:
         yield check_manifest_token(cluster)
         return
-    yield check_token(http_host(content))
+    yield check_token(http_host(content), open_ray=args.security.open_ray)
     yield check_port(int((content.get("http_options") or {}).get("port", SERVE_PORT)), "HTTP")
 
 

@@ -14,12 +14,15 @@ _SUBJECT = "Ray's token"
 _NO_TOKEN = "run `ray get-auth-token --generate` and copy ~/.ray/auth_token to every node; `ranklet up` makes its own"
 
 
-def check_token(http_host: str = SERVE_HOST, environment: Mapping[str, str] | None = None) -> Finding:
+def check_token(
+    http_host: str = SERVE_HOST, environment: Mapping[str, str] | None = None, *, open_ray: bool = False
+) -> Finding:
     """Check the environment in which `ray start` would run. Without a token, only a cluster on loopback passes.
 
     Args:
         http_host: address on which the deployment's HTTP server listens.
         environment: default: this process's environment.
+        open_ray: `security.open_ray`, with which gateways start all the same.
     """
     environment = os.environ if environment is None else environment
     source = _token_source(environment)
@@ -31,7 +34,9 @@ def check_token(http_host: str = SERVE_HOST, environment: Mapping[str, str] | No
             return Finding("ok", _SUBJECT, f"on, from {source}")
         return Finding("fail", _SUBJECT, "on, but there is no token: Ray does not start", _NO_TOKEN)
     if is_loopback(http_host):
-        return Finding("warn", _SUBJECT, "off; Ray's own ports are open to the network", remedy)
+        return Finding("warn", _SUBJECT, "off; where Ray listens on the network, gateways do not start", remedy)
+    if open_ray:
+        return Finding("warn", _SUBJECT, "off, as security.open_ray allows: who connects can run code", remedy)
     return Finding("fail", _SUBJECT, "off: anyone who can connect to a node can run code on it", remedy)
 
 

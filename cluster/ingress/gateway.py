@@ -21,7 +21,7 @@ from ranklet.cluster.access.quota import Quotas
 from ranklet.cluster.broadcast import broadcast
 from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.config import AppArgs, GatewayUserConfig
-from ranklet.cluster.datapath import DataPath, log_missing_token
+from ranklet.cluster.datapath import DataPath, http_host, is_loopback, refuse_missing_token
 from ranklet.cluster.exporter import start_exporter
 from ranklet.cluster.ingress.adapter_cards import AdapterCards
 from ranklet.cluster.ingress.admin import AdminApi
@@ -65,6 +65,8 @@ class Gateway(ReportReceiver):
     """
 
     def __init__(self, args: AppArgs, replica: "DeploymentHandle[Any]") -> None:
+        self._http_host = http_host()
+        refuse_missing_token(self._http_host, open_ray=args.security.open_ray)
         context = serve.get_replica_context()
         self._id = context.replica_id.unique_id
         self._deployment = context.deployment, context.app_name
@@ -92,7 +94,6 @@ class Gateway(ReportReceiver):
         self._looking: asyncio.Task[None] | None = None
         self._metrics_target = start_exporter(self._metrics.registry, args.metrics)
         logger.info("gateway %s: %s; metrics on %s", self._id, DataPath.current().summary(), self._metrics_target)
-        log_missing_token()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         args, keys, registry, intake, replicas = self._args, self._keys, self._registry, self._intake, self._replicas
@@ -121,6 +122,7 @@ class Gateway(ReportReceiver):
             probes=ProbesApi(replicas, self._describe_gateways, self._drain, self._requests_in_flight),
             drain=self._drain,
             origins=args.security.allowed_origins,
+            host_names=args.security.host_names if is_loopback(self._http_host) else None,
         )
 
     def _inference_handler(self, parse: ParseTask) -> Handler:

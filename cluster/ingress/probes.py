@@ -10,9 +10,9 @@ from starlette.responses import Response
 from ranklet.cluster.datapath import versions
 from ranklet.cluster.ingress.drain import Drain
 from ranklet.cluster.ingress.openapi import document
+from ranklet.cluster.ingress.page import page_response
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.responses import json_response
-from ranklet.cluster.ingress.status import PAGE
 from ranklet.cluster.message import GatewayDescription, ReplicaDescription
 from ranklet.replicas.errors import Unavailable
 
@@ -61,4 +61,4 @@ class ProbesApi:
 
     async def page(self, request: Request) -> Response:
         """Return the status page. Its script fetches `/v1/status` every two seconds."""
-        return Response(PAGE.read_bytes(), media_type="text/html")
+        return page_response()

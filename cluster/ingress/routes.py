@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ranklet.cluster.ingress.admin import AdminApi
+from ranklet.cluster.ingress.browsers import HostCheck, for_own_pages
 from ranklet.cluster.ingress.drain import Drain, DrainMiddleware
 from ranklet.cluster.ingress.edge import OtherOrigins, PlainPaths
 from ranklet.cluster.ingress.models import ModelsApi
@@ -30,12 +31,14 @@ def build_app(
     probes: ProbesApi,
     drain: Drain,
     origins: Collection[str] = (),
+    host_names: Collection[str] | None = None,
 ) -> Starlette:
     """Build the ASGI app that Serve runs in each gateway.
 
     Args:
         inference: the handlers of inference calls by path.
         origins: other origins whose pages may use the API, see `security.allowed_origins`.
+        host_names: the only names, besides localhost, that requests may be sent to; None for any.
     """
     routes = [
         *(_route("POST", path, handler) for path, handler in inference.items()),
@@ -45,13 +48,13 @@ def build_app(
         _route("GET", "/v1/models", models.list_models),
         _route("GET", "/v1/models/{name:path}", models.get_model),
         _route("GET", "/v1/adapters", admin.list_adapters),
-        _route("POST", "/v1/adapters", admin.load_adapter),
+        _route("POST", "/v1/adapters", for_own_pages(admin.load_adapter)),
         _route("GET", "/v1/adapters/{name:path}", admin.get_adapter),
-        _route("DELETE", "/v1/adapters/{name:path}", admin.delete_adapter),
-        _route("POST", "/v1/load_lora_adapter", admin.load_adapter),
-        _route("POST", "/load_lora_adapter", admin.load_adapter),
-        _route("POST", "/v1/unload_lora_adapter", admin.unload_adapter),
-        _route("POST", "/unload_lora_adapter", admin.unload_adapter),
+        _route("DELETE", "/v1/adapters/{name:path}", for_own_pages(admin.delete_adapter)),
+        _route("POST", "/v1/load_lora_adapter", for_own_pages(admin.load_adapter)),
+        _route("POST", "/load_lora_adapter", for_own_pages(admin.load_adapter)),
+        _route("POST", "/v1/unload_lora_adapter", for_own_pages(admin.unload_adapter)),
+        _route("POST", "/unload_lora_adapter", for_own_pages(admin.unload_adapter)),
         _route("GET", "/v1/status", admin.get_status),
         _route("GET", "/", probes.page),
         _route("GET", "/openapi.json", probes.openapi),
@@ -62,6 +65,7 @@ def build_app(
     ]
     errors = {HTTPException: on_http_error, RankletError: on_error, Exception: on_error}
     layers = [
+        *([] if host_names is None else [Middleware(HostCheck, names=host_names)]),
         *([Middleware(OtherOrigins, origins=origins)] if origins else []),
         Middleware(PlainPaths),
         Middleware(DrainMiddleware, drain=drain),

@@ -4,12 +4,10 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ranklet.routing.fleet import ReplicaView
 
-PAGE = Path(__file__).with_name("status.html")
 _MAX_ERRORS = 30
 _MAX_MESSAGE_CHARACTERS = 300
 _MAX_ADAPTERS = 200  # rows of the page

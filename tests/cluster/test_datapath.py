@@ -1,10 +1,10 @@
-"""A gateway reports that Ray is open to the network without a token."""
+"""A gateway does not start while Ray is open to the network without a token."""
 
 import logging
 
 import pytest
 
-from ranklet.cluster.datapath import is_loopback, log_missing_token
+from ranklet.cluster.datapath import is_loopback, refuse_missing_token
 
 
 @pytest.mark.parametrize(
@@ -26,18 +26,20 @@ def test_loopback_addresses(host: str, loopback: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "mode", "errors"),
+    ("address", "http_host", "mode", "exposed"),
     [
-        ("10.0.0.7", None, 1),
-        ("10.0.0.7", "disabled", 1),
-        ("10.0.0.7", "token", 0),
-        ("10.0.0.7", "TOKEN", 0),
-        ("127.0.0.1", None, 0),
+        ("10.0.0.7", "127.0.0.1", None, "10.0.0.7"),
+        ("10.0.0.7", "0.0.0.0", "disabled", "10.0.0.7"),
+        ("127.0.0.1", "0.0.0.0", None, "0.0.0.0"),
+        ("10.0.0.7", "0.0.0.0", "token", None),
+        ("10.0.0.7", "0.0.0.0", "TOKEN", None),
+        ("127.0.0.1", "localhost", None, None),
     ],
 )
-def test_an_open_ray_beyond_loopback_is_an_error_in_the_log(
-    address: str, mode: str | None, errors: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_open_ray_beyond_loopback_is_refused_unless_told_so(
+    address: str, http_host: str, mode: str | None, exposed: str | None,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     monkeypatch.setattr("ray.util.get_node_ip_address", lambda: address)
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     if mode is not None:
@@ -45,10 +47,14 @@ def test_an_open_ray_beyond_loopback_is_an_error_in_the_log(
     logger = logging.getLogger("ray.serve")
     logger.addHandler(caplog.handler)  # Serve may stop this logger from propagating
     try:
-        log_missing_token()
+        if exposed is None:
+            refuse_missing_token(http_host, open_ray=False)
+        else:
+            with pytest.raises(RuntimeError, match=rf"Ray on {exposed} can .*RAY_AUTH_MODE=token.*security\.open_ray"):
+                refuse_missing_token(http_host, open_ray=False)
+        assert caplog.records == []
+        refuse_missing_token(http_host, open_ray=True)
     finally:
         logger.removeHandler(caplog.handler)
-    assert len(caplog.records) in (errors, 2 * errors)
-    assert all(
-        "RAY_AUTH_MODE=token" in record.getMessage() and address in record.getMessage() for record in caplog.records
-    )
+    assert bool(caplog.records) == (exposed is not None)
+    assert all(record.levelname == "ERROR" for record in caplog.records)

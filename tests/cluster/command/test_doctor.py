@@ -187,6 +187,8 @@ def test_a_file_that_opens_http_to_the_network_needs_a_token(
     config = written(tmp_path, content)
     assert cli.main(["doctor", str(config)]) == 1
     assert states(config)["Ray's token"] == "fail"
+    content["applications"][0]["args"]["security"] = {"open_ray": True}
+    assert states(written(tmp_path, content))["Ray's token"] == "warn"
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     assert cli.main(["doctor", str(config)]) == 0
