@@ -22,6 +22,8 @@ cluster/ingress/browsers.py (ForeignPage, ForeignHost, WrongContentType).
 from collections.abc import Sequence
 from typing import Any
 
+from ranklet.replicas.escape import escape
+
 _BY_CODE: "dict[str, type[RankletError]]" = {}
 
 
@@ -45,6 +47,7 @@ class RankletError(Exception):
     status: int = 500
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float = 1.0) -> None:
+        message = escape(message, keep="\n")  # it may quote what clients or adapters' files say
         super().__init__(message)
         self.message = message
         self.param = param

@@ -13,7 +13,8 @@ from tests.bench.report import RESULTS
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("cluster/", "deploy/", "kernels/", "replicas/", "routing/", "tests/")
 DOCUMENTS = (
-    "README.md", "CHANGELOG.md", "deploy/README.md", "kernels/NOTES.md", "replicas/NOTES.md", "routing/NOTES.md",
+    "README.md", "CHANGELOG.md", "deploy/README.md", "deploy/SECURITY.md", "kernels/NOTES.md", "replicas/NOTES.md",
+    "routing/NOTES.md",
 )  # fmt: skip
 ELSEWHERE = {  # names in backticks that belong to other programs
     "FSSPEC_S3", "RAY_REDIS_ADDRESS", "_foreach_copy_", "endpoint_url", "gcsFaultToleranceOptions",

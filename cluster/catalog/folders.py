@@ -12,6 +12,7 @@ from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.names import name_error, normal_name
 from ranklet.replicas.adapters.nested import missing_config
 from ranklet.replicas.adapters.reference import CONFIG_FILE
+from ranklet.replicas.escape import escape
 
 _SYSTEM_FOLDERS: Final = frozenset({"lost+found"})  # made by file systems
 
@@ -100,4 +101,4 @@ def _checked(entry: str) -> tuple[str, str | None]:
     name = normal_name(entry)
     reason = name_error(name)
     # Bytes that are not UTF-8 are surrogates in the entry's name, which JSON cannot contain.
-    return name.encode(errors="backslashreplace").decode(), reason
+    return escape(name), reason

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ranklet.cluster.command.console import open_console
+from ranklet.cluster.command.console import open_console, plain, plain_lines
 from ranklet.cluster.command.json_client import fetch_json
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _list(options: argparse.Namespace) -> int:
         slots = sum(each["tier"] == "gpu" for each in card["replicas"])
         pinned = "yes" if card["pinned"] else ""
         row = (card["name"], card["state"], card["revision"], card["rank"], size, card["references"], slots, pinned)
-        table.add_row(*("" if value is None else str(value) for value in row))
+        table.add_row(*(plain("" if value is None else value) for value in row))
     open_console().print(table)
     for refused in answer.get("refused_settings", ()):  # older services do not send it
         where = f"{refused['setting']} ({len(refused['processes'])} {refused['role']}s)"
@@ -121,7 +121,7 @@ def _name(options: argparse.Namespace) -> str:
 
 
 def _print(text: str) -> None:
-    Console(highlight=False, soft_wrap=True).print(text, markup=False)
+    Console(highlight=False, soft_wrap=True).print(plain_lines(text), markup=False)
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import yaml
 from ranklet.cluster.access import keys
 from ranklet.cluster.command import adapters, doctor, profile, simulate, up
 from ranklet.cluster.command.bench import command as bench
+from ranklet.cluster.command.console import plain_lines
 from ranklet.cluster.command.local_cluster import ClusterError
 from ranklet.cluster.datapath import versions
 
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except (ClusterError, ValueError, OSError) as error:
-        print(f"ranklet: {error}", file=sys.stderr)
+        print(f"ranklet: {plain_lines(error)}", file=sys.stderr)
         return 1
 
 

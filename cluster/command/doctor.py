@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ranklet.cluster.command.console import open_console
+from ranklet.cluster.command.console import open_console, plain
 from ranklet.cluster.command.deployment_checks import check_deployment
 from ranklet.cluster.command.finding import Finding
 from ranklet.cluster.command.machine_checks import check_machine
@@ -29,7 +29,7 @@ def _run(options: argparse.Namespace) -> int:
     for finding in run_checks(options.config):
         failed |= finding.state == "fail"
         state = Text(finding.state, style=_COLORS[finding.state])
-        table.add_row(state, Text(finding.subject), Text(finding.value), Text(finding.remedy))
+        table.add_row(state, plain(finding.subject), plain(finding.value), plain(finding.remedy))
     open_console().print(table)
     return int(failed)
 

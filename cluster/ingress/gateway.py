@@ -48,6 +48,7 @@ from ranklet.cluster.settings.keeper import KeeperActor
 from ranklet.cluster.settings.setting import Setting
 from ranklet.cluster.settings.settings import Settings
 from ranklet.cluster.settings.user_config import read_user_config
+from ranklet.cluster.safe_log import escape_log
 from ranklet.replicas.model.tokenizer import PromptTokenizer
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.binding import bind
@@ -65,6 +66,7 @@ class Gateway(ReportReceiver):
     """
 
     def __init__(self, args: AppArgs, replica: "DeploymentHandle[Any]") -> None:
+        escape_log()
         self._http_host = http_host()
         refuse_missing_token(self._http_host, open_ray=args.security.open_ray)
         context = serve.get_replica_context()
@@ -174,6 +176,7 @@ class Gateway(ReportReceiver):
 
         Close feeds of replicas that have left, which wait for their end when they shut down.
         """
+        escape_log()
         self._replicas.feeds.update()
         if self._watching is None or self._watching.done():
             self._watching = asyncio.ensure_future(self._replicas.watchdog.run())

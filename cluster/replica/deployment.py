@@ -33,6 +33,7 @@ from ranklet.cluster.settings.keeper import KeeperActor
 from ranklet.cluster.settings.setting import Setting
 from ranklet.cluster.settings.settings import Settings
 from ranklet.cluster.settings.user_config import read_user_config
+from ranklet.cluster.safe_log import escape_log
 from ranklet.cluster.text_result import GenerateResult
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterReport
 from ranklet.replicas.engine.params import EmbedParams, GenerateParams
@@ -53,6 +54,7 @@ class Replica:
     """Answers `InferenceCall`s with one engine on one device. The engine runs in a process of its own."""
 
     def __init__(self, args: AppArgs) -> None:
+        escape_log()
         context = serve.get_replica_context()
         self._id = context.replica_id.unique_id
         self._rank = context.rank.rank if context.rank else 0
@@ -252,6 +254,7 @@ class Replica:
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces the replica after three failures in a row."""
+        escape_log()
         if not self._is_publishing:  # Serve calls this once the replica has started
             self._is_publishing = True
             self._spawn(self._publisher.run())

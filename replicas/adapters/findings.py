@@ -3,6 +3,8 @@
 from collections.abc import Collection, Generator
 from typing import Any, TypeVar
 
+from ranklet.replicas.escape import escape
+
 T = TypeVar("T")
 Checked = Generator[str, None, T]
 
@@ -16,15 +18,10 @@ def collect(check: Checked[T]) -> tuple[T | None, list[str]]:
     findings: list[str] = []
     while len(findings) < _MAX_FINDINGS:
         try:
-            findings.append(_printable(next(check)))
+            findings.append(escape(next(check)))
         except StopIteration as end:
             return end.value, findings
     return None, [*findings, f"{_MAX_FINDINGS} findings are listed; there may be more"]
-
-
-def _printable(finding: str) -> str:
-    """Escape control characters, which names in an adapter's files may contain."""
-    return finding if finding.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in finding)
 
 
 def shorten(text: str) -> str:

@@ -1,10 +1,15 @@
 """A gateway does not start while Ray is open to the network without a token."""
 
 import logging
+from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
+from ray.serve.handle import DeploymentHandle
 
+from ranklet.cluster.config import AppArgs
 from ranklet.cluster.datapath import is_loopback, refuse_missing_token
+from ranklet.cluster.ingress.gateway import Gateway
 
 
 @pytest.mark.parametrize(
@@ -58,3 +63,15 @@ def test_an_open_ray_beyond_loopback_is_refused_unless_told_so(
         logger.removeHandler(caplog.handler)
     assert bool(caplog.records) == (exposed is not None)
     assert all(record.levelname == "ERROR" for record in caplog.records)
+
+
+def test_a_gateway_beyond_loopback_does_not_start_without_the_token(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ranklet.cluster.ingress.gateway.http_host", lambda: "0.0.0.0")
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    args = AppArgs.model_validate({"base": {"model_dir": str(model_dir)}})
+    gateway = Gateway.__bases__[0]  # without Serve's wrapper, whose `__del__` is a coroutine
+    with pytest.raises(RuntimeError, match=r"on 0\.0\.0\.0 can run code.*security\.open_ray: true"):
+        gateway(args, create_autospec(DeploymentHandle))

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from ranklet.cluster.command.bench.result import PERCENTILES, BenchResult, Latencies
 from ranklet.cluster.command.bench.text_show import print_text_notes, text_columns, text_row
+from ranklet.cluster.command.console import plain
 
 _MAX_ROWS = 20
 _COLUMNS = ("requests", "failed", "req/s", "texts/s", "tokens/s", "mean ms", *(f"p{p}" for p in PERCENTILES))
@@ -30,14 +31,14 @@ def print_result(result: BenchResult, console: Console) -> None:
     busiest = sorted(result.by_adapter.items(), key=lambda item: -item[1].requests)
     if len(busiest) > 1:
         for name, numbers in busiest[:_MAX_ROWS]:
-            table.add_row(name, *row(numbers))
+            table.add_row(plain(name), *row(numbers))
         if len(busiest) > _MAX_ROWS:
             table.add_row(f"... {len(busiest) - _MAX_ROWS} more")
     console.print(table)
     if result.overall.text:
         print_text_notes(result, console)
     for code, count in result.overall.errors.items():
-        console.print(f"[red]{count} x {code}")
+        console.print(plain(f"{count} x {code}"), style="red")
     unsent = result.planned - result.overall.requests
     if unsent:
         console.print(f"[yellow]interrupted: {unsent:,} requests were not sent or not answered")

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ranklet.cluster.command.bench.result import BenchResult, Latencies
+from ranklet.cluster.command.console import plain
 
 _LATENCIES = ("first p50", "p99 ms", "gap p50", "p99 ms", "whole p50", "p99 ms")
 _COLUMNS = ("requests", "failed", "req/s", "tokens/s", *_LATENCIES)
@@ -43,6 +44,6 @@ def print_text_notes(result: BenchResult, console: Console) -> None:
         )
     reasons = ", ".join(f"{count:,} x {reason}" for reason, count in text.finish_reasons.items())
     if reasons:
-        console.print(f"  finish reasons: {reasons}")
+        console.print(plain(f"  finish reasons: {reasons}"))
     if text.without_done:
         console.print(f"[red]{text.without_done} streams ended without [DONE]", highlight=False, markup=True)

@@ -13,6 +13,7 @@ from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.cluster.names import name_error
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, RankletError, UnknownModel
+from ranklet.replicas.escape import escape
 
 Form = Literal["NFC", "NFD"]
 FORMS: tuple[Form, ...] = ("NFC", "NFD")
@@ -141,7 +142,7 @@ def test_folders_may_have_any_plain_characters(root: Path, name: str) -> None:
 def test_folders_with_other_names_are_skipped_with_the_reason(root: Path, name: str) -> None:
     folder(root / name)
     registry = Registry(root, {})
-    shown = name.encode(errors="backslashreplace").decode()
+    shown = escape(name)
     assert registry.skipped()[shown].startswith("expected")
     assert json.dumps(registry.skipped()).encode()
     assert shown not in registry.names()
