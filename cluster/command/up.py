@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ranklet.cluster.command.console import plain_lines
 from ranklet.cluster.command.local_cluster import LocalCluster
 from ranklet.cluster.command.processes import notify_systemd
 from ranklet.cluster.command.ray_head import MAX_TEMP_DIR_CHARACTERS, auth_environment
@@ -58,7 +59,7 @@ def _default_temp_dir() -> Path:
 
 
 def _print(line: str) -> None:
-    print(f"ranklet: {line}", flush=True)
+    print(f"ranklet: {plain_lines(line)}", flush=True)
 
 
 def _up(options: argparse.Namespace) -> int:

@@ -43,12 +43,12 @@ from ranklet.cluster.ingress.task import ParseTask
 from ranklet.cluster.ingress.text_task import ChatTask, CompletionsTask
 from ranklet.cluster.ingress.texts import TextModels
 from ranklet.cluster.ingress.tokenize import TokenizeApi
+from ranklet.cluster.logs import escape_log
 from ranklet.cluster.message import GatewayDescription, ReportReceiver
 from ranklet.cluster.settings.keeper import KeeperActor
 from ranklet.cluster.settings.setting import Setting
 from ranklet.cluster.settings.settings import Settings
 from ranklet.cluster.settings.user_config import read_user_config
-from ranklet.cluster.safe_log import escape_log
 from ranklet.replicas.model.tokenizer import PromptTokenizer
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.binding import bind

@@ -20,6 +20,7 @@ from ranklet.cluster.catalog.remote import RemoteCache
 from ranklet.cluster.catalog.resolver import AdapterResolver, ResolvedAdapter
 from ranklet.cluster.config import AdapterList, AppArgs
 from ranklet.cluster.exporter import start_exporter
+from ranklet.cluster.logs import escape_log
 from ranklet.cluster.message import AdapterText, EmbedResult, InferenceCall, InferenceReply, Refusal, ReplicaDescription
 from ranklet.cluster.replica.adapter_texts import AdapterTexts
 from ranklet.cluster.replica.calls import ReplicaCalls
@@ -33,7 +34,6 @@ from ranklet.cluster.settings.keeper import KeeperActor
 from ranklet.cluster.settings.setting import Setting
 from ranklet.cluster.settings.settings import Settings
 from ranklet.cluster.settings.user_config import read_user_config
-from ranklet.cluster.safe_log import escape_log
 from ranklet.cluster.text_result import GenerateResult
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterReport
 from ranklet.replicas.engine.params import EmbedParams, GenerateParams

@@ -17,6 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from ranklet.cluster.ingress.admin import AdminApi
+from ranklet.cluster.ingress.drain import Drain
 from ranklet.cluster.ingress.models import ModelsApi
 from ranklet.cluster.ingress.page import page_response
 from ranklet.cluster.ingress.probes import ProbesApi
@@ -42,7 +43,7 @@ class App:
         probes.page = self._page
         self.app = build_app(
             inference={}, tokens=create_autospec(TokenizeApi), models=create_autospec(ModelsApi), admin=admin,
-            probes=probes, host_names=host_names,
+            probes=probes, drain=Drain(), host_names=host_names,
         )  # fmt: skip
 
     async def ask(self, method: str, path: str, headers: Mapping[str, str], host: str = "localhost") -> httpx.Response:

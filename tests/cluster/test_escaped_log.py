@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ranklet.cluster.safe_log import escape_log
+from ranklet.cluster.logs import escape_log
 
 SENT, SHOWN = "\x9b2J\u202eid", r"\x9b2J\u202eid"
 
@@ -31,6 +31,7 @@ def test_messages_fields_and_tracebacks_are_escaped(logger: logging.Logger, tmp_
         raise ValueError(SENT)
     except ValueError:
         logger.exception("first %s", SENT, extra={"request_id": SENT})
+    file.close()
     text = (tmp_path / "log").read_text()
     assert text.startswith(f"ERROR {SHOWN} first {SHOWN}\nTraceback")
     assert text.endswith(f"ValueError: {SHOWN}\n")
