@@ -77,13 +77,14 @@ class Service:
         """Return the samples of all processes of a role whose labels include `labels`, summed by name."""
         return summed_samples([each["targets"][0] for each in self.targets() if each["labels"]["role"] == role], labels)
 
-    def deploy(self, user_config: Mapping[str, Any]) -> None:
-        gateway, *others = self.content["applications"][0]["deployments"]
-        assert gateway["name"] == "Gateway"
-        application = {
-            **self.content["applications"][0],
-            "deployments": [{**gateway, "user_config": user_config}, *others],
-        }
+    def deploy(self, user_config: Mapping[str, Any] | None, *, of_replicas: Mapping[str, Any] | None = None) -> None:
+        """Deploy the file with these contents of `user_config`, which may be faulty; None leaves it out."""
+        gateway, replica = (dict(each) for each in self.content["applications"][0]["deployments"])
+        assert (gateway["name"], replica["name"]) == ("Gateway", "Replica")
+        for deployment, content in ((gateway, user_config), (replica, of_replicas)):
+            if content is not None:
+                deployment["user_config"] = content
+        application = {**self.content["applications"][0], "deployments": [gateway, replica]}
         self.cluster.deploy({**self.content, "applications": [application]})
 
 

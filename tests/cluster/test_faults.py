@@ -162,21 +162,32 @@ def test_an_adapter_that_is_deleted_while_it_loads_affects_only_its_own_requests
 
 
 def test_a_new_configuration_replaces_every_process_without_failed_requests(nodes: Nodes) -> None:
-    """The new processes serve the adapters that were loaded by name."""
+    """The new processes serve the adapters that were loaded by name, although the new `user_config` is faulty.
+
+    In its place, they use the last good one of the processes that they replace.
+    """
     service, _, _ = nodes
     shutil.copytree(service.adapters / "medical", service.adapters / ".sources" / "kept")
     kept = {"lora_name": "kept", "lora_path": ".sources/kept", "pinned": True}
     assert service.http.post("/v1/load_lora_adapter", json=kept).status_code == 200
     before = set(service.processes("Replica").values())
+    service.deploy({"adapters": {"earlier": str(service.adapters / "medical")}})
+    eventually("the gateways serve it", lambda: service.post("earlier", "text").status_code == 200)
     arguments = service.content["applications"][0]["args"]
     arguments["engine"]["slots"] = 6
-    judge(load.run_under_load(service, lambda: service.cluster.deploy(service.content), 30))
+    faulty = {"tokens_per_minute": {"earlier": 0}}
+    judge(load.run_under_load(service, lambda: service.deploy(faulty, of_replicas={"adaptors": {}}), 30))
     eventually("all replicas are new", lambda: not before & set(service.processes("Replica").values()), 60)
     load.wait_for_two(service)
     eventually("the new replicas serve the adapter", lambda: service.post("kept", "text").status_code == 200)
     assert abs(service.embed("kept", "text") - service.embed("medical", "text")).max() < 1e-5
     shown = service.http.get("/v1/adapters/kept").json()
     assert (shown["pinned"], shown["state"]) == (True, "ready")
+    assert abs(service.embed("earlier", "text") - service.embed("medical", "text")).max() < 1e-5
+    refused = service.http.get("/v1/status").json()["refused_settings"]
+    assert {(each["role"], len(each["processes"])) for each in refused} == {("gateway", 2), ("replica", 4)}
+    service.deploy(None)
+    eventually("all is well", lambda: service.http.get("/v1/status").json()["refused_settings"] == [])
 
 
 def test_requests_are_refused_soon_while_there_is_no_node(nodes: Nodes) -> None:

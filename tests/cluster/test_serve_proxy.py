@@ -95,6 +95,26 @@ def test_keys_limit_models_and_admin_calls(plain: Service) -> None:
         assert team not in log.read_text(errors="replace"), log
 
 
+def test_a_faulty_keys_file_changes_nothing_until_it_is_corrected(plain: Service) -> None:
+    keys = plain.adapters.parent / "keys.yaml"
+    good = keys.read_text()
+
+    def refused() -> list[Any]:
+        found: list[Any] = plain.http.get("/v1/status").raise_for_status().json()["refused_settings"]
+        return [(each["setting"], each["role"], len(each["processes"])) for each in found]
+
+    try:
+        keys.write_text(f"{good}- name: third\n")
+        eventually("it is refused", lambda: refused() == [("keys_file", "gateway", 1)], 10)
+        assert plain.post("legal-v2", "a text").status_code == 200
+        reason = plain.http.get("/v1/adapters").json()["refused_settings"][0]["reason"]
+        assert (str(keys) in reason, "entry 3: expected sha256, got none" in reason) == (True, True)
+        assert plain.samples("gateway", setting="keys_file")["ranklet_setting_refused"] == 1
+    finally:
+        keys.write_text(good)
+    eventually("it is in force", lambda: refused() == [], 10)
+
+
 def test_a_request_is_in_the_log_and_in_its_clients_trace(plain: Service, collector: Collector) -> None:
     """Neither contains its text."""
     secret = "never to be written down"

@@ -77,6 +77,31 @@ def test_an_unusable_router_setting_is_refused_before_ray_starts(
     assert "router" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("deployment", "content", "sentence"),
+    [
+        (0, {"adaptors": {}}, "user_config of the Gateway: unknown key 'adaptors' (did you mean 'adapters'?)"),
+        (0, {"tokens_per_minute": {"free-*": 0}}, "tokens_per_minute.free-*: expected a number greater than or equal"),
+        (1, {"adapters": 5}, "user_config of the Replica: adapters: expected a valid dictionary, got 5"),
+    ],
+)
+def test_a_faulty_user_config_is_refused_before_ray_starts(
+    deployment: int, content: Any, sentence: str, model_dir: Path, adapters_dir: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    configuration = local_configuration(model_dir, adapters_dir)
+    configuration["applications"][0]["deployments"][deployment]["user_config"] = content
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(configuration))
+    with tempfile.TemporaryDirectory(prefix="r-") as folder:
+        assert cli.main(["up", str(config), "--temp-dir", folder]) == 1
+        assert not list(Path(folder).iterdir())
+    output = capsys.readouterr()
+    assert sentence in output.err
+    assert output.err.count("\n") == 1
+    assert "starting Ray" not in output.out
+
+
 def test_valid_router_settings_and_other_routers_pass(model_dir: Path, adapters_dir: Path) -> None:
     for router in (
         None,

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from tests.cluster.ingress.browser import browser
-from tests.cluster.service import Service
+from tests.cluster.service import Service, eventually
 from tests.needs import needs
 
 pytestmark = needs("chromium")
@@ -17,12 +17,17 @@ def test_the_page_shows_replicas_adapters_and_refusals(service: Service, tmp_pat
     service.post("never-heard-of", secret)
     service.post("legal-v2", [secret, 7])
     home = service.post("legal-v2", "where").headers["x-ranklet-replica"]
+    service.deploy({"adaptors": {}})
+    eventually("the fault is known", lambda: bool(service.http.get("/v1/status").json()["refused_settings"]), 20)
     with browser(service.url + "/", tmp_path) as opened:
         opened.wait_for("/\\d/.test(document.getElementById('rate').textContent)")  # the page has refreshed once
         page = opened.run("document.documentElement.outerHTML")
         opened.picture(tmp_path / "status.png")
+    service.deploy(None)
     for replica in service.processes("Replica"):
         assert f"<td>{replica}</td>" in page
+    assert "did you mean 'adapters'" in page.partition('id="refused"')[2].partition("</table>")[0]
+    eventually("the fault is gone", lambda: not service.http.get("/v1/status").json()["refused_settings"], 20)
     row = re.search(r"<tr><td>legal-v2</td>(.*?)</tr>", page)
     assert row, page[-3000:]
     heads = re.findall(r"<th>([^<]+)</th>", page.partition('id="adapters"')[2].partition("</tr>")[0])
