@@ -1,4 +1,4 @@
-"""A slip in `user_config` changes nothing for texts: streams go on, and so do the adapters and quotas of the last one."""
+"""A slip in `user_config` changes nothing for texts: streams, adapters and quotas go on as before."""
 
 from tests.cluster.service import BASE, Service, eventually
 from tests.cluster.text_client import COMPLETIONS, PROMPT, TextService
