@@ -68,7 +68,8 @@ def _list(options: argparse.Namespace) -> int:
     open_console().print(table)
     for refused in answer.get("refused_settings", ()):  # older services do not send it
         where = f"{refused['setting']} ({len(refused['processes'])} {refused['role']}s)"
-        _print(f"ranklet: {where}: {refused['reason']}. The last good content stays in force")
+        line = f"ranklet: {where}: {refused['reason']}. The last good content stays in force"
+        Console(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)
     return 0
 
 
