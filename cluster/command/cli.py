@@ -69,7 +69,7 @@ def _new_key(options: argparse.Namespace) -> int:
         options.name, admin=options.admin, adapters=tuple(options.adapters), tokens_per_minute=options.tokens_per_minute
     )
     entries = yaml.safe_dump([entry.model_dump(mode="json", exclude_none=True)], sort_keys=False)
-    print(f"key, not shown again: {secret}")
+    print(f"key, shown only once: {secret}")
     print(f"entry for security.keys_file:\n{entries}", end="")
     return 0
 
