@@ -143,7 +143,8 @@ class Registry:
 
     def skipped(self) -> dict[str, str]:
         """Return why other folders in the root are no adapters, by their names."""
-        return {name: why for name, why in self._folders().skipped.items() if name not in self._unloaded()}
+        unloaded = self._unloaded()
+        return {name: why for name, why in self._folders().skipped.items() if name not in unloaded}
 
     def scan(self) -> list[tuple[AdapterLocation, int]]:
         """Return the adapters whose folders exist, by name, with the folders' modification times (Unix time)."""

@@ -1,6 +1,8 @@
 """Answers over the real path (HTTP, HAProxy, gateway, router, replica, engine) against transformers and peft."""
 
 import asyncio
+import gzip
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -63,10 +65,35 @@ def test_token_ids_are_embedded_like_their_texts(service: Service) -> None:
 
 
 def test_dimensions_truncates_and_normalises_vectors(service: Service) -> None:
-    vectors = service.embed("legal-v2", TEXTS, dimensions=48)
-    assert vectors.shape == (4, 48)
-    assert_close(vectors, service.expected("legal-v2", TEXTS, dimensions=48))
-    assert_close(np.linalg.norm(vectors, axis=1), np.ones(4))
+    for width in (48, 1):
+        vectors = service.embed("legal-v2", TEXTS, dimensions=width)
+        assert vectors.shape == (4, width)
+        assert_close(vectors, service.expected("legal-v2", TEXTS, dimensions=width))
+        assert_close(np.linalg.norm(vectors, axis=1), np.ones(4))
+
+
+def test_truncated_texts_get_the_vectors_of_their_first_tokens_and_the_end_token(service: Service) -> None:
+    text = "word " * 40_000 + "end"
+    *words, end = encode(service.model_dir, str(TEXTS[0]))
+    assert_close(
+        service.embed("medical", TEXTS[0], truncate_prompt_tokens=5),
+        service.expected("medical", [[*words[:4], end]]),
+    )
+    assert service.post("medical", text).status_code == 400
+    answer = service.post("medical", text, truncate_prompt_tokens=-1)
+    assert (answer.status_code, answer.json()["usage"]["prompt_tokens"]) == (200, 4096)
+    plain = service.embed("medical", TEXTS[0], add_special_tokens=False)
+    assert_close(plain, service.expected("medical", [words]))
+    assert cosine(plain[0], service.embed("medical", TEXTS[0])[0]) < 0.999
+
+
+def test_probes_slashes_and_compressed_bodies_reach_the_gateway(service: Service) -> None:
+    head = service.http.head("/health")
+    assert (head.status_code, head.content) == (200, b"")
+    body = gzip.compress(json.dumps({"model": "medical", "input": TEXTS[0]}).encode())
+    answer = service.http.post("/v1/embeddings/", content=body, headers={"content-encoding": "gzip"})
+    assert_close(answer.json()["data"][0]["embedding"], service.embed("medical", TEXTS[0])[0])
+    assert "/metrics/targets" in service.http.get("/metrics").json()["error"]["message"]
 
 
 async def test_concurrent_requests_for_different_adapters_get_their_own_answers(

@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 from threading import Event, Thread
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -129,6 +130,29 @@ def test_a_revision_depends_only_on_the_content(service: Service, source: str) -
     assert (shown["state"], shown["revision"]) == ("ready", revision)
     assert service.post("copied", TEXT).headers["x-ranklet-revision"] == revision
     shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize("name", ["org/legal", "org/legal@v1", "legal:v1", "legal[v2]", "cafe\u0301"])
+def test_names_of_hubs_work_over_http(service: Service, source: str, name: str) -> None:
+    assert load(service, lora_name=name, lora_path=source).status_code == 200
+    assert_close(service.embed(name, TEXT), service.embed("legal-v2", TEXT))
+    path = f"/v1/adapters/{quote(name, safe='')}"
+    assert service.http.get(path).json()["state"] == "ready"
+    assert service.http.get(f"/v1/models/{quote(name)}").status_code == 200
+    assert service.http.delete(path).status_code == 200
+    assert code(service.post(name, TEXT)) == (404, "model_not_found")
+
+
+def test_a_folder_named_like_the_base_model_is_listed_as_failed(service: Service) -> None:
+    shutil.copytree(service.adapters / "legal-v2", service.adapters / BASE)
+    try:
+        card = service.http.get(f"/v1/adapters/{BASE}").json()
+        assert (card["state"], "name of the base model" in card["error"]) == ("failed", True)
+        assert [each["id"] for each in service.http.get("/v1/models").json()["data"]].count(BASE) == 1
+        assert "x-ranklet-revision" not in service.post(BASE, TEXT).headers
+        assert code(service.post(None, TEXT, lora_path=BASE)) == (400, "invalid_adapter")
+    finally:
+        shutil.rmtree(service.adapters / BASE)
 
 
 def test_too_many_pins_are_refused(service: Service, source: str) -> None:

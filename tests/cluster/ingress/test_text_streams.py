@@ -227,3 +227,16 @@ async def test_prompt_and_text_must_fit_into_the_context(make_parts: MakeParts, 
         assert "maximum context length is 100 tokens" in message
         assert "4 tokens" in message
         assert "97" in message
+
+
+@pytest.mark.parametrize(("path", "side"), [(COMPLETIONS, None), (COMPLETIONS, "right"), (CHAT, None)])
+async def test_prompts_are_truncated_as_the_request_wants(make_parts: MakeParts, path: str, side: str | None) -> None:
+    parts = make_parts(DescribingReplica(whole))
+    text = "a prompt of several words"
+    given = {"prompt": text} if path == COMPLETIONS else {"messages": [{"role": "user", "content": text}]}
+    ids = parts.texts.tokenizer.encode(text if path == COMPLETIONS else f"{text}True").ids
+    sent = {"model": "base", **given, "max_tokens": 5, "truncate_prompt_tokens": 3, "truncation_side": side}
+    answer = await parts.http_post(path, sent)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["prompt_tokens"] == 3
+    assert parts.replica.calls[0].prompts()[0].tolist() == (ids[:3] if side == "right" else ids[-3:])
