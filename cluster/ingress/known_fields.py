@@ -95,6 +95,7 @@ _ELSEWHERE: Final = {
     "adapter_parameters": RefusedField(({},), "Adapters are not merged"),
     "extra_body": RefusedField(({},), "Send its fields beside the others: only OpenAI's Python client unpacks it"),
 }
+_CUTS: Final = "Use truncate_prompt_tokens, -1 for the longest prompt"
 _REFUSED: Final = _ELSEWHERE | {
     "use_beam_search": _OFF,
     "length_penalty": RefusedField((1,)),
@@ -120,6 +121,8 @@ _REFUSED: Final = _ELSEWHERE | {
     "token_ids_logprob": _EMPTY_LIST,
     "return_hidden_states": _OFF,
     "spaces_between_special_tokens": RefusedField((True,)),
+    "truncate": RefusedField((False, "NONE"), _CUTS),
+    "truncation": RefusedField((False, "disabled"), _CUTS),
     "store": RefusedField((False,), "Answers are not stored. Leave it out"),
     "service_tier": RefusedField(("auto", "default")),
     "response_format": RefusedField(
@@ -178,7 +181,6 @@ CHAT_FIELDS: Final = KnownFields(
     },
     _ACCEPTED | {"parallel_tool_calls", "stream_reasoning"},
 )
-_CUTS: Final = "Use truncate_prompt_tokens, -1 for the longest input"
 _PROMPT: Final = "Put it before each text"
 _FLOATS: Final = "Vectors are float32; encoding_format is float or base64"
 EMBEDDING_FIELDS: Final = KnownFields(
@@ -195,7 +197,7 @@ EMBEDDING_FIELDS: Final = KnownFields(
         "output_dimension": RefusedField((), "Use dimensions"),
         "truncate_dim": RefusedField((), "Use dimensions"),
         "truncate": RefusedField((False, "NONE"), _CUTS),
-        "truncation": RefusedField((False,), _CUTS),
+        "truncation": RefusedField((False, "disabled"), _CUTS),
         "truncation_direction": RefusedField(("Right", "right"), "Use truncation_side"),
         "max_length": RefusedField((), _CUTS),
         "max_tokens": RefusedField((), _CUTS),

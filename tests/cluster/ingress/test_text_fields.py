@@ -160,6 +160,7 @@ def test_bad_fields_of_chats_are_refused_by_name(param: str, fields: dict[str, A
         ("spaces_between_special_tokens", False, True),
         ("stop_regex", "a+", None),
         ("max_new_tokens", 5, None),
+        ("truncation", "auto", "disabled"),
         ("adapter_id", "legal", ""),
         ("extra_body", {"top_k": 1}, {}),
     ],
