@@ -64,23 +64,23 @@ def missing_token(environment: Mapping[str, str]) -> str | None:
     return None if is_on else _TOKEN_REMEDY
 
 
-def refuse_missing_token(http_host: str, *, open_ray: bool) -> None:
-    """Refuse to serve beyond loopback if Ray's token is off on this node. Call it in a Ray process.
+def refuse_missing_token(*, open_ray: bool) -> None:
+    """Refuse to serve if Ray's token is off on this node. Call it in a Ray process.
+
+    This holds on loopback too: the gRPC servers of gateways and replicas always listen on all interfaces.
 
     Args:
-        http_host: address on which Serve listens.
         open_ray: `security.open_ray`; then the fault is only logged.
 
     Raises:
-        RuntimeError: Ray or Serve listens beyond loopback without a token.
+        RuntimeError: the token is off.
     """
+    remedy = missing_token(os.environ)
+    if remedy is None:
+        return
     import ray  # the command line imports this module, and does not wait for Ray
 
-    exposed = [host for host in (ray.util.get_node_ip_address(), http_host) if not is_loopback(host)]
-    remedy = missing_token(os.environ)
-    if remedy is None or not exposed:
-        return
-    fault = f"anyone who can connect to Ray on {exposed[0]} can run code on it: {remedy}"
+    fault = f"anyone who can connect to {ray.util.get_node_ip_address()} can run code on it: {remedy}"
     if not open_ray:
         raise RuntimeError(f"{fault}. To serve all the same, set security.open_ray: true")
     logger.error("%s", fault)

@@ -32,6 +32,7 @@ from ranklet.cluster.command.ray_head import (
 from ranklet.cluster.command.requirements import missing_resources, port_problem
 from ranklet.cluster.command.serve_api import DeployRefused, ServeApi
 from ranklet.cluster.command.serve_status import ServeStatus
+from ranklet.cluster.datapath import is_loopback
 
 _LOG_FILE = "ray-start.log"
 CONFIG_FILE = "config.yaml"
@@ -255,7 +256,9 @@ class LocalCluster:
         self._folder.create()
         self._folder.remove(STOPPING_FILE)
         write_token(self.temp_dir)
-        head = self._head = RayHead.with_free_ports(self.temp_dir, self._proxy)
+        head = self._head = RayHead.with_free_ports(
+            self.temp_dir, self._proxy, on_loopback=is_loopback(http_host(content))
+        )
         with self._folder.write(_LOG_FILE, "").open("w") as log:
             self._process = subprocess.Popen(
                 head.head_command(), cwd=self._directory, env=head.environment(self._environment),

@@ -23,6 +23,10 @@ STOPPING_FILE = "stopping"  # exists while gateways let their requests in flight
 # Ray creates sockets below its folder, with names of up to 64 characters. The path of a socket may have 107.
 MAX_TEMP_DIR_CHARACTERS = 107 - 64 - len("/ray")
 
+# Ray without support for further nodes, which is its default on macOS only, listens on loopback. Otherwise it replaces
+# 127.0.0.1 by the machine's address, and listens on all interfaces.
+SEVERAL_NODES_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
 Proxy = Literal["haproxy", "serve"]
 
 
@@ -37,12 +41,14 @@ class RayHead:
     service_ports: tuple[int, ...]  # agent, agent's gRPC, metrics, client server, runtime environments
     proxy_ports: tuple[int, ...]  # fallback proxy's HTTP and gRPC, HAProxy's metrics and statistics
     first_gateway_port: int  # of the ports on which gateways listen for HAProxy
+    on_loopback: bool  # else Ray and its metrics listen on all interfaces
 
     @classmethod
-    def with_free_ports(cls, temp_dir: Path, proxy: Proxy) -> "RayHead":
+    def with_free_ports(cls, temp_dir: Path, proxy: Proxy, *, on_loopback: bool) -> "RayHead":
         gcs, dashboard, *others = free_ports(11)
         services, proxies = tuple(others[:5]), tuple(others[5:])
-        return cls(temp_dir, proxy, gcs, dashboard, services, proxies, free_block(2 * _GATEWAY_PORTS))
+        first_gateway = free_block(2 * _GATEWAY_PORTS)
+        return cls(temp_dir, proxy, gcs, dashboard, services, proxies, first_gateway, on_loopback)
 
     @property
     def address(self) -> str:
@@ -74,6 +80,7 @@ class RayHead:
         has_program = self.proxy == "haproxy" and write_haproxy(program)
         settings = {
             **({PROGRAM_VARIABLE: str(program)} if has_program else {}),
+            **({SEVERAL_NODES_VARIABLE: "0"} if self.on_loopback else {}),
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # on SIGTERM: no other node could take over
             **{name: value if self.proxy == "haproxy" else "0" for name, value in FAST_PATH.items()},
             **_serve_settings(self.temp_dir / "haproxy", self.proxy_ports, self.first_gateway_port),

@@ -34,7 +34,7 @@ def check_token(
             return Finding("ok", _SUBJECT, f"on, from {source}")
         return Finding("fail", _SUBJECT, "on, but there is no token: Ray does not start", _NO_TOKEN)
     if is_loopback(http_host):
-        return Finding("warn", _SUBJECT, "off; where Ray listens on the network, gateways do not start", remedy)
+        return Finding("warn", _SUBJECT, "off: gateways do not start, except under `ranklet up`", remedy)
     if open_ray:
         return Finding("warn", _SUBJECT, "off, as security.open_ray allows: who connects can run code", remedy)
     return Finding("fail", _SUBJECT, "off: anyone who can connect to a node can run code on it", remedy)
@@ -42,10 +42,15 @@ def check_token(
 
 def check_manifest_token(cluster: Mapping[str, Any]) -> Finding:
     """Check `rayClusterConfig` of a KubeRay manifest."""
-    if any(mode != "token" for mode in _auth_modes(cluster)):
+    environments = _environments(cluster)
+    if any(each["RAY_AUTH_MODE"].get("value") != "token" for each in environments if "RAY_AUTH_MODE" in each):
         return Finding("fail", _SUBJECT, "RAY_AUTH_MODE is set, but not to token", "set it to token, or remove it")
     if (cluster.get("authOptions") or {}).get("mode") == "token":
         return Finding("ok", _SUBJECT, "on, from authOptions")
+    if environments and all("RAY_AUTH_MODE" in each and "RAY_AUTH_TOKEN" in each for each in environments):
+        if all("secretKeyRef" in (each["RAY_AUTH_TOKEN"].get("valueFrom") or {}) for each in environments):
+            return Finding("ok", _SUBJECT, "on, from a Secret")
+        return Finding("warn", _SUBJECT, "on, but the token is in the manifest", "take RAY_AUTH_TOKEN from a Secret")
     remedy = "add `authOptions: {mode: token}` to rayClusterConfig (KubeRay 1.5.1 or newer)"
     return Finding("fail", _SUBJECT, "off: anyone who can connect to a pod can run code in it", remedy)
 
@@ -63,9 +68,9 @@ def _token_source(environment: Mapping[str, str]) -> str | None:
         return None
 
 
-def _auth_modes(cluster: Mapping[str, Any]) -> list[str]:
+def _environments(cluster: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the variables of each container by name; none for a group without containers."""
     groups = [cluster.get("headGroupSpec") or {}, *(cluster.get("workerGroupSpecs") or [])]
     pods = [(group.get("template") or {}).get("spec") or {} for group in groups]
-    containers = [each for pod in pods for each in pod.get("containers") or []]
-    variables = [variable for each in containers for variable in each.get("env") or []]
-    return [str(variable.get("value")) for variable in variables if variable["name"] == "RAY_AUTH_MODE"]
+    containers = [each for pod in pods for each in pod.get("containers") or [{}]]
+    return [{variable["name"]: variable for variable in each.get("env") or []} for each in containers]

@@ -68,7 +68,7 @@ class Gateway(ReportReceiver):
     def __init__(self, args: AppArgs, replica: "DeploymentHandle[Any]") -> None:
         escape_log()
         self._http_host = http_host()
-        refuse_missing_token(self._http_host, open_ray=args.security.open_ray)
+        refuse_missing_token(open_ray=args.security.open_ray)
         context = serve.get_replica_context()
         self._id = context.replica_id.unique_id
         self._deployment = context.deployment, context.app_name

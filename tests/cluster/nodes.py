@@ -11,8 +11,10 @@ from pathlib import Path
 
 from ranklet.cluster.command.local_cluster import LocalCluster
 from ranklet.cluster.command.ports import free_ports
-from ranklet.cluster.command.ray_head import script_path
+from ranklet.cluster.command.ray_head import SEVERAL_NODES_VARIABLE, script_path
 
+# For the environment of a cluster to which further nodes are added.
+SEVERAL_NODES = {SEVERAL_NODES_VARIABLE: "1"}
 _ATTEMPTS = 3
 _STARTED = "Ray runtime started"
 

@@ -17,7 +17,7 @@ from tests.assets.hanging import hanging
 from tests.cluster import load
 from tests.cluster.gcs import Gcs, redis_server
 from tests.cluster.load import LoadResult
-from tests.cluster.nodes import Node, child_processes, command_line, process_tree
+from tests.cluster.nodes import SEVERAL_NODES, Node, child_processes, command_line, process_tree
 from tests.cluster.service import Service, eventually, own_configuration, serving, vectors_of
 from tests.needs import is_installed, needs, require
 
@@ -52,7 +52,7 @@ def nodes(
     content["applications"][0]["args"]["engine"]["load_timeout_s"] = 3.0
     started: list[Node] = []
     over = threading.Event()
-    cluster = LocalCluster(http_port=0, report=print, environment=gcs_storage)
+    cluster = LocalCluster(http_port=0, report=print, environment=gcs_storage | SEVERAL_NODES)
 
     def join() -> None:
         """Serve waits for the nodes, and the nodes wait for Ray."""

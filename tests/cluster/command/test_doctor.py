@@ -206,6 +206,16 @@ def test_the_shipped_manifest_is_sound_and_fails_without_its_token() -> None:
     assert check_manifest_token(cluster).state == "ok"
     del cluster["authOptions"]
     assert check_manifest_token(cluster).state == "fail"
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    containers = [each for group in groups for each in group["template"]["spec"]["containers"]]
+    mode = {"name": "RAY_AUTH_MODE", "value": "token"}  # for operators that do not know authOptions
+    secret = {"name": "RAY_AUTH_TOKEN", "valueFrom": {"secretKeyRef": {"name": "ray-token", "key": "auth_token"}}}
+    for number, each in enumerate(containers):
+        each["env"] = [mode, secret]
+        assert check_manifest_token(cluster).state == ("ok" if number == len(containers) - 1 else "fail")
+    containers[-1]["env"] = [mode, {"name": "RAY_AUTH_TOKEN", "value": "secret"}]
+    found = check_manifest_token(cluster)
+    assert (found.state, "secret" in found.value) == ("warn", False)
     del cluster["headGroupSpec"]["template"]
     assert check_manifest_token(cluster).state == "fail"  # KubeRay itself refuses a group without a template
 

@@ -32,7 +32,7 @@ def test_this_machine_is_asked_without_a_proxy(given: dict[str, str]) -> None:
 
 def test_ray_gets_these_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    environment = RayHead.with_free_ports(tmp_path, "serve").environment({})
+    environment = RayHead.with_free_ports(tmp_path, "serve", on_loopback=True).environment({})
     assert "127.0.0.1" in environment["no_proxy"].split(",")
     assert environment["HTTP_PROXY"] == "http://127.0.0.1:9", "downloads go through it"
 
@@ -50,5 +50,5 @@ def test_a_user_without_a_name_is_called_by_the_number(
     assert cli.main(["version"]) == 0
     assert cli.main(["doctor"]) in (0, 1)
     capsys.readouterr()
-    environment = RayHead.with_free_ports(tmp_path, "serve").environment({})
+    environment = RayHead.with_free_ports(tmp_path, "serve", on_loopback=True).environment({})
     assert environment["USER"] == user_name()
