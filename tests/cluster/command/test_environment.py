@@ -34,6 +34,7 @@ def test_ray_gets_these_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     environment = RayHead.with_free_ports(tmp_path, "serve", on_loopback=True).environment({})
     assert "127.0.0.1" in environment["no_proxy"].split(",")
+    assert environment["RAY_AUTH_MODE"] == "token"
     assert environment["HTTP_PROXY"] == "http://127.0.0.1:9", "downloads go through it"
 
 
