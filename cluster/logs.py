@@ -6,9 +6,7 @@ import os
 import socket
 from collections.abc import Iterable
 
-from ranklet.replicas.escape import escape
-
-_LINES = "\n\t"  # of tracebacks and of lists of findings
+from ranklet.replicas.escape import EscapingFormatter
 
 
 def log_place() -> str:
@@ -18,17 +16,6 @@ def log_place() -> str:
         if file not in (None, os.devnull):
             return f"{file} on {socket.gethostname()}"
     return "Serve's log"
-
-
-class EscapingFormatter(logging.Formatter):
-    """Formats as another formatter does, and escapes the result."""
-
-    def __init__(self, formatter: logging.Formatter) -> None:
-        super().__init__()
-        self._formatter = formatter
-
-    def format(self, record: logging.LogRecord) -> str:
-        return escape(self._formatter.format(record), keep=_LINES)
 
 
 def escape_log() -> None:

@@ -29,6 +29,7 @@ from ranklet.replicas.engine.params import Params
 from ranklet.replicas.engine.request import Answer, Ticket
 from ranklet.replicas.engine.stats import BatchRecord, Listener
 from ranklet.replicas.errors import InternalError, RankletError
+from ranklet.replicas.escape import EscapingFormatter
 from ranklet.replicas.process.messages import (
     Cancel,
     EngineEvent,
@@ -242,6 +243,8 @@ class _EventListener(Listener):
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(EscapingFormatter(logging.Formatter("%(asctime)s %(levelname)s engine %(name)s: %(message)s")))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     Worker(Connection(int(sys.argv[1]))).serve()
