@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from ranklet.cluster.access.keys import ApiKeys
+from ranklet.cluster.catalog.overrides import Overrides
 from ranklet.cluster.command.absolute_paths import make_paths_absolute
 from ranklet.cluster.config import AdapterList, AppArgs
 from ranklet.cluster.datapath import ROUTER, SHUTDOWN_TIMEOUT_S, is_loopback
@@ -59,11 +60,13 @@ def _check_arguments(path: Path, values: dict[str, Any], directory: Path, report
         raise ValueError(f"{path}: {'; '.join(found)}") from None
     if not (directory / args.base.model_dir).is_dir():
         raise ValueError(f"{path}: base.model_dir: expected a folder, {_missing(args.base.model_dir, directory)}")
-    if args.security.keys_file is not None:
-        try:
+    try:  # gateways would not start
+        if args.security.keys_file is not None:
             ApiKeys(directory / args.security.keys_file)
-        except RankletError as error:
-            raise ValueError(f"{path}: {error.message}") from None
+        if args.adapters_dir is not None:
+            Overrides(directory / args.adapters_dir)
+    except RankletError as error:
+        raise ValueError(f"{path}: {error.message}") from None
     if args.adapters_dir is not None and not (directory / args.adapters_dir).is_dir():
         missing = _missing(args.adapters_dir, directory)
         report(f"warning: adapters_dir: {missing}. Until it does, no adapter is served from it")

@@ -22,8 +22,8 @@ def _record(**properties: Any) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-def _list_of(item: dict[str, Any]) -> dict[str, Any]:
-    return _record(object={"const": "list"}, data={"type": "array", "items": item})
+def _list_of(item: dict[str, Any], **more: dict[str, Any]) -> dict[str, Any]:
+    return _record(object={"const": "list"}, data={"type": "array", "items": item}, **more)
 
 
 _MAYBE_OBJECT = {"type": ["object", "null"]}
@@ -90,7 +90,14 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
     "Unloaded": _record(name=_TEXT, state={"const": "unloaded"}),
     "Targets": {"type": "array", "items": _record(targets={"type": "array", "items": _TEXT}, labels=_OBJECT)},
 }  # fmt: skip
-_CARDS, _ADAPTERS = _list_of({"$ref": "#/components/schemas/Card"}), _list_of({"$ref": "#/components/schemas/Adapter"})
+_CARDS = _list_of({"$ref": "#/components/schemas/Card"})
+_ADAPTERS = _list_of(
+    {"$ref": "#/components/schemas/Adapter"},
+    refused_settings={
+        "type": "array",
+        "items": _record(setting=_TEXT, role=_TEXT, reason=_TEXT, processes={"type": "array", "items": _TEXT}),
+    },
+)
 
 _USER = ("401", "403")
 _INFER = (*_USER, "400", "404", "408", "413", "415", "429", "503")

@@ -9,7 +9,7 @@ import yaml
 
 from ranklet.cluster.command import cli
 from ranklet.cluster.command.deployment_file import check_router, with_open_admin
-from tests.cluster.service import Service, local_configuration
+from tests.cluster.service import Service, local_configuration, own_configuration
 
 
 def deployed(model_dir: Path, adapters_dir: Path, host: str | None, security: Any) -> Any:
@@ -99,6 +99,21 @@ def test_a_faulty_user_config_is_refused_before_ray_starts(
     output = capsys.readouterr()
     assert sentence in output.err
     assert output.err.count("\n") == 1
+    assert "starting Ray" not in output.out
+
+
+def test_a_faulty_file_of_loaded_adapters_is_refused_before_ray_starts(
+    model_dir: Path, adapters_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(own_configuration(model_dir, adapters_dir, tmp_path)))
+    book = tmp_path / "adapters" / ".ranklet" / "adapters.json"
+    book.parent.mkdir()
+    book.write_text("{")
+    with tempfile.TemporaryDirectory(prefix="r-") as folder:
+        assert cli.main(["up", str(config), "--temp-dir", folder]) == 1
+    output = capsys.readouterr()
+    assert f"{book}: expected the file that ranklet wrote, got: Invalid JSON" in output.err
     assert "starting Ray" not in output.out
 
 
