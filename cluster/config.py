@@ -220,7 +220,8 @@ class GatewayUserConfig(AdapterList):
 
 
 class AppArgs(AdapterList):
-    """Arguments of `ranklet.cluster.app:build`. Relative paths start at the folder that Ray was started in.
+    """Arguments of `ranklet.cluster.app:build`. Relative paths start at the folder that `ranklet up` or
+    `ranklet deploy` runs in, with `serve deploy` at the one that Ray was started in.
 
     Attributes:
         engine: fields of EngineConfig.

@@ -14,9 +14,10 @@ RankletError
 └── InternalError           a defect of ranklet, or the device failed          500 internal_error
 
 Other packages subclass `RankletError` next to the code that raises their errors: cluster/access/keys.py (Unauthorized,
-Forbidden), cluster/access/quota.py (OverQuota), cluster/ingress/lifecycle.py (AdapterExists), cluster/ingress/body.py
-(BodyTooLarge, BodyTooSlow, UnsupportedEncoding), cluster/ingress/refusals.py (PathNotFound, MethodNotAllowed),
-cluster/ingress/browsers.py (ForeignPage, ForeignHost, WrongContentType).
+Forbidden), cluster/access/quota.py (OverQuota), cluster/catalog/overrides.py (FolderNotWritable),
+cluster/ingress/lifecycle.py (AdapterExists), cluster/ingress/body.py (BodyTooLarge, BodyTooSlow, UnsupportedEncoding),
+cluster/ingress/refusals.py (PathNotFound, MethodNotAllowed), cluster/ingress/browsers.py (ForeignPage, ForeignHost,
+WrongContentType).
 """
 
 from collections.abc import Sequence

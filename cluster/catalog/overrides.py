@@ -17,11 +17,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ranklet.cluster.names import normal_name
 from ranklet.cluster.settings.settings import Settings
-from ranklet.replicas.errors import InternalError
+from ranklet.replicas.errors import InternalError, RankletError
 
 FOLDER = ".ranklet"  # in the adapters' folder; no adapter's name starts with a dot
 _FILE = "adapters.json"
 _CHECK_INTERVAL_S = 0.2
+
+
+class FolderNotWritable(RankletError):  # noqa: N818  # named like its siblings in replicas/errors.py
+    """The folder of the adapters cannot be written to, so that none can be loaded or unloaded by name."""
+
+    code, status = "adapters_dir_not_writable", 503
 
 
 class Override(BaseModel):
@@ -73,11 +79,10 @@ class Overrides:
         """Write an entry to disk, or delete the entry if it is None.
 
         Raises:
-            OSError: the folder is not writable.
+            FolderNotWritable: this process may not write to the folder.
             InternalError: the file is faulty.
         """
-        self._path.parent.mkdir(exist_ok=True)
-        with self._locked():
+        with self._writable(), self._locked():
             entries = _read(self._path)
             if entry is None:
                 entries.pop(name, None)
@@ -85,6 +90,24 @@ class Overrides:
                 entries[name] = entry
             self._write(entries)
         self.entries(fresh=True)
+
+    def check_writable(self) -> None:
+        """Raise FolderNotWritable if this process may not write to the folder."""
+        with self._writable(), self._locked():
+            pass
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        folder = self._path.parent
+        try:
+            folder.mkdir(exist_ok=True)
+            yield
+        except OSError as error:
+            raise FolderNotWritable(
+                f"adapters_dir/{FOLDER}: expected a folder that records loads and unloads by name, but {folder} cannot "
+                f"be written to: {error.strerror or error}. Let the service's user write to it; adapters that "
+                "are moved into adapters_dir are served without it"
+            ) from error
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -45,6 +45,12 @@ class Registry:
     def set_user_config(self, folders: Mapping[str, Path]) -> None:
         self._user_config = dict(folders)
 
+    def root_problem(self) -> str | None:
+        """Return what is wrong with the folder of adapters; None if nothing is. It may be made later."""
+        if self._root is None or self._root.is_dir():
+            return None
+        return f"{self._root} does not exist, so no adapter is served from it"
+
     def locate(self, name: str, param: str = "model") -> AdapterLocation:
         """Return the location of the adapter `name`, or `name@revision`.
 

@@ -8,24 +8,22 @@ import urllib.parse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from ranklet.cluster.command.console import open_console, plain, plain_lines
-from ranklet.cluster.command.json_client import fetch_json
+from ranklet.cluster.command.console import print_line, print_whole_table
+from ranklet.cluster.command.json_client import clean_key, fetch_json
 
 if TYPE_CHECKING:
     from ranklet.replicas.adapters.verify import ExpectedModules
 
 _KEY_VARIABLE = "RANKLET_API_KEY"
 _TIMEOUT_S = 120.0
+_TITLES = ("adapter", "state", "revision", "rank", "MB", "in use", "in slots of", "pinned")
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser("adapters", help="list, show, load, unload or verify adapters")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="list all adapters with their state, revision and replicas")
+    listing.add_argument("--json", action="store_true", help="print all that the service says, as JSON")
     listing.set_defaults(run=_list)
     show = actions.add_parser("show", help="print one adapter as JSON")
     show.set_defaults(run=_show)
@@ -55,42 +53,53 @@ def add(commands: Any) -> None:
 
 
 def _list(options: argparse.Namespace) -> int:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("adapter", "state", "revision", "rank", "MB", "in use", "in slots of", "pinned"):
-        table.add_column(title, justify="right" if title in ("rank", "MB", "in use", "in slots of") else "left")
     answer = _request(options, "GET", "/v1/adapters")
+    if options.json:
+        print_line(json.dumps(answer["data"], indent=1))
+        return 0
+    rows = []
     for card in answer["data"]:
         size = f"{card['bytes'] / 1e6:.1f}" if card["bytes"] else ""
         slots = sum(each["tier"] == "gpu" for each in card["replicas"])
         pinned = "yes" if card["pinned"] else ""
         row = (card["name"], card["state"], card["revision"], card["rank"], size, card["references"], slots, pinned)
-        table.add_row(*(plain("" if value is None else value) for value in row))
-    open_console().print(table)
+        rows.append(["" if value is None else str(value) for value in row])
+    print_whole_table(_TITLES, rows, right=("rank", "MB", "in use", "in slots of"))
+    for card in answer["data"]:
+        if card.get("error"):
+            print_line(f"{card['name']}: {card['error']}")
     for refused in answer.get("refused_settings", ()):  # older services do not send it
         where = f"{refused['setting']} ({len(refused['processes'])} {refused['role']}s)"
-        line = f"ranklet: {where}: {refused['reason']}. The last good content stays in force"
-        Console(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)
+        kept = "" if refused["setting"] == "adapters_dir" else ". The last good content stays in force"
+        print_line(f"ranklet: {where}: {refused['reason']}{kept}", to_stderr=True)
     return 0
 
 
 def _show(options: argparse.Namespace) -> int:
-    _print(json.dumps(_request(options, "GET", f"/v1/adapters/{_name(options)}"), indent=1))
+    print_line(json.dumps(_request(options, "GET", f"/v1/adapters/{_name(options)}"), indent=1))
     return 0
 
 
 def _load(options: argparse.Namespace) -> int:
-    body = {"name": options.name, "path": options.path, "replace": options.replace, "pinned": options.pinned}
+    body = {"name": options.name, "path": _path(options.path), "replace": options.replace, "pinned": options.pinned}
     loaded = _request(options, "POST", "/v1/adapters", body)
     modules = ", ".join(loaded["target_modules"])
-    _print(
+    print_line(
         f"ranklet: {loaded['name']}@{loaded['revision']}: rank {loaded['rank']}, {loaded['bytes']} bytes, on {modules}"
     )
     return 0
 
 
+def _path(given: str | None) -> str | None:
+    """Return a path that the service understands. A relative one starts here if it leads to a folder here."""
+    if given is None or "://" in given or not Path(given).is_dir():
+        return given  # the service's relative paths start at adapters_dir
+    return str(Path(given).absolute())
+
+
 def _unload(options: argparse.Namespace) -> int:
     _request(options, "DELETE", f"/v1/adapters/{_name(options)}")
-    _print(f"ranklet: {options.name} is unloaded and its memory is free")
+    print_line(f"ranklet: {options.name} is unloaded and its memory is free")
     return 0
 
 
@@ -100,13 +109,21 @@ def _request(options: argparse.Namespace, method: str, path: str, body: dict[str
     Raises:
         ValueError: no service answers, or the service refuses the request. The message contains the service's error.
     """
-    url = options.url.rstrip("/") + path
+    base, key = _service_url(options.url), clean_key(options.key)
     try:
-        return dict(fetch_json(url, timeout_s=_TIMEOUT_S, token=options.key, method=method, body=body))
+        return dict(fetch_json(base + path, timeout_s=_TIMEOUT_S, token=key, method=method, body=body))
     except urllib.error.HTTPError as error:
         raise ValueError(_refusal_message(error)) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"--url {options.url}: expected a service that answers, got {error}") from error
+
+
+def _service_url(given: str) -> str:
+    """Return the URL without the `/v1` that clients of OpenAI's API need."""
+    url = given.strip().rstrip("/").removesuffix("/v1").rstrip("/")
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"--url: expected the service's URL, such as http://127.0.0.1:8000; got {given}")
+    return url
 
 
 def _refusal_message(error: urllib.error.HTTPError) -> str:
@@ -119,10 +136,6 @@ def _refusal_message(error: urllib.error.HTTPError) -> str:
 
 def _name(options: argparse.Namespace) -> str:
     return urllib.parse.quote(options.name, safe="")
-
-
-def _print(text: str) -> None:
-    Console(highlight=False, soft_wrap=True).print(plain_lines(text), markup=False)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -159,11 +172,11 @@ def _verify_folder(folder: Path, expected: "ExpectedModules") -> bool:
         ref = Revisions().reference(folder.name, str(folder))
         adapter = read_adapter(ref, expected)
     except RankletError as error:
-        _print(error.message)
+        print_line(error.message)
         return False
     modules = ", ".join(sorted({name for _, name in adapter.weights}))
     for note in adapter.notes:
-        _print(f"{ref.name}: note: {note}")
+        print_line(f"{ref.name}: note: {note}")
     megabytes = adapter.flat.numel() * adapter.flat.element_size() / 1e6
-    _print(f"{ref.name}@{ref.revision}: rank {adapter.rank}, {megabytes:.1f} MB in bfloat16, on {modules}")
+    print_line(f"{ref.name}@{ref.revision}: rank {adapter.rank}, {megabytes:.1f} MB in bfloat16, on {modules}")
     return True

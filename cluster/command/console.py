@@ -1,11 +1,15 @@
-"""The console for tables that commands print."""
+"""The console for what commands print."""
 
+from collections.abc import Collection, Sequence
+
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
 from ranklet.replicas.escape import escape
 
 _FILE_WIDTH = 120
+_GAP = "  "
 
 
 def open_console() -> Console:
@@ -22,3 +26,25 @@ def plain(value: object) -> Text:
 def plain_lines(value: object) -> str:
     """Return text of one or more lines without characters that a terminal obeys."""
     return escape(str(value), keep="\n")
+
+
+def print_line(text: str | Text, *, to_stderr: bool = False) -> None:
+    """Print text as it is: without markup, without line breaks of its own, and escaped if it is no `Text`."""
+    shown = text if isinstance(text, Text) else plain(text)
+    Console(stderr=to_stderr, highlight=False, soft_wrap=True).print(shown)
+
+
+def print_whole_table(titles: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> None:
+    """Print a table whose cells are never cut, one line a row, for people and for programs.
+
+    Args:
+        right: titles of the columns that are aligned to the right.
+    """
+    lines = [titles, *([escape(cell) for cell in row] for row in rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = []
+        for title, cell, width in zip(titles, line, widths, strict=True):
+            blanks = " " * (width - cell_len(cell))
+            cells.append(blanks + cell if title in right else cell + blanks)
+        print_line(_GAP.join(cells).rstrip())

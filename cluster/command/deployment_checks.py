@@ -21,20 +21,25 @@ from ranklet.cluster.command.deployment_file import (
     user_configs,
 )
 from ranklet.cluster.command.finding import Finding
-from ranklet.cluster.command.machine_checks import check_port
+from ranklet.cluster.command.machine_checks import check_port, resources_here
+from ranklet.cluster.command.requirements import missing_resources
 from ranklet.cluster.command.token_check import check_manifest_token, check_token
 from ranklet.cluster.config import AppArgs
 from ranklet.cluster.settings.user_config import USER_CONFIGS, describe_errors
 from ranklet.replicas.errors import RankletError
 
 
-def check_deployment(path: Path) -> Iterator[Finding]:
-    """Check a file for `serve deploy`, or a KubeRay manifest. The paths in a manifest are not checked."""
+def check_deployment(path: Path, *, ray_start: bool) -> Iterator[Finding]:
+    """Check a file for `ranklet up` or `serve deploy`, or a KubeRay manifest. Paths in a manifest are not checked.
+
+    Args:
+        ray_start: Whether Ray is started by hand, perhaps on several machines.
+    """
     try:
         content, cluster = _read(path)
         args = AppArgs.model_validate(content["applications"][0]["args"])
     except OSError as error:
-        yield Finding("fail", str(path), str(error), "name the file that `serve deploy` receives")
+        yield Finding("fail", str(path), str(error), "name the file of the deployment")
     except (yaml.YAMLError, KeyError, IndexError, TypeError, AttributeError) as error:
         yield Finding("fail", str(path), f"{type(error).__name__}: {error}", "compare it with deploy/config.yaml")
     except ValidationError as error:
@@ -45,7 +50,7 @@ def check_deployment(path: Path) -> Iterator[Finding]:
         yield from _check_form(path, content)
         yield from (Finding("fail", "router", each, "correct it in the file") for each in check_router(content))
         yield from (Finding("fail", "user_config", each, "correct it") for each in check_user_configs(content))
-        yield from _check_cluster(content, cluster, args)
+        yield from _check_cluster(content, cluster, args, ray_start=ray_start)
         if cluster is None:
             yield from _check_paths(args)
             yield from _check_user_folders(content, args)
@@ -84,12 +89,23 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     return documents[0], None
 
 
-def _check_cluster(content: dict[str, Any], cluster: dict[str, Any] | None, args: AppArgs) -> Iterator[Finding]:
+def _check_cluster(
+    content: dict[str, Any], cluster: dict[str, Any] | None, args: AppArgs, *, ray_start: bool
+) -> Iterator[Finding]:
     if cluster is not None:
         yield check_manifest_token(cluster)
         return
-    yield check_token(http_host(content), open_ray=args.security.open_ray)
+    if ray_start:
+        yield check_token(http_host(content), open_ray=args.security.open_ray)
+    else:
+        yield Finding("ok", "Ray's token", "`ranklet up` makes one")
     yield check_port(int((content.get("http_options") or {}).get("port", SERVE_PORT)), "HTTP")
+    if not ray_start:
+        missing = missing_resources(content, resources_here())
+        yield from (
+            Finding("fail", "CPUs and GPUs", each, "edit the file, or add machines to a Ray cluster")
+            for each in missing
+        )
 
 
 def _check_paths(args: AppArgs) -> Iterator[Finding]:
@@ -99,9 +115,15 @@ def _check_paths(args: AppArgs) -> Iterator[Finding]:
         "adapters_dir/.ranklet": lambda: _describe_overrides(args.adapters_dir),
         "security.keys_file": lambda: _describe_keys(args.security.keys_file),
     }
+    read_only = _is_read_only(args.adapters_dir)
     for subject, describe in checks.items():
         try:
-            yield Finding("ok", subject, describe())
+            value = describe()
+            if subject == "adapters_dir" and read_only:
+                remedy = "fine if adapters are only added from outside; else let the service's user write to it"
+                yield Finding("warn", subject, f"{value}; read-only, so none can be loaded or unloaded by name", remedy)
+            else:
+                yield Finding("ok", subject, value)
         except (OSError, ValueError, RankletError) as error:
             message = error.message if isinstance(error, RankletError) else str(error)
             yield Finding("fail", subject, message, "correct the path or the file; it must be valid on every node")
@@ -127,6 +149,10 @@ def _check_user_folders(content: dict[str, Any], args: AppArgs) -> Iterator[Find
                 yield Finding("warn", f"user_config of the {deployment}", error.message, "correct the path or the name")
 
 
+def _is_read_only(folder: Path | None) -> bool:
+    return folder is not None and folder.is_dir() and not os.access(folder, os.W_OK)
+
+
 def _describe_model(folder: Path) -> str:
     # imports transformers, which takes seconds
     from ranklet.replicas.model.architecture import read_architecture, read_config
@@ -139,8 +165,6 @@ def _describe_adapters(args: AppArgs) -> str:
         return f"none; {len(args.adapters)} by name"
     if not args.adapters_dir.is_dir():
         raise ValueError(f"expected a folder, {args.adapters_dir} does not exist")
-    if not os.access(args.adapters_dir, os.W_OK):
-        raise ValueError(f"{args.adapters_dir} is not writable, so no adapter can be loaded by name")
     # without the file of overrides, which is a subject of its own
     found = set(Registry(None, args.adapters).names()) | FolderScanner(args.adapters_dir).scan().adapters.keys()
     return f"{args.adapters_dir}: {len(found)} adapters"

@@ -25,16 +25,29 @@ _OPTIONAL = {
 }
 
 
-def check_machine() -> Iterator[Finding]:
+def check_machine(*, ray_start: bool) -> Iterator[Finding]:
+    """Yield the findings of one machine. A Ray started by hand (`ray_start`) also needs variables and its own ports."""
     yield from _check_packages()
     yield from _check_gpus()
     yield _check_compiler()
     yield _check_file_limit()
     yield _check_shared_memory()
-    yield _check_data_path()
     yield _check_serve_variables()
+    if not ray_start:
+        return
+    yield _check_data_path()
     for port, purpose in _RAY_PORTS.items():
         yield check_port(port, purpose)
+
+
+def resources_here() -> dict[str, float]:
+    """Return about the CPUs and GPUs that Ray would find on this machine."""
+    gpus = 0
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        gpus = torch.cuda.device_count()
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(gpus)}
 
 
 def check_port(port: int, purpose: str) -> Finding:

@@ -96,6 +96,8 @@ class Gateway(ReportReceiver):
         self._looking: asyncio.Task[None] | None = None
         self._metrics_target = start_exporter(self._metrics.registry, args.metrics)
         logger.info("gateway %s: %s; metrics on %s", self._id, DataPath.current().summary(), self._metrics_target)
+        if problem := self._registry.root_problem():
+            logger.warning("adapters_dir: %s", problem)
 
     def __serve_build_asgi_app__(self) -> Starlette:
         args, keys, registry, intake, replicas = self._args, self._keys, self._registry, self._intake, self._replicas
@@ -205,7 +207,10 @@ class Gateway(ReportReceiver):
         return self._recent.as_dict(self._admission.in_flight)
 
     async def describe(self) -> GatewayDescription:
-        return GatewayDescription(self._id, os.getpid(), self._metrics_target, self._settings.refused())
+        refused, problem = self._settings.refused(), await asyncio.to_thread(self._registry.root_problem)
+        if problem is not None:
+            refused["adapters_dir"] = problem
+        return GatewayDescription(self._id, os.getpid(), self._metrics_target, refused)
 
     async def requests_in_flight(self) -> int:
         return self._drain.in_flight

@@ -83,10 +83,12 @@ class Lifecycle:
             AdapterNotFound: the folder does not exist.
             InvalidAdapter: the adapter cannot be served; `findings` lists every reason.
             AdapterExists: the name is in use.
+            FolderNotWritable: the load cannot be recorded.
             Unavailable: no replica answers.
         """
         overrides = self._overrides()
         async with self._lock(request.name):
+            await asyncio.to_thread(overrides.check_writable)
             adapter = await asyncio.to_thread(self._locate, request)
             others = [name for name in self._registry.pins() if name != request.name]
             info = await self._replicas.load(adapter, [*others, request.name] if request.pinned else others)
@@ -182,7 +184,7 @@ class Lifecycle:
     def _refuse_configured(self, name: str) -> None:
         if self._registry.is_in_user_config(name):
             raise AdapterExists(
-                f"name: {name!r} is set by user_config; change it there, with `serve deploy`", param="name"
+                f"name: {name!r} is set by user_config; change it there, and deploy the file", param="name"
             )
 
     def _overrides(self) -> Overrides:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
+from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.command import cli
-from ranklet.cluster.command.deployment_file import check_router, with_open_admin
+from ranklet.cluster.command.deployment_file import check_router, drain_time_s, read_configuration, with_open_admin
 from tests.cluster.service import Service, local_configuration, own_configuration
 
 
@@ -128,3 +129,73 @@ def test_valid_router_settings_and_other_routers_pass(model_dir: Path, adapters_
 
 def test_a_local_service_lets_its_machine_unload_adapters(service: Service) -> None:
     assert service.http.delete("/v1/adapters/no-such").status_code == 404
+
+
+def written(tmp_path: Path, content: Any) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_relative_paths_become_absolute_and_others_stay(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "m").symlink_to(model_dir)
+    (tmp_path / "keys.yaml").write_text("keys: []\n")
+    content = local_configuration(model_dir, adapters_dir)
+    application = content["applications"][0]
+    application["args"] |= {
+        "base": {"model_dir": "m"}, "adapters": [{"name": "a", "path": "x/a"}], "sources": {"cache_dir": "c"},
+        "security": {"keys_file": "keys.yaml", "adapter_roots": ["r", "/r"]},
+    }  # fmt: skip
+    application["deployments"][0]["user_config"] = {"adapters": {"b": "x/b", "c": "/c"}}
+    read = read_configuration(written(tmp_path, content), tmp_path)["applications"][0]
+    args = read["args"]
+    assert args["base"]["model_dir"] == str(tmp_path / "m")
+    assert args["adapters_dir"] == str(adapters_dir)
+    assert args["adapters"] == [{"name": "a", "path": str(tmp_path / "x/a")}]
+    assert args["sources"]["cache_dir"] == str(tmp_path / "c")
+    assert args["security"] == {"keys_file": str(tmp_path / "keys.yaml"), "adapter_roots": [str(tmp_path / "r"), "/r"]}
+    assert read["deployments"][0]["user_config"]["adapters"] == {"b": str(tmp_path / "x/b"), "c": "/c"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": {"model_dir": "org/model"}}, "base.model_dir: expected a folder, org/model does not exist in "),
+        ({"base": {"model_dir": "/nowhere"}}, "base.model_dir: expected a folder, /nowhere does not exist"),
+        ({"engine": {"slot": 3}}, "did you mean 'slots'?"),
+        ({"security": {"keys_file": "/nowhere"}}, "security.keys_file /nowhere"),
+    ],
+)
+def test_arguments_with_which_nothing_could_start_are_refused_at_once(
+    change: dict[str, Any], message: str, model_dir: Path, adapters_dir: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    content = local_configuration(model_dir, adapters_dir)
+    content["applications"][0]["args"] |= change
+    assert cli.main(["up", str(written(tmp_path, content)), "--temp-dir", "/tmp/ranklet-none"]) == 1
+    output = capsys.readouterr()
+    assert message in output.err
+    assert (output.out, output.err.count("ranklet: ")) == ("", 1)
+
+
+def test_a_missing_folder_of_adapters_is_a_warning(model_dir: Path, tmp_path: Path) -> None:
+    """It may be made later."""
+    lines: list[str] = []
+    config = written(tmp_path, local_configuration(model_dir, tmp_path / "adaptres"))
+    read_configuration(config, report=lines.append)
+    assert [str(tmp_path / "adaptres") in line and line.startswith("warning: adapters_dir") for line in lines] == [True]
+    registry = Registry(tmp_path / "adaptres", {})
+    assert "does not exist" in (registry.root_problem() or "")
+    (tmp_path / "adaptres").mkdir()
+    read_configuration(config, report=lines.append)
+    assert (len(lines), registry.root_problem()) == (1, None)
+
+
+def test_the_longest_shutdown_of_a_deployment_is_the_longest_wait() -> None:
+    def configured(*deployments: dict[str, Any]) -> dict[str, Any]:
+        application = {"import_path": "ranklet.cluster.app:build", "args": {}, "deployments": list(deployments)}
+        return {"applications": [application]}
+
+    assert drain_time_s(configured()) == 20
+    assert drain_time_s(configured({"graceful_shutdown_timeout_s": 5}, {"graceful_shutdown_timeout_s": 45})) == 45
+    assert drain_time_s(configured({"graceful_shutdown_timeout_s": 5}, {})) == 20

@@ -1,5 +1,6 @@
 """`ranklet doctor` reports each fault of a machine or of a deployment's file, with a remedy."""
 
+import os
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,14 +186,66 @@ def test_a_file_that_opens_http_to_the_network_needs_a_token(
     content = local_configuration(model_dir, adapters_dir)
     content["http_options"]["host"] = "0.0.0.0"
     config = written(tmp_path, content)
-    assert cli.main(["doctor", str(config)]) == 1
+    assert cli.main(["doctor", str(config)]) == 0, "`ranklet up` makes a token"
+    assert cli.main(["doctor", str(config), "--ray-start"]) == 1
     assert states(config)["Ray's token"] == "fail"
     content["applications"][0]["args"]["security"] = {"open_ray": True}
     assert states(written(tmp_path, content))["Ray's token"] == "warn"
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
-    assert cli.main(["doctor", str(config)]) == 0
+    assert cli.main(["doctor", str(config), "--ray-start"]) == 0
     assert "secret" not in capsys.readouterr().out
+
+
+def test_what_ranklet_up_does_is_no_finding(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in FAST_PATH:
+        monkeypatch.delenv(name, raising=False)
+    cli.main(["doctor"])
+    assert "RAY_SERVE_ENABLE_HA_PROXY" not in capsys.readouterr().out
+    cli.main(["doctor", "--ray-start"])
+    assert "      export RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1 before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", ["20", "80"])
+def test_what_is_to_be_copied_is_on_one_line(
+    columns: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")
+    config = tmp_path / ("a-long-name-" * 10) / "config.yaml"
+    cli.main(["doctor", str(config), "--ray-start"])
+    lines = capsys.readouterr().out.splitlines()
+    (finding,) = [each for each in run_checks(None) if each.subject == "data path"]
+    assert f"      {finding.remedy}" in lines
+    assert any(str(config) in line for line in lines)
+
+
+def test_too_few_gpus_are_said_with_both_numbers(
+    model_dir: Path, adapters_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    content = local_configuration(model_dir, adapters_dir)
+    content["applications"][0]["deployments"][1]["ray_actor_options"] = {"num_cpus": 0, "num_gpus": 1}
+    config = written(tmp_path, content)
+    assert cli.main(["doctor", str(config)]) == 1
+    assert "need 2 GPUs (Replica: 2 x 1), Ray has 1" in capsys.readouterr().out
+    assert cli.main(["doctor", str(config), "--ray-start"]) == 0, "other machines may have more"
+    capsys.readouterr()
+
+
+def test_a_folder_that_can_only_be_read_is_a_warning(
+    model_dir: Path, adapters_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)  # root may write to every folder
+    config = written(tmp_path, local_configuration(model_dir, adapters_dir))
+    assert cli.main(["doctor", str(config)]) == 0
+    (finding,) = [each for each in run_checks(config) if each.subject == "adapters_dir"]
+    assert (finding.state, "6 adapters; read-only" in finding.value) == ("warn", True)
+    capsys.readouterr()
 
 
 def test_the_shipped_manifest_is_sound_and_fails_without_its_token() -> None:

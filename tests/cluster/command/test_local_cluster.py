@@ -100,6 +100,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ray 2.60" in capsys.readouterr().out
 
 
+@pytest.mark.timeout(240)  # two starts
 def test_in_the_foreground_sigterm_stops_the_cluster(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
     """Start twice, as systemd and containers do. The second cluster serves adapters that the first loaded by name."""
     adapters = tmp_path / "adapters"
@@ -129,7 +130,10 @@ def _serve_once(model_dir: Path, adapters_dir: Path, *, first: bool) -> None:
                         kept = {"lora_name": "kept", "lora_path": ".sources/kept"}
                         assert http.post("/v1/load_lora_adapter", json=kept).status_code == 200
                     assert http.post("/v1/embeddings", json={"model": "kept", "input": "text"}).status_code == 200
-                    _end_in_flight(http, process)
+                    if first:
+                        _end_in_flight(http, process)
+                    else:
+                        process.send_signal(signal.SIGTERM)
                 assert process.wait(60) == 0
             assert notifications.recv(100) == b"STOPPING=1"
         assert process_start_time(state.pid) is None
