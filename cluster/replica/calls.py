@@ -13,7 +13,8 @@ from ranklet.cluster.logs import log_place
 from ranklet.cluster.message import Begun, InferenceCall, InferenceReply, Refusal
 from ranklet.cluster.replica.feeds import OutgoingFeeds
 from ranklet.cluster.replica.state import ReplicaState
-from ranklet.replicas.engine.params import GenerateParams
+from ranklet.replicas.adapters.prompt_limits import PromptLimits
+from ranklet.replicas.engine.params import EmbedParams, GenerateParams
 from ranklet.replicas.engine.request import Answer, AnswerSink
 from ranklet.replicas.errors import AdapterChanged, InternalError, RankletError
 from ranklet.replicas.process.messages import FeedKey
@@ -32,16 +33,19 @@ class ReplicaCalls:
 
     Args:
         replica: id of the replica.
+        limits: of embeddings of adapters.
     """
 
     def __init__(
-        self, replica: str, engine: EngineProcess, resolver: AdapterResolver, state: ReplicaState, feeds: OutgoingFeeds
-    ) -> None:
+        self, replica: str, engine: EngineProcess, resolver: AdapterResolver, state: ReplicaState, feeds: OutgoingFeeds,
+        limits: PromptLimits,
+    ) -> None:  # fmt: skip
         self._id = replica
         self._engine = engine
         self._resolver = resolver
         self._state = state
         self._feeds = feeds
+        self._limits = limits
         self._tickets: dict[FeedKey, RemoteTicket] = {}  # of open text calls
 
     async def answer(
@@ -103,7 +107,11 @@ class ReplicaCalls:
         return resolved, await use(resolved)
 
     async def _compute(self, call: InferenceCall[Any], resolved: ResolvedAdapter | None) -> Answer:
-        loop = asyncio.get_running_loop()
+        loop, prompts = asyncio.get_running_loop(), call.prompts()
+        if resolved is not None and isinstance(call.params, EmbedParams):
+            if not self._limits.knows(resolved.adapter):
+                await asyncio.to_thread(self._limits.read, resolved.adapter)
+            self._limits.check(resolved.adapter, prompts)
         answer: asyncio.Future[Answer] = loop.create_future()
 
         def resolve(result: Answer | RankletError) -> None:
@@ -122,7 +130,7 @@ class ReplicaCalls:
         if feed is not None:
             self._feeds.begin(call.sender, self._begun(call.number, resolved))
         adapter = None if resolved is None else resolved.adapter
-        ticket = self._engine.submit(call.prompts(), adapter, call.params, AnswerSink(done), feed)
+        ticket = self._engine.submit(prompts, adapter, call.params, AnswerSink(done), feed)
         if feed is not None:
             self._tickets[feed] = ticket
         try:

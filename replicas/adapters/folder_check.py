@@ -35,28 +35,27 @@ class BaseFolder:
         self._max_position = max_position
         self._tokenizer = TokenizerComparison(folder)
 
-    def check(self, folder: Path) -> Checked[None]:
-        """Yield what an adapter's folder asks for beyond the base model's."""
-        base = self._settings
+    def check(self, folder: Path) -> Checked[tuple[str, ...]]:
+        """Yield what an adapter's folder asks for beyond the base model's. Returns notes on what is followed."""
+        base, notes = self._settings, tuple[str, ...]()
         try:
             own = read_embedding_settings(folder, base)
         except ModelError as error:
             yield error.message
         else:
-            yield from self._check_settings(base, own)
+            notes = yield from self._check_settings(base, own)
         yield from self._tokenizer.differences(folder)
+        return notes
 
-    def _check_settings(self, base: EmbeddingSettings, own: EmbeddingSettings) -> Checked[None]:
+    def _check_settings(self, base: EmbeddingSettings, own: EmbeddingSettings) -> Checked[tuple[str, ...]]:
         for field, name in _NAMES.items():
             expected, got = getattr(base, field), getattr(own, field)
             if expected != got:
                 yield f"{name}: expected {show(expected)} as the base model has, got {show(got)}; {_REMEDY}"
         longest, limit = (min(each.max_tokens or self._max_position, self._max_position) for each in (base, own))
-        if limit < longest:
-            yield (
-                f"longest text: expected at least {longest} tokens as the base model has, got {limit} (max_seq_length "
-                f"or model_max_length); {_REMEDY}"
-            )
+        if limit < longest:  # see PromptLimits
+            return (f"embeddings of this adapter have at most {limit} tokens; those of the base model {longest}",)
+        return ()
 
     @cached_property
     def _settings(self) -> EmbeddingSettings:

@@ -121,8 +121,9 @@ def _verify(
     path = folder / WEIGHTS_FILE
     config = yield from read_peft_config(folder / CONFIG_FILE, expected.bases)
     stored = yield from _read_header(path)
+    notes: tuple[str, ...] = ()
     if expected.base_folder is not None:
-        yield from expected.base_folder.check(folder)
+        notes = yield from expected.base_folder.check(folder)
     end_ids = yield from _end_ids(folder, expected)
     names = full_names([tensor.key for tensor in stored or ()], expected.every_module())
     settings = (yield from config.apply(names.values())) if config is not None else None
@@ -132,7 +133,7 @@ def _verify(
         pairs = yield from _match(path, stored, names.keys(), expected)
         ties = settings.ties_head and expected.head is not None and expected.head.ties and HEAD_MODULE in names
         yield from _check_targets(pairs, names, settings, expected, ties=ties)
-        notes = _head_notes(pairs, expected, ties=ties)
+        notes += _head_notes(pairs, expected, ties=ties)
         if expected.head is None:
             pairs.pop(HEAD_MODULE, None)
         sound: Pairs = {}

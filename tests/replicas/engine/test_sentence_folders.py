@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 
+from ranklet.replicas.adapters.prompt_limits import PromptLimits
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.errors import InvalidAdapter, InvalidRequest, ModelError
@@ -31,7 +32,7 @@ LIMIT = 16
 # What a refusal may name: a file, or a setting by the name that users know.
 NAMED = re.compile(
     r"modules\.json|1_Pooling/config\.json|sentence_bert_config\.json|tokenizer(_config)?\.json|include_prompt|pooling|"
-    r"normalization|default prompt|longest text|add_special_tokens|do_lower_case"
+    r"normalization|default prompt|add_special_tokens|do_lower_case"
 )
 
 limits: st.SearchStrategy[dict[str, Any]] = st.sampled_from([
@@ -110,10 +111,16 @@ def assert_equal(engine: Engine, base_dir: Path, folder: Path) -> None:
     with quiet():
         theirs = SentenceTransformer(str(folder), device="cpu")
     tokenizer, adapter = PromptTokenizer(base_dir), None if folder == base_dir else ref(folder)
+    limits = PromptLimits(base_dir)
+    if adapter is not None:
+        limits.read(adapter)
     compared = 0
     for text in TEXTS:
         try:
-            answer = ask(engine, tokenizer.encode([text]), adapter)
+            prompt = tokenizer.encode([text])
+            if adapter is not None:
+                limits.check(adapter, prompt)
+            answer = ask(engine, prompt, adapter)
         except InvalidRequest as error:
             assert_names(re.compile("expected 1 to [0-9]+ tokens"), error.message)
             continue
