@@ -260,7 +260,7 @@ def _wrong_base(named: Any, bases: Sequence[str]) -> Iterator[str]:
     served = ", ".join(bases)
     yield (
         f"base_model_name_or_path: expected the served base ({served}), got {show(named)}; if it is the same model, "
-        "add that name to the base's aliases"
+        "add that name to the base's aliases (`--base-name` of `ranklet adapters verify`)"
     )
 
 

@@ -185,7 +185,6 @@ def _default_prompt(folder: Path) -> str:
     """Return the text that sentence-transformers prepends to every input; empty if the folder configures none."""
     config = _read_optional(folder, PROMPTS_FILE)
     _expect(PROMPTS_FILE, config, "model_type", (None, "SentenceTransformer"))
-    _expect(PROMPTS_FILE, config, "truncate_dim", (None,))
     name, prompts = config.get("default_prompt_name"), config.get("prompts") or {}
     if name is None:
         return ""
