@@ -202,7 +202,8 @@ def _tokenization(folder: Path, *, described: bool) -> dict[str, Any]:
     _refuse_others(TRANSFORMER_FILE, config, _TRANSFORMER_FIELDS)
     _expect(TRANSFORMER_FILE, config, "transformer_task", (None, "feature-extraction"))
     _expect(TRANSFORMER_FILE, config, "module_output_name", (None, "token_embeddings"))
-    if "message" in (config.get("modality_config") or ()):
+    modalities = config.get("modality_config")
+    if isinstance(modalities, dict) and "message" in modalities:
         raise ModelError(
             f"{TRANSFORMER_FILE}: modality_config: expected text alone, got also message; texts in a chat template are "
             "not supported"
