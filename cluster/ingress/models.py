@@ -91,14 +91,17 @@ class ModelsApi:
         }
 
     def _uses(self, adapter: AdapterLocation | None, limits: RequestLimits | None) -> dict[str, Any]:
-        """Return what a model is for, and whose chat template makes its prompts: base or adapter.
+        """Return what a model is for, whose chat template makes its prompts (base or adapter), and how many token ids
+        it has.
 
         The template is None if there is none. In the list of all models, it is also None for an adapter without any
         text request so far, since its folder has not been read.
         """
+        vocab = None if limits is None else limits.vocab
         if not self.texts.generates(limits):
-            return {"tasks": ["embeddings"], "chat_template": None}
-        return {"tasks": ["embeddings", "text"], "chat_template": self.texts.template_owner(adapter)}
+            return {"tasks": ["embeddings"], "chat_template": None, "vocab_size": vocab}
+        template = self.texts.template_owner(adapter)
+        return {"tasks": ["embeddings", "text"], "chat_template": template, "vocab_size": vocab}
 
     async def _limits(self) -> RequestLimits | None:
         with contextlib.suppress(Unavailable):

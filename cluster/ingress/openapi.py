@@ -54,7 +54,7 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
         max_model_len={"type": ["integer", "null"]},
         ranklet=_record(
             tasks={"type": "array", "items": {"enum": ["embeddings", "text"]}},
-            chat_template={"enum": ["base", "adapter", None]},
+            chat_template={"enum": ["base", "adapter", None]}, vocab_size={"type": ["integer", "null"]},
         ),
     ),
     "Usage": _USAGE,

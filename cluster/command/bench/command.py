@@ -13,6 +13,7 @@ from typing import Any
 from ranklet.cluster.command.bench.plan import BenchPlan, cpu_cores, flag_name
 from ranklet.cluster.command.bench.text_plan import TextPlan
 from ranklet.cluster.command.console import open_console
+from ranklet.cluster.command.json_client import clean_key
 
 _KEY_VARIABLES = ("RANKLET_API_KEY", "OPENAI_API_KEY")
 _DESCRIPTION = (
@@ -33,7 +34,7 @@ _HELP = {
     "input_len": "most tokens in a random prompt", "range_ratio": "length of the shortest prompt / --input-len",
     "length_distribution": "uniform, or lognormal:SIGMA, whose median is the length and whose ends are length * ratio "
     "and length / ratio",
-    "vocab": "upper bound of random token ids",
+    "vocab": "upper bound of random token ids (default: 10000, or fewer if /v1/models says so)",
     "as_text": "send random words instead of token ids",
     "num_prompts": "number of prompts", "batch_size": "prompts per request",
     "request_rate": "requests per second, Poisson; inf sends all at once",
@@ -51,7 +52,10 @@ _TEXT_HELP = {
     "continuous_usage": "ask for token counts in every frame; costs the client more CPU",
 }  # fmt: skip
 # types of fields without one
-_TYPES: dict[str, Any] = {"model": str, "endpoint": str, "path": Path, "max_concurrency": int, "processes": int}
+_TYPES: dict[str, Any] = {
+    "model": str, "endpoint": str, "path": Path, "max_concurrency": int, "processes": int, "vocab": int,
+}  # fmt: skip
+_COMPUTED = ("processes", "vocab")  # where no flag sets them
 
 
 def add(commands: Any) -> None:
@@ -72,7 +76,7 @@ def add(commands: Any) -> None:
         elif field.name == "as_text":
             parser.add_argument(name, action="store_true", help=text)
         else:
-            default = field.default if field.default is not dataclasses.MISSING else None
+            default = field.default if field.default is not dataclasses.MISSING and field.name != "vocab" else None
             kind = _TYPES.get(field.name, type(default))
             if default not in (None, ""):
                 text += " (default: %(default)s)"
@@ -151,14 +155,18 @@ def _check_folders(*paths: Path | None) -> None:
 
 
 def _plan_from_options(options: argparse.Namespace) -> BenchPlan:
+    from ranklet.cluster.command.bench.server import fetch_vocabulary
+
     fields = {name: getattr(options, name) for field in dataclasses.fields(BenchPlan) if (name := field.name) != "text"}
     fields["text"] = _text_from_options(options)
     fields["adapters"] = tuple(fields["adapters"])
     if not fields["api_key"]:
         fields["api_key"] = next((os.environ[name] for name in _KEY_VARIABLES if name in os.environ), "")
-    if fields["processes"] is None:
-        del fields["processes"]
-    return BenchPlan(**fields)
+    fields["api_key"] = clean_key(fields["api_key"]) or ""
+    plan = BenchPlan(**{name: value for name, value in fields.items() if name not in _COMPUTED or value is not None})
+    if fields["vocab"] is None and plan.dataset == "random" and not plan.as_text:
+        return dataclasses.replace(plan, vocab=min(plan.vocab, fetch_vocabulary(plan) or plan.vocab))
+    return plan
 
 
 def _describe_run(plan: BenchPlan, server: Any) -> dict[str, Any]:

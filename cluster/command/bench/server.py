@@ -48,6 +48,15 @@ def resolve_models(plan: BenchPlan) -> tuple[str, list[str]]:
     return plan.model or bases[0], list(dict.fromkeys(chosen))
 
 
+def fetch_vocabulary(plan: BenchPlan) -> int | None:
+    """Return the number of the base model's token ids; None if /v1/models does not say it."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        bases = [card for card in _models(plan) if not card.get("parent")]
+        sizes = [card["ranklet"]["vocab_size"] for card in bases if plan.model in (None, card["id"])]
+        return int(sizes[0]) if sizes else None
+    return None
+
+
 def fetch_version(plan: BenchPlan) -> Any:
     """Return the server's answer to /version; None if it has none."""
     try:
@@ -108,5 +117,5 @@ async def _warm_up_embeddings(plan: BenchPlan, requests: list[PlannedRequest]) -
                 text = raw[:500].decode(errors="replace")
                 raise ValueError(
                     f"expected {request.prompts} finite vectors from a warm-up request to {request.model}, "
-                    f"got {answer.status}: {text}. --warmup 0 skips this check"
+                    f"got {answer.status}: {text}. --vocab-size bounds the token ids, --warmup 0 skips this check"
                 )

@@ -147,7 +147,7 @@ def test_the_chat_template_of_the_base_or_of_the_adapter_makes_the_prompt(text: 
     assert "only users may speak" in failed.json()["error"]["message"]
     cards = {model: text.http.get(f"/v1/models/{model}").json()["ranklet"] for model in (BASE, "legal-v2", OWN)}
     assert [card["chat_template"] for card in cards.values()] == ["base", "base", "adapter"]
-    assert all(card["tasks"] == ["embeddings", "text"] for card in cards.values())
+    assert all(card["tasks"] == ["embeddings", "text"] and card["vocab_size"] > 0 for card in cards.values())
 
 
 def test_a_replaced_adapter_answers_with_its_new_template(service: Service, text: TextService) -> None:

@@ -27,6 +27,7 @@ class Peer:
     keys: set[str | None] = field(default_factory=set)
     in_flight: int = 0
     most_in_flight: int = 0
+    vocab: int | None = None
 
     @property
     def url(self) -> str:
@@ -61,7 +62,8 @@ class Peer:
 
     async def models(self, request: web.Request) -> web.Response:
         adapters = [{"id": name, "parent": BASE} for name in (*GOOD, *BAD)]
-        return web.json_response({"data": [{"id": BASE, "parent": None}, *adapters]})
+        size = {} if self.vocab is None else {"ranklet": {"vocab_size": self.vocab}}
+        return web.json_response({"data": [{"id": BASE, "parent": None, **size}, *adapters]})
 
     async def version(self, request: web.Request) -> web.Response:
         return web.json_response({"version": "1.2"})

@@ -146,6 +146,32 @@ def test_client_processes_end_with_their_parent() -> None:
         assert len(server.requests) < 20_000
 
 
+@pytest.mark.parametrize(
+    ("vocab", "flags", "bound"),
+    [
+        (50, [], 50),
+        (None, [], 10_000),
+        (10**6, [], 10_000),
+        (50, ["--vocab-size", "300"], 300),
+        (50, ["--model", "x"], 10_000),
+    ],
+)
+def test_random_ids_are_of_the_servers_vocabulary(
+    vocab: int | None, flags: list[str], bound: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with peer.running() as server:
+        server.vocab = vocab
+        sizes = f"--base-url {server.url} --num-prompts 40 --input-len 50 --processes 1 --warmup 0"
+        main(["bench", *sizes.split(), *flags])
+    ids = [token for body in server.requests for prompt in body["input"] for token in _as_list(prompt)]
+    assert bound / 2 < max(ids) < bound
+    capsys.readouterr()
+
+
+def _as_list(prompt: int | list[int]) -> list[int]:
+    return [prompt] if isinstance(prompt, int) else prompt
+
+
 def test_a_load_process_imports_neither_torch_nor_ray() -> None:
     imported = "{'torch', 'ray', 'transformers', 'pydantic'} & {*sys.modules}"
     probe = f"import sys, ranklet.cluster.command.bench.worker; print({imported})"
@@ -155,7 +181,7 @@ def test_a_load_process_imports_neither_torch_nor_ray() -> None:
 
 def test_the_real_cluster_through_the_command(service: Service, tmp_path: Path) -> None:
     out = tmp_path / "run.json"
-    flags = f"bench --base-url {service.url} --num-prompts 120 --input-len 24 --range-ratio 0.5 --vocab-size 1000"
+    flags = f"bench --base-url {service.url} --num-prompts 120 --input-len 24 --range-ratio 0.5"
     rest = f"--batch-size 2 --max-concurrency 16 --processes 2 --adapter-distribution zipf:1.1 --out {out}"
     assert main([*flags.split(), *rest.split(), "--adapters", "legal-v2", "medical", "finance*"]) == 0
     found = json.loads(out.read_text())
