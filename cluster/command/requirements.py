@@ -27,7 +27,7 @@ def missing_resources(content: Mapping[str, Any], available: Mapping[str, float]
         if total > there + 1e-6:
             terms = ", ".join(f"{name}: {count} x {amount:g}" for name, count, amount in uses if amount)
             remedy = _REMEDIES.get(resource, "Lower num_replicas")
-            found.append(f"the deployments need {total:g} {resource}s ({terms}), Ray has {there:g}. {remedy}")
+            found.append(f"the deployments need {total:g} {resource}s ({terms}), there are {there:g}. {remedy}")
     return found
 
 

@@ -231,7 +231,7 @@ def test_too_few_gpus_are_said_with_both_numbers(
     content["applications"][0]["deployments"][1]["ray_actor_options"] = {"num_cpus": 0, "num_gpus": 1}
     config = written(tmp_path, content)
     assert cli.main(["doctor", str(config)]) == 1
-    assert "need 2 GPUs (Replica: 2 x 1), Ray has 1" in capsys.readouterr().out
+    assert "need 2 GPUs (Replica: 2 x 1), there are 1" in capsys.readouterr().out
     assert cli.main(["doctor", str(config), "--ray-start"]) == 0, "other machines may have more"
     capsys.readouterr()
 

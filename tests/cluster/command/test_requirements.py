@@ -18,8 +18,8 @@ def of(*deployments: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_template_names_what_it_lacks_on_a_small_machine() -> None:
     cpus, gpus = missing_resources(TEMPLATE, {"CPU": 2.0, "memory": 1e9})
-    assert "need 16 CPUs (Gateway: 8 x 1, Replica: 4 x 2), Ray has 2" in cpus
-    assert "need 4 GPUs (Replica: 4 x 1), Ray has 0" in gpus
+    assert "need 16 CPUs (Gateway: 8 x 1, Replica: 4 x 2), there are 2" in cpus
+    assert "need 4 GPUs (Replica: 4 x 1), there are 0" in gpus
     assert missing_resources(TEMPLATE, {"CPU": 16.0, "GPU": 4.0}) == []
 
 
@@ -41,7 +41,7 @@ def test_shares_scaling_and_other_resources_count(replica: dict[str, Any], gpus:
 def test_deployments_that_the_file_does_not_list_count_with_their_defaults() -> None:
     assert missing_resources(of(), {"CPU": 2.0}) == []
     (found,) = missing_resources(of(), {"CPU": 1.0})
-    assert "need 2 CPUs (Gateway: 1 x 1, Replica: 1 x 1), Ray has 1" in found
+    assert "need 2 CPUs (Gateway: 1 x 1, Replica: 1 x 1), there are 1" in found
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
