@@ -16,7 +16,7 @@ import pytest
 from ranklet.cluster.catalog.remote import FetchedAdapter, RemoteCache
 from ranklet.cluster.catalog.remote_folder import RemoteFolder
 from ranklet.cluster.catalog.resolver import AdapterResolver
-from ranklet.cluster.catalog.source import check_url_allowed
+from ranklet.cluster.catalog.source import check_url_allowed, missing_folder
 from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, StillLoading, Unavailable
 from tests.cluster.catalog.bucket import S3Bucket, bucket
@@ -304,3 +304,17 @@ def test_only_allowed_urls_are_accepted(url: str, fine: bool) -> None:
             check_url_allowed(url, allowed)
     with pytest.raises(InvalidRequest, match="nothing"):
         check_url_allowed(url, ())
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed", "says"),
+    [
+        ("org/my-adapter", (), "write hf://org/my-adapter and add hf://org to sources.allowed, or download it"),
+        ("org/my-adapter", ("hf://org",), "hub, write hf://org/my-adapter"),
+        ("gone", (), "'gone' does not exist"),
+        ("../other", (), "'../other' does not exist"),
+        ("/data/gone", (), "'/data/gone' does not exist"),
+    ],
+)
+def test_a_path_that_may_be_a_hub_id_gets_a_hint(path: str, allowed: tuple[str, ...], says: str) -> None:
+    assert missing_folder(path, allowed).message.endswith(says)
