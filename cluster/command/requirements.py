@@ -16,7 +16,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {"Gateway": {}, "Replica": {}}
 
 
 def missing_resources(content: Mapping[str, Any], available: Mapping[str, float]) -> list[str]:
-    """Return one sentence for each resource of which the deployments need more than there is."""
+    """Return one sentence for CPUs and GPUs if the deployments need more than there are.
+
+    Resources of other names are those of nodes that may join later.
+    """
     needed: dict[str, list[tuple[str, int, float]]] = {}
     for name, count, resources in _replicas(content):
         for resource, amount in resources.items():
@@ -42,7 +45,7 @@ def _replicas(content: Mapping[str, Any]) -> Iterator[tuple[str, int, dict[str, 
                 count = scaling.get("initial_replicas") or scaling.get("min_replicas", 1)
             options = settings.get("ray_actor_options") or {}
             resources = {_NAMES[key]: options[key] for key in _NAMES if options.get(key) is not None}
-            yield name, int(count), {"CPU": 1.0} | resources | dict(options.get("resources") or {})
+            yield name, int(count), {"CPU": 1.0} | resources
 
 
 def port_problem(host: str, port: int, patience_s: float = 2.0) -> str | None:

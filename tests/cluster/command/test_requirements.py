@@ -30,10 +30,12 @@ def test_the_template_names_what_it_lacks_on_a_small_machine() -> None:
         ({"num_replicas": 3, "ray_actor_options": {"num_cpus": 0, "num_gpus": 0.5}}, 1, 1),
         ({"ray_actor_options": {"num_cpus": 0, "num_gpus": 1}, "autoscaling_config": {"min_replicas": 2}}, 1, 1),
         ({"ray_actor_options": {"num_cpus": 0, "num_gpus": 1}, "autoscaling_config": {"max_replicas": 9}}, 1, 0),
-        ({"ray_actor_options": {"num_cpus": 0, "resources": {"disk": 1}}}, 1, 1),
+        ({"ray_actor_options": {"num_cpus": 0, "resources": {"disk": 1}}}, 1, 0),  # of a node that joins later
     ],
 )
-def test_shares_scaling_and_other_resources_count(replica: dict[str, Any], gpus: int, missing: int) -> None:
+def test_shares_and_scaling_count_and_resources_of_other_nodes_do_not(
+    replica: dict[str, Any], gpus: int, missing: int
+) -> None:
     found = missing_resources(of({"name": "Replica", **replica}), {"CPU": 2.0, "GPU": float(gpus)})
     assert len(found) == missing, found
 
