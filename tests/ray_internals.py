@@ -1,8 +1,12 @@
 """The only place where tests use private names of Ray. Each entry gives the reason."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
+from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
+from ray.serve.config import HTTPOptions
 from ray.serve.request_router import PendingRequest, RequestRouter
 
 # Tests build a RequestRouter, which is public; its arguments DeploymentID and DeploymentHandleSource are private.
@@ -12,6 +16,7 @@ __all__ = [
     "bound_deployments",
     "pending_request",
     "queue_and_dequeue",
+    "write_haproxy_configuration",
 ]
 
 
@@ -32,3 +37,29 @@ def queue_and_dequeue(router: RequestRouter, request: PendingRequest) -> None:
     """Run the bookkeeping around one routing decision. Ray runs it only inside its event loop, beside live replicas."""
     router._add_pending_request_to_indices(request)
     router._remove_pending_request_from_indices(request)
+
+
+def write_haproxy_configuration(folder: Path, ports: tuple[int, int, int], gateways: Mapping[str, int]) -> Path:
+    """Write what Serve gives to HAProxy. Only its actor for HAProxy, in a running cluster, does that otherwise.
+
+    Args:
+        folder: for HAProxy's files.
+        ports: of HTTP, metrics and statistics.
+        gateways: port of the gateway of each route prefix.
+    """
+    http, metrics, stats = ports
+    configuration = HAProxyConfig(
+        http_options=HTTPOptions(host="127.0.0.1", port=http), metrics_port=metrics, stats_port=stats, is_head=True,
+        socket_path=str(folder / "admin.sock"), metrics_socket_path=str(folder / "metrics.sock"),
+        server_state_base=str(folder), server_state_file=str(folder / "server-state"),
+    )  # fmt: skip
+    backends = {
+        f"http-{port}": BackendConfig(
+            name=f"http-{port}", path_prefix=prefix, app_name=f"app-{port}", http_health_check_path="/health",
+            servers=[ServerConfig(name="gateway", host="127.0.0.1", port=port)],
+        )
+        for prefix, port in gateways.items()
+    }  # fmt: skip
+    path = folder / "haproxy.cfg"
+    HAProxyApi(configuration, backends, str(path))._generate_config_file_internal()
+    return path

@@ -1,8 +1,4 @@
-"""Writes the program that Ray Serve starts as HAProxy: `python -m ranklet.cluster.command.haproxy FILE`.
-
-Ray's configuration has `option splice-request`. With it, HAProxy 2.8 does not notice that a client has left if the body
-of its request came after the header, as most clients send it. Then an answer that nobody waits for is still computed.
-"""
+"""Writes the program that Ray Serve starts as HAProxy: `python -m ranklet.cluster.command.haproxy FILE`."""
 
 import os
 import shlex
@@ -11,17 +7,20 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from ranklet.cluster.command import front_door
+
 PROGRAM_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 
 
 def write_haproxy(path: Path) -> bool:
-    """Write a program to `path` that runs HAProxy without splicing. Returns False if HAProxy is not installed."""
+    """Write a program to `path` that runs HAProxy behind `front_door`. Returns False if HAProxy is not installed."""
     given = os.environ.get(PROGRAM_VARIABLE)
     program = given if given and Path(given) != path else _installed()
     if program is None:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'#!/bin/sh\nexec {shlex.quote(program)} -dS "$@"\n')
+    command = shlex.join([sys.executable, "-IS", str(Path(front_door.__file__).resolve()), program])
+    path.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     path.chmod(0o755)
     return True
 

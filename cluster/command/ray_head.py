@@ -14,7 +14,7 @@ from ranklet.cluster.command.no_proxy import no_proxy_variables
 from ranklet.cluster.command.own_folder import OwnFolder
 from ranklet.cluster.command.ports import free_block, free_ports
 from ranklet.cluster.command.user import user_variables
-from ranklet.cluster.datapath import DRAIN_VARIABLE, FAST_PATH
+from ranklet.cluster.datapath import DRAIN_VARIABLE, FAST_PATH, HEALTH_CHECKS
 
 _OBJECT_STORE_BYTES = 100 << 20  # vectors do not travel through it
 _GATEWAY_PORTS = 64
@@ -76,14 +76,17 @@ class RayHead:
 
         Writes the program that starts HAProxy.
         """
-        program = self.temp_dir / "haproxy" / "haproxy"
+        folder = self.temp_dir / "haproxy"
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        program = folder / "haproxy"
         has_program = self.proxy == "haproxy" and write_haproxy(program)
         settings = {
             **({PROGRAM_VARIABLE: str(program)} if has_program else {}),
             **({SEVERAL_NODES_VARIABLE: "0"} if self.on_loopback else {}),
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # on SIGTERM: no other node could take over
             **{name: value if self.proxy == "haproxy" else "0" for name, value in FAST_PATH.items()},
-            **_serve_settings(self.temp_dir / "haproxy", self.proxy_ports, self.first_gateway_port),
+            **_serve_settings(folder, self.proxy_ports, self.first_gateway_port),
         }
         own = {DRAIN_VARIABLE: str(self.temp_dir / STOPPING_FILE), "RAY_USAGE_STATS_ENABLED": "0"}
         return {
@@ -105,8 +108,10 @@ def _serve_settings(folder: Path, ports: Sequence[int], first_gateway_port: int)
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        **HEALTH_CHECKS,
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(http),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_gateway_port),

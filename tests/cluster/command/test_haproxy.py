@@ -10,12 +10,12 @@ from ranklet.cluster.command.haproxy import PROGRAM_VARIABLE, write_haproxy
 from tests.needs import require
 
 
-def test_the_program_runs_the_given_haproxy_without_splicing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_program_runs_the_given_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PROGRAM_VARIABLE, "/bin/echo")
     program = tmp_path / "new folder" / "haproxy"
     assert write_haproxy(program)
-    done = subprocess.run([program, "-f", "a file"], capture_output=True, text=True, check=True)
-    assert done.stdout == "-dS -f a file\n"
+    done = subprocess.run([program, "-c", "an argument"], capture_output=True, text=True, check=True)
+    assert done.stdout == "-c an argument\n"
 
 
 def test_the_program_is_written_again_over_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

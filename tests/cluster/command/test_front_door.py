@@ -1,0 +1,254 @@
+"""A real HAProxy with Ray's own configuration, started by the program that `ranklet up` gives to Ray."""
+
+import http.server
+import os
+import resource
+import socket
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from ranklet.cluster.command.front_door import PER_SOURCE_VARIABLE, Limits, limited, make_private
+from ranklet.cluster.command.haproxy import write_haproxy
+from ranklet.cluster.command.ports import free_ports
+from tests.cluster.service import eventually
+from tests.needs import needs
+from tests.ray_internals import write_haproxy_configuration
+
+pytestmark = needs("haproxy")
+HALF_OPEN = 4300
+PER_SOURCE = 20
+QUIET_S = 2.5
+HALF_REQUEST = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n"
+SHORT = {"RANKLET_HEADER_TIMEOUT_S": "1", "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "1"}
+
+
+class QuietGateway(http.server.BaseHTTPRequestHandler):
+    """Answers GET at once. Answers POST with a stream that pauses before each of its two parts."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        time.sleep(QUIET_S)
+        self.send_response(200)
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        for part in (b"5\r\nfirst\r\n", b"6\r\nsecond\r\n0\r\n\r\n"):
+            self.wfile.write(part)
+            time.sleep(QUIET_S)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@dataclass
+class FrontDoor:
+    """A running HAProxy."""
+
+    port: int
+    metrics: int
+    folder: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def connect(self, source: str = "127.0.0.1") -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10, source_address=(source, 0))
+
+    def status(self, path: str, source: str = "127.0.0.1") -> int | None:
+        """Ask on a new connection. Returns None if HAProxy closes it without an answer."""
+        with httpx.Client(transport=httpx.HTTPTransport(local_address=source), timeout=5) as client:
+            try:
+                return client.get(self.url + path).status_code
+            except (httpx.NetworkError, httpx.RemoteProtocolError):
+                return None
+
+
+@contextmanager
+def front_door(
+    folder: Path, gateways: Mapping[str, int], environment: Mapping[str, str] | None = None
+) -> Iterator[FrontDoor]:
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o777)
+    http_port, metrics, statistics = free_ports(3)
+    configuration = write_haproxy_configuration(folder, (http_port, metrics, statistics), gateways)
+    assert write_haproxy(folder / "haproxy")
+    command = [str(folder / "haproxy"), "-db", "-f", str(configuration)]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, env={**os.environ, **(environment or {})}, stdout=log, stderr=log)
+    door = FrontDoor(http_port, metrics, folder)
+    try:
+        eventually("HAProxy answers", lambda: _answers(door, process, folder / "log"), 30, poll_s=0.05)
+        yield door
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answers(door: FrontDoor, process: "subprocess.Popen[bytes]", log: Path) -> bool:
+    assert process.poll() is None, log.read_text()
+    return door.status("/-/routes") is not None
+
+
+@pytest.fixture(scope="module")
+def gateway() -> Iterator[int]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), QuietGateway)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server.server_port
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def door(gateway: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontDoor]:
+    """A HAProxy with the limits that it has in production."""
+    with front_door(tmp_path_factory.mktemp("door"), {"/": gateway}) as started:
+        eventually("the gateway is up", lambda: started.status("/health") == 200)
+        yield started
+
+
+@pytest.fixture(scope="module")
+def strict(gateway: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontDoor]:
+    """A HAProxy with short timeouts, few connections, and one application that has no gateway."""
+    (nobody,) = free_ports(1)
+    environment = {**SHORT, PER_SOURCE_VARIABLE: str(PER_SOURCE)}
+    with front_door(tmp_path_factory.mktemp("strict"), {"/v1": gateway, "/lost": nobody}, environment) as started:
+        yield started
+
+
+def error_of(answer: httpx.Response) -> tuple[int, str, str | None]:
+    assert answer.headers["content-type"] == "application/json"
+    return answer.status_code, answer.json()["error"]["code"], answer.headers.get("retry-after")
+
+
+def test_a_haproxy_that_knows_no_application_asks_to_come_back(tmp_path: Path) -> None:
+    """So it is for a moment after a new start."""
+    with front_door(tmp_path / "empty", {}) as empty:
+        answer = httpx.post(f"{empty.url}/v1/embeddings", json={"input": "a text"})
+    assert error_of(answer) == (503, "unavailable", "1")
+    assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_errors_of_haproxy_have_the_form_of_the_gateways(strict: FrontDoor) -> None:
+    assert error_of(httpx.get(f"{strict.url}/lost/path")) == (503, "unavailable", "1")
+    assert error_of(httpx.get(f"{strict.url}/nowhere")) == (404, "not_found", None)
+
+
+def test_a_header_that_does_not_end_is_refused(strict: FrontDoor) -> None:
+    began_s = time.monotonic()
+    with strict.connect() as slow:
+        slow.sendall(HALF_REQUEST)
+        assert slow.recv(4096).startswith(b"HTTP/1.1 408")
+        assert slow.recv(4096) == b""
+    assert 0.5 < time.monotonic() - began_s < 5
+
+
+def test_a_stream_may_be_quiet_for_longer_than_the_clients_timeout(strict: FrontDoor) -> None:
+    assert float(SHORT["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"]) < QUIET_S
+    assert httpx.post(f"{strict.url}/v1/completions", json={}, timeout=30).text == "firstsecond"
+
+
+def test_a_gateway_that_gives_no_answer_in_time_is_504(gateway: int, tmp_path: Path) -> None:
+    with front_door(tmp_path / "short", {"/": gateway}, {"RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "1"}) as short:
+        answer = httpx.post(f"{short.url}/v1/completions", json={}, timeout=30)
+    assert error_of(answer) == (504, "unavailable", "1")
+
+
+def test_one_address_cannot_hold_all_connections(strict: FrontDoor) -> None:
+    with ExitStack() as held:
+        for _ in range(PER_SOURCE):
+            held.enter_context(strict.connect())
+        assert strict.status("/v1/health") is None
+        assert strict.status("/v1/health", source="127.0.0.2") == 200
+    eventually("the address may connect again", lambda: strict.status("/v1/health") == 200)
+
+
+def test_half_open_connections_do_not_stop_the_service(door: FrontDoor) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    connections = Limits.of({}, before[1]).connections_per_source
+    if connections <= HALF_OPEN:
+        pytest.skip(f"needs {2 * HALF_OPEN} connections (ulimit -Hn 20000)")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    try:
+        with ExitStack() as held:
+            for _ in range(HALF_OPEN):
+                held.enter_context(door.connect()).sendall(HALF_REQUEST)
+            began_s = time.monotonic()
+            assert door.status("/health") == 200
+            assert time.monotonic() - began_s < 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_other_users_reach_neither_the_socket_nor_the_files(door: FrontDoor) -> None:
+    assert stat.S_IMODE(door.folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((door.folder / "admin.sock").stat().st_mode) == 0o600
+
+
+def test_metrics_listen_where_http_does(door: FrontDoor) -> None:
+    assert "haproxy_process" in httpx.get(f"http://127.0.0.1:{door.metrics}/metrics").text
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", door.metrics), timeout=10)
+
+
+def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a folder away")
+    folder = tmp_path / "haproxy" / "node"
+    folder.mkdir(parents=True)
+    os.chown(folder.parent, 65534, 65534)
+    with pytest.raises(PermissionError, match="RAY_SERVE_HAPROXY_SOCKET_PATH"):
+        make_private(folder)
+
+
+def test_limits_are_applied_once(tmp_path: Path) -> None:
+    """Ray writes the file again before each start. Nothing depends on that."""
+    ray = write_haproxy_configuration(tmp_path, (1, 2, 3), {"/": 4}).read_text()
+    limits = Limits.of({}, 20000)
+    once = limited(ray, limits)
+    assert limited(once, limits) == once != ray
+    assert "splice" not in once
+
+
+def test_an_unknown_configuration_does_not_start(tmp_path: Path) -> None:
+    assert write_haproxy(tmp_path / "haproxy")
+    (tmp_path / "haproxy.cfg").write_text("global\n    maxconn 4096\n")
+    command = [str(tmp_path / "haproxy"), "-c", "-f", str(tmp_path / "haproxy.cfg")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "frontend http_frontend" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "open_files", "connections", "per_source"),
+    [
+        ({}, 1 << 20, 32768, 16384),
+        ({}, 20000, 9500, 4750),
+        ({}, 1024, 100, 50),
+        ({"RAY_SERVE_HAPROXY_MAXCONN": "2000"}, 20000, 2000, 1000),
+        ({PER_SOURCE_VARIABLE: "7"}, 20000, 9500, 7),
+        ({PER_SOURCE_VARIABLE: "0"}, 20000, 9500, 0),
+    ],
+)
+def test_connections_fit_the_open_files(
+    environment: dict[str, str], open_files: int, connections: int, per_source: int
+) -> None:
+    limits = Limits.of(environment, open_files)
+    assert (limits.connections, limits.connections_per_source) == (connections, per_source)
