@@ -77,8 +77,6 @@ class RayHead:
         Writes the program that starts HAProxy.
         """
         folder = self.temp_dir / "haproxy"
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)
         program = folder / "haproxy"
         has_program = self.proxy == "haproxy" and write_haproxy(program)
         settings = {
