@@ -1,5 +1,6 @@
 """A real HAProxy with Ray's own configuration, started by the program that `ranklet up` gives to Ray."""
 
+import contextlib
 import http.server
 import os
 import resource
@@ -44,12 +45,14 @@ class QuietGateway(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
         time.sleep(QUIET_S)
-        self.send_response(200)
-        self.send_header("transfer-encoding", "chunked")
-        self.end_headers()
-        for part in (b"5\r\nfirst\r\n", b"6\r\nsecond\r\n0\r\n\r\n"):
-            self.wfile.write(part)
-            time.sleep(QUIET_S)
+        with contextlib.suppress(OSError):  # HAProxy left
+            self.send_response(200)
+            self.send_header("transfer-encoding", "chunked")
+            self.end_headers()
+            for part in (b"5\r\nfirst\r\n", b"6\r\nsecond\r\n0\r\n\r\n"):
+                self.wfile.write(part)
+                self.wfile.flush()
+                time.sleep(QUIET_S)
 
     def log_message(self, format: str, *arguments: object) -> None:
         pass
