@@ -136,7 +136,7 @@ def _check_data_path() -> Finding:
     missing = [f"{name}={value}" for name, value in FAST_PATH.items() if os.environ.get(name) != value]
     if not missing and not os.environ.get(PROGRAM_VARIABLE):
         remedy = f"export {PROGRAM_VARIABLE} before `ray start`, see deploy/config.yaml; `ranklet up` does it"
-        return Finding("warn", "data path", "HAProxy, which does not notice some clients that leave", remedy)
+        return Finding("warn", "data path", "HAProxy, without limits on clients", remedy)
     if not missing:
         return Finding("ok", "data path", "HAProxy")
     remedy = f"export {' '.join(missing)} before `ray start` on every node; `ranklet up` does it"

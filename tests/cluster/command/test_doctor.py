@@ -277,7 +277,7 @@ def test_a_haproxy_that_splices_is_reported(monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in FAST_PATH.items():
         monkeypatch.setenv(name, value)
     (finding,) = [each for each in run_checks(None) if each.subject == "data path"]
-    assert (finding.state, finding.value) == ("warn", "HAProxy, which does not notice some clients that leave")
+    assert (finding.state, finding.value) == ("warn", "HAProxy, without limits on clients")
     monkeypatch.setenv(PROGRAM_VARIABLE, "/usr/local/bin/haproxy")
     assert states(None)["data path"] == "ok"
 
