@@ -182,8 +182,7 @@ class Engine:
             self._check_adapter(adapter)
             check_space(self._scheduler.queue, self.config.max_waiting_tokens, flow_of(adapter), sum(map(len, prompts)))
             tier = request.tier = None if adapter is None else self._adapters.tier(adapter)
-            for sequence in request.sequences:
-                self._scheduler.queue.add(sequence)
+            self._scheduler.queue.add(request.sequences)
             self._pipeline.wake(must_load=tier not in (None, "gpu"))
         if tier is not None:
             self._listener.tier_hit(tier)

@@ -1,8 +1,9 @@
 """The sequences that wait for one engine, in an order in which no adapter crowds out the others.
 
-The order is that of arrival as long as no adapter has more than an allowance of tokens waiting. Sequences beyond an
-adapter's allowance are ordered as if the adapters were served in turn, token for token: fair queueing with the virtual
-time of WF2Q+ (Bennett and Zhang, 1997). The allowance keeps requests whole where nobody has to wait for them.
+The order is that of arrival as long as no adapter has more than an allowance of tokens waiting. Requests beyond an
+adapter's allowance are ordered by when their last sequence would start if the adapters were served in turn, token for
+token: fair queueing with the virtual time of WF2Q+ (Bennett and Zhang, 1997). So requests stay whole, and short ones
+need not wait for long ones of other adapters.
 
 The cost of a sequence is the number of tokens that it has to compute. Tokens of decodes, which do not wait here, count
 towards their adapter's turn and allowance too (`charge_flow`).
@@ -11,6 +12,7 @@ towards their adapter's turn and allowance too (`charge_flow`).
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from itertools import count
 from math import inf
@@ -34,17 +36,15 @@ class _Flow:
 class FairQueue:
     """Waiting sequences in the order in which they are served.
 
-    Args:
-        allowance: tokens that an adapter may have waiting before its further sequences are ordered by virtual time.
-
     Attributes:
+        allowance: tokens that an adapter may have waiting before its further requests are ordered by virtual time.
         tokens: all waiting tokens.
         texts: number of waiting sequences that keep keys and values.
         text_tokens: waiting tokens of these sequences.
     """
 
     def __init__(self, allowance: int) -> None:
-        self._allowance = allowance
+        self.allowance = allowance
         self._ordered: list[Sequence] = []
         self._flows: dict[str, _Flow] = {}
         self._arrivals = count()
@@ -70,17 +70,29 @@ class FairQueue:
 
     def tokens_within(self) -> int:
         """Return the waiting tokens of adapters that are within their allowance."""
-        return sum(flow.tokens for flow in self._flows.values() if flow.tokens <= self._allowance)
+        return sum(flow.tokens for flow in self._flows.values() if flow.tokens <= self.allowance)
 
     def floods(self, sequence: Sequence) -> bool:
-        return self.tokens_of(sequence.flow) > self._allowance
+        """Return whether a sequence's adapter has more than its allowance waiting, or had when it arrived.
 
-    def add(self, sequence: Sequence) -> None:
-        flow = self._flows.setdefault(sequence.flow, _Flow())
-        ahead = flow.tokens + max(0.0, self._decoded.get(sequence.flow, self._now) - self._now)
-        within = ahead + sequence.need.tokens <= self._allowance
-        self._insert(sequence, flow, max(flow.last, self._now + (0 if within else ahead)))
-        self._mark_active(sequence.flow)
+        The last sequences of a large request flood too: steps that are cut for them would gain nothing.
+        """
+        return sequence.beyond or self.tokens_of(sequence.flow) > self.allowance
+
+    def add(self, sequences: Many[Sequence]) -> None:
+        """Insert the sequences of a request."""
+        name = sequences[0].flow
+        flow = self._flows.setdefault(name, _Flow())
+        debt = max(0.0, self._decoded.get(name, self._now) - self._now)
+        tokens = flow.tokens + debt + sum(each.need.tokens for each in sequences)
+        ahead = 0 if tokens <= self.allowance else tokens - sequences[-1].need.tokens
+        turn = max(flow.last, self._now + ahead)
+        rest = ahead - flow.tokens - debt if ahead else 0
+        for each in sequences:
+            self._insert(each, flow, turn)
+            each.beyond, each.lead = bool(ahead), max(0.0, rest)
+            rest -= each.need.tokens
+        self._mark_active(name)
 
     def put_back(self, sequences: Iterable[Sequence]) -> None:
         """Insert sequences of a failed step at the front, in this order."""
@@ -97,7 +109,8 @@ class FairQueue:
         Args:
             cost: of the part that is in a step, in tokens without others before them.
         """
-        turn = max(sequence.turn[0], self._now - self._allowance) + cost
+        turn = max(sequence.turn[0], self._now - self.allowance) + cost
+        sequence.lead = 0.0
         self._insert(sequence, self._flows.setdefault(sequence.flow, _Flow()), turn)
 
     def _insert(self, sequence: Sequence, flow: _Flow, turn: float, arrival: int | None = None) -> None:
@@ -143,12 +156,13 @@ class FairQueue:
         self._served += tokens
         self._expire_active()
         if self._ordered:  # tokens that an adapter took from an idle device count later only up to one allowance
-            self._now = max(self._now, self._ordered[0].turn[0] - self._allowance)
+            first = self._ordered[0]
+            self._now = max(self._now, first.turn[0] - first.lead - self.allowance)
 
     def _expire_active(self) -> None:
         while self._active:
             name, last = next(iter(self._active.items()))
-            if last > self._served - _ACTIVE_ALLOWANCES * self._allowance:
+            if last > self._served - _ACTIVE_ALLOWANCES * self.allowance:
                 return
             if name in self._flows:
                 self._mark_active(name)

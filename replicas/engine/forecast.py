@@ -5,6 +5,8 @@ from collections import deque
 _EQUAL = 1.05  # rates within this factor count as equal
 _ACCEPTABLE = 1.15  # how much slower per token a small step may be where others would wait for a large one
 _OLD_STEPS = 64  # a size's rate is outdated after this many steps: it may include a compilation or a graph capture
+_RETRY_LARGER = 8  # times as many steps later a larger size is tried again, which delays others
+_GROWTH = 4  # how much larger than the largest known step the next one may be
 
 
 class Forecast:
@@ -52,20 +54,37 @@ class Forecast:
                 return 1 << (size - 1)
         return None
 
-    def small_tokens(self) -> int | None:
+    def small_tokens(self, most: int = 0) -> int | None:
         """Return the smallest step size that is not much slower per token; None before a step has finished.
 
-        Returns the next smaller size instead if that was not measured recently.
+        Returns the next smaller size instead if that was not measured recently. The next larger one is tried less
+        often, and only up to `most` tokens: others wait for it.
         """
         if not self._rates:
             return None
         acceptable = _ACCEPTABLE * min(self._rates.values())
         smallest = min(size for size, rate in self._rates.items() if rate <= acceptable)
+        if 1 << smallest <= most and self._is_outdated(smallest + 1, _OLD_STEPS * _RETRY_LARGER):
+            return 1 << smallest
         untried = smallest > 1 and self._is_outdated(smallest - 1)
         return 1 << (smallest - 1 - untried)
 
-    def _is_outdated(self, size: int) -> bool:
-        return size not in self._rates or self._finished - self._measured_at[size] >= _OLD_STEPS
+    def brief_tokens(self, limit_s: float) -> int | None:
+        """Return the size of a step that takes about `limit_s`; None before a step has finished.
+
+        The rate of a small step says little about a large one. Therefore it is at most a few times the largest size
+        that is known.
+        """
+        known = 0
+        for size, rate in sorted(self._rates.items()):
+            if rate * (1 << size) > limit_s:
+                brief = max(1, int(limit_s / rate))
+                return max(brief, 1 << min(known, size - 1)) if self._is_outdated(size) else brief
+            known = size
+        return _GROWTH << known if known else None
+
+    def _is_outdated(self, size: int, steps: int = _OLD_STEPS) -> bool:
+        return size not in self._rates or self._finished - self._measured_at[size] >= steps
 
     def expected_s(self, tokens: int | None) -> float:
         """Return how long a step should take; 0 if it is not known."""

@@ -22,10 +22,12 @@ from ranklet.replicas.engine.scheduler import Scheduler
 from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.engine.stats import Listener
 from ranklet.replicas.engine.step_runner import StepRunner
+from ranklet.replicas.engine.step_sizes import cpu_sizes, gpu_sizes
 from ranklet.replicas.errors import InternalError, Unavailable
 from ranklet.replicas.model.heads import Head
 
 _LAUNCH_LEAD_S = 0.004  # launch latency plus forecast error
+_CPU_OVERHEAD_S = 0.003  # of a step on the CPU, outside of the model: planning, delivery and the threads' turns
 _SOLO_OUTPUTS = 2  # of a sequence of a failed step: the first, which a prompt's step computes, and one of a decode
 _HUNG_S = 30.0  # the device counts as broken when a step takes longer
 
@@ -55,6 +57,7 @@ class Pipeline:
         self._max_sequences = max_sequences
         self._depth = 2 if steps.runner.model.device.type == "cuda" else 1
         self._forecast = Forecast()
+        self._sizes = gpu_sizes if self._depth > 1 else cpu_sizes
         self._in_flight: deque[InFlightStep] = deque()
         self._launching: list[Sequence] = []  # on the CPU a launch is the whole computation
         self._launch_lock = Lock()
@@ -202,14 +205,14 @@ class Pipeline:
 
     def _next_plan(self) -> StepPlan | None:
         """Return the step to launch now, if any, and start the loads that waiting sequences need."""
-        forecast = self._forecast
         is_full = len(self._in_flight) == self._depth
         if is_full and not len(self._scheduler.queue):  # no plan could be launched or demand an adapter
             self._adapters.start_loads(())
             return None
+        self._scheduler.set_sizes(self._sizes(self._forecast))
         revived = True
         while revived:  # sequences of an adapter that no longer retires are ready now
-            plan = self._scheduler.propose(self._adapters.usable, forecast.enough_tokens(), forecast.small_tokens())
+            plan = self._scheduler.propose(self._adapters.usable)
             revived = self._adapters.start_loads(plan.demand, plan.adapters)
         if not self._in_flight:
             return plan if plan.is_due else None
@@ -241,7 +244,8 @@ class Pipeline:
         with self._lock:
             self._launching = []
             self._in_flight.append(InFlightStep(plan, launched))
-            self._forecast.on_launch(None if plan.uses_pages else plan.tokens, launched.launched_s)
+            is_timed = not plan.uses_pages or (self._depth == 1 and not plan.decodes)
+            self._forecast.on_launch(plan.tokens if is_timed else None, launched.launched_s)
             self._lock.notify_all()
 
     # The answer thread
@@ -266,7 +270,7 @@ class Pipeline:
             uses_pages = step.plan.uses_pages
             with self._lock:
                 self._in_flight.popleft()
-                self._forecast.on_finish(compute_s, finished_s)
+                self._forecast.on_finish(compute_s + (_CPU_OVERHEAD_S if self._depth == 1 else 0.0), finished_s)
                 if uses_pages:
                     self._drop(step.deliver(began_s, compute_s))
                     self._scheduler.publish(step.plan)

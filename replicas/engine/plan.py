@@ -65,6 +65,7 @@ class StepPlan:
         demand: adapters of waiting sequences, oldest first.
         tokens: number of tokens of the step.
         uses_pages: whether the step reads or writes keys and values in pages.
+        leaves_flood: whether flooding adapters were left out, so that the others' step is short.
     """
 
     decode_set: DecodeSet = _NO_DECODES
@@ -78,6 +79,7 @@ class StepPlan:
     demand: list[AdapterRef] = field(default_factory=list)
     tokens: int = 0
     uses_pages: bool = False
+    leaves_flood: bool = False
 
     def add(self, part: Part) -> None:
         self.parts.append(part)

@@ -14,6 +14,7 @@ into a step, is passed over at most `PATIENCE` times; then no later sequence sta
 - decodes wait for at most one step in turn;
 - a sequence that needs pages is not overtaken by one that needs pages;
 - the sequence that started first is never preempted, so that it ends;
+- on the CPU, a request within its adapter's allowance that comes while one other adapter floods is in the next step;
 - with S slots, the first S distinct adapters of the queue are loaded and kept.
 """
 
@@ -23,6 +24,7 @@ from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.cache.pages import PAGE_TOKENS
 from ranklet.replicas.engine.decodes import commit_decodes, plan_decodes, prompt_budget
 from ranklet.replicas.engine.fair_queue import FairQueue
+from ranklet.replicas.engine.flood_rules import FloodRules
 from ranklet.replicas.engine.holders import Holders
 from ranklet.replicas.engine.kv_space import FreeSpace, KvSpace, Start
 from ranklet.replicas.engine.plan import Part, StepPlan
@@ -30,8 +32,8 @@ from ranklet.replicas.engine.request import Request
 from ranklet.replicas.engine.sequence import PATIENCE, Sequence
 from ranklet.replicas.engine.stats import KvCacheState
 from ranklet.replicas.engine.step_cost import PromptBudget, StepCost
+from ranklet.replicas.engine.step_sizes import StepSizes
 
-_REMEMBERED_STEPS = 8  # after a step with an adapter within its allowance, more requests of such adapters are expected
 _LOOKAHEAD = 512  # sequences examined after a step is full, so that their adapters are loaded early
 
 
@@ -60,24 +62,23 @@ class Scheduler:
         self._costs = costs
         self._slowdown = decode_slowdown
         self.space: KvSpace | None = None
-        self._steps_beside_others = 0  # further steps in which adapters within their allowance may have requests
         self._decodes_waited = False  # whether the last step left out the decodes
         self.holders = Holders()
         self.queue = FairQueue(max_tokens)
+        self._flood_rules = FloodRules(self.queue, max_tokens)
         self.preemptions = 0
 
     # Planning
 
-    def propose(
-        self, is_ready: Callable[[AdapterRef], bool], enough: int | None = None, beside: int | None = None
-    ) -> StepPlan:
+    def set_sizes(self, sizes: StepSizes) -> None:
+        """Set how large the next steps may be."""
+        self._flood_rules.set_sizes(sizes)
+
+    def propose(self, is_ready: Callable[[AdapterRef], bool]) -> StepPlan:
         """Return the next step. Changes nothing.
 
         Args:
             is_ready: whether an adapter is in a slot.
-            enough: step size above which steps are not faster per token. A step without decodes takes no more
-                sequences at this size, unless more tokens wait than fit into the largest step.
-            beside: prompt tokens up to which flooding adapters fill a step while other adapters have requests.
         """
         plan = StepPlan()
         room = self.space.room() if self.space is not None else FreeSpace(0, 0)
@@ -88,12 +89,12 @@ class Scheduler:
             plan_decodes(plan, self.holders, self.space, room)
             if plan.decodes and plan.decodes[0].solo:
                 return plan
-        most = self._max_tokens if plan.decodes else self._target_tokens(enough)
+        limits = self._flood_rules.limits(len(plan.decodes))
         budget = prompt_budget(plan, self.queue, room.rows, self._costs, self._slowdown, self._max_tokens)
         adapters = set(self.holders.adapters)
         ready: dict[AdapterRef, bool] = {}
-        beyond, blocked, others = 0, False, self._steps_beside_others > 0
-        full = len(plan.decodes) >= self._max_sequences or plan.tokens >= most
+        beyond, blocked = 0, False
+        full = len(plan.decodes) >= self._max_sequences or plan.tokens >= limits.most
         for sequence in self.queue:
             if sequence.cancelled:
                 plan.cancelled.append(sequence)
@@ -105,13 +106,13 @@ class Scheduler:
                 ready[adapter] = is_ready(adapter)
             if not room.rows and sequence.row is None and sequence.need.keeps_cache:
                 continue  # a long queue of texts costs little
-            prompts = plan.tokens - len(plan.decodes)
-            full = full or (others and prompts >= (beside or most) and self.queue.floods(sequence))
-            if full or (blocked and sequence.row is None):
+            full = full or limits.closes(sequence, plan.tokens - len(plan.decodes))
+            if full or (blocked and sequence.row is None) or limits.leaves_out(sequence, plan):
                 beyond += 1
                 if beyond > _LOOKAHEAD:
                     break
             elif adapter is None or ready[adapter] or sequence.holds_slot:
+                budget.most_text = limits.most_text(sequence)
                 part = self._part(sequence, plan, adapters, room, budget)
                 if part is None:
                     plan.passed.append(sequence)
@@ -122,19 +123,13 @@ class Scheduler:
                 budget.take(part.tokens, part.start, is_text=sequence.need.keeps_cache)
                 if adapter is not None:
                     adapters.add(adapter)
-                others = others or not self.queue.floods(sequence)
-                count = len(plan.decodes) + len(plan.parts)
-                full = bool(sequence.solo) or count == self._max_sequences or plan.tokens >= most or part.head is None
+                limits.take(sequence)
+                full = len(plan.decodes) + len(plan.parts) == self._max_sequences or plan.tokens >= limits.most
+                full = full or bool(sequence.solo) or part.head is None
         plan.demand = list(ready)[: self._max_demand]
         if alone and not plan.parts and self.space is not None:  # it waits for pages that others hold
             plan_decodes(plan, self.holders, self.space, room)
         return plan
-
-    def _target_tokens(self, enough: int | None) -> int:
-        backlog = self.queue.tokens > self._max_tokens
-        if backlog and self._steps_beside_others:
-            backlog = self.queue.tokens_within() > self._max_tokens
-        return self._max_tokens if backlog or enough is None else min(enough, self._max_tokens)
 
     def _part(
         self, sequence: Sequence, plan: StepPlan, adapters: set[AdapterRef], room: FreeSpace, budget: PromptBudget
@@ -197,8 +192,7 @@ class Scheduler:
 
     def commit(self, plan: StepPlan) -> None:
         """Make the plan take effect: its sequences have their slots."""
-        others = any(not self.queue.floods(part.sequence) for part in plan.parts)
-        self._steps_beside_others = _REMEMBERED_STEPS if others else max(0, self._steps_beside_others - 1)
+        self._flood_rules.commit(plan)
         self._decodes_waited = plan.computes and not plan.decodes and bool(self.holders.decoding)
         self.drop(plan.cancelled)
         self._preempt(plan.preempted)

@@ -50,6 +50,8 @@ class Sequence:
         reads_cache: whether it may start with pages that others have computed.
         cached_tokens: number of prompt tokens that were found in the prefix cache when it first started.
         turn: sort key in the queue.
+        lead: virtual time from this sequence's own turn to its request's, which the key has.
+        beyond: whether its request exceeded its adapter's allowance when it arrived.
     """
 
     buffer: NDArray[np.int32]
@@ -83,6 +85,8 @@ class Sequence:
     reads_cache: bool = True
     cached_tokens: int | None = None
     turn: tuple[float, int] = field(default=(0.0, 0), init=False)
+    lead: float = field(default=0.0, init=False)
+    beyond: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.length = self.prompt = len(self.buffer)

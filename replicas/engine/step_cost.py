@@ -83,6 +83,7 @@ class PromptBudget:
     Attributes:
         tokens: number of tokens.
         cost: infinite without decodes.
+        most_text: tokens of prompts at which a text's piece ends; None for no such limit.
         decodes: number of decodes in the step.
         taken: tokens of prompts in the step.
         is_spent: whether no useful piece fits any more.
@@ -91,6 +92,7 @@ class PromptBudget:
     costs: StepCost
     tokens: int
     cost: float = inf
+    most_text: int | None = None
     decodes: int = 0
     taken: int = 0
     is_spent: bool = False
@@ -101,6 +103,9 @@ class PromptBudget:
         Without prompts in the step, the least piece always fits, whatever it costs.
         """
         most = min(left, self._text_tokens if is_text else self.tokens)
+        is_cut = is_text and self.most_text is not None and most > self.most_text - self.taken
+        if is_cut and self.most_text is not None:
+            most = min(most, max(self.most_text - self.taken, 0 if self.taken else LEAST_PIECE))
         if most <= 0:
             return 0
         tokens = most if self.cost == inf else self.costs.fitting(self.cost, start, most)
@@ -110,7 +115,7 @@ class PromptBudget:
             return tokens
         if not self.taken:
             return min(most, LEAST_PIECE)
-        self.is_spent = self.cost < inf
+        self.is_spent = is_cut or self.cost < inf
         return 0
 
     def _rounded(self, tokens: int) -> int:

@@ -120,8 +120,7 @@ class Simulation:
     def _submit(self, asked: Asked, task: Task) -> Asked:
         prompts = [np.array(prompt, np.int32) for prompt in asked.prompts]
         asked.request = Request(task, prompts, asked.adapter, asked)
-        for sequence in asked.request.sequences:
-            self.scheduler.queue.add(sequence)
+        self.scheduler.queue.add(asked.request.sequences)
         self.asked.append(asked)
         return asked
 

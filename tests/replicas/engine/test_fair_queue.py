@@ -19,7 +19,7 @@ prompts = st.tuples(st.integers(1, 30), st.sampled_from(REFS))
 def queue_of(sequences: list[Sequence], allowance: int = ALLOWANCE) -> FairQueue:
     queue = FairQueue(allowance)
     for each in sequences:
-        queue.add(each)
+        queue.add([each])
     return queue
 
 
@@ -48,7 +48,7 @@ def test_each_adapters_sequences_stay_in_order_and_none_is_lost(
     queue, came, went = queue_of([]), list[Sequence](), list[Sequence]()
     for some in arrivals:
         for each in (new := [make_sequence(*one) for one in some]):
-            queue.add(each)
+            queue.add([each])
         came += new
         went += serve(queue, batch)
         assert queue.tokens == sum(each.need.tokens for each in queue)
@@ -65,7 +65,7 @@ def test_a_later_adapter_waits_only_for_the_allowance_of_a_flooding_one() -> Non
     flood = [make_sequence(10, REFS[1]) for _ in range(100)]
     queue = queue_of(flood)
     late = make_sequence(10, REFS[2])
-    queue.add(late)
+    queue.add([late])
     assert list(queue).index(late) == 2, "it is behind the allowance of the flooding adapter"
     assert not queue.floods(late)
     assert queue.floods(flood[2])
@@ -77,7 +77,7 @@ def test_flooding_adapters_get_equal_shares(flows: int) -> None:
     queue = queue_of([])
     for index in range(flows):
         for _ in range(600 // (index + 1)):
-            queue.add(make_sequence(index + 1, REFS[index]))
+            queue.add([make_sequence(index + 1, REFS[index])])
     served = dict.fromkeys(REFS[:flows], 0)
     for _ in range(10):
         for each in serve(queue, 30):
@@ -90,12 +90,12 @@ def test_an_adapter_with_few_requests_does_not_wait_for_a_flooding_one() -> None
     queue = queue_of([make_sequence(10, REFS[1]) for _ in range(50)])
     for _ in range(40):
         late = make_sequence(5, REFS[2])
-        queue.add(late)
+        queue.add([late])
         waited = 0
         while late not in serve(queue, 30):
             waited += 1
             for _ in range(3):
-                queue.add(make_sequence(10, REFS[1]))
+                queue.add([make_sequence(10, REFS[1])])
         assert waited <= 1
 
 
@@ -107,7 +107,7 @@ def test_adapters_within_their_allowance_do_not_starve_a_flooding_one() -> None:
     for _ in range(100):
         for ref in others:
             while queue.tokens_of(ref.name if ref else "") < 20:
-                queue.add(make_sequence(10, ref))
+                queue.add([make_sequence(10, ref)])
         served += sum(each.need.tokens for each in serve(queue, 30) if each.adapter is REFS[1])
     assert served >= 0.8 * 100 * 30 / 4
 
@@ -117,15 +117,15 @@ def test_an_adapter_that_used_idle_capacity_is_not_penalized_later() -> None:
     queue = queue_of([])
     for _ in range(200):
         while queue.tokens_of("a0") < 200:
-            queue.add(make_sequence(10, REFS[1]))
-        queue.add(make_sequence(5, REFS[2]))
+            queue.add([make_sequence(10, REFS[1])])
+        queue.add([make_sequence(5, REFS[2])])
         serve(queue, 30)
     served = dict.fromkeys(REFS, 0)
     for _ in range(40):
         for ref in (REFS[1], REFS[3]):
             assert ref is not None
             while queue.tokens_of(ref.name) < 200:
-                queue.add(make_sequence(10, ref))
+                queue.add([make_sequence(10, ref)])
         for each in serve(queue, 30):
             served[each.adapter] += each.need.tokens
     assert abs(served[REFS[1]] - served[REFS[3]]) <= 200, "apart from sequences that waited before"
@@ -138,7 +138,7 @@ def test_a_past_flood_has_no_effect() -> None:
         serve(queue, 30)
     fresh = [make_sequence(5, REFS[1]), make_sequence(5, REFS[2])]
     for each in fresh:
-        queue.add(each)
+        queue.add([each])
     assert list(queue) == fresh
 
 

@@ -10,6 +10,7 @@ from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.plan import StepPlan
 from ranklet.replicas.engine.scheduler import Scheduler
 from ranklet.replicas.engine.sequence import PATIENCE, Sequence
+from ranklet.replicas.engine.step_sizes import StepSizes
 from tests.replicas.engine.given import make_sequence
 
 REFS = [AdapterRef(f"a{index}", f"/{index}", "1") for index in range(6)]
@@ -30,7 +31,7 @@ class SchedulerLimits:
             max_tokens=self.tokens, max_sequences=self.requests, max_adapters=self.adapters, max_demand=self.demand
         )
         for each in queue:
-            made.queue.add(each)
+            made.queue.add([each])
         return made
 
 
@@ -56,7 +57,9 @@ def test_a_step_is_closed_at_the_size_that_is_enough(
     queue: list[Sequence], limit: SchedulerLimits, enough: int
 ) -> None:
     scheduler = limit.scheduler(queue)
-    whole, early = scheduler.propose(lambda _: True), scheduler.propose(lambda _: True, enough)
+    whole = scheduler.propose(lambda _: True)
+    scheduler.set_sizes(StepSizes(enough=enough))
+    early = scheduler.propose(lambda _: True)
     assert early.sequences == whole.sequences[: len(early.sequences)]
     assert early.sequences or not whole.sequences
     assert early.tokens >= min(enough, whole.tokens)
@@ -121,7 +124,7 @@ class ArrivalLoop:
     def add(self, arrivals: list[Sequence]) -> None:
         for each in arrivals:
             self.overtaken[each] = 0
-            self.scheduler.queue.add(each)
+            self.scheduler.queue.add([each])
 
     def step(self) -> StepPlan:
         """Run a step, then load the demanded adapters: the oldest get and keep the slots."""
@@ -166,12 +169,12 @@ def test_a_ready_sequence_is_overtaken_at_most_patience_times(
 
 def test_a_long_sequence_is_served_among_many_short_ones() -> None:
     scheduler = SchedulerLimits(requests=100).scheduler()
-    scheduler.queue.add(make_sequence(2))
+    scheduler.queue.add([make_sequence(2)])
     long = make_sequence(MAX_TOKENS)
-    scheduler.queue.add(long)
+    scheduler.queue.add([long])
     for batch in range(PATIENCE + 2):
         for _ in range(10):
-            scheduler.queue.add(make_sequence(2))
+            scheduler.queue.add([make_sequence(2)])
         found = scheduler.propose(lambda _: True)
         if long in found.sequences:
             assert batch >= 1
@@ -183,10 +186,10 @@ def test_a_long_sequence_is_served_among_many_short_ones() -> None:
 def test_an_adapter_beyond_the_adapter_limit_is_served() -> None:
     scheduler = SchedulerLimits(requests=100, adapters=1).scheduler()
     rare = make_sequence(1, REFS[1])
-    scheduler.queue.add(make_sequence(1, REFS[0]))
-    scheduler.queue.add(rare)
+    scheduler.queue.add([make_sequence(1, REFS[0])])
+    scheduler.queue.add([rare])
     for batch in range(PATIENCE + 2):
-        scheduler.queue.add(make_sequence(1, REFS[0]))
+        scheduler.queue.add([make_sequence(1, REFS[0])])
         found = scheduler.propose(lambda _: True)
         scheduler.commit(found)
         if rare in found.sequences:
@@ -198,15 +201,16 @@ def test_an_adapter_beyond_the_adapter_limit_is_served() -> None:
 def test_a_flooding_adapter_fills_no_large_step_while_others_have_requests() -> None:
     """Without others it may fill a large step."""
     scheduler = SchedulerLimits(requests=100).scheduler()
+    scheduler.set_sizes(StepSizes(beside=8))
     for _ in range(300):
-        scheduler.queue.add(make_sequence(2, REFS[0]))
+        scheduler.queue.add([make_sequence(2, REFS[0])])
     for _ in range(12):
-        found = scheduler.propose(lambda _: True, None, 8)
+        found = scheduler.propose(lambda _: True)
         scheduler.commit(found)
     assert found.tokens == MAX_TOKENS
-    scheduler.queue.add(late := make_sequence(2, REFS[1]))
+    scheduler.queue.add([late := make_sequence(2, REFS[1])])
     for has_others in (True, False):
-        found = scheduler.propose(lambda _: True, None, 8)
+        found = scheduler.propose(lambda _: True)
         assert (late in found.sequences) == has_others
         assert found.tokens == 8
         scheduler.commit(found)
@@ -214,7 +218,7 @@ def test_a_flooding_adapter_fills_no_large_step_while_others_have_requests() -> 
 
 def test_sequences_of_a_failed_step_run_first_and_in_steps_of_their_own() -> None:
     scheduler = SchedulerLimits().scheduler()
-    scheduler.queue.add(make_sequence(1))
+    scheduler.queue.add([make_sequence(1)])
     again = [make_sequence(3, REFS[0], solo=True), make_sequence(2, solo=True)]
     scheduler.queue.put_back(again)
     assert scheduler.queue.tokens == 6
@@ -228,9 +232,9 @@ def test_sequences_of_a_failed_step_run_first_and_in_steps_of_their_own() -> Non
 def test_a_sequence_without_its_adapter_does_not_delay_the_others() -> None:
     scheduler = SchedulerLimits().scheduler()
     for _ in range(3 * PATIENCE):
-        scheduler.queue.add(make_sequence(1, REFS[0]))
+        scheduler.queue.add([make_sequence(1, REFS[0])])
     base = make_sequence(1)
-    scheduler.queue.add(base)
+    scheduler.queue.add([base])
     found = scheduler.propose(lambda _: False)
     assert found.sequences == [base]
     assert found.demand == [REFS[0]]
