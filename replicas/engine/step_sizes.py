@@ -6,7 +6,7 @@ from ranklet.replicas.engine.forecast import Forecast
 
 _BRIEF_S, _LONG_S = 0.02, 0.1  # of a step on the CPU, unless longer steps compute more tokens a second
 _MOST_BESIDE = 2  # size of the longest step, in steps beside others, if that is longer
-_FIRST = 256  # tokens of the first step on the CPU
+_FIRST = 2048  # tokens of the first step on the CPU
 
 
 class StepSizes(NamedTuple):
@@ -35,12 +35,12 @@ def gpu_sizes(forecast: Forecast) -> StepSizes:
 def cpu_sizes(forecast: Forecast) -> StepSizes:
     """Return sizes of steps on the CPU, where the largest one may take seconds and no step is launched behind another.
 
-    A request waits for the running step, and for those that waited within the allowance. So the allowance is half of a
-    small step.
+    A request waits for the running step, and for those that waited within the allowance. So the allowance is a small
+    step.
     """
     brief, long = forecast.brief_tokens(_BRIEF_S), forecast.brief_tokens(_LONG_S)
     if brief is None or long is None:
-        return StepSizes(None, _FIRST, _FIRST, True, _FIRST // 2)
+        return StepSizes(None, _FIRST, _FIRST, True, _FIRST)
     beside = max(brief, forecast.small_tokens(long) or 0)
     longest = max(long, _MOST_BESIDE * beside)
-    return StepSizes(None, beside, longest, True, max(1, beside // 2))
+    return StepSizes(None, beside, longest, True, beside)

@@ -13,9 +13,9 @@ from tests.replicas.engine.simulated_device import LAST, MEAN
 from tests.replicas.engine.simulation import Asked, Simulation
 
 FLOOD, OTHER = REFS = [AdapterRef(f"a{index}", f"/{index}", f"a{index}-1") for index in range(2)]
-MOST, SMALL, ALLOWANCE = 8192, 256, 128  # tokens
+MOST, SMALL = 8192, 256  # tokens; SMALL is the allowance too
 LONGEST = 512
-SIZES = StepSizes(enough=SMALL, beside=SMALL, longest=LONGEST, apart=True, allowance=ALLOWANCE)
+SIZES = StepSizes(enough=SMALL, beside=SMALL, longest=LONGEST, apart=True, allowance=SMALL)
 
 
 def simulation() -> Simulation:
@@ -49,8 +49,8 @@ def of_flood(plan: StepPlan) -> int:
     return sum(part.tokens for part in plan.parts if part.sequence.adapter == FLOOD)
 
 
-floods = st.tuples(st.sampled_from(("text", "last", "mean")), st.integers(10, 150), st.integers(2, 5))
-gaps = st.lists(st.tuples(st.integers(0, 3), st.integers(1, ALLOWANCE)), min_size=1, max_size=6)
+floods = st.tuples(st.sampled_from(("text", "last", "mean")), st.integers(5, 150), st.integers(2, 5))
+gaps = st.lists(st.tuples(st.integers(0, 3), st.integers(1, SMALL)), min_size=1, max_size=6)
 
 
 @settings(max_examples=25, deadline=None)
@@ -117,7 +117,7 @@ def test_sizes_follow_what_steps_take() -> None:
         forecast.on_finish(device_s(tokens), 0.0)
         return device_s(tokens)
 
-    assert cpu_sizes(forecast).longest == cpu_sizes(forecast).beside == 256
+    assert cpu_sizes(forecast).longest == cpu_sizes(forecast).beside == 2048
     for _ in range(100):
         run(6)
     beside, longest = [], []
