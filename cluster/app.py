@@ -8,7 +8,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from ranklet.cluster.config import AppArgs
-from ranklet.cluster.datapath import ROUTER, SHUTDOWN_TIMEOUT_S, DataPath
+from ranklet.cluster.datapath import ROUTER, SHUTDOWN_TIMEOUTS_S, DataPath
 from ranklet.cluster.ingress.gateway import Gateway
 from ranklet.cluster.replica.deployment import Replica
 from ranklet.cluster.replica.gateways_client import GATEWAY
@@ -23,7 +23,6 @@ _COMMON: dict[str, Any] = {
     "health_check_period_s": 1,  # a dead process is replaced after about two seconds
     "health_check_timeout_s": 10,
     "graceful_shutdown_wait_loop_s": 0.5,
-    "graceful_shutdown_timeout_s": SHUTDOWN_TIMEOUT_S,
 }
 
 logger = logging.getLogger("ray.serve")
@@ -44,7 +43,13 @@ def build(args: AppArgs) -> Application:
         max_ongoing_requests=_ONGOING,
         max_queued_requests=_QUEUED,
         request_router_config=router,
+        graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUTS_S["Replica"],
         **_COMMON,
     )(Replica)
-    gateway = serve.deployment(name=GATEWAY, max_ongoing_requests=_QUEUED, **_COMMON)(Gateway)
+    gateway = serve.deployment(
+        name=GATEWAY,
+        max_ongoing_requests=_QUEUED,
+        graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUTS_S[GATEWAY],
+        **_COMMON,
+    )(Gateway)
     return gateway.bind(args, replica.bind(args))

@@ -16,7 +16,8 @@ FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED":
 HEALTH_CHECKS = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.25", "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s"}
 # Names a file. While it exists, gateways refuse new requests and let those in flight end.
 DRAIN_VARIABLE = "RANKLET_DRAIN_FILE"
-SHUTDOWN_TIMEOUT_S = 20.0  # default of graceful_shutdown_timeout_s
+# Defaults of graceful_shutdown_timeout_s by deployment. That of gateways is the default of limits.request_timeout_s.
+SHUTDOWN_TIMEOUTS_S = {"Gateway": 60.0, "Replica": 20.0}
 _EVERYWHERE = "0.0.0.0"
 _PACKAGES = ("ranklet", "ray", "torch", "triton", "transformers")
 _TOKEN_REMEDY = (

@@ -13,7 +13,7 @@ from ranklet.cluster.access.keys import ApiKeys
 from ranklet.cluster.catalog.overrides import Overrides
 from ranklet.cluster.command.absolute_paths import make_paths_absolute
 from ranklet.cluster.config import AdapterList, AppArgs
-from ranklet.cluster.datapath import ROUTER, SHUTDOWN_TIMEOUT_S, is_loopback
+from ranklet.cluster.datapath import ROUTER, SHUTDOWN_TIMEOUTS_S, is_loopback
 from ranklet.cluster.settings.user_config import USER_CONFIGS, read_user_config
 from ranklet.replicas.errors import RankletError
 from ranklet.routing.policy import check_policy
@@ -78,12 +78,13 @@ def _missing(path: Path, directory: Path) -> str:
 
 def drain_time_s(content: Mapping[str, Any]) -> float:
     """Return how long requests in flight may take when the cluster stops."""
-    times = [
-        float(deployment.get("graceful_shutdown_timeout_s") or SHUTDOWN_TIMEOUT_S)
-        for application in _applications(content)
-        for deployment in application.get("deployments") or [{}]
-    ]
-    return max(times, default=0.0)
+    times: dict[str, float] = {}
+    for application in _applications(content):
+        times |= SHUTDOWN_TIMEOUTS_S
+        for deployment in application.get("deployments") or []:
+            if (given := deployment.get("graceful_shutdown_timeout_s")) is not None:
+                times[deployment.get("name", "")] = float(given)
+    return max(times.values(), default=0.0)
 
 
 def http_host(content: Mapping[str, Any]) -> str:

@@ -196,6 +196,11 @@ def test_the_longest_shutdown_of_a_deployment_is_the_longest_wait() -> None:
         application = {"import_path": "ranklet.cluster.app:build", "args": {}, "deployments": list(deployments)}
         return {"applications": [application]}
 
-    assert drain_time_s(configured()) == 20
-    assert drain_time_s(configured({"graceful_shutdown_timeout_s": 5}, {"graceful_shutdown_timeout_s": 45})) == 45
-    assert drain_time_s(configured({"graceful_shutdown_timeout_s": 5}, {})) == 20
+    def lasting(name: str, time_s: float) -> dict[str, Any]:
+        return {"name": name, "graceful_shutdown_timeout_s": time_s}
+
+    assert drain_time_s(configured()) == 60
+    assert drain_time_s(configured({"name": "Gateway"}, lasting("Replica", 90))) == 90
+    assert drain_time_s(configured(lasting("Gateway", 5))) == 20
+    assert drain_time_s(configured(lasting("Gateway", 5), lasting("Replica", 0))) == 5
+    assert drain_time_s({}) == 0
