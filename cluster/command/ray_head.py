@@ -20,8 +20,9 @@ _OBJECT_STORE_BYTES = 100 << 20  # vectors do not travel through it
 _GATEWAY_PORTS = 64
 _TOKEN_FILE = "auth_token"
 STOPPING_FILE = "stopping"  # exists while gateways let their requests in flight end
-# Ray creates sockets below its folder, with names of up to 64 characters. The path of a socket may have 107.
-MAX_TEMP_DIR_CHARACTERS = 107 - 64 - len("/ray")
+# Ray creates sockets below its folder, with names of up to 64 characters, and HAProxy below a folder that the node's id
+# names. The path of a socket may have 107 characters. HAProxy appends ten to that of a new socket.
+MAX_TEMP_DIR_CHARACTERS = min(107 - 64 - len("/ray"), 97 - len("/haproxy/") - 56 - len("/admin.sock"))
 
 # Ray without support for further nodes, which is its default on macOS only, listens on loopback. Otherwise it replaces
 # 127.0.0.1 by the machine's address, and listens on all interfaces.

@@ -60,7 +60,7 @@ def test_another_process_with_the_same_id_is_left_alone() -> None:
 
 
 def test_a_long_temp_dir_is_refused_before_ray_would_fail(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="up to 39 characters, because Ray creates sockets below it"):
+    with pytest.raises(ValueError, match="up to 21 characters, because Ray creates sockets below it"):
         LocalCluster(tmp_path / ("x" * 40))
 
 
