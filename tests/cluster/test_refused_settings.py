@@ -24,7 +24,7 @@ def counts(service: Service, role: str, setting: str) -> tuple[float, float]:
 
 
 def logged(service: Service, deployment: str, words: str) -> int:
-    folder = Path(service.cluster.state.temp_dir) / "session_latest" / "logs" / "serve"
+    folder = service.cluster.state.logs
     return sum(path.read_text(errors="replace").count(words) for path in folder.glob(f"replica_*{deployment}*"))
 
 

@@ -86,8 +86,8 @@ def test_keys_limit_models_and_admin_calls(plain: Service) -> None:
         ("POST", "/v1/load_lora_adapter"),
         ("DELETE", "/v1/adapters/medical"),
     ):
-        assert plain.http.request(method, path, headers=without).status_code == 401
-        assert plain.http.request(method, path, headers=limited).status_code == 403
+        assert plain.http.request(method, path, headers=without, json={}).status_code == 401
+        assert plain.http.request(method, path, headers=limited, json={}).status_code == 403
     assert plain.http.get("/v1/adapters").status_code == 200
     for path in ("/health", "/ready", "/metrics/targets"):
         assert plain.http.get(path, headers=without).status_code == 200
