@@ -28,7 +28,7 @@ def client(
 ) -> Iterator[socket.socket]:
     """Send a request, its body `pause_s` behind its header. The client leaves at the end of the context."""
     body = orjson.dumps(fields)
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
     url = httpx.URL(service.url)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
