@@ -147,7 +147,7 @@ def test_rates_are_by_adapter_reason_and_source(prometheus: Prometheus) -> None:
     assert prompts["found in the prefix cache"] == pytest.approx(prompts["of texts"] / 4, rel=0.3)
     assert set(shown(prometheus, "p99 of the time to first token")) == set(ADAPTERS)
     assert shown(prometheus, "Tokens found in the prefix cache") == {"replica": pytest.approx(0.25)}
-    assert set(shown(prometheus, "Ended early")) == {"client_gone", "slow_reader", "error"}
+    assert set(shown(prometheus, "Ended early")) == {"client_gone", "slow_reader", "error", "gateway_lost"}
     assert set(shown(prometheus, "Finish reasons")) == {"stop", "length"}
 
 
