@@ -64,11 +64,12 @@ def prepare(folder: Path, report: Callable[[str], None]) -> DemoModel:
         folder: receives the model's files, unless they are there.
         report: called with one line per step.
     """
+    made = made_model(folder, report)  # also written beside SmolLM2, to try adapters of other kinds with
     try:
         return smollm_model(folder / "smollm", report)
     except DownloadError as error:
         report(f"serving a made model with six adapters, which only embeds, instead of {SMOLLM}: {error}")
-        return made_model(folder, report)
+        return made
 
 
 def smollm_model(folder: Path, report: Callable[[str], None]) -> DemoModel:
