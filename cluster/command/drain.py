@@ -1,4 +1,4 @@
-"""Waits for the requests in flight before a cluster stops. Its gateways refuse new ones meanwhile."""
+"""Waits until the requests in flight have ended, before a cluster stops. Its gateways refuse new requests."""
 
 import contextlib
 import json

@@ -21,10 +21,10 @@ _CLIENT_VARIABLE = "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"
 _SERVER_VARIABLE = "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S"
 _OTHER_FILES = 1000  # open files of HAProxy that are no connections of clients
 
-# What HAProxy says by itself, in the format of the gateway's errors: code, message. Where it cannot parse a header, or
-# waited for one in vain, HAProxy 2.8 sends a page of its own.
+# What HAProxy says by itself, in the format of the gateway's errors: code, message. If a header is wrong or incomplete,
+# HAProxy 2.8 sends a page of its own.
 _ERRORS = {
-    400: ("invalid_request_error", "HAProxy cannot parse the rest of this request, or waited for it in vain"),
+    400: ("invalid_request_error", "HAProxy cannot parse this request, or its rest did not arrive"),
     408: ("body_timeout", "The rest of the request did not arrive in time. Send it without pauses"),
     502: ("unavailable", "The gateway ended while it handled this request. Send it again"),
     503: ("unavailable", "No gateway is available. Send the request again"),

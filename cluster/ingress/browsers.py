@@ -56,7 +56,8 @@ def check_page(headers: Headers) -> None:
     """Raise ForeignPage if a page of another origin sent the request. Other clients than browsers send no origin."""
     sites = headers.getlist("sec-fetch-site")
     own = headers.get("host", "").lower()
-    origins = [] if sites else headers.getlist("origin")  # the site tells more: a proxy may have changed `Host`
+    # A proxy may have changed `Host`, which the origin is compared with. Sec-Fetch-Site needs no comparison.
+    origins = [] if sites else headers.getlist("origin")
     foreign = [site for site in sites if site not in _OWN_SITES]
     foreign += [origin for origin in origins if origin.lower().partition("://")[2] != own]
     if foreign:
