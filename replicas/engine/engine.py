@@ -93,7 +93,8 @@ class Engine:
                 self.limits = self.limits.with_text(self.end_of_text.base_ids, base_revision(config.model_dir))
         expected = ExpectedModules(
             architecture, config.max_rank, config.lora_modules, bases, model.embedding,
-            model.lm_head if isinstance(model.lm_head, LmHead) else None, self.end_of_text, config.slots,
+            model.lm_head if self._no_text is None and isinstance(model.lm_head, LmHead) else None,  # used by texts
+            self.end_of_text, config.slots,
         )  # fmt: skip
         loader = Loader(self._pool, expected, config.host_cache_bytes)
         self._lock = Condition()

@@ -22,7 +22,7 @@ from ranklet.replicas.model.architecture import read_architecture, read_config
 from ranklet.replicas.model.decoder import Decoder
 from ranklet.replicas.model.end_of_text import EndOfText
 from ranklet.replicas.model.lm_head import LmHead
-from ranklet.replicas.model.modules import ALL_MODULES, HEAD, LORA_MODULES
+from ranklet.replicas.model.modules import ALL_MODULES, HEAD, LM_HEAD, LORA_MODULES
 from tests.assets.adapters import save_adapter
 from tests.assets.broken import edit_config, edit_weights
 from tests.assets.causal import states_and_logits
@@ -295,12 +295,13 @@ def test_the_end_of_an_adapters_texts_is_known_after_loads_from_disk_and_host(ti
     scene.manager.stop()
 
 
+@pytest.mark.parametrize("modules", [ALL_MODULES, LORA_MODULES], ids=["slots", "no-slots"])
 @pytest.mark.parametrize("ensured", [False, True], ids=["free", "ensured"])
 def test_vectors_do_not_depend_on_the_head(
-    ensured: bool, tied: Base, tmp_path: Path, make_engine: Callable[..., Engine]
+    ensured: bool, modules: tuple[str, ...], tied: Base, tmp_path: Path, make_engine: Callable[..., Engine]
 ) -> None:
     folder = adapter(tied, tmp_path / "both", **TARGETS["both"], ensure_weight_tying=ensured)
-    engine = make_engine(tied.folder, lora_modules=ALL_MODULES)
+    engine = make_engine(tied.folder, lora_modules=modules, kv_cache_bytes=None if LM_HEAD in modules else 0)
     engine.start()
     answer = ask(engine, [np.asarray(IDS, dtype=np.int32)], ref(folder))
     assert_same(answer.result, reference_embedding(tied.folder, folder, [IDS]))
