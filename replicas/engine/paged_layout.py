@@ -141,8 +141,8 @@ class PagedLayout:
     @property
     def suits_rows(self) -> bool:
         """Whether `RowDecoder` serves the step: it consists of decodes, and its LoRA is that of padded tiles."""
-        only_decodes = self.sizes.tokens == self.sizes.decodes <= MOST_ROWS
-        return only_decodes and (self.lora.backend == "none" or self.lora.padded)
+        only_decodes = not self.sizes.chunks and not self.sizes.fresh
+        return only_decodes and self.sizes.tokens <= MOST_ROWS and (self.lora.backend == "none" or self.lora.padded)
 
     @property
     def tile_shapes(self) -> TileShapes:

@@ -118,3 +118,24 @@ def test_texts_do_not_depend_on_the_prefix_cache(engine: Engine, folder: Path) -
     assert sum(each.cached_tokens for each in warm) > sum(each.cached_tokens for each in cold)
     for ours, theirs in zip(warm, cold, strict=True):
         np.testing.assert_allclose(values(ours)[:1], values(theirs)[:1], atol=6e-2)
+
+
+def test_short_prompts_that_join_many_texts_are_computed_as_alone(engine: Engine, folder: Path) -> None:
+    """Their steps are padded to as many tokens as decodes, see `PagedLayout.suits_rows`."""
+    used = adapters(folder)
+    for ref_ in used:
+        if ref_ is not None:
+            engine.load(ref_)
+    prompts = draw(*[3 + i % 9 for i in range(60)])
+    params = replace(GREEDY, max_tokens=200)
+    alone = []
+    for i, prompt in enumerate(prompts):
+        sink = TextSink()
+        engine.submit([prompt], used[i % len(used)], replace(params, max_tokens=1), sink)
+        alone.append(values(sink.generation()))
+    for _ in range(3):  # graphs are captured at the second time
+        sinks = [TextSink() for _ in prompts]
+        for i, (prompt, sink) in enumerate(zip(prompts, sinks, strict=True)):
+            engine.submit([prompt], used[i % len(used)], params, sink)
+        for sink, expected in zip(sinks, alone, strict=True):
+            np.testing.assert_allclose(values(sink.generation())[:1], expected, atol=6e-2)
