@@ -36,6 +36,7 @@ from tests.bench.cluster import Served, configuration, running, scaled
 from tests.bench.cpu import CpuTimes, PartCpu, cpu_times, used
 from tests.bench.first_tokens import FirstToken, first_tokens
 from tests.bench.generate import TextWork, best
+from tests.bench.haproxy import servers_up
 from tests.bench.http import device_busy_s
 from tests.bench.texts import RANK, SHAPES, TextModel, make_text_model, random_prompts, run_texts, text_engine
 from tests.bench.vocabulary import save_full_tokenizer
@@ -180,7 +181,8 @@ def rows_of(
     for gateways in options.gateways:
         if gateways != options.gateways[0]:
             scaled(cluster, "Gateway", gateways)
-            time.sleep(2)  # until HAProxy knows them
+        while servers_up(Path(cluster.state.temp_dir)) != gateways:
+            time.sleep(0.1)
         for work in works:
             yield "rates", rate_row(work, gateways, measured(cluster, plan(work), options.repeats), engine)
         short = one._replace(output=_FIRST_OUTPUT)
