@@ -12,7 +12,7 @@ from ranklet.cluster.access import keys
 from ranklet.cluster.command import adapters, doctor, profile, simulate, up
 from ranklet.cluster.command.bench import command as bench
 from ranklet.cluster.command.console import plain_lines
-from ranklet.cluster.command.local_cluster import ClusterError
+from ranklet.cluster.command.running_cluster import ClusterError
 from ranklet.cluster.datapath import versions
 
 

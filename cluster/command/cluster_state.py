@@ -47,7 +47,13 @@ def ray_dir(temp_dir: Path) -> Path:
 
 
 def find_cluster(temp_dir: Path) -> ClusterState | None:
-    """Return the cluster that runs under `temp_dir`, if there is one.
+    """Return the cluster that runs under `temp_dir`, if there is one. Raises as `read_state` does."""
+    state = read_state(temp_dir)
+    return state if state is not None and state.is_running else None
+
+
+def read_state(temp_dir: Path) -> ClusterState | None:
+    """Return the last state of the cluster under `temp_dir`, which may have ended.
 
     Raises:
         ValueError: the folder or its state file belongs to another user.
@@ -58,7 +64,6 @@ def find_cluster(temp_dir: Path) -> ClusterState | None:
     except FileNotFoundError:
         return None
     try:
-        state = ClusterState(**json.loads(text))
+        return ClusterState(**json.loads(text))
     except (ValueError, TypeError):
         return None
-    return state if state.is_running else None

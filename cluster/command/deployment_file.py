@@ -91,6 +91,14 @@ def http_host(content: Mapping[str, Any]) -> str:
     return str((content.get("http_options") or {}).get("host") or SERVE_HOST)
 
 
+def base_url(content: Mapping[str, Any]) -> str:
+    """Return the URL at which this machine reaches the service."""
+    host = http_host(content)
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{content['http_options']['port']}"
+
+
 def with_open_admin(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy in which `security.open_admin` is true where HTTP listens on loopback only.
 

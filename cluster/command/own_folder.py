@@ -10,7 +10,10 @@ import shutil
 import stat
 from pathlib import Path
 
-_OURS = ("config.yaml", "ranklet.json", "ray-start.log", "auth_token", "stopping", "haproxy", "ray")
+_OURS = (
+    "config.yaml", "started.yaml", "ranklet.json", "ray-start.log", "supervisor.json", "supervisor.log", "auth_token",
+    "stopping", "haproxy", "ray",
+)  # fmt: skip
 _RAYS = ("session_", "prom_metrics_service_discovery.json", "ray_")  # earlier versions shared the folder with Ray
 
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 _POLL_S = 0.1
@@ -26,6 +27,36 @@ def process_start_time(pid: int) -> str | None:
         return None if fields[0] == "Z" else fields[19]
     command = ["ps", "-o", "lstart=", "-p", str(pid)]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def child_processes(pid: int) -> dict[int, str]:
+    """Return the command line of each child of a process, by its id. Linux only; empty elsewhere."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found[int(child)] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
+    return found
+
+
+def kill_session(leader: int) -> None:
+    """Kill all processes of a session whose leader has ended, and wait for their end. Linux only."""
+    if process_start_time(leader) is not None:
+        return
+    deadline_s = time.monotonic() + _KILL_TIMEOUT_S
+    while (members := list(_session_members(leader))) and time.monotonic() < deadline_s:
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(_POLL_S)
+
+
+def _session_members(leader: int) -> Iterator[int]:
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state != "Z":
+                yield int(folder.name)
 
 
 def notify_systemd(state: str) -> None:

@@ -3,6 +3,7 @@
 import os
 import secrets
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,3 +147,12 @@ def script_path(name: str) -> str:
     """Return the path of a command installed beside this Python, whether or not its folder is on PATH."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else name
+
+
+def make_short_folder() -> Path:
+    """Create a folder of this user in the system's temporary folder, or in /tmp if that one's path is too long."""
+    folder = tempfile.mkdtemp(prefix="ranklet-")
+    if len(folder) > MAX_TEMP_DIR_CHARACTERS:
+        Path(folder).rmdir()
+        folder = tempfile.mkdtemp(prefix="ranklet-", dir="/tmp")
+    return Path(folder)

@@ -3,9 +3,7 @@
 import argparse
 import json
 import signal
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,8 @@ from ranklet.cluster.command.console import plain_lines
 from ranklet.cluster.command.local_cluster import LocalCluster
 from ranklet.cluster.command.processes import notify_systemd
 from ranklet.cluster.command.ray_head import MAX_TEMP_DIR_CHARACTERS, auth_environment
+from ranklet.cluster.command.supervisor import Supervisor, leave_supervisor
+from ranklet.cluster.command.supervisor_state import find_supervisor, read_supervisor
 from ranklet.cluster.command.user import user_name
 
 _FILE_HELP = "a file such as deploy/local.yaml"
@@ -27,7 +27,8 @@ def add(commands: Any) -> None:
     up.add_argument("--port", type=int, help="HTTP port in place of the configuration's; 0 selects a free port")
     up.add_argument(
         "--foreground", action="store_true",
-        help="keep running; SIGTERM or Ctrl-C stops Ray once requests in flight have ended; exit with 1 if Ray ends",
+        help="keep running instead of leaving a supervisor behind; SIGTERM or Ctrl-C stops Ray once requests in flight "
+        "have ended; exit with 1 if Ray does not stay up",
     )  # fmt: skip
     up.set_defaults(run=_up)
     deploy = commands.add_parser(
@@ -66,13 +67,14 @@ def _up(options: argparse.Namespace) -> int:
     cluster = LocalCluster(options.temp_dir, proxy=options.proxy, http_port=options.port, report=_print)
     if not options.foreground:
         _start(cluster, options)
+        leave_supervisor(cluster, options.proxy, options.timeout_s)
         return 0
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _exit)
     with cluster:
         _start(cluster, options)
         try:
-            return _wait(cluster)
+            return Supervisor(cluster, _print, options.timeout_s).run()
         except SystemExit:
             cluster.stop(drain=True)  # a second signal ends the wait for requests in flight
             raise
@@ -87,18 +89,6 @@ def _same_folder(options: argparse.Namespace) -> str:
     return "" if options.temp_dir == _default_temp_dir() else f" --temp-dir {options.temp_dir}"
 
 
-def _wait(cluster: LocalCluster) -> int:
-    """Wait until a signal raises SystemExit, or until Ray ends. Return 1 if nobody has stopped it."""
-    notify_systemd("READY=1")
-    while cluster.is_alive:
-        time.sleep(1.0)
-    if cluster.is_stopping:
-        _print("stopped by another command")
-        return 0
-    print("ranklet: Ray ended unexpectedly", file=sys.stderr)
-    return 1
-
-
 def _exit(number: int, frame: object) -> None:
     notify_systemd("STOPPING=1")
     raise SystemExit(0)
@@ -111,6 +101,10 @@ def _deploy(options: argparse.Namespace) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     cluster = LocalCluster(options.temp_dir)
+    supervision = _supervision(options.temp_dir)
+    if not cluster.is_alive and read_supervisor(options.temp_dir) is not None:
+        _print(f"not running. {supervision}")
+        return 1
     state, status = cluster.state, cluster.status()
     if options.json:
         print(json.dumps(status.applications, indent=1))
@@ -121,6 +115,7 @@ def _status(options: argparse.Namespace) -> int:
             f"at {state.base_url}, {'ready' if cluster.is_ready() else 'not ready'}",
             *(line for _, line, _ in status.deployments()),
             *([f"the deployment failed: {status.failure}"] if status.failure else []),
+            supervision,
             f"configuration: {cluster.config_file}",
             f"logs: {state.logs}",
             f"Serve's own view: {settings} serve status -a {state.dashboard}",
@@ -130,9 +125,19 @@ def _status(options: argparse.Namespace) -> int:
     return int(not (status.is_running and cluster.is_ready()))
 
 
+def _supervision(temp_dir: Path) -> str:
+    supervisor = read_supervisor(temp_dir)
+    if supervisor is None:
+        return "no supervisor: if Ray ends, nothing starts it again"
+    said = f"; last: {supervisor.said}" if supervisor.said else ""
+    if not supervisor.is_running:
+        return f"the supervisor has ended{said}"
+    return f"the supervisor, process {supervisor.pid}, has started Ray again {supervisor.restarts} times{said}"
+
+
 def _down(options: argparse.Namespace) -> int:
     cluster = LocalCluster(options.temp_dir, report=_print)
-    running = cluster.state
+    running = cluster.state.base_url if find_supervisor(options.temp_dir) is None else str(options.temp_dir)
     cluster.stop(drain=not options.now)
-    _print(f"stopped {running.base_url}")
+    _print(f"stopped {running}")
     return 0

@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ranklet.cluster.command.local_cluster import ClusterError
+from ranklet.cluster.command.running_cluster import ClusterError
 from tests.assets.smollm import DownloadError
 from tests.assets.training.lessons import TRAINED
 from tests.bench import report

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 
-from ranklet.cluster.command.local_cluster import ClusterError, LocalCluster
+from ranklet.cluster.command.local_cluster import LocalCluster
+from ranklet.cluster.command.running_cluster import ClusterError
 from tests.demo import show
 from tests.demo.chat import ChatAnswer, stream_all
 from tests.demo.client import embeddings, texts_of

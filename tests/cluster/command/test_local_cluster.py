@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,11 +20,15 @@ import yaml
 
 from ranklet.cluster.command import cli
 from ranklet.cluster.command.cluster_state import find_cluster
-from ranklet.cluster.command.local_cluster import ClusterError, LocalCluster
+from ranklet.cluster.command.local_cluster import LocalCluster
 from ranklet.cluster.command.ports import free_block, free_ports
-from ranklet.cluster.command.processes import process_start_time, terminate
+from ranklet.cluster.command.processes import child_processes, kill_session, process_start_time, terminate
+from ranklet.cluster.command.running_cluster import ClusterError
+from ranklet.cluster.command.supervisor_state import find_supervisor
+from tests.cluster.nodes import process_tree
 from tests.cluster.service import Service, eventually, local_configuration
 
+RESTART_S = 120.0  # some 20 s, but more where both cores are busy
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
 STUBBORN = [
     sys.executable,
@@ -100,44 +105,105 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ray 2.60" in capsys.readouterr().out
 
 
-@pytest.mark.timeout(240)  # two starts
-def test_in_the_foreground_sigterm_stops_the_cluster(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
-    """Start twice, as systemd and containers do. The second cluster serves adapters that the first loaded by name."""
+@pytest.mark.timeout(300)  # two starts
+def test_in_the_foreground_a_lost_gcs_is_started_again_and_sigterm_stops_the_cluster(
+    model_dir: Path, adapters_dir: Path, tmp_path: Path
+) -> None:
+    """As under systemd and in containers. Adapters that were loaded by name are served again."""
     adapters = tmp_path / "adapters"
     shutil.copytree(adapters_dir / "medical", adapters / ".sources" / "kept")
-    for turn in range(2):
-        _serve_once(model_dir, adapters, first=turn == 0)
-
-
-def _serve_once(model_dir: Path, adapters_dir: Path, *, first: bool) -> None:
-    with tempfile.TemporaryDirectory(prefix="r-") as folder:
-        config = Path(folder) / "config.yaml"
-        config.write_text(yaml.safe_dump(local_configuration(model_dir, adapters_dir)))
-        command = [
-            sys.executable, "-m", "ranklet.cluster.command.cli", "up", str(config), "--foreground", "--port", "0",
-            "--temp-dir", folder,
-        ]  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="r-") as name:
+        folder = Path(name)
+        config = folder / "config.yaml"
+        config.write_text(yaml.safe_dump(local_configuration(model_dir, adapters)))
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifications:
             notifications.bind(f"{folder}/notify")
             notifications.settimeout(200)
             environment = {**os.environ, "NOTIFY_SOCKET": f"{folder}/notify"}
+            command = _command("up", folder, str(config), "--foreground", "--port", "0")
             with subprocess.Popen(command, env=environment, start_new_session=True) as process:
-                assert notifications.recv(100) == b"READY=1"
-                state = find_cluster(Path(folder))
-                assert state is not None
-                with httpx.Client(base_url=state.base_url, trust_env=False, timeout=30) as http:
-                    if first:
-                        kept = {"lora_name": "kept", "lora_path": ".sources/kept"}
-                        assert http.post("/v1/load_lora_adapter", json=kept).status_code == 200
-                    assert http.post("/v1/embeddings", json={"model": "kept", "input": "text"}).status_code == 200
-                    if first:
-                        _end_in_flight(http, process)
-                    else:
-                        process.send_signal(signal.SIGTERM)
+                assert notifications.recv(1000) == b"READY=1"
+                first = find_cluster(folder)
+                assert first is not None
+                with httpx.Client(base_url=first.base_url, trust_env=False, timeout=30) as http:
+                    kept = {"lora_name": "kept", "lora_path": ".sources/kept"}
+                    assert http.post("/v1/load_lora_adapter", json=kept).status_code == 200
+                    assert _asks(http, "kept") == 200
+                    _lose_gcs(folder, first.pid, lambda: _asks(http, "kept") == 200)
+                    second = find_cluster(folder)
+                    assert second is not None
+                    assert (second.base_url, second.pid == first.pid) == (first.base_url, False)
+                    _end_in_flight(http, process)
                 assert process.wait(60) == 0
-            assert notifications.recv(100) == b"STOPPING=1"
-        assert process_start_time(state.pid) is None
-        assert find_cluster(Path(folder)) is None
+            said = [notifications.recv(1000).decode() for _ in range(4)]
+            assert said[0] == "STATUS=Ray's GCS ended unexpectedly"
+            assert said[-1] == "STOPPING=1"
+        assert process_start_time(second.pid) is None
+        assert (find_cluster(folder), find_supervisor(folder)) == (None, None)
+
+
+def _command(name: str, folder: Path, *others: str) -> list[str]:
+    return [sys.executable, "-m", "ranklet.cluster.command.cli", name, "--temp-dir", str(folder), *others]
+
+
+def _asks(http: httpx.Client, model: str) -> int | None:
+    """Ask for an embedding, and return the status of the answer; None if there is no answer."""
+    try:
+        return http.post("/v1/embeddings", json={"model": model, "input": "text"}).status_code
+    except httpx.TransportError:
+        return None
+
+
+def _lose_gcs(folder: Path, ray: int, is_back: Callable[[], bool]) -> None:
+    """Kill the GCS. Without supervision, the service would stay down for good."""
+    (gcs,) = (pid for pid, line in child_processes(ray).items() if line.partition(" ")[0].endswith("/gcs_server"))
+    os.kill(gcs, signal.SIGKILL)
+    killed_s = time.monotonic()
+    eventually("the head has ended", lambda: process_start_time(ray) is None, 10)
+    eventually("requests are answered again", is_back, RESTART_S)
+    taken_s = time.monotonic() - killed_s
+    sys.stdout.write(f"answered again {taken_s:.1f} s after the GCS was killed\n")
+    eventually("the start is complete", lambda: (now := find_supervisor(folder)) is not None and now.restarts == 1)
+
+
+@pytest.mark.timeout(240)
+def test_down_ends_the_supervisor_also_while_it_starts_ray(
+    model_dir: Path, adapters_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(local_configuration(model_dir, adapters_dir)))
+    with tempfile.TemporaryDirectory(prefix="r-") as name:
+        folder, place = Path(name), ["--temp-dir", name]
+        subprocess.run(_command("up", folder, str(config), "--port", "0"), check=True)
+        state, supervisor = find_cluster(folder), find_supervisor(folder)
+        assert state is not None
+        assert supervisor is not None
+        assert cli.main(["status", *place]) == 0
+        assert f"supervisor, process {supervisor.pid}, has started Ray again 0 times" in capsys.readouterr().out
+        os.kill(state.pid, signal.SIGKILL)
+        eventually("Ray is being started", lambda: (now := find_cluster(folder)) is not None and now.pid != state.pid)
+        starting = find_cluster(folder)
+        assert starting is not None
+        assert cli.main(["status", *place]) == 1
+        assert "attempt 1 of 10 to start Ray again" in capsys.readouterr().out
+        with pytest.raises(ClusterError, match="already"):
+            LocalCluster(folder).start(config)
+        assert cli.main(["down", *place]) == 0
+        left = [each for each in (supervisor.pid, *process_tree(starting.pid)) if process_start_time(each) is not None]
+        assert left == []
+        assert (find_cluster(folder), find_supervisor(folder)) == (None, None)
+
+
+def test_the_rest_of_a_session_is_killed() -> None:
+    """Ray's processes stay in the session of `ray start`, also when that one has ended."""
+    code = f"import subprocess; print(subprocess.Popen({SLEEP!r}, process_group=0).pid, flush=True)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True) as leader:
+        assert leader.stdout is not None
+        left = int(leader.stdout.readline())
+        leader.wait()
+        assert process_start_time(left) is not None
+        kill_session(leader.pid)
+        assert process_start_time(left) is None
 
 
 def _end_in_flight(http: httpx.Client, process: subprocess.Popen[bytes]) -> None:
@@ -152,11 +218,13 @@ def _end_in_flight(http: httpx.Client, process: subprocess.Popen[bytes]) -> None
 
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(http.post, "/v1/embeddings", content=body())
-        eventually("it is in flight", lambda: http.get("/v1/status").json()["in_flight"] == 1)
-        process.send_signal(signal.SIGTERM)
-        eventually("probes see the stop", lambda: http.get("/ready").status_code == 503)
-        assert http.post("/v1/embeddings", json={"input": "text"}).status_code == 503
-        go_on.set()
+        try:
+            eventually("it is in flight", lambda: http.get("/v1/status").json()["in_flight"] == 1)
+            process.send_signal(signal.SIGTERM)
+            eventually("probes see the stop", lambda: http.get("/ready").status_code == 503)
+            assert http.post("/v1/embeddings", json={"input": "text"}).status_code == 503
+        finally:
+            go_on.set()
         assert answer.result().status_code == 200
 
 
