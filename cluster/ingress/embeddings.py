@@ -79,7 +79,7 @@ class EmbeddingsTask:
         truncation = truncation_of(form.truncate_prompt_tokens, form.truncation_side, longest, "right")
         return Inputs(values, EmbeddingPrompts(limits, form.add_special_tokens, truncation))
 
-    async def prepare(self, adapter: AdapterLocation | None, limits: RequestLimits) -> None:
+    async def prepare(self, adapter: AdapterLocation | None, limits: RequestLimits, owner: str) -> None:
         pass
 
     async def respond(self, call: AdmittedCall) -> Response:

@@ -116,8 +116,12 @@ class Exchange:
         self._held.enter_context(services.admission.admit())
         body = await read_body(self._request, limits.max_body_bytes, limits.body_timeout_s)
         engine_limits = await services.replicas.limits()
-        task, adapter, inputs = await services.intake.on_thread(partial(self._check, key, body, engine_limits))
-        remake = partial(self._prompts, key, task, adapter, engine_limits, len(body))
+        owner, body_bytes = key.name if key else "", len(body)
+        check = partial(self._check, key, body, engine_limits)
+        del body
+        task, adapter, inputs = await services.intake.in_turn(owner, body_bytes, check)
+        del check
+        remake = partial(self._prompts, owner, task, adapter, engine_limits, body_bytes)
         prompts = await remake(inputs)
         return await task.respond(
             AdmittedCall(
@@ -137,7 +141,10 @@ class Exchange:
     def _check(
         self, key: ApiKey | None, body: bytes, engine_limits: RequestLimits
     ) -> tuple[InferenceTask, AdapterLocation | None, Inputs | None]:
-        """Take the steps from parsing to tokenising a small body. They share one thread, since each switch costs."""
+        """Take the steps from parsing to tokenising a small body. They share one thread, since each switch costs.
+
+        A large body has a turn for them.
+        """
         services = self._services
         task = self._parse(body)
         self._ignored, self._record.is_text = task.ignored, task.is_text
@@ -155,15 +162,16 @@ class Exchange:
         return None if inputs is None else self._services.intake.tokenise_if_small(inputs, body_bytes)
 
     async def _prompts(
-        self, key: ApiKey | None, task: InferenceTask, adapter: AdapterLocation | None, engine_limits: RequestLimits,
+        self, owner: str, task: InferenceTask, adapter: AdapterLocation | None, engine_limits: RequestLimits,
         body_bytes: int, inputs: Inputs | None = None,
     ) -> TokenIds:  # fmt: skip
         intake = self._services.intake
         if inputs is None:
-            await task.prepare(adapter, engine_limits)
-            inputs = await intake.on_thread(partial(self._inputs, task, adapter, engine_limits, body_bytes))
+            await task.prepare(adapter, engine_limits, owner)
+            check = partial(self._inputs, task, adapter, engine_limits, body_bytes)
+            inputs = await intake.in_turn(owner, body_bytes, check)
             assert inputs is not None, "the task is prepared"
-        return await intake.tokenise(inputs, key.name if key else "")
+        return await intake.tokenise(inputs, owner)
 
     def _charge(self, key: ApiKey | None, prompts: TokenIds) -> Charge:
         services, record = self._services, self._record

@@ -16,6 +16,8 @@ from ranklet.replicas.model.tokenizer import TruncationSide
 
 MAX_STOPS: Final = 16
 _MAX_ID_CHARS = 128
+_MAX_SALT_CHARS = 1024
+TokenList = Annotated[list[int], Field(max_length=1 << 20, fail_fast=True)]  # more than any vocabulary has
 
 
 class StreamOptions(BaseModel):
@@ -88,20 +90,20 @@ class TextFields(BaseModel):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    stop_token_ids: TokenList | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
     logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
+    allowed_token_ids: TokenList | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: TruncationSide | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    cache_salt: str | None = None
+    cache_salt: Annotated[str, Field(max_length=_MAX_SALT_CHARS)] | None = None
     prompt_logprobs: int | None = None
     request_id: Annotated[str, Field(max_length=_MAX_ID_CHARS)] | None = None
     rid: Annotated[str, Field(max_length=_MAX_ID_CHARS)] | None = None  # SGLang's field for request_id

@@ -31,6 +31,7 @@ from ranklet.cluster.ingress.exchange import Exchange, InferenceServices
 from ranklet.cluster.ingress.intake import Intake
 from ranklet.cluster.ingress.ledger import LedgerActor
 from ranklet.cluster.ingress.lifecycle import Lifecycle
+from ranklet.cluster.ingress.memory import map_large_blocks
 from ranklet.cluster.ingress.metrics import GatewayMetrics
 from ranklet.cluster.ingress.models import ModelsApi
 from ranklet.cluster.ingress.naming import ModelNames
@@ -67,6 +68,7 @@ class Gateway(ReportReceiver):
 
     def __init__(self, args: AppArgs, replica: "DeploymentHandle[Any]") -> None:
         escape_log()
+        map_large_blocks()
         self._http_host = http_host()
         refuse_missing_token(open_ray=args.security.open_ray)
         context = serve.get_replica_context()

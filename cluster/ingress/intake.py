@@ -1,7 +1,8 @@
-"""Checks and tokenises the inputs of requests on threads. Bounds the texts that are tokenised at once."""
+"""The work of a gateway on the bodies of requests, on threads and within bounds: parsing, rendering, tokenising."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Final, TypeVar
 
 from ranklet.cluster.config import LimitsConfig
 from ranklet.cluster.ingress.fair_budget import FairBudget
+from ranklet.cluster.ingress.memory import give_back_memory
 from ranklet.cluster.ingress.prompts import PromptRules, Tokenizer
 from ranklet.cluster.ingress.protocol import Texts, TokenIds
 
@@ -16,6 +18,8 @@ T = TypeVar("T")
 SMALL_BODY_BYTES: Final = 1 << 16  # texts of smaller bodies are tokenised by the thread that parses the body
 _THREADS = 4  # the tokenizer releases the GIL
 _SLICE_BYTES = 1 << 20  # texts of larger bodies are tokenised in slices, so that requests take turns
+_PAUSE_S = 0.05  # after the parser of a large body has kept the GIL, so that small requests get it
+_GIVE_BACK_S = 0.5  # after large work, free memory returns to the system
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Inputs:
 class Intake:
     """The threads and the tokenizer of one gateway.
 
-    The texts of large bodies never use all threads, so that small requests do not wait for them.
+    Large bodies never use all threads, so that small requests do not wait for them. Keys take turns with them, and the
+    bytes that are parsed, rendered or tokenised at once are bounded.
     """
 
     def __init__(self, tokenizer: Tokenizer, limits: LimitsConfig) -> None:
@@ -37,10 +42,35 @@ class Intake:
         self._slice_bytes = min(_SLICE_BYTES, limits.max_tokenising_bytes)
         self._budget = FairBudget(limits.max_tokenising_bytes, _THREADS - 1)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="intake")
+        self._giving_back: asyncio.TimerHandle | None = None
 
     async def on_thread(self, work: Callable[[], T]) -> T:
         """Run blocking `work` on a thread of the intake."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def in_turn(self, owner: str, body_bytes: int, work: Callable[[], T]) -> T:
+        """Run blocking `work` on a body on a thread. Work on a large body waits for its turn.
+
+        Args:
+            owner: takes turns with other owners.
+        """
+        if body_bytes <= SMALL_BODY_BYTES:
+            return await self.on_thread(work)
+        async with self.turn(owner, body_bytes):
+            try:
+                return await self._to_its_end(work)
+            finally:
+                if body_bytes > _SLICE_BYTES:
+                    await asyncio.sleep(_PAUSE_S)
+
+    @contextlib.asynccontextmanager
+    async def turn(self, owner: str, size_bytes: int) -> AsyncIterator[None]:
+        """Wait until work on `size_bytes` may begin. It ends with the context."""
+        async with self._budget.spend(owner, size_bytes):
+            try:
+                yield
+            finally:
+                self._give_back_soon()
 
     def tokenise_if_small(self, inputs: Inputs, body_bytes: int) -> Inputs:
         """Check lengths, and tokenise the texts of a small body. Blocks.
@@ -76,18 +106,26 @@ class Intake:
             return values
         prompts: TokenIds = []
         for part, size_bytes in self._slices(values):
-            async with self._budget.spend(owner, size_bytes):
-                prompts += await self._encode(inputs.rules, part)
+            async with self.turn(owner, size_bytes):
+                prompts += await self._to_its_end(partial(inputs.rules.encode, self._tokenizer, part))
         inputs.rules.check(prompts)
         return prompts
 
-    async def _encode(self, rules: PromptRules, texts: Texts) -> TokenIds:
-        work = asyncio.ensure_future(self.on_thread(partial(rules.encode, self._tokenizer, texts)))
+    async def _to_its_end(self, work: Callable[[], T]) -> T:
+        running = asyncio.ensure_future(self.on_thread(work))
         try:
-            return await asyncio.shield(work)
+            return await asyncio.shield(running)
         except asyncio.CancelledError:
-            await asyncio.wait([work])  # the thread cannot be stopped, so the budget stays in use until it ends
+            await asyncio.wait([running])  # the thread cannot be stopped, so the budget stays in use until it ends
             raise
+
+    def _give_back_soon(self) -> None:
+        if self._giving_back is None:
+            self._giving_back = asyncio.get_running_loop().call_later(_GIVE_BACK_S, self._give_back)
+
+    def _give_back(self) -> None:
+        self._giving_back = None
+        self._threads.submit(give_back_memory)
 
     def _check_lengths(self, texts: Texts, rules: PromptRules) -> None:
         for index, text in enumerate(texts):
@@ -95,6 +133,9 @@ class Intake:
                 least = self._tokenizer.least_tokens(text)
                 if least > rules.longest:
                     raise rules.too_long(index, least)
+                most = self._tokenizer.most_characters(rules.longest)
+                if len(text) > most:  # of tokenizers that may drop text, so that nothing is known of its tokens
+                    raise rules.too_many_characters(index, most, len(text))
 
     def _slices(self, texts: Texts) -> Iterator[tuple[Texts, int]]:
         """Cut `texts` into parts of up to `_slice_bytes` or one text, each with its size in bytes."""

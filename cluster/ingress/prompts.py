@@ -27,6 +27,8 @@ class Tokenizer(Protocol):
 
     def least_tokens(self, text: str) -> int: ...
 
+    def most_characters(self, tokens: int) -> int: ...
+
 
 def truncation_of(
     tokens: int | None, side: TruncationSide | None, longest: int, usual_side: TruncationSide
@@ -77,6 +79,9 @@ class PromptRules(Protocol):
     def too_long(self, index: int, least: int) -> InvalidRequest:
         """Return the error for text `index`, which has at least `least` tokens."""
 
+    def too_many_characters(self, index: int, most: int, got: int) -> InvalidRequest:
+        """Return the error for text `index`, whose tokens are not counted, since it has too many characters."""
+
 
 class ContextTooLong(InvalidRequest):  # named as its siblings in replicas/errors.py
     """A prompt and its text do not fit into the context. Clients look for this code, and for the numbers."""
@@ -114,6 +119,13 @@ class EmbeddingPrompts:
     def too_long(self, index: int, least: int) -> InvalidRequest:
         return InvalidRequest(
             f"input[{index}]: expected 1 to {self.longest} tokens, got at least {least}; shorten the text or split it",
+            param="input",
+        )
+
+    def too_many_characters(self, index: int, most: int, got: int) -> InvalidRequest:
+        return InvalidRequest(
+            f"input[{index}]: expected 1 to {self.longest} tokens, and so at most {most} characters, got {got}; "
+            "shorten the text or split it",
             param="input",
         )
 
@@ -159,17 +171,20 @@ class TextPrompts:
                     param=self.param,
                 )
             if len(prompt) > self._longest:
-                raise self._too_long(index, str(len(prompt)))
+                raise self._too_long(index, f"{len(prompt)} tokens")
             self.limits.check_token_ids(f"{self.param}: prompt {index}", prompt, self.param)
 
     def too_long(self, index: int, least: int) -> InvalidRequest:
-        return self._too_long(index, f"at least {least}")
+        return self._too_long(index, f"at least {least} tokens")
 
-    def _too_long(self, index: int, tokens: str) -> InvalidRequest:
+    def too_many_characters(self, index: int, most: int, got: int) -> InvalidRequest:
+        return self._too_long(index, f"{got} characters, of which at most {most} are tokenized")
+
+    def _too_long(self, index: int, content: str) -> InvalidRequest:
         # Clients search for OpenAI's words.
         limit = f"max_tokens is {self.max_tokens}" if self.is_limited else "the text needs at least 1"
         return ContextTooLong(
             f"{self.param}: This model's maximum context length is {self.limits.max_model_len} tokens. However, prompt "
-            f"{index} has {tokens} tokens, and {limit}. Shorten the prompt{' or lower max_tokens' * self.is_limited}",
+            f"{index} has {content}, and {limit}. Shorten the prompt{' or lower max_tokens' * self.is_limited}",
             param=self.param,
         )

@@ -2,6 +2,7 @@
 
 import codecs
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
@@ -10,6 +11,7 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
+from ranklet.cluster.ingress.json_size import check_containers
 from ranklet.replicas.engine.limits import OTHER_VOCABULARY
 from ranklet.replicas.errors import InvalidRequest
 
@@ -33,6 +35,8 @@ INPUT_SCHEMA: Final = {
 _KINDS: dict[type, str] = {
     dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number", bool: "a boolean"
 }  # fmt: skip
+_BRIEF = reprlib.Repr()  # reads the beginning of a large value only
+_BRIEF.maxstring = _BRIEF.maxother = 120
 _EMPTY: dict[type, str] = {list: "an empty list", str: "an empty text"}
 
 
@@ -43,6 +47,7 @@ def parse_body(body: bytes, form: type[Form]) -> Form:
 
 def parse_object(body: bytes) -> dict[str, Any]:
     """Parse a JSON body. Raises InvalidRequest."""
+    check_containers(body)
     try:
         fields = orjson.loads(body.removeprefix(codecs.BOM_UTF8))
     except orjson.JSONDecodeError as error:
@@ -76,7 +81,7 @@ def validate(fields: Mapping[str, Any], form: type[Form]) -> Form:
     try:
         return form.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False)[0]
         param = str(first["loc"][0]) if first["loc"] else "body"
         got = "" if first["type"] == "missing" else f", got {describe_value(first['input'])}"
         raise InvalidRequest(f"{param}: {first['msg']}{got}", param=param) from None
@@ -153,5 +158,5 @@ def describe_value(value: Any) -> str:
     """Return the kind of a value of JSON, and its beginning."""
     if value is None or value == [] or value == "":
         return _EMPTY.get(type(value), "null")
-    text = repr(value)
+    text = _BRIEF.repr(value)
     return f"{_kind(value)} ({text if len(text) <= 60 else text[:57] + '...'})"

@@ -74,8 +74,8 @@ class InferenceTask(Protocol):
             InvalidRequest: a parameter or an input is out of range.
         """
 
-    async def prepare(self, adapter: AdapterLocation | None, limits: RequestLimits) -> None:
-        """Do what `inputs` needs and what takes long. Raises RankletError."""
+    async def prepare(self, adapter: AdapterLocation | None, limits: RequestLimits, owner: str) -> None:
+        """Do what `inputs` needs and what takes long. `owner` takes turns with others. Raises RankletError."""
 
     async def respond(self, call: AdmittedCall) -> Response:
         """Call the replicas, and make the HTTP answer. Raises the errors of `ReplicasClient`."""

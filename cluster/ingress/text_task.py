@@ -72,7 +72,7 @@ class TextTask:
         self.text_model = self.text_model or self.texts.known(adapter, limits)
         return None if self.text_model is None else self.prompts(self.text_model, max_texts, limits)
 
-    async def prepare(self, adapter: AdapterLocation | None, limits: RequestLimits) -> None:
+    async def prepare(self, adapter: AdapterLocation | None, limits: RequestLimits, owner: str) -> None:
         if self.text_model is None and adapter is not None:
             self.text_model = await self.texts.describe(adapter, limits)
 
@@ -230,13 +230,13 @@ class ChatTask(TextTask):
     def check(self, limits: RequestLimits) -> tuple[GenerateParams, TextOptions]:
         return self._form.params(limits.vocab, limits.max_model_len), self._form.options()
 
-    async def prepare(self, adapter: AdapterLocation | None, limits: RequestLimits) -> None:
-        await super().prepare(adapter, limits)
+    async def prepare(self, adapter: AdapterLocation | None, limits: RequestLimits, owner: str) -> None:
+        await super().prepare(adapter, limits, owner)
         model = self.text_model
         assert model is not None, "the base model is known"
         template = model.chat_template()
         if template.quick_for(self._body_bytes) is None:
-            text = await template.renderer.run(partial(self._form.prompt, template.bounded))
+            text = await template.renderer.run(owner, partial(self._form.prompt, template.bounded))
             self._rendered = model, text
 
     def prompts(self, model: DescribedModel, max_texts: int, limits: RequestLimits) -> Inputs | None:

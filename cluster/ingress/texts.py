@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
 from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.cluster.ingress.fair_budget import FairBudget
 from ranklet.cluster.ingress.intake import SMALL_BODY_BYTES
 from ranklet.cluster.message import AdapterText
 from ranklet.cluster.text.render_process import RenderProcess, TrustedRenderer
@@ -35,10 +36,12 @@ class BoundedRenderer:
     def __init__(self) -> None:
         self.process = RenderProcess()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="render")
+        self._turns = FairBudget(1, jobs=1)
 
-    async def run(self, work: Callable[[], str]) -> str:
-        """Run `work`, which renders with `process`."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+    async def run(self, owner: str, work: Callable[[], str]) -> str:
+        """Run `work`, which renders with `process`. Owners take turns."""
+        async with self._turns.spend(owner, 1):
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
 @dataclass(frozen=True)

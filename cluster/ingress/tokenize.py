@@ -3,9 +3,11 @@
 import sys
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, WithJsonSchema
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -33,6 +35,9 @@ from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.errors import InvalidRequest, ModelError
 from ranklet.replicas.model.tokenizer_files import TOKENIZER_CONFIG_FILE, UnusableTokenError, read_tokenizer_file
 
+_LONGEST_TEXT_TOKENS: Final = 1 << 18  # or the longest prompt, if it is longer
+_BYTES_PER_TOKEN: Final = 4
+
 
 class TokenizeRequest(BaseModel):
     """Body of `POST /tokenize`: a prompt, or the messages of a chat."""
@@ -56,7 +61,7 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(fail_fast=True)]
 
 
 @dataclass(frozen=True)
@@ -76,28 +81,24 @@ class TokenizeApi:
         key = self.keys.authenticate(request.headers)
         with self.admission.admit():
             body = await read_body(request, self.limits.max_body_bytes, self.limits.body_timeout_s)
-            engine_limits = await self.replicas.limits()
-            form, ignored = await self.intake.on_thread(partial(_parse, body, TokenizeRequest, TOKENIZE_FIELDS))
-            tokens = await self._tokens(key, form, engine_limits, len(body))
-        strings = [self.texts.tokenizer.id_to_token(token) for token in tokens] if form.return_token_strs else None
-        return json_response(
-            {
-                "count": len(tokens),
-                "max_model_len": engine_limits.max_model_len,
-                "tokens": tokens,
-                "token_strs": strings,
-            },
-            headers=ignored,
-        )
+            limits, owner, body_bytes = await self.replicas.limits(), _owner(key), len(body)
+            parse = partial(self._parse_prompt, key, body)
+            del body
+            form, ignored, adapter = await self.intake.in_turn(owner, body_bytes, parse)
+            del parse
+            tokens = await self._tokens(owner, form, adapter, limits, body_bytes)
+            render = partial(self._tokens_answer, tokens, limits, ignored, strings=bool(form.return_token_strs))
+            return await self.intake.in_turn(owner, body_bytes, render)
 
     async def detokenize(self, request: Request) -> Response:
         """Return the text of token ids, with the special tokens."""
         key = self.keys.authenticate(request.headers)
         with self.admission.admit():
             body = await read_body(request, self.limits.max_body_bytes, self.limits.body_timeout_s)
-            vocab = (await self.replicas.limits()).vocab
-            text, ignored = await self.intake.on_thread(partial(self._detokenize, key, body, vocab))
-        return json_response({"prompt": text}, headers=ignored)
+            limits, owner, body_bytes = await self.replicas.limits(), _owner(key), len(body)
+            detokenize = partial(self._detokenize, key, body, limits)
+            del body
+            return await self.intake.in_turn(owner, body_bytes, detokenize)
 
     async def tokenizer_info(self, request: Request) -> Response:
         """Return the tokenizer's configuration, and the chat template of the model in the query `model`."""
@@ -109,26 +110,44 @@ class TokenizeApi:
         source = None if template is None else template.source
         return json_response(config | self.texts.special_tokens | {"chat_template": source})
 
-    async def _tokens(
-        self, key: ApiKey | None, form: TokenizeRequest, limits: RequestLimits, body_bytes: int
-    ) -> list[int]:
-        adapter = await self.intake.on_thread(partial(self._resolve, key, form.model, form.lora_path))
+    def _parse_prompt(
+        self, key: ApiKey | None, body: bytes
+    ) -> tuple[TokenizeRequest, dict[str, str], AdapterLocation | None]:
+        form, ignored = _parse(body, TokenizeRequest, TOKENIZE_FIELDS)
+        adapter = self._resolve(key, form.model, form.lora_path)
         if (form.prompt is None) == (form.messages is None):
             raise InvalidRequest("prompt: expected either prompt or messages, got both or none", param="prompt")
+        return form, ignored, adapter
+
+    async def _tokens(
+        self, owner: str, form: TokenizeRequest, adapter: AdapterLocation | None, limits: RequestLimits,
+        body_bytes: int,
+    ) -> NDArray[np.int32]:  # fmt: skip
         if form.prompt is not None:
             text, param, adds_special_tokens = form.prompt, "prompt", form.add_special_tokens is not False
         else:
-            text = await self._chat(adapter, form, limits, body_bytes)
+            text = await self._chat(owner, adapter, form, limits, body_bytes)
             param, adds_special_tokens = "messages", bool(form.add_special_tokens)
         rules = TokenizedTexts(limits, param, adds_special_tokens, 1, is_limited=False)
+        rules.check_size(text)
         inputs = Inputs([text], rules)
-        inputs = await self.intake.on_thread(partial(self.intake.tokenise_if_small, inputs, body_bytes))
-        tokens: list[int] = (await self.intake.tokenise(inputs, key.name if key else ""))[0].tolist()
-        return tokens
+        inputs = await self.intake.in_turn(
+            owner, body_bytes, partial(self.intake.tokenise_if_small, inputs, body_bytes)
+        )
+        return (await self.intake.tokenise(inputs, owner))[0]
+
+    def _tokens_answer(
+        self, tokens: NDArray[np.int32], limits: RequestLimits, headers: dict[str, str], *, strings: bool
+    ) -> Response:
+        ids = tokens.tolist()
+        names = [self.texts.tokenizer.id_to_token(token) for token in ids] if strings else None
+        content = {"count": len(ids), "max_model_len": limits.max_model_len, "tokens": ids, "token_strs": names}
+        return json_response(content, headers=headers)
 
     async def _chat(
-        self, adapter: AdapterLocation | None, form: TokenizeRequest, limits: RequestLimits, body_bytes: int
-    ) -> str:
+        self, owner: str, adapter: AdapterLocation | None, form: TokenizeRequest, limits: RequestLimits,
+        body_bytes: int,
+    ) -> str:  # fmt: skip
         template = await self._template(adapter, limits)
         if template is None:
             raise InvalidRequest("messages: expected a model with a chat template, got none", param="messages")
@@ -137,7 +156,7 @@ class TokenizeApi:
             chat_prompt, quick or template.bounded, form.messages, form.chat_template_kwargs,
             form.add_generation_prompt, form.continue_final_message,
         )  # fmt: skip
-        return await (self.intake.on_thread(render) if quick else template.renderer.run(render))
+        return await (self.intake.on_thread(render) if quick else template.renderer.run(owner, render))
 
     async def _template(self, adapter: AdapterLocation | None, limits: RequestLimits) -> OwnedTemplate | None:
         model = self.texts.known(adapter, limits)
@@ -150,13 +169,22 @@ class TokenizeApi:
         self.keys.authorize(key, *self.names.names_of(adapter.name if adapter else self.names.base))
         return adapter
 
-    def _detokenize(self, key: ApiKey | None, body: bytes, vocab: int) -> tuple[str, dict[str, str]]:
+    def _detokenize(self, key: ApiKey | None, body: bytes, limits: RequestLimits) -> Response:
         form, ignored = _parse(body, DetokenizeRequest, DETOKENIZE_FIELDS)
         self._resolve(key, form.model, None)
+        most = max(_LONGEST_TEXT_TOKENS, limits.max_model_len)
+        if len(form.tokens) > most:
+            raise InvalidRequest(
+                f"tokens: expected at most {most} token ids, got {len(form.tokens)}. Send several requests",
+                param="tokens",
+            )
         for token in form.tokens:
-            if not 0 <= token < vocab:
-                raise InvalidRequest(f"tokens: expected token ids from 0 to {vocab - 1}, got {token}", param="tokens")
-        return str(self.texts.tokenizer.decode(form.tokens, skip_special_tokens=False)), ignored
+            if not 0 <= token < limits.vocab:
+                raise InvalidRequest(
+                    f"tokens: expected token ids from 0 to {limits.vocab - 1}, got {token}", param="tokens"
+                )
+        text = self.texts.tokenizer.decode(form.tokens, skip_special_tokens=False)
+        return json_response({"prompt": text}, headers=ignored)
 
     def _config(self) -> dict[str, Any]:
         try:
@@ -164,6 +192,10 @@ class TokenizeApi:
         except UnusableTokenError as error:
             raise ModelError(str(error)) from error
         return {"tokenizer_class": "PreTrainedTokenizerFast"} | config
+
+
+def _owner(key: ApiKey | None) -> str:
+    return key.name if key else ""
 
 
 def _parse(body: bytes, form: type[Form], known: KnownFields) -> tuple[Form, dict[str, str]]:
@@ -175,7 +207,15 @@ def _parse(body: bytes, form: type[Form], known: KnownFields) -> tuple[Form, dic
 
 @dataclass(frozen=True)
 class TokenizedTexts(TextPrompts):
-    """Rules for texts that are only tokenised: any length that the size of a body allows."""
+    """Rules for texts that are only tokenised. They may be longer than a prompt."""
+
+    def check_size(self, text: str) -> None:
+        """Raise InvalidRequest if a text is too long to be tokenised."""
+        most = _BYTES_PER_TOKEN * max(_LONGEST_TEXT_TOKENS, self.limits.max_model_len)
+        if len(text) > most or len(text) * 4 > most < len(text.encode(errors="surrogatepass")):
+            raise InvalidRequest(
+                f"{self.param}: expected a text of at most {most} bytes, got more. Split it", param=self.param
+            )
 
     @property
     def longest(self) -> int:

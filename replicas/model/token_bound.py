@@ -11,13 +11,14 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 Weights = NDArray[np.float64]  # one weight for each code point
 
+MOST_CHARACTERS_PER_TOKEN: Final = 256  # of texts whose tokens have no bound; far above that of any language
 _CHUNK_CHARACTERS = 1 << 16
 _ROUNDING = 1e-6  # relative; far above the rounding error of the sums
 _SIGMAS = [0x3C3, 0x3C2]  # lowercase sigma and final sigma: lowercasing chooses between them by position
@@ -48,9 +49,29 @@ class TokenBound:
             return 0
         total = 0.0
         for start in range(0, len(text), _CHUNK_CHARACTERS):
-            chunk = text[start : start + _CHUNK_CHARACTERS].encode("utf-32-le", "surrogatepass")
-            total += float(self._weights[np.frombuffer(chunk, dtype="<u4")].sum(dtype=np.float64))
+            total += float(self._of(text[start : start + _CHUNK_CHARACTERS]).sum(dtype=np.float64))
         return math.ceil(total * (1 - _ROUNDING))
+
+    def characters_of(self, text: str, tokens: int) -> int:
+        """Return how many first characters of `text` have at least `tokens` tokens; all if that cannot be proven.
+
+        For a tokenizer without a bound, these are `MOST_CHARACTERS_PER_TOKEN` for each token.
+        """
+        if self._weights is None:
+            return min(len(text), tokens * MOST_CHARACTERS_PER_TOKEN)
+        wanted = tokens * (1 + 2 * _ROUNDING)
+        for start in range(0, len(text), _CHUNK_CHARACTERS):
+            weights = self._of(text[start : start + _CHUNK_CHARACTERS])
+            total = float(weights.sum(dtype=np.float64))
+            if total >= wanted:
+                return start + min(len(weights), int(np.searchsorted(weights.cumsum(dtype=np.float64), wanted)) + 1)
+            wanted -= total
+        return len(text)
+
+    def _of(self, text: str) -> NDArray[np.float32]:
+        assert self._weights is not None, "there is a bound"
+        weights: NDArray[np.float32] = self._weights[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")]
+        return weights
 
 
 class _UnboundedError(Exception):

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from ranklet.replicas.errors import InvalidRequest, ModelError
 from ranklet.replicas.model.embedding_settings import read_base_settings
 from ranklet.replicas.model.git_lfs import pointer_problem
-from ranklet.replicas.model.token_bound import TokenBound
+from ranklet.replicas.model.text_cut import beginning, ending
+from ranklet.replicas.model.token_bound import MOST_CHARACTERS_PER_TOKEN, TokenBound
 from ranklet.replicas.model.tokenizer_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, VOCABULARY_FILE
 
 TruncationSide = Literal["left", "right"]
@@ -38,17 +39,23 @@ class PromptTokenizer:
         self._prefix = settings.prompt
         self._adds_special_tokens = settings.special_tokens
         self._embedding_backend = _lowercasing(self._backend) if settings.lower else self._backend
-        self._bounds = [TokenBound(backend) for backend in dict.fromkeys((self._backend, self._embedding_backend))]
+        self._bound = TokenBound(self._backend)
+        self._embedding_bound = self._bound if not settings.lower else TokenBound(self._embedding_backend)
 
     @property
     def longest_token_bytes(self) -> int | None:
         """Upper bound on the UTF-8 bytes of text that one token covers; None if none can be proven."""
-        longest = [bound.longest_token_bytes for bound in self._bounds]
+        longest = [bound.longest_token_bytes for bound in (self._bound, self._embedding_bound)]
         known = [each for each in longest if each is not None]
         return max(known) if len(known) == len(longest) else None
 
     def least_tokens(self, text: str) -> int:
-        return min(bound.least_tokens(text) for bound in self._bounds)
+        bounds = dict.fromkeys((self._bound, self._embedding_bound))
+        return min(bound.least_tokens(text) for bound in bounds)
+
+    def most_characters(self, tokens: int) -> int:
+        """Return how many characters a text may have that is tokenized and may have `tokens` tokens."""
+        return tokens * (self.longest_token_bytes or MOST_CHARACTERS_PER_TOKEN)
 
     @property
     def backend(self) -> Any:
@@ -59,7 +66,7 @@ class PromptTokenizer:
         self, texts: Sequence[str], *, add_special_tokens: bool, truncation: Truncation | None = None
     ) -> list[NDArray[np.int32]]:
         """Return the token ids of each text, int32 [length], without the folder's settings for embeddings."""
-        return _ids(self._backend, texts, add_special_tokens=add_special_tokens, truncation=truncation)
+        return _ids(self._backend, self._bound, texts, add_special_tokens=add_special_tokens, truncation=truncation)
 
     def encode(
         self, texts: Sequence[str], *, add_special_tokens: bool | None = None, truncation: Truncation | None = None
@@ -71,7 +78,9 @@ class PromptTokenizer:
         """
         prompts = [self._prefix + text for text in texts] if self._prefix else texts
         adds = self._adds_special_tokens if add_special_tokens is None else add_special_tokens
-        return _ids(self._embedding_backend, prompts, add_special_tokens=adds, truncation=truncation)
+        return _ids(
+            self._embedding_backend, self._embedding_bound, prompts, add_special_tokens=adds, truncation=truncation
+        )
 
 
 def load_backend(folder: Path) -> Any:
@@ -107,7 +116,7 @@ def _lowercasing(backend: Any) -> Any:
 
 
 def _ids(
-    backend: Any, texts: Sequence[str], *, add_special_tokens: bool, truncation: Truncation | None
+    backend: Any, bound: TokenBound, texts: Sequence[str], *, add_special_tokens: bool, truncation: Truncation | None
 ) -> list[NDArray[np.int32]]:
     if truncation is None:
         found = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
@@ -119,8 +128,16 @@ def _ids(
                 f"got {truncation.tokens}",
                 param="truncate_prompt_tokens",
             )
-        found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        for encoding in found:
+        cut = beginning if truncation.side == "right" else ending
+        shorter = [cut(text, truncation.tokens, bound) for text in texts]
+        found = backend.encode_batch_fast(shorter, add_special_tokens=False)
+        for text, part, encoding in zip(texts, shorter, found, strict=True):
+            if part is not text and len(encoding) < truncation.tokens:
+                raise InvalidRequest(
+                    f"truncate_prompt_tokens: expected at least {truncation.tokens} tokens in the first or last "
+                    f"{len(part)} characters of a long text, got {len(encoding)}. Shorten the text",
+                    param="truncate_prompt_tokens",
+                )
             encoding.truncate(truncation.tokens - added, direction=truncation.side)
         if added:
             found = [backend.post_process(encoding, add_special_tokens=True) for encoding in found]

@@ -58,6 +58,9 @@ class FakeTokenizer:
     def least_tokens(self, text: str) -> int:
         return len(text.encode()) // 64
 
+    def most_characters(self, tokens: int) -> int:
+        return 64 * tokens
+
     def encode_plain(
         self, texts: Sequence[str], *, add_special_tokens: bool, truncation: Truncation | None = None
     ) -> list[NDArray[np.int32]]:

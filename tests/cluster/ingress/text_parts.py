@@ -59,6 +59,9 @@ class PlainTokenizer:
     def least_tokens(self, text: str) -> int:
         return 0
 
+    def most_characters(self, tokens: int) -> int:
+        return 256 * tokens
+
 
 class DescribingReplica(TextReplica):
     """Also describes itself and its adapters. `described` counts descriptions."""
