@@ -15,7 +15,7 @@ from ranklet.cluster.access.quota import Charge, Quotas
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.config import LimitsConfig
 from ranklet.cluster.ingress.body import read_body
-from ranklet.cluster.ingress.intake import Inputs, Intake
+from ranklet.cluster.ingress.intake import SMALL_BODY_BYTES, Inputs, Intake
 from ranklet.cluster.ingress.known_fields import IGNORED_HEADER, ignored_value
 from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.cluster.ingress.observe import Observer
@@ -117,6 +117,8 @@ class Exchange:
         body = await read_body(self._request, limits.max_body_bytes, limits.body_timeout_s)
         engine_limits = await services.replicas.limits()
         owner, body_bytes = key.name if key else "", len(body)
+        if body_bytes > SMALL_BODY_BYTES:
+            self._held.callback(services.intake.give_back_soon)
         check = partial(self._check, key, body, engine_limits)
         del body
         task, adapter, inputs = await services.intake.in_turn(owner, body_bytes, check)

@@ -17,7 +17,8 @@ from ranklet.replicas.model.tokenizer import TruncationSide
 MAX_STOPS: Final = 16
 _MAX_ID_CHARS = 128
 _MAX_SALT_CHARS = 1024
-TokenList = Annotated[list[int], Field(max_length=1 << 20, fail_fast=True)]  # more than any vocabulary has
+MAX_LISTED_TOKENS: Final = 1 << 20  # more than any vocabulary has
+TokenList = Annotated[list[int], Field(max_length=MAX_LISTED_TOKENS, fail_fast=True)]
 
 
 class StreamOptions(BaseModel):

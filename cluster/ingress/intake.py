@@ -70,7 +70,7 @@ class Intake:
             try:
                 yield
             finally:
-                self._give_back_soon()
+                self.give_back_soon()
 
     def tokenise_if_small(self, inputs: Inputs, body_bytes: int) -> Inputs:
         """Check lengths, and tokenise the texts of a small body. Blocks.
@@ -118,8 +118,11 @@ class Intake:
         except asyncio.CancelledError:
             await asyncio.wait([running])  # the thread cannot be stopped, so the budget stays in use until it ends
             raise
+        finally:
+            del running  # its error refers to this frame, which would keep the body until the next garbage collection
 
-    def _give_back_soon(self) -> None:
+    def give_back_soon(self) -> None:
+        """Return memory to the system once large work has ended."""
         if self._giving_back is None:
             self._giving_back = asyncio.get_running_loop().call_later(_GIVE_BACK_S, self._give_back)
 

@@ -19,6 +19,7 @@ Form = TypeVar("Form", bound=BaseModel)
 Texts = list[str]
 TokenIds = list[NDArray[np.int32]]  # int32 [length] each
 _MAX_TOKEN_ID = 2**31 - 1
+_MAX_IDS: Final = 1 << 20  # in one prompt; longer than the context of any model
 
 INPUT_SCHEMA: Final = {
     "anyOf": [
@@ -113,7 +114,7 @@ def _parse_input(value: Any, max_texts: int) -> Texts | TokenIds:
         raise _UnusableInputError(
             f"expected a text, texts, token ids or lists of token ids; got {describe_value(value)}"
         )
-    kinds = set(map(type, value))
+    kinds = set(map(type, value[: _MAX_IDS + 1]))
     if kinds == {int}:
         return [_token_ids(value, None)]
     if len(value) > max_texts:
@@ -138,8 +139,10 @@ def _texts(texts: Texts) -> Texts:
 
 def _token_ids(ids: Any, index: int | None) -> NDArray[np.int32]:
     where = "" if index is None else f"prompt {index}: "
-    if not isinstance(ids, list) or set(map(type, ids)) != {int}:
+    if not isinstance(ids, list) or set(map(type, ids[: _MAX_IDS + 1])) != {int}:
         raise _UnusableInputError(f"{where}expected a list of at least one token id, got {describe_value(ids)}")
+    if len(ids) > _MAX_IDS:
+        raise _UnusableInputError(f"{where}expected at most {_MAX_IDS} token ids in one prompt, got {len(ids)}")
     if min(ids) < 0 or max(ids) > _MAX_TOKEN_ID:
         bad = next(token for token in ids if not 0 <= token <= _MAX_TOKEN_ID)
         raise _UnusableInputError(f"{where}expected token ids of the model's vocabulary, got {bad}. {OTHER_VOCABULARY}")

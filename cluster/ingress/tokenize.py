@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -17,6 +17,7 @@ from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.config import LimitsConfig
 from ranklet.cluster.ingress.body import read_body
 from ranklet.cluster.ingress.chat import MESSAGES_SCHEMA, chat_prompt
+from ranklet.cluster.ingress.fields import TokenList
 from ranklet.cluster.ingress.intake import Inputs, Intake
 from ranklet.cluster.ingress.known_fields import (
     DETOKENIZE_FIELDS,
@@ -61,7 +62,7 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
     model: str | None = None
-    tokens: Annotated[list[int], Field(fail_fast=True)]
+    tokens: TokenList
 
 
 @dataclass(frozen=True)
@@ -172,12 +173,6 @@ class TokenizeApi:
     def _detokenize(self, key: ApiKey | None, body: bytes, limits: RequestLimits) -> Response:
         form, ignored = _parse(body, DetokenizeRequest, DETOKENIZE_FIELDS)
         self._resolve(key, form.model, None)
-        most = max(_LONGEST_TEXT_TOKENS, limits.max_model_len)
-        if len(form.tokens) > most:
-            raise InvalidRequest(
-                f"tokens: expected at most {most} token ids, got {len(form.tokens)}. Send several requests",
-                param="tokens",
-            )
         for token in form.tokens:
             if not 0 <= token < limits.vocab:
                 raise InvalidRequest(
