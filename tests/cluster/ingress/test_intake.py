@@ -17,7 +17,7 @@ LIMIT_BYTES = 8 << 20
 LARGE_BYTES = 5 << 20
 
 
-class Work:
+class HeldWork:
     """Work that blocks its thread until `end` is set. `begun` lists names in the order of their beginning."""
 
     def __init__(self) -> None:
@@ -30,11 +30,11 @@ class Work:
         return name
 
 
-class Body:
+class HeldBody:
     """Stands for a large body."""
 
 
-def refuse(body: Body) -> None:
+def refuse(body: HeldBody) -> None:
     raise InvalidRequest("no")
 
 
@@ -44,7 +44,7 @@ def intake() -> Intake:
 
 
 async def test_bodies_are_worked_on_in_turns_by_key_and_within_the_bound(intake: Intake) -> None:
-    work = Work()
+    work = HeldWork()
     names = ("a1", "a2", "a3", "b1")
     large = [asyncio.ensure_future(intake.in_turn(name[0], LARGE_BYTES, partial(work.run, name))) for name in names]
     async with asyncio.timeout(60):
@@ -59,7 +59,7 @@ async def test_bodies_are_worked_on_in_turns_by_key_and_within_the_bound(intake:
 
 
 async def test_a_body_whose_client_left_counts_until_its_thread_ends(intake: Intake) -> None:
-    work = Work()
+    work = HeldWork()
     left = asyncio.ensure_future(intake.in_turn("a", LARGE_BYTES, partial(work.run, "left")))
     waits = asyncio.ensure_future(intake.in_turn("b", LARGE_BYTES, partial(work.run, "waits")))
     async with asyncio.timeout(60):
@@ -75,7 +75,7 @@ async def test_a_body_whose_client_left_counts_until_its_thread_ends(intake: Int
 
 @pytest.mark.parametrize("body_bytes", [1, LARGE_BYTES])
 async def test_a_refused_body_is_free_before_the_next_garbage_collection(intake: Intake, body_bytes: int) -> None:
-    body = Body()
+    body = HeldBody()
     kept, work = weakref.ref(body), partial(refuse, body)
     del body
     gc.disable()
