@@ -25,7 +25,7 @@ from ranklet.replicas.config import EngineConfig
 
 Requests = Literal["all", "refused", "none"]
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s*A-Z]+")  # as browsers write it, without a path
-_SET_ELSEWHERE = {"model_dir": "base.model_dir"}
+_SET_ELSEWHERE = {"model_dir": "base.model_dir", "adapter_roots": "security.adapter_roots"}
 
 
 def _checked_name(name: str) -> str:
@@ -267,7 +267,12 @@ class AppArgs(AdapterList):
         """Return the settings of each engine. An adapter may name its base model by any name that requests may use."""
         fields = dict(self.engine)
         fields["base_aliases"] = (*fields.get("base_aliases", ()), *self.base_names)
-        return EngineConfig(model_dir=self.base.model_dir, **fields)
+        return EngineConfig(model_dir=self.base.model_dir, adapter_roots=self.adapter_roots, **fields)
+
+    @property
+    def adapter_roots(self) -> tuple[Path, ...]:
+        """Folders that adapters may be loaded from by name, and that links in an adapter's folder may lead to."""
+        return tuple(root for root in (self.adapters_dir, *self.security.adapter_roots) if root is not None)
 
     @property
     def base_names(self) -> tuple[str, ...]:

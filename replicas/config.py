@@ -65,6 +65,8 @@ class EngineConfig:
     backend: str = "auto"
     # fnmatch patterns of the names that adapters may give as their base model.
     base_aliases: tuple[str, ...] = ()
+    # Folders that links in an adapter's folder may lead to, besides that folder.
+    adapter_roots: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model_dir", Path(self.model_dir))

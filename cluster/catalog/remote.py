@@ -61,12 +61,17 @@ class RemoteCache:
         on_download: Callable[[str, float, int], None] = lambda url, seconds, size: None, *,
         keep_used_s: float = _KEEP_USED_S, open_folder: Callable[[str], RemoteFolder] = RemoteFolder,
     ) -> None:  # fmt: skip
-        self._root = root
+        self.root = root
+        self.max_adapter_bytes = max_adapter_bytes
         self._max_bytes = max_bytes
-        self._max_adapter_bytes = max_adapter_bytes
         self._on_download = on_download
         self._keep_used_s = keep_used_s
         self._open_folder = open_folder
+
+    def find(self, source: str) -> FetchedAdapter | None:
+        """Return the folder of a remote adapter if the cache has the revision that `source` contains."""
+        url, _, revision = source.partition("#")
+        return self._use(_key_of(url), revision) if revision else None
 
     def fetch(self, source: str) -> FetchedAdapter:
         """Return the folder of a remote adapter. Blocks during a download; resumes an interrupted one.
@@ -78,10 +83,10 @@ class RemoteCache:
             Unavailable: the remote source does not answer.
         """
         url, _, revision = source.partition("#")
-        key = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
-        if revision and (found := self._use(key, revision)):
+        key = _key_of(url)
+        if found := self.find(source):
             return found
-        self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._locked(key):
             if revision and (found := self._use(key, revision)):  # another process has just downloaded it
                 return found
@@ -107,7 +112,7 @@ class RemoteCache:
         return FetchedAdapter(self._folder(key, entry.revision), entry.revision, downloaded=True)
 
     def _folder(self, key: str, revision: str) -> Path:
-        return self._root / f"{key}-{revision}"
+        return self.root / f"{key}-{revision}"
 
     def _use(self, key: str, revision: str) -> FetchedAdapter | None:
         """Mark an entry as just used, which protects it from eviction. Returns None if it is not complete."""
@@ -120,14 +125,14 @@ class RemoteCache:
 
     def _entries(self, key: str) -> list[RemoteAdapter]:
         found = []
-        for path in self._root.glob(f"{key}*/{_ENTRY_FILE}"):
+        for path in self.root.glob(f"{key}*/{_ENTRY_FILE}"):
             with contextlib.suppress(OSError, ValueError, TypeError):
                 found.append(RemoteAdapter(**json.loads(path.read_text())))
         return found
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        with (self._root / f"{name}.lock").open("w") as lock:
+        with (self.root / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
@@ -151,7 +156,7 @@ class RemoteCache:
 
     def _prepare_part(self, key: str, marks: dict[str, FileMark]) -> Path:
         """Return the folder of the download. Keeps files of an interrupted download of the same content."""
-        part = self._root / f"{key}.part"
+        part = self.root / f"{key}.part"
         path, content = part / _MARKS_FILE, _as_dicts(marks)
         with contextlib.suppress(OSError, ValueError):  # no download to resume, or its marks are incomplete
             if _identify_content(marks) and json.loads(path.read_text()) == content:
@@ -176,14 +181,14 @@ class RemoteCache:
         return size
 
     def _check_size(self, url: str, size: int) -> None:
-        if size > self._max_adapter_bytes:
+        if size > self.max_adapter_bytes:
             raise InvalidAdapter(
-                url, [f"expected at most {self._max_adapter_bytes} bytes (sources.max_adapter_bytes), got {size}"]
+                url, [f"expected at most {self.max_adapter_bytes} bytes (sources.max_adapter_bytes), got {size}"]
             )
 
     def _evict(self) -> None:
         with self._locked("evict"):
-            entries = [(path.stat().st_mtime, path.parent) for path in self._root.glob(f"*/{_ENTRY_FILE}")]
+            entries = [(path.stat().st_mtime, path.parent) for path in self.root.glob(f"*/{_ENTRY_FILE}")]
             sizes = {folder: sum(file.stat().st_size for file in folder.iterdir()) for _, folder in entries}
             total = sum(sizes.values())
             for used_s, folder in sorted(entries):
@@ -193,6 +198,10 @@ class RemoteCache:
                 gone = folder.with_suffix(".gone")
                 folder.replace(gone)
                 shutil.rmtree(gone, ignore_errors=True)
+
+
+def _key_of(url: str) -> str:
+    return hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
 
 
 def _identify_content(marks: dict[str, FileMark]) -> bool:

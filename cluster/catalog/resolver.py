@@ -2,21 +2,20 @@
 
 import asyncio
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from ranklet.cluster.catalog.lanes import Lanes
 from ranklet.cluster.catalog.remote import RemoteCache
 from ranklet.cluster.catalog.source import is_remote
 from ranklet.replicas.adapters.reference import AdapterRef
-from ranklet.replicas.adapters.revision import Revisions, age_of
+from ranklet.replicas.adapters.revision import Revisions, age_of, marks_of
 from ranklet.replicas.errors import StillLoading
 
-_FOLDER_THREADS = 32
-_DOWNLOAD_THREADS = 8
 _CHECK_INTERVAL_S = 1.0  # between two checks of an adapter's files
 _CHECK_WAIT_S = 0.2  # a request for a known adapter waits this long for a check, then uses the known revision
-_SETTLE_S = 1.0  # files written more recently may be incomplete, so the known revision is used until then
+SETTLE_S = 1.0  # files written more recently may be incomplete: the known revision is used until then, or none
 _Key = tuple[str, str]  # name and source
 
 
@@ -34,17 +33,20 @@ class AdapterResolver:
     Args:
         timeout_s: how long a request waits for the first check of an adapter.
         clock: monotonic, in seconds.
+        roots: folders that links in an adapter's folder may lead to.
     """
 
-    def __init__(self, cache: RemoteCache, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, cache: RemoteCache, timeout_s: float, clock: Callable[[], float] = time.monotonic,
+        roots: Sequence[Path] = (),
+    ) -> None:  # fmt: skip
         self._cache = cache
         self._timeout_s = timeout_s
         self._clock = clock
-        self._revisions = Revisions()
+        self._revisions = Revisions(roots=roots, max_bytes=cache.max_adapter_bytes)
         self._known: dict[_Key, tuple[float, AdapterRef]] = {}
-        self._checks: dict[_Key, asyncio.Future[ResolvedAdapter]] = {}
-        self._folder_threads = ThreadPoolExecutor(_FOLDER_THREADS, thread_name_prefix="check")
-        self._download_threads = ThreadPoolExecutor(_DOWNLOAD_THREADS, thread_name_prefix="download")
+        self._checks: dict[_Key, asyncio.Task[ResolvedAdapter]] = {}
+        self._lanes = Lanes()
 
     def invalidate(self, name: str) -> None:
         """Forget the known revision. Only requests that already wait get the result of a running check."""
@@ -59,7 +61,8 @@ class AdapterResolver:
 
         Raises:
             AdapterNotFound: the folder does not exist.
-            StillLoading: the first check exceeds `timeout_s`.
+            InvalidAdapter: a link leads out of the folder and of all roots, or the files are too large.
+            StillLoading: the first check exceeds `timeout_s`, or the files are being written.
             RankletError: see `RemoteCache.fetch`.
         """
         key = name, source
@@ -78,27 +81,45 @@ class AdapterResolver:
             f"adapter {name!r}: expected its files within {wait_s:g} s, but {slow} has not finished. Try again"
         )
 
-    def _start_check(self, key: _Key) -> "asyncio.Future[ResolvedAdapter]":
-        loop = asyncio.get_running_loop()
-        if is_remote(key[1]):
-            future = loop.run_in_executor(self._download_threads, self._download, *key)
-        else:
-            future = loop.run_in_executor(self._folder_threads, self._check_folder, *key)
-        self._checks[key] = future
-        future.add_done_callback(lambda done: self._finish_check(key, done))
-        return future
+    def _start_check(self, key: _Key) -> "asyncio.Task[ResolvedAdapter]":
+        name, source = key
+        check = asyncio.ensure_future(self._download(name, source) if is_remote(source) else self._check_folder(key))
+        self._checks[key] = check
+        check.add_done_callback(lambda done: self._finish_check(key, done))
+        return check
 
-    def _check_folder(self, name: str, folder: str) -> ResolvedAdapter:
+    async def _check_folder(self, key: _Key) -> ResolvedAdapter:
+        name, folder = key
+        deadline_s, marks = time.monotonic() + self._timeout_s, ""
+        while time.monotonic() < deadline_s:
+            found = await self._lanes.run(folder, self._look, name, folder, marks)
+            if isinstance(found, ResolvedAdapter):
+                return found
+            marks = found
+            await asyncio.sleep(SETTLE_S)
+        raise StillLoading(f"adapter {name!r}: its files are still being written. Try again")
+
+    def _look(self, name: str, folder: str, settled: str) -> "ResolvedAdapter | str":
+        """Return the revision. If the files have just been written, return the known one, or else their marks.
+
+        Args:
+            settled: marks that were there a second ago.
+        """
         _, known = self._known.get((name, folder), (0.0, None))
-        if known is not None and 0 <= age_of(folder) < _SETTLE_S:
+        age_s = age_of(folder)
+        if known is not None and 0 <= age_s < SETTLE_S:
             return ResolvedAdapter(known)
+        if known is None and age_s < SETTLE_S and (marks := marks_of(folder)) != settled:
+            return marks
         return ResolvedAdapter(self._revisions.reference(name, folder))
 
-    def _download(self, name: str, source: str) -> ResolvedAdapter:
-        fetched = self._cache.fetch(source)
+    async def _download(self, name: str, source: str) -> ResolvedAdapter:
+        fetched = await self._lanes.run(str(self._cache.root), self._cache.find, source)
+        if fetched is None:
+            fetched = await self._lanes.run(source, self._cache.fetch, source)
         return ResolvedAdapter(AdapterRef(name, str(fetched.folder), fetched.revision), fetched.downloaded)
 
-    def _finish_check(self, key: _Key, check: "asyncio.Future[ResolvedAdapter]") -> None:
+    def _finish_check(self, key: _Key, check: "asyncio.Task[ResolvedAdapter]") -> None:
         if self._checks.get(key) is not check:  # invalidated
             return
         del self._checks[key]

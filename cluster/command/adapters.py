@@ -5,6 +5,7 @@ import json
 import os
 import urllib.error
 import urllib.parse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +160,7 @@ def _verify(options: argparse.Namespace) -> int:
         architecture, options.max_rank, ALL_MODULES, bases, embedding, head if isinstance(head, LmHead) else None,
         EndOfText(options.model, config, architecture.vocab),
     )  # fmt: skip
-    served = [_verify_folder(folder, expected) for folder in options.folders]
+    served = [_verify_folder(folder, replace(expected, roots=(folder.resolve().parent,))) for folder in options.folders]
     return 0 if all(served) else 1
 
 
@@ -169,7 +170,7 @@ def _verify_folder(folder: Path, expected: "ExpectedModules") -> bool:
     from ranklet.replicas.errors import RankletError
 
     try:
-        ref = Revisions().reference(folder.name, str(folder))
+        ref = Revisions(roots=expected.roots).reference(folder.name, str(folder))
         adapter = read_adapter(ref, expected)
     except RankletError as error:
         print_line(error.message)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ranklet.cluster.catalog.location import AdapterLocation
@@ -12,18 +13,22 @@ from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.names import normal_name
 from ranklet.replicas.adapters.reference import AdapterReport
 from ranklet.replicas.adapters.revision import Revisions, marks_of
-from ranklet.replicas.errors import AdapterNotFound, RankletError, UnknownModel
+from ranklet.replicas.errors import RankletError, UnknownModel
 
 _Reports = Sequence[tuple[str, AdapterReport]]  # with the id of the replica
 
 
 class AdapterCards:
-    """Builds one card per adapter, from the registry and from the replicas' reports."""
+    """Builds one card per adapter, from the registry and from the replicas' reports.
 
-    def __init__(self, registry: Registry, replicas: ReplicasClient) -> None:
+    Args:
+        roots: folders that links in an adapter's folder may lead to.
+    """
+
+    def __init__(self, registry: Registry, replicas: ReplicasClient, roots: Sequence[Path] = ()) -> None:
         self._registry = registry
         self._replicas = replicas
-        self._revisions = Revisions()
+        self._revisions = Revisions(roots=roots)
 
     async def cards(self) -> list[dict[str, Any]]:
         """Return the cards of all adapters.
@@ -62,7 +67,7 @@ class AdapterCards:
             await asyncio.to_thread(self._registry.locate, name, "name")  # its error lists similar names
             raise UnknownModel(f"name: expected a name that GET /v1/adapters lists, got {name!r}", param="name")
         if card["revision"] is None and card["path"]:
-            with contextlib.suppress(AdapterNotFound):
+            with contextlib.suppress(RankletError):
                 location = AdapterLocation(name, card["path"])
                 card["revision"] = await asyncio.to_thread(self._read_revision, location)
         return card

@@ -103,7 +103,7 @@ class Gateway(ReportReceiver):
 
     def __serve_build_asgi_app__(self) -> Starlette:
         args, keys, registry, intake, replicas = self._args, self._keys, self._registry, self._intake, self._replicas
-        cards = AdapterCards(registry, replicas)
+        cards = AdapterCards(registry, replicas, args.adapter_roots)
         return build_app(
             inference={
                 "/v1/embeddings": self._inference_handler(EmbeddingsTask.parse),
@@ -150,12 +150,11 @@ class Gateway(ReportReceiver):
 
     def _lifecycle(self) -> Lifecycle:
         args = self._args
-        roots = [root for root in (args.adapters_dir, *args.security.adapter_roots) if root is not None]
         return Lifecycle(
             self._registry,
             self._replicas,
             lambda: self._broadcast("on_overrides_changed"),
-            roots,
+            args.adapter_roots,
             args.sources.allowed,
         )
 

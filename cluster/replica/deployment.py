@@ -71,7 +71,7 @@ class Replica:
         self._user_config: Setting[AdapterList] = self._settings.setting("user_config", ValueError)
         self._pins = _pins(args)
         cache = RemoteCache(sources.cache_dir, sources.cache_bytes, sources.max_adapter_bytes, metrics.downloaded)
-        self._resolver = AdapterResolver(cache, config.load_timeout_s)
+        self._resolver = AdapterResolver(cache, config.load_timeout_s, roots=args.adapter_roots)
         self._calls = ReplicaCalls(
             self._id, self._engine, self._resolver, self._state, self._feeds, PromptLimits(config.model_dir)
         )

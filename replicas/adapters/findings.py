@@ -3,29 +3,28 @@
 from collections.abc import Collection, Generator
 from typing import Any, TypeVar
 
+from ranklet.replicas.adapters.limits import MAX_FINDING_CHARS, MAX_FINDINGS, MAX_FINDINGS_CHARS, MAX_SHOWN_CHARS
 from ranklet.replicas.escape import escape
 
 T = TypeVar("T")
 Checked = Generator[str, None, T]
 
-MAX_SHOWN_CHARS = 100  # of one value that comes from an adapter's files
-_MAX_FINDINGS = 100
 _MAX_LISTED = 12
 
 
 def collect(check: Checked[T]) -> tuple[T | None, list[str]]:
-    """Run a check. Returns its value and its findings; after 100 findings the check is abandoned without a value."""
+    """Run a check. Returns its value and its findings. After too many, the check is abandoned without a value."""
     findings: list[str] = []
-    while len(findings) < _MAX_FINDINGS:
+    while len(findings) < MAX_FINDINGS and sum(map(len, findings)) < MAX_FINDINGS_CHARS:
         try:
-            findings.append(escape(next(check)))
+            findings.append(escape(shorten(next(check), MAX_FINDING_CHARS)))
         except StopIteration as end:
             return end.value, findings
-    return None, [*findings, f"{_MAX_FINDINGS} findings are listed; there may be more"]
+    return None, [*findings, f"{len(findings)} findings are listed; there may be more"]
 
 
-def shorten(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[: MAX_SHOWN_CHARS - 3]}..."
+def shorten(text: str, most_chars: int = MAX_SHOWN_CHARS) -> str:
+    return text if len(text) <= most_chars else f"{text[: most_chars - 3]}..."
 
 
 def show(value: Any) -> str:

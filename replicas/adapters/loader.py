@@ -1,6 +1,7 @@
 """Loads adapters from disk or from the host cache into slots, on threads of its own."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from threading import Lock
 from time import perf_counter
 
 from ranklet.replicas.adapters.host_cache import HostCache
+from ranklet.replicas.adapters.mounts import mount_of
 from ranklet.replicas.adapters.packed import PackedAdapter, pack
 from ranklet.replicas.adapters.pinned_memory import PinnedMemory, pageable
 from ranklet.replicas.adapters.pool import AdapterPool
@@ -17,7 +19,9 @@ from ranklet.replicas.errors import InternalError, RankletError
 
 logger = logging.getLogger(__name__)
 
-READERS = 8  # concurrent loads from disk; a folder that hangs blocks only one of them
+READERS = 8  # concurrent loads from one mounted file system, which may hang
+_MAX_READERS = 64
+_FEW_SLOTS = 2
 COPIERS = 2  # concurrent loads from the host cache, which never wait for a disk
 
 
@@ -45,32 +49,37 @@ class Loader:
         self._expected = expected
         self._allocate = PinnedMemory(READERS).allocate if pool.device.type == "cuda" else pageable
         self._lock = Lock()
-        self._reading = self._copying = 0
-        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="ranklet-read")
+        self._reading: Counter[str] = Counter()  # by mount point
+        self._copying = 0
+        # Loads hold their slots: a file system that hangs must leave one to others.
+        self._readers_of_mount = min(READERS, pool.slots - 1) if pool.slots > _FEW_SLOTS else READERS
+        self._readers = ThreadPoolExecutor(_MAX_READERS, thread_name_prefix="ranklet-read")
         self._copiers = ThreadPoolExecutor(COPIERS, thread_name_prefix="ranklet-copy")
 
     def can_start(self, ref: AdapterRef) -> bool:
         """Whether a thread is free for a load. A load that waited for one would keep its slot empty."""
-        return self._reading < READERS if ref not in self.host else self._copying < COPIERS
+        if ref in self.host:
+            return self._copying < COPIERS
+        return self._reading[mount_of(ref.path)] < self._readers_of_mount and self._reading.total() < _MAX_READERS
 
     def start(self, ref: AdapterRef, slot: int, done: Callable[[LoadOutcome], None]) -> None:
         """Load an adapter into a slot. `done` is always called, on a loader thread."""
-        hosted = ref in self.host
-        self._count(hosted, 1)
+        mount = None if ref in self.host else mount_of(ref.path)
+        self._count(mount, 1)
 
         def run() -> None:
             outcome = self._load(ref, slot)
-            self._count(hosted, -1)
+            self._count(mount, -1)
             done(outcome)
 
-        (self._copiers if hosted else self._readers).submit(run)
+        (self._copiers if mount is None else self._readers).submit(run)
 
-    def _count(self, hosted: bool, change: int) -> None:
+    def _count(self, mount: str | None, change: int) -> None:
         with self._lock:
-            if hosted:
+            if mount is None:
                 self._copying += change
             else:
-                self._reading += change
+                self._reading[mount] += change
 
     def _load(self, ref: AdapterRef, slot: int) -> LoadOutcome:
         began_s = perf_counter()
@@ -93,7 +102,7 @@ class Loader:
     def _read(self, ref: AdapterRef) -> PackedAdapter:
         adapter = read_adapter(ref, self._expected, self._allocate)
         for note in adapter.notes:
-            logger.info("adapter %r: %s", ref.name, note)
+            logger.warning("adapter %r: %s", ref.name, note)
         packed = pack(adapter, self._pool.dtype, self._allocate)
         self.host.put(ref, packed)
         return packed

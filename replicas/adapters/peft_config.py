@@ -13,11 +13,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ranklet.replicas.adapters.findings import Checked, shorten, show
+from ranklet.replicas.adapters.limits import MAX_CONFIG_BYTES, MAX_ENTRIES, MAX_PATTERN_CHARS
 from ranklet.replicas.adapters.nested import missing_config
 from ranklet.replicas.adapters.pattern_process import NO_LAYER
 from ranklet.replicas.adapters.patterns import Pattern, PatternMatch, match_patterns
 from ranklet.replicas.model.git_lfs import is_pointer, pointer_message
 from ranklet.replicas.model.modules import EMBED_TOKENS, LM_HEAD
+from ranklet.replicas.model.regular_file import TooLargeError, read_regular
 
 # These fields shape training or describe the file; a forward pass does not depend on them.
 _HARMLESS = {
@@ -43,11 +45,6 @@ _FLOAT32_MAX = 3.4028234e38
 _ALL_LINEAR = "all-linear"
 _TIED = (EMBED_TOKENS, LM_HEAD)  # a tied model uses one weight for both
 _ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")  # PEFT's rule without a layers_pattern
-MAX_CONFIG_BYTES = 1 << 20
-MAX_PATTERN_CHARS = 8192
-_MAX_ENTRIES = {  # of the fields that contain names or patterns of modules
-    "target_modules": 4096, "exclude_modules": 4096, "rank_pattern": 4096, "alpha_pattern": 4096, "layers_pattern": 64,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class LoraSettings:
 
     def __init__(self, fields: dict[str, Any], found: Mapping[str, Mapping[str, PatternMatch]]) -> None:
         self._fields = fields
-        self._found = {name: found.get(name, {}) for name in _MAX_ENTRIES}
+        self._found = {name: found.get(name, {}) for name in MAX_ENTRIES}
         self._ranks = self._values("rank_pattern")
         self._alphas = self._values("alpha_pattern")
         layers = fields.get("layers_to_transform")
@@ -165,15 +162,14 @@ def read_peft_config(path: Path, bases: Sequence[str]) -> Checked[PeftConfig | N
         yield missing_config(path.parent)
         return None
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_CONFIG_BYTES + 1)
-        if len(content) > MAX_CONFIG_BYTES:
-            yield f"{path.name}: expected at most {MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}"
-            return None
+        content = read_regular(path, MAX_CONFIG_BYTES)
         if is_pointer(content):
             yield pointer_message(path.name)
             return None
         fields = json.loads(content.decode("utf-8"))
+    except TooLargeError as error:
+        yield f"{path.name}: {error.strerror}"
+        return None
     except (OSError, ValueError, RecursionError) as error:
         yield f"{path.name}: expected JSON, got: {shorten(str(error))}"
         return None
@@ -215,7 +211,7 @@ def _wrong_types(fields: dict[str, Any]) -> Iterator[str]:
 
 
 def _beyond_limits(fields: dict[str, Any]) -> Iterator[str]:
-    for name, limit in _MAX_ENTRIES.items():
+    for name, limit in MAX_ENTRIES.items():
         value = fields.get(name) or ()
         entries = [value] if isinstance(value, str) else value if isinstance(value, list | dict) else []
         if len(entries) > limit:

@@ -2,12 +2,18 @@
 
 import hashlib
 import os
+import stat
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
+from ranklet.replicas.adapters.limits import MAX_ADAPTER_BYTES
+from ranklet.replicas.adapters.links import check_links
 from ranklet.replicas.adapters.reference import FILES, OPTIONAL_FILES, AdapterRef
-from ranklet.replicas.errors import AdapterNotFound
+from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter
+from ranklet.replicas.model.regular_file import open_regular
 
 _CHARACTERS = 16
 _PIECE_BYTES = 1 << 20  # each piece has its own digest, so that threads can share a file
@@ -22,7 +28,7 @@ def marks_of(path: str | Path) -> str:
     Raises:
         AdapterNotFound: the folder does not exist.
     """
-    return _stat(path)[0]
+    return _stat(path).marks
 
 
 def age_of(path: str | Path) -> float:
@@ -31,7 +37,7 @@ def age_of(path: str | Path) -> float:
     Raises:
         AdapterNotFound: the folder does not exist.
     """
-    return time.time() - _stat(path)[1]
+    return time.time() - _stat(path).changed_s
 
 
 def revision_of(path: str | Path) -> str:
@@ -45,7 +51,7 @@ def revision_of(path: str | Path) -> str:
     """
     _stat(path)
     whole = hashlib.sha256()
-    for name in _files_in(Path(path)):
+    for name in files_in(Path(path)):
         try:
             size, digests = piece_digests(Path(path) / name)
             whole.update(f"{name}:{size};".encode() + digests)
@@ -59,10 +65,16 @@ class Revisions:
 
     Args:
         settled_s: a revision is kept only if the files are older than this.
+        roots: folders that links in an adapter's folder may lead to.
+        max_bytes: limit on the size of one adapter.
     """
 
-    def __init__(self, settled_s: float = SETTLED_S) -> None:
+    def __init__(
+        self, settled_s: float = SETTLED_S, roots: Sequence[Path] = (), max_bytes: int = MAX_ADAPTER_BYTES
+    ) -> None:
         self._settled_s = settled_s
+        self._roots = tuple(roots)
+        self._max_bytes = max_bytes
         self._known: dict[str, tuple[str, str]] = {}  # marks and revision
 
     def reference(self, name: str, path: str) -> AdapterRef:
@@ -70,12 +82,14 @@ class Revisions:
 
         Raises:
             AdapterNotFound: the folder does not exist.
+            InvalidAdapter: a link leads elsewhere, or the files are too large.
         """
         for _ in range(_MAX_TRIES):
-            marks, changed_s = _stat(path)
+            marks, changed_s, size = _stat(path)
             known, revision = self._known.get(path, ("", ""))
             if known == marks:
                 break
+            self._check(name, Path(path), size)
             revision = revision_of(path)
             if marks_of(path) == marks:
                 if time.time() - changed_s > self._settled_s:
@@ -83,24 +97,42 @@ class Revisions:
                 break
         return AdapterRef(name, path, revision, marks)
 
+    def _check(self, name: str, folder: Path, size: int) -> None:
+        findings = list(check_links(folder, files_in(folder), self._roots))
+        if size > self._max_bytes:
+            findings.append(f"expected at most {self._max_bytes} bytes (sources.max_adapter_bytes), got {size}")
+        if findings:
+            raise InvalidAdapter(name, findings)
 
-def _stat(path: str | Path) -> tuple[str, float]:
-    """Return `marks_of`, and the Unix time of the last change."""
+
+class _FolderStatus(NamedTuple):
+    """Result of `marks_of`, the Unix time of the last change, and the size of all files."""
+
+    marks: str
+    changed_s: float
+    size: int
+
+
+def _stat(path: str | Path) -> _FolderStatus:
     folder = Path(path)
     if not folder.is_dir():
         raise AdapterNotFound(f"adapter folder: expected a folder, got {str(path)!r}, which does not exist")
-    marks, changed_s = [], 0.0
-    for name in _files_in(folder):
+    marks, changed_s, size = [], 0.0, 0
+    for name in files_in(folder):
         try:
-            status = (folder / name).stat()
-            marks.append(f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}")
-            changed_s = max(changed_s, status.st_mtime, status.st_ctime)
+            statuses = [(folder / name).lstat()]
+            if stat.S_ISLNK(statuses[0].st_mode):  # a link that is replaced has another time, whatever it leads to
+                statuses.append((folder / name).stat())
         except OSError:
             marks.append("absent")
-    return ";".join(marks), changed_s
+            continue
+        marks += [f"{each.st_size}:{each.st_mtime_ns}:{each.st_ctime_ns}" for each in statuses]
+        changed_s = max(changed_s, *(max(each.st_mtime, each.st_ctime) for each in statuses))
+        size += statuses[-1].st_size
+    return _FolderStatus(";".join(marks), changed_s, size)
 
 
-def _files_in(folder: Path) -> tuple[str, ...]:
+def files_in(folder: Path) -> tuple[str, ...]:
     """Return the names of the files that make the revision; those of `FILES` may be missing."""
     try:
         entries = {path.name for path in folder.iterdir()}  # one call, since a folder has few of these files
@@ -112,17 +144,15 @@ def _files_in(folder: Path) -> tuple[str, ...]:
 
 def piece_digests(path: Path) -> tuple[int, bytes]:
     """Return a file's size and the SHA-256 of each piece. Reads and hashes without the GIL."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        size = os.fstat(file).st_size
+    with open_regular(path) as file:
+        descriptor = file.fileno()
+        size = os.fstat(descriptor).st_size
 
         def digest(start: int) -> bytes:
-            return hashlib.sha256(os.pread(file, _PIECE_BYTES, start)).digest()
+            return hashlib.sha256(os.pread(descriptor, _PIECE_BYTES, start)).digest()
 
         starts = range(0, size, _PIECE_BYTES)
         if len(starts) <= 1:
             return size, b"".join(map(digest, starts))
         with ThreadPoolExecutor(min(_THREADS, len(starts)), thread_name_prefix="hash") as threads:
             return size, b"".join(threads.map(digest, starts))
-    finally:
-        os.close(file)

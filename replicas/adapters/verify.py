@@ -17,10 +17,12 @@ from ranklet.kernels.stack import padded_rank
 from ranklet.replicas.adapters.adapter import AdapterWeights, LoraWeight
 from ranklet.replicas.adapters.findings import Checked, collect, join, shorten
 from ranklet.replicas.adapters.folder_check import BaseFolder
+from ranklet.replicas.adapters.links import check_links
+from ranklet.replicas.adapters.magnitudes import check_magnitudes
 from ranklet.replicas.adapters.peft_config import LoraSettings, read_peft_config
 from ranklet.replicas.adapters.pinned_memory import Allocate, pageable
 from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE, AdapterRef
-from ranklet.replicas.adapters.revision import marks_of
+from ranklet.replicas.adapters.revision import files_in, marks_of
 from ranklet.replicas.adapters.safetensors_file import (
     DTYPES,
     StoredTensor,
@@ -59,6 +61,7 @@ class ExpectedModules:
         end_of_text: finds the tokens that end an adapter's texts; None leaves them out, and checks no files but the
             config and the weights.
         slots: number of slots on the device.
+        roots: folders that links in an adapter's folder may lead to.
     """
 
     architecture: Architecture
@@ -69,6 +72,7 @@ class ExpectedModules:
     head: LmHead | None = None
     end_of_text: EndOfText | None = None
     slots: int = 1
+    roots: tuple[Path, ...] = ()
 
     @cached_property
     def base_folder(self) -> BaseFolder | None:
@@ -119,6 +123,10 @@ def _verify(
     ref: AdapterRef, folder: Path, expected: ExpectedModules, allocate: Allocate
 ) -> Checked[AdapterWeights | None]:
     path = folder / WEIGHTS_FILE
+    outside = list(check_links(folder, files_in(folder), expected.roots))
+    if outside:
+        yield from outside
+        return None
     config = yield from read_peft_config(folder / CONFIG_FILE, expected.bases)
     stored = yield from _read_header(path)
     notes: tuple[str, ...] = ()
@@ -145,7 +153,7 @@ def _verify(
     except UnreadableWeightsError as error:
         yield str(error)
         return None
-    yield from _check_finite(adapter, names)
+    notes += yield from check_magnitudes(adapter, names)
     if ties:
         adapter = yield from _tied(adapter, settings.scaling(names[HEAD_MODULE]))
     return replace(adapter, end_ids=end_ids, notes=notes)
@@ -287,17 +295,6 @@ def _read(
             flat, offsets[a.key], offsets[b.key], a.shape[0], a.shape[1], b.shape[0], settings.scaling(names[module])
         )  # fmt: skip
     return AdapterWeights(ref, flat, weights)
-
-
-def _check_finite(adapter: AdapterWeights, names: dict[Module, str]) -> Checked[None]:
-    least, most = torch.aminmax(adapter.flat) if len(adapter.flat) else (torch.zeros(()), torch.zeros(()))
-    if math.isfinite(float(least)) and math.isfinite(float(most)):  # ten times faster than isfinite().all()
-        return
-    served = str(adapter.flat.dtype).removeprefix("torch.")
-    for module, weight in adapter.weights.items():
-        for side, tensor in (("A", weight.a), ("B", weight.b)):
-            if not bool(torch.isfinite(tensor).all()):
-                yield f"{names[module]}: lora_{side}: expected numbers finite in {served}, got NaN or infinity"
 
 
 def _tied(adapter: AdapterWeights, scaling: float) -> Checked[AdapterWeights]:

@@ -50,6 +50,7 @@ _HARMLESS_CALLING = {
 }  # fmt: skip
 _HARMLESS_SECTIONS = {"audio", "image", "video"}
 _TRUNCATIONS = (True, "longest_first", "only_first")
+_MAX_BYTES = 1 << 20
 _UNBOUNDED = 1 << 31  # transformers writes 1e30 for a tokenizer without a limit
 
 
@@ -286,4 +287,4 @@ def _read_optional(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _read(folder: Path, name: str, kind: type) -> Any:
-    return read_json(folder / name, kind, name)
+    return read_json(folder / name, kind, name, _MAX_BYTES)

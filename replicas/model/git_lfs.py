@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ranklet.replicas.model.regular_file import open_regular
+
 _BEGINNING = b"version https://git-lfs.github.com/spec/"
 
 
@@ -14,7 +16,7 @@ def pointer_problem(path: Path) -> str | None:
     try:
         if not path.is_file():
             return None
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             beginning = file.read(len(_BEGINNING))
     except OSError:
         return None

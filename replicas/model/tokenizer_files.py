@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ranklet.replicas.model.git_lfs import is_pointer, pointer_message
+from ranklet.replicas.model.regular_file import TooLargeError, read_regular
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
@@ -125,11 +126,10 @@ def read_within_bounds(path: Path) -> bytes | None:
     if not path.is_file():
         raise UnusableTokenError(f"{path.name}: expected a file")
     most = _MAX_BYTES.get(path.name, _MAX_OTHER_BYTES)
-    with path.open("rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise UnusableTokenError(f"{path.name}: expected at most {most} bytes, got {path.stat().st_size}")
-    return content
+    try:
+        return read_regular(path, most)
+    except TooLargeError as error:
+        raise UnusableTokenError(f"{path.name}: {error.strerror}") from error
 
 
 def show(value: Any) -> str:
