@@ -65,6 +65,12 @@ def name_error(name: str, base_names: Iterable[str] = ()) -> str | None:
     return None
 
 
+def readings(name: str) -> tuple[str, ...]:
+    """Return the names of adapters that `name` of a request may mean: itself, and what stands before a revision."""
+    plain, at, _ = name.rpartition("@")
+    return (name, plain) if at else (name,)
+
+
 def matches(pattern: str, names: Iterable[str]) -> bool:
     """Return whether a pattern matches one of the names of a model."""
     plain = normal_name(pattern).replace("[", "[[]")  # brackets are special for fnmatch

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ranklet.cluster.names import matches
+from ranklet.cluster.names import MAX_NAME_CHARACTERS, matches
 from ranklet.cluster.settings.settings import Settings
 from ranklet.replicas.errors import InternalError, RankletError
 
@@ -121,9 +121,8 @@ class ApiKeys:
     def authorize(key: ApiKey | None, *names: str) -> None:
         """Raise Forbidden unless the key may use the model that has these names."""
         if key is not None and not key.may_use(*names):
-            raise Forbidden(
-                f"key {key.name!r}: may use {', '.join(key.adapters) or 'nothing'}; got {names[0]!r}", param="model"
-            )
+            allowed, got = ", ".join(key.adapters) or "nothing", names[0][:MAX_NAME_CHARACTERS]
+            raise Forbidden(f"key {key.name!r}: may use {allowed}; got {got!r}", param="model")
 
 
 def _read(path: Path) -> dict[str, ApiKey]:

@@ -1,16 +1,16 @@
 """The adapters of the service by name: subfolders of one root, configured folders, and overrides."""
 
 import contextlib
-import difflib
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ranklet.cluster.catalog.folders import FolderScanner, ScannedFolders
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.overrides import Override, Overrides
+from ranklet.cluster.catalog.similar_names import similar_names
 from ranklet.cluster.catalog.source import is_remote
 from ranklet.cluster.names import MAX_NAME_CHARACTERS, name_error, normal_name, spellings
 from ranklet.cluster.settings.settings import Settings
@@ -51,11 +51,14 @@ class Registry:
             return None
         return f"{self._root} does not exist, so no adapter is served from it"
 
-    def locate(self, name: str, param: str = "model") -> AdapterLocation:
+    def locate(
+        self, name: str, param: str = "model", may_use: Callable[[str], bool] = lambda name: True
+    ) -> AdapterLocation:
         """Return the location of the adapter `name`, or `name@revision`.
 
         Args:
             param: the request's field that contains `name`.
+            may_use: tells of a name whether the request may use the adapter. Others count as missing.
 
         Raises:
             InvalidRequest: the name is a path.
@@ -71,7 +74,8 @@ class Registry:
                 "GET /v1/models lists them",
                 param=param,
             )
-        location = self._locate_entry(name) or self._locate_revision(name, param)
+        location = self._locate_entry(name) if may_use(name) else None
+        location = location or self._locate_revision(name, param, may_use)
         if location is None and name in self._base_names:
             raise UnknownModel(
                 f"{param}: expected the name of an adapter, but {name!r} is a name of the base model", param=param
@@ -79,7 +83,7 @@ class Registry:
         if location is None:
             raise UnknownModel(
                 f"{param}: expected the name of the base model or of an adapter, got {name[:MAX_NAME_CHARACTERS]!r}. "
-                f"{self._hint(name)}GET /v1/models lists all models",
+                f"{self._hint(name, may_use)}GET /v1/models lists all models",
                 param=param,
             )
         return location
@@ -114,12 +118,12 @@ class Registry:
         folder = None if name.isascii() else self._folders().adapters.get(name)
         return None if folder is None else folder.location
 
-    def _locate_revision(self, name: str, param: str) -> AdapterLocation | None:
+    def _locate_revision(self, name: str, param: str, may_use: Callable[[str], bool]) -> AdapterLocation | None:
         plain, at, revision = name.rpartition("@")
-        location = self.locate(plain, param) if at and name not in self._unloaded() else None
-        if location is None or location.requested_revision is not None:
+        if not at or not may_use(plain) or (may_use(name) and name in self._unloaded()):
             return None
-        return replace(location, requested_revision=revision, param=param)
+        location = self._locate_entry(plain)
+        return None if location is None else replace(location, requested_revision=revision, param=param)
 
     def is_in_user_config(self, name: str) -> bool:
         return name in self._user_config
@@ -175,8 +179,8 @@ class Registry:
     def _unloaded(self) -> set[str]:
         return {name for name, entry in self._entries().items() if entry.path is None} - self._user_config.keys()
 
-    def _hint(self, name: str) -> str:
-        near = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.5)
+    def _hint(self, name: str, may_use: Callable[[str], bool]) -> str:
+        near = similar_names(name, self.names(), may_use)
         return f"Similar names: {', '.join(near)}. " if near else ""
 
 

@@ -10,7 +10,7 @@ from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.catalog.source import is_remote, pinned_revision
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
-from ranklet.cluster.names import normal_name
+from ranklet.cluster.names import MAX_NAME_CHARACTERS, normal_name
 from ranklet.replicas.adapters.reference import AdapterReport
 from ranklet.replicas.adapters.revision import Revisions, marks_of
 from ranklet.replicas.errors import RankletError, UnknownModel
@@ -65,7 +65,9 @@ class AdapterCards:
         card = next((card for card in await self.cards() if card["name"] == name), None)
         if card is None:
             await asyncio.to_thread(self._registry.locate, name, "name")  # its error lists similar names
-            raise UnknownModel(f"name: expected a name that GET /v1/adapters lists, got {name!r}", param="name")
+            raise UnknownModel(
+                f"name: expected a name that GET /v1/adapters lists, got {name[:MAX_NAME_CHARACTERS]!r}", param="name"
+            )
         if card["revision"] is None and card["path"]:
             with contextlib.suppress(RankletError):
                 location = AdapterLocation(name, card["path"])

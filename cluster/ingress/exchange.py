@@ -150,9 +150,8 @@ class Exchange:
         services = self._services
         task = self._parse(body)
         self._ignored, self._record.is_text = task.ignored, task.is_text
-        adapter = services.names.resolve(task.model, task.lora_path)
+        adapter = services.names.resolve(key, task.model, task.lora_path)
         model = adapter.name if adapter else services.names.base
-        services.keys.authorize(key, *services.names.names_of(model))
         services.observer.on_model(self._record, model, is_adapter=adapter is not None)
         services.quotas.check(key, model)
         return task, adapter, self._inputs(task, adapter, engine_limits, len(body))

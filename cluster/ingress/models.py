@@ -49,8 +49,7 @@ class ModelsApi:
     async def get_model(self, request: Request) -> Response:
         """Describe a model, by any name that the field `model` of a request accepts."""
         key, name = self.keys.authenticate(request.headers), request.path_params["name"]
-        adapter = await self.intake.on_thread(partial(self.names.resolve, name))
-        self.keys.authorize(key, *self.names.names_of(adapter.name if adapter else self.names.base))
+        adapter = await self.intake.on_thread(partial(self.names.resolve, key, name))
         if adapter is not None:
             await self.cards.check_revision(adapter)
         limits = await self._limits()

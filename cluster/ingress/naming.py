@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from ranklet.cluster.access.keys import ApiKey, ApiKeys
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.registry import Registry
-from ranklet.cluster.names import MAX_NAME_CHARACTERS, normal_name
+from ranklet.cluster.names import MAX_NAME_CHARACTERS, normal_name, readings
 from ranklet.replicas.errors import InvalidRequest, UnknownModel
 
 _MAX_REVISION_CHARACTERS = 64
@@ -34,10 +35,16 @@ class ModelNames:
         """Return all names of the base model or of an adapter, by its own name."""
         return self._bases if model == self.base else (model,)
 
-    def resolve(self, model: str | None, lora_path: str | None = None) -> AdapterLocation | None:
+    def resolve(self, key: ApiKey | None, model: str | None, lora_path: str | None = None) -> AdapterLocation | None:
         """Return the adapter that a request names, or None for the base model. Reads the file system.
 
+        Rights are checked first. So a key learns of no model that it may not use, not even whether it exists.
+
+        Args:
+            key: of the request; None if the service has no keys.
+
         Raises:
+            Forbidden: the key may not use the model.
             InvalidRequest: both fields are missing, or they name different adapters.
             UnknownModel: a name is too long.
             RankletError: an error of `Registry.locate`.
@@ -46,11 +53,11 @@ class ModelNames:
             raise InvalidRequest(
                 f"model: expected the name of an adapter or of the base model ({self.base!r}), got none", param="model"
             )
-        named = self._locate(model) if model else None
+        named = self._locate(key, model) if model and not (lora_path and self._is_base(model)) else None
         if not lora_path:
             return named
         self._check_length(lora_path, "lora_path")
-        adapter = self._registry.locate(lora_path, param="lora_path")
+        adapter = self._find(key, normal_name(lora_path), "lora_path")
         if named is not None and named.name != adapter.name:
             raise InvalidRequest(
                 f"lora_path: expected {named.name!r}, the adapter that `model` names, got {adapter.name!r}. "
@@ -59,15 +66,24 @@ class ModelNames:
             )
         return adapter
 
-    def _locate(self, model: str) -> AdapterLocation | None:
+    def _is_base(self, model: str) -> bool:
         self._check_length(model, "model")
-        model = normal_name(model)
-        if model in self._bases:
+        return normal_name(model) in self._bases
+
+    def _locate(self, key: ApiKey | None, model: str) -> AdapterLocation | None:
+        if self._is_base(model):
+            ApiKeys.authorize(key, *self._bases)
             return None
-        for prefix in self._prefixes:
-            if model.startswith(prefix):
-                return self._registry.locate(model[len(prefix) :])
-        return self._registry.locate(model)
+        name = normal_name(model)
+        prefix = next(filter(name.startswith, self._prefixes), "")
+        return self._find(key, name[len(prefix) :], "model")
+
+    def _find(self, key: ApiKey | None, name: str, param: str) -> AdapterLocation:
+        if key is None:
+            return self._registry.locate(name, param)
+        if not any(map(key.may_use, readings(name))):
+            ApiKeys.authorize(key, name)
+        return self._registry.locate(name, param, key.may_use)
 
     def _check_length(self, name: str, param: str) -> None:
         # For an unknown name, the registry searches similar names, which is slow for a long one.

@@ -166,9 +166,7 @@ class TokenizeApi:
         return None if model is None else model.template
 
     def _resolve(self, key: ApiKey | None, model: str | None, lora_path: str | None) -> AdapterLocation | None:
-        adapter = self.names.resolve(model, lora_path) if model or lora_path else None
-        self.keys.authorize(key, *self.names.names_of(adapter.name if adapter else self.names.base))
-        return adapter
+        return self.names.resolve(key, model if model or lora_path else self.names.base, lora_path)
 
     def _detokenize(self, key: ApiKey | None, body: bytes, limits: RequestLimits) -> Response:
         form, ignored = _parse(body, DetokenizeRequest, DETOKENIZE_FIELDS)

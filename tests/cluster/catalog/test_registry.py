@@ -184,7 +184,7 @@ def names(root: Path) -> ModelNames:
 
 @pytest.mark.parametrize("model", ["base", "org/base", "base:4b"])
 def test_the_base_model_has_several_names(root: Path, model: str) -> None:
-    assert names(root).resolve(model) is None
+    assert names(root).resolve(None, model) is None
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_the_base_model_has_several_names(root: Path, model: str) -> None:
     ],
 )
 def test_a_request_may_name_an_adapter_in_several_ways(root: Path, model: str | None, lora_path: str | None) -> None:
-    location = names(root).resolve(model, lora_path)
+    location = names(root).resolve(None, model, lora_path)
     assert location is not None
     assert location.name == "legal-v2"
 
@@ -209,11 +209,11 @@ def test_a_request_may_name_an_adapter_in_several_ways(root: Path, model: str | 
 @pytest.mark.parametrize("model", ["other:legal-v2", "base:", "base:base", "Base", "org/other"])
 def test_other_names_are_unknown(root: Path, model: str) -> None:
     with pytest.raises(UnknownModel):
-        names(root).resolve(model)
+        names(root).resolve(None, model)
 
 
 def test_contradictory_names_are_refused(root: Path) -> None:
     with pytest.raises(InvalidRequest, match="lora_path"):
-        names(root).resolve("legal-v1", "legal-v2")
+        names(root).resolve(None, "legal-v1", "legal-v2")
     with pytest.raises(InvalidRequest, match="model"):
-        names(root).resolve(None, None)
+        names(root).resolve(None, None, None)

@@ -67,15 +67,15 @@ async def test_names_of_hubs_and_other_servers_are_loaded_and_unloaded(
     await lifecycle.load(LoadRequest(name=name, path="legal"))
     names = ModelNames(["base"], registry)
     for model in (name, f"base:{name}", unicodedata.normalize("NFC", name)):
-        found = names.resolve(model)
+        found = names.resolve(None, model)
         assert found is not None
         assert (found.name, found.source) == (unicodedata.normalize("NFC", name), str(tmp_path / "legal"))
-    pinned = names.resolve(f"{name}@0123456789abcdef")
+    pinned = names.resolve(None, f"{name}@0123456789abcdef")
     assert pinned is not None
     assert pinned.requested_revision == "0123456789abcdef"
     await lifecycle.unload(name)
     with pytest.raises(UnknownModel):
-        names.resolve(name)
+        names.resolve(None, name)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from ranklet.cluster.config import LimitsConfig
 from ranklet.cluster.ingress.embeddings import EmbeddingsTask
 from ranklet.cluster.ingress.exchange import Exchange
 from ranklet.cluster.message import Refusal
+from ranklet.replicas.adapters.reference import CONFIG_FILE
 from ranklet.replicas.errors import InternalError
 from tests.cluster.ingress.parts import BASE, MAX_MODEL_LEN, Parts
 
@@ -72,6 +73,36 @@ async def test_a_very_long_name_is_refused_before_similar_names_are_searched(tmp
         answer = await parts.http.post("/v1/embeddings", json={"input": WORDS, **fields})
         assert error_of(answer) == (404, "model_not_found", param)
         assert len(answer.text) < 1000
+
+
+async def test_a_key_learns_nothing_of_models_that_it_may_not_use(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, keys={"medical": (("medical-*",), None), "nothing": ((), None), "all": (("*",), None)})
+    for name in ("legal-v1", "medical-v1", "medical-v2", "medical-v1@x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / CONFIG_FILE).write_text("{}")
+    served, missing = ("legal-v2", "legal-v1@r1", "base:legal-v2"), ("legal", "legal-v9", "legal-v9@r1", "base:legal")
+    for model in (*served, *missing, BASE):
+        for field in ("model", "lora_path"):
+            answers = [
+                await parts.http.post(
+                    "/v1/embeddings", json={"input": WORDS, field: model}, headers={"x-api-key": parts.secrets[key]}
+                )
+                for key in ("medical", "nothing")
+            ]
+            if (model, field) != (BASE, "lora_path"):
+                assert {error_of(answer) for answer in answers} == {(403, "forbidden", "model")}, model
+            assert "legal" not in "".join(answer.text for answer in answers).replace(model.removeprefix("base:"), "")
+    near = (await parts.post("medical-v", WORDS, key="medical")).json()["error"]["message"]
+    assert "medical-v1" in near
+    assert "legal" not in near
+    assert "legal-v1" in (await parts.post("legal", WORDS, key="all")).json()["error"]["message"]
+    assert (await parts.post("medical-v1@x", WORDS, key="medical")).status_code == 200
+
+
+async def test_a_name_of_many_revisions_is_unknown(tmp_path: Path) -> None:
+    parts = Parts(tmp_path)
+    for model in ("legal-v2" + "@" * 200, "\u00e9" + "@" * 1000, "base:" + "@" * 250):
+        assert error_of(await parts.post(model, WORDS)) == (404, "model_not_found", "model")
 
 
 async def test_an_answer_is_charged_and_a_failed_call_is_not(tmp_path: Path) -> None:
