@@ -91,8 +91,10 @@ class LimitsConfig(_StrictModel):
         max_in_flight_requests: further requests get 503.
         max_waiting_stream_bytes: text that may wait for a client that reads its stream slowly. If more waits, the
             request ends.
-        max_tokenising_bytes: texts of large requests that one gateway tokenises at once. Further texts wait, and keys
-            take turns.
+        max_tokenising_bytes: bytes of large requests that one gateway parses, renders or tokenises at once. Further
+            ones wait, and keys take turns.
+        max_held_body_bytes: bodies of large requests that one gateway holds at once. Further ones get 503, and keys
+            have fair shares.
     """
 
     max_body_bytes: int = Field(default=32 << 20, ge=1)
@@ -103,6 +105,7 @@ class LimitsConfig(_StrictModel):
     max_in_flight_requests: int = Field(default=2000, ge=1)
     max_waiting_stream_bytes: int = Field(default=1 << 20, ge=1)
     max_tokenising_bytes: int = Field(default=8 << 20, ge=1)
+    max_held_body_bytes: int = Field(default=512 << 20, ge=1)
 
 
 class MetricsConfig(_StrictModel):

@@ -5,6 +5,7 @@ import zlib
 
 from starlette.requests import Request
 
+from ranklet.cluster.ingress.body_room import BodyShare
 from ranklet.replicas.errors import InvalidRequest, RankletError
 
 # A client that is still sending does not read the answer, and closing the connection would lose the 413. So the rest of
@@ -32,10 +33,14 @@ class UnsupportedEncoding(RankletError):  # noqa: N818
     code, status = "unsupported_content_encoding", 415
 
 
-async def read_body(request: Request, limit_bytes: int, timeout_s: float) -> bytes:
+async def read_body(request: Request, limit_bytes: int, timeout_s: float, share: BodyShare | None = None) -> bytes:
     """Read the whole body, holding at most `limit_bytes` in memory; of a compressed one, twice as much.
 
+    Args:
+        share: counts what is held; None for small limits.
+
     Raises:
+        Saturated: the gateway has no room for the body.
         BodyTooLarge: the body exceeds `limit_bytes`, before or after it is inflated.
         BodyTooSlow: the body is not complete within `timeout_s`.
         UnsupportedEncoding: the body is compressed otherwise than by gzip or deflate.
@@ -44,7 +49,7 @@ async def read_body(request: Request, limit_bytes: int, timeout_s: float) -> byt
     """
     try:
         async with asyncio.timeout(timeout_s):
-            body = await _read(request, limit_bytes)
+            body = await _read(request, limit_bytes, share)
     except TimeoutError:
         raise BodyTooSlow(
             f"body: expected the complete body within {timeout_s:g} s (limits.body_timeout_s), got part of it. "
@@ -56,7 +61,10 @@ async def read_body(request: Request, limit_bytes: int, timeout_s: float) -> byt
     if encoding in ("", "identity"):
         return body
     if encoding in _INFLATED:
-        return await asyncio.to_thread(_inflate, body, encoding, limit_bytes)
+        content = await asyncio.to_thread(_inflate, body, encoding, limit_bytes)
+        if share is not None:
+            share.grow(len(content))
+        return content
     raise UnsupportedEncoding(
         f"Content-Encoding: expected gzip, deflate or none, got {encoding[:60]!r}", param="content-encoding"
     )
@@ -85,7 +93,7 @@ def _not_encoded(encoding: str, got: str) -> InvalidRequest:
     )
 
 
-async def _read(request: Request, limit_bytes: int) -> bytes:
+async def _read(request: Request, limit_bytes: int, share: BodyShare | None) -> bytes:
     chunks: list[bytes] = []
     size = 0
     too_large = _content_length(request) > limit_bytes
@@ -97,6 +105,8 @@ async def _read(request: Request, limit_bytes: int) -> bytes:
             if size > limit_bytes * _DRAIN_FACTOR:
                 break
         elif not too_large:
+            if share is not None:
+                share.grow(size)
             chunks.append(chunk)
     if too_large:
         raise BodyTooLarge(

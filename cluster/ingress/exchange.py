@@ -114,9 +114,11 @@ class Exchange:
         services, limits = self._services, self._services.limits
         key = services.keys.authenticate(self._request.headers)
         self._held.enter_context(services.admission.admit())
-        body = await read_body(self._request, limits.max_body_bytes, limits.body_timeout_s)
+        owner = key.name if key else ""
+        share = self._held.enter_context(services.intake.room.share(owner))
+        body = await read_body(self._request, limits.max_body_bytes, limits.body_timeout_s, share)
         engine_limits = await services.replicas.limits()
-        owner, body_bytes = key.name if key else "", len(body)
+        body_bytes = len(body)
         if body_bytes > SMALL_BODY_BYTES:
             self._held.callback(services.intake.give_back_soon)
         check = partial(self._check, key, body, engine_limits)
@@ -125,6 +127,7 @@ class Exchange:
         del check
         remake = partial(self._prompts, owner, task, adapter, engine_limits, body_bytes)
         prompts = await remake(inputs)
+        share.release()
         return await task.respond(
             AdmittedCall(
                 limits=engine_limits,

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Final, TypeVar
 
 from ranklet.cluster.config import LimitsConfig
+from ranklet.cluster.ingress.body_room import BodyRoom
 from ranklet.cluster.ingress.fair_budget import FairBudget
 from ranklet.cluster.ingress.memory import give_back_memory
 from ranklet.cluster.ingress.prompts import PromptRules, Tokenizer
@@ -42,6 +43,7 @@ class Intake:
         self._slice_bytes = min(_SLICE_BYTES, limits.max_tokenising_bytes)
         self._budget = FairBudget(limits.max_tokenising_bytes, _THREADS - 1)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="intake")
+        self.room = BodyRoom(limits.max_held_body_bytes, SMALL_BODY_BYTES)
         self._giving_back: asyncio.TimerHandle | None = None
 
     async def on_thread(self, work: Callable[[], T]) -> T:

@@ -80,9 +80,10 @@ class TokenizeApi:
     async def tokenize(self, request: Request) -> Response:
         """Return the token ids of a prompt or a chat."""
         key = self.keys.authenticate(request.headers)
-        with self.admission.admit():
-            body = await read_body(request, self.limits.max_body_bytes, self.limits.body_timeout_s)
-            limits, owner, body_bytes = await self.replicas.limits(), _owner(key), len(body)
+        owner = key.name if key else ""
+        with self.admission.admit(), self.intake.room.share(owner) as share:
+            body = await read_body(request, self.limits.max_body_bytes, self.limits.body_timeout_s, share)
+            limits, body_bytes = await self.replicas.limits(), len(body)
             parse = partial(self._parse_prompt, key, body)
             del body
             form, ignored, adapter = await self.intake.in_turn(owner, body_bytes, parse)
@@ -94,9 +95,10 @@ class TokenizeApi:
     async def detokenize(self, request: Request) -> Response:
         """Return the text of token ids, with the special tokens."""
         key = self.keys.authenticate(request.headers)
-        with self.admission.admit():
-            body = await read_body(request, self.limits.max_body_bytes, self.limits.body_timeout_s)
-            limits, owner, body_bytes = await self.replicas.limits(), _owner(key), len(body)
+        owner = key.name if key else ""
+        with self.admission.admit(), self.intake.room.share(owner) as share:
+            body = await read_body(request, self.limits.max_body_bytes, self.limits.body_timeout_s, share)
+            limits, body_bytes = await self.replicas.limits(), len(body)
             detokenize = partial(self._detokenize, key, body, limits)
             del body
             return await self.intake.in_turn(owner, body_bytes, detokenize)
@@ -185,10 +187,6 @@ class TokenizeApi:
         except UnusableTokenError as error:
             raise ModelError(str(error)) from error
         return {"tokenizer_class": "PreTrainedTokenizerFast"} | config
-
-
-def _owner(key: ApiKey | None) -> str:
-    return key.name if key else ""
 
 
 def _parse(body: bytes, form: type[Form], known: KnownFields) -> tuple[Form, dict[str, str]]:

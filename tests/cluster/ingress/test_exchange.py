@@ -1,6 +1,8 @@
 """The steps of an inference call: their order, and what is undone when a call ends early."""
 
 import asyncio
+import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,6 +194,18 @@ async def test_texts_of_clients_that_disconnected_count_until_their_threads_end(
     assert (await stays).status_code == 200
     assert all(isinstance(each, asyncio.CancelledError) for each in await asyncio.gather(*left, return_exceptions=True))
     assert parts.admission.in_flight == 0
+
+
+async def test_large_bodies_that_find_no_room_are_refused_and_leave_none_behind(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, LimitsConfig(max_held_body_bytes=200_000))
+    for _ in range(5):
+        assert error_of(await parts.post(BASE, ["word " * 4_000] * 10)) == (503, "saturated", None)
+        assert (await parts.post(BASE, ["word " * 4_000] * 5)).status_code == 200
+        packed = gzip.compress(json.dumps({"model": BASE, "input": ["word " * 4_000] * 10}).encode())
+        answer = await parts.http.post("/v1/embeddings", content=packed, headers={"content-encoding": "gzip"})
+        assert error_of(answer) == (503, "saturated", None), "its size counts after it is inflated"
+    assert (await parts.post(BASE, WORDS)).status_code == 200
+    assert not parts.services.intake.room.held
 
 
 async def test_the_texts_of_a_large_request_keep_their_order(tmp_path: Path) -> None:
