@@ -138,7 +138,7 @@ class Exchange:
                 prompts=prompts,
                 observer=services.observer,
                 record=self._record,
-                charge=self._charge(key, prompts),
+                charge=await self._charge(key, prompts),
                 remake_prompts=remake,
             )
         )
@@ -177,11 +177,11 @@ class Exchange:
             assert inputs is not None, "the task is prepared"
         return await intake.tokenise(inputs, owner)
 
-    def _charge(self, key: ApiKey | None, prompts: TokenIds) -> Charge:
+    async def _charge(self, key: ApiKey | None, prompts: TokenIds) -> Charge:
         services, record = self._services, self._record
         record.prompts, record.tokens = len(prompts), sum(map(len, prompts))
         self._held.enter_context(services.admission.admit_model(record.model))
-        return self._held.enter_context(services.quotas.charge(key, record.model, record.tokens))
+        return self._held.enter_context(await services.quotas.charge(key, record.model, record.tokens))
 
     def _name_ignored(self, response: Response) -> None:
         if self._ignored:

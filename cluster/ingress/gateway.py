@@ -96,6 +96,7 @@ class Gateway(ReportReceiver):
         self._texts = TextModels(tokenizer, args.base.model_dir, self._replicas)
         self._watching: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
+        self._connecting: asyncio.Task[None] | None = None
         self._metrics_target = start_exporter(self._metrics.registry, args.metrics)
         logger.info("gateway %s: %s; metrics on %s", self._id, DataPath.current().summary(), self._metrics_target)
         if problem := self._registry.root_problem():
@@ -185,6 +186,8 @@ class Gateway(ReportReceiver):
             self._watching = asyncio.ensure_future(self._replicas.watchdog.run())
         if self._looking is None or self._looking.done():  # not awaited: the files' system may hang
             self._looking = asyncio.ensure_future(self._intake.on_thread(self._settings.look))
+        if self._connecting is None:
+            self._connecting = asyncio.ensure_future(self._quotas.connect())
 
     def __del__(self) -> None:
         """Close the feeds. Serve calls this once the requests have been answered."""

@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from ranklet.cluster.access.quota import Account, Ledger, QuotaOwner
+from ranklet.cluster.access.quota_ledger import Grant, Ledger, QuotaOwner, Statement
 
 _NAMESPACE = "ranklet"
 _TIMEOUT_S = 2.0
@@ -18,22 +18,24 @@ class LedgerActor:
 
     def __init__(self, application: str) -> None:
         self._name = f"quotas-{application}"
-        self._actor: Any = None
+        self._actor: asyncio.Future[Any] | None = None
 
-    async def __call__(self, accounts: Mapping[QuotaOwner, Account]) -> Mapping[QuotaOwner, float]:
-        """Settle `accounts` with the ledger; see `Ledger.sync`.
+    async def __call__(self, statements: Mapping[QuotaOwner, Statement]) -> Mapping[QuotaOwner, Grant]:
+        """Settle with the ledger; see `Ledger.settle`.
 
         Raises:
             TimeoutError: the actor did not answer in time, or Ray cannot reach it.
         """
+        if self._actor is None:
+            self._actor = asyncio.ensure_future(asyncio.to_thread(self._get_or_create))
         try:
-            if self._actor is None:
-                self._actor = await asyncio.to_thread(self._get_or_create)
             async with asyncio.timeout(_TIMEOUT_S):
-                levels: dict[QuotaOwner, float] = await self._actor.sync.remote(accounts)
-                return levels
-        except (RayError, TimeoutError) as error:
-            self._actor = None
+                actor = await asyncio.shield(self._actor)  # one thread at most waits for Ray
+                grants: dict[QuotaOwner, Grant] = await actor.settle.remote(statements)
+                return grants
+        except (RayError, ValueError, TimeoutError) as error:
+            if self._actor.done():
+                self._actor = None
             raise TimeoutError(f"the quota ledger did not answer: {type(error).__name__}") from error
 
     def _get_or_create(self) -> Any:

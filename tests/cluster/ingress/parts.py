@@ -18,7 +18,8 @@ from starlette.routing import Route
 
 from ranklet.cluster.access.admission import Admission
 from ranklet.cluster.access.keys import ApiKeys, new_key
-from ranklet.cluster.access.quota import Account, Ledger, QuotaOwner, Quotas
+from ranklet.cluster.access.quota import Quotas
+from ranklet.cluster.access.quota_ledger import Grant, Ledger, QuotaOwner, Statement
 from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.config import LimitsConfig
 from ranklet.cluster.ingress.embeddings import EmbeddingsTask
@@ -133,7 +134,8 @@ class Parts:
         self.tokenizer, self.handle = FakeTokenizer(), FakeReplicas()
         self.metrics = GatewayMetrics(10, Counters(), BASE)
         self.admission = Admission(self.limits.max_in_flight_requests)
-        self.quotas = Quotas(self._sync, self.metrics.on_over_quota)
+        self.ledger = Ledger()
+        self.quotas = Quotas(self._settle, self.metrics.on_over_quota)
         handle: Any = self.handle
         self.services = InferenceServices(
             limits=self.limits,
@@ -159,8 +161,8 @@ class Parts:
     def sample(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
-    async def _sync(self, accounts: Mapping[QuotaOwner, Account]) -> Mapping[QuotaOwner, float]:
-        return Ledger().sync(accounts)
+    async def _settle(self, statements: Mapping[QuotaOwner, Statement]) -> Mapping[QuotaOwner, Grant]:
+        return self.ledger.settle(statements)
 
     def _write_keys(self) -> Path:
         self.secrets, entries = {}, []

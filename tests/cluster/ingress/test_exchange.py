@@ -108,7 +108,7 @@ async def test_a_name_of_many_revisions_is_unknown(tmp_path: Path) -> None:
 
 
 async def test_an_answer_is_charged_and_a_failed_call_is_not(tmp_path: Path) -> None:
-    parts = Parts(tmp_path, keys={"team": (("*",), 7)})
+    parts = Parts(tmp_path, keys={"team": (("*",), 13)})
     parts.handle.refusal = Refusal.of(InternalError("the device failed"), "r0", "", None)
     for _ in range(5):
         assert (await parts.post(BASE, WORDS, key="team")).status_code == 500

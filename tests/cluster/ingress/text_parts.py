@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from ranklet.cluster.access.quota import Account, QuotaOwner
+from ranklet.cluster.access.quota_ledger import Grant, QuotaOwner, Statement
 from ranklet.cluster.config import LimitsConfig
 from ranklet.cluster.ingress.exchange import Exchange
 from ranklet.cluster.ingress.intake import Intake
@@ -109,9 +109,9 @@ class TextParts(Parts):
         await self.quotas.sync()
         return self._charged
 
-    async def _sync(self, accounts: Mapping[QuotaOwner, Account]) -> Mapping[QuotaOwner, float]:
-        self._charged = sum(account.spent for account in accounts.values())
-        return await super()._sync(accounts)
+    async def _settle(self, statements: Mapping[QuotaOwner, Statement]) -> Mapping[QuotaOwner, Grant]:
+        self._charged = sum(each.spent for each in statements.values())
+        return await super()._settle(statements)
 
     async def http_post(self, path: str, fields: dict[str, Any]) -> httpx.Response:
         transport = httpx.ASGITransport(self.app)
