@@ -18,10 +18,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ranklet.cluster.names import normal_name
 from ranklet.cluster.settings.settings import Settings
 from ranklet.replicas.errors import InternalError, RankletError
+from ranklet.replicas.model.regular_file import read_regular
 
 FOLDER = ".ranklet"  # in the adapters' folder; no adapter's name starts with a dot
 _FILE = "adapters.json"
 _CHECK_INTERVAL_S = 0.2
+_MAX_BYTES = 16 << 20
 
 
 class FolderNotWritable(RankletError):  # noqa: N818  # named like its siblings in replicas/errors.py
@@ -111,9 +113,13 @@ class Overrides:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with (self._path.parent / "lock").open("w") as lock:
+        # Not blocking: someone else's FIFO in its place would hold the caller.
+        lock = os.open(self._path.parent / "lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(lock)
 
     def _write(self, entries: Mapping[str, Override]) -> None:
         content = {"version": 1, "adapters": {name: entries[name].model_dump() for name in sorted(entries)}}
@@ -126,7 +132,7 @@ class Overrides:
 
 def _read(path: Path) -> dict[str, Override]:
     try:
-        content = _OverridesFile.model_validate_json(path.read_bytes())
+        content = _OverridesFile.model_validate_json(read_regular(path, _MAX_BYTES))
         return {normal_name(name): entry for name, entry in content.adapters.items()}
     except FileNotFoundError:
         return {}

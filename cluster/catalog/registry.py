@@ -11,7 +11,7 @@ from ranklet.cluster.catalog.folders import FolderScanner, ScannedFolders
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.overrides import Override, Overrides
 from ranklet.cluster.catalog.similar_names import similar_names
-from ranklet.cluster.catalog.source import is_remote
+from ranklet.cluster.catalog.source import AllowedSources, is_remote
 from ranklet.cluster.names import MAX_NAME_CHARACTERS, name_error, normal_name, spellings
 from ranklet.cluster.settings.settings import Settings
 from ranklet.replicas.adapters.reference import CONFIG_FILE
@@ -29,15 +29,17 @@ class Registry:
         configured: folders by name, from the arguments of the application.
         base_names: of the base model, which no adapter may have.
         settings: gets the file of overrides, see `Overrides`.
+        allowed: where overrides may be, besides the root.
     """
 
     def __init__(
         self, root: Path | None, configured: Mapping[str, Path], base_names: Sequence[str] = (),
-        settings: Settings | None = None,
+        settings: Settings | None = None, allowed: AllowedSources | None = None,
     ) -> None:  # fmt: skip
         self._root = root
         self._scanner = FolderScanner(root) if root is not None else None
         self.overrides = Overrides(root, settings) if root is not None else None
+        self._allowed = allowed or AllowedSources(() if root is None else (root,), ())
         self._configured = dict(configured)
         self._base_names = tuple(base_names)
         self._user_config: dict[str, Path] = {}
@@ -101,13 +103,20 @@ class Registry:
     def _find_entry(self, name: str) -> AdapterLocation | None:
         entry = None if name in self._user_config else self._entries().get(name)
         if entry is not None:
-            if entry.path is None or is_remote(entry.path):
-                return AdapterLocation(name, entry.path) if entry.path else None
-            return _check_folder(name, Path(entry.path))
+            if entry.path is None:
+                return None
+            self._check_override(name, entry.path)
+            return AdapterLocation(name, entry.path) if is_remote(entry.path) else _check_folder(name, Path(entry.path))
         path = self._user_config.get(name) or self._configured.get(name)
         if path is not None:
             return _check_folder(name, path)
         return self._find_in_root(name)
+
+    def _check_override(self, name: str, source: str) -> None:
+        """Check an entry as a load by name is checked: others than gateways may be able to write to its file."""
+        reason = self._allowed.problem(source)
+        if reason is not None:
+            raise InvalidAdapter(name, [f"{reason}. Load it again by name, or unload it"])
 
     def _find_in_root(self, name: str) -> AdapterLocation | None:
         if self._root is None or "/" in name or name_error(name):
@@ -141,7 +150,12 @@ class Registry:
     def pins(self) -> dict[str, str]:
         pins = ((name, entry) for name, entry in self._entries().items() if name not in self._user_config)
         return {
-            name: entry.path for name, entry in pins if entry.pinned and entry.path and self.name_error(name) is None
+            name: entry.path
+            for name, entry in pins
+            if entry.pinned
+            and entry.path
+            and self.name_error(name) is None
+            and self._allowed.problem(entry.path) is None
         }
 
     def _entries(self) -> Mapping[str, Override]:

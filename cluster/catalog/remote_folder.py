@@ -6,14 +6,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urljoin
 
+import aiohttp
 import fsspec
 
+from ranklet.cluster.catalog.source import check_url_allowed
 from ranklet.replicas.adapters.reference import FILES, OPTIONAL_FILES
 from ranklet.replicas.errors import AdapterNotFound, InvalidRequest, RankletError, Unavailable
 
 _CHUNK_BYTES = 8 << 20
 _MD5 = re.compile("[0-9a-f]{32}")
+_HTTP = ("http://", "https://")
 _NO_SUCH_FILE = (401, 403, 404, 410)  # HTTP statuses
 
 
@@ -41,10 +45,15 @@ class FileMark:
 
 
 class RemoteFolder:
-    """The files of an adapter at a URL."""
+    """The files of an adapter at a URL.
 
-    def __init__(self, url: str, chunk_bytes: int = _CHUNK_BYTES) -> None:
-        self._files, self._path = fsspec.core.url_to_fs(url.rstrip("/"))
+    Args:
+        allowed: prefixes of the URLs that HTTP redirects may lead to.
+    """
+
+    def __init__(self, url: str, chunk_bytes: int = _CHUNK_BYTES, allowed: tuple[str, ...] = ()) -> None:
+        options = _checked_redirects(allowed) if url.startswith(_HTTP) else {}
+        self._files, self._path = fsspec.core.url_to_fs(url.rstrip("/"), **options)
         self._chunk_bytes = chunk_bytes
 
     def marks(self) -> dict[str, FileMark]:
@@ -74,6 +83,18 @@ class RemoteFolder:
                 yield chunk
 
 
+def _checked_redirects(allowed: tuple[str, ...]) -> dict[str, Any]:
+    """Return options of fsspec's HTTP file system that check where a redirect leads before it is followed."""
+
+    async def check(session: Any, context: Any, redirect: aiohttp.TraceRequestRedirectParams) -> None:
+        headers = redirect.response.headers
+        check_url_allowed(urljoin(str(redirect.url), headers.get("Location") or headers.get("URI") or ""), allowed)
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(check)
+    return {"client_kwargs": {"trace_configs": [trace]}, "skip_instance_cache": True}
+
+
 def _is_answer(error: OSError) -> bool:
     """Return whether the source has said that there is no such file.
 
@@ -82,6 +103,8 @@ def _is_answer(error: OSError) -> bool:
     cause = error.__cause__
     if cause is None or isinstance(cause, FileNotFoundError):
         return True
+    if isinstance(cause, RankletError):  # of a redirect
+        return False
     is_http = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
     return not is_http or getattr(cause, "status", None) in _NO_SUCH_FILE
 
@@ -94,7 +117,10 @@ def translated_errors(url: str) -> Iterator[None]:
     except RankletError:
         raise
     except FileNotFoundError as error:
-        cause = error.__cause__  # over HTTP, fsspec raises FileNotFoundError for an unreachable server too
+        cause = error.__cause__
+        if isinstance(cause, RankletError):
+            raise cause from error
+        # Over HTTP, fsspec raises FileNotFoundError for an unreachable server too.
         if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
             raise Unavailable(f"{url} cannot be read now: {cause}. Try again") from error
         raise AdapterNotFound(f"{url}: expected {' and '.join(FILES)}, not found: {error}", param="path") from error

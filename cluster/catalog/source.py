@@ -1,10 +1,15 @@
 """Sources of adapters: a source is a folder, or a URL with an optional revision after `#`."""
 
+import os
 import re
+from dataclasses import dataclass
+from pathlib import Path
 
 from ranklet.replicas.errors import AdapterNotFound, InvalidRequest
 
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+
+_MAX_SHOWN_CHARS = 300
 
 
 def is_remote(source: str) -> bool:
@@ -30,6 +35,35 @@ def missing_folder(path: str, allowed: tuple[str, ...]) -> AdapterNotFound:
     return AdapterNotFound(f"path: expected a folder, {path!r} does not exist{hint}", param="path")
 
 
+@dataclass(frozen=True)
+class AllowedSources:
+    """Where adapters may be loaded from by name.
+
+    Attributes:
+        roots: folders.
+        prefixes: of URLs.
+    """
+
+    roots: tuple[Path, ...]
+    prefixes: tuple[str, ...]
+
+    def problem(self, source: str) -> str | None:
+        """Return why a source is not allowed, or None. Follows the links of a folder, which need not exist."""
+        if is_remote(source):
+            try:
+                check_url_allowed(source.partition("#")[0], self.prefixes)
+            except InvalidRequest as error:
+                return error.message.removeprefix("path: ")
+            return None
+        roots = [os.path.realpath(root) for root in self.roots]
+        if any(Path(os.path.realpath(source)).is_relative_to(root) for root in roots):
+            return None
+        return (
+            f"expected a folder under {', '.join(roots)} (adapters_dir, security.adapter_roots), "
+            f"got {source[:_MAX_SHOWN_CHARS]!r}"
+        )
+
+
 def check_url_allowed(url: str, allowed: tuple[str, ...]) -> None:
     """Raise InvalidRequest unless `url` is below one of the prefixes `allowed`."""
     has_tricks = any(part in url for part in ("..", "::", "#", "?", "%", "\\", "@", "\n"))
@@ -37,5 +71,7 @@ def check_url_allowed(url: str, allowed: tuple[str, ...]) -> None:
     if has_tricks or not is_below:
         prefixes = ", ".join(allowed) or "nothing"
         raise InvalidRequest(
-            f"path: expected a folder, or a URL below one of sources.allowed ({prefixes}), got {url!r}", param="path"
+            f"path: expected a folder, or a URL below one of sources.allowed ({prefixes}), "
+            f"got {url[:_MAX_SHOWN_CHARS]!r}",
+            param="path",
         )

@@ -20,6 +20,7 @@ from ranklet.cluster.access.keys import ApiKeys
 from ranklet.cluster.access.quota import Quotas
 from ranklet.cluster.broadcast import broadcast
 from ranklet.cluster.catalog.registry import Registry
+from ranklet.cluster.catalog.source import AllowedSources
 from ranklet.cluster.config import AppArgs, GatewayUserConfig
 from ranklet.cluster.datapath import DataPath, http_host, is_loopback, refuse_missing_token
 from ranklet.cluster.exporter import start_exporter
@@ -81,7 +82,10 @@ class Gateway(ReportReceiver):
         self._settings = Settings(KeeperActor(context.app_name, context.deployment))
         self._metrics.registry.register(self._settings)
         self._user_config: Setting[GatewayUserConfig] = self._settings.setting("user_config", ValueError)
-        self._registry = Registry(args.adapters_dir, args.adapters, args.base_names, self._settings)
+        self._registry = Registry(
+            args.adapters_dir, args.adapters, args.base_names, self._settings,
+            AllowedSources(args.adapter_roots, args.sources.allowed),
+        )  # fmt: skip
         self._names = ModelNames(args.base_names, self._registry)
         tokenizer = PromptTokenizer(args.base.model_dir)
         self._intake = Intake(tokenizer, args.limits)

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.overrides import Override, Overrides
 from ranklet.cluster.catalog.registry import Registry
-from ranklet.cluster.catalog.source import check_url_allowed, is_remote, missing_folder
+from ranklet.cluster.catalog.source import AllowedSources, check_url_allowed, is_remote, missing_folder
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.names import normal_name, spellings
 from ranklet.replicas.errors import (
@@ -144,16 +144,11 @@ class Lifecycle:
         return AdapterLocation(request.name, str(self._allowed_folder(request.path)))
 
     def _allowed_folder(self, path: str) -> Path:
-        roots = [root.resolve() for root in self._roots]
         folder = self._resolve(path)
         if folder is None or not folder.is_dir():
             raise missing_folder(path, self._sources)
-        if not any(folder.is_relative_to(root) for root in roots):
-            raise InvalidRequest(
-                f"path: expected a folder under {', '.join(map(str, roots))} (adapters_dir, security.adapter_roots), "
-                f"got {path!r}",
-                param="path",
-            )
+        if reason := AllowedSources(self._roots, self._sources).problem(str(folder)):
+            raise InvalidRequest(f"path: {reason}", param="path")
         return folder
 
     def _resolve(self, path: str) -> Path | None:

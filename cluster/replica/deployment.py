@@ -17,7 +17,9 @@ from ranklet.cluster.autoscaling import BUSY, WAIT_S
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.catalog.remote import RemoteCache
+from ranklet.cluster.catalog.remote_folder import RemoteFolder
 from ranklet.cluster.catalog.resolver import AdapterResolver, ResolvedAdapter
+from ranklet.cluster.catalog.source import AllowedSources
 from ranklet.cluster.config import AdapterList, AppArgs
 from ranklet.cluster.exporter import start_exporter
 from ranklet.cluster.logs import escape_log
@@ -70,7 +72,10 @@ class Replica:
         metrics.registry.register(self._settings)
         self._user_config: Setting[AdapterList] = self._settings.setting("user_config", ValueError)
         self._pins = _pins(args)
-        cache = RemoteCache(sources.cache_dir, sources.cache_bytes, sources.max_adapter_bytes, metrics.downloaded)
+        cache = RemoteCache(
+            sources.cache_dir, sources.cache_bytes, sources.max_adapter_bytes, metrics.downloaded,
+            open_folder=partial(RemoteFolder, allowed=sources.allowed),
+        )  # fmt: skip
         self._resolver = AdapterResolver(cache, config.load_timeout_s, roots=args.adapter_roots)
         self._calls = ReplicaCalls(
             self._id, self._engine, self._resolver, self._state, self._feeds, PromptLimits(config.model_dir)
@@ -276,7 +281,8 @@ class Replica:
 def _pins(args: AppArgs) -> dict[str, str]:
     """Return the pinned adapters. A replica serves without pins where their file is faulty; gateways show that."""
     try:
-        return Registry(args.adapters_dir, args.adapters, args.base_names).pins()
+        allowed = AllowedSources(args.adapter_roots, args.sources.allowed)
+        return Registry(args.adapters_dir, args.adapters, args.base_names, allowed=allowed).pins()
     except RankletError as error:
         logger.error("pinned adapters: %s", error.message)
         return {}

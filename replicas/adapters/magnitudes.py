@@ -1,4 +1,4 @@
-"""Checks the sizes of an adapter's numbers: they must be finite, and should be large enough to change an answer."""
+"""Checks the sizes of an adapter's numbers: they must be finite and not overflow, and should change an answer."""
 
 import math
 
@@ -9,6 +9,9 @@ from ranklet.replicas.adapters.adapter import AdapterWeights, LoraWeight
 from ranklet.replicas.adapters.findings import Checked, join
 from ranklet.replicas.model.modules import Module
 
+_LARGEST = 1e15  # of an output in float32 and bfloat16; later layers square it
+_LARGEST_HALF = 6e4
+_INPUT = 10.0  # number of standard deviations within which inputs are
 _LEAST_EFFECT = 1e-20  # of B A x, relative to x; the base's own weights round it away
 
 
@@ -18,7 +21,12 @@ def check_magnitudes(adapter: AdapterWeights, names: dict[Module, str]) -> Check
     Args:
         names: full names of the modules.
     """
-    yield from _check_finite(adapter, names)
+    least, most = torch.aminmax(adapter.flat) if len(adapter.flat) else (torch.zeros(()), torch.zeros(()))
+    largest = max(-float(least), float(most))
+    if not (math.isfinite(float(least)) and math.isfinite(float(most))):  # ten times faster than isfinite().all()
+        yield from _not_finite(adapter, names)
+        return ()
+    yield from _overflowing(adapter, names, largest)
     unscaled = [names[module] for module, weight in adapter.weights.items() if weight.scaling == 0]
     if unscaled and len(unscaled) == len(adapter.weights):
         yield "lora_alpha: expected a number other than 0; with 0, the adapter answers as the base model does"
@@ -29,15 +37,36 @@ def check_magnitudes(adapter: AdapterWeights, names: dict[Module, str]) -> Check
     return ()
 
 
-def _check_finite(adapter: AdapterWeights, names: dict[Module, str]) -> Checked[None]:
-    least, most = torch.aminmax(adapter.flat) if len(adapter.flat) else (torch.zeros(()), torch.zeros(()))
-    if math.isfinite(float(least)) and math.isfinite(float(most)):  # ten times faster than isfinite().all()
-        return
+def _not_finite(adapter: AdapterWeights, names: dict[Module, str]) -> Checked[None]:
     served = str(adapter.flat.dtype).removeprefix("torch.")
     for module, weight in adapter.weights.items():
         for side, tensor in (("A", weight.a), ("B", weight.b)):
             if not bool(torch.isfinite(tensor).all()):
                 yield f"{names[module]}: lora_{side}: expected numbers finite in {served}, got NaN or infinity"
+
+
+def _overflowing(adapter: AdapterWeights, names: dict[Module, str], largest: float) -> Checked[None]:
+    """Probe modules whose output may be so large that a later layer cannot square it."""
+    limit = _LARGEST_HALF if adapter.flat.dtype == torch.float16 else _LARGEST
+    found = [
+        names[module]
+        for module, weight in adapter.weights.items()
+        if _bound(weight, largest) > limit and not _typical_output(weight) < limit
+    ]
+    if found:
+        served = str(adapter.flat.dtype).removeprefix("torch.")
+        yield f"{len(found)} modules give outputs beyond {limit:g}, which overflow in {served}: {join(found)}"
+
+
+def _bound(weight: LoraWeight, largest: float) -> float:
+    return abs(weight.scaling) * weight.rank * weight.in_features * largest * largest * _INPUT
+
+
+def _typical_output(weight: LoraWeight) -> float:
+    """Return the root mean square of B A x for an x as large as those behind a norm."""
+    x = torch.randn(weight.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = weight.scaling * (weight.b.double() @ (weight.a.double() @ x))
+    return float(y.square().mean().sqrt())
 
 
 def _vanishes(weight: LoraWeight) -> bool:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.launched import LaunchedStep
 from ranklet.replicas.engine.plan import StepPlan
 from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.engine.stats import BatchRecord
-from ranklet.replicas.errors import InternalError
+from ranklet.replicas.errors import InternalError, InvalidAdapter, RankletError
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +41,15 @@ class InFlightStep:
                 if sequence.epoch != epoch:
                     continue  # preempted, failed or ended since the step was planned
                 if output is None:
-                    self._fail(sequence, "the output for this prompt is not finite; the adapter may overflow")
+                    self._fail(sequence, _not_finite(sequence.adapter))
                     done.append(sequence)
                     continue
                 try:
                     piece, is_done = sequence.request.on_output(sequence, output, began_s, compute_s)
                 except Exception as error:  # a defect of a task must not end the thread that answers every request
                     logger.exception("a task failed")
-                    self._fail(sequence, f"the engine failed on this output: {type(error).__name__}: {error}")
+                    message = f"the engine failed on this output: {type(error).__name__}: {error}"
+                    self._fail(sequence, InternalError(message))
                     done.append(sequence)
                     continue
                 if piece is not None:
@@ -58,8 +60,8 @@ class InFlightStep:
                         self._ends.append(partial(sequence.request.end, self.launched.backend))
         return done
 
-    def _fail(self, sequence: Sequence, message: str) -> None:
-        self._ends.append(partial(sequence.request.fail, InternalError(message)))
+    def _fail(self, sequence: Sequence, error: RankletError) -> None:
+        self._ends.append(partial(sequence.request.fail, error))
 
     def send(self) -> None:
         """Pass what was delivered to the sinks. Called without the engine's lock."""
@@ -82,3 +84,9 @@ class InFlightStep:
                 waits.append(max(0.0, began_s - sequence.arrived_s))
         generated = Counter([sequence.flow for sequence, _ in self._pieces])
         return BatchRecord(sequences, tokens, self.launched.backend, waits, compute_s, dict(generated))
+
+
+def _not_finite(adapter: AdapterRef | None) -> RankletError:
+    if adapter is None:
+        return InternalError("the output for this prompt is not finite, without an adapter")
+    return InvalidAdapter(adapter.name, ["the output for this prompt is not finite: the adapter's weights overflow"])

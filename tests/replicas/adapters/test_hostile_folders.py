@@ -192,6 +192,18 @@ def test_an_adapter_without_an_effect_is_refused_or_noted(folder: Path, expectat
     assert "lora_alpha: expected a number other than 0" in refusal(folder, expectation)
 
 
+@pytest.mark.parametrize("value", [1e10, 1e30, 3e38])
+def test_an_adapter_that_overflows_is_refused_at_load(value: float, folder: Path, expectation: ExpectedModules) -> None:
+    edit_weights(folder, lambda weights: [each.fill_(value) for each in weights.values()])
+    assert "8 modules give outputs beyond 1e+15, which overflow in float32" in refusal(folder, expectation)
+
+
+def test_an_alpha_that_overflows_is_refused_at_load(folder: Path, expectation: ExpectedModules) -> None:
+    edit_config(folder, lora_alpha=3e38)
+    edit_weights(folder, lambda weights: [each.fill_(0.1) for each in weights.values()])
+    assert "overflow in float32" in refusal(folder, expectation)
+
+
 numbers = st.sampled_from([0, 1, 8, 16, 17, 64, -8, 1 << 40, 1 << 63, 1 << 64, True, 1.5, None, "8"])
 entries = st.fixed_dictionaries(
     {"dtype": st.sampled_from(["F32", "F16", "I64", "F99", 3])},

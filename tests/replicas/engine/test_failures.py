@@ -20,6 +20,7 @@ from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.engine.request import Answer, AnswerSink
 from ranklet.replicas.errors import (
     InternalError,
+    InvalidAdapter,
     InvalidRequest,
     RankletError,
     Saturated,
@@ -65,13 +66,14 @@ def test_an_answer_that_is_not_finite_fails_its_own_request_only(
 ) -> None:
     def explode(weights: dict[str, torch.Tensor]) -> None:
         for key in weights:
-            weights[key].fill_(1e38)
+            weights[key].fill_(1e6)
 
-    huge = ref(edit_weights(sound(model_dir, tmp_path / "huge"), explode))
+    targets = ["gate_proj", "up_proj", "down_proj"]  # each is sound, but their product is not
+    huge = ref(edit_weights(sound(model_dir, tmp_path / "huge", target_modules=targets), explode))
     engine.load(huge)
     with engine.paused():
         poisoned, good = submit(engine, tokens, huge), submit(engine, tokens)
-    with pytest.raises(InternalError, match="not finite"):
+    with pytest.raises(InvalidAdapter, match="not finite"):
         poisoned.result(PATIENCE_S)
     assert_same(good.result(PATIENCE_S).result, expected[None])
     assert engine.healthy()
