@@ -138,7 +138,7 @@ def test_the_top_of_a_room_holds_only_shared_files() -> None:
         "names", "text_result",
     }  # fmt: skip
     assert {file.stem for file in (ROOT / "cluster").glob("*.py")} <= shared
-    assert {file.stem for file in (ROOT / "replicas").glob("*.py")} == {"config", "errors", "escape"}
+    assert {file.stem for file in (ROOT / "replicas").glob("*.py")} == {"config", "errors", "escape", "regular_file"}
 
 
 @pytest.mark.parametrize(

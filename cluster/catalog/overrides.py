@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ranklet.cluster.names import normal_name
 from ranklet.cluster.settings.settings import Settings
 from ranklet.replicas.errors import InternalError, RankletError
-from ranklet.replicas.model.regular_file import read_regular
+from ranklet.replicas.regular_file import read_regular
 
 FOLDER = ".ranklet"  # in the adapters' folder; no adapter's name starts with a dot
 _FILE = "adapters.json"

@@ -19,7 +19,7 @@ from ranklet.replicas.adapters.pattern_process import NO_LAYER
 from ranklet.replicas.adapters.patterns import Pattern, PatternMatch, match_patterns
 from ranklet.replicas.model.git_lfs import is_pointer, pointer_message
 from ranklet.replicas.model.modules import EMBED_TOKENS, LM_HEAD
-from ranklet.replicas.model.regular_file import TooLargeError, read_regular
+from ranklet.replicas.regular_file import TooLargeError, read_regular
 
 # These fields shape training or describe the file; a forward pass does not depend on them.
 _HARMLESS = {

@@ -13,7 +13,7 @@ from ranklet.replicas.adapters.limits import MAX_ADAPTER_BYTES
 from ranklet.replicas.adapters.links import check_links
 from ranklet.replicas.adapters.reference import FILES, OPTIONAL_FILES, AdapterRef
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter
-from ranklet.replicas.model.regular_file import open_regular
+from ranklet.replicas.regular_file import open_regular
 
 _CHARACTERS = 16
 _PIECE_BYTES = 1 << 20  # each piece has its own digest, so that threads can share a file

@@ -22,7 +22,7 @@ from ranklet.replicas.adapters.findings import shorten
 from ranklet.replicas.adapters.limits import MAX_HEADER_BYTES, MAX_TENSORS
 from ranklet.replicas.adapters.pinned_memory import Allocate
 from ranklet.replicas.model.git_lfs import pointer_problem
-from ranklet.replicas.model.regular_file import open_regular
+from ranklet.replicas.regular_file import open_regular
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES_BY_BYTES = {

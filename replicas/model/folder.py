@@ -6,7 +6,7 @@ from typing import Any
 
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.git_lfs import is_pointer, pointer_message
-from ranklet.replicas.model.regular_file import TooLargeError, read_regular
+from ranklet.replicas.regular_file import TooLargeError, read_regular
 
 _MAX_BYTES = 64 << 20  # the index of a model with many shards is the largest
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ranklet.replicas.model.regular_file import open_regular
+from ranklet.replicas.regular_file import open_regular
 
 _BEGINNING = b"version https://git-lfs.github.com/spec/"
 

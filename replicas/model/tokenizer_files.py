@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ranklet.replicas.model.git_lfs import is_pointer, pointer_message
-from ranklet.replicas.model.regular_file import TooLargeError, read_regular
+from ranklet.replicas.regular_file import TooLargeError, read_regular
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
