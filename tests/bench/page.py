@@ -17,7 +17,6 @@ from tests.bench.notes import (
     GAPS_NOTE,
     GENERATE_8B_NOTE,
     GENERATE_NOTE,
-    TEXT_CPU_NOTE,
     TEXT_HTTP_NOTE,
 )
 from tests.bench.report import RESULTS
@@ -162,11 +161,10 @@ TABLES = (
         note=TEXT_HTTP_NOTE,
     ),
     ResultTable(
-        "CPU time of a token, us", "text-http-h200-cpu",
+        "CPU time of a token, us", "text-http-h200",
         {"work": ("requests x prompt/output", TEXT), "gateways": ("gateways", COUNT),
          **{f"{name} us": (name, number(1)) for name in ("gateway", "actor", "engine", "haproxy", "client")},
-         "gateway busiest": ("busiest gateway, of a core", PERCENT)},
-        note=TEXT_CPU_NOTE,
+         "gateway busiest": ("busiest gateway, of a core", PERCENT), "device busy": ("device busy", PERCENT)},
     ),
     ResultTable(
         "Time to the first token, and what HTTP, Ray and gateways add", "text-http-h200-first",
