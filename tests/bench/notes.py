@@ -10,18 +10,19 @@ are missed by 2 to 14 %. With 16 texts, a step takes 4.86 ms, of which reading w
 256 texts, the layers' products take 6.5 ms of a step, and would take 6.1 with cuBLAS (`kernels/NOTES.md`); reading keys
 and values takes 2.3 ms at 288 tokens and 5.1 at 640. Steps with prompts reach 710 TFLOP/s."""
 GAPS_NOTE = """\
-64 texts of 512 prompt tokens and 1,024 generated ones. The target for p99 is 2.5 times the median without other work."""
+64 texts of 512 prompt tokens and 1,024 generated ones. The target for p99 is 2.5 times the median without other
+work."""
 TEXT_HTTP_NOTE = """\
-256 texts run at the same time, with 32 adapters of rank 16; the better of two runs. The target is 0.92 of the engine. It
-is reached with four gateways for 512 texts. 256 short texts that come at once wait until each has passed through one
+256 texts run at the same time, with 32 adapters of rank 16; the better of two runs. The target is 0.92 of the engine.
+It is reached with four gateways for 512 texts. 256 short texts that come at once wait until each has passed through one
 actor: half of them have their first token after 253 ms, and after 57 ms in the engine alone. An earlier run on another
 host added 5.7 ms to the first token of a request on its own, whose target is 6 ms; this host also takes 15 % longer for
 the engine's own part."""
 ENGINE_NOTE = """\
 All prompts are submitted at once by a thread of the same process. In the same call, two runs of this commit and two of
-e1bea1a, before text, had 336,857 to 343,072 and 339,918 to 340,822 tokens/s without adapters at 6144 tokens, 504,836,
-466,925 and 424,589, 489,610 with four adapters at 512, and 417,340, 386,671 and 504,092, 446,387 at 128: the differences
-between two runs of one commit are larger than those between commits, except perhaps in the last."""
+e1bea1a, before text, had 336,857 to 343,072 and 339,918 to 340,822 tokens/s without adapters at 6144 tokens; 504,836,
+466,925 and 424,589, 489,610 with four adapters at 512; and 417,340, 386,671 and 504,092, 446,387 at 128. Two runs of
+one commit differ more than the commits do, except perhaps in the last."""
 FIDELITY_TEXT_NOTE = """\
 At commit 2798a18, in bf16, with six prompts of 1 to 1,000 random tokens and 48 generated tokens each. The target for
 logprobs of the text as a prompt, 0.016, is missed; that for logprobs that came with the tokens, 0.031, is reached. The
