@@ -148,13 +148,15 @@ class Engine:
         self._adapters.stop()
 
     def submit(
-        self, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None, params: Params, sink: Sink
-    ) -> Ticket:
+        self, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None, params: Params, sink: Sink, *,
+        given: Many[NDArray[np.int32]] = (),
+    ) -> Ticket:  # fmt: skip
         """Queue a request and return at once. The class of `params` is the kind of the request.
 
         Args:
             prompts: int32 [length] each.
             adapter: None for the base model.
+            given: int32 [length] for each choice: tokens that it has already. Empty if all choices are new.
 
         Raises:
             InvalidRequest: a prompt is empty or too long, or a token id or parameter is out of range.
@@ -170,18 +172,20 @@ class Engine:
         elif self._text is None:
             raise InvalidRequest(self._no_text or "the engine has not started; send the request again", param="model")
         else:
-            task = self._text.task(params, prompts, adapter)
-        return self.submit_task(prompts, adapter, task, sink)
+            task = self._text.task(params, prompts, adapter, given)
+        return self.submit_task(prompts, adapter, task, sink, given=given)
 
     def submit_task(
-        self, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None, task: Task, sink: Sink
-    ) -> Ticket:
+        self, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None, task: Task, sink: Sink, *,
+        given: Many[NDArray[np.int32]] = (),
+    ) -> Ticket:  # fmt: skip
         """Queue a request of any task; see `submit`. The prompts must be within `limits`."""
-        request = Request(task, prompts, adapter, sink, arrived_s=perf_counter())
+        request = Request(task, prompts, adapter, sink, arrived_s=perf_counter(), given=given)
         self._pipeline.wait_for_launch()
         with self._lock:
             self._check_adapter(adapter)
-            check_space(self._scheduler.queue, self.config.max_waiting_tokens, flow_of(adapter), sum(map(len, prompts)))
+            tokens = sum(map(len, (*prompts, *given)))
+            check_space(self._scheduler.queue, self.config.max_waiting_tokens, flow_of(adapter), tokens)
             tier = request.tier = None if adapter is None else self._adapters.tier(adapter)
             self._scheduler.queue.add(request.sequences)
             self._pipeline.wake(must_load=tier not in (None, "gpu"))
@@ -273,20 +277,13 @@ class Engine:
                 (waiting if sequence.row is None else started).append(sequence)
             running, held = [*in_steps, *started], self._adapters.held()
             return Snapshot(
-                resident=held.resident,
-                hosted=held.hosted,
-                waiting_requests=count_requests(waiting),
-                waiting_tokens=self._scheduler.queue.tokens,
-                waiting_sequences=len(waiting),
-                running_requests=count_requests(running),
-                waiting_adapters=adapter_names(waiting),
-                running_adapters=adapter_names(running),
-                slots=self.config.slots,
-                pool_bytes=self._pool.nbytes,
-                host_bytes=self._adapters.host_bytes,
-                pinned=tuple(sorted(self._adapters.pinned)),
-                kv_cache=self._scheduler.kv_state(),
-            )
+                resident=held.resident, hosted=held.hosted,
+                waiting_requests=count_requests(waiting), waiting_tokens=self._scheduler.queue.tokens,
+                waiting_sequences=len(waiting), running_requests=count_requests(running),
+                waiting_adapters=adapter_names(waiting), running_adapters=adapter_names(running),
+                slots=self.config.slots, pool_bytes=self._pool.nbytes, host_bytes=self._adapters.host_bytes,
+                pinned=tuple(sorted(self._adapters.pinned)), kv_cache=self._scheduler.kv_state(),
+            )  # fmt: skip
 
     def healthy(self) -> bool:
         return self.problem() is None

@@ -30,10 +30,10 @@ class TextChoice:
     """The output for one prompt.
 
     Attributes:
-        tokens: int32 [length], with the token that ended it.
+        tokens: int32 [length], with those that the request gave and the token that ended it.
         finish_reason: stop or length.
         stop_token: the token that ended it; None at the length limit, or if the client ended it.
-        logprobs: of each token; None if the request did not ask.
+        logprobs: of each generated token; None if the request did not ask.
     """
 
     tokens: NDArray[np.int32]
@@ -90,10 +90,13 @@ class GenerateTask:
     def prepare(self, sequences: Many[Sequence]) -> None:
         for first in range(0, len(sequences), self.choices):
             scored = sequences[first] if self._params.prompt_logprobs is not None else None
-            hashes = None if self._root is None else page_hashes(self._root, sequences[first].ids)
+            prompt = sequences[first].ids[: sequences[first].prompt]
+            hashes = () if self._root is None else page_hashes(self._root, prompt)
             for sequence in sequences[first : first + self.choices]:
                 sequence.root = self._root
-                sequence.hashes = None if hashes is None else list(hashes)
+                sequence.hashes = None
+                if self._root is not None:
+                    sequence.hashes = [*hashes, *page_hashes(self._root, sequence.ids, hashes)]
                 sequence.reads_cache = sequence is not scored
                 sequence.scores = self._params.prompt_logprobs if sequence is scored else None
 
@@ -144,7 +147,7 @@ class GenerateTask:
         logprobs = None if self._params.logprobs is None else tuple(output.logprobs)
         output.choice = TextChoice(sequence.ids[sequence.prompt :].copy(), reason, stop_token, logprobs)
         if sequence.index % self.choices == 0:
-            self._cached_tokens += sequence.cached_tokens or 0
+            self._cached_tokens += min(sequence.cached_tokens or 0, sequence.prompt)
 
     def result(self) -> Generation:
         choices = tuple(output.choice for output in self._outputs if output.choice is not None)

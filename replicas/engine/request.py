@@ -69,13 +69,16 @@ class AnswerSink:
 class Request:
     """Collects the outputs of its sequences. Ends once: when the last sequence is done, or the first one fails.
 
+    Args:
+        given: int32 [length] for each sequence: output that it has already. Empty if no sequence has any.
+
     Attributes:
         tier: where the adapter was when the request arrived: gpu, host or disk; None for the base model.
     """
 
     def __init__(
         self, task: Task, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None, sink: Sink, *,
-        arrived_s: float = 0.0,
+        arrived_s: float = 0.0, given: Many[NDArray[np.int32]] = (),
     ) -> None:  # fmt: skip
         self._task = task
         self._sink = sink
@@ -90,6 +93,9 @@ class Request:
         repeated = [ids for ids in prompts for _ in range(task.choices)]
         self._unfinished = len(repeated)
         self.sequences = [Sequence(ids, adapter, flow, arrived_s, self, i) for i, ids in enumerate(repeated)]
+        for i, output in enumerate(given):
+            ids = np.concatenate((repeated[i], output))
+            self.sequences[i] = Sequence(ids, adapter, flow, arrived_s, self, i, len(output))
         for sequence in self.sequences:
             self.restart(sequence)
         task.prepare(self.sequences)

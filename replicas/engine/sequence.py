@@ -1,7 +1,7 @@
 """A token sequence of a request, and its progress."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +25,7 @@ class Sequence:
 
     Attributes:
         buffer: int32: holds `ids`, and has space for more.
+        given: number of last tokens of `buffer` that are output, made before the request came.
         length: number of tokens of the prompt and of the outputs that have reached the host.
         flow: the adapter's name, which owns a share of the queue; "" for the base model.
         index: position among the sequences of the request.
@@ -60,6 +61,7 @@ class Sequence:
     arrived_s: float
     request: "Request"
     index: int = 0
+    given: InitVar[int] = 0
     length: int = field(init=False)
     prompt: int = field(init=False)
     need: Need = field(init=False)
@@ -88,8 +90,9 @@ class Sequence:
     lead: float = field(default=0.0, init=False)
     beyond: bool = field(default=False, init=False)
 
-    def __post_init__(self) -> None:
-        self.length = self.prompt = len(self.buffer)
+    def __post_init__(self, given: int) -> None:
+        self.length = len(self.buffer)
+        self.prompt = self.length - given
 
     @property
     def ids(self) -> NDArray[np.int32]:

@@ -35,12 +35,14 @@ class Text:
     shares_prefixes: bool
 
     def task(
-        self, params: GenerateParams, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None
-    ) -> GenerateTask:
-        """Return the task of a request.
+        self, params: GenerateParams, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None,
+        given: Many[NDArray[np.int32]] = (),
+    ) -> GenerateTask:  # fmt: skip
+        """Return the task of a request; see `Engine.submit`.
 
         Raises:
-            InvalidRequest: a parameter is out of range, or a prompt leaves no space for `max_tokens`.
+            InvalidRequest: a parameter is out of range, a prompt leaves no space for `max_tokens`, or a text has so many
+                tokens already.
         """
         params.check(self.limits.vocab)
         if params.max_tokens < 1:
@@ -52,6 +54,11 @@ class Text:
                 f"tokens, since prompt and output together may have {self.limits.max_model_len}; got "
                 f"{params.max_tokens}. Shorten the prompt or lower max_tokens",
                 param="max_tokens",
+            )
+        if given and (len(given) != len(prompts) * params.n or max(map(len, given)) >= params.max_tokens):
+            raise InvalidRequest(
+                f"expected {len(prompts) * params.n} texts of less than {params.max_tokens} tokens to continue, got "
+                f"{len(given)} of up to {max(map(len, given))}"
             )
         root = None
         if self.shares_prefixes:

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -57,7 +57,7 @@ class _ReplySink:
     """Sends the answer of a request to the parent process, and its pieces to a feed if it has one.
 
     Attributes:
-        sent: number of tokens that the feed was given, by index of the text.
+        sent: number of tokens that the receiver of the feed has, by index of the text.
     """
 
     number: int
@@ -65,7 +65,7 @@ class _ReplySink:
     finished: Callable[[int], None]
     pieces: StepPieces
     feed: FeedKey | None
-    sent: dict[int, int] = field(default_factory=dict)
+    sent: dict[int, int]
 
     def delta(self, index: int, piece: TokenPiece) -> None:
         if self.feed is not None:
@@ -146,10 +146,11 @@ class Worker:
 
     def _submit(
         self, number: int, prompts: list[NDArray[np.int32]], adapter: AdapterRef | None, params: Params,
-        feed: FeedKey | None,
+        given: list[NDArray[np.int32]], feed: FeedKey | None,
     ) -> None:  # fmt: skip
-        sink = _ReplySink(number, self._outbox, self._forget, self._pieces, feed)
-        ticket = self._engine.submit(prompts, adapter, params, sink)
+        sent = {index: len(tokens) for index, tokens in enumerate(given)}
+        sink = _ReplySink(number, self._outbox, self._forget, self._pieces, feed, sent)
+        ticket = self._engine.submit(prompts, adapter, params, sink, given=given)
         if ticket.is_open:
             self._tickets[number] = ticket
             if not ticket.is_open:  # answered since the first check, perhaps before it was in `_tickets`

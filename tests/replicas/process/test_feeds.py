@@ -91,6 +91,19 @@ def test_pieces_carry_logprobs(process: EngineProcess) -> None:
     assert len(FED.logprobs) == 4
 
 
+def test_pieces_of_a_text_that_goes_on_count_the_tokens_before(process: EngineProcess) -> None:
+    params = GenerateParams(max_tokens=12, temperature=0.9, seed=2, n=2, ignore_eos=True, logprobs=0)
+    whole, rest = TextSink(), TextSink()
+    process.submit(draw(9), None, params, whole, FeedKey("g1", 1))
+    choices = whole.generation().choices
+    given = [choices[0].tokens[:5], choices[1].tokens[:0]]
+    FED.tokens["g1", 2, 0] = given[0].tolist()
+    process.submit(draw(9), None, params, rest, FeedKey("g1", 2), given=given)
+    for index, (before, after) in enumerate(zip(choices, rest.generation().choices, strict=True)):
+        assert FED.tokens["g1", 2, index] == after.tokens.tolist() == before.tokens.tolist()
+        assert len(after.logprobs or ()) == 12 - len(given[index])
+
+
 def test_a_whole_answer_has_no_pieces(process: EngineProcess) -> None:
     sink = TextSink()
     process.submit(draw(9), None, GenerateParams(max_tokens=5, ignore_eos=True), sink)
