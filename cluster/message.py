@@ -32,10 +32,29 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """Tokens that the texts of a call have already, because a replica that failed has made them.
+
+    Attributes:
+        tokens: int32 [sum of lengths].
+        lengths: int32 [texts].
+        base_revision: of the base model that made them; "" if it is not known.
+    """
+
+    tokens: bytes
+    lengths: bytes
+    base_revision: str
+
+    def texts(self) -> list[NDArray[np.int32]]:
+        """Return the token ids of each text, int32 [length]. They are views of the message."""
+        return _arrays(self.tokens, self.lengths)
+
+
+@dataclass(frozen=True)
 class InferenceCall(Generic[Params]):
     """Prompts of one request for one adapter.
 
-    A call that fails may be repeated on another replica, unless a part of its text has been passed on to the client.
+    A call that fails may be repeated on another replica. It then gives the tokens that its texts have already.
 
     Attributes:
         adapter: None for the base model.
@@ -44,6 +63,7 @@ class InferenceCall(Generic[Params]):
         params: parameters of the task, such as `EmbedParams`.
         sender: the gateway's id.
         number: the sender's number of a text call. It differs for each attempt at a call.
+        continuation: None for a call whose texts are new.
     """
 
     adapter: AdapterLocation | None
@@ -52,6 +72,7 @@ class InferenceCall(Generic[Params]):
     params: Params
     sender: str
     number: int = 0
+    continuation: Continuation | None = None
 
     @property
     def adapter_name(self) -> str | None:
@@ -71,13 +92,13 @@ class InferenceCall(Generic[Params]):
         params = self.params
         if isinstance(params, GenerateParams):
             text = min(params.max_tokens, _MAX_TEXT_WORK)
-            return self.total_tokens + len(self.lengths) // 4 * params.n * text
+            given = len(self.continuation.tokens) // 4 if self.continuation else 0
+            return self.total_tokens + given + len(self.lengths) // 4 * params.n * text
         return self.total_tokens
 
     def prompts(self) -> list[NDArray[np.int32]]:
         """Return the token ids of each prompt, int32 [length]. They are views of the message."""
-        tokens, lengths = (np.frombuffer(each, dtype=np.int32) for each in (self.tokens, self.lengths))
-        return [tokens] if len(lengths) == 1 else np.split(tokens, np.cumsum(lengths)[:-1])
+        return _arrays(self.tokens, self.lengths)
 
 
 @dataclass(frozen=True)
@@ -99,6 +120,7 @@ class Begun:
     Attributes:
         number: the gateway's number of the call.
         revision: of the adapter; None for the base model.
+        base_revision: of the base model.
         tier: as in `InferenceReply`, by what the replica knows before the engine has the request.
     """
 
@@ -106,6 +128,7 @@ class Begun:
     replica: str
     revision: str | None
     tier: str | None
+    base_revision: str
 
 
 @dataclass(frozen=True)
@@ -136,7 +159,7 @@ class InferenceReply(Generic[Result]):
 
 @dataclass(frozen=True)
 class Refusal:
-    """A RankletError as data."""
+    """A RankletError as data. `has_begun` says whether the engine may have worked on the call."""
 
     code: str
     message: str
@@ -146,9 +169,12 @@ class Refusal:
     adapter: str = ""
     retry_after_s: float = 1.0
     load: QueueLoad | None = None
+    has_begun: bool = False
 
     @classmethod
-    def of(cls, error: RankletError, replica: str, adapter: str, load: QueueLoad | None) -> "Refusal":
+    def of(
+        cls, error: RankletError, replica: str, adapter: str, load: QueueLoad | None, *, has_begun: bool = False
+    ) -> "Refusal":
         return cls(
             code=error.code,
             message=error.message,
@@ -158,6 +184,7 @@ class Refusal:
             adapter=adapter,
             retry_after_s=error.retry_after_s,
             load=load,
+            has_begun=has_begun,
         )
 
     def error(self) -> RankletError:
@@ -230,9 +257,18 @@ def pack(
     adapter: AdapterLocation | None, prompts: Sequence[NDArray[np.int32]], params: Params, sender: str
 ) -> InferenceCall[Params]:
     """Make a call of `prompts`, int32 [length] each."""
-    lengths = np.fromiter((len(prompt) for prompt in prompts), dtype=np.int32, count=len(prompts))
-    tokens = np.ascontiguousarray(np.concatenate(prompts), dtype=np.int32)
-    return InferenceCall(adapter, tokens.tobytes(), lengths.tobytes(), params, sender)
+    return InferenceCall(adapter, *pack_tokens(prompts), params, sender)
+
+
+def pack_tokens(arrays: Sequence[NDArray[np.int32]]) -> tuple[bytes, bytes]:
+    """Return token ids, end to end, and lengths, as the messages of this module carry them."""
+    lengths = np.fromiter(map(len, arrays), dtype=np.int32, count=len(arrays))
+    return np.ascontiguousarray(np.concatenate(arrays), dtype=np.int32).tobytes(), lengths.tobytes()
+
+
+def _arrays(tokens: bytes, lengths: bytes) -> list[NDArray[np.int32]]:
+    ids, counts = (np.frombuffer(each, dtype=np.int32) for each in (tokens, lengths))
+    return [ids] if len(counts) == 1 else np.split(ids, np.cumsum(counts)[:-1])
 
 
 def split(

@@ -1,4 +1,4 @@
-"""Sends calls to replicas: repeats a failed one once on another replica, and cancels those that are abandoned."""
+"""Sends calls to replicas: repeats a failed one on another replica, and cancels those that are abandoned."""
 
 import asyncio
 import contextlib
@@ -6,7 +6,7 @@ import contextvars
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import grpc
@@ -29,23 +29,37 @@ class Attemptable(Protocol):
     """A call that may be sent more than once."""
 
     @property
-    def is_repeatable(self) -> bool:
-        """Whether another replica may still answer in place of one that failed."""
+    def continues(self) -> bool:
+        """Whether the next attempt continues texts."""
 
     def attempt(self) -> AbstractContextManager[InferenceCall[Any]]:
         """Return the call to send, valid until the attempt has ended."""
 
+    def pause_before_repeat(self, failure: "RepeatableError") -> float:
+        """Return how many seconds to wait before another replica gets the call.
 
-@dataclass(frozen=True)
+        Raises:
+            RankletError: no other replica should get it.
+        """
+
+
+@dataclass
 class RepeatableCall:
-    """A call whose result arrives as a whole."""
+    """A call whose result arrives as a whole. It is repeated once."""
 
     call: InferenceCall[Any]
-    is_repeatable = True
+    continues = False
+    _is_repeated: bool = field(default=False, init=False)
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[InferenceCall[Any]]:
         yield self.call
+
+    def pause_before_repeat(self, failure: "RepeatableError") -> float:
+        if self._is_repeated:
+            raise failure.error from failure
+        self._is_repeated = True
+        return 0.0
 
 
 class CallSender:
@@ -54,25 +68,25 @@ class CallSender:
     Args:
         hint_ids: unique in this process.
         no_replica_timeout_s: how long a call waits for a replica to come up.
-        on_retry: called for each repeated call.
+        on_repeat: called for each repeated call, with whether it continues texts.
     """
 
     def __init__(
         self, handle: "DeploymentHandle[Any]", affinity: Affinity, watchdog: Watchdog, hint_ids: Iterator[int],
-        no_replica_timeout_s: float, on_retry: Callable[[], None],
+        no_replica_timeout_s: float, on_repeat: Callable[[bool], None],
     ) -> None:  # fmt: skip
         self._handle = handle
         self._affinity = affinity
         self._watchdog = watchdog
         self._hint_ids = hint_ids
         self._no_replica_timeout_s = no_replica_timeout_s
-        self._on_retry = on_retry
+        self._on_repeat = on_repeat
 
     async def send_all(self, method: str, calls: Sequence[Attemptable]) -> list[InferenceReply[Any]]:
         """Call `method` of the replicas with each call at the same time, and return the replies in this order.
 
         Raises:
-            Unavailable: two replicas failed, or one that had sent a part of a text.
+            Unavailable: several replicas failed.
             RankletError: a replica returned this error.
         """
         if len(calls) == 1:
@@ -88,18 +102,15 @@ class CallSender:
                 task.cancel()
 
     async def _send(self, method: str, each: Attemptable) -> InferenceReply[Any]:
-        try:
-            with each.attempt() as call:
-                return await self._attempt(method, call, avoid=None)
-        except RepeatableError as first:
-            if not each.is_repeatable:
-                raise _cut_short() from first
-            self._on_retry()
+        avoid: str | None = None
+        while True:
             try:
                 with each.attempt() as call:
-                    return await self._attempt(method, call, avoid=first.replica)
-            except RepeatableError as second:
-                raise (second.error if each.is_repeatable else _cut_short()) from first
+                    return await self._attempt(method, call, avoid)
+            except RepeatableError as failure:
+                pause_s, avoid = each.pause_before_repeat(failure), failure.replica
+            self._on_repeat(each.continues)
+            await asyncio.sleep(pause_s)
 
     async def _attempt(self, method: str, call: InferenceCall[Any], avoid: str | None) -> InferenceReply[Any]:
         hint = RoutingHint(next(self._hint_ids), call.adapter_name, call.work, avoid, location=call.adapter)
@@ -122,7 +133,9 @@ class CallSender:
         if isinstance(result, InferenceReply):
             return result
         refusal = result.error()
-        raise RepeatableError(refusal, result.replica) if isinstance(refusal, Unavailable | Saturated) else refusal
+        if isinstance(refusal, Unavailable | Saturated):
+            raise RepeatableError(refusal, result.replica, has_begun=result.has_begun)
+        raise refusal
 
     def _raise_if_abandoned(self, hint_id: int) -> None:
         abandoned = self._watchdog.abandoned(hint_id)
@@ -150,19 +163,18 @@ def _lost(reason: str) -> Unavailable:
     return Unavailable(f"the replica that computed the request {reason}, and no other could answer. Try again")
 
 
-def _cut_short() -> Unavailable:
-    return Unavailable(
-        "the replica failed after it had sent a part of the text, which no other can continue. Send the request again"
-    )
-
-
 class RepeatableError(Exception):
-    """A failure of one replica. The call may be repeated on another; `error` is raised if that fails too."""
+    """A failure of one replica. The call may be repeated on another; `error` is raised if that fails too.
 
-    def __init__(self, error: RankletError, replica: str | None) -> None:
+    Args:
+        has_begun: whether its engine may have worked on the call. False if that is not known.
+    """
+
+    def __init__(self, error: RankletError, replica: str | None, *, has_begun: bool = False) -> None:
         super().__init__(error.message)
         self.error = error
         self.replica = replica
+        self.has_begun = has_begun
 
 
 def _translate(error: Exception, replica: str | None) -> Exception:

@@ -6,16 +6,17 @@ import contextvars
 import itertools
 import logging
 import pickle
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import grpc
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from ranklet.cluster.message import Begun
-from ranklet.cluster.text_result import GenerateResult
+from ranklet.cluster.ingress.text_call import TextCall
+from ranklet.cluster.message import Begun, InferenceCall
+from ranklet.replicas.engine.params import GenerateParams
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.hint import HINT, RoutingHint
 
@@ -23,79 +24,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0  # before a broken feed is opened a
 _FEED_ERRORS = (RayError, RayServeException, grpc.RpcError)
 
 logger = logging.getLogger("ray.serve")
-Logprobs = Sequence[tuple[float, Sequence[tuple[int, float]]]]  # of each token, and of the best alternatives to it
-
-
-class TextReceiver(Protocol):
-    """Receives the tokens of one request. Called in the gateway's event loop, so methods must be quick."""
-
-    def begin(self, begun: Begun) -> None:
-        """Receive where a call of the request runs. Called for each call, and again after a repeat."""
-
-    def receive(self, index: int, tokens: Sequence[int], logprobs: Logprobs | None) -> bool:
-        """Receive the next tokens of text `index`, counted over all prompts of the request.
-
-        Returns:
-            Whether the text is to go on. If not, no further tokens of it are received, and the replica ends it.
-        """
-
-
-class TextCall:
-    """The pieces of one text call, at most one attempt at a time. Passes on each token once and in order.
-
-    Args:
-        texts: number of texts of the call.
-        first: index of the call's first text in the request.
-        receiver: of the request.
-    """
-
-    def __init__(self, texts: int, first: int, receiver: TextReceiver) -> None:
-        self.has_passed_on = False
-        self.replica: str | None = None
-        self.signs = 0  # of life: messages about this call
-        self.gaps = 0
-        self._first = first
-        self._receiver = receiver
-        self._seen = [0] * texts
-        self._ended = [False] * texts
-
-    def begin(self, begun: Begun) -> None:
-        self.replica = begun.replica
-        self.signs += 1
-        self._receiver.begin(begun)
-
-    def on_piece(self, index: int, start: int, tokens: Sequence[int], logprobs: Logprobs | None) -> bool:
-        """Pass on a piece. Returns False if the replica should end the text.
-
-        Pieces behind a gap are dropped: `fill` passes their tokens on.
-        """
-        self.signs += 1
-        seen = self._seen[index]
-        if self._ended[index]:
-            return True
-        if start != seen:
-            known = seen - start
-            if known < 0:
-                self.gaps += 1
-                return True
-            tokens, logprobs = tokens[known:], logprobs and logprobs[known:]
-            if not tokens:
-                return True
-        self._seen[index] = seen + len(tokens)
-        self.has_passed_on = True
-        if self._receiver.receive(self._first + index, tokens, logprobs):
-            return True
-        self._ended[index] = True
-        return False
-
-    def fill(self, result: GenerateResult) -> None:
-        """Pass on the tokens of the whole answer that no piece has brought."""
-        for index, choice in enumerate(result.choices):
-            start = self._seen[index]
-            tokens: list[int] = choice.ids()[start:].tolist()
-            if tokens and not self._ended[index]:
-                logprobs = None if choice.logprobs is None else choice.logprobs.unpack(start)
-                self.on_piece(index, start, tokens, logprobs)
 
 
 class TextFeeds:
@@ -129,14 +57,14 @@ class TextFeeds:
         return set(self._feeds)
 
     @contextlib.contextmanager
-    def attempt(self, call: TextCall) -> Iterator[int]:
-        """Pass the pieces of an attempt at a call to `call`. Yields the number that the attempt must have."""
+    def attempt(self, call: TextCall) -> Iterator[InferenceCall[GenerateParams]]:
+        """Pass the pieces of an attempt at a call to `call`. Yields the call to send."""
         self._is_wanted = True
         self.update()
         number = next(self._numbers)
         self._calls[number] = call
         try:
-            yield number
+            yield call.begin_attempt(number)
         finally:
             del self._calls[number]
             call.replica = None

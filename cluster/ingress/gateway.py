@@ -96,7 +96,7 @@ class Gateway(ReportReceiver):
         self._drain = Drain()
         self._recent = RecentRequests()
         self._observer = Observer(self._metrics, self._recent, args.log.requests, self._id)
-        self._replicas = ReplicasClient(replica, self._affinity, args.limits, self._metrics.retries.inc, self._id)
+        self._replicas = ReplicasClient(replica, self._affinity, args.limits, self._metrics.on_repeat, self._id)
         self._texts = TextModels(tokenizer, args.base.model_dir, self._replicas)
         self._watching: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None

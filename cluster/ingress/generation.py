@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
-from ranklet.cluster.ingress.feeds import Logprobs
 from ranklet.cluster.ingress.fields import TextOptions
 from ranklet.cluster.ingress.protocol import TokenIds
+from ranklet.cluster.ingress.text_call import Logprobs
 from ranklet.cluster.message import Begun, InferenceReply
 from ranklet.cluster.text.choice import NOTHING, ChoiceText, Logprob, TextPiece
 from ranklet.cluster.text.detokenizer import Detokenizer
@@ -30,7 +30,7 @@ class PieceSink(Protocol):
 
 
 class TextGeneration:
-    """The choices of a request; implements `ranklet.cluster.ingress.feeds.TextReceiver`.
+    """The choices of a request; implements `ranklet.cluster.ingress.text_call.TextReceiver`.
 
     A choice ends here as soon as its last token has arrived, not with the answer of its call, which has many choices.
 
@@ -39,7 +39,8 @@ class TextGeneration:
         on_tokens: called with a choice's index and the number of its tokens that have arrived.
 
     Attributes:
-        begun: where each call of the request runs.
+        end_ids: tokens that end the texts: those of the model, if the request does not ignore them, and its own.
+        begun: where each call of the request has run.
         prompt_logprobs: of each prompt, if the request asked; the first token has none.
     """
 
@@ -55,13 +56,13 @@ class TextGeneration:
         self._sink = sink
         self._on_tokens = on_tokens
         self._cached_tokens = 0
-        ends = options.end_ids if options.ignores_ends else options.end_ids | end_ids
+        self.end_ids = options.end_ids if options.ignores_ends else options.end_ids | end_ids
         contexts = [[] if options.echoes else prompt[-_CONTEXT_TOKENS:].tolist() for prompt in prompts]
         self._choices = [
             ChoiceText(
                 Detokenizer(token_bytes, context, skip_special=options.skips_special),
                 options.stops,
-                end_ids=ends,
+                end_ids=self.end_ids,
                 include_stop=options.includes_stop,
                 keeps_tokens=options.keeps_tokens,
                 min_tokens=params.min_tokens,

@@ -32,6 +32,9 @@ class GatewayMetrics:
         self.seconds = histogram("ranklet_request_seconds", "From a request's headers to its embeddings", ["adapter"])
         self.in_flight = gauge("ranklet_requests_in_flight", "Requests in this gateway")
         self.retries = counter("ranklet_retries_total", "Calls repeated on another replica")
+        self.continuations = counter(
+            "ranklet_continuations_total", "Repeated calls that continue texts of which a part was generated"
+        )
         self.client_gone = counter("ranklet_client_gone_total", "Requests whose client disconnected before the answer")
         self.quota_rejections = counter(
             "ranklet_quota_rejections_total", "Requests over the quota of their key or adapter", ["by", "adapter"]
@@ -54,6 +57,11 @@ class GatewayMetrics:
         self.requests.labels(adapter, str(status), code).inc()
         if seconds is not None:
             self.seconds.labels(adapter).observe(seconds)
+
+    def on_repeat(self, continues: bool) -> None:
+        """Count a call that is repeated, and whether that continues texts."""
+        self.retries.inc()
+        self.continuations.inc(continues)
 
     def on_over_quota(self, by: str, adapter: str | None) -> None:
         """Count a request over the quota of its key or adapter; `adapter` is None for the base model."""

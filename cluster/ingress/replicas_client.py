@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,14 +19,15 @@ from ray.serve.handle import DeploymentHandle
 from ranklet.cluster.broadcast import CONTROL_TIMEOUT_S, broadcast
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.config import LimitsConfig
-from ranklet.cluster.ingress.call_sender import CallSender, RepeatableCall, summary
-from ranklet.cluster.ingress.feeds import TextCall, TextFeeds, TextReceiver
+from ranklet.cluster.ingress.call_sender import CallSender, RepeatableCall, RepeatableError, summary
+from ranklet.cluster.ingress.feeds import TextFeeds
+from ranklet.cluster.ingress.text_call import TextCall, TextReceiver
 from ranklet.cluster.ingress.watchdog import Watchdog
 from ranklet.cluster.message import AdapterText, InferenceCall, InferenceReply, Refusal, ReplicaDescription, pack, split
 from ranklet.cluster.text_result import GenerateResult, prompt_result_bytes
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterReport
 from ranklet.replicas.engine.limits import RequestLimits
-from ranklet.replicas.engine.params import GenerateParams
+from ranklet.replicas.engine.params import SEED_BITS, GenerateParams
 from ranklet.replicas.errors import Unavailable
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.hint import HINT, RoutingHint
@@ -38,13 +41,13 @@ class ReplicasClient:
     """Client of the application's replicas.
 
     Args:
-        on_retry: called for each repeated call.
+        on_repeat: called for each repeated call, with whether it continues texts.
         sender: id of this gateway.
     """
 
     def __init__(
-        self, handle: "DeploymentHandle[Any]", affinity: Affinity, limits: LimitsConfig, on_retry: Callable[[], None],
-        sender: str,
+        self, handle: "DeploymentHandle[Any]", affinity: Affinity, limits: LimitsConfig,
+        on_repeat: Callable[[bool], None], sender: str,
     ) -> None:  # fmt: skip
         self._handle = handle
         self._affinity = affinity
@@ -54,7 +57,9 @@ class ReplicasClient:
         self._limits: RequestLimits | None = None
         self.watchdog = Watchdog(affinity, self._prefetch, limits.no_replica_timeout_s)
         self.feeds = TextFeeds(handle, affinity, sender, self._hint_ids)
-        self._calls = CallSender(handle, affinity, self.watchdog, self._hint_ids, limits.no_replica_timeout_s, on_retry)
+        self._calls = CallSender(
+            handle, affinity, self.watchdog, self._hint_ids, limits.no_replica_timeout_s, on_repeat
+        )
 
     async def infer(
         self, method: str, adapter: AdapterLocation | None, prompts: Sequence[NDArray[np.int32]], params: Any,
@@ -88,8 +93,8 @@ class ReplicasClient:
     ) -> list[InferenceReply[GenerateResult]]:  # fmt: skip
         """Generate `params.n` texts for each prompt. `receiver` gets all tokens, before the end of this call.
 
-        A call is repeated only before `receiver` has tokens of it. The timeout starts again with each message about a
-        text of the request.
+        If a replica fails, another one continues its texts. The timeout starts again with each message about a text of
+        the request.
 
         Args:
             prompts: int32 [length] each.
@@ -99,7 +104,8 @@ class ReplicasClient:
 
         Raises:
             InvalidRequest: the result of a prompt may be too large for a message.
-            Unavailable: no replica answered in time, two replicas failed, or one that had sent tokens.
+            Unavailable: no replica answered in time, or several failed.
+            UnknownModel: the adapter has another revision now, also after `receiver` got tokens.
             RankletError: a replica returned this error.
         """
         result_bytes = prompt_result_bytes(params, max(map(len, prompts)))
@@ -107,8 +113,8 @@ class ReplicasClient:
         texts = 0
         for part in split(prompts, result_bytes, _MAX_TEXT_PROMPTS):
             count = len(part) * params.n
-            call = pack(adapter, part, params, self._sender)
-            calls.append(_TextAttempts(call, self.feeds, TextCall(count, texts, receiver)))
+            call = pack(adapter, part, _with_seed(params), self._sender)
+            calls.append(_TextAttempts(self.feeds, TextCall(call, count, texts, receiver)))
             texts += count
         try:
             async with self._timeout_between_signs(calls):
@@ -232,17 +238,23 @@ class ReplicasClient:
 
 @dataclass(frozen=True)
 class _TextAttempts:
-    """A text call, which may be sent again until tokens of it have been passed on."""
+    """A text call and its attempts, whose pieces come by the feeds."""
 
-    call: InferenceCall[GenerateParams]
     feeds: TextFeeds
     text: TextCall
 
     @property
-    def is_repeatable(self) -> bool:
-        return not self.text.has_passed_on
+    def continues(self) -> bool:
+        return self.text.continues
 
-    @contextlib.contextmanager
-    def attempt(self) -> Iterator[InferenceCall[GenerateParams]]:
-        with self.feeds.attempt(self.text) as number:
-            yield replace(self.call, number=number)
+    def attempt(self) -> AbstractContextManager[InferenceCall[GenerateParams]]:
+        return self.feeds.attempt(self.text)
+
+    def pause_before_repeat(self, failure: RepeatableError) -> float:
+        return self.text.pause_before_repeat(failure)
+
+
+def _with_seed(params: GenerateParams) -> GenerateParams:
+    """Return parameters with a seed, with which another replica can continue the texts."""
+    is_given = params.seed is not None and params.seed >= 0
+    return params if is_given else replace(params, seed=secrets.randbits(SEED_BITS))

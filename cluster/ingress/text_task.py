@@ -164,7 +164,15 @@ class TextTask:
         sink.generation = run = generation(sink)
 
         async def generate() -> None:
-            replies = await call.replicas.generate(adapter, run.prompts, params, run)
+            try:
+                replies = await call.replicas.generate(adapter, run.prompts, params, run)
+            except UnknownModel as error:
+                if not queue.has_begun:
+                    raise
+                raise AdapterChanged(
+                    f"a replica failed after it had sent a part of the text, and adapter {call.model!r} was replaced "
+                    "meanwhile, so that no other can continue it. Send the request again"
+                ) from error
             run.complete(replies)
             call.record.answer = join_texts(replies)
             call.record.reasons = run.reasons()

@@ -10,13 +10,21 @@ from typing import Any, TypeVar
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.resolver import AdapterResolver, ResolvedAdapter
 from ranklet.cluster.logs import log_place
-from ranklet.cluster.message import Begun, InferenceCall, InferenceReply, Refusal
+from ranklet.cluster.message import Begun, Continuation, InferenceCall, InferenceReply, Refusal
 from ranklet.cluster.replica.feeds import OutgoingFeeds
 from ranklet.cluster.replica.state import ReplicaState
 from ranklet.replicas.adapters.prompt_limits import PromptLimits
+from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.params import EmbedParams, GenerateParams
 from ranklet.replicas.engine.request import Answer, AnswerSink
-from ranklet.replicas.errors import AdapterChanged, InternalError, RankletError
+from ranklet.replicas.errors import (
+    AdapterChanged,
+    AdapterNotFound,
+    InternalError,
+    RankletError,
+    Unavailable,
+    UnknownModel,
+)
 from ranklet.replicas.process.messages import FeedKey
 from ranklet.replicas.process.process import EngineProcess, RemoteTicket
 from ranklet.routing.report import QueueLoad
@@ -58,12 +66,15 @@ class ReplicaCalls:
         """
         outcome: Answer | RankletError
         resolved: ResolvedAdapter | None = None
+        has_begun = False
         self._state.call_arrived(call.sender, call.work)
         try:
+            self._check_engine(call.continuation)
+            has_begun = True
             if call.adapter is None:
                 outcome = await self._compute(call, None)
             else:
-                resolved, outcome = await self.use(call.adapter, partial(self._compute, call))
+                resolved, outcome = await self._compute_with_adapter(call, call.adapter)
         except RankletError as error:
             outcome = error
         except Exception as error:
@@ -75,7 +86,7 @@ class ReplicaCalls:
             self._state.call_finished(call.work)
         load = self._state.load_for(call.sender)
         if isinstance(outcome, RankletError):
-            return Refusal.of(outcome, self._id, call.adapter_name or "", load)
+            return Refusal.of(outcome, self._id, call.adapter_name or "", load, has_begun=has_begun)
         return self._reply(outcome, make_result(outcome.result), resolved, load)
 
     def finish(self, gateway: str, number: int, index: int) -> None:
@@ -106,6 +117,34 @@ class ReplicaCalls:
         location.check_revision(resolved.adapter.revision)
         return resolved, await use(resolved)
 
+    def _check_engine(self, continuation: Continuation | None) -> None:
+        problem = self._engine.problem()
+        if problem is not None:
+            raise Unavailable(f"{problem}; this replica is being replaced. Send the request again")
+        if continuation is not None and continuation.base_revision not in ("", self._engine.limits.base_revision):
+            raise Unavailable(
+                "the text was begun by another base model than this replica serves. Send the request again"
+            )
+
+    async def _compute_with_adapter(
+        self, call: InferenceCall[Any], location: AdapterLocation
+    ) -> tuple[ResolvedAdapter, Answer]:
+        try:
+            return await self.use(location, partial(self._compute, call))
+        except (UnknownModel, AdapterNotFound):
+            held = None if call.continuation is None else await self._held_revision(location)
+            if held is None:
+                raise
+            return held, await self._compute(call, held)
+
+    async def _held_revision(self, location: AdapterLocation) -> ResolvedAdapter | None:
+        """Return the requested revision if the engine still has it in a slot, although its files are gone."""
+        with contextlib.suppress(RankletError, TimeoutError):
+            for each in await asyncio.to_thread(self._engine.report):
+                if (each.name, each.revision, each.where) == (location.name, location.requested_revision, "gpu"):
+                    return ResolvedAdapter(AdapterRef(each.name, location.source, each.revision, each.marks))
+        return None
+
     async def _compute(self, call: InferenceCall[Any], resolved: ResolvedAdapter | None) -> Answer:
         loop, prompts = asyncio.get_running_loop(), call.prompts()
         if resolved is not None and isinstance(call.params, EmbedParams):
@@ -130,7 +169,8 @@ class ReplicaCalls:
         if feed is not None:
             self._feeds.begin(call.sender, self._begun(call.number, resolved))
         adapter = None if resolved is None else resolved.adapter
-        ticket = self._engine.submit(prompts, adapter, call.params, AnswerSink(done), feed)
+        given = call.continuation.texts() if call.continuation else ()
+        ticket = self._engine.submit(prompts, adapter, call.params, AnswerSink(done), feed, given=given)
         if feed is not None:
             self._tickets[feed] = ticket
         try:
@@ -143,11 +183,12 @@ class ReplicaCalls:
                 del self._tickets[feed]
 
     def _begun(self, number: int, resolved: ResolvedAdapter | None) -> Begun:
+        base_revision = self._engine.limits.base_revision
         if resolved is None:
-            return Begun(number, self._id, None, None)
+            return Begun(number, self._id, None, None, base_revision)
         held, name = self._engine.held(), resolved.adapter.name
         tier = "gpu" if name in held.resident else "host" if name in held.hosted else "disk"
-        return Begun(number, self._id, resolved.adapter.revision, _tier(tier, resolved))
+        return Begun(number, self._id, resolved.adapter.revision, _tier(tier, resolved), base_revision)
 
     def _reply(
         self, answer: Answer, result: Result, resolved: ResolvedAdapter | None, load: QueueLoad

@@ -11,6 +11,7 @@ from ranklet.replicas.model.sampling_values import SamplingValues
 MAX_BIASES: Final = 1024
 MAX_STOP_IDS: Final = 512
 MAX_CHOICES: Final = 128
+SEED_BITS: Final = 63  # of a seed that is drawn for a request without one
 
 
 @dataclass(frozen=True, slots=True)

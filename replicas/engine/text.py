@@ -12,12 +12,10 @@ from ranklet.replicas.cache.prefix import PrefixRoot
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.generate import GenerateTask
 from ranklet.replicas.engine.limits import RequestLimits
-from ranklet.replicas.engine.params import GenerateParams
+from ranklet.replicas.engine.params import SEED_BITS, GenerateParams
 from ranklet.replicas.errors import InvalidRequest
 from ranklet.replicas.model.heads import TextHead
 from ranklet.replicas.model.lm_head import LmHead, MissingHead
-
-_SEED_BITS = 63
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +39,8 @@ class Text:
         """Return the task of a request; see `Engine.submit`.
 
         Raises:
-            InvalidRequest: a parameter is out of range, a prompt leaves no space for `max_tokens`, or a text has so many
-                tokens already.
+            InvalidRequest: a parameter is out of range, a prompt leaves no space for `max_tokens`, or given tokens do
+                not fit the request.
         """
         params.check(self.limits.vocab)
         if params.max_tokens < 1:
@@ -64,7 +62,7 @@ class Text:
         if self.shares_prefixes:
             revision = "" if adapter is None else adapter.revision
             root = PrefixRoot(self.limits.base_revision, revision, params.cache_salt, self.dtype)
-        seed = params.seed if params.seed is not None and params.seed >= 0 else secrets.randbits(_SEED_BITS)
+        seed = params.seed if params.seed is not None and params.seed >= 0 else secrets.randbits(SEED_BITS)
         return GenerateTask(params, len(prompts), self.head, self.limits.end_ids, seed, root)
 
 

@@ -19,8 +19,8 @@ from starlette.routing import Route
 from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.config import AppArgs
 from ranklet.cluster.datapath import ROUTER
-from ranklet.cluster.ingress.feeds import Logprobs
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
+from ranklet.cluster.ingress.text_call import Logprobs
 from ranklet.cluster.message import Begun, ReportReceiver
 from ranklet.cluster.replica.deployment import Replica
 from ranklet.cluster.replica.gateways_client import GATEWAY
@@ -48,6 +48,7 @@ class SeenText:
     answer: list[list[int]] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     first_s: float = 0.0
+    end_ids: frozenset[int] = frozenset()
 
     def begin(self, begun: Begun) -> None:
         self.begun.append(asdict(begun))
@@ -71,8 +72,8 @@ class TextGateway(ReportReceiver):
         bind(self._affinity, Counters())
         self._registry = Registry(args.adapters_dir, args.adapters)
         self._handle = replica
-        self._retries = 0
-        self._replicas = ReplicasClient(replica, self._affinity, args.limits, self._count_retry, self._id)
+        self._retries = self._continuations = 0
+        self._replicas = ReplicasClient(replica, self._affinity, args.limits, self._count_repeat, self._id)
         self._seen: dict[str, SeenText] = {}
         self._running: dict[str, asyncio.Task[Any]] = {}
         self._watching: asyncio.Task[None] | None = None
@@ -89,8 +90,9 @@ class TextGateway(ReportReceiver):
             ]
         )
 
-    def _count_retry(self) -> None:
+    def _count_repeat(self, continues: bool) -> None:
         self._retries += 1
+        self._continuations += continues
 
     async def check_health(self) -> None:
         self._replicas.feeds.update()
@@ -148,7 +150,13 @@ class TextGateway(ReportReceiver):
         await self._replicas.limits()
         feeds = self._replicas.feeds
         return JSONResponse(
-            {"opened": feeds.opened, "gaps": feeds.gaps, "feeds": sorted(feeds.replicas), "retries": self._retries}
+            {
+                "opened": feeds.opened,
+                "gaps": feeds.gaps,
+                "feeds": sorted(feeds.replicas),
+                "retries": self._retries,
+                "continuations": self._continuations,
+            }
         )
 
     async def targets(self, request: Request) -> Response:
@@ -157,7 +165,7 @@ class TextGateway(ReportReceiver):
 
 
 def _json(seen: SeenText) -> Response:
-    return JSONResponse(vars(seen))
+    return JSONResponse({name: value for name, value in vars(seen).items() if name != "end_ids"})
 
 
 def build(args: AppArgs) -> Application:

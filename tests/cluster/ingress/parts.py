@@ -144,7 +144,7 @@ class Parts:
             names=ModelNames([BASE], Registry(self.folder, {})),
             quotas=self.quotas,
             intake=Intake(self.tokenizer, self.limits),
-            replicas=ReplicasClient(handle, Affinity(), self.limits, lambda: None, "gateway"),
+            replicas=ReplicasClient(handle, Affinity(), self.limits, lambda continues: None, "gateway"),
             observer=Observer(self.metrics, RecentRequests(), "none", "gateway"),
         )
 

@@ -56,7 +56,9 @@ class FakeHandle:
 
 
 def client_of(handle: Any, affinity: Affinity | None = None, **limits: float) -> ReplicasClient:
-    return ReplicasClient(handle, affinity or Affinity(), LimitsConfig.model_validate(limits), lambda: None, "gateway")
+    return ReplicasClient(
+        handle, affinity or Affinity(), LimitsConfig.model_validate(limits), lambda continues: None, "gateway"
+    )
 
 
 async def embed(replicas: ReplicasClient, adapter: AdapterLocation | None = None) -> list[InferenceReply[EmbedResult]]:

@@ -1,4 +1,4 @@
-"""Text calls of a gateway: each token is received once and in order, and a call is repeated only before the first."""
+"""Text calls of a gateway: each token is received once and in order."""
 
 import asyncio
 from collections.abc import Sequence
@@ -17,20 +17,20 @@ from ranklet.replicas.errors import InvalidRequest, Unavailable
 from ranklet.replicas.model.sampled import TokenLogprob
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.fleet import Member
-from tests.cluster.ingress.text_replica import PARAMS, PROMPTS, TEXT, KeptText, Script, TextReplica, failure, reply
+from tests.cluster.ingress.text_replica import PARAMS, PROMPTS, TEXT, KeptText, TextReplica, failure, reply
 from tests.virtual_time import run_in_virtual_time
 
 
-def client_of(replica: Any, retries: list[int] | None = None, **limits: float) -> ReplicasClient:
+def client_of(replica: Any, retries: list[bool] | None = None, **limits: float) -> ReplicasClient:
     affinity = Affinity()
     affinity.set_members([Member("r0", 0)])
     counted = [] if retries is None else retries
-    return ReplicasClient(replica, affinity, LimitsConfig.model_validate(limits), lambda: counted.append(1), "gateway")
+    return ReplicasClient(replica, affinity, LimitsConfig.model_validate(limits), counted.append, "gateway")
 
 
 def generate(
     replica: TextReplica, kept: KeptText, *, prompts: Sequence[NDArray[np.int32]] = PROMPTS,
-    params: GenerateParams = PARAMS, retries: list[int] | None = None, **limits: float,
+    params: GenerateParams = PARAMS, retries: list[bool] | None = None, **limits: float,
 ) -> list[InferenceReply[GenerateResult]]:  # fmt: skip
     """Run one request in virtual time."""
 
@@ -141,28 +141,14 @@ async def fail_at_once(replica: TextReplica, call: InferenceCall[GenerateParams]
     return failure()
 
 
-async def fail_after_tokens(replica: TextReplica, call: InferenceCall[GenerateParams]) -> Any:
-    replica.send((call.number, 0, 0, TEXT[:1], None))
-    await asyncio.sleep(1)
-    return failure()
-
-
 def test_a_call_that_fails_before_its_first_piece_is_repeated_elsewhere() -> None:
-    replica, kept, retries = TextReplica(fail_at_once, stream), KeptText(), list[int]()
+    replica, kept, retries = TextReplica(fail_at_once, stream), KeptText(), list[bool]()
     generate(replica, kept, retries=retries)
     assert kept.tokens == {0: list(TEXT)}
     assert [hint.avoid for hint in replica.hints] == [None, "r0"]
     assert replica.calls[0].number != replica.calls[1].number
     assert len(kept.begun) == 2
-    assert retries == [1]
-
-
-@pytest.mark.parametrize("scripts", [(fail_after_tokens,), (fail_at_once, fail_after_tokens)])
-def test_a_call_that_fails_after_its_first_piece_is_not_repeated(scripts: tuple[Script, ...]) -> None:
-    kept = KeptText()
-    with pytest.raises(Unavailable, match="no other can continue"):
-        generate(TextReplica(*scripts), kept)
-    assert kept.tokens == {0: list(TEXT[:1])}
+    assert retries == [False]
 
 
 def test_pieces_of_an_attempt_that_has_ended_are_dropped() -> None:
@@ -211,7 +197,7 @@ def test_feeds_of_replicas_that_are_gone_are_closed_once_no_text_needs_them() ->
     async def run() -> None:
         affinity = Affinity()
         replica = TextReplica(stream)
-        client = ReplicasClient(replica, affinity, LimitsConfig(), lambda: None, "gateway")  # type: ignore[arg-type]
+        client = ReplicasClient(replica, affinity, LimitsConfig(), lambda continues: None, "gateway")  # type: ignore[arg-type]
         client.feeds.update()
         affinity.set_members([Member("r0", 0)])
         client.feeds.update()

@@ -46,8 +46,10 @@ async def refused(replica: Any, call: Call) -> Any:
 
 
 async def fails_later(replica: Any, call: Call) -> Any:
+    """Bring three tokens before the replica fails; nothing if the text has them already."""
     replica.begin(call.number)
-    replica.send((call.number, 0, 0, TEXT[:3], None))
+    if call.continuation is None:
+        replica.send((call.number, 0, 0, TEXT[:3], None))
     await asyncio.sleep(0.05)
     return failure()
 
@@ -127,7 +129,7 @@ async def test_an_error_before_the_first_token_is_a_status(make_parts: MakeParts
 
 
 async def test_an_error_after_the_first_token_is_an_event(make_parts: MakeParts) -> None:
-    parts = make_parts(DescribingReplica(fails_later))
+    parts = make_parts(DescribingReplica(fails_later, fails_later))
     call = AsgiCall(parts.app, CHAT, {"messages": [{"role": "user", "content": "hi"}]})
     await call.run()
     assert call.sent[0]["status"] == 200
@@ -215,6 +217,48 @@ async def test_an_adapter_that_was_replaced_is_described_again(make_parts: MakeP
         "v2",
     ]
     assert parts.replica.calls[2].total_tokens == len(parts.texts.tokenizer.encode("new").ids)
+
+
+async def test_a_stream_whose_replica_fails_goes_on_and_counts_its_prompt_once(make_parts: MakeParts) -> None:
+    async def rest(replica: Any, call: Call) -> Any:
+        replica.send((call.number, 0, 3, TEXT[3:], None))
+        return reply(TEXT)
+
+    parts = make_parts(DescribingReplica(fails_later, rest), keys={"team": (("*",), 1000)})
+    fields = {**FIELDS, "stream_options": {"include_usage": True}}
+    call = AsgiCall(parts.app, COMPLETIONS, fields, key=parts.secrets["team"])
+    await call.run()
+    *events, last = events_of(call.body)
+    assert "".join(event["choices"][0]["text"] for event in events) == parts.texts.tokenizer.decode(list(TEXT))
+    assert (last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"]) == (4, len(TEXT))
+    assert await parts.spent() == 4 + len(TEXT)
+
+
+async def gone(replica: Any, call: Call) -> Any:
+    replica.revision = "v2"
+    return Refusal.of(UnknownModel("another revision", param="model"), "r0", "", None)
+
+
+async def test_a_stream_of_a_replaced_adapter_that_no_replica_can_continue_ends_with_an_error(
+    make_parts: MakeParts,
+) -> None:
+    parts = make_parts(DescribingReplica(fails_later, gone))
+    call = AsgiCall(parts.app, COMPLETIONS, {**FIELDS, "model": "legal-v2"})
+    await call.run()
+    *texts, last = events_of(call.body)
+    assert "".join(event["choices"][0]["text"] for event in texts) == parts.texts.tokenizer.decode(list(TEXT[:3]))
+    assert last["error"]["code"] == "adapter_loading"
+    assert "was replaced meanwhile" in last["error"]["message"]
+
+
+async def test_a_whole_answer_of_a_replaced_adapter_is_made_by_the_new_revision(make_parts: MakeParts) -> None:
+    parts = make_parts(DescribingReplica(fails_later, gone, whole))
+    answer = await parts.http_post(COMPLETIONS, {**FIELDS, "model": "legal-v2"})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["text"] == parts.texts.tokenizer.decode(list(TEXT))
+    assert answer.json()["usage"]["completion_tokens"] == len(TEXT)
+    revisions = [each.adapter and each.adapter.requested_revision for each in parts.replica.calls]
+    assert revisions == ["v1", "v1", "v2"]
 
 
 @pytest.mark.parametrize("tokens", [96, 97])

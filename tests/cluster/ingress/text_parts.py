@@ -92,7 +92,7 @@ class TextParts(Parts):
         affinity = Affinity()
         affinity.set_members([Member("r0", 0)])
         handle: Any = _WithLimits(replica)
-        self.replicas = replicas = ReplicasClient(handle, affinity, limits, lambda: None, "gateway")
+        self.replicas = replicas = ReplicasClient(handle, affinity, limits, lambda continues: None, "gateway")
         tokenizer: Any = PlainTokenizer()
         model_dir = folder / "model"
         model_dir.mkdir()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ranklet.cluster.ingress.feeds import Logprobs
+from ranklet.cluster.ingress.text_call import Logprobs
 from ranklet.cluster.message import Begun, InferenceCall, InferenceReply, Refusal
 from ranklet.cluster.text_result import ChoiceResult, GenerateResult, PackedLogprobs
 from ranklet.replicas.engine.params import GenerateParams
@@ -28,6 +28,7 @@ class KeptText:
     """Receives texts; does not want more than `most` tokens of each."""
 
     most: int = 1000
+    end_ids: frozenset[int] = frozenset()
     begun: list[Begun] = field(default_factory=list)
     tokens: dict[int, list[int]] = field(default_factory=dict)
     logprobs: list[Any] = field(default_factory=list)
@@ -60,7 +61,7 @@ class TextReplica:
         self.messages.put_nowait([pack_pieces(list(pieces))])
 
     def begin(self, number: int) -> None:
-        self.messages.put_nowait([pickle.dumps(Begun(number, "r0", "v1", "gpu"))])
+        self.messages.put_nowait([pickle.dumps(Begun(number, "r0", "v1", "gpu", "b1"))])
 
     def break_feed(self) -> None:
         self.messages.put_nowait(None)
@@ -105,4 +106,5 @@ def reply(*texts: Sequence[int], logprobs: PackedLogprobs | None = None) -> Infe
 
 
 def failure() -> Refusal:
-    return Refusal.of(Unavailable("the engine's process has ended"), "r0", "", None)
+    """Return the refusal of a call during which the engine's process has ended."""
+    return Refusal.of(Unavailable("the engine's process has ended"), "r0", "", None, has_begun=True)

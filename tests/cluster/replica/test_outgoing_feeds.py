@@ -22,12 +22,12 @@ async def test_messages_wait_for_the_stream_while_a_call_is_open_and_come_at_onc
     feeds = OutgoingFeeds()
     feeds.pieces("g", b"lost: no call is open")
     async with feeds.call_from("g"), feeds.call_from("other"):
-        feeds.begin("g", Begun(3, "r", None, None))
+        feeds.begin("g", Begun(3, "r", None, None, "b"))
         feeds.pieces("g", b"1")
         stream = feeds.read("g")
         assert await next_of(stream) == []
         begun, first = await next_of(stream)
-        assert (pickle.loads(begun), first) == (Begun(3, "r", None, None), b"1")
+        assert (pickle.loads(begun), first) == (Begun(3, "r", None, None, "b"), b"1")
         thread = threading.Timer(0.05, feeds.pieces, ("g", b"2"))
         thread.start()
         assert await next_of(stream) == [b"2"]
