@@ -25,6 +25,7 @@ from typing import Any
 
 from ranklet.replicas.escape import escape
 
+MAX_MESSAGE_CHARS = 16_000  # of all findings of an adapter, see `limits`
 _BY_CODE: "dict[str, type[RankletError]]" = {}
 
 
@@ -48,7 +49,9 @@ class RankletError(Exception):
     status: int = 500
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float = 1.0) -> None:
-        message = escape(message, keep="\n")  # it may quote what clients or adapters' files say
+        if len(message) > MAX_MESSAGE_CHARS:  # it may quote what clients or adapters' files say
+            message = f"{message[:MAX_MESSAGE_CHARS]}... ({len(message)} characters)"
+        message = escape(message, keep="\n")
         super().__init__(message)
         self.message = message
         self.param = param

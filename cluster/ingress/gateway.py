@@ -96,7 +96,10 @@ class Gateway(ReportReceiver):
         self._drain = Drain()
         self._recent = RecentRequests()
         self._observer = Observer(self._metrics, self._recent, args.log.requests, self._id)
-        self._replicas = ReplicasClient(replica, self._affinity, args.limits, self._metrics.on_repeat, self._id)
+        self._replicas = ReplicasClient(
+            replica, self._affinity, args.limits, self._metrics.on_repeat, self._id,
+            lambda name, source: self._broadcast("on_load_crashed", name, source),
+        )  # fmt: skip
         self._texts = TextModels(tokenizer, args.base.model_dir, self._replicas)
         self._watching: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
@@ -211,6 +214,10 @@ class Gateway(ReportReceiver):
         if self._registry.overrides is not None:
             await self._intake.on_thread(partial(self._registry.overrides.entries, fresh=True))
 
+    async def on_load_crashed(self, name: str, source: str) -> None:
+        """Do not try this adapter on other engines for a while."""
+        self._replicas.suspects.add(name, source)
+
     async def recent_requests(self) -> dict[str, Any]:
         return self._recent.as_dict(self._admission.in_flight)
 
@@ -223,8 +230,8 @@ class Gateway(ReportReceiver):
     async def requests_in_flight(self) -> int:
         return self._drain.in_flight
 
-    async def _broadcast(self, method: str, missing: Sequence[Any] = ()) -> list[Any]:
-        return await broadcast(serve.get_deployment_handle(*self._deployment), method, missing=missing)
+    async def _broadcast(self, method: str, *arguments: Any, missing: Sequence[Any] = ()) -> list[Any]:
+        return await broadcast(serve.get_deployment_handle(*self._deployment), method, *arguments, missing=missing)
 
     async def _requests_in_flight(self) -> int:
         return sum(await self._broadcast("requests_in_flight", missing=[1]))  # a silent gateway may work on one

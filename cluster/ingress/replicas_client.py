@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +21,7 @@ from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.config import LimitsConfig
 from ranklet.cluster.ingress.call_sender import CallSender, RepeatableCall, RepeatableError, summary
 from ranklet.cluster.ingress.feeds import TextFeeds
+from ranklet.cluster.ingress.suspects import Suspects
 from ranklet.cluster.ingress.text_call import TextCall, TextReceiver
 from ranklet.cluster.ingress.watchdog import Watchdog
 from ranklet.cluster.message import AdapterText, InferenceCall, InferenceReply, Refusal, ReplicaDescription, pack, split
@@ -28,7 +29,7 @@ from ranklet.cluster.text_result import GenerateResult, prompt_result_bytes
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterReport
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import SEED_BITS, GenerateParams
-from ranklet.replicas.errors import Unavailable
+from ranklet.replicas.errors import AdapterLoadCrashed, Unavailable
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.hint import HINT, RoutingHint
 
@@ -43,12 +44,18 @@ class ReplicasClient:
     Args:
         on_repeat: called for each repeated call, with whether it continues texts.
         sender: id of this gateway.
+        on_crash: called with the name and source of an adapter that was loading when an engine died.
+
+    Attributes:
+        suspects: adapters that are not tried now.
     """
 
     def __init__(
         self, handle: "DeploymentHandle[Any]", affinity: Affinity, limits: LimitsConfig,
-        on_repeat: Callable[[bool], None], sender: str,
+        on_repeat: Callable[[bool], None], sender: str, on_crash: Callable[[str, str], Awaitable[object]] | None = None,
     ) -> None:  # fmt: skip
+        self.suspects = Suspects()
+        self._on_crash = on_crash
         self._handle = handle
         self._affinity = affinity
         self._timeout_s = limits.request_timeout_s
@@ -81,11 +88,12 @@ class ReplicasClient:
         """
         parts = split(prompts, result_bytes)
         calls = [RepeatableCall(pack(adapter, part, params, self._sender)) for part in parts]
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._calls.send_all(method, calls)
-        except TimeoutError:
-            raise self._timed_out("an answer") from None
+        async with self._suspecting(adapter):
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    return await self._calls.send_all(method, calls)
+            except TimeoutError:
+                raise self._timed_out("an answer") from None
 
     async def generate(
         self, adapter: AdapterLocation | None, prompts: Sequence[NDArray[np.int32]], params: GenerateParams,
@@ -116,14 +124,28 @@ class ReplicasClient:
             call = pack(adapter, part, _with_seed(params), self._sender)
             calls.append(_TextAttempts(self.feeds, TextCall(call, count, texts, receiver)))
             texts += count
-        try:
-            async with self._timeout_between_signs(calls):
-                replies = await self._calls.send_all("generate", calls)
-        except TimeoutError:
-            raise self._timed_out("a token") from None
+        async with self._suspecting(adapter):
+            try:
+                async with self._timeout_between_signs(calls):
+                    replies = await self._calls.send_all("generate", calls)
+            except TimeoutError:
+                raise self._timed_out("a token") from None
         for each, reply in zip(calls, replies, strict=True):
             each.text.fill(reply.result)
         return replies
+
+    @contextlib.asynccontextmanager
+    async def _suspecting(self, adapter: AdapterLocation | None) -> AsyncIterator[None]:
+        """Refuse an adapter that is a suspect. It becomes one, for all gateways, if an engine dies in the body."""
+        self.suspects.check(adapter)
+        try:
+            yield
+        except AdapterLoadCrashed:
+            if adapter is not None:
+                self.suspects.add(adapter.name, adapter.source)
+                if self._on_crash is not None:
+                    await self._on_crash(adapter.name, adapter.source)
+            raise
 
     @contextlib.asynccontextmanager
     async def _timeout_between_signs(self, calls: "Sequence[_TextAttempts]") -> AsyncIterator[None]:
@@ -184,6 +206,7 @@ class ReplicasClient:
             RankletError: the adapter cannot be served.
         """
         loaded: AdapterInfo = await self._control_adapter("load", adapter, tuple(pins))
+        self.suspects.clear(adapter.name)
         return loaded
 
     async def text_description(self, adapter: AdapterLocation) -> AdapterText:
@@ -232,7 +255,9 @@ class ReplicasClient:
 
     async def _prefetch(self, adapter: AdapterLocation, replica: str) -> None:
         hint = {HINT: RoutingHint(next(self._hint_ids), only=replica)}
-        with contextlib.suppress(Unavailable):  # requests load the adapter themselves if the prefetch fails
+        # Requests load the adapter themselves if the prefetch fails.
+        with contextlib.suppress(Unavailable, AdapterLoadCrashed):
+            self.suspects.check(adapter)
             await self._control("prefetch", adapter.name, adapter.source, timeout_s=CONTROL_TIMEOUT_S, **hint)
 
 

@@ -5,6 +5,7 @@ import pickle
 import pytest
 
 from ranklet.replicas.errors import (
+    MAX_MESSAGE_CHARS,
     AdapterChanged,
     AdapterLoadCrashed,
     InternalError,
@@ -48,3 +49,9 @@ def test_an_error_is_the_same_after_pickling(error: RankletError) -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is type(error)
     assert vars(copy) == vars(error)
+
+
+def test_a_message_has_a_length() -> None:
+    message = InvalidAdapter("legal", ["x" * 1_000_000]).message
+    assert len(message) < MAX_MESSAGE_CHARS + 100
+    assert message.endswith("... (1000036 characters)")

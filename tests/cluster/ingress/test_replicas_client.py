@@ -11,6 +11,7 @@ import pytest
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.config import LimitsConfig
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
+from ranklet.cluster.ingress.suspects import Suspects
 from ranklet.cluster.message import EmbedResult, InferenceCall, InferenceReply, Refusal
 from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.errors import AdapterLoadCrashed, InvalidRequest, RankletError, Saturated, Unavailable
@@ -98,6 +99,41 @@ async def test_a_call_that_would_fail_or_kill_another_replica_too_is_not_repeate
     with pytest.raises(type(error), match=error.message):
         await embed(client_of(handle), AdapterLocation("legal", "/adapters/legal"))
     assert len(handle.calls) == 1
+
+
+async def test_an_adapter_that_was_loading_when_an_engine_died_is_not_tried_on_the_next() -> None:
+    crashed, told = AdapterLoadCrashed("the engine died"), list[tuple[str, str]]()
+
+    async def tell(name: str, source: str) -> None:
+        told.append((name, source))
+
+    handle = FakeHandle(refusal(crashed), REPLY)
+    given: Any = handle
+    replicas = ReplicasClient(given, Affinity(), LimitsConfig(), lambda again: None, "gateway", tell)
+    legal = AdapterLocation("legal", "/adapters/legal")
+    for _ in range(5):
+        with pytest.raises(AdapterLoadCrashed):
+            await embed(replicas, legal)
+    assert (len(handle.calls), told) == (1, [("legal", "/adapters/legal")])
+    assert await embed(replicas, AdapterLocation("legal", "/adapters/mended")) == [REPLY]
+
+
+def test_each_death_of_an_engine_makes_an_adapter_wait_longer() -> None:
+    now_s, legal = 0.0, AdapterLocation("legal", "/adapters/legal")
+    suspects = Suspects(clock=lambda: now_s)
+    for wait_s in (10, 60, 600, 600):
+        suspects.check(legal)
+        for _ in range(3):
+            suspects.add(legal.name, legal.source)
+        now_s += wait_s - 1
+        with pytest.raises(AdapterLoadCrashed, match="for 1 s") as refused:
+            suspects.check(legal)
+        assert refused.value.retry_after_s == 1
+        suspects.check(AdapterLocation("medical", "/adapters/medical"))
+        now_s += 1
+    suspects.add(legal.name, legal.source)
+    suspects.clear(legal.name)
+    suspects.check(legal)
 
 
 async def test_ray_keeps_no_answered_call() -> None:
