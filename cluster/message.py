@@ -16,6 +16,7 @@ from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.errors import InvalidAdapter, RankletError, error_class
+from ranklet.replicas.model.embedding_settings import EmbeddingSettings
 from ranklet.routing.report import QueueLoad, StateReport
 
 # Serve's gRPC transport refuses messages above 4 MiB; half of it leaves a margin for everything but tokens and results.
@@ -157,6 +158,12 @@ class InferenceReply(Generic[Result]):
     first_piece_s: float | None = None
 
 
+class OtherPrompts(RankletError):  # noqa: N818  # named like its siblings in replicas/errors.py
+    """The prompts of a call were not made as the adapter's folder says. The gateway makes them again."""
+
+    code, status = "other_prompts", 503
+
+
 @dataclass(frozen=True)
 class Refusal:
     """A RankletError as data. `has_begun` says whether the engine may have worked on the call."""
@@ -201,12 +208,14 @@ class AdapterText:
         chat_template: None without one; the base model's applies.
         special_tokens: their texts by the names that chat templates use, such as eos_token.
         findings: why its tokenizer files cannot be used, such as tokens that the base model does not have.
+        embedding: how its texts become vectors.
     """
 
     revision: str
     chat_template: str | None
     special_tokens: dict[str, str]
     findings: tuple[str, ...] = ()
+    embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ RankletError
 └── InternalError           a defect of ranklet, or the device failed          500 internal_error
 
 Other packages subclass `RankletError` next to the code that raises their errors: cluster/access/keys.py (Unauthorized,
-Forbidden), cluster/access/quota.py (OverQuota), cluster/catalog/overrides.py (FolderNotWritable),
+Forbidden), cluster/access/quota.py (OverQuota), cluster/catalog/overrides.py (FolderNotWritable), cluster/message.py
+(OtherPrompts),
 cluster/ingress/lifecycle.py (AdapterExists), cluster/ingress/body.py (BodyTooLarge, BodyTooSlow, UnsupportedEncoding),
 cluster/ingress/refusals.py (PathNotFound, MethodNotAllowed), cluster/ingress/browsers.py (ForeignPage, ForeignHost,
 WrongContentType).

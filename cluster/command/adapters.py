@@ -85,6 +85,8 @@ def _load(options: argparse.Namespace) -> int:
     body = {"name": options.name, "path": _path(options.path), "replace": options.replace, "pinned": options.pinned}
     loaded = _request(options, "POST", "/v1/adapters", body)
     modules = ", ".join(loaded["target_modules"])
+    for note in loaded.get("notes", ()):  # older services send none
+        print_line(f"{loaded['name']}: note: {note}")
     print_line(
         f"ranklet: {loaded['name']}@{loaded['revision']}: rank {loaded['rank']}, {loaded['bytes']} bytes, on {modules}"
     )

@@ -102,7 +102,7 @@ class AdapterCards:
                 for replica, report in reports
                 if report.where != "refused"
             ],
-            "error": error,
+            "notes": list(info.notes) if info else None, "error": error,
         }  # fmt: skip
 
     def _revision(self, location: AdapterLocation, reports: _Reports) -> str | None:
@@ -123,7 +123,7 @@ class AdapterCards:
 def _failed_card(name: str, error: str) -> dict[str, Any]:
     return {
         "name": name, "state": "failed", "revision": None, "path": None, "pinned": False, "rank": None,
-        "target_modules": None, "bytes": None, "references": 0, "replicas": [], "error": error,
+        "target_modules": None, "bytes": None, "references": 0, "replicas": [], "notes": None, "error": error,
     }  # fmt: skip
 
 

@@ -61,19 +61,11 @@ def begun_headers(begun: Iterable[Begun]) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def join_embeddings(replies: Sequence[InferenceReply[EmbedResult]], *, normalizes: bool = False) -> Embeddings:
-    """Join the replies to the calls of one request. The vectors keep the order of the replies.
-
-    Args:
-        normalizes: scale vectors to length 1 if the model has not.
-    """
+def join_embeddings(replies: Sequence[InferenceReply[EmbedResult]]) -> Embeddings:
+    """Join the replies to the calls of one request. The vectors keep the order of the replies."""
     results = [reply.result for reply in replies]
     parts = [np.frombuffer(each.vectors, dtype="<f4").reshape(-1, each.dimensions) for each in results]
     vectors = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    if normalizes:
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        if not np.allclose(lengths, 1, rtol=0, atol=1e-3):
-            vectors = (vectors / np.maximum(lengths, 1e-12)).astype(np.float32)
     return Embeddings(**_common(replies), vectors=vectors)
 
 

@@ -1,6 +1,5 @@
 """The task of `POST /v1/embeddings`, OpenAI's embeddings API."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Final, Literal
 
@@ -9,14 +8,17 @@ from starlette.responses import Response
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.ingress.answers import join_embeddings, render_embeddings
+from ranklet.cluster.ingress.embedding_models import EmbeddingModels, no_such_prompt
 from ranklet.cluster.ingress.intake import Inputs
 from ranklet.cluster.ingress.known_fields import EMBEDDING_FIELDS
 from ranklet.cluster.ingress.prompts import EmbeddingPrompts, truncation_of
-from ranklet.cluster.ingress.protocol import INPUT_SCHEMA, parse_input, parse_object, validate
+from ranklet.cluster.ingress.protocol import INPUT_SCHEMA, TokenIds, parse_input, parse_object, validate
 from ranklet.cluster.ingress.task import AdmittedCall
+from ranklet.cluster.message import EmbedResult, InferenceReply, OtherPrompts
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import EmbedParams
-from ranklet.replicas.errors import InvalidRequest
+from ranklet.replicas.errors import AdapterChanged, InvalidRequest
+from ranklet.replicas.model.embedding_settings import EmbeddingSettings
 from ranklet.replicas.model.tokenizer import TruncationSide
 
 _RENDER_INLINE_BYTES: Final = 1 << 20  # larger answers are rendered on a thread
@@ -34,60 +36,94 @@ class EmbeddingsRequest(BaseModel):
     truncate_prompt_tokens: int | None = None
     truncation_side: TruncationSide | None = None
     add_special_tokens: bool | None = None
+    prompt_name: str | None = None  # of the prompts that the folder of the model has
     normalize: bool | None = None
     use_activation: bool | None = None  # the newer name of normalize in vLLM
     user: str | None = None
     lora_path: str | None = None  # SGLang's field for the adapter
 
 
-@dataclass(frozen=True)
 class EmbeddingsTask:
     """One embeddings request; implements `ranklet.cluster.ingress.task.InferenceTask`."""
 
     is_text: ClassVar[bool] = False
 
-    form: EmbeddingsRequest
-    ignored: tuple[str, ...]
+    def __init__(self, form: EmbeddingsRequest, ignored: tuple[str, ...], models: EmbeddingModels) -> None:
+        self.ignored = ignored
+        self._form = form
+        self._models = models
+        self._described: EmbeddingSettings | None = None  # of the adapter
+        self._params = EmbedParams()
 
     @classmethod
-    def parse(cls, body: bytes) -> "EmbeddingsTask":
+    def parse(cls, models: EmbeddingModels, body: bytes) -> "EmbeddingsTask":
         """Parse a JSON body. Raises InvalidRequest."""
         fields = parse_object(body)
         ignored = EMBEDDING_FIELDS.check(fields, EmbeddingsRequest.model_fields)
         form = validate(fields, EmbeddingsRequest)
-        for name, value in (("normalize", form.normalize), ("use_activation", form.use_activation)):
-            if value is False:
-                raise InvalidRequest(
-                    f"{name}: expected true or null, got false. Vectors that the model's folder normalises cannot be "
-                    "answered otherwise",
-                    param=name,
-                )
-        return cls(form, ignored)
+        if None not in (form.normalize, form.use_activation) and form.normalize != form.use_activation:
+            raise InvalidRequest(
+                f"use_activation: expected null or the value of normalize, got {form.use_activation}",
+                param="use_activation",
+            )
+        return cls(form, ignored, models)
 
     @property
     def model(self) -> str | None:
-        return self.form.model
+        return self._form.model
 
     @property
     def lora_path(self) -> str | None:
-        return self.form.lora_path
+        return self._form.lora_path
 
     def inputs(self, adapter: AdapterLocation | None, max_texts: int, limits: RequestLimits) -> Inputs | None:
-        values = parse_input(self.form.input, max_texts)
-        limits.check_dimensions(self.form.dimensions)
-        form, longest = self.form, limits.max_embedding_len
+        form, name = self._form, self._form.prompt_name or None
+        values = parse_input(form.input, max_texts)
+        limits.check_dimensions(form.dimensions)
+        has_texts = isinstance(values[0], str)
+        if name is not None and not has_texts:
+            raise InvalidRequest("prompt_name: expected texts as input, got token ids", param="prompt_name")
+        settings = self._described or self._models.known(adapter)
+        prompting = settings.prompting(name)
+        if prompting is None:
+            if adapter is not None and self._described is None:
+                return None  # the adapter's folder may have this prompt
+            raise no_such_prompt(settings, name or "")
+        longest = limits.longest_embedding(reads_last=settings.mode == "last", folder_limit=settings.max_tokens)
         truncation = truncation_of(form.truncate_prompt_tokens, form.truncation_side, longest, "right")
-        return Inputs(values, EmbeddingPrompts(limits, form.add_special_tokens, truncation))
+        skipped = 0
+        if has_texts and not prompting.pools_text:
+            skipped = self._models.tokenizer.count_prompt(prompting.text, add_special_tokens=form.add_special_tokens)
+            if truncation is not None and truncation.side == "left":
+                raise InvalidRequest(
+                    "truncation_side: expected right, since pooling leaves out the prompt at the left, got left",
+                    param="truncation_side",
+                )
+        normalize = form.use_activation if form.normalize is None else form.normalize
+        self._params = EmbedParams(form.dimensions, normalize=normalize, skipped=skipped, prompting=prompting)
+        rules = EmbeddingPrompts(limits, longest, prompting.text, skipped, form.add_special_tokens, truncation)
+        return Inputs(values, rules)
 
     async def prepare(self, adapter: AdapterLocation | None, limits: RequestLimits, owner: str) -> None:
-        pass
+        if adapter is not None:
+            self._described = await self._models.describe(adapter)
 
     async def respond(self, call: AdmittedCall) -> Response:
-        params, vector_bytes = EmbedParams(self.form.dimensions), 4 * call.limits.hidden
-        replies = await call.replicas.infer("embed", call.adapter, call.prompts, params, vector_bytes)
-        normalizes = bool(self.form.normalize or self.form.use_activation)
-        call.record.answer = answer = join_embeddings(replies, normalizes=normalizes)
-        rendering = partial(render_embeddings, answer, self.form.model or call.model, self.form.encoding_format)
+        try:
+            replies = await self._infer(call, call.prompts)
+        except OtherPrompts:
+            assert call.adapter is not None, "the base model has the prompts of its folder"
+            self._models.forget(call.adapter)
+            prompts = await call.remake_prompts()
+            try:
+                replies = await self._infer(call, prompts)
+            except OtherPrompts as error:
+                raise AdapterChanged(f"adapter {call.model!r} is being replaced. Send the request again") from error
+        call.record.answer = answer = join_embeddings(replies)
+        rendering = partial(render_embeddings, answer, self._form.model or call.model, self._form.encoding_format)
         large = answer.size_bytes > _RENDER_INLINE_BYTES
         content = await call.intake.on_thread(rendering) if large else rendering()
         return Response(content, headers=answer.headers, media_type="application/json")
+
+    async def _infer(self, call: AdmittedCall, prompts: TokenIds) -> list[InferenceReply[EmbedResult]]:
+        return await call.replicas.infer("embed", call.adapter, prompts, self._params, 4 * call.limits.hidden)

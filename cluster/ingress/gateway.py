@@ -27,6 +27,7 @@ from ranklet.cluster.exporter import start_exporter
 from ranklet.cluster.ingress.adapter_cards import AdapterCards
 from ranklet.cluster.ingress.admin import AdminApi
 from ranklet.cluster.ingress.drain import Drain
+from ranklet.cluster.ingress.embedding_models import EmbeddingModels
 from ranklet.cluster.ingress.embeddings import EmbeddingsTask
 from ranklet.cluster.ingress.exchange import Exchange, InferenceServices
 from ranklet.cluster.ingress.intake import Intake
@@ -101,6 +102,7 @@ class Gateway(ReportReceiver):
             lambda name, source: self._broadcast("on_load_crashed", name, source),
         )  # fmt: skip
         self._texts = TextModels(tokenizer, args.base.model_dir, self._replicas)
+        self._embeddings = EmbeddingModels(tokenizer.settings, tokenizer, self._texts.descriptions)
         self._watching: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
@@ -114,7 +116,7 @@ class Gateway(ReportReceiver):
         cards = AdapterCards(registry, replicas, args.adapter_roots)
         return build_app(
             inference={
-                "/v1/embeddings": self._inference_handler(EmbeddingsTask.parse),
+                "/v1/embeddings": self._inference_handler(partial(EmbeddingsTask.parse, self._embeddings)),
                 "/v1/completions": self._inference_handler(partial(CompletionsTask.parse, self._texts)),
                 "/v1/chat/completions": self._inference_handler(partial(ChatTask.parse, self._texts)),
             },

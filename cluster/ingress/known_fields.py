@@ -181,12 +181,12 @@ CHAT_FIELDS: Final = KnownFields(
     },
     _ACCEPTED | {"parallel_tool_calls", "stream_reasoning"},
 )
-_PROMPT: Final = "Put it before each text"
+_PROMPT: Final = "Put it before each text, or name a prompt of the model's folder in prompt_name"
 _FLOATS: Final = "Vectors are float32; encoding_format is float or base64"
 EMBEDDING_FIELDS: Final = KnownFields(
     _ELSEWHERE
     | {
-        **dict.fromkeys(("prompt_name", "prompt", "instruction", "task", "task_type"), RefusedField(("",), _PROMPT)),
+        **dict.fromkeys(("prompt", "instruction", "task", "task_type"), RefusedField(("",), _PROMPT)),
         "embed_dtype": RefusedField(("float32", "float"), _FLOATS),
         "output_dtype": RefusedField(("float", "float32"), _FLOATS),
         "precision": RefusedField(("float32", "float"), _FLOATS),
@@ -206,7 +206,7 @@ EMBEDDING_FIELDS: Final = KnownFields(
         "pooling": _PLAIN,
         "pooling_type": _PLAIN,
         "pooling_task": RefusedField(("embed",)),
-        "embd_normalize": RefusedField((2,), "The model's folder decides whether vectors have length 1"),
+        "embd_normalize": RefusedField((2,), "Use normalize"),
         "late_chunking": _OFF,
         "return_sparse": _OFF,
         "return_colbert_vecs": _OFF,

@@ -99,6 +99,7 @@ class Lifecycle:
         return {
             "name": info.name, "revision": info.revision, "rank": info.rank, "target_modules": list(info.modules),
             "bytes": info.bytes, "state": "ready", "verified": True, "pinned": request.pinned, "path": source,
+            "notes": list(info.notes),
         }  # fmt: skip
 
     async def unload(self, name: str) -> dict[str, Any]:

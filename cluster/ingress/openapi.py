@@ -80,12 +80,13 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
     "Prompt": _record(prompt=_TEXT),
     "Loaded": _record(
         name=_TEXT, revision=_TEXT, rank=_NUMBER, target_modules={"type": "array", "items": _TEXT}, bytes=_NUMBER,
-        state={"const": "ready"}, verified=_FLAG, pinned=_FLAG, path=_TEXT,
+        state={"const": "ready"}, verified=_FLAG, pinned=_FLAG, path=_TEXT, notes={"type": "array", "items": _TEXT},
     ),
     "Adapter": _record(
         name=_TEXT, state={"enum": ["registered", "loading", "ready", "failed", "draining"]}, revision=_MAYBE_TEXT,
         path=_MAYBE_TEXT, pinned=_FLAG, rank={"type": ["integer", "null"]}, references=_NUMBER,
-        replicas={"type": "array", "items": _OBJECT}, error=_MAYBE_TEXT,
+        replicas={"type": "array", "items": _OBJECT}, notes={"type": ["array", "null"], "items": _TEXT},
+        error=_MAYBE_TEXT,
     ),
     "Unloaded": _record(name=_TEXT, state={"const": "unloaded"}),
     "Targets": {"type": "array", "items": _record(targets={"type": "array", "items": _TEXT}, labels=_OBJECT)},

@@ -18,8 +18,11 @@ class Tokenizer(Protocol):
     """The part of `ranklet.replicas.model.tokenizer.PromptTokenizer` that makes prompts."""
 
     def encode(
-        self, texts: Sequence[str], *, add_special_tokens: bool | None = None, truncation: Truncation | None = None
-    ) -> list[NDArray[np.int32]]: ...
+        self, texts: Sequence[str], *, prompt: str | None = None, add_special_tokens: bool | None = None,
+        truncation: Truncation | None = None,
+    ) -> list[NDArray[np.int32]]: ...  # fmt: skip
+
+    def count_prompt(self, prompt: str, *, add_special_tokens: bool | None = None) -> int: ...
 
     def encode_plain(
         self, texts: Sequence[str], *, add_special_tokens: bool, truncation: Truncation | None = None
@@ -94,27 +97,42 @@ class EmbeddingPrompts:
     """Rules for the inputs of embeddings.
 
     Attributes:
+        most_tokens: limit on the tokens of an input.
+        prompt: text before every text.
+        skipped: number of first tokens that pooling leaves out. Each input must have others.
         adds_special_tokens: whether the tokenizer adds its special tokens, such as EOS; None as the folder says.
         truncation: None refuses inputs that are too long.
     """
 
     limits: RequestLimits
+    most_tokens: int
+    prompt: str = ""
+    skipped: int = 0
     adds_special_tokens: bool | None = None
     truncation: Truncation | None = None
 
     @property
     def longest(self) -> int:
-        return self.limits.max_embedding_len if self.truncation is None else sys.maxsize
+        return self.most_tokens if self.truncation is None else sys.maxsize
 
     def encode(self, tokenizer: Tokenizer, texts: Texts) -> TokenIds:
-        return tokenizer.encode(texts, add_special_tokens=self.adds_special_tokens, truncation=self.truncation)
+        return tokenizer.encode(
+            texts, prompt=self.prompt, add_special_tokens=self.adds_special_tokens, truncation=self.truncation
+        )
 
     def shorten(self, prompts: TokenIds) -> TokenIds:
         return shortened(prompts, self.truncation)
 
     def check(self, prompts: TokenIds) -> None:
         # The engine checks too, but it sees the parts of a split request, so its indices would be wrong.
-        self.limits.check_prompts(prompts, self.limits.max_embedding_len)
+        self.limits.check_prompts(prompts, self.most_tokens)
+        for index, prompt in enumerate(prompts) if self.skipped else ():
+            if len(prompt) <= self.skipped:
+                raise InvalidRequest(
+                    f"input[{index}]: expected more than the {self.skipped} tokens of the prompt, which pooling leaves "
+                    f"out (include_prompt: false), got {len(prompt)}",
+                    param="input",
+                )
 
     def too_long(self, index: int, least: int) -> InvalidRequest:
         return InvalidRequest(

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
 from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.cluster.ingress.descriptions import AdapterDescriptions, TextDescriber
 from ranklet.cluster.ingress.fair_budget import FairBudget
 from ranklet.cluster.ingress.intake import SMALL_BODY_BYTES
 from ranklet.cluster.message import AdapterText
@@ -15,19 +16,12 @@ from ranklet.cluster.text.render_process import RenderProcess, TrustedRenderer
 from ranklet.cluster.text.template import ChatTemplate, folder_special_tokens, folder_template
 from ranklet.cluster.text.token_bytes import TokenBytes
 from ranklet.replicas.engine.limits import RequestLimits
-from ranklet.replicas.errors import InvalidAdapter, InvalidRequest, ModelError
+from ranklet.replicas.errors import InvalidRequest, ModelError
 from ranklet.replicas.model.tokenizer import PromptTokenizer
 from ranklet.replicas.model.tokenizer_files import UnusableTokenError
 
 TemplateOwner = Literal["base", "adapter"]
-_MAX_KEPT = 4096
 _FINGERPRINT_CHARS: Final = 8  # of each revision
-
-
-class TextDescriber(Protocol):
-    """The part of `ReplicasClient` that describes adapters."""
-
-    async def text_description(self, adapter: AdapterLocation) -> AdapterText: ...
 
 
 class BoundedRenderer:
@@ -96,25 +90,23 @@ class DescribedModel:
 
 
 class TextModels:
-    """Describes the models of one gateway. Replicas describe adapters, since gateways have no remote files.
-
-    An adapter's description is kept until `forget`: calls name its revision, and replicas refuse an old one.
+    """Describes the models of one gateway.
 
     Args:
         model_dir: folder of the base model.
 
     Attributes:
         tokenizer: of the base model.
+        descriptions: of adapters. Calls name their revision, and replicas refuse an old one.
     """
 
     def __init__(self, tokenizer: PromptTokenizer, model_dir: Path, replicas: TextDescriber) -> None:
         self.tokenizer: Any = tokenizer.backend
         self.model_dir = model_dir
-        self._replicas = replicas
+        self.descriptions = AdapterDescriptions(replicas)
         self._token_bytes, self._problem = _token_bytes(self.tokenizer)
         self._base_renderer, self._adapter_renderer = BoundedRenderer(), BoundedRenderer()
         self.special_tokens, self._base_template = self._read_base()
-        self._kept: dict[tuple[str, str], AdapterText] = {}
 
     def check(self, limits: RequestLimits) -> None:
         """Raise InvalidRequest if the base model generates no text."""
@@ -134,35 +126,19 @@ class TextModels:
         """Return what is known of a model; None if a replica must describe it first."""
         if adapter is None:
             return DescribedModel(None, self._base_template, frozenset(limits.end_ids), _fingerprint(limits, None))
-        text = self._kept.get((adapter.name, adapter.source))
-        if text is None or adapter.requested_revision not in (None, text.revision):
-            return None
-        return self._model(text, limits)
+        text = self.descriptions.known(adapter)
+        return None if text is None else self._model(text, limits)
 
     async def describe(self, adapter: AdapterLocation, limits: RequestLimits) -> DescribedModel:
-        """Let a replica describe an adapter.
-
-        Raises:
-            InvalidAdapter: its tokenizer files cannot be used with the base model.
-            UnknownModel: another revision was requested.
-            RankletError: an error of `ReplicasClient.text_description`.
-        """
-        text = await self._replicas.text_description(adapter)
-        adapter.check_revision(text.revision)
-        if text.findings:  # not kept, so that a corrected folder is noticed
-            raise InvalidAdapter(adapter.name, text.findings)
-        self._kept.pop((adapter.name, adapter.source), None)
-        while len(self._kept) >= _MAX_KEPT:
-            self._kept.pop(next(iter(self._kept)))
-        self._kept[adapter.name, adapter.source] = text
-        return self._model(text, limits)
+        """Let a replica describe an adapter. Raises the errors of `AdapterDescriptions.describe`."""
+        return self._model(await self.descriptions.describe(adapter), limits)
 
     def forget(self, adapter: AdapterLocation) -> None:
-        self._kept.pop((adapter.name, adapter.source), None)
+        self.descriptions.forget(adapter)
 
     def template_owner(self, adapter: AdapterLocation | None) -> TemplateOwner | None:
         """Return whose chat template answers; None if there is none, or if the adapter is not described yet."""
-        text = None if adapter is None else self._kept.get((adapter.name, adapter.source))
+        text = None if adapter is None else self.descriptions.known(adapter)
         if adapter is not None and text is None:
             return None
         template = self._base_template if text is None else self._template_of(text)

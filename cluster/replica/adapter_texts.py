@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ranklet.cluster.message import AdapterText
 from ranklet.cluster.text.template import folder_special_tokens, folder_template
+from ranklet.replicas.adapters.adapter_settings import AdapterSettings
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import marks_of
 from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison
@@ -20,9 +21,11 @@ class AdapterTexts:
 
     Args:
         model_dir: folder of the base model.
+        settings: of embeddings.
     """
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, settings: AdapterSettings) -> None:
+        self._settings = settings
         self._tokenizer = TokenizerComparison(model_dir)
         self._kept: OrderedDict[AdapterRef, AdapterText] = OrderedDict()
         self._lock = threading.Lock()  # one folder at a time
@@ -54,4 +57,4 @@ class AdapterTexts:
         except UnusableTokenError as error:
             findings.append(str(error))
         findings += (finding for finding in self._tokenizer.differences(folder) if finding not in findings)
-        return AdapterText(adapter.revision, template, tokens, tuple(findings))
+        return AdapterText(adapter.revision, template, tokens, tuple(findings), self._settings.read(adapter))

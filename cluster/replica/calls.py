@@ -4,16 +4,17 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.resolver import AdapterResolver, ResolvedAdapter
 from ranklet.cluster.logs import log_place
-from ranklet.cluster.message import Begun, Continuation, InferenceCall, InferenceReply, Refusal
+from ranklet.cluster.message import Begun, Continuation, InferenceCall, InferenceReply, OtherPrompts, Refusal
 from ranklet.cluster.replica.feeds import OutgoingFeeds
 from ranklet.cluster.replica.state import ReplicaState
-from ranklet.replicas.adapters.prompt_limits import PromptLimits
+from ranklet.replicas.adapters.adapter_settings import AdapterSettings
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.params import EmbedParams, GenerateParams
 from ranklet.replicas.engine.request import Answer, AnswerSink
@@ -41,19 +42,19 @@ class ReplicaCalls:
 
     Args:
         replica: id of the replica.
-        limits: of embeddings of adapters.
+        settings: of embeddings of adapters.
     """
 
     def __init__(
         self, replica: str, engine: EngineProcess, resolver: AdapterResolver, state: ReplicaState, feeds: OutgoingFeeds,
-        limits: PromptLimits,
+        settings: AdapterSettings,
     ) -> None:  # fmt: skip
         self._id = replica
         self._engine = engine
         self._resolver = resolver
         self._state = state
         self._feeds = feeds
-        self._limits = limits
+        self._settings = settings
         self._tickets: dict[FeedKey, RemoteTicket] = {}  # of open text calls
 
     async def answer(
@@ -146,11 +147,9 @@ class ReplicaCalls:
         return None
 
     async def _compute(self, call: InferenceCall[Any], resolved: ResolvedAdapter | None) -> Answer:
-        loop, prompts = asyncio.get_running_loop(), call.prompts()
-        if resolved is not None and isinstance(call.params, EmbedParams):
-            if not self._limits.knows(resolved.adapter):
-                await asyncio.to_thread(self._limits.read, resolved.adapter)
-            self._limits.check(resolved.adapter, prompts)
+        loop, prompts, params = asyncio.get_running_loop(), call.prompts(), call.params
+        if resolved is not None and isinstance(params, EmbedParams):
+            params = await self._as_the_folder_says(params, resolved.adapter)
         answer: asyncio.Future[Answer] = loop.create_future()
 
         def resolve(result: Answer | RankletError) -> None:
@@ -170,7 +169,7 @@ class ReplicaCalls:
             self._feeds.begin(call.sender, self._begun(call.number, resolved))
         adapter = None if resolved is None else resolved.adapter
         given = call.continuation.texts() if call.continuation else ()
-        ticket = self._engine.submit(prompts, adapter, call.params, AnswerSink(done), feed, given=given)
+        ticket = self._engine.submit(prompts, adapter, params, AnswerSink(done), feed, given=given)
         if feed is not None:
             self._tickets[feed] = ticket
         try:
@@ -181,6 +180,17 @@ class ReplicaCalls:
         finally:
             if feed is not None:
                 del self._tickets[feed]
+
+    async def _as_the_folder_says(self, params: EmbedParams, adapter: AdapterRef) -> EmbedParams:
+        settings = self._settings.known(adapter)
+        if settings is None:
+            settings = await asyncio.to_thread(self._settings.read, adapter)
+        if settings.prompting(params.prompting.name) != params.prompting:
+            raise OtherPrompts(f"adapter {adapter.name!r} has other prompts. Send the request again", param="model")
+        if settings is self._settings.base:
+            return params
+        normalize = settings.normalize if params.normalize is None else params.normalize
+        return replace(params, pooling=settings.mode, normalize=normalize)
 
     def _begun(self, number: int, resolved: ResolvedAdapter | None) -> Begun:
         base_revision = self._engine.limits.base_revision

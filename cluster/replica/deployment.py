@@ -37,7 +37,7 @@ from ranklet.cluster.settings.setting import Setting
 from ranklet.cluster.settings.settings import Settings
 from ranklet.cluster.settings.user_config import read_user_config
 from ranklet.cluster.text_result import GenerateResult
-from ranklet.replicas.adapters.prompt_limits import PromptLimits
+from ranklet.replicas.adapters.adapter_settings import AdapterSettings
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterReport
 from ranklet.replicas.engine.params import EmbedParams, GenerateParams
 from ranklet.replicas.errors import RankletError
@@ -77,10 +77,9 @@ class Replica:
             open_folder=partial(RemoteFolder, allowed=sources.allowed),
         )  # fmt: skip
         self._resolver = AdapterResolver(cache, config.load_timeout_s, roots=args.adapter_roots)
-        self._calls = ReplicaCalls(
-            self._id, self._engine, self._resolver, self._state, self._feeds, PromptLimits(config.model_dir)
-        )
-        self._texts = AdapterTexts(config.model_dir)
+        settings = AdapterSettings(config.model_dir)
+        self._calls = ReplicaCalls(self._id, self._engine, self._resolver, self._state, self._feeds, settings)
+        self._texts = AdapterTexts(config.model_dir, settings)
         self._metrics_target = start_exporter(metrics.registry, args.metrics)
         self._threads = ThreadPoolExecutor(_BLOCKING_THREADS, thread_name_prefix="engine-call")
         self._tasks: set[asyncio.Task[None]] = set()

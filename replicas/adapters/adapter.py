@@ -49,7 +49,7 @@ class AdapterWeights:
         flat: its weights end to end in the base model's dtype, on the CPU.
         weights: where each one is.
         end_ids: ids that end its texts, besides those of the base model.
-        notes: what of the folder has no effect, or not on all answers.
+        notes: what its folder has instead of the base model's settings, and what of it is not used.
     """
 
     ref: AdapterRef

@@ -1,7 +1,7 @@
 """Compares what an adapter's folder says about embeddings and tokens with the base model's folder.
 
-All requests of a server share the base model's tokenizer and pooling. An adapter that was trained with others would get
-vectors that its own library does not compute.
+Pooling, normalization, prompts and longest text of an adapter are followed. The tokenizer is the base model's: an
+adapter that was trained with another would get vectors that its own library does not compute.
 """
 
 from functools import cached_property
@@ -13,12 +13,12 @@ from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.embedding_settings import EmbeddingSettings, read_base_settings, read_embedding_settings
 
 _REMEDY = "this server has one setting for the base model and its adapters"
-_NAMES = {
+_SHARED = {"lower": "do_lower_case", "special_tokens": "add_special_tokens"}
+_FOLLOWED = {
     "mode": "pooling",
     "normalize": "normalization",
     "prompt": "default prompt",
-    "lower": "do_lower_case",
-    "special_tokens": "add_special_tokens",
+    "prompts": "prompts",
     "pools_prompt": "include_prompt",
 }
 
@@ -36,7 +36,7 @@ class BaseFolder:
         self._tokenizer = TokenizerComparison(folder)
 
     def check(self, folder: Path) -> Checked[tuple[str, ...]]:
-        """Yield what an adapter's folder asks for beyond the base model's. Returns notes on what is followed."""
+        """Yield what an adapter's folder asks for and cannot get. Returns notes on what differs from the base model."""
         base, notes = self._settings, tuple[str, ...]()
         try:
             own = read_embedding_settings(folder, base)
@@ -48,14 +48,21 @@ class BaseFolder:
         return notes
 
     def _check_settings(self, base: EmbeddingSettings, own: EmbeddingSettings) -> Checked[tuple[str, ...]]:
-        for field, name in _NAMES.items():
+        for field, name in _SHARED.items():
             expected, got = getattr(base, field), getattr(own, field)
             if expected != got:
                 yield f"{name}: expected {show(expected)} as the base model has, got {show(got)}; {_REMEDY}"
+        notes = []
+        for field, name in _FOLLOWED.items():
+            other, got = getattr(base, field), getattr(own, field)
+            if other != got:
+                notes.append(f"{name}: {show(got)}; the base model has {show(other)}")
         longest, limit = (min(each.max_tokens or self._max_position, self._max_position) for each in (base, own))
-        if limit < longest:  # see PromptLimits
-            return (f"embeddings of this adapter have at most {limit} tokens; those of the base model {longest}",)
-        return ()
+        if limit < longest:
+            notes.append(f"embeddings of this adapter have at most {limit} tokens; those of the base model {longest}")
+        elif limit > longest:
+            notes.append(f"longest text: {limit} tokens; embeddings have at most {longest}, as those of the base model")
+        return tuple(notes)
 
     @cached_property
     def _settings(self) -> EmbeddingSettings:

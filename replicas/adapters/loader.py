@@ -91,7 +91,7 @@ class Loader:
                 packed = self._read(ref)
             self._pool.load(slot, packed)
             result = AdapterInfo(
-                ref.name, ref.revision, packed.adapter_rank, packed.modules, packed.nbytes, packed.end_ids
+                ref.name, ref.revision, packed.adapter_rank, packed.modules, packed.nbytes, packed.end_ids, packed.notes
             )
         except RankletError as error:
             result = error

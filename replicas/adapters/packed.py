@@ -64,6 +64,7 @@ class PackedAdapter:
         metas: ranks and scalings by layer and part (a key of `PARTS`).
         modules: names of the targeted modules, over all layers.
         end_ids: ids that end the adapter's texts, besides those of the base model.
+        notes: see `AdapterWeights`.
     """
 
     adapter_rank: int
@@ -72,6 +73,7 @@ class PackedAdapter:
     metas: dict[tuple[int, str], SlotMeta]
     modules: tuple[str, ...]
     end_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +94,8 @@ def pack(adapter: AdapterWeights, dtype: torch.dtype, allocate: Allocate = pagea
             PackedMatrix(module, "b", weight.b_offset, b, weight.transposed),
         ]
     modules = tuple(sorted({name for _, name in adapter.weights}))
-    return PackedAdapter(adapter.rank, flat, layout_of(tuple(pieces)), _metas(adapter), modules, adapter.end_ids)
+    layout, metas = layout_of(tuple(pieces)), _metas(adapter)
+    return PackedAdapter(adapter.rank, flat, layout, metas, modules, adapter.end_ids, adapter.notes)
 
 
 def _metas(adapter: AdapterWeights) -> dict[tuple[int, str], SlotMeta]:

@@ -40,6 +40,7 @@ class AdapterInfo:
 
     Attributes:
         end_ids: ids that end its texts, besides those of the base model.
+        notes: what its folder has instead of the base model's settings, and what of it is not used.
     """
 
     name: str
@@ -48,6 +49,7 @@ class AdapterInfo:
     modules: tuple[str, ...]
     bytes: int
     end_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

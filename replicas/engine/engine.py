@@ -36,7 +36,7 @@ from ranklet.replicas.engine.start_times import StartTimes
 from ranklet.replicas.engine.stats import Listener, Snapshot
 from ranklet.replicas.engine.step_cost import StepCost
 from ranklet.replicas.engine.step_runner import StepRunner
-from ranklet.replicas.engine.tasks import EmbedTask, Task
+from ranklet.replicas.engine.tasks import Task, embed_task
 from ranklet.replicas.engine.text import Text, generates_text, why_no_text
 from ranklet.replicas.engine.text_warmup import warm_up_text
 from ranklet.replicas.engine.text_workspace import text_reserve
@@ -46,7 +46,7 @@ from ranklet.replicas.model.architecture import read_architecture, read_config
 from ranklet.replicas.model.decoder import Decoder
 from ranklet.replicas.model.device import pick_device, pick_dtype
 from ranklet.replicas.model.end_of_text import EndOfText
-from ranklet.replicas.model.heads import PoolingHead, TextHead
+from ranklet.replicas.model.heads import PoolingHeads, TextHead
 from ranklet.replicas.model.lm_head import LmHead
 from ranklet.replicas.model.modules import Module
 from ranklet.replicas.model.pooling import read_pooling
@@ -59,7 +59,7 @@ class Engine:
     """Serves one base model and its adapters from one device.
 
     Attributes:
-        head: the head of embeddings.
+        heads: the heads of embeddings.
         end_of_text: the tokens that end texts.
         runner: launches steps without pages; public for benchmarks and profiles, as is the next.
         steps: launches all steps.
@@ -77,7 +77,7 @@ class Engine:
         pooling = read_pooling(config.model_dir)
         limits = partial(request_limits, config, architecture, pooling, self.dtype)
         longest = limits(makes_text=generates_text(config)).max_model_len
-        self.head = PoolingHead(pooling)
+        self.heads = PoolingHeads(pooling)
         self._times = StartTimes()
         with self._times.part("weights"):
             model = Decoder(architecture, settings, config.model_dir, longest, self.device, self.dtype)
@@ -112,7 +112,7 @@ class Engine:
         self._text: Text | None = None
         self._lost_pages: str | None = None
         self._pipeline = Pipeline(
-            self._lock, self.steps, self._scheduler, self._adapters, self._listener, self.head,
+            self._lock, self.steps, self._scheduler, self._adapters, self._listener, self.heads.base,
             max_sequences=config.max_batch_requests,
         )  # fmt: skip
 
@@ -120,7 +120,7 @@ class Engine:
         """Compile kernels and begin to serve. On a GPU the first start takes minutes, a later one less."""
         config, longest = self.config, min(self.limits.max_model_len, self.config.max_batch_tokens)
         with self._times.part("kernels"), measured_workspace(self.device) as workspace:
-            warm_up(self.runner, self.head, longest, config.max_batch_requests)
+            warm_up(self.runner, self.heads.base, longest, config.max_batch_requests)
         lm_head = self.runner.model.lm_head
         if self._no_text is None and isinstance(lm_head, LmHead):
             self._start_text(lm_head, workspace.bytes)
@@ -131,12 +131,12 @@ class Engine:
         config, rows, longest = self.config, self.config.max_batch_requests, self.limits.max_model_len
         with self._times.part("text kernels"):
             head = TextHead(lm_head, Sampler(self.limits.vocab, rows, self.device))
-            reserve_bytes = text_reserve(self.runner, head, self.head, config, longest, workspace_bytes)
+            reserve_bytes = text_reserve(self.runner, head, self.heads, config, longest, workspace_bytes)
         with self._times.part("pages"):
             pages = pages_that_fit(self.architecture, self.dtype, self.device, config, longest, reserve_bytes)
             space = KvSpace(pages, rows, longest)
             kv = KvPages(self.architecture, pages, self.device, self.dtype)
-            self.steps.paged = PagedRunner(self.runner, kv, space.table, head, self.head)
+            self.steps.paged = PagedRunner(self.runner, kv, space.table, head, self.heads)
         self._text = Text(head, self.limits, str(self.dtype), config.prefix_cache)
         self._scheduler.space = space
         with self._times.part("graphs"):
@@ -164,14 +164,13 @@ class Engine:
             Saturated: too many tokens are waiting.
             Unavailable: the engine is stopping.
         """
-        embeds = isinstance(params, EmbedParams)
-        self.limits.check_prompts(prompts, self.limits.max_embedding_len if embeds else self.limits.max_model_len)
         task: Task
         if isinstance(params, EmbedParams):
-            task = EmbedTask(params, len(prompts), self.limits, self.head, normalize=self.head.pooling.normalize)
+            task = embed_task(params, prompts, self.heads, self.limits)
         elif self._text is None:
             raise InvalidRequest(self._no_text or "the engine has not started; send the request again", param="model")
         else:
+            self.limits.check_prompts(prompts, self.limits.max_model_len)
             task = self._text.task(params, prompts, adapter, given)
         return self.submit_task(prompts, adapter, task, sink, given=given)
 

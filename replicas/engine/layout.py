@@ -33,6 +33,7 @@ class TokenSpan(NamedTuple):
         row: row of the sequence's pages; None if keys and values are not kept.
         scored: int32: tokens whose logprobs are computed from the first hidden states; None for none.
         top: number of best alternatives to each scored token.
+        skipped: number of these tokens that pooling leaves out, the first ones.
     """
 
     ids: NDArray[np.int32]
@@ -41,6 +42,7 @@ class TokenSpan(NamedTuple):
     row: int | None = None
     scored: NDArray[np.int32] | None = None
     top: int = 0
+    skipped: int = 0
 
 
 def whole_prompts(prompts: Iterable[NDArray[np.int32]], head: Head) -> list[TokenSpan]:
@@ -53,6 +55,7 @@ class DeviceArrays(NamedTuple):
     ids: Tensor  # int32 [T]
     positions: Tensor  # int32 [T]
     offsets: Tensor  # int32 [B + 1]
+    skipped: Tensor | None  # int32 [B]
     lora: LoraBatch  # with its tile tables
     last: LoraBatch | None
 
@@ -66,13 +69,16 @@ class Layout:
         longest: upper bound on `lengths`.
         lora: LoRA of every token.
         last: LoRA of the last token of each sequence; None if the last layer computes all tokens.
-        buffer: int32: ids, positions, offsets, then the tile tables of `lora` and `last`. Pinned for a GPU.
+        skips: whether pooling leaves out tokens of any sequence.
+        buffer: int32: ids, positions, offsets, the numbers of skipped tokens if there are any, then the tile tables of
+            `lora` and `last`. Pinned for a GPU.
     """
 
     lengths: tuple[int, ...]
     longest: int
     lora: LoraBatch
     last: LoraBatch | None
+    skips: bool
     buffer: Tensor
 
     @classmethod
@@ -100,18 +106,25 @@ class Layout:
         parts = [span.ids for span in spans] + [filler]
         parts += [count[span.start : span.start + len(span.ids)] for span in spans]
         parts += [filler, np.array((0, *accumulate(lengths)), dtype=np.int32)]
+        skips = any(span.skipped for span in spans)
+        if skips:
+            skipped = np.zeros(len(lengths), dtype=np.int32)
+            skipped[: len(spans)] = [span.skipped for span in spans]
+            parts.append(skipped)
         parts += [array.reshape(-1) for tiles in all_tiles(lora, last) for array in tiles.arrays]
         buffer = torch.empty(sum(map(len, parts)), dtype=torch.int32, pin_memory=pinned)
         np.concatenate(parts, out=buffer.numpy())
-        return cls(lengths, longest, lora, last, buffer)
+        return cls(lengths, longest, lora, last, skips, buffer)
 
     def unpack(self, moved: Tensor) -> DeviceArrays:
         tiles = all_tiles(self.lora, self.last)
-        tokens = sum(self.lengths)
-        sizes = (tokens, tokens, len(self.lengths) + 1, *(array.size for kind in tiles for array in kind.arrays))
-        ids, positions, offsets, *tables = moved.split(sizes)
-        lora, last = placed(self.lora, self.last, tables)
-        return DeviceArrays(ids, positions, offsets, lora, last)
+        tokens, count = sum(self.lengths), len(self.lengths)
+        tables = (array.size for kind in tiles for array in kind.arrays)
+        ids, positions, offsets, skipped, *parts = moved.split(
+            (tokens, tokens, count + 1, count if self.skips else 0, *tables)
+        )
+        lora, last = placed(self.lora, self.last, parts)
+        return DeviceArrays(ids, positions, offsets, skipped if self.skips else None, lora, last)
 
     @property
     def tile_shapes(self) -> TileShapes:

@@ -40,6 +40,7 @@ def request_limits(
     return RequestLimits(
         max_model_len=longest if makes_text else embedding, hidden=architecture.hidden, vocab=architecture.vocab,
         max_embedding_len=embedding, dimensions=architecture.matryoshka,
+        max_whole_len=min(embedding, config.max_batch_tokens),
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ class RequestLimits:
         end_ids: tokens that end a text of the base model.
         base_revision: content of the base model; "" if the engine generates no text.
         dimensions: widths to which embeddings may be shortened; None for any.
+        max_whole_len: as `max_embedding_len`, for pooling that reads other tokens than the last; None if it is equal.
     """
 
     max_model_len: int
@@ -39,15 +40,26 @@ class RequestLimits:
     end_ids: tuple[int, ...] = ()
     base_revision: str = ""
     dimensions: tuple[int, ...] | None = None
+    max_whole_len: int | None = None
 
     def with_text(self, end_ids: tuple[int, ...], base_revision: str) -> "RequestLimits":
         return replace(self, end_ids=end_ids, base_revision=base_revision)
+
+    def longest_embedding(self, *, reads_last: bool, folder_limit: int | None = None) -> int:
+        """Return the largest number of tokens of a prompt of embeddings.
+
+        Args:
+            reads_last: whether pooling reads only the last token.
+            folder_limit: of the adapter's folder.
+        """
+        whole = None if reads_last else self.max_whole_len
+        return min(each for each in (self.max_embedding_len, whole, folder_limit) if each is not None)
 
     def check_prompts(self, prompts: Sequence[NDArray[np.int32]], longest: int) -> None:
         """Check the prompts of a request.
 
         Args:
-            longest: `max_embedding_len` or `max_model_len`.
+            longest: largest number of tokens of a prompt.
 
         Raises:
             InvalidRequest: there is no prompt, or one is empty, too long or has an unknown token id.

@@ -28,7 +28,7 @@ from ranklet.replicas.engine.bucket import rounded_pages, rounded_rows, rounded_
 from ranklet.replicas.engine.layout import TokenSpan
 from ranklet.replicas.engine.row_table import RowTable
 from ranklet.replicas.engine.tile_tables import TileShapes, all_tiles, placed, shapes_of, tiled
-from ranklet.replicas.model.heads import TextHead
+from ranklet.replicas.model.heads import Head, TextHead
 
 SHORT_STEP = 2048  # tokens of a step with prompts
 _SHORT_PROMPT = 1024  # tokens of a prompt for which attention over pages takes little longer than cuDNN's
@@ -119,6 +119,7 @@ class PagedLayout:
     Attributes:
         drawn_items: the item of each drawn token, in the order of the outputs.
         pooled_items: the item of each pooled output.
+        pooled_heads: the head of each of `pooled_items`.
         fresh_lengths: tokens of each span whose keys are all in the step, in the order of their tokens.
         features: what the drawn tokens ask of the sampler.
         scored: tokens of prompts whose logprobs are computed.
@@ -130,6 +131,7 @@ class PagedLayout:
     sizes: LayoutSizes
     drawn_items: list[int]
     pooled_items: list[int]
+    pooled_heads: list[Head]
     features: Feature
     lora: LoraBatch
     drawn_lora: LoraBatch | None
@@ -199,9 +201,12 @@ class LayoutPacker:
         drawn_at = starts[drawn] + lengths[drawn] - 1
         by_row = drawn_at.argsort()
         drawn, drawn_at = drawn[by_row], drawn_at[by_row]
-        pooled = [
-            i for i, span in enumerate(spans, count) if span.head is not None and not isinstance(span.head, TextHead)
-        ]
+        embedded = {
+            i: span.head
+            for i, span in enumerate(spans, count)
+            if span.head is not None and not isinstance(span.head, TextHead)
+        }
+        pooled, pooled_heads = list(embedded), list(embedded.values())
         sizes = self._sizes(int(lengths.sum()), decodes, lengths, chunks, fresh, len(drawn), len(pooled), spans, count)
 
         ids = np.zeros(sizes.tokens, dtype=np.int32)
@@ -248,8 +253,9 @@ class LayoutPacker:
         np.concatenate([array.reshape(-1) for array in arrays], out=buffer.numpy(), casting="unsafe")
         features = features_of(columns)
         return PagedLayout(
-            sizes, drawn.tolist(), pooled, rounded(features) if self.pads else features, lora, drawn_lora, buffer,
-            (*lengths[fresh].tolist(), *(0,) * (sizes.fresh - len(fresh))), scored, [array.shape for array in arrays],
+            sizes, drawn.tolist(), pooled, pooled_heads, rounded(features) if self.pads else features, lora, drawn_lora,
+            buffer, (*lengths[fresh].tolist(), *(0,) * (sizes.fresh - len(fresh))), scored,
+            [array.shape for array in arrays],
         )  # fmt: skip
 
     def _columns(

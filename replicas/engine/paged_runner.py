@@ -12,17 +12,17 @@ from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.row_subset import subset
 from ranklet.kernels.segments import runs_of
 from ranklet.replicas.cache.tensors import KvPages
-from ranklet.replicas.engine.launched import LaunchedStep, OutputGroup, record_event, to_host
+from ranklet.replicas.engine.launched import SKIPPED, LaunchedStep, OutputGroup, record_event, to_host
 from ranklet.replicas.engine.layout import TokenSpan
 from ranklet.replicas.engine.paged_layout import LayoutPacker, PagedArrays, PagedLayout, ScoredSpan, StepItems
 from ranklet.replicas.engine.plan import Part, StepPlan
 from ranklet.replicas.engine.repeated_layout import RepeatedLayout
 from ranklet.replicas.engine.row_table import RowTable
-from ranklet.replicas.engine.runner import Runner
+from ranklet.replicas.engine.runner import Runner, distinct_heads
 from ranklet.replicas.model import cudnn_attention, row_decoder
 from ranklet.replicas.model.attention import AttentionBatch, Spans
 from ranklet.replicas.model.decoder import DeviceBatch
-from ranklet.replicas.model.heads import PoolingHead, ScoringHead, TextHead
+from ranklet.replicas.model.heads import PoolingHead, PoolingHeads, ScoringHead, TextHead
 from ranklet.replicas.model.modules import Module
 from ranklet.replicas.model.prompt_logprobs import prompt_logprobs
 from ranklet.replicas.model.row_decoder import RowBatch, RowDecoder
@@ -37,7 +37,7 @@ class PagedRunner:
     """Launches the steps with pages of one model on one device.
 
     Args:
-        pooling: the head of embeddings that run beside text.
+        heads: of embeddings that run beside text.
 
     Attributes:
         table: the rows of the sequences with pages.
@@ -46,11 +46,11 @@ class PagedRunner:
         last_token: int32 [R + 1]: the last token that was drawn for each row, which the next decode computes.
     """
 
-    def __init__(self, runner: Runner, kv: KvPages, table: RowTable, text: TextHead, pooling: PoolingHead) -> None:
+    def __init__(self, runner: Runner, kv: KvPages, table: RowTable, text: TextHead, heads: PoolingHeads) -> None:
         self.runner = runner
         self.table = table
         self.text = text
-        self._pooling = pooling
+        self._usual_heads = (heads.last,)
         model = runner.model
         self._pages = [kv.layer(i) for i in range(model.architecture.layers)]
         self._cuda = model.device.type == "cuda"
@@ -86,12 +86,15 @@ class PagedRunner:
         self.text.sampler.prepare(layout.features)
         began = record_event(runner.model.device)
         outputs, scores = self._run(layout)
-        groups = []
+        groups, heads = [], self._pooling_heads(layout)
+        first_pooled = len(outputs) - len(heads)
         if layout.drawn_items:
-            drawn = tuple(map(to_host, outputs[:-1] if layout.sizes.pooled else outputs))
-            groups.append(OutputGroup(self.text, layout.drawn_items, drawn))
+            groups.append(OutputGroup(self.text, layout.drawn_items, tuple(map(to_host, outputs[:first_pooled]))))
         if layout.pooled_items:
-            groups.append(OutputGroup(self._pooling, layout.pooled_items, (to_host(outputs[-1]),)))
+            pairs = list(zip(layout.pooled_items, layout.pooled_heads, strict=True))
+            for head, pooled in zip(heads, outputs[first_pooled:], strict=True):
+                members = [item if own is head else SKIPPED for item, own in pairs]
+                groups.append(OutputGroup(head, members, (to_host(pooled),)))
         groups += [OutputGroup(head, [item], tuple(map(to_host, arrays))) for item, head, arrays in scores]
         events = (began, record_event(runner.model.device)) if self._cuda else None
         return LaunchedStep(groups, layout.lora.backend, launched_s, perf_counter() - launched_s, events)
@@ -125,7 +128,8 @@ class PagedRunner:
         # Equal adapters share their set of modules, and a set's hash is computed once.
         distinct = {contents[slot].modules for slot in runs_of(layout.lora.segments)[:, 2].tolist()}
         modules = _modules(frozenset(distinct), in_layers=not layout.lora.everywhere)
-        return "pages", layout.sizes, layout.tile_shapes, layout.features, layout.lora.backend, modules
+        heads = self._pooling_heads(layout)
+        return "pages", layout.sizes, heads, layout.tile_shapes, layout.features, layout.lora.backend, modules
 
     def _states(self, layout: PagedLayout, moved: Tensor) -> tuple[PagedArrays, Tensor]:
         """Compute the hidden states of a step from its buffer on the device."""
@@ -152,9 +156,17 @@ class PagedRunner:
                 rows, arrays.drawn_lora, pool.head, arrays.columns, layout.features, self.last_token
             )
         if layout.sizes.pooled:
-            pooled = self._pooling.pooling.normalized(model.final_norm(states[arrays.pooled]).float())
-            outputs = (*outputs, pooled)
+            pooled = model.final_norm(states[arrays.pooled]).float()
+            outputs += tuple(head.pooling.normalized(pooled) for head in self._pooling_heads(layout))
         return outputs
+
+    def _pooling_heads(self, layout: PagedLayout) -> tuple[PoolingHead, ...]:
+        """Return the heads of the pooled outputs, fillers included."""
+        if not layout.sizes.pooled:
+            return ()
+        heads = distinct_heads(layout.pooled_heads) if layout.pooled_heads else self._usual_heads
+        assert all(head.reads_last for head in heads), "the scheduler computes other prompts in steps without pages"
+        return heads
 
     def _score(self, span: ScoredSpan, lora: LoraBatch, states: Tensor) -> tuple[Tensor, ...]:
         """Compute the logprobs of tokens of a prompt."""
@@ -195,7 +207,7 @@ def spans_of(plan: StepPlan) -> list[TokenSpan]:
 
 def _span(part: Part, row: int | None) -> TokenSpan:
     sequence, end = part.sequence, part.start + part.tokens
-    span = TokenSpan(sequence.ids[part.start : end], part.start, part.head, row)
+    span = TokenSpan(sequence.ids[part.start : end], part.start, part.head, row, skipped=sequence.skipped)
     if sequence.scores is None or part.start + 1 >= sequence.prompt:
         return span
     scored = sequence.ids[part.start + 1 : min(end + 1, sequence.prompt)]

@@ -1,11 +1,12 @@
 """Parameters of requests, one class for each kind of task. Imports no torch."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ranklet.kernels.sampling_row import TOP_LOGPROBS
 from ranklet.replicas.errors import InvalidRequest
+from ranklet.replicas.model.embedding_settings import Prompting
 from ranklet.replicas.model.sampling_values import SamplingValues
 
 MAX_BIASES: Final = 1024
@@ -16,7 +17,21 @@ SEED_BITS: Final = 63  # of a seed that is drawn for a request without one
 
 @dataclass(frozen=True, slots=True)
 class EmbedParams:
-    dimensions: int | None = None  # leading values to keep of each vector; None keeps all
+    """Parameters of a request for embeddings.
+
+    Attributes:
+        dimensions: leading values to keep of each vector; None keeps all.
+        pooling: last, mean or cls; None as the base model's folder says. Replicas set it as the adapter's folder says.
+        normalize: whether vectors have length 1; None as for `pooling`.
+        skipped: number of tokens at the beginning of each prompt that mean and cls pooling leave out.
+        prompting: how texts became the prompts. Replicas compare it with the adapter's folder.
+    """
+
+    dimensions: int | None = None
+    pooling: str | None = None
+    normalize: bool | None = None
+    skipped: int = 0
+    prompting: Prompting = field(default_factory=Prompting)
 
 
 @dataclass(frozen=True, slots=True)

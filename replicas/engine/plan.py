@@ -65,6 +65,7 @@ class StepPlan:
         demand: adapters of waiting sequences, oldest first.
         tokens: number of tokens of the step.
         uses_pages: whether the step reads or writes keys and values in pages.
+        has_whole: whether it has prompts that cannot be divided. They run in steps without pages.
         leaves_flood: whether flooding adapters were left out, so that the others' step is short.
     """
 
@@ -79,11 +80,13 @@ class StepPlan:
     demand: list[AdapterRef] = field(default_factory=list)
     tokens: int = 0
     uses_pages: bool = False
+    has_whole: bool = False
     leaves_flood: bool = False
 
     def add(self, part: Part) -> None:
         self.parts.append(part)
         self.uses_pages = self.uses_pages or part.uses_pages
+        self.has_whole = self.has_whole or not part.sequence.need.divisible
         self.tokens += part.tokens
 
     def decode(self, decode_set: DecodeSet) -> None:

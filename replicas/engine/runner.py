@@ -3,8 +3,9 @@
 Letters: B sequences of the step.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
+from operator import attrgetter
 from time import perf_counter
 
 import torch
@@ -69,7 +70,7 @@ class Runner:
         order, lora = plan([len(span.ids) for span in spans], slots)
         lora = self.backends.choose(lora, self.backend)
         self.backends.merged.observe(lora)
-        heads = tuple(dict.fromkeys(_prompt_head(span.head) for span in spans))
+        heads = distinct_heads(span.head for span in spans)
         pads = self.pads and lora.backend in ("csgmv", "none")
         replays = lora.rows <= _REPLAYED_TOKENS or (pads and is_full(lora.rows, self.max_tokens))
         graphs = self.graphs if replays and on_stage is None else None
@@ -112,7 +113,7 @@ class Runner:
         if self.uses_cudnn:
             size = (shape.heads, shape.kv_heads)
             cudnn = cudnn_attention.cudnn_spans(arrays.offsets, len(layout.lengths), size, shape.head_dim)
-        spans = Spans(layout.lengths, arrays.offsets, layout.longest, cudnn)
+        spans = Spans(layout.lengths, arrays.offsets, layout.longest, cudnn, skipped=arrays.skipped)
         batch = DeviceBatch(arrays.ids, arrays.positions, spans, arrays.lora, arrays.last)
         on_stage("begin")
         states = self.model.forward(batch, self.pool.layers, self.pool.embedding, on_stage)
@@ -149,6 +150,11 @@ class Runner:
             torch.cuda.empty_cache()
 
 
-def _prompt_head(head: Head | None) -> PromptHead:
+def distinct_heads(heads: Iterable[Head | None]) -> tuple[PoolingHead, ...]:
+    """Return the heads of a step that draws no tokens, in an order that does not depend on that of its spans."""
+    return tuple(sorted(dict.fromkeys(map(_pooling_head, heads)), key=attrgetter("rank")))
+
+
+def _pooling_head(head: Head | None) -> PoolingHead:
     assert isinstance(head, PoolingHead), "only steps with pages draw tokens"
     return head

@@ -139,7 +139,7 @@ class Scheduler:
             return None
         if not sequence.need.divisible and self.space is not None and plan.uses_pages:
             return None  # the head reads all tokens of a prompt: it runs in steps without pages
-        if sequence.need.keeps_cache and plan.parts and not plan.parts[0].sequence.need.divisible:
+        if plan.has_whole and (sequence.need.keeps_cache or sequence.row is not None):
             return None
         adapter = sequence.adapter
         if adapter is not None and adapter not in adapters and len(adapters) >= self._max_adapters:
@@ -154,7 +154,8 @@ class Scheduler:
             start, left = first.tokens, left - first.tokens
         tokens = self._piece(sequence, left, start, plan, budget)
         if 0 < tokens < left and first is None and sequence.row is None:
-            if (first := self._first_pages(sequence, room)) is None:  # to be divided, a prompt needs pages
+            # To be divided, a prompt needs pages.
+            if plan.has_whole or (first := self._first_pages(sequence, room)) is None:
                 return None
             start, left = first.tokens, left - first.tokens
             tokens = self._piece(sequence, left, start, plan, budget)

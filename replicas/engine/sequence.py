@@ -45,6 +45,7 @@ class Sequence:
         pages: pages that hold its keys and values, in order.
         sampling: how its tokens are drawn; None if it draws none.
         scores: number of best alternatives to each prompt token whose logprobs are wanted; None if none are wanted.
+        skipped: number of leading tokens that its pooling leaves out.
         root: root of the hashes of its pages; None if it shares no pages.
         hashes: content hashes of its leading full pages; None if it shares no pages.
         published: number of leading pages that others may share.
@@ -81,6 +82,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     sampling: SamplingValues | None = None
     scores: int | None = None
+    skipped: int = 0
     root: PrefixRoot | None = None
     hashes: list[bytes] | None = None
     published: int = 0

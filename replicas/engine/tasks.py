@@ -17,7 +17,7 @@ from ranklet.replicas.engine.plan import Need
 from ranklet.replicas.engine.sequence import Sequence
 
 if TYPE_CHECKING:
-    from ranklet.replicas.model.heads import Head
+    from ranklet.replicas.model.heads import Head, PoolingHeads
 
 
 class Task(Protocol):
@@ -57,7 +57,9 @@ class EmbedTask:
 
     Args:
         prompts: number of prompts.
-        normalize: normalize shortened vectors again, for a head whose vectors have length 1.
+        normalize: whether vectors have length 1.
+        is_normalized: whether those of the head have it.
+        skipped: number of leading tokens of each prompt that the head leaves out.
 
     Raises:
         InvalidRequest: `dimensions` is out of range.
@@ -66,15 +68,18 @@ class EmbedTask:
     choices = 1
 
     def __init__(
-        self, params: EmbedParams, prompts: int, limits: RequestLimits, head: "Head", *, normalize: bool
-    ) -> None:
+        self, params: EmbedParams, prompts: int, limits: RequestLimits, head: "Head", *, normalize: bool,
+        is_normalized: bool = True, skipped: int = 0,
+    ) -> None:  # fmt: skip
         width = limits.check_dimensions(params.dimensions)
         self._head = head
-        self._renormalize = normalize and width < limits.hidden
+        self._skipped = skipped
+        self._normalizes = normalize and (width < limits.hidden or not is_normalized)
         self._vectors = np.full((prompts, width), np.nan, dtype=np.float32)
 
     def prepare(self, sequences: Many[Sequence]) -> None:
-        pass
+        for sequence in sequences:
+            sequence.skipped = self._skipped
 
     def start(self, sequence: Sequence, end_ids: Collection[int]) -> None:
         pass
@@ -84,10 +89,27 @@ class EmbedTask:
 
     def accept(self, sequence: Sequence, output: NDArray[np.float32]) -> tuple[None, bool]:
         vector = output[: self._vectors.shape[1]]
-        if self._renormalize:
+        if self._normalizes:
             vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
         self._vectors[sequence.index] = vector
         return None, True
 
     def result(self) -> NDArray[np.float32]:
         return self._vectors
+
+
+def embed_task(
+    params: EmbedParams, prompts: Many[NDArray[np.int32]], heads: "PoolingHeads", limits: RequestLimits
+) -> EmbedTask:
+    """Return the task of a request for embeddings.
+
+    Raises:
+        InvalidRequest: a prompt is empty or too long, or a token id or parameter is out of range.
+    """
+    normalize = heads.base.pooling.normalize if params.normalize is None else params.normalize
+    head = heads.choose(params.pooling, normalize=normalize, skips=params.skipped > 0)
+    limits.check_prompts(prompts, limits.longest_embedding(reads_last=head.reads_last))
+    return EmbedTask(
+        params, len(prompts), limits, head, normalize=normalize, is_normalized=head.pooling.normalize,
+        skipped=params.skipped if head.pooling.skips else 0,
+    )  # fmt: skip

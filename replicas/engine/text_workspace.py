@@ -24,7 +24,7 @@ from ranklet.replicas.engine.row_table import RowTable
 from ranklet.replicas.engine.runner import Runner
 from ranklet.replicas.engine.text_warmup import compile_text_kernels
 from ranklet.replicas.engine.warmup import measured_workspace
-from ranklet.replicas.model.heads import PoolingHead, TextHead
+from ranklet.replicas.model.heads import PoolingHeads, TextHead
 from ranklet.replicas.model.sampling_values import SamplingValues
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ _MOST_GRAPH_BYTES = 32 << 20
 
 
 def text_reserve(
-    runner: Runner, text: TextHead, pooling: PoolingHead, config: EngineConfig, longest: int, workspace_bytes: int
+    runner: Runner, text: TextHead, pooling: PoolingHeads, config: EngineConfig, longest: int, workspace_bytes: int
 ) -> int:
     """Compile kernels, allocate the sampler's tables, and return the device memory that pages must leave free.
 

@@ -34,6 +34,7 @@ class Spans:
     # int32 [B]: first packed token of each sequence; for a filler, a row that belongs to no sequence. None if the
     # sequences lie side by side.
     starts: Tensor | None = None
+    skipped: Tensor | None = None  # int32 [B]: first tokens of each sequence that pooling leaves out; None for none
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,10 @@ Every setting that changes a vector is followed, or refused by name. Settings th
 are accepted. An adapter's folder may come from anyone, so its files have limits and its values are checked.
 """
 
-from collections.abc import Collection, Iterator
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -52,6 +54,24 @@ _HARMLESS_SECTIONS = {"audio", "image", "video"}
 _TRUNCATIONS = (True, "longest_first", "only_first")
 _MAX_BYTES = 1 << 20
 _UNBOUNDED = 1 << 31  # transformers writes 1e30 for a tokenizer without a limit
+_MAX_PROMPT_CHARACTERS = 4096  # of an adapter's prompts, which are put before each text
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """What of a folder's settings makes the prompts of a request.
+
+    Attributes:
+        name: of the prompt that the request names; None for the default one.
+        text: before every input.
+        max_tokens: limit on the tokens of a prompt; None for the model's own.
+        pools_text: whether pooling reads the tokens of `text`.
+    """
+
+    name: str | None = None
+    text: str = ""
+    max_tokens: int | None = None
+    pools_text: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,19 +82,26 @@ class EmbeddingSettings:
         mode: pooling: last, mean or cls.
         normalize: whether vectors have length 1.
         prompt: text before every input.
+        prompts: other texts that a request may name instead.
         max_tokens: limit on the tokens of a prompt; None for the model's own.
         lower: whether texts are lowercased.
         special_tokens: whether the tokenizer adds its special tokens.
-        pools_prompt: whether pooling reads the tokens of the prompt. Only settings without a prompt may say false.
+        pools_prompt: whether pooling reads the tokens of the prompt.
     """
 
     mode: str = "last"
     normalize: bool = True
     prompt: str = ""
+    prompts: Mapping[str, str] = dataclass_field(default_factory=dict, hash=False)
     max_tokens: int | None = None
     lower: bool = False
     special_tokens: bool = True
     pools_prompt: bool = True
+
+    def prompting(self, name: str | None = None) -> Prompting | None:
+        """Return how prompts are made for a request that names this prompt; None if the folder has no such prompt."""
+        text = self.prompt if name is None else self.prompts.get(name)
+        return None if text is None else Prompting(name, text, self.max_tokens, self.pools_prompt or not text)
 
 
 def read_base_settings(model_dir: Path) -> EmbeddingSettings:
@@ -108,14 +135,10 @@ def read_embedding_settings(folder: Path, base: EmbeddingSettings | None = None)
     elif _is_file(folder / POOLING_FILE):
         raise ModelError(f"{POOLING_FILE}: expected {MODULES_FILE} beside it, which says how it is used; it is missing")
     if described or _is_file(folder / PROMPTS_FILE):
-        settings = replace(settings, prompt=_default_prompt(folder))
+        settings = replace(settings, **_prompts(folder, sys.maxsize if base is None else _MAX_PROMPT_CHARACTERS))
     if described or _is_file(folder / TRANSFORMER_FILE):
-        settings = replace(settings, **_tokenization(folder, described=described))
-    if settings.prompt and not settings.pools_prompt:
-        raise ModelError(
-            "include_prompt: expected true in the pooling of a folder with a default prompt, got false; vectors "
-            "without the prompt's tokens are not supported"
-        )
+        has_whole_prompts = settings.pools_prompt or not (settings.prompt or any(settings.prompts.values()))
+        settings = replace(settings, **_tokenization(folder, described=described, may_pad=has_whole_prompts))
     return settings
 
 
@@ -182,23 +205,28 @@ def _check_normalize(folder: Path, name: str) -> None:
         _expect(name, config, field, (None, "sentence_embedding"))
 
 
-def _default_prompt(folder: Path) -> str:
-    """Return the text that sentence-transformers prepends to every input; empty if the folder configures none."""
+def _prompts(folder: Path, most_characters: int) -> dict[str, Any]:
+    """Return the texts that sentence-transformers prepends to inputs: to every one, and by name."""
     config = _read_optional(folder, PROMPTS_FILE)
     _expect(PROMPTS_FILE, config, "model_type", (None, "SentenceTransformer"))
-    name, prompts = config.get("default_prompt_name"), config.get("prompts") or {}
-    if name is None:
-        return ""
-    if not isinstance(name, str) or not isinstance(prompts, dict) or name not in prompts:
+    name, found = config.get("default_prompt_name"), config.get("prompts") or {}
+    if not isinstance(found, dict) or not all(isinstance(text, str | None) for text in found.values()):
+        raise ModelError(f"{PROMPTS_FILE}: prompts: expected texts by name, got {show(found)}")
+    prompts = {each: text or "" for each, text in found.items()}
+    longest = sum(map(len, (*prompts, *prompts.values())))
+    if longest > most_characters:
+        raise ModelError(f"{PROMPTS_FILE}: prompts: expected at most {most_characters} characters, got {longest}")
+    if name is not None and (not isinstance(name, str) or name not in prompts):
         raise ModelError(f"{PROMPTS_FILE}: default_prompt_name: expected the name of a prompt, got {show(name)}")
-    prompt = prompts[name]
-    if prompt is not None and not isinstance(prompt, str):
-        raise ModelError(f"{PROMPTS_FILE}: prompts: expected texts, got {show(prompt)}")
-    return prompt or ""
+    return {"prompt": "" if name is None else prompts[name], "prompts": prompts}
 
 
-def _tokenization(folder: Path, *, described: bool) -> dict[str, Any]:
-    """Return the settings of a folder's Transformer module."""
+def _tokenization(folder: Path, *, described: bool, may_pad: bool) -> dict[str, Any]:
+    """Return the settings of a folder's Transformer module.
+
+    Args:
+        may_pad: whether padding changes no vector. sentence-transformers leaves out a prompt with its padding.
+    """
     config = _read_optional(folder, TRANSFORMER_FILE)
     _refuse_others(TRANSFORMER_FILE, config, _TRANSFORMER_FIELDS)
     _expect(TRANSFORMER_FILE, config, "transformer_task", (None, "feature-extraction"))
@@ -215,6 +243,10 @@ def _tokenization(folder: Path, *, described: bool) -> dict[str, Any]:
         followed = {"model_max_length"} if name == "processor_kwargs" else set[str]()
         _refuse_others(f"{TRANSFORMER_FILE}: {name}", values, _HARMLESS_LOADING | followed)
     calling = _calling(config)
+    if not may_pad:
+        field = f"{TRANSFORMER_FILE}: processing_kwargs, beside include_prompt: false"
+        _expect(field, calling, "padding", (None, True, False, "longest", "do_not_pad"))
+        _expect(field, calling, "pad_to_multiple_of", (None,))
     limits = [
         (f"{TRANSFORMER_FILE}: processing_kwargs: max_length", calling.get("max_length")),
         (

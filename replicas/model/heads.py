@@ -51,6 +51,7 @@ class PoolingHead:
     """Pools the states of each sequence into a vector: float32 [B, H]."""
 
     pooling: Pooling
+    rank: int = 0  # orders the heads of a step, so that equal sets of heads share a CUDA graph
 
     @property
     def reads_last(self) -> bool:
@@ -66,6 +67,42 @@ class PoolingHead:
         vectors = arrays[0].numpy()[:count]
         finite = np.logical_and.reduce(np.isfinite(vectors), axis=1)
         return (vector if valid else None for vector, valid in zip(vectors, finite, strict=True))
+
+
+class PoolingHeads:
+    """The heads of embeddings: the base model's, and one for each other way to pool that adapters or requests need.
+
+    The vectors of the others are normalized on the host, so that steps and CUDA graphs have few heads.
+    """
+
+    def __init__(self, base: Pooling) -> None:
+        self.base = PoolingHead(base)
+        ways = [("last", False), *((mode, skips) for mode in ("mean", "cls") for skips in (False, True))]
+        self._plain = {
+            way: PoolingHead(Pooling(way[0], normalize=False, skips=way[1]), rank) for rank, way in enumerate(ways, 1)
+        }
+        if not base.normalize:
+            self._plain[base.mode, False] = self.base
+
+    @property
+    def last(self) -> PoolingHead:
+        """The head that usually pools the last token."""
+        return self.base if self.base.reads_last else self._plain["last", False]
+
+    def choose(self, mode: str | None, *, normalize: bool, skips: bool) -> PoolingHead:
+        """Return the head of a request. Its vectors have length 1, or are not normalized.
+
+        Args:
+            mode: None for that of the base model.
+            normalize: whether the request needs vectors of length 1.
+            skips: whether pooling leaves out first tokens.
+        """
+        base = self.base.pooling
+        mode = mode or base.mode
+        skips = skips and mode != "last"
+        if mode == base.mode and not skips and (normalize or not base.normalize):
+            return self.base
+        return self._plain[mode, skips]
 
 
 @dataclass(frozen=True, eq=False)

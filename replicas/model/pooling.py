@@ -13,18 +13,28 @@ from ranklet.replicas.model.embedding_settings import read_base_settings
 
 @dataclass(frozen=True)
 class Pooling:
-    """How token states become vectors. Letters: T tokens, B prompts, H hidden width."""
+    """How token states become vectors. Letters: T tokens, B prompts, H hidden width.
 
-    mode: str = "last"  # last, mean or cls
+    Attributes:
+        mode: last, mean or cls.
+        skips: whether the first `Spans.skipped` tokens of each prompt are left out, by the modes mean and cls.
+        max_tokens: the folder's limit on the tokens of a prompt.
+    """
+
+    mode: str = "last"
     normalize: bool = True
-    max_tokens: int | None = None  # the folder's limit on the tokens of a prompt
+    skips: bool = False
+    max_tokens: int | None = None
 
     def rows(self, states: Tensor, spans: Spans) -> Tensor:
         """Select the states that pooling reads: [T, H] -> [B, H] for last and cls, or [T, H] for mean."""
         if self.mode == "last":
             return states[spans.offsets[1:] - 1]
         if self.mode == "cls":  # an empty prompt of a padded batch may start after the last row
-            return states[spans.offsets[:-1].clamp(max=states.shape[0] - 1)]
+            first = spans.offsets[:-1]
+            if spans.skipped is not None and self.skips:
+                first = first + torch.where(spans.skipped < spans.offsets.diff(), spans.skipped, 0)
+            return states[first.clamp(max=states.shape[0] - 1)]
         return states
 
     def vectors(self, rows: Tensor, spans: Spans) -> Tensor:
@@ -34,6 +44,11 @@ class Pooling:
             lengths = spans.offsets.diff()
             requests = torch.arange(len(spans.lengths), device=rows.device)
             owner = torch.repeat_interleave(requests, lengths, output_size=rows.shape[0])
+            if spans.skipped is not None and self.skips:
+                first = spans.offsets[:-1] + spans.skipped
+                is_read = torch.arange(rows.shape[0], device=rows.device) >= first[owner]
+                pooled = torch.where(is_read[:, None], pooled, 0)
+                lengths = (lengths - spans.skipped).clamp(min=1)
             sums = pooled.new_zeros(len(spans.lengths), pooled.shape[1]).index_add_(0, owner, pooled)
             pooled = sums / lengths[:, None]
         return self.normalized(pooled)
@@ -49,4 +64,4 @@ def read_pooling(model_dir: Path) -> Pooling:
         ModelError: a setting of the folder's embeddings is not supported.
     """
     settings = read_base_settings(model_dir)
-    return Pooling(settings.mode, settings.normalize, settings.max_tokens)
+    return Pooling(settings.mode, settings.normalize, max_tokens=settings.max_tokens)

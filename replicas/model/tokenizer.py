@@ -31,13 +31,15 @@ class Truncation:
 
 
 class PromptTokenizer:
-    """The folder's fast tokenizer. Thread-safe; releases the GIL while it tokenizes."""
+    """The folder's fast tokenizer. Thread-safe; releases the GIL while it tokenizes.
+
+    Attributes:
+        settings: what the folder says about embeddings.
+    """
 
     def __init__(self, model_dir: Path) -> None:
         self._backend = load_backend(model_dir)
-        settings = read_base_settings(model_dir)
-        self._prefix = settings.prompt
-        self._adds_special_tokens = settings.special_tokens
+        self.settings = settings = read_base_settings(model_dir)
         self._embedding_backend = _lowercasing(self._backend) if settings.lower else self._backend
         self._bound = TokenBound(self._backend)
         self._embedding_bound = self._bound if not settings.lower else TokenBound(self._embedding_backend)
@@ -69,18 +71,32 @@ class PromptTokenizer:
         return _ids(self._backend, self._bound, texts, add_special_tokens=add_special_tokens, truncation=truncation)
 
     def encode(
-        self, texts: Sequence[str], *, add_special_tokens: bool | None = None, truncation: Truncation | None = None
-    ) -> list[NDArray[np.int32]]:
+        self, texts: Sequence[str], *, prompt: str | None = None, add_special_tokens: bool | None = None,
+        truncation: Truncation | None = None,
+    ) -> list[NDArray[np.int32]]:  # fmt: skip
         """Return the token ids of each text, int32 [length], as prompts of embeddings.
 
         Args:
+            prompt: text before each text; None as the folder says.
             add_special_tokens: None as the folder says.
         """
-        prompts = [self._prefix + text for text in texts] if self._prefix else texts
-        adds = self._adds_special_tokens if add_special_tokens is None else add_special_tokens
+        before = self.settings.prompt if prompt is None else prompt
+        prompts = [before + text for text in texts] if before else texts
+        adds = self.settings.special_tokens if add_special_tokens is None else add_special_tokens
         return _ids(
             self._embedding_backend, self._embedding_bound, prompts, add_special_tokens=adds, truncation=truncation
         )
+
+    def count_prompt(self, prompt: str, *, add_special_tokens: bool | None = None) -> int:
+        """Return the number of first tokens that count as the prompt's, as sentence-transformers counts them.
+
+        These are the tokens of the prompt alone, without a special token at its end. Where the last of them would be
+        part of the text's first word, it counts all the same.
+        """
+        (ids,) = self.encode([""], prompt=prompt, add_special_tokens=add_special_tokens)
+        added = self._embedding_backend.get_added_tokens_decoder()
+        last = added.get(int(ids[-1])) if len(ids) else None
+        return len(ids) - (last is not None and last.special)
 
 
 def load_backend(folder: Path) -> Any:

@@ -135,12 +135,12 @@ def profile(config: EngineConfig, adapters: Sequence[AdapterRef], lengths: Seque
     prompts = [rng.integers(0, engine.limits.vocab, length, dtype=np.int32) for length in lengths]
     used = [engine.slot_of(adapter) for adapter in adapters] or [None]
     slots = [used[i % len(used)] for i in range(len(lengths))]
-    base = _BatchTimer(engine.runner, engine.head, engine.device, prompts, [None] * len(prompts))
-    lora = _BatchTimer(engine.runner, engine.head, engine.device, prompts, slots) if adapters else base
+    base = _BatchTimer(engine.runner, engine.heads.base, engine.device, prompts, [None] * len(prompts))
+    lora = _BatchTimer(engine.runner, engine.heads.base, engine.device, prompts, slots) if adapters else base
     _time([base, lora] if adapters else [base], repeats)
     size = torch.empty((), dtype=engine.dtype).element_size()
     shares = _shares(engine, lengths, slots)
-    batch = BatchShape(lengths, engine.head.reads_last, size, shares, merged=lora.backend == "merged")
+    batch = BatchShape(lengths, engine.heads.base.reads_last, size, shares, merged=lora.backend == "merged")
     ceilings = measure_ceilings(engine.device, engine.dtype)
     return Profile(
         sum(lengths), len(lengths), len(shares), lora.backend, _stages(engine, batch, base, lora, ceilings),

@@ -26,6 +26,7 @@ class SentenceFolder:
         modules: kinds in order.
         old_names: write the fields as releases before 6 do.
         prompt: the default prompt.
+        prompts: others, by name.
         transformer: content of sentence_bert_config.json; None writes no file.
         tokenizer: changed fields of tokenizer_config.json.
         appends: whether the tokenizer's post-processor appends the end token; None leaves it as it is.
@@ -37,6 +38,7 @@ class SentenceFolder:
     include_prompt: bool = True
     old_names: bool = False
     prompt: str = ""
+    prompts: dict[str, str] = field(default_factory=dict)
     transformer: dict[str, Any] | None = None
     tokenizer: dict[str, Any] = field(default_factory=dict)
     appends: bool | None = None
@@ -61,7 +63,8 @@ class SentenceFolder:
         _write(folder / paths["Pooling"] / "config.json", {**pooling, "include_prompt": self.include_prompt})
         if self.transformer is not None:
             _write(folder / "sentence_bert_config.json", self.transformer)
-        prompts = {"prompts": {"task": self.prompt}, "default_prompt_name": "task"} if self.prompt else {"prompts": {}}
+        default = {"prompts": {"task": self.prompt, **self.prompts}, "default_prompt_name": "task"}
+        prompts = default if self.prompt else {"prompts": self.prompts}
         _write(folder / "config_sentence_transformers.json", prompts)
         self._change_tokenizer(folder)
         return folder

@@ -33,11 +33,11 @@ def fixed(engine: Engine, batch: str, slots: list[int | None]) -> dict[str, Any]
     for mode, graphs, padded in (("launched", None, False), ("exact", cache, False), ("bucket", cache, pads)):
         runner.graphs, runner.pads = graphs, padded
         for _ in range(_GRAPHED):
-            runner.launch(whole_prompts(prompts, engine.head), used).wait()
+            runner.launch(whole_prompts(prompts, engine.heads.base), used).wait()
         steps, took_s = [], []
         for _ in range(_REPEATS):
             start_s = perf_counter()
-            step = runner.launch(whole_prompts(prompts, engine.head), used)
+            step = runner.launch(whole_prompts(prompts, engine.heads.base), used)
             step.wait()
             took_s.append(perf_counter() - start_s)
             steps.append(step)
@@ -62,7 +62,7 @@ def traffic(engine: Engine, slots: list[int | None], turns: int, max_prompts: in
         prompts = [rng.integers(0, 1000, length, dtype=np.int32) for length in lengths]
         used = [slots[int(rng.integers(len(slots)))] for _ in prompts]
         runner.graphs, before, start_s = cache if graphs else None, len(cache), perf_counter()
-        step = runner.launch(whole_prompts(prompts, engine.head), used)
+        step = runner.launch(whole_prompts(prompts, engine.heads.base), used)
         step.wait()
         took_s.append(perf_counter() - start_s)
         if len(cache) > before:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,9 +35,9 @@ def prompts(model_dir: Path, texts: Sequence[str]) -> list[NDArray[np.int32]]:
 
 def submit(
     engine: Engine | EngineProcess, asked: Sequence[NDArray[np.int32]], adapter: AdapterRef | None = None,
-    dimensions: int | None = None,
+    dimensions: int | None = None, **params: Any,
 ) -> Future[Answer]:  # fmt: skip
-    """Queue a request. A second call of `done` raises in the engine's thread and fails the test."""
+    """Queue a request, with fields of `EmbedParams`. A second call of `done` raises and fails the test."""
     future: Future[Answer] = Future()
 
     def done(result: Answer | RankletError) -> None:
@@ -45,14 +46,15 @@ def submit(
         else:
             future.set_result(result)
 
-    engine.submit(asked, adapter, EmbedParams(dimensions), AnswerSink(done))
+    engine.submit(asked, adapter, EmbedParams(dimensions, **params), AnswerSink(done))
     return future
 
 
 def ask(
-    engine: Engine, asked: Sequence[NDArray[np.int32]], adapter: AdapterRef | None = None, dimensions: int | None = None
-) -> Answer:
-    return submit(engine, asked, adapter, dimensions).result(PATIENCE_S)
+    engine: Engine, asked: Sequence[NDArray[np.int32]], adapter: AdapterRef | None = None,
+    dimensions: int | None = None, **params: Any,
+) -> Answer:  # fmt: skip
+    return submit(engine, asked, adapter, dimensions, **params).result(PATIENCE_S)
 
 
 def assert_same(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> None:
@@ -71,7 +73,7 @@ def launch(
     on_stage: StageCallback | None = None,
 ) -> LaunchedStep:
     """Launch whole prompts in one step, past the queue."""
-    return engine.runner.launch(whole_prompts(asked, engine.head), slots, on_stage)
+    return engine.runner.launch(whole_prompts(asked, engine.heads.base), slots, on_stage)
 
 
 def vectors_of(step: LaunchedStep) -> NDArray[np.float32]:

@@ -22,6 +22,8 @@ from ranklet.cluster.access.quota import Quotas
 from ranklet.cluster.access.quota_ledger import Grant, Ledger, QuotaOwner, Statement
 from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.config import LimitsConfig
+from ranklet.cluster.ingress.descriptions import AdapterDescriptions
+from ranklet.cluster.ingress.embedding_models import EmbeddingModels
 from ranklet.cluster.ingress.embeddings import EmbeddingsTask
 from ranklet.cluster.ingress.exchange import Exchange, InferenceServices
 from ranklet.cluster.ingress.intake import Intake
@@ -30,8 +32,17 @@ from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.cluster.ingress.observe import Observer
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.status import RecentRequests
-from ranklet.cluster.message import EmbedResult, InferenceCall, InferenceReply, Refusal, ReplicaDescription
+from ranklet.cluster.message import (
+    AdapterText,
+    EmbedResult,
+    InferenceCall,
+    InferenceReply,
+    OtherPrompts,
+    Refusal,
+    ReplicaDescription,
+)
 from ranklet.replicas.engine.limits import RequestLimits
+from ranklet.replicas.model.embedding_settings import EmbeddingSettings
 from ranklet.replicas.model.tokenizer import Truncation
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.counters import Counters
@@ -56,6 +67,9 @@ class FakeTokenizer:
         self._bytes = 0
         self._lock = threading.Lock()
 
+    def count_prompt(self, prompt: str, *, add_special_tokens: bool | None = None) -> int:
+        return len(prompt.split())
+
     def least_tokens(self, text: str) -> int:
         return len(text.encode()) // 64
 
@@ -68,8 +82,10 @@ class FakeTokenizer:
         return self.encode(texts, truncation=truncation)
 
     def encode(
-        self, texts: Sequence[str], *, add_special_tokens: bool | None = None, truncation: Truncation | None = None
-    ) -> list[NDArray[np.int32]]:
+        self, texts: Sequence[str], *, prompt: str | None = None, add_special_tokens: bool | None = None,
+        truncation: Truncation | None = None,
+    ) -> list[NDArray[np.int32]]:  # fmt: skip
+        texts = [(prompt or "") + text for text in texts]
         size_bytes = sum(map(len, texts))
         with self._lock:
             self.encoded.append(texts)
@@ -84,13 +100,18 @@ class FakeTokenizer:
 
 
 class FakeReplicas:
-    """Stands in for Ray's handle. Answers each call with ones, or with `refusal`; never if `is_silent`."""
+    """Stands in for Ray's handle. Answers each call with ones, or with `refusal`; never if `is_silent`.
+
+    Its adapters have the settings of `description_of_adapters`, and it refuses prompts that other settings have made.
+    """
 
     def __init__(self) -> None:
         self.description = DESCRIPTION
         self.refusal: Refusal | None = None
         self.is_silent = False
         self.calls: list[InferenceCall[Any]] = []
+        self.description_of_adapters = AdapterText("v1", None, {})
+        self.descriptions = 0
         self._method = ""
 
     def options(self, *, method_name: str) -> "FakeReplicas":
@@ -102,10 +123,20 @@ class FakeReplicas:
         if self._method == "describe":
             result.set_result(self.description)
             return result
+        if self._method == "text_description":
+            self.descriptions += 1
+            result.set_result(self.description_of_adapters)
+            return result
         self.calls.append(arguments[0])
         if not self.is_silent:
-            result.set_result(self.refusal or _reply(arguments[0]))
+            result.set_result(self.refusal or self._other_prompts(arguments[0]) or _reply(arguments[0]))
         return result
+
+    def _other_prompts(self, call: InferenceCall[Any]) -> Refusal | None:
+        used = call.params.prompting
+        if call.adapter is None or self.description_of_adapters.embedding.prompting(used.name) == used:
+            return None
+        return Refusal.of(OtherPrompts("other prompts"), "r0", call.adapter.name, None)
 
 
 def _reply(call: InferenceCall[Any]) -> InferenceReply[EmbedResult]:
@@ -137,6 +168,9 @@ class Parts:
         self.ledger = Ledger()
         self.quotas = Quotas(self._settle, self.metrics.on_over_quota)
         handle: Any = self.handle
+        replicas = ReplicasClient(handle, Affinity(), self.limits, lambda continues: None, "gateway")
+        self.base = EmbeddingSettings(prompts={"query": "find this: "})
+        self.models = EmbeddingModels(self.base, self.tokenizer, AdapterDescriptions(replicas))
         self.services = InferenceServices(
             limits=self.limits,
             keys=ApiKeys(self._write_keys() if self.keys else None),
@@ -144,15 +178,18 @@ class Parts:
             names=ModelNames([BASE], Registry(self.folder, {})),
             quotas=self.quotas,
             intake=Intake(self.tokenizer, self.limits),
-            replicas=ReplicasClient(handle, Affinity(), self.limits, lambda continues: None, "gateway"),
+            replicas=replicas,
             observer=Observer(self.metrics, RecentRequests(), "none", "gateway"),
         )
 
         async def embeddings(request: Request) -> Response:
-            return await Exchange(self.services, EmbeddingsTask.parse, request).answer()
+            return await Exchange(self.services, self.parse, request).answer()
 
         self.app = Starlette(routes=[Route("/v1/embeddings", embeddings, methods=["POST"])])
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://gateway", timeout=60)
+
+    def parse(self, body: bytes) -> EmbeddingsTask:
+        return EmbeddingsTask.parse(self.models, body)
 
     async def post(self, model: str, texts: Any, key: str | None = None) -> httpx.Response:
         headers = {"authorization": f"Bearer {self.secrets[key]}"} if key else {}

@@ -16,7 +16,6 @@ from starlette.responses import Response
 from ranklet.cluster.config import LimitsConfig, SecurityConfig
 from ranklet.cluster.ingress.admin import AdminApi
 from ranklet.cluster.ingress.drain import Drain
-from ranklet.cluster.ingress.embeddings import EmbeddingsTask
 from ranklet.cluster.ingress.exchange import Exchange
 from ranklet.cluster.ingress.models import ModelsApi
 from ranklet.cluster.ingress.probes import ProbesApi
@@ -34,7 +33,7 @@ def client(folder: Path, *origins: str) -> httpx.AsyncClient:
     parts = Parts(folder, LimitsConfig(max_body_bytes=LIMIT))
 
     async def embeddings(request: Request) -> Response:
-        return await Exchange(parts.services, EmbeddingsTask.parse, request).answer()
+        return await Exchange(parts.services, parts.parse, request).answer()
 
     async def no_gateways() -> list[Any]:
         return []

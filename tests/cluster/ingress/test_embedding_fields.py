@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from ranklet.cluster.ingress.embeddings import EmbeddingsRequest
 from ranklet.cluster.ingress.known_fields import EMBEDDING_FIELDS
-from tests.cluster.ingress.parts import BASE, HIDDEN, MAX_MODEL_LEN, Parts
+from tests.cluster.ingress.parts import BASE, MAX_MODEL_LEN, Parts
 
 WORDS = "one two three four five six seven eight"
 
@@ -62,9 +61,9 @@ async def test_token_ids_are_truncated_on_the_side_that_the_request_names(
         ("truncate_prompt_tokens", "3"),
         ("truncation_side", "middle"),
         ("add_special_tokens", 1),
-        ("normalize", False),
-        ("use_activation", False),
-        ("prompt_name", "query"),
+        ("prompt_name", "document"),
+        ("prompt_name", 1),
+        ("task", "query"),
         ("embed_dtype", "float16"),
         ("endianness", "big"),
         ("output_dtype", "int8"),
@@ -111,11 +110,27 @@ async def test_unknown_fields_are_named_in_a_header(tmp_path: Path) -> None:
     assert answer.headers["x-ranklet-ignored"] == "mystery,other"
 
 
-async def test_vectors_of_a_model_that_does_not_normalise_are_normalised_on_request(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "normalize"),
+    [
+        ({}, None),
+        ({"normalize": True}, True),
+        ({"normalize": False}, False),
+        ({"use_activation": False}, False),
+        ({"normalize": False, "use_activation": False}, False),
+    ],
+)
+async def test_a_request_says_whether_its_vectors_are_normalised(
+    tmp_path: Path, fields: dict[str, Any], normalize: bool | None
+) -> None:
     parts = Parts(tmp_path)
-    for fields, length in (({}, HIDDEN**0.5), ({"normalize": True}, 1.0), ({"use_activation": True}, 1.0)):
-        vector = (await ask(parts, WORDS, **fields)).json()["data"][0]["embedding"]
-        assert np.linalg.norm(vector) == pytest.approx(length)
+    assert (await ask(parts, WORDS, **fields)).status_code == 200
+    assert parts.handle.calls[-1].params.normalize is normalize
+
+
+async def test_normalize_and_its_newer_name_must_agree(tmp_path: Path) -> None:
+    answer = await ask(Parts(tmp_path), WORDS, normalize=True, use_activation=False)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "use_activation")
 
 
 async def test_an_unknown_token_id_is_refused_with_the_setting_of_clients(tmp_path: Path) -> None:

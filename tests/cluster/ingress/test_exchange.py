@@ -12,7 +12,6 @@ import pytest
 from starlette.requests import Request
 
 from ranklet.cluster.config import LimitsConfig
-from ranklet.cluster.ingress.embeddings import EmbeddingsTask
 from ranklet.cluster.ingress.exchange import Exchange
 from ranklet.cluster.message import Refusal
 from ranklet.replicas.adapters.reference import CONFIG_FILE
@@ -145,7 +144,7 @@ async def test_a_client_that_disconnects_while_it_sends_gives_back_its_admission
         return {"type": "http.disconnect"}
 
     scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": [], "query_string": b""}
-    answer = await Exchange(parts.services, EmbeddingsTask.parse, Request(scope, receive)).answer()
+    answer = await Exchange(parts.services, parts.parse, Request(scope, receive)).answer()
     assert answer.status_code == 499
     assert parts.admission.in_flight == 0
     assert parts.sample("ranklet_client_gone_total") == 1

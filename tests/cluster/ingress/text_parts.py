@@ -43,8 +43,9 @@ class PlainTokenizer:
         self.backend = byte_level()
 
     def encode(
-        self, texts: Sequence[str], *, add_special_tokens: bool | None = None, truncation: Truncation | None = None
-    ) -> list[NDArray[np.int32]]:
+        self, texts: Sequence[str], *, prompt: str | None = None, add_special_tokens: bool | None = None,
+        truncation: Truncation | None = None,
+    ) -> list[NDArray[np.int32]]:  # fmt: skip
         return self.encode_plain(texts, add_special_tokens=True, truncation=truncation)
 
     def encode_plain(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ranklet.cluster.replica.adapter_texts import AdapterTexts
+from ranklet.replicas.adapters.adapter_settings import AdapterSettings
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import Revisions
 from ranklet.replicas.adapters.tokenizer_process import differences_within
@@ -19,13 +20,17 @@ def folder(adapters_dir: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(adapters_dir / "legal-v2", tmp_path / "legal"))
 
 
+def describer(model_dir: Path) -> AdapterTexts:
+    return AdapterTexts(model_dir, AdapterSettings(model_dir))
+
+
 def reference(folder: Path) -> AdapterRef:
     return Revisions().reference("legal", str(folder))
 
 
 def test_an_adapter_without_tokenizer_files_has_no_text_of_its_own(model_dir: Path, folder: Path) -> None:
     adapter = reference(folder)
-    text = AdapterTexts(model_dir).describe(adapter)
+    text = describer(model_dir).describe(adapter)
     assert (text.revision, text.chat_template) == (adapter.revision, None)
     assert (text.special_tokens, text.findings) == ({}, ())
 
@@ -35,11 +40,13 @@ def test_the_template_and_special_tokens_are_read_once_a_revision(model_dir: Pat
     config = {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<|endoftext|>", "bos_token": None}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    texts, adapter = AdapterTexts(model_dir), reference(folder)
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"q": "Q: "}}))
+    texts, adapter = describer(model_dir), reference(folder)
     text = texts.describe(adapter)
     assert text.chat_template == "{{ messages }}"
     assert text.special_tokens == {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     assert text.findings == ()
+    assert text.embedding.prompts == {"q": "Q: "}
     assert texts.describe(adapter) is text
     (folder / "chat_template.jinja").write_text("{{ other }}")
     changed = reference(folder)
@@ -54,7 +61,7 @@ def test_foreign_tokens_and_unreadable_files_are_findings(model_dir: Path, folde
     content["model"]["vocab"]["foreign"] = 99_999
     (folder / "tokenizer.json").write_text(json.dumps(content))
     (folder / "tokenizer_config.json").write_text("{")
-    findings = AdapterTexts(model_dir).describe(reference(folder)).findings
+    findings = describer(model_dir).describe(reference(folder)).findings
     assert len(findings) == 2
     assert findings[0].startswith("tokenizer_config.json: expected JSON")
     assert "'foreign' is 99999 (not in the base model)" in findings[1]

@@ -82,6 +82,7 @@ class SimulatedDevice:
             self._last_token[row] = drawn(read)
         for index, (part, row, slot) in enumerate(zip(plan.parts, plan.part_rows, slots, strict=True)):
             tokens = part.sequence.ids[part.start : part.start + part.tokens]
+            assert not (plan.uses_pages and cast(SimulatedHead | None, part.head) is MEAN)
             if part.uses_pages:
                 assert row is not None
                 read = self._write(row, part.start, tokens, slot, fails)

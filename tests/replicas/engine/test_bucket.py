@@ -132,10 +132,10 @@ def plain_and_padded(
     engine: Engine, prompts: list[NDArray[np.int32]], slots: list[int | None], backend: str, rows: list[int]
 ) -> list[torch.Tensor]:
     """Compute a step as it is and padded, with these numbers of tokens."""
-    runner, heads = engine.runner, (engine.head,)
+    runner, heads = engine.runner, (engine.heads.base,)
     order, lora = plan([len(prompt) for prompt in prompts], slots)
     lora = runner.backends.choose(lora, backend)
-    spans, vectors = whole_prompts([prompts[i] for i in order], engine.head), []
+    spans, vectors = whole_prompts([prompts[i] for i in order], engine.heads.base), []
     for padded, expected in zip((False, True), rows, strict=True):
         layout = runner.lay_out(spans, lora, heads, padded=padded)
         assert layout.lora.rows == expected

@@ -211,7 +211,8 @@ def test_a_task_with_a_defect_fails_its_own_request_only(
 ) -> None:
     adapter, sink = ref(adapter_specs[0].path), TextSink()
     with engine.paused():
-        engine.submit_task(draw(20), adapter, kind(EmbedParams(), 1, engine.limits, engine.head, normalize=True), sink)
+        task = kind(EmbedParams(), 1, engine.limits, engine.heads.base, normalize=True)
+        engine.submit_task(draw(20), adapter, task, sink)
         beside = submit(engine, draw(5), adapter)
     with pytest.raises(InternalError, match=says):
         sink.ended.result(PATIENCE_S)

@@ -1,0 +1,51 @@
+"""What adapters' folders say about embeddings, for processes that do not load adapters."""
+
+from collections import OrderedDict
+from pathlib import Path
+
+from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.revision import marks_of
+from ranklet.replicas.errors import AdapterChanged, ModelError
+from ranklet.replicas.model.embedding_settings import EmbeddingSettings, read_base_settings, read_embedding_settings
+
+_MAX_KEPT = 4096
+
+
+class AdapterSettings:
+    """Reads the settings of adapters, each revision once.
+
+    Args:
+        model_dir: folder of the base model.
+
+    Attributes:
+        base: settings of the base model. Adapters with equal settings have this very object.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        self.base = read_base_settings(model_dir)
+        self._kept: OrderedDict[AdapterRef, EmbeddingSettings] = OrderedDict()
+
+    def known(self, adapter: AdapterRef) -> EmbeddingSettings | None:
+        """Return the settings of a revision that was read."""
+        return self._kept.get(adapter)
+
+    def read(self, adapter: AdapterRef) -> EmbeddingSettings:
+        """Read the settings of a revision. Blocks.
+
+        Raises:
+            AdapterChanged: the folder no longer has this revision.
+        """
+        found = self._read(Path(adapter.path))
+        if adapter.marks and marks_of(adapter.path) != adapter.marks:
+            raise AdapterChanged(f"adapter {adapter.name!r}: its files have changed. Send the request again")
+        self._kept[adapter] = found
+        if len(self._kept) > _MAX_KEPT:
+            self._kept.popitem(last=False)
+        return found
+
+    def _read(self, folder: Path) -> EmbeddingSettings:
+        try:
+            found = read_embedding_settings(folder, self.base)
+        except ModelError:  # the load of the adapter refuses it
+            return self.base
+        return self.base if found == self.base else found
