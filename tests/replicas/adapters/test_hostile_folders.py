@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
+from ranklet.replicas.adapters.adapter_settings import AdapterSettings
 from ranklet.replicas.adapters.limits import MAX_FINDINGS_CHARS
-from ranklet.replicas.adapters.prompt_limits import PromptLimits
 from ranklet.replicas.adapters.reference import CONFIG_FILE, FILES, OPTIONAL_FILES, WEIGHTS_FILE, AdapterRef
 from ranklet.replicas.adapters.revision import Revisions
 from ranklet.replicas.adapters.safetensors_file import UnreadableWeightsError, read_header
@@ -78,11 +78,11 @@ def read_all(folder: Path, expected: ExpectedModules, model_dir: Path) -> list[s
     """Read a folder as a replica and an engine do. Returns the messages of the refusals."""
     said = []
     ref = AdapterRef("x", str(folder), "")
-    limits = PromptLimits(model_dir)
+    embeddings = AdapterSettings(model_dir)
     readers = (
         lambda: Revisions().reference("x", str(folder)),
         lambda: read_adapter(ref, expected),
-        lambda: limits.read(ref),
+        lambda: embeddings.read(ref),
         lambda: EndOfText(model_dir, None, 1000).adapter_ids(folder),
     )
     for reader in readers:

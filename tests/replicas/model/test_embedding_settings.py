@@ -55,8 +55,13 @@ def write(folder: Path, name: str, content: Any) -> Path:
         ("sentence_bert_config.json", {"config_args": {}, "unpad_inputs": True, "query_length": 3}, {}),
         ("tokenizer_config.json", {"model_max_length": 12}, {"max_tokens": 12}),
         ("tokenizer_config.json", {"model_max_length": 1e30}, {}),
-        ("config_sentence_transformers.json", {"prompts": {"q": "Q: "}}, {}),
-        ("config_sentence_transformers.json", {"prompts": {"q": "Q: "}, "default_prompt_name": "q"}, {"prompt": "Q: "}),
+        ("config_sentence_transformers.json", {"prompts": {"q": "Q: ", "d": None}}, {"prompts": {"q": "Q: ", "d": ""}}),
+        (
+            "config_sentence_transformers.json",
+            {"prompts": {"q": "Q: "}, "default_prompt_name": "q"},
+            {"prompt": "Q: ", "prompts": {"q": "Q: "}},
+        ),
+        ("1_Pooling/config.json", {"pooling_mode": "mean", "include_prompt": False}, {"pools_prompt": False}),
     ],
 )
 def test_settings_are_followed(folder: Path, name: str, content: Any, expected: dict[str, Any]) -> None:
@@ -101,6 +106,24 @@ def test_what_an_adapter_does_not_say_is_as_in_the_base(tmp_path: Path) -> None:
     assert read_embedding_settings(tmp_path, base) == EmbeddingSettings(
         "cls", normalize=False, prompt="Q: ", max_tokens=50
     )
+
+
+def test_a_prompt_that_is_left_out_may_not_be_padded(folder: Path) -> None:
+    """sentence-transformers would leave out the padding with it."""
+    write(folder, "1_Pooling/config.json", {"pooling_mode": "mean", "include_prompt": False})
+    write(folder, "sentence_bert_config.json", {"processing_kwargs": {"text": {"padding": "max_length"}}})
+    assert not read_base_settings(folder).pools_prompt
+    write(folder, "config_sentence_transformers.json", {"prompts": {"q": "Q: "}})
+    with pytest.raises(ModelError, match=r"beside include_prompt: false: padding: .* got 'max_length'"):
+        read_base_settings(folder)
+
+
+def test_the_prompts_of_an_adapter_have_a_limit(folder: Path) -> None:
+    """They are put before each text."""
+    write(folder, "config_sentence_transformers.json", {"prompts": {"q": "Q" * 5000}})
+    assert len(read_embedding_settings(folder).prompts["q"]) == 5000
+    with pytest.raises(ModelError, match="prompts: expected at most 4096 characters, got 5001"):
+        read_embedding_settings(folder, EmbeddingSettings())
 
 
 def test_an_adapters_modules_are_where_its_revision_looks(folder: Path) -> None:

@@ -118,17 +118,6 @@ def test_unsupported_pooling_is_refused_by_name(tmp_path: Path, modules: Any, po
         read_pooling(write(tmp_path, modules, pooling))
 
 
-@pytest.mark.parametrize("mode", ["mean", "cls", "lasttoken"])
-def test_pooling_without_the_default_prompt_is_refused(tmp_path: Path, mode: str) -> None:
-    """sentence-transformers leaves the prompt's tokens out of the pooling; ranklet would include them."""
-    folder = write(tmp_path, [TRANSFORMER, POOLING], {"pooling_mode": mode, "include_prompt": False})
-    assert read_pooling(folder).mode == mode.removesuffix("token")
-    prompt = {"prompts": {"query": "Query: "}, "default_prompt_name": "query"}
-    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompt))
-    with pytest.raises(ModelError, match="include_prompt"):
-        read_pooling(folder)
-
-
 def test_a_pooling_config_without_modules_is_refused(tmp_path: Path) -> None:
     """A copy that left out modules.json would be pooled otherwise."""
     write(tmp_path, [TRANSFORMER, POOLING], {"pooling_mode": "mean"})
