@@ -38,9 +38,11 @@ def test_the_files_of_sentence_transformers_are_compared_with_the_bases(
     assert (status, "rank 4" in said) == (0, True)
     SentenceFolder(mode="mean", prompt="Q: ").write(folder, HIDDEN)
     status, said = verify(base_dir, folder, capsys)
-    assert status == 1
-    assert "pooling: expected 'last' as the base model has, got 'mean'" in said
-    assert "default prompt: expected '' as the base model has, got 'Q: '" in said
+    assert status == 0
+    assert "adapter: note: pooling: 'mean'; the base model has 'last'" in said
+    assert "adapter: note: default prompt: 'Q: '; the base model has ''" in said
+    SentenceFolder(transformer={"do_lower_case": True}).write(folder, HIDDEN)
+    assert "do_lower_case: expected False as the base model has, got True" in verify(base_dir, folder, capsys)[1]
     changed = json.loads((base_dir / "tokenizer.json").read_text()) | {"post_processor": None}
     (folder / "tokenizer.json").write_text(json.dumps(changed))
     assert "tokenizer.json: post_processor: expected" in verify(base_dir, folder, capsys)[1]
