@@ -222,11 +222,7 @@ def _prompts(folder: Path, most_characters: int) -> dict[str, Any]:
 
 
 def _tokenization(folder: Path, *, described: bool, may_pad: bool) -> dict[str, Any]:
-    """Return the settings of a folder's Transformer module.
-
-    Args:
-        may_pad: whether padding changes no vector. sentence-transformers leaves out a prompt with its padding.
-    """
+    """Return the settings of a folder's Transformer module."""
     config = _read_optional(folder, TRANSFORMER_FILE)
     _refuse_others(TRANSFORMER_FILE, config, _TRANSFORMER_FIELDS)
     _expect(TRANSFORMER_FILE, config, "transformer_task", (None, "feature-extraction"))
@@ -243,7 +239,7 @@ def _tokenization(folder: Path, *, described: bool, may_pad: bool) -> dict[str, 
         followed = {"model_max_length"} if name == "processor_kwargs" else set[str]()
         _refuse_others(f"{TRANSFORMER_FILE}: {name}", values, _HARMLESS_LOADING | followed)
     calling = _calling(config)
-    if not may_pad:
+    if not may_pad:  # sentence-transformers would leave out the prompt with its padding
         field = f"{TRANSFORMER_FILE}: processing_kwargs, beside include_prompt: false"
         _expect(field, calling, "padding", (None, True, False, "longest", "do_not_pad"))
         _expect(field, calling, "pad_to_multiple_of", (None,))
