@@ -36,7 +36,7 @@ ADAPTERS, SLOTS = 64, 64
 _BUSY = "ranklet_device_busy_seconds_total"
 
 
-class Work(NamedTuple):
+class TextsBeside(NamedTuple):
     """Texts, and embeddings beside them.
 
     Attributes:
@@ -49,7 +49,7 @@ class Work(NamedTuple):
     against: str = ""
 
 
-def works(url: str, names: list[str], replicas: int, options: argparse.Namespace) -> list[Work]:
+def works(url: str, names: list[str], replicas: int, options: argparse.Namespace) -> list[TextsBeside]:
     scale = replicas * options.texts
     few, every = tuple(names[:ADAPTERS]), tuple(names)
     texts = BenchPlan(
@@ -64,18 +64,18 @@ def works(url: str, names: list[str], replicas: int, options: argparse.Namespace
     common = TextPlan(output_len=options.output // 4, ignore_eos=True, common_prompt_tokens=options.common)
     shared = dataclasses.replace(texts, text=common, input_len=32, num_prompts=4 * scale, adapter_distribution="zipf:1")
     found = [
-        Work("texts", texts),
-        Work("texts and embeddings", texts, embeddings),
-        Work("one adapter has 61 %", dataclasses.replace(texts, adapter_distribution="zipf:2"), None, "texts"),
-        Work("common beginnings", shared),
+        TextsBeside("texts", texts),
+        TextsBeside("texts and embeddings", texts, embeddings),
+        TextsBeside("one adapter has 61 %", dataclasses.replace(texts, adapter_distribution="zipf:2"), None, "texts"),
+        TextsBeside("common beginnings", shared),
     ]
     if len(every) > ADAPTERS and replicas > 1:
         more = dataclasses.replace(texts, adapters=every)
-        found.append(Work(f"{len(every)} adapters", more, None, "texts"))
+        found.append(TextsBeside(f"{len(every)} adapters", more, None, "texts"))
     return found
 
 
-def run(work: Work, seed: int) -> tuple[BenchResult, BenchResult | None]:
+def run(work: TextsBeside, seed: int) -> tuple[BenchResult, BenchResult | None]:
     """Run texts and embeddings at the same time."""
     with ThreadPoolExecutor(2) as both:
         texts = both.submit(run_bench, dataclasses.replace(work.texts, seed=seed))
@@ -83,7 +83,7 @@ def run(work: Work, seed: int) -> tuple[BenchResult, BenchResult | None]:
         return texts.result(), beside.result() if beside else None
 
 
-def measured(cluster: Served, work: Work, replicas: int, repeats: int) -> dict[str, Any]:
+def measured(cluster: Served, work: TextsBeside, replicas: int, repeats: int) -> dict[str, Any]:
     """Return a row: the median rate of some runs after one that is not counted."""
     first_seed = replicas * (repeats + 1)  # prompts are new, also those of the caches
     run(work, first_seed + repeats)
