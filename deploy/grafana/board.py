@@ -115,7 +115,9 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         Panel("Queue wait", "s", _quantiles("ranklet_queue_wait_seconds")),
         Panel("Requests in gateways", "short", {"{{replica}}": "sum by (replica) (ranklet_requests_in_flight)"}),
         Panel("Repeated, dropped, over quota", "ops", {
-            "repeated elsewhere": _rate("ranklet_retries_total"), "client gone": _rate("ranklet_client_gone_total"),
+            "repeated elsewhere": _rate("ranklet_retries_total"),
+            "of these, texts continued": _rate("ranklet_continuations_total"),
+            "client gone": _rate("ranklet_client_gone_total"),
             "over the {{by}}'s quota": _rate("ranklet_quota_rejections_total", "by"),
         }),
     ),

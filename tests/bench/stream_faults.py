@@ -5,6 +5,7 @@ Each stream must have the tokens, the text and the usage of the same request wit
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import tempfile
@@ -98,29 +99,36 @@ def configuration(folder: Path) -> dict[str, Any]:
     return content
 
 
-def measure(load: StreamLoad, service: Service, name: str, fault: Callable[[], None], streams: int) -> dict[str, Any]:
+def measure(load: StreamLoad, service: Service, name: str, fault: Callable[[], object], streams: int) -> dict[str, Any]:
     """Keep streams open around a fault."""
     load.clear()
-    before = service.samples("gateway").get("ranklet_continuations_total", 0.0)
+    gateways, before = set(service.processes("Gateway")), continuations(service)
     with load.running(streams):
         time.sleep(_SETTLE_S)
         began_s = time.monotonic()
         fault()
         took_s = time.monotonic() - began_s
-    continued = service.samples("gateway").get("ranklet_continuations_total", 0.0) - before
-    others = {verdict: count for verdict, count in load.verdicts.items() if verdict not in ("right", "failed")}
+    counted = set(service.processes("Gateway")) == gateways  # else those that are gone have counted
+    verdicts = load.verdicts
     return {
-        "fault": name, "streams": load.ended, "right": load.verdicts["right"], "wrong": sum(others.values()),
-        "failed": load.verdicts["failed"], "continued": max(round(continued), 0),
-        "longest_pause_s": round(load.pause_s, 2), "replaced_s": round(took_s, 1), "errors": dict(load.errors),
+        "fault": name, "streams": load.ended, "right": verdicts["right"], "failed": verdicts["failed"],
+        "wrong": load.ended - verdicts["right"] - verdicts["failed"],
+        "continued": round(continuations(service) - before) if counted else "",
+        "longest_pause_s": round(load.pause_s, 2), "took_s": round(took_s, 1), "errors": dict(load.errors),
     }  # fmt: skip
+
+
+def continuations(service: Service) -> float:
+    return service.samples("gateway").get("ranklet_continuations_total", 0.0)
 
 
 def main() -> None:
     parser = report.parser(__doc__, "stream-faults-cpu")
     parser.add_argument("--streams", type=int, default=64, help="streams that are open at the same time")
-    parser.add_argument("--least", type=int, default=1000, help="faults are repeated until so many streams have ended")
-    parser.add_argument("--tokens", type=int, default=300, help="tokens of the longest text")
+    parser.add_argument(
+        "--least", type=int, default=1000, help="faults are repeated until this many streams have ended"
+    )
+    parser.add_argument("--tokens", type=int, default=200, help="tokens of the longest text")
     parser.add_argument("--faults", nargs="*", help="names of the faults; default: all")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -131,15 +139,15 @@ def main() -> None:
         with serving(content, folder, LocalCluster(http_port=0, report=print)) as service:
             load = StreamLoad(service.url, stream_requests(models, 12, options.tokens))
             rows.append(measure(load, service, "none", lambda: time.sleep(_SETTLE_S), options.streams))
-            faults = {
-                name: fault for name, fault in Faults(service).all().items() if name in (options.faults or [name])
-            }
-            while sum(row["streams"] for row in rows) < options.least:
-                for name, fault in faults.items():
-                    rows.append(measure(load, service, name, fault, options.streams))
-                    print(rows[-1])
-    total = {name: sum(row[name] for row in rows) for name in ("streams", "right", "wrong", "failed", "continued")}
-    longest = {name: max(row[name] for row in rows) for name in ("longest_pause_s", "replaced_s")}
+            faults = [each for each in Faults(service).all().items() if each[0] in (options.faults or [each[0]])]
+            for turn in itertools.count():
+                if turn >= len(faults) and sum(row["streams"] for row in rows) >= options.least:
+                    break
+                rows.append(measure(load, service, *faults[turn % len(faults)], options.streams))
+                print(rows[-1])
+    counts = ("streams", "right", "failed", "wrong", "continued")
+    total = {name: sum(row[name] or 0 for row in rows) for name in counts}
+    longest = {name: max(row[name] for row in rows) for name in ("longest_pause_s", "took_s")}
     rows.append({"fault": "all", **total, **longest, "errors": {}})
     report.save(options.name, rows, options.out)
 
