@@ -11,9 +11,14 @@ from typing import Any
 ROUTER = "ranklet.routing.router:AdapterRouter"  # chooses the replica of each call
 # Environment of `ray start`, on every node, for the recommended data path.
 FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-# With these, Serve notices within a second that HAProxy died, and HAProxy within 4 s that a gateway hangs. Ray's own
-# values take 30 and 10 s.
-HEALTH_CHECKS = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.25", "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s"}
+# With these, Serve notices within a second that HAProxy died and within 4 s that it hangs, and HAProxy within 5 s that
+# a gateway hangs. Ray's own values take half a minute and 10 s.
+HEALTH_CHECKS = {
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.25",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "1",
+    "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+    "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "3",
+}
 # Names a file. While it exists, gateways refuse new requests and let those in flight end.
 DRAIN_VARIABLE = "RANKLET_DRAIN_FILE"
 # Defaults of graceful_shutdown_timeout_s by deployment. That of gateways is the default of limits.request_timeout_s.

@@ -1,6 +1,6 @@
 """The only place where tests use private names of Ray. Each entry gives the reason."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,15 @@ def queue_and_dequeue(router: RequestRouter, request: PendingRequest) -> None:
     router._remove_pending_request_from_indices(request)
 
 
-def write_haproxy_configuration(folder: Path, ports: tuple[int, int, int], gateways: Mapping[str, int]) -> Path:
+def write_haproxy_configuration(
+    folder: Path, ports: tuple[int, int, int], gateways: Mapping[str, Sequence[int]]
+) -> Path:
     """Write what Serve gives to HAProxy. Only its actor for HAProxy, in a running cluster, does that otherwise.
 
     Args:
         folder: for HAProxy's files.
         ports: of HTTP, metrics and statistics.
-        gateways: port of the gateway of each route prefix.
+        gateways: ports of the gateways of each route prefix.
     """
     http, metrics, stats = ports
     configuration = HAProxyConfig(
@@ -54,11 +56,12 @@ def write_haproxy_configuration(folder: Path, ports: tuple[int, int, int], gatew
         server_state_base=str(folder), server_state_file=str(folder / "server-state"),
     )  # fmt: skip
     backends = {
-        f"http-{port}": BackendConfig(
-            name=f"http-{port}", path_prefix=prefix, app_name=f"app-{port}", http_health_check_path="/health",
-            servers=[ServerConfig(name="gateway", host="127.0.0.1", port=port)],
+        f"http-{number}": BackendConfig(
+            name=f"http-{number}", path_prefix=prefix, app_name=f"app-{number}", http_health_check_path="/health",
+            health_check_inter="1s", health_check_fall=3,
+            servers=[ServerConfig(name=f"gateway{port}", host="127.0.0.1", port=port) for port in served],
         )
-        for prefix, port in gateways.items()
+        for number, (prefix, served) in enumerate(gateways.items())
     }  # fmt: skip
     path = folder / "haproxy.cfg"
     HAProxyApi(configuration, backends, str(path))._generate_config_file_internal()

@@ -26,7 +26,7 @@ _OTHER_FILES = 1000  # open files of HAProxy that are no connections of clients
 _ERRORS = {
     400: ("invalid_request_error", "HAProxy cannot parse this request, or its rest did not arrive"),
     408: ("body_timeout", "The rest of the request did not arrive in time. Send it without pauses"),
-    502: ("unavailable", "The gateway ended while it handled this request. Send it again"),
+    502: ("unavailable", "The gateway ended or hung while it handled this request. Send it again"),
     503: ("unavailable", "No gateway is available. Send the request again"),
     504: ("unavailable", "The gateway gave no answer in time. Send the request again"),
 }
@@ -97,6 +97,9 @@ def limited(configuration: str, limits: Limits) -> str:
             f"expected Ray's configuration of HAProxy, got one without {', '.join(sorted(missing)) or 'an address'}. "
             "Install the version of Ray in constraints.txt"
         )
+    for name in sections:
+        if name.startswith("backend http-"):
+            edits[name] = _application
     changed = {name: edits[name](lines) if name in edits else lines for name, lines in sections.items()}
     return "".join(f"{name}\n" + "".join(f"{line}\n" for line in lines) for name, lines in changed.items())
 
@@ -149,6 +152,12 @@ def _frontend(lines: Sequence[str], limits: Limits) -> list[str]:
     ]
     kept = _without(lines, "stick-table ", "tcp-request connection ")
     return [*(f"    {line}" for line in own if limits.connections_per_source), *kept]
+
+
+def _application(lines: Sequence[str]) -> list[str]:
+    """Requests in a gateway that hangs end once HAProxy knows it. Clients send them again, to another gateway."""
+    own = "default-server on-marked-down shutdown-sessions"
+    return [f"    {own}", *_without(lines, own)]
 
 
 def _unknown_path(lines: Sequence[str], has_application: bool) -> list[str]:

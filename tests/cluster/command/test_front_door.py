@@ -4,12 +4,15 @@ import contextlib
 import http.server
 import os
 import resource
+import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,29 @@ HALF_OPEN = 4300
 PER_SOURCE = 20
 QUIET_S = 2.5
 HALF_REQUEST = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n"
+SLOW_S = 1.0
+SLOW_GATEWAY = """
+import http.server, os, sys, time
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        time.sleep(float(sys.argv[2]))
+        said = str(os.getpid()).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+    def log_message(self, *arguments):
+        pass
+
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
 SHORT = {"RANKLET_HEADER_TIMEOUT_S": "1", "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "1"}
 
 
@@ -84,7 +110,7 @@ class FrontDoor:
 
 @contextmanager
 def front_door(
-    folder: Path, gateways: Mapping[str, int], environment: Mapping[str, str] | None = None
+    folder: Path, gateways: Mapping[str, Sequence[int]], environment: Mapping[str, str] | None = None
 ) -> Iterator[FrontDoor]:
     folder.mkdir(exist_ok=True)
     folder.chmod(0o777)
@@ -108,6 +134,18 @@ def _answers(door: FrontDoor, process: "subprocess.Popen[bytes]", log: Path) -> 
     return door.status("/-/routes") is not None
 
 
+@contextmanager
+def slow_gateway() -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
+    """A gateway in its own process. It answers GET at once, and POST with its process id."""
+    (port,) = free_ports(1)
+    process = subprocess.Popen([sys.executable, "-c", SLOW_GATEWAY, str(port), str(SLOW_S)])
+    try:
+        yield process, port
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.fixture(scope="module")
 def gateway() -> Iterator[int]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), QuietGateway)
@@ -122,7 +160,7 @@ def gateway() -> Iterator[int]:
 @pytest.fixture(scope="module")
 def door(gateway: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontDoor]:
     """A HAProxy with the limits that it has in production."""
-    with front_door(tmp_path_factory.mktemp("door"), {"/": gateway}) as started:
+    with front_door(tmp_path_factory.mktemp("door"), {"/": [gateway]}) as started:
         eventually("the gateway is up", lambda: started.status("/health") == 200)
         yield started
 
@@ -132,7 +170,7 @@ def strict(gateway: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[F
     """A HAProxy with short timeouts, few connections, and one application that has no gateway."""
     (nobody,) = free_ports(1)
     environment = {**SHORT, PER_SOURCE_VARIABLE: str(PER_SOURCE)}
-    with front_door(tmp_path_factory.mktemp("strict"), {"/v1": gateway, "/lost": nobody}, environment) as started:
+    with front_door(tmp_path_factory.mktemp("strict"), {"/v1": [gateway], "/lost": [nobody]}, environment) as started:
         yield started
 
 
@@ -169,9 +207,39 @@ def test_a_stream_may_be_quiet_for_longer_than_the_clients_timeout(strict: Front
 
 
 def test_a_gateway_that_gives_no_answer_in_time_is_504(gateway: int, tmp_path: Path) -> None:
-    with front_door(tmp_path / "short", {"/": gateway}, {"RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "1"}) as short:
+    with front_door(tmp_path / "short", {"/": [gateway]}, {"RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "1"}) as short:
         answer = httpx.post(f"{short.url}/v1/completions", json={}, timeout=30)
     assert error_of(answer) == (504, "unavailable", "1")
+
+
+def test_a_gateway_that_hangs_is_passed_over(tmp_path: Path) -> None:
+    """The requests that it has taken end with an error that clients repeat, and others do not notice."""
+    with slow_gateway() as (victim, port), slow_gateway() as (other, other_port), ThreadPoolExecutor(8) as pool:
+        processes = {str(victim.pid), str(other.pid)}
+        with front_door(tmp_path / "two", {"/": [port, other_port]}) as door:
+
+            def ask() -> str | None:
+                """Return the id of the process that answered; None for an error or a connection that was closed."""
+                try:
+                    answer = httpx.post(f"{door.url}/v1/embeddings", json={"input": "a text"}, timeout=30)
+                except httpx.RemoteProtocolError:
+                    return None
+                assert answer.status_code == 200 or error_of(answer) == (502, "unavailable", "1")
+                return answer.text if answer.status_code == 200 else None
+
+            def answers(count: int) -> set[str | None]:
+                return {each.result() for each in [pool.submit(ask) for _ in range(count)]}
+
+            eventually("both are up", lambda: answers(4) == processes)
+            victim.send_signal(signal.SIGSTOP)
+            began_s = time.monotonic()
+            assert answers(8) == {str(other.pid), None}
+            taken_s = time.monotonic() - began_s
+            sys.stdout.write(f"the requests of a gateway that hangs ended after {taken_s:.1f} s\n")
+            assert taken_s < 10
+            assert answers(8) == {str(other.pid)}
+            victim.send_signal(signal.SIGCONT)
+            eventually("it is asked again", lambda: answers(4) == processes)
 
 
 def test_one_address_cannot_hold_all_connections(strict: FrontDoor) -> None:
@@ -223,7 +291,7 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
 
 def test_limits_are_applied_once(tmp_path: Path) -> None:
     """Ray writes the file again before each start. Nothing depends on that."""
-    ray = write_haproxy_configuration(tmp_path, (1, 2, 3), {"/": 4}).read_text()
+    ray = write_haproxy_configuration(tmp_path, (1, 2, 3), {"/": [4]}).read_text()
     limits = Limits.of({}, 20000)
     once = limited(ray, limits)
     assert limited(once, limits) == once != ray
