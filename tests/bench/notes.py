@@ -6,9 +6,9 @@ better of two runs, as for vLLM on an H200. A step is the time between two token
 GENERATE_8B_NOTE = """\
 At commit 5391fa9, one run each, weights in the shapes of Llama-3.1-8B; a script around the benchmark noted each step's
 size. The targets of one text at a time are reached, the others are missed by 2 to 14 %. With 16 texts, a step takes
-4.86 ms, of which reading weights, keys and values takes 4.1. With 256 texts, the layers' products take 6.5 ms of a step,
-and would take 6.1 with cuBLAS (`kernels/NOTES.md`); reading keys and values takes 2.3 ms at 288 tokens and 5.1 at 640.
-Steps with prompts reach 710 TFLOP/s."""
+4.86 ms, of which reading weights, keys and values takes 4.1. With 256 texts, the layers' products take 6.5 ms of a
+step, and would take 6.1 with cuBLAS (`kernels/NOTES.md`); reading keys and values takes 2.3 ms at 288 tokens and 5.1 at
+640. Steps with prompts reach 710 TFLOP/s."""
 GAPS_NOTE = """\
 64 texts of 512 prompt tokens and 1,024 generated ones. The target for p99 is 2.5 times the median without other
 work."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from ranklet.replicas.engine.generate import Generation
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.model.modules import LINEAR_MODULES
 from tests.bench.shapes import decoder, write_adapters, write_model
-from tests.replicas.asking import ref
+from tests.replicas.asking import PATIENCE_S, ref, submit
 from tests.replicas.streaming import TextSink, draw
 
 pytestmark = pytest.mark.gpu
@@ -139,3 +140,22 @@ def test_short_prompts_that_join_many_texts_are_computed_as_alone(engine: Engine
             engine.submit([prompt], used[i % len(used)], params, sink)
         for sink, expected in zip(sinks, alone, strict=True):
             np.testing.assert_allclose(values(sink.generation())[:1], expected, atol=6e-2)
+
+
+def test_ways_to_pool_are_computed_as_alone_in_replayed_steps(engine: Engine, folder: Path) -> None:
+    ways: list[dict[str, Any]] = [
+        {}, {"pooling": "mean"}, {"pooling": "mean", "skipped": 3}, {"pooling": "cls", "skipped": 2},
+        {"normalize": False},
+    ]  # fmt: skip
+    used = adapters(folder)
+    asked = [(draw(*LENGTHS[:4]), used[i % len(used)], way) for i, way in enumerate(2 * ways)]
+    alone = [submit(engine, prompts, adapter, **way).result(PATIENCE_S).result for prompts, adapter, way in asked]
+    for texts_run in (False, False, False, True, True, True):  # graphs are captured at the second time
+        sinks = [TextSink() for _ in range(40 * texts_run)]
+        for sink in sinks:
+            engine.submit(draw(20), None, replace(GREEDY, max_tokens=100), sink)
+        with engine.paused():
+            mixed = [submit(engine, prompts, adapter, **way) for prompts, adapter, way in asked]
+        for future, theirs in zip(mixed, alone, strict=True):
+            np.testing.assert_allclose(future.result(PATIENCE_S).result, theirs, atol=2e-2, rtol=2e-2)
+        assert all(len(sink.generation().choices[0].tokens) == 100 for sink in sinks)
