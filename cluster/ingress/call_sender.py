@@ -167,6 +167,7 @@ class RepeatableError(Exception):
     """A failure of one replica. The call may be repeated on another; `error` is raised if that fails too.
 
     Args:
+        replica: None if it is not known, or is no member of the deployment any more.
         has_begun: whether its engine may have worked on the call. False if that is not known.
     """
 

@@ -146,8 +146,10 @@ class TextCall:
             raise failure.error from failure
         now_s = asyncio.get_running_loop().time()
         if (self._has_begun or failure.has_begun) and not isinstance(failure.error, Saturated):
-            self._failures = 1 if self._has_progress else self._failures + 1
-            self._continuations += 1
+            # Replicas that left before they ended were drained: the call is not the cause.
+            counted = failure.replica is not None
+            self._failures = (0 if self._has_progress else self._failures) + counted
+            self._continuations += counted
             self._patience_ends_s, self._pause_s = now_s + _PATIENCE_S, _FIRST_PAUSE_S
             if self._failures < _MOST_FAILURES and self._continuations <= _MOST_CONTINUATIONS:
                 return 0.0

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import RayActorError
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.config import LimitsConfig
@@ -33,17 +34,20 @@ def given_tokens(call: Call) -> list[list[int]]:
     return [[], []] if call.continuation is None else [text.tolist() for text in call.continuation.texts()]
 
 
-def generating(dies_after: int | None = None) -> Script:
+def generating(dies_after: int | None = None, *, drained: bool = False) -> Script:
     """Return a replica that makes a token of each of two texts a second.
 
     Args:
         dies_after: number of tokens that it makes of each before it fails; None makes all.
+        drained: whether it fails because Serve stops it.
     """
 
     async def run(replica: TextReplica, call: Call) -> Any:
         replica.begin(call.number)
         made = [len(tokens) for tokens in given_tokens(call)]
         for turn in range(len(TEXTS[0])):
+            if turn == dies_after and drained:
+                raise RayActorError
             if turn == dies_after:
                 return failure()
             await asyncio.sleep(1)
@@ -186,6 +190,13 @@ def test_a_call_under_which_two_engines_die_is_not_given_to_a_third(before: int)
     """Tokens between the deaths show that the call is not their cause."""
     scripts = [generating(1)] * before + [generating(2), generating(0), generating()]
     check_failure(scripts, before + 2, "each other that got the rest failed too")
+
+
+def test_replicas_that_are_drained_do_not_count() -> None:
+    replica, kept = TextReplica(generating(1), *(generating(turn % 2, drained=True) for turn in range(6))), KeptText()
+    replica.scripts.append(generating())
+    generate(replica, kept)
+    assert kept.tokens == dict(enumerate(map(list, TEXTS)))
 
 
 def test_a_call_is_continued_three_times_at_most() -> None:
