@@ -155,9 +155,12 @@ def _frontend(lines: Sequence[str], limits: Limits) -> list[str]:
 
 
 def _application(lines: Sequence[str]) -> list[str]:
-    """Requests in a gateway that hangs end once HAProxy knows it. Clients send them again, to another gateway."""
-    own = "default-server on-marked-down shutdown-sessions"
-    return [f"    {own}", *_without(lines, own)]
+    """Requests in a gateway that hangs end once HAProxy knows it. Clients send them again, to another gateway.
+
+    A gateway that drains refuses health checks. It gets no new requests, and those that it has taken go on.
+    """
+    own = "default-server on-marked-down shutdown-sessions", "http-check expect status 200 error-status L7OKC"
+    return [*(f"    {line}" for line in own), *_without(lines, own[0], "http-check expect status ")]
 
 
 def _unknown_path(lines: Sequence[str], has_application: bool) -> list[str]:
