@@ -93,8 +93,8 @@ class LimitsConfig(_StrictModel):
             request ends.
         max_tokenising_bytes: bytes of large requests that one gateway parses, renders or tokenises at once. Further
             ones wait, and keys take turns.
-        max_held_body_bytes: bodies of large requests that one gateway holds at once. Further ones get 503, and keys
-            have fair shares.
+        max_held_body_bytes: bodies of large requests that one gateway holds at once. Further ones get 503. Keys, or
+            clients' addresses where there are no keys, have fair shares.
     """
 
     max_body_bytes: int = Field(default=32 << 20, ge=1)

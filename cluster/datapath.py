@@ -19,6 +19,8 @@ HEALTH_CHECKS = {
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "3",
 }
+# The address of the client, in requests that HAProxy passes on. cluster/command/front_door.py sets it.
+CLIENT_HEADER = "x-ranklet-client"
 # Names a file. While it exists, gateways refuse new requests and let those in flight end.
 DRAIN_VARIABLE = "RANKLET_DRAIN_FILE"
 # Defaults of graceful_shutdown_timeout_s by deployment. That of gateways is the default of limits.request_timeout_s.

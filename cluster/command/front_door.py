@@ -19,6 +19,7 @@ _CONNECTIONS_VARIABLE = "RAY_SERVE_HAPROXY_MAXCONN"
 _HEADER_VARIABLE = "RANKLET_HEADER_TIMEOUT_S"
 _CLIENT_VARIABLE = "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"
 _SERVER_VARIABLE = "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S"
+_CLIENT_HEADER = "x-ranklet-client"
 _OTHER_FILES = 1000  # open files of HAProxy that are no connections of clients
 
 # What HAProxy says by itself, in the format of the gateway's errors: code, message. If a header is wrong or incomplete,
@@ -150,8 +151,9 @@ def _frontend(lines: Sequence[str], limits: Limits) -> list[str]:
         "tcp-request connection track-sc0 src",
         f"tcp-request connection reject if {{ sc0_conn_cur gt {limits.connections_per_source} }}",
     ]
-    kept = _without(lines, "stick-table ", "tcp-request connection ")
-    return [*(f"    {line}" for line in own if limits.connections_per_source), *kept]
+    client = f"http-request set-header {_CLIENT_HEADER} %[src]"  # instead of what a client says
+    kept = _without(lines, "stick-table ", "tcp-request connection ", client)
+    return [*(f"    {line}" for line in own if limits.connections_per_source), f"    {client}", *kept]
 
 
 def _application(lines: Sequence[str]) -> list[str]:

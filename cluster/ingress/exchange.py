@@ -22,6 +22,7 @@ from ranklet.cluster.ingress.observe import Observer
 from ranklet.cluster.ingress.protocol import TokenIds
 from ranklet.cluster.ingress.refusals import on_error, refuse
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
+from ranklet.cluster.ingress.sender import sender_of
 from ranklet.cluster.ingress.stream import EventStream
 from ranklet.cluster.ingress.task import AdmittedCall, InferenceTask, ParseTask
 from ranklet.replicas.engine.limits import RequestLimits
@@ -114,7 +115,7 @@ class Exchange:
         services, limits = self._services, self._services.limits
         key = services.keys.authenticate(self._request.headers)
         self._held.enter_context(services.admission.admit())
-        owner = key.name if key else ""
+        owner = sender_of(key, self._request)
         share = self._held.enter_context(services.intake.room.share(owner))
         body = await read_body(self._request, limits.max_body_bytes, limits.body_timeout_s, share)
         engine_limits = await services.replicas.limits()

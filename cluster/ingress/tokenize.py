@@ -31,6 +31,7 @@ from ranklet.cluster.ingress.prompts import TextPrompts
 from ranklet.cluster.ingress.protocol import Form, TokenIds, parse_object, validate
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.responses import json_response
+from ranklet.cluster.ingress.sender import sender_of
 from ranklet.cluster.ingress.texts import OwnedTemplate, TextModels
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.errors import InvalidRequest, ModelError
@@ -80,7 +81,7 @@ class TokenizeApi:
     async def tokenize(self, request: Request) -> Response:
         """Return the token ids of a prompt or a chat."""
         key = self.keys.authenticate(request.headers)
-        owner = key.name if key else ""
+        owner = sender_of(key, request)
         with self.admission.admit(), self.intake.room.share(owner) as share:
             body = await read_body(request, self.limits.max_body_bytes, self.limits.body_timeout_s, share)
             limits, body_bytes = await self.replicas.limits(), len(body)
@@ -95,7 +96,7 @@ class TokenizeApi:
     async def detokenize(self, request: Request) -> Response:
         """Return the text of token ids, with the special tokens."""
         key = self.keys.authenticate(request.headers)
-        owner = key.name if key else ""
+        owner = sender_of(key, request)
         with self.admission.admit(), self.intake.room.share(owner) as share:
             body = await read_body(request, self.limits.max_body_bytes, self.limits.body_timeout_s, share)
             limits, body_bytes = await self.replicas.limits(), len(body)

@@ -73,8 +73,8 @@ class EndOfText:
         """Return the ids that end a text of an adapter besides those of the base model.
 
         This is the `eos_token` of the folder's `tokenizer_config.json`; a folder without one adds no ids. Its id is
-        that of the adapter's own added tokens, or else of the base's vocabulary, or else of the adapter's
-        `tokenizer.json`.
+        that of the adapter's own added tokens, or else of the base's vocabulary. The adapter's `tokenizer.json` is not
+        read: it is served only if it has the base's tokens, and parsing one would hold the engine's interpreter.
 
         Raises:
             UnusableTokenError: a file cannot be read, or the token has no id that the model has logits for.
@@ -82,15 +82,13 @@ class EndOfText:
         token = _eos_token(folder)
         if token is None:
             return ()
-        own = Vocabulary(folder)
-        for find in (own.added_id_of, self._vocabulary.id_of, own.id_of):
-            found = find(token)
-            if found is not None:
-                break
-        else:
+        found = Vocabulary(folder).added_id_of(token)
+        if found is None:
+            found = self._vocabulary.id_of(token)
+        if found is None:
             raise UnusableTokenError(
-                f"{TOKENIZER_CONFIG_FILE}: eos_token: expected a token of the base model or of the folder's tokenizer "
-                f"files, got {show(token)}, which none of them contains"
+                f"{TOKENIZER_CONFIG_FILE}: eos_token: expected a token of the base model or one of the folder's added "
+                f"tokens, got {show(token)}"
             )
         if not 0 <= found < self._vocab:
             raise UnusableTokenError(

@@ -44,7 +44,7 @@ class Vocabulary:
             UnusableTokenError: a file cannot be read.
         """
         found = self.added_id_of(token)
-        return self.every_token.get(token) if found is None else found
+        return (self.every_token or self.plain_tokens).get(token) if found is None else found
 
     def added_id_of(self, token: str) -> int | None:
         """Return the id of a token without reading tokenizer.json, which may take half a second."""

@@ -276,7 +276,7 @@ def test_an_adapters_end_of_text_is_read_with_it(tied: Base, tmp_path: Path) -> 
 def test_an_unknown_end_of_text_is_a_finding(tied: Base, tmp_path: Path) -> None:
     folder = adapter(tied, tmp_path / "a", target_modules=["q_proj"])
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|gone|>"}))
-    assert "'<|gone|>', which none of them contains" in refusal(tied, folder)
+    assert "one of the folder's added tokens, got '<|gone|>'" in refusal(tied, folder)
     assert read_adapter(ref(folder), replace(tied.expected(), head=None)).end_ids == ()
 
 

@@ -102,17 +102,6 @@ def base(tmp_path: Path) -> EndOfText:
         ({"tokenizer_config": {"eos_token": {"content": "</s>"}}}, (2,)),
         ({"tokenizer_config": {"eos_token": "<x>", "added_tokens_decoder": {"44": {"content": "<x>"}}}}, (44,)),
         ({"tokenizer_config": {"eos_token": "<x>"}, "added_tokens": {"<x>": 45}}, (45,)),
-        (
-            {"tokenizer_config": {"eos_token": "<x>"}, "tokenizer": {"added_tokens": [{"id": 46, "content": "<x>"}]}},
-            (46,),
-        ),
-        (
-            {
-                "tokenizer_config": {"eos_token": "<x>"},
-                "tokenizer": {"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["<x>", -1.5]]}},
-            },
-            (1,),
-        ),
     ],
 )
 def test_an_adapters_eos_token_is_found_in_its_own_files_or_the_bases(
@@ -124,16 +113,19 @@ def test_an_adapters_eos_token_is_found_in_its_own_files_or_the_bases(
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ({"tokenizer_config": {"eos_token": "<|gone|>"}}, "got '<|gone|>', which none of them contains"),
+        ({"tokenizer_config": {"eos_token": "<|gone|>"}}, "one of the folder's added tokens, got '<|gone|>'"),
         (
             {"tokenizer_config": {"eos_token": "<x>", "added_tokens_decoder": {"1000": {"content": "<x>"}}}},
             "expected an id below the base model's 1000 logits, got 1000 for '<x>'",
         ),
         ({"tokenizer_config": {"eos_token": "<x>"}, "added_tokens": {"<x>": -1}}, "got -1 for '<x>'"),
+        (
+            {"tokenizer_config": {"eos_token": "<x>"}, "tokenizer": {"added_tokens": [{"id": 46, "content": "<x>"}]}},
+            "one of the folder's added tokens, got '<x>'",
+        ),
         ({"tokenizer_config": {"eos_token": 7}}, "expected a token, got 7"),
         ({"tokenizer_config": {"eos_token": {"content": [7]}}}, "expected a token"),
         ({"tokenizer_config": []}, "tokenizer_config.json: expected a JSON object, got list"),
-        ({"tokenizer_config": {"eos_token": "<x>"}, "tokenizer": 3}, "tokenizer.json: expected a JSON object"),
     ],
 )
 def test_an_eos_token_without_a_usable_id_is_refused_by_name(
@@ -142,6 +134,11 @@ def test_an_eos_token_without_a_usable_id_is_refused_by_name(
     with pytest.raises(UnusableTokenError) as refused:
         base.adapter_ids(save(tmp_path / "adapter", **files))
     assert says in str(refused.value)
+
+
+def test_a_base_without_a_tokenizer_json_has_the_tokens_of_its_vocabulary(tmp_path: Path) -> None:
+    base = EndOfText(save(tmp_path / "base", vocab={"</s>": 2}), SimpleNamespace(), VOCAB)
+    assert base.adapter_ids(save(tmp_path / "adapter", tokenizer_config={"eos_token": "</s>"})) == (2,)
 
 
 def test_strange_tokenizer_files_name_no_ids(base: EndOfText, tmp_path: Path) -> None:
