@@ -8,7 +8,7 @@ traffic needs. Its requests go to other replicas only if that saves time. See NO
 import math
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from random import Random
@@ -18,15 +18,14 @@ import numpy as np
 from ranklet.routing.costs import ORDER_STEP_S, AdapterCosts, CostTable
 from ranklet.routing.demand import Demand
 from ranklet.routing.fleet import Fleet, Member, ReplicaView, Vector
-from ranklet.routing.hint import PrefetchOrder, RoutingHint
+from ranklet.routing.hint import PrefetchOrder, RoutingHint, TextHint
+from ranklet.routing.homes import HomeSize
 from ranklet.routing.policy import SHORTLIST, Choice, Policy
 from ranklet.routing.report import QueueLoad, StateReport
+from ranklet.routing.text_costs import TextCost, TextCosts
 
-_MAX_DEMANDS = 65_536  # adapters whose traffic is remembered
 _MAX_ORDERS = 1024
 _OVERSIZE_COST_S = 1e5  # of a replica whose pool's rank is less than the adapter's
-_TIGHT_FROM, _TIGHT_TO = 0.5, 0.9  # share of all slots needed by one home each, where tightness goes from 0 to 1
-_MAX_HOMES_PER_SLOT = 0.5
 _DEMAND_INTERVAL_S = 1.0  # between two looks at the demand for all adapters
 _FRESH_S = 0.001  # younger reports count as current
 _MAX_SORTED = 256  # up to this many replicas, sorting is faster than partitioning
@@ -50,8 +49,9 @@ class Affinity:
         self._clock = clock
         self._lock = threading.Lock()
         self._costs = CostTable(self._fleet, policy)
-        self._demands: OrderedDict[str, Demand] = OrderedDict()
-        self._demand_checked_s, self._home_work_per_s = -math.inf, 1.0
+        self._texts = TextCosts(self._fleet)
+        self._home_size = HomeSize(self._fleet)
+        self._demand_checked_s = -math.inf
         self._random = Random(seed).random
         self._tie_random = np.random.default_rng(seed)
         self._tie_costs: Vector = np.zeros(0)
@@ -66,7 +66,10 @@ class Affinity:
     def set_members(self, members: Iterable[Member]) -> None:
         """Replace the replicas. `Choice.order` contains indices into them."""
         with self._lock:
+            generation = self._fleet.generation
             self._fleet.set_members(members, self._clock())
+            if self._fleet.generation != generation:
+                self._texts.set_members()
 
     def set_gateways(self, gateways: int, gateway_index: int) -> None:
         with self._lock:
@@ -78,14 +81,30 @@ class Affinity:
         """Choose replicas for a call and count its work at the best one, until `complete`."""
         with self._lock:
             now_s = self._clock()
-            choice = self._choose(hint.adapter, hint.work, now_s, 0, hint.avoid)
+            text = self._text_cost(hint.text, hint.work)
+            choice = self._choose(hint.adapter, hint.work, now_s, 0, hint.avoid, text)
             if hint.work and choice.order:
-                self._fleet.add_request(hint.id, choice.order[0], hint.work, now_s)
+                self._send(hint, choice.order[0], text, now_s)
             if hint.adapter is not None:
                 self._orders.extend(PrefetchOrder(each, hint.adapter, hint.location) for each in choice.prefetch)
             return choice
 
-    def choose(self, adapter: str | None, work: float, *, rank: int = 0, avoid: str | None = None) -> Choice:
+    def _text_cost(self, hint: TextHint | None, tokens: float) -> TextCost | None:
+        return self._texts.cost(hint, tokens, self._policy) if hint is not None and len(self._fleet) else None
+
+    def _send(self, hint: RoutingHint, i: int, text: TextCost | None, now_s: float) -> None:
+        if hint.text is None or text is None:
+            self._fleet.add_request(hint.id, i, hint.work, now_s)
+            return
+        uncached = float(text.uncached[i])
+        work = self._texts.work(hint.text, uncached, i, self._policy)
+        if self._fleet.add_request(hint.id, i, work, now_s, told=hint.work):
+            self._texts.add(hint.id, hint.text, i, hint.work - uncached, now_s)
+
+    def choose(
+        self, adapter: str | None, work: float, *, rank: int = 0, avoid: str | None = None,
+        text: TextHint | None = None,
+    ) -> Choice:  # fmt: skip
         """Choose replicas for a request without counting its work. Without replicas, the order is empty.
 
         Args:
@@ -93,30 +112,39 @@ class Affinity:
             work: in prefill-equivalent tokens.
             rank: of the adapter, 0 if unknown.
             avoid: id of the replica that has just failed this request; it comes last.
+            text: None if the request makes no text.
         """
         with self._lock:
-            return self._choose(adapter, work, self._clock(), rank, avoid)
+            return self._choose(adapter, work, self._clock(), rank, avoid, self._text_cost(text, work))
 
-    def reassign(self, request: int, replica: str, work: float) -> None:
+    def reassign(self, hint: RoutingHint, replica: str) -> None:
         """Count a routed request at the replica that has accepted it, if that is not the best one of its choice."""
         with self._lock:
             i = self._fleet.index.get(replica)
-            if i is not None and self._fleet.replica_of(request) not in (None, replica):
-                self._fleet.add_request(request, i, work, self._clock())
+            if i is not None and self._fleet.replica_of(hint.id) not in (None, replica):
+                self._send(hint, i, self._text_cost(hint.text, hint.work), self._clock())
+
+    def begin(self, request: int) -> None:
+        """Note the first token of a text: its prompt delays no others any more."""
+        with self._lock:
+            self._fleet.begin_request(request)
 
     def complete(
-        self, request: int, replica: str | None = None, load: QueueLoad | None = None, age_s: float = 0.0
-    ) -> None:
+        self, request: int, replica: str | None = None, load: QueueLoad | None = None, age_s: float = 0.0,
+        cached_tokens: int | None = None,
+    ) -> None:  # fmt: skip
         """Remove a request that was answered or has failed.
 
         Args:
             replica: id of the replica that has answered, None if none has.
             load: of that replica, with its answer.
             age_s: age of `load`.
+            cached_tokens: of a text's prompt, which the replica found in its cache.
         """
         with self._lock:
             now_s = self._clock()
             self._fleet.complete_request(request, arrived=replica is not None)
+            self._texts.complete(request, replica, cached_tokens)
             if replica is not None:
                 self._fleet.mark_alive(replica, now_s)
                 if load is not None:
@@ -159,6 +187,7 @@ class Affinity:
             fleet.update_load(report.replica, replace(report.load, received_work=received), now_s, age_s)
             fleet.mark_alive(report.replica, now_s)
             self._costs.update(fleet.update_holdings(report.replica, report.holdings))
+            self._texts.on_report(report, now_s, age_s)
 
     def members(self) -> tuple[Member, ...]:
         """Return the live replicas: the same tuple until one starts or ends."""
@@ -170,23 +199,28 @@ class Affinity:
 
     # The choice
 
-    def _choose(self, adapter: str | None, work: float, now_s: float, rank: int, avoid: str | None) -> Choice:
+    def _choose(
+        self, adapter: str | None, work: float, now_s: float, rank: int, avoid: str | None, text: TextCost | None
+    ) -> Choice:
         fleet, policy = self._fleet, self._policy
         wait = fleet.waits(now_s)
+        if fleet.has_texts:
+            wait = wait + policy.running_text_share * fleet.running_s
         count = len(wait)
         if not count:
             return Choice(())
         avoided = fleet.index.get(avoid, -1) if avoid else -1
         if not adapter:
-            return Choice(_best(wait + self._ties(count) + policy.other_router_cost_s * ~fleet.own, avoided))
-        demand = self._demand(adapter)
-        demand.add_request(max(work, 1), now_s)
+            cost = wait + self._ties(count) + policy.other_router_cost_s * ~fleet.own
+            return Choice(_best(cost if text is None else cost + text.cost, avoided))
+        demand = self._home_size.demand(adapter)
+        demand.add_request(max(work if text is None else text.work, 1), now_s)
         if self._costs.is_stale(now_s):
             self._refresh(now_s)
-        needed, before = demand.work_per_s(now_s) / self._home_work_per_s, demand.homes
+        needed, before = demand.work_per_s(now_s) / self._home_size.work_per_s, demand.homes
         homes = demand.update_homes(needed, count, now_s, shrink_at_once=self._costs.tight > 0)
         costs = self._costs.get(adapter, homes)
-        order = _best(self._total_cost(costs, wait, rank, work), avoided)
+        order = _best(self._total_cost(costs, wait, rank, work, text), avoided)
         best = order[0]
         hit = fleet.placement.places(adapter).get(best, False)
         spill = None if costs.place[best] < homes else _spill(costs, avoided)
@@ -199,14 +233,20 @@ class Affinity:
             self._expect_loads(adapter, costs, (best, *prefetch), now_s)
         return Choice(order, hit, spill, tuple(fleet.members[i].id for i in prefetch if i != best) if prefetch else ())
 
-    def _total_cost(self, costs: AdapterCosts, wait: Vector, rank: int, work: float) -> Vector:
+    def _total_cost(self, costs: AdapterCosts, wait: Vector, rank: int, work: float, text: TextCost | None) -> Vector:
         cost: Vector = wait * costs.wait_factor
         cost += costs.cost
         if costs.homes > 1 and self._fleet.gateways > 1:  # else all routers would use the same home
             cost += self._ties(len(wait))
-        age_s = self._fleet.report_age_s
+        age_s, other = self._fleet.report_age_s, costs.other
+        if text is not None:
+            cost += text.cost
+            if text.longest:  # other texts have no reason to go there, so that routers need not keep apart
+                other, longest = other.copy(), list(text.longest)
+                cost[longest] -= self._policy.other_router_cost_s * other[longest] * (costs.homes > 1)
+                other[longest] = 0.0
         if age_s > _FRESH_S:
-            cost += costs.other * np.minimum(self._random() * self._policy.report_age_factor * age_s, wait)
+            cost += other * np.minimum(self._random() * self._policy.report_age_factor * age_s, wait)
         if rank > 0:
             cost += self._padding(rank, work)
         return cost
@@ -239,42 +279,12 @@ class Affinity:
         cost: Vector = np.where(beyond < 0, _OVERSIZE_COST_S, cost_s) * known
         return cost
 
-    def _demand(self, adapter: str) -> Demand:
-        found = self._demands.get(adapter)
-        if found is None:
-            found = self._demands[adapter] = Demand()
-            if len(self._demands) > _MAX_DEMANDS:
-                self._demands.popitem(last=False)
-        else:
-            self._demands.move_to_end(adapter)
-        return found
-
     def _refresh(self, now_s: float) -> None:
         if not 0 <= now_s - self._demand_checked_s <= _DEMAND_INTERVAL_S:
             self._demand_checked_s = now_s
-            self._set_home_size(now_s)
+            self._costs.set_tight(self._home_size.update(self._policy, now_s))
             self._costs.drop(self._fleet.placement.expire(now_s))
         self._costs.refresh(now_s)
-
-    def _set_home_size(self, now_s: float) -> None:
-        """Set the work per second of one home: the smallest that leaves enough slots for the homes of all adapters."""
-        policy, fleet = self._policy, self._fleet
-        rate = fleet.mean_work_per_s() / fleet.gateways  # this router sees one part of the traffic
-        active = [each for each in self._demands.values() if each.is_active(now_s)]
-        replicas_needed = np.array([each.work_per_s(now_s) for each in active]) / rate
-        unseen = max(len(fleet.placement) - len(active), 0)  # adapters that only other routers have requests for
-        slots = float(fleet.slots.sum()) or math.inf
-        load, max_load = policy.max_load_per_home, policy.max_load_per_home_if_tight
-        while _homes(replicas_needed, load) + unseen > _MAX_HOMES_PER_SLOT * slots and load < max_load:
-            load = min(load * 1.25, max_load)
-        needed = (_homes(replicas_needed, max_load) + unseen) / slots
-        tight = round(min(max((needed - _TIGHT_FROM) / (_TIGHT_TO - _TIGHT_FROM), 0.0), 1.0), 1)
-        self._costs.set_tight(tight)
-        self._home_work_per_s = load * rate
-
-
-def _homes(replicas_needed: Vector, load: float) -> float:
-    return float(np.maximum(np.ceil(replicas_needed / load), 1).sum())
 
 
 def _spill(costs: AdapterCosts, avoided: int) -> str:

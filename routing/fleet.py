@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.routing import rendezvous
-from ranklet.routing.in_flight import InFlight
+from ranklet.routing.in_flight import InFlight, Sent
 from ranklet.routing.placement import Placement
 from ranklet.routing.policy import REPLICA_SILENCE_LIMIT_S
-from ranklet.routing.report import Holdings, QueueLoad
+from ranklet.routing.report import Holdings, QueueLoad, limited_age_s
 
-_MAX_REPORT_AGE_S = 10.0
 _DEFAULT_WORK_PER_S = 100_000.0
 _DEFAULT_FROM_DISK_S = 0.15
 _DEFAULT_FROM_HOST_S = 0.02
@@ -30,8 +29,9 @@ Vector = NDArray[np.float64]
 
 # Arrays with one value per replica, kept for replicas that stay when the membership changes.
 _PER_REPLICA = (
-    "_queued", "_sent", "_received", "_owed", "_done", "_reported_s", "_heard_s", "_clear_s", "_least_s", "_rate",
-    "_measured", "full", "slots", "pool_ranks", "from_disk_s", "from_host_s",
+    "_queued", "_sent", "_received", "_owed", "_done", "_reported_s", "_heard_s", "_clear_s", "_least_s", "rates",
+    "_measured", "_told", "full", "slots", "pool_ranks", "from_disk_s", "from_host_s", "text_work", "running_s",
+    "free_tokens", "freed_per_s",
 )  # fmt: skip
 
 
@@ -65,8 +65,11 @@ class Fleet:
         own: bool [replicas], replicas that this router prefers among equals.
         own_version: number of changes of `own`.
         report_age_s: mean age of reports on arrival.
+        rates: float64 [replicas], work per second.
         full: bool [replicas], every slot is loading or was used recently.
         slots, pool_ranks, from_disk_s, from_host_s: float64 [replicas], see `Holdings`.
+        text_work, free_tokens, freed_per_s: float64 [replicas], see `QueueLoad`.
+        running_s: float64 [replicas], time of the replica's running texts; `has_texts`: whether any has told of texts.
         placement: where adapters have slots.
     """
 
@@ -78,7 +81,7 @@ class Fleet:
         self.gateways, self.gateway_index = 1, 0
         self.own: NDArray[np.bool_] = np.ones(0, bool)
         self.own_version = 0
-        self.report_age_s = 0.0
+        self.report_age_s, self.has_texts = 0.0, False
         self.placement = Placement(0)
         self._checked_s = self._now_s = -math.inf
         self._hung: NDArray[np.bool_] | None = None  # None: no replica
@@ -91,12 +94,14 @@ class Fleet:
         return len(self.members)
 
     def _allocate(self, count: int) -> None:
-        self._queued, self._sent, self._received, self._owed, self._done = np.zeros((5, count))
+        self._queued, self._sent, self._received, self._owed, self._done, self._told = np.zeros((6, count))
         self._reported_s, self._heard_s = np.zeros((2, count))
         self._clear_s, self._least_s = np.zeros((2, count))  # time at which all work is done; shortest possible wait
-        self._rate, self._measured = np.full(count, _DEFAULT_WORK_PER_S), np.zeros(count, bool)
+        self.rates, self._measured = np.full(count, _DEFAULT_WORK_PER_S), np.zeros(count, bool)
         self.full, self.slots, self.pool_ranks = np.zeros(count, bool), np.zeros(count), np.zeros(count)
         self.from_disk_s, self.from_host_s = np.full(count, _DEFAULT_FROM_DISK_S), np.full(count, _DEFAULT_FROM_HOST_S)
+        self.text_work, self.running_s, self.freed_per_s = np.zeros((3, count))
+        self.free_tokens = np.full(count, np.inf)
 
     # Membership
 
@@ -156,7 +161,7 @@ class Fleet:
 
     def _guess_rates(self) -> None:
         if self._measured.any():
-            self._rate[~self._measured] = np.median(self._rate[self._measured])
+            self.rates[~self._measured] = np.median(self.rates[self._measured])
 
     # Reports of replicas
 
@@ -164,9 +169,9 @@ class Fleet:
         """Store a load. Returns False if it is impossible, or older than the stored one.
 
         Args:
-            age_s: age of the load by wall clocks. It is limited to 0 to 10 s.
+            age_s: age of the load by wall clocks.
         """
-        age_s = min(max(age_s, 0.0), _MAX_REPORT_AGE_S) if math.isfinite(age_s) else 0.0
+        age_s = limited_age_s(age_s)
         i = self.index.get(replica)
         if i is None or not load.is_possible() or load.number < self._load_numbers.get(replica, -1):
             return False
@@ -176,11 +181,15 @@ class Fleet:
             self._heard_s[i] = now_s
         self._done[i], self._queued[i], self._reported_s[i] = load.done_work, load.queued_work, now_s - age_s
         if load.work_per_s > 0:
-            self._rate[i] = load.work_per_s
+            self.rates[i] = load.work_per_s
             if not self._measured[i]:
                 self._measured[i] = True
                 self._guess_rates()
         self._received[i] = load.received_work
+        if load.text_work:
+            self.has_texts = True
+            self.text_work[i], self.running_s[i] = load.text_work, load.texts * load.text_work / self.rates[i]
+            self.free_tokens[i], self.freed_per_s[i] = load.free_tokens, load.freed_per_s
         if self._owed[i] == 0:  # everything sent has arrived: start again from the replica's own number
             self._sent[i] = load.received_work
         self._update_wait(i)
@@ -213,17 +222,34 @@ class Fleet:
 
     # Requests of this router
 
-    def add_request(self, request: int, i: int, work: float, now_s: float) -> None:
-        """Count a request at replica `i`. If it was counted at another one, it is removed there."""
+    def add_request(self, request: int, i: int, work: float, now_s: float, told: float | None = None) -> bool:
+        """Count a request at replica `i`, and no longer at another one. Returns False if it has ended already.
+
+        Args:
+            told: see `Sent`; None for `work`.
+        """
         if request in self._in_flight:
             self.complete_request(request, arrived=False)
-        if not self._in_flight.add(request, self.members[i].id, work):
-            return
+        sent = Sent(self.members[i].id, work, work if told is None else told)
+        if not self._in_flight.add(request, sent):
+            return False
         if self._owed[i] <= 0:
             self._heard_s[i] = max(self._heard_s[i], now_s)
-        self._sent[i] += work
+        self._sent[i] += sent.told
         self._owed[i] += work
+        self._told[i] += sent.told
         self._update_wait(i)
+        return True
+
+    def begin_request(self, request: int) -> None:
+        """Note the first token of a text: its prompt delays no others any more."""
+        sent = self._in_flight.get(request)
+        i = None if sent is None else self.index.get(sent.replica)
+        if sent is not None and i is not None:
+            # A rest of work stays, so that a hung replica is noticed.
+            left = sent._replace(work=min(sent.work, 1.0), told=min(sent.told, 1.0))
+            self._in_flight.add(request, left)
+            self._settle(i, sent.work - left.work, sent.told - left.told)
 
     def complete_request(self, request: int, *, arrived: bool = True) -> None:
         """Remove a request that was answered or has failed.
@@ -234,13 +260,13 @@ class Fleet:
         sent = self._in_flight.remove(request)
         if sent is None:
             return
-        replica, work = sent
-        i = self.index.get(replica)
-        if i is None:
-            return
-        self._owed[i] = max(self._owed[i] - work, 0)
-        if not arrived:
-            self._sent[i] -= work
+        i = self.index.get(sent.replica)
+        if i is not None:
+            self._sent[i] -= 0 if arrived else sent.told
+            self._settle(i, sent.work, sent.told)
+
+    def _settle(self, i: int, work: float, told: float) -> None:
+        self._owed[i], self._told[i] = max(self._owed[i] - work, 0), max(self._told[i] - told, 0)
         self._update_wait(i)
 
     def replica_of(self, request: int) -> str | None:
@@ -249,11 +275,12 @@ class Fleet:
     # Expected waits
 
     def _update_wait(self, i: int) -> None:
-        unseen = min(max(self._sent[i] - self._received[i], 0.0), self._owed[i])
+        told = self._told[i]
+        unseen = min(max(self._sent[i] - self._received[i], 0.0), told) * (self._owed[i] / told if told else 0.0)
         age_s = max(self._now_s - self._reported_s[i], 0.0)
         routers = 1.0 if self.own[i] else 1.0 + (self.gateways - 1) * min(age_s / _STALE_S, 1.0)
-        self._clear_s[i] = self._reported_s[i] + (self._queued[i] + routers * unseen) / self._rate[i]
-        self._least_s[i] = self._owed[i] / self._rate[i]
+        self._clear_s[i] = self._reported_s[i] + (self._queued[i] + routers * unseen) / self.rates[i]
+        self._least_s[i] = self._owed[i] / self.rates[i]
 
     def waits(self, now_s: float) -> Vector:
         """Return the seconds until each replica would start new work: float64 [replicas]. Hung replicas come last.
@@ -275,7 +302,7 @@ class Fleet:
         waits = self.waits(now_s)
         return [
             ReplicaView(
-                each.id, each.rank, float(waits[i]), float(self._queued[i]), float(self._rate[i]),
+                each.id, each.rank, float(waits[i]), float(self._queued[i]), float(self.rates[i]),
                 max(now_s - float(self._heard_s[i]), 0.0), self._holdings.get(each.id),
             )
             for i, each in enumerate(self.members)
@@ -289,4 +316,4 @@ class Fleet:
         return hung
 
     def mean_work_per_s(self) -> float:
-        return float(self._rate.mean()) if len(self) else _DEFAULT_WORK_PER_S
+        return float(self.rates.mean()) if len(self) else _DEFAULT_WORK_PER_S

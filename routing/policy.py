@@ -51,6 +51,9 @@ class Policy:
             router does not prefer, so that routers with old reports do not all switch at once.
         rank_padding_cost_s: Cost per unit of work and per rank between the adapter's rank and the pool's, as measured
             by `ranklet profile` on an H200.
+        uncached_factor: Factor of the time to compute those tokens of a text's prompt that a replica has not cached.
+            More than 1, because they also delay other requests.
+        running_text_share: Part of the time that running texts still take that counts as wait.
 
     Raises:
         ValueError: a field is out of range.
@@ -68,6 +71,8 @@ class Policy:
     other_router_cost_s: float = 0.02
     report_age_factor: float = 2.0
     rank_padding_cost_s: float = 2.4e-9
+    uncached_factor: float = 3.0
+    running_text_share: float = 0.2
 
     def __post_init__(self) -> None:
         if findings := check_policy(vars(self)):

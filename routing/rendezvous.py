@@ -14,16 +14,16 @@ _MASK = (1 << 64) - 1
 
 def salted(ranks: Sequence[int]) -> NDArray[np.uint64]:
     """Return the hashes of ranks (any integers), the input of `order`: uint64 [ranks]."""
-    return _mix(np.array([rank & _MASK for rank in ranks], dtype=np.uint64))
+    return mix(np.array([rank & _MASK for rank in ranks], dtype=np.uint64))
 
 
 def order(adapter: str, salts: NDArray[np.uint64]) -> NDArray[np.intp]:
     """Return the indices of the ranks that `salts` come from, most preferred first."""
     digest = blake2b(adapter.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return np.argsort(~_mix(salts ^ np.frombuffer(digest, "<u8")), kind="stable")
+    return np.argsort(~mix(salts ^ np.frombuffer(digest, "<u8")), kind="stable")
 
 
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """SplitMix64's finaliser: every input bit reaches every output bit."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

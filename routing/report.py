@@ -1,6 +1,6 @@
 """A replica's reports to routers: its queue with every answer, and its adapters at every change.
 
-Work is counted in prefill-equivalent tokens. For embeddings, one prompt token is one unit of work.
+Work is counted in prefill-equivalent tokens. For prompts, one token is one unit of work. See `speed.py` for texts.
 """
 
 import math
@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 
 RANK = "rank"  # key of a replica's metadata at Serve
 REPORT_INTERVAL_S = 1.0  # longest time between two reports of a replica, with few gateways
+NEWS_INTERVAL_S = 0.2  # time from a report to the next one, if there is news of prefixes
 _SHORTEST_INTERVAL_S = 0.05
 _SHORTEST_INTERVAL_PER_GATEWAY_S = 0.005
 _FIRST_LEVEL_S = 0.05
 _MAX_WORK = 1 << 50
 _MIN_WORK_PER_S = 1e-3
 _MAX_LOAD_S = 3600.0
+_MAX_AGE_S = 10.0
 
 
 def min_report_interval_s(gateways: int) -> float:
@@ -27,17 +29,26 @@ def wait_level(wait_s: float) -> int:
     return math.ceil(math.log2(wait_s / _FIRST_LEVEL_S)) if wait_s > _FIRST_LEVEL_S else 0
 
 
+def limited_age_s(age_s: float) -> float:
+    """Return the age of a report by wall clocks, limited to 0 to 10 s."""
+    return min(max(age_s, 0.0), _MAX_AGE_S) if math.isfinite(age_s) else 0.0
+
+
 @dataclass(frozen=True)
 class QueueLoad:
     """A replica's queue at one moment. Work is in prefill-equivalent tokens.
 
     Attributes:
         number: increases with each load that the replica sends. A router ignores loads that arrive out of order.
-        queued_work: waiting and running.
+        queued_work: waiting and running, without the texts that have begun.
         work_per_s: while the replica computes; 0 if not measured yet.
         done_work: since the replica started.
         received_work: work from the receiving router that had reached the queue. The router itself adds the rest.
         at_s: wall clock of the replica's machine.
+        texts: number of texts that have begun.
+        text_work: of the tokens of one text; 0 if no text has ended yet.
+        free_tokens: of the key-value cache, free or cached.
+        freed_per_s: tokens of the key-value cache that ended texts give back.
     """
 
     number: int
@@ -46,11 +57,16 @@ class QueueLoad:
     done_work: float
     received_work: float
     at_s: float = 0.0
+    texts: int = 0
+    text_work: float = 0.0
+    free_tokens: float = math.inf
+    freed_per_s: float = 0.0
 
     def is_possible(self) -> bool:
-        amounts = (self.queued_work, self.done_work, self.received_work)
+        amounts = (self.queued_work, self.done_work, self.received_work, self.texts, self.text_work, self.freed_per_s)
         rate = self.work_per_s
-        return all(0 <= n <= _MAX_WORK for n in amounts) and (rate == 0 or _MIN_WORK_PER_S <= rate <= _MAX_WORK)
+        is_rate = rate == 0 or _MIN_WORK_PER_S <= rate <= _MAX_WORK
+        return is_rate and self.free_tokens >= 0 and all(0 <= n <= _MAX_WORK for n in amounts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +100,31 @@ class Holdings:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixNews:
+    """Prefixes that a replica has in its key-value cache.
+
+    Attributes:
+        pages: hashes of pages (see `prefix.py`) that were used since the last report. The pages before them are cached
+            too.
+        kept_s: pages that were used within this time are cached; infinite if none was evicted.
+    """
+
+    pages: tuple[int, ...] = ()
+    kept_s: float = math.inf
+
+    def is_possible(self) -> bool:
+        return self.kept_s >= 0
+
+
+@dataclass(frozen=True, slots=True)
 class StateReport:
-    """A replica's queue and adapters, sent to every gateway.
+    """A replica's queue, adapters and prefixes, sent to every gateway.
 
     Attributes:
         load: without `received_work`. Each gateway reads its own from `received_work` below.
         gateways: ids of the gateways that the report is sent to, in an order that all replicas agree on.
         received_work: by gateway id.
+        prefixes: None if the replica makes no text.
     """
 
     replica: str
@@ -98,3 +132,4 @@ class StateReport:
     holdings: Holdings
     gateways: tuple[str, ...]
     received_work: Mapping[str, float] = field(default_factory=dict)
+    prefixes: PrefixNews | None = None

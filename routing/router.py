@@ -81,7 +81,7 @@ class AdapterRouter(RequestRouter):
 
     def _reassign(self, pending: PendingRequest, replica: str) -> None:
         hint = pending.kwargs.get(HINT) or _NO_HINT
-        self._affinity.reassign(hint.id, replica, hint.work)
+        self._affinity.reassign(hint, replica)
 
     def _call_safely(self, method: Callable[..., None], *arguments: Any) -> None:
         try:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,21 @@ from rich.table import Table
 
 from ranklet.cluster.command.console import open_console
 from ranklet.replicas.adapters.reference import RECENTLY_USED_S
+from ranklet.routing.simulate.conversations import TextTraffic
+from ranklet.routing.simulate.engine import Speed
 from ranklet.routing.simulate.outcome import SimulationResult
 from ranklet.routing.simulate.simulator import SimulatedCluster
-from ranklet.routing.simulate.study import RULES, Study, rate_for
+from ranklet.routing.simulate.study import RULES, TEXT_RULES, Study, rate_for, text_rate_for
+from ranklet.routing.simulate.text_engine import TextSpeed
 from ranklet.routing.simulate.traffic import Traffic
 
 _RECOVERED_FACTOR = 2.0  # times the p99 before the flash crowd
+_TEXT_OPTIONS = ("system_tokens", "question_tokens", "answer_tokens", "turns", "kv_tokens")
 _HEADINGS = {
     "hit rate": "hits", "p50_ms": "p50 ms", "p99_ms": "p99 ms", "mean_ms": "mean ms", "loads_per_s": "loads/s",
     "busiest / mean": "busiest", "steady_p99_ms": "steady p99", "worst_p99_ms": "worst p99",
-    "recovered_s": "recovered s",
+    "recovered_s": "recovered s", "first_p50_ms": "first p50 ms", "first_p99_ms": "first p99 ms",
+    "gap_p50_ms": "gap p50 ms", "gap_p99_ms": "gap p99 ms", "goodput_per_s": "goodput/s",
 }  # fmt: skip
 
 
@@ -34,11 +40,14 @@ def add(commands: Any) -> None:
     parser.add_argument("--gateways", type=int, default=8, help="number of gateways (default: %(default)s)")
     parser.add_argument("--zipf", type=float, default=1.1, help="exponent of adapters' shares (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=6000, help="mean length of a prompt (default: %(default)s)")
+    _add_text(parser)
     rate = parser.add_mutually_exclusive_group()
     rate.add_argument("--rate", type=float, help="requests per second")
     rate.add_argument("--load", type=float, default=0.7, help="share of the replicas' capacity (default: 0.7)")
     parser.add_argument("--seconds", type=float, default=30.0, help="simulated time (default: %(default)s)")
-    parser.add_argument("--warm-s", type=float, help="start of the measurement (default: half of the simulated time)")
+    parser.add_argument(
+        "--warm-s", type=float, help="start of the measurement (default: half of the time; with --text 0.6)"
+    )
     parser.add_argument("--flash-s", type=float, help="time at which a quiet adapter gets 30 %% of the traffic")
     parser.add_argument(
         "--lose", type=float, nargs=2, metavar=("SECOND", "COUNT"), help="when replicas die, and how many"
@@ -50,10 +59,10 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--rules",
         nargs="+",
-        choices=tuple(RULES),
-        default=list(RULES)[:5],
+        choices=tuple(dict.fromkeys((*RULES, *TEXT_RULES))),
         metavar="RULE",
-        help=f"routing rules to compare, from: {', '.join(RULES)} (default: the first five)",
+        help=f"routing rules to compare, from: {', '.join(RULES)}; with --text from: {', '.join(TEXT_RULES)} "
+        "(default: the first five)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the traffic (default: %(default)s)")
     parser.add_argument(
@@ -66,27 +75,60 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=_run)
 
 
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    text = parser.add_argument_group("texts")
+    text.add_argument("--text", action="store_true", help="simulate conversations instead of embeddings")
+    for name, default, about in (
+        ("system", 1500, "tokens of a system prompt"),
+        ("question", 150, "mean tokens of a question"),
+        ("answer", 200, "mean tokens of an answer"),
+        ("kv", 1_000_000, "tokens that a replica keeps keys and values of"),
+    ):
+        text.add_argument(f"--{name}-tokens", type=int, default=default, help=f"{about} (default: %(default)s)")
+    text.add_argument("--turns", type=float, default=4.0, help="mean turns of a conversation (default: %(default)s)")
+    text.add_argument(
+        "--pause-s",
+        type=float,
+        default=4.0,
+        help="mean time from an answer to the next question (default: %(default)s)",
+    )
+
+
+def rule_names(options: argparse.Namespace) -> list[str]:
+    """Return the rules to compare. Raises ValueError if one is not for this traffic."""
+    known = TEXT_RULES if options.text else RULES
+    for name in options.rules or ():
+        if name not in known:
+            with_text = "with" if options.text else "without"
+            raise ValueError(f"--rules: expected some of {', '.join(known)} {with_text} --text, got {name}")
+    return options.rules or list(known)[:5]
+
+
 def study(options: argparse.Namespace) -> Study:
     """Return the study that the arguments describe.
 
     Raises:
         ValueError: a number is out of range.
     """
-    for name in ("replicas", "adapters", "slots", "gateways", "tokens", "workers"):
+    for name in ("replicas", "adapters", "slots", "gateways", "tokens", "workers", *_TEXT_OPTIONS):
         if getattr(options, name) < 1:
-            raise ValueError(f"--{name}: expected at least 1, got {getattr(options, name)}")
-    for name in ("seconds", "load") if options.rate is None else ("seconds", "rate"):
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
+    if options.text and (options.flash_s is not None or options.lose or options.join):
+        raise ValueError("--text: expected no --flash-s, --lose or --join beside it")
+    for name in ("seconds", "pause_s", "load" if options.rate is None else "rate"):
         if not getattr(options, name) > 0:
-            raise ValueError(f"--{name}: expected more than 0, got {getattr(options, name)}")
+            raise ValueError(f"--{name.replace('_', '-')}: expected more than 0, got {getattr(options, name)}")
+    speed = TextSpeed(kv_tokens=options.kv_tokens)
     cluster = SimulatedCluster(
         replicas=options.replicas + (int(options.join[1]) if options.join else 0),
         recently_used_s=RECENTLY_USED_S,
         slots=options.slots,
         gateways=options.gateways,
+        speed=speed if options.text else Speed(),
         lose=_ranks(options.lose, 0, options.replicas),
         join=_ranks(options.join, options.replicas, None),
         late_s=options.late_s,
-        warm_s=options.seconds / 2 if options.warm_s is None else options.warm_s,
+        warm_s=options.seconds * (0.6 if options.text else 0.5) if options.warm_s is None else options.warm_s,
     )
     if not 0 <= cluster.warm_s < options.seconds:
         raise ValueError(f"--warm-s: expected 0 or more and less than --seconds, got {cluster.warm_s:g}")
@@ -95,6 +137,14 @@ def study(options: argparse.Namespace) -> Study:
             f"--flash-s: expected at least {cluster.warm_s + 2:g}, 2 s after --warm-s, and less than --seconds; "
             f"got {options.flash_s:g}"
         )
+    if options.text:
+        texts = TextTraffic(
+            options.rate or 1.0, options.adapters, options.zipf, options.seconds, options.system_tokens,
+            options.question_tokens, options.answer_tokens, options.turns, options.pause_s, options.seed,
+        )  # fmt: skip
+        if options.rate is None:
+            texts = replace(texts, rate=text_rate_for(options.load, options.replicas, speed, texts))
+        return Study(cluster, texts)
     rate = options.rate or rate_for(options.load, cluster, options.tokens) * options.replicas / cluster.replicas
     traffic = Traffic(
         rate, options.adapters, options.zipf, options.tokens, options.seconds, options.flash_s, seed=options.seed
@@ -133,14 +183,14 @@ def _flash_effect(outcome: SimulationResult, flash_s: float) -> dict[str, Any]:
 
 
 def _run(options: argparse.Namespace) -> int:
-    chosen = study(options)
+    chosen, names = study(options), rule_names(options)
     rows: dict[str, dict[str, Any]] = {}
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("rules", total=len(options.rules))
-        for outcome in chosen.run_all(options.rules, options.workers):
+        task = progress.add_task("rules", total=len(names))
+        for outcome in chosen.run_all(names, options.workers):
             rows[outcome.rule] = summary(outcome, options.flash_s)
             progress.advance(task)
-    ordered = [rows[name] for name in options.rules]
+    ordered = [rows[name] for name in names]
     open_console().print(_table(chosen, ordered))
     if options.out:
         settings = {name: str(value) for name, value in vars(options).items() if name != "run"}

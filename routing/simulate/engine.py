@@ -4,6 +4,8 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ranklet.routing.hint import TextHint
+
 
 @dataclass(frozen=True, slots=True)
 class Speed:
@@ -31,6 +33,13 @@ class SimulatedRequest:
     arrived_s: float
     began_s: float = 0.0
     hit: bool = True
+
+    def hint(self) -> TextHint | None:
+        """Return what the router may know of the texts that the request makes; None if it makes none."""
+        return None
+
+    def restart(self) -> None:
+        """Forget what a replica did for the request, which is lost."""
 
 
 @dataclass(slots=True)
@@ -65,6 +74,15 @@ class SimulatedEngine:
     loads: int = 0
     changes: int = 0
     waiting: "Counter[str]" = field(default_factory=Counter)
+
+    @property
+    def open_requests(self) -> int:
+        return len(self.queue) + len(self.running)
+
+    @property
+    def outstanding(self) -> float:
+        """Return the work of all open requests."""
+        return self.queued_tokens
 
     def add_request(self, request: SimulatedRequest) -> None:
         self.queue.append(request)

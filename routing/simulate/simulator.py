@@ -6,6 +6,7 @@ replica sends one after a change, at the intervals of a real replica.
 
 import heapq
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from functools import partial
 
 from ranklet.routing import report
 from ranklet.routing.report import Holdings, QueueLoad, StateReport
+from ranklet.routing.simulate.conversations import TextTraffic
 from ranklet.routing.simulate.engine import SimulatedEngine, SimulatedRequest, Speed
 from ranklet.routing.simulate.outcome import SimulationResult
 from ranklet.routing.simulate.rules import RankletRule, Rule
@@ -55,8 +57,9 @@ class SimulatedCluster:
 class Simulator:
     """One run of one rule."""
 
-    def __init__(self, cluster: SimulatedCluster, rule: Rule, traffic: Traffic, name: str) -> None:
+    def __init__(self, cluster: SimulatedCluster, rule: Rule, traffic: Traffic | TextTraffic, name: str) -> None:
         self._cluster = cluster
+        self._traffic = traffic
         self._rule = rule
         self._ranklet = rule if isinstance(rule, RankletRule) else None
         joining = set(cluster.join[1]) if cluster.join else set()
@@ -69,15 +72,17 @@ class Simulator:
         self._numbers = itertools.count()
         self._pick_gateway = random.Random(traffic.seed)
         self._gateways = tuple(str(gateway) for gateway in range(cluster.gateways))
-        self._requests = traffic.draw()
         self._seconds = traffic.seconds
         self._last_reports: dict[int, tuple[int, int, float]] = {}  # by rank: changes, wait level and time
-        self._reporting: set[int] = set()  # ranks with a report on the calendar
-        self._result = SimulationResult(name, cluster.warm_s, seconds=traffic.seconds)
+        self._reporting: dict[int, float] = {}  # by rank: time of the next report, if one is on the calendar
+        self._result = self._new_result(name)
 
     def _new_engine(self) -> SimulatedEngine:
         cluster = self._cluster
         return SimulatedEngine(cluster.slots, cluster.hosted, cluster.speed, cluster.recently_used_s)
+
+    def _new_result(self, name: str) -> SimulationResult:
+        return SimulationResult(name, self._cluster.warm_s, seconds=self._seconds)
 
     def run(self, on_progress: Callable[[float], None] = lambda now_s: None) -> SimulationResult:
         self._rule.set_replicas(self._engines, 0.0)
@@ -113,19 +118,25 @@ class Simulator:
 
     def _events(self) -> Iterator[tuple[float, _Event]]:
         """Yield the events in order of time. Arrivals are drawn only when they are next."""
-        ids = itertools.count()
-        arrival = next(self._requests, None)
+        arrivals = self._arrivals()
+        arrival = next(arrivals, None)
         while arrival is not None or self._calendar:
             if arrival is not None and (not self._calendar or arrival[0] <= self._calendar[0][0]):
-                at_s, adapter, tokens = arrival
-                gateway = self._pick_gateway.randrange(self._cluster.gateways)
-                request = SimulatedRequest(next(ids), adapter, tokens, gateway, at_s)
-                arrival = next(self._requests, None)
-                yield at_s, partial(self._send, request=request)
+                yield arrival
+                arrival = next(arrivals, None)
             else:
                 at_s, _, event = heapq.heappop(self._calendar)
                 if at_s <= self._seconds + _TAIL_S:
                     yield at_s, event
+
+    def _arrivals(self) -> Iterator[tuple[float, _Event]]:
+        assert isinstance(self._traffic, Traffic)
+        for id, (at_s, adapter, tokens) in enumerate(self._traffic.draw()):
+            request = SimulatedRequest(id, adapter, tokens, self._draw_gateway(), at_s)
+            yield at_s, partial(self._send, request=request)
+
+    def _draw_gateway(self) -> int:
+        return self._pick_gateway.randrange(self._cluster.gateways)
 
     def _schedule(self, at_s: float, event: _Event) -> None:
         heapq.heappush(self._calendar, (at_s, next(self._numbers), event))
@@ -192,28 +203,44 @@ class Simulator:
 
     def _schedule_report(self, now_s: float, rank: int, engine: SimulatedEngine) -> None:
         """Schedule a report if something has changed since the last one, no earlier than its interval allows."""
-        if rank in self._reporting:
-            return
         changes, level, last_s = self._last_reports.get(rank, (-1, 0, -report.REPORT_INTERVAL_S))
-        if engine.changes != changes or _wait_level(engine) != level:
-            self._reporting.add(rank)
-            earliest_s = last_s + report.min_report_interval_s(self._cluster.gateways)
-            self._schedule(max(now_s, earliest_s), partial(self._report, rank=rank, engine=engine))
+        if engine.changes != changes or self._wait_level(engine) != level:
+            interval_s = report.min_report_interval_s(self._cluster.gateways)
+        elif (news_s := self._news_interval_s(engine)) is not None:
+            interval_s = news_s
+        else:
+            return
+        at_s = max(now_s, last_s + interval_s)
+        if at_s < self._reporting.get(rank, math.inf):
+            self._reporting[rank] = at_s
+            self._schedule(at_s, partial(self._report, rank=rank, engine=engine))
+
+    def _news_interval_s(self, engine: SimulatedEngine) -> float | None:
+        """Return how long after the last report other news is sent; None without any."""
+        return None
 
     def _report(self, now_s: float, rank: int, engine: SimulatedEngine) -> None:
-        self._reporting.discard(rank)
+        if self._reporting.get(rank) == now_s:
+            del self._reporting[rank]
         if self._engines[rank] is not engine:
             return
-        self._last_reports[rank] = engine.changes, _wait_level(engine), now_s
+        self._last_reports[rank] = engine.changes, self._wait_level(engine), now_s
         holdings = Holdings(
             next(self._numbers), frozenset(engine.resident), frozenset(engine.loading), frozenset(engine.hosted),
             engine.slots, engine.used_slots(now_s), _POOL_RANK, engine.speed.disk_s, engine.speed.host_s,
         )  # fmt: skip
         received = {str(gateway): tokens for gateway, tokens in engine.received_tokens.items()}
-        sent = StateReport(f"r{rank}", self._load(engine, -1), holdings, self._gateways, received)
+        prefixes = self._prefixes(engine, now_s)
+        sent = StateReport(f"r{rank}", self._load(engine, -1), holdings, self._gateways, received, prefixes)
         delay_s = _REPORT_DELAY_S + self._cluster.late_s
         deliver = partial(self._deliver_report, rank=rank, engine=engine, sent=sent, age_s=delay_s)
         self._schedule(now_s + delay_s, deliver)
+
+    def _wait_level(self, engine: SimulatedEngine) -> int:
+        return report.wait_level(engine.queued_tokens / engine.speed.tokens_per_s)
+
+    def _prefixes(self, engine: SimulatedEngine, now_s: float) -> report.PrefixNews | None:
+        return None
 
     def _deliver_report(
         self, now_s: float, rank: int, engine: SimulatedEngine, sent: StateReport, age_s: float
@@ -232,6 +259,7 @@ class Simulator:
         for engine in lost:
             for request in [*engine.running, *engine.queue] if engine else ():
                 self._result.resent += 1
+                request.restart()
                 if self._ranklet:
                     self._ranklet.complete(request, None, None, now_s)
                 self._send(now_s, request)
@@ -241,7 +269,3 @@ class Simulator:
             engine = self._engines[rank] = self._new_engine()
             self._all_engines[rank].append(engine)
         self._rule.set_replicas(self._engines, now_s)
-
-
-def _wait_level(engine: SimulatedEngine) -> int:
-    return report.wait_level(engine.queued_tokens / engine.speed.tokens_per_s)

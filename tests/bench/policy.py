@@ -1,4 +1,8 @@
-"""CPU time of one routing decision, with reporting replicas, Zipf-distributed adapters and requests in flight."""
+"""CPU time of one routing decision, with reporting replicas, Zipf-distributed adapters and requests in flight.
+
+With texts, each adapter has a system prompt of 23 pages, which half of its holders have cached; each text continues a
+conversation with 12 more pages that one replica has.
+"""
 
 from statistics import median
 from time import perf_counter
@@ -8,7 +12,9 @@ import numpy as np
 
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.fleet import Fleet, Member
-from ranklet.routing.report import Holdings, QueueLoad, StateReport
+from ranklet.routing.hint import TextHint
+from ranklet.routing.prefix import PAGE_TOKENS, page_hashes, prefix_root
+from ranklet.routing.report import Holdings, PrefixNews, QueueLoad, StateReport
 from tests.bench import report
 
 _CHOICES = 20_000
@@ -17,7 +23,7 @@ _IN_FLIGHT = 200
 _RATE = 300_000.0
 
 
-def row(replicas: int, adapters: int) -> dict[str, Any]:
+def row(replicas: int, adapters: int, *, text: bool = False) -> dict[str, Any]:
     """Time `choose`, and the bookkeeping of one request and one report."""
     now_s, fleet, names = 0.0, Fleet(), [f"adapter-{i}" for i in range(adapters)]
     affinity = Affinity(fleet=fleet, clock=lambda: now_s)
@@ -25,14 +31,20 @@ def row(replicas: int, adapters: int) -> dict[str, Any]:
     for i in range(replicas):
         held = frozenset(names[(i * _SLOTS + k) % adapters] for k in range(_SLOTS))
         holdings = Holdings(0, held, frozenset(), frozenset(), _SLOTS, len(held), 64)
-        affinity.on_report(StateReport(f"r{i}", QueueLoad(0, 0, _RATE, 0, 0), holdings, ("me", "you")), "me")
+        load = QueueLoad(0, 0, _RATE, 0, 0, 0.0, 20 * text, 1000.0 * text)
+        affinity.on_report(StateReport(f"r{i}", load, holdings, ("me", "you")), "me")
+        if text:
+            known = tuple(page for name in held if (hash(name) + i) % 2 for page in _pages(name)[22:23])
+            news = PrefixNews((*known, *(_pages(name, i)[34] for name in held)))
+            affinity.on_report(StateReport(f"r{i}", load, holdings, ("me", "you"), {}, news), "me")
     weights = np.arange(1, adapters + 1) ** -1.1
     drawn = np.random.default_rng(0).choice(adapters, _CHOICES, p=weights / weights.sum()).tolist()
+    hints = [TextHint(_pages(names[each], k % replicas), 1, 2500) if text else None for k, each in enumerate(drawn)]
     choose_s, rest_s = [], []
     for k, which in enumerate(drawn):
         now_s = k / 5000
         began_s = perf_counter()
-        choice = affinity.choose(names[which], 512)
+        choice = affinity.choose(names[which], 2300 if text else 512, text=hints[k])
         chosen_s = perf_counter()
         fleet.add_request(k, choice.order[0], 512, now_s)
         fleet.complete_request(k - _IN_FLIGHT)
@@ -41,17 +53,35 @@ def row(replicas: int, adapters: int) -> dict[str, Any]:
         choose_s.append(chosen_s - began_s)
     choose_us, rest_us = np.array(choose_s[_CHOICES // 2 :]) * 1e6, np.array(rest_s[_CHOICES // 2 :]) * 1e6
     return {
-        "replicas": replicas, "adapters": adapters, "choose_us": float(choose_us.mean()),
+        "replicas": replicas, "adapters": adapters, "text": text, "choose_us": float(choose_us.mean()),
         "choose_p50_us": median(choose_us), "choose_p99_us": float(np.percentile(choose_us, 99)),
         "sent_answered_heard_us": float(rest_us.mean()),
     }  # fmt: skip
+
+
+def _pages(name: str, conversation: int = 0) -> list[int]:
+    """Return the pages of a system prompt and of one of its conversations."""
+    return [hash((name, page)) for page in range(23)] + [hash((name, page, conversation)) for page in range(12)]
+
+
+def prefix_row(pages: int) -> dict[str, Any]:
+    """Time the hashes of a prompt's pages."""
+    ids = np.random.default_rng(0).integers(0, 150_000, pages * PAGE_TOKENS + 9).astype(np.int32)
+    root, times_s = prefix_root("adapter", "revision", ""), []
+    for _ in range(2000):
+        began_s = perf_counter()
+        page_hashes(root, ids)
+        times_s.append(perf_counter() - began_s)
+    return {"pages": pages, "hash_p50_us": median(times_s) * 1e6, "hash_us": sum(times_s) / len(times_s) * 1e6}
 
 
 def main() -> None:
     parser = report.parser(__doc__)
     options = parser.parse_args()
     rows = [row(replicas, adapters) for replicas, adapters in ((4, 256), (64, 1000), (1000, 1000), (1000, 10_000))]
+    rows += [row(replicas, 1000, text=True) for replicas in (64, 1000)]
     report.save("policy", rows, options.out)
+    report.save("policy-prefix", [prefix_row(pages) for pages in (24, 128, 512)], options.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Compare routing rules on simulated clusters.
 
-Parts: steady traffic, a flash crowd, lost and added replicas, uniform traffic, stale views.
+Parts: steady traffic, a flash crowd, lost and added replicas, uniform traffic, stale views, conversations.
 """
 
 import argparse
@@ -33,6 +33,12 @@ PARTS: dict[str, Callable[[int], list[tuple[str, list[str]]]]] = {
         for gateways in (8, 32)
         for late_s in (0.0, 0.5, 5.0)
     ],
+    "text": lambda n: [("conversations", _text(n))],
+    "text-stress": lambda n: [
+        ("150,000 tokens of keys and values", _text(n, "--kv-tokens", "150000")),
+        ("32 gateways", _text(n, "--gateways", "32", "--rules", "ranklet", "adapter only")),
+        ("reports 5 s late", _text(n, "--late-s", "5", "--rules", "ranklet", "adapter only")),
+    ],
 }
 
 
@@ -52,6 +58,11 @@ def _late(gateways: int, late_s: float) -> list[str]:
     return [*shape, "--gateways", str(gateways), "--late-s", str(late_s)]
 
 
+def _text(replicas: int, *more: str) -> list[str]:
+    shape = ["--text", "--replicas", str(replicas), "--adapters", str(10 * replicas)]
+    return [*shape, "--pause-s", "2", "--seconds", "25", *more]
+
+
 def main() -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="parts to run")
@@ -65,14 +76,12 @@ def main() -> None:
         drawn: dict[str, list[SimulationResult]] = {}
         for label, words in PARTS[part](options.replicas):
             arguments = command.parse_args(["simulate", *words])
+            names = simulate.rule_names(arguments)
             began = perf_counter()
-            found = {
-                outcome.rule: outcome
-                for outcome in simulate.study(arguments).run_all(arguments.rules, arguments.workers)
-            }
+            found = {outcome.rule: outcome for outcome in simulate.study(arguments).run_all(names, arguments.workers)}
             console.print(f"{label}: {perf_counter() - began:.0f} s")
-            drawn[label] = [found[name] for name in arguments.rules]
-            rows += [{"case": label, **simulate.summary(found[name], arguments.flash_s)} for name in arguments.rules]
+            drawn[label] = [found[name] for name in names]
+            rows += [{"case": label, **simulate.summary(found[name], arguments.flash_s)} for name in names]
         path = report.save(f"simulate-{part}", rows, options.out)
         if part in ("steady", "flash", "faults"):
             picture(drawn, path.with_suffix(".png"))

@@ -22,6 +22,11 @@ def study(
     return Study(cluster, Traffic(rate_for(load, cluster, 6000), adapters, zipf, 6000, seconds))
 
 
+def arrivals(asked: Study) -> list[tuple[float, str, int]]:
+    assert isinstance(asked.traffic, Traffic)
+    return list(asked.traffic.draw())
+
+
 def engine_with(slots: int, max_hosted: int) -> SimulatedEngine:
     return SimulatedEngine(slots, max_hosted, SPEED, RECENTLY_USED_S)
 
@@ -60,7 +65,7 @@ def test_an_engine_evicts_the_least_recently_used_without_requests() -> None:
 def test_every_request_is_answered_once(rule: str) -> None:
     asked = study(8, 80, seconds=4)
     outcome = asked.run(rule)
-    drawn = list(asked.traffic.draw())
+    drawn = arrivals(asked)
     assert sorted(outcome.arrived_s) == [at_s for at_s, _, _ in drawn]
     assert min(outcome.wait_s) >= 0
     served_s = sum(tokens for at_s, _, tokens in drawn if at_s >= 2) / asked.cluster.speed.tokens_per_s
@@ -80,7 +85,7 @@ def test_no_request_is_lost_when_replicas_die_and_start() -> None:
     outcome = asked.run("ranklet")
     assert outcome.resent > 0
     assert outcome.unfinished == 0
-    assert len(outcome.arrived_s) == len(list(asked.traffic.draw()))
+    assert len(outcome.arrived_s) == len(arrivals(asked))
     assert outcome.busy_s[0] > 0
 
 

@@ -1,0 +1,85 @@
+"""What a text costs at each replica beyond the wait: prompt tokens that are not cached, and room for more of them."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ranklet.routing.fleet import Fleet, Vector
+from ranklet.routing.hint import TextHint
+from ranklet.routing.policy import Policy
+from ranklet.routing.prefix import PrefixTable
+from ranklet.routing.rendezvous import mix
+from ranklet.routing.report import StateReport, limited_age_s
+
+_LEAST_FREED_PER_S = 1000.0
+_LONGEST_ROOM_WAIT_S = 10.0
+_WRONG_SHARE = 0.5  # an entry is dropped if less than this part of the expected tokens was cached
+
+
+class TextCost(NamedTuple):
+    """The costs of one text call.
+
+    Attributes:
+        cost: float64 [replicas], in seconds.
+        work: of the whole call at the replica that must compute the fewest tokens.
+        uncached: float64 [replicas], prompt tokens that each replica must compute.
+        longest: indices of the one or two replicas that have most of the prompt; empty if many have.
+    """
+
+    cost: Vector
+    work: float
+    uncached: Vector
+    longest: tuple[int, ...]
+
+
+class TextCosts:
+    """The costs of texts, by what a router knows of the replicas' key-value caches."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._table = PrefixTable()
+        self._text_work = 0.0  # mean of the replicas
+        self._expected: dict[int, tuple[TextHint, int, float]] = {}  # by request: replica and cached tokens
+
+    def set_members(self) -> None:
+        self._table.set_members(member.id for member in self._fleet.members)
+        self._expected.clear()
+
+    def cost(self, hint: TextHint, tokens: float, policy: Policy) -> TextCost:
+        """Return the costs of a call with this number of prompt tokens."""
+        fleet, rates = self._fleet, self._fleet.rates
+        found = self._table.match(hint.pages)
+        uncached = np.full(len(rates), tokens) if found is None else np.maximum(tokens - found.tokens, 1.0)
+        cost = uncached * policy.uncached_factor / rates
+        if found is None and hint.pages:  # all routers choose the same home
+            cost *= 1.0 + mix(fleet.salts ^ np.uint64(hint.pages[0])) / 2.0**64
+        if hint.room > fleet.free_tokens.min():
+            missing = np.maximum(hint.room - tokens + uncached - fleet.free_tokens, 0.0)
+            cost += np.minimum(missing / np.maximum(fleet.freed_per_s, _LEAST_FREED_PER_S), _LONGEST_ROOM_WAIT_S)
+        work = float(uncached.min()) + hint.texts * self._text_work
+        return TextCost(cost, work, uncached, () if found is None else tuple(found.longest))
+
+    def work(self, hint: TextHint, uncached: float, i: int, policy: Policy) -> float:
+        """Return the work of a call that delays others at replica `i`."""
+        return uncached + policy.running_text_share * hint.texts * float(self._fleet.text_work[i])
+
+    def add(self, request: int, hint: TextHint, i: int, cached_tokens: float, now_s: float) -> None:
+        """Note that replica `i` is sent a call, and should find this much of its prompt in its cache."""
+        self._expected[request] = hint, i, cached_tokens
+        self._table.add(hint.pages, i, now_s)
+
+    def complete(self, request: int, replica: str | None, cached_tokens: int | None) -> None:
+        """Note the end of a call. Drop what turned out to be wrong."""
+        expected = self._expected.pop(request, None)
+        if expected is None or replica is None or cached_tokens is None:
+            return
+        hint, i, tokens = expected
+        if self._fleet.members[i].id == replica and cached_tokens < _WRONG_SHARE * tokens:
+            self._table.drop(hint.pages, i, cached_tokens)
+
+    def on_report(self, report: StateReport, now_s: float, age_s: float) -> None:
+        """Store what a replica has told of its prefixes."""
+        news, told_s = report.prefixes, now_s - limited_age_s(age_s)
+        if news is not None and news.is_possible():
+            self._text_work = float(self._fleet.text_work.mean()) if len(self._fleet) else 0.0
+            self._table.learn(report.replica, news.pages, told_s - news.kept_s, told_s)
