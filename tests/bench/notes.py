@@ -43,3 +43,9 @@ ATTENTION_NOTE = """\
 Keys were cut into splits of at least 256 keys; 512 are kept. With 512, 32 x 512 behind 0 took 171 us for Qwen3-0.6B in
 the same call. Times of the other shapes measured with both differ by up to 4 %. The larger bound on partial sums and
 the explicit `fma` came later and were not measured."""
+STREAM_FAULTS_NOTE = """\
+At commit 7c1f901. Two replicas and two gateways on one machine, 64 streams at once of the base model and three
+adapters, greedy and sampled, with penalties, logprobs and two choices, float32. A stream is right if its tokens, text,
+finish reason and usage are those of the same request without faults. A pause is the time between two events of a
+stream. A drained replica is stopped 2 s after it gets no new requests. Gateways that a deploy replaces take their
+counts along."""

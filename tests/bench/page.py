@@ -17,6 +17,7 @@ from tests.bench.notes import (
     GAPS_NOTE,
     GENERATE_8B_NOTE,
     GENERATE_NOTE,
+    STREAM_FAULTS_NOTE,
     TEXT_HTTP_NOTE,
 )
 from tests.bench.report import RESULTS
@@ -218,6 +219,13 @@ TABLES = (
         "Memory during these loads", "churn-cpu",
         {"what": ("what", TEXT), "first": ("first", MS), "last": ("last", MS), "grown": ("growth", EXACT_PERCENT)},
         lambda row: "grown" not in row,
+    ),
+    ResultTable(
+        "Streams while replicas die, hang, drain and change, on a CPU", "stream-faults-cpu",
+        {"fault": ("fault", TEXT), "streams": ("streams", COUNT), "right": ("right", COUNT), "wrong": ("wrong", COUNT),
+         "failed": ("failed", COUNT), "continued": ("calls continued", COUNT),
+         "longest_pause_s": ("longest pause s", number(2)), "took_s": ("until all is replaced s", COUNT)},
+        note=STREAM_FAULTS_NOTE,
     ),
     ResultTable("A flood on one of 17 adapters, the others at 80 % of the capacity, 6144 tokens", "fair-h200", FAIR),
     ResultTable("A flood on one of 17 adapters, 512 tokens", "fair-h200-512", FAIR),
