@@ -6,6 +6,7 @@ import os
 import urllib.error
 import urllib.parse
 from dataclasses import replace
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,8 @@ def _request(options: argparse.Namespace, method: str, path: str, body: dict[str
     try:
         return dict(fetch_json(base + path, timeout_s=_TIMEOUT_S, token=key, method=method, body=body))
     except urllib.error.HTTPError as error:
-        raise ValueError(_refusal_message(error)) from error
+        remedy = f"; then set {_KEY_VARIABLE} or --key" if error.code == HTTPStatus.UNAUTHORIZED and key is None else ""
+        raise ValueError(_refusal_message(error) + remedy) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"--url {options.url}: expected a service that answers, got {error}") from error
 

@@ -30,7 +30,7 @@ class BenchPlan:
     endpoint: str | None = None  # None: the path of the task in OpenAI's API
     api_key: str = field(default="", repr=False)
     model: str | None = None  # name of the base model; None: the server's first model without a parent
-    adapters: tuple[str, ...] = ()  # names, or fnmatch patterns of names in /v1/models; empty: only the base model
+    adapters: tuple[str, ...] = ()  # names, or patterns of names in /v1/models; empty: only the base model
     adapter_as: str = "model"  # field that names the adapter; "lora_path" for SGLang
     adapter_distribution: str = "uniform"
     dataset: str = "random"

@@ -5,7 +5,6 @@ Neither these requests nor the load use the environment's proxies, so the measur
 
 import asyncio
 import contextlib
-import fnmatch
 from typing import Any
 
 import aiohttp
@@ -15,8 +14,9 @@ from ranklet.cluster.command.bench.plan import BenchPlan
 from ranklet.cluster.command.bench.requests import PlannedRequest
 from ranklet.cluster.command.bench.text_client import TextLoadClient
 from ranklet.cluster.command.json_client import fetch_json
+from ranklet.cluster.names import matches
 
-_PATTERN = frozenset("*?[")
+_PATTERN = frozenset("*?")
 _TIMEOUT_S = 30.0
 
 
@@ -41,7 +41,7 @@ def resolve_models(plan: BenchPlan) -> tuple[str, list[str]]:
     known = [card["id"] for card in cards if card.get("parent")]
     chosen: list[str] = []
     for name in plan.adapters:
-        found = fnmatch.filter(known, name) if name in patterns else [name]
+        found = [each for each in known if matches(name, [each])] if name in patterns else [name]
         if not found:
             raise ValueError(f"--adapters: {name!r} matches none of the server's {len(known)} adapters")
         chosen += found

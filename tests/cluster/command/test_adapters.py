@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -39,11 +39,19 @@ class FixedService:
 
     def __init__(self) -> None:
         sent = self.sent = list[tuple[str, str | None, Any]]()
+        needs_key = self.needs_key = Event()
 
         class FixedAnswer(BaseHTTPRequestHandler):
             def answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
                 sent.append((self.path, self.headers.get("authorization"), json.loads(body or "null")))
+                if needs_key.is_set() and self.headers.get("authorization") is None:
+                    refusal = json.dumps({"error": {"message": "a key is needed"}}).encode()
+                    self.send_response(401)
+                    self.send_header("content-length", str(len(refusal)))
+                    self.end_headers()
+                    self.wfile.write(refusal)
+                    return
                 loaded = {"name": "x", "revision": "0", "rank": 1, "bytes": 1, "target_modules": ["q_proj"]}
                 content = json.dumps({"data": CARDS} if self.command == "GET" else loaded).encode()
                 self.send_response(200)
@@ -108,6 +116,15 @@ def test_a_key_is_sent_without_its_line_end(around: str, fixed: FixedService, mo
     monkeypatch.setenv("RANKLET_API_KEY", around.format(KEY))
     assert cli.main(["adapters", "list", "--url", fixed.url]) == 0
     assert fixed.sent[0][1] == f"Bearer {KEY}"
+
+
+def test_a_service_that_needs_a_key_says_where_to_put_it(
+    fixed: FixedService, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANKLET_API_KEY", raising=False)
+    fixed.needs_key.set()
+    assert cli.main(["adapters", "list", "--url", fixed.url]) == 1
+    assert capsys.readouterr().err == "ranklet: a key is needed; then set RANKLET_API_KEY or --key\n"
 
 
 @pytest.mark.parametrize("key", [f"{KEY}\nx", f"{KEY}\x00", f"{KEY} x", f"\u201c{KEY}\u201d", f"{KEY}\r\nx-admin: 1"])
