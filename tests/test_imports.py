@@ -16,7 +16,8 @@ BELOW_REPLICAS = HTTP | {"ray", "pydantic"}
 BELOW_KERNELS = BELOW_REPLICAS | {"transformers", "tokenizers"}
 RAY = frozenset({"ray"})
 MODULES = "replicas.model.modules"  # names only, without torch: settings may import them
-ENGINE = ("replicas", MODULES, "replicas.model", "replicas.adapters", "replicas.cache", "replicas.engine")
+ENGINE = ("replicas", MODULES, "replicas.grammar", "replicas.model", "replicas.adapters", "replicas.cache",
+          "replicas.engine")  # fmt: skip
 LEAVES = ("cluster.config", "cluster.names", "cluster.settings")
 SHARED = ("cluster", "cluster.settings.keeper", *LEAVES)
 
@@ -36,10 +37,11 @@ ROOMS = {
     "kernels.tuning": Room(("kernels",), BELOW_KERNELS),
     MODULES: Room(("kernels",), BELOW_REPLICAS | {"torch"}),
     "replicas": Room((MODULES,), BELOW_REPLICAS),
+    "replicas.grammar": Room(("replicas",), BELOW_KERNELS | {"torch"}),
     "replicas.model": Room(("kernels", *ENGINE[:2]), BELOW_REPLICAS),
-    "replicas.adapters": Room(("kernels", *ENGINE[:3]), BELOW_REPLICAS),
-    "replicas.cache": Room(("kernels", *ENGINE[:4]), BELOW_REPLICAS),
-    "replicas.engine": Room(("kernels", *ENGINE[:5]), BELOW_REPLICAS),
+    "replicas.adapters": Room(("kernels", *ENGINE[:4]), BELOW_REPLICAS),
+    "replicas.cache": Room(("kernels", *ENGINE[:5]), BELOW_REPLICAS),
+    "replicas.engine": Room(("kernels", *ENGINE[:6]), BELOW_REPLICAS),
     "replicas.process": Room(ENGINE, BELOW_REPLICAS),
     "replicas.profiling": Room(("kernels", *ENGINE), BELOW_REPLICAS),
     "routing": Room(only=frozenset({"numpy"})),
@@ -138,7 +140,9 @@ def test_the_top_of_a_room_holds_only_shared_files() -> None:
         "names", "text_result",
     }  # fmt: skip
     assert {file.stem for file in (ROOT / "cluster").glob("*.py")} <= shared
-    assert {file.stem for file in (ROOT / "replicas").glob("*.py")} == {"config", "errors", "escape", "regular_file"}
+    assert {file.stem for file in (ROOT / "replicas").glob("*.py")} == {
+        "bounded_process", "config", "errors", "escape", "regular_file",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,8 @@ def commit_decodes(plan: StepPlan, holders: Holders, space: KvSpace) -> None:
     for sequence in decodes:
         sequence.computed += 1
         sequence.left -= 1
+        if sequence.grammar is not None:
+            holders.pause(sequence)
     plan.final = [each for each in decodes if not each.left]
     for sequence in plan.final:
         holders.stop_decoding(sequence)

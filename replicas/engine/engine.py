@@ -22,6 +22,7 @@ from ranklet.replicas.cache.pages import IntegrityError
 from ranklet.replicas.cache.prefix import base_revision
 from ranklet.replicas.cache.tensors import KvPages, pages_that_fit
 from ranklet.replicas.config import EngineConfig
+from ranklet.replicas.engine.generate import GenerateTask
 from ranklet.replicas.engine.kv_space import KvSpace, integrity_check
 from ranklet.replicas.engine.lengths import request_limits
 from ranklet.replicas.engine.limits import check_space
@@ -31,7 +32,8 @@ from ranklet.replicas.engine.pipeline import Pipeline, shutting_down
 from ranklet.replicas.engine.request import Request, Sink, Ticket
 from ranklet.replicas.engine.runner import Runner
 from ranklet.replicas.engine.scheduler import Scheduler
-from ranklet.replicas.engine.sequence import Sequence, adapter_names, count_requests, flow_of
+from ranklet.replicas.engine.sequence import flow_of
+from ranklet.replicas.engine.snapshots import snapshot_of
 from ranklet.replicas.engine.start_times import StartTimes
 from ranklet.replicas.engine.stats import Listener, Snapshot
 from ranklet.replicas.engine.step_cost import StepCost
@@ -115,6 +117,9 @@ class Engine:
             self._lock, self.steps, self._scheduler, self._adapters, self._listener, self.heads.base,
             max_sequences=config.max_batch_requests,
         )  # fmt: skip
+        if self._no_text is None:
+            with self._times.part("grammars"):
+                self.limits = self._pipeline.masks.prepare(config.model_dir, self.limits)
 
     def start(self) -> None:
         """Compile kernels and begin to serve. On a GPU the first start takes minutes, a later one less."""
@@ -180,17 +185,24 @@ class Engine:
     ) -> Ticket:  # fmt: skip
         """Queue a request of any task; see `submit`. The prompts must be within `limits`."""
         request = Request(task, prompts, adapter, sink, arrived_s=perf_counter(), given=given)
+        tokens = sum(map(len, (*prompts, *given)))
+        queue = partial(self._queue, request, adapter, tokens)
+        if isinstance(task, GenerateTask) and task.has_grammar:
+            self._pipeline.masks.begin(task, request, queue)
+        else:
+            queue()
+        return Ticket(request)
+
+    def _queue(self, request: Request, adapter: AdapterRef | None, tokens: int) -> None:
         self._pipeline.wait_for_launch()
         with self._lock:
             self._check_adapter(adapter)
-            tokens = sum(map(len, (*prompts, *given)))
             check_space(self._scheduler.queue, self.config.max_waiting_tokens, flow_of(adapter), tokens)
             tier = request.tier = None if adapter is None else self._adapters.tier(adapter)
             self._scheduler.queue.add(request.sequences)
             self._pipeline.wake(must_load=tier not in (None, "gpu"))
         if tier is not None:
             self._listener.tier_hit(tier)
-        return Ticket(request)
 
     def load(self, adapter: AdapterRef) -> AdapterInfo:
         """Verify an adapter and load it into a slot. Returns after the load.
@@ -271,17 +283,9 @@ class Engine:
 
     def snapshot(self) -> Snapshot:
         with self._lock:
-            in_steps, started, waiting = self._pipeline.running(), list[Sequence](), list[Sequence]()
-            for sequence in self._scheduler.waiting():
-                (waiting if sequence.row is None else started).append(sequence)
-            running, held = [*in_steps, *started], self._adapters.held()
-            return Snapshot(
-                resident=held.resident, hosted=held.hosted,
-                waiting_requests=count_requests(waiting), waiting_tokens=self._scheduler.queue.tokens,
-                waiting_sequences=len(waiting), running_requests=count_requests(running),
-                waiting_adapters=adapter_names(waiting), running_adapters=adapter_names(running),
-                slots=self.config.slots, pool_bytes=self._pool.nbytes, host_bytes=self._adapters.host_bytes,
-                pinned=tuple(sorted(self._adapters.pinned)), kv_cache=self._scheduler.kv_state(),
+            return snapshot_of(
+                self._scheduler, self._pipeline.running(), self._adapters, slots=self.config.slots,
+                pool_bytes=self._pool.nbytes,
             )  # fmt: skip
 
     def healthy(self) -> bool:

@@ -15,6 +15,7 @@ from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.model.sampled import PromptScores, SampledToken, TokenLogprob
 
 if TYPE_CHECKING:
+    from ranklet.replicas.grammar.compiler import GrammarCompiler
     from ranklet.replicas.model.heads import TextHead
 
 STOP, LENGTH = "stop", "length"
@@ -87,6 +88,20 @@ class GenerateTask:
         self._prompt_logprobs: list[list[TokenLogprob]] = [[] for _ in range(prompts)]
         self._cached_tokens = 0
 
+    @property
+    def has_grammar(self) -> bool:
+        return self._params.grammar is not None
+
+    def begin_grammars(self, compiler: "GrammarCompiler", sequences: Many[Sequence]) -> None:
+        """Give each sequence the state of its grammar. May take long. Raises InvalidRequest."""
+        params = self._params
+        assert params.grammar is not None, "called without `has_grammar`"
+        for sequence in sequences:
+            sequence.grammar = compiler.start_text(
+                params.grammar, sequence.ids[sequence.prompt :].tolist(), params.allowed_token_ids,
+                params.stop_token_ids, params.min_tokens,
+            )  # fmt: skip
+
     def prepare(self, sequences: Many[Sequence]) -> None:
         for first in range(0, len(sequences), self.choices):
             scored = sequences[first] if self._params.prompt_logprobs is not None else None
@@ -103,6 +118,8 @@ class GenerateTask:
     def start(self, sequence: Sequence, end_ids: Collection[int]) -> None:
         if sequence.sampling is not None:
             return
+        if sequence.grammar is not None:
+            sequence.grammar.add_ends(end_ids)
         ends = () if self._params.ignore_eos else (*self._end_ids, *end_ids)
         self._stop_ids = frozenset((*ends, *self._params.stop_token_ids))
         sequence.sampling = self._params.sampling(
@@ -126,7 +143,8 @@ class GenerateTask:
         sequence.append(token)
         piece = (token,), logprobs
         produced = sequence.length - sequence.prompt
-        if token in self._stop_ids and produced > params.min_tokens:
+        # A text with a grammar ends before `min_tokens` if it is complete, and only then draws a token that ends it.
+        if token in self._stop_ids and (produced > params.min_tokens or sequence.grammar is not None):
             self._end(sequence, STOP, token)
         elif sequence.finishing:
             self._end(sequence, STOP, None)

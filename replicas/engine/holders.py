@@ -17,16 +17,18 @@ class Holders:
     Attributes:
         all: in the order in which they started.
         decoding: those whose next pass computes one token, in any order.
+        paused: those of them that are in no step until their last token and a mask are there.
         adapters: number of holders by adapter.
-        decoding_flows: number of decoding sequences by flow.
+        decoding_flows: number of decoding sequences by flow, without paused ones.
     """
 
     def __init__(self) -> None:
         self.all: dict[Sequence, None] = {}
         self.decoding: dict[Sequence, None] = {}
+        self.paused = set[Sequence]()
         self.adapters: Counter[AdapterRef] = Counter()
         self.decoding_flows: Counter[str] = Counter()
-        self._decode_set: DecodeSet | None = None  # of `decoding`; None after a change
+        self._decode_set: DecodeSet | None = None  # None after a change
 
     def __len__(self) -> int:
         return len(self.all)
@@ -48,9 +50,10 @@ class Holders:
         return {page for each in others if each.left and (page := next_page(each)) is not None}
 
     def decode_set(self) -> DecodeSet:
-        """Return the decoding sequences in the order in which they started."""
+        """Return the decoding sequences that are not paused, in the order in which they started."""
         if self._decode_set is None:
-            self._decode_set = DecodeSet.of(each for each in self.all if each in self.decoding)
+            ready = self.decoding.keys() - self.paused if self.paused else self.decoding
+            self._decode_set = DecodeSet.of(each for each in self.all if each in ready)
         return self._decode_set
 
     def add(self, sequence: Sequence) -> None:
@@ -71,9 +74,23 @@ class Holders:
 
     def stop_decoding(self, sequence: Sequence) -> None:
         if sequence in self.decoding:
+            self.pause(sequence)
+            self.paused.remove(sequence)
             del self.decoding[sequence]
+
+    def pause(self, sequence: Sequence) -> None:
+        """Leave a decoding sequence out of the next steps."""
+        if sequence not in self.paused:
+            self.paused.add(sequence)
             self._decode_set = None
             _decrease(self.decoding_flows, sequence.flow)
+
+    def resume(self, sequence: Sequence) -> None:
+        """Undo `pause`, if the sequence is still paused."""
+        if sequence in self.paused:
+            self.paused.remove(sequence)
+            self._decode_set = None
+            self.decoding_flows[sequence.flow] += 1
 
 
 def _decrease(counter: Counter[Key], key: Key) -> None:

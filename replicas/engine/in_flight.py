@@ -19,8 +19,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class InFlightStep:
+    """A launched step.
+
+    Attributes:
+        bound: texts with a grammar that go on. Set by `deliver`.
+    """
+
     plan: StepPlan
     launched: LaunchedStep
+    bound: list[Sequence] = field(default_factory=list)
     _pieces: list[tuple[Sequence, Any]] = field(default_factory=list)  # of texts, one token each
     _ends: list[Callable[[], None]] = field(default_factory=list)
 
@@ -54,6 +61,8 @@ class InFlightStep:
                     continue
                 if piece is not None:
                     pieces.append((sequence, piece))
+                if sequence.grammar is not None and not is_done:
+                    self.bound.append(sequence)
                 if is_done:
                     done.append(sequence)
                     if sequence.request.is_complete:

@@ -26,6 +26,7 @@ class RequestLimits:
         vocab: number of token ids.
         max_embedding_len: largest number of tokens of a prompt of embeddings.
         no_text: why the engine generates no text; None if it does.
+        no_grammar: why texts cannot follow a grammar; None if they can.
         end_ids: tokens that end a text of the base model.
         base_revision: content of the base model; "" if the engine generates no text.
         dimensions: widths to which embeddings may be shortened; None for any.
@@ -37,6 +38,7 @@ class RequestLimits:
     vocab: int
     max_embedding_len: int
     no_text: str | None = None
+    no_grammar: str | None = None
     end_ids: tuple[int, ...] = ()
     base_revision: str = ""
     dimensions: tuple[int, ...] | None = None

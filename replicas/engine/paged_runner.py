@@ -74,6 +74,9 @@ class PagedRunner:
             if sequence.sampling is not None and sequence.row is not None:
                 ids = sequence.ids
                 self.text.sampler.begin(sequence.row, sequence.sampling, ids[: sequence.prompt], ids[sequence.prompt :])
+        masks = {each.row: each.grammar.allowed for each in plan.drawing() if each.grammar and each.row is not None}
+        if masks:
+            self.text.sampler.set_masks(list(masks), list(masks.values()))
         return self.launch_items(StepItems(plan.decode_set.rows, spans_of(plan), slots), launched_s)
 
     @torch.inference_mode()

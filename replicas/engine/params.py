@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from ranklet.kernels.sampling_row import TOP_LOGPROBS
 from ranklet.replicas.errors import InvalidRequest
+from ranklet.replicas.grammar.grammar import Grammar
 from ranklet.replicas.model.embedding_settings import Prompting
 from ranklet.replicas.model.sampling_values import SamplingValues
 
@@ -54,6 +55,7 @@ class GenerateParams:
         logprobs: number of largest logprobs at each generated token; 0 asks for the token's own only.
         prompt_logprobs: number of largest logprobs at each token of the prompt; 0 asks for the token's own only.
         cache_salt: requests with different salts share no cached pages.
+        grammar: of each text; None allows any text.
 
     Raises:
         InvalidRequest: a value has another type or is out of range.
@@ -77,6 +79,7 @@ class GenerateParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     cache_salt: str = ""
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _integer("max_tokens", self.max_tokens, 0)
@@ -93,6 +96,8 @@ class GenerateParams:
         _integer("n", self.n, 1, MAX_CHOICES, "send several requests for more choices")
         if type(self.ignore_eos) is not bool:
             raise _refusal("ignore_eos", "true or false", self.ignore_eos)
+        if self.grammar is not None and self.ignore_eos:
+            raise _refusal("ignore_eos", "false for a text with a grammar, which ends when it is complete", True)
         if self.seed is not None:
             _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1, "leave it out for a random seed")
         for name in ("logprobs", "prompt_logprobs"):
@@ -120,7 +125,9 @@ class GenerateParams:
             eos_ids: the ids of the base and the adapter that end the text.
             prompt_tokens: length of the prompt; the position of the first generated token.
         """
-        stops = (*self.stop_token_ids, *(() if self.ignore_eos else eos_ids)) if self.min_tokens else ()
+        stops: tuple[int, ...] = ()
+        if self.min_tokens and self.grammar is None:  # a grammar's mask has the bans
+            stops = (*self.stop_token_ids, *(() if self.ignore_eos else eos_ids))
         return SamplingValues(
             temperature=self.temperature,
             top_k=max(self.top_k, 0),
@@ -133,7 +140,8 @@ class GenerateParams:
             logit_bias=self.logit_bias,
             banned_ids=stops,
             banned_until=prompt_tokens + self.min_tokens,
-            allowed_token_ids=self.allowed_token_ids,
+            allowed_token_ids=None if self.grammar is not None else self.allowed_token_ids,
+            has_grammar=self.grammar is not None,
             logprobs=self.logprobs,
         )
 

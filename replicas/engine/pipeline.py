@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from threading import Condition, Lock, Thread
 from time import perf_counter
 
-import numpy as np
 import torch
 
 from ranklet.replicas.adapters.manager import AdapterManager
+from ranklet.replicas.engine.device_probe import DeviceProbe
 from ranklet.replicas.engine.forecast import Forecast
 from ranklet.replicas.engine.in_flight import InFlightStep
-from ranklet.replicas.engine.layout import TokenSpan
+from ranklet.replicas.engine.masks import Masks
 from ranklet.replicas.engine.plan import StepPlan
 from ranklet.replicas.engine.scheduler import Scheduler
 from ranklet.replicas.engine.sequence import Sequence
@@ -40,6 +40,9 @@ class Pipeline:
     Args:
         lock: held to use `scheduler` or `adapters`, and notified after a change.
         probe_head: head of the step that checks the device.
+
+    Attributes:
+        masks: computes the masks of texts with a grammar.
     """
 
     def __init__(
@@ -53,7 +56,9 @@ class Pipeline:
         self._steps = steps
         self._runner = steps.runner
         self._listener = listener
-        self._probe_span = TokenSpan(np.zeros(1, dtype=np.int32), 0, probe_head)
+        self._probe = DeviceProbe(steps.runner, probe_head)
+        self.masks = Masks(lock, self._drop)
+        self._mask_delay_s = 0.0  # of the next step
         self._max_sequences = max_sequences
         self._depth = 2 if steps.runner.model.device.type == "cuda" else 1
         self._forecast = Forecast()
@@ -62,7 +67,6 @@ class Pipeline:
         self._launching: list[Sequence] = []  # on the CPU a launch is the whole computation
         self._launch_lock = Lock()
         self._must_probe = False  # a sequence failed alone: either it cannot be computed, or the device is broken
-        self._is_broken = False
         self._launches_more = True  # until the step thread has launched its last step
         self._threads = [
             Thread(target=self._step_loop, name="ranklet-step", daemon=True),
@@ -70,6 +74,7 @@ class Pipeline:
         ]
 
     def start(self) -> None:
+        self.masks.start()
         for thread in self._threads:
             thread.start()
 
@@ -78,6 +83,7 @@ class Pipeline:
             self.is_stopping = True
             self._lock.notify_all()
         self._refuse_waiting()
+        self.masks.stop()
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
@@ -122,7 +128,7 @@ class Pipeline:
 
     def problem(self) -> str | None:
         """Return why no step runs; None if steps run."""
-        if self._is_broken:
+        if self._probe.has_failed:
             return "the device no longer computes"
         if not all(thread.is_alive() for thread in self._threads):
             return "the engine's threads do not run"
@@ -158,7 +164,7 @@ class Pipeline:
             else:
                 self._must_probe = False
         if plan is None:
-            self._probe_device()
+            self._probe.run()
             return True
         self._listener.cancelled(sum(sequence.request.is_open for sequence in plan.cancelled))
         if plan.computes:
@@ -195,17 +201,13 @@ class Pipeline:
         for sequence in holding:
             sequence.holds_slot = False
 
-    def _probe_device(self) -> None:
-        """Run one token of the base model. If that fails too, the device is broken."""
-        try:
-            self._runner.launch([self._probe_span], [None]).wait()
-        except Exception:
-            logger.exception("the device no longer computes; this engine is unhealthy from now on")
-            self._is_broken = True
-
     def _next_plan(self) -> StepPlan | None:
         """Return the step to launch now, if any, and start the loads that waiting sequences need."""
+        self.masks.resume(self._scheduler.holders)
         is_full = len(self._in_flight) == self._depth
+        self._mask_delay_s = self.masks.patience_s() if self._in_flight and not is_full else 0.0
+        if self._mask_delay_s:
+            return None
         if is_full and not len(self._scheduler.queue):  # no plan could be launched or demand an adapter
             self._adapters.start_loads(())
             return None
@@ -229,7 +231,7 @@ class Pipeline:
     def _wait_limit_s(self) -> float | None:
         """Return the time until a small step is due behind the running one; None if only a change can make one due."""
         may_follow = 0 < len(self._in_flight) < self._depth and self._scheduler.has_waiting()
-        due_s = self._due_in_s() if may_follow else 0.0
+        due_s = (self._mask_delay_s or self._due_in_s()) if may_follow else 0.0
         return due_s if due_s > 0 else None
 
     def _launch(self, plan: StepPlan, slots: list[int | None]) -> None:
@@ -274,6 +276,8 @@ class Pipeline:
                 if uses_pages:
                     self._drop(step.deliver(began_s, compute_s))
                     self._scheduler.publish(step.plan)
+                    self.masks.on_step(compute_s, finished_s)
+                    self.masks.go_on(step.bound)
                 else:
                     self._release_slots(step.plan.final)
                 self._adapters.release_slots(step.plan.adapters)

@@ -102,6 +102,11 @@ class StepPlan:
     def sequences(self) -> list["Sequence"]:
         return [*self.decodes, *(part.sequence for part in self.parts)]
 
+    def drawing(self) -> Iterator["Sequence"]:
+        """Yield the sequences that have an output in this step."""
+        yield from self.decodes
+        yield from (part.sequence for part in self.parts if part.head is not None)
+
     @property
     def adapters(self) -> list[AdapterRef]:
         decoded = self.decode_set.adapters

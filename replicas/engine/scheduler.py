@@ -11,7 +11,7 @@ into a step, is passed over at most `PATIENCE` times; then no later sequence sta
 
 - the first ready sequence of the queue is in the next step that has space for it;
 - a ready sequence that needs no pages is overtaken in at most `PATIENCE` steps;
-- decodes wait for at most one step in turn;
+- decodes wait for at most one step in turn, apart from those with a grammar (`masks.py`);
 - a sequence that needs pages is not overtaken by one that needs pages;
 - the sequence that started first is never preempted, so that it ends;
 - on the CPU, a request within its adapter's allowance that comes while one other adapter floods is in the next step;
@@ -99,7 +99,7 @@ class Scheduler:
             if sequence.cancelled:
                 plan.cancelled.append(sequence)
                 continue
-            if sequence in plan.preempted:
+            if sequence in plan.preempted or sequence.awaits_mask:
                 continue
             adapter = sequence.adapter
             if adapter is not None and adapter not in ready:
@@ -244,6 +244,8 @@ class Scheduler:
         sequence.left -= 1
         if sequence.left:
             self.holders.start_decoding(sequence)
+            if sequence.grammar is not None:
+                self.holders.pause(sequence)
         else:
             plan.final.append(sequence)
             self.holders.stop_decoding(sequence)

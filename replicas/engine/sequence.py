@@ -14,6 +14,7 @@ from ranklet.replicas.model.sampling_values import SamplingValues
 
 if TYPE_CHECKING:
     from ranklet.replicas.engine.request import Request
+    from ranklet.replicas.grammar.text_grammar import TextGrammar
 
 PATIENCE = 4
 _MORE = 256  # tokens by which a full buffer grows at least
@@ -44,6 +45,8 @@ class Sequence:
         row: row of the table of sequences with pages; None without pages.
         pages: pages that hold its keys and values, in order.
         sampling: how its tokens are drawn; None if it draws none.
+        grammar: what its text may go on with; None without a grammar.
+        awaits_mask: whether `grammar` is being updated on another thread.
         scores: number of best alternatives to each prompt token whose logprobs are wanted; None if none are wanted.
         skipped: number of leading tokens that its pooling leaves out.
         root: root of the hashes of its pages; None if it shares no pages.
@@ -81,6 +84,8 @@ class Sequence:
     row: int | None = None
     pages: list[int] = field(default_factory=list)
     sampling: SamplingValues | None = None
+    grammar: "TextGrammar | None" = None
+    awaits_mask: bool = False
     scores: int | None = None
     skipped: int = 0
     root: PrefixRoot | None = None

@@ -43,6 +43,8 @@ class Text:
                 not fit the request.
         """
         params.check(self.limits.vocab)
+        if params.grammar is not None and self.limits.no_grammar is not None:
+            raise InvalidRequest(f"response_format: {self.limits.no_grammar}", param="response_format")
         if params.max_tokens < 1:
             raise InvalidRequest(f"max_tokens: expected at least 1, got {params.max_tokens}", param="max_tokens")
         longest = max(map(len, prompts))

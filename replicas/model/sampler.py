@@ -3,6 +3,7 @@
 Letters: N rows of logits, V vocabulary, R rows of the state.
 """
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -58,6 +59,7 @@ class Sampler:
         self._vocab = vocab
         self._rows = rows
         self._device = device
+        self._pins = device.type == "cuda"
         self._tables = SamplingTables()
 
     @property
@@ -115,14 +117,17 @@ class Sampler:
             allowed = np.asarray(values.allowed_token_ids, dtype=np.int64)
             words = np.zeros(-(-self._vocab // 32), dtype=np.uint32)
             np.bitwise_or.at(words, allowed // 32, np.uint32(1) << (allowed % 32).astype(np.uint32))
-            self.set_mask(row, words.view(np.int32))
+            self.set_masks([row], [words.view(np.int32)])
 
     @torch.inference_mode()
-    def set_mask(self, row: int, allowed: NDArray[np.int32]) -> None:
-        """Write which tokens a sequence may draw: bit t % 32 of word t // 32 allows token t."""
+    def set_masks(self, rows: Sequence[int], allowed: Sequence[NDArray[np.int32]]) -> None:
+        """Write which tokens sequences may draw: bit t % 32 of word t // 32 allows token t. Returns before the copy."""
         self.prepare(Feature.MASK)
         if self._tables.masks is not None:
-            self._tables.masks[row].copy_(self._to_device(allowed))
+            words = torch.empty((len(rows), self._tables.masks.shape[1]), dtype=torch.int32, pin_memory=self._pins)
+            np.stack(allowed, out=words.numpy())
+            at = self._to_device(np.asarray(rows, dtype=np.int64))
+            self._tables.masks.index_copy_(0, at, words.to(self._device, non_blocking=True))
 
     @torch.inference_mode()
     def sample(
@@ -153,7 +158,7 @@ class Sampler:
         return {name: (self._rows + 1, width) for name, (feature, width) in asked.items() if features & feature}
 
     def _to_device(self, array: NDArray[np.integer]) -> Tensor:
-        if self._device.type != "cuda":
+        if not self._pins:
             return torch.from_numpy(array)
         return torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)
 

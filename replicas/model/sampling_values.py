@@ -22,6 +22,7 @@ class SamplingValues:
         logit_bias: (token id, bias) pairs.
         banned_ids: tokens that may not be drawn at positions before `banned_until`.
         allowed_token_ids: the only tokens that may be drawn; None allows all.
+        has_grammar: whether the caller sets the mask of allowed tokens before each draw.
         logprobs: number of largest logprobs; 0 asks for the drawn token's only, None for none.
     """
 
@@ -37,6 +38,7 @@ class SamplingValues:
     banned_ids: tuple[int, ...] = ()
     banned_until: int = 0
     allowed_token_ids: tuple[int, ...] | None = None
+    has_grammar: bool = False
     logprobs: int | None = None
 
     @property
@@ -54,7 +56,7 @@ class SamplingValues:
             found |= Feature.PENALIZE
         if self.logit_bias or self.banned_ids:
             found |= Feature.EDIT
-        if self.allowed_token_ids is not None:
+        if self.allowed_token_ids is not None or self.has_grammar:
             found |= Feature.MASK
         if self.logprobs is not None:
             found |= Feature.LOGPROB | (Feature.TOP if self.logprobs else Feature(0))

@@ -101,9 +101,9 @@ def test_a_mask_of_a_grammar() -> None:
     sampler.begin(0, values, ids(1), ids())
     columns, logits = torch.from_numpy(values.columns(0))[None].to(DEVICE), torch.zeros(1, VOCAB, device=DEVICE)
     assert sampler.sample(logits, columns, values.features).tokens.tolist() == [1]
-    sampler.set_mask(0, ids(0, 1 << 5))
+    sampler.set_masks([0], [ids(0, 1 << 5)])
     assert sampler.sample(logits, columns, values.features).tokens.tolist() == [37]
-    sampler.set_mask(0, ids(-(1 << 31), 0))
+    sampler.set_masks([0], [ids(-(1 << 31), 0)])
     assert sampler.sample(logits, columns, values.features).tokens.tolist() == [31]
 
 
