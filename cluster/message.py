@@ -16,6 +16,7 @@ from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.errors import InvalidAdapter, RankletError, error_class
+from ranklet.replicas.grammar.constraint import Constraint
 from ranklet.replicas.model.embedding_settings import EmbeddingSettings
 from ranklet.routing.report import QueueLoad, StateReport
 
@@ -209,6 +210,7 @@ class AdapterText:
         special_tokens: their texts by the names that chat templates use, such as eos_token.
         findings: why its tokenizer files cannot be used, such as tokens that the base model does not have.
         embedding: how its texts become vectors.
+        constraint: of generated texts, unless the request has one.
     """
 
     revision: str
@@ -216,6 +218,7 @@ class AdapterText:
     special_tokens: dict[str, str]
     findings: tuple[str, ...] = ()
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)

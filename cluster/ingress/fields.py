@@ -6,6 +6,7 @@ from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ranklet.cluster.ingress.constraint_fields import ConstraintFields
 from ranklet.cluster.ingress.prompts import TextPrompts, truncation_of
 from ranklet.cluster.ingress.protocol import describe_value
 from ranklet.cluster.text.stops import StopStrings
@@ -72,10 +73,8 @@ class TextOptions:
         return self.echoes and self.shows_logprobs
 
 
-class TextFields(BaseModel):
+class TextFields(ConstraintFields):
     """Fields of a text request. Null means not given."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
     model: str | None = None
     lora_path: str | None = None  # SGLang's field for the adapter

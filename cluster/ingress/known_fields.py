@@ -82,7 +82,6 @@ _PLAIN = RefusedField()
 _OFF = RefusedField((False,))
 _EMPTY_LIST = RefusedField(([],))
 _EMPTY_OBJECT = RefusedField(({},))
-_CONSTRAINED = RefusedField(({}, "", []), "Constrained decoding is not installed. Leave it out")
 _NO_TOOLS = "Tools are not supported yet. Leave it out"
 
 # Fields of other servers, and of clients, that would lead to another model or other fields.
@@ -125,21 +124,10 @@ _REFUSED: Final = _ELSEWHERE | {
     "truncation": RefusedField((False, "disabled"), _CUTS),
     "store": RefusedField((False,), "Answers are not stored. Leave it out"),
     "service_tier": RefusedField(("auto", "default")),
-    "response_format": RefusedField(
-        ({"type": "text"}, {}),
-        "Constrained decoding is not installed. Use {'type': 'text'}, and ask for JSON in the prompt",
-    ),
-    "structured_outputs": _CONSTRAINED,
-    "guided_json": _CONSTRAINED,
-    "guided_regex": _CONSTRAINED,
-    "guided_choice": _CONSTRAINED,
-    "guided_grammar": _CONSTRAINED,
-    "guided_decoding_backend": _CONSTRAINED,
-    "guided_whitespace_pattern": _CONSTRAINED,
-    "structural_tag": _CONSTRAINED,
-    "json_schema": _CONSTRAINED,
-    "regex": _CONSTRAINED,
-    "ebnf": _CONSTRAINED,
+    "guided_decoding_backend": RefusedField(("", "auto", "guidance"), "It is llguidance. Leave it out"),
+    "guided_whitespace_pattern": RefusedField(("",)),
+    "structural_tag": RefusedField(({}, "")),
+    "ebnf": RefusedField(("",), "Send a grammar in Lark's form as structured_outputs.grammar"),
 }
 _ACCEPTED: Final = frozenset(
     {

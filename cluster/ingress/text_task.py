@@ -35,6 +35,7 @@ from ranklet.cluster.text.logprobs import LogprobsFormat
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.errors import AdapterChanged, InvalidRequest, UnknownModel
+from ranklet.replicas.grammar.constraint import Constraint
 
 _RENDER_INLINE_TOKENS: Final = 10_000  # larger answers are rendered on a thread
 
@@ -55,6 +56,8 @@ class TextTask:
         self.texts = texts
         self.text_model: DescribedModel | None = None
         self.params = GenerateParams()
+        self._constraint: Constraint | None = None  # of the request
+        self._checked: Constraint | None = None
         self.options: TextOptions | None = None
 
     @property
@@ -69,12 +72,29 @@ class TextTask:
         if self.options is None:
             self.texts.check(limits)
             self.params, self.options = self.check(limits)
+            self._constraint = self.fields.constraint()
         self.text_model = self.text_model or self.texts.known(adapter, limits)
-        return None if self.text_model is None else self.prompts(self.text_model, max_texts, limits)
+        constraint = self._present_constraint()
+        if constraint != self._checked and not self.texts.checks.is_known(constraint, limits):
+            return None
+        if self.text_model is None:
+            return None
+        self.params = replace(self.params, grammar=None if constraint is None else constraint.grammar)
+        return self.prompts(self.text_model, max_texts, limits)
 
     async def prepare(self, adapter: AdapterLocation | None, limits: RequestLimits, owner: str) -> None:
         if self.text_model is None and adapter is not None:
             self.text_model = await self.texts.describe(adapter, limits)
+        constraint = self._present_constraint()
+        if not self.texts.checks.is_known(constraint, limits) and constraint is not None:
+            await self.texts.checks.check(constraint, owner)
+        self._checked = constraint
+
+    def _present_constraint(self) -> Constraint | None:
+        """Return the request's constraint, or else that of the model, as far as it is described."""
+        if self._constraint is not None or self.text_model is None:
+            return self._constraint
+        return self.text_model.constraint
 
     def check(self, limits: RequestLimits) -> tuple[GenerateParams, TextOptions]:
         """Return the checked parameters and options. Raises InvalidRequest."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.cluster.ingress.constraint_checks import ConstraintChecks
 from ranklet.cluster.ingress.descriptions import AdapterDescriptions, TextDescriber
 from ranklet.cluster.ingress.fair_budget import FairBudget
 from ranklet.cluster.ingress.intake import SMALL_BODY_BYTES
@@ -17,6 +18,7 @@ from ranklet.cluster.text.template import ChatTemplate, folder_special_tokens, f
 from ranklet.cluster.text.token_bytes import TokenBytes
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.errors import InvalidRequest, ModelError
+from ranklet.replicas.grammar.constraint import Constraint
 from ranklet.replicas.model.tokenizer import PromptTokenizer
 from ranklet.replicas.model.tokenizer_files import UnusableTokenError
 
@@ -67,12 +69,14 @@ class DescribedModel:
         template: None if neither folder has one.
         end_ids: tokens that end its texts.
         fingerprint: of the base model and the adapter.
+        constraint: of its texts, unless the request has one.
     """
 
     revision: str | None
     template: OwnedTemplate | None
     end_ids: frozenset[int]
     fingerprint: str
+    constraint: Constraint | None = None
 
     def chat_template(self) -> OwnedTemplate:
         """Return the template. Raises InvalidRequest if there is none."""
@@ -97,6 +101,7 @@ class TextModels:
 
     Attributes:
         tokenizer: of the base model.
+        checks: of what texts must be.
         descriptions: of adapters. Calls name their revision, and replicas refuse an old one.
     """
 
@@ -104,6 +109,7 @@ class TextModels:
         self.tokenizer: Any = tokenizer.backend
         self.model_dir = model_dir
         self.descriptions = AdapterDescriptions(replicas)
+        self.checks = ConstraintChecks()
         self._token_bytes, self._problem = _token_bytes(self.tokenizer)
         self._base_renderer, self._adapter_renderer = BoundedRenderer(), BoundedRenderer()
         self.special_tokens, self._base_template = self._read_base()
@@ -148,7 +154,9 @@ class TextModels:
         end = self.tokenizer.token_to_id(text.special_tokens.get("eos_token", ""))
         own = () if end is None or end >= limits.vocab else (end,)
         ends = frozenset((*limits.end_ids, *own))
-        return DescribedModel(text.revision, self._template_of(text), ends, _fingerprint(limits, text.revision))
+        return DescribedModel(
+            text.revision, self._template_of(text), ends, _fingerprint(limits, text.revision), text.constraint
+        )
 
     def _template_of(self, text: AdapterText) -> OwnedTemplate | None:
         if text.chat_template is None:

@@ -5,12 +5,13 @@ from collections import OrderedDict
 from pathlib import Path
 
 from ranklet.cluster.message import AdapterText
+from ranklet.cluster.replica.adapter_constraint import folder_constraint
 from ranklet.cluster.text.template import folder_special_tokens, folder_template
 from ranklet.replicas.adapters.adapter_settings import AdapterSettings
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import marks_of
 from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison
-from ranklet.replicas.errors import AdapterChanged
+from ranklet.replicas.errors import AdapterChanged, InvalidRequest
 from ranklet.replicas.model.tokenizer_files import UnusableTokenError
 
 _MAX_KEPT = 256
@@ -57,4 +58,11 @@ class AdapterTexts:
         except UnusableTokenError as error:
             findings.append(str(error))
         findings += (finding for finding in self._tokenizer.differences(folder) if finding not in findings)
-        return AdapterText(adapter.revision, template, tokens, tuple(findings), self._settings.read(adapter))
+        constraint = None
+        try:
+            constraint = folder_constraint(folder)
+        except InvalidRequest as error:
+            findings.append(error.message)
+        return AdapterText(
+            adapter.revision, template, tokens, tuple(findings), self._settings.read(adapter), constraint
+        )

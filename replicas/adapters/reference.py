@@ -9,8 +9,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FILES = (CONFIG_FILE, WEIGHTS_FILE)  # the files that make an adapter's revision
 TEMPLATE_FILE = "chat_template.jinja"
+RANKLET_FILE = "ranklet.json"  # ranklet's own settings of an adapter
 # These are part of it too, where a folder has them. Prompts, vectors and texts depend on them.
-OPTIONAL_FILES = (TEMPLATE_FILE, *TOKENIZER_FILES, *SETTINGS_FILES)
+OPTIONAL_FILES = (TEMPLATE_FILE, *TOKENIZER_FILES, *SETTINGS_FILES, RANKLET_FILE)
 RECENTLY_USED_S = 30.0  # a prefetch does not evict adapters that were used within this time
 
 

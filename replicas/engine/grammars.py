@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.errors import ModelError
-from ranklet.replicas.grammar.grammar import INSTALL, is_installed
+from ranklet.replicas.grammar.grammar import NOT_INSTALLED, is_installed
 from ranklet.replicas.model.tokenizer import load_backend
 from ranklet.replicas.model.tokenizer_files import TOKENIZER_FILE
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def grammars_of(model_dir: Path, limits: RequestLimits) -> "GrammarCompiler | str":
     """Return the compiler, or why there is none. Takes a second for a large tokenizer."""
     if not is_installed():
-        return f"constrained output needs llguidance, which is not installed: {INSTALL}"
+        return NOT_INSTALLED
     from ranklet.replicas.grammar.compiler import GrammarCompiler
 
     file = model_dir / TOKENIZER_FILE

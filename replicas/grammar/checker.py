@@ -6,7 +6,7 @@ from collections import OrderedDict
 from typing import Final
 
 from ranklet.replicas.bounded_process import BoundedProcess
-from ranklet.replicas.grammar.grammar import INSTALL, MAX_GRAMMAR_BYTES, Grammar, is_installed
+from ranklet.replicas.grammar.grammar import MAX_GRAMMAR_BYTES, NOT_INSTALLED, Grammar, is_installed
 
 TIME_S: Final = 1.0  # of a check, beside the start of the process
 _GRACE_S = 0.25
@@ -30,7 +30,7 @@ class GrammarChecker:
     def quick_refusal(self, grammar: Grammar) -> str | None:
         """Return why a grammar cannot be enforced, as far as that is known without a check."""
         if not is_installed():
-            return f"llguidance is not installed: {INSTALL}"
+            return NOT_INSTALLED
         size = len(grammar.text.encode(errors="surrogatepass"))
         if size > MAX_GRAMMAR_BYTES:
             return f"expected at most {MAX_GRAMMAR_BYTES} bytes, got {size}"

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from ranklet.replicas.errors import InvalidRequest
 
 MAX_GRAMMAR_BYTES: Final = 256 << 10
-INSTALL: Final = "pip install 'ranklet[grammar]'"
+NOT_INSTALLED: Final = "constrained output needs llguidance, which is not installed: pip install 'ranklet[grammar]'"
 
 # Of a JSON text. Space is bounded, since a model that begins to write it may never stop. Each character has one
 # spelling, since a key that is spelled with an escape would not count as that key.
