@@ -109,7 +109,10 @@ class Intake:
         prompts: TokenIds = []
         for part, size_bytes in self._slices(values):
             async with self.turn(owner, size_bytes):
-                prompts += await self._to_its_end(partial(inputs.rules.encode, self._tokenizer, part))
+                part_prompts = await self._to_its_end(partial(inputs.rules.encode, self._tokenizer, part))
+            prompts += part_prompts
+            if any(len(prompt) > inputs.rules.longest for prompt in part_prompts):
+                inputs.rules.check(prompts)  # refuses it before the other texts are tokenised
         inputs.rules.check(prompts)
         return prompts
 

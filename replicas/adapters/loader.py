@@ -15,14 +15,19 @@ from ranklet.replicas.adapters.pinned_memory import PinnedMemory, pageable
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, LoadRecord
 from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
-from ranklet.replicas.errors import InternalError, RankletError
+from ranklet.replicas.errors import InternalError, RankletError, StillLoading
 
 logger = logging.getLogger(__name__)
 
 READERS = 8  # concurrent loads from one mounted file system, which may hang
-_MAX_READERS = 64
+MAX_READERS = 64  # of all file systems
 _FEW_SLOTS = 2
+ClaimSlot = Callable[[AdapterRef], int | None]
 COPIERS = 2  # concurrent loads from the host cache, which never wait for a disk
+
+
+class LostSlot(StillLoading):
+    """A load that took long gave its slot back, and none is free. It begins again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +56,28 @@ class Loader:
         self._lock = Lock()
         self._reading: Counter[str] = Counter()  # by mount point
         self._copying = 0
-        # Loads hold their slots: a file system that hangs must leave one to others.
+        # Loads hold their slots for a while: a file system that hangs must leave one to others.
         self._readers_of_mount = min(READERS, pool.slots - 1) if pool.slots > _FEW_SLOTS else READERS
-        self._readers = ThreadPoolExecutor(_MAX_READERS, thread_name_prefix="ranklet-read")
+        self._readers = ThreadPoolExecutor(MAX_READERS, thread_name_prefix="ranklet-read")
         self._copiers = ThreadPoolExecutor(COPIERS, thread_name_prefix="ranklet-copy")
 
     def can_start(self, ref: AdapterRef) -> bool:
         """Whether a thread is free for a load. A load that waited for one would keep its slot empty."""
         if ref in self.host:
             return self._copying < COPIERS
-        return self._reading[mount_of(ref.path)] < self._readers_of_mount and self._reading.total() < _MAX_READERS
+        return self._reading[mount_of(ref.path)] < self._readers_of_mount and self._reading.total() < MAX_READERS
 
-    def start(self, ref: AdapterRef, slot: int, done: Callable[[LoadOutcome], None]) -> None:
-        """Load an adapter into a slot. `done` is always called, on a loader thread."""
+    def start(self, ref: AdapterRef, claim: ClaimSlot, done: Callable[[LoadOutcome], None]) -> None:
+        """Load an adapter into the slot that `claim` returns. `done` is always called, on a loader thread.
+
+        Args:
+            claim: called on a loader thread once the files are read. Without a slot, the load fails with LostSlot.
+        """
         mount = None if ref in self.host else mount_of(ref.path)
         self._count(mount, 1)
 
         def run() -> None:
-            outcome = self._load(ref, slot)
+            outcome = self._load(ref, claim)
             self._count(mount, -1)
             done(outcome)
 
@@ -81,7 +90,7 @@ class Loader:
             else:
                 self._reading[mount] += change
 
-    def _load(self, ref: AdapterRef, slot: int) -> LoadOutcome:
+    def _load(self, ref: AdapterRef, claim: ClaimSlot) -> LoadOutcome:
         began_s = perf_counter()
         packed = self.host.get(ref)
         tier = "host" if packed is not None else "disk"
@@ -89,6 +98,9 @@ class Loader:
         try:
             if packed is None:
                 packed = self._read(ref)
+            slot = claim(ref)
+            if slot is None:
+                raise LostSlot(f"adapter {ref.name!r}: its files are read, but no slot is free")
             self._pool.load(slot, packed)
             result = AdapterInfo(
                 ref.name, ref.revision, packed.adapter_rank, packed.modules, packed.nbytes, packed.end_ids, packed.notes

@@ -1,13 +1,12 @@
 """Manages the adapters of one engine: which are in a slot, loading, or refused."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from threading import Condition
 from time import monotonic
-from typing import Protocol
 
-from ranklet.replicas.adapters.loader import Loader, LoadOutcome
+from ranklet.replicas.adapters.load_times import LoadTimes
+from ranklet.replicas.adapters.loader import Loader, LoadOutcome, LostSlot
 from ranklet.replicas.adapters.reference import (
     RECENTLY_USED_S,
     AdapterInfo,
@@ -16,23 +15,17 @@ from ranklet.replicas.adapters.reference import (
     HeldAdapters,
     LoadRecord,
 )
+from ranklet.replicas.adapters.refusals import Refusals
 from ranklet.replicas.adapters.slots import SlotTable
+from ranklet.replicas.adapters.waiting_request import WaitingRequest, fail_all
 from ranklet.replicas.errors import InvalidAdapter, InvalidRequest, RankletError, StillLoading
-
-_MAX_REFUSALS = 256
-
-
-class WaitingRequest(Protocol):
-    """A request that waits for an adapter."""
-
-    def fail(self, error: RankletError) -> None: ...
 
 
 class AdapterManager:
     """Loads adapters into the slots of one device on demand.
 
-    It shares the engine's lock. Callers hold the lock, except for `complete_load`, `expire`, `refuse_loads` and `stop`:
-    these take it themselves, so that requests fail and futures resolve outside it.
+    It shares the engine's lock. Callers hold the lock, except for `_claim_slot`, `complete_load`, `expire`,
+    `refuse_loads` and `stop`: these take it themselves, so that requests fail and futures resolve outside it.
 
     Args:
         changed: the engine's lock, notified when a load has ended.
@@ -64,11 +57,10 @@ class AdapterManager:
         self._on_evicted = on_evicted
         self._clock = clock
         self._requested: dict[AdapterRef, Future[AdapterInfo]] = {}
-        self._loading: dict[AdapterRef, float] = {}  # start of each running load
-        self._queued: dict[AdapterRef, float] = {}  # since when each load waits for a free loader thread
+        self._loads = LoadTimes(clock)
         self._used: dict[AdapterRef, float] = {}  # last use of each adapter in a slot
         self._info: dict[AdapterRef, AdapterInfo] = {}
-        self._refused: OrderedDict[AdapterRef, RankletError] = OrderedDict()
+        self._refused = Refusals()
         self._stopped: RankletError | None = None
 
     # State
@@ -87,9 +79,7 @@ class AdapterManager:
 
     def refusal(self, ref: AdapterRef) -> RankletError | None:
         """Return the error that this revision was refused with, so that its files are not read for each request."""
-        error = self._refused.get(ref)
-        # An error that is raised again and again would collect the frames of every request in its traceback.
-        return error and error.with_traceback(None)
+        return self._refused.error(ref)
 
     def end_ids(self, ref: AdapterRef) -> tuple[int, ...]:
         """Return the ids that end texts of an adapter in a slot, besides those of the base model."""
@@ -97,9 +87,10 @@ class AdapterManager:
 
     def held(self) -> HeldAdapters:
         resident = tuple(ref.name for ref in self._table.resident())
-        loading = tuple(ref.name for ref in self._loading)
+        loading = tuple(ref.name for ref in self._loads.running)
+        reserved = sum(map(self._table.holds, self._loads.running))
         hosted = tuple(ref.name for ref in self._loader.host.refs())
-        return HeldAdapters(resident, loading, hosted, len(self._loading) + len(self._recently_used()))
+        return HeldAdapters(resident, loading, hosted, reserved + len(self._recently_used()))
 
     @property
     def host_bytes(self) -> int:
@@ -115,12 +106,12 @@ class AdapterManager:
         Args:
             references: number of requests by the adapter that they wait for or run with.
         """
-        refs = dict.fromkeys((*self._table.held(), *self._loader.host.refs(), *self._refused, *references))
+        refs = dict.fromkeys((*self._held(), *self._refused, *references))
         return [self._report(ref, references.get(ref, 0)) for ref in refs]
 
     def _report(self, ref: AdapterRef, references: int) -> AdapterReport:
-        error = self._refused.get(ref)
-        where = "refused" if error else "loading" if ref in self._loading else self.tier(ref)
+        error = self._refused.error(ref)
+        where = "refused" if error else "loading" if ref in self._loads.running else self.tier(ref)
         info, message = self._info.get(ref), error.message if error else None
         return AdapterReport(ref.name, ref.revision, where, references, info, message, ref.marks)
 
@@ -170,19 +161,21 @@ class AdapterManager:
         revived = False
         batch = {ref for ref in using if ref is not None}
         wanted = [*self._requested, *demand]
-        before, self._queued = self._queued, {}
+        before, self._loads.queued = self._loads.queued, {}
         for i, ref in enumerate(wanted):
             if self._table.holds(ref):
                 revived |= self._table.revive(ref)  # adapters that are wanted earlier have their slots already
                 continue
+            if ref in self._loads.running:
+                continue
             if not self._loader.can_start(ref):
-                self._queued[ref] = before.get(ref, self._clock())
+                self._loads.queued[ref] = before.get(ref, self._clock())
                 continue
             place = self._table.reserve(ref, batch.union(wanted[:i]))
             if place is None:
                 self._table.retire(wanted[:i])
                 break
-            self._start(ref, *place)
+            self._start(ref, place[1])
         return revived
 
     def prefetch(self, ref: AdapterRef, needed: Collection[AdapterRef | None] = ()) -> None:
@@ -190,73 +183,88 @@ class AdapterManager:
 
         Does nothing if the load could not begin at once.
         """
-        if self._table.holds(ref) or ref in self._refused or not self._loader.can_start(ref):
+        known = self._table.holds(ref) or ref in self._loads.running or ref in self._refused
+        if known or not self._loader.can_start(ref):
             return
         place = self._table.reserve(ref, self._recently_used().union(each for each in needed if each is not None))
         if place is not None:
-            self._start(ref, *place)
+            self._start(ref, place[1])
 
     def _recently_used(self) -> set[AdapterRef]:
         now_s = self._clock()
         return {ref for ref, used_s in self._used.items() if now_s - used_s < RECENTLY_USED_S}
 
-    def _start(self, ref: AdapterRef, slot: int, evicted: AdapterRef | None) -> None:
+    def _start(self, ref: AdapterRef, evicted: AdapterRef | None) -> None:
         if evicted is not None:
             self._remove(evicted)
             self._on_evicted(evicted.name)
-        self._loading[ref] = self._clock()
+        self._loads.begin(ref)
         self._on_loading(ref.name)
-        self._loader.start(ref, slot, self.complete_load)
+        self._loader.start(ref, self._claim_slot, self.complete_load)
 
     def _remove(self, ref: AdapterRef) -> None:
         del self._info[ref]
         self._used.pop(ref, None)
 
+    def _claim_slot(self, ref: AdapterRef) -> int | None:
+        """Return the slot of a load that has read its files; None if it gave the slot back and none is free."""
+        with self._changed:
+            slot = self._table.slot_of(ref)
+            if slot is None:
+                place = self._table.reserve(ref, keep=self._table.held())
+                slot = None if place is None else place[0]
+            if slot is not None:
+                self._loads.copying.add(ref)
+            return slot
+
     def complete_load(self, outcome: LoadOutcome) -> None:
-        """Record the end of a load and resolve its future. If it failed, fail the requests that wait for it."""
+        """Record the end of a load and resolve its future. If it failed, fail the requests that wait for it.
+
+        A load that found no slot begins again, in most cases from the host cache.
+        """
         ref, result = outcome.ref, outcome.result
         with self._changed:
             self._record(ref, result)
-            future = self._requested.pop(ref, None)
-            waiting = self._take_waiting(ref) if isinstance(result, RankletError) else ()
+            begins_again = isinstance(result, LostSlot)
+            future = None if begins_again else self._requested.pop(ref, None)
+            waiting = self._take_waiting(ref) if isinstance(result, RankletError) and not begins_again else ()
             self._changed.notify_all()
         self._on_load(outcome.record())
         if isinstance(result, RankletError):
-            _fail(waiting, result)
+            fail_all(waiting, result)
             if future is not None:
                 future.set_exception(result)
         elif future is not None:
             future.set_result(result)
 
     def _record(self, ref: AdapterRef, result: AdapterInfo | RankletError) -> None:
-        del self._loading[ref]
+        self._loads.end(ref)
         if isinstance(result, AdapterInfo):
             self._table.mark_ready(ref)
             self._used[ref] = self._clock()
             self._info[ref] = result
             return
-        self._table.free(ref)
+        if self._table.holds(ref):
+            self._table.free(ref)
         if isinstance(result, InvalidAdapter):
-            self._refused[ref] = result
-            if len(self._refused) > _MAX_REFUSALS:
-                self._refused.popitem(last=False)
+            self._refused.add(ref, result)
 
     def expire(self, timeout_s: float) -> None:
         """Fail requests whose adapter has been loading, or has waited for a thread, for longer than `timeout_s`.
 
-        The load continues.
+        The load continues. A slow one gives back its slot, so that file systems that hang never hold all slots.
         """
         with self._changed:
-            now_s = self._clock()
-            since = {**self._queued, **self._loading}
-            overdue = [ref for ref, since_s in since.items() if now_s - since_s > timeout_s]
-            waiting = {ref: self._take_waiting(ref) for ref in overdue}
+            for ref in filter(self._table.holds, self._loads.slow()):
+                self._table.free(ref)
+                self._changed.notify_all()
+            waiting = {ref: self._take_waiting(ref) for ref in self._loads.overdue(timeout_s)}
         for ref, requests in waiting.items():
             message = (
                 f"adapter {ref.name!r}: expected it within {timeout_s:g} s (engine.load_timeout_s), but its files are "
                 "still being read. Try again"
             )
-            _fail(requests, StillLoading(message))
+            fail_all(requests, StillLoading(message))
 
     # Administration
 
@@ -286,13 +294,15 @@ class AdapterManager:
             self._loader.host.drop(ref)
             if self._table.drop(ref):
                 self._remove(ref)
-        for ref in [ref for ref in self._refused if ref.name == name and ref.revision != keep]:
-            del self._refused[ref]
+        self._refused.forget(name, keep)
         left = {*self._held_revisions(name), *(ref for ref in references if ref.name == name)}
         return not any(ref.revision != keep for ref in left)
 
     def _held_revisions(self, name: str) -> set[AdapterRef]:
-        return {ref for ref in (*self._table.held(), *self._loader.host.refs()) if ref.name == name}
+        return {ref for ref in self._held() if ref.name == name}
+
+    def _held(self) -> tuple[AdapterRef, ...]:
+        return (*self._table.held(), *self._loads.running, *self._loader.host.refs())
 
     def refuse_loads(self, error: RankletError) -> None:
         """Resolve all requested loads, and those requested later, with an error."""
@@ -305,8 +315,3 @@ class AdapterManager:
 
     def stop(self) -> None:
         self._loader.stop()
-
-
-def _fail(requests: Sequence[WaitingRequest], error: RankletError) -> None:
-    for request in requests:
-        request.fail(error)

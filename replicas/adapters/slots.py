@@ -45,6 +45,11 @@ class SlotTable:
         """Whether the adapter has a slot, ready or loading."""
         return key in self._by_key
 
+    def slot_of(self, key: AdapterRef) -> int | None:
+        """Return the slot of an adapter, ready or loading."""
+        slot = self._by_key.get(key)
+        return None if slot is None else slot.index
+
     def acquire(self, key: AdapterRef) -> int:
         """Add a reference to a usable adapter and make it the most recently used. Returns its slot."""
         slot = self._by_key[key]

@@ -13,7 +13,7 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.replicas.adapters.loader import Loader
+from ranklet.replicas.adapters.loader import MAX_READERS, Loader
 from ranklet.replicas.adapters.manager import AdapterManager
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, AdapterReport, HeldAdapters
@@ -102,7 +102,7 @@ class Engine:
         self._lock = Condition()
         self._scheduler = Scheduler(
             max_tokens=config.max_batch_tokens, max_sequences=config.max_batch_requests,
-            max_adapters=config.adapters_per_batch, max_demand=config.slots,
+            max_adapters=config.adapters_per_batch, max_demand=config.slots + MAX_READERS,
             costs=StepCost.of(architecture), decode_slowdown=config.decode_slowdown,
         )  # fmt: skip
         self._adapters = AdapterManager(

@@ -52,6 +52,15 @@ async def test_a_text_that_must_be_too_long_is_refused_without_tokenising_it(tmp
     assert parts.tokenizer.encoded == []
 
 
+async def test_after_a_text_that_is_too_long_no_others_are_tokenised(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, LimitsConfig(max_tokenising_bytes=100_000))  # several slices
+    longest, too_long = "w " * MAX_MODEL_LEN, "w " * (MAX_MODEL_LEN + 1)
+    answer = await parts.post(BASE, [*[longest] * 15, too_long, *[longest] * 60])
+    assert error_of(answer) == (400, "invalid_request_error", "input")
+    assert f"input[15]: expected 1 to {MAX_MODEL_LEN} tokens" in answer.json()["error"]["message"]
+    assert [len(each) for each in parts.tokenizer.encoded] == [12, 12]
+
+
 async def test_rights_and_quota_are_checked_before_a_text_is_tokenised(tmp_path: Path) -> None:
     parts = Parts(tmp_path, keys={"other": (("medical-*",), None), "poor": (("*",), 1)})
     assert error_of(await parts.post("legal-v2", WORDS)) == (401, "unauthorized", None)

@@ -4,7 +4,7 @@ import queue
 from collections.abc import Callable
 from threading import Condition
 
-from ranklet.replicas.adapters.loader import Loader, LoadOutcome
+from ranklet.replicas.adapters.loader import ClaimSlot, Loader, LoadOutcome
 from ranklet.replicas.adapters.manager import AdapterManager
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterRef, LoadRecord
@@ -20,8 +20,8 @@ class HoldingLoader(Loader):
         super().__init__(pool, expectation, 1 << 30)
         self.outcomes: queue.Queue[LoadOutcome] = queue.Queue()
 
-    def start(self, ref: AdapterRef, slot: int, done: Callable[[LoadOutcome], None]) -> None:
-        super().start(ref, slot, self.outcomes.put)
+    def start(self, ref: AdapterRef, claim: ClaimSlot, done: Callable[[LoadOutcome], None]) -> None:
+        super().start(ref, claim, self.outcomes.put)
 
 
 class Waiting:

@@ -1,12 +1,14 @@
 """The adapter manager with a real pool and loader; tests play the batches and decide when a load completes."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from ranklet.replicas.adapters.load_times import SLOT_PATIENCE_S
 from ranklet.replicas.adapters.pool import AdapterPool
-from ranklet.replicas.adapters.reference import RECENTLY_USED_S, AdapterRef
+from ranklet.replicas.adapters.reference import RECENTLY_USED_S, WEIGHTS_FILE, AdapterRef
 from ranklet.replicas.adapters.verify import ExpectedModules
 from ranklet.replicas.errors import (
     AdapterNotFound,
@@ -17,6 +19,7 @@ from ranklet.replicas.errors import (
 )
 from tests.assets.adapters import AdapterSpec
 from tests.assets.broken import edit_config, sound
+from tests.assets.hanging import hanging
 from tests.replicas.adapters.scene import Scene, Waiting
 from tests.replicas.asking import ref
 
@@ -111,6 +114,37 @@ def test_requests_expire_while_their_adapter_loads_or_waits_for_a_loader_thread(
     scene.complete()
     assert scene.manager.usable(refs[0]), "the load goes on"
     scene.manager.stop()
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_slow_load_gives_its_slot_back_until_its_files_are_read(
+    taken: bool, scene: Scene, refs: list[AdapterRef], adapter_specs: list[AdapterSpec], tmp_path: Path
+) -> None:
+    slow, other = ref(shutil.copytree(adapter_specs[0].path, tmp_path / "slow")), refs[1]
+    waits = Waiting()
+    scene.waiting = {slow: [waits]}
+    with hanging(tmp_path / "slow" / WEIGHTS_FILE):
+        scene.manager.start_loads([slow])
+        scene.now_s = SLOT_PATIENCE_S
+        scene.manager.expire(60.0)
+        assert scene.manager.held().used_slots == 1
+        scene.now_s += 0.1
+        scene.manager.expire(60.0)
+        scene.manager.start_loads([slow])  # does not begin a second load
+        scene.manager.prefetch(slow)
+        assert (scene.manager.held().loading, scene.manager.held().used_slots) == (("slow",), 0)
+        assert not scene.manager.release_adapter("slow", None, ()), "its load still runs"
+        if taken:
+            scene.load(other)
+            scene.manager.acquire_slots([other])
+    record = scene.complete()
+    assert (record.adapter, record.error) == ("slow", "adapter_loading" if taken else None)
+    if taken:
+        assert waits.error is None, "its requests still wait"
+        scene.manager.release_slots([other])
+        scene.load(slow)
+        assert scene.records[-1].tier == "host"
+    assert scene.manager.usable(slow)
 
 
 def test_an_adapter_in_use_keeps_its_slot_until_its_batch_ends(scene: Scene, refs: list[AdapterRef]) -> None:

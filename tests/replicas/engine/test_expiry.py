@@ -68,3 +68,31 @@ def test_loads_that_cannot_start_take_no_slots(model_dir: Path, adapters_dir: Pa
         assert ask(engine, prompt, medical).tier == "gpu"
     assert ask(engine, prompt, late).result.shape == (1, 128)
     engine.stop()
+
+
+def test_loads_that_hang_give_their_slots_back(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
+    engine = Engine(EngineConfig(model_dir, slots=2, load_timeout_s=PATIENCE_S))
+    engine.start()
+    prompt = [np.arange(1, 9, dtype=np.int32)]
+    medical = ref(adapters_dir / "medical")
+    with contextlib.ExitStack() as hung:
+        stuck = []
+        for name in ("stuck1", "stuck2"):
+            folder = tmp_path / name
+            shutil.copytree(adapters_dir / "legal-v2", folder)
+            read = ref(folder)
+            hung.enter_context(hanging(folder / "adapter_model.safetensors"))
+            stuck.append(submit(engine, prompt, read))
+        deadline_s = time.monotonic() + PATIENCE_S
+        while engine.held().used_slots < 2:
+            assert time.monotonic() < deadline_s
+        waiting = submit(engine, prompt, medical)
+        while not waiting.done():
+            assert time.monotonic() < deadline_s
+            engine.expire()
+            time.sleep(0.01)
+        assert waiting.result().result.shape == (1, 128)
+        assert set(engine.held().loading) == {"stuck1", "stuck2"}
+        assert not any(one.done() for one in stuck)
+    assert all(one.result(PATIENCE_S).result.shape == (1, 128) for one in stuck), "their requests were not refused"
+    engine.stop()
