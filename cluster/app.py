@@ -8,7 +8,7 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from ranklet.cluster.config import AppArgs
-from ranklet.cluster.datapath import ROUTER, SHUTDOWN_TIMEOUTS_S, DataPath
+from ranklet.cluster.datapath import ROUTER, SHUTDOWN_TIMEOUTS_S, DataPath, refuse_missing_token
 from ranklet.cluster.ingress.gateway import Gateway
 from ranklet.cluster.replica.deployment import Replica
 from ranklet.cluster.replica.gateways_client import GATEWAY
@@ -33,8 +33,10 @@ def build(args: AppArgs) -> Application:
 
     Raises:
         ValidationError: see `AppArgs`.
+        RuntimeError: Ray's token is off. Serve calls this before it starts any process of the application.
     """
     args = args.resolved()
+    refuse_missing_token(open_ray=args.security.open_ray)
     logger.info("ranklet serves %s; %s", args.base_names[0], DataPath.current().summary())
     # A path instead of the class, which Ray would pickle into the configuration of the deployment.
     router = RequestRouterConfig.model_validate({"request_router_class": ROUTER})

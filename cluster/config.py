@@ -159,8 +159,8 @@ class SecurityConfig(_StrictModel):
         allowed_origins: origins such as https://app.example.com whose pages may use the API (CORS); `*` allows any.
         host_names: host names of this service, where HTTP listens on loopback only. Requests to other names than these,
             localhost and IP addresses are refused.
-        open_ray: lets gateways start although Ray's token is off, so that everyone who can connect to a node can run
-            code on it.
+        open_ray: lets gateways and replicas start although Ray's token is off, so that everyone who can connect to a
+            node can run code on it.
     """
 
     keys_file: Path | None = None

@@ -21,6 +21,7 @@ from ranklet.cluster.catalog.remote_folder import RemoteFolder
 from ranklet.cluster.catalog.resolver import AdapterResolver, ResolvedAdapter
 from ranklet.cluster.catalog.source import AllowedSources
 from ranklet.cluster.config import AdapterList, AppArgs
+from ranklet.cluster.datapath import refuse_missing_token
 from ranklet.cluster.exporter import start_exporter
 from ranklet.cluster.logs import escape_log
 from ranklet.cluster.message import AdapterText, EmbedResult, InferenceCall, InferenceReply, Refusal, ReplicaDescription
@@ -58,6 +59,7 @@ class Replica:
 
     def __init__(self, args: AppArgs) -> None:
         escape_log()
+        refuse_missing_token(open_ray=args.security.open_ray)
         context = serve.get_replica_context()
         self._id = context.replica_id.unique_id
         self._rank = context.rank.rank if context.rank else 0

@@ -25,7 +25,8 @@ def args(**fields: Any) -> AppArgs:
 
 
 @pytest.mark.parametrize("file", ["config.yaml", "local.yaml"])
-def test_the_shipped_files_are_valid_for_ray_and_the_builder(file: str) -> None:
+def test_the_shipped_files_are_valid_for_ray_and_the_builder(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     content = yaml.safe_load((DEPLOY / file).read_text())
     schema = ServeDeploySchema.model_validate(content)
     application = schema.applications[0]

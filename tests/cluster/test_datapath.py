@@ -1,4 +1,4 @@
-"""A gateway does not start while Ray is open to the network."""
+"""No process of the application starts while Ray is open to the network."""
 
 import logging
 from pathlib import Path
@@ -7,9 +7,11 @@ from unittest.mock import create_autospec
 import pytest
 from ray.serve.handle import DeploymentHandle
 
+from ranklet.cluster.app import build
 from ranklet.cluster.config import AppArgs
 from ranklet.cluster.datapath import is_loopback, refuse_missing_token
 from ranklet.cluster.ingress.gateway import Gateway
+from ranklet.cluster.replica.deployment import Replica
 
 
 @pytest.mark.parametrize(
@@ -56,10 +58,12 @@ def test_an_open_ray_is_refused_unless_told_so(
     assert all(record.levelname == "ERROR" for record in caplog.records)
 
 
-def test_a_gateway_does_not_start_without_the_token(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_starts_without_the_token(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ranklet.cluster.ingress.gateway.http_host", lambda: "127.0.0.1")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     args = AppArgs.model_validate({"base": {"model_dir": str(model_dir)}})
     gateway = Gateway.__bases__[0]  # without Serve's wrapper, whose `__del__` is a coroutine
-    with pytest.raises(RuntimeError, match=r"can run code.*security\.open_ray: true"):
-        gateway(args, create_autospec(DeploymentHandle))
+    starts = (lambda: gateway(args, create_autospec(DeploymentHandle)), lambda: Replica(args), lambda: build(args))
+    for start in starts:
+        with pytest.raises(RuntimeError, match=r"can run code.*security\.open_ray: true"):
+            start()
