@@ -1,5 +1,6 @@
 """Compiles grammars for the tokens of a base model, and computes which tokens texts may go on with."""
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
@@ -30,7 +31,7 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer: str, vocab: int, end_ids: Collection[int]) -> None:
-        self._tokenizer = LLTokenizer(tokenizer, n_vocab=vocab, eos_token=sorted(end_ids))
+        self._tokenizer = LLTokenizer(_without_changes(tokenizer), n_vocab=vocab, eos_token=sorted(end_ids))
         self._vocab = vocab
         self._end_ids = tuple(end_ids)
         self._executor = LLExecutor(num_threads=_THREADS)
@@ -91,3 +92,16 @@ class GrammarCompiler:
 
     def _new_masks(self, count: int) -> NDArray[np.int32]:
         return np.zeros((count, -(-self._vocab // 32)), dtype=np.int32)
+
+
+def _without_changes(tokenizer: str) -> str:
+    """Drop normalizers that change a text, such as Unicode's NFC. llguidance tokenizes what a grammar prescribes.
+
+    Those that spell spaces as SentencePiece does stay.
+    """
+    content = json.loads(tokenizer)
+    normalizer = content.get("normalizer") or {}
+    parts = normalizer.get("normalizers", [normalizer])
+    kept = [each for each in parts if each.get("type") in ("Prepend", "Replace")]
+    content["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
+    return json.dumps(content)

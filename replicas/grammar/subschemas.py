@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 _ONE = (
     "additionalItems", "additionalProperties", "contains", "contentSchema", "else", "if", "items", "not",
@@ -49,7 +50,7 @@ def _target(root: Any, reference: Any) -> Any:
     if not isinstance(reference, str) or not reference.startswith("#"):
         return None
     for key in filter(None, reference[1:].split("/")):
-        name = key.replace("~1", "/").replace("~0", "~")
+        name = unquote(key).replace("~1", "/").replace("~0", "~")
         if isinstance(root, list) and name.isdecimal() and int(name) < len(root):
             root = root[int(name)]
         else:
