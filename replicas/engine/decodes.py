@@ -1,7 +1,10 @@
 """Plans and commits the decodes of a step: who gives up pages for them, and what prompts may cost beside them."""
 
+from collections.abc import Sequence as Many
+
 from ranklet.replicas.engine.decode_set import DecodeSet
 from ranklet.replicas.engine.fair_queue import FairQueue
+from ranklet.replicas.engine.flood_share import FloodShare
 from ranklet.replicas.engine.holders import Holders
 from ranklet.replicas.engine.kv_space import FreeSpace, KvSpace
 from ranklet.replicas.engine.plan import StepPlan
@@ -14,20 +17,27 @@ _BURST_COST = 2  # of the prompts of a burst at most, compared with a full step 
 _LEAST_TOKENS = 256  # of prompts beside few decodes
 
 
-def plan_decodes(plan: StepPlan, holders: Holders, space: KvSpace, room: FreeSpace) -> None:
+def plan_decodes(
+    plan: StepPlan, holders: Holders, space: KvSpace, room: FreeSpace, give_way: Many[Sequence] = ()
+) -> None:
     """Add every decoding sequence to a plan. Out of pages, the sequence that started last is preempted instead.
 
     A sequence that runs alone, because a step with it failed, is the plan's only decode.
+
+    Args:
+        give_way: sequences to preempt in any case.
     """
     decode_set = holders.decode_set()
-    if not any(each.cancelled or each.solo for each in decode_set.sequences):
+    if not give_way and not any(each.cancelled or each.solo for each in decode_set.sequences):
         growing = len(space.table.full(decode_set.rows))
         if growing <= room.pages:
             room.pages -= growing
             plan.decode(decode_set)
             return
     solo = next((each for each in decode_set.sequences if each.solo and not each.cancelled), None)
-    victims, preempted, kept = holders.preemptible(), set[Sequence](), list[Sequence]()
+    victims, preempted, kept = holders.preemptible(), set(give_way), list[Sequence]()
+    victims = [each for each in victims if each not in preempted]
+    room.pages += sum(map(space.freed_by, give_way))
     # In the order in which they started, so that a victim is never in the plan already.
     for sequence in decode_set.sequences if solo is None else [solo]:
         if sequence.cancelled:
@@ -65,8 +75,9 @@ def commit_decodes(plan: StepPlan, holders: Holders, space: KvSpace) -> None:
 
 
 def prompt_budget(
-    plan: StepPlan, queue: FairQueue, rows: int, costs: StepCost, slowdown: float, max_tokens: int
-) -> PromptBudget:
+    plan: StepPlan, queue: FairQueue, rows: int, costs: StepCost, slowdown: float, max_tokens: int,
+    share: FloodShare,
+) -> PromptBudget:  # fmt: skip
     """Return what prompts may take in a step whose decodes are planned.
 
     Beside decodes, the step may cost `slowdown` times as much as without prompts. Beside few decodes, which cost
@@ -74,6 +85,7 @@ def prompt_budget(
 
     Args:
         rows: number of sequences that can start.
+        share: of flooding adapters.
     """
     count = len(plan.decodes)
     if count:
@@ -82,18 +94,18 @@ def prompt_budget(
     if count and len(queue):
         alone = costs.decodes(count, sum(each.computed for each in plan.decodes))
         budget.cost = max((slowdown - 1) * alone - costs.mixed, (slowdown - 1) * _LEAST_TOKENS)
-        if _is_burst(queue, count, rows, costs, max_tokens):
+        texts = queue.texts - sum(map(queue.new_texts_of, share.held_back))
+        if _is_burst(queue, count, min(texts, rows), costs, max_tokens):
             budget.cost = max(budget.cost, _BURST_COST * max_tokens)
     return budget
 
 
-def _is_burst(queue: FairQueue, decodes: int, rows: int, costs: StepCost, max_tokens: int) -> bool:
+def _is_burst(queue: FairQueue, decodes: int, can_start: int, costs: StepCost, max_tokens: int) -> bool:
     """Return whether many texts can start, compared with the number of decodes that a large step delays.
 
     In many small steps, the prompts of a burst would wait, and rows would stay empty. A large step of less than some
     long prompts would delay all running texts and start few.
     """
-    can_start = min(queue.texts, rows)
     if can_start < max(_BURST * decodes, _BURST_TEXTS):
         return False
     return max_tokens >= _BURST_TEXTS * costs.piece(queue.text_tokens / queue.texts, 0)

@@ -10,10 +10,11 @@ towards their adapter's turn and allowance too (`charge_flow`).
 """
 
 from bisect import bisect_left, insort
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict, defaultdict
+from collections.abc import Collection, Iterable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from heapq import merge
 from itertools import count
 from math import inf
 from operator import attrgetter
@@ -22,6 +23,7 @@ from ranklet.replicas.engine.sequence import Sequence
 
 _ACTIVE_ALLOWANCES = 16  # an adapter without requests stays active until this many allowances have been served
 _TURN = attrgetter("turn")
+_Lane = tuple[str, bool]  # flow, and whether the sequences are new texts
 
 
 @dataclass(slots=True)
@@ -46,6 +48,7 @@ class FairQueue:
     def __init__(self, allowance: int) -> None:
         self.allowance = allowance
         self._ordered: list[Sequence] = []
+        self._lanes: defaultdict[_Lane, list[Sequence]] = defaultdict(list)  # parts of `_ordered`
         self._flows: dict[str, _Flow] = {}
         self._arrivals = count()
         self._now = 0.0  # virtual time: tokens that each active adapter should have been served by now
@@ -60,13 +63,39 @@ class FairQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._ordered)
 
+    def without_new_texts(self, flows: Collection[str]) -> Iterable[Sequence]:
+        """Return the sequences in order, without new texts of these adapters."""
+        if not flows:
+            return self._ordered
+        lanes = (lane for (flow, is_new), lane in self._lanes.items() if not is_new or flow not in flows)
+        return merge(*lanes, key=_TURN)
+
+    def of_others(self, flows: Collection[str]) -> Iterable[Sequence]:
+        """Return the sequences of all but these adapters, in order."""
+        return merge(*(lane for (flow, _), lane in self._lanes.items() if flow not in flows), key=_TURN)
+
     def __contains__(self, sequence: object) -> bool:
         assert isinstance(sequence, Sequence)
         at = bisect_left(self._ordered, sequence.turn, key=_TURN)
         return at < len(self._ordered) and self._ordered[at] is sequence
 
+    @property
+    def flows(self) -> Iterable[str]:
+        """The adapters with waiting sequences."""
+        return self._flows
+
+    def flooding(self) -> set[str]:
+        """Return the adapters that have more than their allowance waiting, or decoded, ahead of the others."""
+        allowed = self.allowance
+        found = {name for name, flow in self._flows.items() if flow.tokens > allowed}
+        return found.union(name for name, until in self._decoded.items() if until - self._now > allowed)
+
     def tokens_of(self, flow: str) -> int:
         return self._flows[flow].tokens if flow in self._flows else 0
+
+    def new_texts_of(self, flow: str) -> int:
+        """Return how many new texts of an adapter wait."""
+        return len(self._lanes.get((flow, True), ()))
 
     def tokens_within(self) -> int:
         """Return the waiting tokens of adapters that are within their allowance."""
@@ -124,12 +153,17 @@ class FairQueue:
             self.texts += 1
             self.text_tokens += tokens
         insort(self._ordered, sequence, key=_TURN)
+        insort(self._lanes[_lane(sequence)], sequence, key=_TURN)
 
     def remove(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
-            at = bisect_left(self._ordered, sequence.turn, key=_TURN)
-            assert self._ordered[at] is sequence
-            del self._ordered[at]
+            lane = _lane(sequence)
+            for ordered in (self._ordered, self._lanes[lane]):
+                at = bisect_left(ordered, sequence.turn, key=_TURN)
+                assert ordered[at] is sequence
+                del ordered[at]
+            if not self._lanes[lane]:
+                del self._lanes[lane]
             tokens = sequence.need.tokens
             self.tokens -= tokens
             if sequence.need.keeps_cache:
@@ -169,3 +203,7 @@ class FairQueue:
             else:
                 del self._active[name]
                 self._decoded.pop(name, None)
+
+
+def _lane(sequence: Sequence) -> _Lane:
+    return sequence.flow, sequence.is_new_text

@@ -10,6 +10,7 @@ from ranklet.replicas.engine.step_sizes import StepSizes
 # After a step with an adapter within its allowance, more requests of such adapters are expected in so many steps. Steps
 # apart are of the CPU, where one that is not cut costs a request more than cut ones cost the flood.
 _REMEMBERED_STEPS, _REMEMBERED_APART = 8, 64
+_COSTED_STEPS = 1000  # steps that a flood's texts last, so that a lull in between starts few of them
 
 
 @dataclass(slots=True)
@@ -62,6 +63,18 @@ class FloodRules:
         self._sizes = StepSizes()
         self._beside_others = 0  # further steps in which adapters within their allowance may have requests
         self._flood_waited = False  # whether the last step left flooding adapters out
+        self._mean_cost, self._costed = 0.0, 0
+        self.waited_cost = 0.0  # of steps since the last one with decodes
+
+    @property
+    def mean_cost(self) -> float:
+        """Cost of the last steps in which flooding adapters had a share."""
+        return self._mean_cost
+
+    @property
+    def expects_others(self) -> bool:
+        """Whether adapters within their allowance have had requests in the last steps."""
+        return self._beside_others > 0
 
     def set_sizes(self, sizes: StepSizes) -> None:
         self._sizes = sizes
@@ -88,3 +101,7 @@ class FloodRules:
         remembered = _REMEMBERED_APART if self._sizes.apart else _REMEMBERED_STEPS
         self._beside_others = remembered if others else max(0, self._beside_others - 1)
         self._flood_waited = plan.leaves_flood
+        self.waited_cost = self.waited_cost + plan.cost if plan.cost is not None and not plan.decodes else 0.0
+        if plan.cost is not None:
+            self._costed = min(self._costed + 1, _COSTED_STEPS)
+            self._mean_cost += (plan.cost - self._mean_cost) / self._costed

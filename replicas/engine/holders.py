@@ -19,6 +19,7 @@ class Holders:
         decoding: those whose next pass computes one token, in any order.
         paused: those of them that are in no step until their last token and a mask are there.
         adapters: number of holders by adapter.
+        flows: number of holders by flow.
         decoding_flows: number of decoding sequences by flow, without paused ones.
     """
 
@@ -27,6 +28,7 @@ class Holders:
         self.decoding: dict[Sequence, None] = {}
         self.paused = set[Sequence]()
         self.adapters: Counter[AdapterRef] = Counter()
+        self.flows: Counter[str] = Counter()
         self.decoding_flows: Counter[str] = Counter()
         self._decode_set: DecodeSet | None = None  # None after a change
 
@@ -58,12 +60,14 @@ class Holders:
 
     def add(self, sequence: Sequence) -> None:
         self.all[sequence] = None
+        self.flows[sequence.flow] += 1
         if sequence.adapter is not None:
             self.adapters[sequence.adapter] += 1
 
     def remove(self, sequence: Sequence) -> None:
         self.stop_decoding(sequence)
         del self.all[sequence]
+        _decrease(self.flows, sequence.flow)
         if sequence.adapter is not None:
             _decrease(self.adapters, sequence.adapter)
 

@@ -66,6 +66,7 @@ class StepPlan:
         tokens: number of tokens of the step.
         uses_pages: whether the step reads or writes keys and values in pages.
         has_whole: whether it has prompts that cannot be divided. They run in steps without pages.
+        cost: of the step; None if no adapter floods while others have requests.
         leaves_flood: whether flooding adapters were left out, so that the others' step is short.
     """
 
@@ -81,6 +82,7 @@ class StepPlan:
     tokens: int = 0
     uses_pages: bool = False
     has_whole: bool = False
+    cost: float | None = None
     leaves_flood: bool = False
 
     def add(self, part: Part) -> None:

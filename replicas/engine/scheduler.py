@@ -14,17 +14,19 @@ into a step, is passed over at most `PATIENCE` times; then no later sequence sta
 - decodes wait for at most one step in turn, apart from those with a grammar (`masks.py`);
 - a sequence that needs pages is not overtaken by one that needs pages;
 - the sequence that started first is never preempted, so that it ends;
+- while others have requests, flooding adapters have only their share (`flood_share.py`), and none of the above;
 - on the CPU, a request within its adapter's allowance that comes while one other adapter floods is in the next step;
 - with S slots, the first S distinct adapters of the queue are loaded and kept.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.cache.pages import PAGE_TOKENS
 from ranklet.replicas.engine.decodes import commit_decodes, plan_decodes, prompt_budget
 from ranklet.replicas.engine.fair_queue import FairQueue
 from ranklet.replicas.engine.flood_rules import FloodRules
+from ranklet.replicas.engine.flood_share import FloodShare, IsReady, can_run, flood_share
 from ranklet.replicas.engine.holders import Holders
 from ranklet.replicas.engine.kv_space import FreeSpace, KvSpace, Start
 from ranklet.replicas.engine.plan import Part, StepPlan
@@ -74,7 +76,7 @@ class Scheduler:
         """Set how large the next steps may be."""
         self._flood_rules.set_sizes(sizes)
 
-    def propose(self, is_ready: Callable[[AdapterRef], bool]) -> StepPlan:
+    def propose(self, is_ready: IsReady) -> StepPlan:
         """Return the next step. Changes nothing.
 
         Args:
@@ -84,18 +86,21 @@ class Scheduler:
         room = self.space.room() if self.space is not None else FreeSpace(0, 0)
         room.computing |= self.holders.pages_in_work()
         first = next((each for each in self.queue if not each.cancelled), None)
-        alone = first is not None and first.runs_alone and _is_ready(first, is_ready) and not self._decodes_waited
-        if not alone and self.space is not None:
-            plan_decodes(plan, self.holders, self.space, room)
+        alone = first is not None and first.runs_alone and can_run(first, is_ready) and not self._decodes_waited
+        share = flood_share(self.queue, self.holders, self.space, self._costs, self._flood_rules)
+        alone = alone or share.decodes_wait(self.queue, self.holders, self._costs, is_ready)
+        if not alone:
+            self._plan_decodes(plan, share, room, is_ready)
             if plan.decodes and plan.decodes[0].solo:
                 return plan
         limits = self._flood_rules.limits(len(plan.decodes))
-        budget = prompt_budget(plan, self.queue, room.rows, self._costs, self._slowdown, self._max_tokens)
+        budget = prompt_budget(plan, self.queue, room.rows, self._costs, self._slowdown, self._max_tokens, share)
+        share.plan_prompts(plan, self.holders, self._costs, budget)
         adapters = set(self.holders.adapters)
         ready: dict[AdapterRef, bool] = {}
         beyond, blocked = 0, False
         full = len(plan.decodes) >= self._max_sequences or plan.tokens >= limits.most
-        for sequence in self.queue:
+        for sequence in self.queue.without_new_texts(share.held_back):
             if sequence.cancelled:
                 plan.cancelled.append(sequence)
                 continue
@@ -107,12 +112,14 @@ class Scheduler:
             if not room.rows and sequence.row is None and sequence.need.keeps_cache:
                 continue  # a long queue of texts costs little
             full = full or limits.closes(sequence, plan.tokens - len(plan.decodes))
-            if full or (blocked and sequence.row is None) or limits.leaves_out(sequence, plan):
+            waits = sequence.is_new_text and not share.lets_start(sequence)
+            if full or waits or (blocked and sequence.row is None) or limits.leaves_out(sequence, plan):
                 beyond += 1
                 if beyond > _LOOKAHEAD:
                     break
             elif adapter is None or ready[adapter] or sequence.holds_slot:
                 budget.most_text = limits.most_text(sequence)
+                budget.most_cost = share.prompts(sequence)
                 part = self._part(sequence, plan, adapters, room, budget)
                 if part is None:
                     plan.passed.append(sequence)
@@ -124,12 +131,19 @@ class Scheduler:
                 if adapter is not None:
                     adapters.add(adapter)
                 limits.take(sequence)
+                share.take(sequence)
                 full = len(plan.decodes) + len(plan.parts) == self._max_sequences or plan.tokens >= limits.most
                 full = full or bool(sequence.solo) or part.head is None
+        plan.cost = share.cost_of(plan, budget)
         plan.demand = list(ready)[: self._max_demand]
-        if alone and not plan.parts and self.space is not None:  # it waits for pages that others hold
-            plan_decodes(plan, self.holders, self.space, room)
+        if alone and not plan.parts:  # it waits for pages that others hold
+            self._plan_decodes(plan, share, room, is_ready)
         return plan
+
+    def _plan_decodes(self, plan: StepPlan, share: FloodShare, room: FreeSpace, is_ready: IsReady) -> None:
+        if self.space is not None:
+            give_way = share.victims(self.queue, self.holders, self.space, room, is_ready)
+            plan_decodes(plan, self.holders, self.space, room, give_way)
 
     def _part(
         self, sequence: Sequence, plan: StepPlan, adapters: set[AdapterRef], room: FreeSpace, budget: PromptBudget
@@ -306,7 +320,3 @@ class Scheduler:
 
     def has_waiting(self) -> bool:
         return len(self.queue) > 0 or bool(self.holders.decoding)
-
-
-def _is_ready(sequence: Sequence, is_ready: Callable[[AdapterRef], bool]) -> bool:
-    return sequence.adapter is None or sequence.holds_slot or is_ready(sequence.adapter)

@@ -111,6 +111,11 @@ class Sequence:
         """Whether it needs a step without decodes when it is the first of the queue."""
         return bool(self.solo) or (not self.need.divisible and self.passed_over >= PATIENCE)
 
+    @property
+    def is_new_text(self) -> bool:
+        """Whether it is a text of several tokens that has no row yet."""
+        return self.row is None and self.need.keeps_cache and self.need.outputs > 1
+
     def append(self, token: int) -> None:
         """Add an output token that has reached the host."""
         length = self.length

@@ -58,7 +58,7 @@ class StepCost:
             windows=tuple((count / layers, window or inf) for window, count in Counter(shape.windows).items()),
         )
 
-    def decodes(self, count: int, context: int) -> float:
+    def decodes(self, count: int, context: float) -> float:
         """Return the cost of a step of decodes, whose contexts have `context` tokens together."""
         return self.step + count * (self.decode + self.read * self._seen(context / count))
 
@@ -83,6 +83,8 @@ class PromptBudget:
     Attributes:
         tokens: number of tokens.
         cost: infinite without decodes.
+        most_cost: of the step's prompts, at which the next one's piece ends; None for no such limit.
+        spent: cost of the prompts in the step.
         most_text: tokens of prompts at which a text's piece ends; None for no such limit.
         decodes: number of decodes in the step.
         taken: tokens of prompts in the step.
@@ -92,6 +94,8 @@ class PromptBudget:
     costs: StepCost
     tokens: int
     cost: float = inf
+    most_cost: float | None = None
+    spent: float = 0.0
     most_text: int | None = None
     decodes: int = 0
     taken: int = 0
@@ -108,14 +112,15 @@ class PromptBudget:
             most = min(most, max(self.most_text - self.taken, 0 if self.taken else LEAST_PIECE))
         if most <= 0:
             return 0
-        tokens = most if self.cost == inf else self.costs.fitting(self.cost, start, most)
+        cost = self.cost if self.most_cost is None else min(self.cost, self.most_cost - self.spent)
+        tokens = most if cost == inf else self.costs.fitting(cost, start, most)
         if tokens < most:
             tokens = self._rounded(tokens)
         if tokens == left or tokens >= LEAST_PIECE:
             return tokens
         if not self.taken:
             return min(most, LEAST_PIECE)
-        self.is_spent = is_cut or self.cost < inf
+        self.is_spent = is_cut or cost < inf
         return 0
 
     def _rounded(self, tokens: int) -> int:
@@ -132,4 +137,6 @@ class PromptBudget:
         self.taken += tokens
         if is_text:
             self.tokens = self._text_tokens
-        self.cost -= self.costs.piece(tokens, start)
+        cost = self.costs.piece(tokens, start)
+        self.cost -= cost
+        self.spent += cost

@@ -49,3 +49,9 @@ adapters, greedy and sampled, with penalties, logprobs and two choices, float32.
 finish reason and usage are those of the same request without faults. A pause is the time between two events of a
 stream. A drained replica is stopped 2 s after it gets no new requests. Gateways that a deploy replaces take their
 counts along."""
+FAIR_TEXTS_NOTE = (
+    "The scheduler and the queue of an engine on a simulated device, with the shapes of 0.6B and 256 texts at once: a "
+    "step takes the time that the engine's estimate of its cost says, scaled to a measured step of an H200. Steady "
+    "requests are prompts of 512 tokens, texts have 64 to 192 tokens, those of the flood 512 to 1,536. A flood of long "
+    "answers once took all rows, and texts of others waited for seconds."
+)

@@ -12,6 +12,7 @@ from tests.bench.notes import (
     ATTENTION_NOTE,
     CLIENTS_NOTE,
     ENGINE_NOTE,
+    FAIR_TEXTS_NOTE,
     FIDELITY_SMOLLM_NOTE,
     FIDELITY_TEXT_NOTE,
     GAPS_NOTE,
@@ -230,6 +231,14 @@ TABLES = (
     ResultTable("A flood on one of 17 adapters, the others at 80 % of the capacity, 6144 tokens", "fair-h200", FAIR),
     ResultTable("A flood on one of 17 adapters, 512 tokens", "fair-h200-512", FAIR),
     ResultTable("A flood on one of 17 adapters, on two CPU cores", "fair-cpu", FAIR),
+    ResultTable(
+        "A flood beside texts or embeddings of 16 adapters at 80 % of the capacity, simulated", "fair-texts-simulated",
+        {"steady": ("steady", TEXT), "flood": ("flood", TEXT), "wait_p50_ms": ("first token or vector p50 ms", COUNT),
+         "wait_p99_ms": ("p99 ms", COUNT), "wait ratio": ("p99, times without flood", RATIO),
+         "gap_p50_ms": ("gap p50 ms", MS), "gap_p99_ms": ("gap p99 ms", MS),
+         "gap p99 ratio": ("gap p99, times without flood", RATIO), "flood_per_s": ("answers to the flood/s", MS)},
+        note=FAIR_TEXTS_NOTE,
+    ),
     ResultTable(
         "Clients written for OpenAI's API", "clients-cpu",
         {"client": ("client", TEXT), "version": ("version", TEXT), "passed": ("checks passed", COUNT),

@@ -1,0 +1,111 @@
+"""What another adapter's requests get of an engine while one adapter floods it with texts."""
+
+from typing import Any, cast
+
+import pytest
+
+from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.engine.flood_share import brief_texts
+from ranklet.replicas.engine.step_cost import StepCost
+from tests.bench.fair_texts import TimedDevice
+from tests.replicas.engine.simulation import Asked, Simulation
+
+FLOOD, OTHER = REFS = [AdapterRef(f"a{index}", f"/{index}", f"a{index}-1") for index in range(2)]
+ROWS = 16
+COSTS = StepCost(step=100.0, mixed=10.0, decode=10.0)  # 16 texts make 98 tokens in the time that one makes 41
+BRIEF = 9  # texts that make most of the tokens a second of 16
+PROMPT = [1, 2, 3, 5] * 5
+
+
+def flooded(*, pages: int = 400, requests: int = 40) -> Simulation:
+    """Return a simulation all of whose rows run texts of one adapter, of which more wait than its allowance."""
+    running = Simulation(
+        pages=pages, rows=ROWS, slots=2, max_tokens=200, max_adapters=2, max_model_len=320, costs=COSTS, slowdown=2.0,
+        depth=2, shares_prefixes=False,
+    )  # fmt: skip
+    for ref in REFS:
+        running.embed([[1]], ref)
+    running.run(100)
+    running.asked.clear()
+    running.device = cast(Any, TimedDevice(2))  # ends no text early
+    for number in range(requests):
+        running.generate([[*PROMPT, number % 30 + 1]], FLOOD, max_tokens=200)
+    for _ in range(8):
+        go_on(running)
+    return running
+
+
+def go_on(running: Simulation) -> None:
+    """Launch steps up to the depth of the device, and deliver the oldest."""
+    while running.step() is not None:
+        pass
+    running.deliver()
+    running.check()
+
+
+def steps_until_first_token(running: Simulation, asked: Asked) -> int:
+    steps = 0
+    while not asked.pieces:
+        go_on(running)
+        steps += 1
+    return steps
+
+
+def test_most_of_the_rate_needs_fewer_texts() -> None:
+    def rate(texts: int) -> float:
+        return texts / COSTS.decodes(texts, 0)
+
+    assert brief_texts(COSTS, ROWS, 0.0) == BRIEF
+    assert rate(BRIEF) <= 0.8 * rate(ROWS) <= rate(BRIEF + 1)
+    assert brief_texts(StepCost(), ROWS, 0.0) == 0, "steps of more texts are not faster"
+
+
+@pytest.mark.parametrize("requests", [40, 3000])
+def test_a_text_gets_a_row_that_a_flood_holds_soon_however_much_waits(requests: int) -> None:
+    running = flooded(requests=requests)
+    assert running.scheduler.holders.flows == {FLOOD.name: ROWS}
+    asked = running.generate([PROMPT], OTHER, max_tokens=5)
+    assert steps_until_first_token(running, asked) <= 5
+    assert running.scheduler.preemptions == 1, "one row is enough"
+
+
+def test_a_text_gets_pages_that_a_flood_holds_soon() -> None:
+    running = flooded(pages=30)
+    asked = running.generate([PROMPT * 10], OTHER, max_tokens=5)
+    assert steps_until_first_token(running, asked) <= 6
+    running.run(20_000)
+
+
+def test_a_flood_starts_no_text_beyond_its_part_while_another_adapter_has_some() -> None:
+    running = flooded(requests=100)
+    for _ in range(400):
+        if running.scheduler.holders.flows[OTHER.name] + running.scheduler.queue.tokens_of(OTHER.name) == 0:
+            running.generate([[*PROMPT, len(running.asked) % 30]], OTHER, max_tokens=20)
+        before = running.scheduler.holders.flows[FLOOD.name]
+        go_on(running)
+        assert running.scheduler.holders.flows[FLOOD.name] <= max(before, BRIEF)
+        if running.scheduler.queue.tokens_of(FLOOD.name) < 250:
+            break
+    assert running.scheduler.holders.flows[FLOOD.name] >= 1, "it goes on"
+
+
+def test_decodes_of_a_flood_wait_for_embeddings_of_others_but_go_on() -> None:
+    running = flooded()
+    decodes = []
+    for _ in range(40):
+        running.embed([PROMPT], OTHER)
+        plan = running.step()
+        if plan is not None:
+            decodes.append(len(plan.decodes))
+        running.deliver()
+    assert 0 in decodes
+    assert sum(each > 0 for each in decodes) >= 5
+    running.run(20_000)
+
+
+def test_a_flood_alone_keeps_all_rows() -> None:
+    running = flooded(requests=60)
+    for _ in range(10):
+        go_on(running)
+        assert len(running.scheduler.holders) == ROWS
+    assert not running.scheduler.preemptions
