@@ -97,6 +97,7 @@ def prompt_budget(
         texts = queue.texts - sum(map(queue.new_texts_of, share.held_back))
         if _is_burst(queue, count, min(texts, rows), costs, max_tokens):
             budget.cost = max(budget.cost, _BURST_COST * max_tokens)
+    share.plan_prompts(plan, budget)
     return budget
 
 

@@ -73,11 +73,12 @@ class FloodShare:
             self.running += 1
             self.by_flow[sequence.flow] += 1
 
-    def plan_prompts(self, plan: StepPlan, holders: Holders, costs: StepCost, budget: PromptBudget) -> None:
+    def plan_prompts(self, plan: StepPlan, budget: PromptBudget) -> None:
         """Take note of the decodes. If all are of flooding adapters, they do not limit the prompts of others."""
-        if self.flows and plan.decodes:
-            self.decodes = costs.decodes(len(plan.decodes), sum(each.computed for each in plan.decodes))
-            if self._floods_all(holders.decoding_flows):
+        decodes = plan.decodes
+        if self.flows and decodes:
+            self.decodes = budget.costs.decodes(len(decodes), sum(each.computed for each in decodes))
+            if self._floods_all({each.flow for each in decodes}):
                 budget.cost = inf
 
     def prompts(self, sequence: Sequence) -> float | None:

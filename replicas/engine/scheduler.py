@@ -7,14 +7,13 @@ the sequence that started last gives its pages back, keeps its slot and waits at
 computed again.
 
 A sequence is passed over while its adapter is in no slot. A sequence whose adapter is in a slot, but that does not fit
-into a step, is passed over at most `PATIENCE` times; then no later sequence starts before it. Therefore:
+into a step, is passed over at most `PATIENCE` times; then no later sequence starts before it. Unless adapters flood:
 
 - the first ready sequence of the queue is in the next step that has space for it;
 - a ready sequence that needs no pages is overtaken in at most `PATIENCE` steps;
-- decodes wait for at most one step in turn, apart from those with a grammar (`masks.py`);
+- decodes wait for at most one step in turn, apart from those with a grammar (`masks.py`) or of a flood;
 - a sequence that needs pages is not overtaken by one that needs pages;
 - the sequence that started first is never preempted, so that it ends;
-- while others have requests, flooding adapters have only their share (`flood_share.py`), and none of the above;
 - on the CPU, a request within its adapter's allowance that comes while one other adapter floods is in the next step;
 - with S slots, the first S distinct adapters of the queue are loaded and kept.
 """
@@ -95,7 +94,6 @@ class Scheduler:
                 return plan
         limits = self._flood_rules.limits(len(plan.decodes))
         budget = prompt_budget(plan, self.queue, room.rows, self._costs, self._slowdown, self._max_tokens, share)
-        share.plan_prompts(plan, self.holders, self._costs, budget)
         adapters = set(self.holders.adapters)
         ready: dict[AdapterRef, bool] = {}
         beyond, blocked = 0, False
