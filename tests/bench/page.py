@@ -20,6 +20,7 @@ from tests.bench.notes import (
     GENERATE_NOTE,
     STREAM_FAULTS_NOTE,
     TEXT_HTTP_NOTE,
+    TEXT_SOAK_NOTE,
 )
 from tests.bench.report import RESULTS
 
@@ -163,6 +164,12 @@ TABLES = (
         note=TEXT_HTTP_NOTE,
     ),
     ResultTable(
+        "The same with fewer gateways, an hour before on another host", "text-http-h200-gateways",
+        {"work": ("requests x prompt/output", TEXT), "gateways": ("gateways", COUNT),
+         "tokens_per_s": ("generated tokens/s", COUNT), "engine tokens_per_s": ("the engine alone", COUNT),
+         "of the engine": ("of the engine", RATIO), "failed": ("failed", failures)},
+    ),
+    ResultTable(
         "CPU time of a token, us", "text-http-h200",
         {"work": ("requests x prompt/output", TEXT), "gateways": ("gateways", COUNT),
          **{f"{name} us": (name, number(1)) for name in ("gateway", "actor", "engine", "haproxy", "client")},
@@ -211,6 +218,15 @@ TABLES = (
     ResultTable("Cosine to transformers + PEFT in float32, float32 on a CPU", "fidelity-cpu-float32", FIDELITY),
     ResultTable("Six minutes at saturation: 1-8192 tokens, 80 adapters on 64 slots", "soak-h200", SOAK, _is_sample),
     ResultTable("Three and a half minutes at saturation", "soak-h200-memory", SOAK, _is_sample),
+    ResultTable(
+        "Eight minutes at saturation: texts and embeddings, 80 adapters on 64 slots", "text-soak-h200",
+        {"texts": ("texts", COUNT), "embeddings": ("embeddings", COUNT), "failed": ("failed", failures),
+         "left": ("clients that left", COUNT), "replaced": ("adapters replaced", COUNT),
+         "preempted": ("preempted", COUNT), "tokens compared": ("tokens compared", COUNT),
+         "largest difference": ("largest difference of logprobs", number(4)), "p99 difference": ("p99", number(4)),
+         "mean difference": ("mean", number(4))},
+        _is_sample, TEXT_SOAK_NOTE,
+    ),
     ResultTable("Four minutes at saturation on a CPU, 6 adapters on 4 slots", "soak-cpu", SOAK, _is_sample),
     ResultTable(
         "Adapters loaded, replaced and unloaded while clients send requests, on a CPU", "churn-cpu",
