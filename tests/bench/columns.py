@@ -1,0 +1,65 @@
+"""Columns of the tables of tests/bench/results/README.md: headings, and how values are written."""
+
+from collections.abc import Callable
+from typing import Any
+
+Column = Callable[[Any], str]
+
+
+def number(digits: int = 0, scale: float = 1.0, unit: str = "") -> Column:
+    return lambda value: "" if value in ("", None) else f"{value * scale:,.{digits}f}{unit}"
+
+
+def failures(by_code: dict[str, int]) -> str:
+    return str(sum(by_code.values()))
+
+
+COUNT, MS, RATIO, PERCENT, TEXT = number(), number(1), number(2), number(0, 100.0, " %"), str
+FINE_MS, NATS, EXACT_PERCENT = number(3), number(4), number(2, 100.0, " %")
+RUN: dict[str, tuple[str, Column]] = {
+    "prompts": ("prompts x tokens", TEXT), "adapters": ("adapters", TEXT), "backend": ("backend", TEXT),
+    "tokens_per_s": ("tokens/s", COUNT),
+}  # fmt: skip
+HTTP: dict[str, tuple[str, Column]] = {
+    "work": ("prompts x tokens", TEXT), "tokens_per_s": ("tokens/s", COUNT),
+    "of the engine alone": ("of the engine's throughput", RATIO), "device busy": ("GPU busy", PERCENT),
+    "p50_ms": ("p50 ms", COUNT), "p99_ms": ("p99 ms", COUNT),
+}  # fmt: skip
+CLUSTER: dict[str, tuple[str, Column]] = {
+    "replicas": ("GPUs", TEXT), "work": ("work", TEXT), "tokens_per_s": ("tokens/s", COUNT),
+    "of one replica": ("all GPUs / one GPU", RATIO), "of 64 adapters": ("of the rate with 64 adapters", RATIO),
+    "least busy": ("least busy GPU", PERCENT), "busiest": ("busiest GPU", PERCENT),
+    "found on the device": ("adapter in a slot", PERCENT),
+}  # fmt: skip
+FIDELITY: dict[str, tuple[str, Column]] = {
+    "backend": ("backend", TEXT), "adapter": ("adapter", TEXT), "least cosine": ("least cosine", TEXT),
+}  # fmt: skip
+SOAK: dict[str, tuple[str, Column]] = {
+    "answers": ("answers", COUNT), "failed": ("failed", failures), "median cosine": ("median cosine", TEXT),
+    "least cosine": ("least cosine", TEXT), "tokens_per_s": ("tokens/s", COUNT),
+}  # fmt: skip
+FAIR: dict[str, tuple[str, Column]] = {
+    "flood": ("flood", TEXT), "tokens": ("tokens", TEXT), "batch_tokens": ("tokens of a batch", COUNT),
+    "p50_ms": ("p50 ms", COUNT), "p99_ms": ("p99 ms", COUNT), "p99_ratio": ("p99, times without flood", RATIO),
+}  # fmt: skip
+COMPARED: dict[str, tuple[str, Column]] = {
+    "benchmark": ("benchmark", TEXT), "work": ("work", TEXT), "measured": ("measured", TEXT),
+    "runs before": ("runs before", TEXT), "runs after": ("runs after", TEXT),
+    "gain": ("after / before, more is better", RATIO),
+}  # fmt: skip
+RULES: dict[str, tuple[str, Column]] = {
+    "case": ("case", TEXT), "rule": ("rule", TEXT), "hit rate": ("adapter in a slot", EXACT_PERCENT),
+    "p50_ms": ("p50 wait ms", MS), "p99_ms": ("p99 wait ms", MS), "mean_ms": ("mean wait ms", MS),
+    "loads_per_s": ("loads/s", COUNT),
+}  # fmt: skip
+GENERATED: dict[str, tuple[str, Column]] = {
+    "shapes": ("shapes", TEXT), "work": ("requests x prompt/output", TEXT), "adapters": ("adapters", COUNT),
+    "tokens_per_s": ("generated tokens/s", COUNT), "must": ("target tokens/s", COUNT),
+    "peer": ("vLLM 0.26.0 tokens/s", COUNT), "step_ms": ("median step ms", FINE_MS),
+    "first_p50_ms": ("median first token ms", COUNT),
+}  # fmt: skip
+LOGPROBS: dict[str, tuple[str, Column]] = {
+    "model": ("model", TEXT), "adapter": ("adapter", TEXT), "prefill": ("as a prompt", NATS),
+    "decode": ("as generated", NATS), "self": ("between these two", NATS),
+    "transformers": ("transformers + PEFT in bf16", NATS),
+}  # fmt: skip
