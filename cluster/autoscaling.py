@@ -1,32 +1,37 @@
-"""Policy for Ray Serve's autoscaler: the number of replicas follows their utilisation and the wait in their queues.
+"""Policy for Ray Serve's autoscaler: the number of replicas follows their work and what requests wait for.
 
 Serve's own policy counts requests, whether they have 10 tokens or 8,000. Set this policy in the deployment's
 `autoscaling_config`: `policy: {policy_function: ranklet.cluster.autoscaling:by_work}`. Serve applies its own delays and
-smoothing.
+smoothing. A replica that is removed ends its texts, or hands them to others, within its `graceful_shutdown_timeout_s`.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-BUSY, WAIT_S = "busy", "wait_s"  # keys of `Replica.record_autoscaling_stats`
-TARGET_BUSY = 0.75  # share of the time in which a device computes
-TARGET_WAIT_S = 0.5
+# Keys of `Replica.record_autoscaling_stats`, and the means over all replicas that the policy keeps them at.
+BUSY = "busy"  # share of the time in which a device computes, less where it runs few texts
+WAIT_S = "wait_s"  # of a prompt in the queue
+KV_USED = "kv_used"  # share of the pages of keys and values that sequences use
+FIRST_TOKEN_S = "first_token_s"  # of the texts that have ended since the last report; missing if none have
+TARGETS = {BUSY: 0.75, WAIT_S: 0.5, KV_USED: 0.8, FIRST_TOKEN_S: 1.0}
 MAX_GROWTH = 2.0  # largest factor of one decision
+
+Measured = Mapping[str, Mapping[Any, float]]  # by key and replica
 
 
 def by_work(ctx: Any) -> tuple[float, dict[str, Any]]:
-    """Return the wanted number of replicas, which Serve rounds. Without measurements, it stays at the current target.
+    """Return the wanted number of replicas, which Serve rounds.
 
     Args:
         ctx: Serve's AutoscalingContext.
     """
-    metrics: Mapping[str, Mapping[Any, float]] = ctx.aggregated_metrics or {}
-    busy, wait_s = _mean(metrics.get(BUSY)), _mean(metrics.get(WAIT_S))
-    if busy is None or wait_s is None or ctx.current_num_replicas == 0:
-        return ctx.target_num_replicas, ctx.policy_state
-    factor = max(busy / TARGET_BUSY, wait_s / TARGET_WAIT_S)
-    return ctx.current_num_replicas * min(factor, MAX_GROWTH), ctx.policy_state
+    wanted = wanted_replicas(ctx.aggregated_metrics or {}, ctx.current_num_replicas, ctx.target_num_replicas)
+    return wanted, ctx.policy_state
 
 
-def _mean(values: Mapping[Any, float] | None) -> float | None:
-    return sum(values.values()) / len(values) if values else None
+def wanted_replicas(measured: Measured, current: int, target: int) -> float:
+    """Return how many replicas would bring the worst mean to its target. Without measurements, `target` stays."""
+    means = {key: sum(values.values()) / len(values) for key in TARGETS if (values := measured.get(key))}
+    if BUSY not in means or WAIT_S not in means or current == 0:
+        return target
+    return current * min(max(mean / TARGETS[key] for key, mean in means.items()), MAX_GROWTH)

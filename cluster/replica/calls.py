@@ -88,6 +88,8 @@ class ReplicaCalls:
         load = self._state.load_for(call.sender)
         if isinstance(outcome, RankletError):
             return Refusal.of(outcome, self._id, call.adapter_name or "", load, has_begun=has_begun)
+        if outcome.first_piece_s is not None:
+            self._state.text_ended(outcome.first_piece_s)
         return self._reply(outcome, make_result(outcome.result), resolved, load)
 
     def finish(self, gateway: str, number: int, index: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from ray import serve
 from ray.serve.schema import ReplicaRank
 
-from ranklet.cluster.autoscaling import BUSY, WAIT_S
+from ranklet.cluster.autoscaling import BUSY, FIRST_TOKEN_S, KV_USED, WAIT_S
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.catalog.remote import RemoteCache
@@ -65,7 +65,7 @@ class Replica:
         self._rank = context.rank.rank if context.rank else 0
         self._metrics = metrics = ReplicaMetrics(args.metrics.top_adapters, args.base_names[0])
         config, sources = args.engine_config(), args.sources
-        self._state = ReplicaState(self._id, config.slots, config.max_rank)
+        self._state = ReplicaState(self._id, config.slots, config.max_rank, most_texts=config.max_batch_requests)
         self._feeds = OutgoingFeeds()
         self._engine = EngineProcess(config, metrics, self._state, self._feeds)
         self._engine.start()
@@ -255,7 +255,15 @@ class Replica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve for `ranklet.cluster.autoscaling`."""
-        return {BUSY: self._state.busy(), WAIT_S: self._state.wait_s()}
+        stats = {BUSY: self._state.busy(), WAIT_S: self._state.wait_s()}
+        first_token_s = self._state.first_token_s()
+        if first_token_s is not None:
+            stats[FIRST_TOKEN_S] = first_token_s
+        with contextlib.suppress(RankletError, TimeoutError):  # the engine has ended or hangs
+            cache = (await self._on_thread(self._engine.snapshot)).kv_cache
+            if cache is not None and cache.pages:
+                stats[KV_USED] = cache.used_pages / cache.pages
+        return stats
 
     async def record_replica_metadata(self) -> dict[str, Any]:
         """Called by Serve, which passes the result to routers. A replacement of this replica gets the same rank."""

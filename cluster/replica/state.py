@@ -1,5 +1,6 @@
 """The queue, the speed and the adapters of one replica, which it reports to gateways."""
 
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -12,6 +13,7 @@ from ranklet.routing.report import Holdings, QueueLoad, StateReport, wait_level
 
 _SPEED_WINDOW = 500_000  # work
 _LOADS_WINDOW = 8  # loads
+_FULL_TEXTS = 0.5  # texts, as a share of the most, beyond which steps become longer rather than faster
 _MAX_SENDERS = 1024  # gateways whose work is counted: those that called most recently
 
 
@@ -36,14 +38,17 @@ class ReplicaState(Listener):
     Args:
         replica: id of the replica.
         slots, pool_rank: of the engine.
+        most_texts: that the engine runs at once.
         clock: monotonic, in seconds.
         wall_clock: Unix time; readers on other machines compare it with their own.
     """
 
     def __init__(
         self, replica: str, slots: int, pool_rank: int, clock: Callable[[], float] = time.monotonic,
-        wall_clock: Callable[[], float] = time.time,
+        wall_clock: Callable[[], float] = time.time, most_texts: int = 512,
     ) -> None:  # fmt: skip
+        self._full_texts = max(1.0, _FULL_TEXTS * most_texts)
+        self._first_token = _RunningMean(math.inf)
         self._replica = replica
         self._clock = clock
         self._wall_clock = wall_clock
@@ -79,7 +84,8 @@ class ReplicaState(Listener):
 
     def batch(self, record: BatchRecord) -> None:
         if record.compute_s > 0:
-            self._busy_s += record.compute_s
+            # With a single text, steps follow each other without a pause, and yet there is room for hundreds.
+            self._busy_s += record.compute_s * (1.0 if record.tokens else min(1.0, record.generated / self._full_texts))
         if record.compute_s > 0 and record.tokens:  # a step of decodes alone says nothing of how fast prompts are
             with self._lock:  # weighted by tokens, because a full queue is served in large batches
                 self._speed.add(record.tokens / record.compute_s, record.tokens)
@@ -117,10 +123,23 @@ class ReplicaState(Listener):
         return wait_level(self.wait_s())
 
     def busy(self) -> float:
-        """Return the share of the time since the last call of this method in which the device computed."""
+        """Return the share of the time since the last call of this method in which the device computed.
+
+        A step of texts alone counts by their number.
+        """
         now_s, busy_s = self._clock(), self._busy_s
         (last_s, last_busy_s), self._last_busy = self._last_busy, (now_s, busy_s)
         return min((busy_s - last_busy_s) / (now_s - last_s), 1.0) if now_s > last_s else 0.0
+
+    def text_ended(self, first_token_s: float) -> None:
+        with self._lock:
+            self._first_token.add(first_token_s)
+
+    def first_token_s(self) -> float | None:
+        """Return the mean time to the first token since the last call of this method; None if no text has ended."""
+        with self._lock:
+            mean, self._first_token = self._first_token, _RunningMean(math.inf)
+        return mean.value if mean.weight else None
 
     def load_for(self, sender: str) -> QueueLoad:
         with self._lock:

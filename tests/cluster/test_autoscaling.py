@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ranklet.cluster.autoscaling import BUSY, WAIT_S, by_work
+from ranklet.cluster.autoscaling import BUSY, FIRST_TOKEN_S, KV_USED, WAIT_S, by_work, wanted_replicas
 from ranklet.cluster.command.local_cluster import LocalCluster
 from tests.cluster import load
 from tests.cluster.service import Service, eventually, local_configuration, serving
@@ -37,6 +37,23 @@ def test_the_policy_follows_utilisation_and_wait(busy: list[float], wait_s: list
     assert by_work(ctx)[0] == pytest.approx(wanted, rel=0.01)
     ctx.aggregated_metrics = None
     assert by_work(ctx)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("further", "wanted"),
+    [
+        ({}, 1.0),
+        ({KV_USED: [0.2, 0.3]}, 1.0),
+        ({KV_USED: [0.9, 0.94]}, 2.3),
+        ({FIRST_TOKEN_S: [1.5]}, 3.0),
+        ({FIRST_TOKEN_S: [0.2, 0.3], KV_USED: [0.4, 0.4]}, 1.0),
+        ({FIRST_TOKEN_S: [30.0]}, 4.0),
+    ],
+)
+def test_the_policy_follows_pages_and_first_tokens_of_texts(further: dict[str, list[float]], wanted: float) -> None:
+    measured = {BUSY: [0.375, 0.375], WAIT_S: [0.0, 0.0], **further}
+    by_replica = {key: dict(enumerate(values)) for key, values in measured.items()}
+    assert wanted_replicas(by_replica, current=2, target=2) == pytest.approx(wanted)
 
 
 def test_replicas_start_under_load_and_stop_without_it(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:

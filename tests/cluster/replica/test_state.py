@@ -79,3 +79,21 @@ def test_busy_is_the_share_of_the_time_since_the_last_question() -> None:
     state.batch(batch(10, 1000.0))
     now_s += 1
     assert state.busy() == 1.0
+
+
+def test_few_texts_do_not_keep_a_replica_busy() -> None:
+    now_s = 0.0
+    state = ReplicaState("r", 4, 64, clock=lambda: now_s, most_texts=100)
+    for texts, busy in ((1, 0.02), (25, 0.5), (50, 1.0), (100, 1.0)):
+        now_s += 10
+        state.batch(BatchRecord({}, {}, "none", [], 10.0, {"": texts}))
+        assert state.busy() == pytest.approx(busy)
+
+
+def test_the_time_to_the_first_token_is_that_since_the_last_question() -> None:
+    state = ReplicaState("r", 4, 64)
+    assert state.first_token_s() is None
+    state.text_ended(1.0)
+    state.text_ended(2.0)
+    assert state.first_token_s() == pytest.approx(1.5)
+    assert state.first_token_s() is None
