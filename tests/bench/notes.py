@@ -40,9 +40,9 @@ differences are 0.014 as a prompt, 0.005 as generated, and 0.036 for transformer
 CLIENTS_NOTE = """\
 Published clients, unchanged, against one replica with SmolLM2-135M-Instruct and four trained adapters, in float32 on
 a CPU. LangChain's standard tests of tools, structured output, images, sounds and documents do not apply: ranklet
-refuses tools and structured output by name, as further checks show. lm-eval's measure is the largest difference of a
-log-likelihood to its `hf` model, which is transformers + PEFT, over answers of a few tokens and two whole texts, for
-the base and two adapters."""
+refused tools and structured output by name at that commit, as further checks show. lm-eval's measure is the largest
+difference of a log-likelihood to its `hf` model, which is transformers + PEFT, over answers of a few tokens and two
+whole texts, for the base and two adapters."""
 ATTENTION_NOTE = """\
 Keys were cut into splits of at least 256 keys; 512 are kept. With 512, 32 x 512 behind 0 took 171 us for Qwen3-0.6B in
 the same call. Times of the other shapes measured with both differ by up to 4 %. The larger bound on partial sums and

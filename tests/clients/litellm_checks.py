@@ -87,7 +87,6 @@ def test_a_value_out_of_range_is_a_bad_request() -> None:
         pytest.param(
             {"tools": [{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]}, id="tools"
         ),
-        pytest.param({"response_format": {"type": "json_object"}}, id="response_format"),
     ],
 )
 def test_refused_by_name(fields: dict[str, Any]) -> None:
