@@ -4,9 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 from ray.serve.config import HTTPOptions
+from ray.serve.generated.serve_pb2 import ASGIRequest  # type: ignore[attr-defined]  # made when it is imported
+from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 from ray.serve.request_router import PendingRequest, RequestRouter
 
 # Tests build a RequestRouter, which is public; its arguments DeploymentID and DeploymentHandleSource are private.
@@ -14,6 +17,7 @@ __all__ = [
     "DeploymentHandleSource",
     "DeploymentID",
     "bound_deployments",
+    "call_replica",
     "pending_request",
     "queue_and_dequeue",
     "write_haproxy_configuration",
@@ -25,6 +29,17 @@ def bound_deployments(application: Any) -> set[str]:
     deployment = application._bound_deployment
     nested = [bound_deployments(value) for value in deployment.init_args if hasattr(value, "_bound_deployment")]
     return {deployment.name}.union(*nested)
+
+
+def call_replica(port: int, pickled: bytes, *headers: tuple[str, str]) -> Any:
+    """Call the gRPC server of a replica of Serve, which other replicas call. Returns the status code of a refusal."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        request = ASGIRequest(pickled_request_metadata=pickled)
+        try:
+            ASGIServiceStub(channel).HandleRequest(request, timeout=10, metadata=headers)
+        except grpc.RpcError as error:
+            return error.code()
+    return None
 
 
 def pending_request(args: list[Any], kwargs: dict[str, Any], **options: Any) -> PendingRequest:

@@ -1,15 +1,18 @@
 """Where HTTP listens on loopback, `ranklet up` opens no port to the network that answers without Ray's token."""
 
 import contextlib
+import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from grpc import StatusCode
 
 from ranklet.cluster.command.ray_head import SEVERAL_NODES_VARIABLE, RayHead
 from tests.cluster.nodes import command_line, process_tree
 from tests.cluster.service import Service
+from tests.ray_internals import call_replica
 
 _LISTENING = "0A"
 # gRPC of gateways and replicas refuses callers without the token, before it reads what they send.
@@ -47,6 +50,26 @@ def test_ports_beyond_loopback_need_rays_token(service: Service) -> None:
     assert total > 15, "Ray's processes listen on more ports"
     assert exposed.keys() <= _NEED_THE_TOKEN, exposed
     assert all(len(addresses) == 1 for addresses in exposed.values()), exposed
+
+
+class Proof:
+    """Creates a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self._path,)
+
+
+def test_processes_unpickle_nothing_that_comes_without_the_token(service: Service, tmp_path: Path) -> None:
+    pids = [*service.processes("Gateway").values(), *service.processes("Replica").values()]
+    proof = pickle.dumps(Proof(tmp_path / "proof"))
+    for pid in pids:
+        (port,) = {int(each.rpartition(":")[2], 16) for each in listeners(pid) if not is_loopback(each)}
+        for headers in ((), (("authorization", "Bearer wrong"),)):
+            assert call_replica(port, proof, *headers) is StatusCode.UNAUTHENTICATED
+    assert not (tmp_path / "proof").exists()
 
 
 @pytest.mark.parametrize(
