@@ -22,6 +22,7 @@ from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.engine.step_cost import StepCost
 from ranklet.replicas.engine.tasks import EmbedTask, Task
 from ranklet.replicas.errors import InternalError, RankletError
+from ranklet.replicas.grammar.text_grammar import TextGrammar
 from ranklet.replicas.model.heads import Head, TextHead
 from tests.replicas.engine.simulated_device import (
     END,
@@ -75,6 +76,13 @@ class Asked:
             assert self.pieces[index] == choice.tokens.tolist()
 
 
+class _AnyText:
+    """A grammar of all texts."""
+
+    def add_ends(self, end_ids: Iterable[int]) -> None:
+        pass
+
+
 class Simulation:
     """The order of calls is that of `Pipeline`; loads are started as by `AdapterManager`.
 
@@ -97,18 +105,21 @@ class Simulation:
         self.device = SimulatedDevice(self.space, slots)
         self.in_flight: deque[tuple[InFlightStep, bool]] = deque()
         self.limits = RequestLimits(max_model_len, 1, VOCAB, max_model_len)
+        self.masks: deque[Sequence] = deque()  # sequences whose masks are computed
         self.asked: list[Asked] = []
         self._shares_prefixes = shares_prefixes
 
     def generate(
         self, prompts: list[list[int]], adapter: AdapterRef | None = None, *, max_tokens: int, n: int = 1,
-        salt: str = "",
+        salt: str = "", has_grammar: bool = False,
     ) -> Asked:  # fmt: skip
+        """Submit texts. Those with a grammar, which allows all tokens here, wait for a mask before each token."""
         asked = Asked(prompts, adapter, GenerateParams(max_tokens=max_tokens, n=n, temperature=0.0))
         revision = "" if adapter is None else adapter.revision
         root = PrefixRoot("base", revision, salt, "float32") if self._shares_prefixes else None
         params = cast(GenerateParams, asked.params)
-        return self._submit(asked, GenerateTask(params, len(prompts), cast(TextHead, TEXT), (END,), 0, root))
+        task = GenerateTask(params, len(prompts), cast(TextHead, TEXT), (END,), 0, root)
+        return self._submit(asked, task, has_grammar=has_grammar)
 
     def embed(
         self, prompts: list[list[int]], adapter: AdapterRef | None = None, *, head: SimulatedHead = LAST
@@ -117,9 +128,11 @@ class Simulation:
         task = EmbedTask(params, len(prompts), self.limits, cast(Head, head), normalize=False)
         return self._submit(Asked(prompts, adapter, params), task)
 
-    def _submit(self, asked: Asked, task: Task) -> Asked:
+    def _submit(self, asked: Asked, task: Task, *, has_grammar: bool = False) -> Asked:
         prompts = [np.array(prompt, np.int32) for prompt in asked.prompts]
         asked.request = Request(task, prompts, asked.adapter, asked)
+        for sequence in asked.request.sequences if has_grammar else ():
+            sequence.grammar = cast(TextGrammar, _AnyText())
         self.scheduler.queue.add(asked.request.sequences)
         self.asked.append(asked)
         return asked
@@ -143,6 +156,9 @@ class Simulation:
             self.slots.acquire(ref)
         self.scheduler.commit(plan)
         if plan.computes:
+            for sequence in plan.drawing():
+                known = sequence.computed == sequence.length and not sequence.awaits_mask
+                assert known or sequence.grammar is None, "a mask depends on a token that is not on the host"
             launched = self.device.launch(plan, [part.sequence.slot for part in plan.parts], fails=fails)
             self.in_flight.append((InFlightStep(plan, launched), fails))
         return plan
@@ -161,7 +177,16 @@ class Simulation:
             self.scheduler.publish(step.plan)
         else:
             self._release_slots(step.plan.final)
+        for sequence in step.bound:
+            sequence.awaits_mask = True
+            self.masks.append(sequence)
         step.send()
+
+    def end_mask(self) -> None:
+        """Complete the oldest mask."""
+        sequence = self.masks.popleft()
+        sequence.awaits_mask = False
+        self.scheduler.holders.resume(sequence)
 
     def _on_failed_step(self, plan: StepPlan) -> None:
         sequences = [sequence for sequence, epoch in plan.members() if sequence.epoch == epoch]
@@ -242,6 +267,8 @@ class Simulation:
                 pass
             if self.in_flight:
                 self.deliver()
+            elif self.masks:
+                self.end_mask()
             elif self.loading:
                 self.end_load()
             elif not self.scheduler.has_waiting():

@@ -32,6 +32,24 @@ def lasting(length: int, tokens: int, adapter: AdapterRef | None = None) -> list
     )
 
 
+def test_a_text_with_a_grammar_is_in_every_second_step_and_others_in_each() -> None:
+    running = simulation(12, depth=2)
+    bound = running.generate([lasting(20, 30)], max_tokens=30, has_grammar=True).request.sequences[0]
+    free = running.generate([lasting(30, 60)], max_tokens=60).request.sequences[0]
+    running.step()
+    taken = []
+    for _ in range(20):
+        plan = running.step()
+        assert plan is not None
+        assert free in plan.decodes
+        taken.append(bound in plan.decodes)
+        running.deliver()
+        while running.masks:
+            running.end_mask()
+    assert taken == [False, True] * 10
+    finish(running)
+
+
 def test_requests_with_equal_prompts_start_in_one_step() -> None:
     running = simulation(12)
     for _ in range(3):

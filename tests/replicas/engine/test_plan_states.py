@@ -53,9 +53,13 @@ class PlanStates(RuleBasedStateMachine):
     @rule(
         asked=st.lists(prompts, min_size=1, max_size=2), name=st.none() | st.sampled_from(NAMES),
         most=st.sampled_from((1, 2, 5, 40, 100)), n=st.sampled_from((1, 1, 1, 2, 3)), salt=st.sampled_from(("", "s")),
+        has_grammar=st.booleans(),
     )  # fmt: skip
-    def generate(self, asked: list[list[int]], name: str | None, most: int, n: int, salt: str) -> None:
-        self.simulation.generate(asked, self.adapter(name), max_tokens=most, n=n, salt=salt)
+    def generate(
+        self, asked: list[list[int]], name: str | None, most: int, n: int, salt: str, *, has_grammar: bool
+    ) -> None:
+        adapter = self.adapter(name)
+        self.simulation.generate(asked, adapter, max_tokens=most, n=n, salt=salt, has_grammar=has_grammar)
 
     @rule(asked=prompts, name=st.none() | st.sampled_from(NAMES), head=st.sampled_from((LAST, MEAN)))
     def embed(self, asked: list[int], name: str | None, head: object) -> None:
@@ -84,6 +88,11 @@ class PlanStates(RuleBasedStateMachine):
             self.simulation.step()
             if self.simulation.in_flight:
                 self.simulation.deliver()
+
+    @precondition(lambda self: self.simulation.masks)
+    @rule()
+    def end_mask(self) -> None:
+        self.simulation.end_mask()
 
     @rule()
     def preempt(self) -> None:
