@@ -25,10 +25,6 @@ MAX_MESSAGE_BYTES = 2 << 20
 # Smaller calls let several replicas share a large request.
 MAX_MESSAGE_PROMPTS = 512
 
-# Clients that set no max_tokens allow thousands of tokens. Counted in full, one text would seem to occupy a replica for
-# long, so that the next one would leave the adapter's home.
-_MAX_TEXT_WORK = 512
-
 Params = TypeVar("Params")
 Result = TypeVar("Result")
 
@@ -86,17 +82,13 @@ class InferenceCall(Generic[Params]):
 
     @property
     def work(self) -> int:
-        """Work of the call for routers, in prefill-equivalent tokens.
+        """Work of the call's prompts for routers, in prefill-equivalent tokens. Texts that it continues count too."""
+        return self.total_tokens + (len(self.continuation.tokens) // 4 if self.continuation else 0)
 
-        A text counts with the tokens that it may have, up to a number that few texts reach. A generated token takes
-        longer than one of a prompt, but most texts end before `max_tokens`.
-        """
-        params = self.params
-        if isinstance(params, GenerateParams):
-            text = min(params.max_tokens, _MAX_TEXT_WORK)
-            given = len(self.continuation.tokens) // 4 if self.continuation else 0
-            return self.total_tokens + given + len(self.lengths) // 4 * params.n * text
-        return self.total_tokens
+    @property
+    def texts(self) -> int:
+        """Number of texts to generate."""
+        return len(self.lengths) // 4 * self.params.n if isinstance(self.params, GenerateParams) else 0
 
     def prompts(self) -> list[NDArray[np.int32]]:
         """Return the token ids of each prompt, int32 [length]. They are views of the message."""

@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from ranklet.cluster.ingress.watchdog import Watchdog
 from ranklet.cluster.message import InferenceCall, InferenceReply, Refusal
+from ranklet.cluster.text_prefix import text_hint
 from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unavailable
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.hint import HINT, RoutingHint
@@ -113,7 +114,8 @@ class CallSender:
             await asyncio.sleep(pause_s)
 
     async def _attempt(self, method: str, call: InferenceCall[Any], avoid: str | None) -> InferenceReply[Any]:
-        hint = RoutingHint(next(self._hint_ids), call.adapter_name, call.work, avoid, location=call.adapter)
+        id = call.number or next(self._hint_ids)
+        hint = RoutingHint(id, call.adapter_name, call.work, avoid, location=call.adapter, text=text_hint(call))
         result: InferenceReply[Any] | Refusal | None = None
         self._watchdog.watch(hint.id)
         # The adapter is not passed as a multiplexed model id: Ray 2.60 keeps every call that has one, for ever, unless
@@ -156,7 +158,8 @@ class CallSender:
             self._affinity.complete(hint.id)
         else:
             age_s = time.time() - result.load.at_s if result.load else 0.0
-            self._affinity.complete(hint.id, result.replica, result.load, age_s)
+            cached = getattr(result.result, "cached_tokens", None) if isinstance(result, InferenceReply) else None
+            self._affinity.complete(hint.id, result.replica, result.load, age_s, cached)
 
 
 def _lost(reason: str) -> Unavailable:

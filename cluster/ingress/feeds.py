@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import contextvars
-import itertools
 import logging
 import pickle
 from collections.abc import Iterator
@@ -42,8 +41,8 @@ class TextFeeds:
         self._affinity = affinity
         self._gateway = gateway
         self._hint_ids = hint_ids
-        self._numbers = itertools.count()
         self._calls: dict[int, TextCall] = {}
+        self._waiting: set[int] = set()  # numbers of attempts without a token
         self._is_wanted = self._has_stopped = False
         self._members: object = None
         self._feeds: dict[str, asyncio.Task[None]] = {}
@@ -61,12 +60,14 @@ class TextFeeds:
         """Pass the pieces of an attempt at a call to `call`. Yields the call to send."""
         self._is_wanted = True
         self.update()
-        number = next(self._numbers)
+        number = next(self._hint_ids)  # of its hint too
         self._calls[number] = call
+        self._waiting.add(number)
         try:
             yield call.begin_attempt(number)
         finally:
             del self._calls[number]
+            self._waiting.discard(number)
             call.replica = None
             self.gaps += call.gaps
             call.gaps = 0
@@ -147,6 +148,9 @@ class TextFeeds:
             return
         for number, index, start, tokens, logprobs in message:
             call = calls.get(number)
+            if number in self._waiting:
+                self._waiting.discard(number)
+                self._affinity.begin(number)
             try:
                 if call is not None and not call.on_piece(index, start, tokens, logprobs):
                     finished.append((number, index))

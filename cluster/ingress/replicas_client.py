@@ -60,7 +60,7 @@ class ReplicasClient:
         self._affinity = affinity
         self._timeout_s = limits.request_timeout_s
         self._sender = sender
-        self._hint_ids = itertools.count()
+        self._hint_ids = itertools.count(1)  # 0 is no number of a text call
         self._limits: RequestLimits | None = None
         self.watchdog = Watchdog(affinity, self._prefetch, limits.no_replica_timeout_s)
         self.feeds = TextFeeds(handle, affinity, sender, self._hint_ids)

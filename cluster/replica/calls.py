@@ -14,10 +14,11 @@ from ranklet.cluster.logs import log_place
 from ranklet.cluster.message import Begun, Continuation, InferenceCall, InferenceReply, OtherPrompts, Refusal
 from ranklet.cluster.replica.feeds import OutgoingFeeds
 from ranklet.cluster.replica.state import ReplicaState
+from ranklet.cluster.replica.text_progress import CallSink, TextProgress
 from ranklet.replicas.adapters.adapter_settings import AdapterSettings
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.params import EmbedParams, GenerateParams
-from ranklet.replicas.engine.request import Answer, AnswerSink
+from ranklet.replicas.engine.request import Answer
 from ranklet.replicas.errors import (
     AdapterChanged,
     AdapterNotFound,
@@ -68,14 +69,17 @@ class ReplicaCalls:
         outcome: Answer | RankletError
         resolved: ResolvedAdapter | None = None
         has_begun = False
-        self._state.call_arrived(call.sender, call.work)
+        progress = TextProgress(call, self._state) if isinstance(call.params, GenerateParams) else None
+        self._state.call_arrived(call.sender, call.work, is_text=progress is not None)
         try:
             self._check_engine(call.continuation)
             has_begun = True
             if call.adapter is None:
-                outcome = await self._compute(call, None)
+                outcome = await self._compute(call, None, progress)
             else:
-                resolved, outcome = await self._compute_with_adapter(call, call.adapter)
+                resolved, outcome = await self._compute_with_adapter(call, call.adapter, progress)
+            if progress is not None:
+                progress.complete(outcome.result)
         except RankletError as error:
             outcome = error
         except Exception as error:
@@ -84,12 +88,15 @@ class ReplicaCalls:
                 f"the replica failed: {type(error).__name__}: {error}. Its log has more: {log_place()}"
             )
         finally:
-            self._state.call_finished(call.work)
+            if progress is None:
+                self._state.call_finished(call.work)
+            else:
+                progress.end()
         load = self._state.load_for(call.sender)
         if isinstance(outcome, RankletError):
             return Refusal.of(outcome, self._id, call.adapter_name or "", load, has_begun=has_begun)
         if outcome.first_piece_s is not None:
-            self._state.text_ended(outcome.first_piece_s)
+            self._state.first_token_came(outcome.first_piece_s)
         return self._reply(outcome, make_result(outcome.result), resolved, load)
 
     def finish(self, gateway: str, number: int, index: int) -> None:
@@ -130,15 +137,15 @@ class ReplicaCalls:
             )
 
     async def _compute_with_adapter(
-        self, call: InferenceCall[Any], location: AdapterLocation
+        self, call: InferenceCall[Any], location: AdapterLocation, progress: TextProgress | None
     ) -> tuple[ResolvedAdapter, Answer]:
         try:
-            return await self.use(location, partial(self._compute, call))
+            return await self.use(location, partial(self._compute, call, progress=progress))
         except (UnknownModel, AdapterNotFound):
             held = None if call.continuation is None else await self._held_revision(location)
             if held is None:
                 raise
-            return held, await self._compute(call, held)
+            return held, await self._compute(call, held, progress)
 
     async def _held_revision(self, location: AdapterLocation) -> ResolvedAdapter | None:
         """Return the requested revision if the engine still has it in a slot, although its files are gone."""
@@ -148,7 +155,9 @@ class ReplicaCalls:
                     return ResolvedAdapter(AdapterRef(each.name, location.source, each.revision, each.marks))
         return None
 
-    async def _compute(self, call: InferenceCall[Any], resolved: ResolvedAdapter | None) -> Answer:
+    async def _compute(
+        self, call: InferenceCall[Any], resolved: ResolvedAdapter | None, progress: TextProgress | None
+    ) -> Answer:
         loop, prompts, params = asyncio.get_running_loop(), call.prompts(), call.params
         if resolved is not None and isinstance(params, EmbedParams):
             params = await self._as_the_folder_says(params, resolved.adapter)
@@ -171,7 +180,13 @@ class ReplicaCalls:
             self._feeds.begin(call.sender, self._begun(call.number, resolved))
         adapter = None if resolved is None else resolved.adapter
         given = call.continuation.texts() if call.continuation else ()
-        ticket = self._engine.submit(prompts, adapter, params, AnswerSink(done), feed, given=given)
+
+        def begun(index: int, cached_tokens: int) -> None:
+            if progress is not None:
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(progress.begin, index, cached_tokens)
+
+        ticket = self._engine.submit(prompts, adapter, params, CallSink(done, begun), feed, given=given)
         if feed is not None:
             self._tickets[feed] = ticket
         try:

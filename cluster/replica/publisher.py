@@ -6,7 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from ranklet.cluster.replica.state import ReplicaState
-from ranklet.routing.report import REPORT_INTERVAL_S, StateReport, min_report_interval_s
+from ranklet.routing.report import NEWS_INTERVAL_S, REPORT_INTERVAL_S, StateReport, min_report_interval_s
 
 logger = logging.getLogger("ray.serve")
 
@@ -51,7 +51,8 @@ class StatePublisher:
             shortest_s = min_report_interval_s(len(self._gateways))
             await asyncio.sleep(shortest_s)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(began_s + max(REPORT_INTERVAL_S, 4 * shortest_s)):
+                interval_s = NEWS_INTERVAL_S if self._state.has_news else REPORT_INTERVAL_S
+                async with asyncio.timeout_at(began_s + max(interval_s, 4 * shortest_s)):
                     await self._wait_for_news(changed)
 
     async def _wait_for_news(self, changed: asyncio.Event) -> None:

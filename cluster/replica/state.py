@@ -4,30 +4,18 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from ranklet.replicas.adapters.reference import HeldAdapters, LoadRecord
-from ranklet.replicas.engine.stats import BatchRecord, Listener
-from ranklet.routing.report import Holdings, QueueLoad, StateReport, wait_level
+from ranklet.replicas.engine.stats import BatchRecord, CacheRoom, Listener
+from ranklet.routing.prefix_log import PrefixLog
+from ranklet.routing.report import Holdings, PrefixNews, QueueLoad, StateReport, wait_level
+from ranklet.routing.speed import RunningMean, SpeedMeter
 
-_SPEED_WINDOW = 500_000  # work
 _LOADS_WINDOW = 8  # loads
 _FULL_TEXTS = 0.5  # texts, as a share of the most, beyond which steps become longer rather than faster
 _MAX_SENDERS = 1024  # gateways whose work is counted: those that called most recently
-
-
-@dataclass
-class _RunningMean:
-    """Weighted mean of the recent values, which have a total weight of about `window`."""
-
-    window: float
-    value: float = 0.0
-    weight: float = 0.0
-
-    def add(self, value: float, weight: float = 1.0) -> None:
-        self.weight = min(self.weight, self.window) + weight
-        self.value += (value - self.value) * weight / self.weight
 
 
 class ReplicaState(Listener):
@@ -48,14 +36,17 @@ class ReplicaState(Listener):
         wall_clock: Callable[[], float] = time.time, most_texts: int = 512,
     ) -> None:  # fmt: skip
         self._full_texts = max(1.0, _FULL_TEXTS * most_texts)
-        self._first_token = _RunningMean(math.inf)
+        self._first_token = RunningMean(math.inf)
         self._replica = replica
         self._clock = clock
         self._wall_clock = wall_clock
         self._queued_work = self._done_work = 0
+        self._text_tokens = self._texts = 0  # of prompts of texts that have not begun; texts that have
+        self._room: CacheRoom | None = None
+        self._prefixes = PrefixLog()
         self._received_work: OrderedDict[str, int] = OrderedDict()
-        self._speed = _RunningMean(_SPEED_WINDOW)
-        self._load_s = {tier: _RunningMean(_LOADS_WINDOW) for tier in ("disk", "host")}
+        self._speed = SpeedMeter()
+        self._load_s = {tier: RunningMean(_LOADS_WINDOW) for tier in ("disk", "host")}
         self._busy_s = 0.0
         self._last_busy = (clock(), 0.0)
         self._loads_sent = 0
@@ -68,9 +59,13 @@ class ReplicaState(Listener):
         """Call `on_change`, on any thread, whenever the held adapters or the level of the wait change."""
         self._on_change = on_change
 
-    def call_arrived(self, sender: str, work: int) -> None:
+    def call_arrived(self, sender: str, work: int, *, is_text: bool = False) -> None:
+        """Count a call. Of a text, `text_begun` and `text_finished` count the rest."""
         with self._lock:
-            self._queued_work += work
+            if is_text:
+                self._text_tokens += work
+            else:
+                self._queued_work += work
             self._received_work[sender] = self._received_work.pop(sender, 0) + work
             if len(self._received_work) > _MAX_SENDERS:
                 self._received_work.popitem(last=False)
@@ -82,13 +77,45 @@ class ReplicaState(Listener):
             self._done_work += work
         self._notice_level()
 
+    def text_begun(self, tokens: int, cached_tokens: int, pages: Iterable[int]) -> None:
+        """Count the first token of a text.
+
+        Args:
+            tokens: of its prompt; 0 if another text of the call has counted the prompt.
+            cached_tokens: of the prompt, which were in the prefix cache.
+            pages: hashes of pages that routers are told of.
+        """
+        with self._lock:
+            self._text_tokens -= tokens
+            self._done_work += tokens
+            self._texts += 1
+            self._speed.add_prompt(tokens, cached_tokens)
+            self._prefixes.add(pages)
+        self._notice_level()
+
+    def text_finished(self, output_tokens: int, kept_tokens: int, seconds: float, pages: Iterable[int]) -> None:
+        """Count the end of a text that has begun; see `SpeedMeter.add_text`. Without output, it was cut short."""
+        with self._lock:
+            self._texts -= 1
+            if output_tokens:
+                self._speed.add_text(output_tokens, kept_tokens, seconds)
+            self._prefixes.add(pages)
+
+    def prompts_dropped(self, tokens: int) -> None:
+        """Count prompts of texts that will not begin."""
+        with self._lock:
+            self._text_tokens -= tokens
+            self._done_work += tokens
+        self._notice_level()
+
     def batch(self, record: BatchRecord) -> None:
         if record.compute_s > 0:
             # With a single text, steps follow each other without a pause, and yet there is room for hundreds.
             self._busy_s += record.compute_s * (1.0 if record.tokens else min(1.0, record.generated / self._full_texts))
-        if record.compute_s > 0 and record.tokens:  # a step of decodes alone says nothing of how fast prompts are
-            with self._lock:  # weighted by tokens, because a full queue is served in large batches
-                self._speed.add(record.tokens / record.compute_s, record.tokens)
+        with self._lock:
+            self._speed.add_step(record.tokens, record.generated, record.compute_s)
+            self._room = record.room
+        if record.tokens:
             self._notice_level()
 
     def load(self, record: LoadRecord) -> None:
@@ -111,6 +138,11 @@ class ReplicaState(Listener):
         return self._holdings.number
 
     @property
+    def has_news(self) -> bool:
+        """Whether there are pages that routers have not been told of."""
+        return len(self._prefixes) > 0
+
+    @property
     def loads_sent(self) -> int:
         return self._loads_sent
 
@@ -131,14 +163,14 @@ class ReplicaState(Listener):
         (last_s, last_busy_s), self._last_busy = self._last_busy, (now_s, busy_s)
         return min((busy_s - last_busy_s) / (now_s - last_s), 1.0) if now_s > last_s else 0.0
 
-    def text_ended(self, first_token_s: float) -> None:
+    def first_token_came(self, first_token_s: float) -> None:
         with self._lock:
             self._first_token.add(first_token_s)
 
     def first_token_s(self) -> float | None:
         """Return the mean time to the first token since the last call of this method; None if no text has ended."""
         with self._lock:
-            mean, self._first_token = self._first_token, _RunningMean(math.inf)
+            mean, self._first_token = self._first_token, RunningMean(math.inf)
         return mean.value if mean.weight else None
 
     def load_for(self, sender: str) -> QueueLoad:
@@ -149,10 +181,16 @@ class ReplicaState(Listener):
         with self._lock:
             disk_s, host_s = self._load_s["disk"].value, self._load_s["host"].value
             holdings = replace(self._holdings, from_disk_s=disk_s, from_host_s=host_s)
-            return StateReport(self._replica, self._next_load(0), holdings, gateways, dict(self._received_work))
+            news = None if self._room is None else PrefixNews(self._prefixes.take(), self._room.kept_s)
+            return StateReport(self._replica, self._next_load(0), holdings, gateways, dict(self._received_work), news)
+
+    def _waiting_work(self) -> float:
+        return self._queued_work + self._text_tokens * self._speed.uncached_share
 
     def _wait_s(self) -> float:
-        return self._queued_work / self._speed.value if self._speed.value else 0.0
+        speed = self._speed
+        work = self._waiting_work() + self._texts * speed.text_work
+        return work / speed.work_per_s if speed.work_per_s else 0.0
 
     def _notice_level(self) -> None:
         with self._lock:
@@ -163,7 +201,9 @@ class ReplicaState(Listener):
 
     def _next_load(self, received_work: int) -> QueueLoad:
         self._loads_sent += 1
+        speed, room = self._speed, self._room
         return QueueLoad(
-            self._loads_sent, self._queued_work, self._speed.value, self._done_work, received_work,
-            self._wall_clock(),
+            self._loads_sent, self._waiting_work(), speed.work_per_s, self._done_work, received_work,
+            self._wall_clock(), self._texts, speed.text_work, math.inf if room is None else room.free_tokens,
+            speed.freed_per_s(self._texts),
         )  # fmt: skip

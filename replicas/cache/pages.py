@@ -7,7 +7,9 @@ shared. If no page is free, the cached page that lost its last reference first i
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from math import inf
+from time import monotonic
 from typing import NamedTuple
 
 PAGE_TOKENS = 64  # equal to the constant of kernels/paged_attention.py, which imports torch
@@ -41,6 +43,9 @@ class PrefixMatch(NamedTuple):
 class PagePool:
     """The pages of one device.
 
+    Args:
+        clock: seconds, from which the age of cached pages follows.
+
     Attributes:
         count: number of pages.
         evicted_pages: cached pages that were evicted until now.
@@ -48,14 +53,16 @@ class PagePool:
         shared_tokens: tokens of all pages that `share` found.
     """
 
-    def __init__(self, pages: int) -> None:
+    def __init__(self, pages: int, clock: Callable[[], float] = monotonic) -> None:
         self.count = pages
         self.evicted_pages = self.asked_tokens = self.shared_tokens = 0
         self._references = [0] * pages
         self._hashes: list[bytes | None] = [None] * pages
         self._by_hash: dict[bytes, int] = {}
         self._free = list(range(pages - 1, -1, -1))  # a stack
-        self._cached: OrderedDict[int, None] = OrderedDict()  # the next page to evict first
+        self._cached: OrderedDict[int, float] = OrderedDict()  # when it was released; the next page to evict first
+        self._clock = clock
+        self._kept_since_s = -inf
 
     @property
     def free(self) -> int:
@@ -74,6 +81,11 @@ class PagePool:
     def used(self) -> int:
         return self.count - self.available
 
+    @property
+    def kept_s(self) -> float:
+        """Pages that were used within this time are still there; infinite if none was evicted."""
+        return self._clock() - self._kept_since_s
+
     def allocate(self, count: int) -> list[int]:
         """Return pages with one reference each: free ones first, then evicted ones.
 
@@ -84,7 +96,7 @@ class PagePool:
         if missing > len(self._cached):
             raise OutOfPages(f"expected {count} free or cached pages, got {self.available} of {self.count}")
         for _ in range(missing):
-            page, _ = self._cached.popitem(last=False)
+            page, self._kept_since_s = self._cached.popitem(last=False)
             self._forget(page)
             self._free.append(page)
         self.evicted_pages += max(missing, 0)
@@ -159,6 +171,7 @@ class PagePool:
         Raises:
             ValueError: a page has no reference.
         """
+        now_s = self._clock()
         for page in reversed(pages):
             left = self._references[page] - 1
             if left < 0:
@@ -169,7 +182,7 @@ class PagePool:
             if self._hashes[page] is None:
                 self._free.append(page)
             else:
-                self._cached[page] = None
+                self._cached[page] = now_s
 
     def forget(self, pages: Iterable[int]) -> None:
         """Drop the hashes of pages whose content is wrong, because the step that wrote them failed.
@@ -188,6 +201,7 @@ class PagePool:
     def forget_all(self) -> None:
         """Drop every hash, so that pages written until now are not shared with further sequences."""
         self.forget(list(self._by_hash.values()))
+        self._kept_since_s = self._clock()
 
     def _forget(self, page: int) -> None:
         content, self._hashes[page] = self._hashes[page], None
@@ -201,7 +215,7 @@ class PagePool:
         twin.asked_tokens, twin.shared_tokens = self.asked_tokens, self.shared_tokens
         twin._references, twin._hashes = self._references.copy(), self._hashes.copy()
         twin._by_hash, twin._free = self._by_hash.copy(), self._free.copy()
-        twin._cached = OrderedDict.fromkeys(self._cached)
+        twin._cached = self._cached.copy()
         return twin
 
     def check_integrity(self, held: Iterable[Sequence[int]] | None = None) -> None:

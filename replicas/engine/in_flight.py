@@ -11,7 +11,7 @@ from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.launched import LaunchedStep
 from ranklet.replicas.engine.plan import StepPlan
 from ranklet.replicas.engine.sequence import Sequence
-from ranklet.replicas.engine.stats import BatchRecord
+from ranklet.replicas.engine.stats import BatchRecord, CacheRoom
 from ranklet.replicas.errors import InternalError, InvalidAdapter, RankletError
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class InFlightStep:
         for end in self._ends:
             end()
 
-    def record(self, began_s: float, compute_s: float) -> BatchRecord:
+    def record(self, began_s: float, compute_s: float, room: CacheRoom | None) -> BatchRecord:
         """Describe the step. Called after `deliver`; only sequences without earlier outputs waited in the queue."""
         sequences: dict[str, int] = {}
         tokens: dict[str, int] = {}
@@ -92,7 +92,7 @@ class InFlightStep:
                 sequences[flow] = sequences.get(flow, 0) + 1
                 waits.append(max(0.0, began_s - sequence.arrived_s))
         generated = Counter([sequence.flow for sequence, _ in self._pieces])
-        return BatchRecord(sequences, tokens, self.launched.backend, waits, compute_s, dict(generated))
+        return BatchRecord(sequences, tokens, self.launched.backend, waits, compute_s, dict(generated), room)
 
 
 def _not_finite(adapter: AdapterRef | None) -> RankletError:

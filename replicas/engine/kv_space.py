@@ -8,7 +8,7 @@ from ranklet.replicas.cache.pages import PAGE_TOKENS, PagePool, pages_of
 from ranklet.replicas.cache.prefix import page_hashes, sharable_pages
 from ranklet.replicas.engine.row_table import RowTable
 from ranklet.replicas.engine.sequence import Sequence
-from ranklet.replicas.engine.stats import KvCacheState
+from ranklet.replicas.engine.stats import CacheRoom, KvCacheState
 
 
 @dataclass(slots=True)
@@ -115,6 +115,9 @@ class KvSpace:
     def forget(self) -> None:
         """Stop sharing all pages written until now, because a step has failed."""
         self.pool.forget_all()
+
+    def cache_room(self) -> CacheRoom:
+        return CacheRoom(self.pool.available * PAGE_TOKENS, self.pool.kept_s)
 
     def state(self, sequences: int, preemptions: int) -> KvCacheState:
         """Describe the cache, of which this many sequences hold pages."""

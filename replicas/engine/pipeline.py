@@ -281,11 +281,12 @@ class Pipeline:
                 else:
                     self._release_slots(step.plan.final)
                 self._adapters.release_slots(step.plan.adapters)
+                room = None if self._scheduler.space is None else self._scheduler.space.cache_room()
                 self._lock.notify_all()
             if not uses_pages:
                 step.deliver(began_s, compute_s)
             step.send()
-            self._listener.batch(step.record(began_s, compute_s))
+            self._listener.batch(step.record(began_s, compute_s, room))
 
     def _on_failed_step(self, plan: StepPlan, error: Exception, launched: InFlightStep | None = None) -> None:
         """Run the sequences of a failed step one by one, so that only the one at fault fails.

@@ -46,6 +46,9 @@ class Answer:
 class Sink(Protocol):
     """Receives a request's outputs on the engine's threads. Methods must be quick and must not raise."""
 
+    def begun(self, index: int, cached_tokens: int) -> None:
+        """Receive that text `index` has its first token, and how much of its prompt was in the prefix cache."""
+
     def delta(self, index: int, piece: Any) -> None:
         """Receive a piece of the output of sequence `index`, before the request is done."""
 
@@ -58,6 +61,9 @@ class AnswerSink:
     """A sink of a caller that needs only the whole answer."""
 
     callback: Callable[[Answer | RankletError], None]
+
+    def begun(self, index: int, cached_tokens: int) -> None:
+        pass
 
     def delta(self, index: int, piece: Any) -> None:
         pass
@@ -149,6 +155,9 @@ class Request:
             if self.is_open:
                 if self._first_piece_s is None:
                     self._first_piece_s = perf_counter() - self._arrived_s
+                sequence = self.sequences[index]
+                if sequence.passes == 1:
+                    self._call(self._sink.begun, index, sequence.cached_tokens or 0)
                 self._call(self._sink.delta, index, piece)
 
     def end(self, backend: str) -> None:

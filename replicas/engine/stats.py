@@ -6,6 +6,19 @@ from ranklet.replicas.adapters.reference import HeldAdapters, LoadRecord
 
 
 @dataclass(frozen=True)
+class CacheRoom:
+    """What routers need to know of a key-value cache.
+
+    Attributes:
+        free_tokens: that free and cached pages can hold.
+        kept_s: pages that were used within this time are still there; infinite if none was evicted.
+    """
+
+    free_tokens: int
+    kept_s: float
+
+
+@dataclass(frozen=True)
 class BatchRecord:
     """A step that has run.
 
@@ -16,6 +29,7 @@ class BatchRecord:
         queue_waits_s: wait of each sequence from its arrival to its first step.
         compute_s: device time of the step. The device runs one step at a time.
         generated_by_adapter: tokens that texts were given.
+        room: None if the engine generates no text.
     """
 
     prompts_by_adapter: dict[str, int]
@@ -24,6 +38,7 @@ class BatchRecord:
     queue_waits_s: list[float]
     compute_s: float
     generated_by_adapter: dict[str, int] = field(default_factory=dict)
+    room: CacheRoom | None = None
 
     @property
     def tokens(self) -> int:

@@ -72,6 +72,15 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class TextBegun:
+    """Calls `Sink.begun` of a call's sink."""
+
+    number: int
+    index: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
 class FeedPieces:
     """Pieces of texts for one gateway, packed by `pack_pieces`. The parent process passes them on unread."""
 

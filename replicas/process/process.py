@@ -38,6 +38,7 @@ from ranklet.replicas.process.messages import (
     Outbox,
     Prefetch,
     Reply,
+    TextBegun,
     token_piece,
     unpack_pieces,
 )
@@ -224,10 +225,14 @@ class EngineProcess(EngineApi):
         if waiting:
             logger.error("the engine's process %d has ended with %d open calls", self._process.pid, len(waiting))
 
-    def _on_message(self, message: Reply | FeedPieces | EngineEvent | EngineState) -> None:
+    def _on_message(self, message: Reply | TextBegun | FeedPieces | EngineEvent | EngineState) -> None:
         self._last_message_s = monotonic()
         if isinstance(message, FeedPieces):
             self._on_pieces(message)
+        elif isinstance(message, TextBegun):
+            waiting = self._waiting.get(message.number)
+            if waiting is not None:
+                self._notify(waiting.sink.begun, message.index, message.cached_tokens)
         elif isinstance(message, EngineState):
             changed, self._state = message.held != self._state.held, message
             for listener in self._listeners if changed else ():

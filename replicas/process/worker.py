@@ -41,6 +41,7 @@ from ranklet.replicas.process.messages import (
     Prefetch,
     Reply,
     StepPieces,
+    TextBegun,
     piece_tuple,
 )
 
@@ -66,6 +67,9 @@ class _ReplySink:
     pieces: StepPieces
     feed: FeedKey | None
     sent: dict[int, int]
+
+    def begun(self, index: int, cached_tokens: int) -> None:
+        self.outbox.put_later(TextBegun(self.number, index, cached_tokens))
 
     def delta(self, index: int, piece: TokenPiece) -> None:
         if self.feed is not None:

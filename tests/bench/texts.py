@@ -84,6 +84,9 @@ class TokenTimes:
     times_s: list[float] = field(default_factory=list)
     result: Answer | RankletError | None = None
 
+    def begun(self, index: int, cached_tokens: int) -> None:
+        pass
+
     def delta(self, index: int, piece: Any) -> None:
         self.times_s.append(perf_counter())
 

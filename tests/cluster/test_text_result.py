@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ranklet.cluster.message import pack
 from ranklet.cluster.text_result import (
     MAX_PROMPT_RESULT_BYTES,
     ChoiceResult,
@@ -16,7 +15,7 @@ from ranklet.cluster.text_result import (
     prompt_result_bytes,
 )
 from ranklet.replicas.engine.generate import Generation, TextChoice
-from ranklet.replicas.engine.params import EmbedParams, GenerateParams
+from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.errors import InvalidRequest
 from ranklet.replicas.model.sampled import TokenLogprob
 
@@ -62,10 +61,3 @@ def test_the_size_of_a_result_is_bounded() -> None:
         prompt_result_bytes(GenerateParams(max_tokens=32_000, logprobs=20), 7)
     assert refused.value.param == "max_tokens"
     assert MAX_PROMPT_RESULT_BYTES < 4 << 20
-
-
-def test_the_work_of_a_text_call_counts_the_tokens_that_it_may_have() -> None:
-    prompts = [np.arange(1, 5, dtype=np.int32), np.arange(1, 4, dtype=np.int32)]
-    assert pack(None, prompts, EmbedParams(), "g").work == 7
-    assert pack(None, prompts, GenerateParams(max_tokens=10, n=3), "g").work == 7 + 2 * 3 * 10
-    assert pack(None, prompts, GenerateParams(max_tokens=100_000), "g").work == 7 + 2 * 512

@@ -27,6 +27,11 @@ class TextSink:
     logprobs: dict[int, list[TokenLogprob]] = field(default_factory=dict)
     ended: "Future[Answer]" = field(default_factory=Future)
     late: int = 0  # calls after the end
+    cached: dict[int, int] = field(default_factory=dict)  # tokens of the prompt, by choice
+
+    def begun(self, index: int, cached_tokens: int) -> None:
+        self.late += self.ended.done()
+        self.cached[index] = cached_tokens
 
     def delta(self, index: int, piece: TokenPiece) -> None:
         self.late += self.ended.done()

@@ -17,6 +17,7 @@ from ranklet.replicas.errors import InvalidRequest, Unavailable
 from ranklet.replicas.model.sampled import TokenLogprob
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.fleet import Member
+from ranklet.routing.hint import TextHint
 from tests.cluster.ingress.text_replica import PARAMS, PROMPTS, TEXT, KeptText, TextReplica, failure, reply
 from tests.virtual_time import run_in_virtual_time
 
@@ -54,7 +55,8 @@ def test_pieces_are_received_as_they_come_and_the_replies_are_returned() -> None
     assert kept.tokens == {0: list(TEXT)}
     assert [(each.replica, each.revision, each.tier) for each in kept.begun] == [("r0", "v1", "gpu")]
     assert answer.result.choices[0].ids().tolist() == list(TEXT)
-    assert replica.hints[0].work == 4 + 5
+    (hint,) = replica.hints
+    assert (hint.id, hint.work, hint.text) == (replica.calls[0].number, 4, TextHint([], 1, 4 + 5))
     assert replica.opened == 1
 
 

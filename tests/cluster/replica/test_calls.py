@@ -1,4 +1,7 @@
-"""Text calls that a replica continues need the revision and the base model that have begun their texts."""
+"""Text calls that a replica continues need the revision and the base model that have begun their texts.
+
+Calls tell the replica's state how far their texts are.
+"""
 
 import asyncio
 import shutil
@@ -16,6 +19,7 @@ from ranklet.cluster.message import Continuation, InferenceReply, Refusal, pack,
 from ranklet.cluster.replica.calls import ReplicaCalls
 from ranklet.cluster.replica.feeds import OutgoingFeeds
 from ranklet.cluster.replica.state import ReplicaState
+from ranklet.cluster.text_prefix import call_pages
 from ranklet.cluster.text_result import GenerateResult
 from ranklet.replicas.adapters.adapter_settings import AdapterSettings
 from ranklet.replicas.adapters.reference import WEIGHTS_FILE
@@ -38,12 +42,14 @@ class ReplicaScene:
     def __init__(self, folder: Path) -> None:
         make_family(folder, "llama")
         model = folder / "model"
-        self.engine = EngineProcess(EngineConfig(model, slots=2, max_model_len=128, kv_cache_bytes=4 << 20))
+        self.state = ReplicaState("r0", 2, 64)
+        config = EngineConfig(model, slots=2, max_model_len=192, kv_cache_bytes=4 << 20)
+        self.engine = EngineProcess(config, self.state)
         self.engine.start()
         cache = RemoteCache(folder / "cache", 1 << 20, 1 << 20)
         self.resolver = AdapterResolver(cache, 10.0)
-        state, feeds = ReplicaState("r0", 2, 64), OutgoingFeeds()
-        self.calls = ReplicaCalls("r0", self.engine, self.resolver, state, feeds, AdapterSettings(model))
+        feeds = OutgoingFeeds()
+        self.calls = ReplicaCalls("r0", self.engine, self.resolver, self.state, feeds, AdapterSettings(model))
         self.live, self.other = (
             save_adapter(model, folder / name, r=8, target_modules=["q_proj", "up_proj"], seed=seed)
             for name, seed in (("live", 1), ("other", 2))
@@ -98,3 +104,37 @@ async def test_a_text_is_continued_by_the_revision_that_has_begun_it(scene: Repl
     assert code_of(await scene.generate(revision, whole[:7]))[0] in ("model_not_found", "adapter_not_found")
     await asyncio.to_thread(scene.engine.stop)
     assert code_of(await scene.generate(None)) == ("unavailable", False), "an engine that has ended gets no call"
+
+
+async def test_calls_tell_the_state_of_their_texts_and_pages(scene: ReplicaScene) -> None:
+    prompt = np.arange(5, 75, dtype=np.int32)
+    params = GenerateParams(max_tokens=58, temperature=0.0, ignore_eos=True, n=2)
+    call: Any = pack(None, [prompt], params, "g")
+    reply = await scene.calls.answer(call, GenerateResult.of)
+    assert isinstance(reply, InferenceReply)
+    text = np.concatenate((prompt, reply.result.choices[0].ids()))
+    (page, _) = call_pages(call, text)
+    load, news = reply.load, scene.state.report(()).prefixes
+    assert (load.queued_work, load.texts, load.received_work) == (0, 0, 70)
+    assert load.text_work > 0
+    assert load.free_tokens > 0
+    assert news is not None
+    assert news.pages == (page,), "the second page has 64 tokens, but the last one has no keys and values"
+    assert news.kept_s == np.inf
+
+    longer: Any = pack(None, [text], GenerateParams(max_tokens=1), "g")
+    await scene.calls.answer(longer, GenerateResult.of)
+    news = scene.state.report(()).prefixes
+    assert news is not None
+    assert set(news.pages) == {page, call_pages(longer, text)[1]}, "the page that was found, and the deepest one"
+
+
+async def test_a_call_that_is_cancelled_leaves_nothing_behind(scene: ReplicaScene) -> None:
+    call: Any = pack(None, [PROMPT], GenerateParams(max_tokens=100, ignore_eos=True), "g")
+    task = asyncio.create_task(scene.calls.answer(call, GenerateResult.of))
+    await asyncio.to_thread(until, lambda: scene.state.load_for("g").texts == 1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    load = scene.state.load_for("g")
+    assert (load.texts, load.queued_work) == (0, 0)

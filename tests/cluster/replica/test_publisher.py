@@ -11,8 +11,8 @@ import pytest
 from ranklet.cluster.replica.publisher import StatePublisher
 from ranklet.cluster.replica.state import ReplicaState
 from ranklet.replicas.adapters.reference import HeldAdapters
-from ranklet.replicas.engine.stats import BatchRecord
-from ranklet.routing.report import StateReport
+from ranklet.replicas.engine.stats import BatchRecord, CacheRoom
+from ranklet.routing.report import NEWS_INTERVAL_S, StateReport
 from tests.virtual_time import run_in_virtual_time
 
 HEARTBEAT_S = 1.0
@@ -133,5 +133,21 @@ def test_with_many_gateways_reports_are_further_apart() -> None:
             site.hold("b")
             await asyncio.sleep(0.3)
         assert site.times() == [0, 2.0, 4.0, 4.5, 5.0]
+
+    run_in_virtual_time(run())
+
+
+def test_news_of_prefixes_is_sent_earlier_than_the_next_heartbeat() -> None:
+    async def run() -> None:
+        site = PublisherSite()
+        site.state.batch(BatchRecord({}, {}, "none", [], 0.01, {}, CacheRoom(640, 1.0)))
+        async with site.publishing():
+            site.hold("a")
+            site.state.text_begun(0, 0, [5])
+            await asyncio.sleep(SHORTEST_S / 2)
+            site.state.text_begun(0, 0, [6])
+            await asyncio.sleep(HEARTBEAT_S / 2)
+        assert site.times() == [0, HEARTBEAT_S / 2, HEARTBEAT_S / 2 + NEWS_INTERVAL_S]
+        assert [report.prefixes and report.prefixes.pages for _, report in site.sent] == [(), (5,), (6,)]
 
     run_in_virtual_time(run())

@@ -4,7 +4,7 @@ import pytest
 
 from ranklet.cluster.replica.state import ReplicaState
 from ranklet.replicas.adapters.reference import HeldAdapters, LoadRecord
-from ranklet.replicas.engine.stats import BatchRecord
+from ranklet.replicas.engine.stats import BatchRecord, CacheRoom
 
 
 def batch(tokens: int, seconds: float) -> BatchRecord:
@@ -93,7 +93,46 @@ def test_few_texts_do_not_keep_a_replica_busy() -> None:
 def test_the_time_to_the_first_token_is_that_since_the_last_question() -> None:
     state = ReplicaState("r", 4, 64)
     assert state.first_token_s() is None
-    state.text_ended(1.0)
-    state.text_ended(2.0)
+    state.first_token_came(1.0)
+    state.first_token_came(2.0)
     assert state.first_token_s() == pytest.approx(1.5)
     assert state.first_token_s() is None
+
+
+def test_texts_count_by_their_prompts_until_they_begin_and_by_their_number_then() -> None:
+    state = ReplicaState("r", 4, 64)
+    state.batch(BatchRecord({}, {"": 1000}, "none", [], 0.01, {}, CacheRoom(6400, 12.0)))
+    state.batch(BatchRecord({}, {}, "none", [], 0.01, {"": 100}, CacheRoom(640, 12.0)))
+    state.call_arrived("g", 1000, is_text=True)
+    assert (state.load_for("g").queued_work, state.load_for("g").received_work) == (1000, 1000)
+    state.text_begun(1000, 750, [5, 6])
+    load = state.load_for("g")
+    assert (load.queued_work, load.texts, load.text_work, load.free_tokens) == (0, 1, 0, 640)
+    assert state.has_news
+    state.text_finished(200, 450, 2.0, [7])
+    state.call_arrived("g", 100, is_text=True)
+    load = state.load_for("g")
+    assert load.queued_work == pytest.approx(25), "as much of the next prompt is not cached"
+    assert load.texts == 0
+    assert load.text_work == pytest.approx(200 * 10)
+    state.prompts_dropped(100)
+    news = state.report(()).prefixes
+    assert news is not None
+    assert (news.pages, news.kept_s) == ((5, 6, 7), 12.0)
+    assert not state.has_news
+
+
+def test_a_replica_without_texts_tells_nothing_of_them() -> None:
+    state = ReplicaState("r", 4, 64)
+    state.batch(batch(10, 0.01))
+    assert state.report(()).prefixes is None
+    assert state.load_for("g").text_work == 0
+
+
+def test_texts_that_are_cut_short_do_not_count_for_the_length_of_texts() -> None:
+    state = ReplicaState("r", 4, 64)
+    state.call_arrived("g", 10, is_text=True)
+    state.text_begun(10, 0, ())
+    state.text_finished(0, 0, 0.0, ())
+    load = state.load_for("g")
+    assert (load.texts, load.queued_work, load.freed_per_s) == (0, 0, 0)

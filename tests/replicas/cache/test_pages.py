@@ -1,6 +1,7 @@
 """The page pool against a plain model: which page is free, used or cached, and what it contains."""
 
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import pytest
@@ -277,3 +278,20 @@ def test_a_reference_that_no_sequence_holds_is_found() -> None:
     pool.check_integrity()
     with pytest.raises(IntegrityError, match="page 1: 1 references, but 0 sequences hold it"):
         pool.check_integrity([[0]])
+
+
+def test_the_pool_tells_how_long_it_keeps_pages() -> None:
+    now_s = 10.0
+    pool = PagePool(2, lambda: now_s)
+    for content in (b"one", b"two"):
+        (page,) = pool.allocate(1)
+        pool.register(page, content)
+        pool.release([page])
+        now_s += 5
+    assert pool.kept_s == inf
+    pool.allocate(1)
+    assert pool.kept_s == 10, "the page that was released at 10 is gone, and later ones are there"
+    now_s += 1
+    assert pool.kept_s == 11
+    pool.forget_all()
+    assert pool.kept_s == 0

@@ -48,8 +48,13 @@ class Asked:
     adapter: AdapterRef | None
     params: EmbedParams | GenerateParams
     pieces: dict[int, list[int]] = field(default_factory=dict)
+    cached: dict[int, int] = field(default_factory=dict)  # tokens of the prompt, by text
     result: Answer | RankletError | None = None
     request: Request = field(init=False)
+
+    def begun(self, index: int, cached_tokens: int) -> None:
+        assert index not in self.pieces, "a text began after its first token"
+        self.cached[index] = cached_tokens
 
     def delta(self, index: int, piece: Any) -> None:
         assert self.result is None, "a token came after the answer"

@@ -54,6 +54,9 @@ class RandomRequest:
     results: list[Answer | RankletError] = field(default_factory=list)
     news: Event = field(default_factory=Event)
 
+    def begun(self, index: int, cached_tokens: int) -> None:
+        assert index not in self.tokens
+
     def delta(self, index: int, piece: TokenPiece) -> None:
         self.tokens.setdefault(index, []).extend(piece[0])
         self.news.set()
