@@ -266,10 +266,9 @@ class Pipeline:
                 self._on_failed_step(step.plan, error, step)
                 continue
             finished_s, compute_s = perf_counter(), step.launched.device_s()
-            began_s = finished_s - compute_s
+            began_s, uses_pages = finished_s - compute_s, step.plan.uses_pages
             # The lock keeps sequences with pages from being preempted during their delivery. Others are in no queue,
             # and the next step may be launched while their outputs are delivered.
-            uses_pages = step.plan.uses_pages
             with self._lock:
                 self._in_flight.popleft()
                 self._forecast.on_finish(compute_s + (_CPU_OVERHEAD_S if self._depth == 1 else 0.0), finished_s)
