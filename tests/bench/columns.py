@@ -52,6 +52,17 @@ RULES: dict[str, tuple[str, Column]] = {
     "p50_ms": ("p50 wait ms", MS), "p99_ms": ("p99 wait ms", MS), "mean_ms": ("mean wait ms", MS),
     "loads_per_s": ("loads/s", COUNT),
 }  # fmt: skip
+CHOICES: dict[str, tuple[str, Column]] = {
+    "replicas": ("replicas", COUNT), "adapters": ("adapters", COUNT), "choose_us": ("mean us", COUNT),
+    "choose_p50_us": ("p50 us", COUNT), "choose_p99_us": ("p99 us", COUNT),
+}  # fmt: skip
+TEXT_RULES: dict[str, tuple[str, Column]] = {
+    "rule": ("rule", TEXT), "first_p50_ms": ("p50 first token ms", MS), "first_p99_ms": ("p99 first token ms", MS),
+    "gap_p50_ms": ("p50 gap ms", MS), "gap_p99_ms": ("p99 gap ms", MS), "goodput_per_s": ("goodput texts/s", COUNT),
+    "adapter hits": ("adapter in a slot", PERCENT), "prefix hits": ("prompt tokens from the cache", PERCENT),
+    "of one cache": ("of those of one infinite cache", PERCENT), "busiest / mean": ("busiest / mean replica", RATIO),
+    "preemptions": ("preemptions", COUNT),
+}  # fmt: skip
 GENERATED: dict[str, tuple[str, Column]] = {
     "shapes": ("shapes", TEXT), "work": ("requests x prompt/output", TEXT), "adapters": ("adapters", COUNT),
     "tokens_per_s": ("generated tokens/s", COUNT), "must": ("target tokens/s", COUNT),

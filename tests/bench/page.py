@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.columns import (
+    CHOICES,
     CLUSTER,
     COMPARED,
     COUNT,
@@ -26,6 +27,7 @@ from tests.bench.columns import (
     RUN,
     SOAK,
     TEXT,
+    TEXT_RULES,
     Column,
     failures,
     number,
@@ -33,6 +35,7 @@ from tests.bench.columns import (
 from tests.bench.notes import (
     ATTENTION_NOTE,
     CLIENTS_NOTE,
+    CONVERSATIONS_NOTE,
     ENGINE_NOTE,
     FAIR_TEXTS_NOTE,
     FIDELITY_SMOLLM_NOTE,
@@ -227,16 +230,21 @@ TABLES = (
         {"path": ("GET", TEXT), "p50_ms": ("p50 ms", MS), "p99_ms": ("p99 ms", MS),
          "registered_s": ("first listing ms", number(0, 1000.0))},
     ),
+    ResultTable("CPU time of one routing decision", "policy", CHOICES),
+    ResultTable("CPU time of one routing decision for a text, on a busy machine", "policy-text", CHOICES),
     ResultTable(
-        "CPU time of one routing decision", "policy",
-        {"replicas": ("replicas", COUNT), "adapters": ("adapters", COUNT), "choose_us": ("mean us", COUNT),
-         "choose_p50_us": ("p50 us", COUNT), "choose_p99_us": ("p99 us", COUNT)},
+        "CPU time of the hashes of a prompt's pages, on a busy machine", "policy-prefix",
+        {"pages": ("pages", COUNT), "hash_us": ("mean us", COUNT), "hash_p50_us": ("p50 us", COUNT)},
     ),
     ResultTable("Routing rules, 1,000 replicas and 10,000 adapters, simulated", "simulate-steady", RULES),
     ResultTable("One adapter suddenly takes 30 % of the traffic, simulated", "simulate-flash", RULES),
     ResultTable("Replicas lost and added, simulated", "simulate-faults", RULES),
     ResultTable("Uniform traffic (replicas x adapters), simulated", "simulate-uniform", RULES),
     ResultTable("Late state reports, 100 replicas and 1,000 adapters, simulated", "simulate-stale", RULES),
+    ResultTable(
+        "Conversations, 200 replicas and 2,000 adapters, simulated", "simulate-text", TEXT_RULES,
+        note=CONVERSATIONS_NOTE,
+    ),
     ResultTable(
         "LoRA on the projections, rank 64", "kernels-h200",
         {"what": ("adapters x rows", TEXT), "measured": ("added by LoRA ms", FINE_MS), "base": ("base ms", FINE_MS)},
