@@ -17,11 +17,11 @@ from rich.console import Console
 GPU: dict[str, list[str]] = {
     "engine": [], "fidelity": ["--backends", "native", "csgmv", "merged"], "kernels": [], "profile": [], "buckets": [],
     "generate": [], "fidelity_text": ["--models", "0.6B", "8B"],
-    "sampler": [],
+    "sampler": [], "grammar": [],
 }  # fmt: skip
 CPU = {
     "fidelity": ["--layers", "1"], "kernels": ["--tiny"], "policy": [], "simulate": ["--replicas", "20"],
-    "generate": ["--shapes", "tiny"], "fidelity_text": ["--models", "tiny", "--output", "8"],
+    "generate": ["--shapes", "tiny"], "grammar": ["--shapes", "tiny"], "fidelity_text": ["--models", "tiny", "--output", "8"],
 }  # fmt: skip
 
 

@@ -138,7 +138,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TextParts]:
 
 def fields_of(path: str, **more: Any) -> dict[str, Any]:
     prompt = {"prompt": "a"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "a"}]}
-    return {"model": "base", "max_tokens": 2, **prompt, **more}
+    return {"model": "base", "max_tokens": 2, **prompt} | more
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
@@ -159,6 +159,27 @@ async def test_what_cannot_be_enforced_is_refused_with_its_path(parts: TextParts
         assert (answer.status_code, error["param"]) == (400, "guided_json")
         assert error["message"].startswith("guided_json: #/properties/a/uniqueItems: this keyword is not supported")
         assert len(parts.replica.calls) == called
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, OF_SCHEMA),
+        ({"response_format": {"type": "text"}}, None),
+        ({"regex": "a+"}, Grammar("regex", "a+")),
+    ],
+)
+async def test_an_adapters_constraint_holds_unless_the_request_has_one(
+    tmp_path: Path, fields: dict[str, Any], expected: Grammar | None
+) -> None:
+    (tmp_path / "legal-v2").mkdir()
+    replica = DescribingReplica(answers)
+    replica.constraint = Constraint("response_format of the adapter's ranklet.json", OF_SCHEMA)
+    parts = TextParts(tmp_path, replica)
+    answer = await parts.http_post(COMPLETIONS, fields_of(COMPLETIONS, **fields, model="legal-v2"))
+    parts.texts.checks.checker.stop()
+    assert answer.status_code == 200, answer.text
+    assert replica.calls[-1].params.grammar == expected
 
 
 async def test_ignore_eos_beside_a_grammar_is_refused(parts: TextParts) -> None:

@@ -25,6 +25,7 @@ from ranklet.cluster.ingress.text_task import ChatTask, CompletionsTask
 from ranklet.cluster.ingress.texts import TextModels
 from ranklet.cluster.message import AdapterText
 from ranklet.replicas.engine.limits import RequestLimits
+from ranklet.replicas.grammar.constraint import Constraint
 from ranklet.replicas.model.tokenizer import Truncation
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.fleet import Member
@@ -72,6 +73,7 @@ class DescribingReplica(TextReplica):
         self.revision = "v1"
         self.described = 0
         self.template: str | None = None
+        self.constraint: Constraint | None = None
 
 
 @dataclass
@@ -80,7 +82,7 @@ class _Describer:
 
     async def text_description(self, adapter: Any) -> AdapterText:
         self.replica.described += 1
-        return AdapterText(self.replica.revision, self.replica.template, {})
+        return AdapterText(self.replica.revision, self.replica.template, {}, constraint=self.replica.constraint)
 
 
 class TextParts(Parts):
