@@ -21,7 +21,8 @@ GPU: dict[str, list[str]] = {
 }  # fmt: skip
 CPU = {
     "fidelity": ["--layers", "1"], "kernels": ["--tiny"], "policy": [], "simulate": ["--replicas", "20"],
-    "generate": ["--shapes", "tiny"], "grammar": ["--shapes", "tiny"], "fidelity_text": ["--models", "tiny", "--output", "8"],
+    "generate": ["--shapes", "tiny"], "grammar": ["--shapes", "tiny"],
+    "fidelity_text": ["--models", "tiny", "--output", "8"],
 }  # fmt: skip
 
 
