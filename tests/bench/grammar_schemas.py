@@ -1,7 +1,7 @@
 """Random texts that must follow JSON schemas, on one engine with a real model: is each finished one valid?
 
 Schemas are made at random (`tests/assets/schemas.py`). Texts are drawn at temperature 1, for the base model and its
-trained adapters in turn, many at once. `--pages` bounds the memory for keys and values: few make preemptions.
+trained adapters in turn, many at once. With few `--pages` of keys and values, fewer run at once.
 A text that is cut at its limit ends with `length`; no other may fail to be valid for its schema, by `jsonschema`.
 """
 

@@ -68,3 +68,8 @@ CONVERSATIONS_NOTE = (
     "other than ranklet's and \"adapter only\", which is ranklet's without prefixes, see every queue without delay; "
     "ranklet's eight gateways see what real ones see."
 )
+GRAMMAR_SCHEMAS_NOTE = """\
+Measured at commit ffc7aaa. SmolLM2-135M-Instruct and four trained adapters at temperature 1, up to 48 texts at once, of
+up to 112 tokens, in float32. Schemas have nested objects, arrays, tuples, enums, constants, bounds, patterns, formats,
+references, trees, anyOf, oneOf, allOf and keys in several scripts. `jsonschema` checks each finished text, formats
+included. No text of this run was preempted; `tests/replicas/engine/test_grammar_texts.py` preempts some."""
