@@ -141,6 +141,7 @@ def flood_share(
     """Return the share of flooding adapters in the next step. Without pages, `FloodRules` alone limits them."""
     flooding = queue.flooding() if space is not None else set[str]()
     flows = {*holders.flows, *queue.flows} if flooding else flooding
+    flooding &= flows  # those that had requests may have none any more
     if space is None or not flooding or (flooding.issuperset(flows) and not rules.expects_others):
         return FloodShare()
     running = len(holders)

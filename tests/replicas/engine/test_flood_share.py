@@ -109,3 +109,15 @@ def test_a_flood_alone_keeps_all_rows() -> None:
         go_on(running)
         assert len(running.scheduler.holders) == ROWS
     assert not running.scheduler.preemptions
+
+
+def test_an_engine_plans_on_after_short_texts() -> None:
+    """What their adapter has decoded still counts, and so do the others' last requests, although nobody has any."""
+    running = Simulation(
+        pages=200, rows=ROWS, slots=2, max_tokens=20, max_adapters=2, max_model_len=100, costs=COSTS, depth=2
+    )
+    running.device = cast(Any, TimedDevice(2))
+    running.generate([[1, 2]], OTHER, max_tokens=1)
+    asked = [running.generate([[1, number + 2]], FLOOD, max_tokens=8) for number in range(14)]
+    running.run(2000)
+    assert all(len(each.pieces) == 8 for each in asked)

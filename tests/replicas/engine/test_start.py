@@ -35,6 +35,6 @@ def test_the_log_says_how_long_each_part_of_the_start_took(
         make_engine().start()
     parts = [re.findall(r"([a-z ]+) \d+\.\d s", line) for line in caplog.messages if "started" in line]
     assert [[part.strip() for part in line[1:]] for line in parts] == [
-        ["weights", "revision", "kernels", "text kernels", "pages", "graphs"],
+        ["weights", "revision", "grammars", "kernels", "text kernels", "pages", "graphs"],
         ["weights", "kernels"],
     ]
