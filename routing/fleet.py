@@ -266,7 +266,8 @@ class Fleet:
             self._settle(i, sent.work, sent.told)
 
     def _settle(self, i: int, work: float, told: float) -> None:
-        self._owed[i], self._told[i] = max(self._owed[i] - work, 0), max(self._told[i] - told, 0)
+        self._told[i] = max(self._told[i] - told, 0)
+        self._owed[i] = max(self._owed[i] - work, 0) if self._told[i] else 0.0  # fractions leave no rest
         self._update_wait(i)
 
     def replica_of(self, request: int) -> str | None:

@@ -116,6 +116,18 @@ def test_a_text_that_has_begun_delays_no_others_but_is_missed_when_its_replica_h
     assert affinity.waits() == [0.0]
 
 
+def test_texts_that_have_ended_leave_no_rest_of_work() -> None:
+    affinity = everywhere(1)
+    tell(affinity, 0, replace(load(2), texts=1, text_work=0.1))
+    for id in (1, 2, 3):
+        affinity.route(RoutingHint(id, "a", 10, text=TEXT))
+    for id in (1, 2, 3):
+        affinity.complete(id)
+    affinity.clock.now_s += 100  # without any sign of life
+    assert affinity.route(RoutingHint(4, "a", 10, text=TEXT)).order == (0,)
+    assert affinity.stranded([4]) == {}, "it owes nothing yet"
+
+
 def test_impossible_text_loads_are_ignored() -> None:
     for wrong in ({"texts": -1}, {"text_work": float("nan")}, {"free_tokens": -1.0}, {"freed_per_s": float("inf")}):
         assert not replace(load(), **wrong).is_possible()
