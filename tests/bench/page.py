@@ -253,6 +253,10 @@ TABLES = (
         note=CONVERSATIONS_NOTE,
     ),
     ResultTable(
+        "The same conversations, 24 replicas and 240 adapters, simulated", "simulate-text-stress",
+        {"case": ("case", TEXT)} | TEXT_RULES,
+    ),
+    ResultTable(
         "LoRA on the projections, rank 64", "kernels-h200",
         {"what": ("adapters x rows", TEXT), "measured": ("added by LoRA ms", FINE_MS), "base": ("base ms", FINE_MS)},
         lambda row: row["unit"] != "ms",

@@ -125,7 +125,7 @@ def test_texts_that_have_ended_leave_no_rest_of_work() -> None:
         affinity.complete(id)
     affinity.clock.now_s += 100  # without any sign of life
     assert affinity.route(RoutingHint(4, "a", 10, text=TEXT)).order == (0,)
-    assert affinity.stranded([4]) == {}, "it owes nothing yet"
+    assert affinity.stranded([4]) == {}, "its time begins with the request"
 
 
 def test_impossible_text_loads_are_ignored() -> None:
