@@ -70,7 +70,7 @@ class _Share:
         return min(tokens, self.left.per_minute) - _ROUNDING
 
     def state(self, now_s: float, *, is_turn: bool) -> Statement:
-        """Return what the ledger is told. Only an overdraft is returned between turns."""
+        """Return the statement for the ledger. Between turns it returns nothing but an overdraft."""
         returned = self.granted if is_turn else min(0.0, self.granted)
         self.granted -= returned
         needed, left = max(0.0, self.needed - self.granted), self.left.level_at(now_s)
@@ -194,7 +194,7 @@ class Quotas:
             self._turns = asyncio.ensure_future(self._take_turns())
 
     async def _ask(self, shares: Sequence[_Share], tokens: int, refuse: Callable[[], None]) -> None:
-        """Ask the ledger for the tokens that a request needs. Requests that wait meanwhile are asked for together.
+        """Ask the ledger for the tokens that a request needs. Requests that come before its answer share the next call.
 
         Args:
             refuse: raises OverQuota if the answer to those before it says that there are too few tokens.
@@ -262,7 +262,10 @@ def _are_short(shares: Sequence[_Share], tokens: int) -> bool:
 
 
 def _with_debt(statement: Statement, owed: float) -> Statement:
-    """Return what the ledger is told about the time in which it was silent. A new ledger knows nothing of the debt."""
+    """Add what this gateway granted itself while the ledger did not answer.
+
+    The level, which only a ledger without this bucket reads, is the one before that.
+    """
     return replace(statement, returned=statement.returned - owed, level=statement.level + owed)
 
 

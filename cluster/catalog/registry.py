@@ -60,7 +60,7 @@ class Registry:
 
         Args:
             param: the request's field that contains `name`.
-            may_use: tells of a name whether the request may use the adapter. Others count as missing.
+            may_use: whether the request may use an adapter of this name. Others count as missing.
 
         Raises:
             InvalidRequest: the name is a path.

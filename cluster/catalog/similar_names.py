@@ -17,7 +17,7 @@ def similar_names(name: str, names: Sequence[str], may_show: Callable[[str], boo
 
     Args:
         names: sorted.
-        may_show: tells whether the client may learn of a name.
+        may_show: whether the client may see this name.
     """
     if len(name) > MAX_NAME_CHARACTERS:
         return []
