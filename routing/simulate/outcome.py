@@ -45,9 +45,13 @@ class SimulationResult:
             "rule": self.rule, "requests": len(waits), "hit rate": float(hits.mean()),
             "p50_ms": float(np.percentile(waits, 50) * 1e3), "p99_ms": float(np.percentile(waits, 99) * 1e3),
             "mean_ms": float(waits.mean() * 1e3), "loads_per_s": self.loads / measured_s,
-            "busiest / mean": max(self.busy_s) / (sum(self.busy_s) / len(self.busy_s)), "sent again": self.resent,
+            "busiest / mean": self.busiest_by_mean, "sent again": self.resent,
             "unfinished": self.unfinished,
         }  # fmt: skip
+
+    @property
+    def busiest_by_mean(self) -> float:
+        return max(self.busy_s) / (sum(self.busy_s) / len(self.busy_s))
 
     def _after_warm_up(self) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         counted = np.frombuffer(self.arrived_s, np.float64) >= self.warm_s

@@ -64,7 +64,7 @@ class TextResult(SimulationResult):
             "gap_p50_ms": self._token_gap_ms(0.5), "gap_p99_ms": self._token_gap_ms(0.99),
             "goodput_per_s": float(good.sum()) / (self.seconds - self.warm_s), "adapter hits": float(hit.mean()),
             "prefix hits": float(cached / tokens), "of one cache": float(cached / ideal),
-            "busiest / mean": max(self.busy_s) / (sum(self.busy_s) / len(self.busy_s)),
+            "busiest / mean": self.busiest_by_mean,
             "loads_per_s": self.loads / (self.seconds - self.warm_s), "preemptions": self.preemptions,
             "unfinished": self.unfinished,
         }  # fmt: skip

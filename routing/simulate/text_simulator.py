@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from ranklet.routing.prefix import PAGE_TOKENS
 from ranklet.routing.report import NEWS_INTERVAL_S, PrefixNews, QueueLoad, wait_level
 from ranklet.routing.simulate.conversations import Conversation, Conversations, SimulatedText, TextTraffic
 from ranklet.routing.simulate.engine import SimulatedEngine
@@ -81,7 +82,7 @@ class TextSimulator(Simulator):
         return QueueLoad(
             next(self._numbers), engine.waiting_work, engine.work_per_s, engine.done_tokens,
             engine.received_tokens[gateway], 0.0, engine.decodes, measured.text_work,
-            max(engine.pages.available, 0) * 64.0, measured.freed_per_s(engine.decodes),
+            max(engine.pages.available, 0.0) * PAGE_TOKENS, measured.freed_per_s(engine.decodes),
         )  # fmt: skip
 
     def _wait_level(self, engine: SimulatedEngine) -> int:
