@@ -1,7 +1,9 @@
 """A program in a process of its own, for work whose time and memory no check can bound within this process."""
 
+import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -107,10 +109,9 @@ class BoundedProcess:
         self._end()
         connection, theirs = Pipe()
         with theirs:
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             limits = (str(self._time_s), str(self._memory_bytes))
             command = [sys.executable, "-m", self._program, str(theirs.fileno()), *limits]
-            process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=environment)
+            process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=child_environment())
         self._running = process, connection
         self._end_running = weakref.finalize(self, _end_process, process, connection)
         try:
@@ -126,6 +127,18 @@ class BoundedProcess:
         if self._running is not None:
             self._running = None
             self._end_running()
+
+
+def child_environment() -> dict[str, str]:
+    """Return the environment of a Python program that imports what this process can import."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def limit_this_process(memory_bytes: int) -> None:
+    """Limit the address space of this process, where the system can, and let it leave no core file."""
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _end_process(process: "subprocess.Popen[bytes]", connection: Connection) -> None:

@@ -1,7 +1,6 @@
 """The state file of a local cluster: its addresses, and the process that `ranklet down` stops."""
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from ranklet.cluster.command.own_folder import OwnFolder
@@ -24,7 +23,7 @@ class ClusterState:
     chosen_port: bool = False  # --port replaced the configuration's port
 
     def write(self) -> None:
-        OwnFolder(Path(self.temp_dir)).write(STATE_FILE, json.dumps(asdict(self)))
+        OwnFolder(Path(self.temp_dir)).write_state(STATE_FILE, self)
 
     @property
     def is_running(self) -> bool:
@@ -59,11 +58,4 @@ def read_state(temp_dir: Path) -> ClusterState | None:
         ValueError: the folder or its state file belongs to another user.
         OSError: the folder or its state file is a link, or cannot be read.
     """
-    try:
-        text = OwnFolder(temp_dir).read(STATE_FILE)
-    except FileNotFoundError:
-        return None
-    try:
-        return ClusterState(**json.loads(text))
-    except (ValueError, TypeError):
-        return None
+    return OwnFolder(temp_dir).read_state(STATE_FILE, ClusterState)

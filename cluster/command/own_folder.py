@@ -5,10 +5,18 @@ because Ray opens that one to everybody.
 """
 
 import contextlib
+import json
 import os
 import shutil
 import stat
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+State = TypeVar("State")
 
 _OURS = (
     "config.yaml", "started.yaml", "ranklet.json", "ray-start.log", "supervisor.json", "supervisor.log", "auth_token",
@@ -57,6 +65,25 @@ class OwnFolder:
                 return file.read()
         finally:
             os.close(folder)
+
+    def read_state(self, name: str, kind: type[State]) -> State | None:
+        """Return what `write_state` wrote; None if there is no such file, or another version wrote it.
+
+        Raises:
+            OSError: the folder or the file is a link, or cannot be read.
+            ValueError: the folder or the file belongs to another user.
+        """
+        try:
+            text = self.read(name)
+        except FileNotFoundError:
+            return None
+        try:
+            return kind(**json.loads(text))
+        except (ValueError, TypeError):
+            return None
+
+    def write_state(self, name: str, state: "DataclassInstance") -> None:
+        self.write(name, json.dumps(asdict(state)))
 
     def write(self, name: str, text: str) -> Path:
         """Replace a file, and return its path. A link in its place is replaced, not followed."""

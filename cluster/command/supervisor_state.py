@@ -1,8 +1,7 @@
 """The state file of the process that starts the cluster of `ranklet up` again after Ray was lost."""
 
-import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from ranklet.cluster.command.own_folder import OwnFolder
@@ -23,7 +22,7 @@ class SupervisorState:
     said: str = ""  # its last message, with the time
 
     def write(self, temp_dir: Path) -> None:
-        OwnFolder(temp_dir).write(SUPERVISOR_FILE, json.dumps(asdict(self)))
+        OwnFolder(temp_dir).write_state(SUPERVISOR_FILE, self)
 
     @property
     def is_running(self) -> bool:
@@ -50,11 +49,4 @@ def read_supervisor(temp_dir: Path) -> SupervisorState | None:
         ValueError: the folder or the state file belongs to another user.
         OSError: the folder or the state file is a link, or cannot be read.
     """
-    try:
-        text = OwnFolder(temp_dir).read(SUPERVISOR_FILE)
-    except FileNotFoundError:
-        return None
-    try:
-        return SupervisorState(**json.loads(text))
-    except (ValueError, TypeError):
-        return None
+    return OwnFolder(temp_dir).read_state(SUPERVISOR_FILE, SupervisorState)

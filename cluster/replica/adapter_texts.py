@@ -9,9 +9,9 @@ from ranklet.cluster.replica.adapter_constraint import folder_constraint
 from ranklet.cluster.text.template import folder_special_tokens, folder_template
 from ranklet.replicas.adapters.adapter_settings import AdapterSettings
 from ranklet.replicas.adapters.reference import AdapterRef
-from ranklet.replicas.adapters.revision import marks_of
+from ranklet.replicas.adapters.revision import check_unchanged
 from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison
-from ranklet.replicas.errors import AdapterChanged, InvalidRequest
+from ranklet.replicas.errors import InvalidRequest
 from ranklet.replicas.model.tokenizer_files import UnusableTokenError
 
 _MAX_KEPT = 256
@@ -42,8 +42,7 @@ class AdapterTexts:
             found = self._kept.get(adapter)
             if found is None:
                 found = self._read(adapter)
-                if adapter.marks and marks_of(adapter.path) != adapter.marks:
-                    raise AdapterChanged(f"adapter {adapter.name!r}: its files have changed. Send the request again")
+                check_unchanged(adapter)
                 self._kept[adapter] = found
                 if len(self._kept) > _MAX_KEPT:
                     self._kept.popitem(last=False)

@@ -8,7 +8,6 @@ operation in C, such as printing nested lists, may take hours or all memory whil
 of its own renders, with limited memory, and the gateway ends it if it is late.
 """
 
-import contextlib
 import json
 import math
 import resource
@@ -20,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 from ranklet.cluster.text.template_language import reason_of, render
+from ranklet.replicas.bounded_process import limit_this_process
 
 _REPEAT_S = 0.1  # in case a template's code has caught the first alarm
 _SPARE_CPU_S = 2
@@ -70,9 +70,7 @@ def answer(request: dict[str, Any], alarm: Alarm) -> dict[str, Any]:
 
 def main() -> None:
     descriptor, time_s, memory_bytes = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
-    with contextlib.suppress(ValueError, OSError):  # not every system limits memory
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_this_process(memory_bytes)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the gateway ends this process
     alarm = Alarm(time_s)
     connection = Connection(descriptor)

@@ -4,8 +4,8 @@ from collections import OrderedDict
 from pathlib import Path
 
 from ranklet.replicas.adapters.reference import AdapterRef
-from ranklet.replicas.adapters.revision import marks_of
-from ranklet.replicas.errors import AdapterChanged, ModelError
+from ranklet.replicas.adapters.revision import check_unchanged
+from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.embedding_settings import EmbeddingSettings, read_base_settings, read_embedding_settings
 
 _MAX_KEPT = 4096
@@ -36,8 +36,7 @@ class AdapterSettings:
             AdapterChanged: the folder no longer has this revision.
         """
         found = self._read(Path(adapter.path))
-        if adapter.marks and marks_of(adapter.path) != adapter.marks:
-            raise AdapterChanged(f"adapter {adapter.name!r}: its files have changed. Send the request again")
+        check_unchanged(adapter)
         self._kept[adapter] = found
         if len(self._kept) > _MAX_KEPT:
             self._kept.popitem(last=False)

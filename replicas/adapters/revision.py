@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ranklet.replicas.adapters.limits import MAX_ADAPTER_BYTES
 from ranklet.replicas.adapters.links import check_links
 from ranklet.replicas.adapters.reference import FILES, OPTIONAL_FILES, AdapterRef
-from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter
+from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
 from ranklet.replicas.regular_file import open_regular
 
 _CHARACTERS = 16
@@ -29,6 +29,12 @@ def marks_of(path: str | Path) -> str:
         AdapterNotFound: the folder does not exist.
     """
     return _stat(path).marks
+
+
+def check_unchanged(adapter: AdapterRef) -> None:
+    """Raise AdapterChanged if an adapter's folder no longer has the files of its revision."""
+    if adapter.marks and marks_of(adapter.path) != adapter.marks:
+        raise AdapterChanged(f"adapter {adapter.name!r}: its files have changed. Send the request again")
 
 
 def age_of(path: str | Path) -> float:

@@ -7,14 +7,13 @@ and an engine would launch nothing. The files come with an adapter, so this proc
 import contextlib
 import hashlib
 import json
-import os
-import resource
 import subprocess
 import sys
 from functools import cached_property
 from pathlib import Path
 
 from ranklet.replicas.adapters.tokenizer_check import BaseTokenizer
+from ranklet.replicas.bounded_process import child_environment, limit_this_process
 from ranklet.replicas.errors import Unavailable
 from ranklet.replicas.model.tokenizer_files import TOKENIZER_FILES, UnusableTokenError, read_within_bounds
 
@@ -78,10 +77,9 @@ def differences_within(
     Raises:
         Unavailable: it takes too much time, perhaps since the machine is busy.
     """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", _PROGRAM, str(base), str(adapter), str(memory_bytes)]
     try:
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, timeout=time_s)
+        done = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, check=True, timeout=time_s)
         return tuple(json.loads(done.stdout))
     except subprocess.TimeoutExpired as error:
         raise Unavailable(f"comparing the adapter's tokenizer with the base model's takes {time_s:g} s") from error
@@ -91,9 +89,7 @@ def differences_within(
 
 def main() -> None:
     base, adapter, memory_bytes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    with contextlib.suppress(ValueError, OSError):  # not every system limits memory
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_this_process(memory_bytes)
     json.dump(BaseTokenizer(base).differences(adapter), sys.stdout)
 
 

@@ -3,24 +3,21 @@
 FD is the file descriptor of a socket to the gateway, which ends this process if it is late.
 """
 
-import contextlib
 import json
-import resource
 import signal
 import sys
 from multiprocessing.connection import Connection
 
 from llguidance import LLTokenizer
 
+from ranklet.replicas.bounded_process import limit_this_process
 from ranklet.replicas.grammar.grammar import Grammar
 from ranklet.replicas.grammar.refusal import refusal_of
 
 
 def main() -> None:
     descriptor, memory_bytes = int(sys.argv[1]), int(sys.argv[3])
-    with contextlib.suppress(ValueError, OSError):  # not every system limits memory
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_this_process(memory_bytes)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the gateway ends this process
     tokenizer = LLTokenizer("byte")
     connection = Connection(descriptor)

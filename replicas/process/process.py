@@ -5,7 +5,6 @@ Python runs one thread at a time: an engine in the process of an RPC server lose
 
 import itertools
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, HeldAdapters
+from ranklet.replicas.bounded_process import child_environment
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.api import EngineApi, QuickCalls
 from ranklet.replicas.engine.limits import RequestLimits
@@ -100,9 +100,8 @@ class EngineProcess(EngineApi):
         self._listeners = listeners
         self._connection, theirs = Pipe()
         with theirs:
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             command = [sys.executable, "-m", _PROGRAM, str(theirs.fileno())]
-            self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=environment)
+            self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=child_environment())
         self._outbox = Outbox(self._connection)
         self._numbers = itertools.count()
         self._waiting: dict[int, _Waiting] = {}
