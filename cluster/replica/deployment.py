@@ -272,6 +272,7 @@ class Replica:
     async def check_health(self) -> None:
         """Called by Serve, which replaces the replica after three failures in a row."""
         escape_log()
+        self._settings.look()
         if not self._is_publishing:  # Serve calls this once the replica has started
             self._is_publishing = True
             self._spawn(self._publisher.run())

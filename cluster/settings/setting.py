@@ -15,6 +15,9 @@ class Keeper(Protocol):
     def keep(self, name: str, content: object) -> None:
         """Remember the content of a setting. Does not block."""
 
+    def repeat(self) -> None:
+        """Remember the contents again if they were lost. Called about once a second. Does not block."""
+
     def last(self, name: str) -> Any:
         """Return the last good content of a setting, or None if there is none."""
 
@@ -23,6 +26,9 @@ class NoKeeper:
     """Remembers nothing."""
 
     def keep(self, name: str, content: object) -> None:
+        pass
+
+    def repeat(self) -> None:
         pass
 
     def last(self, name: str) -> Any:

@@ -35,7 +35,11 @@ class Settings(Collector):
         return file
 
     def look(self) -> None:
-        """Look at all files, so that a fault in one is noticed without a request that needs it. Blocks."""
+        """Look at all files, so that a fault in one is noticed without a request that needs it. Blocks.
+
+        To be called about once a second.
+        """
+        self._keeper.repeat()
         for file in self._files:
             file.content()
 

@@ -112,15 +112,13 @@ def test_requests_are_answered_while_the_controller_is_replaced(nodes: Nodes) ->
     """The new controller finds the same replicas."""
     service, _, _ = nodes
     before = service.processes("Replica")
-    judge(load.run_under_load(service, lambda: os.kill(_controller(service), signal.SIGKILL)))
+    judge(load.run_under_load(service, lambda: os.kill(_actor(service, "ServeController"), signal.SIGKILL)))
     eventually("the controller answers again", lambda: service.processes("Replica") == before, BACK_S)
 
 
-def _controller(service: Service) -> int:
-    """Process id of the controller."""
-    named = [
-        pid for pid in process_tree(service.cluster.state.pid) if command_line(pid).startswith("ray::ServeController")
-    ]
+def _actor(service: Service, kind: str) -> int:
+    """Process id of the only actor of a class on the head's node."""
+    named = [pid for pid in process_tree(service.cluster.state.pid) if command_line(pid).startswith(f"ray::{kind}")]
     assert len(named) == 1
     return named[0]
 
@@ -164,7 +162,7 @@ def test_an_adapter_that_is_deleted_while_it_loads_affects_only_its_own_requests
 def test_a_new_configuration_replaces_every_process_without_failed_requests(nodes: Nodes) -> None:
     """The new processes serve the adapters that were loaded by name, although the new `user_config` is faulty.
 
-    In its place, they use the last good one of the processes that they replace.
+    In its place, they use the last good one of the processes that they replace, although the process that kept it died.
     """
     service, _, _ = nodes
     shutil.copytree(service.adapters / "medical", service.adapters / ".sources" / "kept")
@@ -173,6 +171,7 @@ def test_a_new_configuration_replaces_every_process_without_failed_requests(node
     before = set(service.processes("Replica").values())
     service.deploy({"adapters": {"earlier": str(service.adapters / "medical")}})
     eventually("the gateways serve it", lambda: service.post("earlier", "text").status_code == 200)
+    os.kill(_actor(service, "KeptContents"), signal.SIGKILL)
     arguments = service.content["applications"][0]["args"]
     arguments["engine"]["slots"] = 6
     faulty = {"tokens_per_minute": {"earlier": 0}}

@@ -18,6 +18,9 @@ class Memory:
     def keep(self, name: str, content: object) -> None:
         self.contents[name] = content
 
+    def repeat(self) -> None:
+        pass
+
     def last(self, name: str) -> Any:
         return self.contents.get(name)
 
