@@ -147,12 +147,17 @@ class ReplicaState(Listener):
         return self._loads_sent
 
     def wait_s(self) -> float:
-        """Return the expected wait of a prompt that arrives now; 0 until a batch has been measured."""
+        """Return the time that the waiting prompts take; 0 until a batch has been measured.
+
+        Texts that run have begun, and prompts are computed beside them: they are no wait, however many they are.
+        """
         with self._lock:
-            return self._wait_s()
+            return self._seconds(self._waiting_work())
 
     def level(self) -> int:
-        return wait_level(self.wait_s())
+        """Return the level of the time that the waiting prompts and the running texts take."""
+        with self._lock:
+            return self._work_level()
 
     def busy(self) -> float:
         """Return the share of the time since the last call of this method in which the device computed.
@@ -187,14 +192,15 @@ class ReplicaState(Listener):
     def _waiting_work(self) -> float:
         return self._queued_work + self._text_tokens * self._speed.uncached_share
 
-    def _wait_s(self) -> float:
-        speed = self._speed
-        work = self._waiting_work() + self._texts * speed.text_work
-        return work / speed.work_per_s if speed.work_per_s else 0.0
+    def _seconds(self, work: float) -> float:
+        return work / self._speed.work_per_s if self._speed.work_per_s else 0.0
+
+    def _work_level(self) -> int:
+        return wait_level(self._seconds(self._waiting_work() + self._texts * self._speed.text_work))
 
     def _notice_level(self) -> None:
         with self._lock:
-            before, self._level = self._level, wait_level(self._wait_s())
+            before, self._level = self._level, self._work_level()
             changed = self._level != before
         if changed:
             self._on_change()

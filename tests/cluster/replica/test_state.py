@@ -2,6 +2,7 @@
 
 import pytest
 
+from ranklet.cluster.autoscaling import BUSY, WAIT_S, wanted_replicas
 from ranklet.cluster.replica.state import ReplicaState
 from ranklet.replicas.adapters.reference import HeldAdapters, LoadRecord
 from ranklet.replicas.engine.stats import BatchRecord, CacheRoom
@@ -97,6 +98,26 @@ def test_the_time_to_the_first_token_is_that_since_the_last_question() -> None:
     state.first_token_came(2.0)
     assert state.first_token_s() == pytest.approx(1.5)
     assert state.first_token_s() is None
+
+
+def test_texts_that_run_are_no_wait() -> None:
+    state = ReplicaState("r", 4, 64)
+    state.batch(BatchRecord({}, {"": 1000}, "none", [], 0.01, {}, CacheRoom(6400, 12.0)))
+    state.batch(BatchRecord({}, {}, "none", [], 0.01, {"": 100}, CacheRoom(640, 12.0)))
+    for _ in range(201):
+        state.call_arrived("g", 1000, is_text=True)
+    assert state.wait_s() == pytest.approx(2.01)
+    for _ in range(201):
+        state.text_begun(1000, 0, [])
+    state.text_finished(200, 450, 2.0, [])
+    assert state.load_for("g").texts == 200
+    assert state.wait_s() == 0
+    assert wanted_replicas({BUSY: {0: 0.7}, WAIT_S: {0: state.wait_s()}}, current=1, target=1) < 1
+    level = state.level()
+    assert level > 0, "routers are told of them"
+    state.call_arrived("g", 50_000)
+    assert state.wait_s() == pytest.approx(0.5)
+    assert wanted_replicas({BUSY: {0: 0.7}, WAIT_S: {0: 2 * state.wait_s()}}, current=1, target=1) == 2
 
 
 def test_texts_count_by_their_prompts_until_they_begin_and_by_their_number_then() -> None:
