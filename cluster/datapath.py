@@ -23,8 +23,9 @@ HEALTH_CHECKS = {
 CLIENT_HEADER = "x-ranklet-client"
 # Names a file. While it exists, gateways refuse new requests and let those in flight end.
 DRAIN_VARIABLE = "RANKLET_DRAIN_FILE"
-# Defaults of graceful_shutdown_timeout_s by deployment. That of gateways is the default of limits.request_timeout_s.
-SHUTDOWN_TIMEOUTS_S = {"Gateway": 60.0, "Replica": 20.0}
+# Defaults of graceful_shutdown_timeout_s by deployment. Texts that take longer are lost with their gateway, and go on
+# elsewhere after their replica.
+SHUTDOWN_TIMEOUTS_S = {"Gateway": 600.0, "Replica": 20.0}
 _EVERYWHERE = "0.0.0.0"
 _PACKAGES = ("ranklet", "ray", "torch", "triton", "transformers")
 _TOKEN_REMEDY = (

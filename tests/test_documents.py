@@ -17,7 +17,8 @@ DOCUMENTS = (
     "routing/NOTES.md",
 )  # fmt: skip
 ELSEWHERE = {  # names in backticks that belong to other programs
-    "FSSPEC_S3", "RAY_REDIS_ADDRESS", "TimeoutStopSec", "_foreach_copy_", "endpoint_url", "gcsFaultToleranceOptions",
+    "FSSPEC_S3", "KillMode", "RAY_REDIS_ADDRESS", "TimeoutStopSec", "_foreach_copy_", "endpoint_url",
+    "gcsFaultToleranceOptions",
 }  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def wait_for_requests(
                 report(f"{in_flight} requests did not end within {timeout_s:g} s (graceful_shutdown_timeout_s)")
             return
         if in_flight and not reported:
-            report(f"waiting up to {timeout_s:g} s for {in_flight} requests in flight")
+            report(f"waiting up to {timeout_s:g} s for {in_flight} requests in flight; a signal ends them at once")
             reported = True
         time.sleep(_POLL_S)
 

@@ -19,6 +19,7 @@ _CONNECTIONS_VARIABLE = "RAY_SERVE_HAPROXY_MAXCONN"
 _HEADER_VARIABLE = "RANKLET_HEADER_TIMEOUT_S"
 _CLIENT_VARIABLE = "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"
 _SERVER_VARIABLE = "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S"
+_REPLACED_VARIABLE = "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"
 _CLIENT_HEADER = "x-ranklet-client"
 _OTHER_FILES = 1000  # open files of HAProxy that are no connections of clients
 
@@ -44,6 +45,9 @@ class Limits:
         header_s: until the header of a request is complete.
         client_s: without a byte, while the client has to send or read. A quiet stream does not count.
         server_s: without a byte, while the gateway has to answer. A text that is not streamed comes at its end.
+        replaced_s: for the requests of a HAProxy that a new one has replaced, which happens when any gateway comes or
+            goes. It ends earlier with the last of them; idle connections end after 90 s. Ray's own 120 s would cut off
+            streams, also of gateways that stay.
     """
 
     connections: int
@@ -51,6 +55,7 @@ class Limits:
     header_s: int = 10
     client_s: int = 90  # above the gateway's own limits, so that its errors and metrics say what happened
     server_s: int = 3600
+    replaced_s: int = 3600
 
     @classmethod
     def of(cls, environment: Mapping[str, str], open_files: int) -> "Limits":
@@ -65,6 +70,7 @@ class Limits:
             "header_s": environment.get(_HEADER_VARIABLE),
             "client_s": environment.get(_CLIENT_VARIABLE),
             "server_s": environment.get(_SERVER_VARIABLE),
+            "replaced_s": environment.get(_REPLACED_VARIABLE),
         }
         return cls(
             connections,
@@ -120,7 +126,8 @@ def _sections(configuration: str) -> dict[str, list[str]]:
 
 def _global(lines: Sequence[str], limits: Limits) -> list[str]:
     private = [re.sub(r"^(\s*stats socket .*) mode \d+", r"\1 mode 600", line) for line in lines]
-    return [*_without(private, "maxconn "), f"    maxconn {limits.connections}"]
+    own = f"maxconn {limits.connections}", f"hard-stop-after {limits.replaced_s}s"
+    return [*_without(private, "maxconn ", "hard-stop-after "), *(f"    {line}" for line in own)]
 
 
 def _defaults(lines: Sequence[str], limits: Limits) -> list[str]:

@@ -34,5 +34,7 @@ _CLUSTER = _closed(
 RAY_SERVICE = _closed(
     ("apiVersion", "kind", "metadata", "spec"),
     apiVersion={"const": "ray.io/v1"}, kind={"const": "RayService"}, metadata=_OBJECT,
-    spec=_closed(serveConfigV2=_TEXT, rayClusterConfig=_CLUSTER, serveService=_OBJECT),
+    spec=_closed(
+        serveConfigV2=_TEXT, rayClusterConfig=_CLUSTER, serveService=_OBJECT, rayClusterDeletionDelaySeconds=_COUNT
+    ),
 )  # fmt: skip

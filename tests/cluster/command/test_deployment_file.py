@@ -199,8 +199,8 @@ def test_the_longest_shutdown_of_a_deployment_is_the_longest_wait() -> None:
     def lasting(name: str, time_s: float) -> dict[str, Any]:
         return {"name": name, "graceful_shutdown_timeout_s": time_s}
 
-    assert drain_time_s(configured()) == 60
-    assert drain_time_s(configured({"name": "Gateway"}, lasting("Replica", 90))) == 90
+    assert drain_time_s(configured()) == 600
+    assert drain_time_s(configured({"name": "Gateway"}, lasting("Replica", 900))) == 900
     assert drain_time_s(configured(lasting("Gateway", 5))) == 20
     assert drain_time_s(configured(lasting("Gateway", 5), lasting("Replica", 0))) == 5
     assert drain_time_s({}) == 0

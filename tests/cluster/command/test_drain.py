@@ -44,7 +44,7 @@ def test_the_last_request_ends_the_wait() -> None:
     counts: list[int | None] = [2, None, 1, 0]
     _, lines = waited(counts, 60)
     assert counts == [0]
-    assert lines == ["waiting up to 60 s for 2 requests in flight"]
+    assert lines == ["waiting up to 60 s for 2 requests in flight; a signal ends them at once"]
 
 
 def test_a_request_that_does_not_end_is_given_up() -> None:

@@ -1,17 +1,23 @@
-"""HAProxy lets the streams of a gateway end that drains, and sends it no new requests."""
+"""HAProxy lets streams end when a gateway drains, and when a new HAProxy takes over."""
 
 import http.server
+import signal
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 
-from tests.cluster.command.test_front_door import front_door
+from tests.cluster.command.test_front_door import FrontDoor, front_door
 from tests.cluster.service import eventually
 from tests.needs import needs
 
 pytestmark = needs("haproxy")
 DRAINS, GO_ON = threading.Event(), threading.Event()
+LIMIT = "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"
 
 
 class DrainedGateway(http.server.BaseHTTPRequestHandler):
@@ -37,25 +43,57 @@ class DrainedGateway(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_stream_of_a_gateway_that_drains_goes_on(tmp_path: Path) -> None:
+@pytest.fixture
+def gateway() -> Iterator[int]:
+    """Yield the port of a gateway that does not drain yet."""
+    DRAINS.clear()
+    GO_ON.clear()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DrainedGateway)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    try:
-        with front_door(tmp_path / "door", {"/": [server.server_port]}) as door:
-            eventually("the gateway is up", lambda: door.status("/health") == 200)
-            with httpx.stream("POST", f"{door.url}/v1/completions", json={}, timeout=30) as answer:
-                parts = answer.iter_raw()
-                assert next(parts) == b"first"
-                DRAINS.set()
-                eventually(
-                    "HAProxy answers new requests itself",
-                    lambda: "No gateway is available" in httpx.get(f"{door.url}/health", timeout=30).text,
-                )
-                GO_ON.set()
-                assert b"".join(parts) == b"second"
-    finally:
+    yield server.server_port
+    GO_ON.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@contextmanager
+def stream(door: FrontDoor) -> Iterator[Iterator[bytes]]:
+    """Yield the rest of a stream whose first part has come."""
+    eventually("the gateway is up", lambda: door.status("/health") == 200, poll_s=0.05)
+    with httpx.stream("POST", f"{door.url}/v1/completions", json={}, timeout=30) as answer:
+        parts = answer.iter_raw()
+        assert next(parts) == b"first"
+        yield parts
+
+
+def test_a_stream_of_a_gateway_that_drains_goes_on(gateway: int, tmp_path: Path) -> None:
+    """HAProxy sends the gateway no new requests."""
+    with front_door(tmp_path / "door", {"/": [gateway]}) as door, stream(door) as rest:
+        DRAINS.set()
+        eventually(
+            "HAProxy answers new requests itself",
+            lambda: "No gateway is available" in httpx.get(f"{door.url}/health", timeout=30).text,
+        )
         GO_ON.set()
-        server.shutdown()
-        thread.join()
-        server.server_close()
+        assert b"".join(rest) == b"second"
+
+
+def test_a_haproxy_that_was_replaced_ends_with_its_last_stream(gateway: int, tmp_path: Path) -> None:
+    with front_door(tmp_path / "door", {"/": [gateway]}) as door:
+        with stream(door) as rest:
+            door.process.send_signal(signal.SIGUSR1)
+            eventually("it takes no connections", lambda: door.status("/health") is None, poll_s=0.05)
+            GO_ON.set()
+            assert b"".join(rest) == b"second"
+        assert door.process.wait(10) == 0
+
+
+def test_a_haproxy_that_was_replaced_cuts_its_streams_at_the_limit(gateway: int, tmp_path: Path) -> None:
+    with front_door(tmp_path / "door", {"/": [gateway]}, {LIMIT: "1"}) as door, stream(door) as rest:
+        door.process.send_signal(signal.SIGUSR1)
+        began_s = time.monotonic()
+        with pytest.raises(httpx.RemoteProtocolError):
+            b"".join(rest)
+        assert 0.5 < time.monotonic() - began_s < 10

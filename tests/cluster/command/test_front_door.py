@@ -87,6 +87,7 @@ class FrontDoor:
     port: int
     metrics: int
     folder: Path
+    process: "subprocess.Popen[bytes]"
 
     @property
     def url(self) -> str:
@@ -116,17 +117,17 @@ def front_door(
     command = [str(folder / "haproxy"), "-db", "-f", str(configuration)]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env={**os.environ, **(environment or {})}, stdout=log, stderr=log)
-    door = FrontDoor(http_port, metrics, folder)
+    door = FrontDoor(http_port, metrics, folder, process)
     try:
-        eventually("HAProxy answers", lambda: _answers(door, process, folder / "log"), 30, poll_s=0.05)
+        eventually("HAProxy answers", lambda: _answers(door, folder / "log"), 30, poll_s=0.05)
         yield door
     finally:
         process.kill()
         process.wait()
 
 
-def _answers(door: FrontDoor, process: "subprocess.Popen[bytes]", log: Path) -> bool:
-    assert process.poll() is None, log.read_text()
+def _answers(door: FrontDoor, log: Path) -> bool:
+    assert door.process.poll() is None, log.read_text()
     return door.status("/-/routes") is not None
 
 
@@ -299,6 +300,7 @@ def test_limits_are_applied_once(tmp_path: Path) -> None:
     once = limited(ray, limits)
     assert limited(once, limits) == once != ray
     assert "splice" not in once
+    assert "    hard-stop-after 3600s\n" in once
 
 
 def test_an_unknown_configuration_does_not_start(tmp_path: Path) -> None:
