@@ -270,6 +270,8 @@ class AppArgs(AdapterList):
         """Return the settings of each engine. An adapter may name its base model by any name that requests may use."""
         fields = dict(self.engine)
         fields["base_aliases"] = (*fields.get("base_aliases", ()), *self.base_names)
+        if fields.get("max_wait_s") is None:
+            fields["max_wait_s"] = self.limits.request_timeout_s
         return EngineConfig(model_dir=self.base.model_dir, adapter_roots=self.adapter_roots, **fields)
 
     @property

@@ -43,6 +43,9 @@ class EngineConfig:
     max_model_len: int | None = None
     # Largest number of tokens that wait for a batch; further requests are refused with 503.
     max_waiting_tokens: int = 4_000_000
+    # Longest time that a request may be expected to wait for its first step; others are refused with 503. None for
+    # limits.request_timeout_s of the gateways, or no limit in an engine without gateways.
+    max_wait_s: float | None = None
     # Host memory that caches adapters, so that they load into a slot without reading files.
     host_cache_bytes: int = 4 << 30
     # Time after which a request whose adapter is still loading is refused with 503 and Retry-After.
@@ -79,6 +82,8 @@ class EngineConfig:
                 raise ValueError(f"{name}: expected at least 1 or null, got {value}")
         if not 1 <= self.decode_slowdown < inf:
             raise ValueError(f"decode_slowdown: expected at least 1, got {self.decode_slowdown}")
+        if self.max_wait_s is not None and not self.max_wait_s > 0:
+            raise ValueError(f"max_wait_s: expected more than 0 or null, got {self.max_wait_s}")
         if not self.load_timeout_s > 0:
             raise ValueError(f"load_timeout_s: expected more than 0, got {self.load_timeout_s}")
         if not 0 < self.kv_cache_fraction <= 0.98:

@@ -25,7 +25,7 @@ from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.generate import GenerateTask
 from ranklet.replicas.engine.kv_space import KvSpace, integrity_check
 from ranklet.replicas.engine.lengths import request_limits
-from ranklet.replicas.engine.limits import check_space
+from ranklet.replicas.engine.limits import check_space, check_wait
 from ranklet.replicas.engine.paged_runner import PagedRunner
 from ranklet.replicas.engine.params import EmbedParams, Params
 from ranklet.replicas.engine.pipeline import Pipeline, shutting_down
@@ -166,7 +166,7 @@ class Engine:
         Raises:
             InvalidRequest: a prompt is empty or too long, or a token id or parameter is out of range.
             InvalidAdapter: an earlier load of the adapter was refused. A load that fails later ends at `sink`.
-            Saturated: too many tokens are waiting.
+            Saturated: too many tokens are waiting, or the wait would be too long.
             Unavailable: the engine is stopping.
         """
         task: Task
@@ -185,8 +185,7 @@ class Engine:
     ) -> Ticket:  # fmt: skip
         """Queue a request of any task; see `submit`. The prompts must be within `limits`."""
         request = Request(task, prompts, adapter, sink, arrived_s=perf_counter(), given=given)
-        tokens = sum(map(len, (*prompts, *given)))
-        queue = partial(self._queue, request, adapter, tokens)
+        queue = partial(self._queue, request, adapter, sum(map(len, (*prompts, *given))))
         if isinstance(task, GenerateTask) and task.has_grammar:
             self._pipeline.masks.begin(task, request, queue)
         else:
@@ -198,6 +197,7 @@ class Engine:
         with self._lock:
             self._check_adapter(adapter)
             check_space(self._scheduler.queue, self.config.max_waiting_tokens, flow_of(adapter), tokens)
+            check_wait(self._scheduler.queue, self.config.max_wait_s, request.sequences, perf_counter())
             tier = request.tier = None if adapter is None else self._adapters.tier(adapter)
             self._scheduler.queue.add(request.sequences)
             self._pipeline.wake(must_load=tier not in (None, "gpu"))

@@ -10,7 +10,7 @@ towards their adapter's turn and allowance too (`charge_flow`).
 """
 
 from bisect import bisect_left, insort
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ from itertools import count
 from math import inf
 from operator import attrgetter
 
+from ranklet.replicas.engine.backlog import Backlog
+from ranklet.replicas.engine.plan import Part
 from ranklet.replicas.engine.sequence import Sequence
 
 _ACTIVE_ALLOWANCES = 16  # an adapter without requests stays active until this many allowances have been served
@@ -49,6 +51,8 @@ class FairQueue:
         self.allowance = allowance
         self._ordered: list[Sequence] = []
         self._lanes: defaultdict[_Lane, list[Sequence]] = defaultdict(list)  # parts of `_ordered`
+        self._backlogs: defaultdict[_Lane, Backlog] = defaultdict(Backlog)
+        self._all_backlogs = {is_new: Backlog() for is_new in (False, True)}  # of all lanes of a kind
         self._flows: dict[str, _Flow] = {}
         self._arrivals = count()
         self._now = 0.0  # virtual time: tokens that each active adapter should have been served by now
@@ -112,8 +116,7 @@ class FairQueue:
         """Insert the sequences of a request."""
         name = sequences[0].flow
         flow = self._flows.setdefault(name, _Flow())
-        debt = max(0.0, self._decoded.get(name, self._now) - self._now)
-        tokens = flow.tokens + debt + sum(each.need.tokens for each in sequences)
+        debt, tokens = self._debt(name), self._tokens_with(sequences)
         ahead = 0 if tokens <= self.allowance else tokens - sequences[-1].need.tokens
         turn = max(flow.last, self._now + ahead)
         rest = ahead - flow.tokens - debt if ahead else 0
@@ -122,6 +125,34 @@ class FairQueue:
             each.beyond, each.lead = bool(ahead), max(0.0, rest)
             rest -= each.need.tokens
         self._mark_active(name)
+
+    def _debt(self, flow: str) -> float:
+        """Return the tokens that an adapter's decodes were served ahead of the others."""
+        return max(0.0, self._decoded.get(flow, self._now) - self._now)
+
+    def _tokens_with(self, sequences: Many[Sequence]) -> float:
+        """Return the tokens of an adapter that count towards its allowance once a request is added."""
+        flow = sequences[0].flow
+        return self.tokens_of(flow) + self._debt(flow) + sum(each.need.tokens for each in sequences)
+
+    def wait_s(self, sequences: Many[Sequence], now_s: float, measured_s: float) -> float:
+        """Return how long a new request will wait for what waits now; 0 if the rates are not known.
+
+        Beyond its adapter's allowance, it waits for its adapter's earlier requests. Within the allowance, it waits for
+        those of all adapters within theirs, but not for a flood.
+
+        Args:
+            measured_s: time for which a rate must have been measured.
+        """
+        own = _lane(sequences[0])
+        if self._tokens_with(sequences) > self.allowance:
+            return self._backlogs[own].wait_s(now_s, measured_s) if own in self._backlogs else 0.0
+        backlog, flooding = self._all_backlogs[own[1]], self.flooding()
+        wait_s = backlog.wait_s(now_s, measured_s)
+        if not wait_s or not flooding:
+            return wait_s
+        floods = sum(self._backlogs[lane].work for lane in self._backlogs if lane[1] == own[1] and lane[0] in flooding)
+        return wait_s * (1 - floods / backlog.work)
 
     def put_back(self, sequences: Iterable[Sequence]) -> None:
         """Insert sequences of a failed step at the front, in this order."""
@@ -153,7 +184,27 @@ class FairQueue:
             self.texts += 1
             self.text_tokens += tokens
         insort(self._ordered, sequence, key=_TURN)
-        insort(self._lanes[_lane(sequence)], sequence, key=_TURN)
+        lane = _lane(sequence)
+        insort(self._lanes[lane], sequence, key=_TURN)
+        self._count(lane, 1 if lane[1] else tokens)
+
+    def _count(self, lane: _Lane, work: int) -> None:
+        self._backlogs[lane].work += work
+        self._all_backlogs[lane[1]].work += work
+
+    def serve(self, parts: Many[Part], now_s: float) -> None:
+        """Remove the sequences of a step, and measure how fast steps serve them."""
+        served: Counter[_Lane] = Counter()
+        for part in parts:
+            lane = _lane(part.sequence)
+            served[lane] += 1 if lane[1] else part.tokens
+        backlogs = [(self._backlogs[lane], work) for lane, work in served.items()]
+        self.remove([part.sequence for part in parts])
+        for is_new, backlog in self._all_backlogs.items():
+            backlogs.append((backlog, sum(work for lane, work in served.items() if lane[1] == is_new)))
+        for backlog, work in backlogs:
+            if work:
+                backlog.on_served(work, now_s)
 
     def remove(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
@@ -162,9 +213,10 @@ class FairQueue:
                 at = bisect_left(ordered, sequence.turn, key=_TURN)
                 assert ordered[at] is sequence
                 del ordered[at]
-            if not self._lanes[lane]:
-                del self._lanes[lane]
             tokens = sequence.need.tokens
+            self._count(lane, -1 if lane[1] else -tokens)
+            if not self._lanes[lane]:
+                del self._lanes[lane], self._backlogs[lane]
             self.tokens -= tokens
             if sequence.need.keeps_cache:
                 self.texts -= 1

@@ -1,6 +1,6 @@
 """Limits of requests and of the queue, checked before anything is queued."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,8 +8,11 @@ from numpy.typing import NDArray
 
 from ranklet.replicas.engine.fair_queue import FairQueue
 from ranklet.replicas.engine.fair_share import fair_share
+from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.errors import InvalidRequest, Saturated
 
+_MEASURED = 1 / 60  # of the longest wait, for which the rate of the queue must have been measured
+_MOST_RETRY_S = 60.0  # in Retry-After: the load may change sooner
 OTHER_VOCABULARY = (
     "Ids are those of this model's tokenizer. LangChain's OpenAIEmbeddings sends ids of another vocabulary, unless its "
     "check_embedding_ctx_length is False; then it sends texts"
@@ -57,7 +60,7 @@ class RequestLimits:
         whole = None if reads_last else self.max_whole_len
         return min(each for each in (self.max_embedding_len, whole, folder_limit) if each is not None)
 
-    def check_prompts(self, prompts: Sequence[NDArray[np.int32]], longest: int) -> None:
+    def check_prompts(self, prompts: Many[NDArray[np.int32]], longest: int) -> None:
         """Check the prompts of a request.
 
         Args:
@@ -117,4 +120,20 @@ def check_space(queue: FairQueue, max_tokens: int, flow: str, tokens: int) -> No
         raise Saturated(
             f"{own} tokens of {owner} wait on this replica. It may hold {share} of the limit of {max_tokens} now; "
             "the rest is kept for other adapters. Try again later"
+        )
+
+
+def check_wait(queue: FairQueue, max_wait_s: float | None, sequences: Many[Sequence], now_s: float) -> None:
+    """Raise Saturated if a request is expected to wait for longer than `max_wait_s`; None for no limit.
+
+    The time until it would wait less is in `Saturated.retry_after_s`.
+    """
+    if max_wait_s is None:
+        return
+    wait_s = queue.wait_s(sequences, now_s, _MEASURED * max_wait_s)
+    if wait_s > max_wait_s:
+        raise Saturated(
+            f"expected a wait of at most {max_wait_s:g} s on this replica (engine.max_wait_s), got {wait_s:.0f} s by "
+            "what waits and how fast that is served. Try again later",
+            retry_after_s=min(max(wait_s - max_wait_s, 1.0), _MOST_RETRY_S),
         )

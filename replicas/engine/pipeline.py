@@ -185,7 +185,7 @@ class Pipeline:
             # A sequence may lose its slot while the device works on it: preempted, cancelled, or ended by its last
             # token. Then the step keeps the slot, so that no other adapter's weights are written into it.
             self._adapters.acquire_slots(plan.adapters)
-        self._scheduler.commit(plan)
+        self._scheduler.commit(plan, perf_counter())
         self._launching = plan.sequences
         return [part.sequence.slot for part in plan.parts]
 

@@ -203,13 +203,13 @@ class Scheduler:
 
     # Changes
 
-    def commit(self, plan: StepPlan) -> None:
-        """Make the plan take effect: its sequences have their slots."""
+    def commit(self, plan: StepPlan, now_s: float = 0.0) -> None:
+        """Make the plan take effect at time `now_s`: its sequences have their slots."""
         self._flood_rules.commit(plan)
         self._decodes_waited = plan.computes and not plan.decodes and bool(self.holders.decoding)
         self.drop(plan.cancelled)
         self._preempt(plan.preempted)
-        self.queue.remove([part.sequence for part in plan.parts])
+        self.queue.serve(plan.parts, now_s)
         # Cached pages are taken before other pages are allocated, which may evict cached ones, and pages of this step
         # are published after all its sequences have started: no sequence reads a page in the step that writes it.
         plan.started = [part.sequence for part in plan.parts if part.uses_pages and part.sequence.row is None]

@@ -76,6 +76,12 @@ def test_engine_settings_reach_the_engine() -> None:
     assert {"x", "org/x"} <= set(config.base_aliases)
 
 
+def test_a_request_that_would_wait_for_longer_than_gateways_do_is_refused() -> None:
+    limits = {"request_timeout_s": 30}
+    assert args(limits=limits).engine_config().max_wait_s == 30
+    assert args(limits=limits, engine={"max_wait_s": 5}).engine_config().max_wait_s == 5
+
+
 def test_adapters_may_be_a_map_or_a_list() -> None:
     listed = AdapterList.model_validate({"adapters": [{"name": "a", "path": "/x"}]})
     assert listed == AdapterList.model_validate({"adapters": {"a": "/x"}})

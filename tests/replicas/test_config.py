@@ -16,6 +16,7 @@ from ranklet.replicas.config import EngineConfig
         ({"max_batch_tokens": 0}, "max_batch_tokens"),
         ({"max_batch_requests": 0}, "max_batch_requests"),
         ({"max_waiting_tokens": 0}, "max_waiting_tokens"),
+        ({"max_wait_s": 0.0}, "max_wait_s: expected more than 0 or null, got 0.0"),
         ({"max_adapters_per_batch": 0}, "max_adapters_per_batch"),
         ({"max_model_len": 0}, "max_model_len"),
         ({"host_cache_bytes": -1}, "host_cache_bytes"),

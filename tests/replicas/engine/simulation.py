@@ -13,7 +13,7 @@ from ranklet.replicas.cache.prefix import PrefixRoot
 from ranklet.replicas.engine.generate import GenerateTask, Generation
 from ranklet.replicas.engine.in_flight import InFlightStep
 from ranklet.replicas.engine.kv_space import KvSpace, integrity_check
-from ranklet.replicas.engine.limits import RequestLimits
+from ranklet.replicas.engine.limits import RequestLimits, check_wait
 from ranklet.replicas.engine.params import EmbedParams, GenerateParams
 from ranklet.replicas.engine.plan import StepPlan
 from ranklet.replicas.engine.request import Answer, Request
@@ -93,6 +93,7 @@ class Simulation:
 
     Attributes:
         depth: number of steps on the device at once.
+        now_s: the time, which whoever runs the simulation sets.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Simulation:
         costs: StepCost = StepCost(), slowdown: float = 1.0, depth: int = 2, shares_prefixes: bool = True,
     ) -> None:  # fmt: skip
         self.depth = depth
+        self.now_s = 0.0
         self.scheduler = Scheduler(
             max_tokens=max_tokens, max_sequences=rows, max_adapters=max_adapters, max_demand=slots,
             costs=costs, decode_slowdown=slowdown,
@@ -116,7 +118,7 @@ class Simulation:
 
     def generate(
         self, prompts: list[list[int]], adapter: AdapterRef | None = None, *, max_tokens: int, n: int = 1,
-        salt: str = "", has_grammar: bool = False,
+        salt: str = "", has_grammar: bool = False, max_wait_s: float | None = None,
     ) -> Asked:  # fmt: skip
         """Submit texts. Those with a grammar, which allows all tokens here, wait for a mask before each token."""
         asked = Asked(prompts, adapter, GenerateParams(max_tokens=max_tokens, n=n, temperature=0.0))
@@ -124,7 +126,7 @@ class Simulation:
         root = PrefixRoot("base", revision, salt, "float32") if self._shares_prefixes else None
         params = cast(GenerateParams, asked.params)
         task = GenerateTask(params, len(prompts), cast(TextHead, TEXT), (END,), 0, root)
-        return self._submit(asked, task, has_grammar=has_grammar)
+        return self._submit(asked, task, has_grammar=has_grammar, max_wait_s=max_wait_s)
 
     def embed(
         self, prompts: list[list[int]], adapter: AdapterRef | None = None, *, head: SimulatedHead = LAST
@@ -133,11 +135,12 @@ class Simulation:
         task = EmbedTask(params, len(prompts), self.limits, cast(Head, head), normalize=False)
         return self._submit(Asked(prompts, adapter, params), task)
 
-    def _submit(self, asked: Asked, task: Task, *, has_grammar: bool = False) -> Asked:
+    def _submit(self, asked: Asked, task: Task, *, has_grammar: bool = False, max_wait_s: float | None = None) -> Asked:
         prompts = [np.array(prompt, np.int32) for prompt in asked.prompts]
         asked.request = Request(task, prompts, asked.adapter, asked)
         for sequence in asked.request.sequences if has_grammar else ():
             sequence.grammar = cast(TextGrammar, _AnyText())
+        check_wait(self.scheduler.queue, max_wait_s, asked.request.sequences, self.now_s)
         self.scheduler.queue.add(asked.request.sequences)
         self.asked.append(asked)
         return asked
@@ -159,7 +162,7 @@ class Simulation:
             sequence.request.start(sequence, ())
         for ref in plan.adapters if plan.computes else ():
             self.slots.acquire(ref)
-        self.scheduler.commit(plan)
+        self.scheduler.commit(plan, self.now_s)
         if plan.computes:
             for sequence in plan.drawing():
                 known = sequence.computed == sequence.length and not sequence.awaits_mask
