@@ -4,7 +4,6 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 ROOMS := cluster kernels replicas routing
 READY := .venv/.ready .dev/ranklet
-CLUSTERED := tests/cluster tests/deploy# these start Ray, and need the machine to themselves
 
 .DEFAULT_GOAL := help
 .PHONY: help demo serve test check format bench clients clean
@@ -19,8 +18,8 @@ serve: $(READY) ## run the demo and keep its server running until Ctrl-C
 	@$(BIN)/python -m tests.demo --keep
 
 test: $(READY) ## run every test on the CPU: those without Ray in parallel, then those with Ray
-	@OMP_NUM_THREADS=1 $(BIN)/pytest $(CLUSTERED:%=--ignore=%) --numprocesses logical --maxprocesses 8 --dist worksteal
-	@$(BIN)/pytest $(CLUSTERED)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m "not ray" --numprocesses logical --maxprocesses 8 --dist worksteal
+	@$(BIN)/pytest -m ray tests/cluster tests/deploy
 
 check: $(READY) ## run ruff, mypy --strict and the rules of imports, sizes and names
 	$(BIN)/ruff check .

@@ -23,8 +23,11 @@ settings.register_profile("ci", parent=settings.get_profile("local"), derandomiz
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if "runs_ray" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ray)
         if not HAS_CUDA and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=needs.reason("a CUDA device", "PyTorch sees none here")))
 
@@ -36,6 +39,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Genera
     skipped = (report.longrepr for report in terminalreporter.getreports("skipped"))
     for line in needs.summary(str(each[2]) for each in skipped if isinstance(each, tuple)):
         terminalreporter.write_line(line, yellow=True)
+
+
+@pytest.fixture(scope="session")
+def runs_ray() -> None:
+    """For tests and fixtures that start Ray: it needs the machine to itself, so they have the marker `ray`."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.fail('tests that start Ray run in one process: deselect them with -m "not ray", or leave --numprocesses')
 
 
 @pytest.fixture(scope="session")

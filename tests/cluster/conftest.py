@@ -10,7 +10,9 @@ from tests.needs import require
 
 
 @pytest.fixture(scope="session")
-def service(model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(
+    runs_ray: None, model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
     """Start the application. Its adapters folder is a copy, so tests may add folders to it."""
     require("haproxy")
     folder = tmp_path_factory.mktemp("cluster")

@@ -56,6 +56,7 @@ def test_the_policy_follows_pages_and_first_tokens_of_texts(further: dict[str, l
     assert wanted_replicas(by_replica, current=2, target=2) == pytest.approx(wanted)
 
 
+@pytest.mark.usefixtures("runs_ray")
 def test_replicas_start_under_load_and_stop_without_it(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
     content = local_configuration(model_dir, adapters_dir)
     replica = content["applications"][0]["deployments"][1]

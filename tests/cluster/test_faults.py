@@ -38,8 +38,9 @@ def gcs_storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 
 @pytest.fixture(scope="module")
 def nodes(
-    model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory, gcs_storage: dict[str, str]
-) -> Iterator[Nodes]:
+    runs_ray: None, model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory,
+    gcs_storage: dict[str, str],
+) -> Iterator[Nodes]:  # fmt: skip
     """HAProxy and two gateways on the head, and two nodes with space for two replicas each."""
     require("haproxy")
     folder = tmp_path_factory.mktemp("nodes")

@@ -44,8 +44,9 @@ def s3() -> Iterator[S3Bucket]:
 
 @pytest.fixture(scope="module")
 def plain(
-    model_dir: Path, adapters_dir: Path, collector: Collector, s3: S3Bucket, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Service]:
+    runs_ray: None, model_dir: Path, adapters_dir: Path, collector: Collector, s3: S3Bucket,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Service]:  # fmt: skip
     folder = tmp_path_factory.mktemp("plain")
     content = own_configuration(model_dir, adapters_dir, folder)
     (admin, entry), (team, other) = (

@@ -60,7 +60,7 @@ class TextClient:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TextClient]:
+def text(runs_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TextClient]:
     require("haproxy")
     folder = tmp_path_factory.mktemp("feeds")
     make_family(folder, "llama")

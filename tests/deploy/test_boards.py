@@ -26,7 +26,7 @@ pytestmark = needs("prometheus")
 
 @pytest.fixture(scope="module")
 def watched(
-    model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory
+    runs_ray: None, model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Service, Prometheus]]:
     """Yield a service and its Prometheus. Six adapters share two slots and some requests fail, so no panel is empty.
 

@@ -105,6 +105,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ray 2.60" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("runs_ray")
 @pytest.mark.timeout(300)  # two starts
 def test_in_the_foreground_a_lost_gcs_is_started_again_and_sigterm_stops_the_cluster(
     model_dir: Path, adapters_dir: Path, tmp_path: Path
@@ -166,6 +167,7 @@ def _lose_gcs(folder: Path, ray: int, is_back: Callable[[], bool]) -> None:
     eventually("the start is complete", lambda: (now := find_supervisor(folder)) is not None and now.restarts == 1)
 
 
+@pytest.mark.usefixtures("runs_ray")
 @pytest.mark.timeout(240)
 def test_down_ends_the_supervisor_also_while_it_starts_ray(
     model_dir: Path, adapters_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

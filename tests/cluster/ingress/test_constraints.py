@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -130,10 +130,10 @@ async def answers(replica: TextReplica, call: InferenceCall[GenerateParams]) -> 
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TextParts]:
+async def parts(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TextParts]:
     made = TextParts(tmp_path_factory.mktemp("gateway"), DescribingReplica(*[answers] * 10_000))
     yield made
-    made.texts.checks.checker.stop()
+    made.close()
 
 
 def fields_of(path: str, **more: Any) -> dict[str, Any]:
@@ -177,7 +177,7 @@ async def test_an_adapters_constraint_holds_unless_the_request_has_one(
     replica.constraint = Constraint("response_format of the adapter's ranklet.json", OF_SCHEMA)
     parts = TextParts(tmp_path, replica)
     answer = await parts.http_post(COMPLETIONS, fields_of(COMPLETIONS, **fields, model="legal-v2"))
-    parts.texts.checks.checker.stop()
+    parts.close()
     assert answer.status_code == 200, answer.text
     assert replica.calls[-1].params.grammar == expected
 

@@ -71,7 +71,7 @@ async def make_parts(tmp_path: Path) -> AsyncIterator[MakeParts]:
 
     yield make
     for parts in made:
-        parts.replicas.feeds.stop()
+        parts.close()
 
 
 def used(parts: TextParts) -> int:

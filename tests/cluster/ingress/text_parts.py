@@ -106,6 +106,11 @@ class TextParts(Parts):
         tasks = {COMPLETIONS: CompletionsTask, CHAT: ChatTask}
         self.app = Starlette(routes=[self._route(path, task) for path, task in tasks.items()])
 
+    def close(self) -> None:
+        """Close the feeds, and end the process that checks grammars."""
+        self.replicas.feeds.stop()
+        self.texts.checks.checker.stop()
+
     async def spent(self) -> float:
         """Return the tokens that were charged to quotas since the last call."""
         self._charged = 0.0

@@ -10,7 +10,7 @@ from tests.needs import require
 
 
 @pytest.fixture(scope="package")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(runs_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Start the application. Tests may write to its adapters folder."""
     require("haproxy")
     folder = tmp_path_factory.mktemp("texts")
