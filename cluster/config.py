@@ -132,6 +132,19 @@ class LogConfig(_StrictModel):
     requests: Requests = "refused"
 
 
+class TextConfig(_StrictModel):
+    """The answers of chats.
+
+    Attributes:
+        tool_format: form in which the base model writes calls of tools; None for the one of its chat template.
+        separate_reasoning: whether reasoning is apart from the content, as reasoning_content, in answers to requests
+            that do not say it.
+    """
+
+    tool_format: Literal["hermes", "llama3_json", "mistral"] | None = None
+    separate_reasoning: bool = False
+
+
 class SourcesConfig(_StrictModel):
     """Remote adapters: `s3://`, `gs://`, `hf://`, `https://`. fsspec finds the credentials.
 
@@ -243,6 +256,7 @@ class AppArgs(AdapterList):
     log: LogConfig = LogConfig()
     sources: SourcesConfig = SourcesConfig()
     security: SecurityConfig = SecurityConfig()
+    text: TextConfig = TextConfig()
 
     @field_validator("engine")
     @classmethod

@@ -203,6 +203,7 @@ class AdapterText:
         findings: why its tokenizer files cannot be used, such as tokens that the base model does not have.
         embedding: how its texts become vectors.
         constraint: of generated texts, unless the request has one.
+        tool_format: name of the format of its calls of tools; None if the folder names none.
     """
 
     revision: str
@@ -211,6 +212,7 @@ class AdapterText:
     findings: tuple[str, ...] = ()
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
     constraint: Constraint | None = None
+    tool_format: str | None = None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from ranklet.cluster.datapath import DataPath, http_host, is_loopback, refuse_mi
 from ranklet.cluster.exporter import start_exporter
 from ranklet.cluster.ingress.adapter_cards import AdapterCards
 from ranklet.cluster.ingress.admin import AdminApi
+from ranklet.cluster.ingress.chat_task import ChatTask
 from ranklet.cluster.ingress.drain import Drain
 from ranklet.cluster.ingress.embedding_models import EmbeddingModels
 from ranklet.cluster.ingress.embeddings import EmbeddingsTask
@@ -43,7 +44,7 @@ from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.routes import Handler, build_app
 from ranklet.cluster.ingress.status import RecentRequests
 from ranklet.cluster.ingress.task import ParseTask
-from ranklet.cluster.ingress.text_task import ChatTask, CompletionsTask
+from ranklet.cluster.ingress.text_task import CompletionsTask
 from ranklet.cluster.ingress.texts import TextModels
 from ranklet.cluster.ingress.tokenize import TokenizeApi
 from ranklet.cluster.logs import escape_log
@@ -101,7 +102,7 @@ class Gateway(ReportReceiver):
             replica, self._affinity, args.limits, self._metrics.on_repeat, self._id,
             lambda name, source: self._broadcast("on_load_crashed", name, source),
         )  # fmt: skip
-        self._texts = TextModels(tokenizer, args.base.model_dir, self._replicas)
+        self._texts = TextModels(tokenizer, args.base.model_dir, self._replicas, args.text)
         self._embeddings = EmbeddingModels(tokenizer.settings, tokenizer, self._texts.descriptions)
         self._watching: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None

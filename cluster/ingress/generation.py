@@ -37,6 +37,7 @@ class TextGeneration:
     Args:
         end_ids: tokens that end a text of the model.
         on_tokens: called with a choice's index and the number of its tokens that have arrived.
+        shown_ids: special tokens that belong to the texts.
 
     Attributes:
         end_ids: tokens that end the texts: those of the model, if the request does not ignore them, and its own.
@@ -47,6 +48,7 @@ class TextGeneration:
     def __init__(
         self, prompts: TokenIds, params: GenerateParams, options: TextOptions, token_bytes: TokenBytes,
         end_ids: frozenset[int], sink: PieceSink, on_tokens: Callable[[int, int], None],
+        shown_ids: frozenset[int] = frozenset(),
     ) -> None:  # fmt: skip
         self.prompts = prompts
         self.begun: list[Begun] = []
@@ -60,7 +62,7 @@ class TextGeneration:
         contexts = [[] if options.echoes else prompt[-_CONTEXT_TOKENS:].tolist() for prompt in prompts]
         self._choices = [
             ChoiceText(
-                Detokenizer(token_bytes, context, skip_special=options.skips_special),
+                Detokenizer(token_bytes, context, skip_special=options.skips_special, shown_ids=shown_ids),
                 options.stops,
                 end_ids=self.end_ids,
                 include_stop=options.includes_stop,

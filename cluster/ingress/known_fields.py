@@ -82,7 +82,6 @@ _PLAIN = RefusedField()
 _OFF = RefusedField((False,))
 _EMPTY_LIST = RefusedField(([],))
 _EMPTY_OBJECT = RefusedField(({},))
-_NO_TOOLS = "Tools are not supported yet. Leave it out"
 
 # Fields of other servers, and of clients, that would lead to another model or other fields.
 _ELSEWHERE: Final = {
@@ -152,22 +151,19 @@ CHAT_FIELDS: Final = KnownFields(
         "audio": _PLAIN,
         "modalities": RefusedField((["text"],)),
         "web_search_options": _PLAIN,
-        "tools": RefusedField(([],), _NO_TOOLS),
-        "tool_choice": RefusedField(("none",), _NO_TOOLS),
-        "functions": RefusedField(([],), _NO_TOOLS),
-        "function_call": RefusedField(("none",), _NO_TOOLS),
+        "functions": RefusedField(([],), "Send tools"),
+        "function_call": RefusedField(("none",), "Send tool_choice"),
         "prediction": _PLAIN,
         "moderation": _PLAIN,
         "chat_template": RefusedField(("",), "A template is code. Put it into the adapter's folder"),
-        "documents": _EMPTY_LIST,
         "echo": _OFF,
         "verbosity": RefusedField(("medium",)),
-        "include_reasoning": RefusedField((True,), "Reasoning stays in the content"),
-        "separate_reasoning": RefusedField((False,), "Reasoning stays in the content"),
+        "include_reasoning": RefusedField((True,), "Send separate_reasoning, and leave reasoning_content out"),
+        "stream_reasoning": RefusedField((True,)),
         "mm_processor_kwargs": _EMPTY_OBJECT,
         "input_ids": RefusedField((), "Send token ids to /v1/completions"),
     },
-    _ACCEPTED | {"parallel_tool_calls", "stream_reasoning"},
+    _ACCEPTED,
 )
 _PROMPT: Final = "Put it before each text, or name a prompt of the model's folder in prompt_name"
 _FLOATS: Final = "Vectors are float32; encoding_format is float or base64"
@@ -217,7 +213,6 @@ EMBEDDING_FIELDS: Final = KnownFields(
 TOKENIZE_FIELDS: Final = KnownFields(
     _ELSEWHERE
     | {
-        "tools": CHAT_FIELDS.refused["tools"],
         "chat_template": CHAT_FIELDS.refused["chat_template"],
         "mm_processor_kwargs": _EMPTY_OBJECT,
         "documents": _EMPTY_LIST,

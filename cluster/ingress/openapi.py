@@ -28,6 +28,9 @@ def _list_of(item: dict[str, Any], **more: dict[str, Any]) -> dict[str, Any]:
 
 _MAYBE_OBJECT = {"type": ["object", "null"]}
 _FINISH = {"enum": ["stop", "length"]}
+_CALL = _record(id=_TEXT, type={"const": "function"}, function=_record(name=_TEXT, arguments=_TEXT))
+_MESSAGE = _record(role={"const": "assistant"}, content=_MAYBE_TEXT)
+_MESSAGE["properties"] |= {"reasoning_content": _MAYBE_TEXT, "tool_calls": {"type": "array", "items": _CALL}}
 _USAGE = _record(
     prompt_tokens=_NUMBER, completion_tokens=_NUMBER, total_tokens=_NUMBER,
     prompt_tokens_details=_record(cached_tokens=_NUMBER),
@@ -69,8 +72,9 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
     "ChatCompletion": _answer(
         "chat.completion",
         _record(
-            index=_NUMBER, message=_record(role={"const": "assistant"}, content=_TEXT), logprobs=_MAYBE_OBJECT,
-            finish_reason=_FINISH, stop_reason={"type": ["string", "integer", "null"]},
+            index=_NUMBER, message=_MESSAGE, logprobs=_MAYBE_OBJECT,
+            finish_reason={"enum": [*_FINISH["enum"], "tool_calls"]},
+            stop_reason={"type": ["string", "integer", "null"]},
         ),
     ),
     "Tokens": _record(

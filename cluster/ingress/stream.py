@@ -56,7 +56,9 @@ class StreamedTexts:
         self._put(opening, extras)
         return False
 
-    def _put(self, choice: Mapping[str, Any], extras: Mapping[str, Any] | None = None) -> None:
+    def _put(self, choice: Mapping[str, Any] | None, extras: Mapping[str, Any] | None = None) -> None:
+        if choice is None:
+            return
         usage = self.generation.usage() if self._usage_always else None
         self._opened.add(choice["index"])
         self._queue.put(self._frames.chunk(choice, usage, extras))

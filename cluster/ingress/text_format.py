@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 from ranklet.cluster.ingress.fields import TextOptions
 from ranklet.cluster.ingress.protocol import TokenIds
 from ranklet.cluster.text.choice import ChoiceText, Logprob, TextPiece, TokenRecord
-from ranklet.cluster.text.frames import FinishReason, chat_choice, completion_choice, role_choice
+from ranklet.cluster.text.frames import FinishReason, completion_choice
 from ranklet.cluster.text.logprobs import MIN_LOGPROB, LogprobsFormat
 
 ChunkKind = Literal["text_completion", "chat.completion.chunk"]
@@ -47,8 +47,10 @@ class TextFormat(Protocol):
     def opening(self, index: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """Return a choice that precedes the text of a choice, or None, and further fields of its first chunk."""
 
-    def chunk(self, index: int, piece: TextPiece, choice: ChoiceText | None, *, is_first: bool) -> dict[str, Any]:
-        """Return a choice of a chunk. `choice` is given at its end."""
+    def chunk(
+        self, index: int, piece: TextPiece, choice: ChoiceText | None, *, is_first: bool
+    ) -> dict[str, Any] | None:
+        """Return a choice of a chunk, or None while all text is held back. `choice` is given at its end."""
 
     def whole(self, texts: Sequence[WholeText], prompt_logprobs: Sequence[Any] | None) -> dict[str, Any]:
         """Return the fields of a whole answer: `choices`, and others."""
@@ -99,52 +101,12 @@ class CompletionsFormat:
             index, text,
             logprobs=self._logprobs.completion(tokens) if shows else None,
             token_ids=[token.id for token in tokens] if self._options.shows_ids else None,
-            **_ends(self._options, choice),
+            **ends_of(self._options, choice),
         )  # fmt: skip
 
 
-class ChatFormat:
-    """The format of `/v1/chat/completions`."""
-
-    kind = "chat.completion"
-    chunk_kind: ChunkKind = "chat.completion.chunk"
-    id_prefix = "chatcmpl-"
-
-    def __init__(self, options: TextOptions, logprobs: LogprobsFormat, prompts: TokenIds) -> None:
-        self._options = options
-        self._logprobs = logprobs
-        self._prompts = prompts
-
-    def opening(self, index: int) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        return role_choice(index), self._prompt_ids()
-
-    def chunk(self, index: int, piece: TextPiece, choice: ChoiceText | None, *, is_first: bool) -> dict[str, Any]:
-        delta = {"content": piece.text} if piece.text or piece.tokens else {}
-        return chat_choice(index, delta, **self._rest(piece.tokens, choice, has_logprobs=bool(piece.tokens)))
-
-    def whole(self, texts: Sequence[WholeText], prompt_logprobs: Sequence[Any] | None) -> dict[str, Any]:
-        choices = []
-        for index, each in enumerate(texts):
-            made = chat_choice(index, {}, **self._rest(each.tokens, each.choice, has_logprobs=True))
-            del made["delta"]
-            message = {"role": "assistant", "content": "".join(each.texts), "refusal": None}
-            choices.append({"index": index, "message": message, **made})
-        scores = {} if prompt_logprobs is None else {"prompt_logprobs": prompt_logprobs[0]}
-        return {"choices": choices, **self._prompt_ids(), **scores}
-
-    def _prompt_ids(self) -> dict[str, Any]:
-        return {"prompt_token_ids": self._prompts[0].tolist()} if self._options.shows_ids else {}
-
-    def _rest(self, tokens: Sequence[TokenRecord], choice: ChoiceText | None, *, has_logprobs: bool) -> dict[str, Any]:
-        shows = self._options.shows_logprobs and has_logprobs
-        return {
-            "logprobs": self._logprobs.chat(tokens) if shows else None,
-            "token_ids": [token.id for token in tokens] if self._options.shows_ids else None,
-            **_ends(self._options, choice),
-        }
-
-
-def _ends(options: TextOptions, choice: ChoiceText | None) -> dict[str, Any]:
+def ends_of(options: TextOptions, choice: ChoiceText | None) -> dict[str, Any]:
+    """Return why a choice has ended; nothing while it goes on."""
     if choice is None:
         return {}
     reason: FinishReason = "length" if choice.finish_reason == "length" else "stop"

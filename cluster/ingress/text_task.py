@@ -4,7 +4,6 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar, Final
 
 import orjson
@@ -12,23 +11,16 @@ from starlette.responses import Response
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.ingress.answers import begun_headers, join_texts
-from ranklet.cluster.ingress.chat import ChatRequest
 from ranklet.cluster.ingress.completions import CompletionsRequest
 from ranklet.cluster.ingress.fields import TextFields, TextOptions
 from ranklet.cluster.ingress.frame_queue import FrameQueue
 from ranklet.cluster.ingress.generation import PieceSink, TextGeneration
 from ranklet.cluster.ingress.intake import Inputs
-from ranklet.cluster.ingress.known_fields import CHAT_FIELDS, COMPLETION_FIELDS
+from ranklet.cluster.ingress.known_fields import COMPLETION_FIELDS
 from ranklet.cluster.ingress.protocol import TokenIds, parse_object, validate
 from ranklet.cluster.ingress.stream import EventStream, StreamedTexts, open_stream
 from ranklet.cluster.ingress.task import AdmittedCall
-from ranklet.cluster.ingress.text_format import (
-    ChatFormat,
-    CompletionsFormat,
-    TextFormat,
-    WholeTexts,
-    shown_prompt_logprobs,
-)
+from ranklet.cluster.ingress.text_format import CompletionsFormat, TextFormat, WholeTexts, shown_prompt_logprobs
 from ranklet.cluster.ingress.texts import DescribedModel, TextModels
 from ranklet.cluster.text.frames import DONE, StreamFrames
 from ranklet.cluster.text.logprobs import LogprobsFormat
@@ -74,7 +66,7 @@ class TextTask:
             self.params, self.options = self.check(limits)
             self._constraint = self.fields.constraint()
         self.text_model = self.text_model or self.texts.known(adapter, limits)
-        constraint = self._present_constraint()
+        constraint = self.present_constraint()
         if constraint != self._checked and not self.texts.checks.is_known(constraint, limits):
             return None
         if self.text_model is None:
@@ -85,12 +77,12 @@ class TextTask:
     async def prepare(self, adapter: AdapterLocation | None, limits: RequestLimits, owner: str) -> None:
         if self.text_model is None and adapter is not None:
             self.text_model = await self.texts.describe(adapter, limits)
-        constraint = self._present_constraint()
+        constraint = self.present_constraint()
         if not self.texts.checks.is_known(constraint, limits) and constraint is not None:
             await self.texts.checks.check(constraint, owner)
         self._checked = constraint
 
-    def _present_constraint(self) -> Constraint | None:
+    def present_constraint(self) -> Constraint | None:
         """Return the request's constraint, or else that of the model, as far as it is described."""
         if self._constraint is not None or self.text_model is None:
             return self._constraint
@@ -110,6 +102,10 @@ class TextTask:
 
     def make_format(self, options: TextOptions, logprobs: LogprobsFormat, prompts: TokenIds) -> TextFormat:
         raise NotImplementedError
+
+    def shown_ids(self) -> frozenset[int]:
+        """Return the special tokens that belong to the texts."""
+        return frozenset()
 
     async def respond(self, call: AdmittedCall) -> Response:
         try:
@@ -145,7 +141,9 @@ class TextTask:
         call.record.is_generating = True
 
         def generation(sink: PieceSink) -> TextGeneration:
-            return TextGeneration(prompts, params, options, self.texts.token_bytes, model.end_ids, sink, on_tokens)
+            return TextGeneration(
+                prompts, params, options, self.texts.token_bytes, model.end_ids, sink, on_tokens, self.shown_ids()
+            )
 
         pinned = model.pin(call.adapter)
         if options.streams:
@@ -237,58 +235,3 @@ class CompletionsTask(TextTask):
 
     def make_format(self, options: TextOptions, logprobs: LogprobsFormat, prompts: TokenIds) -> TextFormat:
         return CompletionsFormat(options, logprobs, prompts, self.params.n)
-
-
-class ChatTask(TextTask):
-    """One request to `/v1/chat/completions`."""
-
-    def __init__(self, form: ChatRequest, ignored: tuple[str, ...], texts: TextModels, body_bytes: int) -> None:
-        super().__init__(form, ignored, texts)
-        self._form = form
-        self._body_bytes = body_bytes
-        self._rendered: tuple[DescribedModel, str] | None = None
-
-    @classmethod
-    def parse(cls, texts: TextModels, body: bytes) -> "ChatTask":
-        """Parse a JSON body. Raises InvalidRequest."""
-        fields = parse_object(body)
-        ignored = CHAT_FIELDS.check(fields, ChatRequest.model_fields)
-        return cls(validate(fields, ChatRequest), ignored, texts, len(body))
-
-    def check(self, limits: RequestLimits) -> tuple[GenerateParams, TextOptions]:
-        return self._form.params(limits.vocab, limits.max_model_len), self._form.options()
-
-    async def prepare(self, adapter: AdapterLocation | None, limits: RequestLimits, owner: str) -> None:
-        await super().prepare(adapter, limits, owner)
-        model = self.text_model
-        assert model is not None, "the base model is known"
-        template = model.chat_template()
-        if template.quick_for(self._body_bytes) is None:
-            text = await template.renderer.run(owner, partial(self._form.prompt, template.bounded))
-            self._rendered = model, text
-
-    def prompts(self, model: DescribedModel, max_texts: int, limits: RequestLimits) -> Inputs | None:
-        if self._rendered is None or self._rendered[0] is not model:
-            template = model.chat_template().quick_for(self._body_bytes)
-            if template is None:
-                return None
-            self._rendered = model, self._form.prompt(template)
-        text = self._rendered[1]
-        if not text:
-            raise InvalidRequest(
-                "messages: expected a chat template that makes a prompt, got no text", param="messages"
-            )
-        limit = self._form.wanted_tokens
-        adds_special_tokens = bool(self._form.add_special_tokens)  # the template writes them
-        rules = self._form.prompt_rules(
-            limits, "messages", limit or 1, adds_special_tokens=adds_special_tokens, is_limited=limit is not None
-        )
-        return Inputs([text], rules)
-
-    def params_for(self, prompts: TokenIds, limits: RequestLimits) -> GenerateParams:
-        if self._form.wanted_tokens is not None:
-            return self.params
-        return replace(self.params, max_tokens=limits.max_model_len - len(prompts[0]))
-
-    def make_format(self, options: TextOptions, logprobs: LogprobsFormat, prompts: TokenIds) -> TextFormat:
-        return ChatFormat(options, logprobs, prompts)

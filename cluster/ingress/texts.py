@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.cluster.config import TextConfig
 from ranklet.cluster.ingress.constraint_checks import ConstraintChecks
 from ranklet.cluster.ingress.descriptions import AdapterDescriptions, TextDescriber
 from ranklet.cluster.ingress.fair_budget import FairBudget
 from ranklet.cluster.ingress.intake import SMALL_BODY_BYTES
 from ranklet.cluster.message import AdapterText
+from ranklet.cluster.text.reasoning import ThinkTags, tags_of
 from ranklet.cluster.text.render_process import RenderProcess, TrustedRenderer
 from ranklet.cluster.text.template import ChatTemplate, folder_special_tokens, folder_template
 from ranklet.cluster.text.token_bytes import TokenBytes
+from ranklet.cluster.text.tool_format import FORMATS, ToolFormat, format_of
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.errors import InvalidRequest, ModelError
 from ranklet.replicas.grammar.constraint import Constraint
@@ -70,6 +73,9 @@ class DescribedModel:
         end_ids: tokens that end its texts.
         fingerprint: of the base model and the adapter.
         constraint: of its texts, unless the request has one.
+        tool_format: of calls of tools; None if it is not known.
+        tags: of reasoning; None if the template names none.
+        separates_reasoning: whether reasoning is apart from the content, unless the request says otherwise.
     """
 
     revision: str | None
@@ -77,6 +83,9 @@ class DescribedModel:
     end_ids: frozenset[int]
     fingerprint: str
     constraint: Constraint | None = None
+    tool_format: ToolFormat | None = None
+    tags: ThinkTags | None = None
+    separates_reasoning: bool = False
 
     def chat_template(self) -> OwnedTemplate:
         """Return the template. Raises InvalidRequest if there is none."""
@@ -98,6 +107,7 @@ class TextModels:
 
     Args:
         model_dir: folder of the base model.
+        config: of chats.
 
     Attributes:
         tokenizer: of the base model.
@@ -105,7 +115,10 @@ class TextModels:
         descriptions: of adapters. Calls name their revision, and replicas refuse an old one.
     """
 
-    def __init__(self, tokenizer: PromptTokenizer, model_dir: Path, replicas: TextDescriber) -> None:
+    def __init__(
+        self, tokenizer: PromptTokenizer, model_dir: Path, replicas: TextDescriber, config: TextConfig | None = None
+    ) -> None:
+        self._config = config or TextConfig()
         self.tokenizer: Any = tokenizer.backend
         self.model_dir = model_dir
         self.descriptions = AdapterDescriptions(replicas)
@@ -125,13 +138,20 @@ class TextModels:
         assert self._token_bytes is not None, "called without `check`"
         return self._token_bytes
 
+    def special_id(self, text: str) -> int | None:
+        """Return the id of a text that is a special token; None for other texts."""
+        token = self.tokenizer.token_to_id(text)
+        return token if token in self.token_bytes.special_ids else None
+
     def generates(self, limits: RequestLimits | None) -> bool:
         return limits is not None and limits.no_text is None and self._problem is None
 
     def known(self, adapter: AdapterLocation | None, limits: RequestLimits) -> DescribedModel | None:
         """Return what is known of a model; None if a replica must describe it first."""
         if adapter is None:
-            return DescribedModel(None, self._base_template, frozenset(limits.end_ids), _fingerprint(limits, None))
+            template = self._base_template
+            fingerprint = _fingerprint(limits, None)
+            return DescribedModel(None, template, frozenset(limits.end_ids), fingerprint, **self._answers(template))
         text = self.descriptions.known(adapter)
         return None if text is None else self._model(text, limits)
 
@@ -154,9 +174,27 @@ class TextModels:
         end = self.tokenizer.token_to_id(text.special_tokens.get("eos_token", ""))
         own = () if end is None or end >= limits.vocab else (end,)
         ends = frozenset((*limits.end_ids, *own))
+        template = self._template_of(text)
         return DescribedModel(
-            text.revision, self._template_of(text), ends, _fingerprint(limits, text.revision), text.constraint
-        )
+            text.revision, template, ends, _fingerprint(limits, text.revision), text.constraint,
+            **self._answers(template, text.tool_format),
+        )  # fmt: skip
+
+    def _answers(self, template: OwnedTemplate | None, named: str | None = None) -> dict[str, Any]:
+        """Return what is known of the answers to a template's prompts.
+
+        Args:
+            named: the format of calls that the adapter's folder names.
+        """
+        source = "" if template is None else template.source
+        is_base = template is not None and template.owner == "base"
+        given, found = self._config.tool_format, format_of(source)
+        chosen = named or (given if is_base or found is None else None)
+        return {
+            "tool_format": found if chosen is None else FORMATS[chosen],
+            "tags": tags_of(source),
+            "separates_reasoning": self._config.separate_reasoning,
+        }
 
     def _template_of(self, text: AdapterText) -> OwnedTemplate | None:
         if text.chat_template is None:

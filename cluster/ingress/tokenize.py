@@ -16,7 +16,6 @@ from ranklet.cluster.access.keys import ApiKey, ApiKeys
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.config import LimitsConfig
 from ranklet.cluster.ingress.body import read_body
-from ranklet.cluster.ingress.chat import MESSAGES_SCHEMA, chat_prompt
 from ranklet.cluster.ingress.fields import TokenList
 from ranklet.cluster.ingress.intake import Inputs, Intake
 from ranklet.cluster.ingress.known_fields import (
@@ -26,6 +25,7 @@ from ranklet.cluster.ingress.known_fields import (
     KnownFields,
     ignored_value,
 )
+from ranklet.cluster.ingress.messages import MESSAGES_SCHEMA, parse_messages
 from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.cluster.ingress.prompts import TextPrompts
 from ranklet.cluster.ingress.protocol import Form, TokenIds, parse_object, validate
@@ -33,6 +33,8 @@ from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.responses import json_response
 from ranklet.cluster.ingress.sender import sender_of
 from ranklet.cluster.ingress.texts import OwnedTemplate, TextModels
+from ranklet.cluster.ingress.tool_fields import TOOLS_SCHEMA, parse_tools
+from ranklet.cluster.text.template import ChatTemplate
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.errors import InvalidRequest, ModelError
 from ranklet.replicas.model.tokenizer_files import TOKENIZER_CONFIG_FILE, UnusableTokenError, read_tokenizer_file
@@ -55,6 +57,17 @@ class TokenizeRequest(BaseModel):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
+    tools: Annotated[Any, WithJsonSchema(TOOLS_SCHEMA)] = None
+
+    def chat_prompt(self, template: ChatTemplate) -> str:
+        """Return the prompt of a chat. Blocks. Raises InvalidRequest."""
+        return template.prompt(
+            parse_messages(self.messages),
+            add_generation_prompt=self.add_generation_prompt is not False,
+            continue_final_message=bool(self.continue_final_message),
+            tools=[tool.shown for tool in parse_tools(self.tools)] or None,
+            arguments=self.chat_template_kwargs,
+        )
 
 
 class DetokenizeRequest(BaseModel):
@@ -156,10 +169,7 @@ class TokenizeApi:
         if template is None:
             raise InvalidRequest("messages: expected a model with a chat template, got none", param="messages")
         quick = template.quick_for(body_bytes)
-        render = partial(
-            chat_prompt, quick or template.bounded, form.messages, form.chat_template_kwargs,
-            form.add_generation_prompt, form.continue_final_message,
-        )  # fmt: skip
+        render = partial(form.chat_prompt, quick or template.bounded)
         return await (self.intake.on_thread(render) if quick else template.renderer.run(owner, render))
 
     async def _template(self, adapter: AdapterLocation | None, limits: RequestLimits) -> OwnedTemplate | None:

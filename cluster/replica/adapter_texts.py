@@ -5,7 +5,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 from ranklet.cluster.message import AdapterText
-from ranklet.cluster.replica.adapter_constraint import folder_constraint
+from ranklet.cluster.replica.ranklet_file import RankletFile, read_ranklet_file
 from ranklet.cluster.text.template import folder_special_tokens, folder_template
 from ranklet.replicas.adapters.adapter_settings import AdapterSettings
 from ranklet.replicas.adapters.reference import AdapterRef
@@ -57,11 +57,12 @@ class AdapterTexts:
         except UnusableTokenError as error:
             findings.append(str(error))
         findings += (finding for finding in self._tokenizer.differences(folder) if finding not in findings)
-        constraint = None
+        settings = RankletFile()
         try:
-            constraint = folder_constraint(folder)
+            settings = read_ranklet_file(folder)
         except InvalidRequest as error:
             findings.append(error.message)
         return AdapterText(
-            adapter.revision, template, tokens, tuple(findings), self._settings.read(adapter), constraint
-        )
+            adapter.revision, template, tokens, tuple(findings), self._settings.read(adapter), settings.constraint,
+            settings.tool_format,
+        )  # fmt: skip

@@ -18,11 +18,15 @@ class Detokenizer:
     Args:
         prompt_ids: the tokens before the text; empty if the text begins with the first token.
         skip_special: leave out special tokens.
+        shown_ids: special tokens that are not left out.
     """
 
-    def __init__(self, token_bytes: TokenBytes, prompt_ids: Sequence[int] = (), *, skip_special: bool = True) -> None:
+    def __init__(
+        self, token_bytes: TokenBytes, prompt_ids: Sequence[int] = (), *, skip_special: bool = True,
+        shown_ids: frozenset[int] = frozenset(),
+    ) -> None:  # fmt: skip
         self._bytes = token_bytes
-        self._skipped = token_bytes.special_ids if skip_special else frozenset[int]()
+        self._skipped = token_bytes.special_ids - shown_ids if skip_special else frozenset[int]()
         self._decoder = _decoder("replace")
         tail = self._last_bytes(prompt_ids)
         self._has_begun = bool(tail)

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 import orjson
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 DONE: Final = b"data: [DONE]\n\n"
 
 

@@ -51,7 +51,8 @@ class ChatTemplate:
 
     def prompt(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None, arguments: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None, documents: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
     ) -> str:  # fmt: skip
         """Return the prompt of a chat. Blocks.
 
@@ -74,7 +75,8 @@ class ChatTemplate:
             raise InvalidRequest("messages: expected at least one message, got none", param="messages")
         final = _mark_end(prepared[-1]) if continue_final_message else ""
         variables: dict[str, Any] = {**self._special_tokens, **_checked(arguments or {})}
-        variables |= {"messages": prepared, "tools": tools, "documents": None, PROMPT_FLAG: add_generation_prompt}
+        variables |= {"messages": prepared, "tools": tools, "documents": documents}
+        variables[PROMPT_FLAG] = add_generation_prompt
         try:
             text = self._renderer.render(self._source, variables)
         except TemplateFailedError as failure:

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any, Final, Literal
 
 from ranklet.replicas.errors import InvalidRequest
+from ranklet.replicas.grammar.call_grammar import CallGrammar, Lead, lead_lark, nested
 
 MAX_GRAMMAR_BYTES: Final = 256 << 10
 NOT_INSTALLED: Final = "constrained output needs llguidance, which is not installed: pip install 'ranklet[grammar]'"
@@ -22,16 +23,22 @@ _JSON_OPTIONS: Final = {
 }
 
 
+GrammarKind = Literal["json_schema", "regex", "lark", "calls"]
+
+
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """The texts of a language.
 
     Attributes:
-        text: a JSON schema, a regular expression that matches the whole text, or a grammar in Lark's form.
+        text: a JSON schema, a regular expression that matches the whole text, a grammar in Lark's form, or what
+            `call_grammar.calls_text` makes.
+        lead: what stands before the text; None for nothing.
     """
 
-    kind: Literal["json_schema", "regex", "lark"]
+    kind: GrammarKind
     text: str
+    lead: Lead | None = None
 
     @classmethod
     def of_schema(cls, schema: Any) -> "Grammar":
@@ -42,15 +49,42 @@ class Grammar:
         """Return the grammar whose texts are the choices."""
         return cls("lark", "start: " + " | ".join(json.dumps(each, ensure_ascii=False) for each in choices))
 
-    def definition(self) -> str:
-        """Return llguidance's form. Raises ValueError for a schema that is no JSON object."""
+    def definition(self, *, plain: bool = False) -> str:
+        """Return llguidance's form.
+
+        Args:
+            plain: for a tokenizer that does not have the special tokens of tags.
+
+        Raises:
+            ValueError: a schema is no JSON object.
+        """
+        if self.lead is not None:
+            first, *others = self.grammars(plain=plain)
+            return nested(lead_lark(self.lead), [("text", first), *((each["name"], each) for each in others)])
+        if self.kind == "lark":
+            return self.text
+        return json.dumps({"grammars": self.grammars(plain=plain)})
+
+    def grammars(self, *, plain: bool) -> list[dict[str, Any]]:
+        """Return llguidance's grammars. The first one may refer to the others by name."""
         from llguidance import LLMatcher
 
-        if self.kind == "regex":
-            return LLMatcher.grammar_from_regex(self.text)
         if self.kind == "lark":
-            return LLMatcher.grammar_from_lark(self.text)
-        return LLMatcher.grammar_from_json_schema(self.text, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
+            return [{"lark_grammar": self.text}]
+        if self.kind == "calls":
+            calls = CallGrammar.read(self.text)
+            found = [{"lark_grammar": calls.lark(plain=plain)}]
+            for index, schema in enumerate(calls.schemas.values()):
+                found += [each | {"name": f"call{index}"} for each in Grammar.of_schema(schema).grammars(plain=plain)]
+            if calls.otherwise is not None:
+                other = Grammar(calls.otherwise["kind"], calls.otherwise["text"])  # type: ignore[arg-type]
+                found += [each | {"name": "otherwise"} for each in other.grammars(plain=plain)]
+            return found
+        if self.kind == "regex":
+            made = LLMatcher.grammar_from_regex(self.text)
+        else:
+            made = LLMatcher.grammar_from_json_schema(self.text, overrides=_JSON_OPTIONS)  # type: ignore[arg-type]
+        return list(json.loads(made)["grammars"])
 
 
 @cache

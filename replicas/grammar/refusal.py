@@ -9,6 +9,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask
 
+from ranklet.replicas.grammar.call_grammar import CallGrammar
 from ranklet.replicas.grammar.grammar import Grammar
 from ranklet.replicas.grammar.subschemas import Subschema, of_same_value, subschemas
 
@@ -24,6 +25,8 @@ def refusal_of(grammar: Grammar, tokenizer: LLTokenizer) -> str | None:
     Args:
         tokenizer: of bytes, since most reasons do not depend on the tokens.
     """
+    if grammar.kind == "calls":
+        return _refusal_of_calls(grammar, tokenizer)
     if grammar.kind != "json_schema":
         return _problem(grammar, tokenizer)
     try:
@@ -40,10 +43,23 @@ def refusal_of(grammar: Grammar, tokenizer: LLTokenizer) -> str | None:
     return None if problem is None else _located(schema, problem, tokenizer)
 
 
+def _refusal_of_calls(grammar: Grammar, tokenizer: LLTokenizer) -> str | None:
+    calls = CallGrammar.read(grammar.text)
+    for name, schema in calls.schemas.items():
+        problem = refusal_of(Grammar.of_schema(schema), tokenizer)
+        if problem is not None:
+            return f"the parameters of {name}: {problem}"
+    if calls.otherwise is not None:
+        problem = refusal_of(Grammar(calls.otherwise["kind"], calls.otherwise["text"]), tokenizer)  # type: ignore[arg-type]
+        if problem is not None:
+            return f"the format of texts without calls: {problem}"
+    return _problem(grammar, tokenizer)
+
+
 def _problem(grammar: Grammar, tokenizer: LLTokenizer) -> str | None:
     """Return what llguidance does not accept; None if it accepts all."""
     try:
-        matcher = LLMatcher(tokenizer, grammar.definition(), log_level=0, limits=LIMITS)
+        matcher = LLMatcher(tokenizer, grammar.definition(plain=True), log_level=0, limits=LIMITS)
     except ValueError as error:
         return str(error)[:_MAX_CHARS]
     if not matcher.is_error():

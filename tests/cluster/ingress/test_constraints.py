@@ -17,7 +17,7 @@ from ranklet.cluster.ingress.known_fields import COMPLETION_FIELDS
 from ranklet.cluster.ingress.text_task import CompletionsTask
 from ranklet.cluster.ingress.texts import TextModels
 from ranklet.cluster.message import InferenceCall
-from ranklet.cluster.replica.adapter_constraint import folder_constraint
+from ranklet.cluster.replica.ranklet_file import RankletFile, read_ranklet_file
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.errors import InvalidRequest
 from ranklet.replicas.grammar.constraint import Constraint
@@ -268,18 +268,20 @@ async def test_bombs_are_served_or_refused_soon(parts: TextParts, fields: dict[s
 
 
 def test_an_adapters_folder_may_constrain_its_texts(tmp_path: Path) -> None:
-    assert folder_constraint(tmp_path) is None
-    (tmp_path / "ranklet.json").write_text(json.dumps({"response_format": FORMAT}))
-    found = folder_constraint(tmp_path)
-    assert found is not None
-    assert found.grammar == OF_SCHEMA
+    assert read_ranklet_file(tmp_path) == RankletFile()
+    (tmp_path / "ranklet.json").write_text(json.dumps({"response_format": FORMAT, "tool_format": "mistral"}))
+    found = read_ranklet_file(tmp_path)
+    assert found.constraint is not None
+    assert found.constraint.grammar == OF_SCHEMA
+    assert found.tool_format == "mistral"
     for content, says in (
         ("{", "expected JSON"),
         ("[]", "expected an object"),
         ('{"temperature": 1}', "got 'temperature'"),
         ('{"response_format": {"type": "xml"}}', "response_format of the adapter's ranklet.json.type: expected text"),
+        ('{"tool_format": "xml"}', "tool_format of the adapter's ranklet.json: expected one of hermes, "),
     ):
         (tmp_path / "ranklet.json").write_text(content)
         with pytest.raises(InvalidRequest) as caught:
-            folder_constraint(tmp_path)
+            read_ranklet_file(tmp_path)
         assert says in caught.value.message

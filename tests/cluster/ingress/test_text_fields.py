@@ -7,9 +7,10 @@ import numpy as np
 import orjson
 import pytest
 
-from ranklet.cluster.ingress.chat import parse_messages
+from ranklet.cluster.ingress.chat_task import ChatTask
 from ranklet.cluster.ingress.known_fields import CHAT_FIELDS, COMPLETION_FIELDS, ignored_value
-from ranklet.cluster.ingress.text_task import ChatTask, CompletionsTask, TextTask
+from ranklet.cluster.ingress.messages import parse_messages
+from ranklet.cluster.ingress.text_task import CompletionsTask, TextTask
 from ranklet.cluster.ingress.texts import TextModels
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import GenerateParams
@@ -130,12 +131,13 @@ def test_bad_fields_of_completions_are_refused_by_name(param: str, fields: dict[
         ("top_logprobs", {"logprobs": False, "top_logprobs": 0}),
         ("top_logprobs", {"logprobs": True, "top_logprobs": 21}),
         ("tools", {"tools": [{"type": "function"}]}),
-        ("tool_choice", {"tool_choice": "auto"}),
+        ("functions", {"functions": [{"name": "f"}]}),
+        ("function_call", {"function_call": "auto"}),
         ("chat_template", {"chat_template": "{{ 1 }}"}),
         ("echo", {"echo": True}),
         ("modalities", {"modalities": ["text", "audio"]}),
         ("verbosity", {"verbosity": "low"}),
-        ("documents", {"documents": [{"text": "a"}]}),
+        ("documents", {"documents": "a"}),
     ],
 )
 def test_bad_fields_of_chats_are_refused_by_name(param: str, fields: dict[str, Any]) -> None:

@@ -18,10 +18,11 @@ from starlette.routing import Route
 
 from ranklet.cluster.access.quota_ledger import Grant, QuotaOwner, Statement
 from ranklet.cluster.config import LimitsConfig
+from ranklet.cluster.ingress.chat_task import ChatTask
 from ranklet.cluster.ingress.exchange import Exchange
 from ranklet.cluster.ingress.intake import Intake
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
-from ranklet.cluster.ingress.text_task import ChatTask, CompletionsTask
+from ranklet.cluster.ingress.text_task import CompletionsTask
 from ranklet.cluster.ingress.texts import TextModels
 from ranklet.cluster.message import AdapterText
 from ranklet.replicas.engine.limits import RequestLimits
@@ -40,8 +41,9 @@ LIMITS = RequestLimits(100, 32, 400, 100, end_ids=(0,), base_revision="abcdef012
 class PlainTokenizer:
     """A small tokenizer with the methods of `PromptTokenizer`."""
 
-    def __init__(self) -> None:
+    def __init__(self, special: Sequence[str] = ()) -> None:
         self.backend = byte_level()
+        self.backend.add_special_tokens(list(special))
 
     def encode(
         self, texts: Sequence[str], *, prompt: str | None = None, add_special_tokens: bool | None = None,
@@ -74,6 +76,7 @@ class DescribingReplica(TextReplica):
         self.described = 0
         self.template: str | None = None
         self.constraint: Constraint | None = None
+        self.tool_format: str | None = None
 
 
 @dataclass
@@ -82,7 +85,10 @@ class _Describer:
 
     async def text_description(self, adapter: Any) -> AdapterText:
         self.replica.described += 1
-        return AdapterText(self.replica.revision, self.replica.template, {}, constraint=self.replica.constraint)
+        replica = self.replica
+        return AdapterText(
+            replica.revision, replica.template, {}, constraint=replica.constraint, tool_format=replica.tool_format
+        )
 
 
 class TextParts(Parts):
@@ -94,14 +100,15 @@ class TextParts(Parts):
         self.replica = replica
         affinity = Affinity()
         affinity.set_members([Member("r0", 0)])
-        handle: Any = _WithLimits(replica)
+        handle: Any = _WithLimits(replica, given.pop("request_limits", LIMITS))
         self.replicas = replicas = ReplicasClient(handle, affinity, limits, lambda continues: None, "gateway")
-        tokenizer: Any = PlainTokenizer()
+        tokenizer: Any = PlainTokenizer(given.pop("special", ()))
         model_dir = folder / "model"
         model_dir.mkdir()
         (model_dir / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<s>"}))
-        (model_dir / "chat_template.jinja").write_text("{{ messages[0].content }}{{ add_generation_prompt }}")
-        self.texts = TextModels(tokenizer, model_dir, _Describer(replica))
+        template = given.pop("template", "{{ messages[0].content }}{{ add_generation_prompt }}")
+        (model_dir / "chat_template.jinja").write_text(template)
+        self.texts = TextModels(tokenizer, model_dir, _Describer(replica), given.pop("text", None))
         self.services = replace(self.services, replicas=replicas, intake=Intake(tokenizer, limits))
         tasks = {COMPLETIONS: CompletionsTask, CHAT: ChatTask}
         self.app = Starlette(routes=[self._route(path, task) for path, task in tasks.items()])
@@ -136,14 +143,15 @@ class TextParts(Parts):
 class _WithLimits:
     """Adds the method `describe` to a scripted replica."""
 
-    def __init__(self, replica: DescribingReplica) -> None:
+    def __init__(self, replica: DescribingReplica, limits: RequestLimits) -> None:
         self._replica = replica
+        self._limits = limits
 
     def options(self, *, method_name: str, stream: bool = False) -> Any:
         return self if method_name == "describe" else self._replica.options(method_name=method_name, stream=stream)
 
     async def remote(self, *arguments: Any, **kwargs: Any) -> Any:
-        return replace(DESCRIPTION, limits=LIMITS)
+        return replace(DESCRIPTION, limits=self._limits)
 
 
 class AsgiCall:
