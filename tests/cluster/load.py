@@ -43,29 +43,31 @@ def run_under_load(service: Service, fault: Callable[[], object], seconds: float
     expected = {model: service.embed(model, TEXTS) for model in MODELS}
     stop, lock = threading.Event(), threading.Lock()
     result = LoadResult()
+    client = httpx.Client(base_url=service.url, headers=service.http.headers, timeout=60, trust_env=False)
     fault_s = time.monotonic() + seconds / 3
 
     def send_requests(worker: int) -> None:
-        with httpx.Client(base_url=service.url, headers=service.http.headers, timeout=60, trust_env=False) as client:
-            turn = worker
-            while not stop.is_set():
-                model, text = MODELS[turn % len(MODELS)], turn % len(TEXTS)
-                body = {"model": model, "input": TEXTS[text], "encoding_format": "base64"}
-                start_s = time.monotonic()
-                answer = client.post("/v1/embeddings", json=body)
-                passed_s = time.monotonic() - max(start_s, fault_s)
-                outcome = _classify(answer, expected[model][text])
-                with lock:
-                    result.slowest_s = max(result.slowest_s, passed_s)
-                    result.counts[outcome] += 1
-                turn += WORKERS
+        turn = worker
+        while not stop.is_set():
+            model, text = MODELS[turn % len(MODELS)], turn % len(TEXTS)
+            body = {"model": model, "input": TEXTS[text], "encoding_format": "base64"}
+            start_s = time.monotonic()
+            answer = client.post("/v1/embeddings", json=body)
+            passed_s = time.monotonic() - max(start_s, fault_s)
+            outcome = _classify(answer, expected[model][text])
+            with lock:
+                result.slowest_s = max(result.slowest_s, passed_s)
+                result.counts[outcome] += 1
+            turn += WORKERS
 
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with client, ThreadPoolExecutor(WORKERS) as pool:
         workers = [pool.submit(send_requests, worker) for worker in range(WORKERS)]
-        time.sleep(fault_s - time.monotonic())
-        fault()
-        time.sleep(seconds * 2 / 3)
-        stop.set()
+        try:
+            time.sleep(max(0.0, fault_s - time.monotonic()))
+            fault()
+            time.sleep(seconds * 2 / 3)
+        finally:
+            stop.set()
         for worker in workers:
             worker.result(timeout=90)
     return result

@@ -1,4 +1,4 @@
-"""Processes and nodes of a cluster of three die, hang and change under load: every request ends with a right answer."""
+"""Processes and nodes of a cluster of three die, hang and change under load: every request and stream ends right."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,8 +18,11 @@ from tests.cluster import load
 from tests.cluster.gcs import Gcs, redis_server
 from tests.cluster.load import LoadResult
 from tests.cluster.nodes import SEVERAL_NODES, Node, child_processes, command_line, process_tree
-from tests.cluster.service import Service, eventually, own_configuration, serving, vectors_of
+from tests.cluster.service import BASE, Service, eventually, own_configuration, serving, vectors_of
+from tests.cluster.stream_load import StreamLoad, stream_requests
 from tests.needs import is_installed, needs, require
+
+pytestmark = pytest.mark.timeout(300)  # the first test starts the nodes
 
 Nodes = tuple[Service, list[Node], Path]
 ENDS_S = 10.0  # longest time of a request after a fault
@@ -49,8 +52,8 @@ def nodes(
     gateway["num_replicas"] = 2
     gateway["ray_actor_options"] = {"num_cpus": 0.1, "resources": {"node:__internal_head__": 0.001}}
     replica["ray_actor_options"] = {"num_cpus": 0.5, "resources": {"engine": 1}}
-    replica["graceful_shutdown_timeout_s"] = 5
-    content["applications"][0]["args"]["engine"]["load_timeout_s"] = 3.0
+    replica["graceful_shutdown_timeout_s"] = 1  # so that texts outlast it
+    content["applications"][0]["args"]["engine"] |= {"load_timeout_s": 3.0, "kv_cache_bytes": 64 << 20}
     started: list[Node] = []
     over = threading.Event()
     cluster = LocalCluster(http_port=0, report=print, environment=gcs_storage | SEVERAL_NODES)
@@ -79,20 +82,37 @@ def nodes(
                 node.kill()
 
 
-def judge(seen: LoadResult, least: int = 20) -> None:
+@pytest.fixture(scope="module")
+def streams(nodes: Nodes) -> StreamLoad:
+    return StreamLoad(nodes[0].url, stream_requests((BASE, "legal-v2", "medical"), 8, 64))
+
+
+def run_beside_streams(
+    service: Service, streams: StreamLoad, fault: Callable[[], object], seconds: float = load.LOAD_S, count: int = 64
+) -> None:
+    """Request embeddings and keep streams open. All must end right, with no long pause."""
+    streams.clear()
+    with streams.running(count):
+        judge(load.run_under_load(service, fault, seconds))
+    assert set(streams.verdicts) == {"right"}, (streams.verdicts, streams.errors)
+    assert streams.ended >= count
+    assert streams.pause_s < ENDS_S
+
+
+def judge(seen: LoadResult) -> None:
     assert seen["wrong"] == 0
-    assert seen["right"] > least
+    assert seen["right"] > 20
     assert seen.slowest_s < ENDS_S
 
 
 @pytest.mark.parametrize("hung", ["engine", "actor"])
-def test_a_replica_that_hangs_is_avoided_and_replaced(nodes: Nodes, hung: str) -> None:
+def test_a_replica_that_hangs_is_avoided_and_replaced(nodes: Nodes, streams: StreamLoad, hung: str) -> None:
     """After SIGSTOP it accepts requests and never answers."""
     service, _, _ = nodes
     actor = next(iter(service.processes("Replica").values()))
     stopped = child_processes(actor)[0] if hung == "engine" else actor
     try:
-        judge(load.run_under_load(service, lambda: os.kill(stopped, signal.SIGSTOP), 18))
+        run_beside_streams(service, streams, lambda: os.kill(stopped, signal.SIGSTOP), 18)
         eventually("another replica in its place", lambda: actor not in service.processes("Replica").values(), BACK_S)
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -100,20 +120,39 @@ def test_a_replica_that_hangs_is_avoided_and_replaced(nodes: Nodes, hung: str) -
     load.wait_for_two(service)
 
 
-def test_the_replicas_of_a_lost_node_start_on_the_other_node(nodes: Nodes) -> None:
+def test_the_replicas_of_a_lost_node_start_on_the_other_node(nodes: Nodes, streams: StreamLoad) -> None:
     service, started, folder = nodes
-    judge(load.run_under_load(service, started[0].kill))
+    on_first = set(process_tree(started[0].process.pid)) & set(service.processes("Replica").values())
+    if len(on_first) == 1:
+        run_beside_streams(service, streams, started[0].kill)
+    else:  # no replica is left to continue streams
+        judge(load.run_under_load(service, started[0].kill))
     began_s = time.monotonic()
     load.wait_for_two(service)
     assert time.monotonic() - began_s < BACK_S
     started[0] = Node(service.cluster, folder / "node2.log", 2)
 
 
-def test_requests_are_answered_while_the_controller_is_replaced(nodes: Nodes) -> None:
+def test_streams_of_a_replica_that_is_removed_go_on(nodes: Nodes, streams: StreamLoad) -> None:
+    service, _, _ = nodes
+
+    def scale(count: int) -> None:
+        service.content["applications"][0]["deployments"][1]["num_replicas"] = count
+        service.deploy(None)
+        eventually(f"{count} replicas", lambda: len(service.processes("Replica")) == count)
+
+    before = service.samples("gateway").get("ranklet_continuations_total", 0)
+    run_beside_streams(service, streams, lambda: scale(1))
+    assert service.samples("gateway")["ranklet_continuations_total"] > before
+    scale(2)
+    load.wait_for_two(service)
+
+
+def test_requests_are_answered_while_the_controller_is_replaced(nodes: Nodes, streams: StreamLoad) -> None:
     """The new controller finds the same replicas."""
     service, _, _ = nodes
     before = service.processes("Replica")
-    judge(load.run_under_load(service, lambda: os.kill(_actor(service, "ServeController"), signal.SIGKILL)))
+    run_beside_streams(service, streams, lambda: os.kill(_actor(service, "ServeController"), signal.SIGKILL))
     eventually("the controller answers again", lambda: service.processes("Replica") == before, BACK_S)
 
 
@@ -160,7 +199,7 @@ def test_an_adapter_that_is_deleted_while_it_loads_affects_only_its_own_requests
     assert abs(service.embed("medical", "text") - expected).max() < 1e-5
 
 
-def test_a_new_configuration_replaces_every_process_without_failed_requests(nodes: Nodes) -> None:
+def test_a_new_configuration_replaces_every_process_without_failed_requests(nodes: Nodes, streams: StreamLoad) -> None:
     """The new processes serve the adapters that were loaded by name, although the new `user_config` is faulty.
 
     In its place, they use the last good one of the processes that they replace, although the process that kept it died.
@@ -176,7 +215,8 @@ def test_a_new_configuration_replaces_every_process_without_failed_requests(node
     arguments = service.content["applications"][0]["args"]
     arguments["engine"]["slots"] = 6
     faulty = {"tokens_per_minute": {"earlier": 0}}
-    judge(load.run_under_load(service, lambda: service.deploy(faulty, of_replicas={"adaptors": {}}), 30))
+    # Two cores also start four processes in this time.
+    run_beside_streams(service, streams, lambda: service.deploy(faulty, of_replicas={"adaptors": {}}), 30, count=16)
     eventually("all replicas are new", lambda: not before & set(service.processes("Replica").values()), 60)
     load.wait_for_two(service)
     eventually("the new replicas serve the adapter", lambda: service.post("kept", "text").status_code == 200)
@@ -213,7 +253,7 @@ def test_requests_are_refused_soon_while_there_is_no_node(nodes: Nodes) -> None:
 
 
 @needs("redis-server")
-def test_requests_are_answered_without_the_gcs(nodes: Nodes) -> None:
+def test_requests_are_answered_without_the_gcs(nodes: Nodes, streams: StreamLoad) -> None:
     """After its restart Serve has the same replicas and can replace one. Ends the cluster."""
     service, _, folder = nodes
 
@@ -225,7 +265,7 @@ def test_requests_are_answered_without_the_gcs(nodes: Nodes) -> None:
     before = replicas()
     gcs = Gcs(service.cluster.state.pid, folder / "gcs.log")
     try:
-        judge(load.run_under_load(service, lambda: gcs.kill_and_restart(3), 12))
+        run_beside_streams(service, streams, lambda: gcs.kill_and_restart(3), 12)
         eventually("Serve has the same replicas", lambda: replicas() == before, BACK_S)
         os.kill(next(iter(before.values())), signal.SIGKILL)
         eventually("the killed replica is gone", lambda: len(set(before) & set(replicas())) == 1, BACK_S)
