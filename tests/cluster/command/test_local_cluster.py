@@ -28,6 +28,7 @@ from ranklet.cluster.command.supervisor_state import find_supervisor
 from tests.cluster.nodes import process_tree
 from tests.cluster.service import Service, eventually, local_configuration
 
+TOKENS = 1000  # of a text that takes some seconds
 RESTART_S = 120.0  # some 20 s, but more where both cores are busy
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
 STUBBORN = [
@@ -116,7 +117,9 @@ def test_in_the_foreground_a_lost_gcs_is_started_again_and_sigterm_stops_the_clu
     with tempfile.TemporaryDirectory(prefix="r-") as name:
         folder = Path(name)
         config = folder / "config.yaml"
-        config.write_text(yaml.safe_dump(local_configuration(model_dir, adapters)))
+        content = local_configuration(model_dir, adapters)
+        content["applications"][0]["args"]["engine"]["kv_cache_bytes"] = 16 << 20
+        config.write_text(yaml.safe_dump(content))
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifications:
             notifications.bind(f"{folder}/notify")
             notifications.settimeout(200)
@@ -209,8 +212,10 @@ def test_the_rest_of_a_session_is_killed() -> None:
 
 
 def _end_in_flight(http: httpx.Client, process: subprocess.Popen[bytes]) -> None:
-    """Send SIGTERM when half of a request has arrived. Its answer comes all the same."""
+    """Send SIGTERM when half of a request has arrived and a text is streamed. Both are answered all the same."""
     go_on = threading.Event()
+    text = {"model": "kept", "prompt": [5, 6], "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
+    text["stream_options"] = {"include_usage": True}
 
     def body() -> Iterator[bytes]:
         content = json.dumps({"model": "kept", "input": "text"}).encode()
@@ -222,12 +227,19 @@ def _end_in_flight(http: httpx.Client, process: subprocess.Popen[bytes]) -> None
         answer = pool.submit(http.post, "/v1/embeddings", content=body())
         try:
             eventually("it is in flight", lambda: http.get("/v1/status").json()["in_flight"] == 1)
+            stream = pool.submit(http.post, "/v1/completions", json=text)
+            eventually("both are", lambda: http.get("/v1/status").json()["in_flight"] == 2, poll_s=0.05)
             process.send_signal(signal.SIGTERM)
-            eventually("probes see the stop", lambda: http.get("/ready").status_code == 503)
+            eventually("probes see the stop", lambda: http.get("/ready").status_code == 503, poll_s=0.05)
+            assert http.get("/ready").json()["in_flight"] == 2
             assert http.post("/v1/embeddings", json={"input": "text"}).status_code == 503
+            assert http.post("/v1/completions", json=text).status_code == 503
         finally:
             go_on.set()
         assert answer.result().status_code == 200
+        *_, usage, end = filter(None, stream.result().text.split("\n"))
+        assert json.loads(usage.removeprefix("data: "))["usage"]["completion_tokens"] == TOKENS
+        assert end == "data: [DONE]"
 
 
 def test_a_second_start_in_the_same_folder_is_refused(service: Service, tmp_path: Path) -> None:
