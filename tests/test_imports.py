@@ -40,6 +40,7 @@ ROOMS = {
     "replicas.grammar": Room(("replicas",), BELOW_KERNELS | {"torch"}),
     "replicas.model": Room(("kernels", *ENGINE[:2]), BELOW_REPLICAS),
     "replicas.adapters": Room(("kernels", *ENGINE[:4]), BELOW_REPLICAS),
+    "replicas.conversion": Room((*ENGINE[:2], "replicas.model", "replicas.adapters"), BELOW_REPLICAS),
     "replicas.cache": Room(("kernels", *ENGINE[:5]), BELOW_REPLICAS),
     "replicas.engine": Room(("kernels", *ENGINE[:6]), BELOW_REPLICAS),
     "replicas.process": Room(ENGINE, BELOW_REPLICAS),

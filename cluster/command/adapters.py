@@ -1,4 +1,4 @@
-"""`ranklet adapters`: manages the adapters of a running service, and verifies adapter folders without one."""
+"""`ranklet adapters`: manages the adapters of a running service; verifies and converts adapter folders without one."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ranklet.cluster.command.console import print_line, print_whole_table
+from ranklet.cluster.command.convert import add_convert
 from ranklet.cluster.command.json_client import clean_key, fetch_json
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _TITLES = ("adapter", "state", "revision", "rank", "MB", "in use", "in slots of"
 
 
 def add(commands: Any) -> None:
-    parser = commands.add_parser("adapters", help="list, show, load, unload or verify adapters")
+    parser = commands.add_parser("adapters", help="list, show, load, unload, verify or convert adapters")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="list all adapters with their state, revision and replicas")
     listing.add_argument("--json", action="store_true", help="print all that the service says, as JSON")
@@ -52,6 +53,7 @@ def add(commands: Any) -> None:
         "--base-name", action="append", default=[], help="another name of the base model; may be repeated"
     )
     verify.set_defaults(run=_verify)
+    add_convert(actions)
 
 
 def _list(options: argparse.Namespace) -> int:

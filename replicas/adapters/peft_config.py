@@ -240,7 +240,7 @@ def _unsupported(fields: dict[str, Any]) -> Iterator[str]:
     if fields.get("init_lora_weights", True) not in _PLAIN_INIT:
         yield (
             f"init_lora_weights: {show(fields['init_lora_weights'])} changes the base weights; "
-            "save the adapter with PEFT's path_initial_model_for_weight_conversion"
+            "convert the adapter with `ranklet adapters convert`"
         )
     for name, value in fields.items():
         if name not in _HARMLESS and name not in _APPLIED and value not in (None, False, [], {}, ""):

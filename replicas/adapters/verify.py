@@ -190,7 +190,10 @@ def _read_header(path: Path) -> Checked[list[StoredTensor] | None]:
 def _missing_weights(path: Path) -> str:
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.pkl") for p in path.parent.glob(pattern))
     if pickles:
-        return f"{shorten(pickles[0])}: pickle is never read; expected {path.name} (PEFT: safe_serialization=True)"
+        return (
+            f"{shorten(pickles[0])}: pickle is never read; expected {path.name} (PEFT: safe_serialization=True), which "
+            "`ranklet adapters convert` makes"
+        )
     return f"{path.name}: expected the weights that PEFT saves; the file is missing"
 
 

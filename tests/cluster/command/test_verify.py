@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from ranklet.cluster.command.cli import main
 from tests.assets.adapters import save_adapter
@@ -59,3 +61,21 @@ def test_a_git_lfs_pointer_is_named(base_dir: Path, tmp_path: Path, capsys: pyte
     (folder / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     status, said = verify(base_dir, folder, capsys)
     assert (status, "Git LFS pointer" in said) == (1, True)
+
+
+def test_a_pickled_adapter_of_pissa_is_converted(
+    base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_adapter(base_dir, tmp_path / "pissa", r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    torch.save(load_file(source / "adapter_model.safetensors"), source / "adapter_model.bin")
+    (source / "adapter_model.safetensors").unlink()
+    status, said = verify(base_dir, source, capsys)
+    assert (status, said.count("`ranklet adapters convert`")) == (1, 2)
+    target = tmp_path / "served"
+    arguments = ["adapters", "convert", str(source), str(target)]
+    assert main(arguments) == 1
+    assert "ranklet: init_lora_weights: 'pissa' has changed the base's weights" in capsys.readouterr().err
+    assert main([*arguments, "--model", str(base_dir)]) == 0
+    assert f"wrote {target}" in capsys.readouterr().out
+    status, said = verify(base_dir, target, capsys)
+    assert (status, "rank 8" in said) == (0, True)

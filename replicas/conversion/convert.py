@@ -1,0 +1,180 @@
+"""Writes an adapter folder that can be served, from one whose weights are stored otherwise."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ranklet.replicas.adapters.findings import collect, show
+from ranklet.replicas.adapters.limits import MAX_CONFIG_BYTES
+from ranklet.replicas.adapters.nested import missing_config
+from ranklet.replicas.adapters.peft_config import read_peft_config
+from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE
+from ranklet.replicas.adapters.tensor_names import full_names, parse_key
+from ranklet.replicas.conversion.initial_weights import (
+    BaseWeights,
+    Scaling,
+    changes_base,
+    doubled_ranks,
+    has_known_factors,
+    initial_of,
+    plain_lora,
+)
+from ranklet.replicas.conversion.low_rank import METHODS, approximate
+from ranklet.replicas.conversion.stored_weights import ConversionError, read_weights
+from ranklet.replicas.conversion.tensor_keys import peft_names
+from ranklet.replicas.regular_file import read_regular
+
+_MAX_COPIED_BYTES = 64 << 20  # the largest tokenizers
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".distcp")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What to convert.
+
+    Attributes:
+        target: does not exist yet.
+        model: folder of the base model; needed to undo PiSSA and OLoRA.
+        initial: folder of the adapter before its training; the other way to undo such an initialisation.
+        rank: of the LoRA that replaces LoHa or LoKr.
+        max_error: largest error of that, relative to the norm of a module's change.
+        track: shows the progress over modules.
+    """
+
+    source: Path
+    target: Path
+    model: Path | None = None
+    initial: Path | None = None
+    rank: int = 64
+    max_error: float = 0.01
+    track: Callable[[Iterable[str]], Iterable[str]] = field(default=iter, repr=False)
+
+    def run(self) -> list[str]:
+        """Write the target. Returns a sentence for each change.
+
+        Raises:
+            ConversionError: the source has no equal form, or not within `max_error`. Nothing is written.
+            ModelError: the base model cannot be read.
+            OSError: a file cannot be read or written.
+        """
+        if self.target.exists():
+            raise ConversionError(f"{self.target}: expected a folder to create, but it exists")
+        fields = _read_fields(self.source)
+        tensors, notes = _named_tensors(self.source)
+        kind = fields.get("peft_type", "LORA")
+        if kind not in ("LORA", *METHODS):
+            raise ConversionError(f"peft_type: expected LORA, LOHA or LOKR, got {show(kind)}")
+        if kind in METHODS:
+            fields, tensors = self._low_rank(fields, tensors, notes)
+        elif changes_base(fields.get("init_lora_weights", True)):
+            fields, tensors = self._without_initial(fields, tensors, notes)
+        self._write(fields, tensors)
+        return notes or ["nothing had to be converted; the weights are copied"]
+
+    def _low_rank(
+        self, fields: dict[str, Any], tensors: dict[str, Tensor], notes: list[str]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        made = approximate(fields, tensors, self.rank, self.track)
+        if made.error > self.max_error:
+            raise ConversionError(
+                f"{fields['peft_type']}: expected an error of at most {self.max_error:g} at rank {self.rank}, got "
+                f"{made.error:.3g} in {made.worst}. Choose a larger --rank, or accept it with --max-error"
+            )
+        notes.append(
+            f"{fields['peft_type']} became LoRA of rank {self.rank}; the largest error of a module is {made.error:.2g} "
+            "of its change"
+        )
+        return made.fields, made.tensors
+
+    def _without_initial(
+        self, fields: dict[str, Any], tensors: dict[str, Tensor], notes: list[str]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        init = fields["init_lora_weights"]
+        if init == "loftq":
+            raise ConversionError(
+                "init_lora_weights: 'loftq': the adapter belongs to a quantized base, whose difference to the base is "
+                "not stored; train the adapter without LoftQ"
+            )
+        settings = _settings(fields, tensors)
+        if self.initial is not None:
+            if (before := _read_fields(self.initial)).get("r", 8) != fields.get("r", 8):
+                expected, got = show(fields.get("r", 8)), show(before.get("r", 8))
+                raise ConversionError(f"{self.initial}: expected r {expected}, got {got}")
+            initial, _ = _named_tensors(self.initial)
+        elif self.model is not None and has_known_factors(init):
+            with BaseWeights(self.model) as base:
+                initial = initial_of(init, tensors, settings, base)
+        else:
+            ways = "--model, the base's folder, or --initial" if has_known_factors(init) else "--initial"
+            raise ConversionError(
+                f"init_lora_weights: {show(init)} has changed the base's weights; expected {ways}, the folder of the "
+                "adapter as it was saved before its training"
+            )
+        notes.append(f"the initial weights of {show(init)} are subtracted; the rank is twice as large")
+        return doubled_ranks(fields), plain_lora(tensors, initial)
+
+    def _write(self, fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Write the target beside its place, then move it there."""
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=self.target.parent, prefix=f".{self.target.name}-") as scratch:
+            folder = Path(scratch) / "made"
+            folder.mkdir()
+            for file in sorted(self.source.iterdir()):
+                if file.is_file() and not _is_weights(file) and file.stat().st_size <= _MAX_COPIED_BYTES:
+                    shutil.copyfile(file, folder / file.name)
+            (folder / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+            folder.rename(self.target)
+
+
+def _read_fields(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ConversionError(missing_config(folder))
+    try:
+        fields = json.loads(read_regular(path, MAX_CONFIG_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{path}: expected JSON, got: {error}") from None
+    if not isinstance(fields, dict):
+        raise ConversionError(f"{path}: expected a JSON object, got {type(fields).__name__}")
+    return fields
+
+
+def _named_tensors(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors by PEFT's names, and a sentence for each change."""
+    stored = read_weights(folder)
+    names = peft_names(stored)
+    notes = []
+    if not (folder / WEIGHTS_FILE).is_file():
+        notes.append(f"the weights are in one {WEIGHTS_FILE} now")
+    renamed = sum(name != plain for name, plain in names.items())
+    if renamed:
+        notes.append(f"{renamed} tensors have the names that PEFT saves")
+    return {names[name]: tensor for name, tensor in stored.items()}, notes
+
+
+def _settings(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Scaling:
+    """Check the config, and return each tensor's scaling."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / CONFIG_FILE
+        path.write_text(json.dumps({**fields, "init_lora_weights": True}), encoding="utf-8")
+        config, findings = collect(read_peft_config(path, ("*",)))
+    if findings or config is None:
+        raise ConversionError("; ".join(findings))
+    modules = {name: key.module for name in tensors if (key := parse_key(name)) is not None}
+    names = full_names(tensors.keys(), modules.values())
+    settings, findings = collect(config.apply(names.values()))
+    if findings or settings is None:
+        raise ConversionError("; ".join(findings))
+    return lambda name: settings.scaling(names[modules[name]])
+
+
+def _is_weights(file: Path) -> bool:
+    return file.suffix in _WEIGHTS or file.name.endswith(".index.json")
