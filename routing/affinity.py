@@ -15,14 +15,16 @@ from random import Random
 
 import numpy as np
 
+from ranklet.routing import rendezvous
 from ranklet.routing.costs import ORDER_STEP_S, AdapterCosts, CostTable
 from ranklet.routing.demand import Demand
-from ranklet.routing.fleet import Fleet, Member, ReplicaView, Vector
+from ranklet.routing.fleet import Fleet, Member, Vector
 from ranklet.routing.hint import PrefetchOrder, RoutingHint, TextHint
 from ranklet.routing.homes import HomeSize
 from ranklet.routing.policy import SHORTLIST, Choice, Policy
-from ranklet.routing.report import QueueLoad, StateReport
+from ranklet.routing.report import NEWS_INTERVAL_S, QueueLoad, StateReport
 from ranklet.routing.text_costs import TextCost, TextCosts
+from ranklet.routing.view import ReplicaView
 
 _MAX_ORDERS = 1024
 _OVERSIZE_COST_S = 1e5  # of a replica whose pool's rank is less than the adapter's
@@ -203,20 +205,21 @@ class Affinity:
         self, adapter: str | None, work: float, now_s: float, rank: int, avoid: str | None, text: TextCost | None
     ) -> Choice:
         fleet, policy = self._fleet, self._policy
-        wait = fleet.waits(now_s)
-        if fleet.has_texts:
-            wait = wait + policy.running_text_share * fleet.running_s
-        count = len(wait)
+        count = len(fleet)
         if not count:
             return Choice(())
+        if self._costs.is_stale(now_s):
+            self._refresh(now_s)
+        wait = fleet.waits(now_s)
+        if fleet.texts.known:
+            wait += policy.running_text_share * fleet.texts.running_s
         avoided = fleet.index.get(avoid, -1) if avoid else -1
         if not adapter:
-            cost = wait + self._ties(count) + policy.other_router_cost_s * ~fleet.own
+            other = self._other((~fleet.own).astype(np.float64), text)
+            cost = wait + self._ties(count) + policy.other_router_cost_s * other
             return Choice(_best(cost if text is None else cost + text.cost, avoided))
         demand = self._home_size.demand(adapter)
         demand.add_request(max(work if text is None else text.work, 1), now_s)
-        if self._costs.is_stale(now_s):
-            self._refresh(now_s)
         needed, before = demand.work_per_s(now_s) / self._home_size.work_per_s, demand.homes
         homes = demand.update_homes(needed, count, now_s, shrink_at_once=self._costs.tight > 0)
         costs = self._costs.get(adapter, homes)
@@ -241,15 +244,30 @@ class Affinity:
         age_s, other = self._fleet.report_age_s, costs.other
         if text is not None:
             cost += text.cost
-            if text.longest:  # other texts have no reason to go there, so that routers need not keep apart
-                other, longest = other.copy(), list(text.longest)
-                cost[longest] -= self._policy.other_router_cost_s * other[longest] * (costs.homes > 1)
-                other[longest] = 0.0
+            other = self._other(other, text, costs)
+            if costs.homes > 1 and other is not costs.other:
+                cost += self._policy.other_router_cost_s * (other - costs.other)
         if age_s > _FRESH_S:
             cost += other * np.minimum(self._random() * self._policy.report_age_factor * age_s, wait)
         if rank > 0:
             cost += self._padding(rank, work)
         return cost
+
+    def _other(self, other: Vector, text: TextCost | None, costs: AdapterCosts | None = None) -> Vector:
+        """Return 1 at replicas that this router should leave to others, 0 where a text belongs; `other` without a text.
+
+        If news is late, that is where a text's first unknown page hashes to: then all routers send the turns of a
+        conversation to the same replica before they have heard of each other's.
+        """
+        if text is not None and text.longest:  # other texts have no reason to go there
+            other = other.copy()
+            for i in text.longest:
+                other[i] = 0.0
+        elif text is not None and text.next_page is not None and self._fleet.news_age_s > NEWS_INTERVAL_S:
+            homes = None if costs is None else costs.place < costs.homes
+            other = np.ones(len(other))
+            other[rendezvous.first(text.next_page, self._fleet.salts, homes)] = 0.0
+        return other
 
     def _expect_loads(self, adapter: str, costs: AdapterCosts, replicas: Iterable[int], now_s: float) -> None:
         costs.prefetched_s = now_s
@@ -285,6 +303,7 @@ class Affinity:
             self._costs.set_tight(self._home_size.update(self._policy, now_s))
             self._costs.drop(self._fleet.placement.expire(now_s))
         self._costs.refresh(now_s)
+        self._fleet.refresh(now_s)
 
 
 def _spill(costs: AdapterCosts, avoided: int) -> str:

@@ -16,6 +16,8 @@ from ranklet.routing.in_flight import InFlight, Sent
 from ranklet.routing.placement import Placement
 from ranklet.routing.policy import REPLICA_SILENCE_LIMIT_S
 from ranklet.routing.report import Holdings, QueueLoad, limited_age_s
+from ranklet.routing.text_loads import TextLoads
+from ranklet.routing.view import ReplicaView
 
 _DEFAULT_WORK_PER_S = 100_000.0
 _DEFAULT_FROM_DISK_S = 0.15
@@ -30,8 +32,7 @@ Vector = NDArray[np.float64]
 # Arrays with one value per replica, kept for replicas that stay when the membership changes.
 _PER_REPLICA = (
     "_queued", "_sent", "_received", "_owed", "_done", "_reported_s", "_heard_s", "_clear_s", "_least_s", "rates",
-    "_measured", "_told", "full", "slots", "pool_ranks", "from_disk_s", "from_host_s", "text_work", "running_s",
-    "free_tokens", "freed_per_s",
+    "_measured", "_told", "full", "slots", "pool_ranks", "from_disk_s", "from_host_s",
 )  # fmt: skip
 
 
@@ -43,19 +44,6 @@ class Member:
     rank: int
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaView:
-    """One replica as a router sees it. Work is in prefill-equivalent tokens."""
-
-    id: str
-    rank: int
-    wait_s: float
-    queued_work: float
-    work_per_s: float
-    silent_s: float  # since its last sign of life
-    holdings: Holdings | None
-
-
 class Fleet:
     """The replicas by index, in the order given to `set_members`.
 
@@ -65,11 +53,11 @@ class Fleet:
         own: bool [replicas], replicas that this router prefers among equals.
         own_version: number of changes of `own`.
         report_age_s: mean age of reports on arrival.
+        news_age_s: the same, and no less than the time since the latest report of all.
         rates: float64 [replicas], work per second.
         full: bool [replicas], every slot is loading or was used recently.
         slots, pool_ranks, from_disk_s, from_host_s: float64 [replicas], see `Holdings`.
-        text_work, free_tokens, freed_per_s: float64 [replicas], see `QueueLoad`.
-        running_s: float64 [replicas], time of the replica's running texts; `has_texts`: whether any has told of texts.
+        texts: what replicas have told of theirs.
         placement: where adapters have slots.
     """
 
@@ -81,8 +69,8 @@ class Fleet:
         self.gateways, self.gateway_index = 1, 0
         self.own: NDArray[np.bool_] = np.ones(0, bool)
         self.own_version = 0
-        self.report_age_s, self.has_texts = 0.0, False
-        self.placement = Placement(0)
+        self.report_age_s = self.news_age_s = 0.0
+        self.placement, self.texts = Placement(0), TextLoads(0)
         self._checked_s = self._now_s = -math.inf
         self._hung: NDArray[np.bool_] | None = None  # None: no replica
         self._in_flight = InFlight()
@@ -100,8 +88,6 @@ class Fleet:
         self.rates, self._measured = np.full(count, _DEFAULT_WORK_PER_S), np.zeros(count, bool)
         self.full, self.slots, self.pool_ranks = np.zeros(count, bool), np.zeros(count), np.zeros(count)
         self.from_disk_s, self.from_host_s = np.full(count, _DEFAULT_FROM_DISK_S), np.full(count, _DEFAULT_FROM_HOST_S)
-        self.text_work, self.running_s, self.freed_per_s = np.zeros((3, count))
-        self.free_tokens = np.full(count, np.inf)
 
     # Membership
 
@@ -116,12 +102,14 @@ class Fleet:
         self.salts = rendezvous.salted([member.rank for member in members])
         self.generation += 1
         self._allocate(len(members))
+        texts, self.texts = self.texts, TextLoads(len(members))
         self._reported_s[:], self._heard_s[:] = now_s, now_s
         stay = [(i, old_index[member.id]) for i, member in enumerate(members) if member.id in old_index]
         if stay:
             new, old = np.array(stay).T
             for name, array in zip(_PER_REPLICA, old_arrays, strict=True):
                 getattr(self, name)[new] = array[old]
+            self.texts.keep(texts, new, old)
         self._assign_own()
         self._hung, self._checked_s = None, -math.inf
         self._guess_rates()
@@ -186,14 +174,17 @@ class Fleet:
                 self._measured[i] = True
                 self._guess_rates()
         self._received[i] = load.received_work
-        if load.text_work:
-            self.has_texts = True
-            self.text_work[i], self.running_s[i] = load.text_work, load.texts * load.text_work / self.rates[i]
-            self.free_tokens[i], self.freed_per_s[i] = load.free_tokens, load.freed_per_s
+        self.texts.update(i, load, float(self.rates[i]), age_s)
         if self._owed[i] == 0:  # everything sent has arrived: start again from the replica's own number
             self._sent[i] = load.received_work
         self._update_wait(i)
         return True
+
+    def refresh(self, now_s: float) -> None:
+        """Update what changes with time alone. Callers do this a few times a second."""
+        ages_s = now_s - self._reported_s
+        self.texts.refresh(ages_s)
+        self.news_age_s = max(self.report_age_s, float(ages_s.min()) if len(self) else 0.0)
 
     def mark_alive(self, replica: str, now_s: float) -> None:
         i = self.index.get(replica)

@@ -51,10 +51,12 @@ class CachedPrefix(NamedTuple):
     Attributes:
         tokens: float64 [replicas], number of the prompt's leading tokens that are cached at each replica.
         longest: indices of the one or two replicas that have more of them than all others; empty if there are more.
+        pages: number of leading pages that these replicas have.
     """
 
     tokens: NDArray[np.float64]
     longest: Sequence[int]
+    pages: int
 
 
 class PrefixTable:
@@ -134,24 +136,32 @@ class PrefixTable:
         """Look up a prompt. Returns None if no replica is known to have its first page."""
         tokens: NDArray[np.float64] | None = None
         longest: Sequence[int] = ()
+        deepest = 0
         places, kept_since = self._places, self._kept_since
         entries = self._entries
         for depth, page in enumerate(pages, 1):
             if page not in entries:
                 continue
             entry = entries[page]
-            at: list[int] | NDArray[np.intp]
             if len(entry) <= _FEW:
-                at = [places[n] for n, used_s in entry.items() if used_s >= kept_since[n] and places[n] >= 0]
+                few = [places[n] for n, used_s in entry.items() if used_s >= kept_since[n] and places[n] >= 0]
+                if not few:
+                    continue
+                if tokens is None:
+                    tokens = np.zeros(len(self._members))
+                for i in few:  # faster than an array of indices
+                    tokens[i] = depth * PAGE_TOKENS
+                longest = few if len(few) <= 2 else ()
             else:
                 numbers = np.fromiter(entry, np.intp, len(entry))
                 used = np.fromiter(entry.values(), np.float64, len(entry))
                 where = self._place_array[numbers]
-                at = where[(used >= self._kept_array[numbers]) & (where >= 0)]
-            if not len(at):
-                continue
-            if tokens is None:
-                tokens = np.zeros(len(self._members))
-            tokens[at] = depth * PAGE_TOKENS
-            longest = list(at) if len(at) <= 2 else ()
-        return None if tokens is None else CachedPrefix(tokens, longest)
+                many = where[(used >= self._kept_array[numbers]) & (where >= 0)]
+                if not len(many):
+                    continue
+                if tokens is None:
+                    tokens = np.zeros(len(self._members))
+                tokens[many] = depth * PAGE_TOKENS
+                longest = many.tolist() if len(many) <= 2 else ()
+            deepest = depth
+        return None if tokens is None else CachedPrefix(tokens, longest, deepest)

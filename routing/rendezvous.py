@@ -23,6 +23,12 @@ def order(adapter: str, salts: NDArray[np.uint64]) -> NDArray[np.intp]:
     return np.argsort(~mix(salts ^ np.frombuffer(digest, "<u8")), kind="stable")
 
 
+def first(key: int, salts: NDArray[np.uint64], among: NDArray[np.bool_] | None = None) -> int:
+    """Return the index of the rank that a key of 64 bits prefers, among all or some."""
+    values = mix(salts ^ np.uint64(key))
+    return int((values if among is None else values * among).argmax())
+
+
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """SplitMix64's finaliser: every input bit reaches every output bit."""
     values = values + np.uint64(0x9E3779B97F4A7C15)

@@ -1,5 +1,6 @@
 """What a text costs at each replica beyond the wait: prompt tokens that are not cached, and room for more of them."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from ranklet.routing.fleet import Fleet, Vector
 from ranklet.routing.hint import TextHint
 from ranklet.routing.policy import Policy
-from ranklet.routing.prefix import PrefixTable
+from ranklet.routing.prefix import PAGE_TOKENS, PrefixTable
 from ranklet.routing.rendezvous import mix
 from ranklet.routing.report import StateReport, limited_age_s
 
@@ -24,12 +25,14 @@ class TextCost(NamedTuple):
         work: of the whole call at the replica that must compute the fewest tokens.
         uncached: float64 [replicas], prompt tokens that each replica must compute.
         longest: indices of the one or two replicas that have most of the prompt; empty if many have.
+        next_page: hash of the first page that no replica is known to have; None if there is none.
     """
 
     cost: Vector
     work: float
     uncached: Vector
-    longest: tuple[int, ...]
+    longest: Sequence[int]
+    next_page: int | None
 
 
 class TextCosts:
@@ -47,21 +50,26 @@ class TextCosts:
 
     def cost(self, hint: TextHint, tokens: float, policy: Policy) -> TextCost:
         """Return the costs of a call with this number of prompt tokens."""
-        fleet, rates = self._fleet, self._fleet.rates
-        found = self._table.match(hint.pages)
-        uncached = np.full(len(rates), tokens) if found is None else np.maximum(tokens - found.tokens, 1.0)
-        cost = uncached * policy.uncached_factor / rates
+        fleet, found = self._fleet, self._table.match(hint.pages)
+        if found is None:
+            known, least, uncached = 0, tokens, np.full(len(fleet), tokens)
+        else:
+            known, least = found.pages, max(tokens - found.pages * PAGE_TOKENS, 1.0)
+            uncached = np.maximum(tokens - found.tokens, 1.0)
+        cost = uncached / fleet.rates
+        cost *= policy.uncached_factor
         if found is None and hint.pages:  # all routers choose the same home
             cost *= 1.0 + mix(fleet.salts ^ np.uint64(hint.pages[0])) / 2.0**64
-        if hint.room > fleet.free_tokens.min():
-            missing = np.maximum(hint.room - tokens + uncached - fleet.free_tokens, 0.0)
-            cost += np.minimum(missing / np.maximum(fleet.freed_per_s, _LEAST_FREED_PER_S), _LONGEST_ROOM_WAIT_S)
-        work = float(uncached.min()) + hint.texts * self._text_work
-        return TextCost(cost, work, uncached, () if found is None else tuple(found.longest))
+        if hint.room > fleet.texts.least_free_tokens:
+            missing = np.maximum(hint.room - tokens + uncached - fleet.texts.free_tokens, 0.0)
+            cost += np.minimum(missing / np.maximum(fleet.texts.freed_per_s, _LEAST_FREED_PER_S), _LONGEST_ROOM_WAIT_S)
+        longest = () if found is None else found.longest
+        next_page = hint.pages[known] if known < len(hint.pages) else None
+        return TextCost(cost, least + hint.texts * self._text_work, uncached, longest, next_page)
 
     def work(self, hint: TextHint, uncached: float, i: int, policy: Policy) -> float:
         """Return the work of a call that delays others at replica `i`."""
-        return uncached + policy.running_text_share * hint.texts * float(self._fleet.text_work[i])
+        return uncached + policy.running_text_share * hint.texts * float(self._fleet.texts.work[i])
 
     def add(self, request: int, hint: TextHint, i: int, cached_tokens: float, now_s: float) -> None:
         """Note that replica `i` is sent a call, and should find this much of its prompt in its cache."""
@@ -81,5 +89,5 @@ class TextCosts:
         """Store what a replica has told of its prefixes."""
         news, told_s = report.prefixes, now_s - limited_age_s(age_s)
         if news is not None and news.is_possible():
-            self._text_work = float(self._fleet.text_work.mean()) if len(self._fleet) else 0.0
+            self._text_work = float(self._fleet.texts.work.mean()) if len(self._fleet) else 0.0
             self._table.learn(report.replica, news.pages, told_s - news.kept_s, told_s)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ranklet.routing.fleet import ReplicaView
+from ranklet.routing.view import ReplicaView
 
 _MAX_ERRORS = 30
 _MAX_MESSAGE_CHARACTERS = 300

@@ -56,6 +56,10 @@ CHOICES: dict[str, tuple[str, Column]] = {
     "replicas": ("replicas", COUNT), "adapters": ("adapters", COUNT), "choose_us": ("mean us", COUNT),
     "choose_p50_us": ("p50 us", COUNT), "choose_p99_us": ("p99 us", COUNT),
 }  # fmt: skip
+TEXT_CHOICES = CHOICES | {
+    "embedding_us": ("for an embedding: mean us", COUNT), "embedding_p50_us": ("for an embedding: p50 us", COUNT),
+    "p50 by embedding": ("p50 by that of embeddings", RATIO),
+}  # fmt: skip
 TEXT_RULES: dict[str, tuple[str, Column]] = {
     "rule": ("rule", TEXT), "first_p50_ms": ("p50 first token ms", MS), "first_p99_ms": ("p99 first token ms", MS),
     "gap_p50_ms": ("p50 gap ms", MS), "gap_p99_ms": ("p99 gap ms", MS), "goodput_per_s": ("goodput texts/s", COUNT),
@@ -63,6 +67,7 @@ TEXT_RULES: dict[str, tuple[str, Column]] = {
     "of one cache": ("of those of one infinite cache", PERCENT), "busiest / mean": ("busiest / mean replica", RATIO),
     "preemptions": ("preemptions", COUNT),
 }  # fmt: skip
+TEXT_RULES_BY_CASE: dict[str, tuple[str, Column]] = {"case": ("case", TEXT)} | TEXT_RULES
 GENERATED: dict[str, tuple[str, Column]] = {
     "shapes": ("shapes", TEXT), "work": ("requests x prompt/output", TEXT), "adapters": ("adapters", COUNT),
     "tokens_per_s": ("generated tokens/s", COUNT), "must": ("target tokens/s", COUNT),

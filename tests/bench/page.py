@@ -27,7 +27,9 @@ from tests.bench.columns import (
     RUN,
     SOAK,
     TEXT,
+    TEXT_CHOICES,
     TEXT_RULES,
+    TEXT_RULES_BY_CASE,
     Column,
     failures,
     number,
@@ -238,7 +240,7 @@ TABLES = (
          "registered_s": ("first listing ms", number(0, 1000.0))},
     ),
     ResultTable("CPU time of one routing decision", "policy", CHOICES),
-    ResultTable("CPU time of one routing decision for a text, on a busy machine", "policy-text", CHOICES),
+    ResultTable("CPU time of one routing decision for a text, on a busy machine", "policy-text", TEXT_CHOICES),
     ResultTable(
         "CPU time of the hashes of a prompt's pages, on a busy machine", "policy-prefix",
         {"pages": ("pages", COUNT), "hash_us": ("mean us", COUNT), "hash_p50_us": ("p50 us", COUNT)},
@@ -253,8 +255,10 @@ TABLES = (
         note=CONVERSATIONS_NOTE,
     ),
     ResultTable(
-        "The same conversations, 24 replicas and 240 adapters, simulated", "simulate-text-stress",
-        {"case": ("case", TEXT)} | TEXT_RULES,
+        "The same conversations, 24 replicas and 240 adapters, simulated", "simulate-text-stress", TEXT_RULES_BY_CASE
+    ),
+    ResultTable(
+        "The same with late reports, and without loads in answers, simulated", "simulate-text-late", TEXT_RULES_BY_CASE
     ),
     ResultTable(
         "LoRA on the projections, rank 64", "kernels-h200",

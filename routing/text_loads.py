@@ -1,0 +1,58 @@
+"""What replicas have told of their texts, by index, and how much of it still counts."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ranklet.routing.report import QueueLoad
+
+_LIFETIME_S = 1.0  # after about this time, none of the texts runs that a report has told of
+
+Vector = NDArray[np.float64]
+
+
+class TextLoads:
+    """The texts of all replicas.
+
+    Attributes:
+        work, free_tokens, freed_per_s: float64 [replicas], see `QueueLoad`.
+        running_s: float64 [replicas], time that the running texts take. With the age of a report, it approaches the
+            mean of all replicas: by late reports, all routers would send their texts to the same replica.
+        least_free_tokens: no more than the least of `free_tokens`.
+        known: whether any replica has told of texts.
+    """
+
+    def __init__(self, replicas: int) -> None:
+        self.work, self.running_s, self.freed_per_s, self._told_s = np.zeros((4, replicas))
+        self.free_tokens: Vector = np.full(replicas, np.inf)
+        self.least_free_tokens = math.inf
+        self.known = False
+        self._mean_s = 0.0
+
+    def keep(self, before: "TextLoads", new: NDArray[np.intp], old: NDArray[np.intp]) -> None:
+        """Take over the replicas `old` of another membership, whose indices are now `new`."""
+        self.known, self.least_free_tokens = before.known, before.least_free_tokens
+        for name in ("work", "running_s", "freed_per_s", "_told_s", "free_tokens"):
+            getattr(self, name)[new] = getattr(before, name)[old]
+        self._mean_s = float(self._told_s.mean())
+
+    def update(self, i: int, load: QueueLoad, work_per_s: float, age_s: float) -> None:
+        """Store what replica `i` has told, if it has had texts."""
+        if load.text_work:
+            self.known = True
+            self.work[i], self.free_tokens[i], self.freed_per_s[i] = load.text_work, load.free_tokens, load.freed_per_s
+            self.least_free_tokens = min(self.least_free_tokens, load.free_tokens)
+            self._told_s[i] = told_s = load.texts * load.text_work / work_per_s
+            self.running_s[i] = self._mean_s + (told_s - self._mean_s) * max(1.0 - age_s / _LIFETIME_S, 0.0)
+
+    def refresh(self, age_s: Vector) -> None:
+        """Update what changes with time alone, a few times a second.
+
+        Args:
+            age_s: float64 [replicas], of the reports.
+        """
+        if self.known:
+            self._mean_s = float(self._told_s.mean())
+            self.running_s = self._mean_s + (self._told_s - self._mean_s) * np.clip(1.0 - age_s / _LIFETIME_S, 0.0, 1.0)
+            self.least_free_tokens = float(self.free_tokens.min())
