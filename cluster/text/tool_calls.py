@@ -11,6 +11,7 @@ from ranklet.cluster.text.tool_format import ToolFormat
 
 _JSON_SPACE: Final = " \t\r\n"
 _MOST_SPACE: Final = 64  # characters before a call, which leave with it
+_MOST_HEAD: Final = 256  # characters of a call up to its arguments, if its keys have the usual order
 _KEYS: Final = ("name", "arguments", "parameters", "type", "id", "function")
 _SPACE: Final = r"[ \t\r\n]{0,20}"
 _HEAD: Final = re.compile(
@@ -55,7 +56,8 @@ class ToolCalls:
         self._names = names
         self._most = most
         self._waiting = ""  # text that is not understood yet
-        self._passed = ""  # what stands before it, in case that it is no call
+        self._passed: list[str] = []  # what stands before it, in case that it is no call
+        self._begin = 0  # of the call in `_passed`
         self._call = JsonValue()
         self._scanned = 0  # characters of `_waiting` that `_call` has
         self._step: Callable[[], bool] = self._between
@@ -76,8 +78,9 @@ class ToolCalls:
     def finish(self) -> list[str | CallPiece]:
         """Return the rest, since no more text follows."""
         if self._step != self._behind and not (self.made and self._is_formal()):
-            self._found.append(self._passed + self._waiting)
-        self._passed = self._waiting = ""
+            self._found += [*self._passed, self._waiting]
+        self._waiting = ""
+        self._passed.clear()
         return self._take()
 
     def _take(self) -> list[str | CallPiece]:
@@ -143,18 +146,27 @@ class ToolCalls:
         if key is not None and key[1] not in _KEYS:
             return self._refuse(key.end())
         self._scanned += self._call.push(self._waiting[self._scanned :])
-        if self._call.is_complete:
-            return self._read_whole(self._scanned)
-        return self._refuse(self._scanned) if self._call.is_broken else False
+        if not (self._call.is_complete or self._call.is_broken or self._scanned > _MOST_HEAD):
+            return False
+        self._begin = len(self._passed)
+        self._pass(self._scanned)
+        self._step = self._object
+        return self._object()
 
-    def _read_whole(self, length: int) -> bool:
-        found = _call_of(self._waiting[:length])
+    def _object(self) -> bool:
+        """Read a call whose keys have another order up to its end."""
+        if not (self._call.is_complete or self._call.is_broken):
+            self._pass(self._call.push(self._waiting))
+        if self._call.is_broken:
+            return self._refuse(0)
+        if not self._call.is_complete:
+            return False
+        found = _call_of("".join(self._passed[self._begin :]))
         if found is None or found[0] not in self._names:
-            return self._refuse(length)
+            return self._refuse(0)
         self._begin_arguments(found[0])
         self._found.append(CallPiece(self.made - 1, None, found[1]))
         self._ended += 1
-        self._waiting = self._waiting[length:]
         self._end_call()
         return True
 
@@ -183,7 +195,7 @@ class ToolCalls:
         return True
 
     def _end_call(self) -> None:
-        self._passed = ""
+        self._passed.clear()
         self._step = self._close if self._form.closes else self._between
 
     def _close(self) -> bool:
@@ -214,11 +226,11 @@ class ToolCalls:
 
     def _begin_arguments(self, name: str) -> None:
         self._found.append(CallPiece(self.made, name, ""))
-        self._passed = ""
+        self._passed.clear()
         self.made += 1
 
     def _pass(self, length: int) -> None:
-        self._passed += self._waiting[:length]
+        self._passed.append(self._waiting[:length])
         self._waiting = self._waiting[length:]
 
     def _leave(self, length: int) -> None:
@@ -228,8 +240,8 @@ class ToolCalls:
     def _refuse(self, length: int) -> bool:
         """Let what was passed and the next characters be text."""
         self._pass(length)
-        self._found.append(self._passed)
-        self._passed = ""
+        self._found += self._passed
+        self._passed.clear()
         self._step = self._text
         return True
 
