@@ -62,6 +62,7 @@ class InferenceCall(Generic[Params]):
         sender: the gateway's id.
         number: the sender's number of a text call. It differs for each attempt at a call.
         continuation: None for a call whose texts are new.
+        key_name: name of the request's API key, with which replicas share their time fairly; "" without keys.
     """
 
     adapter: AdapterLocation | None
@@ -71,6 +72,7 @@ class InferenceCall(Generic[Params]):
     sender: str
     number: int = 0
     continuation: Continuation | None = None
+    key_name: str = ""
 
     @property
     def adapter_name(self) -> str | None:
@@ -260,10 +262,11 @@ class ReportReceiver(Protocol):
 
 
 def pack(
-    adapter: AdapterLocation | None, prompts: Sequence[NDArray[np.int32]], params: Params, sender: str
-) -> InferenceCall[Params]:
+    adapter: AdapterLocation | None, prompts: Sequence[NDArray[np.int32]], params: Params, sender: str,
+    key_name: str = "",
+) -> InferenceCall[Params]:  # fmt: skip
     """Make a call of `prompts`, int32 [length] each."""
-    return InferenceCall(adapter, *pack_tokens(prompts), params, sender)
+    return InferenceCall(adapter, *pack_tokens(prompts), params, sender, key_name=key_name)
 
 
 def pack_tokens(arrays: Sequence[NDArray[np.int32]]) -> tuple[bytes, bytes]:

@@ -1,4 +1,4 @@
-"""Limits on the requests that one gateway works on, in total and for one model."""
+"""Limits on the requests that one gateway works on, in total and of one key for one model."""
 
 import contextlib
 from collections import Counter
@@ -19,7 +19,7 @@ class Admission:
     def __init__(self, limit: int, on_change: Callable[[int], None] = lambda in_flight: None) -> None:
         self._limit = limit
         self._on_change = on_change
-        self._by_model: Counter[str] = Counter()
+        self._by_flow: Counter[tuple[str, str]] = Counter()  # model and name of the key
         self.in_flight = 0
 
     @contextlib.contextmanager
@@ -42,23 +42,28 @@ class Admission:
             self._on_change(self.in_flight)
 
     @contextlib.contextmanager
-    def admit_model(self, model: str) -> Iterator[None]:
-        """Count an admitted request for its model while the context lasts.
+    def admit_model(self, model: str, key_name: str = "") -> Iterator[None]:
+        """Count an admitted request for its model and key while the context lasts.
+
+        Args:
+            key_name: name of the API key; "" without keys.
 
         Raises:
-            Saturated: the model already has its fair share of the limit.
+            Saturated: the key already has its fair share of the limit with this model.
         """
-        own = self._by_model[model]
+        flow = model, key_name
+        own = self._by_flow[flow]
         share = fair_share(self._limit, self.in_flight - own - 1)
         if own and own >= share:
+            by_key = f" with key {key_name!r}" if key_name else ""
             raise Saturated(
-                f"expected fewer than {share} requests for {model!r} in this gateway, so that other models get "
+                f"expected fewer than {share} requests for {model!r}{by_key} in this gateway, so that others get "
                 f"their share (limits.max_in_flight_requests: {self._limit}). Try again"
             )
-        self._by_model[model] += 1
+        self._by_flow[flow] += 1
         try:
             yield
         finally:
-            self._by_model[model] -= 1
-            if not self._by_model[model]:
-                del self._by_model[model]
+            self._by_flow[flow] -= 1
+            if not self._by_flow[flow]:
+                del self._by_flow[flow]

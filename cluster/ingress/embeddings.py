@@ -126,4 +126,7 @@ class EmbeddingsTask:
         return Response(content, headers=answer.headers, media_type="application/json")
 
     async def _infer(self, call: AdmittedCall, prompts: TokenIds) -> list[InferenceReply[EmbedResult]]:
-        return await call.replicas.infer("embed", call.adapter, prompts, self._params, 4 * call.limits.hidden)
+        result_bytes = 4 * call.limits.hidden
+        return await call.replicas.infer(
+            "embed", call.adapter, prompts, self._params, result_bytes, key_name=call.key_name
+        )

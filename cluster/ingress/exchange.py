@@ -140,6 +140,7 @@ class Exchange:
                 observer=services.observer,
                 record=self._record,
                 charge=await self._charge(key, prompts),
+                key_name=_name_of(key),
                 remake_prompts=remake,
             )
         )
@@ -181,13 +182,17 @@ class Exchange:
     async def _charge(self, key: ApiKey | None, prompts: TokenIds) -> Charge:
         services, record = self._services, self._record
         record.prompts, record.tokens = len(prompts), sum(map(len, prompts))
-        self._held.enter_context(services.admission.admit_model(record.model))
+        self._held.enter_context(services.admission.admit_model(record.model, _name_of(key)))
         return self._held.enter_context(await services.quotas.charge(key, record.model, record.tokens))
 
     def _name_ignored(self, response: Response) -> None:
         if self._ignored:
             response.headers[IGNORED_HEADER] = ignored_value(self._ignored)
             self._services.observer.on_ignored(self._ignored)
+
+
+def _name_of(key: ApiKey | None) -> str:
+    return "" if key is None else key.name
 
 
 class _OpenAnswer(Response):

@@ -70,7 +70,7 @@ class ReplicasClient:
 
     async def infer(
         self, method: str, adapter: AdapterLocation | None, prompts: Sequence[NDArray[np.int32]], params: Any,
-        result_bytes: int,
+        result_bytes: int, *, key_name: str = "",
     ) -> list[InferenceReply[Any]]:  # fmt: skip
         """Call `method` of the replicas. A large request is split into several calls.
 
@@ -78,6 +78,7 @@ class ReplicasClient:
             prompts: int32 [length] each.
             params: parameters of the task, such as `EmbedParams`.
             result_bytes: size of the result of one prompt.
+            key_name: name of the API key; "" without one.
 
         Returns:
             The replies to the calls, in the order of the prompts.
@@ -87,7 +88,7 @@ class ReplicasClient:
             RankletError: a replica returned this error.
         """
         parts = split(prompts, result_bytes)
-        calls = [RepeatableCall(pack(adapter, part, params, self._sender)) for part in parts]
+        calls = [RepeatableCall(pack(adapter, part, params, self._sender, key_name)) for part in parts]
         async with self._suspecting(adapter):
             try:
                 async with asyncio.timeout(self._timeout_s):
@@ -97,7 +98,7 @@ class ReplicasClient:
 
     async def generate(
         self, adapter: AdapterLocation | None, prompts: Sequence[NDArray[np.int32]], params: GenerateParams,
-        receiver: TextReceiver,
+        receiver: TextReceiver, *, key_name: str = "",
     ) -> list[InferenceReply[GenerateResult]]:  # fmt: skip
         """Generate `params.n` texts for each prompt. `receiver` gets all tokens, before the end of this call.
 
@@ -106,6 +107,7 @@ class ReplicasClient:
 
         Args:
             prompts: int32 [length] each.
+            key_name: name of the API key; "" without one.
 
         Returns:
             The replies to the calls, in the order of the prompts.
@@ -121,7 +123,7 @@ class ReplicasClient:
         texts = 0
         for part in split(prompts, result_bytes, _MAX_TEXT_PROMPTS):
             count = len(part) * params.n
-            call = pack(adapter, part, _with_seed(params), self._sender)
+            call = pack(adapter, part, _with_seed(params), self._sender, key_name)
             calls.append(_TextAttempts(self.feeds, TextCall(call, count, texts, receiver)))
             texts += count
         async with self._suspecting(adapter):

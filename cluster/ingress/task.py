@@ -24,6 +24,7 @@ class AdmittedCall:
     Attributes:
         stream_limits: of this gateway.
         adapter: None for the base model.
+        key_name: name of the API key; "" without keys.
         remake_prompts: prepares and tokenises the request again, after the adapter has changed.
     """
 
@@ -36,6 +37,7 @@ class AdmittedCall:
     observer: Observer
     record: RequestRecord
     charge: Charge
+    key_name: str
     remake_prompts: Callable[[], Awaitable[TokenIds]]
 
     @property

@@ -150,7 +150,7 @@ class TextTask:
             return await self._stream(call, pinned, params, options, head, text_format, generation)
         whole = WholeTexts(len(prompts) * params.n)
         run = generation(whole)
-        replies = await call.replicas.generate(pinned, prompts, params, run)
+        replies = await call.replicas.generate(pinned, prompts, params, run, key_name=call.key_name)
         run.complete(replies)
         call.record.answer = answer = join_texts(replies)
         call.record.reasons = run.reasons()
@@ -183,7 +183,7 @@ class TextTask:
 
         async def generate() -> None:
             try:
-                replies = await call.replicas.generate(adapter, run.prompts, params, run)
+                replies = await call.replicas.generate(adapter, run.prompts, params, run, key_name=call.key_name)
             except UnknownModel as error:
                 if not queue.has_begun:
                     raise

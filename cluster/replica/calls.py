@@ -186,7 +186,9 @@ class ReplicaCalls:
                 with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(progress.begin, index, cached_tokens)
 
-        ticket = self._engine.submit(prompts, adapter, params, CallSink(done, begun), feed, given=given)
+        ticket = self._engine.submit(
+            prompts, adapter, params, CallSink(done, begun), feed, given=given, key_name=call.key_name
+        )
         if feed is not None:
             self._tickets[feed] = ticket
         try:

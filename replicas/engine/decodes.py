@@ -85,7 +85,7 @@ def prompt_budget(
 
     Args:
         rows: number of sequences that can start.
-        share: of flooding adapters.
+        share: of flooding flows.
     """
     count = len(plan.decodes)
     if count:

@@ -32,7 +32,6 @@ from ranklet.replicas.engine.pipeline import Pipeline, shutting_down
 from ranklet.replicas.engine.request import Request, Sink, Ticket
 from ranklet.replicas.engine.runner import Runner
 from ranklet.replicas.engine.scheduler import Scheduler
-from ranklet.replicas.engine.sequence import flow_of
 from ranklet.replicas.engine.snapshots import snapshot_of
 from ranklet.replicas.engine.start_times import StartTimes
 from ranklet.replicas.engine.stats import Listener, Snapshot
@@ -154,7 +153,7 @@ class Engine:
 
     def submit(
         self, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None, params: Params, sink: Sink, *,
-        given: Many[NDArray[np.int32]] = (),
+        given: Many[NDArray[np.int32]] = (), key_name: str = "",
     ) -> Ticket:  # fmt: skip
         """Queue a request and return at once. The class of `params` is the kind of the request.
 
@@ -162,6 +161,7 @@ class Engine:
             prompts: int32 [length] each.
             adapter: None for the base model.
             given: int32 [length] for each choice: tokens that it has already. Empty if all choices are new.
+            key_name: name of the API key, which shares each adapter with others; "" without one.
 
         Raises:
             InvalidRequest: a prompt is empty or too long, or a token id or parameter is out of range.
@@ -177,14 +177,14 @@ class Engine:
         else:
             self.limits.check_prompts(prompts, self.limits.max_model_len)
             task = self._text.task(params, prompts, adapter, given)
-        return self.submit_task(prompts, adapter, task, sink, given=given)
+        return self.submit_task(prompts, adapter, task, sink, given=given, key_name=key_name)
 
     def submit_task(
         self, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None, task: Task, sink: Sink, *,
-        given: Many[NDArray[np.int32]] = (),
+        given: Many[NDArray[np.int32]] = (), key_name: str = "",
     ) -> Ticket:  # fmt: skip
         """Queue a request of any task; see `submit`. The prompts must be within `limits`."""
-        request = Request(task, prompts, adapter, sink, arrived_s=perf_counter(), given=given)
+        request = Request(task, prompts, adapter, sink, arrived_s=perf_counter(), given=given, key_name=key_name)
         queue = partial(self._queue, request, adapter, sum(map(len, (*prompts, *given))))
         if isinstance(task, GenerateTask) and task.has_grammar:
             self._pipeline.masks.begin(task, request, queue)
@@ -196,7 +196,7 @@ class Engine:
         self._pipeline.wait_for_launch()
         with self._lock:
             self._check_adapter(adapter)
-            check_space(self._scheduler.queue, self.config.max_waiting_tokens, flow_of(adapter), tokens)
+            check_space(self._scheduler.queue, self.config.max_waiting_tokens, request.sequences[0].flow, tokens)
             check_wait(self._scheduler.queue, self.config.max_wait_s, request.sequences, perf_counter())
             tier = request.tier = None if adapter is None else self._adapters.tier(adapter)
             self._scheduler.queue.add(request.sequences)

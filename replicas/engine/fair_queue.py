@@ -1,12 +1,13 @@
-"""The sequences that wait for one engine, in an order in which no adapter crowds out the others.
+"""The sequences that wait for one engine, in an order in which no flow crowds out the others.
 
-The order is that of arrival as long as no adapter has more than an allowance of tokens waiting. Requests beyond an
-adapter's allowance are ordered by when their last sequence would start if the adapters were served in turn, token for
-token: fair queueing with the virtual time of WF2Q+ (Bennett and Zhang, 1997). So requests stay whole, and short ones
-need not wait for long ones of other adapters.
+A flow is what one API key sends to one adapter. All flows have equal shares, whether of one adapter or of several. The
+order is that of arrival as long as no flow has more than an allowance of tokens waiting. Requests beyond a flow's
+allowance are ordered by when their last sequence would start if the flows were served in turn, token for token: fair
+queueing with the virtual time of WF2Q+ (Bennett and Zhang, 1997). So requests stay whole, and short ones need not wait
+for long ones of other flows.
 
 The cost of a sequence is the number of tokens that it has to compute. Tokens of decodes, which do not wait here, count
-towards their adapter's turn and allowance too (`charge_flow`).
+towards their flow's turn and allowance too (`charge_flow`).
 """
 
 from bisect import bisect_left, insort
@@ -21,16 +22,17 @@ from operator import attrgetter
 
 from ranklet.replicas.engine.backlog import Backlog
 from ranklet.replicas.engine.plan import Part
-from ranklet.replicas.engine.sequence import Sequence
+from ranklet.replicas.engine.sequence import Flow, Sequence
 
-_ACTIVE_ALLOWANCES = 16  # an adapter without requests stays active until this many allowances have been served
+_ACTIVE_ALLOWANCES = 16  # a flow without requests stays active until this many allowances have been served
+_MOST_ACTIVE = 4096  # flows, beyond which the oldest without requests are not active any more
 _TURN = attrgetter("turn")
-_Lane = tuple[str, bool]  # flow, and whether the sequences are new texts
+_Lane = tuple[Flow, bool]  # flow, and whether the sequences are new texts
 
 
 @dataclass(slots=True)
-class _Flow:
-    """Waiting sequences of one adapter."""
+class _Queued:
+    """Waiting sequences of one flow."""
 
     sequences: int = 0
     tokens: int = 0
@@ -41,7 +43,7 @@ class FairQueue:
     """Waiting sequences in the order in which they are served.
 
     Attributes:
-        allowance: tokens that an adapter may have waiting before its further requests are ordered by virtual time.
+        allowance: tokens that a flow may have waiting before its further requests are ordered by virtual time.
         tokens: all waiting tokens.
         texts: number of waiting sequences that keep keys and values.
         text_tokens: waiting tokens of these sequences.
@@ -53,12 +55,12 @@ class FairQueue:
         self._lanes: defaultdict[_Lane, list[Sequence]] = defaultdict(list)  # parts of `_ordered`
         self._backlogs: defaultdict[_Lane, Backlog] = defaultdict(Backlog)
         self._all_backlogs = {is_new: Backlog() for is_new in (False, True)}  # of all lanes of a kind
-        self._flows: dict[str, _Flow] = {}
+        self._flows: dict[Flow, _Queued] = {}
         self._arrivals = count()
-        self._now = 0.0  # virtual time: tokens that each active adapter should have been served by now
+        self._now = 0.0  # virtual time: tokens that each active flow should have been served by now
         self._served = 0  # tokens of all steps
-        self._active: OrderedDict[str, int] = OrderedDict()  # adapters: `_served` at their last request
-        self._decoded: dict[str, float] = {}  # adapters: virtual time that their decodes have used up
+        self._active: OrderedDict[Flow, int] = OrderedDict()  # flows: `_served` at their last request
+        self._decoded: dict[Flow, float] = {}  # flows: virtual time that their decodes have used up
         self.tokens = self.texts = self.text_tokens = 0
 
     def __len__(self) -> int:
@@ -67,15 +69,15 @@ class FairQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._ordered)
 
-    def without_new_texts(self, flows: Collection[str]) -> Iterable[Sequence]:
-        """Return the sequences in order, without new texts of these adapters."""
+    def without_new_texts(self, flows: Collection[Flow]) -> Iterable[Sequence]:
+        """Return the sequences in order, without new texts of these flows."""
         if not flows:
             return self._ordered
         lanes = (lane for (flow, is_new), lane in self._lanes.items() if not is_new or flow not in flows)
         return merge(*lanes, key=_TURN)
 
-    def of_others(self, flows: Collection[str]) -> Iterable[Sequence]:
-        """Return the sequences of all but these adapters, in order."""
+    def of_others(self, flows: Collection[Flow]) -> Iterable[Sequence]:
+        """Return the sequences of all but these flows, in order."""
         return merge(*(lane for (flow, _), lane in self._lanes.items() if flow not in flows), key=_TURN)
 
     def __contains__(self, sequence: object) -> bool:
@@ -84,29 +86,29 @@ class FairQueue:
         return at < len(self._ordered) and self._ordered[at] is sequence
 
     @property
-    def flows(self) -> Iterable[str]:
-        """The adapters with waiting sequences."""
+    def flows(self) -> Iterable[Flow]:
+        """The flows with waiting sequences."""
         return self._flows
 
-    def flooding(self) -> set[str]:
-        """Return the adapters that have more than their allowance waiting, or decoded, ahead of the others."""
+    def flooding(self) -> set[Flow]:
+        """Return the flows that have more than their allowance waiting, or decoded, ahead of the others."""
         allowed = self.allowance
         found = {name for name, flow in self._flows.items() if flow.tokens > allowed}
         return found.union(name for name, until in self._decoded.items() if until - self._now > allowed)
 
-    def tokens_of(self, flow: str) -> int:
+    def tokens_of(self, flow: Flow) -> int:
         return self._flows[flow].tokens if flow in self._flows else 0
 
-    def new_texts_of(self, flow: str) -> int:
-        """Return how many new texts of an adapter wait."""
+    def new_texts_of(self, flow: Flow) -> int:
+        """Return how many new texts of a flow wait."""
         return len(self._lanes.get((flow, True), ()))
 
     def tokens_within(self) -> int:
-        """Return the waiting tokens of adapters that are within their allowance."""
+        """Return the waiting tokens of flows that are within their allowance."""
         return sum(flow.tokens for flow in self._flows.values() if flow.tokens <= self.allowance)
 
     def floods(self, sequence: Sequence) -> bool:
-        """Return whether a sequence's adapter has more than its allowance waiting, or had when it arrived.
+        """Return whether a sequence's flow has more than its allowance waiting, or had when it arrived.
 
         The last sequences of a large request flood too: steps that are cut for them would gain nothing.
         """
@@ -115,7 +117,7 @@ class FairQueue:
     def add(self, sequences: Many[Sequence]) -> None:
         """Insert the sequences of a request."""
         name = sequences[0].flow
-        flow = self._flows.setdefault(name, _Flow())
+        flow = self._flows.setdefault(name, _Queued())
         debt, tokens = self._debt(name), self._tokens_with(sequences)
         ahead = 0 if tokens <= self.allowance else tokens - sequences[-1].need.tokens
         turn = max(flow.last, self._now + ahead)
@@ -126,20 +128,20 @@ class FairQueue:
             rest -= each.need.tokens
         self._mark_active(name)
 
-    def _debt(self, flow: str) -> float:
-        """Return the tokens that an adapter's decodes were served ahead of the others."""
+    def _debt(self, flow: Flow) -> float:
+        """Return the tokens that a flow's decodes were served ahead of the others."""
         return max(0.0, self._decoded.get(flow, self._now) - self._now)
 
     def _tokens_with(self, sequences: Many[Sequence]) -> float:
-        """Return the tokens of an adapter that count towards its allowance once a request is added."""
+        """Return the tokens of a flow that count towards its allowance once a request is added."""
         flow = sequences[0].flow
         return self.tokens_of(flow) + self._debt(flow) + sum(each.need.tokens for each in sequences)
 
     def wait_s(self, sequences: Many[Sequence], now_s: float, measured_s: float) -> float:
         """Return how long a new request will wait for what waits now; 0 if the rates are not known.
 
-        Beyond its adapter's allowance, it waits for its adapter's earlier requests. Within the allowance, it waits for
-        those of all adapters within theirs, but not for a flood.
+        Beyond its flow's allowance, it waits for its flow's earlier requests. Within the allowance, it waits for
+        those of all flows within theirs, but not for a flood.
 
         Args:
             measured_s: time for which a rate must have been measured.
@@ -157,11 +159,11 @@ class FairQueue:
     def put_back(self, sequences: Iterable[Sequence]) -> None:
         """Insert sequences of a failed step at the front, in this order."""
         for sequence in sequences:
-            self._insert(sequence, self._flows.setdefault(sequence.flow, _Flow()), -inf)
+            self._insert(sequence, self._flows.setdefault(sequence.flow, _Queued()), -inf)
 
     def restore(self, sequence: Sequence) -> None:
         """Insert a sequence at the place that it had before it was removed."""
-        self._insert(sequence, self._flows.setdefault(sequence.flow, _Flow()), *sequence.turn)
+        self._insert(sequence, self._flows.setdefault(sequence.flow, _Queued()), *sequence.turn)
 
     def requeue(self, sequence: Sequence, cost: float) -> None:
         """Insert the rest of a sequence, whose turn goes on from the one that it had.
@@ -171,9 +173,9 @@ class FairQueue:
         """
         turn = max(sequence.turn[0], self._now - self.allowance) + cost
         sequence.lead = 0.0
-        self._insert(sequence, self._flows.setdefault(sequence.flow, _Flow()), turn)
+        self._insert(sequence, self._flows.setdefault(sequence.flow, _Queued()), turn)
 
-    def _insert(self, sequence: Sequence, flow: _Flow, turn: float, arrival: int | None = None) -> None:
+    def _insert(self, sequence: Sequence, flow: _Queued, turn: float, arrival: int | None = None) -> None:
         tokens = sequence.need.tokens
         sequence.turn = turn, next(self._arrivals) if arrival is None else arrival
         flow.last = max(flow.last, turn)
@@ -227,34 +229,45 @@ class FairQueue:
             if not flow.sequences:
                 del self._flows[sequence.flow]
 
-    def charge_flow(self, flow: str, tokens: int) -> None:
-        """Count tokens of an adapter's decodes towards its turn."""
+    def charge_flow(self, flow: Flow, tokens: int) -> None:
+        """Count tokens of a flow's decodes towards its turn."""
         self._decoded[flow] = max(self._decoded.get(flow, self._now), self._now) + tokens
         self._mark_active(flow)
 
-    def _mark_active(self, flow: str) -> None:
+    def _mark_active(self, flow: Flow) -> None:
         self._active[flow] = self._served
         self._active.move_to_end(flow)
 
     def charge(self, tokens: int) -> None:
         """Advance virtual time by the tokens of a step, after its sequences were removed."""
-        self._now += tokens / max(len(self._active), 1)
+        self._now += tokens / max(self.active_flows, 1)
         self._served += tokens
         self._expire_active()
-        if self._ordered:  # tokens that an adapter took from an idle device count later only up to one allowance
+        if self._ordered:  # tokens that a flow took from an idle device count later only up to one allowance
             first = self._ordered[0]
             self._now = max(self._now, first.turn[0] - first.lead - self.allowance)
 
+    @property
+    def active_flows(self) -> int:
+        """Number of flows among which virtual time divides what is served."""
+        return len(self._active)
+
     def _expire_active(self) -> None:
+        for _ in range(len(self._active) - _MOST_ACTIVE):
+            self._expire(next(iter(self._active)))
         while self._active:
-            name, last = next(iter(self._active.items()))
+            flow, last = next(iter(self._active.items()))
             if last > self._served - _ACTIVE_ALLOWANCES * self.allowance:
                 return
-            if name in self._flows:
-                self._mark_active(name)
-            else:
-                del self._active[name]
-                self._decoded.pop(name, None)
+            self._expire(flow)
+
+    def _expire(self, flow: Flow) -> None:
+        """Forget a flow, unless it has requests."""
+        if flow in self._flows:
+            self._mark_active(flow)
+        else:
+            del self._active[flow]
+            self._decoded.pop(flow, None)
 
 
 def _lane(sequence: Sequence) -> _Lane:

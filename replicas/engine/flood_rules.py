@@ -1,4 +1,4 @@
-"""What flooding adapters may take of the steps, so that the requests of others wait for short steps. No clock."""
+"""What flooding flows may take of the steps, so that the requests of others wait for short steps. No clock."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from ranklet.replicas.engine.plan import StepPlan
 from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.engine.step_sizes import StepSizes
 
-# After a step with an adapter within its allowance, more requests of such adapters are expected in so many steps. Steps
+# After a step with a flow within its allowance, more requests of such flows are expected in so many steps. Steps
 # apart are of the CPU, where one that is not cut costs a request more than cut ones cost the flood.
 _REMEMBERED_STEPS, _REMEMBERED_APART = 8, 64
 _COSTED_STEPS = 1000  # steps that a flood's texts last, so that a lull in between starts few of them
@@ -20,9 +20,9 @@ class StepLimits:
     Attributes:
         most: tokens at which the step is closed.
         longest: tokens of prompts at which a text's piece ends; None if only the budget bounds it.
-        beside: tokens of prompts up to which flooding adapters fill the step if others have requests.
-        others: whether adapters within their allowance have requests, or are expected to.
-        apart: whether flooding adapters stay out of this step if it has requests of others.
+        beside: tokens of prompts up to which flooding flows fill the step if others have requests.
+        others: whether flows within their allowance have requests, or are expected to.
+        apart: whether flooding flows stay out of this step if it has requests of others.
     """
 
     queue: FairQueue
@@ -61,19 +61,19 @@ class FloodRules:
         self._queue = queue
         self._max_tokens = max_tokens
         self._sizes = StepSizes()
-        self._beside_others = 0  # further steps in which adapters within their allowance may have requests
-        self._flood_waited = False  # whether the last step left flooding adapters out
+        self._beside_others = 0  # further steps in which flows within their allowance may have requests
+        self._flood_waited = False  # whether the last step left flooding flows out
         self._mean_cost, self._costed = 0.0, 0
         self.waited_cost = 0.0  # of steps since the last one with decodes
 
     @property
     def mean_cost(self) -> float:
-        """Cost of the last steps in which flooding adapters had a share."""
+        """Cost of the last steps in which flooding flows had a share."""
         return self._mean_cost
 
     @property
     def expects_others(self) -> bool:
-        """Whether adapters within their allowance have had requests in the last steps."""
+        """Whether flows within their allowance have had requests in the last steps."""
         return self._beside_others > 0
 
     def set_sizes(self, sizes: StepSizes) -> None:

@@ -1,9 +1,9 @@
-"""What flooding adapters may take of an engine that generates text, while others use it too. No clock.
+"""What flooding flows may take of an engine that generates text, while others use it too. No clock.
 
-Each text lengthens the steps of all others, and holds its row and its pages for long. So while adapters within their
-allowance have requests, flooding adapters fill steps only until these make most of the tokens a second that the largest
-steps would make; from there on, steps become much longer and hardly faster. Beyond that, each flooding adapter has its
-equal part. Texts of a flooding adapter beyond its part give way to texts of others that wait for a row or pages.
+Each text lengthens the steps of all others, and holds its row and its pages for long. So while flows within their
+allowance have requests, flooding flows fill steps only until these make most of the tokens a second that the largest
+steps would make; from there on, steps become much longer and hardly faster. Beyond that, each flooding flow has its
+equal part. Texts of a flooding flow beyond its part give way to texts of others that wait for a row or pages.
 """
 
 from collections import Counter
@@ -19,39 +19,39 @@ from ranklet.replicas.engine.flood_rules import FloodRules
 from ranklet.replicas.engine.holders import Holders
 from ranklet.replicas.engine.kv_space import FreeSpace, KvSpace
 from ranklet.replicas.engine.plan import StepPlan
-from ranklet.replicas.engine.sequence import Sequence
+from ranklet.replicas.engine.sequence import Flow, Sequence
 from ranklet.replicas.engine.step_cost import PromptBudget, StepCost
 
 IsReady = Callable[[AdapterRef], bool]  # whether an adapter is in a slot
 
 _RATE = 0.8  # of the tokens a second with as many texts as fit
-_MOST_WAITED = 16  # cost of the steps that decodes of flooding adapters wait for, in steps of their own
+_MOST_WAITED = 16  # cost of the steps that decodes of flooding flows wait for, in steps of their own
 _LOOKED_AT = 32  # first sequences of others in the queue
 
 
 @dataclass(slots=True)
 class FloodShare:
-    """The share of flooding adapters in one step, while it is planned.
+    """The share of flooding flows in one step, while it is planned.
 
     Attributes:
-        flows: the flooding adapters; none if nobody else has requests.
+        flows: the flooding flows; none if nobody else has requests.
         texts: number of running texts up to which they start more; 0 if the last steps cost enough.
         own: number of texts that each of them may run in any case.
         cost: of a step, up to which their prompts fill it; 0 if the last steps cost enough.
-        each: part of one adapter.
+        each: part of one flow.
         running: texts that run or start.
-        by_flow: the same, by adapter.
+        by_flow: the same, by flow.
         decodes: cost of the step's decodes; 0 without any.
         waited: cost of the steps since the last one with decodes.
     """
 
-    flows: frozenset[str] = frozenset()
+    flows: frozenset[Flow] = frozenset()
     texts: int = 0
     own: int = 0
     cost: float = 0.0
     each: float = 1.0
     running: int = 0
-    by_flow: Counter[str] = field(default_factory=Counter)
+    by_flow: Counter[Flow] = field(default_factory=Counter)
     decodes: float = 0.0
     waited: float = 0.0
 
@@ -61,8 +61,8 @@ class FloodShare:
         return flow not in self.flows or self.running < self.texts or self.by_flow[flow] < self.own
 
     @property
-    def held_back(self) -> list[str]:
-        """Return the adapters none of whose texts may start now."""
+    def held_back(self) -> list[Flow]:
+        """Return the flows none of whose texts may start now."""
         if self.running < self.texts:
             return []
         return [flow for flow in self.flows if self.by_flow[flow] >= self.own]
@@ -74,7 +74,7 @@ class FloodShare:
             self.by_flow[sequence.flow] += 1
 
     def plan_prompts(self, plan: StepPlan, budget: PromptBudget) -> None:
-        """Take note of the decodes. If all are of flooding adapters, they do not limit the prompts of others."""
+        """Take note of the decodes. If all are of flooding flows, they do not limit the prompts of others."""
         decodes = plan.decodes
         if self.flows and decodes:
             self.decodes = budget.costs.decodes(len(decodes), sum(each.computed for each in decodes))
@@ -88,14 +88,14 @@ class FloodShare:
         return max(self.cost - self.decodes, self.each * len(self.flows) * self.decodes)
 
     def cost_of(self, plan: StepPlan, budget: PromptBudget) -> float | None:
-        """Return the cost of a plan; None without flooding adapters."""
+        """Return the cost of a plan; None without flooding flows."""
         if not self.flows or not plan.computes:
             return None
         mixed = budget.costs.mixed if plan.decodes and plan.parts else 0.0
         return (self.decodes or budget.costs.step) + mixed + budget.spent
 
     def decodes_wait(self, queue: FairQueue, holders: Holders, costs: StepCost, is_ready: IsReady) -> bool:
-        """Return whether the decodes, all of flooding adapters, wait for a step of others."""
+        """Return whether the decodes, all of flooding flows, wait for a step of others."""
         decodes = len(holders.decoding)
         if not self.flows or not decodes or not self._floods_all(holders.decoding_flows):
             return False
@@ -108,7 +108,7 @@ class FloodShare:
         self, queue: FairQueue, holders: Holders, space: KvSpace, room: FreeSpace,
         is_ready: IsReady,
     ) -> list[Sequence]:  # fmt: skip
-        """Return texts of flooding adapters to preempt, so that texts of others that wait can start next."""
+        """Return texts of flooding flows to preempt, so that texts of others that wait can start next."""
         rows, pages = 0, len(holders)
         for sequence in self._others(queue) if self.flows else ():
             if sequence.is_new_text and not sequence.cancelled and can_run(sequence, is_ready):
@@ -131,15 +131,15 @@ class FloodShare:
     def _others(self, queue: FairQueue) -> Iterable[Sequence]:
         return islice(queue.of_others(self.flows), _LOOKED_AT)
 
-    def _floods_all(self, flows: Iterable[str]) -> bool:
+    def _floods_all(self, flows: Iterable[Flow]) -> bool:
         return self.flows.issuperset(flows)
 
 
 def flood_share(
     queue: FairQueue, holders: Holders, space: KvSpace | None, costs: StepCost, rules: FloodRules
 ) -> FloodShare:
-    """Return the share of flooding adapters in the next step. Without pages, `FloodRules` alone limits them."""
-    flooding = queue.flooding() if space is not None else set[str]()
+    """Return the share of flooding flows in the next step. Without pages, `FloodRules` alone limits them."""
+    flooding = queue.flooding() if space is not None else set[Flow]()
     flows = {*holders.flows, *queue.flows} if flooding else flooding
     flooding &= flows  # those that had requests may have none any more
     if space is None or not flooding or (flooding.issuperset(flows) and not rules.expects_others):

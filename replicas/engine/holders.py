@@ -6,7 +6,7 @@ from typing import TypeVar
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.decode_set import DecodeSet
 from ranklet.replicas.engine.kv_space import next_page
-from ranklet.replicas.engine.sequence import Sequence
+from ranklet.replicas.engine.sequence import Flow, Sequence
 
 Key = TypeVar("Key")
 
@@ -28,8 +28,8 @@ class Holders:
         self.decoding: dict[Sequence, None] = {}
         self.paused = set[Sequence]()
         self.adapters: Counter[AdapterRef] = Counter()
-        self.flows: Counter[str] = Counter()
-        self.decoding_flows: Counter[str] = Counter()
+        self.flows: Counter[Flow] = Counter()
+        self.decoding_flows: Counter[Flow] = Counter()
         self._decode_set: DecodeSet | None = None  # None after a change
 
     def __len__(self) -> int:

@@ -86,12 +86,12 @@ class InFlightStep:
         waits = []
         for part in self.plan.parts:
             sequence = part.sequence
-            flow = sequence.flow
-            tokens[flow] = tokens.get(flow, 0) + part.tokens
+            adapter = sequence.flow.adapter
+            tokens[adapter] = tokens.get(adapter, 0) + part.tokens
             if sequence.passes <= 1 and part.head is not None:
-                sequences[flow] = sequences.get(flow, 0) + 1
+                sequences[adapter] = sequences.get(adapter, 0) + 1
                 waits.append(max(0.0, began_s - sequence.arrived_s))
-        generated = Counter([sequence.flow for sequence, _ in self._pieces])
+        generated = Counter([sequence.flow.adapter for sequence, _ in self._pieces])
         return BatchRecord(sequences, tokens, self.launched.backend, waits, compute_s, dict(generated), room)
 
 

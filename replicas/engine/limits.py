@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ranklet.replicas.engine.fair_queue import FairQueue
 from ranklet.replicas.engine.fair_share import fair_share
-from ranklet.replicas.engine.sequence import Sequence
+from ranklet.replicas.engine.sequence import Flow, Sequence
 from ranklet.replicas.errors import InvalidRequest, Saturated
 
 _MEASURED = 1 / 60  # of the longest wait, for which the rate of the queue must have been measured
@@ -106,20 +106,19 @@ class RequestLimits:
         self.check_token_ids(f"input[{index}]", prompt, "input")
 
 
-def check_space(queue: FairQueue, max_tokens: int, flow: str, tokens: int) -> None:
-    """Raise Saturated if a request does not fit into the queue, or exceeds its adapter's share of the queue.
+def check_space(queue: FairQueue, max_tokens: int, flow: Flow, tokens: int) -> None:
+    """Raise Saturated if a request does not fit into the queue, or exceeds its flow's share of the queue.
 
-    An empty queue accepts any request. An adapter without waiting tokens cannot exceed its share.
+    An empty queue accepts any request. A flow without waiting tokens cannot exceed its share.
     """
     waiting, own = queue.tokens, queue.tokens_of(flow)
     if waiting and waiting + tokens > max_tokens:
         raise Saturated(f"this replica has {waiting} tokens waiting, its limit is {max_tokens}; try again later")
     share = fair_share(max_tokens, waiting - own)
     if own and own + tokens > share:
-        owner = f"adapter {flow!r}" if flow else "the base model"
         raise Saturated(
-            f"{own} tokens of {owner} wait on this replica. It may hold {share} of the limit of {max_tokens} now; "
-            "the rest is kept for other adapters. Try again later"
+            f"{own} tokens of {flow} wait on this replica. It may hold {share} of the limit of {max_tokens} now; "
+            "the rest is kept for others. Try again later"
         )
 
 

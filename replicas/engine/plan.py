@@ -66,8 +66,8 @@ class StepPlan:
         tokens: number of tokens of the step.
         uses_pages: whether the step reads or writes keys and values in pages.
         has_whole: whether it has prompts that cannot be divided. They run in steps without pages.
-        cost: of the step; None if no adapter floods while others have requests.
-        leaves_flood: whether flooding adapters were left out, so that the others' step is short.
+        cost: of the step; None if no flow floods while others have requests.
+        leaves_flood: whether flooding flows were left out, so that the others' step is short.
     """
 
     decode_set: DecodeSet = _NO_DECODES

@@ -77,6 +77,7 @@ class Request:
 
     Args:
         given: int32 [length] for each sequence: output that it has already. Empty if no sequence has any.
+        key_name: name of the API key; "" without one.
 
     Attributes:
         tier: where the adapter was when the request arrived: gpu, host or disk; None for the base model.
@@ -84,7 +85,7 @@ class Request:
 
     def __init__(
         self, task: Task, prompts: Many[NDArray[np.int32]], adapter: AdapterRef | None, sink: Sink, *,
-        arrived_s: float = 0.0, given: Many[NDArray[np.int32]] = (),
+        arrived_s: float = 0.0, given: Many[NDArray[np.int32]] = (), key_name: str = "",
     ) -> None:  # fmt: skip
         self._task = task
         self._sink = sink
@@ -95,7 +96,7 @@ class Request:
         self._first_piece_s: float | None = None
         self.is_open = True
         self._lock = RLock()  # steps, loads and a stop end requests on threads of their own
-        flow = flow_of(adapter)
+        flow = flow_of(adapter, key_name)
         repeated = [ids for ids in prompts for _ in range(task.choices)]
         self._unfinished = len(repeated)
         self.sequences = [Sequence(ids, adapter, flow, arrived_s, self, i) for i, ids in enumerate(repeated)]

@@ -7,14 +7,14 @@ the sequence that started last gives its pages back, keeps its slot and waits at
 computed again.
 
 A sequence is passed over while its adapter is in no slot. A sequence whose adapter is in a slot, but that does not fit
-into a step, is passed over at most `PATIENCE` times; then no later sequence starts before it. Unless adapters flood:
+into a step, is passed over at most `PATIENCE` times; then no later sequence starts before it. Unless flows flood:
 
 - the first ready sequence of the queue is in the next step that has space for it;
 - a ready sequence that needs no pages is overtaken in at most `PATIENCE` steps;
 - decodes wait for at most one step in turn, apart from those with a grammar (`masks.py`) or of a flood;
 - a sequence that needs pages is not overtaken by one that needs pages;
 - the sequence that started first is never preempted, so that it ends;
-- on the CPU, a request within its adapter's allowance that comes while one other adapter floods is in the next step;
+- on the CPU, a request within its flow's allowance that comes while one other flow floods is in the next step;
 - with S slots, the first S distinct adapters of the queue are loaded and kept.
 """
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,22 @@ PATIENCE = 4
 _MORE = 256  # tokens by which a full buffer grows at least
 
 
+class Flow(NamedTuple):
+    """Owner of a share of the engine: what one API key sends to one adapter.
+
+    Attributes:
+        adapter: name of the adapter; "" for the base model.
+        key_name: name of the key; "" without keys.
+    """
+
+    adapter: str = ""
+    key_name: str = ""
+
+    def __str__(self) -> str:
+        adapter = f"adapter {self.adapter!r}" if self.adapter else "the base model"
+        return f"{adapter} with key {self.key_name!r}" if self.key_name else adapter
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A token sequence and its progress.
@@ -28,7 +44,7 @@ class Sequence:
         buffer: int32: holds `ids`, and has space for more.
         given: number of last tokens of `buffer` that are output, made before the request came.
         length: number of tokens of the prompt and of the outputs that have reached the host.
-        flow: the adapter's name, which owns a share of the queue; "" for the base model.
+        flow: owner of the share of the engine that it uses.
         index: position among the sequences of the request.
         prompt: number of leading tokens that the client sent.
         need: the work that is left; set when the sequence starts, and when it starts again after a preemption.
@@ -56,12 +72,12 @@ class Sequence:
         cached_tokens: number of prompt tokens that were found in the prefix cache when it first started.
         turn: sort key in the queue.
         lead: virtual time from this sequence's own turn to its request's, which the key has.
-        beyond: whether its request exceeded its adapter's allowance when it arrived.
+        beyond: whether its request exceeded its flow's allowance when it arrived.
     """
 
     buffer: NDArray[np.int32]
     adapter: AdapterRef | None
-    flow: str
+    flow: Flow
     arrived_s: float
     request: "Request"
     index: int = 0
@@ -134,8 +150,8 @@ class Sequence:
         self.epoch += 1
 
 
-def flow_of(adapter: AdapterRef | None) -> str:
-    return adapter.name if adapter else ""
+def flow_of(adapter: AdapterRef | None, key_name: str = "") -> Flow:
+    return Flow(adapter.name if adapter else "", key_name)
 
 
 def count_requests(sequences: Iterable[Sequence]) -> int:

@@ -15,10 +15,10 @@ class StepSizes(NamedTuple):
     Attributes:
         enough: size above which steps are not faster per token. A step without decodes is closed there, unless more
             tokens wait than fit into the largest step.
-        beside: size up to which flooding adapters fill a step while other adapters have requests.
+        beside: size up to which flooding flows fill a step while others have requests.
         longest: size at which every step is closed.
-        apart: whether flooding adapters stay out of the steps of others, though not out of two steps in turn.
-        allowance: tokens that an adapter may have waiting before it floods; None for those of the largest step.
+        apart: whether flooding flows stay out of the steps of others, though not out of two steps in turn.
+        allowance: tokens that a flow may have waiting before it floods; None for those of the largest step.
     """
 
     enough: int | None = None

@@ -138,7 +138,7 @@ class EngineProcess(EngineApi):
 
     def submit(
         self, prompts: Sequence[NDArray[np.int32]], adapter: AdapterRef | None, params: Params, sink: Sink,
-        feed: FeedKey | None = None, *, given: Sequence[NDArray[np.int32]] = (),
+        feed: FeedKey | None = None, *, given: Sequence[NDArray[np.int32]] = (), key_name: str = "",
     ) -> RemoteTicket:  # fmt: skip
         """Send a request to the engine; see `Engine.submit`.
 
@@ -149,7 +149,8 @@ class EngineProcess(EngineApi):
         number = next(self._numbers)
         if feed is None and not isinstance(sink, AnswerSink):
             feed = FeedKey(_THIS_PROCESS, number)
-        self._send(number, "submit", (list(prompts), adapter, params, list(given), feed), _Waiting(sink, adapter))
+        arguments = (list(prompts), adapter, params, list(given), feed, key_name)
+        self._send(number, "submit", arguments, _Waiting(sink, adapter))
 
         def cancel() -> None:
             with self._lock:

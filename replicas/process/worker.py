@@ -150,11 +150,11 @@ class Worker:
 
     def _submit(
         self, number: int, prompts: list[NDArray[np.int32]], adapter: AdapterRef | None, params: Params,
-        given: list[NDArray[np.int32]], feed: FeedKey | None,
+        given: list[NDArray[np.int32]], feed: FeedKey | None, key_name: str,
     ) -> None:  # fmt: skip
         sent = {index: len(tokens) for index, tokens in enumerate(given)}
         sink = _ReplySink(number, self._outbox, self._forget, self._pieces, feed, sent)
-        ticket = self._engine.submit(prompts, adapter, params, sink, given=given)
+        ticket = self._engine.submit(prompts, adapter, params, sink, given=given, key_name=key_name)
         if ticket.is_open:
             self._tickets[number] = ticket
             if not ticket.is_open:  # answered since the first check, perhaps before it was in `_tickets`

@@ -42,6 +42,11 @@ FAIR: dict[str, tuple[str, Column]] = {
     "flood": ("flood", TEXT), "tokens": ("tokens", TEXT), "batch_tokens": ("tokens of a batch", COUNT),
     "p50_ms": ("p50 ms", COUNT), "p99_ms": ("p99 ms", COUNT), "p99_ratio": ("p99, times without flood", RATIO),
 }  # fmt: skip
+FAIR_TEXTS: dict[str, tuple[str, Column]] = {
+    "share": ("the 17 are", TEXT), "steady": ("steady", TEXT), "flood": ("flood", TEXT),
+    "wait_p99_ms": ("first token or vector p99 ms", COUNT), "wait ratio": ("p99, times without flood", RATIO),
+    "gap_p99_ms": ("gap p99 ms", MS), "gap p99 ratio": ("gap p99, times without flood", RATIO),
+}  # fmt: skip
 COMPARED: dict[str, tuple[str, Column]] = {
     "benchmark": ("benchmark", TEXT), "work": ("work", TEXT), "measured": ("measured", TEXT),
     "runs before": ("runs before", TEXT), "runs after": ("runs after", TEXT),

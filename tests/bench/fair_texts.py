@@ -1,7 +1,9 @@
 """Texts and embeddings of steady adapters while one other adapter is flooded, on a simulated device.
 
+Or of steady API keys of one adapter, while another key floods it: both share an engine in the same way.
+
 The scheduler and the queue are those of an engine; a step takes the time that `StepCost` says, scaled to an H200. The
-steady adapters get single requests at Poisson times, together at a share of the capacity, which is measured first. The
+steady ones get single requests at Poisson times, together at a share of the capacity, which is measured first. The
 flood keeps requests waiting, of long answers or of embeddings. So the numbers show what the order and the mix of steps
 do, and nothing of the host.
 """
@@ -31,6 +33,7 @@ from tests.replicas.engine.simulated_device import LAST, TEXT
 from tests.replicas.engine.simulation import Simulation
 
 _OTHERS = 16
+_SHARES = ("adapters", "keys")
 _FLOOD_DEPTH = 4  # requests of the flood, for each text that the engine runs at once
 _PAGES = 12_000
 _STEP_S, _STEP_TEXTS, _STEP_CONTEXT = 4.3e-3, 256, 288  # a step of an H200 in decode-step-h200.json
@@ -88,10 +91,12 @@ class Run:
 
     Args:
         unit_s: seconds of a unit of `costs`.
+        share: whether flows differ by their adapter or by their key.
     """
 
-    def __init__(self, costs: StepCost, rows: int, unit_s: float) -> None:
+    def __init__(self, costs: StepCost, rows: int, unit_s: float, share: str = "adapters") -> None:
         self.costs, self.rows, self._unit_s = costs, rows, unit_s
+        self._by_key = share == "keys"
         self.refs = [AdapterRef(f"a{index}", f"/{index}", f"a{index}-1") for index in range(_OTHERS + 1)]
         self.engine = Simulation(
             pages=_PAGES, rows=rows, slots=len(self.refs), max_tokens=8192, max_adapters=len(self.refs),
@@ -111,14 +116,15 @@ class Run:
     def at(self, due_s: float, call: Callable[[], None]) -> None:
         heapq.heappush(self._due, (due_s, next(self._number), call))
 
-    def send(self, kind: Kind, ref: AdapterRef, done: Callable[[Timed], None], due_s: float | None = None) -> None:
+    def send(self, kind: Kind, flow: int, done: Callable[[Timed], None], due_s: float | None = None) -> None:
+        ref, key_name = (self.refs[0], f"key{flow}") if self._by_key else (self.refs[flow], "")
         timed = Timed(self.now_s if due_s is None else due_s)
         prompt = [1] * kind.prompt
         if kind.outputs:
             outputs = self._draw.randint(kind.outputs // 2, kind.outputs * 3 // 2)
-            asked = self.engine.generate([prompt], ref, max_tokens=outputs)
+            asked = self.engine.generate([prompt], ref, max_tokens=outputs, key_name=key_name)
         else:
-            asked = self.engine.embed([prompt], ref)
+            asked = self.engine.embed([prompt], ref, key_name=key_name)
         self.engine.asked.clear()
         last_s = 0.0
 
@@ -172,10 +178,10 @@ def _flood(run: Run, kind: Kind | None) -> list[Timed]:
 
     def again(timed: Timed) -> None:
         ended.append(timed)
-        run.send(kind, run.refs[0], again)
+        run.send(kind, 0, again)
 
     for _ in range(_FLOOD_DEPTH * run.rows):
-        run.send(kind, run.refs[0], again)
+        run.send(kind, 0, again)
     return ended
 
 
@@ -186,7 +192,7 @@ def capacity(make: Callable[[], Run], kind: Kind, seconds: float) -> float:
     def again(timed: Timed | None = None) -> None:
         if timed is not None:
             ended.append(timed)
-        run.send(kind, run.refs[1 + next(number) % _OTHERS], again)
+        run.send(kind, 1 + next(number) % _OTHERS, again)
 
     for _ in range(2 * run.rows):
         again()
@@ -195,12 +201,11 @@ def capacity(make: Callable[[], Run], kind: Kind, seconds: float) -> float:
 
 
 def steady(run: Run, kind: Kind, rate: float, seconds: float) -> list[Timed]:
-    """Send `rate` requests per second to the steady adapters. Returns those due after the first third."""
+    """Send `rate` requests per second of the steady flows. Returns those due after the first third."""
     draw, ended = random.Random(0), list[Timed]()
     sent, due_s = 0, 0.0
     while due_s < seconds:
-        ref = draw.choice(run.refs[1:])
-        run.at(due_s, partial(run.send, kind, ref, ended.append, due_s))
+        run.at(due_s, partial(run.send, kind, draw.randint(1, _OTHERS), ended.append, due_s))
         due_s += draw.expovariate(rate)
         sent += 1
     run.until(seconds)
@@ -209,12 +214,12 @@ def steady(run: Run, kind: Kind, rate: float, seconds: float) -> list[Timed]:
     return [each for each in ended if each.due_s > seconds / 3]
 
 
-def measure(steady_name: str, rows: int, load: float, seconds: float) -> list[dict[str, Any]]:
+def measure(share: str, steady_name: str, rows: int, load: float, seconds: float) -> list[dict[str, Any]]:
     costs = StepCost.of(QWEN3_06B)
     unit_s = _STEP_S / costs.decodes(_STEP_TEXTS, _STEP_TEXTS * _STEP_CONTEXT)
 
     def make() -> Run:
-        return Run(costs, rows, unit_s)
+        return Run(costs, rows, unit_s, share)
 
     kind = STEADY[steady_name]
     most = capacity(make, kind, seconds / 2)
@@ -227,7 +232,7 @@ def measure(steady_name: str, rows: int, load: float, seconds: float) -> list[di
         gaps = [1e3 * gap for each in others for gap in each.gaps]
         late = [each for each in flooded if each.end_s > seconds / 3]
         made.append({
-            "steady": steady_name, "load": load, "rows": rows, "flood": name, "capacity_per_s": most,
+            "share": share, "steady": steady_name, "load": load, "rows": rows, "flood": name, "capacity_per_s": most,
             "requests": len(others), "flood_per_s": len(late) / (seconds * 2 / 3),
             "preemptions": run.engine.scheduler.preemptions,
             **_points("wait", waits), **_points("gap", gaps),
@@ -246,12 +251,18 @@ def _points(name: str, values: Sequence[float]) -> dict[str, float | None]:
 
 def main() -> None:
     parser = report.parser(__doc__, "fair-texts-simulated")
+    parser.add_argument("--share", nargs="+", default=list(_SHARES), choices=_SHARES, help="what flows differ by")
     parser.add_argument("--steady", nargs="+", default=list(STEADY), choices=STEADY)
     parser.add_argument("--rows", type=int, default=256, help="texts that run at once")
     parser.add_argument("--load", type=float, default=0.8, help="steady traffic's share of the capacity")
     parser.add_argument("--seconds", type=float, default=20.0, help="simulated length of each measurement")
     options = parser.parse_args()
-    rows = [row for name in options.steady for row in measure(name, options.rows, options.load, options.seconds)]
+    rows = [
+        row
+        for share in options.share
+        for name in options.steady
+        for row in measure(share, name, options.rows, options.load, options.seconds)
+    ]
     report.save(options.name, rows, options.out)
 
 

@@ -57,7 +57,8 @@ FAIR_TEXTS_NOTE = (
     "The scheduler and the queue of an engine on a simulated device, with the shapes of 0.6B and 256 texts at once: a "
     "step takes the time that the engine's estimate of its cost says, scaled to a measured step of an H200. Steady "
     "requests are prompts of 512 tokens, texts have 64 to 192 tokens, those of the flood 512 to 1,536. A flood of long "
-    "answers once took all rows, and texts of others waited for seconds."
+    "answers once took all rows, and texts of others waited for seconds. The 17 are adapters, "
+    "or API keys of one adapter."
 )
 
 CONVERSATIONS_NOTE = (

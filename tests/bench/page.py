@@ -15,6 +15,7 @@ from tests.bench.columns import (
     COUNT,
     EXACT_PERCENT,
     FAIR,
+    FAIR_TEXTS,
     FIDELITY,
     FINE_MS,
     GENERATED,
@@ -221,10 +222,8 @@ TABLES = (
     ResultTable("A flood on one of 17 adapters, 512 tokens", "fair-h200-512", FAIR),
     ResultTable("A flood on one of 17 adapters, on two CPU cores", "fair-cpu", FAIR),
     ResultTable(
-        "A flood beside texts or embeddings of 16 adapters at 80 % of the capacity, simulated", "fair-texts-simulated",
-        {"steady": ("steady", TEXT), "flood": ("flood", TEXT), "wait_p99_ms": ("first token or vector p99 ms", COUNT),
-         "wait ratio": ("p99, times without flood", RATIO), "gap_p99_ms": ("gap p99 ms", MS),
-         "gap p99 ratio": ("gap p99, times without flood", RATIO)}, note=FAIR_TEXTS_NOTE,
+        "A flood beside texts or embeddings of 16 others at 80 % of the capacity, simulated", "fair-texts-simulated",
+        FAIR_TEXTS, note=FAIR_TEXTS_NOTE,
     ),
     ResultTable(
         "Clients written for OpenAI's API", "clients-cpu",

@@ -35,7 +35,7 @@ def prompts(model_dir: Path, texts: Sequence[str]) -> list[NDArray[np.int32]]:
 
 def submit(
     engine: Engine | EngineProcess, asked: Sequence[NDArray[np.int32]], adapter: AdapterRef | None = None,
-    dimensions: int | None = None, **params: Any,
+    dimensions: int | None = None, *, key_name: str = "", **params: Any,
 ) -> Future[Answer]:  # fmt: skip
     """Queue a request, with fields of `EmbedParams`. A second call of `done` raises and fails the test."""
     future: Future[Answer] = Future()
@@ -46,7 +46,7 @@ def submit(
         else:
             future.set_result(result)
 
-    engine.submit(asked, adapter, EmbedParams(dimensions, **params), AnswerSink(done))
+    engine.submit(asked, adapter, EmbedParams(dimensions, **params), AnswerSink(done), key_name=key_name)
     return future
 
 

@@ -224,22 +224,27 @@ def test_a_bucket_holds_one_minute_of_tokens_at_most() -> None:
     assert bucket.level_at(30) == 200
 
 
-def test_one_model_cannot_use_the_whole_limit() -> None:
+@pytest.mark.parametrize("others", [[("other", ""), ("third", "")], [("flood", "b"), ("flood", "c")]])
+def test_neither_a_model_nor_a_key_can_use_the_whole_limit(others: list[tuple[str, str]]) -> None:
     counts: list[int] = []
     admission = Admission(10, counts.append)
 
-    def enter(model: str) -> None:
+    def enter(model: str, key_name: str) -> None:
         stack.enter_context(admission.admit())
-        stack.enter_context(admission.admit_model(model))
+        stack.enter_context(admission.admit_model(model, key_name))
 
     with ExitStack() as stack:
         for _ in range(8):
-            enter("flood")
-        with pytest.raises(Saturated, match="flood"), admission.admit(), admission.admit_model("flood"):
+            enter("flood", "a")
+        with (
+            pytest.raises(Saturated, match="'flood' with key 'a'"),
+            admission.admit(),
+            admission.admit_model("flood", "a"),
+        ):
             pass
         assert admission.in_flight == 8
-        enter("other")
-        enter("third")
+        for other in others:
+            enter(*other)
         with pytest.raises(Saturated, match="10"), admission.admit():
             pass
     assert admission.in_flight == counts[-1] == 0

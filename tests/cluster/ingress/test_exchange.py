@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,15 @@ async def test_an_answer_is_charged_and_a_failed_call_is_not(tmp_path: Path) -> 
     assert (await parts.post(BASE, WORDS, key="team")).status_code == 200
     assert (await parts.post(BASE, WORDS, key="team")).status_code == 429
     assert parts.admission.in_flight == 0
+
+
+async def test_replicas_learn_the_name_of_the_key_and_not_the_key(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, keys={"team": (("*",), None)})
+    assert (await parts.post(BASE, WORDS, key="team")).status_code == 200
+    (call,) = parts.handle.calls
+    assert call.key_name == "team"
+    assert parts.secrets["team"].encode() not in pickle.dumps(call)
+    assert parts.secrets["team"].removeprefix("rk-").encode() not in pickle.dumps(call)
 
 
 async def test_a_cancelled_call_gives_back_its_admission_and_its_quota(tmp_path: Path) -> None:

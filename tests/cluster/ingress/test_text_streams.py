@@ -143,11 +143,13 @@ async def test_an_error_after_the_first_token_is_an_event(make_parts: MakeParts)
 
 
 async def test_a_client_that_leaves_cancels_and_pays_for_what_was_made(make_parts: MakeParts) -> None:
-    parts = make_parts(DescribingReplica(endless), keys={"team": (("*",), 1000)})
+    replica = DescribingReplica(endless)
+    parts = make_parts(replica, keys={"team": (("*",), 1000)})
     call = AsgiCall(parts.app, COMPLETIONS, FIELDS, key=parts.secrets["team"])
     running = asyncio.ensure_future(call.run())
     await until(lambda: len(call.sent) > 1)
     assert used(parts) == 1
+    assert [each.key_name for each in replica.calls] == ["team"]
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running

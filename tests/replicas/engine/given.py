@@ -46,9 +46,10 @@ class OnePassTask:
 
 
 def make_sequence(
-    tokens: int, adapter: AdapterRef | None = None, *, solo: bool = False, cancelled: bool = False
+    tokens: int, adapter: AdapterRef | None = None, key_name: str = "", *, solo: bool = False, cancelled: bool = False
 ) -> Sequence:
-    request = Request(OnePassTask(), [np.zeros(tokens, np.int32)], adapter, AnswerSink(lambda result: None))
+    prompts, sink = [np.zeros(tokens, np.int32)], AnswerSink(lambda result: None)
+    request = Request(OnePassTask(), prompts, adapter, sink, key_name=key_name)
     (sequence,) = request.sequences
     sequence.solo, sequence.cancelled = solo, cancelled
     return sequence

@@ -118,7 +118,7 @@ class Simulation:
 
     def generate(
         self, prompts: list[list[int]], adapter: AdapterRef | None = None, *, max_tokens: int, n: int = 1,
-        salt: str = "", has_grammar: bool = False, max_wait_s: float | None = None,
+        salt: str = "", has_grammar: bool = False, max_wait_s: float | None = None, key_name: str = "",
     ) -> Asked:  # fmt: skip
         """Submit texts. Those with a grammar, which allows all tokens here, wait for a mask before each token."""
         asked = Asked(prompts, adapter, GenerateParams(max_tokens=max_tokens, n=n, temperature=0.0))
@@ -126,18 +126,21 @@ class Simulation:
         root = PrefixRoot("base", revision, salt, "float32") if self._shares_prefixes else None
         params = cast(GenerateParams, asked.params)
         task = GenerateTask(params, len(prompts), cast(TextHead, TEXT), (END,), 0, root)
-        return self._submit(asked, task, has_grammar=has_grammar, max_wait_s=max_wait_s)
+        return self._submit(asked, task, key_name, has_grammar=has_grammar, max_wait_s=max_wait_s)
 
     def embed(
-        self, prompts: list[list[int]], adapter: AdapterRef | None = None, *, head: SimulatedHead = LAST
-    ) -> Asked:
+        self, prompts: list[list[int]], adapter: AdapterRef | None = None, *, head: SimulatedHead = LAST,
+        key_name: str = "",
+    ) -> Asked:  # fmt: skip
         params = EmbedParams()
         task = EmbedTask(params, len(prompts), self.limits, cast(Head, head), normalize=False)
-        return self._submit(Asked(prompts, adapter, params), task)
+        return self._submit(Asked(prompts, adapter, params), task, key_name)
 
-    def _submit(self, asked: Asked, task: Task, *, has_grammar: bool = False, max_wait_s: float | None = None) -> Asked:
+    def _submit(
+        self, asked: Asked, task: Task, key_name: str, *, has_grammar: bool = False, max_wait_s: float | None = None
+    ) -> Asked:
         prompts = [np.array(prompt, np.int32) for prompt in asked.prompts]
-        asked.request = Request(task, prompts, asked.adapter, asked)
+        asked.request = Request(task, prompts, asked.adapter, asked, key_name=key_name)
         for sequence in asked.request.sequences if has_grammar else ():
             sequence.grammar = cast(TextGrammar, _AnyText())
         check_wait(self.scheduler.queue, max_wait_s, asked.request.sequences, self.now_s)

@@ -9,7 +9,7 @@ from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.fair_queue import FairQueue
 from ranklet.replicas.engine.limits import check_wait
 from ranklet.replicas.engine.plan import Part
-from ranklet.replicas.engine.sequence import Sequence
+from ranklet.replicas.engine.sequence import Sequence, flow_of
 from ranklet.replicas.errors import Saturated
 from tests.bench.fair_texts import TimedDevice
 from tests.replicas.asking import PATIENCE_S, ask, submit, until
@@ -75,7 +75,7 @@ def test_a_flood_is_no_reason_to_refuse_another_adapter(tokens: int) -> None:
         site.ask(10, FLOOD, limit_s)
     assert 10 <= refused.value.retry_after_s <= 60
     with pytest.raises(Saturated) as refused:
-        site.ask(10, FLOOD, max_wait_s=site.queue.tokens_of(FLOOD.name) / STEP)
+        site.ask(10, FLOOD, max_wait_s=site.queue.tokens_of(flow_of(FLOOD)) / STEP)
     assert 1 <= refused.value.retry_after_s <= 10, "until it would wait for less than the limit"
 
 

@@ -46,6 +46,26 @@ def test_a_full_queue_refuses_requests_until_it_drains(make_engine: MakeEngine, 
     assert ask(engine, tokens[:1]).result.shape == (1, 128)
 
 
+def test_a_key_that_floods_leaves_the_queue_to_others_of_the_same_adapter(
+    make_engine: MakeEngine, tokens: Prompts, adapter_specs: list[AdapterSpec]
+) -> None:
+    records = RecordingListener()
+    engine, adapter, prompt = (
+        make_engine(listener=records, max_waiting_tokens=1000),
+        ref(adapter_specs[0].path),
+        tokens[:1],
+    )
+    flood: list[Future[Answer]] = []
+    with pytest.raises(Saturated, match=f"tokens of adapter '{adapter.name}' with key 'flood' wait"):  # noqa: PT012
+        while True:
+            flood.append(submit(engine, prompt, adapter, key_name="flood"))
+    late = submit(engine, prompt, adapter, key_name="late")
+    engine.start()
+    for each in (late, *flood):
+        each.result(PATIENCE_S)
+    until(lambda: sum(record.prompts_by_adapter.get(adapter.name, 0) for record in records.batches) == len(flood) + 1)
+
+
 def test_a_cancelled_request_never_reaches_the_device(make_engine: MakeEngine, tokens: Prompts) -> None:
     records = RecordingListener()
     engine = make_engine(listener=records)

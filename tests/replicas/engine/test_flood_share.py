@@ -6,6 +6,7 @@ import pytest
 
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.flood_share import brief_texts
+from ranklet.replicas.engine.sequence import flow_of
 from ranklet.replicas.engine.step_cost import StepCost
 from tests.bench.fair_texts import TimedDevice
 from tests.replicas.engine.simulation import Asked, Simulation
@@ -60,11 +61,13 @@ def test_most_of_the_rate_needs_fewer_texts() -> None:
     assert brief_texts(StepCost(), ROWS, 0.0) == 0, "steps of more texts are not faster"
 
 
-@pytest.mark.parametrize("requests", [40, 3000])
-def test_a_text_gets_a_row_that_a_flood_holds_soon_however_much_waits(requests: int) -> None:
+@pytest.mark.parametrize(("requests", "other", "key_name"), [(40, OTHER, ""), (3000, OTHER, ""), (40, FLOOD, "other")])
+def test_a_text_gets_a_row_that_a_flood_holds_soon_however_much_waits(
+    requests: int, other: AdapterRef, key_name: str
+) -> None:
     running = flooded(requests=requests)
-    assert running.scheduler.holders.flows == {FLOOD.name: ROWS}
-    asked = running.generate([PROMPT], OTHER, max_tokens=5)
+    assert running.scheduler.holders.flows == {flow_of(FLOOD): ROWS}
+    asked = running.generate([PROMPT], other, max_tokens=5, key_name=key_name)
     assert steps_until_first_token(running, asked) <= 5
     assert running.scheduler.preemptions == 1, "one row is enough"
 
@@ -79,14 +82,14 @@ def test_a_text_gets_pages_that_a_flood_holds_soon() -> None:
 def test_a_flood_starts_no_text_beyond_its_part_while_another_adapter_has_some() -> None:
     running = flooded(requests=100)
     for _ in range(400):
-        if running.scheduler.holders.flows[OTHER.name] + running.scheduler.queue.tokens_of(OTHER.name) == 0:
+        if running.scheduler.holders.flows[flow_of(OTHER)] + running.scheduler.queue.tokens_of(flow_of(OTHER)) == 0:
             running.generate([[*PROMPT, len(running.asked) % 30]], OTHER, max_tokens=20)
-        before = running.scheduler.holders.flows[FLOOD.name]
+        before = running.scheduler.holders.flows[flow_of(FLOOD)]
         go_on(running)
-        assert running.scheduler.holders.flows[FLOOD.name] <= max(before, BRIEF)
-        if running.scheduler.queue.tokens_of(FLOOD.name) < 250:
+        assert running.scheduler.holders.flows[flow_of(FLOOD)] <= max(before, BRIEF)
+        if running.scheduler.queue.tokens_of(flow_of(FLOOD)) < 250:
             break
-    assert running.scheduler.holders.flows[FLOOD.name] >= 1, "it goes on"
+    assert running.scheduler.holders.flows[flow_of(FLOOD)] >= 1, "it goes on"
 
 
 def test_decodes_of_a_flood_wait_for_embeddings_of_others_but_go_on() -> None:

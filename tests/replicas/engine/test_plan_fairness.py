@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.plan import StepPlan
-from ranklet.replicas.engine.sequence import Sequence
+from ranklet.replicas.engine.sequence import Sequence, flow_of
 from ranklet.replicas.engine.step_cost import LEAST_PIECE, StepCost
 from ranklet.replicas.engine.step_sizes import StepSizes
 from tests.replicas.engine.given import given_costs
@@ -222,7 +222,7 @@ def test_a_long_prompt_beside_other_prompts_gets_its_share_of_the_cost() -> None
     running.generate([[1] * 2900], TWO, max_tokens=1)
     spent: dict[AdapterRef | None, float] = dict.fromkeys(REFS, 0.0)
     for _ in range(149):
-        if not running.scheduler.queue.tokens_of(ONE.name):
+        if not running.scheduler.queue.tokens_of(flow_of(ONE)):
             running.embed([[1] * 10] * 190, ONE)
         plan = running.step()
         assert plan is not None

@@ -59,7 +59,9 @@ class PlanStates(RuleBasedStateMachine):
         self, asked: list[list[int]], name: str | None, most: int, n: int, salt: str, *, has_grammar: bool
     ) -> None:
         adapter = self.adapter(name)
-        self.simulation.generate(asked, adapter, max_tokens=most, n=n, salt=salt, has_grammar=has_grammar)
+        self.simulation.generate(
+            asked, adapter, max_tokens=most, n=n, salt=salt, has_grammar=has_grammar, key_name=salt
+        )
 
     @rule(asked=prompts, name=st.none() | st.sampled_from(NAMES), head=st.sampled_from((LAST, MEAN)))
     def embed(self, asked: list[int], name: str | None, head: object) -> None:

@@ -63,7 +63,8 @@ def test_answers_equal_those_of_an_engine_in_this_process(
     remote: EngineProcess, engine: Engine, adapter_specs: list[AdapterSpec]
 ) -> None:
     for adapter in (None, ref(adapter_specs[0].path)):
-        ours, theirs = submit(remote, PROMPTS, adapter).result(PATIENCE_S), ask(engine, PROMPTS, adapter)
+        ours = submit(remote, PROMPTS, adapter, key_name="team").result(PATIENCE_S)
+        theirs = ask(engine, PROMPTS, adapter)
         np.testing.assert_allclose(ours.result, theirs.result, atol=1e-5)
         assert (ours.prompt_tokens, ours.backend) == (theirs.prompt_tokens, theirs.backend)
     assert ours.compute_s > 0
