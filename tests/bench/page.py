@@ -257,6 +257,9 @@ TABLES = (
         "The same conversations, 24 replicas and 240 adapters, simulated", "simulate-text-stress", TEXT_RULES_BY_CASE
     ),
     ResultTable(
+        "The same with late reports, and without loads in answers, simulated", "simulate-text-late", TEXT_RULES_BY_CASE
+    ),
+    ResultTable(
         "LoRA on the projections, rank 64", "kernels-h200",
         {"what": ("adapters x rows", TEXT), "measured": ("added by LoRA ms", FINE_MS), "base": ("base ms", FINE_MS)},
         lambda row: row["unit"] != "ms",
