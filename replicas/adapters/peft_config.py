@@ -24,7 +24,8 @@ from ranklet.replicas.regular_file import TooLargeError, read_regular
 # These fields shape training or describe the file; a forward pass does not depend on them.
 _HARMLESS = {
     "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout", "megatron_core",
-    "loftq_config", "eva_config", "qalora_group_size", "runtime_config",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size",
+    "runtime_config",
 }  # fmt: skip
 _APPLIED = {
     "peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
