@@ -11,7 +11,8 @@ import pytest
 from ranklet.cluster.autoscaling import BUSY, FIRST_TOKEN_S, KV_USED, WAIT_S, by_work, wanted_replicas
 from ranklet.cluster.command.local_cluster import LocalCluster
 from tests.cluster import load
-from tests.cluster.service import Service, eventually, local_configuration, serving
+from tests.cluster.service import BASE, Service, eventually, local_configuration, serving
+from tests.cluster.stream_load import StreamLoad, stream_requests
 
 PUSH_S = {
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
@@ -59,7 +60,9 @@ def test_the_policy_follows_pages_and_first_tokens_of_texts(further: dict[str, l
 @pytest.mark.usefixtures("runs_ray")
 def test_replicas_start_under_load_and_stop_without_it(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
     content = local_configuration(model_dir, adapters_dir)
+    content["applications"][0]["args"]["engine"]["kv_cache_bytes"] = 16 << 20
     replica = content["applications"][0]["deployments"][1]
+    replica["graceful_shutdown_timeout_s"] = 0.5  # texts that take longer go on in the other replica
     del replica["num_replicas"]
     replica["autoscaling_config"] = {
         "min_replicas": 1, "max_replicas": 2, "upscale_delay_s": 1, "downscale_delay_s": 3, "look_back_period_s": 2,
@@ -68,10 +71,13 @@ def test_replicas_start_under_load_and_stop_without_it(model_dir: Path, adapters
     cluster = LocalCluster(http_port=0, report=print, environment=PUSH_S)
     with serving(content, tmp_path, cluster) as service:
         assert len(service.processes("Replica")) == 1
-        seen = load.run_under_load(service, lambda: _more(service))
-        assert (seen["wrong"], seen["refused"]) == (0, 0)
-        assert seen["right"] > 20
-        eventually("one replica again", lambda: len(service.processes("Replica")) == 1)
+        streams = StreamLoad(service.url, stream_requests((BASE, "legal-v2"), 4, 200))
+        with streams.running(4):
+            seen = load.run_under_load(service, lambda: _more(service))
+            assert (seen["wrong"], seen["refused"]) == (0, 0)
+            assert seen["right"] > 20
+            eventually("one replica again", lambda: len(service.processes("Replica")) == 1)
+        assert set(streams.verdicts) == {"right"}, (streams.verdicts, streams.errors)
         assert service.embed("legal-v2", "still here").shape == (1, 128)
 
 
