@@ -1,7 +1,8 @@
 """Grammars that enforce calls of tools."""
 
-from collections.abc import Callable
-from typing import Final
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 from ranklet.cluster.ingress.tool_fields import OfferedTools
 from ranklet.cluster.text.answer import AnswerParts
@@ -12,6 +13,10 @@ from ranklet.replicas.grammar.grammar import Grammar
 
 SpecialId = Callable[[str], int | None]  # the id of a text that is a special token
 _FIELD: Final = "tools"
+# Keywords beside which `additionalProperties` would mean something else, or which say it already.
+_OTHERS: Final = frozenset(
+    {"additionalProperties", "patternProperties", "unevaluatedProperties", "minProperties", "$ref", "anyOf", "oneOf"}
+)
 
 
 def with_calls(
@@ -28,16 +33,44 @@ def with_calls(
     otherwise = None if constraint is None or offered.must_call else constraint.grammar
     if not offered.must_call and otherwise is None and not any(tool.is_strict for tool in offered.callable):
         return constraint
-    schemas = {
-        tool.name: tool.schema if offered.must_call or tool.is_strict else JSON_OBJECT for tool in offered.callable
-    }
     form = _call_form(tool_format, special_id, is_single=offered.most_calls == 1)
     other = None if otherwise is None else {"kind": otherwise.kind, "text": otherwise.text}
     try:
+        schemas = {
+            tool.name: closed_schema(tool.schema) if offered.must_call or tool.is_strict else JSON_OBJECT
+            for tool in offered.callable
+        }
         text = calls_text(form, schemas, must_call=offered.must_call, otherwise=other)
     except RecursionError:
         raise refusal(_FIELD, "expected schemas that are nested less deeply") from None
     return Constraint(_FIELD, Grammar("calls", text))
+
+
+def closed_schema(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a schema of arguments without properties that it does not name, unless it says that there may be others.
+
+    A function takes no others, and small models go on and on with them.
+    """
+    return schema if "allOf" in json.dumps(schema) else _closed(schema)
+
+
+def _closed(schema: Any) -> Any:
+    if not isinstance(schema, Mapping):
+        return schema
+    found = dict(schema)
+    for key in ("properties", "$defs", "definitions"):
+        if isinstance(inner := found.get(key), Mapping):
+            found[key] = {name: _closed(each) for name, each in inner.items()}
+    for key in ("anyOf", "prefixItems"):
+        if isinstance(listed := found.get(key), list):
+            found[key] = [_closed(each) for each in listed]
+    if "items" in found:
+        found["items"] = _closed(found["items"])
+    named, required = found.get("properties"), found.get("required", [])
+    is_whole = isinstance(named, Mapping) and isinstance(required, list) and all(name in named for name in required)
+    if is_whole and not found.keys() & _OTHERS:
+        found["additionalProperties"] = False
+    return found
 
 
 def lead_of(parts: AnswerParts, special_id: SpecialId) -> Lead | None:

@@ -9,6 +9,7 @@ import pytest
 
 from ranklet.cluster.config import TextConfig
 from ranklet.cluster.ingress.tool_fields import MAX_TOOLS
+from ranklet.cluster.ingress.tool_grammar import closed_schema
 from ranklet.replicas.grammar.grammar import NOT_INSTALLED
 from tests.cluster.ingress.tool_parts import (
     ADD,
@@ -210,6 +211,34 @@ async def test_a_call_is_enforced(make_parts: WritingGateway, choice: Any) -> No
     assert list(spec["schemas"]) == (["add", "now"] if choice == "required" else ["add"])
     assert spec["schemas"]["add"] == SCHEMA
     assert (spec["form"]["between"] is None) == (choice == NAMED)
+
+
+@pytest.mark.parametrize(
+    ("schema", "closed"),
+    [
+        ({"properties": {}}, {"properties": {}, "additionalProperties": False}),
+        ({"type": "object"}, {"type": "object"}),
+        ({"properties": {}, "required": ["a"]}, {"properties": {}, "required": ["a"]}),
+        (
+            {"properties": {"a": {}}, "additionalProperties": True},
+            {"properties": {"a": {}}, "additionalProperties": True},
+        ),
+        (
+            {"properties": {"a": {"anyOf": [{"$ref": "#/$defs/A"}]}}, "$defs": {"A": {"items": {"properties": {}}}}},
+            {
+                "properties": {"a": {"anyOf": [{"$ref": "#/$defs/A"}]}},
+                "$defs": {"A": {"items": {"properties": {}, "additionalProperties": False}}},
+                "additionalProperties": False,
+            },
+        ),
+        (
+            {"properties": {}, "allOf": [{"properties": {"b": {}}}]},
+            {"properties": {}, "allOf": [{"properties": {"b": {}}}]},
+        ),
+    ],
+)
+def test_arguments_have_no_other_names_than_the_schemas(schema: dict[str, Any], closed: dict[str, Any]) -> None:
+    assert closed_schema(schema) == closed
 
 
 async def test_a_strict_tool_is_enforced_where_it_is_called(make_parts: WritingGateway) -> None:
