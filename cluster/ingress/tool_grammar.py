@@ -67,7 +67,11 @@ def _closed(schema: Any) -> Any:
     if "items" in found:
         found["items"] = _closed(found["items"])
     named, required = found.get("properties"), found.get("required", [])
-    is_whole = isinstance(named, Mapping) and isinstance(required, list) and all(name in named for name in required)
+    is_whole = (
+        isinstance(named, Mapping)
+        and isinstance(required, list)
+        and all(isinstance(name, str) and name in named for name in required)
+    )
     if is_whole and not found.keys() & _OTHERS:
         found["additionalProperties"] = False
     return found
