@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ranklet.cluster.access.admission import Admission
@@ -56,8 +56,9 @@ async def passes(gateway: Quotas, tokens: int, model: str = "legal", of: ApiKey 
         return False
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 900), st.booleans())
+@settings(max_examples=16, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 900), st.booleans())
+@example(gateways=8, tokens=100, is_down=False)
 def test_the_tokens_that_pass_match_the_quota(gateways: int, tokens: int, is_down: bool) -> None:
     """All gateways get far more requests than the quota permits, for three minutes."""
 
