@@ -116,13 +116,13 @@ class Scheduler:
                 if beyond > _LOOKAHEAD:
                     break
             elif adapter is None or ready[adapter] or sequence.holds_slot:
-                budget.most_text = limits.most_text(sequence)
-                budget.most_cost = share.prompts(sequence)
+                budget.limit(limits.most_text(sequence), share.prompts(sequence))
                 part = self._part(sequence, plan, adapters, room, budget)
                 if part is None:
-                    plan.passed.append(sequence)
-                    blocked = blocked or (sequence.passed_over >= PATIENCE and not sequence.need.keeps_cache)
-                    full = budget.is_spent
+                    if not budget.is_limited:  # else its flow floods, and the rest of the step is of others
+                        plan.passed.append(sequence)
+                        blocked = blocked or (sequence.passed_over >= PATIENCE and not sequence.need.keeps_cache)
+                        full = budget.is_spent
                     continue
                 plan.add(part)
                 budget.take(part.tokens, part.start, is_text=sequence.need.keeps_cache)

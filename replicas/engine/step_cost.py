@@ -89,6 +89,7 @@ class PromptBudget:
         decodes: number of decodes in the step.
         taken: tokens of prompts in the step.
         is_spent: whether no useful piece fits any more.
+        is_limited: whether the last prompt did not fit because of `most_cost` only.
     """
 
     costs: StepCost
@@ -100,6 +101,11 @@ class PromptBudget:
     decodes: int = 0
     taken: int = 0
     is_spent: bool = False
+    is_limited: bool = False
+
+    def limit(self, most_text: int | None, most_cost: float | None) -> None:
+        """Set the limits of the next prompt."""
+        self.most_text, self.most_cost, self.is_limited = most_text, most_cost, False
 
     def fit(self, left: int, start: int, *, is_text: bool) -> int:
         """Return how many of the last `left` tokens of a prompt, behind `start` others, fit; 0 if too few.
@@ -120,7 +126,8 @@ class PromptBudget:
             return tokens
         if not self.taken:
             return min(most, LEAST_PIECE)
-        self.is_spent = is_cut or cost < inf
+        self.is_limited = cost < self.cost
+        self.is_spent = is_cut or (cost < inf and not self.is_limited)
         return 0
 
     def _rounded(self, tokens: int) -> int:

@@ -31,7 +31,7 @@ def flooded(*, pages: int = 400, requests: int = 40) -> Simulation:
     running.device = cast(Any, TimedDevice(2))  # ends no text early
     for number in range(requests):
         running.generate([[*PROMPT, number % 30 + 1]], FLOOD, max_tokens=200)
-    for _ in range(8):
+    for _ in range(8 if requests else 0):
         go_on(running)
     return running
 
@@ -104,6 +104,22 @@ def test_decodes_of_a_flood_wait_for_embeddings_of_others_but_go_on() -> None:
     assert 0 in decodes
     assert sum(each > 0 for each in decodes) >= 5
     running.run(20_000)
+
+
+def test_a_flood_of_embeddings_that_has_its_part_of_a_step_does_not_close_it_to_texts() -> None:
+    running = flooded(requests=0)
+    running.generate([PROMPT], OTHER, max_tokens=200)
+    for _ in range(4):
+        go_on(running)
+    for _ in range(40):
+        running.embed([PROMPT], FLOOD)
+    asked = running.generate([PROMPT], OTHER, max_tokens=5)
+    plan = running.step()
+    assert plan is not None
+    served = [part.sequence for part in plan.parts]
+    assert asked.request.sequences[0] in served
+    assert 1 <= sum(each.flow == flow_of(FLOOD) for each in served) <= 4, "its part"
+    running.run(1000)
 
 
 def test_a_flood_alone_keeps_all_rows() -> None:
