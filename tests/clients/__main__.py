@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -28,6 +29,7 @@ from tests.cluster.service import serving
 from tests.demo.models import ROOT, DemoModel, smollm_model
 
 NUMBERS = ("passed", "failed", "not applicable", "seconds")
+TEMPLATE = Path(__file__).with_name("chat_template.jinja")  # writes tools, which SmolLM2's own does not
 _CHECKS_S = 600.0
 _VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_BASE")  # clients read either
 
@@ -62,9 +64,21 @@ def main() -> int:
 def run(console: Console, clients: list[Client], model: DemoModel, unusable: dict[str, str]) -> list[Outcome]:
     """Start a server and run the checks of the clients whose environments are usable, one client after the other."""
     content = model.configuration()
-    content["applications"][0]["args"]["engine"]["max_model_len"] = 2048  # the checks send longer prompts too
+    arguments = content["applications"][0]["args"]
+    arguments["engine"]["max_model_len"] = 2048  # the checks send longer prompts too
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as with_tools:
+        for file in model.model_dir.iterdir():
+            (Path(with_tools) / file.name).symlink_to(TEMPLATE if file.name == TEMPLATE.name else file)
+        arguments["base"]["model_dir"] = with_tools
+        return _check_all(console, clients, model, unusable, content, Path(folder))
+
+
+def _check_all(
+    console: Console, clients: list[Client], model: DemoModel, unusable: dict[str, str], content: dict[str, Any],
+    folder: Path,
+) -> list[Outcome]:  # fmt: skip
     outcomes = []
-    with tempfile.TemporaryDirectory() as folder, serving(content, Path(folder)) as service:
+    with serving(content, folder) as service:
         for client in clients:
             if client.name in unusable:
                 outcomes.append(Outcome(client.name, version(client), error=unusable[client.name]))

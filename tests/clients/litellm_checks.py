@@ -81,15 +81,20 @@ def test_a_value_out_of_range_is_a_bad_request() -> None:
         chat(top_p=2)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        pytest.param(
-            {"tools": [{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]}, id="tools"
-        ),
-    ],
-)
-def test_refused_by_name(fields: dict[str, Any]) -> None:
-    (name,) = fields
-    with pytest.raises(litellm.exceptions.BadRequestError, match=f"{name}: this field is not supported"):
-        chat(**fields)
+TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_a_required_tool_is_called() -> None:
+    answer = chat(tools=[TOOL], tool_choice="required", parallel_tool_calls=False)
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert [call.function.name for call in answer.choices[0].message.tool_calls] == ["now"]
+    chunks = list(chat(tools=[TOOL], tool_choice="required", parallel_tool_calls=False, stream=True))
+    built: Any = litellm.stream_chunk_builder(chunks)
+    assert [call.function.arguments for call in built.choices[0].message.tool_calls] == [
+        call.function.arguments for call in answer.choices[0].message.tool_calls
+    ]
+
+
+def test_refused_by_name() -> None:
+    with pytest.raises(litellm.exceptions.BadRequestError, match="ebnf: this field is not supported"):
+        chat(ebnf='root ::= "a"')

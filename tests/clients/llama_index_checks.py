@@ -8,8 +8,10 @@ import pytest
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.chat_engine import SimpleChatEngine
 from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
+from pydantic import BaseModel, Field
 
 BASE = "SmolLM2-135M-Instruct"
 MODELS = [BASE, "french", "json", "pirate", "ticket"]
@@ -91,11 +93,29 @@ def test_errors_keep_their_kind() -> None:
         llm().chat([ChatMessage(role=MessageRole.USER, content="a word " * 4000)])
 
 
-@pytest.mark.parametrize("asked", ["tool_choice"])
-def test_refused_by_name(asked: str) -> None:
-    def now() -> str:
-        return "noon"
+class Add(BaseModel):
+    """Adds two numbers."""
 
-    model = llm(is_function_calling_model=True)
-    with pytest.raises(openai.BadRequestError, match=f"{asked}: this field is not supported"):
-        model.chat_with_tools([FunctionTool.from_defaults(now)], user_msg="What time is it?")
+    a: int = Field(ge=0, le=1000)
+    b: int = Field(ge=0, le=1000)
+
+
+def test_functions_are_called() -> None:
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    model = llm(is_function_calling_model=True, max_tokens=100)
+    tools = [FunctionTool.from_defaults(add, fn_schema=Add)]
+    answer = model.chat_with_tools(tools, user_msg="What is 1 + 2?", tool_required=True)
+    (call, *_) = model.get_tool_calls_from_response(answer)
+    assert call.tool_name == "add"
+    assert set(call.tool_kwargs) == {"a", "b"}
+    chosen = model.predict_and_call(tools, user_msg="What is 1 + 2?", tool_required=True)
+    assert int(chosen.response) == sum(chosen.sources[0].raw_input["kwargs"].values())
+    streamed = list(model.stream_chat_with_tools(tools, user_msg="What is 1 + 2?", tool_required=True))
+    assert model.get_tool_calls_from_response(streamed[-1])[0].tool_kwargs == call.tool_kwargs
+
+
+def test_structured_prediction_by_a_function() -> None:
+    model = llm(is_function_calling_model=True, max_tokens=100)
+    assert isinstance(model.structured_predict(Add, PromptTemplate("What is 1 + 2?"), {"tool_required": True}), Add)

@@ -124,7 +124,17 @@ test("a long prompt is a bad request, streamed or not", async () => {
 });
 
 const tools = [{ type: "function", function: { name: "now", parameters: { type: "object", properties: {} } } }];
-for (const [name, value] of Object.entries({ tools, ebnf: 'root ::= "a"' })) {
+test("a required tool is called, streamed or not", async () => {
+  const asked = { ...greedy(BASE), tools, tool_choice: "required", parallel_tool_calls: false, max_tokens: 100 };
+  const whole = (await client.chat.completions.create(asked)).choices[0];
+  assert.equal(whole.finish_reason, "tool_calls");
+  const streamed = await client.chat.completions.stream(asked).finalChatCompletion();
+  const functions = ({ message }) => message.tool_calls.map(({ function: { name, arguments: given } }) => [name, given]);
+  assert.deepEqual(functions(streamed.choices[0]), functions(whole));
+  assert.equal(functions(whole)[0][0], "now");
+});
+
+for (const [name, value] of Object.entries({ functions: [{ name: "now" }], ebnf: 'root ::= "a"' })) {
   test(`refused_by_name[${name}]`, async () => {
     await assert.rejects(client.chat.completions.create({ ...greedy(BASE), [name]: value }), (error) => {
       assert.ok(error instanceof OpenAI.BadRequestError);

@@ -10,6 +10,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 OWN_TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool | tojson }} <tool_call>\n{% endfor %}"
     "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )

@@ -1,6 +1,7 @@
 """Texts over HTTP from one engine on the CPU: streams, logprobs, templates, errors, and the official openai client."""
 
 import asyncio
+import json
 from typing import Any
 
 import numpy as np
@@ -238,6 +239,26 @@ def test_the_openai_client_parses_all_answers(service: Service) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model=BASE, messages=[{"role": "user", "content": "hi"}], max_tokens=5000)
     assert refused.value.code == "context_length_exceeded"
+
+
+def test_a_required_tool_is_called_as_its_schema_says(service: Service) -> None:
+    sizes = {"type": "object", "properties": {"size": {"enum": ["small", "large"]}}, "required": ["size"]}
+    tools: Any = [{"type": "function", "function": {"name": name, "parameters": sizes}} for name in ("cut", "sew")]
+    given: dict[str, Any] = {"model": OWN, "messages": MESSAGES, "tools": tools, "tool_choice": "required", "seed": 1}
+    given |= {"max_tokens": 250, "temperature": 1.0, "parallel_tool_calls": False}
+    client = service.openai()
+    answer: Any = client.chat.completions.create(**given)
+    (whole,) = answer.choices
+    assert whole.finish_reason == "tool_calls"
+    (call,) = whole.message.tool_calls
+    assert call.function.name in ("cut", "sew")
+    assert json.loads(call.function.arguments) in ({"size": "small"}, {"size": "large"})
+    with client.chat.completions.stream(**given) as stream:
+        built: Any = stream.get_final_completion()
+    (streamed,) = built.choices
+    (again,) = streamed.message.tool_calls
+    assert (again.function.name, again.function.arguments) == (call.function.name, call.function.arguments)
+    assert streamed.finish_reason == "tool_calls"
 
 
 def test_the_async_openai_client_reads_many_streams_at_once(service: Service) -> None:
