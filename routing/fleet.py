@@ -15,7 +15,7 @@ from ranklet.routing import rendezvous
 from ranklet.routing.in_flight import InFlight, Sent
 from ranklet.routing.placement import Placement
 from ranklet.routing.policy import REPLICA_SILENCE_LIMIT_S
-from ranklet.routing.report import Holdings, QueueLoad, limited_age_s
+from ranklet.routing.report import REPORT_INTERVAL_S, Holdings, QueueLoad, limited_age_s
 from ranklet.routing.text_loads import TextLoads
 from ranklet.routing.view import ReplicaView
 
@@ -183,7 +183,8 @@ class Fleet:
     def refresh(self, now_s: float) -> None:
         """Update what changes with time alone. Callers do this a few times a second."""
         ages_s = now_s - self._reported_s
-        self.texts.refresh(ages_s)
+        # A replica without news sends none for a second: until then, the last report still holds.
+        self.texts.refresh(self.report_age_s + np.maximum(ages_s - self.report_age_s - REPORT_INTERVAL_S, 0.0))
         self.news_age_s = max(self.report_age_s, float(ages_s.min()) if len(self) else 0.0)
 
     def mark_alive(self, replica: str, now_s: float) -> None:
