@@ -223,7 +223,7 @@ def test_a_lost_page_is_reported_to_the_parent(model_dir: Path, monkeypatch: pyt
     serving.start()
     monkeypatch.setattr(PagePool, "release", lambda self, pages: None)
     params = GenerateParams(max_tokens=2, ignore_eos=True)
-    calls = [("make", (text_config(model_dir),)), ("start", ()), ("submit", (draw(9), None, params, [], None, None))]
+    calls = [("make", (text_config(model_dir),)), ("start", ()), ("submit", (draw(9), None, params, [], None, ""))]
     ours.send([MethodCall(number, method, arguments) for number, (method, arguments) in enumerate(calls)])
     problems: list[str | None] = []
     while not problems or problems[-1] is None:
