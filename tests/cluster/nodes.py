@@ -40,10 +40,7 @@ class Node:
         raise AssertionError(f"no node joined in {_ATTEMPTS} attempts; last log:\n{log.read_text(errors='replace')}")
 
     def kill(self) -> None:
-        """Send SIGKILL to all processes of the node."""
-        for pid in list(process_tree(self.process.pid)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_tree(self.process.pid)
         self.process.wait()
 
 
@@ -56,6 +53,13 @@ def _node_command(address: str, engines: int) -> list[str]:
         f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
         f"--metrics-export-port={metrics}", f"--runtime-env-agent-port={runtime_env}",
     ]  # fmt: skip
+
+
+def kill_tree(pid: int) -> None:
+    """Send SIGKILL to a process and its descendants."""
+    for each in list(process_tree(pid)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
 
 
 def process_tree(pid: int) -> Iterator[int]:

@@ -17,7 +17,7 @@ from tests.assets.hanging import hanging
 from tests.cluster import load
 from tests.cluster.gcs import Gcs, redis_server
 from tests.cluster.load import LoadResult
-from tests.cluster.nodes import SEVERAL_NODES, Node, child_processes, command_line, process_tree
+from tests.cluster.nodes import SEVERAL_NODES, Node, child_processes, command_line, kill_tree, process_tree
 from tests.cluster.service import BASE, Service, eventually, own_configuration, serving, vectors_of
 from tests.cluster.stream_load import StreamLoad, stream_requests
 from tests.needs import is_installed, needs, require
@@ -274,3 +274,4 @@ def test_requests_are_answered_without_the_gcs(nodes: Nodes, streams: StreamLoad
         eventually("the deployed adapter is served", lambda: service.post("late", "text").status_code == 200, BACK_S)
     finally:
         gcs.close()
+        kill_tree(service.cluster.state.pid)  # it does not end by SIGTERM with a GCS that it has not started
