@@ -45,6 +45,7 @@ CLIENTS = (
     Client("langchain", "langchain-openai", HERE / "langchain_checks.py"),
     Client("litellm", "litellm", HERE / "litellm_checks.py"),
     Client("llama-index", "llama-index-llms-openai-like", HERE / "llama_index_checks.py"),
+    Client("instructor", "instructor", HERE / "instructor_checks.py"),
     Client("lm-eval", "lm_eval", HERE / "lm_eval_checks.py", borrows=True),
     Client("aiperf", "aiperf", HERE / "aiperf_checks.py"),
 )
