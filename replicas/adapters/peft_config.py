@@ -153,12 +153,13 @@ def _dotted_suffixes(name: str) -> Iterator[str]:
 
 
 def read_peft_config(path: Path, bases: Sequence[str]) -> Checked[PeftConfig | None]:
-    """Check an adapter's config. Returns None if it cannot be used at all.
+    """Read and check an adapter's `adapter_config.json`, see `read_fields` and `check_fields`."""
+    fields = yield from read_fields(path)
+    return None if fields is None else (yield from check_fields(fields, bases))
 
-    Args:
-        path: the `adapter_config.json`.
-        bases: names (fnmatch patterns) of the served base model.
-    """
+
+def read_fields(path: Path) -> Checked[dict[str, Any] | None]:
+    """Read the fields of a config. Returns None if it is no JSON object."""
     if not path.is_file():
         yield missing_config(path.parent)
         return None
@@ -177,6 +178,15 @@ def read_peft_config(path: Path, bases: Sequence[str]) -> Checked[PeftConfig | N
     if not isinstance(fields, dict):
         yield f"{path.name}: expected a JSON object, got {type(fields).__name__}"
         return None
+    return fields
+
+
+def check_fields(fields: dict[str, Any], bases: Sequence[str]) -> Checked[PeftConfig | None]:
+    """Check the fields of a config. Returns None if they cannot be used at all.
+
+    Args:
+        bases: names (fnmatch patterns) of the served base model.
+    """
     kind = fields.get("peft_type", _LORA)
     if kind != _LORA:  # the other fields and the weights are those of another method
         named = f", which is {_METHODS[kind]}" if isinstance(kind, str) and kind in _METHODS else ""

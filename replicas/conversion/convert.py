@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ranklet.replicas.adapters.findings import collect, show
-from ranklet.replicas.adapters.limits import MAX_CONFIG_BYTES
-from ranklet.replicas.adapters.nested import missing_config
-from ranklet.replicas.adapters.peft_config import read_peft_config
+from ranklet.replicas.adapters.findings import Checked, collect, show
+from ranklet.replicas.adapters.peft_config import check_fields, read_fields
 from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE
 from ranklet.replicas.adapters.tensor_names import full_names, parse_key
 from ranklet.replicas.conversion.initial_weights import (
@@ -29,8 +27,8 @@ from ranklet.replicas.conversion.initial_weights import (
 from ranklet.replicas.conversion.low_rank import METHODS, approximate
 from ranklet.replicas.conversion.stored_weights import ConversionError, read_weights
 from ranklet.replicas.conversion.tensor_keys import peft_names
-from ranklet.replicas.regular_file import read_regular
 
+T = TypeVar("T")
 _MAX_COPIED_BYTES = 64 << 20  # the largest tokenizers
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".distcp")
 
@@ -135,16 +133,7 @@ class Conversion:
 
 
 def _read_fields(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise ConversionError(missing_config(folder))
-    try:
-        fields = json.loads(read_regular(path, MAX_CONFIG_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{path}: expected JSON, got: {error}") from None
-    if not isinstance(fields, dict):
-        raise ConversionError(f"{path}: expected a JSON object, got {type(fields).__name__}")
-    return fields
+    return _checked(read_fields(folder / CONFIG_FILE))
 
 
 def _named_tensors(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -162,18 +151,19 @@ def _named_tensors(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 def _settings(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Scaling:
     """Check the config, and return each tensor's scaling."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / CONFIG_FILE
-        path.write_text(json.dumps({**fields, "init_lora_weights": True}), encoding="utf-8")
-        config, findings = collect(read_peft_config(path, ("*",)))
-    if findings or config is None:
-        raise ConversionError("; ".join(findings))
+    config = _checked(check_fields({**fields, "init_lora_weights": True}, ("*",)))
     modules = {name: key.module for name in tensors if (key := parse_key(name)) is not None}
     names = full_names(tensors.keys(), modules.values())
-    settings, findings = collect(config.apply(names.values()))
-    if findings or settings is None:
-        raise ConversionError("; ".join(findings))
+    settings = _checked(config.apply(names.values()))
     return lambda name: settings.scaling(names[modules[name]])
+
+
+def _checked(check: Checked[T | None]) -> T:
+    """Run a check. Raises ConversionError with all findings."""
+    value, findings = collect(check)
+    if findings or value is None:
+        raise ConversionError("; ".join(findings))
+    return value
 
 
 def _is_weights(file: Path) -> bool:

@@ -4,13 +4,12 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import peft
 
 from ranklet.replicas.adapters.findings import Checked, collect
-from ranklet.replicas.adapters.peft_config import read_peft_config
+from ranklet.replicas.adapters.peft_config import check_fields
 
 FILE = Path(__file__).parents[3] / "replicas" / "PEFT.md"
 _MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
@@ -92,15 +91,12 @@ FIELDS: dict[str, Followed | Unused | Refused] = {
 def message(name: str, value: Any) -> str:
     """Return what ranklet says of a config with this field; empty if it is accepted."""
 
-    def check(path: Path) -> Checked[None]:
-        config = yield from read_peft_config(path, (_BASE,))
+    def check() -> Checked[None]:
+        config = yield from check_fields({"target_modules": ["q_proj"], name: value}, (_BASE,))
         if config is not None:
             yield from config.apply(_MODULES)
 
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "adapter_config.json"
-        path.write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"], name: value}))
-        return "; ".join(collect(check(path))[1])
+    return "; ".join(collect(check())[1])
 
 
 def table() -> str:
