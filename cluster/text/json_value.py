@@ -1,4 +1,4 @@
-"""Reads a JSON value that arrives in pieces, and tells at once where it stops being JSON."""
+"""Reads a JSON value piece by piece, and finds the first character that is not JSON."""
 
 import re
 from typing import Final

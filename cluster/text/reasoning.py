@@ -1,4 +1,4 @@
-"""Tells the reasoning of a model, which thinks between tags before it answers, from its answer."""
+"""Splits a text into the reasoning between its tags and the answer behind them."""
 
 import re
 from dataclasses import dataclass

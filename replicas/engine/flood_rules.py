@@ -7,8 +7,8 @@ from ranklet.replicas.engine.plan import StepPlan
 from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.engine.step_sizes import StepSizes
 
-# After a step with a flow within its allowance, more requests of such flows are expected in so many steps. Steps
-# apart are of the CPU, where one that is not cut costs a request more than cut ones cost the flood.
+# After a step with a flow within its allowance, such flows are expected to send more within this number of steps. The
+# second number is for steps apart, on the CPU: there, a long step costs others more than short steps cost the flood.
 _REMEMBERED_STEPS, _REMEMBERED_APART = 8, 64
 _COSTED_STEPS = 1000  # steps that a flood's texts last, so that a lull in between starts few of them
 

@@ -33,7 +33,7 @@ class CallForm:
         after: after the arguments.
         between: between calls; None for one call only.
         last: after all calls.
-        is_tagged: whether a tag tells a call from other text.
+        is_tagged: whether a tag precedes each call.
     """
 
     first: tuple[Tag, ...] = ()
