@@ -43,8 +43,8 @@ class TextLoads:
             self.known = True
             self.work[i], self.free_tokens[i], self.freed_per_s[i] = load.text_work, load.free_tokens, load.freed_per_s
             self.least_free_tokens = min(self.least_free_tokens, load.free_tokens)
-            self._told_s[i] = told_s = load.texts * load.text_work / work_per_s
-            self.running_s[i] = self._mean_s + (told_s - self._mean_s) * max(1.0 - age_s / _LIFETIME_S, 0.0)
+            self._told_s[i] = load.texts * load.text_work / work_per_s
+            self._fade(i, age_s)
 
     def refresh(self, age_s: Vector) -> None:
         """Update what changes with time alone, a few times a second.
@@ -54,5 +54,9 @@ class TextLoads:
         """
         if self.known:
             self._mean_s = float(self._told_s.mean())
-            self.running_s = self._mean_s + (self._told_s - self._mean_s) * np.clip(1.0 - age_s / _LIFETIME_S, 0.0, 1.0)
+            self._fade(slice(None), age_s)
             self.least_free_tokens = float(self.free_tokens.min())
+
+    def _fade(self, which: int | slice, age_s: float | Vector) -> None:
+        left = np.maximum(1.0 - age_s / _LIFETIME_S, 0.0)
+        self.running_s[which] = self._mean_s + (self._told_s[which] - self._mean_s) * left
