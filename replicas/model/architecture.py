@@ -13,7 +13,7 @@ from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.git_lfs import pointer_problem
 from ranklet.replicas.model.modules import EMBED_TOKENS, LINEAR_MODULES, LM_HEAD
 
-_FAMILIES = ("Qwen3", "Qwen2", "Llama", "Mistral")
+_FAMILIES = ("Qwen3", "Qwen2", "Llama", "Mistral", "SmolLM3")
 _ARCHITECTURES = tuple(f"{family}{head}" for family in _FAMILIES for head in ("Model", "ForCausalLM"))
 # Rotary variants whose frequencies do not depend on the prompt's length.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -21,9 +21,11 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True)
 class Architecture:
-    """The dimensions of a decoder of the Qwen3, Qwen2, Llama or Mistral family.
+    """The dimensions of a decoder of one of the supported families.
 
     Attributes:
+        windows: by layer, how many tokens a token attends to, itself included; None for no limit.
+        unrotated: layers whose queries and keys have no rotary position embedding.
         matryoshka: widths below `hidden` to which embeddings may be shortened; None for any.
     """
 
@@ -37,9 +39,10 @@ class Architecture:
     vocab: int
     eps: float
     qk_norm: bool
-    windows: tuple[int | None, ...]  # by layer: tokens that a token attends to, itself included; None for no limit
+    windows: tuple[int | None, ...]
     max_position: int
     matryoshka: tuple[int, ...] | None = None
+    unrotated: tuple[int, ...] = ()
 
     def module_dims(self) -> dict[str, tuple[int, int]]:
         """Return (input width, output width) of each linear module of a layer."""
@@ -70,7 +73,7 @@ def read_config(model_dir: Path) -> Any:
         raise ModelError(f"{model_dir}: {problem}")
     try:
         return AutoConfig.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ModelError(f"{model_dir / 'config.json'}: cannot be read as a transformers config: {error}") from error
 
 
@@ -96,6 +99,7 @@ def read_architecture(config: Any) -> Architecture:
         windows=_windows(config),
         max_position=config.max_position_embeddings,
         matryoshka=_matryoshka(config),
+        unrotated=_unrotated(config),
     )
 
 
@@ -130,9 +134,22 @@ def _matryoshka(config: Any) -> tuple[int, ...] | None:
 def _windows(config: Any) -> tuple[int | None, ...]:
     window: int | None = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
+    if window is not None and window >= config.max_position_embeddings:
+        window = None  # no prompt is longer
     if kinds is None:  # Mistral has one window for all layers, Llama has none
         return (window,) * int(config.num_hidden_layers)
+    other = set(kinds) - {"sliding_attention", "full_attention"}
+    if other:
+        raise ModelError(f"layer_types: expected full_attention and sliding_attention, got {', '.join(sorted(other))}")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _unrotated(config: Any) -> tuple[int, ...]:
+    """Read SmolLM3's field, which despite its name is 1 for layers with rotary position embeddings."""
+    rotated, layers = getattr(config, "no_rope_layers", None) or (), int(config.num_hidden_layers)
+    if rotated and len(rotated) < layers:
+        raise ModelError(f"no_rope_layers: expected a number for each of {layers} layers, got {len(rotated)}")
+    return tuple(layer for layer, rotates in enumerate(rotated[:layers]) if not rotates)
 
 
 def _rope_type(config: Any) -> str:
@@ -149,3 +166,15 @@ def rotary_tables(config: Any, architecture: Architecture, length: int, device: 
         frequencies, factor = ROPE_INIT_FUNCTIONS[_rope_type(config)](config, torch.device("cpu"))
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies.float())
     return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
+
+
+def layer_tables(
+    config: Any, architecture: Architecture, length: int, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """Return each layer's cosines and sines. Kernels rotate by angles of 0 where a layer rotates nothing."""
+    cos, sin = rotary_tables(config, architecture, length, device)
+    still = (torch.ones_like(cos), torch.zeros_like(sin)) if architecture.unrotated else None
+    return [
+        still if still is not None and layer in architecture.unrotated else (cos, sin)
+        for layer in range(architecture.layers)
+    ]

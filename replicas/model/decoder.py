@@ -21,7 +21,7 @@ from ranklet.kernels.packs import PACKS
 from ranklet.kernels.paged_attention import LayerPages
 from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
-from ranklet.replicas.model.architecture import Architecture, rotary_tables
+from ranklet.replicas.model.architecture import Architecture, layer_tables
 from ranklet.replicas.model.attention import AttentionBatch, Spans, attend, last_rows
 from ranklet.replicas.model.checkpoint import Checkpoint
 from ranklet.replicas.model.lm_head import read_lm_head
@@ -84,10 +84,11 @@ class Layer:
     gate_up: Projection
     down: Projection
     window: int | None
+    tables: tuple[Tensor, Tensor]  # cosines and sines by position, as in `Rotary`
 
 
 class Decoder:
-    """A Qwen3, Qwen2, Llama or Mistral decoder.
+    """A decoder of one of the supported families.
 
     Attributes:
         lm_head: the language-model head, which `forward` does not compute.
@@ -103,11 +104,11 @@ class Decoder:
         with Checkpoint(model_dir, device, dtype) as checkpoint:
             padded = checkpoint.read_padded(f"{EMBED_TOKENS}.weight", (architecture.vocab, architecture.hidden))
             self.embedding = padded[: architecture.vocab]
-            self.layers = [_read_layer(checkpoint, architecture, i) for i in range(architecture.layers)]
+            tables = layer_tables(config, architecture, max_len, device)
+            self.layers = [_read_layer(checkpoint, architecture, i, each) for i, each in enumerate(tables)]
             self.norm = checkpoint.read("norm.weight", (architecture.hidden,))
             self.lm_head = read_lm_head(checkpoint, config, architecture, self.embedding, padded)
             checkpoint.check_all_read()
-        self._cos, self._sin = rotary_tables(config, architecture, max_len, device)
 
     def forward(
         self, batch: DeviceBatch, stacks: Sequence[Stacks], embedding: EmbeddingStack | None,
@@ -158,7 +159,7 @@ class Decoder:
 
     def rotary(self, layer: Layer, positions: Tensor) -> Rotary:
         shape = self.architecture
-        return Rotary(layer.qk_norms, self._cos, self._sin, positions, shape.heads, shape.kv_heads, shape.eps)
+        return Rotary(layer.qk_norms, *layer.tables, positions, shape.heads, shape.kv_heads, shape.eps)
 
     def final_norm(self, rows: Tensor) -> Tensor:
         """Normalize the rows that a head reads: float32 [R, H] -> [R, H]."""
@@ -171,7 +172,7 @@ def _kv_write(spans: Spans | AttentionBatch, pages: LayerPages | None) -> KvWrit
     return KvWrite(spans.kv_slots, pages)
 
 
-def _read_layer(checkpoint: Checkpoint, shape: Architecture, index: int) -> Layer:
+def _read_layer(checkpoint: Checkpoint, shape: Architecture, index: int, tables: tuple[Tensor, Tensor]) -> Layer:
     prefix = f"layers.{index}."
 
     def packed(pack: str) -> Projection:
@@ -195,4 +196,5 @@ def _read_layer(checkpoint: Checkpoint, shape: Architecture, index: int) -> Laye
         gate_up=packed("gate_up"),
         down=packed("down"),
         window=shape.windows[index],
+        tables=tables,
     )

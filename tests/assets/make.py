@@ -10,7 +10,7 @@ from tests.assets.tokenizer import save_tokenizer
 if TYPE_CHECKING:
     from torch import nn
 
-Architecture = Literal["qwen3", "qwen2", "llama", "mistral"]
+Architecture = Literal["qwen3", "qwen2", "llama", "mistral", "smollm3"]
 Pooling = Literal["last", "mean", "cls"]
 
 LLAMA3_ROPE: dict[str, Any] = {
@@ -25,6 +25,8 @@ LEGACY_POOLING_KEYS = {
     "mean": "pooling_mode_mean_tokens",
     "cls": "pooling_mode_cls_token",
 }
+_LARGE_IDS = ("smollm3",)  # their default ids of special tokens are beyond a small vocabulary
+_NO_SPECIAL_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 PROMPTS = {
     "query": "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:",
     "document": "",
@@ -90,6 +92,7 @@ def make_model(
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, **(rope or {})},
         "rms_norm_eps": 1e-6,
         **({} if head_dim is None or architecture == "qwen2" else {"head_dim": head_dim}),
+        **(_NO_SPECIAL_IDS if architecture in _LARGE_IDS else {}),
         **(config or {}),
     }
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **shape), dtype=torch.float32)

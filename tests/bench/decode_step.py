@@ -49,17 +49,17 @@ class RandomDecoder(Decoder):
     def __init__(self, shape: Architecture, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
         self.architecture, self.device, self.dtype = shape, device, dtype
         self.embedding = self._draw(shape.vocab, shape.hidden)
-        self.layers = [self._layer() for _ in range(shape.layers)]
-        self.norm = self._draw(shape.hidden) + 1
         angles = torch.outer(
             torch.arange(8192, device=device), 1e6 ** -torch.linspace(0, 1, shape.head_dim // 2, device=device)
         )
-        self._cos, self._sin = angles.cos(), angles.sin()
+        tables = angles.cos(), angles.sin()
+        self.layers = [self._layer(tables) for _ in range(shape.layers)]
+        self.norm = self._draw(shape.hidden) + 1
 
     def _draw(self, *size: int) -> Tensor:
         return torch.randn(*size, device=self.device, dtype=self.dtype).mul_(size[-1] ** -0.5)
 
-    def _layer(self) -> Layer:
+    def _layer(self, tables: tuple[Tensor, Tensor]) -> Layer:
         shape, dims = self.architecture, self.architecture.module_dims()
 
         def packed(pack: str) -> Projection:
@@ -68,7 +68,7 @@ class RandomDecoder(Decoder):
         norms = (self._draw(shape.head_dim) + 1, self._draw(shape.head_dim) + 1) if shape.qk_norm else None
         return Layer(
             self._draw(shape.hidden) + 1, packed("qkv"), norms, packed("o"), self._draw(shape.hidden) + 1,
-            packed("gate_up"), packed("down"), None,
+            packed("gate_up"), packed("down"), None, tables,
         )  # fmt: skip
 
 

@@ -25,11 +25,12 @@ SHAPE: dict[str, Any] = {
 
 
 def config(kind: str, **fields: Any) -> Any:
-    head = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral"}[kind]
-    return AutoConfig.for_model(kind, **SHAPE, **{"architectures": [f"{head}ForCausalLM"], **fields})
+    head = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral", "smollm3": "SmolLM3"}[kind]
+    defaults: dict[str, Any] = {"architectures": [f"{head}ForCausalLM"], "pad_token_id": None}
+    return AutoConfig.for_model(kind, **SHAPE, **{**defaults, **fields})
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama", "mistral"])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama", "mistral", "smollm3"])
 @pytest.mark.parametrize("head_dim", [None, 32])
 def test_dimensions_equal_those_of_transformers_modules(kind: str, head_dim: int | None) -> None:
     model_config = config(kind, **({} if head_dim is None else {"head_dim": head_dim}))
@@ -49,6 +50,7 @@ def test_dimensions_equal_those_of_transformers_modules(kind: str, head_dim: int
     [
         ("mistral", {"sliding_window": 7}, (7, 7, 7)),
         ("mistral", {"sliding_window": None}, (None, None, None)),
+        ("mistral", {"sliding_window": 512}, (None, None, None)),  # no prompt is longer
         ("llama", {}, (None, None, None)),
         ("qwen2", {"sliding_window": 7}, (None, None, None)),  # given but not used
         ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, (None, 7, 7)),
@@ -68,9 +70,22 @@ def test_each_layer_has_its_window(kind: str, fields: dict[str, Any], windows: t
 
 
 @pytest.mark.parametrize(
+    ("fields", "layers"), [({"no_rope_layers": [1, 0, 0, 1]}, (1, 2)), ({"no_rope_layer_interval": 3}, (2,))]
+)
+def test_layers_without_rotary_embeddings(fields: dict[str, Any], layers: tuple[int, ...]) -> None:
+    assert read_architecture(config("smollm3", **fields)).unrotated == layers
+
+
+def test_too_few_no_rope_layers_are_refused() -> None:
+    with pytest.raises(ModelError, match="no_rope_layers: expected a number for each of 3 layers, got 1"):
+        read_architecture(config("smollm3", no_rope_layers=[1], layer_types=["full_attention"] * 3))
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"architectures": ["BertModel"]}, "BertModel"),
+        ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "Qwen3ForSequenceClassification"),
         ({"architectures": None}, "(none)"),

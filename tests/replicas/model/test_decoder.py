@@ -42,6 +42,19 @@ FOLDERS: dict[str, dict[str, Any]] = {
     "llama-linear-rope": {"architecture": "llama", "rope": {"rope_type": "linear", "factor": 4.0}},
     "mistral-window": {"architecture": "mistral", "config": {"sliding_window": 11}},
     "mistral-no-window": {"architecture": "mistral", "config": {"sliding_window": None}},
+    "qwen3-alternating-windows": {
+        "config": {
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        }
+    },
+    "smollm3-no-rotary-in-layer-1": {"architecture": "smollm3", "config": {"no_rope_layers": [1, 0, 1]}},
+    "smollm3-windows-where-no-rotary": {
+        "architecture": "smollm3",
+        "rope": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
+        "config": {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 9},
+    },
     "qwen3-untied-sharded": {"tied": False, "max_shard_size": "60KB"},
     "qwen3-bare-legacy": {"causal_lm": False, "legacy_config": True},
     "llama-legacy-rope-scaling": {"architecture": "llama", "rope": LLAMA3_ROPE, "legacy_config": True},
