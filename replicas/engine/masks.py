@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _COMPILING = 2  # threads
 _LEAD_S = 0.0015  # in which the next step must be launched before the running one ends
+_NEWEST = 0.1  # weight of the last masks in how long they usually take
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class Masks:
         self._ready: deque[TokenSequence] = deque()
         self._computing = 0
         self._step_s = self._free_s = 0.0
+        self._asked_s = 0.0  # when masks were asked for last
+        self._usual_s = 0.0  # from then until they are there
         self._changed = Condition()
         self._is_stopping = False
         self._compilers = ThreadPoolExecutor(_COMPILING, thread_name_prefix="ranklet-grammar")
@@ -99,6 +102,7 @@ class Masks:
             return
         for sequence in sequences:
             sequence.awaits_mask = True
+        self._asked_s = perf_counter()
         with self._changed:
             self._waiting.extend(sequences)
             self._changed.notify()
@@ -117,10 +121,14 @@ class Masks:
         self._step_s = device_s
 
     def patience_s(self) -> float:
-        """Return how long the next step may wait for masks while another runs, so that the device never waits."""
-        if not self._computing and not self._waiting:
+        """Return how long the next step may wait for masks while another runs, so that the device never waits.
+
+        It does not wait for masks that will hardly be there in time.
+        """
+        last_s = self._free_s - _LEAD_S
+        if not (self._computing or self._waiting) or self._asked_s + self._usual_s > last_s:
             return 0.0
-        return max(0.0, self._free_s - _LEAD_S - perf_counter())
+        return max(0.0, last_s - perf_counter())
 
     # The thread
 
@@ -134,7 +142,9 @@ class Masks:
                 sequences = list(self._waiting)
                 self._computing = len(sequences)
                 self._waiting.clear()
+                asked_s = self._asked_s
             self._compute(sequences)
+            self._usual_s += _NEWEST * (perf_counter() - asked_s - self._usual_s)
 
     def _compute(self, sequences: list[TokenSequence]) -> None:
         assert self._compiler is not None, "requests with a grammar come after `start`"

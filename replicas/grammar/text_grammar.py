@@ -36,6 +36,7 @@ class TextGrammar:
         self.problem: str | None = None
         self._vocab = vocab
         self._ends = _bits(end_ids, vocab)
+        self._others = ~self._ends
         self._stops = self._ends | _bits(stop_ids, vocab)
         self._only = None if allowed_ids is None else _bits(allowed_ids, vocab)
         self._min_tokens = min_tokens
@@ -45,6 +46,7 @@ class TextGrammar:
         """Let more ids end the text: those of its adapter."""
         more = _bits(end_ids, self._vocab)
         self._ends, self._stops = self._ends | more, self._stops | more
+        self._others = ~self._ends
         self._restrict()
 
     def take(self, mask: NDArray[np.int32], tokens: int) -> None:
@@ -57,7 +59,7 @@ class TextGrammar:
     def _restrict(self) -> None:
         if self.problem is not None:
             return
-        allowed = self._mask & ~self._ends
+        allowed = np.bitwise_and(self._mask, self._others)
         if self._only is not None:
             allowed &= self._only
         if self.matcher.is_accepting():
@@ -68,7 +70,7 @@ class TextGrammar:
         elif self.tokens < self._min_tokens and (rest := allowed & ~self._stops).any():
             allowed = rest
         self.allowed = allowed
-        if not allowed.any():
+        if not np.count_nonzero(allowed):  # faster than `any`
             self.problem = "allowed_token_ids allow no token with which the text could go on"
 
 

@@ -12,7 +12,8 @@ Weights and adapters are those of `tests.bench.generate`. Each work is measured 
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -62,7 +63,7 @@ def works(url: str, names: list[str], replicas: int, options: argparse.Namespace
         num_prompts=scale // 2, warmup=0, max_concurrency=8 * replicas, processes=2,
     )  # fmt: skip
     common = TextPlan(output_len=options.output // 4, ignore_eos=True, common_prompt_tokens=options.common)
-    shared = dataclasses.replace(texts, text=common, input_len=32, num_prompts=4 * scale, adapter_distribution="zipf:1")
+    shared = dataclasses.replace(texts, text=common, input_len=32, adapter_distribution="zipf:1")
     found = [
         TextsBeside("texts", texts),
         TextsBeside("texts and embeddings", texts, embeddings),
@@ -102,12 +103,20 @@ def measured(cluster: Served, work: TextsBeside, replicas: int, repeats: int) ->
         "embedding tokens_per_s": round(median(vectors)) if vectors else "",
         "first_p50_ms": median(each.ttft_p50_ms for each in numbers),
         "gap_p50_ms": median(each.gap_p50_ms for each in numbers),
-        "failed": sum(one.overall.requests - one.overall.answered for pair in found for one in pair if one),
+        "failed": failures(one for pair in found for one in pair if one),
         "least busy": min(busy), "busiest": max(busy), "found on the device": slot_hit_rate(grown),
     }  # fmt: skip
     common = work.texts.text.common_prompt_tokens if work.texts.text else 0
     row["of one cache"] = cached_share(numbers, texts, common) if common else ""
     return row
+
+
+def failures(results: Iterable[BenchResult]) -> str:
+    """Return how many requests failed, by error."""
+    errors = Counter[str]()
+    for result in results:
+        errors.update(result.overall.errors)
+    return ", ".join(f"{count} x {error}" for error, count in errors.items())
 
 
 def cached_share(numbers: Sequence[TextNumbers], texts: Sequence[BenchResult], common: int) -> float:
@@ -140,8 +149,9 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=128, help="number of adapters")
     parser.add_argument("--processes", type=int, default=4, help="processes of the load client")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each work; the median counts")
-    parser.add_argument("--texts", type=int, default=512, help="texts of a run for each replica")
-    parser.add_argument("--at-once", type=int, default=256, help="texts in flight for each replica")
+    parser.add_argument("--texts", type=int, default=1024, help="texts of a run for each replica")
+    parser.add_argument("--at-once", type=int, default=320, help="texts in flight for each replica")
+    parser.add_argument("--running", type=int, default=256, help="texts that a replica runs at once; others wait")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=256, help="tokens of a text")
     parser.add_argument("--common", type=int, default=2000, help="tokens of the common beginning")
@@ -152,7 +162,7 @@ def main() -> None:
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model = make_text_model(folder, options.shapes, options.adapters)
         save_full_tokenizer(model.folder, options.vocab)
-        engine = {"slots": SLOTS, "max_rank": RANK, "max_batch_requests": options.at_once}
+        engine = {"slots": SLOTS, "max_rank": RANK, "max_batch_requests": options.running}
         content = configuration(model.folder.parent, options.replicas, options.gateways, engine)
         cluster = stack.enter_context(running(model.folder.parent, content))
         report.save(options.name, list(rows_of(cluster, options)), options.out)

@@ -157,5 +157,7 @@ def test_ways_to_pool_are_computed_as_alone_in_replayed_steps(engine: Engine, fo
         with engine.paused():
             mixed = [submit(engine, prompts, adapter, **way) for prompts, adapter, way in asked]
         for future, theirs in zip(mixed, alone, strict=True):
-            np.testing.assert_allclose(future.result(PATIENCE_S).result, theirs, atol=2e-2, rtol=2e-2)
+            # A way to pool that is not the one asked for is at a distance of about 1.
+            distance = np.linalg.norm(future.result(PATIENCE_S).result - theirs, axis=1)
+            np.testing.assert_array_less(distance, 0.03 * np.linalg.norm(theirs, axis=1))
         assert all(len(sink.generation().choices[0].tokens) == 100 for sink in sinks)
