@@ -12,8 +12,8 @@ HEAD_MODULE: Module = (HEAD, LM_HEAD)
 # `base_model.model.` from PEFT, `model.` from causal-LM wrappers, `0.auto_model.` from sentence-transformers, or none.
 _PREFIX = r"(?P<prefix>(?:(?:base_model|model|auto_model|\d+)\.)*?)"
 _KEY = re.compile(
-    _PREFIX + r"(?:layers\.(?P<layer>\d+)\.(?:self_attn\.(?=[qkvo]_)|mlp\.(?=gate_|up_|down_)))?"
-    r"(?P<name>[a-z]+_proj|embed_tokens|lm_head)"
+    _PREFIX + r"(?:layers\.(?P<layer>\d+)\.(?:self_attn\.(?=[qkvo]_|qkv_)|mlp\.(?=gate_|up_|down_)))?"
+    r"(?P<name>(?:gate_)?[a-z]+_proj|embed_tokens|lm_head)"
     r"\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.weight)?"
 )
 # PEFT saves the base's own embedding and head beside an adapter that targets one of them, or whose vocabulary it takes

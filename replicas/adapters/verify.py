@@ -17,6 +17,7 @@ from ranklet.kernels.stack import padded_rank
 from ranklet.replicas.adapters.adapter import AdapterWeights, LoraWeight
 from ranklet.replicas.adapters.findings import Checked, collect, join, shorten
 from ranklet.replicas.adapters.folder_check import BaseFolder
+from ranklet.replicas.adapters.fused import divide, parts_of
 from ranklet.replicas.adapters.links import check_links
 from ranklet.replicas.adapters.magnitudes import check_magnitudes
 from ranklet.replicas.adapters.peft_config import LoraSettings, read_peft_config
@@ -88,7 +89,7 @@ class ExpectedModules:
 
     def every_module(self) -> list[Module]:
         """Return every module of the decoder that LoRA may target."""
-        linear = self.architecture.module_dims()
+        linear = self.architecture.stored_modules()
         return [EMBEDDING_MODULE, *((i, name) for i in range(self.architecture.layers) for name in linear)]
 
     def shapes(self, name: str, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -156,7 +157,7 @@ def _verify(
     notes += yield from check_magnitudes(adapter, names)
     if ties:
         adapter = yield from _tied(adapter, settings.scaling(names[HEAD_MODULE]))
-    return replace(adapter, end_ids=end_ids, notes=notes)
+    return replace(divide(adapter, expected.architecture), end_ids=end_ids, notes=notes)
 
 
 def _head_notes(pairs: Pairs, expected: ExpectedModules, *, ties: bool) -> tuple[str, ...]:
@@ -253,7 +254,7 @@ def _check_targets(
         yield f"{len(untargeted)} modules have tensors but target_modules leaves them out: {join(untargeted)}"
     if not pairs:
         yield f"target_modules: expected some of {', '.join(ALL_MODULES)}; no tensor belongs to one"
-    unserved = sorted({name for _, name in pairs} - {LM_HEAD, *expected.modules})
+    unserved = sorted(parts_of(name for _, name in pairs) - {LM_HEAD, *expected.modules})
     if unserved:
         yield f"{', '.join(unserved)}: this server keeps no slots for them; add them to engine.lora_modules"
     adapts_head = expected.head is not None and (ties or HEAD_MODULE in pairs)

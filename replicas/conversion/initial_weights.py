@@ -30,7 +30,7 @@ class BaseWeights:
     """The base's weights in float32, until the context ends."""
 
     def __init__(self, model_dir: Path) -> None:
-        self._dims = read_architecture(read_config(model_dir)).module_dims()
+        self._shape = read_architecture(read_config(model_dir))
         self._checkpoint = Checkpoint(model_dir, torch.device("cpu"), torch.float32)
 
     def __enter__(self) -> Self:
@@ -49,7 +49,7 @@ class BaseWeights:
             ModelError: the base has no such module.
         """
         layer, name = module
-        wide, out = self._dims[name]
+        wide, out = self._shape.dims(name)
         return self._checkpoint.read(f"layers.{layer}.{module_path(name)}.weight", (out, wide))
 
 

@@ -23,8 +23,13 @@ def request_limits(
         makes_text: whether the engine has pages.
 
     Raises:
-        ModelError: `max_model_len` is set to more than an engine without pages can compute in one step.
+        ModelError: `max_model_len` is set to more than the model, or an engine without pages in one step, can compute.
     """
+    if architecture.longrope and (config.max_model_len or 0) > architecture.max_position:
+        raise ModelError(
+            f"max_model_len: expected at most {architecture.max_position}, the original_max_position_embeddings of the "
+            f"model; longrope's factors for longer texts are not supported; got {config.max_model_len}"
+        )
     embedded = config.max_batch_tokens if not makes_text or pooling.mode != "last" else None
     if not makes_text and config.max_model_len is not None and config.max_model_len > config.max_batch_tokens:
         raise ModelError(

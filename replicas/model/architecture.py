@@ -6,17 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ranklet.kernels.packs import PACKS
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.git_lfs import pointer_problem
-from ranklet.replicas.model.modules import EMBED_TOKENS, LINEAR_MODULES, LM_HEAD
+from ranklet.replicas.model.modules import EMBED_TOKENS, FUSED_MODULES, LINEAR_MODULES, LM_HEAD
 
-_FAMILIES = ("Qwen3", "Qwen2", "Llama", "Mistral", "SmolLM3")
+_FAMILIES = ("Qwen3", "Qwen2", "Llama", "Mistral", "SmolLM3", "Phi3")
 _ARCHITECTURES = tuple(f"{family}{head}" for family in _FAMILIES for head in ("Model", "ForCausalLM"))
 # Rotary variants whose frequencies do not depend on the prompt's length.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_PHI3_ROPE_TYPES = ("default", "longrope")
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,11 @@ class Architecture:
 
     Attributes:
         windows: by layer, how many tokens a token attends to, itself included; None for no limit.
+        max_position: the longest text that the model computes.
         unrotated: layers whose queries and keys have no rotary position embedding.
+        rotated: how many columns of a query or key head are rotated; None for all.
+        fused: whether checkpoints and adapters have one module for q, k and v, and one for gate and up.
+        longrope: whether texts beyond `max_position` need other rotary frequencies, which are not supported.
         matryoshka: widths below `hidden` to which embeddings may be shortened; None for any.
     """
 
@@ -43,6 +50,9 @@ class Architecture:
     max_position: int
     matryoshka: tuple[int, ...] | None = None
     unrotated: tuple[int, ...] = ()
+    rotated: int | None = None
+    fused: bool = False
+    longrope: bool = False
 
     def module_dims(self) -> dict[str, tuple[int, int]]:
         """Return (input width, output width) of each linear module of a layer."""
@@ -51,11 +61,35 @@ class Architecture:
         mlp = (self.hidden, self.intermediate), (self.hidden, self.intermediate), (self.intermediate, self.hidden)
         return dict(zip(LINEAR_MODULES, attention + mlp, strict=True))
 
+    def stored_modules(self) -> tuple[str, ...]:
+        """Return the linear modules of a layer as checkpoints and adapters have them."""
+        return tuple(f"{pack}_proj" for pack in PACKS) if self.fused else LINEAR_MODULES
+
     def dims(self, name: str) -> tuple[int, int]:
         """Return (input width, output width) of any module that LoRA can target."""
         if name == EMBED_TOKENS:
             return self.vocab, self.hidden
-        return (self.hidden, self.vocab) if name == LM_HEAD else self.module_dims()[name]
+        if name == LM_HEAD:
+            return self.hidden, self.vocab
+        dims = [self.module_dims()[part] for part in FUSED_MODULES.get(name, (name,))]
+        return dims[0][0], sum(out for _, out in dims)
+
+    def order_heads(self, qkv: Tensor) -> None:
+        """Reorder the columns of query and key heads in place, so that halves of a head rotate with each other.
+
+        With partial rotation, checkpoints have the two rotated halves first and the rest behind them. The order of the
+        columns changes no product of a query with a key.
+
+        Args:
+            qkv: columns of the packed queries, keys and values, as rows of a matrix or entries of a vector.
+        """
+        if self.rotated is None:
+            return
+        half, rest = self.rotated // 2, (self.head_dim - self.rotated) // 2
+        low, high, still, more = torch.arange(self.head_dim).split((half, half, rest, rest))
+        order = torch.cat((low, still, high, more)).to(qkv.device)
+        heads = qkv[: (self.heads + self.kv_heads) * self.head_dim].view(-1, self.head_dim, *qkv.shape[1:])
+        heads.copy_(heads[:, order])
 
 
 def read_config(model_dir: Path) -> Any:
@@ -91,15 +125,18 @@ def read_architecture(config: Any) -> Architecture:
         hidden=config.hidden_size,
         heads=heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=_head_dim(config),
         intermediate=config.intermediate_size,
         vocab=config.vocab_size,
         eps=config.rms_norm_eps,
         qk_norm=name.startswith("Qwen3"),
         windows=_windows(config),
-        max_position=config.max_position_embeddings,
+        max_position=_max_position(config),
         matryoshka=_matryoshka(config),
         unrotated=_unrotated(config),
+        rotated=_rotated(config),
+        fused=name.startswith("Phi3"),
+        longrope=_rope_type(config) == "longrope",
     )
 
 
@@ -113,12 +150,13 @@ def _check_supported(config: Any) -> None:
         raise ModelError("quantization_config: expected an unquantized model; serve the bf16 or float32 weights")
     if getattr(config, "is_causal", True) is False:
         raise ModelError("is_causal: expected a causal decoder, got false (bidirectional models are not supported)")
-    rope = _rope_type(config)
-    if rope not in _ROPE_TYPES:
-        raise ModelError(f"rope_parameters: expected rope_type to be one of {', '.join(_ROPE_TYPES)}, got {rope}")
-    rotated = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
-    if rotated != 1.0:
-        raise ModelError(f"rope_parameters: expected partial_rotary_factor 1, got {rotated}")
+    rope, is_phi3 = _rope_type(config), names[0].startswith("Phi3")
+    types = _PHI3_ROPE_TYPES if is_phi3 else _ROPE_TYPES
+    if rope not in types:
+        raise ModelError(f"rope_parameters: expected rope_type to be one of {', '.join(types)}, got {rope}")
+    factor = _rope(config).get("partial_rotary_factor", 1.0)
+    if factor != 1.0 and not is_phi3:
+        raise ModelError(f"rope_parameters: expected partial_rotary_factor 1, got {factor}")
 
 
 def _matryoshka(config: Any) -> tuple[int, ...] | None:
@@ -134,8 +172,8 @@ def _matryoshka(config: Any) -> tuple[int, ...] | None:
 def _windows(config: Any) -> tuple[int | None, ...]:
     window: int | None = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
-    if window is not None and window >= config.max_position_embeddings:
-        window = None  # no prompt is longer
+    if window is not None and window >= _max_position(config):
+        window = None  # no text is longer
     if kinds is None:  # Mistral has one window for all layers, Llama has none
         return (window,) * int(config.num_hidden_layers)
     other = set(kinds) - {"sliding_attention", "full_attention"}
@@ -152,20 +190,49 @@ def _unrotated(config: Any) -> tuple[int, ...]:
     return tuple(layer for layer, rotates in enumerate(rotated[:layers]) if not rotates)
 
 
+def _rope(config: Any) -> dict[str, Any]:
+    return getattr(config, "rope_parameters", None) or {}
+
+
 def _rope_type(config: Any) -> str:
-    return str((getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"))
+    return str(_rope(config).get("rope_type", "default"))
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _rotated(config: Any) -> int | None:
+    factor, width = _rope(config).get("partial_rotary_factor", 1.0), _head_dim(config)
+    rotated = int(width * factor)
+    if not 0 < rotated <= width or rotated % 2 or width % 2:
+        raise ModelError(f"partial_rotary_factor: expected an even part of heads of {width} columns, got {rotated}")
+    return None if rotated == width else rotated
+
+
+def _max_position(config: Any) -> int:
+    longest = int(config.max_position_embeddings)
+    if _rope_type(config) != "longrope":
+        return longest
+    return min(longest, int(_rope(config)["original_max_position_embeddings"]))
 
 
 def rotary_tables(config: Any, architecture: Architecture, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines of every position, float32 [length, head_dim / 2] each."""
+    """Return the cosines and sines of every position, float32 [length, head_dim / 2] each.
+
+    Columns that are not rotated have angles of 0.
+    """
+    width = architecture.rotated or architecture.head_dim
     if _rope_type(config) == "default":
         theta = config.rope_parameters["rope_theta"]
-        exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32) / architecture.head_dim
+        exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
         frequencies, factor = 1.0 / (theta**exponents), 1.0
     else:
         frequencies, factor = ROPE_INIT_FUNCTIONS[_rope_type(config)](config, torch.device("cpu"))
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies.float())
-    return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
+    still = (0, (architecture.head_dim - width) // 2)
+    cos, sin = functional.pad(angles.cos() * factor, still, value=1.0), functional.pad(angles.sin() * factor, still)
+    return cos.to(device), sin.to(device)
 
 
 def layer_tables(

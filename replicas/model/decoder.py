@@ -176,9 +176,15 @@ def _read_layer(checkpoint: Checkpoint, shape: Architecture, index: int, tables:
     prefix = f"layers.{index}."
 
     def packed(pack: str) -> Projection:
-        dims = [shape.module_dims()[name] for name in PACKS[pack]]
-        names = [prefix + module_path(name) for name in PACKS[pack]]
+        stored = (f"{pack}_proj",) if shape.fused else PACKS[pack]
+        dims = map(shape.dims, stored)
+        names = [prefix + module_path(name) for name in stored]
         return Projection(*checkpoint.read_packed(names, [(out, wide) for wide, out in dims]))
+
+    qkv = packed("qkv")
+    for columns in (qkv.weight, qkv.bias):
+        if columns is not None:
+            shape.order_heads(columns)
 
     norms = None
     if shape.qk_norm:
@@ -189,7 +195,7 @@ def _read_layer(checkpoint: Checkpoint, shape: Architecture, index: int, tables:
         )
     return Layer(
         input_norm=checkpoint.read(f"{prefix}input_layernorm.weight", (shape.hidden,)),
-        qkv=packed("qkv"),
+        qkv=qkv,
         qk_norms=norms,
         o=packed("o"),
         post_norm=checkpoint.read(f"{prefix}post_attention_layernorm.weight", (shape.hidden,)),

@@ -5,6 +5,8 @@ from ranklet.kernels.packs import PACKS
 ATTENTION_MODULES = (*PACKS["qkv"], *PACKS["o"])
 MLP_MODULES = (*PACKS["gate_up"], *PACKS["down"])
 LINEAR_MODULES = (*ATTENTION_MODULES, *MLP_MODULES)
+# Modules of checkpoints that have one weight for several of these.
+FUSED_MODULES = {f"{pack}_proj": modules for pack, modules in PACKS.items() if len(modules) > 1}
 EMBED_TOKENS = "embed_tokens"
 LM_HEAD = "lm_head"
 LORA_MODULES = (*LINEAR_MODULES, EMBED_TOKENS)  # the default of EngineConfig.lora_modules
@@ -17,4 +19,5 @@ HEAD = -2
 
 def module_path(module: str) -> str:
     """Return a linear module's name within its layer in checkpoints, such as `self_attn.q_proj`."""
-    return f"{'self_attn' if module in ATTENTION_MODULES else 'mlp'}.{module}"
+    first = FUSED_MODULES.get(module, (module,))[0]
+    return f"{'self_attn' if first in ATTENTION_MODULES else 'mlp'}.{module}"

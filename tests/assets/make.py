@@ -10,7 +10,7 @@ from tests.assets.tokenizer import save_tokenizer
 if TYPE_CHECKING:
     from torch import nn
 
-Architecture = Literal["qwen3", "qwen2", "llama", "mistral", "smollm3"]
+Architecture = Literal["qwen3", "qwen2", "llama", "mistral", "smollm3", "phi3"]
 Pooling = Literal["last", "mean", "cls"]
 
 LLAMA3_ROPE: dict[str, Any] = {
@@ -25,7 +25,7 @@ LEGACY_POOLING_KEYS = {
     "mean": "pooling_mode_mean_tokens",
     "cls": "pooling_mode_cls_token",
 }
-_LARGE_IDS = ("smollm3",)  # their default ids of special tokens are beyond a small vocabulary
+_LARGE_IDS = ("smollm3", "phi3")  # their default ids of special tokens are beyond a small vocabulary
 _NO_SPECIAL_IDS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 PROMPTS = {
     "query": "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:",
@@ -64,7 +64,7 @@ def make_model(
 
     Args:
         architecture: the decoder family.
-        head_dim: None means hidden_size / heads. Qwen2 has no such field and ignores it.
+        head_dim: None means hidden_size / heads. Qwen2 and Phi3 have no such field and ignore it.
         rope: rope parameters besides rope_theta, for example `LLAMA3_ROPE`.
         config: further fields of config.json.
         legacy_config: write config.json in the format of transformers 4, which most folders have.
@@ -91,7 +91,7 @@ def make_model(
         "tie_word_embeddings": tied,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, **(rope or {})},
         "rms_norm_eps": 1e-6,
-        **({} if head_dim is None or architecture == "qwen2" else {"head_dim": head_dim}),
+        **({} if head_dim is None or architecture in ("qwen2", "phi3") else {"head_dim": head_dim}),
         **(_NO_SPECIAL_IDS if architecture in _LARGE_IDS else {}),
         **(config or {}),
     }

@@ -12,6 +12,7 @@ from ranklet.kernels.paged_attention import PAGE_TOKENS
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.generate import Generation
+from ranklet.replicas.errors import ModelError
 from tests.assets.adapters import save_adapter
 from tests.assets.make import make_model
 from tests.assets.oracle import reference_embedding
@@ -42,6 +43,17 @@ FOLDERS: dict[str, dict[str, Any]] = {
         "config": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
     },
     "smollm3": {"architecture": "smollm3", "config": {"no_rope_layers": [1, 0, 1]}},
+    "phi3": {
+        "architecture": "phi3",
+        "seed": 1,
+        "rope": {
+            "rope_type": "longrope",
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 2.5],
+            "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+        },
+        "config": {"original_max_position_embeddings": 256, "sliding_window": WINDOW},
+    },
 }
 LENGTHS = (5, 63, 130)  # shorter than the window, longer, and over three pages
 MAX_TOKENS = 12
@@ -89,6 +101,13 @@ def test_texts_and_vectors_equal_those_of_transformers_and_peft(
         vectors = submit(engine, prompts, adapter).result(PATIENCE_S).result
         assert_same(vectors, reference_embedding(model, folder, prompts))
     engine.check_integrity()
+
+
+def test_longrope_beyond_the_original_length_is_refused(tmp_path: Path, make_engine: MakeEngine) -> None:
+    model = make_model(tmp_path / "model", **SMALL, **FOLDERS["phi3"])
+    assert make_engine(model).limits.max_model_len == 256
+    with pytest.raises(ModelError, match=r"max_model_len: expected at most 256.*longrope.*got 300"):
+        make_engine(model, max_model_len=300)
 
 
 @pytest.mark.gpu

@@ -25,7 +25,14 @@ SHAPE: dict[str, Any] = {
 
 
 def config(kind: str, **fields: Any) -> Any:
-    head = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama", "mistral": "Mistral", "smollm3": "SmolLM3"}[kind]
+    head = {
+        "qwen3": "Qwen3",
+        "qwen2": "Qwen2",
+        "llama": "Llama",
+        "mistral": "Mistral",
+        "smollm3": "SmolLM3",
+        "phi3": "Phi3",
+    }[kind]
     defaults: dict[str, Any] = {"architectures": [f"{head}ForCausalLM"], "pad_token_id": None}
     return AutoConfig.for_model(kind, **SHAPE, **{**defaults, **fields})
 
@@ -69,6 +76,36 @@ def test_each_layer_has_its_window(kind: str, fields: dict[str, Any], windows: t
     assert read_architecture(config(kind, **fields)).windows == windows
 
 
+def test_modules_of_a_fused_family_equal_those_of_transformers() -> None:
+    model_config = config("phi3")
+    shape = read_architecture(model_config)
+    with torch.device("meta"):
+        layer = AutoModel.from_config(model_config).layers[0]
+    linears = {
+        name.rpartition(".")[2]: (module.in_features, module.out_features)
+        for name, module in layer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    assert {name: shape.dims(name) for name in shape.stored_modules()} == linears
+
+
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+def test_partially_rotated_heads_and_longrope() -> None:
+    partial = read_architecture(config("phi3", rope_parameters=dict(PARTIAL)))
+    assert (partial.rotated, partial.max_position, partial.longrope) == (12, 512, False)
+    long = read_architecture(config("phi3", rope_parameters=dict(LONGROPE), original_max_position_embeddings=128))
+    assert (long.rotated, long.max_position, long.longrope) == (None, 128, True)
+
+
+def test_parts_of_heads_that_cannot_be_rotated_are_refused() -> None:
+    rope = {**PARTIAL, "partial_rotary_factor": 0.2}
+    with pytest.raises(ModelError, match="partial_rotary_factor: expected an even part of heads of 16 columns, got 3"):
+        read_architecture(config("phi3", rope_parameters=rope))
+
+
 @pytest.mark.parametrize(
     ("fields", "layers"), [({"no_rope_layers": [1, 0, 0, 1]}, (1, 2)), ({"no_rope_layer_interval": 3}, (2,))]
 )
@@ -85,6 +122,8 @@ def test_too_few_no_rope_layers_are_refused() -> None:
     ("fields", "message"),
     [
         ({"architectures": ["BertModel"]}, "BertModel"),
+        ({"architectures": ["Phi3SmallForCausalLM"]}, "Phi3SmallForCausalLM"),
+        ({"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 128}}, "longrope"),
         ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "Qwen3ForSequenceClassification"),

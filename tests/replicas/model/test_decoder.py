@@ -55,6 +55,17 @@ FOLDERS: dict[str, dict[str, Any]] = {
         "rope": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
         "config": {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 9},
     },
+    "phi3-partial-longrope": {
+        "architecture": "phi3",
+        "rope": {
+            "rope_type": "longrope",
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 2.5],
+            "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+        },
+        "config": {"original_max_position_embeddings": 1024},
+    },
+    "phi3-window": {"architecture": "phi3", "tied": False, "config": {"sliding_window": 11}},
     "qwen3-untied-sharded": {"tied": False, "max_shard_size": "60KB"},
     "qwen3-bare-legacy": {"causal_lm": False, "legacy_config": True},
     "llama-legacy-rope-scaling": {"architecture": "llama", "rope": LLAMA3_ROPE, "legacy_config": True},
