@@ -99,7 +99,7 @@ class Affinity:
             self._fleet.add_request(hint.id, i, hint.work, now_s)
             return
         uncached = float(text.uncached[i])
-        work = self._texts.work(hint.text, uncached, i, self._policy)
+        work = self._texts.work(hint.text, uncached, self._policy)
         if self._fleet.add_request(hint.id, i, work, now_s, told=hint.work):
             self._texts.add(hint.id, hint.text, i, hint.work - uncached, now_s)
 
@@ -298,12 +298,12 @@ class Affinity:
         return cost
 
     def _refresh(self, now_s: float) -> None:
+        self._fleet.refresh(now_s)
         if not 0 <= now_s - self._demand_checked_s <= _DEMAND_INTERVAL_S:
             self._demand_checked_s = now_s
             self._costs.set_tight(self._home_size.update(self._policy, now_s))
             self._costs.drop(self._fleet.placement.expire(now_s))
         self._costs.refresh(now_s)
-        self._fleet.refresh(now_s)
 
 
 def _spill(costs: AdapterCosts, avoided: int) -> str:

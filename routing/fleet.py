@@ -55,6 +55,7 @@ class Fleet:
         report_age_s: mean age of reports on arrival.
         news_age_s: the same, and no less than the time since the latest report of all.
         rates: float64 [replicas], work per second.
+        mean_rate: of all replicas.
         full: bool [replicas], every slot is loading or was used recently.
         slots, pool_ranks, from_disk_s, from_host_s: float64 [replicas], see `Holdings`.
         texts: what replicas have told of theirs.
@@ -70,6 +71,7 @@ class Fleet:
         self.own: NDArray[np.bool_] = np.ones(0, bool)
         self.own_version = 0
         self.report_age_s = self.news_age_s = 0.0
+        self.mean_rate = _DEFAULT_WORK_PER_S
         self.placement, self.texts = Placement(0), TextLoads(0)
         self._checked_s = self._now_s = -math.inf
         self._hung: NDArray[np.bool_] | None = None  # None: no replica
@@ -185,7 +187,10 @@ class Fleet:
         ages_s = now_s - self._reported_s
         # A replica without news sends none for a second: until then, the last report still holds.
         self.texts.refresh(self.report_age_s + np.maximum(ages_s - self.report_age_s - REPORT_INTERVAL_S, 0.0))
-        self.news_age_s = max(self.report_age_s, float(ages_s.min()) if len(self) else 0.0)
+        self.news_age_s = self.report_age_s
+        if len(self):
+            self.news_age_s = max(self.report_age_s, float(ages_s.min()))
+            self.mean_rate = float(self.rates.mean())
 
     def mark_alive(self, replica: str, now_s: float) -> None:
         i = self.index.get(replica)
@@ -307,6 +312,3 @@ class Fleet:
     def _is_hung(self, now_s: float) -> NDArray[np.bool_]:
         hung: NDArray[np.bool_] = (self._owed > 0) & (now_s - self._heard_s > REPLICA_SILENCE_LIMIT_S)
         return hung
-
-    def mean_work_per_s(self) -> float:
-        return float(self.rates.mean()) if len(self) else _DEFAULT_WORK_PER_S

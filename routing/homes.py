@@ -39,7 +39,7 @@ class HomeSize:
     def update(self, policy: Policy, now_s: float) -> float:
         """Set the size of a home. Returns how nearly the adapters need all slots of all replicas, from 0 to 1."""
         fleet = self._fleet
-        rate = fleet.mean_work_per_s() / fleet.gateways  # this router sees one part of the traffic
+        rate = fleet.mean_rate / fleet.gateways  # this router sees one part of the traffic
         active = [each for each in self._demands.values() if each.is_active(now_s)]
         replicas_needed = np.array([each.work_per_s(now_s) for each in active]) / rate
         unseen = max(len(fleet.placement) - len(active), 0)  # adapters that only other routers have requests for

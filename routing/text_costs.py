@@ -41,7 +41,6 @@ class TextCosts:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._table = PrefixTable()
-        self._text_work = 0.0  # mean of the replicas
         self._expected: dict[int, tuple[TextHint, int, float]] = {}  # by request: replica and cached tokens
 
     def set_members(self) -> None:
@@ -56,8 +55,8 @@ class TextCosts:
         else:
             known, least = found.pages, max(tokens - found.pages * PAGE_TOKENS, 1.0)
             uncached = np.maximum(tokens - found.tokens, 1.0)
-        cost = uncached / fleet.rates
-        cost *= policy.uncached_factor
+        # By its own rate, a replica that computes long prompts, in large steps, would draw still more of them.
+        cost = uncached * (policy.uncached_factor / fleet.mean_rate)
         if found is None and hint.pages:  # all routers choose the same home
             cost *= 1.0 + mix(fleet.salts ^ np.uint64(hint.pages[0])) / 2.0**64
         if hint.room > fleet.texts.least_free_tokens:
@@ -65,11 +64,11 @@ class TextCosts:
             cost += np.minimum(missing / np.maximum(fleet.texts.freed_per_s, _LEAST_FREED_PER_S), _LONGEST_ROOM_WAIT_S)
         longest = () if found is None else found.longest
         next_page = hint.pages[known] if known < len(hint.pages) else None
-        return TextCost(cost, least + hint.texts * self._text_work, uncached, longest, next_page)
+        return TextCost(cost, least + hint.texts * fleet.texts.work, uncached, longest, next_page)
 
-    def work(self, hint: TextHint, uncached: float, i: int, policy: Policy) -> float:
-        """Return the work of a call that delays others at replica `i`."""
-        return uncached + policy.running_text_share * hint.texts * float(self._fleet.texts.work[i])
+    def work(self, hint: TextHint, uncached: float, policy: Policy) -> float:
+        """Return the work of a call that delays others."""
+        return uncached + policy.running_text_share * hint.texts * self._fleet.texts.work
 
     def add(self, request: int, hint: TextHint, i: int, cached_tokens: float, now_s: float) -> None:
         """Note that replica `i` is sent a call, and should find this much of its prompt in its cache."""
@@ -89,5 +88,4 @@ class TextCosts:
         """Store what a replica has told of its prefixes."""
         news, told_s = report.prefixes, now_s - limited_age_s(age_s)
         if news is not None and news.is_possible():
-            self._text_work = float(self._fleet.texts.work.mean()) if len(self._fleet) else 0.0
             self._table.learn(report.replica, news.pages, told_s - news.kept_s, told_s)

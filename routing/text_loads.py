@@ -16,7 +16,9 @@ class TextLoads:
     """The texts of all replicas.
 
     Attributes:
-        work, free_tokens, freed_per_s: float64 [replicas], see `QueueLoad`.
+        free_tokens, freed_per_s: float64 [replicas], see `QueueLoad`.
+        work: of one text's tokens, mean of the replicas that have told of texts. A replica measures more where fewer
+            texts share a step: with its own number, it would seem as busy as another one with more texts.
         running_s: float64 [replicas], time that the running texts take. With the age of a report, it approaches the
             mean of all replicas: by late reports, all routers would send their texts to the same replica.
         least_free_tokens: no more than the least of `free_tokens`.
@@ -24,26 +26,26 @@ class TextLoads:
     """
 
     def __init__(self, replicas: int) -> None:
-        self.work, self.running_s, self.freed_per_s, self._told_s = np.zeros((4, replicas))
+        self.running_s, self.freed_per_s, self._told_s, self._work = np.zeros((4, replicas))
         self.free_tokens: Vector = np.full(replicas, np.inf)
         self.least_free_tokens = math.inf
         self.known = False
-        self._mean_s = 0.0
+        self.work = self._mean_s = 0.0
 
     def keep(self, before: "TextLoads", new: NDArray[np.intp], old: NDArray[np.intp]) -> None:
         """Take over the replicas `old` of another membership, whose indices are now `new`."""
-        self.known, self.least_free_tokens = before.known, before.least_free_tokens
-        for name in ("work", "running_s", "freed_per_s", "_told_s", "free_tokens"):
+        self.known, self.least_free_tokens, self.work = before.known, before.least_free_tokens, before.work
+        for name in ("running_s", "freed_per_s", "_told_s", "_work", "free_tokens"):
             getattr(self, name)[new] = getattr(before, name)[old]
         self._mean_s = float(self._told_s.mean())
 
     def update(self, i: int, load: QueueLoad, work_per_s: float, age_s: float) -> None:
         """Store what replica `i` has told, if it has had texts."""
         if load.text_work:
-            self.known = True
-            self.work[i], self.free_tokens[i], self.freed_per_s[i] = load.text_work, load.free_tokens, load.freed_per_s
+            self.known, self.work = True, self.work or load.text_work
+            self._work[i], self.free_tokens[i], self.freed_per_s[i] = load.text_work, load.free_tokens, load.freed_per_s
             self.least_free_tokens = min(self.least_free_tokens, load.free_tokens)
-            self._told_s[i] = load.texts * load.text_work / work_per_s
+            self._told_s[i] = load.texts * self.work / work_per_s
             self._fade(i, age_s)
 
     def refresh(self, age_s: Vector) -> None:
@@ -54,6 +56,7 @@ class TextLoads:
         """
         if self.known:
             self._mean_s = float(self._told_s.mean())
+            self.work = float(self._work.sum() / max(np.count_nonzero(self._work), 1))
             self._fade(slice(None), age_s)
             self.least_free_tokens = float(self.free_tokens.min())
 

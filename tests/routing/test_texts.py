@@ -92,6 +92,20 @@ def test_running_texts_count_as_wait_by_what_their_tokens_take() -> None:
     assert best(affinity, None) == 1, "embeddings wait for them too"
 
 
+def test_a_replica_with_fewer_texts_is_preferred_although_it_measures_more_work_for_each() -> None:
+    affinity = everywhere(2)
+    for i, queue in enumerate((replace(load(2), texts=30, text_work=1000), replace(load(2), texts=15, text_work=2500))):
+        tell(affinity, i, queue)
+    assert best(affinity) == 1
+
+
+def test_a_replica_that_measures_a_higher_rate_does_not_draw_longer_prompts() -> None:
+    affinity = everywhere(2)
+    tell(affinity, 0, load(2, rate=3 * RATE), pages=(PAGES[5],))
+    tell(affinity, 1, pages=(PAGES[20],))
+    assert best(affinity) == 1
+
+
 def test_a_text_avoids_a_replica_without_room() -> None:
     affinity = everywhere(2)
     full = replace(load(2), texts=1, text_work=1.0, free_tokens=500.0, freed_per_s=2000.0)
