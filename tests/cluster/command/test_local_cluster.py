@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -117,7 +118,7 @@ def test_in_the_foreground_a_lost_gcs_is_started_again_and_sigterm_stops_the_clu
     with tempfile.TemporaryDirectory(prefix="r-") as name:
         folder = Path(name)
         config = folder / "config.yaml"
-        content = local_configuration(model_dir, adapters)
+        content = _one_replica(model_dir, adapters)
         content["applications"][0]["args"]["engine"]["kv_cache_bytes"] = 16 << 20
         config.write_text(yaml.safe_dump(content))
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifications:
@@ -144,6 +145,13 @@ def test_in_the_foreground_a_lost_gcs_is_started_again_and_sigterm_stops_the_clu
             assert said[-1] == "STOPPING=1"
         assert process_start_time(second.pid) is None
         assert (find_cluster(folder), find_supervisor(folder)) == (None, None)
+
+
+def _one_replica(model_dir: Path, adapters: Path) -> dict[str, Any]:
+    """Return a configuration that starts sooner than with two replicas."""
+    content = local_configuration(model_dir, adapters)
+    content["applications"][0]["deployments"][1]["num_replicas"] = 1
+    return content
 
 
 def _command(name: str, folder: Path, *others: str) -> list[str]:
@@ -176,7 +184,7 @@ def test_down_ends_the_supervisor_also_while_it_starts_ray(
     model_dir: Path, adapters_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(local_configuration(model_dir, adapters_dir)))
+    config.write_text(yaml.safe_dump(_one_replica(model_dir, adapters_dir)))
     with tempfile.TemporaryDirectory(prefix="r-") as name:
         folder, place = Path(name), ["--temp-dir", name]
         subprocess.run(_command("up", folder, str(config), "--port", "0"), check=True)
