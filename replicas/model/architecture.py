@@ -16,10 +16,24 @@ from ranklet.replicas.model.git_lfs import pointer_problem
 from ranklet.replicas.model.modules import EMBED_TOKENS, FUSED_MODULES, LINEAR_MODULES, LM_HEAD
 
 _FAMILIES = ("Qwen3", "Qwen2", "Llama", "Mistral", "SmolLM3", "Phi3")
-_ARCHITECTURES = tuple(f"{family}{head}" for family in _FAMILIES for head in ("Model", "ForCausalLM"))
+_GEMMA = ("Gemma3TextModel", "Gemma3ForCausalLM")
+_ARCHITECTURES = (*(f"{family}{head}" for family in _FAMILIES for head in ("Model", "ForCausalLM")), *_GEMMA)
 # Rotary variants whose frequencies do not depend on the prompt's length.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _PHI3_ROPE_TYPES = ("default", "longrope")
+
+
+@dataclass(frozen=True)
+class GemmaScales:
+    """Factors of a Gemma 3 decoder, which also has norms behind attention and MLP, GELU, and norms' weights less 1.
+
+    Attributes:
+        embedding: of each token's embedding.
+        query: of queries, so that attention divides their products with keys by the square root of the head's width.
+    """
+
+    embedding: float
+    query: float
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,7 @@ class Architecture:
     rotated: int | None = None
     fused: bool = False
     longrope: bool = False
+    gemma: GemmaScales | None = None
 
     def module_dims(self) -> dict[str, tuple[int, int]]:
         """Return (input width, output width) of each linear module of a layer."""
@@ -129,7 +144,7 @@ def read_architecture(config: Any) -> Architecture:
         intermediate=config.intermediate_size,
         vocab=config.vocab_size,
         eps=config.rms_norm_eps,
-        qk_norm=name.startswith("Qwen3"),
+        qk_norm=name.startswith(("Qwen3", "Gemma3")),
         windows=_windows(config),
         max_position=_max_position(config),
         matryoshka=_matryoshka(config),
@@ -137,6 +152,7 @@ def read_architecture(config: Any) -> Architecture:
         rotated=_rotated(config),
         fused=name.startswith("Phi3"),
         longrope=_rope_type(config) == "longrope",
+        gemma=_gemma_scales(config) if name in _GEMMA else None,
     )
 
 
@@ -144,19 +160,25 @@ def _check_supported(config: Any) -> None:
     names = config.architectures or ["(none)"]
     if names[0] not in _ARCHITECTURES:
         raise ModelError(f"architectures: expected one of {', '.join(_ARCHITECTURES)}, got {names[0]}")
-    if config.hidden_act != "silu":
-        raise ModelError(f"hidden_act: expected silu, got {config.hidden_act}")
+    is_gemma = names[0] in _GEMMA
+    field, activation = ("hidden_activation", "gelu_pytorch_tanh") if is_gemma else ("hidden_act", "silu")
+    if getattr(config, field) != activation:
+        raise ModelError(f"{field}: expected {activation}, got {getattr(config, field)}")
+    for field in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if is_gemma and getattr(config, field):
+            raise ModelError(f"{field}: expected none, got {getattr(config, field)}; it is not supported")
     if getattr(config, "quantization_config", None):
         raise ModelError("quantization_config: expected an unquantized model; serve the bf16 or float32 weights")
     if getattr(config, "is_causal", True) is False:
         raise ModelError("is_causal: expected a causal decoder, got false (bidirectional models are not supported)")
-    rope, is_phi3 = _rope_type(config), names[0].startswith("Phi3")
+    is_phi3 = names[0].startswith("Phi3")
     types = _PHI3_ROPE_TYPES if is_phi3 else _ROPE_TYPES
-    if rope not in types:
-        raise ModelError(f"rope_parameters: expected rope_type to be one of {', '.join(types)}, got {rope}")
-    factor = _rope(config).get("partial_rotary_factor", 1.0)
-    if factor != 1.0 and not is_phi3:
-        raise ModelError(f"rope_parameters: expected partial_rotary_factor 1, got {factor}")
+    for kind in _rope_kinds(config):
+        rope, factor = _rope_type(config, kind), _rope(config, kind).get("partial_rotary_factor", 1.0)
+        if rope not in types:
+            raise ModelError(f"rope_parameters: expected rope_type to be one of {', '.join(types)}, got {rope}")
+        if factor != 1.0 and not is_phi3:
+            raise ModelError(f"rope_parameters: expected partial_rotary_factor 1, got {factor}")
 
 
 def _matryoshka(config: Any) -> tuple[int, ...] | None:
@@ -190,12 +212,24 @@ def _unrotated(config: Any) -> tuple[int, ...]:
     return tuple(layer for layer, rotates in enumerate(rotated[:layers]) if not rotates)
 
 
-def _rope(config: Any) -> dict[str, Any]:
-    return getattr(config, "rope_parameters", None) or {}
+def _gemma_scales(config: Any) -> GemmaScales:
+    return GemmaScales(config.hidden_size**0.5, (_head_dim(config) / config.query_pre_attn_scalar) ** 0.5)
 
 
-def _rope_type(config: Any) -> str:
-    return str(_rope(config).get("rope_type", "default"))
+def _rope_kinds(config: Any) -> list[str | None]:
+    """Return the kind of each layer that chooses its rotary parameters; None where all layers have the same."""
+    kinds = list(getattr(config, "layer_types", None) or ())
+    nested = any(isinstance(each, dict) for each in (getattr(config, "rope_parameters", None) or {}).values())
+    return kinds if nested else [None] * int(config.num_hidden_layers)
+
+
+def _rope(config: Any, kind: str | None = None) -> dict[str, Any]:
+    found = getattr(config, "rope_parameters", None) or {}
+    return found if kind is None else found[kind]
+
+
+def _rope_type(config: Any, kind: str | None = None) -> str:
+    return str(_rope(config, kind).get("rope_type", "default"))
 
 
 def _head_dim(config: Any) -> int:
@@ -217,18 +251,25 @@ def _max_position(config: Any) -> int:
     return min(longest, int(_rope(config)["original_max_position_embeddings"]))
 
 
-def rotary_tables(config: Any, architecture: Architecture, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    config: Any, architecture: Architecture, length: int, device: torch.device, kind: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of every position, float32 [length, head_dim / 2] each.
 
     Columns that are not rotated have angles of 0.
+
+    Args:
+        kind: of a layer, if kinds differ in their rotary parameters.
     """
     width = architecture.rotated or architecture.head_dim
-    if _rope_type(config) == "default":
-        theta = config.rope_parameters["rope_theta"]
+    if _rope_type(config, kind) == "default":
+        theta = _rope(config, kind)["rope_theta"]
         exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
         frequencies, factor = 1.0 / (theta**exponents), 1.0
     else:
-        frequencies, factor = ROPE_INIT_FUNCTIONS[_rope_type(config)](config, torch.device("cpu"))
+        frequencies, factor = ROPE_INIT_FUNCTIONS[_rope_type(config, kind)](
+            config, torch.device("cpu"), layer_type=kind
+        )
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies.float())
     still = (0, (architecture.head_dim - width) // 2)
     cos, sin = functional.pad(angles.cos() * factor, still, value=1.0), functional.pad(angles.sin() * factor, still)
@@ -239,9 +280,9 @@ def layer_tables(
     config: Any, architecture: Architecture, length: int, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
     """Return each layer's cosines and sines. Kernels rotate by angles of 0 where a layer rotates nothing."""
-    cos, sin = rotary_tables(config, architecture, length, device)
-    still = (torch.ones_like(cos), torch.zeros_like(sin)) if architecture.unrotated else None
-    return [
-        still if still is not None and layer in architecture.unrotated else (cos, sin)
-        for layer in range(architecture.layers)
-    ]
+    kinds = _rope_kinds(config)
+    tables = {kind: rotary_tables(config, architecture, length, device, kind) for kind in set(kinds)}
+    if architecture.unrotated:
+        cos, sin = tables[kinds[0]]
+        still = torch.ones_like(cos), torch.zeros_like(sin)
+    return [still if layer in architecture.unrotated else tables[kind] for layer, kind in enumerate(kinds)]

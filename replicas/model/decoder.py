@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ranklet.kernels import dispatch, pointwise
 from ranklet.kernels.batch import LoraBatch
@@ -21,6 +22,7 @@ from ranklet.kernels.packs import PACKS
 from ranklet.kernels.paged_attention import LayerPages
 from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
+from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.architecture import Architecture, layer_tables
 from ranklet.replicas.model.attention import AttentionBatch, Spans, attend, last_rows
 from ranklet.replicas.model.checkpoint import Checkpoint
@@ -73,9 +75,22 @@ class Projection:
         """Project to gate and up, then return `silu(gate) * up`."""
         return dispatch.gated(x, self.weight, self.bias, stack, lora)
 
+    def gelu_gated(self, x: Tensor, stack: LinearStack | None, lora: LoraBatch) -> Tensor:
+        """Project to gate and up, then return `gelu(gate) * up`, with the approximation of GELU by tanh."""
+        gate, up = self(x, stack, lora).chunk(2, dim=1)
+        return functional.gelu(gate, approximate="tanh") * up
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
+    """The weights of one layer.
+
+    Attributes:
+        input_norm, post_norm: of the inputs of attention and MLP.
+        tables: cosines and sines by position, as in `Rotary`.
+        output_norms: of the outputs of attention and MLP; only Gemma has them.
+    """
+
     input_norm: Tensor
     qkv: Projection
     qk_norms: tuple[Tensor, Tensor] | None
@@ -84,7 +99,8 @@ class Layer:
     gate_up: Projection
     down: Projection
     window: int | None
-    tables: tuple[Tensor, Tensor]  # cosines and sines by position, as in `Rotary`
+    tables: tuple[Tensor, Tensor]
+    output_norms: tuple[Tensor, Tensor] | None = None
 
 
 class Decoder:
@@ -98,6 +114,10 @@ class Decoder:
         self, architecture: Architecture, config: Any, model_dir: Path, max_len: int, device: torch.device,
         dtype: torch.dtype,
     ) -> None:  # fmt: skip
+        if architecture.gemma is not None and device.type == "cuda":
+            raise ModelError(
+                f"architectures: {architecture.name} is served on the CPU only; expected device cpu, got {device}"
+            )
         self.architecture = architecture
         self.device = device
         self.dtype = dtype
@@ -106,7 +126,7 @@ class Decoder:
             self.embedding = padded[: architecture.vocab]
             tables = layer_tables(config, architecture, max_len, device)
             self.layers = [_read_layer(checkpoint, architecture, i, each) for i, each in enumerate(tables)]
-            self.norm = checkpoint.read("norm.weight", (architecture.hidden,))
+            self.norm = _read_norm(checkpoint, "norm", architecture.hidden, architecture)
             self.lm_head = read_lm_head(checkpoint, config, architecture, self.embedding, padded)
             checkpoint.check_all_read()
 
@@ -128,6 +148,8 @@ class Decoder:
             float32 [T, H], or [B, H] if `batch.last` is set.
         """
         residual = dispatch.embedding(batch.ids, self.embedding, embedding, batch.lora).float()
+        if self.architecture.gemma is not None:
+            residual *= self.architecture.gemma.embedding
         on_stage("embed")
         normed = pointwise.rms_norm(residual, self.layers[0].input_norm, self.architecture.eps)
         on_stage("norm")
@@ -144,12 +166,17 @@ class Decoder:
             if narrow is not None:
                 residual, lora = residual[last_rows(batch.spans)], narrow
             delta = layer.o(attended, stacks[i].o, lora)
+            if layer.output_norms is not None:
+                delta = pointwise.rms_norm(delta, layer.output_norms[0], shape.eps)
             on_stage("o")
             normed = pointwise.add_rms_norm(delta, residual, layer.post_norm, self.architecture.eps)
             on_stage("norm")
-            gated = layer.gate_up.gated(normed, stacks[i].gate_up, lora)
+            gate = layer.gate_up.gated if shape.gemma is None else layer.gate_up.gelu_gated
+            gated = gate(normed, stacks[i].gate_up, lora)
             on_stage("gate_up")
             delta = layer.down(gated, stacks[i].down, lora)
+            if layer.output_norms is not None:
+                delta = pointwise.rms_norm(delta, layer.output_norms[1], shape.eps)
             on_stage("down")
             if i + 1 == len(self.layers):
                 return residual.add_(delta)
@@ -186,21 +213,29 @@ def _read_layer(checkpoint: Checkpoint, shape: Architecture, index: int, tables:
         if columns is not None:
             shape.order_heads(columns)
 
+    def norm(name: str, width: int = shape.hidden) -> Tensor:
+        return _read_norm(checkpoint, prefix + name, width, shape)
+
     norms = None
     if shape.qk_norm:
-        width = (shape.head_dim,)
-        norms = (
-            checkpoint.read(f"{prefix}self_attn.q_norm.weight", width),
-            checkpoint.read(f"{prefix}self_attn.k_norm.weight", width),
-        )
+        norms = norm("self_attn.q_norm", shape.head_dim), norm("self_attn.k_norm", shape.head_dim)
+    if norms is not None and shape.gemma is not None:
+        norms[0].mul_(shape.gemma.query)
+    after = ("post_attention_layernorm", "post_feedforward_layernorm")
     return Layer(
-        input_norm=checkpoint.read(f"{prefix}input_layernorm.weight", (shape.hidden,)),
+        input_norm=norm("input_layernorm"),
         qkv=qkv,
         qk_norms=norms,
         o=packed("o"),
-        post_norm=checkpoint.read(f"{prefix}post_attention_layernorm.weight", (shape.hidden,)),
+        post_norm=norm("post_attention_layernorm" if shape.gemma is None else "pre_feedforward_layernorm"),
         gate_up=packed("gate_up"),
         down=packed("down"),
         window=shape.windows[index],
         tables=tables,
+        output_norms=None if shape.gemma is None else (norm(after[0]), norm(after[1])),
     )
+
+
+def _read_norm(checkpoint: Checkpoint, name: str, width: int, shape: Architecture) -> Tensor:
+    weight = checkpoint.read(f"{name}.weight", (width,))
+    return weight if shape.gemma is None else weight + 1

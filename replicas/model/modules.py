@@ -5,7 +5,7 @@ from ranklet.kernels.packs import PACKS
 ATTENTION_MODULES = (*PACKS["qkv"], *PACKS["o"])
 MLP_MODULES = (*PACKS["gate_up"], *PACKS["down"])
 LINEAR_MODULES = (*ATTENTION_MODULES, *MLP_MODULES)
-# Modules of checkpoints that have one weight for several of these.
+# The modules of qkv_proj and gate_up_proj, which some checkpoints have instead.
 FUSED_MODULES = {f"{pack}_proj": modules for pack, modules in PACKS.items() if len(modules) > 1}
 EMBED_TOKENS = "embed_tokens"
 LM_HEAD = "lm_head"

@@ -97,7 +97,7 @@ def supports(decoder: Decoder) -> bool:
     """Return whether `RowDecoder` serves a decoder, on its device and in its dtype."""
     shape = decoder.architecture
     widths = (width for dims in shape.module_dims().values() for width in dims)
-    return row_gemm.supports(decoder.embedding, widths)
+    return shape.gemma is None and row_gemm.supports(decoder.embedding, widths)
 
 
 def _lora(stack: LinearStack | None, batch: LoraBatch) -> RowLora | None:

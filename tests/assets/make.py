@@ -10,7 +10,7 @@ from tests.assets.tokenizer import save_tokenizer
 if TYPE_CHECKING:
     from torch import nn
 
-Architecture = Literal["qwen3", "qwen2", "llama", "mistral", "smollm3", "phi3"]
+Architecture = Literal["qwen3", "qwen2", "llama", "mistral", "smollm3", "phi3", "gemma3_text"]
 Pooling = Literal["last", "mean", "cls"]
 
 LLAMA3_ROPE: dict[str, Any] = {

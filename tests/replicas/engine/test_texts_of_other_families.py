@@ -43,6 +43,18 @@ FOLDERS: dict[str, dict[str, Any]] = {
         "config": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
     },
     "smollm3": {"architecture": "smollm3", "config": {"no_rope_layers": [1, 0, 1]}},
+    "gemma3": {
+        "architecture": "gemma3_text",
+        "config": {
+            "sliding_window": WINDOW,
+            "layer_types": ALTERNATING,
+            "query_pre_attn_scalar": 40,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            },
+        },
+    },
     "phi3": {
         "architecture": "phi3",
         "seed": 1,
@@ -110,8 +122,14 @@ def test_longrope_beyond_the_original_length_is_refused(tmp_path: Path, make_eng
         make_engine(model, max_model_len=300)
 
 
+def test_gemma_is_refused_on_a_gpu(tmp_path: Path, make_engine: MakeEngine) -> None:
+    model = make_model(tmp_path / "model", **SMALL, **FOLDERS["gemma3"])
+    with pytest.raises(ModelError, match="Gemma3ForCausalLM is served on the CPU only; expected device cpu, got cuda"):
+        make_engine(model, device="cuda")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", [name for name in FOLDERS if name != "gemma3"])
 def test_bfloat16_on_a_gpu_keeps_the_logprobs_of_transformers(
     name: str, tmp_path: Path, make_engine: MakeEngine
 ) -> None:

@@ -32,12 +32,13 @@ def config(kind: str, **fields: Any) -> Any:
         "mistral": "Mistral",
         "smollm3": "SmolLM3",
         "phi3": "Phi3",
+        "gemma3_text": "Gemma3",
     }[kind]
     defaults: dict[str, Any] = {"architectures": [f"{head}ForCausalLM"], "pad_token_id": None}
     return AutoConfig.for_model(kind, **SHAPE, **{**defaults, **fields})
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama", "mistral", "smollm3"])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama", "mistral", "smollm3", "gemma3_text"])
 @pytest.mark.parametrize("head_dim", [None, 32])
 def test_dimensions_equal_those_of_transformers_modules(kind: str, head_dim: int | None) -> None:
     model_config = config(kind, **({} if head_dim is None else {"head_dim": head_dim}))
@@ -89,6 +90,22 @@ def test_modules_of_a_fused_family_equal_those_of_transformers() -> None:
     assert {name: shape.dims(name) for name in shape.stored_modules()} == linears
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"hidden_activation": "silu"}, "hidden_activation: expected gelu_pytorch_tanh, got silu"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}}, "dynamic"),
+    ],
+)
+def test_unsupported_options_of_gemma_are_refused_by_name(fields: dict[str, Any], message: str) -> None:
+    layers = {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+    with pytest.raises(ModelError, match=message):
+        read_architecture(config("gemma3_text", **layers, **fields))
+
+
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 
@@ -123,6 +140,7 @@ def test_too_few_no_rope_layers_are_refused() -> None:
     [
         ({"architectures": ["BertModel"]}, "BertModel"),
         ({"architectures": ["Phi3SmallForCausalLM"]}, "Phi3SmallForCausalLM"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration"),
         ({"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 128}}, "longrope"),
         ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM"),

@@ -26,6 +26,15 @@ SMALL: dict[str, Any] = {
     "head_dim": 24,
 }
 LONG = " ".join(TEXTS[:12])  # longer than every window below
+GEMMA: dict[str, Any] = {
+    "sliding_window": 11,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "query_pre_attn_scalar": 40,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    },
+}
 
 FOLDERS: dict[str, dict[str, Any]] = {
     "qwen2-with-biases": {"architecture": "qwen2"},
@@ -66,6 +75,7 @@ FOLDERS: dict[str, dict[str, Any]] = {
         "config": {"original_max_position_embeddings": 1024},
     },
     "phi3-window": {"architecture": "phi3", "tied": False, "config": {"sliding_window": 11}},
+    "gemma3": {"architecture": "gemma3_text", "config": GEMMA},
     "qwen3-untied-sharded": {"tied": False, "max_shard_size": "60KB"},
     "qwen3-bare-legacy": {"causal_lm": False, "legacy_config": True},
     "llama-legacy-rope-scaling": {"architecture": "llama", "rope": LLAMA3_ROPE, "legacy_config": True},
@@ -86,6 +96,15 @@ def test_vectors_equal_those_of_transformers_and_peft(name: str, tmp_path: Path,
     assert_same(ask(engine, prompts(folder, texts)).result, reference_embedding(folder, None, texts))
     answer = ask(engine, prompts(folder, texts), ref(adapter))
     assert_same(answer.result, reference_embedding(folder, adapter, texts))
+
+
+def test_lora_of_a_scaled_embedding_equals_that_of_peft(tmp_path: Path, make_engine: MakeEngine) -> None:
+    folder = make_model(tmp_path / "model", **SMALL, architecture="gemma3_text", config=GEMMA)
+    adapter = save_adapter(folder, tmp_path / "tuned", r=6, target_modules=["embed_tokens", "q_proj"])
+    engine = make_engine(folder)
+    engine.start()
+    answer = ask(engine, prompts(folder, TEXTS[:3]), ref(adapter))
+    assert_same(answer.result, reference_embedding(folder, adapter, TEXTS[:3]))
 
 
 def test_a_bfloat16_folder_is_served_in_float32(tmp_path: Path, make_engine: MakeEngine) -> None:
