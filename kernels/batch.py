@@ -38,6 +38,7 @@ class LoraBatch:
         padded: whether `tiles` were cut with `padded`. Launches must then not depend on the segments.
         everywhere: whether LoRA of each projection is computed, also where no adapter has one: then launches do not
             depend on the adapters' modules.
+        terms: whether an adapter of the batch has column terms (see `stack.py`). Kernels apply them only then.
 
     Raises:
         ValueError: the segments leave a gap, overlap, or end beyond the rows.
@@ -49,6 +50,7 @@ class LoraBatch:
     tiles: tuple[RowTiles, ...] = field(default=(), compare=False)
     padded: bool = False
     everywhere: bool = False
+    terms: bool = False
 
     def __post_init__(self) -> None:
         runs = runs_of(self.segments)
@@ -72,6 +74,10 @@ class LoraBatch:
     def reaches(self, stack: LinearStack) -> bool:
         """Return whether LoRA of a projection is computed."""
         return self.everywhere or stack.holds_any(segment.slot for segment in self.segments)
+
+    def terms_of(self, stack: LinearStack) -> Tensor | None:
+        """Return the column terms of a projection; None if no row of the batch needs them."""
+        return stack.terms if self.terms else None
 
     def with_tiles(self, device: torch.device) -> Self:
         return replace(self, tiles=tuple(tiles.to(device) for tiles in cut(self)))

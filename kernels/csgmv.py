@@ -40,7 +40,8 @@ def linear(
 ) -> Tensor:
     """Compute a projection with LoRA, then `rotary` if given. Returns a new tensor [T, N].
 
-    Semantics: `y[t] = rotary(W x[t] + bias + s B A x[t])`, with A, B, s of row t's adapter.
+    Semantics: `y[t] = rotary(gain * (W x[t] + bias + s B A x[t]) + shift)`, with A, B, s and column terms of row t's
+    adapter.
 
     The batch must have its tiles on the device (`LoraBatch.with_tiles`). Slots must be zero beyond their adapter's
     rank, as the pool keeps them: the fused product reads whole rows of B.
@@ -77,7 +78,7 @@ def gated(
     if bias is None and gated_mlp.can_gate(x, weight) and gated_mlp.can_add(stack, batch.tiles):
         chained = is_hopper(x.device)
         h = _shrunk(x, stack, batch.tiles[0], split=False, chained=chained)
-        return gated_mlp.gated(x, weight, h, stack, batch.tiles[0], chained=chained)
+        return gated_mlp.gated(x, weight, h, stack, batch.tiles[0], terms=batch.terms_of(stack), chained=chained)
     if base_gemm.may_widen(x) and x.shape[0] <= fused_gemm.LEAST_ROWS:  # as `linear`, but rounds only once
         product = base_gemm.widened(x, weight, bias)
         add(x, product, stack, batch)
@@ -93,7 +94,8 @@ def add(
 ) -> None:
     """Add the adapters' output to `y` in place, with one rounding.
 
-    Semantics: `y[t] += s B A x[t]`, with A, B, s of row t's adapter. The batch must have its tiles on the device.
+    Semantics: `y[t] = gain * (y[t] + s B A x[t]) + shift`, with A, B, s and column terms of row t's adapter. The batch
+    must have its tiles on the device.
 
     Raises:
         ValueError: the batch has segments but no tiles.
@@ -103,7 +105,8 @@ def add(
     chained = is_hopper(x.device)
     for tiles in batch.tiles:
         h = _shrunk(x, stack, tiles, split=True, chained=chained)
-        expand(h, y, stack, tiles, _tile(ExpandTile, "expand", x, stack, tiles), chained=chained)
+        tile = _tile(ExpandTile, "expand", x, stack, tiles)
+        expand(h, y, stack, tiles, tile, terms=batch.terms_of(stack), chained=chained)
 
 
 def _write_fused(
@@ -119,7 +122,10 @@ def _write_fused(
         rotates = bool(tile and rotary and fused_gemm.can_rotate(tile, rotary))
         if tile and not added and (done == 0 or rotates == rotated):
             h = _shrunk(x, stack, tiles, split=False, chained=chained)
-            fused_gemm.gemm(x, weight, bias, h, y, stack, tiles, tile, rotary if rotates else None, chained=chained)
+            fused_gemm.gemm(
+                x, weight, bias, h, y, stack, tiles, tile, rotary if rotates else None, terms=batch.terms_of(stack),
+                chained=chained,
+            )  # fmt: skip
             done, rotated = tiles.rows[1], rotates
         else:
             added.append(tiles)
@@ -143,7 +149,8 @@ def _write_added(
     for tiles in added:
         h = _shrunk(x, stack, tiles, split=True, chained=chained)
         tile = _tile(ExpandTile, "expand", x, stack, tiles)
-        expand(h, product, stack, tiles, tile, out=out, first_row=done, chained=chained)
+        terms = batch.terms_of(stack)
+        expand(h, product, stack, tiles, tile, out=out, terms=terms, first_row=done, chained=chained)
     if rest:
         rest.write(product, y[done:])
     elif out is not None and batch.lora_rows < batch.rows:

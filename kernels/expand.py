@@ -13,12 +13,14 @@ from ranklet.kernels.stack import LinearStack
 from ranklet.kernels.tiles import ExpandTile
 
 
-@triton.jit(do_not_specialize=["first_row"], do_not_specialize_on_alignment=["tiles"])
+@triton.jit(do_not_specialize=["first_row"], do_not_specialize_on_alignment=["tiles", "terms"])
 def expand_kernel(
-    h, b, y, out, tiles, ranks, meta_stride, h_stride, h_split_stride, b_slot_stride, y_stride, first_row,
+    h, b, y, out, tiles, ranks, terms, meta_stride, h_stride, h_split_stride, b_slot_stride, terms_stride, y_stride,
+    first_row, N,
     R: tl.constexpr, SLICES: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr, MOVED: tl.constexpr,
+    TERMS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     start = tl.load(tiles + tile * 3)
@@ -28,7 +30,7 @@ def expand_kernel(
         return
     piece, first, width, program = slice_of(tl.program_id(1), SLICES, W0, W1, W2, BLOCK_N * LOOP)
     rank = tl.load(ranks + slot * meta_stride + piece)
-    if rank == 0 and not MOVED:
+    if rank == 0 and not MOVED and not TERMS:
         return
     rows = start + tl.arange(0, BLOCK_M)
     in_rows = (rows < stop)[:, None]
@@ -56,6 +58,10 @@ def expand_kernel(
         at = (rows - first_row).to(tl.int64)[:, None] * y_stride + (first + columns)[None, :]
         before = tl.load(y + at, mask=in_rows & in_columns, other=0.0)
         after = tl.dot(hidden, weight, input_precision=PRECISION) + before.to(tl.float32)
+        if TERMS:
+            terms_at = terms + slot.to(tl.int64) * terms_stride + (first + columns)[None, :]
+            after = after * tl.load(terms_at, mask=in_columns, other=0.0)
+            after += tl.load(terms_at + N, mask=in_columns, other=0.0)
         tl.store(out + at, after.to(out.dtype.element_ty), mask=in_rows & in_columns)
 
 
@@ -67,12 +73,14 @@ def expand(
     tile: ExpandTile,
     *,
     out: Tensor | None = None,  # [T - first_row, N], of any dtype
+    terms: Tensor | None = None,  # float32 [S, 2, N]
     first_row: int = 0,
     chained: bool = False,
 ) -> None:
     """Add the adapters' output to the base model's, in float32 and with one rounding. In place, or into `out`.
 
-    Semantics: `y[t, n] += sum over p, j of B[slot(t), n, j] h[p, t, i * R + j]`, where slice i holds column n. With
+    Semantics: `y[t, n] += sum over p, j of B[slot(t), n, j] h[p, t, i * R + j]`, where slice i holds column n; then,
+    with `terms`, `y[t, n] = gain[slot(t), n] * y[t, n] + shift[slot(t), n]`. With
     `out`, `y` is kept and the sum is written to every row of a tile, also in slices that the adapter does not target.
 
     Args:
@@ -87,11 +95,13 @@ def expand(
 
     def launch(stages: int) -> None:
         expand_kernel[(len(tiles.table), programs)](
-            h, stack.b, y, out if moved else y, table, stack.ranks, stack.ranks.stride(0), h.stride(1),
-            h.stride(0), stack.b.stride(0), y.stride(0), first_row, R=stack.rank, **widths_of(stack),
+            h, stack.b, y, out if moved else y, table, stack.ranks, h if terms is None else terms,
+            stack.ranks.stride(0), h.stride(1), h.stride(0), stack.b.stride(0), 0 if terms is None else terms.stride(0),
+            y.stride(0), first_row, stack.b.shape[1], R=stack.rank, **widths_of(stack),
             BLOCK_M=tiles.height, BLOCK_R=block_r, BLOCK_N=block_n, LOOP=tile.loop, SPLIT=h.shape[0], STAGES=stages,
-            PRECISION=precision_of(stack.b), CHAINED=chained, MOVED=moved, num_warps=tile.warps, launch_pdl=chained,
-            maxnreg=tile.registers or None,
+            PRECISION=precision_of(stack.b), CHAINED=chained, MOVED=moved, TERMS=terms is not None,
+            num_warps=tile.warps, launch_pdl=chained, maxnreg=tile.registers or None,
         )  # fmt: skip
 
-    launch_fitted(launch, tile.stages, (expand_kernel, tile, tiles.height, block_r, h.shape[0], y.dtype, moved))
+    variant = (expand_kernel, tile, tiles.height, block_r, h.shape[0], y.dtype, moved, terms is not None)
+    launch_fitted(launch, tile.stages, variant)

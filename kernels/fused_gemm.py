@@ -52,15 +52,15 @@ def _store_head(
 
 @triton.jit(
     do_not_specialize=["count", "begin", "end"],
-    do_not_specialize_on_alignment=["runs", "blocks", "begin", "end", "positions"],
+    do_not_specialize_on_alignment=["runs", "blocks", "begin", "end", "positions", "terms"],
 )
 def gemm_kernel(
-    x_tma, w_tma, b_tma, y_tma, y_half_tma, h, y, bias, runs, blocks, count, begin, end, N, y_stride, h_stride,
-    q_weight, k_weight, cos, sin, positions, eps,
+    x_tma, w_tma, b_tma, y_tma, y_half_tma, h, y, bias, runs, blocks, terms, count, begin, end, N, y_stride, h_stride,
+    terms_stride,    q_weight, k_weight, cos, sin, positions, eps,
     K: tl.constexpr, R: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr,
     BIAS: tl.constexpr, LORA: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr,
-    LORA_STAGES: tl.constexpr, CHAINED: tl.constexpr,
+    LORA_STAGES: tl.constexpr, CHAINED: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     columns_of_blocks = tl.cdiv(N, BLOCK_N)
     per_group = GROUP * columns_of_blocks
@@ -89,6 +89,13 @@ def gemm_kernel(
                 acc = tl.dot(hidden, lora_b.T, acc)
         if BIAS:
             acc += tl.load(bias + first + tl.arange(0, BLOCK_N)).to(tl.float32)[None, :]
+        if TERMS:
+            for run in tl.range(tl.load(blocks + row_block * 2), tl.load(blocks + row_block * 2 + 1), num_stages=1):
+                own = (rows >= tl.load(runs + run * 3)) & (rows < tl.load(runs + run * 3 + 1))
+                terms_at = terms + tl.load(runs + run * 3 + 2).to(tl.int64) * terms_stride
+                gain = tl.load(terms_at + first + tl.arange(0, BLOCK_N))[None, :]
+                shift = tl.load(terms_at + N + first + tl.arange(0, BLOCK_N))[None, :]
+                acc = tl.where(own[:, None], acc * gain + shift, acc)
         if HALF > 0 and piece < 2:
             angles = tl.load(positions + rows, mask=rows < end, other=0).to(tl.int64)[:, None] * HALF
             c = tl.load(cos + angles + tl.arange(0, HALF)[None, :])
@@ -133,11 +140,13 @@ def gemm(
     tile: FusedTile,
     rotary: Rotary | None = None,
     *,
+    terms: Tensor | None = None,  # float32 [S, 2, N]
     chained: bool = False,
 ) -> None:
     """Compute base product and LoRA of the tiles' rows in one accumulator. Overwrites these rows of `y`.
 
-    Semantics: `y[t] = rotary(W x[t] + bias + B[slot(t)] h[t])`, rounded once. Requires `can_fuse`.
+    Semantics: `y[t] = rotary(gain[slot(t)] * (W x[t] + bias + B[slot(t)] h[t]) + shift[slot(t)])`, rounded once.
+    Requires `can_fuse`.
 
     Args:
         rotary: for packed queries, keys and values; requires `can_rotate`. The caller stores keys and values
@@ -146,7 +155,7 @@ def gemm(
     """
     assert tiles.on_device is not None
     b_tma = TensorDescriptor.from_tensor(stack.b, [1, tile.block_n, stack.rank])
-    lora = _Lora(b_tma, h, *tiles.on_device[1:], stack.rank)
+    lora = _Lora(b_tma, h, *tiles.on_device[1:], stack.rank, terms)
     widths = (*stack.widths, weight.shape[0])[:2]
     _launch(x, weight, bias, y, tile, (len(tiles.blocks), *tiles.rows), widths, rotary, lora, chained=chained)
 
@@ -174,6 +183,7 @@ class _Lora(NamedTuple):
     runs: Tensor
     blocks: Tensor
     rank: int
+    terms: Tensor | None = None
 
 
 def _launch(
@@ -184,7 +194,7 @@ def _launch(
     block_n, programs = tile.block_n, processors_of(x.device)
     w_tma = TensorDescriptor.from_tensor(weight, [block_n, tile.block_k])
     y_tma = TensorDescriptor.from_tensor(y, [BLOCK_ROWS, block_n // tile.halves])
-    b_tma, h, runs, blocks, rank = lora or _Lora(w_tma, x, x, x, 0)
+    b_tma, h, runs, blocks, rank, terms = lora or _Lora(w_tma, x, x, x, 0)
     half, y_half_tma, rotation = 0, y_tma, (x, x, x, x, x, 0.0)
     if rotary is not None:
         half, y_half_tma = rotary.half, TensorDescriptor.from_tensor(y, [BLOCK_ROWS, rotary.half])
@@ -196,14 +206,15 @@ def _launch(
     def launch(stages: int) -> None:
         gemm_kernel[grid](
             x_tma, w_tma, b_tma, y_tma, y_half_tma, h, y, weight if bias is None else bias, runs, blocks,
-            *blocks_and_rows, weight.shape[0], y.stride(0), h.stride(-2), *rotation, K=x.shape[1], R=rank,
+            x if terms is None else terms, *blocks_and_rows, weight.shape[0], y.stride(0), h.stride(-2),
+            0 if terms is None else terms.stride(0), *rotation, K=x.shape[1], R=rank,
             W0=widths[0], W1=widths[1], PROGRAMS=programs, BLOCK_M=BLOCK_ROWS, BLOCK_N=block_n, BLOCK_K=tile.block_k,
             GROUP=tile.group, HALVES=tile.halves, BIAS=bias is not None, LORA=lora is not None, HALF=half, NORM=norm,
-            STAGES=stages, LORA_STAGES=_LORA_STAGES, CHAINED=chained, num_warps=tile.warps, num_stages=stages,
-            launch_pdl=chained,
+            STAGES=stages, LORA_STAGES=_LORA_STAGES, CHAINED=chained, TERMS=terms is not None,
+            num_warps=tile.warps, num_stages=stages, launch_pdl=chained,
         )  # fmt: skip
 
-    launch_fitted(launch, tile.stages, (gemm_kernel, tile, rank, bias is None, half, norm, chained))
+    launch_fitted(launch, tile.stages, (gemm_kernel, tile, rank, bias is None, half, norm, chained, terms is not None))
 
 
 def can_fuse(x: Tensor, stack: LinearStack, tiles: RowTiles, tile: FusedTile) -> bool:

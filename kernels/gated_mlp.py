@@ -40,11 +40,12 @@ def _first_run(runs, run, last):
     return low, high, slot
 
 
-@triton.jit(do_not_specialize=["rows", "lora_blocks"], do_not_specialize_on_alignment=["runs", "blocks"])
+@triton.jit(do_not_specialize=["rows", "lora_blocks"], do_not_specialize_on_alignment=["runs", "blocks", "terms"])
 def gated_kernel(
-    x_tma, w_tma, y_tma, h, b, runs, blocks, rows, lora_blocks, h_stride, b_slot_stride,
+    x_tma, w_tma, y_tma, h, b, runs, blocks, terms, rows, lora_blocks, h_stride, b_slot_stride, terms_stride,
     N: tl.constexpr, K: tl.constexpr, R: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, CHAINED: tl.constexpr,
+    TERMS: tl.constexpr,
 ):  # fmt: skip
     row_blocks = tl.cdiv(rows, BLOCK_M)
     columns_of_blocks: tl.constexpr = N // BLOCK_N
@@ -91,6 +92,13 @@ def gated_kernel(
                 other = tl.load(runs + own * 3 + 2).to(tl.int64)
                 other_b = tl.load(b_at + other * b_slot_stride, mask=is_own, other=0.0)
                 acc = tl.dot(tl.load(h_at, mask=in_run, other=0.0), other_b.T, acc)
+            if TERMS:
+                for own in tl.range(run, last, num_stages=1):
+                    in_run = ((row >= tl.load(runs + own * 3)) & (row < tl.load(runs + own * 3 + 1)))[:, None]
+                    terms_at = terms + tl.load(runs + own * 3 + 2).to(tl.int64) * terms_stride
+                    terms_at += half * N + first + n % BLOCK_N
+                    gain, shift = tl.load(terms_at)[None, :], tl.load(terms_at + 2 * N)[None, :]
+                    acc = tl.where(in_run, acc * gain + shift, acc)
             low, high, slot = _first_run(runs, next_run, next_last)
         gate, up = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N)), (0, 2, 1)))
         run, last = next_run, next_last
@@ -104,12 +112,14 @@ def gated(
     stack: LinearStack | None = None,
     tiles: RowTiles | None = None,
     *,
+    terms: Tensor | None = None,  # float32 [S, 2, 2 N]
     chained: bool = False,
 ) -> Tensor:
     """Compute the gated activation of an MLP. Returns a new tensor [T, N].
 
     Semantics: `y[t] = silu(Wg x[t] + Bg hg[t]) * (Wu x[t] + Bu hu[t])`, rounded once, with B of row t's adapter.
-    Requires `can_gate`, and with LoRA, `can_add`.
+    With `terms`, gate and up are `gain * (...) + shift` before the activation. Requires `can_gate`, and with LoRA,
+    `can_add`.
 
     Args:
         chained: whether the launch right before this one is a `shrink` with `chained` that writes `h`.
@@ -121,19 +131,22 @@ def gated(
     x_tma = TensorDescriptor.from_tensor(x, [BLOCK_ROWS, tile.block_k])
     w_tma = TensorDescriptor.from_tensor(pair, [2, tile.block_n, tile.block_k])
     y_tma = TensorDescriptor.from_tensor(y, [BLOCK_ROWS, tile.block_n])
-    rank, lora = 0, (x, x, x, x, rows, 0, 0, 0)  # without LoRA, the kernel reads none of these tensors
+    rank, lora = 0, (x, x, x, x, x, rows, 0, 0, 0, 0)  # without LoRA, the kernel reads none of these tensors
     if h is not None and stack is not None and tiles is not None and tiles.on_device is not None:
         rank, (_, runs, blocks) = stack.rank, tiles.on_device
-        lora = (h, stack.b, runs, blocks, rows, len(tiles.blocks), h.stride(1), stack.b.stride(0))
+        lora = (
+            h, stack.b, runs, blocks, x if terms is None else terms, rows, len(tiles.blocks), h.stride(1),
+            stack.b.stride(0), 0 if terms is None else terms.stride(0),
+        )  # fmt: skip
 
     def launch(stages: int) -> None:
         gated_kernel[(min(programs, triton.cdiv(rows, BLOCK_ROWS) * (width // tile.block_n)),)](
             x_tma, w_tma, y_tma, *lora, N=width, K=wide, R=rank, PROGRAMS=programs, BLOCK_M=BLOCK_ROWS,
             BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP=tile.group, STAGES=stages, CHAINED=chained,
-            num_warps=tile.warps, num_stages=stages, launch_pdl=chained,
+            TERMS=terms is not None, num_warps=tile.warps, num_stages=stages, launch_pdl=chained,
         )  # fmt: skip
 
-    launch_fitted(launch, tile.stages, (gated_kernel, tile, rank, chained))
+    launch_fitted(launch, tile.stages, (gated_kernel, tile, rank, chained, terms is not None))
     return y
 
 

@@ -1,4 +1,4 @@
-"""LoRA by merging: `W' = W + s B A` of each adapter in a scratch weight, then one plain product over its rows.
+"""LoRA by merging: `W' = gain * (W + s B A)` of each adapter in a scratch weight, then one plain product over its rows.
 
 Merging costs a pass over W per adapter and nothing per row, so this backend is fast with few adapters and many rows.
 The sum is computed in float32, and W' is rounded to the weight's dtype once. On a CPU, the error relative to float64
@@ -66,7 +66,7 @@ class Merged:
     ) -> Tensor:
         """Compute a projection with LoRA. Returns a new tensor [T, N].
 
-        Semantics: `y[t] = (W + s B A) x[t] + bias`, with A, B, s of row t's adapter.
+        Semantics: `y[t] = gain * ((W + s B A) x[t] + bias) + shift`, with A, B, s and column terms of row t's adapter.
 
         Raises:
             ValueError: `x` does not have the batch's number of rows.
@@ -82,10 +82,11 @@ class Merged:
             merges = self._merges(weight, stack, [slot for slot, _, _ in some if slot is not None])
             for slot, start, stop in some:
                 w = weight if slot is None else merges[slot]
-                if bias is None:
+                own_bias = bias if slot is None else _bias(bias, stack, slot, y.dtype)
+                if own_bias is None:
                     torch.mm(x[start:stop], w.t(), out=y[start:stop])
                 else:
-                    torch.addmm(bias, x[start:stop], w.t(), out=y[start:stop])
+                    torch.addmm(own_bias, x[start:stop], w.t(), out=y[start:stop])
         return y
 
     def embedding(self, ids: Tensor, table: Tensor, stack: EmbeddingStack, batch: LoraBatch) -> Tensor:
@@ -122,6 +123,13 @@ class Merged:
         return self._scratch[key]
 
 
+def _bias(bias: Tensor | None, stack: LinearStack, slot: int, dtype: torch.dtype) -> Tensor | None:
+    if stack.terms is None or not stack.meta[slot].terms:
+        return bias
+    gain, shift = stack.terms[slot]
+    return (shift if bias is None else torch.addcmul(shift, bias.float(), gain)).to(dtype)
+
+
 def _merge(out: Tensor, weight: Tensor, stack: LinearStack, slots: Sequence[int]) -> None:
     if weight.is_cuda:
         merge.merge(out, weight, stack, slots)
@@ -137,13 +145,15 @@ def _merge(out: Tensor, weight: Tensor, stack: LinearStack, slots: Sequence[int]
             else:
                 merged[rows] = weight[rows]
             column += width
+        if stack.terms is not None and meta.terms:
+            merged.copy_(merged.float() * stack.terms[slot, 0, :, None])
 
 
 def _runs(stack: LinearStack, batch: LoraBatch) -> list[tuple[int | None, int, int]]:
     # Returns slot (None: base model), start and stop of each product. Adjacent base rows are one product.
     runs: list[tuple[int | None, int, int]] = []
     for segment in batch.segments:
-        slot = segment.slot if any(stack.meta[segment.slot].ranks) else None
+        slot = segment.slot if stack.meta[segment.slot].adapts else None
         _append(runs, slot, segment.start, segment.stop)
     _append(runs, None, batch.lora_rows, batch.rows)
     return runs

@@ -28,7 +28,7 @@ def linear(
 ) -> Tensor:
     """Compute a projection with LoRA. Returns a new tensor [T, N].
 
-    Semantics: `y[t] = W x[t] + bias + s B A x[t]`, with A, B, s of row t's adapter.
+    Semantics: `y[t] = gain * (W x[t] + bias + s B A x[t]) + shift`, with A, B, s and column terms of row t's adapter.
 
     LoRA is written first and the base product accumulates onto it, which saves a pass over y. On the CPU the sum is
     rounded once; cuBLAS rounds a 16-bit product before it adds it to y.
@@ -46,9 +46,21 @@ def linear(
     if bias is not None:
         y[:end] += bias
     y[:end].addmm_(x[:end], weight.t())
+    _apply_terms(y, stack, batch)
     if end < batch.rows:
         y[end:] = functional.linear(x[end:], weight, bias)
     return y
+
+
+def _apply_terms(y: Tensor, stack: LinearStack, batch: LoraBatch) -> None:
+    terms = batch.terms_of(stack)
+    if terms is None:
+        return
+    for segment in batch.segments:
+        if stack.meta[segment.slot].terms:
+            gain, shift = terms[segment.slot]
+            rows = y[segment.start : segment.stop]
+            rows.copy_(torch.addcmul(shift, rows.float(), gain))
 
 
 def expand_(

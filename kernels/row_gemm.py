@@ -51,6 +51,7 @@ class RowLora(NamedTuple):
 
     stack: LinearStack
     tiles: RowTiles  # padded, on the device
+    terms: Tensor | None = None  # float32 [S, 2, N]
 
 
 class Workspace:
@@ -155,11 +156,11 @@ def _launch(call: _Call, tile: Tile | None) -> None:
     chained = is_hopper(x.device)
     own = isinstance(tile, ThinTile) and tile.own and lora is not None and len(lora.tiles.runs) == 1
     # Absent tensors are replaced by any other tensor, which the kernel does not read.
-    h, a, b, scalings, runs, rank = x, x, x, x, x, 16
+    h, a, b, scalings, runs, rank, terms = x, x, x, x, x, 16, None
     slices: tuple[int, ...] = (width, width)
     if lora is not None:
         assert lora.tiles.on_device is not None
-        stack, runs = lora.stack, lora.tiles.on_device[1]
+        stack, runs, terms = lora.stack, lora.tiles.on_device[1], lora.terms
         a, b, scalings, rank, slices = stack.a, stack.b, stack.scalings, stack.rank, (*stack.widths, width)
         h = x if own else row_shrink(x, stack, lora.tiles, chained=chained)
     adapters = 1 if lora is None else triton.next_power_of_2(len(lora.tiles.runs))
@@ -172,20 +173,22 @@ def _launch(call: _Call, tile: Tile | None) -> None:
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "KIND": kind, "NEXT": norm is not None, "BIAS": bias is not None, "LORA": lora is not None,
         "RUNS": max(1, min(adapters, tile.run_ranks // triton.next_power_of_2(rank))), "ADAPTERS": adapters,
-        "PRECISION": precision_of(x), "CHAINED": chained, "num_warps": tile.warps, "launch_pdl": chained,
+        "PRECISION": precision_of(x), "CHAINED": chained, "TERMS": terms is not None,
+        "num_warps": tile.warps, "launch_pdl": chained,
     }  # fmt: skip
     variant = (tile, own, *common.values())
     after = (out, x if residual is None else residual, x if norm is None else norm.weight, next_squares)
     bias = weight if bias is None else bias
-    h_strides = (h.stride(0), b.stride(0))
+    strides = (h.stride(0), b.stride(0), 0 if terms is None else terms.stride(0))
+    terms = x if terms is None else terms
     row_blocks = triton.cdiv(count, tile.block_m)
     if isinstance(tile, ThinTile):
         thin = tile
 
         def launch_thin(stages: int) -> None:
             thin_kernel[(width // thin.block_n, row_blocks)](
-                x, squares, weight, bias, a, h, b, runs, scalings, *after, count, rows.eps, x.stride(0),
-                scalings.stride(0), a.stride(0), *h_strides, PARTS=thin.warps, OWN=own, EARLY=thin.early,
+                x, squares, weight, bias, a, h, b, runs, scalings, terms, *after, count, rows.eps, x.stride(0),
+                scalings.stride(0), a.stride(0), *strides, PARTS=thin.warps, OWN=own, EARLY=thin.early,
                 STAGES=stages, num_stages=stages, **common,
             )  # fmt: skip
 
@@ -197,8 +200,8 @@ def _launch(call: _Call, tile: Tile | None) -> None:
 
     def launch_split(stages: int) -> None:
         split_kernel[(width // split.block_n * row_blocks * split.split,)](
-            x_tma, w_tma, squares, bias, h, b, runs, *after, workspace.parts, workspace.arrivals, count, rows.eps,
-            *h_strides, ROW_BLOCKS=row_blocks, SPLIT=split.split, STAGES=stages, num_stages=stages, **common,
+            x_tma, w_tma, squares, bias, h, b, runs, terms, *after, workspace.parts, workspace.arrivals, count,
+            rows.eps, *strides, ROW_BLOCKS=row_blocks, SPLIT=split.split, STAGES=stages, num_stages=stages, **common,
         )  # fmt: skip
 
     launch_fitted(launch_split, tile.stages, variant)

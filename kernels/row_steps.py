@@ -94,9 +94,28 @@ def add_lora(
 
 
 @triton.jit
+def slots_of(runs, rows, ADAPTERS: tl.constexpr):
+    # The slot of each row's adapter; -1 for rows of the base model.
+    run = tl.arange(0, ADAPTERS)
+    start, stop = tl.load(runs + run * 3), tl.load(runs + run * 3 + 1)
+    own = (rows[:, None] >= start[None, :]) & (rows[:, None] < stop[None, :])
+    return tl.sum(tl.where(own, tl.load(runs + run * 3 + 2)[None, :] + 1, 0), 1) - 1
+
+
+@triton.jit
+def with_terms(acc, terms, slots, terms_stride, columns, WIDTH: tl.constexpr):
+    # gain * acc + shift, of each row's slot; WIDTH columns of the projection.
+    at = terms + slots.to(tl.int64)[:, None] * terms_stride + columns[None, :]
+    adapted = (slots >= 0)[:, None]
+    gain = tl.load(at, mask=adapted, other=1.0)
+    return acc * gain + tl.load(at + WIDTH, mask=adapted, other=0.0)
+
+
+@triton.jit
 def finish(
-    acc, up, scale, before, rows, in_rows, columns, tile, N, bias, out, residual, norm, out_squares,
-    OUT_PARTS: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, KIND: tl.constexpr, NEXT: tl.constexpr,
+    acc, up, scale, before, rows, in_rows, columns, tile, N: tl.constexpr, bias, runs, terms, terms_stride, out,
+    residual, norm, out_squares, OUT_PARTS: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
+    TERMS: tl.constexpr, ADAPTERS: tl.constexpr, KIND: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
     # Writes a tile: see PLAIN, GATED and ADDED. `up` is read for GATED only, `before`, the residual, for ADDED only.
     mask = in_rows[:, None]
@@ -105,11 +124,16 @@ def finish(
         acc = acc * scale[:, None]
     if BIAS:
         acc += tl.load(bias + columns).to(tl.float32)[None, :]
+    if TERMS:
+        slots = slots_of(runs, rows, ADAPTERS)
+        acc = with_terms(acc, terms, slots, terms_stride, columns, 2 * N if KIND == 1 else N)
     if KIND == 1:
         if SCALED:
             up = up * scale[:, None]
         if BIAS:
             up += tl.load(bias + N + columns).to(tl.float32)[None, :]
+        if TERMS:
+            up = with_terms(up, terms, slots, terms_stride, N + columns, 2 * N)
         acc = acc * tl.sigmoid(acc) * up
     if KIND == 2:
         acc += before

@@ -11,15 +11,15 @@ import triton.language as tl
 from ranklet.kernels.row_steps import add_lora, finish, row_scale, run_group, runs_in
 
 
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["runs"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["runs", "terms"])
 def split_kernel(
-    x_tma, w_tma, squares, bias, h, b, runs, out, residual, norm, out_squares, parts, arrivals, count, eps,
-    h_stride, b_slot_stride,
+    x_tma, w_tma, squares, bias, h, b, runs, terms, out, residual, norm, out_squares, parts, arrivals, count, eps,
+    h_stride, b_slot_stride, terms_stride,
     K: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
     IN_PARTS: tl.constexpr, IN_BLOCK: tl.constexpr, OUT_PARTS: tl.constexpr, ROW_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     KIND: tl.constexpr, NEXT: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr, RUNS: tl.constexpr,
-    ADAPTERS: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
+    ADAPTERS: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)  # programs that share columns of W are neighbours
     row_block = program % ROW_BLOCKS
@@ -104,6 +104,6 @@ def split_kernel(
             tl.store(arrivals + place, 0)
     if last:
         finish(
-            acc, up, scale, before, rows, in_rows, columns, tile, N, bias, out, residual, norm, out_squares, OUT_PARTS,
-            IN_PARTS > 0, BIAS, KIND, NEXT,
+            acc, up, scale, before, rows, in_rows, columns, tile, N, bias, runs, terms, terms_stride, out, residual,
+            norm, out_squares, OUT_PARTS, IN_PARTS > 0, BIAS, TERMS, ADAPTERS, KIND, NEXT,
         )  # fmt: skip

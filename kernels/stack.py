@@ -3,6 +3,8 @@
 Letters: S slots, R the pool's rank, K input width, N output width, V vocabulary. An adapter's rank is at most R; the
 rest of its slot is zero. A projection may pack several slices side by side (q|k|v, gate|up). Each slice has its own R
 rows of A and its own columns of the output.
+
+Column terms are what DoRA and trained biases change: `y[n] = gain[n] * (what base and LoRA give)[n] + shift[n]`.
 """
 
 from collections.abc import Iterable
@@ -19,10 +21,16 @@ def padded_rank(rank: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class SlotMeta:
-    """Rank and scaling of each slice of one slot, on the CPU."""
+    """Rank and scaling of each slice of one slot, and whether the slot has column terms. On the CPU."""
 
     ranks: tuple[int, ...]  # 0: the adapter does not target the slice
     scalings: tuple[float, ...]
+    terms: bool = False
+
+    @property
+    def adapts(self) -> bool:
+        """Return whether the adapter changes the projection."""
+        return self.terms or any(self.ranks)
 
 
 class _Stack:
@@ -42,8 +50,8 @@ class _Stack:
         self.scalings[slot] = torch.tensor(meta.scalings)
 
     def holds_any(self, slots: Iterable[int]) -> bool:
-        """Return whether an adapter in one of the slots targets this projection."""
-        return any(any(self.meta[slot].ranks) for slot in slots)
+        """Return whether an adapter in one of the slots changes this projection."""
+        return any(self.meta[slot].adapts for slot in slots)
 
 
 @dataclass(slots=True)
@@ -59,6 +67,7 @@ class LinearStack(_Stack):
     widths: tuple[int, ...]  # output columns of each slice; they add up to N
     ranks: Tensor = field(default=None)  # type: ignore[assignment]  # int32 [S, slices]
     scalings: Tensor = field(default=None)  # type: ignore[assignment]  # float32 [S, slices]
+    terms: Tensor | None = None  # float32 [S, 2, N]: gains and shifts, 1 and 0 for a slot without; None if no slot has
     meta: list[SlotMeta] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -14,16 +14,16 @@ import triton.language as tl
 from ranklet.kernels.row_steps import add_lora, finish, halves, row_scale, run_group, runs_in, weight_rows_of
 
 
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["runs"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["runs", "terms"])
 def thin_kernel(
-    x, squares, w, bias, a, h, b, runs, scalings, out, residual, norm, out_squares, count, eps,
-    x_stride, meta_stride, a_slot_stride, h_stride, b_slot_stride,
+    x, squares, w, bias, a, h, b, runs, scalings, terms, out, residual, norm, out_squares, count, eps,
+    x_stride, meta_stride, a_slot_stride, h_stride, b_slot_stride, terms_stride,
     K: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
     IN_PARTS: tl.constexpr, IN_BLOCK: tl.constexpr, OUT_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
     KIND: tl.constexpr, NEXT: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr, OWN: tl.constexpr,
     RUNS: tl.constexpr, ADAPTERS: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
-    EARLY: tl.constexpr,
+    EARLY: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     first = tile * BLOCK_N
@@ -116,6 +116,6 @@ def thin_kernel(
                 b_slot_stride, R, BLOCK_R, RUNS, BLOCK_M, PRECISION, CHAINED,
             )  # fmt: skip
     finish(
-        product, up, scale, before, rows, in_rows, columns, tile, N, bias, out, residual, norm, out_squares, OUT_PARTS,
-        IN_PARTS > 0, BIAS, KIND, NEXT,
+        product, up, scale, before, rows, in_rows, columns, tile, N, bias, runs, terms, terms_stride, out, residual,
+        norm, out_squares, OUT_PARTS, IN_PARTS > 0, BIAS, TERMS, ADAPTERS, KIND, NEXT,
     )  # fmt: skip

@@ -150,10 +150,11 @@ def _verify(options: argparse.Namespace) -> int:
 
     from ranklet.replicas.adapters.verify import ExpectedModules
     from ranklet.replicas.model.architecture import read_architecture, read_config
+    from ranklet.replicas.model.base_linears import BaseLinears
     from ranklet.replicas.model.checkpoint import Checkpoint
     from ranklet.replicas.model.end_of_text import EndOfText
     from ranklet.replicas.model.lm_head import LmHead, read_lm_head
-    from ranklet.replicas.model.modules import ALL_MODULES
+    from ranklet.replicas.model.modules import ALL_MODULES, LINEAR_MODULES, module_path
 
     config = read_config(options.model)
     architecture = read_architecture(config)
@@ -161,10 +162,11 @@ def _verify(options: argparse.Namespace) -> int:
     with Checkpoint(options.model, torch.device("cpu"), torch.bfloat16) as checkpoint:
         padded = checkpoint.read_padded("embed_tokens.weight", (architecture.vocab, architecture.hidden))
         embedding = padded[: architecture.vocab]
+        biased = frozenset(name for name in LINEAR_MODULES if checkpoint.has(f"layers.0.{module_path(name)}.bias"))
         head = read_lm_head(checkpoint, config, architecture, embedding, padded)
     expected = ExpectedModules(
         architecture, options.max_rank, ALL_MODULES, bases, embedding, head if isinstance(head, LmHead) else None,
-        EndOfText(options.model, config, architecture.vocab),
+        EndOfText(options.model, config, architecture.vocab), linears=BaseLinears(biased),
     )  # fmt: skip
     served = [_verify_folder(folder, replace(expected, roots=(folder.resolve().parent,))) for folder in options.folders]
     return 0 if all(served) else 1

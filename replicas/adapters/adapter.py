@@ -1,6 +1,7 @@
 """A verified adapter in host memory."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -41,6 +42,18 @@ class LoraWeight:
         return numbers.view(columns, rows).t() if self.transposed else numbers.view(rows, columns)
 
 
+@dataclass(frozen=True, slots=True)
+class ColumnTerms:
+    """What DoRA and trained biases make of a module's output y: `gain * y + shift`, by column."""
+
+    gain: Tensor  # float32 [out_features]
+    shift: Tensor  # float32 [out_features]
+
+    @property
+    def nbytes(self) -> int:
+        return self.gain.nbytes + self.shift.nbytes
+
+
 @dataclass(frozen=True)
 class AdapterWeights:
     """A verified adapter.
@@ -48,6 +61,7 @@ class AdapterWeights:
     Attributes:
         flat: its weights end to end in the base model's dtype, on the CPU.
         weights: where each one is.
+        terms: of the modules that have any, also of some without LoRA; on the CPU.
         end_ids: ids that end its texts, besides those of the base model.
         notes: what its folder has instead of the base model's settings, and what of it is not used.
     """
@@ -55,6 +69,7 @@ class AdapterWeights:
     ref: AdapterRef
     flat: Tensor
     weights: dict[Module, LoraWeight]
+    terms: Mapping[Module, ColumnTerms] = field(default_factory=dict)
     end_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 

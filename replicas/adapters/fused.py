@@ -1,7 +1,9 @@
-"""Divides the LoRA of modules that checkpoints have fused, such as qkv_proj, among the modules they consist of."""
+"""Divides what adapters have of fused modules, qkv_proj and gate_up_proj, among the modules that these consist of."""
 
 from collections.abc import Iterable
 from dataclasses import replace
+
+from torch import Tensor
 
 from ranklet.replicas.adapters.adapter import AdapterWeights, LoraWeight
 from ranklet.replicas.model.architecture import Architecture
@@ -11,6 +13,21 @@ from ranklet.replicas.model.modules import FUSED_MODULES, Module
 def parts_of(names: Iterable[str]) -> set[str]:
     """Return the modules that the named ones consist of."""
     return {part for name in names for part in FUSED_MODULES.get(name, (name,))}
+
+
+def divide_vectors(vectors: dict[Module, dict[str, Tensor]], shape: Architecture) -> dict[Module, dict[str, Tensor]]:
+    """Give each part of a fused module its entries of vectors by output column, in the order of `divide`."""
+    if not shape.fused:
+        return vectors
+    found: dict[Module, dict[str, Tensor]] = {}
+    for (layer, name), kinds in vectors.items():
+        parts = FUSED_MODULES.get(name, (name,))
+        for kind, vector in kinds.items():
+            if name == "qkv_proj":
+                shape.order_heads(vector)
+            for part, own in zip(parts, vector.split([shape.dims(each)[1] for each in parts]), strict=True):
+                found.setdefault((layer, part), {})[kind] = own
+    return found
 
 
 def divide(adapter: AdapterWeights, shape: Architecture) -> AdapterWeights:

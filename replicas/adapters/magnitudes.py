@@ -15,11 +15,14 @@ _INPUT = 10.0  # number of standard deviations within which inputs are
 _LEAST_EFFECT = 1e-20  # of B A x, relative to x; the base's own weights round it away
 
 
-def check_magnitudes(adapter: AdapterWeights, names: dict[Module, str]) -> Checked[tuple[str, ...]]:
+def check_magnitudes(
+    adapter: AdapterWeights, names: dict[Module, str], *, alone: bool = True
+) -> Checked[tuple[str, ...]]:
     """Yield numbers that are not finite, and an alpha of 0. Return notes on modules without an effect.
 
     Args:
         names: full names of the modules.
+        alone: whether the adapter has nothing but these weights.
     """
     least, most = torch.aminmax(adapter.flat) if len(adapter.flat) else (torch.zeros(()), torch.zeros(()))
     largest = max(-float(least), float(most))
@@ -28,11 +31,11 @@ def check_magnitudes(adapter: AdapterWeights, names: dict[Module, str]) -> Check
         return ()
     yield from _overflowing(adapter, names, largest)
     unscaled = [names[module] for module, weight in adapter.weights.items() if weight.scaling == 0]
-    if unscaled and len(unscaled) == len(adapter.weights):
+    if unscaled and alone and len(unscaled) == len(adapter.weights):
         yield "lora_alpha: expected a number other than 0; with 0, the adapter answers as the base model does"
     elif unscaled:
         return (f"alpha is 0 for {len(unscaled)} modules, which stay as in the base model: {join(unscaled)}",)
-    elif adapter.weights and all(map(_vanishes, adapter.weights.values())):  # it ends at the first that does not
+    elif alone and adapter.weights and all(map(_vanishes, adapter.weights.values())):  # ends at the first that does not
         return ("all of its weights are 0 or nearly 0, so it answers as the base model does",)
     return ()
 

@@ -1,5 +1,6 @@
 """An adapter packed for a copy into a slot: one flat buffer and a layout of the matrices in it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ranklet.kernels.packs import PACKS
 from ranklet.kernels.stack import SlotMeta
-from ranklet.replicas.adapters.adapter import AdapterWeights
+from ranklet.replicas.adapters.adapter import AdapterWeights, ColumnTerms
 from ranklet.replicas.adapters.pinned_memory import Allocate, pageable
 from ranklet.replicas.model.modules import EMBED_TOKENS, EMBEDDING, LM_HEAD, Module
 
@@ -63,6 +64,7 @@ class PackedAdapter:
     Attributes:
         metas: ranks and scalings by layer and part (a key of `PARTS`).
         modules: names of the targeted modules, over all layers.
+        terms: see `AdapterWeights`.
         end_ids: ids that end the adapter's texts, besides those of the base model.
         notes: see `AdapterWeights`.
     """
@@ -72,12 +74,13 @@ class PackedAdapter:
     layout: PackedLayout
     metas: dict[tuple[int, str], SlotMeta]
     modules: tuple[str, ...]
+    terms: Mapping[Module, ColumnTerms] = field(default_factory=dict)
     end_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        return self.flat.numel() * self.flat.element_size()
+        return self.flat.nbytes + sum(terms.nbytes for terms in self.terms.values())
 
 
 def pack(adapter: AdapterWeights, dtype: torch.dtype, allocate: Allocate = pageable) -> PackedAdapter:
@@ -95,13 +98,14 @@ def pack(adapter: AdapterWeights, dtype: torch.dtype, allocate: Allocate = pagea
         ]
     modules = tuple(sorted({name for _, name in adapter.weights}))
     layout, metas = layout_of(tuple(pieces)), _metas(adapter)
-    return PackedAdapter(adapter.rank, flat, layout, metas, modules, adapter.end_ids, adapter.notes)
+    return PackedAdapter(adapter.rank, flat, layout, metas, modules, adapter.terms, adapter.end_ids, adapter.notes)
 
 
 def _metas(adapter: AdapterWeights) -> dict[tuple[int, str], SlotMeta]:
     found = {}
-    for layer, part in dict.fromkeys((layer, _PART_OF[name]) for layer, name in adapter.weights):
+    for layer, part in dict.fromkeys((layer, _PART_OF[name]) for layer, name in (*adapter.weights, *adapter.terms)):
         weights = [adapter.weights.get((layer, name)) for name in PARTS[part]]
         ranks = tuple(weight.rank if weight else 0 for weight in weights)
-        found[layer, part] = SlotMeta(ranks, tuple(weight.scaling if weight else 0.0 for weight in weights))
+        scalings = tuple(weight.scaling if weight else 0.0 for weight in weights)
+        found[layer, part] = SlotMeta(ranks, scalings, any((layer, name) in adapter.terms for name in PARTS[part]))
     return found

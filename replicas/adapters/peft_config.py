@@ -30,7 +30,7 @@ _HARMLESS = {
 _APPLIED = {
     "peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias",
-    "ensure_weight_tying",
+    "ensure_weight_tying", "use_dora", "lora_bias",
 }  # fmt: skip
 # These initialisations leave the base weights as they were; the others (pissa, olora, loftq, ...) change them.
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -42,6 +42,7 @@ _METHODS = {
     "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA", "XLORA": "a mixture of LoRA adapters",
     "LN_TUNING": "tuning of norms", "TRAINABLE_TOKENS": "training of single tokens", "FOURIERFT": "FourierFT",
 }  # fmt: skip
+_BIASES = ("none", "all", "lora_only")
 _FLOAT32_MAX = 3.4028234e38
 _ALL_LINEAR = "all-linear"
 _TIED = (EMBED_TOKENS, LM_HEAD)  # a tied model uses one weight for both
@@ -116,6 +117,21 @@ class LoraSettings:
         if "target_modules" in self._names:
             return any(name.rpartition(".")[2] in _TIED for name in self._names["target_modules"])
         return any(name in self._found["target_modules"] for name in _TIED)
+
+    @property
+    def uses_dora(self) -> bool:
+        """Whether each targeted module has a magnitude for each output column."""
+        return bool(self._fields.get("use_dora"))
+
+    @property
+    def has_lora_bias(self) -> bool:
+        """Whether B of each targeted module has a bias."""
+        return bool(self._fields.get("lora_bias"))
+
+    @property
+    def bias(self) -> str:
+        """Return which biases of the base are trained: "none", "all", or "lora_only", those of targeted modules."""
+        return str(self._fields.get("bias", "none"))
 
     def rank(self, module: str) -> int:
         return int(self._ranks.get(module, self._fields.get("r", 8)))
@@ -246,8 +262,10 @@ def _is_list(value: Any, kind: type) -> bool:
 
 
 def _unsupported(fields: dict[str, Any]) -> Iterator[str]:
-    if fields.get("bias", "none") != "none":
-        yield f"bias: expected 'none', got {show(fields['bias'])}; train without biases"
+    if fields.get("bias", "none") not in _BIASES:
+        yield f"bias: expected one of {', '.join(_BIASES)}, got {show(fields['bias'])}"
+    if fields.get("use_dora") and fields.get("lora_bias"):
+        yield "lora_bias: PEFT does not combine it with use_dora; expected one of them"
     if fields.get("init_lora_weights", True) not in _PLAIN_INIT:
         yield (
             f"init_lora_weights: {show(fields['init_lora_weights'])} changes the base weights; "

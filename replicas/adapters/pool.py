@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, product
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from ranklet.kernels.packs import PACKS
 from ranklet.kernels.stack import EmbeddingStack, LinearStack, SlotMeta, padded_rank
 from ranklet.kernels.unpack import MOST_ELEMENTS, Destination, table, unpack
+from ranklet.replicas.adapters.adapter import ColumnTerms
 from ranklet.replicas.adapters.packed import PARTS, PackedAdapter, PackedLayout, layout_of
 from ranklet.replicas.model.architecture import Architecture
 from ranklet.replicas.model.decoder import Stacks
@@ -26,9 +28,14 @@ from ranklet.replicas.model.modules import EMBED_TOKENS, EMBEDDING, HEAD, LM_HEA
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SlotContents:
-    """Modules that the adapter in a slot targets. Each load makes a new object, and objects compare by identity."""
+    """Modules that the adapter in a slot changes. Each load makes a new object, and objects compare by identity.
+
+    Attributes:
+        terms: whether some have column terms.
+    """
 
     modules: frozenset[Module]
+    terms: bool = False
 
 
 @dataclass
@@ -78,6 +85,8 @@ class AdapterPool:
         self._parts: dict[tuple[int, str], LinearStack | EmbeddingStack] = {**self._stacks}
         if self.embedding is not None:
             self._parts[EMBEDDING, EMBED_TOKENS] = self.embedding
+        self._terms_lock = Lock()
+        self._terms: Tensor | None = None  # float32 [S, all gains and shifts], made for the first adapter with terms
         self._stream: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def _place_matrices(self) -> int:
@@ -112,7 +121,7 @@ class AdapterPool:
 
     @property
     def nbytes(self) -> int:
-        return self._data.numel() * self._data.element_size()
+        return self._data.nbytes + (0 if self._terms is None else self._terms.nbytes)
 
     @property
     def projections(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
@@ -181,7 +190,41 @@ class AdapterPool:
                 into = self._destinations[piece.module, piece.side]
                 matrix = data[into.at : into.at + into.rows * into.columns].view(into.rows, into.columns)
                 matrix[: piece.shape[0], : piece.shape[1]] = piece.view(flat)
-        self._describe(slot, packed.metas, layout.modules)
+        self._write_terms(slot, packed.terms)
+        self._describe(slot, packed.metas, layout.modules | packed.terms.keys(), terms=bool(packed.terms))
+
+    def _write_terms(self, slot: int, terms: Mapping[Module, ColumnTerms]) -> None:
+        if not terms and not self.contents[slot].terms:
+            return
+        kept = self._allocated_terms()
+        row, begin = torch.empty(kept.shape[1]), 0
+        for (layer, part), stack in self._layer_stacks():
+            own = row[begin : begin + 2 * sum(stack.widths)].view(2, -1)
+            own[0], own[1] = 1.0, 0.0
+            begin += own.numel()
+            first = 0
+            for name, width in zip(PARTS[part], stack.widths, strict=True):
+                if (layer, name) in terms:
+                    own[0, first : first + width] = terms[layer, name].gain
+                    own[1, first : first + width] = terms[layer, name].shift
+                first += width
+        kept[slot].copy_(row)
+
+    def _allocated_terms(self) -> Tensor:
+        with self._terms_lock:  # loads run on several threads
+            if self._terms is None:
+                stacks = [stack for _, stack in self._layer_stacks()]
+                sizes = [2 * sum(stack.widths) for stack in stacks]
+                with torch.inference_mode(False):
+                    terms = torch.zeros((self.slots, sum(sizes)), device=self.device)
+                for stack, part in zip(stacks, terms.split(sizes, dim=1), strict=True):
+                    part[:, : sum(stack.widths)] = 1.0
+                    stack.terms = part.view(self.slots, 2, -1)
+                self._terms = terms
+            return self._terms
+
+    def _layer_stacks(self) -> list[tuple[tuple[int, str], LinearStack]]:
+        return [(where, stack) for where, stack in self._stacks.items() if where[0] >= 0]
 
     def _filled_destinations(self, layout: PackedLayout) -> list[Destination]:
         """Return all matrices of a slot, each with the adapter's matrix that is copied into it."""
@@ -191,7 +234,9 @@ class AdapterPool:
             filled[piece.module, piece.side] = Destination(*into[:3], piece.offset, *piece.shape, *piece.strides)
         return list(filled.values())
 
-    def _describe(self, slot: int, metas: Mapping[tuple[int, str], SlotMeta], modules: frozenset[Module]) -> None:
+    def _describe(
+        self, slot: int, metas: Mapping[tuple[int, str], SlotMeta], modules: frozenset[Module], *, terms: bool = False
+    ) -> None:
         """Set the ranks, scalings and modules of a slot; a part without metadata has rank 0."""
         for where, stack in self._parts.items():
             stack.meta[slot] = metas.get(where) or _empty_meta(len(stack.meta[slot].ranks))
@@ -199,7 +244,7 @@ class AdapterPool:
         # One copy for all projections: the metadata of each stack is a view of some columns.
         self._ranks[slot] = torch.tensor([*chain(*(meta.ranks for meta in written))], dtype=torch.int32)
         self._scalings[slot] = torch.tensor([*chain(*(meta.scalings for meta in written))])
-        self.contents[slot] = SlotContents(modules)
+        self.contents[slot] = SlotContents(modules, terms)
 
 
 @cache

@@ -19,6 +19,11 @@ _KEY = re.compile(
 # PEFT saves the base's own embedding and head beside an adapter that targets one of them, or whose vocabulary it takes
 # for resized.
 _BASE_COPY = re.compile(_PREFIX + r"(?P<name>embed_tokens|lm_head)(?:\.base_layer)?\.weight")
+# What DoRA and trained biases save: `bias` is that of the base's own layer, `lora_B.bias` that of B.
+_TERM = re.compile(
+    r"(?P<module>.*?)\.(?:(?P<magnitude>lora_magnitude_vector)(?:\.weight)?|(?P<lora_bias>lora_B\.bias)|"
+    r"(?:base_layer\.)?(?P<bias>bias))"
+)
 _MAX_KEY_CHARS = 512
 _OUTSIDE_LAYERS = {EMBED_TOKENS: EMBEDDING, LM_HEAD: HEAD}
 
@@ -38,6 +43,16 @@ def parse_key(key: str) -> LoraKey | None:
         return None
     layer = found["layer"] or _OUTSIDE_LAYERS.get(found["name"])
     return None if layer is None else LoraKey(found["prefix"], (int(layer), found["name"]), found["side"])
+
+
+def parse_term(key: str) -> tuple[Module, str] | None:
+    """Return the module and `magnitude`, `lora_bias` or `bias` if the key is that of a vector by output column."""
+    found = _TERM.fullmatch(key) if len(key) <= _MAX_KEY_CHARS else None
+    if found is None or found.lastgroup is None:
+        return None
+    embedding = "embedding_" * found["module"].endswith(EMBED_TOKENS)
+    of = parse_key(f"{found['module']}.lora_{embedding}A")
+    return None if of is None else (of.module, found.lastgroup)
 
 
 def parse_base_copy(key: str) -> str | None:

@@ -6,7 +6,7 @@ or wrong ones. Both are findings. All findings are reported together.
 
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ranklet.kernels.stack import padded_rank
 from ranklet.replicas.adapters.adapter import AdapterWeights, LoraWeight
+from ranklet.replicas.adapters.base_copies import FLOATS, check_base_copy
+from ranklet.replicas.adapters.column_terms import StoredTerms, check_terms, read_terms
 from ranklet.replicas.adapters.findings import Checked, collect, join, shorten
 from ranklet.replicas.adapters.folder_check import BaseFolder
 from ranklet.replicas.adapters.fused import divide, parts_of
@@ -29,7 +31,6 @@ from ranklet.replicas.adapters.safetensors_file import (
     StoredTensor,
     UnreadableWeightsError,
     read_header,
-    read_tensor,
     read_tensors,
 )
 from ranklet.replicas.adapters.tensor_names import (
@@ -38,15 +39,16 @@ from ranklet.replicas.adapters.tensor_names import (
     full_names,
     parse_base_copy,
     parse_key,
+    parse_term,
 )
+from ranklet.replicas.adapters.tied_head import tied
 from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
 from ranklet.replicas.model.architecture import Architecture
+from ranklet.replicas.model.base_linears import BaseLinears
 from ranklet.replicas.model.end_of_text import EndOfText
 from ranklet.replicas.model.lm_head import LmHead
-from ranklet.replicas.model.modules import ALL_MODULES, EMBED_TOKENS, LM_HEAD, Module
+from ranklet.replicas.model.modules import ALL_MODULES, LM_HEAD, Module
 from ranklet.replicas.model.tokenizer_files import UnusableTokenError
-
-_FLOATS = "float32, bfloat16 or float16"
 
 Pairs = dict[Module, dict[str, StoredTensor]]  # the tensors of each module, by side: A or B
 
@@ -63,6 +65,7 @@ class ExpectedModules:
             config and the weights.
         slots: number of slots on the device.
         roots: folders that links in an adapter's folder may lead to.
+        linears: the base model's linear modules, which DoRA and trained biases refer to.
     """
 
     architecture: Architecture
@@ -74,6 +77,7 @@ class ExpectedModules:
     end_of_text: EndOfText | None = None
     slots: int = 1
     roots: tuple[Path, ...] = ()
+    linears: BaseLinears = field(default_factory=BaseLinears)
 
     @cached_property
     def base_folder(self) -> BaseFolder | None:
@@ -86,6 +90,11 @@ class ExpectedModules:
         """Return the device memory that slots for `lm_head` take."""
         elements = padded_rank(self.max_rank) * sum(self.architecture.dims(LM_HEAD))
         return self.slots * elements * self.embedding.element_size()
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Return the output columns of each linear module in a layer."""
+        return {name: self.architecture.dims(name)[1] for name in self.architecture.stored_modules()}
 
     def every_module(self) -> list[Module]:
         """Return every module of the decoder that LoRA may target."""
@@ -139,25 +148,34 @@ def _verify(
     if settings is None or stored is None:
         return None
     try:
-        pairs = yield from _match(path, stored, names.keys(), expected)
+        pairs, stored_terms = yield from _match(path, stored, names.keys(), expected)
         ties = settings.ties_head and expected.head is not None and expected.head.ties and HEAD_MODULE in names
         yield from _check_targets(pairs, names, settings, expected, ties=ties)
         notes += _head_notes(pairs, expected, ties=ties)
         if expected.head is None:
             pairs.pop(HEAD_MODULE, None)
+            stored_terms.pop(HEAD_MODULE, None)
         sound: Pairs = {}
         for module, sides in pairs.items():
             rank = settings.rank(names[EMBEDDING_MODULE if ties and module == HEAD_MODULE else module])
             if (yield from _check_pair(module, names[module], sides, rank, expected)):
                 sound[module] = sides
         adapter = _read(ref, path, sound, names, settings, expected.embedding.dtype, allocate)
+        usable = yield from check_terms(
+            stored_terms, pairs.keys(), names, settings, expected.linears, expected.widths, expected.modules
+        )
+        notes += yield from check_magnitudes(adapter, names, alone=not stored_terms)
+        if ties:
+            adapter = yield from tied(adapter, settings.scaling(names[HEAD_MODULE]))
+        adapter = divide(adapter, expected.architecture)
+        if usable and len(sound) == len(pairs):
+            linears, shape = expected.linears, expected.architecture
+            terms = yield from read_terms(path, stored_terms, adapter, names, linears, shape)
+            adapter = replace(adapter, terms=terms)
     except UnreadableWeightsError as error:
         yield str(error)
         return None
-    notes += yield from check_magnitudes(adapter, names)
-    if ties:
-        adapter = yield from _tied(adapter, settings.scaling(names[HEAD_MODULE]))
-    return replace(divide(adapter, expected.architecture), end_ids=end_ids, notes=notes)
+    return replace(adapter, end_ids=end_ids, notes=notes)
 
 
 def _head_notes(pairs: Pairs, expected: ExpectedModules, *, ties: bool) -> tuple[str, ...]:
@@ -200,13 +218,23 @@ def _missing_weights(path: Path) -> str:
 
 def _match(
     path: Path, stored: Iterable[StoredTensor], modules: Collection[Module], expected: ExpectedModules
-) -> Checked[Pairs]:
+) -> Checked[tuple[Pairs, StoredTerms]]:
     pairs: Pairs = {}
+    terms: StoredTerms = {}
     unmatched = []
     for tensor in stored:
         copied = parse_base_copy(tensor.key)
         if copied is not None:
-            yield from _check_base_copy(path, tensor, copied, expected)
+            head = expected.head.weight if expected.head is not None else None
+            base = head if copied == LM_HEAD else expected.embedding
+            if base is not None:
+                yield from check_base_copy(path, tensor, copied, base)
+            continue
+        term = parse_term(tensor.key)
+        if term is not None and term[0] in modules:
+            if term[1] in terms.setdefault(term[0], {}):
+                yield f"{tensor.key}: a second tensor for layer {term[0][0]} {term[0][1]}; expected one"
+            terms[term[0]][term[1]] = tensor
             continue
         found = parse_key(tensor.key)
         if found is None or found.module not in modules:
@@ -218,24 +246,7 @@ def _match(
         sides[found.side] = tensor
     if unmatched:
         yield f"{len(unmatched)} tensors match no module of the base model: {join(unmatched)}"
-    return pairs
-
-
-def _check_base_copy(path: Path, stored: StoredTensor, name: str, expected: ExpectedModules) -> Checked[None]:
-    """Compare the file's copy with the served base's embedding or head, up to the rounding of either's dtype."""
-    if name == LM_HEAD and expected.head is None:
-        return
-    base = expected.head.weight if name == LM_HEAD and expected.head is not None else expected.embedding
-    key = shorten(stored.key)
-    if stored.shape != tuple(base.shape):
-        yield f"{key}: expected the base's {list(base.shape)}, got {list(stored.shape)}; its vocabulary differs"
-    elif stored.dtype not in DTYPES:
-        yield f"{key}: expected {_FLOATS}, got {stored.dtype}"
-    else:
-        copy = read_tensor(path, stored)
-        ours = base.to(copy.dtype).to(base.dtype)
-        if not torch.equal(copy.to(base.device).to(base.dtype), ours):
-            yield f"{key}: differs from the served base's {name}; modules trained whole are not supported"
+    return pairs, terms
 
 
 def _check_targets(
@@ -282,7 +293,7 @@ def _check_pair(
         elif tensor.shape != shape:
             yield f"{name}: lora_{side}: expected shape {shorten(str(list(shape)))}, got {list(tensor.shape)}"
         else:
-            yield f"{name}: lora_{side}: expected {_FLOATS}, got {tensor.dtype}"
+            yield f"{name}: lora_{side}: expected {FLOATS}, got {tensor.dtype}"
     return sound
 
 
@@ -299,21 +310,3 @@ def _read(
             flat, offsets[a.key], offsets[b.key], a.shape[0], a.shape[1], b.shape[0], settings.scaling(names[module])
         )  # fmt: skip
     return AdapterWeights(ref, flat, weights)
-
-
-def _tied(adapter: AdapterWeights, scaling: float) -> Checked[AdapterWeights]:
-    """Give the head the LoRA of the token embedding: A and B change places and are transposed.
-
-    PEFT saves that of the head as well, but loads only one of them if they differ.
-    """
-    source = adapter.weights.get(EMBEDDING_MODULE)
-    if source is None:
-        return adapter
-    shared = LoraWeight(
-        source.flat, source.b_offset, source.a_offset, source.rank, source.out_features, source.in_features, scaling,
-        transposed=True,
-    )  # fmt: skip
-    own = adapter.weights.get(HEAD_MODULE)
-    if own is not None and not (torch.equal(own.a, shared.a) and torch.equal(own.b, shared.b)):
-        yield f"{LM_HEAD}: expected the LoRA of {EMBED_TOKENS}, since ensure_weight_tying ties them, got another one"
-    return replace(adapter, weights={**adapter.weights, HEAD_MODULE: own or shared})

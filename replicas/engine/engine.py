@@ -95,7 +95,7 @@ class Engine:
         expected = ExpectedModules(
             architecture, config.max_rank, config.lora_modules, bases, model.embedding,
             model.lm_head if self._no_text is None and isinstance(model.lm_head, LmHead) else None,  # used by texts
-            self.end_of_text, config.slots, config.adapter_roots,
+            self.end_of_text, config.slots, config.adapter_roots, model.linears,
         )  # fmt: skip
         loader = Loader(self._pool, expected, config.host_cache_bytes)
         self._lock = Condition()

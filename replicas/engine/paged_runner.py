@@ -104,7 +104,7 @@ class PagedRunner:
 
     def _pack(self, items: StepItems) -> PagedLayout:
         order, lora = items.lora(self.table)
-        lora = self.runner.backends.choose(lora, self.runner.backend)
+        lora = self.runner.choose_backend(lora)
         layout = self.packer.pack(items, order, lora)
         self._repeated = None if items.spans else RepeatedLayout(self.table, items, layout)
         return layout
@@ -132,7 +132,8 @@ class PagedRunner:
         distinct = {contents[slot].modules for slot in runs_of(layout.lora.segments)[:, 2].tolist()}
         modules = _modules(frozenset(distinct), in_layers=not layout.lora.everywhere)
         heads = self._pooling_heads(layout)
-        return "pages", layout.sizes, heads, layout.tile_shapes, layout.features, layout.lora.backend, modules
+        lora = (layout.lora.backend, layout.lora.terms, modules)
+        return "pages", layout.sizes, heads, layout.tile_shapes, layout.features, lora
 
     def _states(self, layout: PagedLayout, moved: Tensor) -> tuple[PagedArrays, Tensor]:
         """Compute the hidden states of a step from its buffer on the device."""

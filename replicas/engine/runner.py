@@ -4,6 +4,7 @@ Letters: B sequences of the step.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from time import perf_counter
@@ -16,6 +17,7 @@ from ranklet.kernels.cost_model import LoraLayer
 from ranklet.kernels.crossover import crossovers, scope_of, surface
 from ranklet.kernels.dispatch import Backends
 from ranklet.kernels.row_subset import one_each
+from ranklet.kernels.segments import runs_of
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.engine.bucket import Bucket, is_full
 from ranklet.replicas.engine.cuda_graphs import GraphCache
@@ -68,7 +70,7 @@ class Runner:
         """
         launched_s = perf_counter()
         order, lora = plan([len(span.ids) for span in spans], slots)
-        lora = self.backends.choose(lora, self.backend)
+        lora = self.choose_backend(lora)
         self.backends.merged.observe(lora)
         heads = distinct_heads(span.head for span in spans)
         pads = self.pads and lora.backend in ("csgmv", "none")
@@ -83,6 +85,12 @@ class Runner:
             groups.append(OutputGroup(head, members, (to_host(output[: len(spans)]),)))
         events = (began, record_event(self.model.device)) if self._cuda else None
         return LaunchedStep(groups, lora.backend, launched_s, perf_counter() - launched_s, events)
+
+    def choose_backend(self, lora: LoraBatch) -> LoraBatch:
+        """Set the backend of a step, and whether its adapters have column terms."""
+        contents = self.pool.contents
+        terms = any(contents[slot].terms for slot in runs_of(lora.segments)[:, 2].tolist())
+        return self.backends.choose(replace(lora, terms=True) if terms else lora, self.backend)
 
     def lay_out(
         self, spans: Sequence[TokenSpan], lora: LoraBatch, heads: tuple[PromptHead, ...], *, padded: bool
@@ -136,7 +144,8 @@ class Runner:
         bucket = (lora.rows, len(layout.lengths), layout.longest) if self.pads else layout.lengths
         contents = [self.pool.contents[segment.slot] for segment in lora.segments]
         if lora.backend == "csgmv":
-            return heads, bucket, layout.tile_shapes, frozenset().union(*(slot.modules for slot in contents))
+            modules = frozenset().union(*(slot.modules for slot in contents))
+            return heads, bucket, layout.tile_shapes, modules, lora.terms
         if lora.backend == "native":
             return heads, layout.lengths, tuple(lora.segments), tuple(contents)
         return (heads, bucket) if lora.backend == "none" else None

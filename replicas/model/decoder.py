@@ -25,6 +25,7 @@ from ranklet.kernels.stack import EmbeddingStack, LinearStack
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.architecture import Architecture, layer_tables
 from ranklet.replicas.model.attention import AttentionBatch, Spans, attend, last_rows
+from ranklet.replicas.model.base_linears import BaseLinears
 from ranklet.replicas.model.checkpoint import Checkpoint
 from ranklet.replicas.model.lm_head import read_lm_head
 from ranklet.replicas.model.modules import EMBED_TOKENS, module_path
@@ -183,6 +184,21 @@ class Decoder:
             normed = pointwise.add_rms_norm(delta, residual, self.layers[i + 1].input_norm, self.architecture.eps)
             on_stage("norm")
         raise AssertionError("a decoder has at least one layer")
+
+    def _linear(self, layer: int, name: str) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias of a linear module, as views."""
+        pack = next(pack for pack, names in PACKS.items() if name in names)
+        projection: Projection = getattr(self.layers[layer], pack)
+        outs = [self.architecture.dims(each)[1] for each in PACKS[pack]]
+        at = PACKS[pack].index(name)
+        rows = slice(sum(outs[:at]), sum(outs[: at + 1]))
+        return projection.weight[rows], None if projection.bias is None else projection.bias[rows]
+
+    @property
+    def linears(self) -> BaseLinears:
+        first = self.layers[0]
+        biased = (name for pack in PACKS for name in PACKS[pack] if getattr(first, pack).bias is not None)
+        return BaseLinears(frozenset(biased), self._linear)
 
     def rotary(self, layer: Layer, positions: Tensor) -> Rotary:
         shape = self.architecture

@@ -101,4 +101,4 @@ def supports(decoder: Decoder) -> bool:
 
 
 def _lora(stack: LinearStack | None, batch: LoraBatch) -> RowLora | None:
-    return RowLora(stack, batch.tiles[0]) if stack is not None and batch.tiles else None
+    return RowLora(stack, batch.tiles[0], batch.terms_of(stack)) if stack is not None and batch.tiles else None

@@ -119,7 +119,8 @@ def load_base(model_dir: Path, head: Head) -> "nn.Module":
 def randomize_adapter(model: "nn.Module", *, seed: int, strength: float) -> None:
     """Fill every LoRA matrix so that each layer's change has about `strength` times the size of its base output.
 
-    A keeps PEFT's scale. B gets the scale at which `scaling * B @ A @ x` has that size for a normalised x.
+    A keeps PEFT's scale. B gets the scale at which `scaling * B @ A @ x` has that size for a normalised x. Magnitudes
+    of DoRA and trained biases are changed too.
     """
     import torch
     from peft.tuners.lora import LoraLayer
@@ -140,6 +141,14 @@ def randomize_adapter(model: "nn.Module", *, seed: int, strength: float) -> None
                     into_a = module.lora_A.get_parameter(f"{name}.weight")  # [r, in]
                     fill(into_a, into_a.shape[1] ** -0.5)
                     fill(module.lora_B.get_parameter(f"{name}.weight"), std)
+                    if module.lora_bias[name]:
+                        fill(module.lora_B.get_parameter(f"{name}.bias"), 0.3)
+                if name in module.lora_magnitude_vector:
+                    magnitude = module.lora_magnitude_vector.get_parameter(f"{name}.weight")
+                    magnitude.mul_(1 + 0.3 * torch.randn(magnitude.shape, generator=generator))
+        for key, bias in model.named_parameters():
+            if key.endswith(".bias") and "lora_" not in key and bias.requires_grad:  # PEFT trains it
+                fill(bias, 0.3)
 
 
 def seed_of(name: str) -> int:

@@ -133,7 +133,7 @@ def _several(model_dir: Path, folder: Path) -> Path:
     sound(model_dir, folder)
     edit_weights(folder, _with_value(float("nan")))
     edit_weights(folder, _drop("layers.3.", "down_proj.lora_B"))
-    return edit_config(folder, use_dora=True, bias="all")
+    return edit_config(folder, use_dora=True, bias="some")
 
 
 BROKEN: dict[str, Broken] = {
@@ -157,9 +157,9 @@ BROKEN: dict[str, Broken] = {
     "other-base": Broken(
         _with_config(base_model_name_or_path="mistralai/Mistral-7B-v0.3"), ("mistralai/Mistral-7B-v0.3",)
     ),
-    "dora": Broken(_with_lora(use_dora=True), ("use_dora",)),
-    "bias": Broken(_with_lora(bias="all"), ("bias",)),
-    "lora-bias": Broken(_with_lora(lora_bias=True), ("lora_bias",)),
+    "dora": Broken(_with_config(use_dora=True), ("use_dora", "lora_magnitude_vector")),
+    "bias": Broken(_with_config(bias="some"), ("bias",)),
+    "lora-bias": Broken(_with_config(lora_bias=True), ("lora_bias", "lora_B.bias")),
     "modules-to-save": Broken(_with_lora(modules_to_save=["norm"]), ("modules_to_save",)),
     "trainable-tokens": Broken(_with_lora(trainable_token_indices=[1, 2]), ("trainable_token_indices",)),
     # PEFT subtracts the first directions from the base weights when it loads this adapter

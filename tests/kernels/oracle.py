@@ -1,7 +1,7 @@
 """LoRA in float64, row by row, and stacks of random adapters to compare backends with it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Sequence[int | 
                 [lora.scaling * (lora.b.double() @ (lora.a.double() @ x[t].double())) for lora in adapters[slot]]
             )
     return y
+
+
+def with_terms(y: Tensor, rows: Sequence[int | None], terms: Tensor) -> Tensor:
+    """Return `gain * y + shift` with each row's slot of `terms` [S, 2, N]; rows of the base model as they are."""
+    return torch.stack(
+        [row if slot is None else row * terms[slot, 0] + terms[slot, 1] for row, slot in zip(y, rows, strict=True)]
+    )
+
+
+def give_terms(stack: LinearStack, slots: Sequence[int]) -> Tensor:
+    """Give column terms to some slots of a stack. Returns those of all slots, float64 on the CPU."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (stack.b.shape[0], 2, stack.b.shape[1])
+    terms = torch.tensor([1.0, 0.0])[None, :, None].repeat(shape[0], 1, shape[2])
+    for slot in slots:
+        terms[slot] += torch.randn(shape[1:], generator=generator)
+        stack.meta[slot] = replace(stack.meta[slot], terms=True)
+    stack.terms = terms.to(stack.b.device)
+    return terms.double()
 
 
 def embedding(ids: Tensor, table: Tensor, rows: Sequence[int | None], adapters: Adapters) -> Tensor:

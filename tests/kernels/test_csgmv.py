@@ -3,6 +3,7 @@
 bfloat16 is tested on the GPU only: the interpreter's bfloat16 `tl.dot` returns garbage.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,20 +32,23 @@ def by_row(lengths: list[int], slots: list[int | None]) -> list[int | None]:
 def check(
     lengths: list[int], slots: list[int | None], *, wide: int = 40, widths: tuple[int, ...] = (24, 8, 8),
     dtype: torch.dtype = torch.float32, bias: bool = False, stale: float = NAN, everywhere: bool = False,
+    terms: Sequence[int] = (),
 ) -> None:  # fmt: skip
     _, batch = plan(lengths, slots)
-    batch = replace(batch, everywhere=everywhere)
+    batch = replace(batch, everywhere=everywhere, terms=bool(terms))
     ranks = {slot: of[: len(widths)] for slot, of in RANKS.items()}
     adapters = oracle.random_adapters(ranks, wide, widths, dtype=dtype)
     x = torch.randn(batch.rows, wide).to(dtype)
     weight = (torch.randn(sum(widths), wide) * wide**-0.5).to(dtype)
     offset = torch.randn(sum(widths)).to(dtype) if bias else None
     stack = oracle.linear_stack(adapters, 6, 64, wide, widths, stale=stale, device=DEVICE)
+    given = oracle.give_terms(stack, terms) if terms else None
     on = [None if t is None else t.to(DEVICE) for t in (x, weight, offset)]
     assert on[0] is not None
     assert on[1] is not None
     y = csgmv.linear(on[0], on[1], on[2], stack, batch.with_tiles(torch.device(DEVICE))).cpu()
     wanted = oracle.linear(x, weight, offset, by_row(lengths, slots), adapters)
+    wanted = wanted if given is None else oracle.with_terms(wanted, by_row(lengths, slots), given)
     assert_close(y.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     if batch.rows:
         assert (y.double() - wanted).norm() <= 3e-3 * wanted.norm()
@@ -74,6 +78,14 @@ def test_unusual_batches(lengths: list[int], slots: list[int | None]) -> None:
     check(lengths, slots)
     check(lengths, slots, widths=(24,), bias=True)
     check(lengths, slots, wide=72, widths=(40, 136))
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_column_terms(everywhere: bool) -> None:
+    """Of adapters beside plain ones and the base model, also where an adapter has no LoRA."""
+    check([33, 7, 20, 5], [1, 3, 5, None], bias=True, everywhere=everywhere, terms=(1, 5))
+    check([150, 3, 40, 9], [4, 2, 5, None], widths=(40, 136), everywhere=everywhere, terms=(2, 4, 5))
+    check([5], [5], widths=(24,), dtype=torch.float16, everywhere=everywhere, terms=(5,))
 
 
 @pytest.mark.parametrize("lengths", [[7], [150]])
@@ -115,7 +127,8 @@ def test_base_and_lora_from_one_product(
     monkeypatch.setattr(fused_gemm, "gemm", counted)
     check(lengths, slots, wide=wide, widths=widths, dtype=dtype, bias=bias, stale=0.0)
     check(lengths, slots, wide=wide, widths=widths[:1], dtype=dtype, bias=bias, stale=0.0)
-    expected = [tiles.height for tiles in cut(plan(lengths, slots)[1])] * 2
+    check(lengths, slots, wide=wide, widths=widths, dtype=dtype, bias=bias, stale=0.0, terms=(1, 4))
+    expected = [tiles.height for tiles in cut(plan(lengths, slots)[1])] * 3
     assert heights == expected
 
 

@@ -63,12 +63,15 @@ def test_gated_adds_lora_before_the_activation(
     on_device = tiles.to(DEVICE)
     h = torch.full((1, batch.rows, 2 * rank), torch.nan, dtype=dtype, device=DEVICE)
     shrink(x.to(DEVICE), h, stack, on_device, ShrinkTile(64, 1, 4, 2))
-    found = gated_mlp.gated(x.to(DEVICE), weight.to(DEVICE), h, stack, on_device).cpu().double()
     rows = [slots[i] for i in order for _ in range(lengths[i])]
-    gate, up = oracle.linear(x, weight, None, rows, adapters).chunk(2, dim=1)
-    wanted = functional.silu(gate) * up
-    error = 3e-3 if dtype == torch.bfloat16 else 4e-4  # h and the output are rounded
-    assert (found - wanted).norm() <= error * wanted.norm()
+    product = oracle.linear(x, weight, None, rows, adapters)
+    given = oracle.give_terms(stack, (3, 5))
+    for terms in (None, stack.terms):
+        y = gated_mlp.gated(x.to(DEVICE), weight.to(DEVICE), h, stack, on_device, terms=terms).cpu().double()
+        gate, up = (product if terms is None else oracle.with_terms(product, rows, given)).chunk(2, dim=1)
+        wanted = functional.silu(gate) * up
+        error = 3e-3 if dtype == torch.bfloat16 else 4e-4  # h and the output are rounded
+        assert (y - wanted).norm() <= error * wanted.norm()
 
 
 def test_gated_adds_lora_only_of_low_rank_to_tiles_of_one_height_with_few_adapters_a_block() -> None:

@@ -16,11 +16,12 @@ def check(slots: list[int], wide: int, widths: tuple[int, ...], dtype: torch.dty
     ranks = {slot: of[: len(widths)] for slot, of in RANKS.items() if max(of) <= rank}
     adapters = oracle.random_adapters(ranks, wide, widths, dtype=dtype)
     stack = oracle.linear_stack(adapters, 6, rank, wide, widths, stale=NAN, device=DEVICE)
+    terms = oracle.give_terms(stack, slots[:1])
     weight = torch.randn(sum(widths), wide).to(dtype)
     out = torch.full((len(slots) + 1, *weight.shape), NAN, dtype=dtype, device=DEVICE)
     merge.merge(out, weight.to(DEVICE), stack, slots)
     for slot, merged in zip(slots, out.cpu(), strict=False):
-        wanted = oracle.linear(torch.eye(wide), weight, None, [slot] * wide, adapters).t()
+        wanted = oracle.linear(torch.eye(wide), weight, None, [slot] * wide, adapters).t() * terms[slot, 0, :, None]
         assert_close(merged.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert out[len(slots)].isnan().all(), "only the given slots are written"
 

@@ -1,5 +1,6 @@
 """Products of short batches against float64: interpreted on the CPU, compiled on a GPU."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ class RowCase:
     def __init__(
         self, slots: list[int | None], wide: int = 48, widths: tuple[int, ...] = (32, 16, 16), *,
         dtype: torch.dtype = torch.float32, bias: bool = False, ranks: dict[int, tuple[int, ...]] | None = None,
-        rank: int = 16,
+        rank: int = 16, terms: Sequence[int] = (),
     ) -> None:  # fmt: skip
         self.batch = batch_of(slots)
         adapters, stack = stack_of(ranks or RANKS, wide, widths, dtype, rank)
@@ -76,6 +77,11 @@ class RowCase:
         self.product = oracle.linear(self.x, self.weight, None, slots_of, adapters)
         offset = 0.0 if self.bias is None else self.bias.double()
         self.normed, self.product = self.product * scale + offset, self.product + offset
+        if terms and self.lora is not None:
+            given = oracle.give_terms(stack, terms)
+            self.lora = self.lora._replace(terms=stack.terms)
+            self.normed = oracle.with_terms(self.normed, slots_of, given)
+            self.product = oracle.with_terms(self.product, slots_of, given)
 
     def rows(self, *, normed: bool) -> NormedRows:
         return NormedRows(self.x.to(DEVICE), self.squares.to(DEVICE) if normed else None, EPS)
@@ -143,6 +149,22 @@ def test_added(slots: list[int | None], tile: ThinTile | SplitTile) -> None:
     assert rows.squares is not None
     check(rows.x, wanted * norm.double(), torch.float32)
     check(rows.squares.sum(1), (wanted**2).sum(1), torch.float32)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=IDS)
+@pytest.mark.parametrize("slots", [[5], [4, 4, 3, 5, 0, None]], ids=["one without LoRA", "mixed"])
+def test_column_terms(slots: list[int | None], tile: ThinTile | SplitTile) -> None:
+    terms = (3, 5)
+    check_products(RowCase(slots, bias=True, terms=terms), torch.float32, tile)
+    case = RowCase(slots, widths=(32, 32), bias=True, terms=terms)
+    y = row_gemm.gated(case.rows(normed=True), *case.weights, case.lora, case.workspace, tile=tile)
+    gate, up = case.normed.chunk(2, dim=1)
+    check(y, torch.nn.functional.silu(gate) * up, torch.float32)
+    case = RowCase(slots, widths=(48,), terms=terms)
+    before = torch.randn(case.batch.rows, 48)
+    residual = before.clone().to(DEVICE)
+    row_gemm.added(case.rows(normed=False), *case.weights, case.lora, case.workspace, residual, None, tile=tile)
+    check(residual, before.double() + case.product, torch.float32)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=IDS)

@@ -40,6 +40,7 @@ class Refused:
 
 _TARGETS = Followed("test_targets_equal_those_of_peft")
 _SCALINGS = Followed("test_ranks_and_scalings_equal_those_of_peft")
+_TERMS = Followed("test_vectors_of_mixed_batches_equal_those_of_peft")
 _DESCRIBES = "describes the file or the library"
 _TRAINING = "used in training only"
 FIELDS: dict[str, Followed | Unused | Refused] = {
@@ -56,7 +57,7 @@ FIELDS: dict[str, Followed | Unused | Refused] = {
     "lora_alpha": _SCALINGS,
     "lora_dropout": Unused(0.1, _TRAINING),
     "fan_in_fan_out": Refused(True),
-    "bias": Refused("all"),
+    "bias": _TERMS,
     "use_rslora": _SCALINGS,
     "modules_to_save": Refused(["lm_head"]),
     "init_lora_weights": Refused("pissa"),
@@ -71,7 +72,7 @@ FIELDS: dict[str, Followed | Unused | Refused] = {
     "eva_config": Unused({"rho": 2.0}, "its initialisation leaves the base as it is"),
     "corda_config": Unused({"corda_method": "kpm"}, "init_lora_weights says whether it was used"),
     "lora_ga_config": Unused({"direction": "ArB2r"}, "init_lora_weights says whether it was used"),
-    "use_dora": Refused(True),
+    "use_dora": _TERMS,
     "velora_config": Unused({"num_groups": 4}, "changes the gradients only"),
     "alora_invocation_tokens": Refused([5, 6]),
     "use_qalora": Refused(True),
@@ -79,7 +80,7 @@ FIELDS: dict[str, Followed | Unused | Refused] = {
     "monteclora_config": Refused({"samples": 4}),
     "layer_replication": Refused([[0, 2], [1, 3]]),
     "runtime_config": Unused({"ephemeral_gpu_offload": True}, "says where PEFT computes"),
-    "lora_bias": Refused(True),
+    "lora_bias": _TERMS,
     "target_parameters": Refused(["mlp.experts.gate_up_proj"]),
     "use_bdlora": Refused({"nblocks": 2}),
     "arrow_config": Refused({"top_k": 2}),

@@ -38,7 +38,7 @@ def refs(adapter_specs: list[AdapterSpec]) -> list[AdapterRef]:
 
 @pytest.fixture
 def bad(model_dir: Path, tmp_path: Path) -> AdapterRef:
-    return ref(edit_config(sound(model_dir, tmp_path / "bad"), bias="all"))
+    return ref(edit_config(sound(model_dir, tmp_path / "bad"), bias="some"))
 
 
 def test_tiers_follow_the_adapter(scene: Scene, refs: list[AdapterRef]) -> None:

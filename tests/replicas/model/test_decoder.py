@@ -89,13 +89,15 @@ FOLDERS: dict[str, dict[str, Any]] = {
 def test_vectors_equal_those_of_transformers_and_peft(name: str, tmp_path: Path, make_engine: MakeEngine) -> None:
     folder = make_model(tmp_path / "model", **{**SMALL, **FOLDERS[name]})
     adapter = save_adapter(folder, tmp_path / "tuned", r=6, target_modules="all-linear")
+    dora = save_adapter(folder, tmp_path / "dora", r=4, target_modules="all-linear", use_dora=True, bias="all")
     engine = make_engine(folder)
     engine.start()
     texts = [LONG, TEXTS[20], "x"]
     assert len(prompts(folder, [LONG])[0]) > 200
     assert_same(ask(engine, prompts(folder, texts)).result, reference_embedding(folder, None, texts))
-    answer = ask(engine, prompts(folder, texts), ref(adapter))
-    assert_same(answer.result, reference_embedding(folder, adapter, texts))
+    for each in (adapter, dora):
+        answer = ask(engine, prompts(folder, texts), ref(each))
+        assert_same(answer.result, reference_embedding(folder, each, texts))
 
 
 def test_lora_of_a_scaled_embedding_equals_that_of_peft(tmp_path: Path, make_engine: MakeEngine) -> None:

@@ -1,0 +1,159 @@
+"""Reads what DoRA and trained biases change: a gain and a shift for each output column of a module.
+
+PEFT's definitions, with W and b of the base, A, B and s of the adapter:
+
+- DoRA: `y = m / |W + s B A| * (W x + s B A x) + b`, with the norm of each row, which does not depend on x.
+- `bias`: the adapter's own b takes the place of the base's.
+- `lora_bias`: `y = W x + b + s (B A x + c)`, with c in the file.
+
+All three are `gain * (W x + b + s B A x) + shift`.
+"""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ranklet.replicas.adapters.adapter import AdapterWeights, ColumnTerms, LoraWeight
+from ranklet.replicas.adapters.findings import Checked, join, shorten
+from ranklet.replicas.adapters.fused import divide_vectors, parts_of
+from ranklet.replicas.adapters.peft_config import LoraSettings
+from ranklet.replicas.adapters.pinned_memory import pageable
+from ranklet.replicas.adapters.safetensors_file import DTYPES, StoredTensor, read_tensors
+from ranklet.replicas.model.architecture import Architecture
+from ranklet.replicas.model.base_linears import BaseLinears
+from ranklet.replicas.model.modules import Module
+
+_ROWS_AT_ONCE = 4096  # of a weight in float32
+_KEYS = {"magnitude": "lora_magnitude_vector", "lora_bias": "lora_B.bias", "bias": "bias"}
+_FIELDS = {"magnitude": "use_dora", "lora_bias": "lora_bias", "bias": "bias"}
+
+StoredTerms = dict[Module, dict[str, StoredTensor]]  # by module, by key of `_KEYS`
+
+
+def check_terms(
+    stored: StoredTerms, targeted: Collection[Module], names: Mapping[Module, str], settings: LoraSettings,
+    base: BaseLinears, widths: Mapping[str, int], served: Collection[str],
+) -> Checked[bool]:  # fmt: skip
+    """Compare the file's vectors with those that its config asks for. Returns whether they can be used.
+
+    Args:
+        targeted: modules with LoRA.
+        widths: output columns of each linear module, by name.
+        served: names of the modules that have slots.
+    """
+    linear = {module for module in names if module[1] in widths}
+    biased = {module for module in linear if not base.with_bias.isdisjoint(parts_of([module[1]]))}
+    trained = {"lora_only": biased & set(targeted), "all": biased}.get(settings.bias, set())
+    wanted: dict[str, Collection[Module]] = {
+        "magnitude": targeted if settings.uses_dora else (),
+        "lora_bias": targeted if settings.has_lora_bias else (),
+        "bias": trained,
+    }
+    sound = True
+    for kind, modules in wanted.items():
+        outside = [names[module] for module in modules if module not in linear]
+        have = {module for module, kinds in stored.items() if kind in kinds}
+        missing = [names[module] for module in modules if module in linear and module not in have]
+        extra = [names[module] for module in have - set(modules)]
+        if outside:
+            yield f"{_FIELDS[kind]}: not supported on {join(outside)}; train it on the layers only"
+        if missing:
+            yield f"{_FIELDS[kind]}: expected {_KEYS[kind]} of each module, {len(missing)} have none: {join(missing)}"
+        if extra:
+            yield f"{_FIELDS[kind]}: {len(extra)} modules have {_KEYS[kind]}, which it leaves out: {join(extra)}"
+        sound = sound and not (outside or missing or extra)
+    unserved = parts_of(name for layer, name in stored if (layer, name) not in targeted) - {*served}
+    if unserved:
+        sound = False
+        yield f"{join(unserved)}: this server keeps no slots for them; add them to engine.lora_modules"
+    for module, kinds in stored.items():
+        for kind, tensor in kinds.items():
+            shape = (widths.get(module[1], 0),)
+            if module in linear and tensor.shape != shape:
+                yield f"{names[module]}: {_KEYS[kind]}: expected shape {list(shape)}, got {list(tensor.shape)}"
+            elif tensor.dtype not in DTYPES:
+                yield f"{names[module]}: {_KEYS[kind]}: expected {', '.join(DTYPES)}, got {shorten(tensor.dtype)}"
+            else:
+                continue
+            sound = False
+    return sound
+
+
+def read_terms(
+    path: Path,
+    stored: StoredTerms,
+    adapter: AdapterWeights,
+    names: Mapping[Module, str],
+    base: BaseLinears,
+    shape: Architecture,
+) -> Checked[dict[Module, ColumnTerms]]:
+    """Read checked vectors, and compute gains and shifts. Returns none where the base's weights are not at hand.
+
+    Args:
+        adapter: divided as the base's modules are.
+
+    Raises:
+        UnreadableWeightsError: the file cannot be read.
+    """
+    tensors = [tensor for kinds in stored.values() for tensor in kinds.values()]
+    flat, offsets = read_tensors(path, tensors, torch.float32, pageable)
+    if not bool(torch.isfinite(flat).all()):
+        for module, kinds in stored.items():
+            for kind, tensor in kinds.items():
+                if not bool(torch.isfinite(_vector(flat, offsets, tensor)).all()):
+                    yield f"{names[module]}: {_KEYS[kind]}: expected finite numbers, got NaN or infinity"
+        return {}
+    found: dict[Module, ColumnTerms] = {}
+    if base.read is None:
+        return found
+    vectors = {
+        module: {kind: _vector(flat, offsets, tensor) for kind, tensor in kinds.items()}
+        for module, kinds in stored.items()
+    }
+    for (layer, name), own in divide_vectors(vectors, shape).items():
+        weight, bias = base.read(layer, name)
+        terms = _terms(weight, bias, adapter.weights.get((layer, name)), own)
+        if not bool(torch.isfinite(terms.gain).all()):
+            yield f"layer {layer} {name}: the norm of a row of W + s B A, by which DoRA divides, is 0 or not finite"
+        found[layer, name] = terms
+    return found
+
+
+def _vector(flat: Tensor, offsets: Mapping[str, int], tensor: StoredTensor) -> Tensor:
+    return flat[offsets[tensor.key] :][: tensor.shape[0]]
+
+
+@torch.no_grad()
+def _terms(weight: Tensor, bias: Tensor | None, lora: LoraWeight | None, vectors: Mapping[str, Tensor]) -> ColumnTerms:
+    with _beside_batches(weight.device):
+        own = torch.zeros(len(weight)) if bias is None else bias.float().cpu()
+        gain = torch.ones(len(weight))
+        if "magnitude" in vectors and lora is not None:
+            gain = vectors["magnitude"] / _row_norms(weight, lora).cpu()
+    shift = vectors.get("bias", own) - gain * own
+    if "lora_bias" in vectors and lora is not None:
+        shift = shift + lora.scaling * vectors["lora_bias"]
+    return ColumnTerms(gain, shift)
+
+
+def _row_norms(weight: Tensor, lora: LoraWeight) -> Tensor:
+    """Return the norms of the rows of W + s B A."""
+    a, b = (side.to(weight.device).float() for side in (lora.a, lora.b))
+    norms = [
+        torch.linalg.vector_norm(torch.addmm(rows.float(), some_b, a, alpha=lora.scaling), dim=1)
+        for rows, some_b in zip(weight.split(_ROWS_AT_ONCE), b.split(_ROWS_AT_ONCE), strict=True)
+    ]
+    return torch.cat(norms)
+
+
+@contextmanager
+def _beside_batches(device: torch.device) -> Iterator[None]:
+    """Run on a stream of its own, since batches use the default one."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
