@@ -22,11 +22,12 @@ from tests.replicas.text_scene import AskedText, check, generate, request
 
 MakeEngine = Callable[..., Engine]
 SMALL: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
+    "hidden_size": 128,
+    "intermediate_size": 192,
     "layers": 3,
     "heads": 4,
     "kv_heads": 2,
+    "head_dim": 32,
     "vocab_size": 512,
     "max_position_embeddings": 512,
     "text": True,
@@ -61,8 +62,8 @@ FOLDERS: dict[str, dict[str, Any]] = {
         "rope": {
             "rope_type": "longrope",
             "partial_rotary_factor": 0.75,
-            "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 2.5],
-            "long_factor": [1.0, 2.0, 4.0, 8.0, 16.0, 32.0],
+            "short_factor": [1.0 + place / 8 for place in range(12)],
+            "long_factor": [2.0**place for place in range(12)],
         },
         "config": {"original_max_position_embeddings": 256, "sliding_window": WINDOW},
     },
