@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.cluster.reranking import Reranking
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import GenerateParams
-from ranklet.replicas.errors import InvalidAdapter, RankletError, error_class
+from ranklet.replicas.errors import InvalidAdapter, InvalidRequest, RankletError, error_class
 from ranklet.replicas.grammar.constraint import Constraint
 from ranklet.replicas.model.embedding_settings import EmbeddingSettings
 from ranklet.routing.report import QueueLoad, StateReport
@@ -159,6 +160,15 @@ class OtherPrompts(RankletError):  # noqa: N818  # named like its siblings in re
     code, status = "other_prompts", 503
 
 
+def no_classifier(adapter: str) -> InvalidRequest:
+    """Return the error for a request for vectors or texts of an adapter that computes scores."""
+    return InvalidRequest(
+        f"model: expected an adapter without a classification head, got {adapter!r}. It answers at /classify and, with "
+        "one label, at /v1/rerank and /score",
+        param="model",
+    )
+
+
 @dataclass(frozen=True)
 class Refusal:
     """A RankletError as data. `has_begun` says whether the engine may have worked on the call."""
@@ -206,6 +216,7 @@ class AdapterText:
         embedding: how its texts become vectors.
         constraint: of generated texts, unless the request has one.
         tool_format: name of the format of its calls of tools; None if the folder names none.
+        reranking: how prompts of rerankers are made, if the folder says it.
     """
 
     revision: str
@@ -215,6 +226,7 @@ class AdapterText:
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
     constraint: Constraint | None = None
     tool_format: str | None = None
+    reranking: Reranking | None = None
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def test_the_top_of_a_room_holds_only_shared_files() -> None:
     """A new file directly in cluster/ or replicas/ could be imported by every folder below it."""
     shared = {
         "app", "autoscaling", "broadcast", "cli", "config", "datapath", "exporter", "labels", "logs", "message",
-        "names", "text_prefix", "text_result",
+        "names", "reranking", "text_prefix", "text_result",
     }  # fmt: skip
     assert {file.stem for file in (ROOT / "cluster").glob("*.py")} <= shared
     assert {file.stem for file in (ROOT / "replicas").glob("*.py")} == {

@@ -7,17 +7,17 @@ from pydantic import BaseModel, ConfigDict, WithJsonSchema
 from starlette.responses import Response
 
 from ranklet.cluster.catalog.location import AdapterLocation
-from ranklet.cluster.ingress.answers import join_embeddings, render_embeddings
+from ranklet.cluster.ingress.answers import render_embeddings
 from ranklet.cluster.ingress.embedding_models import EmbeddingModels, no_such_prompt
 from ranklet.cluster.ingress.intake import Inputs
 from ranklet.cluster.ingress.known_fields import EMBEDDING_FIELDS
 from ranklet.cluster.ingress.prompts import EmbeddingPrompts, truncation_of
-from ranklet.cluster.ingress.protocol import INPUT_SCHEMA, TokenIds, parse_input, parse_object, validate
+from ranklet.cluster.ingress.protocol import INPUT_SCHEMA, parse_input, parse_object, validate
 from ranklet.cluster.ingress.task import AdmittedCall
-from ranklet.cluster.message import EmbedResult, InferenceReply, OtherPrompts
+from ranklet.cluster.ingress.vectors import compute_vectors
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import EmbedParams
-from ranklet.replicas.errors import AdapterChanged, InvalidRequest
+from ranklet.replicas.errors import InvalidRequest
 from ranklet.replicas.model.embedding_settings import EmbeddingSettings
 from ranklet.replicas.model.tokenizer import TruncationSide
 
@@ -109,24 +109,8 @@ class EmbeddingsTask:
             self._described = await self._models.describe(adapter)
 
     async def respond(self, call: AdmittedCall) -> Response:
-        try:
-            replies = await self._infer(call, call.prompts)
-        except OtherPrompts:
-            assert call.adapter is not None, "the base model has the prompts of its folder"
-            self._models.forget(call.adapter)
-            prompts = await call.remake_prompts()
-            try:
-                replies = await self._infer(call, prompts)
-            except OtherPrompts as error:
-                raise AdapterChanged(f"adapter {call.model!r} is being replaced. Send the request again") from error
-        call.record.answer = answer = join_embeddings(replies)
+        answer = await compute_vectors(call, lambda: self._params, self._models.forget)
         rendering = partial(render_embeddings, answer, self._form.model or call.model, self._form.encoding_format)
         large = answer.size_bytes > _RENDER_INLINE_BYTES
         content = await call.intake.on_thread(rendering) if large else rendering()
         return Response(content, headers=answer.headers, media_type="application/json")
-
-    async def _infer(self, call: AdmittedCall, prompts: TokenIds) -> list[InferenceReply[EmbedResult]]:
-        result_bytes = 4 * call.limits.hidden
-        return await call.replicas.infer(
-            "embed", call.adapter, prompts, self._params, result_bytes, key_name=call.key_name
-        )

@@ -42,6 +42,7 @@ from ranklet.cluster.ingress.observe import Observer
 from ranklet.cluster.ingress.probes import ProbesApi
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.routes import Handler, build_app
+from ranklet.cluster.ingress.scoring import SCORING_PATHS
 from ranklet.cluster.ingress.status import RecentRequests
 from ranklet.cluster.ingress.task import ParseTask
 from ranklet.cluster.ingress.text_task import CompletionsTask
@@ -120,6 +121,7 @@ class Gateway(ReportReceiver):
                 "/v1/embeddings": self._inference_handler(partial(EmbeddingsTask.parse, self._embeddings)),
                 "/v1/completions": self._inference_handler(partial(CompletionsTask.parse, self._texts)),
                 "/v1/chat/completions": self._inference_handler(partial(ChatTask.parse, self._texts)),
+                **self._scoring_handlers(),
             },
             tokens=TokenizeApi(args.limits, keys, self._admission, self._names, intake, replicas, self._texts),
             models=ModelsApi(keys, self._names, registry, args.base.model_dir, intake, replicas, cards, self._texts),
@@ -158,6 +160,13 @@ class Gateway(ReportReceiver):
             return await Exchange(services, parse, request).answer()
 
         return answer
+
+    def _scoring_handlers(self) -> dict[str, Handler]:
+        described = self._texts.descriptions
+        return {
+            path: self._inference_handler(partial(parse, described))
+            for parse, paths in SCORING_PATHS.items() for path in paths
+        }  # fmt: skip
 
     def _lifecycle(self) -> Lifecycle:
         args = self._args

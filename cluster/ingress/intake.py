@@ -86,7 +86,8 @@ class Intake:
         values, rules = inputs.values, inputs.rules
         if isinstance(values[0], str):
             self._check_lengths(values, rules)
-            if body_bytes > SMALL_BODY_BYTES:
+            # A small body may have a text that each prompt repeats.
+            if max(body_bytes, sum(map(len, values))) > SMALL_BODY_BYTES:
                 return inputs
             values = rules.encode(self._tokenizer, values)
         else:

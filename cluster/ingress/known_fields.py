@@ -210,6 +210,49 @@ EMBEDDING_FIELDS: Final = KnownFields(
         "user", "metadata", "safety_identifier", "priority", "input_type", "request_id", "rid", "cache_salt",
     },
 )  # fmt: skip
+_SCORES: Final = _ELSEWHERE | {
+    "activation": RefusedField((True,), "Use use_activation: false for logits"),
+    "softmax": RefusedField((True,), "Use use_activation: false for logits"),
+    "raw_scores": RefusedField((False,), "Use use_activation: false for logits"),
+    "instruction": RefusedField(("",), "Put it into the template in the adapter's ranklet.json, or before the query"),
+    "chat_template": RefusedField(("",), "Put the template into the adapter's ranklet.json"),
+    "chat_template_kwargs": _EMPTY_OBJECT,
+    "mm_processor_kwargs": _EMPTY_OBJECT,
+    "messages": RefusedField((), "Send texts"),
+    "truncate": RefusedField((False, "NONE"), "Shorten the texts"),
+    "truncation": RefusedField((False, "disabled"), "Shorten the texts"),
+    "max_length": RefusedField((), "Shorten the texts"),
+}
+_SCORES_ACCEPTED: Final = frozenset(
+    {"user", "metadata", "safety_identifier", "priority", "request_id", "rid", "cache_salt"}
+)
+CLASSIFY_FIELDS: Final = KnownFields(
+    _SCORES | dict.fromkeys(("inputs", "texts", "text"), RefusedField((), "Use input")), _SCORES_ACCEPTED
+)
+_PAIRS: Final = _SCORES | {
+    "truncate_prompt_tokens": RefusedField((), "Shorten the texts"),
+    "max_tokens_per_doc": RefusedField((), "Shorten the documents"),
+    "max_chunks_per_doc": RefusedField((1,), "Send each part as a document"),
+    "rank_fields": RefusedField((["text"], []), "Send each document as a text"),
+    "return_embeddings": _OFF,
+    "task": RefusedField(("",), "Put it before the query"),
+}
+RERANK_FIELDS: Final = KnownFields(
+    _PAIRS
+    | {
+        "top_k": RefusedField((), "Use top_n"),
+        "return_text": RefusedField((True,), "Use return_documents"),
+        "texts": RefusedField((), "Use documents"),
+    },
+    _SCORES_ACCEPTED,
+)
+SCORE_FIELDS: Final = KnownFields(
+    _PAIRS
+    | dict.fromkeys(
+        ("queries", "documents", "items", "data_1", "data_2", "query"), RefusedField((), "Use text_1 and text_2")
+    ),
+    _SCORES_ACCEPTED,
+)
 TOKENIZE_FIELDS: Final = KnownFields(
     _ELSEWHERE
     | {

@@ -7,10 +7,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from ranklet.cluster.ingress.chat import ChatRequest
+from ranklet.cluster.ingress.classify import ClassifyRequest
 from ranklet.cluster.ingress.completions import CompletionsRequest
 from ranklet.cluster.ingress.embeddings import EmbeddingsRequest
 from ranklet.cluster.ingress.fields import StreamOptions
 from ranklet.cluster.ingress.lifecycle import LoadRequest, UnloadRequest
+from ranklet.cluster.ingress.rerank import RerankRequest, ScoreRequest
 from ranklet.cluster.ingress.tokenize import DetokenizeRequest, TokenizeRequest
 
 _TEXT, _NUMBER, _FLAG = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
@@ -50,6 +52,25 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
     "Embeddings": _record(
         object={"const": "list"}, model=_TEXT,
         data={"type": "array", "items": _record(object={"const": "embedding"}, index=_NUMBER, embedding=_VECTOR)},
+        usage=_record(prompt_tokens=_NUMBER, total_tokens=_NUMBER),
+    ),
+    "Classes": _record(
+        id=_TEXT, object={"const": "list"}, created=_NUMBER, model=_TEXT,
+        data={
+            "type": "array",
+            "items": _record(
+                index=_NUMBER, label=_TEXT, probs={"type": "array", "items": {"type": "number"}}, num_classes=_NUMBER
+            ),
+        },
+        usage=_record(prompt_tokens=_NUMBER, total_tokens=_NUMBER),
+    ),
+    "Ranking": _record(
+        id=_TEXT, model=_TEXT, usage=_record(prompt_tokens=_NUMBER, total_tokens=_NUMBER),
+        results={"type": "array", "items": _record(index=_NUMBER, relevance_score={"type": "number"})},
+    ),
+    "Scores": _record(
+        id=_TEXT, object={"const": "list"}, created=_NUMBER, model=_TEXT,
+        data={"type": "array", "items": _record(index=_NUMBER, object={"const": "score"}, score={"type": "number"})},
         usage=_record(prompt_tokens=_NUMBER, total_tokens=_NUMBER),
     ),
     "Card": _record(
@@ -109,6 +130,8 @@ _INFER = (*_USER, "400", "404", "408", "413", "415", "429", "503")
 _CHANGE = (*_USER, "400", "404", "408", "409", "413", "415", "503")
 _LOAD = ("Load, replace or pin an adapter", LoadRequest, "Loaded", _CHANGE)
 _UNLOAD = ("Unload an adapter", UnloadRequest, "Unloaded", _CHANGE)
+_RERANK = ("Order documents by their relevance to a query, which an adapter scores", RerankRequest, "Ranking", _INFER)
+_SCORE = ("Score pairs of texts by an adapter with one label", ScoreRequest, "Scores", _INFER)
 _STREAMED = frozenset({"/v1/completions", "/v1/chat/completions"})
 _Operation = tuple[str, type[BaseModel] | None, "str | dict[str, Any]", tuple[str, ...]]
 # By path and method: summary, model of the body, schema of the answer, and statuses of refusals.
@@ -124,6 +147,14 @@ OPERATIONS: Mapping[tuple[str, str], _Operation] = {
     ("/v1/chat/completions", "post"): (
         "Answer the messages of a chat, whole or as a stream", ChatRequest, "ChatCompletion", _INFER,
     ),
+    ("/classify", "post"): (
+        "Label texts by an adapter for sequence classification", ClassifyRequest, "Classes", _INFER,
+    ),
+    ("/v1/rerank", "post"): _RERANK,
+    ("/rerank", "post"): _RERANK,
+    ("/v2/rerank", "post"): _RERANK,
+    ("/score", "post"): _SCORE,
+    ("/v1/score", "post"): _SCORE,
     ("/tokenize", "post"): (
         "Return the token ids of a prompt or a chat", TokenizeRequest, "Tokens",
         (*_USER, "400", "404", "408", "413", "415", "503"),

@@ -22,6 +22,7 @@ from ranklet.cluster.ingress.stream import EventStream, StreamedTexts, open_stre
 from ranklet.cluster.ingress.task import AdmittedCall
 from ranklet.cluster.ingress.text_format import CompletionsFormat, TextFormat, WholeTexts, shown_prompt_logprobs
 from ranklet.cluster.ingress.texts import DescribedModel, TextModels
+from ranklet.cluster.message import no_classifier
 from ranklet.cluster.text.frames import DONE, StreamFrames
 from ranklet.cluster.text.logprobs import LogprobsFormat
 from ranklet.replicas.engine.limits import RequestLimits
@@ -66,6 +67,8 @@ class TextTask:
             self.params, self.options = self.check(limits)
             self._constraint = self.fields.constraint()
         self.text_model = self.text_model or self.texts.known(adapter, limits)
+        if self.text_model is not None and self.text_model.is_classifier:
+            raise no_classifier(adapter.name if adapter is not None else "")
         constraint = self.present_constraint()
         if constraint != self._checked and not self.texts.checks.is_known(constraint, limits):
             return None

@@ -75,6 +75,7 @@ class DescribedModel:
         constraint: of its texts, unless the request has one.
         tool_format: of calls of tools; None if it is not known.
         tags: of reasoning; None if the template names none.
+        is_classifier: whether it computes scores, and no texts.
         separates_reasoning: whether reasoning is apart from the content, unless the request says otherwise.
     """
 
@@ -86,6 +87,7 @@ class DescribedModel:
     tool_format: ToolFormat | None = None
     tags: ThinkTags | None = None
     separates_reasoning: bool = False
+    is_classifier: bool = False
 
     def chat_template(self) -> OwnedTemplate:
         """Return the template. Raises InvalidRequest if there is none."""
@@ -177,7 +179,7 @@ class TextModels:
         template = self._template_of(text)
         return DescribedModel(
             text.revision, template, ends, _fingerprint(limits, text.revision), text.constraint,
-            **self._answers(template, text.tool_format),
+            **self._answers(template, text.tool_format), is_classifier=text.embedding.classifier is not None,
         )  # fmt: skip
 
     def _answers(self, template: OwnedTemplate | None, named: str | None = None) -> dict[str, Any]:

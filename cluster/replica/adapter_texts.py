@@ -64,5 +64,5 @@ class AdapterTexts:
             findings.append(error.message)
         return AdapterText(
             adapter.revision, template, tokens, tuple(findings), self._settings.read(adapter), settings.constraint,
-            settings.tool_format,
+            settings.tool_format, settings.reranking,
         )  # fmt: skip

@@ -11,7 +11,15 @@ from typing import Any, TypeVar
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.resolver import AdapterResolver, ResolvedAdapter
 from ranklet.cluster.logs import log_place
-from ranklet.cluster.message import Begun, Continuation, InferenceCall, InferenceReply, OtherPrompts, Refusal
+from ranklet.cluster.message import (
+    Begun,
+    Continuation,
+    InferenceCall,
+    InferenceReply,
+    OtherPrompts,
+    Refusal,
+    no_classifier,
+)
 from ranklet.cluster.replica.feeds import OutgoingFeeds
 from ranklet.cluster.replica.state import ReplicaState
 from ranklet.cluster.replica.text_progress import CallSink, TextProgress
@@ -204,6 +212,12 @@ class ReplicaCalls:
         settings = self._settings.known(adapter)
         if settings is None:
             settings = await asyncio.to_thread(self._settings.read, adapter)
+        if params.head is not None:
+            if params.head.revision != adapter.revision:
+                raise OtherPrompts(f"adapter {adapter.name!r} was replaced. Send the request again", param="model")
+            return params
+        if settings.classifier is not None:
+            raise no_classifier(adapter.name)
         if settings.prompting(params.prompting.name) != params.prompting:
             raise OtherPrompts(f"adapter {adapter.name!r} has other prompts. Send the request again", param="model")
         if settings is self._settings.base:

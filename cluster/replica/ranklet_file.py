@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from ranklet.cluster.reranking import DOCUMENT, QUERY, Reranking
 from ranklet.cluster.text.tool_format import FORMATS
 from ranklet.replicas.adapters.reference import RANKLET_FILE
 from ranklet.replicas.grammar.constraint import RESPONSE_FORMAT, Constraint, refusal, response_format
@@ -11,7 +12,10 @@ from ranklet.replicas.regular_file import read_regular
 
 _MAX_BYTES: Final = 1 << 20
 _TOOL_FORMAT: Final = "tool_format"
-_KEYS: Final = (RESPONSE_FORMAT, _TOOL_FORMAT)
+_RERANK: Final = "rerank"
+_TEMPLATE: Final = "template"
+_KEYS: Final = (RESPONSE_FORMAT, _TOOL_FORMAT, _RERANK)
+_MAX_TEMPLATE_CHARS: Final = 1 << 16
 
 
 class RankletFile(NamedTuple):
@@ -20,10 +24,12 @@ class RankletFile(NamedTuple):
     Attributes:
         constraint: what the texts must be, unless the request says it.
         tool_format: name of the format in which the adapter writes calls of tools.
+        reranking: how the prompts of a reranker are made.
     """
 
     constraint: Constraint | None = None
     tool_format: str | None = None
+    reranking: Reranking | None = None
 
 
 def read_ranklet_file(folder: Path) -> RankletFile:
@@ -43,8 +49,11 @@ def read_ranklet_file(folder: Path) -> RankletFile:
         raise refusal(RANKLET_FILE, "expected an object")
     unknown = next((name for name in content if name not in _KEYS), None)
     if unknown is not None:
-        raise refusal(RANKLET_FILE, f"expected {' and '.join(_KEYS)} only, got {unknown!r:.100}")
-    return RankletFile(_constraint(content.get(RESPONSE_FORMAT)), _tool_format(content.get(_TOOL_FORMAT)))
+        raise refusal(RANKLET_FILE, f"expected {', '.join(_KEYS)} only, got {unknown!r:.100}")
+    return RankletFile(
+        _constraint(content.get(RESPONSE_FORMAT)), _tool_format(content.get(_TOOL_FORMAT)),
+        _reranking(content.get(_RERANK)),
+    )  # fmt: skip
 
 
 def _constraint(found: Any) -> Constraint | None:
@@ -61,3 +70,21 @@ def _tool_format(found: Any) -> str | None:
         field = f"{_TOOL_FORMAT} of the adapter's {RANKLET_FILE}"
         raise refusal(field, f"expected one of {', '.join(FORMATS)}, got {found!r:.100}")
     return None if found is None else str(found)
+
+
+def _reranking(found: Any) -> Reranking | None:
+    if found is None:
+        return None
+    field = f"{_RERANK} of the adapter's {RANKLET_FILE}"
+    if not isinstance(found, dict) or found.keys() - {_TEMPLATE}:
+        raise refusal(field, f"expected an object with {_TEMPLATE}, got {found!r:.100}")
+    template = found.get(_TEMPLATE)
+    if template is not None:
+        sound = isinstance(template, str) and len(template) <= _MAX_TEMPLATE_CHARS
+        if not sound or template.count(QUERY) != 1 or template.count(DOCUMENT) != 1:
+            raise refusal(
+                f"{_TEMPLATE} in {field}",
+                f"expected a text of at most {_MAX_TEMPLATE_CHARS} characters with {QUERY} and {DOCUMENT} once each, "
+                f"got {template!r:.100}",
+            )
+    return Reranking(template)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.vector_head import VectorHead
 from ranklet.replicas.model.modules import Module
 
 
@@ -64,6 +65,7 @@ class AdapterWeights:
         terms: of the modules that have any, also of some without LoRA; on the CPU.
         end_ids: ids that end its texts, besides those of the base model.
         notes: what its folder has instead of the base model's settings, and what of it is not used.
+        head: of a classifier.
     """
 
     ref: AdapterRef
@@ -72,6 +74,7 @@ class AdapterWeights:
     terms: Mapping[Module, ColumnTerms] = field(default_factory=dict)
     end_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    head: VectorHead | None = None
 
     @property
     def rank(self) -> int:

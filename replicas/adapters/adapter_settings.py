@@ -1,11 +1,15 @@
 """What adapters' folders say about embeddings, for processes that do not load adapters."""
 
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
-from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.findings import collect
+from ranklet.replicas.adapters.peft_config import read_fields
+from ranklet.replicas.adapters.reference import CONFIG_FILE, AdapterRef
 from ranklet.replicas.adapters.revision import check_unchanged
 from ranklet.replicas.errors import ModelError
+from ranklet.replicas.model.classifier import is_classifier, read_classifier
 from ranklet.replicas.model.embedding_settings import EmbeddingSettings, read_base_settings, read_embedding_settings
 
 _MAX_KEPT = 4096
@@ -23,6 +27,7 @@ class AdapterSettings:
 
     def __init__(self, model_dir: Path) -> None:
         self.base = read_base_settings(model_dir)
+        self._model_dir = model_dir
         self._kept: OrderedDict[AdapterRef, EmbeddingSettings] = OrderedDict()
 
     def known(self, adapter: AdapterRef) -> EmbeddingSettings | None:
@@ -45,6 +50,8 @@ class AdapterSettings:
     def _read(self, folder: Path) -> EmbeddingSettings:
         try:
             found = read_embedding_settings(folder, self.base)
+            if is_classifier(collect(read_fields(folder / CONFIG_FILE))[0] or {}):
+                found = replace(found, classifier=read_classifier(folder, self._model_dir))
         except ModelError:  # the load of the adapter refuses it
             return self.base
         return self.base if found == self.base else found

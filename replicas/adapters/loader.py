@@ -103,8 +103,9 @@ class Loader:
                 raise LostSlot(f"adapter {ref.name!r}: its files are read, but no slot is free")
             self._pool.load(slot, packed)
             result = AdapterInfo(
-                ref.name, ref.revision, packed.adapter_rank, packed.modules, packed.nbytes, packed.end_ids, packed.notes
-            )
+                ref.name, ref.revision, packed.adapter_rank, packed.modules, packed.nbytes, packed.end_ids,
+                packed.notes, packed.head,
+            )  # fmt: skip
         except RankletError as error:
             result = error
         except Exception as error:  # a failed load must not end its thread

@@ -81,9 +81,9 @@ class AdapterManager:
         """Return the error that this revision was refused with, so that its files are not read for each request."""
         return self._refused.error(ref)
 
-    def end_ids(self, ref: AdapterRef) -> tuple[int, ...]:
-        """Return the ids that end texts of an adapter in a slot, besides those of the base model."""
-        return self._info[ref].end_ids
+    def info(self, ref: AdapterRef) -> AdapterInfo:
+        """Return the description of an adapter in a slot."""
+        return self._info[ref]
 
     def held(self) -> HeldAdapters:
         resident = tuple(ref.name for ref in self._table.resident())

@@ -11,6 +11,7 @@ from ranklet.kernels.packs import PACKS
 from ranklet.kernels.stack import SlotMeta
 from ranklet.replicas.adapters.adapter import AdapterWeights, ColumnTerms
 from ranklet.replicas.adapters.pinned_memory import Allocate, pageable
+from ranklet.replicas.adapters.vector_head import VectorHead
 from ranklet.replicas.model.modules import EMBED_TOKENS, EMBEDDING, LM_HEAD, Module
 
 _CACHED_LAYOUTS = 256
@@ -67,6 +68,7 @@ class PackedAdapter:
         terms: see `AdapterWeights`.
         end_ids: ids that end the adapter's texts, besides those of the base model.
         notes: see `AdapterWeights`.
+        head: of a classifier, which stays on the host.
     """
 
     adapter_rank: int
@@ -77,10 +79,12 @@ class PackedAdapter:
     terms: Mapping[Module, ColumnTerms] = field(default_factory=dict)
     end_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    head: VectorHead | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.flat.nbytes + sum(terms.nbytes for terms in self.terms.values())
+        head_bytes = 0 if self.head is None else self.head.nbytes
+        return self.flat.nbytes + sum(terms.nbytes for terms in self.terms.values()) + head_bytes
 
 
 def pack(adapter: AdapterWeights, dtype: torch.dtype, allocate: Allocate = pageable) -> PackedAdapter:
@@ -98,7 +102,9 @@ def pack(adapter: AdapterWeights, dtype: torch.dtype, allocate: Allocate = pagea
         ]
     modules = tuple(sorted({name for _, name in adapter.weights}))
     layout, metas = layout_of(tuple(pieces)), _metas(adapter)
-    return PackedAdapter(adapter.rank, flat, layout, metas, modules, adapter.terms, adapter.end_ids, adapter.notes)
+    return PackedAdapter(
+        adapter.rank, flat, layout, metas, modules, adapter.terms, adapter.end_ids, adapter.notes, adapter.head
+    )
 
 
 def _metas(adapter: AdapterWeights) -> dict[tuple[int, str], SlotMeta]:

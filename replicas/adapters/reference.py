@@ -1,7 +1,10 @@
 """Frozen descriptions of adapters, shared by engines, replicas and gateways. Imports no torch."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from ranklet.replicas.adapters.vector_head import VectorHead
+from ranklet.replicas.model.classifier import MODEL_CONFIG_FILE
 from ranklet.replicas.model.embedding_settings import SETTINGS_FILES
 from ranklet.replicas.model.tokenizer_files import TOKENIZER_FILES
 
@@ -11,7 +14,7 @@ FILES = (CONFIG_FILE, WEIGHTS_FILE)  # the files that make an adapter's revision
 TEMPLATE_FILE = "chat_template.jinja"
 RANKLET_FILE = "ranklet.json"  # ranklet's own settings of an adapter
 # These are part of it too, where a folder has them. Prompts, vectors and texts depend on them.
-OPTIONAL_FILES = (TEMPLATE_FILE, *TOKENIZER_FILES, *SETTINGS_FILES, RANKLET_FILE)
+OPTIONAL_FILES = (TEMPLATE_FILE, *TOKENIZER_FILES, *SETTINGS_FILES, MODEL_CONFIG_FILE, RANKLET_FILE)
 RECENTLY_USED_S = 30.0  # a prefetch does not evict adapters that were used within this time
 
 
@@ -42,6 +45,7 @@ class AdapterInfo:
     Attributes:
         end_ids: ids that end its texts, besides those of the base model.
         notes: what its folder has instead of the base model's settings, and what of it is not used.
+        head: of a classifier. Only the engine's process has it.
     """
 
     name: str
@@ -51,6 +55,10 @@ class AdapterInfo:
     bytes: int
     end_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    head: VectorHead | None = field(default=None, compare=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "head": None}
 
 
 @dataclass(frozen=True, slots=True)

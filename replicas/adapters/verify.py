@@ -33,6 +33,7 @@ from ranklet.replicas.adapters.safetensors_file import (
     read_header,
     read_tensors,
 )
+from ranklet.replicas.adapters.saved_head import read_head
 from ranklet.replicas.adapters.tensor_names import (
     EMBEDDING_MODULE,
     HEAD_MODULE,
@@ -148,7 +149,8 @@ def _verify(
     if settings is None or stored is None:
         return None
     try:
-        pairs, stored_terms = yield from _match(path, stored, names.keys(), expected)
+        head, lora = yield from read_head(path, stored, expected.architecture.hidden, expects=settings.classifies)
+        pairs, stored_terms = yield from _match(path, lora, names.keys(), expected)
         ties = settings.ties_head and expected.head is not None and expected.head.ties and HEAD_MODULE in names
         yield from _check_targets(pairs, names, settings, expected, ties=ties)
         notes += _head_notes(pairs, expected, ties=ties)
@@ -175,7 +177,7 @@ def _verify(
     except UnreadableWeightsError as error:
         yield str(error)
         return None
-    return replace(adapter, end_ids=end_ids, notes=notes)
+    return replace(adapter, end_ids=end_ids, notes=notes, head=head)
 
 
 def _head_notes(pairs: Pairs, expected: ExpectedModules, *, ties: bool) -> tuple[str, ...]:

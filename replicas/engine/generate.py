@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ranklet.replicas.adapters.reference import AdapterInfo
 from ranklet.replicas.cache.prefix import PrefixRoot, page_hashes
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.engine.plan import Need
@@ -115,7 +116,8 @@ class GenerateTask:
                 sequence.reads_cache = sequence is not scored
                 sequence.scores = self._params.prompt_logprobs if sequence is scored else None
 
-    def start(self, sequence: Sequence, end_ids: Collection[int]) -> None:
+    def start(self, sequence: Sequence, adapter: AdapterInfo | None) -> None:
+        end_ids = () if adapter is None else adapter.end_ids
         if sequence.sampling is not None:
             return
         if sequence.grammar is not None:

@@ -17,6 +17,17 @@ SEED_BITS: Final = 63  # of a seed that is drawn for a request without one
 
 
 @dataclass(frozen=True, slots=True)
+class HeadParams:
+    """The head that turns vectors of an adapter into scores.
+
+    Attributes:
+        revision: of the adapter whose folder the prompts were made by.
+    """
+
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
 class EmbedParams:
     """Parameters of a request for embeddings.
 
@@ -26,6 +37,7 @@ class EmbedParams:
         normalize: whether vectors have length 1; None as for `pooling`.
         skipped: number of tokens at the beginning of each prompt that mean and cls pooling leave out.
         prompting: how texts became the prompts. Replicas compare it with the adapter's folder.
+        head: computes the answer of the vectors; None answers with the vectors.
     """
 
     dimensions: int | None = None
@@ -33,6 +45,7 @@ class EmbedParams:
     normalize: bool | None = None
     skipped: int = 0
     prompting: Prompting = field(default_factory=Prompting)
+    head: HeadParams | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,8 +179,8 @@ class Pipeline:
         slots = self._adapters.acquire_slots([sequence.adapter for sequence in starting])
         for sequence, slot in zip(starting, slots, strict=True):
             sequence.slot, sequence.holds_slot = slot, True
-            end_ids = () if sequence.adapter is None else self._adapters.end_ids(sequence.adapter)
-            sequence.request.start(sequence, end_ids)
+            adapter = sequence.adapter
+            sequence.request.start(sequence, None if adapter is None else self._adapters.info(adapter))
         if plan.computes:
             # A sequence may lose its slot while the device works on it: preempted, cancelled, or ended by its last
             # token. Then the step keeps the slot, so that no other adapter's weights are written into it.

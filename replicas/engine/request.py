@@ -1,7 +1,7 @@
 """A request to an engine. Its sequences run in several steps; the request collects their outputs."""
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from threading import RLock
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.engine.generate import GenerateTask
 from ranklet.replicas.engine.sequence import Sequence, flow_of
 from ranklet.replicas.engine.tasks import Task
@@ -107,9 +107,9 @@ class Request:
             self.restart(sequence)
         task.prepare(self.sequences)
 
-    def start(self, sequence: Sequence, end_ids: Collection[int]) -> None:
+    def start(self, sequence: Sequence, adapter: AdapterInfo | None) -> None:
         """Set up a sequence whose adapter is in a slot; see `Task.start`."""
-        self._task.start(sequence, end_ids)
+        self._task.start(sequence, adapter)
 
     def restart(self, sequence: Sequence) -> None:
         """Set the work that is left of a sequence, from its first token on."""

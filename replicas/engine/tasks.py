@@ -4,13 +4,14 @@
 The head computes an output from the hidden states on the device. `Task.accept` takes each output on the host.
 """
 
-from collections.abc import Collection
 from collections.abc import Sequence as Many
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ranklet.replicas.adapters.reference import AdapterInfo
+from ranklet.replicas.adapters.vector_head import VectorHead
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.engine.plan import Need
@@ -30,12 +31,8 @@ class Task(Protocol):
     def prepare(self, sequences: Many[Sequence]) -> None:
         """Describe the sequences of the request, prompt by prompt. Called once, by the client's thread."""
 
-    def start(self, sequence: Sequence, end_ids: Collection[int]) -> None:
-        """Set up a sequence whose adapter is in a slot. Called before its first step, and after a preemption.
-
-        Args:
-            end_ids: tokens that end texts of the adapter, besides those of the base model.
-        """
+    def start(self, sequence: Sequence, adapter: AdapterInfo | None) -> None:
+        """Set up a sequence whose adapter is in a slot. Called before its first step, and after a preemption."""
 
     def need(self, sequence: Sequence) -> Need:
         """Return the work that is left from the first token on. Depends only on the sequence's `ids` and `prompt`."""
@@ -54,6 +51,8 @@ class Task(Protocol):
 
 class EmbedTask:
     """Computes each prompt once. The result is the pooled vectors, float32 [prompts, dimensions].
+
+    With a head, the result is its outputs of each vector, float32 [prompts, outputs].
 
     Args:
         prompts: number of prompts.
@@ -75,27 +74,35 @@ class EmbedTask:
         self._head = head
         self._skipped = skipped
         self._normalizes = normalize and (width < limits.hidden or not is_normalized)
-        self._vectors = np.full((prompts, width), np.nan, dtype=np.float32)
+        self._width = width
+        self._uses_head = params.head is not None
+        self._own_head: VectorHead | None = None
+        self._vectors: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * prompts
 
     def prepare(self, sequences: Many[Sequence]) -> None:
         for sequence in sequences:
             sequence.skipped = self._skipped
 
-    def start(self, sequence: Sequence, end_ids: Collection[int]) -> None:
-        pass
+    def start(self, sequence: Sequence, adapter: AdapterInfo | None) -> None:
+        if self._uses_head:
+            assert adapter is not None, "replicas check that"
+            self._own_head = adapter.head
 
     def need(self, sequence: Sequence) -> Need:
         return Need(sequence.length, self._head, divisible=self._head.reads_last)
 
     def accept(self, sequence: Sequence, output: NDArray[np.float32]) -> tuple[None, bool]:
-        vector = output[: self._vectors.shape[1]]
-        if self._normalizes:
+        vector = output[: self._width]
+        if self._uses_head:
+            assert self._own_head is not None, "verification finds the head of each classifier"
+            vector = self._own_head.apply(vector)
+        elif self._normalizes:
             vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
         self._vectors[sequence.index] = vector
         return None, True
 
     def result(self) -> NDArray[np.float32]:
-        return self._vectors
+        return np.stack(self._vectors)
 
 
 def embed_task(

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ranklet.replicas.errors import ModelError
+from ranklet.replicas.model.classifier import Classifier
 from ranklet.replicas.model.folder import read_json
 from ranklet.replicas.model.tokenizer_files import (
     TOKENIZER_CONFIG_FILE,
@@ -50,8 +51,7 @@ _HARMLESS_CALLING = {
     "padding", "padding_side", "pad_to_multiple_of", "return_tensors", "return_attention_mask", "return_token_type_ids",
     "return_length", "return_offsets_mapping", "return_special_tokens_mask", "verbose",
 }  # fmt: skip
-_HARMLESS_SECTIONS = {"audio", "image", "video"}
-_TRUNCATIONS = (True, "longest_first", "only_first")
+_HARMLESS_SECTIONS, _TRUNCATIONS = {"audio", "image", "video"}, (True, "longest_first", "only_first")
 _MAX_BYTES = 1 << 20
 _UNBOUNDED = 1 << 31  # transformers writes 1e30 for a tokenizer without a limit
 _MAX_PROMPT_CHARACTERS = 4096  # of an adapter's prompts, which are put before each text
@@ -87,6 +87,7 @@ class EmbeddingSettings:
         lower: whether texts are lowercased.
         special_tokens: whether the tokenizer adds its special tokens.
         pools_prompt: whether pooling reads the tokens of the prompt.
+        classifier: an adapter that computes scores instead of vectors.
     """
 
     mode: str = "last"
@@ -97,6 +98,7 @@ class EmbeddingSettings:
     lower: bool = False
     special_tokens: bool = True
     pools_prompt: bool = True
+    classifier: Classifier | None = None
 
     def prompting(self, name: str | None = None) -> Prompting | None:
         """Return how prompts are made for a request that names this prompt; None if the folder has no such prompt."""

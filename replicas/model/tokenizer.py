@@ -70,6 +70,11 @@ class PromptTokenizer:
         """Return the token ids of each text, int32 [length], without the folder's settings for embeddings."""
         return _ids(self._backend, self._bound, texts, add_special_tokens=add_special_tokens, truncation=truncation)
 
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[NDArray[np.int32]]:
+        """Return the token ids of each pair of texts, int32 [length], with the tokenizer's special tokens."""
+        found = self._backend.encode_batch_fast(list(pairs), add_special_tokens=True)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in found]
+
     def encode(
         self, texts: Sequence[str], *, prompt: str | None = None, add_special_tokens: bool | None = None,
         truncation: Truncation | None = None,

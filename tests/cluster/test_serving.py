@@ -4,13 +4,16 @@ import asyncio
 import gzip
 import json
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
 from ranklet.cluster.message import MAX_MESSAGE_PROMPTS
+from ranklet.replicas.model.tokenizer import load_backend
 from tests.assets.adapters import AdapterSpec
+from tests.assets.classifiers import reference_logits, save_classifier
 from tests.assets.oracle import Prompt, cosine, encode
 from tests.cluster.service import BASE, Service, assert_close
 
@@ -163,3 +166,29 @@ def test_sixteen_clients_are_served_at_once(service: Service) -> None:
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda number: service.post(BASE, f"text {number}").status_code, range(200)))
     assert set(answers) == {200}
+
+
+def test_classifiers_label_and_rank_texts_as_transformers_and_peft_do(service: Service) -> None:
+    lora: dict[str, Any] = {"r": 8, "target_modules": ["q_proj", "down_proj"]}
+    topics = save_classifier(service.model_dir, service.adapters / "topics", ("law", "medicine", "code"), **lora)
+    ranker = save_classifier(service.model_dir, service.adapters / "ranker", ("relevance",), seed=1, **lora)
+    pad_id = json.loads((service.model_dir / "config.json").read_text()).get("pad_token_id")
+    texts = [str(text) for text in TEXTS]
+
+    answer = service.http.post("/classify", json={"model": "topics", "input": texts, "use_activation": False})
+    assert answer.status_code == 200, answer.text
+    expected = reference_logits(service.model_dir, topics, [encode(service.model_dir, text) for text in texts], pad_id)
+    assert_close([each["probs"] for each in answer.json()["data"]], expected)
+
+    backend = load_backend(service.model_dir)
+    pairs = [backend.encode(texts[0], text).ids for text in texts]
+    logits = reference_logits(service.model_dir, ranker, pairs, pad_id)[:, 0]
+    answer = service.http.post("/v1/rerank", json={"model": "ranker", "query": texts[0], "documents": texts})
+    found = {each["index"]: each["relevance_score"] for each in answer.json()["results"]}
+    assert_close([found[index] for index in range(len(texts))], 1 / (1 + np.exp(-logits)))
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+
+    refused = [service.post("topics", "a"), service.http.post("/classify", json={"model": "legal-v2", "input": "a"})]
+    assert [answer.json()["error"]["param"] for answer in refused] == ["model", "model"]
+    assert "It answers at /classify" in refused[0].text
+    assert "got 'legal-v2', which has no head" in refused[1].text

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ranklet.cluster.ingress.metrics import GatewayMetrics
 from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.cluster.ingress.observe import Observer
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
+from ranklet.cluster.ingress.scoring import SCORING_PATHS
 from ranklet.cluster.ingress.status import RecentRequests
 from ranklet.cluster.message import (
     AdapterText,
@@ -81,6 +83,9 @@ class FakeTokenizer:
     ) -> list[NDArray[np.int32]]:
         return self.encode(texts, truncation=truncation)
 
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[NDArray[np.int32]]:
+        return self.encode([" ".join(pair) for pair in pairs])
+
     def encode(
         self, texts: Sequence[str], *, prompt: str | None = None, add_special_tokens: bool | None = None,
         truncation: Truncation | None = None,
@@ -112,6 +117,7 @@ class FakeReplicas:
         self.calls: list[InferenceCall[Any]] = []
         self.description_of_adapters = AdapterText("v1", None, {})
         self.descriptions = 0
+        self.logits: dict[str, Sequence[float]] = {}  # of each prompt, by revision; other answers are vectors
         self._method = ""
 
     def options(self, *, method_name: str) -> "FakeReplicas":
@@ -129,22 +135,28 @@ class FakeReplicas:
             return result
         self.calls.append(arguments[0])
         if not self.is_silent:
-            result.set_result(self.refusal or self._other_prompts(arguments[0]) or _reply(arguments[0]))
+            found = self.refusal or self._other_prompts(arguments[0])
+            result.set_result(found or _reply(arguments[0], self.logits.get(self.description_of_adapters.revision)))
         return result
 
     def _other_prompts(self, call: InferenceCall[Any]) -> Refusal | None:
-        used = call.params.prompting
-        if call.adapter is None or self.description_of_adapters.embedding.prompting(used.name) == used:
+        used, head = call.params.prompting, call.params.head
+        if head is not None and head.revision == self.description_of_adapters.revision:
+            return None
+        if call.adapter is None or (
+            head is None and self.description_of_adapters.embedding.prompting(used.name) == used
+        ):
             return None
         return Refusal.of(OtherPrompts("other prompts"), "r0", call.adapter.name, None)
 
 
-def _reply(call: InferenceCall[Any]) -> InferenceReply[EmbedResult]:
+def _reply(call: InferenceCall[Any], logits: Sequence[float] | None) -> InferenceReply[EmbedResult]:
+    """Return ones, or the logits, to each of which the prompt's length is added."""
     vectors = np.ones((len(call.prompts()), HIDDEN), np.float32)
+    if logits is not None:
+        vectors = np.stack([np.asarray(logits, np.float32) + len(prompt) for prompt in call.prompts()])
     load = QueueLoad(1, 0, 0.0, 0, 0)
-    return InferenceReply(
-        EmbedResult(vectors.tobytes(), HIDDEN), call.total_tokens, None, "none", "r0", None, 0.0, 0.0, load
-    )
+    return InferenceReply(EmbedResult.of(vectors), call.total_tokens, None, "none", "r0", None, 0.0, 0.0, load)
 
 
 @dataclass
@@ -185,8 +197,20 @@ class Parts:
         async def embeddings(request: Request) -> Response:
             return await Exchange(self.services, self.parse, request).answer()
 
-        self.app = Starlette(routes=[Route("/v1/embeddings", embeddings, methods=["POST"])])
+        self.app = Starlette(
+            routes=[Route("/v1/embeddings", embeddings, methods=["POST"])]
+            + [
+                Route(path, self._scoring(parse), methods=["POST"])
+                for parse, paths in SCORING_PATHS.items() for path in paths
+            ]
+        )  # fmt: skip
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://gateway", timeout=60)
+
+    def _scoring(self, parse: Any) -> Any:
+        async def answer(request: Request) -> Response:
+            return await Exchange(self.services, partial(parse, self.models.descriptions), request).answer()
+
+        return answer
 
     def parse(self, body: bytes) -> EmbeddingsTask:
         return EmbeddingsTask.parse(self.models, body)

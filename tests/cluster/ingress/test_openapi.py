@@ -14,10 +14,14 @@ from ranklet.cluster.ingress.models import ModelsApi
 from ranklet.cluster.ingress.openapi import OPERATIONS
 from ranklet.cluster.ingress.probes import ProbesApi
 from ranklet.cluster.ingress.routes import build_app
+from ranklet.cluster.ingress.scoring import SCORING_PATHS
 from ranklet.cluster.ingress.tokenize import TokenizeApi
 from tests.cluster.service import Service, assert_close
 
-INFERENCE = ("/v1/embeddings", "/v1/completions", "/v1/chat/completions")
+INFERENCE = (
+    "/v1/embeddings", "/v1/completions", "/v1/chat/completions",
+    *(path for paths in SCORING_PATHS.values() for path in paths),
+)  # fmt: skip
 _UNDESCRIBED = {("/", "get"), ("/openapi.json", "get")}
 
 

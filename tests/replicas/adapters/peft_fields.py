@@ -44,7 +44,7 @@ _TERMS = Followed("test_vectors_of_mixed_batches_equal_those_of_peft")
 _DESCRIBES = "describes the file or the library"
 _TRAINING = "used in training only"
 FIELDS: dict[str, Followed | Unused | Refused] = {
-    "task_type": Unused("FEATURE_EXTRACTION", _DESCRIBES),
+    "task_type": Followed("test_logits_equal_those_of_transformers_and_peft"),
     "peft_type": Refused("IA3"),
     "auto_mapping": Unused({"base_model_class": "Qwen3Model"}, _DESCRIBES),
     "peft_version": Unused("0.21.2", _DESCRIBES),

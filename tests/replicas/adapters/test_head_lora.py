@@ -291,7 +291,7 @@ def test_the_end_of_an_adapters_texts_is_known_after_loads_from_disk_and_host(ti
     for wanted, tier in ((refs[0], "disk"), (refs[1], "disk"), (refs[0], "host")):
         scene.load(wanted)
         assert scene.records[-1].tier == tier
-        assert scene.manager.end_ids(wanted) == (token["id"],)
+        assert scene.manager.info(wanted).end_ids == (token["id"],)
     scene.manager.stop()
 
 

@@ -1,6 +1,5 @@
 """Sequences for tests of the queue and the scheduler, made through requests as the engine makes them."""
 
-from collections.abc import Collection
 from collections.abc import Sequence as Many
 from math import inf
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.engine.plan import Need
 from ranklet.replicas.engine.request import AnswerSink, Request
 from ranklet.replicas.engine.sequence import Sequence
@@ -32,7 +31,7 @@ class OnePassTask:
     def prepare(self, sequences: Many[Sequence]) -> None:
         pass
 
-    def start(self, sequence: Sequence, end_ids: Collection[int]) -> None:
+    def start(self, sequence: Sequence, adapter: AdapterInfo | None) -> None:
         pass
 
     def need(self, sequence: Sequence) -> Need:

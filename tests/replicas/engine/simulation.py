@@ -162,7 +162,7 @@ class Simulation:
         for sequence in (part.sequence for part in plan.parts if not part.sequence.holds_slot):
             sequence.slot = None if sequence.adapter is None else self.slots.acquire(sequence.adapter)
             sequence.holds_slot = True
-            sequence.request.start(sequence, ())
+            sequence.request.start(sequence, None)
         for ref in plan.adapters if plan.computes else ():
             self.slots.acquire(ref)
         self.scheduler.commit(plan, self.now_s)

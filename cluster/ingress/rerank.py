@@ -1,0 +1,152 @@
+"""The tasks of `/rerank`, in the forms of Cohere, Jina and vLLM, and of `/score`, in vLLM's form."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, WithJsonSchema
+
+from ranklet.cluster.ingress.descriptions import AdapterDescriptions
+from ranklet.cluster.ingress.intake import Inputs
+from ranklet.cluster.ingress.known_fields import RERANK_FIELDS, SCORE_FIELDS
+from ranklet.cluster.ingress.protocol import describe_value, parse_object, validate
+from ranklet.cluster.ingress.scoring_prompts import ScoringPrompts, paired
+from ranklet.cluster.ingress.scoring_task import (
+    ScoredAnswer,
+    ScoringRequest,
+    ScoringTask,
+    check_one_label,
+    only_score,
+    without_head,
+)
+from ranklet.cluster.message import AdapterText
+from ranklet.replicas.engine.limits import RequestLimits
+from ranklet.replicas.errors import InvalidRequest
+
+_TEXT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": {"type": "string"}}]}
+_DOCUMENT = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+_DOCUMENTS_SCHEMA = {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, _DOCUMENT]}}
+
+
+class RerankRequest(ScoringRequest):
+    """Body of `POST /v1/rerank`. `known_fields` has the names of fields that are refused or ignored."""
+
+    query: str
+    documents: Annotated[Any, WithJsonSchema(_DOCUMENTS_SCHEMA)]
+    top_n: Annotated[int | None, Field(ge=0)] = None  # 0 answers with all documents, as in vLLM
+    return_documents: bool | None = None  # true by default
+
+
+class ScoreRequest(ScoringRequest):
+    """Body of `POST /score`. One `text_1` is compared with each `text_2`; otherwise, both have as many texts."""
+
+    text_1: Annotated[Any, WithJsonSchema(_TEXT_SCHEMA)]
+    text_2: Annotated[Any, WithJsonSchema(_TEXT_SCHEMA)]
+
+
+class RerankTask(ScoringTask):
+    """Orders documents by their relevance to a query."""
+
+    id_prefix: ClassVar[str] = "rerank-"
+
+    def __init__(self, form: RerankRequest, ignored: tuple[str, ...], descriptions: AdapterDescriptions) -> None:
+        super().__init__(form, ignored, descriptions)
+        self._form = form
+        self._documents: list[str] = []
+
+    @classmethod
+    def parse(cls, descriptions: AdapterDescriptions, body: bytes) -> "RerankTask":
+        """Parse a JSON body. Raises InvalidRequest."""
+        fields = parse_object(body)
+        ignored = RERANK_FIELDS.check(fields, RerankRequest.model_fields)
+        return cls(validate(fields, RerankRequest), ignored, descriptions)
+
+    def prompts(self, name: str, adapter: AdapterText, max_texts: int, limits: RequestLimits) -> Inputs:
+        if not self._form.query:
+            raise InvalidRequest("query: expected a text, got an empty text", param="query")
+        self._documents = _texts("documents", self._form.documents, max_texts, is_object=True)
+        return _pair_inputs(name, adapter, [self._form.query], self._documents, limits, "documents")
+
+    def content(self, answered: ScoredAnswer) -> dict[str, Any]:
+        form = self._form
+        scores = only_score(answered, use_activation=form.use_activation)
+        order = sorted(range(len(scores)), key=lambda index: -scores[index])
+        results: list[dict[str, Any]] = [
+            {"index": index, "relevance_score": scores[index]} for index in order[: form.top_n or None]
+        ]
+        if form.return_documents is not False:
+            for result in results:
+                result["document"] = {"text": self._documents[result["index"]]}
+        return {"id": answered.id, "model": answered.model, "results": results, "usage": answered.usage}
+
+
+class ScoreTask(ScoringTask):
+    """Scores pairs of texts."""
+
+    id_prefix: ClassVar[str] = "score-"
+
+    def __init__(self, form: ScoreRequest, ignored: tuple[str, ...], descriptions: AdapterDescriptions) -> None:
+        super().__init__(form, ignored, descriptions)
+        self._form = form
+
+    @classmethod
+    def parse(cls, descriptions: AdapterDescriptions, body: bytes) -> "ScoreTask":
+        """Parse a JSON body. Raises InvalidRequest."""
+        fields = parse_object(body)
+        ignored = SCORE_FIELDS.check(fields, ScoreRequest.model_fields)
+        return cls(validate(fields, ScoreRequest), ignored, descriptions)
+
+    def prompts(self, name: str, adapter: AdapterText, max_texts: int, limits: RequestLimits) -> Inputs:
+        form = self._form
+        first, second = (_texts(field, getattr(form, field), max_texts) for field in ("text_1", "text_2"))
+        if len(first) not in (1, len(second)):
+            raise InvalidRequest(
+                f"text_1: expected one text, or {len(second)} as text_2 has, got {len(first)}", param="text_1"
+            )
+        return _pair_inputs(name, adapter, first, second, limits, "text_2")
+
+    def content(self, answered: ScoredAnswer) -> dict[str, Any]:
+        scores = only_score(answered, use_activation=self._form.use_activation)
+        return {
+            "id": answered.id,
+            "object": "list",
+            "created": answered.created,
+            "model": answered.model,
+            "data": [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)],
+            "usage": answered.usage,
+        }
+
+
+def _pair_inputs(
+    name: str, adapter: AdapterText, first: Sequence[str], second: Sequence[str], limits: RequestLimits, param: str
+) -> Inputs:
+    classifier, reranking = adapter.embedding.classifier, adapter.reranking
+    if classifier is None:
+        raise without_head(f"{name!r}, which has no head")
+    if classifier.labels is not None:
+        check_one_label(name, len(classifier.labels))
+    longest = limits.longest_embedding(reads_last=True)
+    adds_special_tokens = reranking is None or reranking.template is None
+    rules = ScoringPrompts(limits, param, longest, classifier.pad_id, adds_special_tokens)
+    return Inputs(paired(first, second, reranking, param), rules)
+
+
+def _texts(param: str, value: Any, max_texts: int, *, is_object: bool = False) -> list[str]:
+    """Return the texts of a field: a list, or one text where the elements are no objects."""
+    values = [value] if isinstance(value, str) and not is_object else value
+    if not isinstance(values, list) or not values:
+        expected = "a list of documents" if is_object else "a text or a list of texts"
+        raise InvalidRequest(f"{param}: expected {expected}, got {describe_value(value)}", param=param)
+    if len(values) > max_texts:
+        raise InvalidRequest(
+            f"{param}: expected at most {max_texts} texts in one request, got {len(values)}. Send several requests",
+            param=param,
+        )
+    texts = []
+    for index, each in enumerate(values):
+        text = each.get("text") if is_object and isinstance(each, dict) else each
+        if not isinstance(text, str):
+            expected = "a text or an object with a text" if is_object else "a text"
+            got = describe_value(each)
+            raise InvalidRequest(f"{param}[{index}]: expected {expected}, got {got}", param=param)
+        texts.append(text)
+    return texts
