@@ -11,7 +11,8 @@ from ranklet.replicas.engine.fair_share import fair_share
 from ranklet.replicas.engine.sequence import Flow, Sequence
 from ranklet.replicas.errors import InvalidRequest, Saturated
 
-_MEASURED = 1 / 60  # of the longest wait, for which the rate of the queue must have been measured
+# Of the longest wait: the rate of the queue must have been measured for this long, which most texts do not last.
+_MEASURED = 1 / 6
 _MOST_RETRY_S = 60.0  # in Retry-After: the load may change sooner
 OTHER_VOCABULARY = (
     "Ids are those of this model's tokenizer. LangChain's OpenAIEmbeddings sends ids of another vocabulary, unless its "

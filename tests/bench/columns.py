@@ -84,3 +84,21 @@ LOGPROBS: dict[str, tuple[str, Column]] = {
     "decode": ("as generated", NATS), "self": ("between these two", NATS),
     "transformers": ("transformers + PEFT in bf16", NATS),
 }  # fmt: skip
+TEXT_CLUSTER: dict[str, tuple[str, Column]] = {
+    "replicas": ("GPUs", COUNT), "work": ("work", TEXT), "tokens_per_s": ("generated tokens/s", COUNT),
+    "of one replica": ("of one GPU", RATIO), "embedding tokens_per_s": ("embeddings tokens/s", COUNT),
+    "gap_p50_ms": ("gap p50 ms", MS), "failed": ("failed", TEXT), "least busy": ("least busy", PERCENT),
+    "of one cache": ("from caches, of one cache", RATIO), "of texts": ("of `texts`", RATIO),
+}  # fmt: skip
+TEXT_HTTP: dict[str, tuple[str, Column]] = {
+    "work": ("requests x prompt/output", TEXT), "gateways": ("gateways", COUNT),
+    "tokens_per_s": ("generated tokens/s", COUNT), "engine tokens_per_s": ("the engine alone", COUNT),
+    "of the engine": ("of the engine", RATIO), "failed": ("failed", failures),
+}  # fmt: skip
+TEXT_SOAK: dict[str, tuple[str, Column]] = {
+    "texts": ("texts", COUNT), "embeddings": ("embeddings", COUNT), "failed": ("failed", failures),
+    "left": ("clients that left", COUNT), "replaced": ("adapters replaced", COUNT),
+    "preempted": ("preempted", COUNT), "tokens compared": ("tokens compared", COUNT),
+    "largest difference": ("largest difference of logprobs", number(4)), "p99 difference": ("p99", number(4)),
+    "mean difference": ("mean", number(4)),
+}  # fmt: skip

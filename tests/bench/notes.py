@@ -74,3 +74,9 @@ Measured at commit ffc7aaa. SmolLM2-135M-Instruct and four trained adapters at t
 up to 112 tokens, in float32. Schemas have nested objects, arrays, tuples, enums, constants, bounds, patterns, formats,
 references, trees, anyOf, oneOf, allOf and keys in several scripts. `jsonschema` checks each finished text, formats
 included. No text of this run was preempted; `tests/replicas/engine/test_grammar_texts.py` preempts some."""
+
+TEXT_CLUSTER_NOTE = """Rates are of whole runs. All texts are equally long, so that they end in waves, and the last wave
+does not fill both GPUs. The script now also gives the rate of the middle of each run, which is not measured yet.
+While one adapter floods, the engine runs fewer of its texts at once, so that the gaps of the others stay short. Some
+requests were refused as saturated because the rate of the queue was taken from its first second; now it is measured
+for 10 s."""

@@ -29,10 +29,12 @@ from tests.bench.columns import (
     SOAK,
     TEXT,
     TEXT_CHOICES,
+    TEXT_CLUSTER,
+    TEXT_HTTP,
     TEXT_RULES,
     TEXT_RULES_BY_CASE,
+    TEXT_SOAK,
     Column,
-    failures,
     number,
 )
 from tests.bench.notes import (
@@ -48,6 +50,7 @@ from tests.bench.notes import (
     GENERATE_NOTE,
     GRAMMAR_SCHEMAS_NOTE,
     STREAM_FAULTS_NOTE,
+    TEXT_CLUSTER_NOTE,
     TEXT_HTTP_NOTE,
     TEXT_SOAK_NOTE,
 )
@@ -125,17 +128,10 @@ TABLES = (
         note=GAPS_NOTE,
     ),
     ResultTable(
-        "Generated text over HTTP", "text-http-h200",
-        {"work": ("requests x prompt/output", TEXT), "gateways": ("gateways", COUNT),
-         "tokens_per_s": ("generated tokens/s", COUNT), "engine tokens_per_s": ("the engine alone", COUNT),
-         "of the engine": ("of the engine", RATIO), "failed": ("failed", failures)},
-        note=TEXT_HTTP_NOTE,
+        "Generated text over HTTP", "text-http-h200", TEXT_HTTP, note=TEXT_HTTP_NOTE,
     ),
     ResultTable(
-        "The same with fewer gateways, an hour before on another host", "text-http-h200-gateways",
-        {"work": ("requests x prompt/output", TEXT), "gateways": ("gateways", COUNT),
-         "tokens_per_s": ("generated tokens/s", COUNT), "engine tokens_per_s": ("the engine alone", COUNT),
-         "of the engine": ("of the engine", RATIO), "failed": ("failed", failures)},
+        "The same with fewer gateways, an hour before on another host", "text-http-h200-gateways", TEXT_HTTP
     ),
     ResultTable(
         "CPU time of a token, us", "text-http-h200",
@@ -171,6 +167,10 @@ TABLES = (
     ),
     ResultTable("CPU time of one routing decision before and after, six runs in turn", "compare-policy", COMPARED),
     ResultTable("Two GPUs behind one app, 128 adapters on 64 slots of each GPU", "cluster-2xh200", CLUSTER),
+    ResultTable(
+        "Texts on two GPUs behind one app and on one of them, prompts of 512 tokens, 256 generated",
+        "text-cluster-2xh200", TEXT_CLUSTER, note=TEXT_CLUSTER_NOTE,
+    ),
     ResultTable("Four GPUs behind one app, an earlier commit, 256 adapters, 64 slots each", "cluster-4xh200", CLUSTER),
     ResultTable(
         "More adapters than slots on one engine", "thrash-h200",
@@ -188,12 +188,7 @@ TABLES = (
     ResultTable("Three and a half minutes at saturation", "soak-h200-memory", SOAK, _is_sample),
     ResultTable(
         "Eight minutes at saturation: texts and embeddings, 80 adapters on 64 slots", "text-soak-h200",
-        {"texts": ("texts", COUNT), "embeddings": ("embeddings", COUNT), "failed": ("failed", failures),
-         "left": ("clients that left", COUNT), "replaced": ("adapters replaced", COUNT),
-         "preempted": ("preempted", COUNT), "tokens compared": ("tokens compared", COUNT),
-         "largest difference": ("largest difference of logprobs", number(4)), "p99 difference": ("p99", number(4)),
-         "mean difference": ("mean", number(4))},
-        _is_sample, TEXT_SOAK_NOTE,
+        TEXT_SOAK, _is_sample, TEXT_SOAK_NOTE,
     ),
     ResultTable("Four minutes at saturation on a CPU, 6 adapters on 4 slots", "soak-cpu", SOAK, _is_sample),
     ResultTable(

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ranklet.cluster.command.bench.plan import BenchPlan
@@ -99,6 +100,7 @@ def measured(cluster: Served, work: TextsBeside, replicas: int, repeats: int) ->
     row: dict[str, Any] = {
         "replicas": replicas, "work": work.name,
         "tokens_per_s": round(median(each.output_tokens_per_s for each in numbers)),
+        "settled tokens_per_s": round(median(map(settled_rate, texts))),
         "runs": "/".join(f"{each.output_tokens_per_s:.0f}" for each in numbers),
         "embedding tokens_per_s": round(median(vectors)) if vectors else "",
         "first_p50_ms": median(each.ttft_p50_ms for each in numbers),
@@ -109,6 +111,17 @@ def measured(cluster: Served, work: TextsBeside, replicas: int, repeats: int) ->
     common = work.texts.text.common_prompt_tokens if work.texts.text else 0
     row["of one cache"] = cached_share(numbers, texts, common) if common else ""
     return row
+
+
+def settled_rate(result: BenchResult) -> float:
+    """Return the tokens per second of the middle half of a run, in which no replica lacks texts.
+
+    The tokens of a text count as spread evenly over its time.
+    """
+    ends_s, latencies_s = result.answers.T
+    begin_s, end_s = result.seconds / 4, result.seconds * 3 / 4
+    inside_s = np.minimum(ends_s, end_s) - np.maximum(ends_s - latencies_s, begin_s)
+    return float((result.tokens * np.maximum(inside_s, 0.0) / latencies_s).sum() / (end_s - begin_s))
 
 
 def failures(results: Iterable[BenchResult]) -> str:
@@ -128,7 +141,7 @@ def cached_share(numbers: Sequence[TextNumbers], texts: Sequence[BenchResult], c
 
 
 def rows_of(cluster: Served, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    url, rates = cluster.state.base_url, dict[tuple[int, str], int]()
+    url, rates, settled_rates = cluster.state.base_url, dict[tuple[int, str], int](), dict[tuple[int, str], int]()
     for replicas in (options.replicas, 1):
         if replicas == 1:
             scaled(cluster, "Replica", 1)
@@ -136,6 +149,10 @@ def rows_of(cluster: Served, options: argparse.Namespace) -> Iterator[dict[str, 
             row = measured(cluster, work, replicas, options.repeats)
             rate = rates[replicas, work.name] = row["tokens_per_s"]
             row["of one replica"] = rates[options.replicas, work.name] / rate if replicas == 1 else ""
+            settled = settled_rates[replicas, work.name] = row["settled tokens_per_s"]
+            row["settled of one replica"] = (
+                settled_rates[options.replicas, work.name] / settled if replicas == 1 else ""
+            )
             row["of texts"] = rate / rates[replicas, work.against] if work.against else ""
             print(row, flush=True)
             yield row
