@@ -38,19 +38,21 @@ def precompile(stacks: Sequence[LinearStack], most_rows: int, rotary: Rotary | N
     """Run every kernel that `csgmv` and `merged` launch on batches of up to `most_rows` rows, and discard the results.
 
     Args:
-        stacks: one per projection. They are not written, and their slots may have any contents.
+        stacks: one per projection. They are not written, and their slots may have any contents. With column terms, the
+            kernels that apply them are run.
         rotary: for the packed queries, keys and values, with `most_rows` positions.
     """
     for stack in stacks:
         device, dtype, wide, slots = stack.a.device, stack.a.dtype, stack.a.shape[2], stack.a.shape[0]
-        full = LinearStack(stack.a, stack.b, stack.widths, stack.ranks, stack.scalings)
+        full = LinearStack(stack.a, stack.b, stack.widths, stack.ranks, stack.scalings, stack.terms)
         slices = len(stack.widths)
-        full.meta = [SlotMeta((stack.rank,) * slices, (1.0,) * slices)] * slots
+        terms = stack.terms is not None
+        full.meta = [SlotMeta((stack.rank,) * slices, (1.0,) * slices, terms)] * slots
         weight = torch.zeros(sum(stack.widths), wide, dtype=dtype, device=device)
         x = torch.zeros(most_rows, wide, dtype=dtype, device=device)
         rotated = rotary if slices == len(PACKS["qkv"]) else None
         for batch in batches(slots, most_rows):
-            placed = batch.with_tiles(device)
+            placed = replace(batch, terms=terms).with_tiles(device)
             csgmv.linear(x[: batch.rows], weight, None, full, placed, rotated)
             if slices == len(PACKS["gate_up"]):
                 csgmv.gated(x[: batch.rows], weight, None, full, placed)

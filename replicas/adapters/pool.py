@@ -142,24 +142,28 @@ class AdapterPool:
         }
 
     @contextmanager
-    def placeholder_adapters(self, *, in_layers: bool = False) -> Iterator[None]:
+    def placeholder_adapters(self, *, in_layers: bool = False, terms: bool = False) -> Iterator[None]:
         """Give every slot an adapter of zeros with full rank on every module, until the context ends.
 
         For the launches of a warm-up, before the first `load`.
 
         Args:
             in_layers: leave out the token embedding and the language-model head.
+            terms: give them column terms too.
         """
+        if terms:
+            self._allocated_terms()
         sizes = {where: len(PARTS[where[1]]) for where in self._where if where[0] >= 0 or not in_layers}
-        metas = {where: SlotMeta((self.rank,) * size, (1.0,) * size) for where, size in sizes.items()}
+        metas = {at: SlotMeta((self.rank,) * size, (1.0,) * size, terms and at[0] >= 0) for at, size in sizes.items()}
         modules = frozenset(module for module, _ in self._destinations if module[0] >= 0 or not in_layers)
         for slot in range(self.slots):
-            self._describe(slot, metas, modules)
+            self._describe(slot, metas, modules, terms=terms)
         try:
             yield
         finally:
             for slot in range(self.slots):
                 self._describe(slot, {}, frozenset())
+            self._drop_terms()
 
     def load(self, slot: int, packed: PackedAdapter) -> None:
         """Copy an adapter into a slot that no batch uses; blocks until the copy is complete.
@@ -222,6 +226,11 @@ class AdapterPool:
                     stack.terms = part.view(self.slots, 2, -1)
                 self._terms = terms
             return self._terms
+
+    def _drop_terms(self) -> None:
+        self._terms = None
+        for _, stack in self._layer_stacks():
+            stack.terms = None
 
     def _layer_stacks(self) -> list[tuple[tuple[int, str], LinearStack]]:
         return [(where, stack) for where, stack in self._stacks.items() if where[0] >= 0]

@@ -1,7 +1,8 @@
 """Compiles kernels of text and captures the CUDA graphs of its usual steps, before an engine takes requests.
 
 Afterwards a step of decodes that are greedy or sample without penalties, biases and logprobs never runs eagerly, if
-adapters have modules in the layers only. Nor does a step of up to 2,048 tokens with up to 16 pieces of prompts.
+adapters have modules in the layers only. Nor does a step of up to 2,048 tokens with up to 16 pieces of prompts. Steps
+with column terms (DoRA, biases) run eagerly once, with kernels that are compiled here.
 """
 
 import logging
@@ -67,14 +68,15 @@ def compile_text_kernels(paged: PagedRunner, longest: int) -> None:
     runner, graphs = paged.runner, paged.runner.graphs
     if runner.model.dtype == torch.float32 or graphs is None:
         return
-    with runner.pool.placeholder_adapters(in_layers=True):
-        with compiled_ahead(runner), graphs.capturing_after(NEVER):
-            _sample(paged)  # first, because the kernels that take longest to compile are the sampler's
-            for step in text_steps(paged, longest):
-                if step.is_new:
-                    run_step(paged, step, longest)
-                    paged.last_token.zero_()  # the sampler's kernels may have written any tokens
-        _sample(paged)
+    with compiled_ahead(runner), graphs.capturing_after(NEVER):
+        _sample(paged)  # first, because the kernels that take longest to compile are the sampler's
+        for terms in (False, True):
+            with runner.pool.placeholder_adapters(in_layers=True, terms=terms):
+                for step in text_steps(paged, longest):
+                    if step.is_new and (step.adapters or not terms):
+                        run_step(paged, step, longest)
+                        paged.last_token.zero_()  # the sampler's kernels may have written any tokens
+    _sample(paged)
 
 
 def warm_up_text(paged: PagedRunner, longest: int) -> None:

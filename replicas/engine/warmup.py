@@ -55,8 +55,10 @@ def warm_up(runner: Runner, head: Head, longest: int, max_sequences: int) -> Non
         heads = (shape.heads, shape.kv_heads)
         cudnn_attention.build_graphs(model.device, max_sequences, longest, heads, shape.head_dim, model.dtype)
     built_s = perf_counter()
-    with compiled_ahead(runner), pool.placeholder_adapters():
-        _launch_all(runner, head, longest, max_sequences)
+    with compiled_ahead(runner):
+        for terms in (False, True):
+            with pool.placeholder_adapters(terms=terms):
+                _launch_all(runner, head, longest, max_sequences)
     compiled_s = perf_counter()
     pool.compile_load()
     with pool.placeholder_adapters():

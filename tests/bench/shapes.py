@@ -124,9 +124,9 @@ def _layer(shape: Architecture, layer: int, draws: _Draws) -> dict[str, torch.Te
 
 def write_adapters(
     folder: Path, count: int, *, shape: Architecture = QWEN3_EMBEDDING_06B, layers: int | None = None, rank: int = 64,
-    modules: tuple[str, ...] = ATTENTION,
+    modules: tuple[str, ...] = ATTENTION, dora: bool = False,
 ) -> list[Path]:  # fmt: skip
-    """Write PEFT folders `folder/ad000` ... whose LoRA output is about a tenth of the base's."""
+    """Write PEFT folders `folder/ad000` ... whose LoRA output is about a tenth of the base's, as plain LoRA or DoRA."""
     made = []
     for i in range(count):
         path = folder / f"ad{i:03d}"
@@ -137,11 +137,25 @@ def write_adapters(
             "lora_alpha": 2 * rank,
             "target_modules": list(modules),
             "bias": "none",
+            "use_dora": dora,
         }
         (path / "adapter_config.json").write_text(json.dumps(config))
-        save_file(_lora_tensors(shape, layers or shape.layers, rank, modules, i), path / "adapter_model.safetensors")
+        tensors = _lora_tensors(shape, layers or shape.layers, rank, modules, i)
+        if dora:
+            tensors |= _magnitudes(tensors)
+        save_file(tensors, path / "adapter_model.safetensors")
         made.append(path)
     return made
+
+
+def _magnitudes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Draw magnitudes of DoRA near 1, the norm of the rows of `write_model`'s weights."""
+    draws = _Draws(0)
+    return {
+        key.replace("lora_B.weight", "lora_magnitude_vector"): draws.near_one(len(b))
+        for key, b in tensors.items()
+        if key.endswith("lora_B.weight")
+    }
 
 
 def _lora_tensors(

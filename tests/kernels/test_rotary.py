@@ -160,8 +160,11 @@ def test_rotation_in_the_fused_product(
     offset = torch.randn(sum(widths)).to(dtype) if bias else None
     rotary = make_rotary((batch.rows, query, key, width), dtype, normed=normed)
     rows = [slots[i] for i in order for _ in range(lengths[i])]
-    wanted = rotary64(oracle.linear(x, weight, offset, rows, adapters), rotary)
-    tiled = batch.with_tiles(DEVICE)
+    product = oracle.linear(x, weight, offset, rows, adapters)
+    if bias:
+        product = oracle.with_terms(product, rows, oracle.give_terms(stack, [1]))
+    wanted = rotary64(product, rotary)
+    tiled = replace(batch, terms=bias).with_tiles(DEVICE)
     given = (x.to(DEVICE), weight.to(DEVICE), None if offset is None else offset.to(DEVICE), stack, tiled)
     stores = on(DEVICE, replace(rotary, kv=make_kv_write(batch.rows, key, width, dtype)))
     written = csgmv.linear(*given, stores)

@@ -151,8 +151,13 @@ def test_a_pool_is_empty_after_placeholder_adapters(
     make_pool: Callable[[], AdapterPool], adapters: dict[str, AdapterWeights]
 ) -> None:
     pool = make_pool()
-    with pool.placeholder_adapters():
+    size = pool.nbytes
+    with pool.placeholder_adapters(terms=True):
         assert set(pool.ranks(1).values()) == {pool.rank}
+        assert pool.contents[1].terms
+        assert pool.nbytes > size
+    assert pool.nbytes == size
+    assert not pool.contents[1].terms
     assert pool.ranks(1) == {}
     adapter = next(iter(adapters.values()))
     pool.load(0, pack(adapter, torch.float32))
