@@ -17,12 +17,13 @@ from rich.console import Console
 GPU: dict[str, list[str]] = {
     "engine": [], "fidelity": ["--backends", "native", "csgmv", "merged"], "kernels": [], "profile": [], "buckets": [],
     "generate": [], "fidelity_text": ["--models", "0.6B", "8B"],
-    "sampler": [], "grammar": [],
+    "sampler": [], "grammar": [], "rerank": [],
 }  # fmt: skip
 CPU = {
     "fidelity": ["--layers", "1"], "kernels": ["--tiny"], "policy": [], "simulate": ["--replicas", "20"],
     "generate": ["--shapes", "tiny"], "grammar": ["--shapes", "tiny"],
     "fidelity_text": ["--models", "tiny", "--output", "8"],
+    "rerank": ["--layers", "1", "--documents", "4", "--tokens", "30", "--requests", "2"],
 }  # fmt: skip
 
 
