@@ -116,6 +116,15 @@ def test_texts_and_vectors_equal_those_of_transformers_and_peft(
     engine.check_integrity()
 
 
+def test_dora_of_fused_modules_equals_that_of_peft(tmp_path: Path, make_engine: MakeEngine) -> None:
+    model, _, prompts = make_folders("phi3", tmp_path)
+    tuned = save_adapter(model, tmp_path / "dora", r=6, target_modules="all-linear", use_dora=True)
+    engine = make_engine(model, max_model_len=256)
+    engine.start()
+    vectors = submit(engine, prompts, ref(tuned)).result(PATIENCE_S).result
+    assert_same(vectors, reference_embedding(model, tuned, prompts))
+
+
 def test_longrope_beyond_the_original_length_is_refused(tmp_path: Path, make_engine: MakeEngine) -> None:
     model = make_model(tmp_path / "model", **SMALL, **FOLDERS["phi3"])
     assert make_engine(model).limits.max_model_len == 256
