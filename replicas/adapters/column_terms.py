@@ -12,6 +12,7 @@ All three are `gain * (W x + b + s B A x) + shift`.
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ from ranklet.replicas.model.architecture import Architecture
 from ranklet.replicas.model.base_linears import BaseLinears
 from ranklet.replicas.model.modules import Module
 
-_ROWS_AT_ONCE = 4096  # of a weight in float32
+_AT_ONCE = 1 << 24  # numbers of a weight in float32, of which two copies exist for a moment
+_computing = Lock()  # loads run on several threads, and memory of the device is scarce
 _KEYS = {"magnitude": "lora_magnitude_vector", "lora_bias": "lora_B.bias", "bias": "bias"}
 _FIELDS = {"magnitude": "use_dora", "lora_bias": "lora_bias", "bias": "bias"}
 
@@ -128,7 +130,7 @@ def _vector(flat: Tensor, offsets: Mapping[str, int], tensor: StoredTensor) -> T
 
 @torch.no_grad()
 def _terms(weight: Tensor, bias: Tensor | None, lora: LoraWeight | None, vectors: Mapping[str, Tensor]) -> ColumnTerms:
-    with _beside_batches(weight.device):
+    with _computing, _beside_batches(weight.device):
         own = torch.zeros(len(weight)) if bias is None else bias.float().cpu()
         gain = torch.ones(len(weight))
         if "magnitude" in vectors and lora is not None:
@@ -142,9 +144,10 @@ def _terms(weight: Tensor, bias: Tensor | None, lora: LoraWeight | None, vectors
 def _row_norms(weight: Tensor, lora: LoraWeight) -> Tensor:
     """Return the norms of the rows of W + s B A."""
     a, b = (side.to(weight.device).float() for side in (lora.a, lora.b))
+    at_once = max(1, _AT_ONCE // weight.shape[1])
     norms = [
         torch.linalg.vector_norm(torch.addmm(rows.float(), some_b, a, alpha=lora.scaling), dim=1)
-        for rows, some_b in zip(weight.split(_ROWS_AT_ONCE), b.split(_ROWS_AT_ONCE), strict=True)
+        for rows, some_b in zip(weight.split(at_once), b.split(at_once), strict=True)
     ]
     return torch.cat(norms)
 

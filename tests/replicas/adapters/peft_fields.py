@@ -18,9 +18,10 @@ _BASE = "base"
 
 @dataclass(frozen=True)
 class Followed:
-    """The field is applied as PEFT applies it. `test` compares both."""
+    """The field is applied as PEFT applies it. `test` compares both; `but` says where it is refused."""
 
     test: str
+    but: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Refused:
 _TARGETS = Followed("test_targets_equal_those_of_peft")
 _SCALINGS = Followed("test_ranks_and_scalings_equal_those_of_peft")
 _TERMS = Followed("test_vectors_of_mixed_batches_equal_those_of_peft")
+_LAYER_TERMS = Followed(_TERMS.test, ", refused by name on `embed_tokens` and `lm_head`")
 _DESCRIBES = "describes the file or the library"
 _TRAINING = "used in training only"
 FIELDS: dict[str, Followed | Unused | Refused] = {
@@ -72,7 +74,7 @@ FIELDS: dict[str, Followed | Unused | Refused] = {
     "eva_config": Unused({"rho": 2.0}, "its initialisation leaves the base as it is"),
     "corda_config": Unused({"corda_method": "kpm"}, "init_lora_weights says whether it was used"),
     "lora_ga_config": Unused({"direction": "ArB2r"}, "init_lora_weights says whether it was used"),
-    "use_dora": _TERMS,
+    "use_dora": _LAYER_TERMS,
     "velora_config": Unused({"num_groups": 4}, "changes the gradients only"),
     "alora_invocation_tokens": Refused([5, 6]),
     "use_qalora": Refused(True),
@@ -80,7 +82,7 @@ FIELDS: dict[str, Followed | Unused | Refused] = {
     "monteclora_config": Refused({"samples": 4}),
     "layer_replication": Refused([[0, 2], [1, 3]]),
     "runtime_config": Unused({"ephemeral_gpu_offload": True}, "says where PEFT computes"),
-    "lora_bias": _TERMS,
+    "lora_bias": _LAYER_TERMS,
     "target_parameters": Refused(["mlp.experts.gate_up_proj"]),
     "use_bdlora": Refused({"nblocks": 2}),
     "arrow_config": Refused({"top_k": 2}),
@@ -114,8 +116,8 @@ def table() -> str:
     ]  # fmt: skip
     for field in dataclasses.fields(peft.LoraConfig):
         match FIELDS[field.name]:
-            case Followed(test):
-                lines.append(f"| `{field.name}` | any | followed; `{test}` |")
+            case Followed(test, but):
+                lines.append(f"| `{field.name}` | any | followed{but}; `{test}` |")
             case Unused(_, reason):
                 lines.append(f"| `{field.name}` | any | accepted: {reason} |")
             case Refused(example):

@@ -22,7 +22,7 @@ def test_the_table_lists_the_fields_of_peft() -> None:
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_field_is_treated_as_the_table_says(name: str) -> None:
     match FIELDS[name]:
-        case Followed(test):
+        case Followed(test, _):
             assert any(inspect.isfunction(getattr(module, test, None)) for module in _TESTS)
         case Unused(example, _):
             assert message(name, example) == ""

@@ -158,6 +158,17 @@ def test_dora_on_the_embedding_is_refused_by_name(engine: Engine, model: Path, t
         engine.load(ref(folder))
 
 
+def test_terms_of_a_base_without_biases(tmp_path: Path) -> None:
+    """PEFT only warns of `lora_bias` there. `bias` trains nothing."""
+    model = make_model(tmp_path / "model", **{**FIELDS, "architecture": "qwen3", "config": {}})
+    engine = engine_of(model)
+    for name in ("lora-bias", "bias-all", "dora-and-bias"):
+        folder = save_adapter(model, tmp_path / name, r=4, **ADAPTERS[name])
+        found = ask(engine, prompts(model, TEXTS[:1]), ref(folder)).result
+        assert_same(found, reference_embedding(model, folder, TEXTS[:1]))
+    engine.stop()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_compiled_kernels_and_graphs_answer_as_peft_does(dtype: str, model: Path, folders: dict[str, Path]) -> None:
