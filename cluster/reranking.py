@@ -14,9 +14,11 @@ class Reranking:
 
     Attributes:
         template: contains `{query}` and `{document}` once each; None makes a pair of them, as the tokenizer does.
+        tokens: the false and the true token, whose logits after the prompt are compared; None for a classifier.
     """
 
     template: str | None = None
+    tokens: tuple[int, int] | None = None
 
     def fill(self, query: str, document: str) -> str:
         """Return the prompt of the template. Texts that contain names in braces stay as they are."""

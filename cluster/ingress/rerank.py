@@ -120,13 +120,14 @@ def _pair_inputs(
     name: str, adapter: AdapterText, first: Sequence[str], second: Sequence[str], limits: RequestLimits, param: str
 ) -> Inputs:
     classifier, reranking = adapter.embedding.classifier, adapter.reranking
-    if classifier is None:
+    if classifier is None and (reranking is None or reranking.tokens is None):
         raise without_head(f"{name!r}, which has no head")
-    if classifier.labels is not None:
+    if classifier is not None and classifier.labels is not None:
         check_one_label(name, len(classifier.labels))
     longest = limits.longest_embedding(reads_last=True)
     adds_special_tokens = reranking is None or reranking.template is None
-    rules = ScoringPrompts(limits, param, longest, classifier.pad_id, adds_special_tokens)
+    pad_id = None if classifier is None else classifier.pad_id
+    rules = ScoringPrompts(limits, param, longest, pad_id, adds_special_tokens)
     return Inputs(paired(first, second, reranking, param), rules)
 
 

@@ -108,7 +108,12 @@ class ScoringTask:
 
     def _params(self) -> EmbedParams:
         assert self._described is not None, "called before `inputs`"
-        return EmbedParams(pooling="last", normalize=False, head=HeadParams(self._described.revision))
+        return EmbedParams(pooling="last", normalize=False, head=self._head(self._described))
+
+    @staticmethod
+    def _head(adapter: AdapterText) -> HeadParams:
+        by_tokens = adapter.reranking if adapter.embedding.classifier is None else None
+        return HeadParams(adapter.revision, None if by_tokens is None else by_tokens.tokens)
 
     def _answered(self, call: AdmittedCall, answer: Embeddings) -> ScoredAnswer:
         assert self._described is not None, "called before `inputs`"

@@ -215,6 +215,7 @@ class ReplicaCalls:
         if params.head is not None:
             if params.head.revision != adapter.revision:
                 raise OtherPrompts(f"adapter {adapter.name!r} was replaced. Send the request again", param="model")
+            assert params.head.tokens is not None or settings.classifier is not None, "gateways read the same folder"
             return params
         if settings.classifier is not None:
             raise no_classifier(adapter.name)

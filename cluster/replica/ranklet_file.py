@@ -8,12 +8,14 @@ from ranklet.cluster.reranking import DOCUMENT, QUERY, Reranking
 from ranklet.cluster.text.tool_format import FORMATS
 from ranklet.replicas.adapters.reference import RANKLET_FILE
 from ranklet.replicas.grammar.constraint import RESPONSE_FORMAT, Constraint, refusal, response_format
+from ranklet.replicas.model.tokenizer_files import is_id
 from ranklet.replicas.regular_file import read_regular
 
 _MAX_BYTES: Final = 1 << 20
 _TOOL_FORMAT: Final = "tool_format"
 _RERANK: Final = "rerank"
 _TEMPLATE: Final = "template"
+_TOKENS: Final = ("false_token_id", "true_token_id")  # the names of sentence-transformers' LogitScore
 _KEYS: Final = (RESPONSE_FORMAT, _TOOL_FORMAT, _RERANK)
 _MAX_TEMPLATE_CHARS: Final = 1 << 16
 
@@ -76,8 +78,8 @@ def _reranking(found: Any) -> Reranking | None:
     if found is None:
         return None
     field = f"{_RERANK} of the adapter's {RANKLET_FILE}"
-    if not isinstance(found, dict) or found.keys() - {_TEMPLATE}:
-        raise refusal(field, f"expected an object with {_TEMPLATE}, got {found!r:.100}")
+    if not isinstance(found, dict) or found.keys() - {_TEMPLATE, *_TOKENS}:
+        raise refusal(field, f"expected an object with {', '.join((_TEMPLATE, *_TOKENS))}, got {found!r:.100}")
     template = found.get(_TEMPLATE)
     if template is not None:
         sound = isinstance(template, str) and len(template) <= _MAX_TEMPLATE_CHARS
@@ -87,4 +89,10 @@ def _reranking(found: Any) -> Reranking | None:
                 f"expected a text of at most {_MAX_TEMPLATE_CHARS} characters with {QUERY} and {DOCUMENT} once each, "
                 f"got {template!r:.100}",
             )
-    return Reranking(template)
+    first, second = (found.get(name) for name in _TOKENS)
+    if first is None and second is None:
+        return Reranking(template)
+    if first is None or second is None or not (is_id(first) and is_id(second)) or first == second:
+        got = f"{first!r:.100} and {second!r:.100}"
+        raise refusal(f"{' and '.join(_TOKENS)} in {field}", f"expected two different token ids, got {got}")
+    return Reranking(template, (first, second))

@@ -53,6 +53,10 @@ class InFlightStep:
                     continue
                 try:
                     piece, is_done = sequence.request.on_output(sequence, output, began_s, compute_s)
+                except RankletError as error:
+                    self._fail(sequence, error)
+                    done.append(sequence)
+                    continue
                 except Exception as error:  # a defect of a task must not end the thread that answers every request
                     logger.exception("a task failed")
                     message = f"the engine failed on this output: {type(error).__name__}: {error}"

@@ -22,9 +22,11 @@ class HeadParams:
 
     Attributes:
         revision: of the adapter whose folder the prompts were made by.
+        tokens: the score is the logit of the second token less that of the first; None for the adapter's own head.
     """
 
     revision: str
+    tokens: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,12 @@ from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.engine.plan import Need
 from ranklet.replicas.engine.sequence import Sequence
+from ranklet.replicas.errors import InvalidAdapter, InvalidRequest
+from ranklet.replicas.model.modules import LM_HEAD
 
 if TYPE_CHECKING:
     from ranklet.replicas.model.heads import Head, PoolingHeads
+    from ranklet.replicas.model.lm_head import LmHead, MissingHead
 
 
 class Task(Protocol):
@@ -59,6 +62,7 @@ class EmbedTask:
         normalize: whether vectors have length 1.
         is_normalized: whether those of the head have it.
         skipped: number of leading tokens of each prompt that the head leaves out.
+        token_head: compares the logits of two tokens.
 
     Raises:
         InvalidRequest: `dimensions` is out of range.
@@ -68,7 +72,7 @@ class EmbedTask:
 
     def __init__(
         self, params: EmbedParams, prompts: int, limits: RequestLimits, head: "Head", *, normalize: bool,
-        is_normalized: bool = True, skipped: int = 0,
+        is_normalized: bool = True, skipped: int = 0, token_head: VectorHead | None = None,
     ) -> None:  # fmt: skip
         width = limits.check_dimensions(params.dimensions)
         self._head = head
@@ -76,7 +80,8 @@ class EmbedTask:
         self._normalizes = normalize and (width < limits.hidden or not is_normalized)
         self._width = width
         self._uses_head = params.head is not None
-        self._own_head: VectorHead | None = None
+        self._token_head = token_head
+        self._adapter: AdapterInfo | None = None
         self._vectors: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * prompts
 
     def prepare(self, sequences: Many[Sequence]) -> None:
@@ -86,7 +91,7 @@ class EmbedTask:
     def start(self, sequence: Sequence, adapter: AdapterInfo | None) -> None:
         if self._uses_head:
             assert adapter is not None, "replicas check that"
-            self._own_head = adapter.head
+            self._adapter = adapter
 
     def need(self, sequence: Sequence) -> Need:
         return Need(sequence.length, self._head, divisible=self._head.reads_last)
@@ -94,20 +99,32 @@ class EmbedTask:
     def accept(self, sequence: Sequence, output: NDArray[np.float32]) -> tuple[None, bool]:
         vector = output[: self._width]
         if self._uses_head:
-            assert self._own_head is not None, "verification finds the head of each classifier"
-            vector = self._own_head.apply(vector)
+            vector = self._head_of_adapter().apply(vector)
         elif self._normalizes:
             vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
         self._vectors[sequence.index] = vector
         return None, True
+
+    def _head_of_adapter(self) -> VectorHead:
+        assert self._adapter is not None, "called before `start`"
+        if self._token_head is None:
+            assert self._adapter.head is not None, "verification finds the head of each classifier"
+            return self._adapter.head
+        if LM_HEAD in self._adapter.modules:
+            raise InvalidAdapter(
+                self._adapter.name,
+                [f"{LM_HEAD}: expected the base's head, whose logits are scores, got LoRA on it; train it without"],
+            )
+        return self._token_head
 
     def result(self) -> NDArray[np.float32]:
         return np.stack(self._vectors)
 
 
 def embed_task(
-    params: EmbedParams, prompts: Many[NDArray[np.int32]], heads: "PoolingHeads", limits: RequestLimits
-) -> EmbedTask:
+    params: EmbedParams, prompts: Many[NDArray[np.int32]], heads: "PoolingHeads", limits: RequestLimits,
+    lm_head: "LmHead | MissingHead",
+) -> EmbedTask:  # fmt: skip
     """Return the task of a request for embeddings.
 
     Raises:
@@ -116,7 +133,20 @@ def embed_task(
     normalize = heads.base.pooling.normalize if params.normalize is None else params.normalize
     head = heads.choose(params.pooling, normalize=normalize, skips=params.skipped > 0)
     limits.check_prompts(prompts, limits.longest_embedding(reads_last=head.reads_last))
+    tokens = None if params.head is None else params.head.tokens
     return EmbedTask(
         params, len(prompts), limits, head, normalize=normalize, is_normalized=head.pooling.normalize,
         skipped=params.skipped if head.pooling.skips else 0,
+        token_head=None if tokens is None else _token_head(tokens, limits, lm_head),
     )  # fmt: skip
+
+
+def _token_head(tokens: tuple[int, int], limits: RequestLimits, lm_head: "LmHead | MissingHead") -> VectorHead:
+    from ranklet.replicas.model.lm_head import LmHead, logit_difference  # imports torch
+
+    if limits.no_text is not None or not isinstance(lm_head, LmHead):
+        raise InvalidRequest(
+            f"model: expected a base model with logits of tokens, which scores are: {limits.no_text}", param="model"
+        )
+    limits.check_token_ids("true_token_id and false_token_id", np.array(tokens, np.int32), "model")
+    return VectorHead(logit_difference(lm_head, *tokens))

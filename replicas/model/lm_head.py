@@ -5,9 +5,12 @@ token stay as the model computes them.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ranklet.kernels.batch import LoraBatch
@@ -48,6 +51,14 @@ class LmHead:
         """
         weight = self.weight if self.padded is None else self.padded
         return logits(rows, weight, stack, lora, columns=len(self.weight))
+
+
+@lru_cache(maxsize=256)  # reading rows waits for the device
+def logit_difference(head: LmHead, first: int, second: int) -> NDArray[np.float32]:
+    """Return the row whose product with a state is the second token's logit less the first one's: float32 [1, H]."""
+    rows = head.weight[[first, second]].float().cpu()
+    found: NDArray[np.float32] = (rows[1:] - rows[:1]).numpy()
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from ranklet.cluster.ingress.scoring import SCORING_PATHS
 from ranklet.cluster.message import AdapterText
 from ranklet.cluster.replica.ranklet_file import read_ranklet_file
 from ranklet.cluster.reranking import Reranking
+from ranklet.replicas.engine.params import HeadParams
 from ranklet.replicas.errors import InvalidRequest
 from ranklet.replicas.model.classifier import Classifier, Problem
 from ranklet.replicas.model.embedding_settings import EmbeddingSettings
@@ -123,6 +124,14 @@ async def test_the_template_of_the_folder_makes_the_prompts(parts: Parts) -> Non
     assert parts.tokenizer.encoded[-1] == ["D b Q {document} :", "D {query} Q {document} :"]
 
 
+async def test_logits_of_two_tokens_are_scores(parts: Parts) -> None:
+    describe(parts, None, [-1.0], reranking=Reranking("{query} {document}", (4, 5)))
+    answer = await ask(parts, "/score", text_1="a", text_2="b")
+    assert answer["data"][0]["score"] == pytest.approx(sigmoid(1))
+    assert parts.handle.calls[-1].params.head == HeadParams("v1", (4, 5))
+    assert "which has no head" in (await refusal(parts, "/classify", input="a"))[1]
+
+
 async def test_an_adapter_that_was_replaced_has_its_new_labels(parts: Parts) -> None:
     await ask(parts, "/classify", input="a")
     describe(parts, Classifier(("yes", "no")), [1.0, 0.0], "v2")
@@ -197,6 +206,7 @@ async def test_keys_have_their_rights_and_quotas(tmp_path: Path) -> None:
     [
         ({"rerank": []}, "expected an object with template"),
         ({"rerank": {"other": 1}}, "expected an object with template"),
+        ({"rerank": {"true_token_id": 4}}, "expected two different token ids, got None and 4"),
         ({"rerank": {"template": "{query}"}}, "{query} and {document} once each"),
         ({"rerank": {"template": "{query}{query}{document}"}}, "{query} and {document} once each"),
     ],
@@ -210,5 +220,6 @@ def test_faulty_templates_are_refused(tmp_path: Path, content: dict[str, Any], m
 
 def test_a_template_is_read(tmp_path: Path) -> None:
     template = "Q: {query}\nD: {document}\nA:"
-    (tmp_path / "ranklet.json").write_text(json.dumps({"rerank": {"template": template}}))
-    assert read_ranklet_file(tmp_path).reranking == Reranking(template)
+    for tokens, expected in (({}, None), ({"true_token_id": 4, "false_token_id": 5}, (5, 4))):
+        (tmp_path / "ranklet.json").write_text(json.dumps({"rerank": {"template": template, **tokens}}))
+        assert read_ranklet_file(tmp_path).reranking == Reranking(template, expected)

@@ -19,7 +19,11 @@ from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.params import HeadParams
 from ranklet.replicas.errors import InvalidAdapter
 from ranklet.replicas.model.classifier import Classifier
+from ranklet.replicas.model.modules import ALL_MODULES
+from tests.assets.adapters import load_base, quiet, save_adapter
 from tests.assets.classifiers import reference_logits, save_classifier
+from tests.assets.families import make_family
+from tests.assets.oracle import attach
 from tests.replicas.asking import ask
 
 LABELS = ("billing", "law", "other")
@@ -140,3 +144,32 @@ def test_labels_and_padding_are_those_of_the_folder_or_the_base_model(folder: Pa
     assert found.label(4) == "LABEL_4"
     change(folder, task_type=None, modules_to_save=None)
     assert classifier() is None
+
+
+def test_the_logits_of_two_tokens_are_compared(tmp_path: Path) -> None:
+    make_family(tmp_path, "llama")
+    model = tmp_path / "model"
+    plain, headed = (
+        save_adapter(model, tmp_path / name, r=8, target_modules=["q_proj", "up_proj", *more])
+        for name, more in (("plain", ()), ("headed", ("lm_head",)))
+    )
+    engine = Engine(EngineConfig(model, slots=2, dtype="float32", kv_cache_bytes=4 << 20, lora_modules=ALL_MODULES))
+    engine.start()
+    try:
+        for prompts in (PROMPTS, PROMPTS[:1]):
+            ref = Revisions().reference("plain", str(plain))
+            head = HeadParams(ref.revision, (3, 11))
+            found = ask(engine, prompts, ref, pooling="last", normalize=False, head=head).result[:, 0]
+            with quiet():
+                causal = load_base(model, "causal")
+                attach(causal, plain)
+            with torch.inference_mode():
+                rows = [
+                    causal.eval()(input_ids=torch.tensor(ids[None].astype(np.int64))).logits[0, -1] for ids in prompts
+                ]
+            np.testing.assert_allclose(found, [float(row[11] - row[3]) for row in rows], rtol=0, atol=1e-5)
+        ref = Revisions().reference("headed", str(headed))
+        with pytest.raises(InvalidAdapter, match="lm_head: expected the base's head"):
+            ask(engine, PROMPTS, ref, pooling="last", normalize=False, head=HeadParams(ref.revision, (3, 11)))
+    finally:
+        engine.stop()
