@@ -195,7 +195,7 @@ class AdapterPool:
                 matrix = data[into.at : into.at + into.rows * into.columns].view(into.rows, into.columns)
                 matrix[: piece.shape[0], : piece.shape[1]] = piece.view(flat)
         self._write_terms(slot, packed.terms)
-        self._describe(slot, packed.metas, layout.modules | packed.terms.keys(), terms=bool(packed.terms))
+        self._describe(slot, packed.metas, layout.modules.union(packed.terms), terms=bool(packed.terms))
 
     def _write_terms(self, slot: int, terms: Mapping[Module, ColumnTerms]) -> None:
         if not terms and not self.contents[slot].terms:

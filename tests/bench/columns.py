@@ -102,3 +102,8 @@ TEXT_SOAK: dict[str, tuple[str, Column]] = {
     "largest difference": ("largest difference of logprobs", number(4)), "p99 difference": ("p99", number(4)),
     "mean difference": ("mean", number(4)),
 }  # fmt: skip
+GRAMMAR: dict[str, tuple[str, Column]] = {
+    "what": ("what", TEXT), "tokens_per_s": ("generated tokens/s", COUNT),
+    "of none": ("of the rate without grammars", RATIO), "must": ("target", TEXT),
+    "gap of none": ("gap of the others, of that without", RATIO), "p50_ms": ("p50 ms", MS), "p99_ms": ("p99 ms", MS),
+}  # fmt: skip

@@ -19,6 +19,7 @@ from tests.bench.columns import (
     FIDELITY,
     FINE_MS,
     GENERATED,
+    GRAMMAR,
     HTTP,
     LOGPROBS,
     MS,
@@ -48,6 +49,7 @@ from tests.bench.notes import (
     GAPS_NOTE,
     GENERATE_8B_NOTE,
     GENERATE_NOTE,
+    GRAMMAR_NOTE,
     GRAMMAR_SCHEMAS_NOTE,
     STREAM_FAULTS_NOTE,
     TEXT_CLUSTER_NOTE,
@@ -156,6 +158,7 @@ TABLES = (
     ResultTable(
         "The same of a model with trained weights", "fidelity-text-smollm-h200", LOGPROBS, note=FIDELITY_SMOLLM_NOTE
     ),
+    ResultTable("Texts with grammars among others on one engine", "grammar-h200", GRAMMAR, note=GRAMMAR_NOTE),
     ResultTable("Over HTTP: HAProxy, 8 gateways and one replica", "http-h200", HTTP),
     ResultTable("Over HTTP with 16 gateways", "http-h200-512", HTTP),
     ResultTable("Over HTTP with 8 processes of the load client", "http-h200-p8", HTTP),

@@ -1,6 +1,7 @@
 """A slot holds its adapter and nothing of the previous one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from ranklet.kernels.packs import PACKS
 from ranklet.kernels.stack import padded_rank
-from ranklet.replicas.adapters.adapter import AdapterWeights
+from ranklet.replicas.adapters.adapter import AdapterWeights, ColumnTerms
 from ranklet.replicas.adapters.packed import pack
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
@@ -115,6 +116,17 @@ def test_every_matrix_is_at_its_slice_of_the_stack(make_pool: MakePool, adapters
             assert torch.equal(b[:, : weight.rank], weight.b)
             assert not a[weight.rank :].any()
             assert not b[:, weight.rank :].any()
+
+
+def test_slots_with_column_terms_have_equal_modules(make_pool: MakePool, adapters: dict[str, AdapterWeights]) -> None:
+    """CUDA graphs are kept by these sets."""
+    pool = make_pool()
+    packed = pack(next(iter(adapters.values())), torch.float32)
+    terms = {module: ColumnTerms(torch.ones(1), torch.zeros(1)) for module in packed.layout.modules if module[0] >= 0}
+    for slot in range(2):
+        pool.load(slot, replace(packed, terms=terms))
+    assert all(each.terms for each in pool.contents[:2])
+    assert {each.modules for each in pool.contents[:2]} == {packed.layout.modules}
 
 
 def test_packing_rounds_to_the_pools_dtype(adapters: dict[str, AdapterWeights]) -> None:
