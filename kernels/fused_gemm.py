@@ -56,7 +56,7 @@ def _store_head(
 )
 def gemm_kernel(
     x_tma, w_tma, b_tma, y_tma, y_half_tma, h, y, bias, runs, blocks, terms, count, begin, end, N, y_stride, h_stride,
-    terms_stride,    q_weight, k_weight, cos, sin, positions, eps,
+    terms_stride, q_weight, k_weight, cos, sin, positions, eps,
     K: tl.constexpr, R: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr,
     BIAS: tl.constexpr, LORA: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr,
