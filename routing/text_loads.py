@@ -17,8 +17,8 @@ class TextLoads:
 
     Attributes:
         free_tokens, freed_per_s: float64 [replicas], see `QueueLoad`.
-        work: of one text's tokens, mean of the replicas that have told of texts. A replica measures more where fewer
-            texts share a step: with its own number, it would seem as busy as another one with more texts.
+        work: of the tokens of one text: the mean of the replicas that have reported texts. A replica with few texts
+            measures more work for each. With its own number, it would seem as busy as one with many texts.
         running_s: float64 [replicas], time that the running texts take. With the age of a report, it approaches the
             mean of all replicas: by late reports, all routers would send their texts to the same replica.
         least_free_tokens: no more than the least of `free_tokens`.

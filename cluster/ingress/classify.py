@@ -5,11 +5,10 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import WithJsonSchema
 
-from ranklet.cluster.ingress.descriptions import AdapterDescriptions
 from ranklet.cluster.ingress.intake import Inputs
-from ranklet.cluster.ingress.known_fields import CLASSIFY_FIELDS
+from ranklet.cluster.ingress.known_fields import CLASSIFY_FIELDS, KnownFields
 from ranklet.cluster.ingress.prompts import truncation_of
-from ranklet.cluster.ingress.protocol import INPUT_SCHEMA, parse_input, parse_object, validate
+from ranklet.cluster.ingress.protocol import INPUT_SCHEMA, parse_input
 from ranklet.cluster.ingress.scoring_prompts import ScoringPrompts
 from ranklet.cluster.ingress.scoring_task import (
     ScoredAnswer,
@@ -35,21 +34,12 @@ class ClassifyRequest(ScoringRequest):
     add_special_tokens: bool | None = None
 
 
-class ClassifyTask(ScoringTask):
+class ClassifyTask(ScoringTask[ClassifyRequest]):
     """Labels texts."""
 
     id_prefix: ClassVar[str] = "classify-"
-
-    def __init__(self, form: ClassifyRequest, ignored: tuple[str, ...], descriptions: AdapterDescriptions) -> None:
-        super().__init__(form, ignored, descriptions)
-        self._form = form
-
-    @classmethod
-    def parse(cls, descriptions: AdapterDescriptions, body: bytes) -> "ClassifyTask":
-        """Parse a JSON body. Raises InvalidRequest."""
-        fields = parse_object(body)
-        ignored = CLASSIFY_FIELDS.check(fields, ClassifyRequest.model_fields)
-        return cls(validate(fields, ClassifyRequest), ignored, descriptions)
+    known_fields: ClassVar[KnownFields] = CLASSIFY_FIELDS
+    form_type = ClassifyRequest
 
     def prompts(self, name: str, adapter: AdapterText, max_texts: int, limits: RequestLimits) -> Inputs:
         form, classifier = self._form, adapter.embedding.classifier

@@ -7,8 +7,8 @@ from pydantic import Field, WithJsonSchema
 
 from ranklet.cluster.ingress.descriptions import AdapterDescriptions
 from ranklet.cluster.ingress.intake import Inputs
-from ranklet.cluster.ingress.known_fields import RERANK_FIELDS, SCORE_FIELDS
-from ranklet.cluster.ingress.protocol import describe_value, parse_object, validate
+from ranklet.cluster.ingress.known_fields import RERANK_FIELDS, SCORE_FIELDS, KnownFields
+from ranklet.cluster.ingress.protocol import describe_value
 from ranklet.cluster.ingress.scoring_prompts import ScoringPrompts, paired
 from ranklet.cluster.ingress.scoring_task import (
     ScoredAnswer,
@@ -43,22 +43,16 @@ class ScoreRequest(ScoringRequest):
     text_2: Annotated[Any, WithJsonSchema(_TEXT_SCHEMA)]
 
 
-class RerankTask(ScoringTask):
+class RerankTask(ScoringTask[RerankRequest]):
     """Orders documents by their relevance to a query."""
 
     id_prefix: ClassVar[str] = "rerank-"
+    known_fields: ClassVar[KnownFields] = RERANK_FIELDS
+    form_type = RerankRequest
 
     def __init__(self, form: RerankRequest, ignored: tuple[str, ...], descriptions: AdapterDescriptions) -> None:
         super().__init__(form, ignored, descriptions)
-        self._form = form
         self._documents: list[str] = []
-
-    @classmethod
-    def parse(cls, descriptions: AdapterDescriptions, body: bytes) -> "RerankTask":
-        """Parse a JSON body. Raises InvalidRequest."""
-        fields = parse_object(body)
-        ignored = RERANK_FIELDS.check(fields, RerankRequest.model_fields)
-        return cls(validate(fields, RerankRequest), ignored, descriptions)
 
     def prompts(self, name: str, adapter: AdapterText, max_texts: int, limits: RequestLimits) -> Inputs:
         if not self._form.query:
@@ -79,21 +73,12 @@ class RerankTask(ScoringTask):
         return {"id": answered.id, "model": answered.model, "results": results, "usage": answered.usage}
 
 
-class ScoreTask(ScoringTask):
+class ScoreTask(ScoringTask[ScoreRequest]):
     """Scores pairs of texts."""
 
     id_prefix: ClassVar[str] = "score-"
-
-    def __init__(self, form: ScoreRequest, ignored: tuple[str, ...], descriptions: AdapterDescriptions) -> None:
-        super().__init__(form, ignored, descriptions)
-        self._form = form
-
-    @classmethod
-    def parse(cls, descriptions: AdapterDescriptions, body: bytes) -> "ScoreTask":
-        """Parse a JSON body. Raises InvalidRequest."""
-        fields = parse_object(body)
-        ignored = SCORE_FIELDS.check(fields, ScoreRequest.model_fields)
-        return cls(validate(fields, ScoreRequest), ignored, descriptions)
+    known_fields: ClassVar[KnownFields] = SCORE_FIELDS
+    form_type = ScoreRequest
 
     def prompts(self, name: str, adapter: AdapterText, max_texts: int, limits: RequestLimits) -> Inputs:
         form = self._form

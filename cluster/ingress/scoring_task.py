@@ -4,7 +4,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import orjson
@@ -16,6 +16,8 @@ from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.ingress.answers import Embeddings
 from ranklet.cluster.ingress.descriptions import AdapterDescriptions
 from ranklet.cluster.ingress.intake import Inputs
+from ranklet.cluster.ingress.known_fields import KnownFields
+from ranklet.cluster.ingress.protocol import parse_object, validate
 from ranklet.cluster.ingress.task import AdmittedCall
 from ranklet.cluster.ingress.vectors import compute_vectors
 from ranklet.cluster.message import AdapterText
@@ -38,6 +40,9 @@ class ScoringRequest(BaseModel):
     lora_path: str | None = None  # SGLang's field for the adapter
 
 
+Form = TypeVar("Form", bound=ScoringRequest)
+
+
 @dataclass(frozen=True)
 class ScoredAnswer:
     """What the answer to a request for scores is made of.
@@ -54,29 +59,40 @@ class ScoredAnswer:
     usage: dict[str, int]
 
 
-class ScoringTask:
+class ScoringTask(Generic[Form]):
     """One request for scores; implements `ranklet.cluster.ingress.task.InferenceTask`. Subclasses have one format each.
 
     Attributes:
+        form_type: the body of a request.
+        known_fields: names of other fields that are refused or ignored.
         ignored: names of the request's unknown fields.
     """
 
     is_text: ClassVar[bool] = False
     id_prefix: ClassVar[str]
+    known_fields: ClassVar[KnownFields]
+    form_type: type[Form]
 
-    def __init__(self, fields: ScoringRequest, ignored: tuple[str, ...], descriptions: AdapterDescriptions) -> None:
+    def __init__(self, form: Form, ignored: tuple[str, ...], descriptions: AdapterDescriptions) -> None:
         self.ignored = ignored
-        self._fields = fields
+        self._form = form
         self._descriptions = descriptions
         self._described: AdapterText | None = None
 
+    @classmethod
+    def parse(cls, descriptions: AdapterDescriptions, body: bytes) -> Self:
+        """Parse a JSON body. Raises InvalidRequest."""
+        fields = parse_object(body)
+        ignored = cls.known_fields.check(fields, cls.form_type.model_fields)
+        return cls(validate(fields, cls.form_type), ignored, descriptions)
+
     @property
     def model(self) -> str | None:
-        return self._fields.model
+        return self._form.model
 
     @property
     def lora_path(self) -> str | None:
-        return self._fields.lora_path
+        return self._form.lora_path
 
     def inputs(self, adapter: AdapterLocation | None, max_texts: int, limits: RequestLimits) -> Inputs | None:
         if adapter is None:
@@ -120,7 +136,7 @@ class ScoringTask:
         tokens = answer.prompt_tokens
         return ScoredAnswer(
             id=self.id_prefix + uuid.uuid4().hex,
-            model=self._fields.model or call.model,
+            model=self._form.model or call.model,
             created=int(time.time()),
             adapter=self._described,
             logits=answer.vectors,

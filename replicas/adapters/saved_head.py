@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ranklet.replicas.adapters.base_copies import FLOATS
 from ranklet.replicas.adapters.findings import Checked, shorten
 from ranklet.replicas.adapters.safetensors_file import DTYPES, StoredTensor, read_tensor
 from ranklet.replicas.adapters.vector_head import VectorHead
@@ -86,7 +87,7 @@ def _check(
 
 def _numbers(path: Path, stored: StoredTensor) -> Checked[NDArray[np.float32] | None]:
     if stored.dtype not in DTYPES:
-        yield f"{shorten(stored.key)}: expected float32, bfloat16 or float16, got {shorten(stored.dtype)}"
+        yield f"{shorten(stored.key)}: expected {FLOATS}, got {shorten(stored.dtype)}"
         return None
     numbers: NDArray[np.float32] = read_tensor(path, stored).float().numpy()
     if not np.isfinite(numbers).all():
