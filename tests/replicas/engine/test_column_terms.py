@@ -22,7 +22,7 @@ from tests.assets.make import make_model
 from tests.assets.oracle import cosine, reference_embedding
 from tests.assets.text_oracle import reference_logprobs
 from tests.replicas.asking import PATIENCE_S, ask, assert_same, prompts, ref, submit
-from tests.replicas.text_scene import generate
+from tests.replicas.text_scene import LOGPROB_ROUNDING, generate
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": list(LINEAR)},
@@ -40,7 +40,6 @@ FIELDS: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16,
     "architecture": "llama", "text": True, "config": {"attention_bias": True, "mlp_bias": True},
 }  # fmt: skip
-EXACT = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +97,7 @@ def test_logprobs_of_mixed_texts_equal_those_of_peft(engine: Engine, model: Path
     with engine.paused():
         found = {each: generate(engine, [asked], ref(each) if each else None, 6) for each in owners(folders)}
     for folder, answer in found.items():
-        assert _error(model, folder, asked, answer) <= EXACT
+        assert _error(model, folder, asked, answer) <= LOGPROB_ROUNDING
 
 
 def test_a_plain_adapter_in_the_slot_of_another_has_no_terms(model: Path, folders: dict[str, Path]) -> None:

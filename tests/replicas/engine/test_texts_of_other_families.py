@@ -18,7 +18,7 @@ from tests.assets.make import make_model
 from tests.assets.oracle import reference_embedding
 from tests.assets.text_oracle import chosen_logprobs, reference_text
 from tests.replicas.asking import PATIENCE_S, assert_same, ref, submit
-from tests.replicas.text_scene import AskedText, check, generate, request
+from tests.replicas.text_scene import LOGPROB_ROUNDING, AskedText, check, generate, request
 
 MakeEngine = Callable[..., Engine]
 SMALL: dict[str, Any] = {
@@ -106,7 +106,7 @@ def test_texts_and_vectors_equal_those_of_transformers_and_peft(
     for each, answer in zip(asked, cold, strict=True):
         found = check(each, answer)
         assert found.cached_tokens == 0
-        np.testing.assert_allclose(logprobs_of(found), each.expected.logprobs, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(logprobs_of(found), each.expected.logprobs, rtol=0, atol=LOGPROB_ROUNDING)
     warm = [request(engine, each) for each in asked]
     for each, answer in zip(asked, warm, strict=True):
         assert check(each, answer).cached_tokens == (len(each.prompt) - 1) // PAGE_TOKENS * PAGE_TOKENS
