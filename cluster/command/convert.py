@@ -17,12 +17,14 @@ _MAX_RANK = 1024
 def add_convert(actions: Any) -> None:
     parser = actions.add_parser(
         "convert",
-        help="write a folder that can be served, from one with pickled, sharded or otherwise named weights, with an "
-        "initialisation such as PiSSA, or with LoHa or LoKr",
+        help="write a folder that can be served, from one with pickled, sharded or otherwise named weights, with "
+        "modules of Megatron, with an initialisation such as PiSSA, or with LoHa or LoKr",
     )
     parser.add_argument("source", type=Path, metavar="FOLDER")
     parser.add_argument("target", type=Path, metavar="TARGET", help="folder to create")
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="folder of the base model; for PiSSA and OLoRA")
+    parser.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="folder of the base model; for PiSSA, OLoRA and Megatron"
+    )
     parser.add_argument(
         "--initial", type=Path, metavar="FOLDER", help="the adapter as it was before its training; for PiSSA and so on"
     )

@@ -25,8 +25,10 @@ from ranklet.replicas.conversion.initial_weights import (
     plain_lora,
 )
 from ranklet.replicas.conversion.low_rank import METHODS, approximate
+from ranklet.replicas.conversion.megatron import is_megatron, of_megatron
 from ranklet.replicas.conversion.stored_weights import ConversionError, read_weights
 from ranklet.replicas.conversion.tensor_keys import peft_names
+from ranklet.replicas.model.architecture import read_architecture, read_config
 
 T = TypeVar("T")
 _MAX_COPIED_BYTES = 64 << 20  # the largest tokenizers
@@ -39,7 +41,7 @@ class Conversion:
 
     Attributes:
         target: does not exist yet.
-        model: folder of the base model; needed to undo PiSSA and OLoRA.
+        model: folder of the base model; needed to undo PiSSA and OLoRA, and for Megatron's modules.
         initial: folder of the adapter before its training; the other way to undo such an initialisation.
         rank: of the LoRA that replaces LoHa or LoKr.
         max_error: largest error of that, relative to the norm of a module's change.
@@ -64,8 +66,10 @@ class Conversion:
         """
         if self.target.exists():
             raise ConversionError(f"{self.target}: expected a folder to create, but it exists")
-        fields = _read_fields(self.source)
         tensors, notes = _named_tensors(self.source)
+        fields = _read_fields(self.source)
+        if is_megatron(tensors):
+            fields, tensors = self._of_megatron(fields, tensors, notes)
         kind = fields.get("peft_type", "LORA")
         if kind not in ("LORA", *METHODS):
             raise ConversionError(f"peft_type: expected LORA, LOHA or LOKR, got {show(kind)}")
@@ -75,6 +79,15 @@ class Conversion:
             fields, tensors = self._without_initial(fields, tensors, notes)
         self._write(fields, tensors)
         return notes or ["nothing had to be converted; the weights are copied"]
+
+    def _of_megatron(
+        self, fields: dict[str, Any], tensors: dict[str, Tensor], notes: list[str]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if self.model is None:
+            raise ConversionError("Megatron's modules: expected --model, the base's folder, whose heads order rows")
+        made = of_megatron(fields, tensors, read_architecture(read_config(self.model)))
+        notes.append("Megatron's modules are divided among those of the base")
+        return made
 
     def _low_rank(
         self, fields: dict[str, Any], tensors: dict[str, Tensor], notes: list[str]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ranklet.replicas.adapters.findings import shorten, show
-from ranklet.replicas.adapters.tensor_names import parse_key
+from ranklet.replicas.adapters.tensor_names import parse_key, parse_term
 from ranklet.replicas.conversion.stored_weights import ConversionError
 from ranklet.replicas.model.architecture import read_architecture, read_config
 from ranklet.replicas.model.checkpoint import Checkpoint
@@ -80,10 +80,12 @@ def initial_of(init: str, tensors: Mapping[str, Tensor], scaling: Scaling, base:
 def plain_lora(tensors: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of twice the rank.
 
+    DoRA's magnitudes and trained biases stay: the sum of W and the change, which DoRA normalises, is the same.
+
     Raises:
         ConversionError: the initial adapter has other tensors.
     """
-    made = {}
+    made = {name: tensor for name, tensor in tensors.items() if parse_term(name) is not None}
     for name, other in _pairs(tensors):
         for each in (name, other):
             if each not in initial or initial[each].shape != tensors[each].shape:
@@ -117,6 +119,8 @@ def _pairs(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     """
     sides: dict[Module, dict[str, str]] = {}
     for name in tensors:
+        if parse_term(name) is not None:
+            continue
         key = parse_key(name)
         if key is None or "embedding" in name:
             raise ConversionError(f"{shorten(name)}: expected LoRA of linear layers, which only are initialised so")

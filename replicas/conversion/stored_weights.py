@@ -19,10 +19,16 @@ _WHOLE = ("adapter_model.safetensors", "adapter_model.bin")
 _INDEX = ".index.json"
 _SHARDS = "adapter_model-*-of-*"
 _WRAPPERS = ("state_dict", "module", "model")  # training tools put the tensors under one of these keys
+_MEGATRON = ("mp_rank_*", "iter_*/", "latest_checkpointed_iteration.txt", "common.pt", "weights/common.pt", "*.nemo")
+MERGES_MEGATRON = (
+    "export it with Megatron-Bridge's `examples/conversion/adapter/export_adapter.py`, ms-swift's `megatron export "
+    "--to_hf true`, or NeMo's `llm.export_ckpt` with the target `hf-peft`"
+)
 _TRAINING = (  # files of distributed training, and the command that makes one file of them
     ("zero_to_fp32.py", "ZeRO's parts: run `python zero_to_fp32.py . OUT` in it"),
     ("*_optim_states.pt", "ZeRO's parts: run DeepSpeed's `zero_to_fp32.py . OUT` in it"),
     ("global_step*", "ZeRO's parts: run DeepSpeed's `zero_to_fp32.py . OUT` in it"),
+    *((name, f"a checkpoint of Megatron: {MERGES_MEGATRON}") for name in _MEGATRON),
     ("*.distcp", "FSDP's parts: run `accelerate merge-weights`"),
     ("pytorch_model_fsdp*", "FSDP's parts: run `accelerate merge-weights`"),
 )
@@ -114,6 +120,8 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
     for key in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
+    if isinstance(content, dict):  # Megatron's modules have such an entry, mostly without a value
+        content = {name: value for name, value in content.items() if not str(name).endswith("._extra_state")}
     if not isinstance(content, dict) or not all(isinstance(each, Tensor) for each in content.values()):
         raise ConversionError(f"{path.name}: expected tensors by name, got {type(content).__name__} of other values")
     return {str(name): tensor.contiguous() for name, tensor in content.items()}

@@ -121,6 +121,8 @@ def logits_with(model_dir: Path, adapter: Path) -> Tensor:
         ({"init_lora_weights": "olora", "alpha_pattern": {"down_proj": 3}}, False),
         ({"init_lora_weights": "olora", "rank_pattern": {"down_proj": 7}}, True),
         ({"init_lora_weights": "pissa_niter_4"}, True),
+        ({"init_lora_weights": "pissa", "use_dora": True}, False),
+        ({"init_lora_weights": "olora", "use_dora": True, "use_rslora": True}, True),
     ],
 )
 def test_an_initialisation_that_changed_the_base_is_undone(
