@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.reranking import Reranking
+from ranklet.replicas.adapters.added_tokens import AddedToken
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.errors import InvalidAdapter, InvalidRequest, RankletError, error_class
@@ -217,6 +218,7 @@ class AdapterText:
         constraint: of generated texts, unless the request has one.
         tool_format: name of the format of its calls of tools; None if the folder names none.
         reranking: how prompts of rerankers are made, if the folder says it.
+        added_tokens: of its tokenizer, besides the base model's.
     """
 
     revision: str
@@ -227,6 +229,7 @@ class AdapterText:
     constraint: Constraint | None = None
     tool_format: str | None = None
     reranking: Reranking | None = None
+    added_tokens: tuple[AddedToken, ...] = ()
 
 
 @dataclass(frozen=True)

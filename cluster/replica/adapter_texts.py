@@ -56,7 +56,8 @@ class AdapterTexts:
             tokens = folder_special_tokens(folder)
         except UnusableTokenError as error:
             findings.append(str(error))
-        findings += (finding for finding in self._tokenizer.differences(folder) if finding not in findings)
+        compared = self._tokenizer.compare(folder)
+        findings += (finding for finding in compared.findings if finding not in findings)
         settings = RankletFile()
         try:
             settings = read_ranklet_file(folder)
@@ -64,5 +65,5 @@ class AdapterTexts:
             findings.append(error.message)
         return AdapterText(
             adapter.revision, template, tokens, tuple(findings), self._settings.read(adapter), settings.constraint,
-            settings.tool_format, settings.reranking,
+            settings.tool_format, settings.reranking, compared.added,
         )  # fmt: skip

@@ -1,18 +1,21 @@
 """Compares what an adapter's folder says about embeddings and tokens with the base model's folder.
 
-Pooling, normalization, prompts and longest text of an adapter are followed. The tokenizer is the base model's: an
-adapter that was trained with another would get vectors that its own library does not compute.
+Pooling, normalization, prompts and longest text of an adapter are followed, and the tokens that its tokenizer adds. An
+adapter that was trained with another tokenizer would get vectors that its own library does not compute.
 """
 
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ranklet.replicas.adapters.added_tokens import AddedToken
 from ranklet.replicas.adapters.findings import Checked, show
 from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.embedding_settings import EmbeddingSettings, read_base_settings, read_embedding_settings
 
 _REMEDY = "this server has one setting for the base model and its adapters"
+_MAX_NAMED = 5
 _SHARED = {"lower": "do_lower_case", "special_tokens": "add_special_tokens"}
 _FOLLOWED = {
     "mode": "pooling",
@@ -21,6 +24,19 @@ _FOLLOWED = {
     "prompts": "prompts",
     "pools_prompt": "include_prompt",
 }
+
+
+@dataclass(frozen=True)
+class FolderDifferences:
+    """What an adapter's folder has instead of the base model's settings.
+
+    Attributes:
+        notes: on what is followed.
+        added: tokens that its tokenizer has besides the base model's, in the order of their ids.
+    """
+
+    notes: tuple[str, ...] = ()
+    added: tuple[AddedToken, ...] = ()
 
 
 class BaseFolder:
@@ -35,8 +51,8 @@ class BaseFolder:
         self._max_position = max_position
         self._tokenizer = TokenizerComparison(folder)
 
-    def check(self, folder: Path) -> Checked[tuple[str, ...]]:
-        """Yield what an adapter's folder asks for and cannot get. Returns notes on what differs from the base model."""
+    def check(self, folder: Path) -> Checked[FolderDifferences]:
+        """Yield what an adapter's folder asks for and cannot get. Returns what differs from the base model."""
         base, notes = self._settings, tuple[str, ...]()
         try:
             own = read_embedding_settings(folder, base)
@@ -44,8 +60,12 @@ class BaseFolder:
             yield error.message
         else:
             notes = yield from self._check_settings(base, own)
-        yield from self._tokenizer.differences(folder)
-        return notes
+        compared = self._tokenizer.compare(folder)
+        yield from compared.findings
+        if compared.added:
+            yield f"{_note_on(compared.added)}, which gateways do not make yet"
+            notes += (_note_on(compared.added),)
+        return FolderDifferences(notes, compared.added)
 
     def _check_settings(self, base: EmbeddingSettings, own: EmbeddingSettings) -> Checked[tuple[str, ...]]:
         for field, name in _SHARED.items():
@@ -67,3 +87,9 @@ class BaseFolder:
     @cached_property
     def _settings(self) -> EmbeddingSettings:
         return read_base_settings(self._folder)
+
+
+def _note_on(added: tuple[AddedToken, ...]) -> str:
+    named = ", ".join(f"{show(token.content)} ({token.id})" for token in added[:_MAX_NAMED])
+    more = f" and {len(added) - _MAX_NAMED} more" if len(added) > _MAX_NAMED else ""
+    return f"added tokens: {named}{more}; its prompts and texts have them"

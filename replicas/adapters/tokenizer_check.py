@@ -1,15 +1,23 @@
 """Compares how an adapter's tokenizer files encode texts with how the base model's do.
 
-Prompts are always encoded with the base model's tokenizer, so an adapter's files may be copies of the base's, as other
-versions of the libraries save them, but nothing else.
+Prompts are encoded with the base model's tokenizer and the tokens that the adapter's adds to it. So an adapter's files
+may be copies of the base's, as other versions of the libraries save them, with added tokens, but nothing else.
 """
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ranklet.replicas.adapters.added_tokens import (
+    NAMED_TOKENS,
+    AddedToken,
+    BaseTokens,
+    extra_tokens,
+    read_added_tokens,
+)
 from ranklet.replicas.adapters.findings import show
 from ranklet.replicas.adapters.vocabulary import BaseVocabulary
 from ranklet.replicas.errors import ModelError
@@ -31,12 +39,24 @@ _FIELDS = (
     "add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case", "split_special_tokens", "strip_accents",
     "tokenize_chinese_chars", "fix_mistral_regex",
 )  # fmt: skip
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _PLAIN_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")  # they encode as tokenizer.json says
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 _REMEDY = "remove the adapter's tokenizer files if the base model's are meant"
 
 Spec = dict[str, Any]  # what decides the ids of a tokenizer.json, by its sections
+
+
+@dataclass(frozen=True)
+class ComparedTokenizer:
+    """What an adapter's tokenizer files have besides the base model's.
+
+    Attributes:
+        findings: why they cannot be used.
+        added: tokens that they add, in the order of their ids; none if there are findings.
+    """
+
+    findings: tuple[str, ...] = ()
+    added: tuple[AddedToken, ...] = ()
 
 
 class BaseTokenizer:
@@ -45,15 +65,25 @@ class BaseTokenizer:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._vocabulary = BaseVocabulary(folder)
+        self._tokens = BaseTokens(folder)
 
-    def differences(self, folder: Path) -> tuple[str, ...]:
-        """Return why prompts for an adapter's tokenizer would have other ids; nothing if they would not."""
+    def compare(self, folder: Path) -> ComparedTokenizer:
+        """Return why an adapter's tokenizer files cannot be used, or the tokens that they add."""
         try:
-            return tuple(self._differences(folder))
+            added = read_added_tokens(folder, self._tokens)
+        except UnusableTokenError as error:
+            others = self._findings(folder, ())
+            return ComparedTokenizer(others if str(error) in others else (str(error),))
+        findings = self._findings(folder, added)
+        return ComparedTokenizer(findings) if findings else ComparedTokenizer(added=added)
+
+    def _findings(self, folder: Path, added: tuple[AddedToken, ...]) -> tuple[str, ...]:
+        try:
+            return tuple(self._differences(folder, frozenset(token.content for token in added)))
         except UnusableTokenError as error:
             return (str(error),)
 
-    def _differences(self, folder: Path) -> Iterator[str]:
+    def _differences(self, folder: Path, added: frozenset[str]) -> Iterator[str]:
         problems = [
             pointer_problem(folder / name) for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, SENTENCEPIECE_FILE)
         ]
@@ -66,14 +96,14 @@ class BaseTokenizer:
         except UnusableTokenError as error:
             yield str(error)
         if config:
-            yield from self._config_differences(config)
+            yield from self._config_differences(config, added)
         if read_within_bounds(folder / TOKENIZER_FILE) is not None:
-            yield from self._content_differences(folder, plain=_is_plain(config))
+            yield from self._content_differences(folder, added, plain=_is_plain(config))
             return
-        yield from self._vocabulary.differences(folder)
+        yield from self._vocabulary.differences(folder, added)
         yield from self._old_file_differences(folder)
 
-    def _config_differences(self, config: dict[str, Any]) -> Iterator[str]:
+    def _config_differences(self, config: dict[str, Any], added: frozenset[str]) -> Iterator[str]:
         base = self._config
         for field in _FIELDS:
             if (config.get(field) or False) != (base.get(field) or False):
@@ -86,28 +116,27 @@ class BaseTokenizer:
             yield _other(f"{TOKENIZER_CONFIG_FILE}: eos_token", base.get("eos_token"), config.get("eos_token"))
         if config.get("add_bos_token") and _text(config.get("bos_token")) != _text(base.get("bos_token")):
             yield _other(f"{TOKENIZER_CONFIG_FILE}: bos_token", base.get("bos_token"), config.get("bos_token"))
-        yield from self._unknown_tokens(config)
+        yield from self._unknown_tokens(config, added)
 
-    def _unknown_tokens(self, config: dict[str, Any]) -> Iterator[str]:
-        """Yield special tokens that the base does not have. The library would add them to the vocabulary."""
-        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-        values = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else []
-        named = [(field, config.get(field)) for field in _SPECIAL if field != "eos_token"]  # checked for texts
-        for field, token in (*named, *(("extra_special_tokens", each) for each in values)):
+    def _unknown_tokens(self, config: dict[str, Any], added: frozenset[str]) -> Iterator[str]:
+        """Yield special tokens that no file has an id of. The library would add them to the vocabulary."""
+        named = [(field, config.get(field)) for field in NAMED_TOKENS if field != "eos_token"]  # checked for texts
+        for field, token in (*named, *(("extra_special_tokens", each) for each in extra_tokens(config))):
             text = _text(token)
-            if isinstance(text, str) and text and text not in self._vocabulary.tokens:
+            if isinstance(text, str) and text and text not in added and text not in self._vocabulary.tokens:
                 name = f"{TOKENIZER_CONFIG_FILE}: {field}"
-                yield f"{name}: expected a token of the base model, got {show(text)}; {_REMEDY}"
+                yield f"{name}: expected a token of the base model or of {TOKENIZER_FILE}, got {show(text)}; {_REMEDY}"
 
-    def _content_differences(self, folder: Path, *, plain: bool) -> Iterator[str]:
+    def _content_differences(self, folder: Path, added: frozenset[str], *, plain: bool) -> Iterator[str]:
         same_class = not plain or _is_plain(self._config)
         if same_class and self._vocabulary.has_file_of(folder):
             return
-        found = list(self._vocabulary.differences(folder))
+        found = list(self._vocabulary.differences(folder, added))
         yield from found
         if found:
             return
         own = _spec(read_tokenizer_file(folder / TOKENIZER_FILE))
+        own["added_tokens"] = {token: flags for token, flags in own["added_tokens"].items() if token not in added}
         if (same_class and own == self._stored_spec) or own == self._loaded_spec:
             return
         for section, value in own.items():

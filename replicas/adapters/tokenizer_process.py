@@ -9,10 +9,12 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
-from ranklet.replicas.adapters.tokenizer_check import BaseTokenizer
+from ranklet.replicas.adapters.added_tokens import AddedToken
+from ranklet.replicas.adapters.tokenizer_check import BaseTokenizer, ComparedTokenizer
 from ranklet.replicas.bounded_process import child_environment, limit_this_process
 from ranklet.replicas.errors import Unavailable
 from ranklet.replicas.model.tokenizer_files import TOKENIZER_FILES, UnusableTokenError, read_within_bounds
@@ -33,10 +35,10 @@ class TokenizerComparison:
 
     def __init__(self, base: Path) -> None:
         self._base = base
-        self._kept: dict[bytes, tuple[str, ...]] = {}
+        self._kept: dict[bytes, ComparedTokenizer] = {}
 
-    def differences(self, adapter: Path) -> tuple[str, ...]:
-        """Return `BaseTokenizer(base).differences(adapter)`. Blocks.
+    def compare(self, adapter: Path) -> ComparedTokenizer:
+        """Return `BaseTokenizer(base).compare(adapter)`. Blocks.
 
         Raises:
             Unavailable: it takes too much time.
@@ -44,12 +46,12 @@ class TokenizerComparison:
         try:
             content = _digest(adapter)
         except (OSError, UnusableTokenError) as error:
-            return (str(error),)
+            return ComparedTokenizer((str(error),))
         if content is None or content == self._own:
-            return ()
+            return ComparedTokenizer()
         found = self._kept.get(content)
         if found is None:
-            found = differences_within(self._base, adapter)
+            found = compare_within(self._base, adapter)
             if len(self._kept) >= _MAX_KEPT:
                 self._kept.clear()
             self._kept[content] = found
@@ -69,10 +71,10 @@ def _digest(folder: Path) -> bytes | None:
     return hashlib.sha256(b"".join(parts)).digest() if parts else None
 
 
-def differences_within(
+def compare_within(
     base: Path, adapter: Path, time_s: float = 30.0, memory_bytes: int = _MEMORY_BYTES
-) -> tuple[str, ...]:
-    """Return `BaseTokenizer(base).differences(adapter)`, or that the process ended early.
+) -> ComparedTokenizer:
+    """Return `BaseTokenizer(base).compare(adapter)`, or that the process ended early.
 
     Raises:
         Unavailable: it takes too much time, perhaps since the machine is busy.
@@ -80,17 +82,20 @@ def differences_within(
     command = [sys.executable, "-m", _PROGRAM, str(base), str(adapter), str(memory_bytes)]
     try:
         done = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, check=True, timeout=time_s)
-        return tuple(json.loads(done.stdout))
+        answer = json.loads(done.stdout)
+        return ComparedTokenizer(tuple(answer["findings"]), tuple(AddedToken(**each) for each in answer["added"]))
     except subprocess.TimeoutExpired as error:
         raise Unavailable(f"comparing the adapter's tokenizer with the base model's takes {time_s:g} s") from error
     except (subprocess.CalledProcessError, ValueError):
-        return ("the tokenizer's files: expected files that can be compared with the base model's, got others",)
+        return ComparedTokenizer(
+            ("the tokenizer's files: expected files that can be compared with the base model's, got others",)
+        )
 
 
 def main() -> None:
     base, adapter, memory_bytes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     limit_this_process(memory_bytes)
-    json.dump(BaseTokenizer(base).differences(adapter), sys.stdout)
+    json.dump(asdict(BaseTokenizer(base).compare(adapter)), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ or wrong ones. Both are findings. All findings are reported together.
 """
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ranklet.kernels.stack import padded_rank
 from ranklet.replicas.adapters.adapter import AdapterWeights, LoraWeight
+from ranklet.replicas.adapters.added_tokens import AddedToken, check_rows
 from ranklet.replicas.adapters.base_copies import FLOATS, check_base_copy
 from ranklet.replicas.adapters.column_terms import StoredTerms, check_terms, read_terms
 from ranklet.replicas.adapters.findings import Checked, collect, join, shorten
-from ranklet.replicas.adapters.folder_check import BaseFolder
+from ranklet.replicas.adapters.folder_check import BaseFolder, FolderDifferences
 from ranklet.replicas.adapters.fused import divide, parts_of
 from ranklet.replicas.adapters.links import check_links
 from ranklet.replicas.adapters.magnitudes import check_magnitudes
@@ -140,10 +141,12 @@ def _verify(
         return None
     config = yield from read_peft_config(folder / CONFIG_FILE, expected.bases)
     stored = yield from _read_header(path)
-    notes: tuple[str, ...] = ()
+    differences = FolderDifferences()
     if expected.base_folder is not None:
-        notes = yield from expected.base_folder.check(folder)
-    end_ids = yield from _end_ids(folder, expected)
+        differences = yield from expected.base_folder.check(folder)
+        yield from check_rows(differences.added, expected.architecture.vocab)
+    notes = differences.notes
+    end_ids = yield from _end_ids(folder, differences.added, expected)
     names = full_names([tensor.key for tensor in stored or ()], expected.every_module())
     settings = (yield from config.apply(names.values())) if config is not None else None
     if settings is None or stored is None:
@@ -187,11 +190,11 @@ def _head_notes(pairs: Pairs, expected: ExpectedModules, *, ties: bool) -> tuple
     return (f"{LM_HEAD}: embeddings do not use the LoRA of the head; {used}",)
 
 
-def _end_ids(folder: Path, expected: ExpectedModules) -> Checked[tuple[int, ...]]:
+def _end_ids(folder: Path, added: Sequence[AddedToken], expected: ExpectedModules) -> Checked[tuple[int, ...]]:
     if expected.head is None or expected.end_of_text is None:
         return ()
     try:
-        return expected.end_of_text.adapter_ids(folder)
+        return expected.end_of_text.adapter_ids(folder, {token.content: token.id for token in added})
     except UnusableTokenError as error:
         yield str(error)
         return ()

@@ -1,7 +1,7 @@
-"""Compares an adapter's vocabulary with the base model's, since text becomes ids with the base model's tokenizer."""
+"""Compares an adapter's vocabulary with the base model's, since only added tokens may differ."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -26,14 +26,17 @@ class BaseVocabulary:
         self._folder = folder
         self._vocabulary = Vocabulary(folder)
 
-    def differences(self, folder: Path) -> tuple[str, ...]:
+    def differences(self, folder: Path, added: Collection[str] = ()) -> tuple[str, ...]:
         """Return why an adapter's tokenizer files do not fit; nothing if they fit or there are none.
 
         A `tokenizer.json` must have the base model's tokens and no others. It is not parsed if its bytes are the base
         model's. Without one, the other files may list some of the base model's tokens.
+
+        Args:
+            added: tokens that the adapter adds to the base model's.
         """
         try:
-            return tuple(self._differences(folder))
+            return tuple(self._differences(folder, frozenset(added)))
         except UnusableTokenError as error:
             return (str(error),)
 
@@ -42,19 +45,21 @@ class BaseVocabulary:
         own = _hash(folder / TOKENIZER_FILE)
         return own is not None and own == self._hash
 
-    def _differences(self, folder: Path) -> list[str]:
+    def _differences(self, folder: Path, added: frozenset[str]) -> list[str]:
         stored = _hash(folder / TOKENIZER_FILE)
         if stored is not None:
             if stored == self._hash:
                 return []
-            found = _difference(TOKENIZER_FILE, Vocabulary(folder).every_token, self.tokens, complete=True)
+            own_tokens = _without(Vocabulary(folder).every_token, added)
+            found = _difference(TOKENIZER_FILE, own_tokens, _without(self.tokens, added), complete=True)
             return [found] if found else []
         own = Vocabulary(folder)
         listed = {
             VOCABULARY_FILE: own.plain_tokens,
             f"{ADDED_TOKENS_FILE}, {TOKENIZER_CONFIG_FILE}": own.added_tokens,
         }
-        compared = (_difference(name, tokens, self.tokens, complete=False) for name, tokens in listed.items() if tokens)
+        others = ((name, _without(tokens, added)) for name, tokens in listed.items())
+        compared = (_difference(name, tokens, self.tokens, complete=False) for name, tokens in others if tokens)
         return [found for found in compared if found]
 
     @cached_property
@@ -85,6 +90,10 @@ def _hash(path: Path) -> bytes | None:
     return None if content is None else hashlib.sha256(content).digest()
 
 
+def _without(tokens: Mapping[str, int], added: frozenset[str]) -> Mapping[str, int]:
+    return {token: found for token, found in tokens.items() if token not in added} if added else tokens
+
+
 def _difference(name: str, own: Mapping[str, int], base: Mapping[str, int], *, complete: bool) -> str | None:
     tokens = {token for token, found in own.items() if base.get(token) != found}
     tokens |= base.keys() - own.keys() if complete else set()
@@ -94,8 +103,8 @@ def _difference(name: str, own: Mapping[str, int], base: Mapping[str, int], *, c
     named = "; ".join(_named(token, own.get(token), base.get(token)) for token in differing[:_MAX_NAMED])
     more = f"; and {len(differing) - _MAX_NAMED} more" if len(differing) > _MAX_NAMED else ""
     return (
-        f"{name}: expected the ids of the base model's {len(base)} tokens, since the base model's tokenizer reads the "
-        f"prompts; {len(differing)} differ: {named}{more}"
+        f"{name}: expected the ids of the base model's {len(base)} tokens, to which an adapter's tokenizer may only "
+        f"add others; {len(differing)} differ: {named}{more}"
     )
 
 

@@ -3,6 +3,7 @@
 An adapter trained on a chat format ends its texts with that format's token, which a plain base model never produces.
 """
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,15 @@ class EndOfText:
             raise ModelError(f"{self.model_dir}: {error}") from error
         return tuple(sorted({each for each in (*ids, named) if each is not None and 0 <= each < self._vocab}))
 
-    def adapter_ids(self, folder: Path) -> tuple[int, ...]:
+    def adapter_ids(self, folder: Path, added: Mapping[str, int] | None = None) -> tuple[int, ...]:
         """Return the ids that end a text of an adapter besides those of the base model.
 
         This is the `eos_token` of the folder's `tokenizer_config.json`; a folder without one adds no ids. Its id is
         that of the adapter's own added tokens, or else of the base's vocabulary. The adapter's `tokenizer.json` is not
-        read: it is served only if it has the base's tokens, and parsing one would hold the engine's interpreter.
+        read: parsing one would hold the engine's interpreter.
+
+        Args:
+            added: ids of the tokens that the adapter's `tokenizer.json` adds to the base's.
 
         Raises:
             UnusableTokenError: a file cannot be read, or the token has no id that the model has logits for.
@@ -82,7 +86,9 @@ class EndOfText:
         token = _eos_token(folder)
         if token is None:
             return ()
-        found = Vocabulary(folder).added_id_of(token)
+        found = (added or {}).get(token)
+        if found is None:
+            found = Vocabulary(folder).added_id_of(token)
         if found is None:
             found = self._vocabulary.id_of(token)
         if found is None:

@@ -1,7 +1,7 @@
 """The tokenizer files of a folder, read within bounds: an adapter's folder may come from anyone."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Vocabulary:
         found = _ids(read_tokenizer_file(self._folder / ADDED_TOKENS_FILE).items())
         decoder = read_tokenizer_file(self._folder / TOKENIZER_CONFIG_FILE).get("added_tokens_decoder")
         if isinstance(decoder, dict):
-            found |= _ids((content_of(token), int(key)) for key, token in decoder.items() if _is_number(key))
+            found |= _ids((content_of(token), int(key)) for key, token in decoder.items() if is_number(key))
         return found
 
     @cached_property
@@ -68,16 +68,21 @@ class Vocabulary:
     def every_token(self) -> dict[str, int]:
         """Return the ids of tokenizer.json, added tokens included."""
         content = read_tokenizer_file(self._folder / TOKENIZER_FILE)
-        model = content.get("model")
-        vocabulary = model.get("vocab") if isinstance(model, dict) else None
-        found: dict[str, int] = {}
-        if isinstance(vocabulary, dict):
-            found = _ids(vocabulary.items())
-        elif isinstance(vocabulary, list):  # of a unigram model: pairs of token and score, in the order of ids
-            found = _ids((pair[0], i) for i, pair in enumerate(vocabulary) if isinstance(pair, list) and pair)
         added = content.get("added_tokens")
         tokens = added if isinstance(added, list) else []
-        return found | _ids((content_of(token), token.get("id")) for token in tokens if isinstance(token, dict))
+        ids = _ids((content_of(token), token.get("id")) for token in tokens if isinstance(token, dict))
+        return model_tokens(content) | ids
+
+
+def model_tokens(content: Mapping[str, Any]) -> dict[str, int]:
+    """Return the ids of the model of a tokenizer.json, which has no added tokens."""
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        return _ids(vocabulary.items())
+    if isinstance(vocabulary, list):  # of a unigram model: pairs of token and score, in the order of ids
+        return _ids((pair[0], i) for i, pair in enumerate(vocabulary) if isinstance(pair, list) and pair)
+    return {}
 
 
 def content_of(token: Any) -> Any:
@@ -88,7 +93,7 @@ def _ids(pairs: Iterable[tuple[Any, Any]]) -> dict[str, int]:
     return {token: found for token, found in pairs if isinstance(token, str) and is_id(found)}
 
 
-def _is_number(key: str) -> bool:
+def is_number(key: str) -> bool:
     return key.isdecimal() and len(key) <= _MAX_ID_DIGITS
 
 

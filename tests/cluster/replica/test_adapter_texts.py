@@ -11,7 +11,8 @@ from ranklet.cluster.replica.adapter_texts import AdapterTexts
 from ranklet.replicas.adapters.adapter_settings import AdapterSettings
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import Revisions
-from ranklet.replicas.adapters.tokenizer_process import differences_within
+from ranklet.replicas.adapters.tokenizer_check import ComparedTokenizer
+from ranklet.replicas.adapters.tokenizer_process import compare_within
 from ranklet.replicas.errors import AdapterChanged, Unavailable
 
 
@@ -70,14 +71,14 @@ def test_foreign_tokens_and_unreadable_files_are_findings(model_dir: Path, folde
 def test_a_comparison_ends_in_time(model_dir: Path, folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(Unavailable, match=r"takes 0.001 s"):
-        differences_within(model_dir, folder, time_s=0.001)
+        compare_within(model_dir, folder, time_s=0.001)
 
 
 def test_a_comparison_that_takes_too_much_memory_is_a_finding(model_dir: Path, folder: Path) -> None:
     shutil.copy(model_dir / "tokenizer.json", folder)
-    assert differences_within(model_dir, folder) == ()
+    assert compare_within(model_dir, folder) == ComparedTokenizer()
     with (folder / "tokenizer.json").open("a") as file:
         file.write(" ")  # other bytes, which must be parsed
-    assert differences_within(model_dir, folder) == ()
-    (finding,) = differences_within(model_dir, folder, memory_bytes=1 << 20)
+    assert compare_within(model_dir, folder) == ComparedTokenizer()
+    (finding,) = compare_within(model_dir, folder, memory_bytes=1 << 20).findings
     assert finding.startswith("the tokenizer's files: expected")

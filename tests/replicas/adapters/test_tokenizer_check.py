@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from ranklet.replicas.adapters.tokenizer_check import BaseTokenizer
+from ranklet.replicas.adapters.tokenizer_check import BaseTokenizer, ComparedTokenizer
 from tests.assets.tokenizer import save_tokenizer
 
 Fields = dict[str, Any]
+SAME = ComparedTokenizer()
 
 
 @pytest.fixture(scope="module", name="base_dir")
@@ -35,9 +36,9 @@ def edit(path: Path, change: Callable[[Fields], Any]) -> None:
 
 def test_copies_are_harmless_as_any_library_saves_them(base_dir: Path, folder: Path, tmp_path: Path) -> None:
     base = BaseTokenizer(base_dir)
-    assert base.differences(folder) == ()
+    assert base.compare(folder) == SAME
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
-    assert base.differences(tmp_path / "saved") == ()
+    assert base.compare(tmp_path / "saved") == SAME
 
     def as_older_releases(content: Fields) -> None:
         content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
@@ -45,9 +46,9 @@ def test_copies_are_harmless_as_any_library_saves_them(base_dir: Path, folder: P
         del content["model"]["ignore_merges"]
 
     edit(folder / "tokenizer.json", as_older_releases)
-    assert base.differences(folder) == ()
+    assert base.compare(folder) == SAME
     (folder / "tokenizer_config.json").unlink()
-    assert base.differences(folder) == ()
+    assert base.compare(folder) == SAME
 
 
 CHANGES: dict[str, Callable[[Fields], Any]] = {
@@ -56,9 +57,10 @@ CHANGES: dict[str, Callable[[Fields], Any]] = {
     "post_processor": lambda content: content.update(post_processor=None),
     "model: expected {'merges'": lambda content: content["model"]["merges"].reverse(),
     "added_tokens": lambda content: content["added_tokens"][0].update(lstrip=True),
-    "'<pad>' is 600 (not in the base model)": lambda content: content["added_tokens"].append(
-        content["added_tokens"][0] | {"id": 600, "content": "<pad>"}
+    "expected the id 600 for '<pad>'": lambda content: content["added_tokens"].append(
+        content["added_tokens"][0] | {"id": 601, "content": "<pad>"}
     ),
+    "'<pad>' is 600 (not in the base model)": lambda content: content["model"]["vocab"].update({"<pad>": 600}),
 }
 
 
@@ -66,9 +68,9 @@ CHANGES: dict[str, Callable[[Fields], Any]] = {
 def test_another_tokenizer_is_refused_with_what_differs(says: str, base_dir: Path, folder: Path) -> None:
     edit(folder / "tokenizer.json", CHANGES[says])
     base = BaseTokenizer(base_dir)
-    (finding,) = base.differences(folder)
+    (finding,) = base.compare(folder).findings
     assert says in finding
-    assert base.differences(folder) == (finding,)
+    assert base.compare(folder).findings == (finding,)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_another_tokenizer_is_refused_with_what_differs(says: str, base_dir: Pat
         ({"add_bos_token": True}, "add_bos_token: expected None as the base model has, got True"),
         ({"split_special_tokens": True}, "split_special_tokens"),
         ({"tokenizer_class": "LlamaTokenizer"}, "tokenizer_class"),
-        ({"pad_token": "[PAD]"}, "pad_token: expected a token of the base model, got '[PAD]'"),
+        ({"pad_token": "[PAD]"}, "pad_token: expected a token of the base model or of tokenizer.json, got '[PAD]'"),
         ({"extra_special_tokens": ["<tool>"]}, "extra_special_tokens: expected a token of the base model"),
         ({"add_bos_token": False, "model_max_length": 3, "padding_side": "right", "chat_template": "x"}, None),
         ({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": {"content": "<|im_end|>"}}, None),
@@ -85,7 +87,7 @@ def test_another_tokenizer_is_refused_with_what_differs(says: str, base_dir: Pat
 )
 def test_fields_of_the_config(fields: Fields, says: str | None, base_dir: Path, folder: Path) -> None:
     edit(folder / "tokenizer_config.json", lambda content: content.update(fields))
-    found = BaseTokenizer(base_dir).differences(folder)
+    found = BaseTokenizer(base_dir).compare(folder).findings
     assert (found == ()) if says is None else (says in found[0])
 
 
@@ -100,7 +102,7 @@ def test_fields_of_the_config(fields: Fields, says: str | None, base_dir: Path, 
 )
 def test_other_files(name: str, content: str, says: str, base_dir: Path, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
-    (finding,) = BaseTokenizer(base_dir).differences(tmp_path)
+    (finding,) = BaseTokenizer(base_dir).compare(tmp_path).findings
     assert says in finding
 
 
@@ -108,4 +110,4 @@ def test_merges_of_the_base_are_accepted_as_a_file(base_dir: Path, tmp_path: Pat
     model = json.loads((base_dir / "tokenizer.json").read_text())["model"]
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, model["merges"])) + "\n")
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
-    assert BaseTokenizer(base_dir).differences(tmp_path) == ()
+    assert BaseTokenizer(base_dir).compare(tmp_path) == SAME
