@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ import aiohttp
 import fsspec
 
 from ranklet.cluster.catalog.source import check_url_allowed
-from ranklet.replicas.adapters.reference import FILES, OPTIONAL_FILES
+from ranklet.replicas.adapters.reference import FILES, LISTED_FILES, LISTING_FILE, OPTIONAL_FILES
 from ranklet.replicas.errors import AdapterNotFound, InvalidRequest, RankletError, Unavailable
 
 _CHUNK_BYTES = 8 << 20
@@ -60,9 +60,13 @@ class RemoteFolder:
         """Return the current mark of each file, not one cached by fsspec."""
         self._files.invalidate_cache()
         found = {name: self._mark(name) for name in FILES}
-        with ThreadPoolExecutor(len(OPTIONAL_FILES), thread_name_prefix="marks") as threads:
-            marks = zip(OPTIONAL_FILES, threads.map(self._optional_mark, OPTIONAL_FILES), strict=True)
-            return found | {name: mark for name, mark in marks if mark is not None}
+        found |= self._optional_marks([name for name in OPTIONAL_FILES if name not in LISTED_FILES])
+        return found | self._optional_marks(LISTED_FILES) if LISTING_FILE in found else found
+
+    def _optional_marks(self, names: Sequence[str]) -> dict[str, FileMark]:
+        with ThreadPoolExecutor(len(names), thread_name_prefix="marks") as threads:
+            marks = zip(names, threads.map(self._optional_mark, names), strict=True)
+            return {name: mark for name, mark in marks if mark is not None}
 
     def _optional_mark(self, name: str) -> FileMark | None:
         try:

@@ -18,6 +18,7 @@ from ranklet.cluster.ingress.vectors import compute_vectors
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.errors import InvalidRequest
+from ranklet.replicas.model.dense_settings import width_after
 from ranklet.replicas.model.embedding_settings import EmbeddingSettings
 from ranklet.replicas.model.tokenizer import TruncationSide
 
@@ -79,15 +80,17 @@ class EmbeddingsTask:
     def inputs(self, adapter: AdapterLocation | None, max_texts: int, limits: RequestLimits) -> Inputs | None:
         form, name = self._form, self._form.prompt_name or None
         values = parse_input(form.input, max_texts)
-        limits.check_dimensions(form.dimensions)
         has_texts = isinstance(values[0], str)
         if name is not None and not has_texts:
             raise InvalidRequest("prompt_name: expected texts as input, got token ids", param="prompt_name")
         settings = self._described or self._models.known(adapter)
         prompting = settings.prompting(name)
+        width = width_after(settings.dense, limits.hidden)
+        fits = prompting is not None and limits.allows_dimensions(form.dimensions, width)
+        if not fits and adapter is not None and self._described is None:
+            return None  # the adapter's folder may have this prompt, or other dimensions
+        limits.check_dimensions(form.dimensions, width)
         if prompting is None:
-            if adapter is not None and self._described is None:
-                return None  # the adapter's folder may have this prompt
             raise no_such_prompt(settings, name or "")
         longest = limits.longest_embedding(reads_last=settings.mode == "last", folder_limit=settings.max_tokens)
         truncation = truncation_of(form.truncate_prompt_tokens, form.truncation_side, longest, "right")
@@ -100,7 +103,9 @@ class EmbeddingsTask:
                     param="truncation_side",
                 )
         normalize = form.use_activation if form.normalize is None else form.normalize
-        self._params = EmbedParams(form.dimensions, normalize=normalize, skipped=skipped, prompting=prompting)
+        self._params = EmbedParams(
+            form.dimensions, normalize=normalize, skipped=skipped, prompting=prompting, dense=settings.dense
+        )
         rules = EmbeddingPrompts(limits, longest, prompting.text, skipped, form.add_special_tokens, truncation)
         return Inputs(values, rules)
 

@@ -9,6 +9,7 @@ from ranklet.cluster.ingress.task import AdmittedCall
 from ranklet.cluster.message import EmbedResult, InferenceReply, OtherPrompts
 from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.errors import AdapterChanged
+from ranklet.replicas.model.dense_settings import width_after
 
 
 async def compute_vectors(
@@ -39,5 +40,6 @@ async def compute_vectors(
 
 
 async def _infer(call: AdmittedCall, prompts: TokenIds, params: EmbedParams) -> list[InferenceReply[EmbedResult]]:
-    result_bytes = 4 * call.limits.hidden
+    limits = call.limits
+    result_bytes = 4 * (limits.width if params.dense is None else width_after(params.dense, limits.hidden))
     return await call.replicas.infer("embed", call.adapter, prompts, params, result_bytes, key_name=call.key_name)

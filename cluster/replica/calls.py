@@ -219,12 +219,13 @@ class ReplicaCalls:
             return params
         if settings.classifier is not None:
             raise no_classifier(adapter.name)
-        if settings.prompting(params.prompting.name) != params.prompting:
+        dense = self._settings.base.dense if params.dense is None else params.dense
+        if settings.prompting(params.prompting.name) != params.prompting or settings.dense != dense:
             raise OtherPrompts(f"adapter {adapter.name!r} has other prompts. Send the request again", param="model")
         if settings is self._settings.base:
             return params
         normalize = settings.normalize if params.normalize is None else params.normalize
-        return replace(params, pooling=settings.mode, normalize=normalize)
+        return replace(params, pooling=settings.mode, normalize=normalize, dense=settings.dense)
 
     def _begun(self, number: int, resolved: ResolvedAdapter | None) -> Begun:
         base_revision = self._engine.limits.base_revision

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.vector_head import VectorHead
+from ranklet.replicas.model.dense import DenseLayers
 from ranklet.replicas.model.modules import Module
 
 
@@ -66,6 +67,7 @@ class AdapterWeights:
         end_ids: ids that end its texts, besides those of the base model.
         notes: what its folder has instead of the base model's settings, and what of it is not used.
         head: of a classifier.
+        dense: layers on its vectors, perhaps none; None for those of the base model.
     """
 
     ref: AdapterRef
@@ -75,6 +77,7 @@ class AdapterWeights:
     end_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     head: VectorHead | None = None
+    dense: DenseLayers | None = None
 
     @property
     def rank(self) -> int:

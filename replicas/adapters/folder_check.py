@@ -1,7 +1,8 @@
 """Compares what an adapter's folder says about embeddings and tokens with the base model's folder.
 
-Pooling, normalization, prompts and longest text of an adapter are followed, and the tokens that its tokenizer adds. An
-adapter that was trained with another tokenizer would get vectors that its own library does not compute.
+Pooling, Dense layers, normalization, prompts and longest text of an adapter are followed, and the tokens that its
+tokenizer adds. An adapter that was trained with another tokenizer would get vectors that its own library does not
+compute.
 """
 
 from dataclasses import dataclass
@@ -9,10 +10,13 @@ from functools import cached_property
 from pathlib import Path
 
 from ranklet.replicas.adapters.added_tokens import AddedToken
+from ranklet.replicas.adapters.dense_files import read_dense
 from ranklet.replicas.adapters.findings import Checked, show
 from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison
 from ranklet.replicas.errors import ModelError
+from ranklet.replicas.model.dense import DenseLayers
 from ranklet.replicas.model.embedding_settings import EmbeddingSettings, read_base_settings, read_embedding_settings
+from ranklet.replicas.model.sentence_files import MODULES_FILE, is_file
 
 _REMEDY = "this server has one setting for the base model and its adapters"
 _MAX_NAMED = 5
@@ -33,10 +37,12 @@ class FolderDifferences:
     Attributes:
         notes: on what is followed.
         added: tokens that its tokenizer has besides the base model's, in the order of their ids.
+        dense: its Dense layers, perhaps none; None where its folder lists no modules, for those of the base model.
     """
 
     notes: tuple[str, ...] = ()
     added: tuple[AddedToken, ...] = ()
+    dense: DenseLayers | None = None
 
 
 class BaseFolder:
@@ -44,28 +50,32 @@ class BaseFolder:
 
     Args:
         max_position: the longest prompt that the base model can compute.
+        hidden: width of pooled vectors.
     """
 
-    def __init__(self, folder: Path, max_position: int) -> None:
+    def __init__(self, folder: Path, max_position: int, hidden: int) -> None:
         self._folder = folder
         self._max_position = max_position
+        self._hidden = hidden
         self._tokenizer = TokenizerComparison(folder)
 
     def check(self, folder: Path) -> Checked[FolderDifferences]:
         """Yield what an adapter's folder asks for and cannot get. Returns what differs from the base model."""
-        base, notes = self._settings, tuple[str, ...]()
+        base, notes, dense = self._settings, tuple[str, ...](), None
         try:
             own = read_embedding_settings(folder, base)
         except ModelError as error:
             yield error.message
         else:
             notes = yield from self._check_settings(base, own)
+            if is_file(folder / MODULES_FILE):
+                dense = yield from read_dense(folder, own.dense, self._hidden)
         compared = self._tokenizer.compare(folder)
         yield from compared.findings
         if compared.added:
             yield f"{_note_on(compared.added)}, which gateways do not make yet"
             notes += (_note_on(compared.added),)
-        return FolderDifferences(notes, compared.added)
+        return FolderDifferences(notes, compared.added, dense)
 
     def _check_settings(self, base: EmbeddingSettings, own: EmbeddingSettings) -> Checked[tuple[str, ...]]:
         for field, name in _SHARED.items():
@@ -77,6 +87,8 @@ class BaseFolder:
             other, got = getattr(base, field), getattr(own, field)
             if other != got:
                 notes.append(f"{name}: {show(got)}; the base model has {show(other)}")
+        if own.dense or base.dense:
+            notes.append(f"Dense layers: {_listed(own)}; the base model has {_listed(base)}")
         longest, limit = (min(each.max_tokens or self._max_position, self._max_position) for each in (base, own))
         if limit < longest:
             notes.append(f"embeddings of this adapter have at most {limit} tokens; those of the base model {longest}")
@@ -93,3 +105,7 @@ def _note_on(added: tuple[AddedToken, ...]) -> str:
     named = ", ".join(f"{show(token.content)} ({token.id})" for token in added[:_MAX_NAMED])
     more = f" and {len(added) - _MAX_NAMED} more" if len(added) > _MAX_NAMED else ""
     return f"added tokens: {named}{more}; its prompts and texts have them"
+
+
+def _listed(settings: EmbeddingSettings) -> str:
+    return ", ".join(map(str, settings.dense)) or "none"

@@ -12,6 +12,7 @@ from ranklet.kernels.stack import SlotMeta
 from ranklet.replicas.adapters.adapter import AdapterWeights, ColumnTerms
 from ranklet.replicas.adapters.pinned_memory import Allocate, pageable
 from ranklet.replicas.adapters.vector_head import VectorHead
+from ranklet.replicas.model.dense import DenseLayers
 from ranklet.replicas.model.modules import EMBED_TOKENS, EMBEDDING, LM_HEAD, Module
 
 _CACHED_LAYOUTS = 256
@@ -68,7 +69,8 @@ class PackedAdapter:
         terms: see `AdapterWeights`.
         end_ids: ids that end the adapter's texts, besides those of the base model.
         notes: see `AdapterWeights`.
-        head: of a classifier, which stays on the host.
+        head: of a classifier, which stays on the host, like the next.
+        dense: see `AdapterWeights`.
     """
 
     adapter_rank: int
@@ -80,11 +82,12 @@ class PackedAdapter:
     end_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     head: VectorHead | None = None
+    dense: DenseLayers | None = None
 
     @property
     def nbytes(self) -> int:
-        head_bytes = 0 if self.head is None else self.head.nbytes
-        return self.flat.nbytes + sum(terms.nbytes for terms in self.terms.values()) + head_bytes
+        others = (*self.terms.values(), self.head, self.dense)
+        return self.flat.nbytes + sum(each.nbytes for each in others if each is not None)
 
 
 def pack(adapter: AdapterWeights, dtype: torch.dtype, allocate: Allocate = pageable) -> PackedAdapter:
@@ -103,8 +106,9 @@ def pack(adapter: AdapterWeights, dtype: torch.dtype, allocate: Allocate = pagea
     modules = tuple(sorted({name for _, name in adapter.weights}))
     layout, metas = layout_of(tuple(pieces)), _metas(adapter)
     return PackedAdapter(
-        adapter.rank, flat, layout, metas, modules, adapter.terms, adapter.end_ids, adapter.notes, adapter.head
-    )
+        adapter.rank, flat, layout, metas, modules, adapter.terms, adapter.end_ids, adapter.notes, adapter.head,
+        adapter.dense,
+    )  # fmt: skip
 
 
 def _metas(adapter: AdapterWeights) -> dict[tuple[int, str], SlotMeta]:

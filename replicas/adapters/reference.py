@@ -1,12 +1,15 @@
 """Frozen descriptions of adapters, shared by engines, replicas and gateways. Imports no torch."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ranklet.replicas.adapters.vector_head import VectorHead
 from ranklet.replicas.model.classifier import MODEL_CONFIG_FILE
-from ranklet.replicas.model.embedding_settings import SETTINGS_FILES
+from ranklet.replicas.model.sentence_files import DENSE_FILES, MODULES_FILE, SETTINGS_FILES
 from ranklet.replicas.model.tokenizer_files import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from ranklet.replicas.model.dense import DenseLayers
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -14,7 +17,8 @@ FILES = (CONFIG_FILE, WEIGHTS_FILE)  # the files that make an adapter's revision
 TEMPLATE_FILE = "chat_template.jinja"
 RANKLET_FILE = "ranklet.json"  # ranklet's own settings of an adapter
 # These are part of it too, where a folder has them. Prompts, vectors and texts depend on them.
-OPTIONAL_FILES = (TEMPLATE_FILE, *TOKENIZER_FILES, *SETTINGS_FILES, MODEL_CONFIG_FILE, RANKLET_FILE)
+OPTIONAL_FILES = (TEMPLATE_FILE, *TOKENIZER_FILES, *SETTINGS_FILES, *DENSE_FILES, MODEL_CONFIG_FILE, RANKLET_FILE)
+LISTING_FILE, LISTED_FILES = MODULES_FILE, DENSE_FILES  # a folder without the first has none of the others
 RECENTLY_USED_S = 30.0  # a prefetch does not evict adapters that were used within this time
 
 
@@ -45,7 +49,8 @@ class AdapterInfo:
     Attributes:
         end_ids: ids that end its texts, besides those of the base model.
         notes: what its folder has instead of the base model's settings, and what of it is not used.
-        head: of a classifier. Only the engine's process has it.
+        head: of a classifier. Only the engine's process has it, and the next.
+        dense: layers on its vectors, perhaps none; None for those of the base model.
     """
 
     name: str
@@ -56,9 +61,10 @@ class AdapterInfo:
     end_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     head: VectorHead | None = field(default=None, compare=False, repr=False)
+    dense: "DenseLayers | None" = field(default=None, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "head": None}
+        return {**vars(self), "head": None, "dense": None}
 
 
 @dataclass(frozen=True, slots=True)

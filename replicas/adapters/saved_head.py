@@ -78,14 +78,19 @@ def _check(
             f"got {rows}"
         )
         return None
-    numbers = yield from _numbers(path, weight)
-    offsets = None if bias is None else (yield from _numbers(path, bias))
+    numbers = yield from read_numbers(path, weight)
+    offsets = None if bias is None else (yield from read_numbers(path, bias))
     if numbers is None or (bias is not None and offsets is None):
         return None
     return VectorHead(numbers, offsets)
 
 
-def _numbers(path: Path, stored: StoredTensor) -> Checked[NDArray[np.float32] | None]:
+def read_numbers(path: Path, stored: StoredTensor) -> Checked[NDArray[np.float32] | None]:
+    """Read a tensor in float32. Numbers that are not finite are a finding.
+
+    Raises:
+        UnreadableWeightsError: the file cannot be read.
+    """
     if stored.dtype not in DTYPES:
         yield f"{shorten(stored.key)}: expected {FLOATS}, got {shorten(stored.dtype)}"
         return None

@@ -26,7 +26,7 @@ class VectorHead:
     def nbytes(self) -> int:
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def apply(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the outputs [outputs] of a vector [hidden]."""
-        product = self.weight @ vector
+    def apply(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the outputs [n, outputs] of vectors [n, hidden]."""
+        product = vectors @ self.weight.T
         return product if self.bias is None else product + self.bias

@@ -85,7 +85,7 @@ class ExpectedModules:
     def base_folder(self) -> BaseFolder | None:
         if self.end_of_text is None:
             return None
-        return BaseFolder(self.end_of_text.model_dir, self.architecture.max_position)
+        return BaseFolder(self.end_of_text.model_dir, self.architecture.max_position, self.architecture.hidden)
 
     @property
     def head_bytes(self) -> int:
@@ -180,7 +180,7 @@ def _verify(
     except UnreadableWeightsError as error:
         yield str(error)
         return None
-    return replace(adapter, end_ids=end_ids, notes=notes, head=head)
+    return replace(adapter, end_ids=end_ids, notes=notes, head=head, dense=differences.dense)
 
 
 def _head_notes(pairs: Pairs, expected: ExpectedModules, *, ties: bool) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
+from ranklet.replicas.adapters.dense_files import read_base_dense
 from ranklet.replicas.adapters.loader import MAX_READERS, Loader
 from ranklet.replicas.adapters.manager import AdapterManager
 from ranklet.replicas.adapters.pool import AdapterPool
@@ -70,16 +71,15 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, listener: Listener | None = None) -> None:
-        self.config = config
+        self.config, self._times = config, StartTimes()
         self._listener = listener or Listener()
         self.device, self.dtype = pick_device(config), pick_dtype(config)
         settings = read_config(config.model_dir)
         self.architecture = architecture = read_architecture(settings)
-        pooling = read_pooling(config.model_dir)
-        limits = partial(request_limits, config, architecture, pooling, self.dtype)
+        dense = read_base_dense(config.model_dir, architecture.hidden)
+        self.heads = PoolingHeads(read_pooling(config.model_dir), dense)
+        limits = partial(request_limits, config, architecture, self.heads.base.pooling, self.dtype)
         longest = limits(makes_text=generates_text(config)).max_model_len
-        self.heads = PoolingHeads(pooling)
-        self._times = StartTimes()
         with self._times.part("weights"):
             model = Decoder(architecture, settings, config.model_dir, longest, self.device, self.dtype)
             self._pool = AdapterPool(

@@ -8,6 +8,7 @@ from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.architecture import Architecture
+from ranklet.replicas.model.dense_settings import width_after
 from ranklet.replicas.model.pooling import Pooling
 
 
@@ -42,10 +43,12 @@ def request_limits(
         pages = config.kv_cache_bytes // page_bytes(architecture, dtype)
         longest = _least(longest, max(1, pages * PAGE_TOKENS))  # without a page, `pages_that_fit` refuses
     embedding = _least(longest, pooling.max_tokens, embedded)
+    width = width_after(pooling.dense, architecture.hidden)
+    listed = architecture.matryoshka
     return RequestLimits(
         max_model_len=longest if makes_text else embedding, hidden=architecture.hidden, vocab=architecture.vocab,
-        max_embedding_len=embedding, dimensions=architecture.matryoshka,
-        max_whole_len=min(embedding, config.max_batch_tokens),
+        max_embedding_len=embedding, max_whole_len=min(embedding, config.max_batch_tokens), dense_width=width,
+        dimensions=None if listed is None else tuple(each for each in listed if each < width),
     )  # fmt: skip
 
 

@@ -26,15 +26,16 @@ class RequestLimits:
 
     Attributes:
         max_model_len: largest number of tokens of a prompt, generated text included.
-        hidden: width of an embedding.
+        hidden: width of a pooled vector.
         vocab: number of token ids.
         max_embedding_len: largest number of tokens of a prompt of embeddings.
         no_text: why the engine generates no text; None if it does.
         no_grammar: why texts cannot follow a grammar; None if they can.
         end_ids: tokens that end a text of the base model.
         base_revision: content of the base model; "" if the engine generates no text.
-        dimensions: widths to which embeddings may be shortened; None for any.
+        dimensions: widths to which embeddings of the base's width may be shortened; None for any.
         max_whole_len: as `max_embedding_len`, for pooling that reads other tokens than the last; None if it is equal.
+        dense_width: width of the base model's embeddings, after its Dense layers; None for `hidden`.
     """
 
     max_model_len: int
@@ -47,6 +48,12 @@ class RequestLimits:
     base_revision: str = ""
     dimensions: tuple[int, ...] | None = None
     max_whole_len: int | None = None
+    dense_width: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Return the width of the base model's embeddings."""
+        return self.hidden if self.dense_width is None else self.dense_width
 
     def with_text(self, end_ids: tuple[int, ...], base_revision: str) -> "RequestLimits":
         return replace(self, end_ids=end_ids, base_revision=base_revision)
@@ -75,18 +82,28 @@ class RequestLimits:
         for index, prompt in enumerate(prompts):
             self._check_prompt(index, prompt, longest)
 
-    def check_dimensions(self, dimensions: int | None) -> int:
-        """Return the width of the answer's vectors; raise InvalidRequest if `dimensions` is out of range."""
-        if dimensions is None or dimensions == self.hidden:
-            return self.hidden
-        allowed = range(1, self.hidden) if self.dimensions is None else self.dimensions
-        if dimensions not in allowed:
-            if self.dimensions is None:
-                expected = f"1 to {self.hidden}"
+    def check_dimensions(self, dimensions: int | None, width: int | None = None) -> int:
+        """Return the width of the answer's vectors; raise InvalidRequest if `dimensions` is out of range.
+
+        Args:
+            width: of the adapter's vectors; None for the base model's.
+        """
+        width = width or self.width
+        if not self.allows_dimensions(dimensions, width):
+            listed = self._listed_dimensions(width)
+            if listed is None:
+                expected = f"1 to {width}"
             else:
-                expected = f"{', '.join(map(str, (*allowed, self.hidden)))}, as the model's config.json lists"
+                expected = f"{', '.join(map(str, (*listed, width)))}, as the model's config.json lists"
             raise InvalidRequest(f"dimensions: expected {expected}, got {dimensions}", param="dimensions")
-        return dimensions
+        return dimensions or width
+
+    def allows_dimensions(self, dimensions: int | None, width: int) -> bool:
+        listed = self._listed_dimensions(width)
+        return dimensions in (None, width) or dimensions in (range(1, width) if listed is None else listed)
+
+    def _listed_dimensions(self, width: int) -> tuple[int, ...] | None:
+        return self.dimensions if width == self.width else None
 
     def check_token_ids(self, where: str, ids: NDArray[np.int32], param: str) -> None:
         """Raise InvalidRequest if an id is not in the vocabulary. `where` begins the message."""

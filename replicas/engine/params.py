@@ -7,6 +7,7 @@ from typing import Any, Final
 from ranklet.kernels.sampling_row import TOP_LOGPROBS
 from ranklet.replicas.errors import InvalidRequest
 from ranklet.replicas.grammar.grammar import Grammar
+from ranklet.replicas.model.dense_settings import DenseSettings
 from ranklet.replicas.model.embedding_settings import Prompting
 from ranklet.replicas.model.sampling_values import SamplingValues
 
@@ -39,6 +40,7 @@ class EmbedParams:
         normalize: whether vectors have length 1; None as for `pooling`.
         skipped: number of tokens at the beginning of each prompt that mean and cls pooling leave out.
         prompting: how texts became the prompts. Replicas compare it with the adapter's folder.
+        dense: layers between pooling and normalization; None for those of the base model. Replicas compare it too.
         head: computes the answer of the vectors; None answers with the vectors.
     """
 
@@ -47,6 +49,7 @@ class EmbedParams:
     normalize: bool | None = None
     skipped: int = 0
     prompting: Prompting = field(default_factory=Prompting)
+    dense: tuple[DenseSettings, ...] | None = None
     head: HeadParams | None = None
 
 

@@ -168,6 +168,8 @@ class Request:
                 self._task.result(), self.tier, backend, self._prompt_tokens, self._queue_s, self._compute_s,
                 self._first_piece_s,
             )  # fmt: skip
+        except RankletError as error:
+            result = error
         except Exception as error:  # a defect of a task must not end the thread that answers every request
             logger.exception("a task failed")
             result = InternalError(f"the engine failed on this answer: {type(error).__name__}: {error}")

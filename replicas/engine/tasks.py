@@ -16,10 +16,12 @@ from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.engine.plan import Need
 from ranklet.replicas.engine.sequence import Sequence
-from ranklet.replicas.errors import InvalidAdapter, InvalidRequest
+from ranklet.replicas.errors import InternalError, InvalidAdapter, InvalidRequest
+from ranklet.replicas.model.dense_settings import width_after
 from ranklet.replicas.model.modules import LM_HEAD
 
 if TYPE_CHECKING:
+    from ranklet.replicas.model.dense import DenseLayers
     from ranklet.replicas.model.heads import Head, PoolingHeads
     from ranklet.replicas.model.lm_head import LmHead, MissingHead
 
@@ -59,10 +61,12 @@ class EmbedTask:
 
     Args:
         prompts: number of prompts.
+        head: pools.
         normalize: whether vectors have length 1.
         is_normalized: whether those of the head have it.
         skipped: number of leading tokens of each prompt that the head leaves out.
         token_head: compares the logits of two tokens.
+        dense: layers of the base model, for adapters without their own.
 
     Raises:
         InvalidRequest: `dimensions` is out of range.
@@ -73,12 +77,15 @@ class EmbedTask:
     def __init__(
         self, params: EmbedParams, prompts: int, limits: RequestLimits, head: "Head", *, normalize: bool,
         is_normalized: bool = True, skipped: int = 0, token_head: VectorHead | None = None,
+        dense: "DenseLayers | None" = None,
     ) -> None:  # fmt: skip
-        width = limits.check_dimensions(params.dimensions)
+        full_width = limits.width if params.dense is None else width_after(params.dense, limits.hidden)
+        self._width = limits.check_dimensions(params.dimensions, full_width)
         self._head = head
         self._skipped = skipped
-        self._normalizes = normalize and (width < limits.hidden or not is_normalized)
-        self._width = width
+        self._is_normalized = is_normalized
+        self._normalizes = normalize and (self._width < full_width or not is_normalized)
+        self._base_dense = dense
         self._uses_head = params.head is not None
         self._token_head = token_head
         self._adapter: AdapterInfo | None = None
@@ -89,24 +96,38 @@ class EmbedTask:
             sequence.skipped = self._skipped
 
     def start(self, sequence: Sequence, adapter: AdapterInfo | None) -> None:
-        if self._uses_head:
-            assert adapter is not None, "replicas check that"
-            self._adapter = adapter
+        self._adapter = adapter
 
     def need(self, sequence: Sequence) -> Need:
         return Need(sequence.length, self._head, divisible=self._head.reads_last)
 
     def accept(self, sequence: Sequence, output: NDArray[np.float32]) -> tuple[None, bool]:
-        vector = output[: self._width]
-        if self._uses_head:
-            vector = self._head_of_adapter().apply(vector)
-        elif self._normalizes:
-            vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
-        self._vectors[sequence.index] = vector
+        self._vectors[sequence.index] = output
         return None, True
 
+    def result(self) -> NDArray[np.float32]:
+        vectors = np.stack(self._vectors)
+        if self._uses_head:
+            return self._head_of_adapter().apply(vectors)
+        vectors = self._after_dense(vectors)[:, : self._width]
+        if self._normalizes:
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return vectors
+
+    def _after_dense(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        own = None if self._adapter is None else self._adapter.dense
+        dense = self._base_dense if own is None else own
+        if not dense:
+            return vectors
+        assert not self._is_normalized, "replicas say which adapters have Dense layers"
+        outputs = dense.apply(vectors)
+        if not np.isfinite(outputs).all():
+            message = "the output of the Dense layers for these prompts is not finite"
+            raise InternalError(message) if self._adapter is None else InvalidAdapter(self._adapter.name, [message])
+        return outputs
+
     def _head_of_adapter(self) -> VectorHead:
-        assert self._adapter is not None, "called before `start`"
+        assert self._adapter is not None, "replicas check that"
         if self._token_head is None:
             assert self._adapter.head is not None, "verification finds the head of each classifier"
             return self._adapter.head
@@ -116,9 +137,6 @@ class EmbedTask:
                 [f"{LM_HEAD}: expected the base's head, whose logits are scores, got LoRA on it; train it without"],
             )
         return self._token_head
-
-    def result(self) -> NDArray[np.float32]:
-        return np.stack(self._vectors)
 
 
 def embed_task(
@@ -130,14 +148,15 @@ def embed_task(
     Raises:
         InvalidRequest: a prompt is empty or too long, or a token id or parameter is out of range.
     """
-    normalize = heads.base.pooling.normalize if params.normalize is None else params.normalize
-    head = heads.choose(params.pooling, normalize=normalize, skips=params.skipped > 0)
+    normalize = heads.normalizes if params.normalize is None else params.normalize
+    head = heads.choose(params.pooling, normalize=normalize and not params.dense, skips=params.skipped > 0)
     limits.check_prompts(prompts, limits.longest_embedding(reads_last=head.reads_last))
     tokens = None if params.head is None else params.head.tokens
     return EmbedTask(
         params, len(prompts), limits, head, normalize=normalize, is_normalized=head.pooling.normalize,
         skipped=params.skipped if head.pooling.skips else 0,
         token_head=None if tokens is None else _token_head(tokens, limits, lm_head),
+        dense=heads.dense,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ Letters: T tokens of the batch, B sequences, R selected rows, H hidden width.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.sampling_row import Feature
 from ranklet.kernels.stack import LinearStack
 from ranklet.replicas.model.attention import Spans
+from ranklet.replicas.model.dense import DenseLayers
 from ranklet.replicas.model.lm_head import LmHead
 from ranklet.replicas.model.pooling import Pooling
 from ranklet.replicas.model.sampled import PromptScores, SampledToken
@@ -72,10 +73,18 @@ class PoolingHead:
 class PoolingHeads:
     """The heads of embeddings: the base model's, and one for each other way to pool that adapters or requests need.
 
-    The vectors of the others are normalized on the host, so that steps and CUDA graphs have few heads.
+    The vectors of the others are normalized on the host, so that steps and CUDA graphs have few heads. So are those of
+    models with Dense layers, which come before the normalization.
+
+    Attributes:
+        dense: layers of the base model.
+        normalizes: whether vectors of the base model have length 1.
     """
 
-    def __init__(self, base: Pooling) -> None:
+    def __init__(self, base: Pooling, dense: DenseLayers | None = None) -> None:
+        self.dense = dense or DenseLayers()
+        self.normalizes = base.normalize
+        base = replace(base, normalize=base.normalize and not self.dense)
         self.base = PoolingHead(base)
         ways = [("last", False), *((mode, skips) for mode in ("mean", "cls") for skips in (False, True))]
         self._plain = {

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ranklet.replicas.model.attention import Spans
+from ranklet.replicas.model.dense_settings import DenseSettings
 from ranklet.replicas.model.embedding_settings import read_base_settings
 
 
@@ -19,12 +20,14 @@ class Pooling:
         mode: last, mean or cls.
         skips: whether the first `Spans.skipped` tokens of each prompt are left out, by the modes mean and cls.
         max_tokens: the folder's limit on the tokens of a prompt.
+        dense: layers before the normalization, which the host computes.
     """
 
     mode: str = "last"
     normalize: bool = True
     skips: bool = False
     max_tokens: int | None = None
+    dense: tuple[DenseSettings, ...] = ()
 
     def rows(self, states: Tensor, spans: Spans) -> Tensor:
         """Select the states that pooling reads: [T, H] -> [B, H] for last and cls, or [T, H] for mean."""
@@ -64,4 +67,4 @@ def read_pooling(model_dir: Path) -> Pooling:
         ModelError: a setting of the folder's embeddings is not supported.
     """
     settings = read_base_settings(model_dir)
-    return Pooling(settings.mode, settings.normalize, max_tokens=settings.max_tokens)
+    return Pooling(settings.mode, settings.normalize, max_tokens=settings.max_tokens, dense=settings.dense)

@@ -5,9 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sentence_transformers.base.modules.dense import Dense
+
 MODULES = {
     "Transformer": "sentence_transformers.base.modules.transformer.Transformer",
     "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+    "Dense": "sentence_transformers.base.modules.dense.Dense",
     "Normalize": "sentence_transformers.base.modules.normalize.Normalize",
 }
 OLD_FLAGS = {
@@ -31,6 +34,7 @@ class SentenceFolder:
         tokenizer: changed fields of tokenizer_config.json.
         appends: whether the tokenizer's post-processor appends the end token; None leaves it as it is.
         lowers: whether the tokenizer lowercases.
+        dense: arguments of each Dense layer, but its input's width. The layers follow the pooling.
     """
 
     modules: tuple[str, ...] = ("Transformer", "Pooling", "Normalize")
@@ -43,16 +47,19 @@ class SentenceFolder:
     tokenizer: dict[str, Any] = field(default_factory=dict)
     appends: bool | None = None
     lowers: bool = False
+    dense: tuple[dict[str, Any], ...] = ()
 
     def write(self, folder: Path, hidden: int) -> Path:
         """Write the files into a folder that has the tokenizer's."""
-        paths = {kind: "" if kind == "Transformer" else f"{index}_{kind}" for index, kind in enumerate(self.modules)}
-        types = {kind: f"sentence_transformers.models.{kind}" if self.old_names else MODULES[kind] for kind in paths}
+        after = self.modules.index("Pooling") + 1
+        kinds = (*self.modules[:after], *("Dense" for _ in self.dense), *self.modules[after:])
+        paths = ["" if kind == "Transformer" else f"{index}_{kind}" for index, kind in enumerate(kinds)]
+        types = {kind: f"sentence_transformers.models.{kind}" if self.old_names else MODULES[kind] for kind in kinds}
         _write(
             folder / "modules.json",
             [
-                {"idx": index, "name": str(index), "path": paths[kind], "type": types[kind]}
-                for index, kind in enumerate(self.modules)
+                {"idx": index, "name": str(index), "path": path, "type": types[kind]}
+                for index, (kind, path) in enumerate(zip(kinds, paths, strict=True))
             ],
         )
         if self.old_names:
@@ -60,7 +67,13 @@ class SentenceFolder:
             pooling: dict[str, Any] = {"word_embedding_dimension": hidden, **flags}
         else:
             pooling = {"embedding_dimension": hidden, "pooling_mode": self.mode}
-        _write(folder / paths["Pooling"] / "config.json", {**pooling, "include_prompt": self.include_prompt})
+        pooling_path = folder / paths[kinds.index("Pooling")]
+        _write(pooling_path / "config.json", {**pooling, "include_prompt": self.include_prompt})
+        for path, arguments in zip(paths[after:], self.dense, strict=False):
+            layer = Dense(hidden, **arguments)
+            (folder / path).mkdir(exist_ok=True)
+            layer.save(str(folder / path))
+            hidden = layer.out_features
         if self.transformer is not None:
             _write(folder / "sentence_bert_config.json", self.transformer)
         default = {"prompts": {"task": self.prompt, **self.prompts}, "default_prompt_name": "task"}

@@ -140,12 +140,11 @@ class FakeReplicas:
         return result
 
     def _other_prompts(self, call: InferenceCall[Any]) -> Refusal | None:
-        used, head = call.params.prompting, call.params.head
+        used, head, own = call.params.prompting, call.params.head, self.description_of_adapters.embedding
         if head is not None and head.revision == self.description_of_adapters.revision:
             return None
-        if call.adapter is None or (
-            head is None and self.description_of_adapters.embedding.prompting(used.name) == used
-        ):
+        is_same = own.prompting(used.name) == used and own.dense == call.params.dense
+        if call.adapter is None or (head is None and is_same):
             return None
         return Refusal.of(OtherPrompts("other prompts"), "r0", call.adapter.name, None)
 

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from ranklet.cluster.message import AdapterText
+from ranklet.replicas.model.dense_settings import DenseSettings
 from ranklet.replicas.model.embedding_settings import EmbeddingSettings
-from tests.cluster.ingress.parts import BASE, MAX_MODEL_LEN, Parts
+from tests.cluster.ingress.parts import BASE, HIDDEN, MAX_MODEL_LEN, Parts
 
 OWN = EmbeddingSettings("mean", prompt="own: ", prompts={"task": "own: ", "doc": "a text: "}, max_tokens=6)
 ADAPTER = "legal-v2"
@@ -111,6 +112,19 @@ async def test_pooling_leaves_out_the_prompt_where_the_folder_says_so(parts: Par
     assert "input[1]: expected more than the 1 tokens of the prompt" in empty.text
     left = await ask(parts, ADAPTER, "a", truncate_prompt_tokens=-1, truncation_side="left")
     assert "truncation_side: expected right" in left.text
+
+
+@pytest.mark.parametrize(("outputs", "dimensions"), [(2 * HIDDEN, HIDDEN + 1), (HIDDEN // 2, HIDDEN // 2)])
+async def test_dimensions_are_those_after_the_adapters_dense_layers(
+    parts: Parts, outputs: int, dimensions: int
+) -> None:
+    layers = (DenseSettings("2_Dense", HIDDEN, outputs),)
+    describe(parts, replace(parts.base, dense=layers))
+    assert (await ask(parts, ADAPTER, "a", dimensions=dimensions)).status_code == 200
+    params = parts.handle.calls[-1].params
+    assert (params.dense, params.dimensions, parts.handle.descriptions) == (layers, dimensions, 1)
+    answer = await ask(parts, ADAPTER, "a", dimensions=outputs + 1)
+    assert f"dimensions: expected 1 to {outputs}, got {outputs + 1}" in answer.text
 
 
 async def test_an_adapter_that_changes_again_and_again_is_refused(parts: Parts) -> None:

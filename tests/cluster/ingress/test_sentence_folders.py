@@ -1,9 +1,12 @@
 """Adapters that sentence-transformers saved answer as it does over HTTP, or are refused with what differs."""
 
+from dataclasses import replace
+
 import httpx
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
+from torch.nn import GELU
 
 from tests.assets.adapters import quiet, save_sentence_transformers_adapter
 from tests.assets.sentence_folders import SentenceFolder
@@ -39,6 +42,7 @@ def test_pooling_prompts_and_limits_of_an_adapter_are_followed(service: Service,
         ("Transformer", "Pooling"), "mean", include_prompt=False, prompt="Represent this: ",
         prompts={"query": "Find what answers: "}, transformer={"max_seq_length": 40},
     )  # fmt: skip
+    own = replace(own, dense=({"out_features": 96}, {"out_features": 160, "activation_function": GELU()}))
     assert reload(service, saved, own).status_code == 200
     with quiet():
         theirs = SentenceTransformer(str(service.adapters / saved), device="cpu")
@@ -47,6 +51,9 @@ def test_pooling_prompts_and_limits_of_an_adapter_are_followed(service: Service,
         assert_close(service.embed(saved, TEXTS, prompt_name=name, truncate_prompt_tokens=-1), expected)
     unit = expected / np.linalg.norm(expected, axis=1, keepdims=True)
     assert_close(service.embed(saved, TEXTS, prompt_name="task", truncate_prompt_tokens=-1, normalize=True), unit)
+    shorter = expected[:, :130] / np.linalg.norm(expected[:, :130], axis=1, keepdims=True)
+    asked = {"prompt_name": "task", "truncate_prompt_tokens": -1, "normalize": True, "dimensions": 130}
+    assert_close(service.embed(saved, TEXTS, **asked), shorter)
     long, unknown = service.post(saved, TEXTS), service.post(saved, TEXTS, prompt_name="gone")
     assert (long.status_code, "expected 1 to 40 tokens" in long.text) == (400, True)
     assert "prompt_name: expected one of query, task" in unknown.text

@@ -1,6 +1,6 @@
 """A folder that says anything about embeddings has the vectors of sentence-transformers, or is refused by name.
 
-Pooling, normalization, prompts and longest text are followed, of adapters too.
+Pooling, Dense layers, normalization, prompts and longest text are followed, of adapters too.
 """
 
 import re
@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
+from torch import nn
 
 from ranklet.cluster.ingress.prompts import EmbeddingPrompts
 from ranklet.replicas.adapters.reference import AdapterRef
@@ -60,6 +61,13 @@ tokenizations: st.SearchStrategy[dict[str, Any]] = st.sampled_from([
     {"transformer": {"config_args": {"use_cache": False}, "model_args": {"torch_dtype": "float32"}}},
     {"appends": False}, {"lowers": True},
 ])  # fmt: skip
+LAYERS: tuple[dict[str, Any], ...] = (
+    {"out_features": 48, "activation_function": nn.GELU(), "bias": False},
+    {"out_features": HIDDEN, "activation_function": nn.Identity()},
+    {"out_features": HIDDEN, "activation_function": nn.SiLU(), "use_residual": True},
+    {"out_features": 8, "activation_function": nn.Tanh(), "use_residual": True},
+)
+denses: st.SearchStrategy[tuple[dict[str, Any], ...]] = st.sampled_from([(), (), LAYERS[:1], LAYERS[:2], LAYERS])
 orders = st.sampled_from([
     ("Transformer", "Pooling", "Normalize"), ("Transformer", "Pooling", "Normalize"), ("Transformer", "Pooling"),
     ("Transformer", "Normalize", "Pooling"),
@@ -72,6 +80,7 @@ def folders(draw: st.DrawFn) -> SentenceFolder:
     transformers = [each["transformer"] for each in chosen if "transformer" in each]
     return SentenceFolder(
         modules=draw(orders),
+        dense=draw(denses),
         mode=draw(st.sampled_from(["lasttoken", "mean", "cls", "max"])),
         include_prompt=draw(st.sampled_from([True, True, False])),
         old_names=draw(st.booleans()),
@@ -149,6 +158,7 @@ def embedded(
     ids = rules.encode(tokenizer, [text])
     rules.check(ids)
     params: dict[str, Any] = {"pooling": settings.mode, "normalize": settings.normalize, "skipped": skipped}
+    params["dense"] = settings.dense
     vector: NDArray[np.float32] = ask(engine, ids, adapter, **params).result[0]
     return vector
 
@@ -166,6 +176,8 @@ PROFILE = settings(max_examples=30, deadline=None, suppress_health_check=[Health
 @example(made=SentenceFolder(mode="cls", include_prompt=False, prompt="Represent this: "))
 @example(made=SentenceFolder(transformer={"processing_kwargs": {"text": {"add_special_tokens": False}}}))
 @example(made=SentenceFolder(tokenizer={"model_max_length": LIMIT}))
+@example(made=SentenceFolder(dense=LAYERS))
+@example(made=SentenceFolder(("Transformer", "Pooling"), dense=LAYERS[:1], mode="mean"))
 def test_a_base_model(made: SentenceFolder, base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = Path(shutil.copytree(base_dir, tmp_path_factory.mktemp("made") / "model"))
     made.write(folder, HIDDEN)
@@ -184,6 +196,8 @@ def test_a_base_model(made: SentenceFolder, base_dir: Path, tmp_path_factory: py
 @given(made=folders())
 @example(made=SentenceFolder())
 @example(made=SentenceFolder(mode="mean"))
+@example(made=SentenceFolder(dense=LAYERS))
+@example(made=SentenceFolder(("Transformer", "Pooling"), dense=LAYERS[:1], mode="mean"))
 @example(made=SentenceFolder(modules=("Transformer", "Pooling")))
 @example(made=SentenceFolder(prompt="Represent this: "))
 @example(made=SentenceFolder(mode="mean", include_prompt=False, prompt="Represent this: "))

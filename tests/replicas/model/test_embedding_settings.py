@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.embedding_settings import (
-    SETTINGS_FILES,
     EmbeddingSettings,
     read_base_settings,
     read_embedding_settings,
 )
+from ranklet.replicas.model.sentence_files import SETTINGS_FILES
 
 MODULES = [
     {"type": "sentence_transformers.models.Transformer", "path": ""},

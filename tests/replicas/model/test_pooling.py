@@ -88,14 +88,18 @@ TRANSFORMER, POOLING, NORMALIZE = module("Transformer"), module("Pooling", "1_Po
 @pytest.mark.parametrize(
     ("modules", "pooling", "message"),
     [
-        ([TRANSFORMER, module("Dense", "2_Dense")], None, "got also Dense"),
+        ([TRANSFORMER, module("Dropout", "2_Dropout")], None, "got also Dropout"),
         (
             [TRANSFORMER, {"type": "mine.Pooling", "path": "1_Pooling"}],
             {"pooling_mode": "mean"},
             "got also mine.Pooling",
         ),
-        ([TRANSFORMER, NORMALIZE, POOLING], {"pooling_mode": "mean"}, "the order Transformer, Pooling, Normalize, got"),
-        ([TRANSFORMER], None, "the order Transformer, Pooling, Normalize, got Transformer"),
+        (
+            [TRANSFORMER, NORMALIZE, POOLING],
+            {"pooling_mode": "mean"},
+            "the order Transformer, Pooling, Dense, Normalize, got",
+        ),
+        ([TRANSFORMER], None, "the order Transformer, Pooling, Dense, Normalize, got Transformer"),
         ([TRANSFORMER, POOLING, POOLING], {"pooling_mode": "mean"}, "got Transformer, Pooling, Pooling"),
         ([module("Transformer", "0_Transformer"), POOLING], {"pooling_mode": "mean"}, "Transformer: expected the path"),
         ([TRANSFORMER, module("Pooling", "../1_Pooling")], None, "paths within the folder"),
