@@ -12,6 +12,7 @@ from torch import Tensor
 from ranklet.kernels.row_tiles import SHORT_ROWS, RowTiles, cut_padded, cut_runs
 from ranklet.kernels.segments import Segment, Segments, runs_of
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
+from ranklet.kernels.token_rows import TokenRows
 
 
 class Backend(Protocol):
@@ -39,6 +40,7 @@ class LoraBatch:
         everywhere: whether LoRA of each projection is computed, also where no adapter has one: then launches do not
             depend on the adapters' modules.
         terms: whether an adapter of the batch has column terms (see `stack.py`). Kernels apply them only then.
+        token_rows: rows of tokens, if an adapter of the batch has its own. They are looked up only then.
 
     Raises:
         ValueError: the segments leave a gap, overlap, or end beyond the rows.
@@ -51,6 +53,7 @@ class LoraBatch:
     padded: bool = False
     everywhere: bool = False
     terms: bool = False
+    token_rows: TokenRows | None = None
 
     def __post_init__(self) -> None:
         runs = runs_of(self.segments)

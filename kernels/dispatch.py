@@ -22,6 +22,7 @@ from ranklet.kernels.cost_model import LoraLayer, estimate_s
 from ranklet.kernels.merged import Merged
 from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
+from ranklet.kernels.token_rows import replace_embeddings
 
 NAMES = (native.NAME, csgmv.NAME, Merged.NAME)
 
@@ -136,8 +137,14 @@ def embedding(
 ) -> Tensor:
     """Look up token embeddings with the batch's LoRA. Returns a new tensor [T, N].
 
-    Semantics: `y[t] = table[ids[t]] + s B A[ids[t]]`, with A, B, s of row t's adapter.
+    Semantics: `y[t] = table[ids[t]] + s B A[ids[t]]`, with A, B, s of row t's adapter, or the adapter's own row for the
+    token.
     """
     if stack is None or batch.implementation is None:
-        return functional.embedding(ids, table)
-    return batch.implementation.embedding(ids, table, stack, batch)
+        y = functional.embedding(ids, table)
+    else:
+        y = batch.implementation.embedding(ids, table, stack, batch)
+    if batch.token_rows is not None:
+        tiles = batch.tiles if batch.implementation is csgmv else ()
+        replace_embeddings(ids, y, batch.token_rows, batch.segments, tiles)
+    return y

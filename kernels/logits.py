@@ -12,6 +12,7 @@ from ranklet.kernels import csgmv
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.row_subset import check_rows
 from ranklet.kernels.stack import LinearStack
+from ranklet.kernels.token_rows import replace_logits
 
 
 def logits(
@@ -24,7 +25,8 @@ def logits(
 ) -> Tensor:
     """Compute logits with the batch's LoRA. Returns a new tensor, float32 [T, N].
 
-    Semantics: `y[t] = W x[t] + s B A x[t]`, with A, B, s of row t's adapter.
+    Semantics: `y[t] = W x[t] + s B A x[t]`, with A, B, s of row t's adapter. Where the adapter has its own row
+    for a token, that row gives the logit.
 
     Args:
         columns: leading rows of the weight that are tokens; None for all. The result has no other columns.
@@ -35,15 +37,17 @@ def logits(
     """
     x = x.to(weight.dtype)
     y = _product(x, weight)[:, :columns]
-    if stack is None or batch is None or batch.implementation is None:
+    if batch is None or batch.implementation is None:
         return y
     check_rows(x, batch)
-    if not stack.holds_any(segment.slot for segment in batch.segments):
-        return y
-    if batch.implementation is csgmv:
-        csgmv.add(x, y, stack, batch)
-    else:  # merging the whole vocabulary never pays
-        _add(x, y, stack, batch)
+    if stack is not None and stack.holds_any(segment.slot for segment in batch.segments):
+        if batch.implementation is csgmv:
+            csgmv.add(x, y, stack, batch)
+        else:  # merging the whole vocabulary never pays
+            _add(x, y, stack, batch)
+    if batch.token_rows is not None:
+        tiles = batch.tiles if batch.implementation is csgmv else ()
+        replace_logits(x, y, batch.token_rows, batch.segments, tiles)
     return y
 
 

@@ -93,4 +93,5 @@ def _cut(batch: LoraBatch, slots: NDArray[np.integer], stops: NDArray[np.integer
     runs[:1, 0], runs[1:, 0] = 0, stops[:-1]
     runs[:, 1], runs[:, 2] = stops, slots
     runs = runs[runs[:, 1] > runs[:, 0]]
-    return LoraBatch(Segments(runs), rows, batch.implementation if len(runs) else None, terms=batch.terms)
+    implementation = batch.implementation if len(runs) else None
+    return LoraBatch(Segments(runs), rows, implementation, terms=batch.terms, token_rows=batch.token_rows)

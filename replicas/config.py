@@ -8,6 +8,7 @@ from ranklet.replicas.model.modules import ALL_MODULES, LORA_MODULES
 
 BACKENDS = ("auto", "fastest", "native", "csgmv", "merged")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEFAULT_TOKEN_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class EngineConfig:
     # Modules that the slots reserve memory for; adapters of other modules are refused. `lm_head` is not among the
     # default ones: each slot reserves max_rank times the vocabulary for it.
     lora_modules: tuple[str, ...] = LORA_MODULES
+    # Rows of token embeddings and heads, of all slots together, that adapters may have of their own: for trained or new
+    # tokens, or whole matrices. Device memory for them is taken once an adapter needs it. 0 refuses such adapters.
+    token_rows: int = DEFAULT_TOKEN_ROWS
     # Largest number of tokens in one batch.
     max_batch_tokens: int = 32_768
     # Largest number of prompts in one batch, and of texts that are generated at the same time.
@@ -90,7 +94,7 @@ class EngineConfig:
             raise ValueError(f"kv_cache_fraction: expected more than 0 and at most 0.98, got {self.kv_cache_fraction}")
         if self.kv_cache_bytes is not None and self.kv_cache_bytes < 0:
             raise ValueError(f"kv_cache_bytes: expected at least 0 or null, got {self.kv_cache_bytes}")
-        for name in ("host_cache_bytes", "merged_bytes"):
+        for name in ("host_cache_bytes", "merged_bytes", "token_rows"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if self.backend not in BACKENDS:

@@ -15,7 +15,7 @@ from ranklet.cluster.command.convert import add_convert
 from ranklet.cluster.command.json_client import clean_key, fetch_json
 
 if TYPE_CHECKING:
-    from ranklet.replicas.adapters.verify import ExpectedModules
+    from ranklet.replicas.adapters.expected_modules import ExpectedModules
 
 _KEY_VARIABLE = "RANKLET_API_KEY"
 _TIMEOUT_S = 120.0
@@ -148,7 +148,7 @@ def _name(options: argparse.Namespace) -> str:
 def _verify(options: argparse.Namespace) -> int:
     import torch  # imported here because it takes seconds, and the other actions do not need it
 
-    from ranklet.replicas.adapters.verify import ExpectedModules
+    from ranklet.replicas.adapters.expected_modules import ExpectedModules
     from ranklet.replicas.model.architecture import read_architecture, read_config
     from ranklet.replicas.model.base_linears import BaseLinears
     from ranklet.replicas.model.checkpoint import Checkpoint

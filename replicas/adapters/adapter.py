@@ -56,6 +56,33 @@ class ColumnTerms:
         return self.gain.nbytes + self.shift.nbytes
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class OwnRows:
+    """Rows of the token embedding or the head that take the place of the base model's, complete with LoRA."""
+
+    ids: Tensor  # int32 [rows], increasing: the token of each row
+    rows: Tensor  # [rows, hidden], in the base model's dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterRows:
+    """The rows of an adapter; None where it has the base model's. A tied head shares the object of the embedding."""
+
+    embedding: OwnRows | None = None
+    head: OwnRows | None = None
+
+    def __bool__(self) -> bool:
+        return self.embedding is not None or self.head is not None
+
+    @property
+    def distinct(self) -> list[OwnRows]:
+        return list(dict.fromkeys(own for own in (self.embedding, self.head) if own is not None))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(own.ids.nbytes + own.rows.nbytes for own in self.distinct)
+
+
 @dataclass(frozen=True)
 class AdapterWeights:
     """A verified adapter.
@@ -64,6 +91,7 @@ class AdapterWeights:
         flat: its weights end to end in the base model's dtype, on the CPU.
         weights: where each one is.
         terms: of the modules that have any, also of some without LoRA; on the CPU.
+        rows: of tokens, on the CPU.
         end_ids: ids that end its texts, besides those of the base model.
         notes: what its folder has instead of the base model's settings, and what of it is not used.
         head: of a classifier.
@@ -74,6 +102,7 @@ class AdapterWeights:
     flat: Tensor
     weights: dict[Module, LoraWeight]
     terms: Mapping[Module, ColumnTerms] = field(default_factory=dict)
+    rows: AdapterRows = field(default_factory=AdapterRows)
     end_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     head: VectorHead | None = None

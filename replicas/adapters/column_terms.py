@@ -9,8 +9,7 @@ PEFT's definitions, with W and b of the base, A, B and s of the adapter:
 All three are `gain * (W x + b + s B A x) + shift`.
 """
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from threading import Lock
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from ranklet.replicas.adapters.adapter import AdapterWeights, ColumnTerms, LoraWeight
 from ranklet.replicas.adapters.findings import Checked, join, shorten
 from ranklet.replicas.adapters.fused import divide_vectors, parts_of
+from ranklet.replicas.adapters.own_stream import own_stream
 from ranklet.replicas.adapters.peft_config import LoraSettings
 from ranklet.replicas.adapters.pinned_memory import pageable
 from ranklet.replicas.adapters.safetensors_file import DTYPES, StoredTensor, read_tensors
@@ -130,7 +130,7 @@ def _vector(flat: Tensor, offsets: Mapping[str, int], tensor: StoredTensor) -> T
 
 @torch.no_grad()
 def _terms(weight: Tensor, bias: Tensor | None, lora: LoraWeight | None, vectors: Mapping[str, Tensor]) -> ColumnTerms:
-    with _computing, _beside_batches(weight.device):
+    with _computing, own_stream(weight.device):
         own = torch.zeros(len(weight)) if bias is None else bias.float().cpu()
         gain = torch.ones(len(weight))
         if "magnitude" in vectors and lora is not None:
@@ -150,13 +150,3 @@ def _row_norms(weight: Tensor, lora: LoraWeight) -> Tensor:
         for rows, some_b in zip(weight.split(at_once), b.split(at_once), strict=True)
     ]
     return torch.cat(norms)
-
-
-@contextmanager
-def _beside_batches(device: torch.device) -> Iterator[None]:
-    """Run on a stream of its own, since batches use the default one."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.stream(torch.cuda.Stream(device)):
-        yield

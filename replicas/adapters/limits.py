@@ -9,6 +9,7 @@ MAX_PATTERN_CHARS = 8192
 MAX_ENTRIES = {  # of the config's fields that contain names or patterns of modules
     "target_modules": 4096, "exclude_modules": 4096, "rank_pattern": 4096, "alpha_pattern": 4096, "layers_pattern": 64,
 }  # fmt: skip
+MAX_TOKEN_INDICES = 1 << 18  # more than any vocabulary has
 MAX_HEADER_BYTES = 4 << 20  # of the weights
 MAX_TENSORS = 16_384  # five times a model of 200 layers with all modules targeted
 MAX_SHOWN_CHARS = 100  # of one value, in a finding

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from threading import Lock
 from time import perf_counter
 
+from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.host_cache import HostCache
 from ranklet.replicas.adapters.mounts import mount_of
 from ranklet.replicas.adapters.packed import PackedAdapter, pack
 from ranklet.replicas.adapters.pinned_memory import PinnedMemory, pageable
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, LoadRecord
-from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
+from ranklet.replicas.adapters.verify import read_adapter
 from ranklet.replicas.errors import InternalError, RankletError, StillLoading
 
 logger = logging.getLogger(__name__)

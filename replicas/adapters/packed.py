@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ranklet.kernels.packs import PACKS
 from ranklet.kernels.stack import SlotMeta
-from ranklet.replicas.adapters.adapter import AdapterWeights, ColumnTerms
+from ranklet.replicas.adapters.adapter import AdapterRows, AdapterWeights, ColumnTerms
 from ranklet.replicas.adapters.pinned_memory import Allocate, pageable
 from ranklet.replicas.adapters.vector_head import VectorHead
 from ranklet.replicas.model.dense import DenseLayers
@@ -65,8 +65,8 @@ class PackedAdapter:
 
     Attributes:
         metas: ranks and scalings by layer and part (a key of `PARTS`).
-        modules: names of the targeted modules, over all layers.
-        terms: see `AdapterWeights`.
+        modules: names of the modules that differ from the base model's, over all layers.
+        terms, rows: see `AdapterWeights`.
         end_ids: ids that end the adapter's texts, besides those of the base model.
         notes: see `AdapterWeights`.
         head: of a classifier, which stays on the host, like the next.
@@ -79,6 +79,7 @@ class PackedAdapter:
     metas: dict[tuple[int, str], SlotMeta]
     modules: tuple[str, ...]
     terms: Mapping[Module, ColumnTerms] = field(default_factory=dict)
+    rows: AdapterRows = field(default_factory=AdapterRows)
     end_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     head: VectorHead | None = None
@@ -86,7 +87,7 @@ class PackedAdapter:
 
     @property
     def nbytes(self) -> int:
-        others = (*self.terms.values(), self.head, self.dense)
+        others = (*self.terms.values(), self.rows, self.head, self.dense)
         return self.flat.nbytes + sum(each.nbytes for each in others if each is not None)
 
 
@@ -103,11 +104,13 @@ def pack(adapter: AdapterWeights, dtype: torch.dtype, allocate: Allocate = pagea
             PackedMatrix(module, "a", weight.a_offset, a[::-1] if looked_up else a, looked_up != weight.transposed),
             PackedMatrix(module, "b", weight.b_offset, b, weight.transposed),
         ]
-    modules = tuple(sorted({name for _, name in adapter.weights}))
+    names = {name for _, name in adapter.weights}
+    names |= {name for name, own in ((EMBED_TOKENS, adapter.rows.embedding), (LM_HEAD, adapter.rows.head)) if own}
+    modules = tuple(sorted(names))
     layout, metas = layout_of(tuple(pieces)), _metas(adapter)
     return PackedAdapter(
-        adapter.rank, flat, layout, metas, modules, adapter.terms, adapter.end_ids, adapter.notes, adapter.head,
-        adapter.dense,
+        adapter.rank, flat, layout, metas, modules, adapter.terms, adapter.rows, adapter.end_ids, adapter.notes,
+        adapter.head, adapter.dense,
     )  # fmt: skip
 
 

@@ -17,7 +17,8 @@ from ranklet.replicas.adapters.limits import MAX_CONFIG_BYTES, MAX_ENTRIES, MAX_
 from ranklet.replicas.adapters.nested import missing_config
 from ranklet.replicas.adapters.pattern_process import NO_LAYER
 from ranklet.replicas.adapters.patterns import Pattern, PatternMatch, match_patterns
-from ranklet.replicas.model.classifier import HEAD_NAMES, is_classifier
+from ranklet.replicas.adapters.token_settings import TokenSettings, unsupported_token_fields, wrong_token_fields
+from ranklet.replicas.model.classifier import is_classifier
 from ranklet.replicas.model.git_lfs import is_pointer, pointer_message
 from ranklet.replicas.model.modules import EMBED_TOKENS, LM_HEAD
 from ranklet.replicas.regular_file import TooLargeError, read_regular
@@ -31,7 +32,7 @@ _HARMLESS = {
 _APPLIED = {
     "peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias",
-    "ensure_weight_tying", "use_dora", "lora_bias", "modules_to_save",
+    "ensure_weight_tying", "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices",
 }  # fmt: skip
 # These initialisations leave the base weights as they were; the others (pissa, olora, loftq, ...) change them.
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -106,6 +107,10 @@ class LoraSettings:
         # layers_to_transform does not apply to a module that is named in full
         full_name = module in self._names["target_modules"]
         return full_name or (self._selects("target_modules", module) and self._in_layers(module))
+
+    @property
+    def tokens(self) -> TokenSettings:
+        return TokenSettings.of(self._fields)
 
     @property
     def classifies(self) -> bool:
@@ -235,9 +240,7 @@ def _wrong_types(fields: dict[str, Any]) -> Iterator[str]:
         value = fields.get(name)
         if not (value is None or isinstance(value, str) or _is_list(value, str)):
             yield f"{name}: expected a list of names or a pattern, got {show(value)}"
-    saved = fields.get("modules_to_save")
-    if not (saved is None or _is_list(saved, str)):
-        yield f"modules_to_save: expected names of modules, got {show(saved)}"
+    yield from wrong_token_fields(fields)
     layers = fields.get("layers_to_transform")
     if not (layers is None or isinstance(layers, int) or _is_list(layers, int)):
         yield f"layers_to_transform: expected layer numbers, got {show(layers)}"
@@ -279,12 +282,7 @@ def _unsupported(fields: dict[str, Any]) -> Iterator[str]:
             f"init_lora_weights: {show(fields['init_lora_weights'])} changes the base weights; "
             "convert the adapter with `ranklet adapters convert`"
         )
-    others = [name for name in fields.get("modules_to_save") or () if name not in HEAD_NAMES]
-    if others or (fields.get("modules_to_save") and not is_classifier(fields)):
-        yield (
-            f"modules_to_save: expected none, or {' and '.join(HEAD_NAMES)} with the task SEQ_CLS, got "
-            f"{show(fields['modules_to_save'])}; train the adapter without it"
-        )
+    yield from unsupported_token_fields(fields)
     for name, value in fields.items():
         if name not in _HARMLESS and name not in _APPLIED and value not in (None, False, [], {}, ""):
             yield f"{shorten(name)}: not supported; train the adapter without it"

@@ -21,6 +21,8 @@ from ranklet.kernels.stack import EmbeddingStack, LinearStack, SlotMeta, padded_
 from ranklet.kernels.unpack import MOST_ELEMENTS, Destination, table, unpack
 from ranklet.replicas.adapters.adapter import ColumnTerms
 from ranklet.replicas.adapters.packed import PARTS, PackedAdapter, PackedLayout, layout_of
+from ranklet.replicas.adapters.row_pool import RowPool
+from ranklet.replicas.config import DEFAULT_TOKEN_ROWS
 from ranklet.replicas.model.architecture import Architecture
 from ranklet.replicas.model.decoder import Stacks
 from ranklet.replicas.model.modules import EMBED_TOKENS, EMBEDDING, HEAD, LM_HEAD, Module
@@ -32,10 +34,12 @@ class SlotContents:
 
     Attributes:
         terms: whether some have column terms.
+        rows: whether tokens have rows of their own.
     """
 
     modules: frozenset[Module]
     terms: bool = False
+    rows: bool = False
 
 
 @dataclass
@@ -47,6 +51,8 @@ class AdapterPool:
         embedding: the token embedding's stack; None if `modules` leaves it out.
         head: the language-model head's stack; None if `modules` leaves it out.
         contents: contents of each slot.
+        most_rows: number of tokens' own rows, of all slots together.
+        rows: these rows.
     """
 
     architecture: Architecture
@@ -55,10 +61,12 @@ class AdapterPool:
     modules: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
+    most_rows: int = DEFAULT_TOKEN_ROWS
     layers: list[Stacks] = field(init=False)
     embedding: EmbeddingStack | None = field(init=False, default=None)
     head: LinearStack | None = field(init=False, default=None)
     contents: list[SlotContents] = field(init=False)
+    rows: RowPool = field(init=False)
 
     def __post_init__(self) -> None:
         self.rank = padded_rank(self.max_rank)
@@ -85,6 +93,7 @@ class AdapterPool:
         self._parts: dict[tuple[int, str], LinearStack | EmbeddingStack] = {**self._stacks}
         if self.embedding is not None:
             self._parts[EMBEDDING, EMBED_TOKENS] = self.embedding
+        self.rows = RowPool(self.slots, self.most_rows, self.architecture.hidden, self.device, self.dtype)
         self._terms_lock = Lock()
         self._terms: Tensor | None = None  # float32 [S, all gains and shifts], made for the first adapter with terms
         self._stream: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -121,7 +130,7 @@ class AdapterPool:
 
     @property
     def nbytes(self) -> int:
-        return self._data.nbytes + (0 if self._terms is None else self._terms.nbytes)
+        return self._data.nbytes + (0 if self._terms is None else self._terms.nbytes) + self.rows.nbytes
 
     @property
     def projections(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
@@ -149,7 +158,7 @@ class AdapterPool:
 
         Args:
             in_layers: leave out the token embedding and the language-model head.
-            terms: give them column terms too.
+            terms: give them column terms and rows of their own too.
         """
         if terms:
             self._allocated_terms()
@@ -157,13 +166,14 @@ class AdapterPool:
         metas = {at: SlotMeta((self.rank,) * size, (1.0,) * size, terms and at[0] >= 0) for at, size in sizes.items()}
         modules = frozenset(module for module, _ in self._destinations if module[0] >= 0 or not in_layers)
         for slot in range(self.slots):
-            self._describe(slot, metas, modules, terms=terms)
+            self._describe(slot, metas, modules, terms=terms, rows=terms)
         try:
             yield
         finally:
             for slot in range(self.slots):
                 self._describe(slot, {}, frozenset())
             self._drop_terms()
+            self.rows.drop_memory()
 
     def load(self, slot: int, packed: PackedAdapter) -> None:
         """Copy an adapter into a slot that no batch uses; blocks until the copy is complete.
@@ -195,7 +205,9 @@ class AdapterPool:
                 matrix = data[into.at : into.at + into.rows * into.columns].view(into.rows, into.columns)
                 matrix[: piece.shape[0], : piece.shape[1]] = piece.view(flat)
         self._write_terms(slot, packed.terms)
-        self._describe(slot, packed.metas, layout.modules.union(packed.terms), terms=bool(packed.terms))
+        self.rows.write(slot, packed.rows)
+        modules = layout.modules.union(packed.terms)
+        self._describe(slot, packed.metas, modules, terms=bool(packed.terms), rows=bool(packed.rows))
 
     def _write_terms(self, slot: int, terms: Mapping[Module, ColumnTerms]) -> None:
         if not terms and not self.contents[slot].terms:
@@ -244,8 +256,9 @@ class AdapterPool:
         return list(filled.values())
 
     def _describe(
-        self, slot: int, metas: Mapping[tuple[int, str], SlotMeta], modules: frozenset[Module], *, terms: bool = False
-    ) -> None:
+        self, slot: int, metas: Mapping[tuple[int, str], SlotMeta], modules: frozenset[Module], *, terms: bool = False,
+        rows: bool = False,
+    ) -> None:  # fmt: skip
         """Set the ranks, scalings and modules of a slot; a part without metadata has rank 0."""
         for where, stack in self._parts.items():
             stack.meta[slot] = metas.get(where) or _empty_meta(len(stack.meta[slot].ranks))
@@ -253,7 +266,7 @@ class AdapterPool:
         # One copy for all projections: the metadata of each stack is a view of some columns.
         self._ranks[slot] = torch.tensor([*chain(*(meta.ranks for meta in written))], dtype=torch.int32)
         self._scalings[slot] = torch.tensor([*chain(*(meta.scalings for meta in written))])
-        self.contents[slot] = SlotContents(modules, terms)
+        self.contents[slot] = SlotContents(modules, terms, rows)
 
 
 @cache

@@ -24,6 +24,7 @@ from ranklet.replicas.adapters.pinned_memory import Allocate
 from ranklet.replicas.model.git_lfs import pointer_problem
 from ranklet.replicas.regular_file import open_regular
 
+FLOATS = "float32, bfloat16 or float16"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES_BY_BYTES = {
     1: "BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0",

@@ -16,15 +16,22 @@ _KEY = re.compile(
     r"(?P<name>(?:gate_)?[a-z]+_proj|embed_tokens|lm_head)"
     r"\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.weight)?"
 )
-# PEFT saves the base's own embedding and head beside an adapter that targets one of them, or whose vocabulary it takes
-# for resized.
-_BASE_COPY = re.compile(_PREFIX + r"(?P<name>embed_tokens|lm_head)(?:\.base_layer)?\.weight")
+# PEFT saves a whole embedding or head that was trained, and the base's own beside an adapter that targets one of them,
+# or whose vocabulary it takes for resized. `original_module` is the base's own beside a trained one.
+_WHOLE = re.compile(
+    _PREFIX + r"(?P<name>embed_tokens|lm_head)\.(?:(?P<original>original_module\.)|(?P<trained>modules_to_save\."
+    r"(?:default\.)?)|(?P<base>(?:token_adapter\.)?base_layer\.))?weight"
+)
+_SOME_ROWS = re.compile(
+    _PREFIX + r"(?P<name>embed_tokens|lm_head)\.token_adapter\.trainable_tokens_delta(?:\.default)?"
+)
 # What DoRA and trained biases save: `bias` is that of the base's own layer, `lora_B.bias` that of B.
 _TERM = re.compile(
     r"(?P<module>.*?)\.(?:(?P<magnitude>lora_magnitude_vector)(?:\.weight)?|(?P<lora_bias>lora_B\.bias)|"
     r"(?:base_layer\.)?(?P<bias>bias))"
 )
 _MAX_KEY_CHARS = 512
+UNUSED_WHOLE = 3
 _OUTSIDE_LAYERS = {EMBED_TOKENS: EMBEDDING, LM_HEAD: HEAD}
 
 
@@ -55,9 +62,23 @@ def parse_term(key: str) -> tuple[Module, str] | None:
     return None if of is None else (of.module, found.lastgroup)
 
 
-def parse_base_copy(key: str) -> str | None:
-    """Return `embed_tokens` or `lm_head` if the key is that of the base's own weight."""
-    found = _BASE_COPY.fullmatch(key) if len(key) <= _MAX_KEY_CHARS else None
+def parse_whole(key: str) -> tuple[str, int] | None:
+    """Parse the key of a whole embedding or head.
+
+    Returns:
+        `embed_tokens` or `lm_head`, and the preference among several of this name, the lowest first. PEFT uses none of
+        preference UNUSED_WHOLE. None if the key is of another tensor.
+    """
+    found = _WHOLE.fullmatch(key) if len(key) <= _MAX_KEY_CHARS else None
+    if found is None:
+        return None
+    kinds = (None, "trained", "base", "original")
+    return found["name"], kinds.index(found.lastgroup if found.lastgroup != "name" else None)
+
+
+def parse_some_rows(key: str) -> str | None:
+    """Return `embed_tokens` or `lm_head` if the key is that of rows of some tokens."""
+    found = _SOME_ROWS.fullmatch(key) if len(key) <= _MAX_KEY_CHARS else None
     return found and found["name"]
 
 

@@ -6,29 +6,28 @@ or wrong ones. Both are findings. All findings are reported together.
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ranklet.kernels.stack import padded_rank
 from ranklet.replicas.adapters.adapter import AdapterWeights, LoraWeight
 from ranklet.replicas.adapters.added_tokens import AddedToken, check_rows
-from ranklet.replicas.adapters.base_copies import FLOATS, check_base_copy
 from ranklet.replicas.adapters.column_terms import StoredTerms, check_terms, read_terms
+from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.findings import Checked, collect, join, shorten
-from ranklet.replicas.adapters.folder_check import BaseFolder, FolderDifferences
+from ranklet.replicas.adapters.folder_check import FolderDifferences
 from ranklet.replicas.adapters.fused import divide, parts_of
 from ranklet.replicas.adapters.links import check_links
 from ranklet.replicas.adapters.magnitudes import check_magnitudes
+from ranklet.replicas.adapters.own_rows import read_rows, split_rows
 from ranklet.replicas.adapters.peft_config import LoraSettings, read_peft_config
 from ranklet.replicas.adapters.pinned_memory import Allocate, pageable
 from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE, AdapterRef
 from ranklet.replicas.adapters.revision import files_in, marks_of
 from ranklet.replicas.adapters.safetensors_file import (
     DTYPES,
+    FLOATS,
     StoredTensor,
     UnreadableWeightsError,
     read_header,
@@ -39,74 +38,15 @@ from ranklet.replicas.adapters.tensor_names import (
     EMBEDDING_MODULE,
     HEAD_MODULE,
     full_names,
-    parse_base_copy,
     parse_key,
     parse_term,
 )
 from ranklet.replicas.adapters.tied_head import tied
 from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
-from ranklet.replicas.model.architecture import Architecture
-from ranklet.replicas.model.base_linears import BaseLinears
-from ranklet.replicas.model.end_of_text import EndOfText
-from ranklet.replicas.model.lm_head import LmHead
 from ranklet.replicas.model.modules import ALL_MODULES, LM_HEAD, Module
 from ranklet.replicas.model.tokenizer_files import UnusableTokenError
 
 Pairs = dict[Module, dict[str, StoredTensor]]  # the tensors of each module, by side: A or B
-
-
-@dataclass(frozen=True)
-class ExpectedModules:
-    """The modules, shapes and base model that an adapter is verified against.
-
-    Attributes:
-        bases: names (fnmatch patterns) of the base model.
-        embedding: the base model's token embedding [vocab, hidden], on any device.
-        head: the base model's head. Without one, LoRA on `lm_head` changes no answer and is not read.
-        end_of_text: finds the tokens that end an adapter's texts; None leaves them out, and checks no files but the
-            config and the weights.
-        slots: number of slots on the device.
-        roots: folders that links in an adapter's folder may lead to.
-        linears: the base model's linear modules, which DoRA and trained biases refer to.
-    """
-
-    architecture: Architecture
-    max_rank: int
-    modules: tuple[str, ...]
-    bases: tuple[str, ...]
-    embedding: Tensor
-    head: LmHead | None = None
-    end_of_text: EndOfText | None = None
-    slots: int = 1
-    roots: tuple[Path, ...] = ()
-    linears: BaseLinears = field(default_factory=BaseLinears)
-
-    @cached_property
-    def base_folder(self) -> BaseFolder | None:
-        if self.end_of_text is None:
-            return None
-        return BaseFolder(self.end_of_text.model_dir, self.architecture.max_position, self.architecture.hidden)
-
-    @property
-    def head_bytes(self) -> int:
-        """Return the device memory that slots for `lm_head` take."""
-        elements = padded_rank(self.max_rank) * sum(self.architecture.dims(LM_HEAD))
-        return self.slots * elements * self.embedding.element_size()
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """Return the output columns of each linear module in a layer."""
-        return {name: self.architecture.dims(name)[1] for name in self.architecture.stored_modules()}
-
-    def every_module(self) -> list[Module]:
-        """Return every module of the decoder that LoRA may target."""
-        linear = self.architecture.stored_modules()
-        return [EMBEDDING_MODULE, *((i, name) for i in range(self.architecture.layers) for name in linear)]
-
-    def shapes(self, name: str, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return the shapes of A and B of a module of this name at this rank."""
-        wide, out = self.architecture.dims(name)
-        return (rank, wide), (out, rank)
 
 
 def read_adapter(ref: AdapterRef, expected: ExpectedModules, allocate: Allocate = pageable) -> AdapterWeights:
@@ -152,8 +92,9 @@ def _verify(
     if settings is None or stored is None:
         return None
     try:
-        head, lora = yield from read_head(path, stored, expected.architecture.hidden, expects=settings.classifies)
-        pairs, stored_terms = yield from _match(path, lora, names.keys(), expected)
+        stored_rows, others = yield from split_rows(stored)
+        head, lora = yield from read_head(path, others, expected.architecture.hidden, expects=settings.classifies)
+        pairs, stored_terms = yield from _match(lora, names.keys())
         ties = settings.ties_head and expected.head is not None and expected.head.ties and HEAD_MODULE in names
         yield from _check_targets(pairs, names, settings, expected, ties=ties)
         notes += _head_notes(pairs, expected, ties=ties)
@@ -169,10 +110,12 @@ def _verify(
         usable = yield from check_terms(
             stored_terms, pairs.keys(), names, settings, expected.linears, expected.widths, expected.modules
         )
-        notes += yield from check_magnitudes(adapter, names, alone=not stored_terms)
+        notes += yield from check_magnitudes(adapter, names, alone=not (stored_terms or stored_rows))
         if ties:
             adapter = yield from tied(adapter, settings.scaling(names[HEAD_MODULE]))
-        adapter = divide(adapter, expected.architecture)
+        has_head = HEAD_MODULE in names
+        rows = yield from read_rows(path, stored_rows, adapter.weights, settings.tokens, expected, has_head=has_head)
+        adapter = divide(replace(adapter, rows=rows), expected.architecture)
         if usable and len(sound) == len(pairs):
             linears, shape = expected.linears, expected.architecture
             terms = yield from read_terms(path, stored_terms, adapter, names, linears, shape)
@@ -221,20 +164,11 @@ def _missing_weights(path: Path) -> str:
     return f"{path.name}: expected the weights that PEFT saves; the file is missing"
 
 
-def _match(
-    path: Path, stored: Iterable[StoredTensor], modules: Collection[Module], expected: ExpectedModules
-) -> Checked[tuple[Pairs, StoredTerms]]:
+def _match(stored: Iterable[StoredTensor], modules: Collection[Module]) -> Checked[tuple[Pairs, StoredTerms]]:
     pairs: Pairs = {}
     terms: StoredTerms = {}
     unmatched = []
     for tensor in stored:
-        copied = parse_base_copy(tensor.key)
-        if copied is not None:
-            head = expected.head.weight if expected.head is not None else None
-            base = head if copied == LM_HEAD else expected.embedding
-            if base is not None:
-                yield from check_base_copy(path, tensor, copied, base)
-            continue
         term = parse_term(tensor.key)
         if term is not None and term[0] in modules:
             if term[1] in terms.setdefault(term[0], {}):
@@ -257,7 +191,8 @@ def _match(
 def _check_targets(
     pairs: Pairs, names: dict[Module, str], settings: LoraSettings, expected: ExpectedModules, *, ties: bool
 ) -> Checked[None]:
-    targeted = {module for module, name in names.items() if settings.targets(name)}
+    whole = settings.tokens.saved  # PEFT puts no LoRA on them
+    targeted = {module for module, name in names.items() if settings.targets(name) and module[1] not in whole}
     if ties:
         targeted.add(EMBEDDING_MODULE)
     if ties or expected.head is None:  # with or without tensors of the head

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.replicas.adapters.dense_files import read_base_dense
+from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.loader import MAX_READERS, Loader
 from ranklet.replicas.adapters.manager import AdapterManager
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, AdapterReport, HeldAdapters
-from ranklet.replicas.adapters.verify import ExpectedModules
 from ranklet.replicas.cache.pages import IntegrityError
 from ranklet.replicas.cache.prefix import base_revision
 from ranklet.replicas.cache.tensors import KvPages, pages_that_fit
@@ -71,8 +71,7 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, listener: Listener | None = None) -> None:
-        self.config, self._times = config, StartTimes()
-        self._listener = listener or Listener()
+        self.config, self._listener, self._times = config, listener or Listener(), StartTimes()
         self.device, self.dtype = pick_device(config), pick_dtype(config)
         settings = read_config(config.model_dir)
         self.architecture = architecture = read_architecture(settings)
@@ -83,8 +82,9 @@ class Engine:
         with self._times.part("weights"):
             model = Decoder(architecture, settings, config.model_dir, longest, self.device, self.dtype)
             self._pool = AdapterPool(
-                architecture, config.slots, config.max_rank, config.lora_modules, self.device, self.dtype
-            )
+                architecture, config.slots, config.max_rank, config.lora_modules, self.device, self.dtype,
+                config.token_rows,
+            )  # fmt: skip
         self._no_text = why_no_text(config, model.lm_head)
         self.limits = replace(limits(makes_text=self._no_text is None), no_text=self._no_text)
         bases = tuple(dict.fromkeys((config.model_dir.resolve().name, *config.base_aliases)))
@@ -95,7 +95,7 @@ class Engine:
         expected = ExpectedModules(
             architecture, config.max_rank, config.lora_modules, bases, model.embedding,
             model.lm_head if self._no_text is None and isinstance(model.lm_head, LmHead) else None,  # used by texts
-            self.end_of_text, config.slots, config.adapter_roots, model.linears,
+            self.end_of_text, config.slots, config.adapter_roots, model.linears, config.token_rows,
         )  # fmt: skip
         loader = Loader(self._pool, expected, config.host_cache_bytes)
         self._lock = Condition()

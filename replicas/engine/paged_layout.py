@@ -124,7 +124,7 @@ class PagedLayout:
         features: what the drawn tokens ask of the sampler.
         scored: tokens of prompts whose logprobs are computed.
         lora: LoRA of every token.
-        drawn_lora: LoRA of the drawn tokens; None if the language-model head has no slots.
+        drawn_lora: LoRA of the drawn tokens; None if no adapter of the step changes the head.
         buffer: int32: all arrays, end to end. Pinned for a GPU.
     """
 
@@ -236,7 +236,7 @@ class LayoutPacker:
             if span.scored is not None
         ]
         drawn_lora = None
-        if self._adapts_head and len(drawn):
+        if (self._adapts_head or lora.token_rows is not None) and len(drawn):
             draws_all = not spans and sizes.drawn == sizes.tokens
             drawn_lora = lora if draws_all else tiled(subset(lora, drawn_at), sizes.drawn, padded=self.pads)
         arrays = [

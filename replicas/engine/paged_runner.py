@@ -132,7 +132,7 @@ class PagedRunner:
         distinct = {contents[slot].modules for slot in runs_of(layout.lora.segments)[:, 2].tolist()}
         modules = _modules(frozenset(distinct), in_layers=not layout.lora.everywhere)
         heads = self._pooling_heads(layout)
-        lora = (layout.lora.backend, layout.lora.terms, modules)
+        lora = (layout.lora.backend, layout.lora.terms, layout.lora.token_rows is not None, modules)
         return "pages", layout.sizes, heads, layout.tile_shapes, layout.features, lora
 
     def _states(self, layout: PagedLayout, moved: Tensor) -> tuple[PagedArrays, Tensor]:
@@ -179,7 +179,7 @@ class PagedRunner:
         targets = torch.from_numpy(span.tokens).to(states.device)
         found = prompt_logprobs(
             self.text.lm_head, model.final_norm(states[span.first : span.first + len(span.tokens)]), targets, span.top,
-            head, None if head is None else subset(lora, rows),
+            head, subset(lora, rows) if head is not None or lora.token_rows is not None else None,
         )  # fmt: skip
         return tuple(array for array in found if array is not None)
 

@@ -87,10 +87,13 @@ class Runner:
         return LaunchedStep(groups, lora.backend, launched_s, perf_counter() - launched_s, events)
 
     def choose_backend(self, lora: LoraBatch) -> LoraBatch:
-        """Set the backend of a step, and whether its adapters have column terms."""
-        contents = self.pool.contents
-        terms = any(contents[slot].terms for slot in runs_of(lora.segments)[:, 2].tolist())
-        return self.backends.choose(replace(lora, terms=True) if terms else lora, self.backend)
+        """Set the backend of a step, and whether its adapters have column terms or rows of tokens."""
+        contents = [self.pool.contents[slot] for slot in runs_of(lora.segments)[:, 2].tolist()]
+        if any(each.terms for each in contents):
+            lora = replace(lora, terms=True)
+        if any(each.rows for each in contents):
+            lora = replace(lora, token_rows=self.pool.rows.table)
+        return self.backends.choose(lora, self.backend)
 
     def lay_out(
         self, spans: Sequence[TokenSpan], lora: LoraBatch, heads: tuple[PromptHead, ...], *, padded: bool
@@ -145,7 +148,7 @@ class Runner:
         contents = [self.pool.contents[segment.slot] for segment in lora.segments]
         if lora.backend == "csgmv":
             modules = frozenset().union(*(slot.modules for slot in contents))
-            return heads, bucket, layout.tile_shapes, modules, lora.terms
+            return heads, bucket, layout.tile_shapes, modules, lora.terms, lora.token_rows is not None
         if lora.backend == "native":
             return heads, layout.lengths, tuple(lora.segments), tuple(contents)
         return (heads, bucket) if lora.backend == "none" else None

@@ -161,7 +161,9 @@ BROKEN: dict[str, Broken] = {
     "bias": Broken(_with_config(bias="some"), ("bias",)),
     "lora-bias": Broken(_with_config(lora_bias=True), ("lora_bias", "lora_B.bias")),
     "modules-to-save": Broken(_with_lora(modules_to_save=["norm"]), ("modules_to_save",)),
-    "trainable-tokens": Broken(_with_lora(trainable_token_indices=[1, 2]), ("trainable_token_indices",)),
+    "trainable-tokens": Broken(
+        _with_config(trainable_token_indices=[1, 2]), ("trainable_token_indices", "trainable_tokens_delta")
+    ),
     # PEFT subtracts the first directions from the base weights when it loads this adapter
     "pissa": Broken(_with_lora(init_lora_weights="pissa"), ("init_lora_weights", "pissa")),
     "fan-in-fan-out": Broken(_with_config(fan_in_fan_out=True), ("fan_in_fan_out",)),

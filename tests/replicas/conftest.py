@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.pool import AdapterPool
-from ranklet.replicas.adapters.verify import ExpectedModules
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.stats import Listener

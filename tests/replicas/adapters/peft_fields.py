@@ -43,6 +43,7 @@ _TARGETS = Followed("test_targets_equal_those_of_peft")
 _SCALINGS = Followed("test_ranks_and_scalings_equal_those_of_peft")
 _TERMS = Followed("test_vectors_of_mixed_batches_equal_those_of_peft")
 _LAYER_TERMS = Followed(_TERMS.test, ", refused by name on `embed_tokens` and `lm_head`")
+_ROWS = Followed("test_logprobs_of_mixed_texts_with_token_rows_equal_those_of_peft")
 _DESCRIBES = "describes the file or the library"
 _TRAINING = "used in training only"
 FIELDS: dict[str, Followed | Unused | Refused] = {
@@ -61,7 +62,7 @@ FIELDS: dict[str, Followed | Unused | Refused] = {
     "fan_in_fan_out": Refused(True),
     "bias": _TERMS,
     "use_rslora": _SCALINGS,
-    "modules_to_save": Refused(["lm_head"]),
+    "modules_to_save": Followed(_ROWS.test, " for `embed_tokens`, `lm_head` and heads of classifiers"),
     "init_lora_weights": Refused("pissa"),
     "layers_to_transform": _TARGETS,
     "layers_pattern": _TARGETS,
@@ -69,7 +70,7 @@ FIELDS: dict[str, Followed | Unused | Refused] = {
     "alpha_pattern": _SCALINGS,
     "megatron_config": Refused({"hidden_size": 128}),
     "megatron_core": Unused("megatron.core", _TRAINING),
-    "trainable_token_indices": Refused([5]),
+    "trainable_token_indices": Followed(_ROWS.test, " for `embed_tokens` and `lm_head`"),
     "loftq_config": Unused({"loftq_bits": 4}, "init_lora_weights says whether it was used"),
     "eva_config": Unused({"rho": 2.0}, "its initialisation leaves the base as it is"),
     "corda_config": Unused({"corda_method": "kpm"}, "init_lora_weights says whether it was used"),

@@ -4,11 +4,11 @@ import queue
 from collections.abc import Callable
 from threading import Condition
 
+from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.loader import ClaimSlot, Loader, LoadOutcome
 from ranklet.replicas.adapters.manager import AdapterManager
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterRef, LoadRecord
-from ranklet.replicas.adapters.verify import ExpectedModules
 from ranklet.replicas.errors import RankletError
 from tests.replicas.asking import PATIENCE_S
 

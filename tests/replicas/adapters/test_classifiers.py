@@ -121,7 +121,7 @@ def test_heads_that_do_not_fit_are_refused(
 
 def test_a_head_without_its_task_is_refused(engine: Engine, folder: Path) -> None:
     change(folder, task_type="CAUSAL_LM")
-    with pytest.raises(InvalidAdapter, match="modules_to_save: expected none, or score and classifier with the task"):
+    with pytest.raises(InvalidAdapter, match="modules_to_save: expected embed_tokens or lm_head, and score and"):
         engine.load(Revisions().reference("topics", str(folder)))
 
 

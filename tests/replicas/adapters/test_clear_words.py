@@ -10,9 +10,10 @@ import pytest
 import torch
 from peft import OFTConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
+from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.nested import adapter_below
 from ranklet.replicas.adapters.reference import AdapterRef
-from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
+from ranklet.replicas.adapters.verify import read_adapter
 from ranklet.replicas.errors import InvalidAdapter, ModelError
 from ranklet.replicas.model.architecture import read_config
 from ranklet.replicas.model.checkpoint import Checkpoint

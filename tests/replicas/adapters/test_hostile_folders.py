@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
 from ranklet.replicas.adapters.adapter_settings import AdapterSettings
+from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.limits import MAX_FINDINGS_CHARS
 from ranklet.replicas.adapters.reference import CONFIG_FILE, FILES, OPTIONAL_FILES, WEIGHTS_FILE, AdapterRef
 from ranklet.replicas.adapters.revision import Revisions
 from ranklet.replicas.adapters.safetensors_file import UnreadableWeightsError, read_header
-from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
+from ranklet.replicas.adapters.verify import read_adapter
 from ranklet.replicas.errors import InvalidAdapter, RankletError
 from ranklet.replicas.model.end_of_text import EndOfText
 from ranklet.replicas.model.tokenizer_files import TOKENIZER_CONFIG_FILE, UnusableTokenError, read_tokenizer_file

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.loader import Loader, LoadOutcome
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
-from ranklet.replicas.adapters.verify import ExpectedModules
 from ranklet.replicas.errors import AdapterNotFound, InternalError, InvalidAdapter
 from tests.assets.adapters import AdapterSpec
 from tests.assets.broken import BROKEN

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.load_times import SLOT_PATIENCE_S
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import RECENTLY_USED_S, WEIGHTS_FILE, AdapterRef
-from ranklet.replicas.adapters.verify import ExpectedModules
 from ranklet.replicas.errors import (
     AdapterNotFound,
     InvalidAdapter,

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ranklet.replicas.adapters import patterns
+from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.limits import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_PATTERN_CHARS, MAX_TENSORS
 from ranklet.replicas.adapters.pattern_process import NO_LAYER
 from ranklet.replicas.adapters.patterns import Pattern, PatternMatch, match_patterns
 from ranklet.replicas.adapters.reference import WEIGHTS_FILE, AdapterRef
-from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
+from ranklet.replicas.adapters.verify import read_adapter
 from ranklet.replicas.errors import InternalError, InvalidAdapter
 from tests.assets.broken import edit_config, sound
 

@@ -10,9 +10,10 @@ import torch
 from ranklet.kernels.packs import PACKS
 from ranklet.kernels.stack import padded_rank
 from ranklet.replicas.adapters.adapter import AdapterWeights, ColumnTerms
+from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.packed import pack
 from ranklet.replicas.adapters.pool import AdapterPool
-from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
+from ranklet.replicas.adapters.verify import read_adapter
 from ranklet.replicas.model.architecture import Architecture
 from ranklet.replicas.model.modules import EMBEDDING, LORA_MODULES
 from tests.assets.adapters import AdapterSpec, save_adapter

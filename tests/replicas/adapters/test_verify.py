@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ranklet.replicas.adapters.adapter import AdapterWeights
+from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import Revisions
-from ranklet.replicas.adapters.verify import ExpectedModules, read_adapter
+from ranklet.replicas.adapters.verify import read_adapter
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
 from ranklet.replicas.model.architecture import Architecture
@@ -100,10 +101,6 @@ def _negative_layer(weights: dict[str, torch.Tensor]) -> None:
     weights[key.replace("layers.0", "layers.-1")] = weights.pop(key)
 
 
-def _embedding_trained_whole(weights: dict[str, torch.Tensor]) -> None:
-    weights["base_model.model.model.embed_tokens.weight"] = torch.randn(1024, 128)
-
-
 def _embedding_resized(weights: dict[str, torch.Tensor]) -> None:
     weights["base_model.model.model.embed_tokens.weight"] = torch.randn(1030, 128)
 
@@ -119,7 +116,6 @@ def _magnitude(weights: dict[str, torch.Tensor]) -> None:
         (_eighths, "F8_E4M3"),
         (_twice, "second tensor"),
         (_negative_layer, "layers.-1"),
-        (_embedding_trained_whole, "embed_tokens.weight"),
         (_embedding_resized, "1030"),
         (_magnitude, "lora_magnitude_vector"),
         (lambda weights: weights.clear(), "target_modules"),

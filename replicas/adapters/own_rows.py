@@ -1,0 +1,237 @@
+"""Reads the rows of the token embedding and the head that an adapter has of its own.
+
+PEFT's rules:
+
+- `trainable_token_indices` names tokens, and the file has their rows. In a tied model, the head gets those of the
+  embedding, unless it has other tokens of its own.
+- `modules_to_save` makes a copy of the embedding or the head, also in a tied model, unless `ensure_weight_tying` ties
+  both copies. The copy has no LoRA.
+- Other whole matrices in a file are those of the model that was trained, which then may differ from the served one.
+
+Of whole matrices, the rows that differ from the base's are kept. Each row is completed with what LoRA adds to it.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ranklet.kernels.token_rows import PAGE
+from ranklet.replicas.adapters.adapter import AdapterRows, LoraWeight, OwnRows
+from ranklet.replicas.adapters.expected_modules import ExpectedModules
+from ranklet.replicas.adapters.findings import Checked, shorten, show
+from ranklet.replicas.adapters.own_stream import own_stream
+from ranklet.replicas.adapters.row_pool import pages_of_rows
+from ranklet.replicas.adapters.safetensors_file import DTYPES, FLOATS, StoredTensor, read_tensor
+from ranklet.replicas.adapters.tensor_names import (
+    EMBEDDING_MODULE,
+    HEAD_MODULE,
+    UNUSED_WHOLE,
+    parse_some_rows,
+    parse_whole,
+)
+from ranklet.replicas.adapters.token_settings import TokenSettings
+from ranklet.replicas.model.modules import EMBED_TOKENS, LM_HEAD, Module
+
+_AT_ONCE = 1 << 24  # numbers of a matrix that are compared at once
+_MODULES = {EMBED_TOKENS: EMBEDDING_MODULE, LM_HEAD: HEAD_MODULE}
+_Rows = dict[str, OwnRows]  # by name of the matrix
+
+
+@dataclass(slots=True)
+class StoredRows:
+    """The tensors of a file with rows: of all tokens, and of those that the config names, each by matrix."""
+
+    whole: dict[str, StoredTensor] = field(default_factory=dict)
+    some: dict[str, StoredTensor] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.whole or self.some)
+
+
+def split_rows(stored: Iterable[StoredTensor]) -> Checked[tuple[StoredRows, list[StoredTensor]]]:
+    """Find the tensors with rows, and return the others too."""
+    found, others = StoredRows(), []
+    preferences: dict[str, int] = {}
+    for tensor in stored:
+        name, whole = parse_some_rows(tensor.key), parse_whole(tensor.key)
+        if name is not None:
+            if found.some.setdefault(name, tensor) is not tensor:
+                yield f"{shorten(tensor.key)}: a second tensor for {name}; expected one"
+        elif whole is None:
+            others.append(tensor)
+        elif whole[1] < min(UNUSED_WHOLE, preferences.get(whole[0], UNUSED_WHOLE)):
+            found.whole[whole[0]], preferences[whole[0]] = tensor, whole[1]
+        elif whole[1] == preferences.get(whole[0]):
+            yield f"{shorten(tensor.key)}: a second tensor for {whole[0]}; expected one"
+    return found, others
+
+
+def read_rows(
+    path: Path, stored: StoredRows, weights: Mapping[Module, LoraWeight], settings: TokenSettings,
+    expected: ExpectedModules, *, has_head: bool,
+) -> Checked[AdapterRows]:  # fmt: skip
+    """Read and check rows.
+
+    Args:
+        weights: the adapter's LoRA.
+        has_head: whether the model that was trained had a head.
+
+    Raises:
+        UnreadableWeightsError: the file cannot be read.
+    """
+    head = expected.head if has_head else None
+    bases = {EMBED_TOKENS: expected.embedding} | ({} if head is None else {LM_HEAD: head.weight})
+    ties = head is not None and head.ties
+    whole: _Rows = {}
+    for name, tensor in stored.whole.items():
+        if name in bases:
+            own = yield from _differing(path, tensor, bases[name])
+            if own is not None:
+                whole[name] = own
+    some = yield from _trained(path, stored.some, settings, bases, ties=ties)
+    if ties and bases[LM_HEAD].data_ptr() == expected.embedding.data_ptr():
+        yield from _tie_whole(whole, stored, settings)
+    if not (ties and settings.ensures_tying and stored.whole):
+        for name in sorted(settings.saved & bases.keys() - stored.whole.keys()):
+            yield f"modules_to_save: expected the weights of {name}, the file has none"
+    joined: dict[tuple[int, int], OwnRows | None] = {}
+    complete: dict[str, OwnRows | None] = {}
+    for name in bases:
+        parts = whole.get(name), some.get(name)
+        own = joined.setdefault((id(parts[0]), id(parts[1])), _joined(*parts))
+        lora = weights.get(_MODULES[name])
+        if name in settings.indices and name in stored.some and lora is not None:
+            yield f"trainable_token_indices: {name} has LoRA too; PEFT refuses both"
+        complete[name] = own if own is None or lora is None else _with_lora(own, lora, looked_up=name == EMBED_TOKENS)
+    rows = AdapterRows(complete[EMBED_TOKENS], complete.get(LM_HEAD))
+    yield from _check_room(rows, expected)
+    return rows
+
+
+def _differing(path: Path, stored: StoredTensor, base: Tensor) -> Checked[OwnRows | None]:
+    """Return the rows that differ from the base's, up to the rounding of either's dtype; None if none does."""
+    key = shorten(stored.key)
+    if stored.shape != tuple(base.shape):
+        yield f"{key}: expected the base's {list(base.shape)}, got {list(stored.shape)}; its vocabulary differs"
+        return None
+    if stored.dtype not in DTYPES:
+        yield f"{key}: expected {FLOATS}, got {shorten(stored.dtype)}"
+        return None
+    copy = read_tensor(path, stored)
+    at_once = max(1, _AT_ONCE // base.shape[1])
+    with own_stream(base.device):
+        differs = [
+            (own.to(base.device).to(base.dtype) != ours.to(copy.dtype).to(base.dtype)).any(1).cpu()
+            for own, ours in zip(copy.split(at_once), base.split(at_once), strict=True)
+        ]
+    ids = torch.cat(differs).nonzero()[:, 0]
+    if not len(ids):
+        return None
+    return (yield from _finite(key, OwnRows(ids.int(), copy[ids].to(base.dtype))))
+
+
+def _trained(
+    path: Path, stored: Mapping[str, StoredTensor], settings: TokenSettings, bases: Mapping[str, Tensor], *, ties: bool
+) -> Checked[_Rows]:
+    """Read the rows that `trainable_token_indices` names."""
+    indices = dict(settings.indices)
+    shares = False
+    if ties and EMBED_TOKENS in indices:
+        shares = indices.setdefault(LM_HEAD, indices[EMBED_TOKENS]) == indices[EMBED_TOKENS]
+        if LM_HEAD in settings.saved:
+            yield f"trainable_token_indices: of a tied model, PEFT cannot use it beside {LM_HEAD} in modules_to_save"
+        if settings.ensures_tying and not shares:
+            yield "trainable_token_indices: expected the same ids for both, since ensure_weight_tying ties them"
+    found: _Rows = {}
+    for name in bases:
+        if name in stored and name not in indices:
+            yield f"{shorten(stored[name].key)}: expected none, since trainable_token_indices leaves out {name}"
+        elif name in stored:
+            own = yield from _read_trained(path, stored[name], indices[name], bases[name])
+            if own is not None:
+                found[name] = own
+        elif name in indices and not (shares and name == LM_HEAD):
+            yield f"trainable_token_indices: expected trainable_tokens_delta of {name}, the file has none"
+    if shares and EMBED_TOKENS in found:
+        if LM_HEAD in found and not _equal(found[LM_HEAD], found[EMBED_TOKENS]):
+            yield f"{LM_HEAD}: expected the rows of {EMBED_TOKENS}, to which it is tied, got others"
+        found[LM_HEAD] = found[EMBED_TOKENS]
+    return found
+
+
+def _read_trained(path: Path, stored: StoredTensor, ids: tuple[int, ...], base: Tensor) -> Checked[OwnRows | None]:
+    key, (vocab, width) = shorten(stored.key), base.shape
+    outside = [each for each in ids if not 0 <= each < vocab]
+    if outside:
+        yield f"trainable_token_indices: expected ids from 0 to {vocab - 1}, got {outside[0]}"
+    elif len(set(ids)) != len(ids):
+        twice = next(each for at, each in enumerate(ids) if each in ids[:at])
+        yield f"trainable_token_indices: expected each id once, got {twice} twice"
+    elif stored.shape != (len(ids), width):
+        yield f"{key}: expected shape {[len(ids), width]}, got {show(list(stored.shape))}"
+    elif stored.dtype not in DTYPES:
+        yield f"{key}: expected {FLOATS}, got {shorten(stored.dtype)}"
+    else:
+        order = torch.tensor(ids).argsort()
+        rows = read_tensor(path, stored)[order].to(base.dtype)
+        return (yield from _finite(key, OwnRows(torch.tensor(ids, dtype=torch.int32)[order], rows)))
+    return None
+
+
+def _finite(key: str, own: OwnRows) -> Checked[OwnRows | None]:
+    if bool(torch.isfinite(own.rows).all()):
+        return own
+    served = str(own.rows.dtype).removeprefix("torch.")
+    yield f"{key}: expected numbers finite in {served}, got NaN or infinity"
+    return None
+
+
+def _tie_whole(whole: _Rows, stored: StoredRows, settings: TokenSettings) -> Checked[None]:
+    """Give embedding and head of a tied model the same rows, unless one of them was made a matrix of its own."""
+    if settings.saved and not settings.ensures_tying:
+        return
+    embedding, head = whole.get(EMBED_TOKENS), whole.get(LM_HEAD)
+    both = stored.whole.keys() >= {EMBED_TOKENS, LM_HEAD}
+    if both and not (embedding is head or (embedding and head and _equal(embedding, head))):
+        yield f"{LM_HEAD}: expected the rows of {EMBED_TOKENS}, to which it is tied, got others"
+    shared = embedding or head
+    if shared is not None:
+        whole[EMBED_TOKENS] = whole[LM_HEAD] = shared
+
+
+def _equal(one: OwnRows, other: OwnRows) -> bool:
+    return torch.equal(one.ids, other.ids) and torch.equal(one.rows, other.rows)
+
+
+def _joined(whole: OwnRows | None, some: OwnRows | None) -> OwnRows | None:
+    """Return the rows of both; where both have a token, those of `some`."""
+    if whole is None or some is None:
+        return whole or some
+    kept = ~torch.isin(whole.ids, some.ids)
+    ids, order = torch.cat([whole.ids[kept], some.ids]).sort()
+    return OwnRows(ids, torch.cat([whole.rows[kept], some.rows])[order])
+
+
+def _with_lora(own: OwnRows, lora: LoraWeight, *, looked_up: bool) -> OwnRows:
+    ids = own.ids.long()
+    inner, outer = (lora.a[:, ids].t(), lora.b.t()) if looked_up else (lora.b[ids], lora.a)
+    added = inner.float() @ outer.float()
+    return OwnRows(own.ids, torch.add(own.rows.float(), added, alpha=lora.scaling).to(own.rows.dtype))
+
+
+def _check_room(rows: AdapterRows, expected: ExpectedModules) -> Checked[None]:
+    row_bytes = expected.embedding.shape[1] * expected.embedding.element_size()
+    needed = PAGE * sum(map(pages_of_rows, rows.distinct))
+    if needed > -(-expected.token_rows // PAGE) * PAGE:
+        yield (
+            f"{EMBED_TOKENS} and {LM_HEAD}: {needed} rows differ from the base's, {_megabytes(needed * row_bytes)}; "
+            f"this server keeps {expected.token_rows} (engine.token_rows), "
+            f"{_megabytes(expected.token_rows * row_bytes)}. Raise it, or train single tokens"
+        )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
