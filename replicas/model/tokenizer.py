@@ -70,6 +70,15 @@ class PromptTokenizer:
         """Return the token ids of each text, int32 [length], without the folder's settings for embeddings."""
         return _ids(self._backend, self._bound, texts, add_special_tokens=add_special_tokens, truncation=truncation)
 
+    def beginnings(self, texts: Sequence[str], tokens: Sequence[int]) -> list[tuple[str, int]]:
+        """Return the beginning of each text that has at most the given number of tokens, and how many it has."""
+        parts = [beginning(text, most, self._bound) for text, most in zip(texts, tokens, strict=True)]
+        found = self._backend.encode_batch(parts, add_special_tokens=False)
+        return [
+            (part, len(encoding)) if len(encoding) <= most else (part[: encoding.offsets[most][0]], most)
+            for part, encoding, most in zip(parts, found, tokens, strict=True)
+        ]
+
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[NDArray[np.int32]]:
         """Return the token ids of each pair of texts, int32 [length], with the tokenizer's special tokens."""
         found = self._backend.encode_batch_fast(list(pairs), add_special_tokens=True)

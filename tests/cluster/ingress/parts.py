@@ -83,6 +83,10 @@ class FakeTokenizer:
     ) -> list[NDArray[np.int32]]:
         return self.encode(texts, truncation=truncation)
 
+    def beginnings(self, texts: Sequence[str], tokens: Sequence[int]) -> list[tuple[str, int]]:
+        parts = [text.split()[:most] for text, most in zip(texts, tokens, strict=True)]
+        return [(" ".join(part), len(part)) for part in parts]
+
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[NDArray[np.int32]]:
         return self.encode([" ".join(pair) for pair in pairs])
 
