@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.reranking import Reranking
 from ranklet.replicas.adapters.added_tokens import AddedToken
+from ranklet.replicas.adapters.invocation import Invocation
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.errors import InvalidAdapter, InvalidRequest, RankletError, error_class
@@ -219,6 +220,7 @@ class AdapterText:
         tool_format: name of the format of its calls of tools; None if the folder names none.
         reranking: how prompts of rerankers are made, if the folder says it.
         added_tokens: of its tokenizer, besides the base model's.
+        invocation: as in `AdapterRef`.
     """
 
     revision: str
@@ -230,6 +232,7 @@ class AdapterText:
     tool_format: str | None = None
     reranking: Reranking | None = None
     added_tokens: tuple[AddedToken, ...] = ()
+    invocation: Invocation | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ranklet.cluster.text.render_process import RenderProcess, TrustedRenderer
 from ranklet.cluster.text.template import ChatTemplate, folder_special_tokens, folder_template
 from ranklet.cluster.text.token_bytes import TokenBytes
 from ranklet.cluster.text.tool_format import FORMATS, ToolFormat, format_of
+from ranklet.replicas.adapters.invocation import Invocation
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.errors import InvalidRequest, ModelError
 from ranklet.replicas.grammar.constraint import Constraint
@@ -76,6 +77,7 @@ class DescribedModel:
         tool_format: of calls of tools; None if it is not known.
         tags: of reasoning; None if the template names none.
         is_classifier: whether it computes scores, and no texts.
+        invocation: as in `AdapterRef`.
         separates_reasoning: whether reasoning is apart from the content, unless the request says otherwise.
     """
 
@@ -88,6 +90,7 @@ class DescribedModel:
     tags: ThinkTags | None = None
     separates_reasoning: bool = False
     is_classifier: bool = False
+    invocation: Invocation | None = None
 
     def chat_template(self) -> OwnedTemplate:
         """Return the template. Raises InvalidRequest if there is none."""
@@ -101,7 +104,9 @@ class DescribedModel:
 
     def pin(self, adapter: AdapterLocation | None) -> AdapterLocation | None:
         """Return the location of exactly this revision."""
-        return None if adapter is None else replace(adapter, requested_revision=self.revision)
+        if adapter is None:
+            return None
+        return replace(adapter, requested_revision=self.revision, invocation=self.invocation)
 
 
 class TextModels:
@@ -180,6 +185,7 @@ class TextModels:
         return DescribedModel(
             text.revision, template, ends, _fingerprint(limits, text.revision), text.constraint,
             **self._answers(template, text.tool_format), is_classifier=text.embedding.classifier is not None,
+            invocation=text.invocation,
         )  # fmt: skip
 
     def _answers(self, template: OwnedTemplate | None, named: str | None = None) -> dict[str, Any]:

@@ -65,5 +65,5 @@ class AdapterTexts:
             findings.append(error.message)
         return AdapterText(
             adapter.revision, template, tokens, tuple(findings), self._settings.read(adapter), settings.constraint,
-            settings.tool_format, settings.reranking, compared.added,
+            settings.tool_format, settings.reranking, compared.added, adapter.invocation,
         )  # fmt: skip
