@@ -159,12 +159,8 @@ class ReplicaCalls:
         """Return the requested revision if the engine still has it in a slot, although its files are gone."""
         with contextlib.suppress(RankletError, TimeoutError):
             for each in await asyncio.to_thread(self._engine.report):
-                found = (each.name, each.revision, each.where) == (location.name, location.requested_revision, "gpu")
-                if found and each.info is not None:
-                    invocation = each.info.invocation
-                    return ResolvedAdapter(
-                        AdapterRef(each.name, location.source, each.revision, each.marks, invocation)
-                    )
+                if (each.name, each.revision, each.where) == (location.name, location.requested_revision, "gpu"):
+                    return ResolvedAdapter(AdapterRef(each.name, location.source, each.revision, each.marks))
         return None
 
     async def _compute(

@@ -73,8 +73,7 @@ class KvSpace:
         table, row = self.table, sequence.row
         table.set_pages(row, 0, pages)
         table.lengths[row] = sequence.computed
-        slot = sequence.slot_at(sequence.length)
-        table.slots[row] = -1 if slot is None else slot
+        table.slots[row] = -1 if sequence.slot is None else sequence.slot
         if sequence.sampling is not None:
             table.sampling[row] = sequence.sampling.columns(row)
 
@@ -96,8 +95,7 @@ class KvSpace:
             return
         full = min(sequence.computed, sequence.length) // PAGE_TOKENS
         if full > len(hashes):
-            ids = sequence.ids[: full * PAGE_TOKENS]
-            hashes += page_hashes(sequence.root, ids, hashes, sequence.adapted_from)
+            hashes += page_hashes(sequence.root, sequence.ids[: full * PAGE_TOKENS], hashes)
         for page in range(sequence.published, full):
             self.pool.register(sequence.pages[page], hashes[page])
         sequence.published = max(sequence.published, full)
