@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.cluster.message import InferenceCall
+from ranklet.replicas.adapters.invocation import first_adapted
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.routing.hint import TextHint
 from ranklet.routing.prefix import page_hashes, prefix_root
@@ -15,10 +16,15 @@ _LONGEST_OUTPUT: Final = 512
 
 
 def call_pages(call: InferenceCall[GenerateParams], ids: NDArray[np.int32]) -> list[int]:
-    """Return the hashes of the full pages of a sequence that begins with a prompt of the call."""
-    adapter = call.adapter
-    name, revision = (None, None) if adapter is None else (adapter.name, adapter.requested_revision)
-    return page_hashes(prefix_root(name, revision, call.params.cache_salt), ids)
+    """Return the hashes of the full pages of a sequence that begins with the first prompt of the call."""
+    adapter, salt = call.adapter, call.params.cache_salt
+    base = prefix_root(None, None, salt)
+    if adapter is None:
+        return page_hashes(base, ids)
+    root = prefix_root(adapter.name, adapter.requested_revision, salt)
+    if adapter.invocation is None:
+        return page_hashes(root, ids)
+    return page_hashes(root, ids, base, first_adapted(call.prompts()[0], adapter.invocation))
 
 
 def text_hint(call: InferenceCall[Any]) -> TextHint | None:

@@ -36,11 +36,18 @@ def prefix_root(adapter: str | None, revision: str | None, salt: str) -> int:
     return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
 
 
-def page_hashes(root: int, ids: NDArray[np.int32]) -> list[int]:
-    """Return the hashes of the full pages of a prompt, of the first `MAX_PAGES` at most."""
+def page_hashes(root: int, ids: NDArray[np.int32], base: int = 0, adapted_from: int = 0) -> list[int]:
+    """Return the hashes of the full pages of a prompt, of the first `MAX_PAGES` at most.
+
+    Args:
+        base: root of the pages that have only tokens before the first one that the adapter changes.
+        adapted_from: number of these tokens.
+    """
     pages = min(len(ids) // PAGE_TOKENS, MAX_PAGES)
     content = ids[: pages * PAGE_TOKENS].reshape(pages, PAGE_TOKENS).astype(np.uint64) @ _MULTIPLIERS
-    chained = np.cumsum(mix((content ^ np.uint64(root)) + _STEPS[:pages]), dtype=np.uint64)
+    content ^= np.uint64(root)
+    content[: adapted_from // PAGE_TOKENS] ^= np.uint64(root) ^ np.uint64(base)
+    chained = np.cumsum(mix(content + _STEPS[:pages]), dtype=np.uint64)
     hashes: list[int] = mix(chained).tolist()
     return hashes
 

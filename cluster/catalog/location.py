@@ -1,9 +1,10 @@
 """The name of an adapter, and where its files are."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ranklet.cluster.catalog.source import is_remote
+from ranklet.replicas.adapters.invocation import Invocation
 from ranklet.replicas.errors import UnknownModel
 
 
@@ -15,12 +16,14 @@ class AdapterLocation:
         source: a folder, or a URL that each node downloads.
         requested_revision: from `name@revision`; None if the request named no revision.
         param: the request's field that named the adapter.
+        invocation: as in `AdapterRef`; None if the adapter has none, or is not described yet.
     """
 
     name: str
     source: str
     requested_revision: str | None = None
     param: str = "model"
+    invocation: Invocation | None = field(default=None, compare=False)
 
     def check_revision(self, revision: str) -> None:
         """Raise UnknownModel if another revision than `revision` was requested."""

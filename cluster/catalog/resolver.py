@@ -10,7 +10,7 @@ from ranklet.cluster.catalog.lanes import Lanes
 from ranklet.cluster.catalog.remote import RemoteCache
 from ranklet.cluster.catalog.source import is_remote
 from ranklet.replicas.adapters.reference import AdapterRef
-from ranklet.replicas.adapters.revision import Revisions, age_of, marks_of
+from ranklet.replicas.adapters.revision import Revisions, age_of, marks_of, read_invocation
 from ranklet.replicas.errors import StillLoading
 
 _CHECK_INTERVAL_S = 1.0  # between two checks of an adapter's files
@@ -117,7 +117,9 @@ class AdapterResolver:
         fetched = await self._lanes.run(str(self._cache.root), self._cache.find, source)
         if fetched is None:
             fetched = await self._lanes.run(source, self._cache.fetch, source)
-        return ResolvedAdapter(AdapterRef(name, str(fetched.folder), fetched.revision), fetched.downloaded)
+        invocation = await self._lanes.run(str(self._cache.root), read_invocation, fetched.folder)
+        ref = AdapterRef(name, str(fetched.folder), fetched.revision, invocation=invocation)
+        return ResolvedAdapter(ref, fetched.downloaded)
 
     def _finish_check(self, key: _Key, check: "asyncio.Task[ResolvedAdapter]") -> None:
         if self._checks.get(key) is not check:  # invalidated

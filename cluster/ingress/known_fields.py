@@ -219,9 +219,9 @@ _SCORES: Final = _ELSEWHERE | {
     "chat_template_kwargs": _EMPTY_OBJECT,
     "mm_processor_kwargs": _EMPTY_OBJECT,
     "messages": RefusedField((), "Send texts"),
-    "truncate": RefusedField((False, "NONE"), "Shorten the texts"),
-    "truncation": RefusedField((False, "disabled"), "Shorten the texts"),
-    "max_length": RefusedField((), "Shorten the texts"),
+    "truncate": RefusedField((False, "NONE"), _CUTS),
+    "truncation": RefusedField((False, "disabled"), _CUTS),
+    "max_length": RefusedField((), _CUTS),
 }
 _SCORES_ACCEPTED: Final = frozenset(
     {"user", "metadata", "safety_identifier", "priority", "request_id", "rid", "cache_salt"}
@@ -230,8 +230,6 @@ CLASSIFY_FIELDS: Final = KnownFields(
     _SCORES | dict.fromkeys(("inputs", "texts", "text"), RefusedField((), "Use input")), _SCORES_ACCEPTED
 )
 _PAIRS: Final = _SCORES | {
-    "truncate_prompt_tokens": RefusedField((), "Shorten the texts"),
-    "max_tokens_per_doc": RefusedField((), "Shorten the documents"),
     "max_chunks_per_doc": RefusedField((1,), "Send each part as a document"),
     "rank_fields": RefusedField((["text"], []), "Send each document as a text"),
     "return_embeddings": _OFF,
@@ -250,7 +248,8 @@ SCORE_FIELDS: Final = KnownFields(
     _PAIRS
     | dict.fromkeys(
         ("queries", "documents", "items", "data_1", "data_2", "query"), RefusedField((), "Use text_1 and text_2")
-    ),
+    )
+    | {"max_tokens_per_doc": RefusedField((), _CUTS)},
     _SCORES_ACCEPTED,
 )
 TOKENIZE_FIELDS: Final = KnownFields(

@@ -18,6 +18,7 @@ from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.responses import json_response
 from ranklet.cluster.ingress.texts import TextModels
+from ranklet.cluster.message import AdapterText
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.errors import RankletError, Unavailable
 
@@ -57,8 +58,8 @@ class ModelsApi:
         return json_response(self._card(adapter, limits))
 
     async def _describe(self, adapter: AdapterLocation | None, limits: RequestLimits | None) -> None:
-        """Let a replica describe the adapter if it may generate text. An adapter that does not fit has no template."""
-        if limits is not None and self.texts.generates(limits) and adapter is not None:
+        """Let a replica describe the adapter. One that cannot be used has no template, and the base model's tasks."""
+        if limits is not None and adapter is not None:
             with contextlib.suppress(RankletError):
                 if self.texts.known(adapter, limits) is None:
                     await self.texts.describe(adapter, limits)
@@ -93,16 +94,25 @@ class ModelsApi:
         """Return what a model is for, whose chat template makes its prompts (base or adapter), and how many token ids
         it has.
 
-        The template is None if there is none. In the list of all models, it is also None for an adapter without any
-        text request so far, since its folder has not been read.
+        The template is None if there is none. In the list of all models, an adapter whose folder no request has needed
+        so far has none, and the tasks of the base model.
         """
         vocab = None if limits is None else limits.vocab
-        if not self.texts.generates(limits):
-            return {"tasks": ["embeddings"], "chat_template": None, "vocab_size": vocab}
-        template = self.texts.template_owner(adapter)
-        return {"tasks": ["embeddings", "text"], "chat_template": template, "vocab_size": vocab}
+        known = None if adapter is None else self.texts.descriptions.known(adapter)
+        tasks = ["embeddings", "text"] if self.texts.generates(limits) else ["embeddings"]
+        tasks = tasks if known is None else _tasks_of(known, tasks)
+        template = self.texts.template_owner(adapter) if "text" in tasks else None
+        return {"tasks": tasks, "chat_template": template, "vocab_size": vocab}
 
     async def _limits(self) -> RequestLimits | None:
         with contextlib.suppress(Unavailable):
             return await self.replicas.limits()
         return None
+
+
+def _tasks_of(adapter: AdapterText, usual: list[str]) -> list[str]:
+    """Return what an adapter is for, where the base model is for the `usual` tasks."""
+    if adapter.embedding.classifier is not None:
+        labels = adapter.embedding.classifier.labels
+        return ["classify", *(["rerank", "score"] if labels is not None and len(labels) == 1 else [])]
+    return usual if adapter.reranking is None or adapter.reranking.tokens is None else [*usual, "rerank", "score"]

@@ -98,16 +98,25 @@ def parse_input(value: Any, max_texts: int, param: str = "input") -> Texts | Tok
         InvalidRequest: another type, an empty text or list, a mixed list, too many texts, or a token id out of range.
     """
     try:
-        return _parse_input(value, max_texts)
+        return _parse_input(value, max_texts, param)
     except _UnusableInputError as error:
         raise InvalidRequest(f"{param}: {error}", param=param) from None
+
+
+def check_count(values: Sequence[Any], max_texts: int, param: str) -> None:
+    """Raise InvalidRequest if a field of a request has too many texts."""
+    if len(values) > max_texts:
+        raise InvalidRequest(
+            f"{param}: expected at most {max_texts} texts in one request, got {len(values)}. Send several requests",
+            param=param,
+        )
 
 
 class _UnusableInputError(Exception):
     pass
 
 
-def _parse_input(value: Any, max_texts: int) -> Texts | TokenIds:
+def _parse_input(value: Any, max_texts: int, param: str) -> Texts | TokenIds:
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list) or not value:
@@ -117,10 +126,7 @@ def _parse_input(value: Any, max_texts: int) -> Texts | TokenIds:
     kinds = set(map(type, value[: _MAX_IDS + 1]))
     if kinds == {int}:
         return [_token_ids(value, None)]
-    if len(value) > max_texts:
-        raise _UnusableInputError(
-            f"expected at most {max_texts} texts in one request, got {len(value)}. Send several requests"
-        )
+    check_count(value, max_texts, param)
     if kinds == {str}:
         return _texts(value)
     if kinds == {list}:

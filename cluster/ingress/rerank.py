@@ -8,8 +8,9 @@ from pydantic import Field, WithJsonSchema
 from ranklet.cluster.ingress.descriptions import AdapterDescriptions
 from ranklet.cluster.ingress.intake import Inputs
 from ranklet.cluster.ingress.known_fields import RERANK_FIELDS, SCORE_FIELDS, KnownFields
-from ranklet.cluster.ingress.protocol import describe_value
-from ranklet.cluster.ingress.scoring_prompts import ScoringPrompts, paired
+from ranklet.cluster.ingress.pair_prompts import PairPrompts, paired
+from ranklet.cluster.ingress.prompts import truncation_of
+from ranklet.cluster.ingress.protocol import check_count, describe_value
 from ranklet.cluster.ingress.scoring_task import (
     ScoredAnswer,
     ScoringRequest,
@@ -34,6 +35,8 @@ class RerankRequest(ScoringRequest):
     documents: Annotated[Any, WithJsonSchema(_DOCUMENTS_SCHEMA)]
     top_n: Annotated[int | None, Field(ge=0)] = None  # 0 answers with all documents, as in vLLM
     return_documents: bool | None = None  # true by default
+    truncate_prompt_tokens: int | None = None
+    max_tokens_per_doc: Annotated[int | None, Field(ge=1)] = None
 
 
 class ScoreRequest(ScoringRequest):
@@ -41,6 +44,7 @@ class ScoreRequest(ScoringRequest):
 
     text_1: Annotated[Any, WithJsonSchema(_TEXT_SCHEMA)]
     text_2: Annotated[Any, WithJsonSchema(_TEXT_SCHEMA)]
+    truncate_prompt_tokens: int | None = None
 
 
 class RerankTask(ScoringTask[RerankRequest]):
@@ -58,7 +62,11 @@ class RerankTask(ScoringTask[RerankRequest]):
         if not self._form.query:
             raise InvalidRequest("query: expected a text, got an empty text", param="query")
         self._documents = _texts("documents", self._form.documents, max_texts, is_object=True)
-        return _pair_inputs(name, adapter, [self._form.query], self._documents, limits, "documents")
+        form = self._form
+        return _pair_inputs(
+            name, adapter, [form.query], self._documents, limits, "documents", form.truncate_prompt_tokens,
+            form.max_tokens_per_doc,
+        )  # fmt: skip
 
     def content(self, answered: ScoredAnswer) -> dict[str, Any]:
         form = self._form
@@ -87,7 +95,7 @@ class ScoreTask(ScoringTask[ScoreRequest]):
             raise InvalidRequest(
                 f"text_1: expected one text, or {len(second)} as text_2 has, got {len(first)}", param="text_1"
             )
-        return _pair_inputs(name, adapter, first, second, limits, "text_2")
+        return _pair_inputs(name, adapter, first, second, limits, "text_2", form.truncate_prompt_tokens)
 
     def content(self, answered: ScoredAnswer) -> dict[str, Any]:
         scores = only_score(answered, use_activation=self._form.use_activation)
@@ -102,17 +110,20 @@ class ScoreTask(ScoringTask[ScoreRequest]):
 
 
 def _pair_inputs(
-    name: str, adapter: AdapterText, first: Sequence[str], second: Sequence[str], limits: RequestLimits, param: str
-) -> Inputs:
+    name: str, adapter: AdapterText, first: Sequence[str], second: Sequence[str], limits: RequestLimits, param: str,
+    truncate_prompt_tokens: int | None, second_tokens: int | None = None,
+) -> Inputs:  # fmt: skip
     classifier, reranking = adapter.embedding.classifier, adapter.reranking
     if classifier is None and (reranking is None or reranking.tokens is None):
         raise without_head(f"{name!r}, which has no head")
     if classifier is not None and classifier.labels is not None:
         check_one_label(name, len(classifier.labels))
     longest = limits.longest_embedding(reads_last=True)
-    adds_special_tokens = reranking is None or reranking.template is None
     pad_id = None if classifier is None else classifier.pad_id
-    rules = ScoringPrompts(limits, param, longest, pad_id, adds_special_tokens)
+    truncation = truncation_of(truncate_prompt_tokens, None, longest, "right")
+    rules = PairPrompts(
+        limits, param, longest, pad_id, truncation=truncation, reranking=reranking, second_tokens=second_tokens
+    )
     return Inputs(paired(first, second, reranking, param), rules)
 
 
@@ -122,11 +133,7 @@ def _texts(param: str, value: Any, max_texts: int, *, is_object: bool = False) -
     if not isinstance(values, list) or not values:
         expected = "a list of documents" if is_object else "a text or a list of texts"
         raise InvalidRequest(f"{param}: expected {expected}, got {describe_value(value)}", param=param)
-    if len(values) > max_texts:
-        raise InvalidRequest(
-            f"{param}: expected at most {max_texts} texts in one request, got {len(values)}. Send several requests",
-            param=param,
-        )
+    check_count(values, max_texts, param)
     texts = []
     for index, each in enumerate(values):
         text = each.get("text") if is_object and isinstance(each, dict) else each

@@ -10,8 +10,8 @@ from ranklet.cluster.text.template import folder_special_tokens, folder_template
 from ranklet.replicas.adapters.adapter_settings import AdapterSettings
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import check_unchanged
+from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison
 from ranklet.replicas.errors import InvalidRequest
-from ranklet.replicas.model.added_tokens import AddedTokens
 from ranklet.replicas.model.tokenizer_files import UnusableTokenError
 
 _MAX_KEPT = 256
@@ -21,11 +21,13 @@ class AdapterTexts:
     """Reads the folders of adapters, each revision once. Thread-safe.
 
     Args:
+        model_dir: folder of the base model.
         settings: of embeddings.
     """
 
-    def __init__(self, settings: AdapterSettings) -> None:
+    def __init__(self, model_dir: Path, settings: AdapterSettings) -> None:
         self._settings = settings
+        self._tokenizer = TokenizerComparison(model_dir)
         self._kept: OrderedDict[AdapterRef, AdapterText] = OrderedDict()
         self._lock = threading.Lock()  # one folder at a time
 
@@ -54,7 +56,7 @@ class AdapterTexts:
             tokens = folder_special_tokens(folder)
         except UnusableTokenError as error:
             findings.append(str(error))
-        compared = self._settings.tokenizers.compare(folder)
+        compared = self._tokenizer.compare(folder)
         findings += (finding for finding in compared.findings if finding not in findings)
         settings = RankletFile()
         try:
@@ -63,5 +65,5 @@ class AdapterTexts:
             findings.append(error.message)
         return AdapterText(
             adapter.revision, template, tokens, tuple(findings), self._settings.read(adapter), settings.constraint,
-            settings.tool_format, settings.reranking, AddedTokens.of(compared.added),
+            settings.tool_format, settings.reranking, compared.added, adapter.invocation,
         )  # fmt: skip

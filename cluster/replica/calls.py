@@ -159,8 +159,12 @@ class ReplicaCalls:
         """Return the requested revision if the engine still has it in a slot, although its files are gone."""
         with contextlib.suppress(RankletError, TimeoutError):
             for each in await asyncio.to_thread(self._engine.report):
-                if (each.name, each.revision, each.where) == (location.name, location.requested_revision, "gpu"):
-                    return ResolvedAdapter(AdapterRef(each.name, location.source, each.revision, each.marks))
+                found = (each.name, each.revision, each.where) == (location.name, location.requested_revision, "gpu")
+                if found and each.info is not None:
+                    invocation = each.info.invocation
+                    return ResolvedAdapter(
+                        AdapterRef(each.name, location.source, each.revision, each.marks, invocation)
+                    )
         return None
 
     async def _compute(

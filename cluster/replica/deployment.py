@@ -81,7 +81,7 @@ class Replica:
         self._resolver = AdapterResolver(cache, config.load_timeout_s, roots=args.adapter_roots)
         settings = AdapterSettings(config.model_dir)
         self._calls = ReplicaCalls(self._id, self._engine, self._resolver, self._state, self._feeds, settings)
-        self._texts = AdapterTexts(settings)
+        self._texts = AdapterTexts(config.model_dir, settings)
         self._metrics_target = start_exporter(metrics.registry, args.metrics)
         self._threads = ThreadPoolExecutor(_BLOCKING_THREADS, thread_name_prefix="engine-call")
         self._tasks: set[asyncio.Task[None]] = set()

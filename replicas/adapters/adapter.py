@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ranklet.replicas.adapters.invocation import Invocation
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.vector_head import VectorHead
 from ranklet.replicas.model.dense import DenseLayers
@@ -96,6 +97,7 @@ class AdapterWeights:
         notes: what its folder has instead of the base model's settings, and what of it is not used.
         head: of a classifier.
         dense: layers on its vectors, perhaps none; None for those of the base model.
+        invocation: as in `AdapterRef`.
     """
 
     ref: AdapterRef
@@ -107,6 +109,7 @@ class AdapterWeights:
     notes: tuple[str, ...] = ()
     head: VectorHead | None = None
     dense: DenseLayers | None = None
+    invocation: Invocation | None = None
 
     @property
     def rank(self) -> int:

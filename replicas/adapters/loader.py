@@ -105,7 +105,7 @@ class Loader:
             self._pool.load(slot, packed)
             result = AdapterInfo(
                 ref.name, ref.revision, packed.adapter_rank, packed.modules, packed.nbytes, packed.end_ids,
-                packed.notes, packed.head, packed.dense,
+                packed.notes, packed.head, packed.dense, ref.invocation,
             )  # fmt: skip
         except RankletError as error:
             result = error

@@ -13,6 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ranklet.replicas.adapters.findings import Checked, shorten, show
+from ranklet.replicas.adapters.invocation import FIELD as INVOCATION
+from ranklet.replicas.adapters.invocation import Invocation, check_invocation, invocation_of
 from ranklet.replicas.adapters.limits import MAX_CONFIG_BYTES, MAX_ENTRIES, MAX_PATTERN_CHARS
 from ranklet.replicas.adapters.nested import missing_config
 from ranklet.replicas.adapters.pattern_process import NO_LAYER
@@ -32,7 +34,7 @@ _HARMLESS = {
 _APPLIED = {
     "peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias",
-    "ensure_weight_tying", "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices",
+    "ensure_weight_tying", "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", INVOCATION,
 }  # fmt: skip
 # These initialisations leave the base weights as they were; the others (pissa, olora, loftq, ...) change them.
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -132,6 +134,11 @@ class LoraSettings:
     def uses_dora(self) -> bool:
         """Whether each targeted module has a magnitude for each output column."""
         return bool(self._fields.get("use_dora"))
+
+    @property
+    def invocation(self) -> Invocation | None:
+        """Return the tokens from which on the adapter changes a prompt; None if it changes all."""
+        return invocation_of(self._fields)
 
     @property
     def has_lora_bias(self) -> bool:
@@ -277,6 +284,7 @@ def _unsupported(fields: dict[str, Any]) -> Iterator[str]:
         yield f"bias: expected one of {', '.join(_BIASES)}, got {show(fields['bias'])}"
     if fields.get("use_dora") and fields.get("lora_bias"):
         yield "lora_bias: PEFT does not combine it with use_dora; expected one of them"
+    yield from check_invocation(fields)
     if fields.get("init_lora_weights", True) not in _PLAIN_INIT:
         yield (
             f"init_lora_weights: {show(fields['init_lora_weights'])} changes the base weights; "

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ranklet.replicas.adapters.invocation import Invocation
 from ranklet.replicas.adapters.vector_head import VectorHead
 from ranklet.replicas.model.classifier import MODEL_CONFIG_FILE
 from ranklet.replicas.model.sentence_files import DENSE_FILES, MODULES_FILE, SETTINGS_FILES
@@ -31,12 +32,14 @@ class AdapterRef:
         path: the adapter's folder.
         revision: hash of the files' content.
         marks: sizes and times of the files (see `marks_of`); "" where the files never change.
+        invocation: the adapter changes a prompt's tokens from these on; None if it changes all.
     """
 
     name: str
     path: str = field(compare=False)
     revision: str
     marks: str = field(default="", compare=False)
+    invocation: Invocation | None = field(default=None, compare=False)
 
     def __hash__(self) -> int:
         return hash(self.name)  # each step looks up each of its adapters several times
@@ -51,6 +54,7 @@ class AdapterInfo:
         notes: what its folder has instead of the base model's settings, and what of it is not used.
         head: of a classifier. Only the engine's process has it, and the next.
         dense: layers on its vectors, perhaps none; None for those of the base model.
+        invocation: as in `AdapterRef`.
     """
 
     name: str
@@ -62,6 +66,7 @@ class AdapterInfo:
     notes: tuple[str, ...] = ()
     head: VectorHead | None = field(default=None, compare=False, repr=False)
     dense: "DenseLayers | None" = field(default=None, compare=False, repr=False)
+    invocation: Invocation | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "head": None, "dense": None}

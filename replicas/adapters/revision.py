@@ -9,9 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from ranklet.replicas.adapters.findings import collect
+from ranklet.replicas.adapters.invocation import Invocation, invocation_of
 from ranklet.replicas.adapters.limits import MAX_ADAPTER_BYTES
 from ranklet.replicas.adapters.links import check_links
-from ranklet.replicas.adapters.reference import FILES, OPTIONAL_FILES, AdapterRef
+from ranklet.replicas.adapters.peft_config import read_fields
+from ranklet.replicas.adapters.reference import CONFIG_FILE, FILES, OPTIONAL_FILES, AdapterRef
 from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
 from ranklet.replicas.regular_file import open_regular
 
@@ -66,6 +69,12 @@ def revision_of(path: str | Path) -> str:
     return whole.hexdigest()[:_CHARACTERS]
 
 
+def read_invocation(folder: Path) -> Invocation | None:
+    """Read the tokens from which on an adapter changes a prompt; None without any, and if its load will be refused."""
+    fields, _ = collect(read_fields(folder / CONFIG_FILE))
+    return invocation_of(fields or {})
+
+
 class Revisions:
     """Revisions of folders by path, read again when their files have changed. Thread-safe.
 
@@ -81,7 +90,7 @@ class Revisions:
         self._settled_s = settled_s
         self._roots = tuple(roots)
         self._max_bytes = max_bytes
-        self._known: dict[str, tuple[str, str]] = {}  # marks and revision
+        self._known: dict[str, tuple[str, str, Invocation | None]] = {}  # marks, and what an `AdapterRef` has
 
     def reference(self, name: str, path: str) -> AdapterRef:
         """Return the current revision of a folder under a name; reads the files if they have changed.
@@ -92,16 +101,16 @@ class Revisions:
         """
         for _ in range(_MAX_TRIES):
             marks, changed_s, size = _stat(path)
-            known, revision = self._known.get(path, ("", ""))
+            known, revision, invocation = self._known.get(path, ("", "", None))
             if known == marks:
                 break
             self._check(name, Path(path), size)
-            revision = revision_of(path)
+            revision, invocation = revision_of(path), read_invocation(Path(path))
             if marks_of(path) == marks:
                 if time.time() - changed_s > self._settled_s:
-                    self._known[path] = marks, revision
+                    self._known[path] = marks, revision, invocation
                 break
-        return AdapterRef(name, path, revision, marks)
+        return AdapterRef(name, path, revision, marks, invocation)
 
     def _check(self, name: str, folder: Path, size: int) -> None:
         findings = list(check_links(folder, files_in(folder), self._roots))

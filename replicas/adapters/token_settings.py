@@ -54,7 +54,9 @@ def unsupported_token_fields(fields: Mapping[str, Any]) -> Iterator[str]:
     """Yield findings on fields whose values cannot be served."""
     usable = (*_MATRICES, *HEAD_NAMES) if is_classifier(fields) else _MATRICES
     saved, indices = fields.get("modules_to_save") or (), fields.get("trainable_token_indices")
-    if any(_last(name) not in usable for name in saved):
+    if saved and fields.get("task_type") == "TOKEN_CLS":
+        yield "task_type: TOKEN_CLS: labels of tokens are not computed; expected SEQ_CLS, for labels of texts"
+    elif any(_last(name) not in usable for name in saved):
         yield (
             f"modules_to_save: expected {' or '.join(_MATRICES)}, and {' and '.join(HEAD_NAMES)} with the task "
             f"SEQ_CLS, got {show(saved)}; train the adapter without it"

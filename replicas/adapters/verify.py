@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from ranklet.replicas.adapters.adapter import AdapterWeights, LoraWeight
-from ranklet.replicas.adapters.added_tokens import check_rows
+from ranklet.replicas.adapters.added_tokens import AddedToken, check_rows
 from ranklet.replicas.adapters.column_terms import StoredTerms, check_terms, read_terms
 from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.findings import Checked, collect, join, shorten
 from ranklet.replicas.adapters.folder_check import FolderDifferences
 from ranklet.replicas.adapters.fused import divide, parts_of
+from ranklet.replicas.adapters.invocation import check_activated
 from ranklet.replicas.adapters.links import check_links
 from ranklet.replicas.adapters.magnitudes import check_magnitudes
 from ranklet.replicas.adapters.own_rows import read_rows, split_rows
@@ -43,7 +44,6 @@ from ranklet.replicas.adapters.tensor_names import (
 )
 from ranklet.replicas.adapters.tied_head import tied
 from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
-from ranklet.replicas.model.added_tokens import AddedToken
 from ranklet.replicas.model.modules import ALL_MODULES, LM_HEAD, Module
 from ranklet.replicas.model.tokenizer_files import UnusableTokenError
 
@@ -65,7 +65,8 @@ def read_adapter(ref: AdapterRef, expected: ExpectedModules, allocate: Allocate 
     if not folder.is_dir():
         raise AdapterNotFound(f"adapter {ref.name!r}: expected a folder, {ref.path!r} does not exist", param="model")
     adapter, findings = collect(_verify(ref, folder, expected, allocate))
-    if ref.marks and marks_of(folder) != ref.marks:
+    is_other = not findings and adapter is not None and adapter.invocation != ref.invocation
+    if is_other or (ref.marks and marks_of(folder) != ref.marks):
         raise AdapterChanged(f"adapter {ref.name!r}: its files have changed while they were read. Try again")
     if findings or adapter is None:
         raise InvalidAdapter(ref.name, findings)
@@ -98,6 +99,7 @@ def _verify(
         pairs, stored_terms = yield from _match(lora, names.keys())
         ties = settings.ties_head and expected.head is not None and expected.head.ties and HEAD_MODULE in names
         yield from _check_targets(pairs, names, settings, expected, ties=ties)
+        yield from check_activated(settings.invocation, pairs.keys(), expected.architecture.vocab)
         notes += _head_notes(pairs, expected, ties=ties)
         if expected.head is None:
             pairs.pop(HEAD_MODULE, None)
@@ -124,7 +126,9 @@ def _verify(
     except UnreadableWeightsError as error:
         yield str(error)
         return None
-    return replace(adapter, end_ids=end_ids, notes=notes, head=head, dense=differences.dense)
+    return replace(
+        adapter, end_ids=end_ids, notes=notes, head=head, dense=differences.dense, invocation=settings.invocation
+    )
 
 
 def _head_notes(pairs: Pairs, expected: ExpectedModules, *, ties: bool) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Hashes of prefixes: two pages have the same hash only if their keys and values are the same. Imports no torch.
 
 Keys and values of a token depend on all tokens before it, and on the weights. So the hash of a page covers the hash of
-the page before it, and the first page's covers the root: the base model, the adapter, a salt and the dtype.
+the page before it, and the first page's covers the root: the base model, the adapter, a salt and the dtype. An adapter
+that changes only later tokens (aLoRA) is covered from the page of its first token on.
 """
 
 import hashlib
@@ -48,21 +49,30 @@ class PrefixRoot(NamedTuple):
         return state.digest()
 
 
-def page_hashes(root: PrefixRoot, ids: NDArray[np.integer], known: Sequence[bytes] = ()) -> list[bytes]:
+def page_hashes(
+    root: PrefixRoot, ids: NDArray[np.integer], known: Sequence[bytes] = (), adapted_from: int = 0
+) -> list[bytes]:
     """Return the hashes of a sequence's full pages that follow the known ones.
 
     Args:
         ids: all tokens of the sequence, from the first on.
         known: hashes of its first pages.
+        adapted_from: number of its leading tokens that the base model computes. Pages of such tokens only have the
+            hashes that they have without the adapter.
     """
     start, stop = len(known) * PAGE_TOKENS, len(ids) // PAGE_TOKENS * PAGE_TOKENS
     if start >= stop:
         return []
     content = np.asarray(ids[start:stop], dtype="<i4").tobytes()
     size = 4 * PAGE_TOKENS
-    last = known[-1] if known else root.digest()
+    first = root._replace(adapter_revision="") if adapted_from else root
+    last = known[-1] if known else first.digest()
+    turn = adapted_from // PAGE_TOKENS * PAGE_TOKENS - start if adapted_from else -1
     hashes = []
     for at in range(0, len(content), size):
+        if 4 * turn == at:  # the place too: with another one, the same tokens have other keys and values
+            place = adapted_from.to_bytes(8, "little")
+            last = hashlib.blake2b(last + root.digest() + place, digest_size=_HASH_BYTES).digest()
         last = hashlib.blake2b(last + content[at : at + size], digest_size=_HASH_BYTES).digest()
         hashes.append(last)
     return hashes

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ranklet.replicas.adapters.findings import Checked, collect, show
+from ranklet.replicas.adapters.invocation import FIELD as INVOCATION
 from ranklet.replicas.adapters.peft_config import check_fields, read_fields
 from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE
 from ranklet.replicas.adapters.tensor_names import full_names, parse_key
@@ -112,6 +113,11 @@ class Conversion:
             raise ConversionError(
                 "init_lora_weights: 'loftq': the adapter belongs to a quantized base, whose difference to the base is "
                 "not stored; train the adapter without LoftQ"
+            )
+        if fields.get(INVOCATION) is not None:
+            raise ConversionError(
+                f"{INVOCATION}: expected none with init_lora_weights {show(init)}, which has changed the base's "
+                "weights for the tokens before it too; train the adapter with init_lora_weights true"
             )
         settings = _settings(fields, tensors)
         if self.initial is not None:

@@ -171,7 +171,7 @@ class Engine:
         """
         task: Task
         if isinstance(params, EmbedParams):
-            task = embed_task(params, prompts, self.heads, self.limits, self.runner.model.lm_head)
+            task = embed_task(params, prompts, self.heads, self.limits, self.runner.model.lm_head, adapter)
         elif self._text is None:
             raise InvalidRequest(self._no_text or "the engine has not started; send the request again", param="model")
         else:

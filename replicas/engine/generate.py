@@ -106,13 +106,13 @@ class GenerateTask:
     def prepare(self, sequences: Many[Sequence]) -> None:
         for first in range(0, len(sequences), self.choices):
             scored = sequences[first] if self._params.prompt_logprobs is not None else None
-            prompt = sequences[first].ids[: sequences[first].prompt]
-            hashes = () if self._root is None else page_hashes(self._root, prompt)
+            prompt, adapted_from = sequences[first].ids[: sequences[first].prompt], sequences[first].adapted_from
+            hashes = () if self._root is None else page_hashes(self._root, prompt, (), adapted_from)
             for sequence in sequences[first : first + self.choices]:
                 sequence.root = self._root
                 sequence.hashes = None
                 if self._root is not None:
-                    sequence.hashes = [*hashes, *page_hashes(self._root, sequence.ids, hashes)]
+                    sequence.hashes = [*hashes, *page_hashes(self._root, sequence.ids, hashes, adapted_from)]
                 sequence.reads_cache = sequence is not scored
                 sequence.scores = self._params.prompt_logprobs if sequence is scored else None
 

@@ -73,7 +73,8 @@ class KvSpace:
         table, row = self.table, sequence.row
         table.set_pages(row, 0, pages)
         table.lengths[row] = sequence.computed
-        table.slots[row] = -1 if sequence.slot is None else sequence.slot
+        slot = sequence.slot_at(sequence.length)
+        table.slots[row] = -1 if slot is None else slot
         if sequence.sampling is not None:
             table.sampling[row] = sequence.sampling.columns(row)
 
@@ -95,7 +96,8 @@ class KvSpace:
             return
         full = min(sequence.computed, sequence.length) // PAGE_TOKENS
         if full > len(hashes):
-            hashes += page_hashes(sequence.root, sequence.ids[: full * PAGE_TOKENS], hashes)
+            ids = sequence.ids[: full * PAGE_TOKENS]
+            hashes += page_hashes(sequence.root, ids, hashes, sequence.adapted_from)
         for page in range(sequence.published, full):
             self.pool.register(sequence.pages[page], hashes[page])
         sequence.published = max(sequence.published, full)

@@ -291,10 +291,11 @@ class LayoutPacker:
         padded = rounded_step(tokens, self._max_tokens)
         padded_decodes = decodes_beside_prompts(count, padded) if count or chunks else 0
         padded_chunks = max(_few(padded)[0], power_of_four(len(chunks))) if chunks else 0
+        most_drawn = max(_few(padded)[0], power_of_four(self._table.filler))  # one a row, which may have two chunks
         padded_fresh = power_of_four(len(fresh)) if fresh else 0
         return LayoutSizes(
             padded, padded_decodes, padded_chunks, padded_fresh, power_of_two(longest_fresh) if fresh else 0, most,
-            padded_decodes + padded_chunks + (padded_fresh if not chunks else 0) if drawn else 0,
+            padded_decodes + min(padded_chunks, most_drawn) + (padded_fresh if not chunks else 0) if drawn else 0,
             max(_LEAST_POOLED if chunks else 0, power_of_four(pooled) if pooled else 0),
         )  # fmt: skip
 

@@ -13,9 +13,9 @@ from ranklet.kernels.row_subset import subset
 from ranklet.kernels.segments import runs_of
 from ranklet.replicas.cache.tensors import KvPages
 from ranklet.replicas.engine.launched import SKIPPED, LaunchedStep, OutputGroup, record_event, to_host
-from ranklet.replicas.engine.layout import TokenSpan
 from ranklet.replicas.engine.paged_layout import LayoutPacker, PagedArrays, PagedLayout, ScoredSpan, StepItems
-from ranklet.replicas.engine.plan import Part, StepPlan
+from ranklet.replicas.engine.plan import StepPlan
+from ranklet.replicas.engine.planned_spans import PlannedSpans
 from ranklet.replicas.engine.repeated_layout import RepeatedLayout
 from ranklet.replicas.engine.row_table import RowTable
 from ranklet.replicas.engine.runner import Runner, distinct_heads
@@ -77,7 +77,9 @@ class PagedRunner:
         masks = {each.row: each.grammar.allowed for each in plan.drawing() if each.grammar and each.row is not None}
         if masks:
             self.text.sampler.set_masks(list(masks), list(masks.values()))
-        return self.launch_items(StepItems(plan.decode_set.rows, spans_of(plan), slots), launched_s)
+        planned = PlannedSpans.of(plan, slots)
+        launched = self.launch_items(StepItems(plan.decode_set.rows, planned.spans, planned.slots), launched_s)
+        return planned.by_part(launched, len(plan.decodes))
 
     @torch.inference_mode()
     def launch_items(self, items: StepItems, launched_s: float) -> LaunchedStep:
@@ -201,18 +203,3 @@ class PagedRunner:
 def _modules(distinct: frozenset[frozenset[Module]], *, in_layers: bool) -> frozenset[Module]:
     """Return the modules of all adapters, without those in the layers unless `in_layers`."""
     return frozenset(module for modules in distinct for module in modules if in_layers or module[0] < 0)
-
-
-def spans_of(plan: StepPlan) -> list[TokenSpan]:
-    """Return the tokens of a plan's parts."""
-    rows = plan.part_rows or [None] * len(plan.parts)
-    return [_span(part, row) for part, row in zip(plan.parts, rows, strict=True)]
-
-
-def _span(part: Part, row: int | None) -> TokenSpan:
-    sequence, end = part.sequence, part.start + part.tokens
-    span = TokenSpan(sequence.ids[part.start : end], part.start, part.head, row, skipped=sequence.skipped)
-    if sequence.scores is None or part.start + 1 >= sequence.prompt:
-        return span
-    scored = sequence.ids[part.start + 1 : min(end + 1, sequence.prompt)]
-    return span._replace(scored=scored, top=sequence.scores)

@@ -21,7 +21,7 @@ class Need(NamedTuple):
         tokens: number of tokens to compute before the first output, from `Sequence.computed` on.
         head: computes the outputs from hidden states.
         outputs: number of outputs to compute. Each output but the last is a token, which the next pass computes.
-        keeps_cache: whether later passes read keys and values of these tokens.
+        keeps_cache: whether later passes, or other spans of the same one, read keys and values of these tokens.
         divisible: whether the tokens may be computed in several steps.
     """
 

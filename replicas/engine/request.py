@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ranklet.replicas.adapters.invocation import first_adapted
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.engine.generate import GenerateTask
 from ranklet.replicas.engine.sequence import Sequence, flow_of
@@ -103,6 +104,11 @@ class Request:
         for i, output in enumerate(given):
             ids = np.concatenate((repeated[i], output))
             self.sequences[i] = Sequence(ids, adapter, flow, arrived_s, self, i, len(output))
+        if adapter is not None and adapter.invocation is not None:
+            for index, ids in enumerate(prompts):
+                first = first_adapted(ids, adapter.invocation)
+                for sequence in self.sequences[index * task.choices : (index + 1) * task.choices]:
+                    sequence.adapted_from = first
         for sequence in self.sequences:
             self.restart(sequence)
         task.prepare(self.sequences)

@@ -57,6 +57,7 @@ class Sequence:
         solo: number of outputs that it still computes without other sequences, because an earlier step with it failed.
         finishing: whether its next output is its last, because the client needs no more.
         slot: pool slot of the adapter; None for the base model.
+        adapted_from: number of leading tokens that are computed without the adapter (see `first_adapted`).
         holds_slot: whether `slot` is reserved, from the first pass until the sequence is done.
         row: row of the table of sequences with pages; None without pages.
         pages: pages that hold its keys and values, in order.
@@ -96,6 +97,7 @@ class Sequence:
     cancelled: bool = False
     finishing: bool = False
     slot: int | None = None
+    adapted_from: int = 0
     holds_slot: bool = False
     row: int | None = None
     pages: list[int] = field(default_factory=list)
@@ -131,6 +133,15 @@ class Sequence:
     def is_new_text(self) -> bool:
         """Whether it is a text of several tokens that has no row yet."""
         return self.row is None and self.need.keeps_cache and self.need.outputs > 1
+
+    @property
+    def begins_within(self) -> bool:
+        """Whether its adapter changes some of its tokens but not the first."""
+        return 0 < self.adapted_from < self.length
+
+    def slot_at(self, place: int) -> int | None:
+        """Return the slot of the token at this index; None for the base model."""
+        return self.slot if place >= self.adapted_from else None
 
     def append(self, token: int) -> None:
         """Add an output token that has reached the host."""

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from ranklet.replicas.engine.launched import LaunchedStep
-from ranklet.replicas.engine.paged_runner import PagedRunner, spans_of
+from ranklet.replicas.engine.paged_runner import PagedRunner
 from ranklet.replicas.engine.plan import StepPlan
+from ranklet.replicas.engine.planned_spans import PlannedSpans
 from ranklet.replicas.engine.runner import Runner
 
 
@@ -28,4 +29,5 @@ class StepRunner:
         if plan.uses_pages:
             assert self.paged is not None, "a plan without a space for pages uses none"
             return self.paged.launch(plan, slots)
-        return self.runner.launch(spans_of(plan), slots)
+        planned = PlannedSpans.of(plan, slots)
+        return self.runner.launch(planned.spans, planned.slots)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.replicas.adapters.reference import AdapterInfo
+from ranklet.replicas.adapters.invocation import FIELD
+from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.adapters.vector_head import VectorHead
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import EmbedParams
@@ -22,7 +23,7 @@ from ranklet.replicas.model.modules import LM_HEAD
 
 if TYPE_CHECKING:
     from ranklet.replicas.model.dense import DenseLayers
-    from ranklet.replicas.model.heads import Head, PoolingHeads
+    from ranklet.replicas.model.heads import Head, PoolingHead, PoolingHeads
     from ranklet.replicas.model.lm_head import LmHead, MissingHead
 
 
@@ -99,7 +100,8 @@ class EmbedTask:
         self._adapter = adapter
 
     def need(self, sequence: Sequence) -> Need:
-        return Need(sequence.length, self._head, divisible=self._head.reads_last)
+        last = self._head.reads_last
+        return Need(sequence.length, self._head, keeps_cache=last and sequence.begins_within, divisible=last)
 
     def accept(self, sequence: Sequence, output: NDArray[np.float32]) -> tuple[None, bool]:
         self._vectors[sequence.index] = output
@@ -141,7 +143,7 @@ class EmbedTask:
 
 def embed_task(
     params: EmbedParams, prompts: Many[NDArray[np.int32]], heads: "PoolingHeads", limits: RequestLimits,
-    lm_head: "LmHead | MissingHead",
+    lm_head: "LmHead | MissingHead", adapter: AdapterRef | None = None,
 ) -> EmbedTask:  # fmt: skip
     """Return the task of a request for embeddings.
 
@@ -151,6 +153,8 @@ def embed_task(
     normalize = heads.normalizes if params.normalize is None else params.normalize
     head = heads.choose(params.pooling, normalize=normalize and not params.dense, skips=params.skipped > 0)
     limits.check_prompts(prompts, limits.longest_embedding(reads_last=head.reads_last))
+    if adapter is not None and adapter.invocation is not None:
+        _check_parts(adapter, head, limits)
     tokens = None if params.head is None else params.head.tokens
     return EmbedTask(
         params, len(prompts), limits, head, normalize=normalize, is_normalized=head.pooling.normalize,
@@ -158,6 +162,18 @@ def embed_task(
         token_head=None if tokens is None else _token_head(tokens, limits, lm_head),
         dense=heads.dense,
     )  # fmt: skip
+
+
+def _check_parts(adapter: AdapterRef, head: "PoolingHead", limits: RequestLimits) -> None:
+    """Check that a prompt's tokens before and after an invocation can be computed apart, which takes pages."""
+    if head.reads_last and limits.no_text is None:
+        return
+    got = f"pooling {head.pooling.mode}" if limits.no_text is None else f"one that does not: {limits.no_text}"
+    raise InvalidRequest(
+        f"model: adapter {adapter.name!r} changes tokens from its {FIELD} on. Vectors with it need pooling of the last "
+        f"token, and a replica that generates text; got {got}",
+        param="model",
+    )
 
 
 def _token_head(tokens: tuple[int, int], limits: RequestLimits, lm_head: "LmHead | MissingHead") -> VectorHead:

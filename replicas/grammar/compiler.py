@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ranklet.replicas.errors import InvalidRequest
 from ranklet.replicas.grammar.grammar import Grammar, not_enforced
-from ranklet.replicas.grammar.refusal import LIMITS, problem_of
+from ranklet.replicas.grammar.refusal import LIMITS, is_full, problem_of
 from ranklet.replicas.grammar.text_grammar import TextGrammar
 
 MAX_KEPT: Final = 128
@@ -51,13 +51,15 @@ class GrammarCompiler:
         Raises:
             InvalidRequest: the grammar cannot be enforced, or the text does not follow it.
         """
-        matcher = self._matcher(grammar)
-        if matcher.try_consume_tokens(list(given)) < len(given):
-            raise InvalidRequest("expected tokens that follow the grammar, to go on with")
-        text = TextGrammar(matcher, self._vocab, self._end_ids, allowed_ids, stop_ids, min_tokens)
+        kept = self._matcher(grammar)
+        text = TextGrammar(grammar, kept, given, self._vocab, self._end_ids, allowed_ids, stop_ids, min_tokens)
         mask = self._new_masks(1)
-        fill_next_token_bitmask(matcher, mask)
-        text.take(mask[0], len(given))
+        consumed = _catch_up(text, mask)
+        if is_full(text.matcher):
+            consumed = self._renew(text, mask)
+        if consumed < len(given) and not is_full(text.matcher):
+            raise InvalidRequest("expected tokens that follow the grammar, to go on with")
+        text.take(mask[0])
         if text.problem is not None:
             raise not_enforced(text.problem)
         return text
@@ -67,14 +69,26 @@ class GrammarCompiler:
         masks = self._new_masks(len(texts))
         self._executor.consume_token_par([(text.matcher, token) for text, token in zip(texts, tokens, strict=True)])
         fill_next_token_bitmask_par(self._executor, [(text.matcher, i) for i, text in enumerate(texts)], masks)
-        for text, mask in zip(texts, masks, strict=True):
-            text.take(mask, 1)
+        for index, (text, token) in enumerate(zip(texts, tokens, strict=True)):
+            text.ids.append(token)
+            mask = masks[index : index + 1]
+            if is_full(text.matcher):
+                self._renew(text, mask)
+            text.take(mask[0])
+
+    def _renew(self, text: TextGrammar, mask: NDArray[np.int32]) -> int:
+        """Give a text a lexer with room. Texts of one grammar share theirs, so that others may have filled it."""
+        with self._lock:
+            if self._kept.get(text.grammar) is text.kept:
+                self._forget(text.grammar)
+        text.restart(self._matcher(text.grammar))
+        return _catch_up(text, mask)
 
     def _matcher(self, grammar: Grammar) -> LLMatcher:
         with self._lock:
             if grammar in self._kept:
                 self._kept.move_to_end(grammar)
-                return self._kept[grammar].deep_copy()
+                return self._kept[grammar]
         made = LLMatcher(self._tokenizer, grammar.definition(), log_level=0, limits=LIMITS)
         if not made.is_error():
             fill_next_token_bitmask(made, self._new_masks(1))  # copies share what this has computed
@@ -86,12 +100,22 @@ class GrammarCompiler:
                 self._kept_bytes += len(grammar.text)
             self._kept[grammar] = made
             while len(self._kept) > MAX_KEPT or self._kept_bytes > _MAX_KEPT_BYTES:
-                oldest, _ = self._kept.popitem(last=False)
-                self._kept_bytes -= len(oldest.text)
-            return made.deep_copy()
+                self._forget(next(iter(self._kept)))
+        return made
+
+    def _forget(self, grammar: Grammar) -> None:
+        del self._kept[grammar]
+        self._kept_bytes -= len(grammar.text)
 
     def _new_masks(self, count: int) -> NDArray[np.int32]:
         return np.zeros((count, -(-self._vocab // 32)), dtype=np.int32)
+
+
+def _catch_up(text: TextGrammar, mask: NDArray[np.int32]) -> int:
+    """Let a new matcher consume the text's tokens, and compute what may follow. Returns how many it has consumed."""
+    consumed = text.matcher.try_consume_tokens(text.ids)
+    fill_next_token_bitmask(text.matcher, mask)
+    return int(consumed)
 
 
 def _without_changes(tokenizer: str) -> str:

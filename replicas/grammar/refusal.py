@@ -13,7 +13,9 @@ from ranklet.replicas.grammar.call_grammar import CallGrammar
 from ranklet.replicas.grammar.grammar import Grammar
 from ranklet.replicas.grammar.subschemas import Subschema, of_same_value, subschemas
 
-LIMITS = LLParserLimits(verbose_errors=False)
+# Of one lexer, which all texts of a grammar share. Usual schemas need 1,000 states, of about 400 bytes each.
+LIMITS = LLParserLimits(verbose_errors=False, max_lexer_states=50_000)
+_FULL = "lexer error: too many"
 _UNKNOWN_KEYS = re.compile(r'Unimplemented keys: \["([^"]+)"')
 _MOST_LOCATED = 256  # schemas that are compiled alone to find the one at fault
 _MAX_CHARS = 500
@@ -69,6 +71,11 @@ def _problem(grammar: Grammar, tokenizer: LLTokenizer) -> str | None:
         mask = np.zeros((1, -(-tokenizer.vocab_size // 32)), dtype=np.int32)
         fill_next_token_bitmask(matcher, mask)
     return problem_of(matcher)
+
+
+def is_full(matcher: LLMatcher) -> bool:
+    """Whether a matcher cannot go on because its lexer has no room for more states."""
+    return matcher.is_error() and _FULL in matcher.get_error()
 
 
 def problem_of(matcher: LLMatcher) -> str | None:

@@ -6,6 +6,7 @@ import numpy as np
 from llguidance import LLMatcher
 from numpy.typing import NDArray
 
+from ranklet.replicas.grammar.grammar import Grammar
 from ranklet.replicas.grammar.refusal import problem_of
 
 
@@ -13,25 +14,27 @@ class TextGrammar:
     """The state of one text in its grammar. One thread at a time uses it.
 
     Args:
-        matcher: of no other text.
+        kept: the matcher of no text, with which texts of the grammar begin.
+        given: tokens of the text. Its matcher has not consumed them.
         vocab: number of token ids.
         end_ids: end the text. They are allowed only where the text is complete.
         allowed_ids: the only other tokens; None allows all.
         min_tokens: ids that end the text are banned until it has this many tokens, unless nothing else is possible.
 
     Attributes:
-        matcher: has consumed the text.
-        tokens: number of tokens of the text.
+        matcher: of no other text. It shares a lexer with `kept`.
+        ids: tokens of the text.
         allowed: int32 [words]: bit t % 32 of word t // 32 allows token t as the next one.
         problem: why the text cannot go on; None if it can.
     """
 
     def __init__(
-        self, matcher: LLMatcher, vocab: int, end_ids: Collection[int], allowed_ids: Sequence[int] | None = None,
-        stop_ids: Collection[int] = (), min_tokens: int = 0,
+        self, grammar: Grammar, kept: LLMatcher, given: Sequence[int], vocab: int, end_ids: Collection[int],
+        allowed_ids: Sequence[int] | None = None, stop_ids: Collection[int] = (), min_tokens: int = 0,
     ) -> None:  # fmt: skip
-        self.matcher = matcher
-        self.tokens = 0
+        self.grammar = grammar
+        self.restart(kept)
+        self.ids = list(given)
         self.allowed = np.zeros(-(-vocab // 32), dtype=np.int32)
         self.problem: str | None = None
         self._vocab = vocab
@@ -49,10 +52,13 @@ class TextGrammar:
         self._others = ~self._ends
         self._restrict()
 
-    def take(self, mask: NDArray[np.int32], tokens: int) -> None:
-        """Take the matcher's mask, after it has consumed this many more tokens."""
+    def restart(self, kept: LLMatcher) -> None:
+        """Replace the matcher by one that has consumed nothing."""
+        self.kept, self.matcher = kept, kept.deep_copy()
+
+    def take(self, mask: NDArray[np.int32]) -> None:
+        """Take the matcher's mask, after it has consumed the text's tokens."""
         self._mask = mask
-        self.tokens += tokens
         self.problem = problem_of(self.matcher)
         self._restrict()
 
@@ -63,11 +69,11 @@ class TextGrammar:
         if self._only is not None:
             allowed &= self._only
         if self.matcher.is_accepting():
-            if self.tokens >= self._min_tokens:
+            if len(self.ids) >= self._min_tokens:
                 allowed |= self._ends
             elif not (allowed := allowed & ~self._stops).any():
                 allowed = self._ends
-        elif self.tokens < self._min_tokens and (rest := allowed & ~self._stops).any():
+        elif len(self.ids) < self._min_tokens and (rest := allowed & ~self._stops).any():
             allowed = rest
         self.allowed = allowed
         if not np.count_nonzero(allowed):  # faster than `any`

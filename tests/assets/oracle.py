@@ -107,8 +107,12 @@ def is_causal(adapter_dir: Path) -> bool:
         return any(key.startswith("base_model.model.model.") for key in file.keys())  # noqa: SIM118 - no mapping
 
 
-def attach(model: "nn.Module", adapter_dir: Path) -> None:
-    """Add the adapter's layers to `model` in place. Raises ValueError where PEFT only warns."""
+def attach(model: "nn.Module", adapter_dir: Path) -> Any:
+    """Add the adapter's layers to `model` in place. Raises ValueError where PEFT only warns.
+
+    Returns:
+        PEFT's model, which activates aLoRA adapters.
+    """
     from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -119,6 +123,7 @@ def attach(model: "nn.Module", adapter_dir: Path) -> None:
     unfilled = [key for key in result.missing_keys if "lora_" in key]
     if result.unexpected_keys or unfilled:
         raise ValueError(f"{adapter_dir}: PEFT left unused {result.unexpected_keys} and unfilled {unfilled}")
+    return wrapped
 
 
 def stamp(folder: Path | None) -> int:

@@ -76,23 +76,37 @@ def reference_text(
     return texts
 
 
-def reference_logprobs(model_dir: Path, adapter_dir: Path | None, tokens: TokenIds) -> NDArray[np.float32]:
+def reference_logprobs(
+    model_dir: Path, adapter_dir: Path | None, tokens: TokenIds, *, prompt: int | None = None
+) -> NDArray[np.float32]:
     """Return the log-probabilities of every token after each token: float32 [tokens, vocabulary].
 
     Row i is of the token at place i + 1. One pass without a KV cache and without padding.
+
+    Args:
+        prompt: number of leading tokens in which aLoRA looks for its invocation; None for all.
     """
     import torch
+    from peft import PeftModel
+    from peft.tuners.lora.variants import calculate_alora_offsets
 
     ids = torch.tensor([[int(token) for token in tokens]])
     with torch.inference_mode():
         model, _ = reference_model(model_dir, adapter_dir)
-        logits = model(input_ids=ids, use_cache=False).logits[0]
+        options: dict[str, Any] = {}
+        if isinstance(model, PeftModel) and prompt is not None:
+            config: Any = model.peft_config
+            (offset,) = calculate_alora_offsets(config, model.active_adapter, ids[:, :prompt])
+            options["alora_offsets"] = [offset and offset + ids.shape[1] - prompt]
+        logits = model(input_ids=ids, use_cache=False, **options).logits[0]
     return np.asarray(logits.double().log_softmax(-1).float().numpy(), dtype=np.float32)
 
 
-def chosen_logprobs(model_dir: Path, adapter_dir: Path | None, tokens: TokenIds) -> NDArray[np.float32]:
+def chosen_logprobs(
+    model_dir: Path, adapter_dir: Path | None, tokens: TokenIds, *, prompt: int | None = None
+) -> NDArray[np.float32]:
     """Return the log-probabilities of tokens[1:], each after the tokens before it: float32 [tokens - 1]."""
-    table = reference_logprobs(model_dir, adapter_dir, tokens)
+    table = reference_logprobs(model_dir, adapter_dir, tokens, prompt=prompt)
     chosen: NDArray[np.float32] = table[np.arange(len(tokens) - 1), np.asarray(tokens[1:])]
     return chosen
 
@@ -107,8 +121,10 @@ def reference_model(model_dir: Path, adapter_dir: Path | None) -> tuple[Any, lis
 def _model(model_dir: Path, adapter_dir: Path | None, *stamps: int) -> tuple[Any, list[int]]:
     with quiet():
         model: Any = load_base(model_dir, "causal")
+        ids = model.generation_config.eos_token_id
+        model.generation_config.eos_token_id = None  # `generate` would take it where a call names none
         if adapter_dir is not None:
-            attach(model if is_causal(adapter_dir) else model.get_submodule("model"), adapter_dir)
-    ids = model.generation_config.eos_token_id
-    model.generation_config.eos_token_id = None  # `generate` would take it where a call names none
+            wrapped = attach(model if is_causal(adapter_dir) else model.get_submodule("model"), adapter_dir)
+            if wrapped.active_peft_config.alora_invocation_tokens is not None:
+                model = wrapped
     return model.eval(), [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ranklet.cluster.message import MAX_MESSAGE_PROMPTS
-from ranklet.replicas.model.tokenizer import load_backend
+from ranklet.replicas.model.tokenizer import PromptTokenizer, load_backend
 from tests.assets.adapters import AdapterSpec
 from tests.assets.classifiers import reference_logits, save_classifier
 from tests.assets.oracle import Prompt, cosine, encode
@@ -187,6 +187,15 @@ def test_classifiers_label_and_rank_texts_as_transformers_and_peft_do(service: S
     found = {each["index"]: each["relevance_score"] for each in answer.json()["results"]}
     assert_close([found[index] for index in range(len(texts))], 1 / (1 + np.exp(-logits)))
     assert list(found.values()) == sorted(found.values(), reverse=True)
+
+    (cut,) = PromptTokenizer(service.model_dir).beginnings([texts[1]], [3])
+    ids = [backend.encode(texts[0], cut[0]).ids]
+    asked = {"model": "ranker", "query": texts[0], "documents": [texts[1]], "max_tokens_per_doc": 3}
+    (found_cut,) = service.http.post("/v1/rerank", json=asked).json()["results"]
+    (logit,) = reference_logits(service.model_dir, ranker, ids, pad_id)[:, 0]
+    assert_close([found_cut["relevance_score"]], [1 / (1 + np.exp(-logit))])
+    cards = [service.http.get(f"/v1/models/{name}").json()["ranklet"] for name in ("topics", "ranker", "legal-v2")]
+    assert [card["tasks"] for card in cards] == [["classify"], ["classify", "rerank", "score"], ["embeddings"]]
 
     refused = [service.post("topics", "a"), service.http.post("/classify", json={"model": "legal-v2", "input": "a"})]
     assert [answer.json()["error"]["param"] for answer in refused] == ["model", "model"]

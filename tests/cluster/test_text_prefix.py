@@ -47,3 +47,16 @@ def test_pages_differ_where_keys_and_values_may() -> None:
     first = {call_pages(each, PROMPTS[0])[0] for each in asked}
     assert len(first) == len(asked)
     assert call_pages(call(GenerateParams(temperature=0.5, n=4)), PROMPTS[0])[0] in first
+
+
+def test_pages_before_an_invocation_are_those_of_the_base() -> None:
+    params = GenerateParams()
+    base, plain = call_pages(call(params, None), PROMPTS[0]), call_pages(call(params), PROMPTS[0])
+    location = AdapterLocation("legal", "/adapters/legal", "v1", invocation=(130, 131))  # the tokens at 129 and 130
+    late = call_pages(pack(location, PROMPTS, params, "g"), PROMPTS[0])
+    assert late[:2] == base[:2]
+    assert late[2] not in (base[2], plain[2])
+    longer = np.concatenate((PROMPTS[0], [130, 131] * 32)).astype(np.int32)
+    assert call_pages(pack(location, PROMPTS, params, "g"), longer)[:3] == late, "a text activates nothing"
+    absent = AdapterLocation("legal", "/adapters/legal", "v1", invocation=(131, 130))
+    assert call_pages(pack(absent, PROMPTS, params, "g"), PROMPTS[0]) == base

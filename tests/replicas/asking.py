@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.replicas.adapters.reference import AdapterRef
-from ranklet.replicas.adapters.revision import revision_of
+from ranklet.replicas.adapters.revision import read_invocation, revision_of
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.launched import LaunchedStep
 from ranklet.replicas.engine.layout import whole_prompts
@@ -26,7 +26,7 @@ PATIENCE_S = 60.0  # limit of a test's wait for an answer
 
 def ref(folder: Path, name: str | None = None) -> AdapterRef:
     """Return the current revision of the adapter in a folder."""
-    return AdapterRef(name or folder.name, str(folder), revision_of(folder))
+    return AdapterRef(name or folder.name, str(folder), revision_of(folder), invocation=read_invocation(folder))
 
 
 def prompts(model_dir: Path, texts: Sequence[str]) -> list[NDArray[np.int32]]:

@@ -14,6 +14,7 @@ from ranklet.replicas.adapters.revision import Revisions
 from ranklet.replicas.adapters.tokenizer_check import ComparedTokenizer
 from ranklet.replicas.adapters.tokenizer_process import compare_within
 from ranklet.replicas.errors import AdapterChanged, Unavailable
+from tests.assets.broken import edit_config
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def folder(adapters_dir: Path, tmp_path: Path) -> Path:
 
 
 def describer(model_dir: Path) -> AdapterTexts:
-    return AdapterTexts(AdapterSettings(model_dir))
+    return AdapterTexts(model_dir, AdapterSettings(model_dir))
 
 
 def reference(folder: Path) -> AdapterRef:
@@ -33,7 +34,12 @@ def test_an_adapter_without_tokenizer_files_has_no_text_of_its_own(model_dir: Pa
     adapter = reference(folder)
     text = describer(model_dir).describe(adapter)
     assert (text.revision, text.chat_template) == (adapter.revision, None)
-    assert (text.special_tokens, text.findings) == ({}, ())
+    assert (text.special_tokens, text.findings, text.invocation) == ({}, (), None)
+
+
+def test_the_invocation_is_described(model_dir: Path, folder: Path) -> None:
+    edit_config(folder, alora_invocation_tokens=[5, 6])
+    assert describer(model_dir).describe(reference(folder)).invocation == (5, 6)
 
 
 def test_the_template_and_special_tokens_are_read_once_a_revision(model_dir: Path, folder: Path) -> None:

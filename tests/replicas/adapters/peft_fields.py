@@ -77,7 +77,11 @@ FIELDS: dict[str, Followed | Unused | Refused] = {
     "lora_ga_config": Unused({"direction": "ArB2r"}, "init_lora_weights says whether it was used"),
     "use_dora": _LAYER_TERMS,
     "velora_config": Unused({"num_groups": 4}, "changes the gradients only"),
-    "alora_invocation_tokens": Refused([5, 6]),
+    "alora_invocation_tokens": Followed(
+        "test_texts_of_mixed_batches_equal_those_of_peft",
+        ", refused by name where PEFT activates nothing, such as on `embed_tokens`, and beside fields that change "
+        "earlier tokens too, such as `bias`",
+    ),
     "use_qalora": Refused(True),
     "qalora_group_size": Unused(16, "read with use_qalora only"),
     "monteclora_config": Refused({"samples": 4}),

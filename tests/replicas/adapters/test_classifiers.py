@@ -120,6 +120,9 @@ def test_heads_that_do_not_fit_are_refused(
 
 
 def test_a_head_without_its_task_is_refused(engine: Engine, folder: Path) -> None:
+    change(folder, task_type="TOKEN_CLS")
+    with pytest.raises(InvalidAdapter, match="task_type: TOKEN_CLS: labels of tokens are not computed"):
+        logits(engine, folder)
     change(folder, task_type="CAUSAL_LM")
     with pytest.raises(InvalidAdapter, match="modules_to_save: expected embed_tokens or lm_head, and score and"):
         engine.load(Revisions().reference("topics", str(folder)))

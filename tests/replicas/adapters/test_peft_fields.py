@@ -9,10 +9,10 @@ import pytest
 
 from tests.replicas.adapters import test_classifiers, test_peft_config, test_verify
 from tests.replicas.adapters.peft_fields import FIELDS, FILE, Followed, Refused, Unused, message, table
-from tests.replicas.engine import test_column_terms, test_token_rows
+from tests.replicas.engine import test_activated_lora, test_column_terms, test_token_rows
 
 _TESTS: tuple[ModuleType, ...] = (
-    test_classifiers, test_peft_config, test_verify, test_column_terms, test_token_rows
+    test_classifiers, test_peft_config, test_verify, test_column_terms, test_token_rows, test_activated_lora
 )  # fmt: skip
 
 

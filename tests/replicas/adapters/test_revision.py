@@ -45,6 +45,15 @@ def test_a_revision_is_equal_in_every_version(folder: Path) -> None:
     assert revision_of(folder) == "11f09acff617ff52"
 
 
+def test_a_reference_has_the_invocation_of_its_revision(folder: Path) -> None:
+    revisions = Revisions(settled_s=-1)
+    for content, invocation in ((b'{"alora_invocation_tokens": [5, 6]}', (5, 6)), (b"{}", None), (b"[", None)):
+        (folder / CONFIG_FILE).write_bytes(content)
+        for _ in range(2):  # the second one is known
+            found = revisions.reference("a", str(folder))
+            assert (found.revision, found.invocation) == (revision_of(folder), invocation)
+
+
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
 def test_a_revision_changes_with_the_content_even_if_size_and_times_do_not(folder: Path, name: str) -> None:
     os.utime(folder / name, ns=LONG_AGO)

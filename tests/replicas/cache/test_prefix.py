@@ -60,6 +60,19 @@ def test_a_changed_token_changes_the_hashes_from_its_page_on(position: int) -> N
     assert not set(before[page:]) & set(after[page:])
 
 
+@given(st.integers(1, 4 * PAGE_TOKENS), st.integers(1, 4 * PAGE_TOKENS), st.integers(0, 4))
+def test_pages_are_those_of_the_base_until_the_adapter_changes_a_token(first: int, other: int, known: int) -> None:
+    ids = np.arange(4 * PAGE_TOKENS, dtype=np.int32)
+    base, late = page_hashes(ROOT._replace(adapter_revision=""), ids), page_hashes(ROOT, ids, (), first)
+    page = first // PAGE_TOKENS
+    assert late[:page] == base[:page]
+    assert not set(late[page:]) & {*base, *page_hashes(ROOT, ids), *page_hashes(ROOT._replace(salt=""), ids, (), first)}
+    assert late[:known] + page_hashes(ROOT, ids, late[:known], first) == late
+    if first != other:
+        differ = min(first, other) // PAGE_TOKENS
+        assert not set(late[differ:]) & set(page_hashes(ROOT, ids, (), other)[differ:]), "keys and values differ"
+
+
 def test_hashes_do_not_depend_on_the_integer_type_or_layout() -> None:
     ids = np.arange(2 * PAGE_TOKENS, dtype=np.int32)
     assert page_hashes(ROOT, ids.astype(np.int64)) == page_hashes(ROOT, ids)

@@ -272,6 +272,7 @@ def test_an_index_names_only_files_beside_it(plain: Path, tmp_path: Path) -> Non
         ({"peft_type": ["LORA"]}, "expected LORA, LOHA or LOKR"),
         ({"init_lora_weights": {}, "r": "four"}, "r: expected a whole number"),
         ({"init_lora_weights": ["pissa"]}, "expected --initial"),
+        ({"init_lora_weights": "pissa", "alora_invocation_tokens": [7]}, "alora_invocation_tokens: expected none with"),
         ({"peft_type": "LOHA", "rank_pattern": {"a": 1}}, "rank_pattern: expected none"),
         ({"peft_type": "LOKR", "alpha": 0}, "alpha: expected a number above 0"),
         ({"peft_type": "LOHA"}, "expected LOHA of linear layers only"),

@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ranklet.replicas.adapters.invocation import NEVER, first_adapted
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.cache.pages import PAGE_TOKENS
 from ranklet.replicas.engine.kv_space import KvSpace
 from ranklet.replicas.engine.launched import LaunchedStep, OutputGroup
 from ranklet.replicas.engine.plan import StepPlan
+from ranklet.replicas.engine.planned_spans import PlannedSpans
 from ranklet.replicas.model.heads import Head
 
 VOCAB = 40
@@ -37,30 +39,38 @@ class SimulatedHead:
 TEXT, LAST, MEAN = SimulatedHead(), SimulatedHead(), SimulatedHead(reads_last=False)
 
 
-def numbers(last: int, tokens: Iterable[int]) -> list[int]:
-    """Return the number of each token. It covers all tokens before, from the number before the first."""
+def numbers(last: int, tokens: Iterable[int], adapter: AdapterRef | None) -> list[int]:
+    """Return the number of each token. It covers all tokens before, and the adapter that each is computed with.
+
+    Args:
+        last: number of the token before the first.
+    """
+    weights = zlib.crc32(adapter.revision.encode()) if adapter is not None else 1
     found = []
     for token in tokens:
-        last = (last * 1_000_003 + int(token) + 1) & _MASK
+        last = (last * 1_000_003 + weights * 50 + int(token)) & _MASK
         found.append(last)
     return found
 
 
-def first_number(adapter: AdapterRef | None) -> int:
-    return zlib.crc32(adapter.revision.encode()) if adapter is not None else 1
+def prompt_numbers(prompt: Sequence[int], adapter: AdapterRef | None) -> tuple[list[int], AdapterRef | None]:
+    """Return the numbers of a prompt, and the adapter that the text after it is computed with."""
+    first = 0 if adapter is None else first_adapted(np.array(prompt, np.int32), adapter.invocation)
+    states = numbers(0, prompt[:first], None)
+    return states + numbers(states[-1] if states else 0, prompt[first:], adapter), None if first == NEVER else adapter
 
 
 def drawn(read: NDArray[np.int64]) -> int:
     return zlib.crc32(read.tobytes()) % VOCAB
 
 
-def expected_text(prompt: Iterable[int], adapter: AdapterRef | None, most: int) -> list[int]:
+def expected_text(prompt: Sequence[int], adapter: AdapterRef | None, most: int) -> list[int]:
     """Return the text that an engine must generate."""
-    states = numbers(first_number(adapter), prompt)
+    states, adapter = prompt_numbers(prompt, adapter)
     text: list[int] = []
     while len(text) < most and END not in text:
         text.append(drawn(np.array(states, np.int64)))
-        states += numbers(states[-1], text[-1:])
+        states += numbers(states[-1], text[-1:], adapter)
     return text
 
 
@@ -80,40 +90,39 @@ class SimulatedDevice:
             read = self._write(row, position, [int(self._last_token[row])], None if slot < 0 else int(slot), fails)
             outputs[TEXT].append((item, drawn(read)))
             self._last_token[row] = drawn(read)
-        for index, (part, row, slot) in enumerate(zip(plan.parts, plan.part_rows, slots, strict=True)):
-            tokens = part.sequence.ids[part.start : part.start + part.tokens]
-            assert not (plan.uses_pages and cast(SimulatedHead | None, part.head) is MEAN)
-            if part.uses_pages:
-                assert row is not None
-                read = self._write(row, part.start, tokens, slot, fails)
+        planned = PlannedSpans.of(plan, slots)
+        for item, (span, slot) in enumerate(zip(planned.spans, planned.slots, strict=True), len(rows)):
+            head = cast(SimulatedHead | None, span.head)
+            assert not (plan.uses_pages and head is MEAN)
+            if span.row is not None:
+                read = self._write(span.row, span.start, span.ids, slot, fails)
             else:
-                assert part.start == 0
-                read = np.array(numbers(self._first(slot), tokens), np.int64)
-            head = cast(SimulatedHead | None, part.head)
+                assert span.start == 0
+                read = np.array(numbers(0, span.ids, self._adapter(slot)), np.int64)
             if head is None:
                 continue
             if head is TEXT:
-                assert row is not None
-                self._last_token[row] = drawn(read)
-                outputs[head].append((len(plan.decodes) + index, drawn(read)))
+                assert span.row is not None
+                self._last_token[span.row] = drawn(read)
+                outputs[head].append((item, drawn(read)))
             else:
-                outputs[head].append((len(plan.decodes) + index, np.array([drawn(read)], np.float32)))
+                outputs[head].append((item, np.array([drawn(read)], np.float32)))
         groups = [
             OutputGroup(cast(Head, head), [item for item, _ in found], (cast(Tensor, [each for _, each in found]),))
             for head, found in outputs.items()
             if found
         ]
-        return LaunchedStep([] if fails else groups, "none", 0.0, 0.0, None)
+        return planned.by_part(LaunchedStep([] if fails else groups, "none", 0.0, 0.0, None), len(rows))
 
-    def _first(self, slot: int | None) -> int:
+    def _adapter(self, slot: int | None) -> AdapterRef | None:
         if slot is None:
-            return first_number(None)
+            return None
         assert self.contents[slot] is not None, "the slot holds no adapter"
-        return first_number(self.contents[slot])
+        return self.contents[slot]
 
     def _write(self, row: int, start: int, tokens: Iterable[int], slot: int | None, fails: bool) -> NDArray[np.int64]:
         """Write tokens from position `start` on. Returns the numbers of all tokens up to the last one."""
-        made = numbers(int(self._read(row, start)[-1]) if start else self._first(slot), tokens)
+        made = numbers(int(self._read(row, start)[-1]) if start else 0, tokens, self._adapter(slot))
         at = self._table.page_slots(row, np.arange(start, start + len(made), dtype=np.int32))
         self._memory[at] = WRONG if fails else made
         return self._read(row, start + len(made))

@@ -33,8 +33,7 @@ from tests.replicas.engine.simulated_device import (
     SimulatedHead,
     drawn,
     expected_text,
-    first_number,
-    numbers,
+    prompt_numbers,
 )
 
 _SOLO_OUTPUTS = 2  # as in pipeline.py
@@ -69,8 +68,8 @@ class Asked:
         assert isinstance(self.result, Answer), self.result
         if isinstance(self.params, EmbedParams):
             for prompt, vector in zip(self.prompts, self.result.result, strict=True):
-                states = np.array(numbers(first_number(self.adapter), prompt), np.int64)
-                assert vector.tolist() == [drawn(states)]
+                states, _ = prompt_numbers(prompt, self.adapter)
+                assert vector.tolist() == [drawn(np.array(states, np.int64))]
             return
         generation = self.result.result
         assert isinstance(generation, Generation)

@@ -11,7 +11,8 @@ from tests.replicas.engine.given import given_costs
 from tests.replicas.engine.simulated_device import LAST, MEAN, VOCAB
 from tests.replicas.engine.simulation import Asked, Simulation
 
-NAMES = ("one", "two", "three")
+NAMES = ("one", "two", "three", "four")
+INVOCATIONS = {"three": (1, 1), "four": (2, 2)}  # of aLoRA adapters
 MAX_MODEL_LEN = 320  # five pages
 
 # Prompts that often share their first pages.
@@ -23,7 +24,7 @@ prompts = st.builds(
 
 
 def revision_of(name: str, number: int) -> AdapterRef:
-    return AdapterRef(name, f"/{name}", f"{name}-{number}")
+    return AdapterRef(name, f"/{name}", f"{name}-{number}", invocation=INVOCATIONS.get(name))
 
 
 class PlanStates(RuleBasedStateMachine):
@@ -65,9 +66,10 @@ class PlanStates(RuleBasedStateMachine):
 
     @rule(asked=prompts, name=st.none() | st.sampled_from(NAMES), head=st.sampled_from((LAST, MEAN)))
     def embed(self, asked: list[int], name: str | None, head: object) -> None:
-        if head is MEAN:
+        is_whole = head is MEAN and name not in INVOCATIONS
+        if is_whole:
             asked = asked[: self.longest_prompt]
-        self.simulation.embed([asked], self.adapter(name), head=MEAN if head is MEAN else LAST)
+        self.simulation.embed([asked], self.adapter(name), head=MEAN if is_whole else LAST)
 
     @rule()
     def launch(self) -> None:

@@ -27,6 +27,13 @@ def test_results_are_kept(checker: GrammarChecker) -> None:
     assert checker.quick_refusal(bad) == checker.refusal(bad)
 
 
+def test_the_number_of_results_is_bounded(checker: GrammarChecker) -> None:
+    grammars = [Grammar("regex", f"b{number}") for number in range(1050)]
+    assert {checker.refusal(grammar) for grammar in grammars} == {None}
+    assert not checker.knows(grammars[0])
+    assert checker.knows(grammars[-1])
+
+
 def test_what_is_too_large_is_refused_without_a_check(checker: GrammarChecker) -> None:
     assert "at most" in (checker.quick_refusal(Grammar("regex", "a" * (MAX_GRAMMAR_BYTES + 1))) or "")
     assert "surrogate" in (checker.quick_refusal(Grammar("regex", "\ud800")) or "")

@@ -76,6 +76,17 @@ def test_special_tokens_do_not_fit_into_fewer_tokens(tmp_path: Path) -> None:
         tokenizer.encode(["a b"], truncation=Truncation(added - 1, "right"))
 
 
+@given(text=st.text(max_size=60) | st.sampled_from(["word " * 900, "\N{GRINNING FACE}" * 40]), most=st.integers(1, 40))
+def test_the_beginning_of_a_text_has_at_most_a_number_of_tokens(pair: Pair, text: str, most: int) -> None:
+    (whole,) = pair[0].encode_plain([text], add_special_tokens=False)
+    ((part, count),) = pair[0].beginnings([text], [most])
+    assert text.startswith(part)
+    assert count == min(most, len(whole))
+    (ids,) = pair[0].encode_plain([part], add_special_tokens=False)
+    assert len(ids) <= most
+    assert part == text or len(ids) >= most - 4  # a character has up to four tokens, and stays whole
+
+
 def test_special_tokens_may_be_left_out(pair: Pair) -> None:
     ours, theirs = pair
     (ids,) = ours.encode(["one two"], add_special_tokens=False)
