@@ -6,7 +6,7 @@ ROOMS := cluster kernels replicas routing
 READY := .venv/.ready .dev/ranklet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test check format bench clients clean
+.PHONY: help demo serve test test-without-ray test-with-ray check format bench clients clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 16
@@ -17,8 +17,12 @@ demo: $(READY) ## serve SmolLM2-135M-Instruct and four trained LoRA adapters and
 serve: $(READY) ## run the demo and keep its server running until Ctrl-C
 	@$(BIN)/python -m tests.demo --keep
 
-test: $(READY) ## run every test on the CPU: those without Ray in parallel, then those with Ray
+test: test-without-ray test-with-ray ## run every test on the CPU: those without Ray in parallel, then those with Ray
+
+test-without-ray: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m "not ray" --numprocesses logical --maxprocesses 8 --dist worksteal
+
+test-with-ray: $(READY)
 	@$(BIN)/pytest -m ray tests/cluster tests/deploy
 
 check: $(READY) ## run ruff, mypy --strict and the rules of imports, sizes and names
