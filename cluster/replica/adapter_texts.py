@@ -5,13 +5,17 @@ from collections import OrderedDict
 from pathlib import Path
 
 from ranklet.cluster.message import AdapterText
+from ranklet.cluster.replica.pair_template import pair_template
 from ranklet.cluster.replica.ranklet_file import RankletFile, read_ranklet_file
+from ranklet.cluster.reranking import Reranking
+from ranklet.cluster.text.render_process import RenderProcess
 from ranklet.cluster.text.template import folder_special_tokens, folder_template
 from ranklet.replicas.adapters.adapter_settings import AdapterSettings
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import check_unchanged
 from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison
 from ranklet.replicas.errors import InvalidRequest
+from ranklet.replicas.model.logit_score import LogitScore
 from ranklet.replicas.model.tokenizer_files import UnusableTokenError
 
 _MAX_KEPT = 256
@@ -26,7 +30,9 @@ class AdapterTexts:
     """
 
     def __init__(self, model_dir: Path, settings: AdapterSettings) -> None:
+        self._model_dir = model_dir
         self._settings = settings
+        self._renderer = RenderProcess()
         self._tokenizer = TokenizerComparison(model_dir)
         self._kept: OrderedDict[AdapterRef, AdapterText] = OrderedDict()
         self._lock = threading.Lock()  # one folder at a time
@@ -63,7 +69,23 @@ class AdapterTexts:
             settings = read_ranklet_file(folder)
         except InvalidRequest as error:
             findings.append(error.message)
+        embedding, reranking = self._settings.read(adapter), settings.reranking
+        if embedding.logit_score is not None and not findings:
+            try:
+                reranking = self._by_logits(embedding.logit_score, reranking or Reranking(), template, tokens)
+            except InvalidRequest as error:
+                findings.append(error.message)
         return AdapterText(
-            adapter.revision, template, tokens, tuple(findings), self._settings.read(adapter), settings.constraint,
-            settings.tool_format, settings.reranking, compared.added, adapter.invocation,
+            adapter.revision, template, tokens, tuple(findings), embedding, settings.constraint, settings.tool_format,
+            reranking, compared.added, adapter.invocation,
         )  # fmt: skip
+
+    def _by_logits(
+        self, score: LogitScore, own: Reranking, chat_template: str | None, tokens: dict[str, str]
+    ) -> Reranking:
+        """Complete what `ranklet.json` says of a causal reranker."""
+        template = own.template
+        if template is None:
+            tokens = folder_special_tokens(self._model_dir) | tokens
+            template = pair_template(score, chat_template, tokens, self._renderer)
+        return Reranking(template, own.tokens or score.tokens)

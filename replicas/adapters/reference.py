@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ranklet.replicas.adapters.invocation import Invocation
 from ranklet.replicas.adapters.vector_head import VectorHead
 from ranklet.replicas.model.classifier import MODEL_CONFIG_FILE
-from ranklet.replicas.model.sentence_files import DENSE_FILES, MODULES_FILE, SETTINGS_FILES
+from ranklet.replicas.model.sentence_files import MODULE_FILES, MODULES_FILE, SETTINGS_FILES
 from ranklet.replicas.model.tokenizer_files import TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ FILES = (CONFIG_FILE, WEIGHTS_FILE)  # the files that make an adapter's revision
 TEMPLATE_FILE = "chat_template.jinja"
 RANKLET_FILE = "ranklet.json"  # ranklet's own settings of an adapter
 # These are part of it too, where a folder has them. Prompts, vectors and texts depend on them.
-OPTIONAL_FILES = (TEMPLATE_FILE, *TOKENIZER_FILES, *SETTINGS_FILES, *DENSE_FILES, MODEL_CONFIG_FILE, RANKLET_FILE)
-LISTING_FILE, LISTED_FILES = MODULES_FILE, DENSE_FILES  # a folder without the first has none of the others
+OPTIONAL_FILES = (TEMPLATE_FILE, *TOKENIZER_FILES, *SETTINGS_FILES, *MODULE_FILES, MODEL_CONFIG_FILE, RANKLET_FILE)
+LISTING_FILE, LISTED_FILES = MODULES_FILE, MODULE_FILES  # a folder without the first has none of the others
 RECENTLY_USED_S = 30.0  # a prefetch does not evict adapters that were used within this time
 
 

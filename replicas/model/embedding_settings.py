@@ -14,6 +14,7 @@ from typing import Any
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.classifier import Classifier
 from ranklet.replicas.model.dense_settings import DenseSettings
+from ranklet.replicas.model.logit_score import LogitScore, read_logit_score
 from ranklet.replicas.model.sentence_files import (
     MODULES_FILE,
     POOLING_FILE,
@@ -23,7 +24,7 @@ from ranklet.replicas.model.sentence_files import (
     is_file,
     read_optional,
 )
-from ranklet.replicas.model.sentence_modules import read_modules
+from ranklet.replicas.model.sentence_modules import is_logit_score, read_modules
 from ranklet.replicas.model.sentence_tokenization import read_tokenization
 from ranklet.replicas.model.tokenizer_files import show
 
@@ -62,6 +63,7 @@ class EmbeddingSettings:
         pools_prompt: whether pooling reads the tokens of the prompt.
         dense: layers between pooling and normalization.
         classifier: an adapter that computes scores instead of vectors.
+        logit_score: a causal reranker.
     """
 
     mode: str = "last"
@@ -74,6 +76,7 @@ class EmbeddingSettings:
     pools_prompt: bool = True
     dense: tuple[DenseSettings, ...] = ()
     classifier: Classifier | None = None
+    logit_score: LogitScore | None = None
 
     def prompting(self, name: str | None = None) -> Prompting | None:
         """Return how prompts are made for a request that names this prompt; None if the folder has no such prompt."""
@@ -107,6 +110,10 @@ def read_embedding_settings(folder: Path, base: EmbeddingSettings | None = None)
     """
     described = is_file(folder / MODULES_FILE)
     settings = base or EmbeddingSettings()
+    if described and is_logit_score(folder):
+        prompt = _prompts(folder, _MAX_PROMPT_CHARACTERS, "CrossEncoder")["prompt"]
+        tokenization = read_tokenization(folder, described=True, may_pad=True, scores=True)
+        return replace(settings, **tokenization, logit_score=read_logit_score(folder, prompt))
     if described:
         settings = EmbeddingSettings(**read_modules(folder, any_path=base is None))
     elif is_file(folder / POOLING_FILE):
@@ -119,10 +126,10 @@ def read_embedding_settings(folder: Path, base: EmbeddingSettings | None = None)
     return settings
 
 
-def _prompts(folder: Path, most_characters: int) -> dict[str, Any]:
+def _prompts(folder: Path, most_characters: int, model_type: str = "SentenceTransformer") -> dict[str, Any]:
     """Return the texts that sentence-transformers prepends to inputs: to every one, and by name."""
     config = read_optional(folder, PROMPTS_FILE)
-    expect(PROMPTS_FILE, config, "model_type", (None, "SentenceTransformer"))
+    expect(PROMPTS_FILE, config, "model_type", (None, model_type))
     name, found = config.get("default_prompt_name"), config.get("prompts") or {}
     if not isinstance(found, dict) or not all(isinstance(text, str | None) for text in found.values()):
         raise ModelError(f"{PROMPTS_FILE}: prompts: expected texts by name, got {show(found)}")

@@ -16,8 +16,10 @@ NORMALIZE_FILE: Final = "2_Normalize/config.json"
 DENSE_WEIGHTS_FILE: Final = "model.safetensors"  # in the folder of a Dense layer
 MAX_DENSE: Final = 4
 SETTINGS_FILES: Final = (MODULES_FILE, PROMPTS_FILE, TRANSFORMER_FILE, POOLING_FILE, NORMALIZE_FILE)
-# An adapter's folder with Dense layers, which lie between pooling and normalization, may have these too.
-DENSE_FILES: Final = (
+LOGIT_SCORE_FILE: Final = "1_LogitScore/config.json"
+# An adapter's folder that lists its modules may have these too. Dense layers lie between pooling and normalization.
+MODULE_FILES: Final = (
+    LOGIT_SCORE_FILE,
     *(f"{2 + index}_Dense/{name}" for index in range(MAX_DENSE) for name in ("config.json", DENSE_WEIGHTS_FILE)),
     *(f"{3 + index}_Normalize/config.json" for index in range(MAX_DENSE)),
 )

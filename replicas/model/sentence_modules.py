@@ -7,6 +7,7 @@ from typing import Any, Final
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.dense_settings import DenseSettings, read_dense_settings
 from ranklet.replicas.model.sentence_files import (
+    LOGIT_SCORE_FILE,
     MAX_DENSE,
     MODULES_FILE,
     expect,
@@ -51,6 +52,11 @@ def read_modules(folder: Path, *, any_path: bool) -> dict[str, Any]:
             _check_normalize(folder, f"{path}/config.json")
             found["normalize"] = True
     return {**found, "dense": tuple(dense)}
+
+
+def is_logit_score(folder: Path) -> bool:
+    """Return whether a folder's modules are those of a causal reranker. Raises ModelError."""
+    return list(_modules(folder)) == [("Transformer", "."), ("LogitScore", str(PurePosixPath(LOGIT_SCORE_FILE).parent))]
 
 
 def _check_order(kinds: list[str]) -> None:

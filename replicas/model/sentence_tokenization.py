@@ -35,32 +35,37 @@ _HARMLESS_SECTIONS, _TRUNCATIONS = {"audio", "image", "video"}, (True, "longest_
 _UNBOUNDED = 1 << 31  # transformers writes 1e30 for a tokenizer without a limit
 
 
-def read_tokenization(folder: Path, *, described: bool, may_pad: bool) -> dict[str, Any]:
+def read_tokenization(folder: Path, *, described: bool, may_pad: bool, scores: bool = False) -> dict[str, Any]:
     """Return the settings of a folder's Transformer module, which are fields of `EmbeddingSettings`.
 
     Args:
         described: whether the folder lists its modules.
         may_pad: whether the tokenizer may pad prompts.
+        scores: whether its logits are scores, and a chat template makes its prompts.
 
     Raises:
         ModelError: a file cannot be read, or a setting is not supported.
     """
     config = read_optional(folder, TRANSFORMER_FILE)
     refuse_others(TRANSFORMER_FILE, config, _TRANSFORMER_FIELDS)
-    expect(TRANSFORMER_FILE, config, "transformer_task", (None, "feature-extraction"))
-    expect(TRANSFORMER_FILE, config, "module_output_name", (None, "token_embeddings"))
+    expect(
+        TRANSFORMER_FILE, config, "transformer_task", ("text-generation",) if scores else (None, "feature-extraction")
+    )
+    output = "causal_logits" if scores else "token_embeddings"
+    expect(TRANSFORMER_FILE, config, "module_output_name", (None, output))
     modalities = config.get("modality_config")
-    if isinstance(modalities, dict) and "message" in modalities:
+    if not scores and isinstance(modalities, dict) and "message" in modalities:
         raise ModelError(
             f"{TRANSFORMER_FILE}: modality_config: expected text alone, got also message; texts in a chat template are "
             "not supported"
         )
-    expect(TRANSFORMER_FILE, config, "modality_config", (None, _TEXT_ONLY))
+    if not scores:
+        expect(TRANSFORMER_FILE, config, "modality_config", (None, _TEXT_ONLY))
     loading = {name: _loading(config, name) for name in ("model_kwargs", "processor_kwargs", "config_kwargs")}
     for name, values in loading.items():
         followed = {"model_max_length"} if name == "processor_kwargs" else set[str]()
         refuse_others(f"{TRANSFORMER_FILE}: {name}", values, _HARMLESS_LOADING | followed)
-    calling = _calling(config)
+    calling = _calling(config, {"chat_template"} if scores else set())
     if not may_pad:  # sentence-transformers would leave out the prompt with its padding
         field = f"{TRANSFORMER_FILE}: processing_kwargs, beside include_prompt: false"
         expect(field, calling, "padding", (None, True, False, "longest", "do_not_pad"))
@@ -90,13 +95,13 @@ def _loading(config: dict[str, Any], name: str) -> dict[str, Any]:
     return value or {}
 
 
-def _calling(config: dict[str, Any]) -> dict[str, Any]:
+def _calling(config: dict[str, Any], followed: set[str]) -> dict[str, Any]:
     """Return the arguments that sentence-transformers calls the tokenizer with."""
     field = f"{TRANSFORMER_FILE}: processing_kwargs"
     sections = config.get("processing_kwargs") or {}
     if not isinstance(sections, dict) or not all(isinstance(each, dict | None) for each in sections.values()):
         raise ModelError(f"{field}: expected objects by kind of input, got {show(sections)}")
-    refuse_others(field, sections, {"text", "common", *_HARMLESS_SECTIONS})
+    refuse_others(field, sections, {"text", "common", *_HARMLESS_SECTIONS, *followed})
     found = (sections.get("text") or {}) | (sections.get("common") or {})
     refuse_others(field, found, {"max_length", "add_special_tokens", "truncation", *_HARMLESS_CALLING})
     expect(field, found, "add_special_tokens", (None, True, False))
