@@ -17,7 +17,7 @@ from ranklet.cluster.message import InferenceCall, Refusal
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.errors import InternalError, UnknownModel
 from tests.cluster.ingress.test_exchange import until
-from tests.cluster.ingress.text_parts import AsgiCall, DescribingReplica, TextParts
+from tests.cluster.ingress.text_parts import LIMITS, AsgiCall, DescribingReplica, TextParts
 from tests.cluster.ingress.text_replica import failure, reply
 from tests.cluster.text_client import CHAT, COMPLETIONS, events_of
 
@@ -286,3 +286,16 @@ async def test_prompts_are_truncated_as_the_request_wants(make_parts: MakeParts,
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["prompt_tokens"] == 3
     assert parts.replica.calls[0].prompts()[0].tolist() == (ids[:3] if side == "right" else ids[-3:])
+
+
+async def test_routers_see_the_bases_pages_before_an_invocation(make_parts: MakeParts) -> None:
+    replica = DescribingReplica(whole, whole)
+    replica.invocation = (7, 8)
+    parts = make_parts(replica, request_limits=replace(LIMITS, max_model_len=200))
+    fields = {**FIELDS, "prompt": [*range(10, 80), 7, 8, *range(10, 70)]}
+    for name in ("base", "legal-v2"):
+        answer = await parts.http_post(COMPLETIONS, {**fields, "model": name})
+        assert answer.status_code == 200, answer.text
+    base, late = (hint.text.pages for hint in replica.hints)
+    assert (len(base), len(late)) == (2, 2)
+    assert (base[0] == late[0], base[1] == late[1]) == (True, False)

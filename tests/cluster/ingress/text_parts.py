@@ -25,6 +25,7 @@ from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.text_task import CompletionsTask
 from ranklet.cluster.ingress.texts import TextModels
 from ranklet.cluster.message import AdapterText
+from ranklet.replicas.adapters.invocation import Invocation
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.grammar.constraint import Constraint
 from ranklet.replicas.model.tokenizer import Truncation
@@ -77,6 +78,7 @@ class DescribingReplica(TextReplica):
         self.template: str | None = None
         self.constraint: Constraint | None = None
         self.tool_format: str | None = None
+        self.invocation: Invocation | None = None
 
 
 @dataclass
@@ -87,7 +89,12 @@ class _Describer:
         self.replica.described += 1
         replica = self.replica
         return AdapterText(
-            replica.revision, replica.template, {}, constraint=replica.constraint, tool_format=replica.tool_format
+            replica.revision,
+            replica.template,
+            {},
+            constraint=replica.constraint,
+            tool_format=replica.tool_format,
+            invocation=replica.invocation,
         )
 
 

@@ -33,10 +33,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "head": {"target_modules": ["v_proj", "lm_head"], "alora_invocation_tokens": list(ONE)},
 }
 SHAPE: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 96, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "text": True,
+    "hidden_size": 64, "intermediate_size": 96, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 32, "text": True,
     "architecture": "llama", "tied": False, "pooling": None,
 }  # fmt: skip
-PAGE_BYTES = 2 * 2 * 2 * 64 * 16 * 4  # layers, keys and values, heads, tokens, width, bytes
+PAGE_BYTES = 2 * 2 * 2 * 64 * 32 * 4  # layers, keys and values, heads, tokens, width, bytes
 PLACES = (0, 1, 30, 62, 63, 64, 65, 200)  # of the invocation; pages have 64 tokens
 
 
@@ -149,6 +149,10 @@ def test_pages_before_the_invocation_are_those_of_the_base(engine: Engine, folde
     assert cached(np.concatenate([prompt[:200], ONE, ONE, prompt[206:]]), one) == 192, "it begins at another place"
     assert cached(prompt, ref(folders["plain"])) == 0
     assert cached(prompt, one, cache_salt="tenant") == 0
+    short = invoked(60, 50, seed=3)
+    text = generate(engine, [short], one, 80).result(PATIENCE_S).result.choices[0].tokens
+    assert cached(np.concatenate([short, text]), None) == 0, "the page has tokens of the adapter"
+    assert cached(np.concatenate([short, text]), one) == 128
     converse = invoked(300, 128, seed=2)
     assert cached(converse, one) == 0
     assert cached(converse, None) == 128

@@ -12,13 +12,14 @@ from tests.replicas.engine.simulated_device import LAST, MEAN, VOCAB
 from tests.replicas.engine.simulation import Asked, Simulation
 
 NAMES = ("one", "two", "three", "four")
-INVOCATIONS = {"three": (1, 1), "four": (2, 2)}  # of aLoRA adapters
+INVOCATIONS = {"three": (3, 3), "four": (4,)}  # of aLoRA adapters
 MAX_MODEL_LEN = 320  # five pages
 
-# Prompts that often share their first pages.
+# Prompts that often share their first pages, and often contain an invocation.
 prompts = st.builds(
-    lambda letter, length, tail: [letter] * length + tail,
+    lambda letter, length, middle, tail: [letter] * length + middle + tail,
     st.integers(1, 2), st.sampled_from((0, 1, 63, 64, 65, 127, 128, 130, 192, 200)),
+    st.sampled_from(([], [], [3, 3], [4], [3, 3, 2, 4, 3, 3])),
     st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=6),
 )  # fmt: skip
 
