@@ -42,10 +42,10 @@ class SamplingTables:
     """State of each sequence on the device. A table is None until a sequence needs it.
 
     Attributes:
-        counts: int16 [R + 1, V]: the lower 15 bits count how often the token was drawn, up to 32,767; the sign bit
-            is set if the prompt has the token.
+        counts: int16 [R + 1, V or more]: the lower 15 bits count how often the token was drawn, up to 32,767; the sign
+            bit is set if the prompt has the token.
         edits: int32 [R + 1, 3, edits]: token ids, bits of their biases, positions where their bans end.
-        masks: int32 [R + 1, ceil(V / 32)]: bit t % 32 of word t // 32 allows token t.
+        masks: int32 [R + 1, ceil(V / 32) or more]: bit t % 32 of word t // 32 allows token t.
     """
 
     counts: Tensor | None = None
@@ -133,7 +133,7 @@ def adjusted(logits: Tensor, columns: Tensor, tables: SamplingTables, features: 
             bits = (tables.masks[kept, :, None] >> torch.arange(32, dtype=torch.int32)) & 1
             banned |= bits.flatten()[:vocab] == 0
         if asked & Feature.PENALIZE and tables.counts is not None:
-            count = tables.counts[kept].int()
+            count = tables.counts[kept, :vocab].int()
             drawn = count & MOST_COUNTED
             factor = torch.where(value > 0, floats[row, Column.PARDON], floats[row, Column.REPETITION])
             value = torch.where(count != 0, value * factor, value)

@@ -41,6 +41,8 @@ class LoraBatch:
             depend on the adapters' modules.
         terms: whether an adapter of the batch has column terms (see `stack.py`). Kernels apply them only then.
         token_rows: rows of tokens, if an adapter of the batch has its own. They are looked up only then.
+        more_ids: number of token ids beyond the base model's, if an adapter of the batch has some. Logits then have as
+            many more columns; -inf where a row's adapter does not have the token.
 
     Raises:
         ValueError: the segments leave a gap, overlap, or end beyond the rows.
@@ -54,6 +56,7 @@ class LoraBatch:
     everywhere: bool = False
     terms: bool = False
     token_rows: TokenRows | None = None
+    more_ids: int = 0
 
     def __post_init__(self) -> None:
         runs = runs_of(self.segments)
@@ -73,6 +76,11 @@ class LoraBatch:
     @property
     def lora_rows(self) -> int:
         return self.segments[-1].stop if self.segments else 0
+
+    @property
+    def variant(self) -> tuple[bool, bool, int]:
+        """Return what kernels are launched for besides LoRA, a part of the key of CUDA graphs."""
+        return self.terms, self.token_rows is not None, self.more_ids
 
     def reaches(self, stack: LinearStack) -> bool:
         """Return whether LoRA of a projection is computed."""

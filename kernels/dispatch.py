@@ -130,7 +130,7 @@ def gated(
 
 
 def embedding(
-    ids: Tensor,  # [T] integers in [0, V)
+    ids: Tensor,  # [T] integers in [0, V), or beyond if the row's adapter has the token
     table: Tensor,  # [V, N]
     stack: EmbeddingStack | None,
     batch: LoraBatch,
@@ -140,10 +140,11 @@ def embedding(
     Semantics: `y[t] = table[ids[t]] + s B A[ids[t]]`, with A, B, s of row t's adapter, or the adapter's own row for the
     token.
     """
+    known = ids.clamp(max=len(table) - 1) if batch.more_ids else ids
     if stack is None or batch.implementation is None:
-        y = functional.embedding(ids, table)
+        y = functional.embedding(known, table)
     else:
-        y = batch.implementation.embedding(ids, table, stack, batch)
+        y = batch.implementation.embedding(known, table, stack, batch)
     if batch.token_rows is not None:
         tiles = batch.tiles if batch.implementation is csgmv else ()
         replace_embeddings(ids, y, batch.token_rows, batch.segments, tiles)

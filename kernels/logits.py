@@ -29,7 +29,8 @@ def logits(
     for a token, that row gives the logit.
 
     Args:
-        columns: leading rows of the weight that are tokens; None for all. The result has no other columns.
+        columns: leading rows of the weight that are tokens; None for all. The result has no other columns, but those of
+            `batch.more_ids`.
         batch: of exactly these rows, see `row_subset`; with its tiles on the device if its backend is csgmv.
 
     Raises:
@@ -45,6 +46,9 @@ def logits(
             csgmv.add(x, y, stack, batch)
         else:  # merging the whole vocabulary never pays
             _add(x, y, stack, batch)
+    if batch.more_ids:
+        known, y = y, y.new_full((y.shape[0], y.shape[1] + batch.more_ids), -torch.inf)
+        y[:, : known.shape[1]] = known
     if batch.token_rows is not None:
         tiles = batch.tiles if batch.implementation is csgmv else ()
         replace_logits(x, y, batch.token_rows, batch.segments, tiles)

@@ -94,4 +94,12 @@ def _cut(batch: LoraBatch, slots: NDArray[np.integer], stops: NDArray[np.integer
     runs[:, 1], runs[:, 2] = stops, slots
     runs = runs[runs[:, 1] > runs[:, 0]]
     implementation = batch.implementation if len(runs) else None
-    return LoraBatch(Segments(runs), rows, implementation, terms=batch.terms, token_rows=batch.token_rows)
+    return replace(
+        batch,
+        segments=Segments(runs),
+        rows=rows,
+        implementation=implementation,
+        tiles=(),
+        padded=False,
+        everywhere=False,
+    )

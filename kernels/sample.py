@@ -72,8 +72,8 @@ def joined(statistics, pieces, PIECES: tl.constexpr):
 
 @triton.jit
 def scan_kernel(
-    logits, stride, changed, columns, counts, edits, masks, best, ids, raw, scaled, raw_groups, scaled_groups, V, WORDS,
-    LISTED, FEATURES: tl.constexpr, LENGTH: tl.constexpr, IN_GROUP: tl.constexpr, FAST: tl.constexpr,
+    logits, stride, changed, columns, counts, edits, masks, best, ids, raw, scaled, raw_groups, scaled_groups, V,
+    COUNTED, WORDS, LISTED, FEATURES: tl.constexpr, LENGTH: tl.constexpr, IN_GROUP: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
@@ -95,8 +95,8 @@ def scan_kernel(
         if flags & CHANGE:
             kept = column_of(columns, row, ROW).to(tl.int64)
             value = change(
-                value, tokens, inside, piece, flags, columns, row, logits, counts + kept * V, edits + kept * 3 * LISTED,
-                masks + kept * WORDS, changed + row * V, LISTED, FEATURES, LENGTH, 128,
+                value, tokens, inside, piece, flags, columns, row, logits, counts + kept * COUNTED,
+                edits + kept * 3 * LISTED, masks + kept * WORDS, changed + row * V, LISTED, FEATURES, LENGTH, 128,
             )  # fmt: skip
     is_bad = tl.max((value < float("inf")).to(tl.int32) ^ 1, 0)
     if NOISE & FEATURES:
@@ -116,7 +116,7 @@ def scan_kernel(
 
 @triton.jit
 def finish_kernel(
-    logits, stride, columns, best, ids, raw, drawn, counts, last_token, tokens, logprobs, V, pieces,
+    logits, stride, columns, best, ids, raw, drawn, counts, last_token, tokens, logprobs, COUNTED, pieces,
     FEATURES: tl.constexpr, PIECES: tl.constexpr, KEEPS_LAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -145,8 +145,8 @@ def finish_kernel(
     if PENALIZE & FEATURES:
         if flags & PENALIZE:
             if token >= 0:
-                count = tl.load(counts + kept * V + token)
-                tl.store(counts + kept * V + token, tl.where((count & 0x7FFF) == 0x7FFF, count, count + 1))
+                count = tl.load(counts + kept * COUNTED + token)
+                tl.store(counts + kept * COUNTED + token, tl.where((count & 0x7FFF) == 0x7FFF, count, count + 1))
 
 
 def scan(
@@ -162,9 +162,9 @@ def scan(
     edits = tables.edits if tables.edits is not None else columns
     masks = tables.masks if tables.masks is not None else columns
     scan_kernel[(rows, pieces)](
-        logits, logits.stride(0), made.changed, columns, counts, edits, masks, *made[1:], vocab, masks.shape[-1],
-        edits.shape[-1], FEATURES=int(features), LENGTH=PIECE, IN_GROUP=GROUP, FAST=logits.is_cuda, num_warps=4,
-        maxnreg=128, enable_fp_fusion=False,
+        logits, logits.stride(0), made.changed, columns, counts, edits, masks, *made[1:], vocab, counts.shape[-1],
+        masks.shape[-1], edits.shape[-1], FEATURES=int(features), LENGTH=PIECE, IN_GROUP=GROUP, FAST=logits.is_cuda,
+        num_warps=4, maxnreg=128, enable_fp_fusion=False,
     )  # fmt: skip
     return made
 
@@ -191,7 +191,7 @@ def finish(
     columns: Tensor,  # int32 [N, ROW_WIDTH]
     scanned: Scan,
     drawn: Tensor | None,  # int32 [N]: tokens of truncated rows
-    counts: Tensor | None,  # int16 [R + 1, V], written
+    counts: Tensor | None,  # int16 [R + 1, V or more], written
     last_token: Tensor | None,  # int32 [R + 1], written
     features: Feature,
 ) -> tuple[Tensor, Tensor | None]:
@@ -203,8 +203,9 @@ def finish(
     finish_kernel[(rows,)](
         logits, logits.stride(0), columns, scanned.best, scanned.ids, scanned.raw, tokens if drawn is None else drawn,
         tokens if counts is None else counts, tokens if last_token is None else last_token, tokens,
-        tokens if logprobs is None else logprobs, logits.shape[1], pieces, FEATURES=int(compiled),
-        PIECES=triton.next_power_of_2(pieces), KEEPS_LAST=last_token is not None, num_warps=1, enable_fp_fusion=False,
+        tokens if logprobs is None else logprobs, 1 if counts is None else counts.shape[1], pieces,
+        FEATURES=int(compiled), PIECES=triton.next_power_of_2(pieces), KEEPS_LAST=last_token is not None, num_warps=1,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return tokens, logprobs
 

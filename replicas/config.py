@@ -9,6 +9,7 @@ from ranklet.replicas.model.modules import ALL_MODULES, LORA_MODULES
 BACKENDS = ("auto", "fastest", "native", "csgmv", "merged")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_TOKEN_ROWS = 8192
+DEFAULT_ADDED_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class EngineConfig:
     # Rows of token embeddings and heads, of all slots together, that adapters may have of their own: for trained or new
     # tokens, or whole matrices. Device memory for them is taken once an adapter needs it. 0 refuses such adapters.
     token_rows: int = DEFAULT_TOKEN_ROWS
+    # Number of token ids beyond the base model's that adapters may have, in texts and prompts for them.
+    added_tokens: int = DEFAULT_ADDED_TOKENS
     # Largest number of tokens in one batch.
     max_batch_tokens: int = 32_768
     # Largest number of prompts in one batch, and of texts that are generated at the same time.
@@ -94,7 +97,7 @@ class EngineConfig:
             raise ValueError(f"kv_cache_fraction: expected more than 0 and at most 0.98, got {self.kv_cache_fraction}")
         if self.kv_cache_bytes is not None and self.kv_cache_bytes < 0:
             raise ValueError(f"kv_cache_bytes: expected at least 0 or null, got {self.kv_cache_bytes}")
-        for name in ("host_cache_bytes", "merged_bytes", "token_rows"):
+        for name in ("host_cache_bytes", "merged_bytes", "token_rows", "added_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if self.backend not in BACKENDS:

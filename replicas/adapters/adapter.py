@@ -75,6 +75,10 @@ class AdapterRows:
     def __bool__(self) -> bool:
         return self.embedding is not None or self.head is not None
 
+    def vocab(self, base: int) -> int:
+        """Return the number of token ids of the adapter, given that of the base model."""
+        return base if self.embedding is None else max(base, int(self.embedding.ids[-1]) + 1)
+
     @property
     def distinct(self) -> list[OwnRows]:
         return list(dict.fromkeys(own for own in (self.embedding, self.head) if own is not None))

@@ -99,12 +99,16 @@ def read_added_tokens(folder: Path, base: BaseTokens) -> tuple[AddedToken, ...]:
 
 
 def check_rows(added: Iterable[AddedToken], rows: int) -> Checked[None]:
-    """Yield a finding about added tokens that have no row of the token embedding."""
+    """Yield a finding about added tokens that have no row of the token embedding.
+
+    Args:
+        rows: of the adapter's token embedding: the base model's and its own beyond them.
+    """
     beyond = [f"{show(token.content)} ({token.id})" for token in added if token.id >= rows]
     if beyond:
         yield (
             f"{TOKENIZER_FILE}: added_tokens: expected ids below {rows}, the number of rows of the base model's token "
-            f"embedding, since the adapter brings no others; {len(beyond)} lie beyond: {join(beyond)}"
+            f"embedding and of those that the adapter brings; {len(beyond)} lie beyond: {join(beyond)}"
         )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ranklet.kernels.stack import padded_rank
 from ranklet.replicas.adapters.folder_check import BaseFolder
 from ranklet.replicas.adapters.tensor_names import EMBEDDING_MODULE
-from ranklet.replicas.config import DEFAULT_TOKEN_ROWS
+from ranklet.replicas.config import DEFAULT_ADDED_TOKENS, DEFAULT_TOKEN_ROWS
 from ranklet.replicas.model.architecture import Architecture
 from ranklet.replicas.model.base_linears import BaseLinears
 from ranklet.replicas.model.end_of_text import EndOfText
@@ -31,6 +31,7 @@ class ExpectedModules:
         roots: folders that links in an adapter's folder may lead to.
         linears: the base model's linear modules, which DoRA and trained biases refer to.
         token_rows: number of rows of tokens that adapters may have of their own.
+        added_tokens: number of token ids beyond the base model's.
     """
 
     architecture: Architecture
@@ -44,6 +45,7 @@ class ExpectedModules:
     roots: tuple[Path, ...] = ()
     linears: BaseLinears = field(default_factory=BaseLinears)
     token_rows: int = DEFAULT_TOKEN_ROWS
+    added_tokens: int = DEFAULT_ADDED_TOKENS
 
     @cached_property
     def base_folder(self) -> BaseFolder | None:

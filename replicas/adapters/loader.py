@@ -106,6 +106,7 @@ class Loader:
             result = AdapterInfo(
                 ref.name, ref.revision, packed.adapter_rank, packed.modules, packed.nbytes, packed.end_ids,
                 packed.notes, packed.head, packed.dense, ref.invocation,
+                packed.rows.vocab(self._expected.architecture.vocab),
             )  # fmt: skip
         except RankletError as error:
             result = error

@@ -12,14 +12,14 @@ Of whole matrices, the rows that differ from the base's are kept. Each row is co
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ranklet.kernels.token_rows import PAGE
-from ranklet.replicas.adapters.adapter import AdapterRows, LoraWeight, OwnRows
+from ranklet.replicas.adapters.adapter import AdapterRows, AdapterWeights, LoraWeight, OwnRows
 from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.findings import Checked, shorten, show
 from ranklet.replicas.adapters.own_stream import own_stream
@@ -49,6 +49,11 @@ class StoredRows:
 
     def __bool__(self) -> bool:
         return bool(self.whole or self.some)
+
+    def vocab(self, name: str, base: int) -> int:
+        """Return the number of rows of a matrix of the model that was trained."""
+        shapes = [self.whole[each].shape for each in (name, *_MODULES) if each in self.whole]
+        return max(base, shapes[0][0]) if shapes and shapes[0] else base
 
 
 def split_rows(stored: Iterable[StoredTensor]) -> Checked[tuple[StoredRows, list[StoredTensor]]]:
@@ -88,10 +93,10 @@ def read_rows(
     whole: _Rows = {}
     for name, tensor in stored.whole.items():
         if name in bases:
-            own = yield from _differing(path, tensor, bases[name])
+            own = yield from _differing(path, tensor, bases[name], expected.added_tokens)
             if own is not None:
                 whole[name] = own
-    some = yield from _trained(path, stored.some, settings, bases, ties=ties)
+    some = yield from _trained(path, stored.some, settings, bases, expected.added_tokens, ties=ties)
     if ties and bases[LM_HEAD].data_ptr() == expected.embedding.data_ptr():
         yield from _tie_whole(whole, stored, settings)
     if not (ties and settings.ensures_tying and stored.whole):
@@ -107,15 +112,39 @@ def read_rows(
             yield f"trainable_token_indices: {name} has LoRA too; PEFT refuses both"
         complete[name] = own if own is None or lora is None else _with_lora(own, lora, looked_up=name == EMBED_TOKENS)
     rows = AdapterRows(complete[EMBED_TOKENS], complete.get(LM_HEAD))
+    yield from _check_new(rows, expected.architecture.vocab)
     yield from _check_room(rows, expected)
     return rows
 
 
-def _differing(path: Path, stored: StoredTensor, base: Tensor) -> Checked[OwnRows | None]:
-    """Return the rows that differ from the base's, up to the rounding of either's dtype; None if none does."""
-    key = shorten(stored.key)
-    if stored.shape != tuple(base.shape):
-        yield f"{key}: expected the base's {list(base.shape)}, got {list(stored.shape)}; its vocabulary differs"
+def within_vocabulary(adapter: AdapterWeights, vocab: int) -> AdapterWeights:
+    """Leave the LoRA of tokens beyond the base's out, whose rows contain it."""
+    weights = dict(adapter.weights)
+    embedding, head = weights.get(EMBEDDING_MODULE), weights.get(HEAD_MODULE)
+    if embedding is not None and embedding.in_features > vocab:
+        kept = embedding.a[:, :vocab].reshape(-1)
+        embedding.flat[embedding.a_offset :][: len(kept)] = kept
+        weights[EMBEDDING_MODULE] = replace(embedding, in_features=vocab)
+    if head is not None and head.out_features > vocab:
+        weights[HEAD_MODULE] = replace(head, out_features=vocab)
+    return replace(adapter, weights=weights)
+
+
+def _differing(path: Path, stored: StoredTensor, base: Tensor, added: int) -> Checked[OwnRows | None]:
+    """Return the rows that differ from the base's, up to the rounding of either's dtype; None if none does.
+
+    Args:
+        added: largest number of rows beyond the base's.
+    """
+    key, (vocab, width) = shorten(stored.key), base.shape
+    if len(stored.shape) != 2 or stored.shape[0] < vocab or stored.shape[1] != width:
+        yield f"{key}: expected the base's {[vocab, width]}, got {show(list(stored.shape))}; its vocabulary differs"
+        return None
+    if stored.shape[0] > vocab + added:
+        yield (
+            f"{key}: expected rows of at most {added} tokens (engine.added_tokens) beyond the base's {vocab}, got "
+            f"{stored.shape[0] - vocab}"
+        )
         return None
     if stored.dtype not in DTYPES:
         yield f"{key}: expected {FLOATS}, got {shorten(stored.dtype)}"
@@ -125,17 +154,18 @@ def _differing(path: Path, stored: StoredTensor, base: Tensor) -> Checked[OwnRow
     with own_stream(base.device):
         differs = [
             (own.to(base.device).to(base.dtype) != ours.to(copy.dtype).to(base.dtype)).any(1).cpu()
-            for own, ours in zip(copy.split(at_once), base.split(at_once), strict=True)
+            for own, ours in zip(copy[:vocab].split(at_once), base.split(at_once), strict=True)
         ]
-    ids = torch.cat(differs).nonzero()[:, 0]
+    ids = torch.cat([*differs, torch.ones(len(copy) - vocab, dtype=torch.bool)]).nonzero()[:, 0]
     if not len(ids):
         return None
     return (yield from _finite(key, OwnRows(ids.int(), copy[ids].to(base.dtype))))
 
 
 def _trained(
-    path: Path, stored: Mapping[str, StoredTensor], settings: TokenSettings, bases: Mapping[str, Tensor], *, ties: bool
-) -> Checked[_Rows]:
+    path: Path, stored: Mapping[str, StoredTensor], settings: TokenSettings, bases: Mapping[str, Tensor], added: int, *,
+    ties: bool,
+) -> Checked[_Rows]:  # fmt: skip
     """Read the rows that `trainable_token_indices` names."""
     indices = dict(settings.indices)
     shares = False
@@ -150,7 +180,7 @@ def _trained(
         if name in stored and name not in indices:
             yield f"{shorten(stored[name].key)}: expected none, since trainable_token_indices leaves out {name}"
         elif name in stored:
-            own = yield from _read_trained(path, stored[name], indices[name], bases[name])
+            own = yield from _read_trained(path, stored[name], indices[name], bases[name], added)
             if own is not None:
                 found[name] = own
         elif name in indices and not (shares and name == LM_HEAD):
@@ -162,11 +192,16 @@ def _trained(
     return found
 
 
-def _read_trained(path: Path, stored: StoredTensor, ids: tuple[int, ...], base: Tensor) -> Checked[OwnRows | None]:
+def _read_trained(
+    path: Path, stored: StoredTensor, ids: tuple[int, ...], base: Tensor, added: int
+) -> Checked[OwnRows | None]:
     key, (vocab, width) = shorten(stored.key), base.shape
-    outside = [each for each in ids if not 0 <= each < vocab]
+    outside = [each for each in ids if not 0 <= each < vocab + added]
     if outside:
-        yield f"trainable_token_indices: expected ids from 0 to {vocab - 1}, got {outside[0]}"
+        yield (
+            f"trainable_token_indices: expected ids from 0 to {vocab - 1}, and {added} more (engine.added_tokens), "
+            f"got {outside[0]}"
+        )
     elif len(set(ids)) != len(ids):
         twice = next(each for at, each in enumerate(ids) if each in ids[:at])
         yield f"trainable_token_indices: expected each id once, got {twice} twice"
@@ -220,6 +255,15 @@ def _with_lora(own: OwnRows, lora: LoraWeight, *, looked_up: bool) -> OwnRows:
     inner, outer = (lora.a[:, ids].t(), lora.b.t()) if looked_up else (lora.b[ids], lora.a)
     added = inner.float() @ outer.float()
     return OwnRows(own.ids, torch.add(own.rows.float(), added, alpha=lora.scaling).to(own.rows.dtype))
+
+
+def _check_new(rows: AdapterRows, base: int) -> Checked[None]:
+    """Check the rows of tokens beyond those of the base model."""
+    vocab = rows.vocab(base)
+    if rows.embedding is not None and int((rows.embedding.ids >= base).sum()) != vocab - base:
+        yield f"{EMBED_TOKENS}: expected rows of all tokens from {base} to {vocab - 1}, since the base has none of them"
+    if rows.head is not None and int(rows.head.ids[-1]) >= vocab:
+        yield f"{LM_HEAD}: expected rows of tokens up to {vocab - 1}, as {EMBED_TOKENS} has, got {rows.head.ids[-1]}"
 
 
 def _check_room(rows: AdapterRows, expected: ExpectedModules) -> Checked[None]:

@@ -35,11 +35,13 @@ class SlotContents:
     Attributes:
         terms: whether some have column terms.
         rows: whether tokens have rows of their own.
+        more_ids: whether it has token ids beyond the base model's.
     """
 
     modules: frozenset[Module]
     terms: bool = False
     rows: bool = False
+    more_ids: bool = False
 
 
 @dataclass
@@ -52,7 +54,8 @@ class AdapterPool:
         head: the language-model head's stack; None if `modules` leaves it out.
         contents: contents of each slot.
         most_rows: number of tokens' own rows, of all slots together.
-        rows: these rows.
+        added_tokens: number of token ids beyond the base model's.
+        rows: the tokens' own rows.
     """
 
     architecture: Architecture
@@ -62,6 +65,7 @@ class AdapterPool:
     device: torch.device
     dtype: torch.dtype
     most_rows: int = DEFAULT_TOKEN_ROWS
+    added_tokens: int = 0
     layers: list[Stacks] = field(init=False)
     embedding: EmbeddingStack | None = field(init=False, default=None)
     head: LinearStack | None = field(init=False, default=None)
@@ -166,12 +170,12 @@ class AdapterPool:
         metas = {at: SlotMeta((self.rank,) * size, (1.0,) * size, terms and at[0] >= 0) for at, size in sizes.items()}
         modules = frozenset(module for module, _ in self._destinations if module[0] >= 0 or not in_layers)
         for slot in range(self.slots):
-            self._describe(slot, metas, modules, terms=terms, rows=terms)
+            self._describe(slot, metas, SlotContents(modules, terms, terms, terms))
         try:
             yield
         finally:
             for slot in range(self.slots):
-                self._describe(slot, {}, frozenset())
+                self._describe(slot, {}, SlotContents(frozenset()))
             self._drop_terms()
             self.rows.drop_memory()
 
@@ -207,7 +211,10 @@ class AdapterPool:
         self._write_terms(slot, packed.terms)
         self.rows.write(slot, packed.rows)
         modules = layout.modules.union(packed.terms)
-        self._describe(slot, packed.metas, modules, terms=bool(packed.terms), rows=bool(packed.rows))
+        vocab = self.architecture.vocab
+        more_ids = packed.rows.vocab(vocab) > vocab
+        contents = SlotContents(modules, bool(packed.terms), bool(packed.rows), more_ids)
+        self._describe(slot, packed.metas, contents)
 
     def _write_terms(self, slot: int, terms: Mapping[Module, ColumnTerms]) -> None:
         if not terms and not self.contents[slot].terms:
@@ -255,18 +262,15 @@ class AdapterPool:
             filled[piece.module, piece.side] = Destination(*into[:3], piece.offset, *piece.shape, *piece.strides)
         return list(filled.values())
 
-    def _describe(
-        self, slot: int, metas: Mapping[tuple[int, str], SlotMeta], modules: frozenset[Module], *, terms: bool = False,
-        rows: bool = False,
-    ) -> None:  # fmt: skip
-        """Set the ranks, scalings and modules of a slot; a part without metadata has rank 0."""
+    def _describe(self, slot: int, metas: Mapping[tuple[int, str], SlotMeta], contents: SlotContents) -> None:
+        """Set the ranks, scalings and contents of a slot; a part without metadata has rank 0."""
         for where, stack in self._parts.items():
             stack.meta[slot] = metas.get(where) or _empty_meta(len(stack.meta[slot].ranks))
         written = [stack.meta[slot] for stack in self._parts.values()]
         # One copy for all projections: the metadata of each stack is a view of some columns.
         self._ranks[slot] = torch.tensor([*chain(*(meta.ranks for meta in written))], dtype=torch.int32)
         self._scalings[slot] = torch.tensor([*chain(*(meta.scalings for meta in written))])
-        self.contents[slot] = SlotContents(modules, terms, rows)
+        self.contents[slot] = contents
 
 
 @cache

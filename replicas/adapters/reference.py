@@ -55,6 +55,7 @@ class AdapterInfo:
         head: of a classifier. Only the engine's process has it, and the next.
         dense: layers on its vectors, perhaps none; None for those of the base model.
         invocation: as in `AdapterRef`.
+        vocab: number of token ids; None for that of the base model.
     """
 
     name: str
@@ -67,6 +68,7 @@ class AdapterInfo:
     head: VectorHead | None = field(default=None, compare=False, repr=False)
     dense: "DenseLayers | None" = field(default=None, compare=False, repr=False)
     invocation: Invocation | None = None
+    vocab: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "head": None, "dense": None}

@@ -21,7 +21,7 @@ from ranklet.replicas.adapters.fused import divide, parts_of
 from ranklet.replicas.adapters.invocation import check_activated
 from ranklet.replicas.adapters.links import check_links
 from ranklet.replicas.adapters.magnitudes import check_magnitudes
-from ranklet.replicas.adapters.own_rows import read_rows, split_rows
+from ranklet.replicas.adapters.own_rows import StoredRows, read_rows, split_rows, within_vocabulary
 from ranklet.replicas.adapters.peft_config import LoraSettings, read_peft_config
 from ranklet.replicas.adapters.pinned_memory import Allocate, pageable
 from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE, AdapterRef
@@ -86,7 +86,6 @@ def _verify(
     differences = FolderDifferences()
     if expected.base_folder is not None:
         differences = yield from expected.base_folder.check(folder)
-        yield from check_rows(differences.added, expected.architecture.vocab)
     notes = differences.notes
     end_ids = yield from _end_ids(folder, differences.added, expected)
     names = full_names([tensor.key for tensor in stored or ()], expected.every_module())
@@ -107,7 +106,8 @@ def _verify(
         sound: Pairs = {}
         for module, sides in pairs.items():
             rank = settings.rank(names[EMBEDDING_MODULE if ties and module == HEAD_MODULE else module])
-            if (yield from _check_pair(module, names[module], sides, rank, expected)):
+            shapes = _shapes(module, rank, stored_rows, expected)
+            if (yield from _check_pair(names[module], sides, rank, shapes, expected.max_rank)):
                 sound[module] = sides
         adapter = _read(ref, path, sound, names, settings, expected.embedding.dtype, allocate)
         usable = yield from check_terms(
@@ -118,7 +118,12 @@ def _verify(
             adapter = yield from tied(adapter, settings.scaling(names[HEAD_MODULE]))
         has_head = HEAD_MODULE in names
         rows = yield from read_rows(path, stored_rows, adapter.weights, settings.tokens, expected, has_head=has_head)
-        adapter = divide(replace(adapter, rows=rows), expected.architecture)
+        if rows and settings.invocation is not None:  # rows count for all tokens, LoRA only for the last ones
+            yield "alora_invocation_tokens: not supported beside trained rows of tokens; train the adapter without them"
+        yield from check_rows(differences.added, rows.vocab(expected.architecture.vocab))
+        adapter = divide(
+            within_vocabulary(replace(adapter, rows=rows), expected.architecture.vocab), expected.architecture
+        )
         if usable and len(sound) == len(pairs):
             linears, shape = expected.linears, expected.architecture
             terms = yield from read_terms(path, stored_terms, adapter, names, linears, shape)
@@ -221,14 +226,24 @@ def _check_targets(
         )
 
 
+def _shapes(
+    module: Module, rank: int, rows: StoredRows, expected: ExpectedModules
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the shapes of A and B. Beside a whole matrix with more tokens than the base's, they have as many."""
+    a, b = expected.shapes(module[1], rank)
+    if module == EMBEDDING_MODULE:
+        return (rank, rows.vocab(module[1], a[1])), b
+    return (a, (rows.vocab(module[1], b[0]), rank)) if module == HEAD_MODULE else (a, b)
+
+
 def _check_pair(
-    module: Module, name: str, sides: dict[str, StoredTensor], rank: int, expected: ExpectedModules
+    name: str, sides: dict[str, StoredTensor], rank: int, shapes: Iterable[tuple[int, int]], max_rank: int
 ) -> Checked[bool]:
     sound = True
-    if rank > expected.max_rank:
+    if rank > max_rank:
         sound = False
-        yield f"{name}: expected a rank of at most {expected.max_rank} (engine.max_rank), got {shorten(str(rank))}"
-    for side, shape in zip("AB", expected.shapes(module[1], rank), strict=True):
+        yield f"{name}: expected a rank of at most {max_rank} (engine.max_rank), got {shorten(str(rank))}"
+    for side, shape in zip("AB", shapes, strict=True):
         tensor = sides.get(side)
         if tensor is not None and tensor.shape == shape and tensor.dtype in DTYPES:
             continue

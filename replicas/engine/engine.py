@@ -50,7 +50,6 @@ from ranklet.replicas.model.device import pick_device, pick_dtype
 from ranklet.replicas.model.end_of_text import EndOfText
 from ranklet.replicas.model.heads import PoolingHeads, TextHead
 from ranklet.replicas.model.lm_head import LmHead
-from ranklet.replicas.model.modules import Module
 from ranklet.replicas.model.pooling import read_pooling
 from ranklet.replicas.model.sampler import Sampler
 
@@ -83,7 +82,7 @@ class Engine:
             model = Decoder(architecture, settings, config.model_dir, longest, self.device, self.dtype)
             self._pool = AdapterPool(
                 architecture, config.slots, config.max_rank, config.lora_modules, self.device, self.dtype,
-                config.token_rows,
+                config.token_rows, config.added_tokens,
             )  # fmt: skip
         self._no_text = why_no_text(config, model.lm_head)
         self.limits = replace(limits(makes_text=self._no_text is None), no_text=self._no_text)
@@ -96,6 +95,7 @@ class Engine:
             architecture, config.max_rank, config.lora_modules, bases, model.embedding,
             model.lm_head if self._no_text is None and isinstance(model.lm_head, LmHead) else None,  # used by texts
             self.end_of_text, config.slots, config.adapter_roots, model.linears, config.token_rows,
+            config.added_tokens,
         )  # fmt: skip
         loader = Loader(self._pool, expected, config.host_cache_bytes)
         self._lock = Condition()
@@ -134,7 +134,7 @@ class Engine:
     def _start_text(self, lm_head: LmHead, workspace_bytes: int) -> None:
         config, rows, longest = self.config, self.config.max_batch_requests, self.limits.max_model_len
         with self._times.part("text kernels"):
-            head = TextHead(lm_head, Sampler(self.limits.vocab, rows, self.device))
+            head = TextHead(lm_head, Sampler(self.limits.vocab, rows, self.device, config.added_tokens))
             reserve_bytes = text_reserve(self.runner, head, self.heads, config, longest, workspace_bytes)
         with self._times.part("pages"):
             pages = pages_that_fit(self.architecture, self.dtype, self.device, config, longest, reserve_bytes)
@@ -170,12 +170,13 @@ class Engine:
             Unavailable: the engine is stopping.
         """
         task: Task
+        limits = self.limits.of(adapter)
         if isinstance(params, EmbedParams):
-            task = embed_task(params, prompts, self.heads, self.limits, self.runner.model.lm_head, adapter)
+            task = embed_task(params, prompts, self.heads, limits, self.runner.model.lm_head, adapter)
         elif self._text is None:
             raise InvalidRequest(self._no_text or "the engine has not started; send the request again", param="model")
         else:
-            self.limits.check_prompts(prompts, self.limits.max_model_len)
+            limits.check_prompts(prompts, limits.max_model_len)
             task = self._text.task(params, prompts, adapter, given)
         return self.submit_task(prompts, adapter, task, sink, given=given, key_name=key_name)
 
@@ -277,9 +278,6 @@ class Engine:
         """Return the slot of an adapter; None if it is not ready in one."""
         with self._lock:
             return self._adapters.slot_of(adapter)
-
-    def ranks_in(self, slot: int) -> dict[Module, int]:
-        return self._pool.ranks(slot)
 
     def snapshot(self) -> Snapshot:
         with self._lock:

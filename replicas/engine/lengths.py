@@ -47,6 +47,7 @@ def request_limits(
     listed = architecture.matryoshka
     return RequestLimits(
         max_model_len=longest if makes_text else embedding, hidden=architecture.hidden, vocab=architecture.vocab,
+        added_tokens=config.added_tokens,
         max_embedding_len=embedding, max_whole_len=min(embedding, config.max_batch_tokens), dense_width=width,
         dimensions=None if listed is None else tuple(each for each in listed if each < width),
     )  # fmt: skip

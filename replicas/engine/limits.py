@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.fair_queue import FairQueue
 from ranklet.replicas.engine.fair_share import fair_share
 from ranklet.replicas.engine.sequence import Flow, Sequence
@@ -28,6 +29,7 @@ class RequestLimits:
         max_model_len: largest number of tokens of a prompt, generated text included.
         hidden: width of a pooled vector.
         vocab: number of token ids.
+        added_tokens: number of token ids beyond these that requests for adapters may have.
         max_embedding_len: largest number of tokens of a prompt of embeddings.
         no_text: why the engine generates no text; None if it does.
         no_grammar: why texts cannot follow a grammar; None if they can.
@@ -49,11 +51,16 @@ class RequestLimits:
     dimensions: tuple[int, ...] | None = None
     max_whole_len: int | None = None
     dense_width: int | None = None
+    added_tokens: int = 0
 
     @property
     def width(self) -> int:
         """Return the width of the base model's embeddings."""
         return self.hidden if self.dense_width is None else self.dense_width
+
+    def of(self, adapter: AdapterRef | None) -> "RequestLimits":
+        """Return the limits of a request. Whether its adapter has each token is known once it is loaded."""
+        return self if adapter is None else replace(self, vocab=self.vocab + self.added_tokens)
 
     def with_text(self, end_ids: tuple[int, ...], base_revision: str) -> "RequestLimits":
         return replace(self, end_ids=end_ids, base_revision=base_revision)

@@ -134,7 +134,7 @@ class PagedRunner:
         distinct = {contents[slot].modules for slot in runs_of(layout.lora.segments)[:, 2].tolist()}
         modules = _modules(frozenset(distinct), in_layers=not layout.lora.everywhere)
         heads = self._pooling_heads(layout)
-        lora = (layout.lora.backend, layout.lora.terms, layout.lora.token_rows is not None, modules)
+        lora = (layout.lora.backend, layout.lora.variant, modules)
         return "pages", layout.sizes, heads, layout.tile_shapes, layout.features, lora
 
     def _states(self, layout: PagedLayout, moved: Tensor) -> tuple[PagedArrays, Tensor]:

@@ -16,7 +16,7 @@ from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.engine.generate import GenerateTask
 from ranklet.replicas.engine.sequence import Sequence, flow_of
 from ranklet.replicas.engine.tasks import Task
-from ranklet.replicas.errors import InternalError, RankletError
+from ranklet.replicas.errors import InternalError, InvalidRequest, RankletError
 from ranklet.replicas.model.sampled import PromptScores
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ class Request:
         self._arrived_s = arrived_s
         self._first_piece_s: float | None = None
         self.is_open = True
+        self._vocab = 0  # of the adapter, if a token is beyond it
         self._lock = RLock()  # steps, loads and a stop end requests on threads of their own
         flow = flow_of(adapter, key_name)
         repeated = [ids for ids in prompts for _ in range(task.choices)]
@@ -115,6 +116,11 @@ class Request:
 
     def start(self, sequence: Sequence, adapter: AdapterInfo | None) -> None:
         """Set up a sequence whose adapter is in a slot; see `Task.start`."""
+        if adapter is not None and adapter.vocab is not None and int(sequence.ids.max()) >= adapter.vocab:
+            # The device must not look it up. The output of the step is not used.
+            sequence.unknown = int(sequence.ids.max())
+            sequence.buffer = np.where(sequence.buffer < adapter.vocab, sequence.buffer, 0)
+            self._vocab = adapter.vocab
         self._task.start(sequence, adapter)
 
     def restart(self, sequence: Sequence) -> None:
@@ -136,6 +142,11 @@ class Request:
             assert isinstance(self._task, GenerateTask)
             self._task.accept_scores(sequence, output)
             return None, False
+        if sequence.unknown is not None:
+            raise InvalidRequest(
+                f"input: expected token ids from 0 to {self._vocab - 1} for this adapter, got {sequence.unknown}",
+                param="input",
+            )
         if not sequence.passes:
             self._queue_s = max(self._queue_s, began_s - sequence.arrived_s)
         sequence.passes += 1

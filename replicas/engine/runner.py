@@ -92,7 +92,8 @@ class Runner:
         if any(each.terms for each in contents):
             lora = replace(lora, terms=True)
         if any(each.rows for each in contents):
-            lora = replace(lora, token_rows=self.pool.rows.table)
+            more_ids = self.pool.added_tokens if any(each.more_ids for each in contents) else 0
+            lora = replace(lora, token_rows=self.pool.rows.table, more_ids=more_ids)
         return self.backends.choose(lora, self.backend)
 
     def lay_out(
@@ -148,7 +149,7 @@ class Runner:
         contents = [self.pool.contents[segment.slot] for segment in lora.segments]
         if lora.backend == "csgmv":
             modules = frozenset().union(*(slot.modules for slot in contents))
-            return heads, bucket, layout.tile_shapes, modules, lora.terms, lora.token_rows is not None
+            return heads, bucket, layout.tile_shapes, modules, lora.variant
         if lora.backend == "native":
             return heads, layout.lengths, tuple(lora.segments), tuple(contents)
         return (heads, bucket) if lora.backend == "none" else None

@@ -66,6 +66,7 @@ class Sequence:
         awaits_mask: whether `grammar` is being updated on another thread.
         scores: number of best alternatives to each prompt token whose logprobs are wanted; None if none are wanted.
         skipped: number of leading tokens that its pooling leaves out.
+        unknown: a token id that its adapter does not have; None if it has all.
         root: root of the hashes of its pages; None if it shares no pages.
         hashes: content hashes of its leading full pages; None if it shares no pages.
         published: number of leading pages that others may share.
@@ -106,6 +107,7 @@ class Sequence:
     awaits_mask: bool = False
     scores: int | None = None
     skipped: int = 0
+    unknown: int | None = None
     root: PrefixRoot | None = None
     hashes: list[bytes] | None = None
     published: int = 0

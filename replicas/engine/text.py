@@ -42,7 +42,7 @@ class Text:
             InvalidRequest: a parameter is out of range, a prompt leaves no space for `max_tokens`, or given tokens do
                 not fit the request.
         """
-        params.check(self.limits.vocab)
+        params.check(self.limits.of(adapter).vocab)
         if params.grammar is not None and self.limits.no_grammar is not None:
             raise InvalidRequest(f"response_format: {self.limits.no_grammar}", param="response_format")
         if params.max_tokens < 1:

@@ -46,8 +46,8 @@ class TextGrammar:
         self._mask = self.allowed
 
     def add_ends(self, end_ids: Collection[int]) -> None:
-        """Let more ids end the text: those of its adapter."""
-        more = _bits(end_ids, self._vocab)
+        """Let more ids end the text: those of its adapter. Ids beyond the base model's stay excluded."""
+        more = _bits([each for each in end_ids if each < self._vocab], self._vocab)
         self._ends, self._stops = self._ends | more, self._stops | more
         self._others = ~self._ends
         self._restrict()

@@ -51,12 +51,14 @@ class Sampler:
     A table of the state is allocated when a sequence first needs it. All methods use the current stream.
 
     Args:
-        vocab: number of token ids.
+        vocab: number of token ids of the base model.
         rows: number of sequences; the state has one row more, which fillers use.
+        added: number of token ids beyond these, which some logits have.
     """
 
-    def __init__(self, vocab: int, rows: int, device: torch.device) -> None:
+    def __init__(self, vocab: int, rows: int, device: torch.device, added: int = 0) -> None:
         self._vocab = vocab
+        self._widest = vocab + added
         self._rows = rows
         self._device = device
         self._pins = device.type == "cuda"
@@ -115,24 +117,34 @@ class Sampler:
             self._tables.edits[row, :, : edits.shape[1]].copy_(self._to_device(edits))
         if values.allowed_token_ids is not None:
             allowed = np.asarray(values.allowed_token_ids, dtype=np.int64)
-            words = np.zeros(-(-self._vocab // 32), dtype=np.uint32)
+            words = np.zeros(-(-self._widest // 32), dtype=np.uint32)
             np.bitwise_or.at(words, allowed // 32, np.uint32(1) << (allowed % 32).astype(np.uint32))
-            self.set_masks([row], [words.view(np.int32)])
+            self._write_masks([row], words.view(np.int32)[None])
 
     @torch.inference_mode()
     def set_masks(self, rows: Sequence[int], allowed: Sequence[NDArray[np.int32]]) -> None:
-        """Write which tokens sequences may draw: bit t % 32 of word t // 32 allows token t. Returns before the copy."""
+        """Write which of the base model's tokens sequences may draw, and no others. Returns before the copy.
+
+        Bit t % 32 of word t // 32 allows token t.
+        """
+        words = np.zeros((len(rows), -(-self._widest // 32)), dtype=np.int32)
+        np.stack(allowed, out=words[:, : len(allowed[0])])
+        if self._vocab % 32:
+            words[:, self._vocab // 32] &= (1 << self._vocab % 32) - 1
+        self._write_masks(rows, words)
+
+    def _write_masks(self, rows: Sequence[int], allowed: NDArray[np.int32]) -> None:
         self.prepare(Feature.MASK)
         if self._tables.masks is not None:
-            words = torch.empty((len(rows), self._tables.masks.shape[1]), dtype=torch.int32, pin_memory=self._pins)
-            np.stack(allowed, out=words.numpy())
+            words = torch.empty(allowed.shape, dtype=torch.int32, pin_memory=self._pins)
+            words.copy_(torch.from_numpy(allowed))
             at = self._to_device(np.asarray(rows, dtype=np.int64))
             self._tables.masks.index_copy_(0, at, words.to(self._device, non_blocking=True))
 
     @torch.inference_mode()
     def sample(
         self,
-        logits: Tensor,  # float32 [N, V], not written
+        logits: Tensor,  # float32 [N, V] or [N, V + added], not written
         columns: Tensor,  # int32 [N, ROW_WIDTH], contiguous
         features: Feature,
         last_token: Tensor | None = None,  # int32 [R + 1], written at each row of the state
@@ -143,7 +155,7 @@ class Sampler:
             features: all that any row asks for; a superset changes no token.
             last_token: takes the tokens; 0 for an invalid row, so that the next step can look up its embedding.
         """
-        if logits.shape[1] != self._vocab or columns.shape != (len(logits), ROW_WIDTH):
+        if logits.shape[1] not in (self._vocab, self._widest) or columns.shape != (len(logits), ROW_WIDTH):
             raise ValueError(
                 f"expected logits [N, {self._vocab}] and columns [N, {ROW_WIDTH}], "
                 f"got {tuple(logits.shape)} and {tuple(columns.shape)}"
@@ -153,8 +165,8 @@ class Sampler:
         return draw(logits, columns, self._tables, features, last_token)
 
     def _shapes(self, features: Feature) -> dict[str, tuple[int, int]]:
-        asked = {"counts": (Feature.PENALIZE, self._vocab), "edits": (Feature.EDIT, 3 * MAX_EDITS),
-                 "masks": (Feature.MASK, -(-self._vocab // 32))}  # fmt: skip
+        asked = {"counts": (Feature.PENALIZE, self._widest), "edits": (Feature.EDIT, 3 * MAX_EDITS),
+                 "masks": (Feature.MASK, -(-self._widest // 32))}  # fmt: skip
         return {name: (self._rows + 1, width) for name, (feature, width) in asked.items() if features & feature}
 
     def _to_device(self, array: NDArray[np.integer]) -> Tensor:

@@ -180,7 +180,7 @@ def _shares(engine: Engine, lengths: Sequence[int], slots: Sequence[int | None])
     for slot in dict.fromkeys(slots):
         if slot is not None:
             own = [length for length, used in zip(lengths, slots, strict=True) if used == slot]
-            shares.append(AdapterShare(sum(own), len(own), engine.ranks_in(slot)))
+            shares.append(AdapterShare(sum(own), len(own), engine.runner.pool.ranks(slot)))
     return shares
 
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int] | np.ndarray
 
 
+# PEFT saves these a second time if the vocabulary was resized, and does not load them.
+_TWICE = ("lm_head.token_adapter.trainable", ".modules_to_save.", ".original_module.")
+
+
 def reference_embedding(
     model_dir: Path,
     adapter_dir: Path | None,
@@ -94,6 +98,7 @@ def _decoder(model_dir: Path, adapter_dir: Path | None, *stamps: int) -> "nn.Mod
     causal = is_causal(adapter_dir)
     with quiet():
         model = load_base(model_dir, "causal" if causal else "bare")
+        resize(model, adapter_dir)
         attach(model, adapter_dir)
     decoder: nn.Module = model.get_submodule("model") if causal else model
     return decoder.eval()
@@ -105,6 +110,18 @@ def is_causal(adapter_dir: Path) -> bool:
 
     with safe_open(str(adapter_dir / "adapter_model.safetensors"), framework="pt") as file:
         return any(key.startswith("base_model.model.model.") for key in file.keys())  # noqa: SIM118 - no mapping
+
+
+def resize(model: "nn.Module", adapter_dir: Path) -> None:
+    """Give a model as many tokens as the adapter's own embedding has, if the file has a larger one."""
+    from safetensors import safe_open
+
+    resizable: Any = model
+    with safe_open(str(adapter_dir / "adapter_model.safetensors"), framework="pt") as file:
+        shapes = [file.get_slice(key).get_shape() for key in file.keys() if key.endswith(".weight")]  # noqa: SIM118
+    size = max((shape[0] for shape in shapes if shape[1:] == [resizable.config.hidden_size]), default=0)
+    if size > resizable.config.vocab_size:
+        resizable.resize_token_embeddings(size, mean_resizing=False)
 
 
 def attach(model: "nn.Module", adapter_dir: Path) -> Any:
@@ -121,8 +138,9 @@ def attach(model: "nn.Module", adapter_dir: Path) -> Any:
     wrapped: PeftModel = get_peft_model(model, config)
     result: Any = set_peft_model_state_dict(wrapped, load_file(adapter_dir / "adapter_model.safetensors"))
     unfilled = [key for key in result.missing_keys if "lora_" in key]
-    if result.unexpected_keys or unfilled:
-        raise ValueError(f"{adapter_dir}: PEFT left unused {result.unexpected_keys} and unfilled {unfilled}")
+    unused = [key for key in result.unexpected_keys if not any(part in key for part in _TWICE)]
+    if unused or unfilled:
+        raise ValueError(f"{adapter_dir}: PEFT left unused {unused} and unfilled {unfilled}")
     return wrapped
 
 

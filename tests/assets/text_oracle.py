@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.assets.adapters import load_base, quiet
-from tests.assets.oracle import attach, is_causal, stamp
+from tests.assets.oracle import attach, is_causal, resize, stamp
 
 SMALLEST_MARGIN = 5e-4  # some 50 times the rounding error of float32 logits
 TokenIds = Sequence[int] | NDArray[np.int32]
@@ -124,6 +124,7 @@ def _model(model_dir: Path, adapter_dir: Path | None, *stamps: int) -> tuple[Any
         ids = model.generation_config.eos_token_id
         model.generation_config.eos_token_id = None  # `generate` would take it where a call names none
         if adapter_dir is not None:
+            resize(model, adapter_dir)
             wrapped = attach(model if is_causal(adapter_dir) else model.get_submodule("model"), adapter_dir)
             if wrapped.active_peft_config.alora_invocation_tokens is not None:
                 model = wrapped

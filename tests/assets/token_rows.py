@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.assets.adapters import LINEAR, save_adapter, seed_of
+from tests.assets.adapters import LINEAR, load_base, quiet, randomize_adapter, save_adapter, seed_of
 from tests.assets.broken import edit_weights
 
 if TYPE_CHECKING:
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 IDS = [45, 3, 44, 900, 41, 41 + 512]
 OTHER_IDS = [46, 47, 7, 1023]
+NEW_IDS = [1039, 1024, 1030]  # beyond the base's
 _Q = ["q_proj"]
 _ROWS = ("trainable_tokens_delta", "embed_tokens.weight", "lm_head.weight", "base_layer.weight")
 # Fields of LoraConfig, and the rows of whole matrices that are changed; None for all of them.
@@ -55,6 +56,33 @@ ADAPTERS: dict[str, tuple[dict[str, Any], Iterable[int] | None]] = {
     "lora-and-whole-embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, IDS),
     "lora-and-head": ({"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}, OTHER_IDS),
 }
+
+
+# The same for models that have 1,040 tokens.
+RESIZED: dict[str, tuple[dict[str, Any], Iterable[int] | None]] = {
+    "resized": ({"target_modules": list(LINEAR)}, (*IDS, *NEW_IDS)),
+    "resized-tokens": ({"target_modules": _Q, "trainable_token_indices": [*NEW_IDS, 41]}, ()),
+    "resized-both": ({"target_modules": _Q, "modules_to_save": ["embed_tokens", "lm_head"]}, (*IDS, *NEW_IDS)),
+    "resized-and-lora": ({"target_modules": ["q_proj", "embed_tokens", "lm_head"], "use_rslora": True}, NEW_IDS),
+    "resized-and-tied-lora": (
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "ensure_weight_tying": True},
+        NEW_IDS,
+    ),
+}
+
+
+def save_resized_adapter(model_dir: Path, folder: Path, size: int = 1040, **lora: Any) -> Path:
+    """Write the adapter of a name in `RESIZED`, that of the folder, for a model with this number of tokens."""
+    from peft import LoraConfig, get_peft_model
+
+    fields, changed = RESIZED[folder.name]
+    with quiet():
+        base: Any = load_base(model_dir, "causal")
+        base.resize_token_embeddings(size, mean_resizing=False)
+        model = get_peft_model(base, LoraConfig(**{"r": 6, **fields, **lora}))
+        randomize_adapter(model, seed=seed_of(folder.name), strength=0.6)
+        model.save_pretrained(str(folder))
+    return edit_weights(folder, changed_rows(changed, seed_of(folder.name)))
 
 
 def save_token_adapter(model_dir: Path, folder: Path, name: str | None = None, **lora: Any) -> Path:

@@ -33,7 +33,8 @@ class SamplingStep:
         self.features = features_of(self.columns)
 
     def sampler(self, device: torch.device | None = None) -> Sampler:
-        made = Sampler(self.vocab, len(self.values), device or self.device)
+        # The state may have more tokens than the logits, see `Sampler`.
+        made = Sampler(self.vocab, len(self.values), device or self.device, added=33)
         for row, values in enumerate(self.values):
             made.begin(row, values, self.prompts[row], self.outputs[row])
         return made

@@ -20,8 +20,8 @@ COUNTS = {0: (37, 0), 1: (1, 120), 2: (0, 17), 4: (300, 300)}  # rows by slot an
 Own = dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]  # ids and rows by use and slot
 
 
-def drawn(dtype: torch.dtype) -> tuple[TokenRows, Own]:
-    """Return rows in pages of any order, and the same by use and slot."""
+def drawn(dtype: torch.dtype, more: int = 0) -> tuple[TokenRows, Own]:
+    """Return rows in pages of any order, and the same by use and slot. `more` tokens are beyond the base's."""
     counts = {(use, slot): count for slot, both in COUNTS.items() for use, count in enumerate(both) if count}
     needed = {key: -(-count // PAGE) for key, count in counts.items()}
     pages = torch.randperm(sum(needed.values()) + 3)
@@ -33,7 +33,10 @@ def drawn(dtype: torch.dtype) -> tuple[TokenRows, Own]:
     )  # fmt: skip
     own: Own = {}
     for (use, slot), count in counts.items():
-        ids, rows = torch.randperm(VOCAB)[:count].sort().values, (WIDE**-0.5 * torch.randn(count, WIDE)).to(dtype)
+        ids, rows = (
+            torch.randperm(VOCAB + more)[:count].sort().values,
+            (WIDE**-0.5 * torch.randn(count, WIDE)).to(dtype),
+        )
         mine, pages = pages[: needed[use, slot]], pages[needed[use, slot] :]
         places = (mine[:, None] * PAGE + torch.arange(PAGE)).view(-1)[:count]
         table.rows[places], table.ids[places] = rows, ids.int()
@@ -44,9 +47,11 @@ def drawn(dtype: torch.dtype) -> tuple[TokenRows, Own]:
     return TokenRows(next(moved), next(moved), next(moved), next(moved), table.held), own
 
 
-def batch_with(backend: Backend, table: TokenRows, *, padded: bool) -> tuple[LoraBatch, list[int | None]]:
+def batch_with(
+    backend: Backend, table: TokenRows, *, padded: bool, more: int = 0
+) -> tuple[LoraBatch, list[int | None]]:
     order, batch = plan(LENGTHS, OWNERS)
-    batch = replace(batch, implementation=backend, token_rows=table)
+    batch = replace(batch, implementation=backend, token_rows=table, more_ids=more)
     if backend is csgmv and padded:
         tiles = tuple(each.to(torch.device(DEVICE)) for each in cut(batch, padded=True))
         batch = replace(batch, tiles=tiles, padded=True)
@@ -56,13 +61,18 @@ def batch_with(backend: Backend, table: TokenRows, *, padded: bool) -> tuple[Lor
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("backend", "padded"), [(native, False), (csgmv, False), (csgmv, True)])
-def test_embeddings_and_logits_of_tokens_with_own_rows(backend: Backend, padded: bool, dtype: torch.dtype) -> None:
-    table, own = drawn(dtype)
-    batch, owners = batch_with(backend, table, padded=padded)
+@pytest.mark.parametrize(
+    ("backend", "padded", "more"), [(native, False, 0), (native, False, 20), (csgmv, False, 0), (csgmv, True, 20)]
+)
+def test_embeddings_and_logits_of_tokens_with_own_rows(
+    backend: Backend, padded: bool, more: int, dtype: torch.dtype
+) -> None:
+    table, own = drawn(dtype, more)
+    batch, owners = batch_with(backend, table, padded=padded, more=more)
     weight = (WIDE**-0.5 * torch.randn(VOCAB, WIDE)).to(dtype)
     ids = torch.randint(0, VOCAB, (batch.rows,), dtype=torch.int32)
-    wanted = weight[ids.long()]
+    ids[[slot == 4 for slot in owners]] = own[0, 4][0][-33:].int()  # most of the tokens beyond are among them
+    wanted = weight[ids.long().clamp(max=VOCAB - 1)]
     for t, slot in enumerate(owners):
         known, rows = own.get((0, -1 if slot is None else slot), (torch.empty(0), weight))
         if (at := (known == ids[t]).nonzero()).numel():
@@ -71,7 +81,8 @@ def test_embeddings_and_logits_of_tokens_with_own_rows(backend: Backend, padded:
     assert torch.equal(found.cpu(), wanted)
 
     x = torch.randn(batch.rows, WIDE).to(dtype)
-    expected = x.double() @ weight.double().t()
+    expected = torch.full((batch.rows, VOCAB + more), -torch.inf, dtype=torch.float64)
+    expected[:, :VOCAB] = x.double() @ weight.double().t()
     for t, slot in enumerate(owners):
         if slot is not None and (1, slot) in own:
             known, rows = own[1, slot]

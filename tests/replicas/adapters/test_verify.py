@@ -102,7 +102,7 @@ def _negative_layer(weights: dict[str, torch.Tensor]) -> None:
 
 
 def _embedding_resized(weights: dict[str, torch.Tensor]) -> None:
-    weights["base_model.model.model.embed_tokens.weight"] = torch.randn(1030, 128)
+    weights["base_model.model.model.embed_tokens.weight"] = torch.randn(1300, 128)
 
 
 def _magnitude(weights: dict[str, torch.Tensor]) -> None:
@@ -116,7 +116,7 @@ def _magnitude(weights: dict[str, torch.Tensor]) -> None:
         (_eighths, "F8_E4M3"),
         (_twice, "second tensor"),
         (_negative_layer, "layers.-1"),
-        (_embedding_resized, "1030"),
+        (_embedding_resized, "got 276"),
         (_magnitude, "lora_magnitude_vector"),
         (lambda weights: weights.clear(), "target_modules"),
     ],

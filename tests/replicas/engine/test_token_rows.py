@@ -15,19 +15,28 @@ from ranklet.kernels.token_rows import PAGE
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.request import Answer
-from ranklet.replicas.errors import InvalidAdapter
+from ranklet.replicas.errors import InvalidAdapter, InvalidRequest
 from ranklet.replicas.model.modules import ALL_MODULES
 from tests.assets.broken import edit_config, edit_weights
 from tests.assets.make import make_model
 from tests.assets.oracle import cosine, reference_embedding
 from tests.assets.text_oracle import reference_logprobs
-from tests.assets.token_rows import ADAPTERS, IDS, OTHER_IDS, save_token_adapter
+from tests.assets.token_rows import (
+    ADAPTERS,
+    IDS,
+    NEW_IDS,
+    OTHER_IDS,
+    RESIZED,
+    save_resized_adapter,
+    save_token_adapter,
+)
 from tests.replicas.asking import PATIENCE_S, assert_same, ref, submit
 from tests.replicas.text_scene import LOGPROB_ROUNDING, generate
 
 FIELDS: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "text": True,
 }  # fmt: skip
+NEW_PROMPT: NDArray[np.int32] = np.array([*range(40, 50), *NEW_IDS, 12, 1030, 45, 1029], dtype=np.int32)
 PROMPT: NDArray[np.int32] = np.array([*range(40, 50), *IDS, *OTHER_IDS, 12, 45], dtype=np.int32)
 
 
@@ -48,7 +57,7 @@ def owners(folders: dict[str, Path]) -> list[Path | None]:
 
 
 def engine_of(model: Path, **fields: Any) -> Engine:
-    settings = {"slots": 20, "max_batch_tokens": 4096, "kv_cache_bytes": 8 << 20, "lora_modules": ALL_MODULES}
+    settings = {"slots": 24, "max_batch_tokens": 4096, "kv_cache_bytes": 8 << 20, "lora_modules": ALL_MODULES}
     engine = Engine(EngineConfig(model, **{**settings, **fields}))
     engine.start()
     return engine
@@ -75,15 +84,68 @@ def test_logprobs_of_mixed_texts_with_token_rows_equal_those_of_peft(
     engine: Engine, model: Path, folders: dict[str, Path]
 ) -> None:
     with engine.paused():
-        found = {
-            each: generate(engine, [PROMPT], ref(each) if each else None, 6, logprobs=5, prompt_logprobs=0)
-            for each in owners(folders)
-        }
+        found = {each: _asked(engine, each, PROMPT) for each in owners(folders)}
     seen = set()
     for folder, answer in found.items():
         assert _error(model, folder, PROMPT, answer) <= LOGPROB_ROUNDING, folder
         seen.add(tuple(answer.result(PATIENCE_S).result.prompt_logprobs))
     assert len(seen) == len(found), "two adapters gave the same logprobs"
+
+
+@pytest.fixture(scope="module")
+def resized(model: Path) -> dict[str, Path]:
+    return {name: save_resized_adapter(model, model.parent / name) for name in RESIZED}
+
+
+def test_tokens_beyond_the_vocabulary_of_the_base(
+    engine: Engine, model: Path, resized: dict[str, Path], folders: dict[str, Path]
+) -> None:
+    """In the same batches, rows of the base model and other adapters have no such tokens."""
+    asked: dict[Path | None, NDArray[np.int32]] = {folders["tokens"]: PROMPT, None: PROMPT}
+    asked.update((folder, NEW_PROMPT) for folder in resized.values())
+    for folder in resized.values():
+        engine.load(ref(folder))
+    with engine.paused():
+        vectors = {each: submit(engine, [ids], ref(each) if each else None) for each, ids in asked.items()}
+        plain = {each: _asked(engine, each, ids) for each, ids in asked.items()}
+        drawn = {each: _asked(engine, each, NEW_PROMPT, logit_bias=((1030, 90.0),)) for each in resized.values()}
+    for each, ids in asked.items():
+        assert_same(vectors[each].result(PATIENCE_S).result, reference_embedding(model, each, [ids]))
+        assert _error(model, each, ids, plain[each]) <= LOGPROB_ROUNDING, each
+    for folder, answer in drawn.items():
+        assert answer.result(PATIENCE_S).result.choices[0].tokens.tolist() == [1030] * 6
+        assert _error(model, folder, NEW_PROMPT, answer) <= LOGPROB_ROUNDING
+
+
+def test_sampling_knows_the_new_tokens(engine: Engine, resized: dict[str, Path]) -> None:
+    folder = resized["resized"]
+    only = _asked(engine, folder, NEW_PROMPT, allowed_token_ids=(1030, 1039), temperature=1.0, seed=1, top_p=0.99)
+    assert set(only.result(PATIENCE_S).result.choices[0].tokens.tolist()) <= {1030, 1039}
+    once = _asked(engine, folder, NEW_PROMPT, logit_bias=((1028, 95.0), (1027, 60.0)), repetition_penalty=1000)
+    assert once.result(PATIENCE_S).result.choices[0].tokens.tolist()[:2] == [1028, 1027]
+    ended = _asked(engine, folder, NEW_PROMPT, logit_bias=((1030, 90.0),), stop_token_ids=(1030,), min_tokens=0)
+    assert ended.result(PATIENCE_S).result.choices[0].stop_token == 1030
+
+
+def test_tokens_that_the_adapter_does_not_have_are_refused(
+    engine: Engine, model: Path, folders: dict[str, Path], resized: dict[str, Path]
+) -> None:
+    with pytest.raises(InvalidRequest, match="from 0 to 1023, got 1039"):
+        submit(engine, [NEW_PROMPT])
+    with pytest.raises(InvalidRequest, match="from 0 to 1279, got 1280"):
+        submit(engine, [np.array([1280], dtype=np.int32)], ref(resized["resized"]))
+    for folder, known in ((folders["plain"], 1023), (resized["resized"], 1039)):
+        ids = np.array([5, 1100], dtype=np.int32)
+        for refused in (submit(engine, [ids], ref(folder)), _asked(engine, folder, ids)):
+            with pytest.raises(InvalidRequest, match=f"from 0 to {known} for this adapter, got 1100"):
+                refused.result(PATIENCE_S)
+        found = submit(engine, [PROMPT], ref(folder)).result(PATIENCE_S).result
+        assert_same(found, reference_embedding(model, folder, [PROMPT]))
+
+
+def _asked(engine: Engine, folder: Path | None, prompt: NDArray[np.int32], **params: Any) -> Future[Answer]:
+    settings = {"logprobs": 5, "prompt_logprobs": 0, **params}
+    return generate(engine, [prompt], ref(folder) if folder else None, 6, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +161,7 @@ def test_an_adapter_leaves_no_rows_in_its_slot(small: Engine, model: Path, folde
         folder = folders[name]
         vectors = submit(small, [PROMPT], ref(folder)).result(PATIENCE_S).result
         assert_same(vectors, reference_embedding(model, folder, [PROMPT]))
-        made = generate(small, [PROMPT], ref(folder), 2, logprobs=5, prompt_logprobs=0)
-        assert _error(model, folder, PROMPT, made) <= LOGPROB_ROUNDING
+        assert _error(model, folder, PROMPT, _asked(small, folder, PROMPT)) <= LOGPROB_ROUNDING
 
 
 def test_more_rows_than_the_server_keeps_are_refused_with_both_sizes(small: Engine, folders: dict[str, Path]) -> None:
@@ -146,8 +207,13 @@ REFUSED: dict[str, tuple[str, Change, dict[str, Any], str]] = {
         {"trainable_token_indices": None},
         "trainable_token_indices leaves out embed",
     ),
-    "beyond": ("tokens", _nothing, {"trainable_token_indices": [1, 2, 3, 4, 5, 1024]}, "from 0 to 1023, got 1024"),
-    "negative": ("tokens", _nothing, {"trainable_token_indices": [1, 2, 3, 4, 5, -1]}, "from 0 to 1023, got -1"),
+    "beyond": (
+        "tokens",
+        _nothing,
+        {"trainable_token_indices": [1, 2, 3, 4, 5, 1280]},
+        "256 more (engine.added_tokens), got 1280",
+    ),
+    "negative": ("tokens", _nothing, {"trainable_token_indices": [1, 2, 3, 4, 5, -1]}, "ids from 0 to 1023, and 256"),
     "twice": ("tokens", _nothing, {"trainable_token_indices": [1, 2, 3, 4, 2, 5]}, "each id once, got 2 twice"),
     "no-list": ("tokens", _nothing, {"trainable_token_indices": [1.5]}, "expected a list of token ids"),
     "module": ("tokens", _nothing, {"trainable_token_indices": {"norm": [1]}}, "got some for norm"),
@@ -157,6 +223,7 @@ REFUSED: dict[str, tuple[str, Change, dict[str, Any], str]] = {
         {"trainable_token_indices": [1]},
         "embed_tokens has LoRA too",
     ),
+    "invocation": ("tokens", _nothing, {"alora_invocation_tokens": [5, 6]}, "not supported beside trained rows"),
     "in-both-fields": (
         "tokens",
         _nothing,
@@ -184,22 +251,23 @@ def test_rows_that_do_not_fit_are_refused_by_name(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_compiled_kernels_and_graphs_have_the_rows_of_tokens(dtype: str, model: Path, folders: dict[str, Path]) -> None:
+def test_compiled_kernels_and_graphs_have_the_rows_of_tokens(
+    dtype: str, model: Path, folders: dict[str, Path], resized: dict[str, Path]
+) -> None:
     """Texts come three times, so that the last time their steps are replayed from CUDA graphs."""
     engine = engine_of(model, backend="csgmv", dtype=dtype)
+    asked = dict.fromkeys(owners(folders), PROMPT)
+    asked.update((folder, NEW_PROMPT) for folder in resized.values())
     try:
         for _ in range(3):
             with engine.paused():
-                found = {
-                    each: generate(engine, [PROMPT], ref(each) if each else None, 6, logprobs=5, prompt_logprobs=0)
-                    for each in owners(folders)
-                }
-            errors = {each: _error(model, each, PROMPT, answer) for each, answer in found.items()}
+                found = {each: _asked(engine, each, ids) for each, ids in asked.items()}
+            errors = {each: _error(model, each, ids, found[each]) for each, ids in asked.items()}
             rounding = 1e-3 if dtype == "float32" else 0.02 + 3 * max(errors[None], errors[folders["plain"]])
             assert max(errors.values()) < rounding, errors
-        for folder in folders.values():
-            (vector,) = submit(engine, [PROMPT], ref(folder)).result(PATIENCE_S).result
-            (wanted,) = reference_embedding(model, folder, [PROMPT])
+        for folder, ids in asked.items():
+            (vector,) = submit(engine, [ids], ref(folder) if folder else None).result(PATIENCE_S).result
+            (wanted,) = reference_embedding(model, folder, [ids])
             assert cosine(vector, wanted) > (0.99999 if dtype == "float32" else 0.99)
     finally:
         engine.stop()

@@ -123,3 +123,18 @@ def test_a_graph_is_not_captured_without_the_state() -> None:
         logits.add_(1)  # torch warns about a graph without kernels
         with pytest.raises(RuntimeError, match="before the capture"):
             sampler.sample(logits, columns, PENALTIES.features)
+
+
+def test_tokens_beyond_the_base_models_have_state_and_no_place_in_masks_of_grammars() -> None:
+    """Some logits are wider than those of the base model, by `added` columns."""
+    added, values = 40, SamplingValues(allowed_token_ids=(3, VOCAB + 5), frequency_penalty=2.0)
+    sampler = Sampler(VOCAB, ROWS, DEVICE, added)
+    sampler.begin(0, values, ids(1, VOCAB + 7), ids(VOCAB + 5))
+    columns = torch.from_numpy(values.columns(0))[None].to(DEVICE)
+    logits = torch.zeros(1, VOCAB + added, device=DEVICE)
+    logits[0, VOCAB:] = 9.0
+    drawn = [int(sampler.sample(logits, columns, values.features).tokens) for _ in range(6)]
+    assert drawn == [*[VOCAB + 5] * 4, 3, VOCAB + 5]  # it was drawn once before, and each time costs 2
+    sampler.set_masks([0], [np.full(-(-VOCAB // 32), -1, dtype=np.int32)])
+    assert int(sampler.sample(logits, columns, values.features).tokens) < VOCAB
+    assert int(sampler.sample(logits[:, :VOCAB], columns, values.features).tokens) < VOCAB
