@@ -2,9 +2,10 @@
 
 On a GPU machine they run at full size and write to tests/bench/results. On a CPU they run at small sizes, the engine's
 throughput is left out, and the results are discarded. Run the other benchmarks one at a time with
-`python -m tests.bench.NAME`: `dora`, `http`, `soak`, `loads`, `thrash` and `fair` need one GPU, `cluster` needs one for
-each replica, `churn` and `listing` need none. `--help` shows the options of each. The committed simulations have 1,000
-replicas and take several minutes. `compare` compares two folders of results, and `page` writes the page of results.
+`python -m tests.bench.NAME`: `dora`, `token_rows`, `http`, `soak`, `loads`, `thrash` and `fair` need one GPU, `cluster`
+needs one for each replica, `churn` and `listing` need none. `--help` shows the options of each. The committed
+simulations have 1,000 replicas and take several minutes. `compare` compares two folders of results, and `page` writes
+the page of results.
 """
 
 import subprocess
