@@ -22,7 +22,8 @@ from ranklet.replicas.adapters.fused import divide_vectors, parts_of
 from ranklet.replicas.adapters.own_stream import own_stream
 from ranklet.replicas.adapters.peft_config import LoraSettings
 from ranklet.replicas.adapters.pinned_memory import pageable
-from ranklet.replicas.adapters.safetensors_file import DTYPES, StoredTensor, read_tensors
+from ranklet.replicas.adapters.safetensors_file import DTYPES, read_tensors
+from ranklet.replicas.adapters.safetensors_header import StoredTensor
 from ranklet.replicas.model.architecture import Architecture
 from ranklet.replicas.model.base_linears import BaseLinears
 from ranklet.replicas.model.modules import Module

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ranklet.replicas.adapters.findings import Checked, collect, join
-from ranklet.replicas.adapters.safetensors_file import UnreadableWeightsError, read_header
+from ranklet.replicas.adapters.safetensors_header import UnreadableWeightsError, read_header
 from ranklet.replicas.adapters.saved_head import read_numbers
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.dense import DenseLayer, DenseLayers

@@ -24,7 +24,8 @@ from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.findings import Checked, shorten, show
 from ranklet.replicas.adapters.own_stream import own_stream
 from ranklet.replicas.adapters.row_pool import pages_of_rows
-from ranklet.replicas.adapters.safetensors_file import DTYPES, FLOATS, StoredTensor, read_tensor
+from ranklet.replicas.adapters.safetensors_file import DTYPES, FLOATS, read_tensor
+from ranklet.replicas.adapters.safetensors_header import StoredTensor
 from ranklet.replicas.adapters.tensor_names import (
     EMBEDDING_MODULE,
     HEAD_MODULE,

@@ -4,7 +4,7 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from ranklet.replicas.adapters.limits import MAX_ADAPTER_BYTES
 from ranklet.replicas.adapters.links import check_links
 from ranklet.replicas.adapters.peft_config import read_fields
 from ranklet.replicas.adapters.reference import CONFIG_FILE, FILES, OPTIONAL_FILES, AdapterRef
+from ranklet.replicas.adapters.safetensors_header import UnreadableWeightsError, read_header
 from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
 from ranklet.replicas.regular_file import open_regular
 
@@ -22,6 +23,7 @@ _CHARACTERS = 16
 _PIECE_BYTES = 1 << 20  # each piece has its own digest, so that threads can share a file
 _THREADS = 8  # of one file; not shared between files, because a disk that hangs blocks them
 _MAX_TRIES = 3
+_LARGE_BYTES = 64 << 20  # hashed in a fifth of a second; only weights are larger
 SETTLED_S = 0.1  # within this time of a change, a second one may leave the file's times as they are
 
 
@@ -116,8 +118,28 @@ class Revisions:
         findings = list(check_links(folder, files_in(folder), self._roots))
         if size > self._max_bytes:
             findings.append(f"expected at most {self._max_bytes} bytes (sources.max_adapter_bytes), got {size}")
+        if not findings and size > _LARGE_BYTES:
+            findings += _large_problems(folder)
         if findings:
             raise InvalidAdapter(name, findings)
+
+
+def _large_problems(folder: Path) -> Iterator[str]:
+    """Yield what is wrong with large files, as far as that shows at once.
+
+    A file of holes takes no space, and a gigabyte of it takes seconds to hash.
+    """
+    for path in (folder / name for name in files_in(folder)):
+        try:
+            size = path.stat().st_size
+            if size > _LARGE_BYTES and path.suffix == ".safetensors":
+                read_header(path)
+            elif size > _LARGE_BYTES:
+                yield f"{path.name}: expected at most {_LARGE_BYTES} bytes, got {size}"
+        except UnreadableWeightsError as error:
+            yield str(error)
+        except OSError:
+            continue  # verification reports it
 
 
 class _FolderStatus(NamedTuple):

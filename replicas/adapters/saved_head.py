@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.replicas.adapters.findings import Checked, shorten
-from ranklet.replicas.adapters.safetensors_file import DTYPES, FLOATS, StoredTensor, read_tensor
+from ranklet.replicas.adapters.safetensors_file import DTYPES, FLOATS, read_tensor
+from ranklet.replicas.adapters.safetensors_header import StoredTensor
 from ranklet.replicas.adapters.vector_head import VectorHead
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.classifier import HEAD_NAMES, MAX_LABELS, MODEL_CONFIG_FILE, Classifier, read_classifier

@@ -26,14 +26,8 @@ from ranklet.replicas.adapters.peft_config import LoraSettings, read_peft_config
 from ranklet.replicas.adapters.pinned_memory import Allocate, pageable
 from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE, AdapterRef
 from ranklet.replicas.adapters.revision import files_in, marks_of
-from ranklet.replicas.adapters.safetensors_file import (
-    DTYPES,
-    FLOATS,
-    StoredTensor,
-    UnreadableWeightsError,
-    read_header,
-    read_tensors,
-)
+from ranklet.replicas.adapters.safetensors_file import DTYPES, FLOATS, read_tensors
+from ranklet.replicas.adapters.safetensors_header import StoredTensor, UnreadableWeightsError, read_header
 from ranklet.replicas.adapters.saved_head import read_head
 from ranklet.replicas.adapters.tensor_names import (
     EMBEDDING_MODULE,

@@ -18,7 +18,7 @@ from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.limits import MAX_FINDINGS_CHARS
 from ranklet.replicas.adapters.reference import CONFIG_FILE, FILES, OPTIONAL_FILES, WEIGHTS_FILE, AdapterRef
 from ranklet.replicas.adapters.revision import Revisions
-from ranklet.replicas.adapters.safetensors_file import UnreadableWeightsError, read_header
+from ranklet.replicas.adapters.safetensors_header import UnreadableWeightsError, read_header
 from ranklet.replicas.adapters.verify import read_adapter
 from ranklet.replicas.errors import InvalidAdapter, RankletError
 from ranklet.replicas.model.end_of_text import EndOfText
@@ -31,8 +31,8 @@ MOST_GROWTH_KB = 200 << 10
 MOST_CHARS = 2 * MAX_FINDINGS_CHARS
 
 KINDS = (
-    "keep", "fifo", "folder", "link outside", "link beside", "dangling", "loop", "sparse", "empty", "random", "deep",
-    "utf-16", "number", "list", "wrong types", "long text", "many keys",
+    "keep", "fifo", "folder", "link outside", "link beside", "dangling", "loop", "sparse", "holes", "empty", "random",
+    "deep", "utf-16", "number", "list", "wrong types", "long text", "many keys",
 )  # fmt: skip
 CONTENTS = {
     "empty": b"",
@@ -66,9 +66,9 @@ def put(folder: Path, name: str, kind: str) -> None:
         os.mkfifo(path)
     elif kind == "folder":
         path.mkdir()
-    elif kind == "sparse":
+    elif kind in ("sparse", "holes"):
         with path.open("wb") as file:
-            file.truncate(8 << 30)
+            file.truncate((8 if kind == "sparse" else 3) << 30)  # more and less than an adapter may have
     elif kind in CONTENTS:
         path.write_bytes(CONTENTS[kind])
     else:

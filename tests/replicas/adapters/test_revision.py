@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ranklet.replicas.adapters import revision
 from ranklet.replicas.adapters.reference import CONFIG_FILE, OPTIONAL_FILES, WEIGHTS_FILE
 from ranklet.replicas.adapters.revision import Revisions, marks_of, revision_of
-from ranklet.replicas.errors import AdapterNotFound
+from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter
 
 MIB = 1 << 20
 LONG_AGO = (1_000_000_000, 1_000_000_000)  # ns
@@ -145,6 +145,34 @@ def test_files_are_read_once_until_they_change(folder: Path, reads: list[str]) -
     os.utime(folder / WEIGHTS_FILE)
     touched = revisions.reference("one", path)
     assert (touched == first, touched.marks == first.marks, len(reads)) == (True, False, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "begins", "says"),
+    [
+        (WEIGHTS_FILE, b"", "its header is no JSON object"),
+        (WEIGHTS_FILE, (2).to_bytes(8, "little") + b"{}", "bytes of data for 0"),
+        ("tokenizer.json", b"{}", "expected at most 67108864 bytes, got 3221225472"),
+    ],
+)
+def test_a_large_file_that_cannot_be_whole_is_refused_unread(
+    folder: Path, reads: list[str], name: str, begins: bytes, says: str
+) -> None:
+    with (folder / name).open("wb") as file:
+        file.write(begins)
+        file.truncate(3 << 30)
+    with pytest.raises(InvalidAdapter, match=says):
+        Revisions().reference("x", str(folder))
+    assert reads == []
+
+
+def test_a_large_file_of_weights_has_a_revision(folder: Path, reads: list[str]) -> None:
+    header = b'{"a":{"dtype":"U8","shape":[67108864],"data_offsets":[0,67108864]}}'
+    with (folder / WEIGHTS_FILE).open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + (64 << 20))
+    assert Revisions().reference("x", str(folder)).revision == revision_of(folder)
+    assert reads == [str(folder)]
 
 
 def test_a_file_replaced_by_one_of_the_same_size_and_time_is_noticed(folder: Path) -> None:
