@@ -1,5 +1,6 @@
 """The files in deploy/ pass their linters and schemas, and the Dockerfile's steps work."""
 
+import configparser
 import os
 import re
 import subprocess
@@ -15,7 +16,9 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from ranklet.cluster.command.deployment_file import drain_time_s
 from ranklet.cluster.config import AppArgs
+from ranklet.cluster.datapath import SHUTDOWN_TIMEOUTS_S
 from tests.deploy.kuberay import RAY_SERVICE
 from tests.needs import needs
 
@@ -196,3 +199,17 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     command = ["systemd-analyze", "verify", "--man=no", str(unit)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_unit_gives_a_stop_the_time_to_drain() -> None:
+    """`ranklet up` gets SIGTERM first, drains as long as the gateways do, and then ends Ray."""
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(DEPLOY / "ranklet.service")
+    service = unit["Service"]
+    assert (service["KillMode"], "ExecStop" in service, "KillSignal" in service) == ("mixed", False, False)
+    start_s = int(re.findall(r"--timeout-s (\d+)", service["ExecStart"])[0])
+    drains_s = [drain_time_s(yaml.safe_load((DEPLOY / f"{name}.yaml").read_text())) for name in ("config", "local")]
+    assert max(drains_s) == SHUTDOWN_TIMEOUTS_S["Gateway"]
+    assert int(service["TimeoutStopSec"]) >= max(drains_s) + 30
+    assert int(service["TimeoutStartSec"]) > start_s
