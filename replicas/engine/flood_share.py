@@ -25,6 +25,7 @@ from ranklet.replicas.engine.step_cost import PromptBudget, StepCost
 IsReady = Callable[[AdapterRef], bool]  # whether an adapter is in a slot
 
 _RATE = 0.8  # of the tokens a second with as many texts as fit
+_WITH_PROMPTS = 1.4  # cost of a step of those texts, in that of their decodes: as some end, prompts of others begin
 _MOST_WAITED = 16  # cost of the steps that decodes of flooding flows wait for, in steps of their own
 _LOOKED_AT = 32  # first sequences of others in the queue
 
@@ -37,7 +38,8 @@ class FloodShare:
         flows: the flooding flows; none if nobody else has requests.
         texts: number of running texts up to which they start more; 0 if the last steps cost enough.
         own: number of texts that each of them may run in any case.
-        cost: of a step, up to which their prompts fill it; 0 if the last steps cost enough.
+        cost: of a step, up to which their embeddings fill it; 0 if the last steps cost enough.
+        text_cost: the same for prompts of their texts.
         each: part of one flow.
         running: texts that run or start.
         by_flow: the same, by flow.
@@ -49,6 +51,7 @@ class FloodShare:
     texts: int = 0
     own: int = 0
     cost: float = 0.0
+    text_cost: float = 0.0
     each: float = 1.0
     running: int = 0
     by_flow: Counter[Flow] = field(default_factory=Counter)
@@ -85,7 +88,8 @@ class FloodShare:
         """Return what the prompts of the step may cost with this sequence; None for no limit."""
         if sequence.flow not in self.flows or not self.decodes:
             return None
-        return max(self.cost - self.decodes, self.each * len(self.flows) * self.decodes)
+        cost = self.text_cost if sequence.need.outputs > 1 else self.cost
+        return max(cost - self.decodes, self.each * len(self.flows) * self.decodes)
 
     def cost_of(self, plan: StepPlan, budget: PromptBudget) -> float | None:
         """Return the cost of a plan; None without flooding flows."""
@@ -148,10 +152,13 @@ def flood_share(
     context = sum(each.computed for each in holders.all) / running if running else 0.0
     texts = brief_texts(costs, min(space.table.filler, _fitting(space, running)), context)
     own, cost = max(1, texts // len(flows)), costs.decodes(texts, texts * context) if texts else costs.step
+    text_cost = _WITH_PROMPTS * cost
     if rules.mean_cost > cost:
-        texts, cost = 0, 0.0
+        cost = 0.0
+    if rules.mean_cost > text_cost:
+        texts, text_cost = 0, 0.0
     each, by_flow, waited = 1 / len(flows), holders.flows.copy(), rules.waited_cost
-    return FloodShare(frozenset(flooding), texts, own, cost, each, running, by_flow, waited=waited)
+    return FloodShare(frozenset(flooding), texts, own, cost, text_cost, each, running, by_flow, waited=waited)
 
 
 def brief_texts(costs: StepCost, rows: int, context: float) -> int:
