@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.reranking import Reranking
-from ranklet.replicas.adapters.added_tokens import AddedToken
 from ranklet.replicas.adapters.invocation import Invocation
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.errors import InvalidAdapter, InvalidRequest, RankletError, error_class
 from ranklet.replicas.grammar.constraint import Constraint
+from ranklet.replicas.model.added_tokens import AddedTokens
 from ranklet.replicas.model.embedding_settings import EmbeddingSettings
 from ranklet.routing.report import QueueLoad, StateReport
 
@@ -231,7 +231,7 @@ class AdapterText:
     constraint: Constraint | None = None
     tool_format: str | None = None
     reranking: Reranking | None = None
-    added_tokens: tuple[AddedToken, ...] = ()
+    added_tokens: AddedTokens = field(default_factory=AddedTokens)
     invocation: Invocation | None = None
 
 

@@ -53,7 +53,7 @@ class ChatTask(TextTask):
             return constraint
         if self._constrained is None or self._constrained[0] is not model:
             tool_format = check_shown(model.tool_format, shows_tools=shows_tools(model.chat_template().source))
-            self._constrained = model, with_calls(constraint, self._tools, tool_format, self.texts.special_id)
+            self._constrained = model, with_calls(constraint, self._tools, tool_format, self._grammar_id)
         return self._constrained[1]
 
     async def prepare(self, adapter: AdapterLocation | None, limits: RequestLimits, owner: str) -> None:
@@ -90,17 +90,17 @@ class ChatTask(TextTask):
             params = replace(params, max_tokens=limits.max_model_len - len(prompts[0]))
         if params.grammar is None:
             return params
-        return replace(params, grammar=replace(params.grammar, lead=lead_of(self.parts(), self.texts.special_id)))
+        return replace(params, grammar=replace(params.grammar, lead=lead_of(self.parts(), self._grammar_id)))
 
     def make_format(self, options: TextOptions, logprobs: LogprobsFormat, prompts: TokenIds) -> TextFormat:
         return ChatFormat(options, logprobs, prompts, self.parts())
 
     def shown_ids(self) -> frozenset[int]:
-        parts = self.parts()
-        if parts.is_content:
+        parts, model = self.parts(), self.text_model
+        if parts.is_content or model is None:
             return frozenset()
         tags = (*(parts.tool_format.tags if parts.tool_format else ()), *(parts.tags.texts if parts.tags else ()))
-        return frozenset(found for tag in tags if (found := self.texts.special_id(tag)) is not None)
+        return frozenset(found for tag in tags if (found := model.tokens.special_id(tag)) is not None)
 
     def parts(self) -> AnswerParts:
         """Return what the answer may consist of, since the prompt is rendered."""
@@ -115,6 +115,10 @@ class ChatTask(TextTask):
         return replace(
             parts, tags=model.tags, stage=model.tags.stage_after(prompt), separates=self._separates_reasoning(model)
         )
+
+    def _grammar_id(self, text: str) -> int | None:
+        """Return the id of a text that is a special token in grammars, which have the base model's tokens only."""
+        return self.texts.tokens.special_id(text)
 
     def _prompt(self, template: ChatTemplate) -> str:
         return self._form.prompt(template, None if self._tools is None else self._tools.shown)

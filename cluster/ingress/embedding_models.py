@@ -4,10 +4,18 @@ from dataclasses import dataclass
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.ingress.descriptions import AdapterDescriptions
-from ranklet.cluster.ingress.prompts import Tokenizer
+from ranklet.cluster.ingress.model_tokens import ModelTokens
 from ranklet.replicas.adapters.findings import join
 from ranklet.replicas.errors import InvalidRequest
 from ranklet.replicas.model.embedding_settings import EmbeddingSettings
+
+
+@dataclass(frozen=True)
+class EmbeddingModel:
+    """How texts become vectors with the base model, or with an adapter."""
+
+    settings: EmbeddingSettings
+    tokens: ModelTokens
 
 
 @dataclass(frozen=True)
@@ -22,16 +30,18 @@ class EmbeddingModels:
     """
 
     base: EmbeddingSettings
-    tokenizer: Tokenizer
     descriptions: AdapterDescriptions
 
-    def known(self, adapter: AdapterLocation | None) -> EmbeddingSettings:
-        text = None if adapter is None else self.descriptions.known(adapter)
-        return self.base if text is None else text.embedding
+    def known(self, adapter: AdapterLocation | None) -> EmbeddingModel:
+        described = None if adapter is None else self.descriptions.known(adapter)
+        if described is None:
+            return EmbeddingModel(self.base, self.descriptions.tokenizers.base)
+        return EmbeddingModel(described.text.embedding, described.tokens)
 
-    async def describe(self, adapter: AdapterLocation) -> EmbeddingSettings:
+    async def describe(self, adapter: AdapterLocation) -> EmbeddingModel:
         """Let a replica read the settings of an adapter. Raises the errors of `AdapterDescriptions.describe`."""
-        return (await self.descriptions.describe(adapter)).embedding
+        described = await self.descriptions.describe(adapter, again=True)
+        return EmbeddingModel(described.text.embedding, described.tokens)
 
     def forget(self, adapter: AdapterLocation) -> None:
         self.descriptions.forget(adapter)

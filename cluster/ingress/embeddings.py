@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.ingress.answers import render_embeddings
-from ranklet.cluster.ingress.embedding_models import EmbeddingModels, no_such_prompt
+from ranklet.cluster.ingress.embedding_models import EmbeddingModel, EmbeddingModels, no_such_prompt
 from ranklet.cluster.ingress.intake import Inputs
 from ranklet.cluster.ingress.known_fields import EMBEDDING_FIELDS
 from ranklet.cluster.ingress.prompts import EmbeddingPrompts, truncation_of
@@ -19,7 +19,6 @@ from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.errors import InvalidRequest
 from ranklet.replicas.model.dense_settings import width_after
-from ranklet.replicas.model.embedding_settings import EmbeddingSettings
 from ranklet.replicas.model.tokenizer import TruncationSide
 
 _RENDER_INLINE_BYTES: Final = 1 << 20  # larger answers are rendered on a thread
@@ -53,7 +52,7 @@ class EmbeddingsTask:
         self.ignored = ignored
         self._form = form
         self._models = models
-        self._described: EmbeddingSettings | None = None  # of the adapter
+        self._described: EmbeddingModel | None = None  # of the adapter
         self._params = EmbedParams()
 
     @classmethod
@@ -83,7 +82,8 @@ class EmbeddingsTask:
         has_texts = isinstance(values[0], str)
         if name is not None and not has_texts:
             raise InvalidRequest("prompt_name: expected texts as input, got token ids", param="prompt_name")
-        settings = self._described or self._models.known(adapter)
+        model = self._described or self._models.known(adapter)
+        settings, tokens = model.settings, model.tokens
         prompting = settings.prompting(name)
         width = width_after(settings.dense, limits.hidden)
         fits = prompting is not None and limits.allows_dimensions(form.dimensions, width)
@@ -96,7 +96,7 @@ class EmbeddingsTask:
         truncation = truncation_of(form.truncate_prompt_tokens, form.truncation_side, longest, "right")
         skipped = 0
         if has_texts and not prompting.pools_text:
-            skipped = self._models.tokenizer.count_prompt(prompting.text, add_special_tokens=form.add_special_tokens)
+            skipped = tokens.tokenizer.count_prompt(prompting.text, add_special_tokens=form.add_special_tokens)
             if truncation is not None and truncation.side == "left":
                 raise InvalidRequest(
                     "truncation_side: expected right, since pooling leaves out the prompt at the left, got left",
@@ -106,8 +106,10 @@ class EmbeddingsTask:
         self._params = EmbedParams(
             form.dimensions, normalize=normalize, skipped=skipped, prompting=prompting, dense=settings.dense
         )
-        rules = EmbeddingPrompts(limits, longest, prompting.text, skipped, form.add_special_tokens, truncation)
-        return Inputs(values, rules)
+        rules = EmbeddingPrompts(
+            tokens.limits(limits), longest, prompting.text, skipped, form.add_special_tokens, truncation
+        )
+        return Inputs(values, rules, tokens.tokenizer)
 
     async def prepare(self, adapter: AdapterLocation | None, limits: RequestLimits, owner: str) -> None:
         if adapter is not None:

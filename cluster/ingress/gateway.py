@@ -104,7 +104,7 @@ class Gateway(ReportReceiver):
             lambda name, source: self._broadcast("on_load_crashed", name, source),
         )  # fmt: skip
         self._texts = TextModels(tokenizer, args.base.model_dir, self._replicas, args.text)
-        self._embeddings = EmbeddingModels(tokenizer.settings, tokenizer, self._texts.descriptions)
+        self._embeddings = EmbeddingModels(tokenizer.settings, self._texts.descriptions)
         self._watching: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None

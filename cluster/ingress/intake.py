@@ -25,14 +25,19 @@ _GIVE_BACK_S = 0.5  # after large work, free memory returns to the system
 
 @dataclass(frozen=True)
 class Inputs:
-    """The texts or the token ids of a request, and the rules for the prompts that they become."""
+    """The texts or the token ids of a request, and the rules for the prompts that they become.
+
+    Attributes:
+        tokenizer: of an adapter; None for the base model's.
+    """
 
     values: Texts | TokenIds
     rules: PromptRules
+    tokenizer: Tokenizer | None = None
 
 
 class Intake:
-    """The threads and the tokenizer of one gateway.
+    """The threads and the base model's tokenizer of one gateway.
 
     Large bodies never use all threads, so that small requests do not wait for them. Keys take turns with them, and the
     bytes that are parsed, rendered or tokenised at once are bounded.
@@ -83,13 +88,13 @@ class Intake:
         Raises:
             InvalidRequest: an input is too long, or contains an unknown token id.
         """
-        values, rules = inputs.values, inputs.rules
+        values, rules, tokenizer = inputs.values, inputs.rules, inputs.tokenizer or self._tokenizer
         if isinstance(values[0], str):
-            self._check_lengths(values, rules)
+            _check_lengths(values, rules, tokenizer)
             # A small body may have a text that each prompt repeats.
             if max(body_bytes, sum(map(len, values))) > SMALL_BODY_BYTES:
                 return inputs
-            values = rules.encode(self._tokenizer, values)
+            values = rules.encode(tokenizer, values)
         else:
             values = rules.shorten(values)
         rules.check(values)
@@ -108,9 +113,10 @@ class Intake:
         if not isinstance(values[0], str):
             return values
         prompts: TokenIds = []
+        tokenizer = inputs.tokenizer or self._tokenizer
         for part, size_bytes in self._slices(values):
             async with self.turn(owner, size_bytes):
-                part_prompts = await self._to_its_end(partial(inputs.rules.encode, self._tokenizer, part))
+                part_prompts = await self._to_its_end(partial(inputs.rules.encode, tokenizer, part))
             prompts += part_prompts
             if any(len(prompt) > inputs.rules.longest for prompt in part_prompts):
                 inputs.rules.check(prompts)  # refuses it before the other texts are tokenised
@@ -136,16 +142,6 @@ class Intake:
         self._giving_back = None
         self._threads.submit(give_back_memory)
 
-    def _check_lengths(self, texts: Texts, rules: PromptRules) -> None:
-        for index, text in enumerate(texts):
-            if len(text) > rules.longest:  # the lower bound of a shorter text cannot exceed the limit
-                least = self._tokenizer.least_tokens(text)
-                if least > rules.longest:
-                    raise rules.too_long(index, least)
-                most = self._tokenizer.most_characters(rules.longest)
-                if len(text) > most:  # of tokenizers that may drop text, so that nothing is known of its tokens
-                    raise rules.too_many_characters(index, most, len(text))
-
     def _slices(self, texts: Texts) -> Iterator[tuple[Texts, int]]:
         """Cut `texts` into parts of up to `_slice_bytes` or one text, each with its size in bytes."""
         part: Texts = []
@@ -158,3 +154,14 @@ class Intake:
             part.append(text)
             size_bytes += text_bytes
         yield part, size_bytes
+
+
+def _check_lengths(texts: Texts, rules: PromptRules, tokenizer: Tokenizer) -> None:
+    for index, text in enumerate(texts):
+        if len(text) > rules.longest:  # the lower bound of a shorter text cannot exceed the limit
+            least = tokenizer.least_tokens(text)
+            if least > rules.longest:
+                raise rules.too_long(index, least)
+            most = tokenizer.most_characters(rules.longest)
+            if len(text) > most:  # of tokenizers that may drop text, so that nothing is known of its tokens
+                raise rules.too_many_characters(index, most, len(text))

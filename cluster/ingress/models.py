@@ -97,12 +97,12 @@ class ModelsApi:
         The template is None if there is none. In the list of all models, an adapter whose folder no request has needed
         so far has none, and the tasks of the base model.
         """
-        vocab = None if limits is None else limits.vocab
         known = None if adapter is None else self.texts.descriptions.known(adapter)
         tasks = ["embeddings", "text"] if self.texts.generates(limits) else ["embeddings"]
-        tasks = tasks if known is None else _tasks_of(known, tasks)
+        tasks = tasks if known is None else _tasks_of(known.text, tasks)
         template = self.texts.template_owner(adapter) if "text" in tasks else None
-        return {"tasks": tasks, "chat_template": template, "vocab_size": vocab}
+        own = limits if limits is None or known is None else known.tokens.limits(limits)
+        return {"tasks": tasks, "chat_template": template, "vocab_size": None if own is None else own.vocab}
 
     async def _limits(self) -> RequestLimits | None:
         with contextlib.suppress(Unavailable):

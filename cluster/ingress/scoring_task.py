@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.ingress.answers import Embeddings
-from ranklet.cluster.ingress.descriptions import AdapterDescriptions
+from ranklet.cluster.ingress.descriptions import AdapterDescriptions, DescribedAdapter
 from ranklet.cluster.ingress.intake import Inputs
 from ranklet.cluster.ingress.known_fields import KnownFields
 from ranklet.cluster.ingress.protocol import parse_object, validate
@@ -77,7 +77,7 @@ class ScoringTask(Generic[Form]):
         self.ignored = ignored
         self._form = form
         self._descriptions = descriptions
-        self._described: AdapterText | None = None
+        self._described: DescribedAdapter | None = None
 
     @classmethod
     def parse(cls, descriptions: AdapterDescriptions, body: bytes) -> Self:
@@ -97,8 +97,11 @@ class ScoringTask(Generic[Form]):
     def inputs(self, adapter: AdapterLocation | None, max_texts: int, limits: RequestLimits) -> Inputs | None:
         if adapter is None:
             raise without_head("the base model")
-        self._described = self._described or self._descriptions.known(adapter)
-        return None if self._described is None else self.prompts(adapter.name, self._described, max_texts, limits)
+        described = self._described = self._described or self._descriptions.known(adapter)
+        if described is None:
+            return None
+        made = self.prompts(adapter.name, described.text, max_texts, described.tokens.limits(limits))
+        return replace(made, tokenizer=described.tokens.tokenizer)
 
     async def prepare(self, adapter: AdapterLocation | None, limits: RequestLimits, owner: str) -> None:
         if adapter is not None:
@@ -124,7 +127,7 @@ class ScoringTask(Generic[Form]):
 
     def _params(self) -> EmbedParams:
         assert self._described is not None, "called before `inputs`"
-        return EmbedParams(pooling="last", normalize=False, head=self._head(self._described))
+        return EmbedParams(pooling="last", normalize=False, head=self._head(self._described.text))
 
     @staticmethod
     def _head(adapter: AdapterText) -> HeadParams:
@@ -138,7 +141,7 @@ class ScoringTask(Generic[Form]):
             id=self.id_prefix + uuid.uuid4().hex,
             model=self._form.model or call.model,
             created=int(time.time()),
-            adapter=self._described,
+            adapter=self._described.text,
             logits=answer.vectors,
             usage={"prompt_tokens": tokens, "total_tokens": tokens},
         )

@@ -17,6 +17,7 @@ from ranklet.cluster.ingress.frame_queue import FrameQueue
 from ranklet.cluster.ingress.generation import PieceSink, TextGeneration
 from ranklet.cluster.ingress.intake import Inputs
 from ranklet.cluster.ingress.known_fields import COMPLETION_FIELDS
+from ranklet.cluster.ingress.model_tokens import widest_limits
 from ranklet.cluster.ingress.protocol import TokenIds, parse_object, validate
 from ranklet.cluster.ingress.stream import EventStream, StreamedTexts, open_stream
 from ranklet.cluster.ingress.task import AdmittedCall
@@ -52,6 +53,7 @@ class TextTask:
         self._constraint: Constraint | None = None  # of the request
         self._checked: Constraint | None = None
         self.options: TextOptions | None = None
+        self._vocab: int | None = None  # that the parameters are checked for
 
     @property
     def model(self) -> str | None:
@@ -62,11 +64,14 @@ class TextTask:
         return self.fields.lora_path
 
     def inputs(self, adapter: AdapterLocation | None, max_texts: int, limits: RequestLimits) -> Inputs | None:
+        model = self.text_model = self.text_model or self.texts.known(adapter, limits)
         if self.options is None:
             self.texts.check(limits)
-            self.params, self.options = self.check(limits)
             self._constraint = self.fields.constraint()
-        self.text_model = self.text_model or self.texts.known(adapter, limits)
+        limits = widest_limits(limits) if model is None else model.tokens.limits(limits)
+        if limits.vocab != self._vocab:
+            self.params, self.options = self.check(limits)
+            self._vocab = limits.vocab
         if self.text_model is not None and self.text_model.is_classifier:
             raise no_classifier(adapter.name if adapter is not None else "")
         constraint = self.present_constraint()
@@ -75,7 +80,8 @@ class TextTask:
         if self.text_model is None:
             return None
         self.params = replace(self.params, grammar=None if constraint is None else constraint.grammar)
-        return self.prompts(self.text_model, max_texts, limits)
+        made = self.prompts(self.text_model, max_texts, limits)
+        return None if made is None else replace(made, tokenizer=self.text_model.tokens.tokenizer)
 
     async def prepare(self, adapter: AdapterLocation | None, limits: RequestLimits, owner: str) -> None:
         if self.text_model is None and adapter is not None:
@@ -131,7 +137,7 @@ class TextTask:
         assert model is not None, "called before `inputs`"
         assert options is not None, "called before `inputs`"
         params = self.params_for(prompts, call.limits)
-        logprobs = LogprobsFormat(self.texts.token_bytes, as_ids=options.names_ids)
+        logprobs = LogprobsFormat(model.tokens.bytes, as_ids=options.names_ids)
         text_format = self.make_format(options, logprobs, prompts)
         head: dict[str, Any] = {
             "id": text_format.id_prefix + (self.fields.request_id or self.fields.rid or uuid.uuid4().hex),
@@ -145,7 +151,7 @@ class TextTask:
 
         def generation(sink: PieceSink) -> TextGeneration:
             return TextGeneration(
-                prompts, params, options, self.texts.token_bytes, model.end_ids, sink, on_tokens, self.shown_ids()
+                prompts, params, options, model.tokens.bytes, model.end_ids, sink, on_tokens, self.shown_ids()
             )
 
         pinned = model.pin(call.adapter)

@@ -1,23 +1,23 @@
 """What a gateway needs to know of the base model and of adapters to make prompts and texts."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.config import TextConfig
 from ranklet.cluster.ingress.constraint_checks import ConstraintChecks
-from ranklet.cluster.ingress.descriptions import AdapterDescriptions, TextDescriber
+from ranklet.cluster.ingress.descriptions import AdapterDescriptions, DescribedAdapter, TextDescriber
 from ranklet.cluster.ingress.fair_budget import FairBudget
 from ranklet.cluster.ingress.intake import SMALL_BODY_BYTES
+from ranklet.cluster.ingress.model_tokens import ModelTokens, Tokenizers
 from ranklet.cluster.message import AdapterText
 from ranklet.cluster.text.reasoning import ThinkTags, tags_of
 from ranklet.cluster.text.render_process import RenderProcess, TrustedRenderer
 from ranklet.cluster.text.template import ChatTemplate, folder_special_tokens, folder_template
-from ranklet.cluster.text.token_bytes import TokenBytes
 from ranklet.cluster.text.tool_format import FORMATS, ToolFormat, format_of
 from ranklet.replicas.adapters.invocation import Invocation
 from ranklet.replicas.engine.limits import RequestLimits
@@ -78,6 +78,8 @@ class DescribedModel:
         tags: of reasoning; None if the template names none.
         is_classifier: whether it computes scores, and no texts.
         invocation: as in `AdapterRef`.
+        tokens: what becomes of its texts and token ids.
+        special_tokens: texts of special tokens by the names that templates use.
         separates_reasoning: whether reasoning is apart from the content, unless the request says otherwise.
     """
 
@@ -85,12 +87,14 @@ class DescribedModel:
     template: OwnedTemplate | None
     end_ids: frozenset[int]
     fingerprint: str
+    tokens: ModelTokens
     constraint: Constraint | None = None
     tool_format: ToolFormat | None = None
     tags: ThinkTags | None = None
     separates_reasoning: bool = False
     is_classifier: bool = False
     invocation: Invocation | None = None
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
 
     def chat_template(self) -> OwnedTemplate:
         """Return the template. Raises InvalidRequest if there is none."""
@@ -117,7 +121,7 @@ class TextModels:
         config: of chats.
 
     Attributes:
-        tokenizer: of the base model.
+        tokens: of the base model.
         checks: of what texts must be.
         descriptions: of adapters. Calls name their revision, and replicas refuse an old one.
     """
@@ -126,41 +130,33 @@ class TextModels:
         self, tokenizer: PromptTokenizer, model_dir: Path, replicas: TextDescriber, config: TextConfig | None = None
     ) -> None:
         self._config = config or TextConfig()
-        self.tokenizer: Any = tokenizer.backend
+        tokenizers = Tokenizers(tokenizer)
+        self.tokens = tokenizers.base
         self.model_dir = model_dir
-        self.descriptions = AdapterDescriptions(replicas)
+        self.descriptions = AdapterDescriptions(replicas, tokenizers)
         self.checks = ConstraintChecks()
-        self._token_bytes, self._problem = _token_bytes(self.tokenizer)
         self._base_renderer, self._adapter_renderer = BoundedRenderer(), BoundedRenderer()
         self.special_tokens, self._base_template = self._read_base()
 
     def check(self, limits: RequestLimits) -> None:
         """Raise InvalidRequest if the base model generates no text."""
-        problem = limits.no_text or self._problem
+        problem = limits.no_text or self.tokens.problem
         if problem is not None:
             raise InvalidRequest(f"model: expected a model that generates text: {problem}", param="model")
 
-    @property
-    def token_bytes(self) -> TokenBytes:
-        assert self._token_bytes is not None, "called without `check`"
-        return self._token_bytes
-
-    def special_id(self, text: str) -> int | None:
-        """Return the id of a text that is a special token; None for other texts."""
-        token = self.tokenizer.token_to_id(text)
-        return token if token in self.token_bytes.special_ids else None
-
     def generates(self, limits: RequestLimits | None) -> bool:
-        return limits is not None and limits.no_text is None and self._problem is None
+        return limits is not None and limits.no_text is None and self.tokens.problem is None
 
     def known(self, adapter: AdapterLocation | None, limits: RequestLimits) -> DescribedModel | None:
-        """Return what is known of a model; None if a replica must describe it first."""
+        """Return what is known of a model; None if `describe` must come first."""
         if adapter is None:
             template = self._base_template
-            fingerprint = _fingerprint(limits, None)
-            return DescribedModel(None, template, frozenset(limits.end_ids), fingerprint, **self._answers(template))
-        text = self.descriptions.known(adapter)
-        return None if text is None else self._model(text, limits)
+            return DescribedModel(
+                None, template, frozenset(limits.end_ids), _fingerprint(limits, None), self.tokens,
+                **self._answers(template), special_tokens=self.special_tokens,
+            )  # fmt: skip
+        described = self.descriptions.known(adapter)
+        return None if described is None else self._model(described, limits)
 
     async def describe(self, adapter: AdapterLocation, limits: RequestLimits) -> DescribedModel:
         """Let a replica describe an adapter. Raises the errors of `AdapterDescriptions.describe`."""
@@ -171,21 +167,23 @@ class TextModels:
 
     def template_owner(self, adapter: AdapterLocation | None) -> TemplateOwner | None:
         """Return whose chat template answers; None if there is none, or if the adapter is not described yet."""
-        text = None if adapter is None else self.descriptions.known(adapter)
-        if adapter is not None and text is None:
+        described = None if adapter is None else self.descriptions.known(adapter)
+        if adapter is not None and described is None:
             return None
-        template = self._base_template if text is None else self._template_of(text)
+        template = self._base_template if described is None else self._template_of(described.text)
         return None if template is None else template.owner
 
-    def _model(self, text: AdapterText, limits: RequestLimits) -> DescribedModel:
-        end = self.tokenizer.token_to_id(text.special_tokens.get("eos_token", ""))
-        own = () if end is None or end >= limits.vocab else (end,)
+    def _model(self, described: DescribedAdapter, limits: RequestLimits) -> DescribedModel:
+        text, tokens = described.text, described.tokens
+        end = tokens.backend.token_to_id(text.special_tokens.get("eos_token", ""))
+        own = () if end is None or end >= tokens.limits(limits).vocab else (end,)
         ends = frozenset((*limits.end_ids, *own))
         template = self._template_of(text)
         return DescribedModel(
-            text.revision, template, ends, _fingerprint(limits, text.revision), text.constraint,
+            text.revision, template, ends, _fingerprint(limits, text.revision), tokens, text.constraint,
             **self._answers(template, text.tool_format), is_classifier=text.embedding.classifier is not None,
             invocation=text.invocation,
+            special_tokens=self.special_tokens | text.special_tokens,
         )  # fmt: skip
 
     def _answers(self, template: OwnedTemplate | None, named: str | None = None) -> dict[str, Any]:
@@ -221,13 +219,6 @@ class TextModels:
         quick = ChatTemplate(source, tokens, TrustedRenderer())
         bounded = ChatTemplate(source, tokens, self._base_renderer.process)
         return tokens, OwnedTemplate("base", source, quick, bounded, self._base_renderer)
-
-
-def _token_bytes(tokenizer: Any) -> tuple[TokenBytes | None, str | None]:
-    try:
-        return TokenBytes(tokenizer), None
-    except ModelError as error:
-        return None, error.message
 
 
 def _fingerprint(limits: RequestLimits, revision: str | None) -> str:

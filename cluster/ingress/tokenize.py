@@ -32,7 +32,7 @@ from ranklet.cluster.ingress.protocol import Form, TokenIds, parse_object, valid
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.responses import json_response
 from ranklet.cluster.ingress.sender import sender_of
-from ranklet.cluster.ingress.texts import OwnedTemplate, TextModels
+from ranklet.cluster.ingress.texts import DescribedModel, TextModels
 from ranklet.cluster.ingress.tool_fields import TOOLS_SCHEMA, parse_tools
 from ranklet.cluster.text.template import ChatTemplate
 from ranklet.replicas.engine.limits import RequestLimits
@@ -102,8 +102,10 @@ class TokenizeApi:
             del body
             form, ignored, adapter = await self.intake.in_turn(owner, body_bytes, parse)
             del parse
-            tokens = await self._tokens(owner, form, adapter, limits, body_bytes)
-            render = partial(self._tokens_answer, tokens, limits, ignored, strings=bool(form.return_token_strs))
+            model = await self._model(adapter, limits)
+            tokens = await self._tokens(owner, form, model, limits, body_bytes)
+            backend = model.tokens.backend if form.return_token_strs else None
+            render = partial(_tokens_answer, tokens, limits, ignored, backend)
             return await self.intake.in_turn(owner, body_bytes, render)
 
     async def detokenize(self, request: Request) -> Response:
@@ -113,19 +115,22 @@ class TokenizeApi:
         with self.admission.admit(), self.intake.room.share(owner) as share:
             body = await read_body(request, self.limits.max_body_bytes, self.limits.body_timeout_s, share)
             limits, body_bytes = await self.replicas.limits(), len(body)
-            detokenize = partial(self._detokenize, key, body, limits)
+            parse = partial(self._parse_tokens, key, body)
             del body
-            return await self.intake.in_turn(owner, body_bytes, detokenize)
+            form, ignored, adapter = await self.intake.in_turn(owner, body_bytes, parse)
+            del parse
+            model = await self._model(adapter, limits)
+            return await self.intake.in_turn(owner, body_bytes, partial(_detokenize, form, model, limits, ignored))
 
     async def tokenizer_info(self, request: Request) -> Response:
         """Return the tokenizer's configuration, and the chat template of the model in the query `model`."""
         key = self.keys.authenticate(request.headers)
         limits = await self.replicas.limits()
         adapter = await self.intake.on_thread(partial(self._resolve, key, request.query_params.get("model"), None))
-        template = await self._template(adapter, limits)
+        model = await self._model(adapter, limits)
         config = await self.intake.on_thread(self._config)
-        source = None if template is None else template.source
-        return json_response(config | self.texts.special_tokens | {"chat_template": source})
+        source = None if model.template is None else model.template.source
+        return json_response({**config, **model.special_tokens, "chat_template": source})
 
     def _parse_prompt(
         self, key: ApiKey | None, body: bytes
@@ -137,60 +142,44 @@ class TokenizeApi:
         return form, ignored, adapter
 
     async def _tokens(
-        self, owner: str, form: TokenizeRequest, adapter: AdapterLocation | None, limits: RequestLimits,
-        body_bytes: int,
-    ) -> NDArray[np.int32]:  # fmt: skip
+        self, owner: str, form: TokenizeRequest, model: DescribedModel, limits: RequestLimits, body_bytes: int
+    ) -> NDArray[np.int32]:
         if form.prompt is not None:
             text, param, adds_special_tokens = form.prompt, "prompt", form.add_special_tokens is not False
         else:
-            text = await self._chat(owner, adapter, form, limits, body_bytes)
+            text = await self._chat(owner, model, form, body_bytes)
             param, adds_special_tokens = "messages", bool(form.add_special_tokens)
         rules = TokenizedTexts(limits, param, adds_special_tokens, 1, is_limited=False)
         rules.check_size(text)
-        inputs = Inputs([text], rules)
+        inputs = Inputs([text], rules, model.tokens.tokenizer)
         inputs = await self.intake.in_turn(
             owner, body_bytes, partial(self.intake.tokenise_if_small, inputs, body_bytes)
         )
         return (await self.intake.tokenise(inputs, owner))[0]
 
-    def _tokens_answer(
-        self, tokens: NDArray[np.int32], limits: RequestLimits, headers: dict[str, str], *, strings: bool
-    ) -> Response:
-        ids = tokens.tolist()
-        names = [self.texts.tokenizer.id_to_token(token) for token in ids] if strings else None
-        content = {"count": len(ids), "max_model_len": limits.max_model_len, "tokens": ids, "token_strs": names}
-        return json_response(content, headers=headers)
-
-    async def _chat(
-        self, owner: str, adapter: AdapterLocation | None, form: TokenizeRequest, limits: RequestLimits,
-        body_bytes: int,
-    ) -> str:  # fmt: skip
-        template = await self._template(adapter, limits)
+    async def _chat(self, owner: str, model: DescribedModel, form: TokenizeRequest, body_bytes: int) -> str:
+        template = model.template
         if template is None:
             raise InvalidRequest("messages: expected a model with a chat template, got none", param="messages")
         quick = template.quick_for(body_bytes)
         render = partial(form.chat_prompt, quick or template.bounded)
         return await (self.intake.on_thread(render) if quick else template.renderer.run(owner, render))
 
-    async def _template(self, adapter: AdapterLocation | None, limits: RequestLimits) -> OwnedTemplate | None:
+    async def _model(self, adapter: AdapterLocation | None, limits: RequestLimits) -> DescribedModel:
         model = self.texts.known(adapter, limits)
-        if model is None and adapter is not None:
+        if model is None:
+            assert adapter is not None, "the base model is known"
             model = await self.texts.describe(adapter, limits)
-        return None if model is None else model.template
+        return model
 
     def _resolve(self, key: ApiKey | None, model: str | None, lora_path: str | None) -> AdapterLocation | None:
         return self.names.resolve(key, model if model or lora_path else self.names.base, lora_path)
 
-    def _detokenize(self, key: ApiKey | None, body: bytes, limits: RequestLimits) -> Response:
+    def _parse_tokens(
+        self, key: ApiKey | None, body: bytes
+    ) -> tuple[DetokenizeRequest, dict[str, str], AdapterLocation | None]:
         form, ignored = _parse(body, DetokenizeRequest, DETOKENIZE_FIELDS)
-        self._resolve(key, form.model, None)
-        for token in form.tokens:
-            if not 0 <= token < limits.vocab:
-                raise InvalidRequest(
-                    f"tokens: expected token ids from 0 to {limits.vocab - 1}, got {token}", param="tokens"
-                )
-        text = self.texts.tokenizer.decode(form.tokens, skip_special_tokens=False)
-        return json_response({"prompt": text}, headers=ignored)
+        return form, ignored, self._resolve(key, form.model, None)
 
     def _config(self) -> dict[str, Any]:
         try:
@@ -198,6 +187,25 @@ class TokenizeApi:
         except UnusableTokenError as error:
             raise ModelError(str(error)) from error
         return {"tokenizer_class": "PreTrainedTokenizerFast"} | config
+
+
+def _tokens_answer(tokens: NDArray[np.int32], limits: RequestLimits, headers: dict[str, str], backend: Any) -> Response:
+    """Return the answer to a request; with the texts of tokens if there is a tokenizer."""
+    ids = tokens.tolist()
+    names = None if backend is None else [backend.id_to_token(token) for token in ids]
+    content = {"count": len(ids), "max_model_len": limits.max_model_len, "tokens": ids, "token_strs": names}
+    return json_response(content, headers=headers)
+
+
+def _detokenize(
+    form: DetokenizeRequest, model: DescribedModel, limits: RequestLimits, headers: dict[str, str]
+) -> Response:
+    vocab = model.tokens.limits(limits).vocab
+    for token in form.tokens:
+        if not 0 <= token < vocab:
+            raise InvalidRequest(f"tokens: expected token ids from 0 to {vocab - 1}, got {token}", param="tokens")
+    text = model.tokens.backend.decode(form.tokens, skip_special_tokens=False)
+    return json_response({"prompt": text}, headers=headers)
 
 
 def _parse(body: bytes, form: type[Form], known: KnownFields) -> tuple[Form, dict[str, str]]:

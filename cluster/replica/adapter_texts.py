@@ -13,8 +13,8 @@ from ranklet.cluster.text.template import folder_special_tokens, folder_template
 from ranklet.replicas.adapters.adapter_settings import AdapterSettings
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import check_unchanged
-from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison
 from ranklet.replicas.errors import InvalidRequest
+from ranklet.replicas.model.added_tokens import AddedTokens
 from ranklet.replicas.model.logit_score import LogitScore
 from ranklet.replicas.model.tokenizer_files import UnusableTokenError
 
@@ -25,7 +25,6 @@ class AdapterTexts:
     """Reads the folders of adapters, each revision once. Thread-safe.
 
     Args:
-        model_dir: folder of the base model.
         settings: of embeddings.
     """
 
@@ -33,7 +32,6 @@ class AdapterTexts:
         self._model_dir = model_dir
         self._settings = settings
         self._renderer = RenderProcess()
-        self._tokenizer = TokenizerComparison(model_dir)
         self._kept: OrderedDict[AdapterRef, AdapterText] = OrderedDict()
         self._lock = threading.Lock()  # one folder at a time
 
@@ -62,7 +60,7 @@ class AdapterTexts:
             tokens = folder_special_tokens(folder)
         except UnusableTokenError as error:
             findings.append(str(error))
-        compared = self._tokenizer.compare(folder)
+        compared = self._settings.tokenizers.compare(folder)
         findings += (finding for finding in compared.findings if finding not in findings)
         settings = RankletFile()
         try:
@@ -77,7 +75,7 @@ class AdapterTexts:
                 findings.append(error.message)
         return AdapterText(
             adapter.revision, template, tokens, tuple(findings), embedding, settings.constraint, settings.tool_format,
-            reranking, compared.added, adapter.invocation,
+            reranking, AddedTokens.of(compared.added), adapter.invocation,
         )  # fmt: skip
 
     def _by_logits(

@@ -7,7 +7,7 @@ fallback, it fails if a complete character is followed by an incomplete one.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ranklet.replicas.errors import ModelError
@@ -39,7 +39,7 @@ class TokenBytes(dict[int, bytes]):
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token for token, content in added.items() if content.special)
         self._anchor, self._anchor_text = self._find_anchor()
-        self._check()
+        self._check(range(0, self._size, max(1, self._size // _SAMPLES)))
 
     def __missing__(self, token: int) -> bytes:
         found = self._bytes(token)
@@ -51,6 +51,14 @@ class TokenBytes(dict[int, bytes]):
         """Return the bytes of a token that begins a text. Some decoders remove its leading space."""
         text = self._decode([token])
         return self[token] if REPLACEMENT in text else text.encode()
+
+    def with_added(self, tokenizer: Any, added: Iterable[int]) -> "TokenBytes":
+        """Return the bytes of a tokenizer that has added tokens too. It looks others up here.
+
+        Raises:
+            ModelError: as the constructor.
+        """
+        return _BytesWithAdded(self, tokenizer, added)
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
@@ -76,15 +84,26 @@ class TokenBytes(dict[int, bytes]):
             "tokenizer.json: expected a token of one letter that the decoder repeats as often as it occurs"
         )
 
-    def _check(self) -> None:
-        step = max(1, self._size // _SAMPLES)
-        texts = {token: self[token].decode(errors="replace") for token in range(0, self._size, step)}
+    def _check(self, tokens: Iterable[int]) -> None:
+        texts = {token: self[token].decode(errors="replace") for token in tokens}
         sample = [token for token, text in texts.items() if REPLACEMENT not in text]
         if self._decode([self._anchor, *sample]) != self._anchor_text + "".join(texts[token] for token in sample):
             raise ModelError(
                 "tokenizer.json: expected a decoder that joins the texts of tokens, such as ByteLevel or ByteFallback; "
                 "with this one, a token's text depends on its neighbours, so that no text can be streamed"
             )
+
+
+class _BytesWithAdded(TokenBytes):
+    """The bytes of added tokens; those of others are looked up in `base`."""
+
+    def __init__(self, base: TokenBytes, tokenizer: Any, added: Iterable[int]) -> None:
+        self._base, self._added = base, frozenset(added)
+        super().__init__(tokenizer)
+        self._check(sorted(self._added))
+
+    def __missing__(self, token: int) -> bytes:
+        return super().__missing__(token) if token in self._added else self._base[token]
 
 
 def _spelled(token: str) -> Iterator[bytes]:

@@ -8,7 +8,9 @@ from ranklet.replicas.adapters.findings import collect
 from ranklet.replicas.adapters.peft_config import read_fields
 from ranklet.replicas.adapters.reference import CONFIG_FILE, AdapterRef
 from ranklet.replicas.adapters.revision import check_unchanged
+from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison
 from ranklet.replicas.errors import ModelError
+from ranklet.replicas.model.added_tokens import AddedTokens
 from ranklet.replicas.model.classifier import is_classifier, read_classifier
 from ranklet.replicas.model.embedding_settings import EmbeddingSettings, read_base_settings, read_embedding_settings
 
@@ -23,10 +25,12 @@ class AdapterSettings:
 
     Attributes:
         base: settings of the base model. Adapters with equal settings have this very object.
+        tokenizers: compares adapters' tokenizers with the base model's.
     """
 
     def __init__(self, model_dir: Path) -> None:
         self.base = read_base_settings(model_dir)
+        self.tokenizers = TokenizerComparison(model_dir)
         self._model_dir = model_dir
         self._kept: OrderedDict[AdapterRef, EmbeddingSettings] = OrderedDict()
 
@@ -39,6 +43,7 @@ class AdapterSettings:
 
         Raises:
             AdapterChanged: the folder no longer has this revision.
+            Unavailable: the tokenizers were not compared in time.
         """
         found = self._read(Path(adapter.path))
         check_unchanged(adapter)
@@ -54,4 +59,7 @@ class AdapterSettings:
                 found = replace(found, classifier=read_classifier(folder, self._model_dir))
         except ModelError:  # the load of the adapter refuses it
             return self.base
+        added = AddedTokens.of(self.tokenizers.compare(folder).added)
+        if added.tokens:
+            found = replace(found, added_tokens=added.digest)
         return self.base if found == self.base else found

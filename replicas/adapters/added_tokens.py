@@ -1,16 +1,17 @@
-"""The tokens that an adapter's tokenizer has besides those of the base model.
+"""Reads the tokens that an adapter's tokenizer has besides those of the base model.
 
 Training tools add tokens to the base model's tokenizer and save it beside the adapter. Ids follow from the order in
 which the library adds tokens, so those of the files are compared with them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from ranklet.replicas.adapters.findings import Checked, join
+from ranklet.replicas.model.added_tokens import MAX_ADDED_TOKENS, AddedToken
 from ranklet.replicas.model.tokenizer_files import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
@@ -24,33 +25,11 @@ from ranklet.replicas.model.tokenizer_files import (
     show,
 )
 
-MAX_ADDED_TOKENS: Final = 4096
 MAX_TOKEN_CHARS: Final = 256
 MAX_ADDED_CHARS: Final = 1 << 17  # of all added tokens of an adapter together
 NAMED_TOKENS: Final = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """A token that is looked for in a text before the rest of the text is tokenised.
-
-    Attributes:
-        special: whether texts usually leave it out.
-        lstrip: whether it takes the spaces before it.
-        rstrip: whether it takes the spaces behind it.
-        single_word: whether it counts only where no word goes on.
-        normalized: whether it is looked for in the normalized text.
-    """
-
-    content: str
-    id: int
-    special: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-    single_word: bool = False
-    normalized: bool = False
 
 
 class BaseTokens:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ranklet.replicas.adapters.added_tokens import AddedToken
 from ranklet.replicas.adapters.dense_files import read_dense
 from ranklet.replicas.adapters.findings import Checked, show
 from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison
 from ranklet.replicas.errors import ModelError
+from ranklet.replicas.model.added_tokens import AddedToken
 from ranklet.replicas.model.dense import DenseLayers
 from ranklet.replicas.model.embedding_settings import EmbeddingSettings, read_base_settings, read_embedding_settings
 from ranklet.replicas.model.sentence_files import MODULES_FILE, is_file
@@ -73,7 +73,6 @@ class BaseFolder:
         compared = self._tokenizer.compare(folder)
         yield from compared.findings
         if compared.added:
-            yield f"{_note_on(compared.added)}, which gateways do not make yet"
             notes += (_note_on(compared.added),)
         return FolderDifferences(notes, compared.added, dense)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from ranklet.replicas.adapters.added_tokens import (
     NAMED_TOKENS,
-    AddedToken,
     BaseTokens,
     extra_tokens,
     read_added_tokens,
@@ -21,6 +20,7 @@ from ranklet.replicas.adapters.added_tokens import (
 from ranklet.replicas.adapters.findings import show
 from ranklet.replicas.adapters.vocabulary import BaseVocabulary
 from ranklet.replicas.errors import ModelError
+from ranklet.replicas.model.added_tokens import AddedToken
 from ranklet.replicas.model.git_lfs import pointer_problem
 from ranklet.replicas.model.tokenizer import load_backend
 from ranklet.replicas.model.tokenizer_files import (

@@ -13,10 +13,10 @@ from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
-from ranklet.replicas.adapters.added_tokens import AddedToken
 from ranklet.replicas.adapters.tokenizer_check import BaseTokenizer, ComparedTokenizer
 from ranklet.replicas.bounded_process import child_environment, limit_this_process
 from ranklet.replicas.errors import Unavailable
+from ranklet.replicas.model.added_tokens import AddedToken
 from ranklet.replicas.model.tokenizer_files import TOKENIZER_FILES, UnusableTokenError, read_within_bounds
 
 _PROGRAM = "ranklet.replicas.adapters.tokenizer_process"

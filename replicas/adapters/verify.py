@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ranklet.replicas.adapters.adapter import AdapterWeights, LoraWeight
-from ranklet.replicas.adapters.added_tokens import AddedToken, check_rows
+from ranklet.replicas.adapters.added_tokens import check_rows
 from ranklet.replicas.adapters.column_terms import StoredTerms, check_terms, read_terms
 from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.findings import Checked, collect, join, shorten
@@ -38,6 +38,7 @@ from ranklet.replicas.adapters.tensor_names import (
 )
 from ranklet.replicas.adapters.tied_head import tied
 from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
+from ranklet.replicas.model.added_tokens import AddedToken
 from ranklet.replicas.model.modules import ALL_MODULES, LM_HEAD, Module
 from ranklet.replicas.model.tokenizer_files import UnusableTokenError
 

@@ -40,12 +40,14 @@ class Prompting:
         text: before every input.
         max_tokens: limit on the tokens of a prompt; None for the model's own.
         pools_text: whether pooling reads the tokens of `text`.
+        added_tokens: digest of the tokens that the tokenizer has besides the base model's.
     """
 
     name: str | None = None
     text: str = ""
     max_tokens: int | None = None
     pools_text: bool = True
+    added_tokens: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class EmbeddingSettings:
         dense: layers between pooling and normalization.
         classifier: an adapter that computes scores instead of vectors.
         logit_score: a causal reranker.
+        added_tokens: digest of the tokens that an adapter's tokenizer has besides the base model's.
     """
 
     mode: str = "last"
@@ -77,11 +80,14 @@ class EmbeddingSettings:
     dense: tuple[DenseSettings, ...] = ()
     classifier: Classifier | None = None
     logit_score: LogitScore | None = None
+    added_tokens: str = ""
 
     def prompting(self, name: str | None = None) -> Prompting | None:
         """Return how prompts are made for a request that names this prompt; None if the folder has no such prompt."""
         text = self.prompt if name is None else self.prompts.get(name)
-        return None if text is None else Prompting(name, text, self.max_tokens, self.pools_prompt or not text)
+        if text is None:
+            return None
+        return Prompting(name, text, self.max_tokens, self.pools_prompt or not text, self.added_tokens)
 
 
 def read_base_settings(model_dir: Path) -> EmbeddingSettings:

@@ -9,12 +9,15 @@ import json
 import math
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ranklet.replicas.model.added_tokens import AddedToken
 
 Weights = NDArray[np.float64]  # one weight for each code point
 
@@ -32,16 +35,25 @@ class TokenBound:
 
     Args:
         backend: a `tokenizers.Tokenizer`.
+
+    Attributes:
+        longest_token_bytes: upper bound on the UTF-8 bytes of input that one token stands for; None if it cannot be
+            proven.
     """
 
     def __init__(self, backend: Any) -> None:
+        self._characters, weights = None, None
         try:
-            weights = _weights(backend)
+            self._characters = _characters(backend)
+            weights = self._characters.before_normalizer(())
         except _UnboundedError:
-            weights = None
+            pass
         self._weights = None if weights is None else weights.astype(np.float32)
-        # Upper bound on the UTF-8 bytes of input that one token stands for; None if it cannot be proven.
         self.longest_token_bytes = None if weights is None or not weights.all() else _longest(weights)
+
+    def with_added(self, added: Sequence[AddedToken]) -> "TokenBound":
+        """Return the bound for the tokenizer with these tokens too. Keeps only the weights that differ."""
+        return _BoundWithAdded(self._characters, self._weights, added)
 
     def least_tokens(self, text: str) -> int:
         """Return a lower bound on the number of tokens; 0 if none can be proven. Takes time linear in the length."""
@@ -70,7 +82,36 @@ class TokenBound:
 
     def _of(self, text: str) -> NDArray[np.float32]:
         assert self._weights is not None, "there is a bound"
-        weights: NDArray[np.float32] = self._weights[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")]
+        weights: NDArray[np.float32] = self._weights[_code_points(text)]
+        return weights
+
+
+class _BoundWithAdded(TokenBound):
+    """The bound of a tokenizer with added tokens.
+
+    Args:
+        characters: of the tokenizer without them.
+        weights: of the tokenizer without them.
+    """
+
+    def __init__(
+        self, characters: "_Characters | None", weights: NDArray[np.float32] | None, added: Sequence[AddedToken]
+    ) -> None:
+        self._characters, self._weights, self.longest_token_bytes = None, None, None
+        if characters is None or weights is None or any(token.lstrip or token.rstrip for token in added):
+            return
+        own = characters.before_normalizer([token.content for token in added])
+        self.longest_token_bytes = _longest(own) if own.all() else None
+        self._weights = weights
+        self._codes = (own.astype(np.float32) != weights).nonzero()[0].astype(np.uint32)
+        self._own = own[self._codes].astype(np.float32)
+
+    def _of(self, text: str) -> NDArray[np.float32]:
+        weights = super()._of(text)
+        if len(self._codes):
+            codes = _code_points(text)
+            places = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
+            weights = np.where(self._codes[places] == codes, self._own[places], weights)
         return weights
 
 
@@ -78,7 +119,33 @@ class _UnboundedError(Exception):
     """A step of the tokenizer may drop characters, or is not supported."""
 
 
-def _weights(backend: Any) -> Weights:
+@dataclass(frozen=True)
+class _Characters:
+    """The weights of the characters that a normalizer has made, and the way back to those before it.
+
+    Attributes:
+        normalized: their weights, but for those of added tokens.
+        steps: of the normalizer.
+        added: texts of added tokens.
+        normalizer: makes the text in which added tokens are looked for.
+    """
+
+    normalized: NDArray[np.float32]
+    steps: Sequence[dict[str, Any]]
+    added: Sequence[str]
+    normalizer: Any
+
+    def before_normalizer(self, more: Sequence[str]) -> Weights:
+        """Return the weights of a text's characters if there are more added tokens."""
+        added = [*self.added, *more]
+        normalize = self.normalizer.normalize_str if self.normalizer else str
+        weights = _capped(self.normalized.astype(np.float64), map(normalize, added))
+        for step in reversed(self.steps):
+            weights = _before_normalizer(step, weights)
+        return _capped(weights, added)
+
+
+def _characters(backend: Any) -> _Characters:
     spec = json.loads(backend.to_str())
     if not all(map(_keeps_tokens, _flat(spec["post_processor"], "processors"))):
         raise _UnboundedError
@@ -92,11 +159,12 @@ def _weights(backend: Any) -> Weights:
     weights = _by_code_point(_by_byte(_tokens(spec["model"], byte_level=byte_level)))
     for step in reversed(steps):
         weights = _before_pre_tokenizer(step, weights)
-    normalize = backend.normalizer.normalize_str if backend.normalizer else str
-    weights = _capped(weights, map(normalize, added))
-    for step in reversed(list(_flat(spec["normalizer"], "normalizers"))):
-        weights = _before_normalizer(step, weights)
-    return _capped(weights, added)
+    normalizers = list(_flat(spec["normalizer"], "normalizers"))
+    return _Characters(weights.astype(np.float32), normalizers, added, backend.normalizer)
+
+
+def _code_points(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
 def _flat(step: dict[str, Any] | None, children: str) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.replicas.errors import InvalidRequest, ModelError
-from ranklet.replicas.model.embedding_settings import read_base_settings
+from ranklet.replicas.model.added_tokens import AddedTokens
+from ranklet.replicas.model.embedding_settings import EmbeddingSettings, read_base_settings
 from ranklet.replicas.model.git_lfs import pointer_problem
 from ranklet.replicas.model.text_cut import beginning, ending
 from ranklet.replicas.model.token_bound import MOST_CHARACTERS_PER_TOKEN, TokenBound
@@ -30,29 +31,103 @@ class Truncation:
     side: TruncationSide
 
 
+@dataclass(frozen=True)
+class BoundedTokenizer:
+    """A `tokenizers.Tokenizer` and the bound on the numbers of its tokens."""
+
+    backend: Any
+    bound: TokenBound
+
+    def with_added(self, added: AddedTokens) -> "BoundedTokenizer":
+        return BoundedTokenizer(with_added(self.backend, added), self.bound.with_added(added.tokens))
+
+    def ids(
+        self, texts: Sequence[str], *, add_special_tokens: bool, truncation: Truncation | None
+    ) -> list[NDArray[np.int32]]:
+        if truncation is None:
+            found = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        else:
+            found = self._truncated(texts, truncation, add_special_tokens=add_special_tokens)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in found]
+
+    def _truncated(self, texts: Sequence[str], truncation: Truncation, *, add_special_tokens: bool) -> list[Any]:
+        added = self.backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+        if truncation.tokens < added:
+            raise InvalidRequest(
+                f"truncate_prompt_tokens: expected at least {added}, the special tokens that are added to each text, "
+                f"got {truncation.tokens}",
+                param="truncate_prompt_tokens",
+            )
+        cut = beginning if truncation.side == "right" else ending
+        shorter = [cut(text, truncation.tokens, self.bound) for text in texts]
+        found: list[Any] = self.backend.encode_batch_fast(shorter, add_special_tokens=False)
+        for text, part, encoding in zip(texts, shorter, found, strict=True):
+            if part is not text and len(encoding) < truncation.tokens:
+                raise InvalidRequest(
+                    f"truncate_prompt_tokens: expected at least {truncation.tokens} tokens in the first or last "
+                    f"{len(part)} characters of a long text, got {len(encoding)}. Shorten the text",
+                    param="truncate_prompt_tokens",
+                )
+            encoding.truncate(truncation.tokens - added, direction=truncation.side)
+        return [self.backend.post_process(each, add_special_tokens=True) for each in found] if added else found
+
+
+@dataclass(frozen=True)
+class FolderTokenizer:
+    """The tokenizer of a folder, for texts and for embeddings, and what the folder says about embeddings."""
+
+    settings: EmbeddingSettings
+    plain: BoundedTokenizer
+    embedding: BoundedTokenizer
+
+    @classmethod
+    def read(cls, model_dir: Path) -> "FolderTokenizer":
+        backend, settings = load_backend(model_dir), read_base_settings(model_dir)
+        plain = BoundedTokenizer(backend, TokenBound(backend))
+        if not settings.lower:
+            return cls(settings, plain, plain)
+        lowercasing = _lowercasing(backend)
+        return cls(settings, plain, BoundedTokenizer(lowercasing, TokenBound(lowercasing)))
+
+    def with_added(self, added: AddedTokens) -> "FolderTokenizer":
+        plain = self.plain.with_added(added)
+        same = self.embedding is self.plain
+        return FolderTokenizer(self.settings, plain, plain if same else self.embedding.with_added(added))
+
+
 class PromptTokenizer:
     """The folder's fast tokenizer. Thread-safe; releases the GIL while it tokenizes.
+
+    Args:
+        parts: None reads the folder.
 
     Attributes:
         settings: what the folder says about embeddings.
     """
 
-    def __init__(self, model_dir: Path) -> None:
-        self._backend = load_backend(model_dir)
-        self.settings = settings = read_base_settings(model_dir)
-        self._embedding_backend = _lowercasing(self._backend) if settings.lower else self._backend
-        self._bound = TokenBound(self._backend)
-        self._embedding_bound = self._bound if not settings.lower else TokenBound(self._embedding_backend)
+    def __init__(self, model_dir: Path, parts: FolderTokenizer | None = None) -> None:
+        self._model_dir = model_dir
+        self._parts = parts or FolderTokenizer.read(model_dir)
+        self._plain, self._embedding = self._parts.plain, self._parts.embedding
+        self.settings = self._parts.settings
+
+    def with_added(self, added: AddedTokens) -> "PromptTokenizer":
+        """Return a tokenizer that has these tokens too, and shares the rest.
+
+        Raises:
+            ModelError: the tokens get other ids.
+        """
+        return PromptTokenizer(self._model_dir, self._parts.with_added(added))
 
     @property
     def longest_token_bytes(self) -> int | None:
         """Upper bound on the UTF-8 bytes of text that one token covers; None if none can be proven."""
-        longest = [bound.longest_token_bytes for bound in (self._bound, self._embedding_bound)]
+        longest = [each.bound.longest_token_bytes for each in (self._plain, self._embedding)]
         known = [each for each in longest if each is not None]
         return max(known) if len(known) == len(longest) else None
 
     def least_tokens(self, text: str) -> int:
-        bounds = dict.fromkeys((self._bound, self._embedding_bound))
+        bounds = dict.fromkeys((self._plain.bound, self._embedding.bound))
         return min(bound.least_tokens(text) for bound in bounds)
 
     def most_characters(self, tokens: int) -> int:
@@ -62,18 +137,18 @@ class PromptTokenizer:
     @property
     def backend(self) -> Any:
         """The `tokenizers.Tokenizer`, which must not be changed."""
-        return self._backend
+        return self._plain.backend
 
     def encode_plain(
         self, texts: Sequence[str], *, add_special_tokens: bool, truncation: Truncation | None = None
     ) -> list[NDArray[np.int32]]:
         """Return the token ids of each text, int32 [length], without the folder's settings for embeddings."""
-        return _ids(self._backend, self._bound, texts, add_special_tokens=add_special_tokens, truncation=truncation)
+        return self._plain.ids(texts, add_special_tokens=add_special_tokens, truncation=truncation)
 
     def beginnings(self, texts: Sequence[str], tokens: Sequence[int]) -> list[tuple[str, int]]:
         """Return the beginning of each text that has at most the given number of tokens, and how many it has."""
-        parts = [beginning(text, most, self._bound) for text, most in zip(texts, tokens, strict=True)]
-        found = self._backend.encode_batch(parts, add_special_tokens=False)
+        parts = [beginning(text, most, self._plain.bound) for text, most in zip(texts, tokens, strict=True)]
+        found = self.backend.encode_batch(parts, add_special_tokens=False)
         return [
             (part, len(encoding)) if len(encoding) <= most else (part[: encoding.offsets[most][0]], most)
             for part, encoding, most in zip(parts, found, tokens, strict=True)
@@ -81,7 +156,7 @@ class PromptTokenizer:
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[NDArray[np.int32]]:
         """Return the token ids of each pair of texts, int32 [length], with the tokenizer's special tokens."""
-        found = self._backend.encode_batch_fast(list(pairs), add_special_tokens=True)
+        found = self.backend.encode_batch_fast(list(pairs), add_special_tokens=True)
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in found]
 
     def encode(
@@ -97,9 +172,7 @@ class PromptTokenizer:
         before = self.settings.prompt if prompt is None else prompt
         prompts = [before + text for text in texts] if before else texts
         adds = self.settings.special_tokens if add_special_tokens is None else add_special_tokens
-        return _ids(
-            self._embedding_backend, self._embedding_bound, prompts, add_special_tokens=adds, truncation=truncation
-        )
+        return self._embedding.ids(prompts, add_special_tokens=adds, truncation=truncation)
 
     def count_prompt(self, prompt: str, *, add_special_tokens: bool | None = None) -> int:
         """Return the number of first tokens that count as the prompt's, as sentence-transformers counts them.
@@ -108,7 +181,7 @@ class PromptTokenizer:
         part of the text's first word, it counts all the same.
         """
         (ids,) = self.encode([""], prompt=prompt, add_special_tokens=add_special_tokens)
-        added = self._embedding_backend.get_added_tokens_decoder()
+        added = self._embedding.backend.get_added_tokens_decoder()
         last = added.get(int(ids[-1])) if len(ids) else None
         return len(ids) - (last is not None and last.special)
 
@@ -145,30 +218,32 @@ def _lowercasing(backend: Any) -> Any:
     return copy
 
 
-def _ids(
-    backend: Any, bound: TokenBound, texts: Sequence[str], *, add_special_tokens: bool, truncation: Truncation | None
-) -> list[NDArray[np.int32]]:
-    if truncation is None:
-        found = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-    else:
-        added = backend.num_special_tokens_to_add(False) if add_special_tokens else 0
-        if truncation.tokens < added:
-            raise InvalidRequest(
-                f"truncate_prompt_tokens: expected at least {added}, the special tokens that are added to each text, "
-                f"got {truncation.tokens}",
-                param="truncate_prompt_tokens",
+def with_added(backend: Any, added: AddedTokens) -> Any:
+    """Return a `tokenizers.Tokenizer` with more added tokens, which shares the model, and so nearly all memory.
+
+    Raises:
+        ModelError: the tokens get other ids.
+    """
+    from tokenizers import AddedToken, Tokenizer
+
+    found: Any = Tokenizer(backend.model)
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (step := getattr(backend, name)) is not None:
+            setattr(found, name, step)
+    found.encode_special_tokens = backend.encode_special_tokens
+    known = sorted(backend.get_added_tokens_decoder().items())
+    found.add_tokens([token for _, token in known])
+    found.add_tokens(
+        [
+            AddedToken(
+                each.content, special=each.special, lstrip=each.lstrip, rstrip=each.rstrip,
+                single_word=each.single_word, normalized=each.normalized,
             )
-        cut = beginning if truncation.side == "right" else ending
-        shorter = [cut(text, truncation.tokens, bound) for text in texts]
-        found = backend.encode_batch_fast(shorter, add_special_tokens=False)
-        for text, part, encoding in zip(texts, shorter, found, strict=True):
-            if part is not text and len(encoding) < truncation.tokens:
-                raise InvalidRequest(
-                    f"truncate_prompt_tokens: expected at least {truncation.tokens} tokens in the first or last "
-                    f"{len(part)} characters of a long text, got {len(encoding)}. Shorten the text",
-                    param="truncate_prompt_tokens",
-                )
-            encoding.truncate(truncation.tokens - added, direction=truncation.side)
-        if added:
-            found = [backend.post_process(encoding, add_special_tokens=True) for encoding in found]
-    return [np.asarray(encoding.ids, dtype=np.int32) for encoding in found]
+            for each in added.tokens
+        ]
+    )  # fmt: skip
+    expected = {token.content: number for number, token in known} | {each.content: each.id for each in added.tokens}
+    for token, number in expected.items():
+        if found.token_to_id(token) != number:
+            raise ModelError(f"added tokens: expected the id {number} for {token!r}, got {found.token_to_id(token)}")
+    return found

@@ -29,6 +29,7 @@ from ranklet.cluster.ingress.embeddings import EmbeddingsTask
 from ranklet.cluster.ingress.exchange import Exchange, InferenceServices
 from ranklet.cluster.ingress.intake import Intake
 from ranklet.cluster.ingress.metrics import GatewayMetrics
+from ranklet.cluster.ingress.model_tokens import Tokenizers
 from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.cluster.ingress.observe import Observer
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
@@ -44,11 +45,13 @@ from ranklet.cluster.message import (
     ReplicaDescription,
 )
 from ranklet.replicas.engine.limits import RequestLimits
+from ranklet.replicas.model.added_tokens import AddedTokens
 from ranklet.replicas.model.embedding_settings import EmbeddingSettings
 from ranklet.replicas.model.tokenizer import Truncation
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.counters import Counters
 from ranklet.routing.report import QueueLoad
+from tests.cluster.text.small_tokenizers import make
 
 BASE = "base"
 HIDDEN = 32
@@ -61,13 +64,18 @@ DESCRIPTION = ReplicaDescription(
 class FakeTokenizer:
     """Makes a token of each word. Records its calls, and keeps large texts waiting while `released` is not set."""
 
-    def __init__(self) -> None:
+    def __init__(self, token: int = 1) -> None:
+        self.token = token
+        self.backend = make("byte_level")  # whose tokens no text here has
         self.encoded: list[Sequence[str]] = []
         self.most_bytes = 0  # under tokenisation at once
         self.released = threading.Event()
         self.released.set()
         self._bytes = 0
         self._lock = threading.Lock()
+
+    def with_added(self, added: AddedTokens) -> "FakeTokenizer":
+        return FakeTokenizer(len(added.tokens))
 
     def count_prompt(self, prompt: str, *, add_special_tokens: bool | None = None) -> int:
         return len(prompt.split())
@@ -105,7 +113,7 @@ class FakeTokenizer:
         with self._lock:
             self._bytes -= size_bytes
         longest = None if truncation is None else truncation.tokens
-        return [np.ones(len(text.split()[:longest]), np.int32) for text in texts]
+        return [np.full(len(text.split()[:longest]), self.token, np.int32) for text in texts]
 
 
 class FakeReplicas:
@@ -184,8 +192,9 @@ class Parts:
         self.quotas = Quotas(self._settle, self.metrics.on_over_quota)
         handle: Any = self.handle
         replicas = ReplicasClient(handle, Affinity(), self.limits, lambda continues: None, "gateway")
+        tokenizer: Any = self.tokenizer
         self.base = EmbeddingSettings(prompts={"query": "find this: "})
-        self.models = EmbeddingModels(self.base, self.tokenizer, AdapterDescriptions(replicas))
+        self.models = EmbeddingModels(self.base, AdapterDescriptions(replicas, Tokenizers(tokenizer)))
         self.services = InferenceServices(
             limits=self.limits,
             keys=ApiKeys(self._write_keys() if self.keys else None),

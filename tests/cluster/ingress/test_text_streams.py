@@ -85,7 +85,7 @@ async def test_a_stream_has_the_text_and_headers_of_its_replica(make_parts: Make
     headers = dict(call.sent[0]["headers"])
     assert headers[b"x-ranklet-replica"] == b"r0"
     events = events_of(call.body)
-    assert "".join(event["choices"][0]["text"] for event in events) == parts.texts.tokenizer.decode(list(TEXT))
+    assert "".join(event["choices"][0]["text"] for event in events) == parts.texts.tokens.backend.decode(list(TEXT))
     assert events[0]["system_fingerprint"] == "fp_abcdef01"
     assert used(parts) == 0
     assert parts.sample("ranklet_requests_total", adapter="base", status="200", code="") == 1
@@ -218,7 +218,7 @@ async def test_an_adapter_that_was_replaced_is_described_again(make_parts: MakeP
         "v2",
         "v2",
     ]
-    assert parts.replica.calls[2].total_tokens == len(parts.texts.tokenizer.encode("new").ids)
+    assert parts.replica.calls[2].total_tokens == len(parts.texts.tokens.backend.encode("new").ids)
 
 
 async def test_a_stream_whose_replica_fails_goes_on_and_counts_its_prompt_once(make_parts: MakeParts) -> None:
@@ -231,7 +231,7 @@ async def test_a_stream_whose_replica_fails_goes_on_and_counts_its_prompt_once(m
     call = AsgiCall(parts.app, COMPLETIONS, fields, key=parts.secrets["team"])
     await call.run()
     *events, last = events_of(call.body)
-    assert "".join(event["choices"][0]["text"] for event in events) == parts.texts.tokenizer.decode(list(TEXT))
+    assert "".join(event["choices"][0]["text"] for event in events) == parts.texts.tokens.backend.decode(list(TEXT))
     assert (last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"]) == (4, len(TEXT))
     assert await parts.spent() == 4 + len(TEXT)
 
@@ -248,7 +248,7 @@ async def test_a_stream_of_a_replaced_adapter_that_no_replica_can_continue_ends_
     call = AsgiCall(parts.app, COMPLETIONS, {**FIELDS, "model": "legal-v2"})
     await call.run()
     *texts, last = events_of(call.body)
-    assert "".join(event["choices"][0]["text"] for event in texts) == parts.texts.tokenizer.decode(list(TEXT[:3]))
+    assert "".join(event["choices"][0]["text"] for event in texts) == parts.texts.tokens.backend.decode(list(TEXT[:3]))
     assert last["error"]["code"] == "adapter_loading"
     assert "was replaced meanwhile" in last["error"]["message"]
 
@@ -257,7 +257,7 @@ async def test_a_whole_answer_of_a_replaced_adapter_is_made_by_the_new_revision(
     parts = make_parts(DescribingReplica(fails_later, gone, whole))
     answer = await parts.http_post(COMPLETIONS, {**FIELDS, "model": "legal-v2"})
     assert answer.status_code == 200, answer.text
-    assert answer.json()["choices"][0]["text"] == parts.texts.tokenizer.decode(list(TEXT))
+    assert answer.json()["choices"][0]["text"] == parts.texts.tokens.backend.decode(list(TEXT))
     assert answer.json()["usage"]["completion_tokens"] == len(TEXT)
     revisions = [each.adapter and each.adapter.requested_revision for each in parts.replica.calls]
     assert revisions == ["v1", "v1", "v2"]
@@ -280,7 +280,7 @@ async def test_prompts_are_truncated_as_the_request_wants(make_parts: MakeParts,
     parts = make_parts(DescribingReplica(whole))
     text = "a prompt of several words"
     given = {"prompt": text} if path == COMPLETIONS else {"messages": [{"role": "user", "content": text}]}
-    ids = parts.texts.tokenizer.encode(text if path == COMPLETIONS else f"{text}True").ids
+    ids = parts.texts.tokens.backend.encode(text if path == COMPLETIONS else f"{text}True").ids
     sent = {"model": "base", **given, "max_tokens": 5, "truncate_prompt_tokens": 3, "truncation_side": side}
     answer = await parts.http_post(path, sent)
     assert answer.status_code == 200, answer.text

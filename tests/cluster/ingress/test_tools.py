@@ -93,7 +93,7 @@ async def test_templates_get_tools_calls_and_their_results(make_parts: WritingGa
     strict = {"type": "function", "function": {**ADD["function"], "strict": False}}
     await whole(parts, tools=[strict], messages=messages)
     (prompt,) = parts.replica.calls[-1].prompts()
-    assert parts.texts.tokenizer.decode(prompt.tolist()) == (
+    assert parts.texts.tokens.backend.decode(prompt.tolist()) == (
         f"{json.dumps(ADD)}user:Add."
         'assistant:<tool_call>{"name": "add", "arguments": {"a": 5}}</tool_call>tool:6abc'
         'assistant:<tool_call>{"name": "add", "arguments": "{\\"a\\":"}</tool_call>True'
@@ -104,7 +104,7 @@ async def test_documents_reach_a_template_that_reads_them(make_parts: WritingGat
     parts = make_parts()
     await whole(parts, documents=[{"text": "Norway"}])
     (prompt,) = parts.replica.calls[-1].prompts()
-    assert parts.texts.tokenizer.decode(prompt.tolist()).startswith("[{'text': 'Norway'}]")
+    assert parts.texts.tokens.backend.decode(prompt.tolist()).startswith("[{'text': 'Norway'}]")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ from ranklet.cluster.message import AdapterText
 from ranklet.replicas.adapters.invocation import Invocation
 from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.grammar.constraint import Constraint
-from ranklet.replicas.model.tokenizer import Truncation
+from ranklet.replicas.model.added_tokens import AddedTokens
+from ranklet.replicas.model.tokenizer import Truncation, with_added
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.fleet import Member
 from tests.cluster.ingress.parts import DESCRIPTION, Parts
@@ -45,6 +46,11 @@ class PlainTokenizer:
     def __init__(self, special: Sequence[str] = ()) -> None:
         self.backend = byte_level()
         self.backend.add_special_tokens(list(special))
+
+    def with_added(self, added: AddedTokens) -> "PlainTokenizer":
+        found = PlainTokenizer()
+        found.backend = with_added(self.backend, added)
+        return found
 
     def encode(
         self, texts: Sequence[str], *, prompt: str | None = None, add_special_tokens: bool | None = None,
@@ -79,6 +85,8 @@ class DescribingReplica(TextReplica):
         self.constraint: Constraint | None = None
         self.tool_format: str | None = None
         self.invocation: Invocation | None = None
+        self.added = AddedTokens()
+        self.special_tokens: dict[str, str] = {}
 
 
 @dataclass
@@ -89,13 +97,9 @@ class _Describer:
         self.replica.described += 1
         replica = self.replica
         return AdapterText(
-            replica.revision,
-            replica.template,
-            {},
-            constraint=replica.constraint,
-            tool_format=replica.tool_format,
-            invocation=replica.invocation,
-        )
+            replica.revision, replica.template, replica.special_tokens, constraint=replica.constraint,
+            tool_format=replica.tool_format, added_tokens=replica.added, invocation=replica.invocation,
+        )  # fmt: skip
 
 
 class TextParts(Parts):

@@ -34,7 +34,7 @@ class WritingGateway:
 
     def __call__(self, written: str = "Hello", template: str = HERMES, **given: Any) -> TextParts:
         async def write(replica: Any, call: InferenceCall[GenerateParams]) -> Any:
-            tokens = parts.texts.tokenizer.encode(f"{written}<s>", add_special_tokens=False).ids
+            tokens = parts.texts.tokens.backend.encode(f"{written}<s>", add_special_tokens=False).ids
             replica.begin(call.number)
             for i, token in enumerate(tokens):
                 replica.send((call.number, 0, i, (token,), None))

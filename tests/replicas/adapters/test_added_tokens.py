@@ -10,8 +10,9 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer
 
-from ranklet.replicas.adapters.added_tokens import MAX_ADDED_TOKENS, AddedToken, BaseTokens, read_added_tokens
+from ranklet.replicas.adapters.added_tokens import BaseTokens, read_added_tokens
 from ranklet.replicas.adapters.tokenizer_check import BaseTokenizer, ComparedTokenizer
+from ranklet.replicas.model.added_tokens import MAX_ADDED_TOKENS, AddedToken
 from ranklet.replicas.model.tokenizer_files import UnusableTokenError
 from tests.assets.tokenizer import save_tokenizer
 
