@@ -47,6 +47,11 @@ FAIR_TEXTS: dict[str, tuple[str, Column]] = {
     "wait_p99_ms": ("first token or vector p99 ms", COUNT), "wait ratio": ("p99, times without flood", RATIO),
     "gap_p99_ms": ("gap p99 ms", MS), "gap p99 ratio": ("gap p99, times without flood", RATIO),
 }  # fmt: skip
+HOT_TEXTS: dict[str, tuple[str, Column]] = {
+    "requests from one adapter": ("requests from one adapter", PERCENT), "running": ("texts at once", COUNT),
+    "tokens_per_s": ("generated tokens/s", COUNT), "rate ratio": ("times evenly requested", RATIO),
+    "gap_p50_ms": ("gap p50 ms", MS),
+}  # fmt: skip
 COMPARED: dict[str, tuple[str, Column]] = {
     "benchmark": ("benchmark", TEXT), "work": ("work", TEXT), "measured": ("measured", TEXT),
     "runs before": ("runs before", TEXT), "runs after": ("runs after", TEXT),

@@ -92,12 +92,15 @@ class Run:
     Args:
         unit_s: seconds of a unit of `costs`.
         share: whether flows differ by their adapter or by their key.
+        adapters: number of adapters.
     """
 
-    def __init__(self, costs: StepCost, rows: int, unit_s: float, share: str = "adapters") -> None:
+    def __init__(
+        self, costs: StepCost, rows: int, unit_s: float, share: str = "adapters", adapters: int = _OTHERS + 1
+    ) -> None:
         self.costs, self.rows, self._unit_s = costs, rows, unit_s
         self._by_key = share == "keys"
-        self.refs = [AdapterRef(f"a{index}", f"/{index}", f"a{index}-1") for index in range(_OTHERS + 1)]
+        self.refs = [AdapterRef(f"a{index}", f"/{index}", f"a{index}-1") for index in range(adapters)]
         self.engine = Simulation(
             pages=_PAGES, rows=rows, slots=len(self.refs), max_tokens=8192, max_adapters=len(self.refs),
             max_model_len=4096, costs=self.costs, slowdown=1.8, depth=2, shares_prefixes=False,
@@ -214,9 +217,14 @@ def steady(run: Run, kind: Kind, rate: float, seconds: float) -> list[Timed]:
     return [each for each in ended if each.due_s > seconds / 3]
 
 
-def measure(share: str, steady_name: str, rows: int, load: float, seconds: float) -> list[dict[str, Any]]:
+def h200_costs() -> tuple[StepCost, float]:
+    """Return what steps of Qwen3-0.6B cost, and the seconds of a unit on an H200."""
     costs = StepCost.of(QWEN3_06B)
-    unit_s = _STEP_S / costs.decodes(_STEP_TEXTS, _STEP_TEXTS * _STEP_CONTEXT)
+    return costs, _STEP_S / costs.decodes(_STEP_TEXTS, _STEP_TEXTS * _STEP_CONTEXT)
+
+
+def measure(share: str, steady_name: str, rows: int, load: float, seconds: float) -> list[dict[str, Any]]:
+    costs, unit_s = h200_costs()
 
     def make() -> Run:
         return Run(costs, rows, unit_s, share)

@@ -20,6 +20,7 @@ from tests.bench.columns import (
     FINE_MS,
     GENERATED,
     GRAMMAR,
+    HOT_TEXTS,
     HTTP,
     LOGPROBS,
     MS,
@@ -223,6 +224,7 @@ TABLES = (
         "A flood beside texts or embeddings of 16 others at 80 % of the capacity, simulated", "fair-texts-simulated",
         FAIR_TEXTS, note=FAIR_TEXTS_NOTE,
     ),
+    ResultTable("Texts of 64 adapters, evenly or mostly of one, simulated", "hot-texts-simulated", HOT_TEXTS),
     ResultTable(
         "Clients written for OpenAI's API", "clients-cpu",
         {"client": ("client", TEXT), "version": ("version", TEXT), "passed": ("checks passed", COUNT),
