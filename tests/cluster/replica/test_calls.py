@@ -58,7 +58,11 @@ class ReplicaScene:
     async def generate(
         self, revision: str | None, given: list[int] | None = None, base_revision: str | None = None
     ) -> InferenceReply[GenerateResult] | Refusal:
-        adapter = AdapterLocation("live", str(self.live), revision)
+        return await self.answer(AdapterLocation("live", str(self.live), revision), given, base_revision)
+
+    async def answer(
+        self, adapter: AdapterLocation | None, given: list[int] | None = None, base_revision: str | None = None
+    ) -> InferenceReply[GenerateResult] | Refusal:
         call: Any = pack(adapter, [PROMPT], PARAMS, "g")
         if given is not None:
             base = self.engine.limits.base_revision if base_revision is None else base_revision
@@ -103,7 +107,7 @@ async def test_a_text_is_continued_by_the_revision_that_has_begun_it(scene: Repl
     await asyncio.to_thread(until, lambda: scene.engine.release("live"))
     assert code_of(await scene.generate(revision, whole[:7]))[0] in ("model_not_found", "adapter_not_found")
     await asyncio.to_thread(scene.engine.stop)
-    assert code_of(await scene.generate(None)) == ("unavailable", False), "an engine that has ended gets no call"
+    assert code_of(await scene.answer(None)) == ("unavailable", False), "an engine that has ended gets no call"
 
 
 async def test_calls_tell_the_state_of_their_texts_and_pages(scene: ReplicaScene) -> None:

@@ -81,11 +81,13 @@ def test_texts_of_all_adapters_beside_embeddings(
 
 
 def test_texts_that_are_preempted(scene: TextScene, start_engine: MakeEngine) -> None:
-    """With few pages sequences lose theirs, at steps that depend on the random order of arrival."""
+    """With few pages sequences lose theirs, since all adapters are loaded and all texts start together."""
     counter, rng, least = TokenCounter(), random.Random(scene.family), 0
     for pages in (LONGEST_PAGES, LONGEST_PAGES + 1, LONGEST_PAGES + 3):
         kv_cache_bytes = pages * page_bytes(scene)
         engine = start_engine(counter, kv_cache_bytes=kv_cache_bytes, prefix_cache=False, decode_slowdown=1.0)
+        for adapter in filter(None, scene.adapters):
+            engine.load(adapter)
         chosen = rng.sample(scene.all(), 6)
         with engine.paused():
             texts = [request(engine, asked) for asked in chosen]
