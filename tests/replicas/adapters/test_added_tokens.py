@@ -1,7 +1,6 @@
 """The tokens that an adapter's tokenizer adds are those that transformers adds, with its ids, or are refused."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,8 @@ from ranklet.replicas.adapters.added_tokens import BaseTokens, read_added_tokens
 from ranklet.replicas.adapters.tokenizer_check import BaseTokenizer, ComparedTokenizer
 from ranklet.replicas.model.added_tokens import MAX_ADDED_TOKENS, AddedToken
 from ranklet.replicas.model.tokenizer_files import UnusableTokenError
-from tests.assets.tokenizer import save_tokenizer
 
 Fields = dict[str, Any]
-
-
-@pytest.fixture(scope="module", name="base_dir")
-def _base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    save_tokenizer(folder, vocab_size=600, max_length=64)
-    return folder
-
-
-@pytest.fixture(name="folder")
-def _folder(base_dir: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(base_dir, tmp_path / "adapter"))
 
 
 def save(base_dir: Path, folder: Path, *tokens: Any, **special: Any) -> Any:

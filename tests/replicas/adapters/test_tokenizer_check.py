@@ -1,7 +1,6 @@
 """An adapter's tokenizer files encode texts as the base model's do, or are refused with what differs."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,22 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from ranklet.replicas.adapters.tokenizer_check import BaseTokenizer, ComparedTokenizer
-from tests.assets.tokenizer import save_tokenizer
 
 Fields = dict[str, Any]
 SAME = ComparedTokenizer()
-
-
-@pytest.fixture(scope="module", name="base_dir")
-def _base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    save_tokenizer(folder, vocab_size=600, max_length=64)
-    return folder
-
-
-@pytest.fixture(name="folder")
-def _folder(base_dir: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(base_dir, tmp_path / "adapter"))
 
 
 def edit(path: Path, change: Callable[[Fields], Any]) -> None:
