@@ -16,7 +16,7 @@ from ranklet.cluster.command.ports import free_ports
 from tests.cluster.service import eventually
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-SCRAPE_S = 1
+SCRAPE_S = 2  # also the time that a scrape may take
 WAIT_S = 60.0  # rates need several scrapes, which take longer on a busy machine
 
 
@@ -33,8 +33,14 @@ class Prometheus:
     def panel_data(self, expr: str) -> list[dict[str, Any]]:
         """Return the samples of a board's or rule's query once one of them is finite. Fails if none ever is."""
         query = expr.replace("$__rate_interval", "10s")
-        eventually(f"{query}: finite data", lambda: bool(finite(self.query(query))), WAIT_S)
-        return self.query(query)
+        samples: list[dict[str, Any]] = []
+
+        def has_data() -> bool:
+            samples[:] = self.query(query)  # a later query may find none: a scrape fails on a busy machine
+            return bool(finite(samples))
+
+        eventually(f"{query}: finite data", has_data, WAIT_S)
+        return samples
 
     def query_range(self, expr: str, seconds: float, step_s: float = 1.0) -> list[dict[str, Any]]:
         """Return the series of the last `seconds`."""
