@@ -1,0 +1,270 @@
+"""The tables of tests/bench/results/README.md: which columns and rows of each result file it shows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tests.bench.columns import (
+    CHOICES,
+    CLUSTER,
+    COMPARED,
+    COUNT,
+    EXACT_PERCENT,
+    FAIR,
+    FAIR_TEXTS,
+    FIDELITY,
+    FINE_MS,
+    GENERATED,
+    GRAMMAR,
+    HOT_TEXTS,
+    HTTP,
+    LOGPROBS,
+    MS,
+    PERCENT,
+    RATIO,
+    RULES,
+    RUN,
+    SOAK,
+    TEXT,
+    TEXT_CHOICES,
+    TEXT_CLUSTER,
+    TEXT_HTTP,
+    TEXT_RULES,
+    TEXT_RULES_BY_CASE,
+    TEXT_SOAK,
+    Column,
+    number,
+)
+from tests.bench.notes import (
+    ATTENTION_NOTE,
+    CLIENTS_NOTE,
+    CONVERSATIONS_NOTE,
+    ENGINE_NOTE,
+    FAIR_TEXTS_NOTE,
+    FIDELITY_SMOLLM_NOTE,
+    FIDELITY_TEXT_NOTE,
+    GAPS_NOTE,
+    GENERATE_8B_NOTE,
+    GENERATE_NOTE,
+    GRAMMAR_NOTE,
+    GRAMMAR_SCHEMAS_NOTE,
+    STREAM_FAULTS_NOTE,
+    TEXT_CLUSTER_NOTE,
+    TEXT_HTTP_NOTE,
+    TEXT_SOAK_NOTE,
+)
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """One section of the page: a result file, its columns with headings and formats, and the rows to leave out."""
+
+    title: str
+    file: str
+    columns: dict[str, tuple[str, Column]]
+    without: Callable[[dict[str, Any]], bool] = lambda row: False
+    note: str = ""  # a paragraph above the table
+
+
+def _is_sample(row: dict[str, Any]) -> bool:
+    return bool(row["minute"] != "all")
+
+
+TABLES = (
+    ResultTable("Throughput of the engine", "engine-h200", RUN, note=ENGINE_NOTE),
+    ResultTable("Throughput of the engine, an earlier commit with `backend: fastest`", "engine-h200-fastest", RUN),
+    ResultTable("Throughput of the engine, an earlier commit with `backend: native`", "engine-h200-native", RUN),
+    ResultTable(
+        "Latency of the engine, one prompt at a time", "engine-h200-alone",
+        {"prompt tokens": ("tokens", TEXT), "adapters": ("adapters", TEXT), "p50_ms": ("p50 ms", MS),
+         "p99_ms": ("p99 ms", MS)},
+    ),
+    ResultTable(
+        "One step that makes one token a request, rank-16 adapters on all seven projections", "decode-step-h200",
+        {"shapes": ("shapes", TEXT), "batch": ("requests", COUNT), "context": ("context", COUNT),
+         "adapters": ("adapters", COUNT), "ms": ("ms", FINE_MS),
+         "floor_ms": ("time to read each byte once ms", FINE_MS), "of base": ("of the step without LoRA", RATIO),
+         "tokens_per_s": ("tokens/s", COUNT)},
+    ),
+    ResultTable(
+        "Attention of one new token of each sequence over pages, 128-wide heads", "attention-h200",
+        {"model": ("heads of", TEXT), "what": ("sequences x tokens", TEXT), "us": ("us", COUNT),
+         "rate": ("of the rate of a copy", RATIO)},
+        lambda row: row["part"] != "decode",
+    ),
+    ResultTable(
+        "Attention of pieces of prompts over pages, 128-wide heads", "attention-h200",
+        {"model": ("heads of", TEXT), "what": ("pieces x tokens behind tokens in pages", TEXT), "us": ("us", COUNT),
+         "rate": ("TFLOP/s", COUNT)},
+        lambda row: row["part"] != "prefill", ATTENTION_NOTE,
+    ),
+    ResultTable(
+        "Generated text, requests x tokens of prompt/output, rank-16 adapters on all seven projections",
+        "generate-h200", GENERATED, note=GENERATE_NOTE,
+    ),
+    ResultTable("Generated text, Llama-3.1-8B", "generate-8b-h200", GENERATED, note=GENERATE_8B_NOTE),
+    ResultTable(
+        "Prompts with a common beginning", "generate-h200-shared",
+        {"work": ("requests x prompt/output", TEXT), "adapters": ("adapters", COUNT),
+         "prefix_cache": ("prefix cache", TEXT), "cached share": ("prompt tokens from the cache", PERCENT),
+         "tokens_per_s": ("generated tokens/s", COUNT), "ratio": ("of the rate without", RATIO)},
+    ),
+    ResultTable(
+        "Gaps between the tokens of 64 texts beside other work", "generate-h200-gaps",
+        {"beside": ("other work", TEXT), "p50_ms": ("p50 ms", MS), "p99_ms": ("p99 ms", MS),
+         "max_ms": ("longest ms", COUNT), "p99 ratio": ("p99, times the median without", RATIO),
+         "tokens_per_s": ("generated tokens/s", COUNT), "long prompt tokens_per_s": ("long prompts tokens/s", COUNT),
+         "embedding tokens_per_s": ("embeddings tokens/s", COUNT)},
+        note=GAPS_NOTE,
+    ),
+    ResultTable(
+        "Generated text over HTTP", "text-http-h200", TEXT_HTTP, note=TEXT_HTTP_NOTE,
+    ),
+    ResultTable(
+        "The same with fewer gateways, an hour before on another host", "text-http-h200-gateways", TEXT_HTTP
+    ),
+    ResultTable(
+        "CPU time of a token, us", "text-http-h200",
+        {"work": ("requests x prompt/output", TEXT), "gateways": ("gateways", COUNT),
+         **{f"{name} us": (name, number(1)) for name in ("gateway", "actor", "engine", "haproxy", "client")},
+         "gateway busiest": ("busiest gateway, of a core", PERCENT), "device busy": ("device busy", PERCENT)},
+    ),
+    ResultTable(
+        "Time to the first token, and what HTTP, Ray and gateways add", "text-http-h200-first",
+        {"load": ("load", TEXT), "gateways": ("gateways", COUNT), "client p50_ms": ("p50 ms", MS),
+         **{f"added p{p}_ms": (f"added p{p} ms", MS) for p in (50, 90, 99)}, "must": ("target ms", TEXT)},
+    ),
+    ResultTable(
+        "Median gap between the tokens of one text, over HTTP and of the engine", "text-http-h200-gaps",
+        {"gateways": ("gateways", COUNT), "gap_p50_ms": ("ms", FINE_MS), "engine gap_p50_ms": ("engine ms", FINE_MS),
+         "added ms": ("added ms", FINE_MS)},
+    ),
+    ResultTable(
+        "Largest differences of logprobs of generated text to transformers + PEFT in float32", "fidelity-text-h200",
+        LOGPROBS, note=FIDELITY_TEXT_NOTE,
+    ),
+    ResultTable(
+        "The same of a model with trained weights", "fidelity-text-smollm-h200", LOGPROBS, note=FIDELITY_SMOLLM_NOTE
+    ),
+    ResultTable("Texts with grammars among others on one engine", "grammar-h200", GRAMMAR, note=GRAMMAR_NOTE),
+    ResultTable("Over HTTP: HAProxy, 8 gateways and one replica", "http-h200", HTTP),
+    ResultTable("Over HTTP with 16 gateways", "http-h200-512", HTTP),
+    ResultTable("Over HTTP with 8 processes of the load client", "http-h200-p8", HTTP),
+    ResultTable("Over HTTP before files moved into the folders of 2026-11-26", "http-h200-before", HTTP),
+    ResultTable("Over HTTP after files moved, on the same machine in the same hour", "http-h200-after", HTTP),
+    ResultTable(
+        "Engine and loads before and after files moved, medians of three and of two runs in turn", "compare-h200",
+        COMPARED,
+    ),
+    ResultTable("CPU time of one routing decision before and after, six runs in turn", "compare-policy", COMPARED),
+    ResultTable("Two GPUs behind one app, 128 adapters on 64 slots of each GPU", "cluster-2xh200", CLUSTER),
+    ResultTable(
+        "Texts on two GPUs behind one app and on one of them, prompts of 512 tokens, 256 generated",
+        "text-cluster-2xh200", TEXT_CLUSTER, note=TEXT_CLUSTER_NOTE,
+    ),
+    ResultTable("Four GPUs behind one app, an earlier commit, 256 adapters, 64 slots each", "cluster-4xh200", CLUSTER),
+    ResultTable(
+        "More adapters than slots on one engine", "thrash-h200",
+        {"adapters": ("adapters", TEXT), "slots": ("slots", TEXT), "tokens_per_s": ("tokens/s", COUNT),
+         "of all resident": ("of the rate with 64 adapters", RATIO), "loads_per_s": ("loads/s", COUNT)},
+    ),
+    ResultTable(
+        "First answer for an adapter on all seven projections", "loads-h200",
+        {"beside": ("other traffic", TEXT), "tier": ("adapter in", TEXT), "adapter_MB": ("adapter MB", COUNT),
+         "p50_ms": ("p50 ms", MS), "p99_ms": ("p99 ms", MS), "start_s": ("start of the engine s", MS)},
+    ),
+    ResultTable("Cosine to transformers + PEFT in float32, bf16 on the GPU", "fidelity-h200", FIDELITY),
+    ResultTable("Cosine to transformers + PEFT in float32, float32 on a CPU", "fidelity-cpu-float32", FIDELITY),
+    ResultTable("Six minutes at saturation: 1-8192 tokens, 80 adapters on 64 slots", "soak-h200", SOAK, _is_sample),
+    ResultTable("Three and a half minutes at saturation", "soak-h200-memory", SOAK, _is_sample),
+    ResultTable(
+        "Eight minutes at saturation: texts and embeddings, 80 adapters on 64 slots", "text-soak-h200",
+        TEXT_SOAK, _is_sample, TEXT_SOAK_NOTE,
+    ),
+    ResultTable("Four minutes at saturation on a CPU, 6 adapters on 4 slots", "soak-cpu", SOAK, _is_sample),
+    ResultTable(
+        "Adapters loaded, replaced and unloaded while clients send requests, on a CPU", "churn-cpu",
+        {"what": ("what", TEXT), "count": ("count", COUNT)}, lambda row: "count" not in row,
+    ),
+    ResultTable(
+        "Memory during these loads", "churn-cpu",
+        {"what": ("what", TEXT), "first": ("first", MS), "last": ("last", MS), "grown": ("growth", EXACT_PERCENT)},
+        lambda row: "grown" not in row,
+    ),
+    ResultTable(
+        "Streams while replicas die, hang, drain and change, on a CPU", "stream-faults-cpu",
+        {"fault": ("fault", TEXT), "streams": ("streams", COUNT), "right": ("right", COUNT), "wrong": ("wrong", COUNT),
+         "failed": ("failed", COUNT), "continued": ("calls continued", COUNT),
+         "longest_pause_s": ("longest pause s", number(2)), "took_s": ("until all is replaced s", COUNT)},
+        note=STREAM_FAULTS_NOTE,
+    ),
+    ResultTable(
+        "Random texts that must follow 500 JSON schemas, on a CPU", "grammar-schemas-cpu",
+        {"model": ("model", TEXT), "texts": ("texts", COUNT), "valid": ("valid", COUNT),
+         "cut": ("cut at the limit", COUNT), "invalid": ("invalid", COUNT)},
+        note=GRAMMAR_SCHEMAS_NOTE,
+    ),
+    ResultTable("A flood on one of 17 adapters, the others at 80 % of the capacity, 6144 tokens", "fair-h200", FAIR),
+    ResultTable("A flood on one of 17 adapters, 512 tokens", "fair-h200-512", FAIR),
+    ResultTable("A flood on one of 17 adapters, on two CPU cores", "fair-cpu", FAIR),
+    ResultTable(
+        "A flood beside texts or embeddings of 16 others at 80 % of the capacity, simulated", "fair-texts-simulated",
+        FAIR_TEXTS, note=FAIR_TEXTS_NOTE,
+    ),
+    ResultTable("Texts of 64 adapters, evenly or mostly of one, simulated", "hot-texts-simulated", HOT_TEXTS),
+    ResultTable(
+        "Clients written for OpenAI's API", "clients-cpu",
+        {"client": ("client", TEXT), "version": ("version", TEXT), "passed": ("checks passed", COUNT),
+         "failed": ("failed", COUNT), "not applicable": ("not applicable", COUNT),
+         "refused by name": ("refused by name, as expected", TEXT), "measured": ("measured", TEXT),
+         "seconds": ("s", COUNT)},
+        note=CLIENTS_NOTE,
+    ),
+    ResultTable(
+        "1,000 adapter folders, on a CPU", "listing-cpu",
+        {"path": ("GET", TEXT), "p50_ms": ("p50 ms", MS), "p99_ms": ("p99 ms", MS),
+         "registered_s": ("first listing ms", number(0, 1000.0))},
+    ),
+    ResultTable("CPU time of one routing decision", "policy", CHOICES),
+    ResultTable("CPU time of one routing decision for a text, on a busy machine", "policy-text", TEXT_CHOICES),
+    ResultTable(
+        "CPU time of the hashes of a prompt's pages, on a busy machine", "policy-prefix",
+        {"pages": ("pages", COUNT), "hash_us": ("mean us", COUNT), "hash_p50_us": ("p50 us", COUNT)},
+    ),
+    ResultTable("Routing rules, 1,000 replicas and 10,000 adapters, simulated", "simulate-steady", RULES),
+    ResultTable("One adapter suddenly takes 30 % of the traffic, simulated", "simulate-flash", RULES),
+    ResultTable("Replicas lost and added, simulated", "simulate-faults", RULES),
+    ResultTable("Uniform traffic (replicas x adapters), simulated", "simulate-uniform", RULES),
+    ResultTable("Late state reports, 100 replicas and 1,000 adapters, simulated", "simulate-stale", RULES),
+    ResultTable(
+        "Conversations, 200 replicas and 2,000 adapters, simulated", "simulate-text", TEXT_RULES,
+        note=CONVERSATIONS_NOTE,
+    ),
+    ResultTable(
+        "The same conversations, 24 replicas and 240 adapters, simulated", "simulate-text-stress", TEXT_RULES_BY_CASE
+    ),
+    ResultTable(
+        "The same with late reports, and without loads in answers, simulated", "simulate-text-late", TEXT_RULES_BY_CASE
+    ),
+    ResultTable(
+        "LoRA on the projections, rank 64", "kernels-h200",
+        {"what": ("adapters x rows", TEXT), "measured": ("added by LoRA ms", FINE_MS), "base": ("base ms", FINE_MS)},
+        lambda row: row["unit"] != "ms",
+    ),
+    ResultTable(
+        "Rounding errors of the LoRA backends, and the CPU time of the plan", "kernels-h200",
+        {"what": ("what", TEXT), "measured": ("measured", number(4)), "unit": ("unit", TEXT)},
+        lambda row: row["unit"] == "ms",
+    ),
+    ResultTable(
+        "Head and sampler in a step of one token a row, an earlier commit", "sampler-h200",
+        {"what": ("what", TEXT), "logits": ("logits", TEXT), "rows": ("rows", COUNT), "ms": ("ms", FINE_MS),
+         "tokens as on the CPU": ("tokens as on the CPU", TEXT)},
+    ),
+    ResultTable(
+        "Stages of a batch with 4 adapters", "profile-h200",
+        {"prompts": ("prompts x tokens", TEXT), "stage": ("stage", TEXT), "ms": ("base ms", FINE_MS),
+         "floor_ms": ("roofline floor ms", FINE_MS), "bound": ("bound by", TEXT),
+         "lora_ms": ("added by LoRA ms", FINE_MS)},
+    ),
+)  # fmt: skip
