@@ -47,20 +47,12 @@ class InFlightStep:
                 sequence, epoch = members[index]
                 if sequence.epoch != epoch:
                     continue  # preempted, failed or ended since the step was planned
-                if output is None:
-                    self._fail(sequence, _not_finite(sequence.adapter))
-                    done.append(sequence)
-                    continue
                 try:
+                    if output is None:
+                        raise _not_finite(sequence.adapter)
                     piece, is_done = sequence.request.on_output(sequence, output, began_s, compute_s)
-                except RankletError as error:
-                    self._fail(sequence, error)
-                    done.append(sequence)
-                    continue
-                except Exception as error:  # a defect of a task must not end the thread that answers every request
-                    logger.exception("a task failed")
-                    message = f"the engine failed on this output: {type(error).__name__}: {error}"
-                    self._fail(sequence, InternalError(message))
+                except Exception as error:
+                    self._ends.append(partial(sequence.request.fail, _told(error)))
                     done.append(sequence)
                     continue
                 if piece is not None:
@@ -72,9 +64,6 @@ class InFlightStep:
                     if sequence.request.is_complete:
                         self._ends.append(partial(sequence.request.end, self.launched.backend))
         return done
-
-    def _fail(self, sequence: Sequence, error: RankletError) -> None:
-        self._ends.append(partial(sequence.request.fail, error))
 
     def send(self) -> None:
         """Pass what was delivered to the sinks. Called without the engine's lock."""
@@ -97,6 +86,14 @@ class InFlightStep:
                 waits.append(max(0.0, began_s - sequence.arrived_s))
         generated = Counter([sequence.flow.adapter for sequence, _ in self._pieces])
         return BatchRecord(sequences, tokens, self.launched.backend, waits, compute_s, dict(generated), room)
+
+
+def _told(error: Exception) -> RankletError:
+    """Return what the client is told. A defect of a task must not end the thread that answers every request."""
+    if isinstance(error, RankletError):
+        return error
+    logger.error("a task failed", exc_info=error)
+    return InternalError(f"the engine failed on this output: {type(error).__name__}: {error}")
 
 
 def _not_finite(adapter: AdapterRef | None) -> RankletError:

@@ -7,6 +7,11 @@ from typing import Any
 
 from sentence_transformers.base.modules.dense import Dense
 
+HIDDEN = 32
+SMALL_MODEL: dict[str, Any] = {
+    "hidden_size": HIDDEN, "intermediate_size": 48, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 16,
+    "vocab_size": 600, "max_position_embeddings": 128,
+}  # fmt: skip
 MODULES = {
     "Transformer": "sentence_transformers.base.modules.transformer.Transformer",
     "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",

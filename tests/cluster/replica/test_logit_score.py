@@ -28,12 +28,10 @@ from ranklet.replicas.model.embedding_settings import read_base_settings, read_e
 from ranklet.replicas.model.tokenizer import PromptTokenizer
 from tests.assets.adapters import quiet, randomize_adapter
 from tests.assets.make import make_model
+from tests.assets.sentence_folders import SMALL_MODEL
 from tests.replicas.asking import ask, ref
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 16,
-    "vocab_size": 600, "max_position_embeddings": 256,
-}  # fmt: skip
+LONGER = SMALL_MODEL | {"max_position_embeddings": 256}
 PARTS = (
     "{% for message in messages if message.role == 'system' %}<I>{{ message.content[0].text }}{% endfor %}"
     '<Q>{{ (messages | selectattr("role", "eq", "query") | first).content[0].text }}'
@@ -46,7 +44,12 @@ QUERY, DOCUMENTS = "When must notice {be} given?", [" In writing.\n", "a {query}
 
 @pytest.fixture(scope="module", name="base_dir")
 def _base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("base") / "model", text=True, pooling=None, **SMALL)
+    return make_model(
+        tmp_path_factory.mktemp("base") / "model",
+        text=True,
+        pooling=None,
+        **SMALL_MODEL | {"max_position_embeddings": 256},
+    )
 
 
 def save(base_dir: Path, folder: Path, template: str, **arguments: Any) -> Path:

@@ -22,14 +22,9 @@ from ranklet.replicas.model.embedding_settings import read_base_settings, read_e
 from ranklet.replicas.model.tokenizer import PromptTokenizer
 from tests.assets.adapters import quiet, save_adapter
 from tests.assets.make import make_model
-from tests.assets.sentence_folders import SentenceFolder
+from tests.assets.sentence_folders import HIDDEN, SMALL_MODEL, SentenceFolder
 from tests.replicas.asking import PATIENCE_S, ask, ref, submit
 
-HIDDEN = 32
-SMALL: dict[str, Any] = {
-    "hidden_size": HIDDEN, "intermediate_size": 48, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 16,
-    "vocab_size": 600, "max_position_embeddings": 128,
-}  # fmt: skip
 TEXTS = ["Notice must be given in writing.", "a", "word " * 30]
 BASE = SentenceFolder(
     mode="mean",
@@ -52,7 +47,7 @@ CONFIG, WEIGHTS = "2_Dense/config.json", "2_Dense/model.safetensors"
 
 @pytest.fixture(scope="module", name="base_dir")
 def _base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return BASE.write(make_model(tmp_path_factory.mktemp("base") / "model", **SMALL), HIDDEN)
+    return BASE.write(make_model(tmp_path_factory.mktemp("base") / "model", **SMALL_MODEL), HIDDEN)
 
 
 @pytest.fixture(scope="module", name="folders")

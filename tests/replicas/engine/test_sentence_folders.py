@@ -26,14 +26,9 @@ from ranklet.replicas.model.embedding_settings import read_embedding_settings
 from ranklet.replicas.model.tokenizer import PromptTokenizer
 from tests.assets.adapters import quiet, save_adapter
 from tests.assets.make import make_model
-from tests.assets.sentence_folders import SentenceFolder
+from tests.assets.sentence_folders import HIDDEN, SMALL_MODEL, SentenceFolder
 from tests.replicas.asking import ask, ref
 
-HIDDEN = 32
-SMALL: dict[str, Any] = {
-    "hidden_size": HIDDEN, "intermediate_size": 48, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 16,
-    "vocab_size": 600, "max_position_embeddings": 128,
-}  # fmt: skip
 TEXTS = ["Notice must be given in WRITING.", "a", "word " * 30]
 LIMIT = 16
 # What a refusal may name: a file, or a setting by the name that users know.
@@ -95,7 +90,7 @@ def folders(draw: st.DrawFn) -> SentenceFolder:
 
 @pytest.fixture(scope="module", name="base_dir")
 def _base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("base") / "model", **SMALL)
+    return make_model(tmp_path_factory.mktemp("base") / "model", **SMALL_MODEL)
 
 
 @pytest.fixture(scope="module", name="adapter_dir")
