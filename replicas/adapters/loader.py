@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from threading import Lock
 from time import perf_counter
 
+from ranklet.replicas.adapters.adapter import AdapterRows
 from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.host_cache import HostCache
 from ranklet.replicas.adapters.mounts import mount_of
@@ -15,6 +16,7 @@ from ranklet.replicas.adapters.packed import PackedAdapter, pack
 from ranklet.replicas.adapters.pinned_memory import PinnedMemory, pageable
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef, LoadRecord
+from ranklet.replicas.adapters.row_pool import RowPool
 from ranklet.replicas.adapters.verify import read_adapter
 from ranklet.replicas.errors import InternalError, RankletError, StillLoading
 
@@ -23,7 +25,7 @@ logger = logging.getLogger(__name__)
 READERS = 8  # concurrent loads from one mounted file system, which may hang
 MAX_READERS = 64  # of all file systems
 _FEW_SLOTS = 2
-ClaimSlot = Callable[[AdapterRef], int | None]
+ClaimSlot = Callable[[AdapterRef, AdapterRows], int | None]
 COPIERS = 2  # concurrent loads from the host cache, which never wait for a disk
 
 
@@ -62,6 +64,11 @@ class Loader:
         self._readers = ThreadPoolExecutor(MAX_READERS, thread_name_prefix="ranklet-read")
         self._copiers = ThreadPoolExecutor(COPIERS, thread_name_prefix="ranklet-copy")
 
+    @property
+    def rows(self) -> RowPool:
+        """The rows of tokens of all slots."""
+        return self._pool.rows
+
     def can_start(self, ref: AdapterRef) -> bool:
         """Whether a thread is free for a load. A load that waited for one would keep its slot empty."""
         if ref in self.host:
@@ -72,7 +79,8 @@ class Loader:
         """Load an adapter into the slot that `claim` returns. `done` is always called, on a loader thread.
 
         Args:
-            claim: called on a loader thread once the files are read. Without a slot, the load fails with LostSlot.
+            claim: called on a loader thread once the files are read, with the adapter's rows of tokens. Without a
+                slot, the load fails with LostSlot.
         """
         mount = None if ref in self.host else mount_of(ref.path)
         self._count(mount, 1)
@@ -99,7 +107,7 @@ class Loader:
         try:
             if packed is None:
                 packed = self._read(ref)
-            slot = claim(ref)
+            slot = claim(ref, packed.rows)
             if slot is None:
                 raise LostSlot(f"adapter {ref.name!r}: its files are read, but no slot is free")
             self._pool.load(slot, packed)

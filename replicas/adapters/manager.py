@@ -5,6 +5,7 @@ from concurrent.futures import Future
 from threading import Condition
 from time import monotonic
 
+from ranklet.replicas.adapters.adapter import AdapterRows
 from ranklet.replicas.adapters.load_times import LoadTimes
 from ranklet.replicas.adapters.loader import Loader, LoadOutcome, LostSlot
 from ranklet.replicas.adapters.reference import (
@@ -16,6 +17,7 @@ from ranklet.replicas.adapters.reference import (
     LoadRecord,
 )
 from ranklet.replicas.adapters.refusals import Refusals
+from ranklet.replicas.adapters.row_claims import RowClaims
 from ranklet.replicas.adapters.slots import SlotTable
 from ranklet.replicas.adapters.waiting_request import WaitingRequest, fail_all
 from ranklet.replicas.errors import InvalidAdapter, InvalidRequest, RankletError, StillLoading
@@ -37,26 +39,19 @@ class AdapterManager:
     """
 
     def __init__(
-        self,
-        slots: int,
-        loader: Loader,
-        changed: Condition,
-        take_waiting: Callable[[AdapterRef], Sequence[WaitingRequest]],
-        *,
-        on_load: Callable[[LoadRecord], None],
-        on_loading: Callable[[str], None],
-        on_evicted: Callable[[str], None],
-        clock: Callable[[], float] = monotonic,
-    ) -> None:
-        self._table = SlotTable(slots)
+        self, slots: int, loader: Loader, changed: Condition,
+        take_waiting: Callable[[AdapterRef], Sequence[WaitingRequest]], *, on_load: Callable[[LoadRecord], None],
+        on_loading: Callable[[str], None], on_evicted: Callable[[str], None], clock: Callable[[], float] = monotonic,
+    ) -> None:  # fmt: skip
+        self._table = SlotTable(slots, on_freed=loader.rows.free)
+        self._rows = RowClaims(self._table, loader.rows, self._evict)
         self._loader = loader
         self._changed = changed
         self._take_waiting = take_waiting
-        self._on_load = on_load
-        self._on_loading = on_loading
-        self._on_evicted = on_evicted
+        self._on_load, self._on_loading, self._on_evicted = on_load, on_loading, on_evicted
         self._clock = clock
         self._requested: dict[AdapterRef, Future[AdapterInfo]] = {}
+        self._demand: Sequence[AdapterRef] = ()  # of the last `start_loads`
         self._loads = LoadTimes(clock)
         self._used: dict[AdapterRef, float] = {}  # last use of each adapter in a slot
         self._info: dict[AdapterRef, AdapterInfo] = {}
@@ -160,6 +155,7 @@ class AdapterManager:
         """
         revived = False
         batch = {ref for ref in using if ref is not None}
+        self._demand = demand
         wanted = [*self._requested, *demand]
         before, self._loads.queued = self._loads.queued, {}
         for i, ref in enumerate(wanted):
@@ -196,25 +192,32 @@ class AdapterManager:
 
     def _start(self, ref: AdapterRef, evicted: AdapterRef | None) -> None:
         if evicted is not None:
-            self._remove(evicted)
-            self._on_evicted(evicted.name)
+            self._evict(evicted)
         self._loads.begin(ref)
         self._on_loading(ref.name)
         self._loader.start(ref, self._claim_slot, self.complete_load)
+
+    def _evict(self, ref: AdapterRef) -> None:
+        self._remove(ref)
+        self._on_evicted(ref.name)
 
     def _remove(self, ref: AdapterRef) -> None:
         del self._info[ref]
         self._used.pop(ref, None)
 
-    def _claim_slot(self, ref: AdapterRef) -> int | None:
-        """Return the slot of a load that has read its files; None if it gave the slot back and none is free."""
+    def _claim_slot(self, ref: AdapterRef, rows: AdapterRows) -> int | None:
+        """Return the slot of a load that has read its files; None if it gave the slot back and none is free.
+
+        Returns None too if nothing waits for the adapter and its rows of tokens do not fit.
+        """
         with self._changed:
+            if not self._table.holds(ref):
+                self._table.reserve(ref, keep=self._table.held())
             slot = self._table.slot_of(ref)
-            if slot is None:
-                place = self._table.reserve(ref, keep=self._table.held())
-                slot = None if place is None else place[0]
-            if slot is not None:
-                self._loads.copying.add(ref)
+            wanted = [*self._requested, *self._demand]
+            if slot is None or not self._rows.claim(ref, rows, wanted, self._recently_used()):
+                return None
+            self._loads.copying.add(ref)
             return slot
 
     def complete_load(self, outcome: LoadOutcome) -> None:

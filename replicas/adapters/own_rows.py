@@ -23,7 +23,7 @@ from ranklet.replicas.adapters.adapter import AdapterRows, AdapterWeights, LoraW
 from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.findings import Checked, shorten, show
 from ranklet.replicas.adapters.own_stream import own_stream
-from ranklet.replicas.adapters.row_pool import pages_of_rows
+from ranklet.replicas.adapters.row_pool import rows_taken_by
 from ranklet.replicas.adapters.safetensors_file import DTYPES, FLOATS, read_tensor
 from ranklet.replicas.adapters.safetensors_header import StoredTensor
 from ranklet.replicas.adapters.tensor_names import (
@@ -269,7 +269,7 @@ def _check_new(rows: AdapterRows, base: int) -> Checked[None]:
 
 def _check_room(rows: AdapterRows, expected: ExpectedModules) -> Checked[None]:
     row_bytes = expected.embedding.shape[1] * expected.embedding.element_size()
-    needed = PAGE * sum(map(pages_of_rows, rows.distinct))
+    needed = rows_taken_by(rows)
     if needed > -(-expected.token_rows // PAGE) * PAGE:
         yield (
             f"{EMBED_TOKENS} and {LM_HEAD}: {needed} rows differ from the base's, {_megabytes(needed * row_bytes)}; "

@@ -6,7 +6,7 @@ never evicted.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from ranklet.replicas.adapters.reference import AdapterRef
@@ -25,10 +25,16 @@ class Slot:
 
 @dataclass(slots=True)
 class SlotTable:
-    """The slots of one device."""
+    """The slots of one device.
+
+    Attributes:
+        pinned: names of adapters that are never evicted.
+        on_freed: called with each slot that an adapter loses.
+    """
 
     count: int
-    pinned: set[str] = field(default_factory=set)  # adapter names that are never evicted
+    pinned: set[str] = field(default_factory=set)
+    on_freed: Callable[[int], None] = lambda index: None
     _slots: list[Slot] = field(init=False)
     _by_key: OrderedDict[AdapterRef, Slot] = field(init=False)  # least recently used first
 
@@ -75,23 +81,26 @@ class SlotTable:
         """
         if key in self._by_key:
             raise ValueError(f"{key.name!r} has a slot already")
-        slot = next((slot for slot in self._slots if slot.key is None), None) or self._idle(keep)
+        slot = next((slot for slot in self._slots if slot.key is None), None)
+        idle = () if slot is not None else self.idle(keep)
+        if idle:
+            slot = self._by_key[idle[0]]
         if slot is None:
             return None
         evicted = slot.key
         if evicted is not None:
-            del self._by_key[evicted]
+            self.free(evicted)
         self._slots[slot.index] = self._by_key[key] = Slot(slot.index, key)
         return slot.index, evicted
 
-    def _idle(self, keep: Collection[AdapterRef]) -> Slot | None:
-        found = None
-        for key, slot in self._by_key.items():
-            if slot.ready and slot.references == 0 and key.name not in self.pinned and key not in keep:
-                if slot.retiring:
-                    return slot
-                found = found or slot
-        return found
+    def idle(self, keep: Collection[AdapterRef] = ()) -> list[AdapterRef]:
+        """Return the adapters that may be evicted: those that retire, then the others, least recently used first."""
+        found = [
+            key
+            for key, slot in self._by_key.items()
+            if slot.ready and slot.references == 0 and key.name not in self.pinned and key not in keep
+        ]
+        return sorted(found, key=lambda key: not self._by_key[key].retiring)
 
     def retire(self, keep: Collection[AdapterRef] = ()) -> None:
         """Retire the least recently used slot that may be evicted, unless a slot is retiring or loading already."""
@@ -116,6 +125,7 @@ class SlotTable:
     def free(self, key: AdapterRef) -> None:
         slot = self._by_key.pop(key)
         self._slots[slot.index] = Slot(slot.index)
+        self.on_freed(slot.index)
 
     def drop(self, key: AdapterRef) -> bool:
         """Free an adapter's slot. Returns False if it has none, is loading or in use."""

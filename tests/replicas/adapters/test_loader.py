@@ -19,7 +19,7 @@ from tests.replicas.asking import PATIENCE_S, ref
 
 def load(loader: Loader, wanted: AdapterRef, slot: int = 0) -> LoadOutcome:
     done: queue.Queue[LoadOutcome] = queue.Queue()
-    loader.start(wanted, lambda _: slot, done.put)
+    loader.start(wanted, lambda ref, rows: slot, done.put)
     return done.get(timeout=PATIENCE_S)
 
 
