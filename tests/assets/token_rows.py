@@ -73,10 +73,12 @@ RESIZED: dict[str, tuple[dict[str, Any], Iterable[int] | None]] = {
 
 def save_resized_adapter(model_dir: Path, folder: Path, size: int = 1040, **lora: Any) -> Path:
     """Write the adapter of a name in `RESIZED`, that of the folder, for a model with this number of tokens."""
+    import torch
     from peft import LoraConfig, get_peft_model
 
     fields, changed = RESIZED[folder.name]
-    with quiet():
+    with quiet(), torch.random.fork_rng():
+        torch.manual_seed(seed_of(folder.name))  # of the new rows
         base: Any = load_base(model_dir, "causal")
         base.resize_token_embeddings(size, mean_resizing=False)
         model = get_peft_model(base, LoraConfig(**{"r": 6, **fields, **lora}))
