@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ranklet.cluster.command.console import print_line, print_whole_table
 from ranklet.cluster.command.convert import add_convert
 from ranklet.cluster.command.json_client import clean_key, fetch_json
+from ranklet.replicas.config import DEFAULT_ADDED_TOKENS, DEFAULT_TOKEN_ROWS
 
 if TYPE_CHECKING:
     from ranklet.replicas.adapters.expected_modules import ExpectedModules
@@ -46,9 +47,11 @@ def add(commands: Any) -> None:
     verify = actions.add_parser("verify", help="check whether folders can be served; needs no service")
     verify.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     verify.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="folder of the base model")
-    verify.add_argument(
-        "--max-rank", type=int, default=64, help="engine.max_rank of the service (default: %(default)s)"
-    )
+    for flag, default in (
+        ("--max-rank", 64), ("--token-rows", DEFAULT_TOKEN_ROWS), ("--added-tokens", DEFAULT_ADDED_TOKENS),
+    ):  # fmt: skip
+        setting = f"engine.{flag.removeprefix('--').replace('-', '_')}"
+        verify.add_argument(flag, type=int, default=default, help=f"{setting} of the service (default: %(default)s)")
     verify.add_argument(
         "--base-name", action="append", default=[], help="another name of the base model; may be repeated"
     )
@@ -167,6 +170,7 @@ def _verify(options: argparse.Namespace) -> int:
     expected = ExpectedModules(
         architecture, options.max_rank, ALL_MODULES, bases, embedding, head if isinstance(head, LmHead) else None,
         EndOfText(options.model, config, architecture.vocab), linears=BaseLinears(biased),
+        token_rows=options.token_rows, added_tokens=options.added_tokens,
     )  # fmt: skip
     served = [_verify_folder(folder, replace(expected, roots=(folder.resolve().parent,))) for folder in options.folders]
     return 0 if all(served) else 1
@@ -174,6 +178,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _verify_folder(folder: Path, expected: "ExpectedModules") -> bool:
     from ranklet.replicas.adapters.revision import Revisions
+    from ranklet.replicas.adapters.row_pool import rows_taken_by
     from ranklet.replicas.adapters.verify import read_adapter
     from ranklet.replicas.errors import RankletError
 
@@ -186,6 +191,7 @@ def _verify_folder(folder: Path, expected: "ExpectedModules") -> bool:
     modules = ", ".join(sorted({name for _, name in adapter.weights}))
     for note in adapter.notes:
         print_line(f"{ref.name}: note: {note}")
-    megabytes = adapter.flat.numel() * adapter.flat.element_size() / 1e6
-    print_line(f"{ref.name}@{ref.revision}: rank {adapter.rank}, {megabytes:.1f} MB in bfloat16, on {modules}")
+    rows = f", {rows_taken_by(adapter.rows)} rows of tokens" if adapter.rows else ""
+    megabytes = (adapter.flat.nbytes + adapter.rows.nbytes) / 1e6
+    print_line(f"{ref.name}@{ref.revision}: rank {adapter.rank}, {megabytes:.1f} MB in bfloat16, on {modules}{rows}")
     return True

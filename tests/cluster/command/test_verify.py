@@ -11,6 +11,7 @@ from ranklet.cluster.command.cli import main
 from tests.assets.adapters import save_adapter
 from tests.assets.make import make_model
 from tests.assets.sentence_folders import SentenceFolder
+from tests.assets.token_rows import save_resized_adapter
 
 HIDDEN = 32
 
@@ -23,8 +24,8 @@ def _base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
 
 
-def verify(base_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    status = main(["adapters", "verify", "--model", str(base_dir), str(folder)])
+def verify(base_dir: Path, folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[int, str]:
+    status = main(["adapters", "verify", "--model", str(base_dir), str(folder), *flags])
     captured = capsys.readouterr()
     return status, captured.out + captured.err
 
@@ -54,6 +55,21 @@ def test_lora_of_the_head_is_a_note(base_dir: Path, tmp_path: Path, capsys: pyte
     folder = save_adapter(base_dir, tmp_path / "head", r=4, target_modules=["q_proj", "lm_head"])
     status, said = verify(base_dir, folder, capsys)
     assert (status, "head: note: lm_head: embeddings do not use the LoRA of the head" in said) == (0, True)
+
+
+def test_rows_of_tokens_are_checked_with_the_limits_of_the_service(
+    base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = [7, *range(600, 640)]  # the base model has 600 tokens
+    folder = save_resized_adapter(base_dir, tmp_path / "resized-tokens", 640, trainable_token_indices=trained)
+    status, said = verify(base_dir, folder, capsys, "--token-rows", "48", "--added-tokens", "40")
+    assert (status, "on q_proj, 48 rows of tokens" in said) == (0, True)
+    status, said = verify(base_dir, folder, capsys, "--token-rows", "47")
+    assert status == 0, "whole pages are kept"
+    status, said = verify(base_dir, folder, capsys, "--token-rows", "32")
+    assert (status, "48 rows differ" in said, "this server keeps 32 (engine.token_rows)" in said) == (1, True, True)
+    status, said = verify(base_dir, folder, capsys, "--added-tokens", "39")
+    assert (status, "39 more (engine.added_tokens)" in said) == (1, True)
 
 
 def test_a_git_lfs_pointer_is_named(base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
