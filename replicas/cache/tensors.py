@@ -45,17 +45,18 @@ def page_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
 
 def pages_that_fit(
     architecture: Architecture, dtype: torch.dtype, device: torch.device, config: EngineConfig, max_model_len: int,
-    reserve_bytes: int = 0,
+    reserve_bytes: int = 0, row_bytes: int = 0,
 ) -> int:  # fmt: skip
     """Return how many pages the engine can have.
 
     On CUDA this measures the free memory, so it must be called after weights, slots and tables exist. The pages get
-    `kv_cache_fraction` of what is free beside the reserve. Without `kv_cache_bytes` a CPU gets 256 MiB or, if that is
-    more, space for one prompt of `max_model_len` tokens. The operating system provides this memory only as far as it is
-    written.
+    `kv_cache_fraction` of what is free beside the reserve and the rows of tokens. Without `kv_cache_bytes` a CPU gets
+    256 MiB or, if that is more, space for one prompt of `max_model_len` tokens. The operating system provides this
+    memory only as far as it is written.
 
     Args:
         reserve_bytes: device memory that steps and graphs need besides. Ignored if `kv_cache_bytes` is set.
+        row_bytes: device memory of the tokens' own rows, which is taken once an adapter needs it.
 
     Raises:
         ModelError: not even one prompt of `max_model_len` tokens fits, or `kv_cache_bytes` are not free.
@@ -63,18 +64,19 @@ def pages_that_fit(
     each = page_bytes(architecture, dtype)
     least = pages_of(max_model_len)
     free = _free_bytes(device)
+    free = None if free is None else max(free - row_bytes, 0)
     if config.kv_cache_bytes is not None:
         budget, setting = config.kv_cache_bytes, "kv_cache_bytes"
         remedy = "Raise kv_cache_bytes or lower max_model_len"
         if free is not None and budget > free:
             raise ModelError(
-                f"kv_cache_bytes: expected at most {free}, the free bytes of the device beside weights and slots, got "
-                f"{budget}. Lower kv_cache_bytes or slots"
+                f"kv_cache_bytes: expected at most {free}, the free bytes of the device beside weights, slots and "
+                f"rows of tokens, got {budget}. Lower kv_cache_bytes, slots or token_rows"
             )
     elif free is not None:
         budget, setting = int(max(free - reserve_bytes, 0) * config.kv_cache_fraction), "device memory for the KV cache"
         remedy = (
-            f"Of {free} free bytes, steps and graphs need {reserve_bytes}. Lower max_model_len, slots, "
+            f"Of {free} free bytes, steps and graphs need {reserve_bytes}. Lower max_model_len, slots, token_rows, "
             "max_batch_tokens or max_batch_requests, or raise kv_cache_fraction"
         )
     else:

@@ -137,7 +137,9 @@ class Engine:
             head = TextHead(lm_head, Sampler(self.limits.vocab, rows, self.device, config.added_tokens))
             reserve_bytes = text_reserve(self.runner, head, self.heads, config, longest, workspace_bytes)
         with self._times.part("pages"):
-            pages = pages_that_fit(self.architecture, self.dtype, self.device, config, longest, reserve_bytes)
+            pages = pages_that_fit(
+                self.architecture, self.dtype, self.device, config, longest, reserve_bytes, self._pool.rows.most_bytes
+            )
             space = KvSpace(pages, rows, longest)
             kv = KvPages(self.architecture, pages, self.device, self.dtype)
             self.steps.paged = PagedRunner(self.runner, kv, space.table, head, self.heads)

@@ -17,9 +17,11 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MIB = 1 << 20
 
 
-def fitting(architecture: Architecture, device: torch.device, length: int = 64, reserve: int = 0, **fields: Any) -> int:
+def fitting(
+    architecture: Architecture, device: torch.device, length: int = 64, reserve: int = 0, rows: int = 0, **fields: Any
+) -> int:
     config = EngineConfig(Path("model"), **fields)
-    return pages_that_fit(architecture, torch.float32, device, config, length, reserve)
+    return pages_that_fit(architecture, torch.float32, device, config, length, reserve, rows)
 
 
 @pytest.fixture
@@ -62,6 +64,17 @@ def test_a_gpu_gives_a_fraction_of_the_memory_that_is_free_beside_the_reserve(
     assert fitting(architecture, CUDA, kv_cache_fraction=0.5) == 50
     assert fitting(architecture, CUDA, reserve=20 * page) == 72
     assert fitting(architecture, CUDA, reserve=20 * page, kv_cache_bytes=8 * page - 1) == 7
+
+
+def test_rows_of_tokens_keep_their_memory(architecture: Architecture, free_bytes: int, page: int) -> None:
+    """It is taken after the pages, once an adapter needs it."""
+    assert fitting(architecture, CUDA, rows=20 * page) == 72
+    assert fitting(architecture, CUDA, reserve=20 * page, rows=30 * page) == 45
+    assert fitting(architecture, CUDA, rows=20 * page, kv_cache_bytes=80 * page) == 80
+    with pytest.raises(ModelError, match=rf"at most {80 * page}, .* beside weights, slots and rows of tokens"):
+        fitting(architecture, CUDA, rows=20 * page, kv_cache_bytes=80 * page + 1)
+    with pytest.raises(ModelError, match=r"Of 0 free bytes.* Lower max_model_len, slots, token_rows"):
+        fitting(architecture, CUDA, rows=200 * page)
 
 
 @pytest.mark.parametrize("reserve", [0, 99, 200])
