@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ranklet.replicas.adapters.findings import Checked, collect, show
 from ranklet.replicas.adapters.invocation import FIELD as INVOCATION
+from ranklet.replicas.adapters.links import check_links
 from ranklet.replicas.adapters.peft_config import check_fields, read_fields
-from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE
+from ranklet.replicas.adapters.reference import CONFIG_FILE, FILES, WEIGHTS_FILE
+from ranklet.replicas.adapters.revision import files_in
 from ranklet.replicas.adapters.tensor_names import full_names, parse_key
 from ranklet.replicas.conversion.initial_weights import (
     BaseWeights,
@@ -32,7 +34,7 @@ from ranklet.replicas.conversion.tensor_keys import peft_names
 from ranklet.replicas.model.architecture import read_architecture, read_config
 
 T = TypeVar("T")
-_MAX_COPIED_BYTES = 64 << 20  # the largest tokenizers
+_MAX_COPIED_BYTES = 64 << 20  # of a file that is no part of the adapter's revision
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".distcp")
 
 
@@ -137,15 +139,28 @@ class Conversion:
         notes.append(f"the initial weights of {show(init)} are subtracted; the rank is twice as large")
         return doubled_ranks(fields), plain_lora(tensors, initial)
 
+    def _copied_files(self) -> list[str]:
+        """Return the names of the source's files that the target gets too.
+
+        Raises:
+            ConversionError: a link would copy a file from elsewhere.
+        """
+        beside = [file.name for file in self.source.iterdir() if _is_small(file) and not _is_weights(file)]
+        names = sorted({*beside, *files_in(self.source)} - {*FILES})
+        outside = list(check_links(self.source, names))
+        if outside:
+            raise ConversionError("; ".join(outside))
+        return names
+
     def _write(self, fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Write the target beside its place, then move it there."""
         self.target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=self.target.parent, prefix=f".{self.target.name}-") as scratch:
             folder = Path(scratch) / "made"
             folder.mkdir()
-            for file in sorted(self.source.iterdir()):
-                if file.is_file() and not _is_weights(file) and file.stat().st_size <= _MAX_COPIED_BYTES:
-                    shutil.copyfile(file, folder / file.name)
+            for name in self._copied_files():
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(self.source / name, folder / name)
             (folder / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
             folder.rename(self.target)
@@ -183,6 +198,10 @@ def _checked(check: Checked[T | None]) -> T:
     if findings or value is None:
         raise ConversionError("; ".join(findings))
     return value
+
+
+def _is_small(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size <= _MAX_COPIED_BYTES
 
 
 def _is_weights(file: Path) -> bool:
