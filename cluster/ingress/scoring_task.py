@@ -131,8 +131,10 @@ class ScoringTask(Generic[Form]):
 
     @staticmethod
     def _head(adapter: AdapterText) -> HeadParams:
-        by_tokens = adapter.reranking if adapter.embedding.classifier is None else None
-        return HeadParams(adapter.revision, None if by_tokens is None else by_tokens.tokens)
+        classifier, reranking = adapter.embedding.classifier, adapter.reranking
+        if classifier is None:
+            return HeadParams(adapter.revision, None if reranking is None else reranking.tokens)
+        return HeadParams(adapter.revision, labels=None if classifier.labels is None else len(classifier.labels))
 
     def _answered(self, call: AdmittedCall, answer: Embeddings) -> ScoredAnswer:
         assert self._described is not None, "called before `inputs`"

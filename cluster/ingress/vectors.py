@@ -7,6 +7,7 @@ from ranklet.cluster.ingress.answers import Embeddings, join_embeddings
 from ranklet.cluster.ingress.protocol import TokenIds
 from ranklet.cluster.ingress.task import AdmittedCall
 from ranklet.cluster.message import EmbedResult, InferenceReply, OtherPrompts
+from ranklet.replicas.engine.limits import RequestLimits
 from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.errors import AdapterChanged
 from ranklet.replicas.model.dense_settings import width_after
@@ -40,6 +41,12 @@ async def compute_vectors(
 
 
 async def _infer(call: AdmittedCall, prompts: TokenIds, params: EmbedParams) -> list[InferenceReply[EmbedResult]]:
-    limits = call.limits
-    result_bytes = 4 * (limits.width if params.dense is None else width_after(params.dense, limits.hidden))
+    result_bytes = 4 * _outputs(params, call.limits)
     return await call.replicas.infer("embed", call.adapter, prompts, params, result_bytes, key_name=call.key_name)
+
+
+def _outputs(params: EmbedParams, limits: RequestLimits) -> int:
+    """Return the largest number of values that the result of a prompt may have."""
+    if params.head is not None:
+        return params.head.most_outputs
+    return limits.width if params.dense is None else width_after(params.dense, limits.hidden)

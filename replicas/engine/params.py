@@ -7,6 +7,7 @@ from typing import Any, Final
 from ranklet.kernels.sampling_row import TOP_LOGPROBS
 from ranklet.replicas.errors import InvalidRequest
 from ranklet.replicas.grammar.grammar import Grammar
+from ranklet.replicas.model.classifier import MAX_LABELS
 from ranklet.replicas.model.dense_settings import DenseSettings
 from ranklet.replicas.model.embedding_settings import Prompting
 from ranklet.replicas.model.sampling_values import SamplingValues
@@ -24,10 +25,17 @@ class HeadParams:
     Attributes:
         revision: of the adapter whose folder the prompts were made by.
         tokens: the score is the logit of the second token less that of the first; None for the adapter's own head.
+        labels: number of labels of the adapter's own head; None if its folder does not say.
     """
 
     revision: str
     tokens: tuple[int, int] | None = None
+    labels: int | None = None
+
+    @property
+    def most_outputs(self) -> int:
+        """Return the largest number of scores that a prompt may have."""
+        return 1 if self.tokens is not None else self.labels or MAX_LABELS
 
 
 @dataclass(frozen=True, slots=True)

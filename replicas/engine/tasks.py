@@ -5,6 +5,7 @@ The head computes an output from the hidden states on the device. `Task.accept` 
 """
 
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -110,7 +111,8 @@ class EmbedTask:
     def result(self) -> NDArray[np.float32]:
         vectors = np.stack(self._vectors)
         if self._uses_head:
-            return self._head_of_adapter().apply(vectors)
+            with np.errstate(over="ignore", invalid="ignore"):
+                return self._finite(self._head_of_adapter().apply(vectors), "head")
         vectors = self._after_dense(vectors)[:, : self._width]
         if self._normalizes:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -122,9 +124,11 @@ class EmbedTask:
         if not dense:
             return vectors
         assert not self._is_normalized, "replicas say which adapters have Dense layers"
-        outputs = dense.apply(vectors)
+        return self._finite(dense.apply(vectors), "Dense layers")
+
+    def _finite(self, outputs: NDArray[np.float32], source: str) -> NDArray[np.float32]:
         if not np.isfinite(outputs).all():
-            message = "the output of the Dense layers for these prompts is not finite"
+            message = f"the output of the {source} for these prompts is not finite"
             raise InternalError(message) if self._adapter is None else InvalidAdapter(self._adapter.name, [message])
         return outputs
 
@@ -183,5 +187,6 @@ def _token_head(tokens: tuple[int, int], limits: RequestLimits, lm_head: "LmHead
         raise InvalidRequest(
             f"model: expected a base model with logits of tokens, which scores are: {limits.no_text}", param="model"
         )
-    limits.check_token_ids("true_token_id and false_token_id", np.array(tokens, np.int32), "model")
+    of_base = replace(limits, vocab=len(lm_head.weight))  # the head has no rows of an adapter's tokens
+    of_base.check_token_ids("true_token_id and false_token_id", np.array(tokens, np.int32), "model")
     return VectorHead(logit_difference(lm_head, *tokens))

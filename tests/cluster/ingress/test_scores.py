@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from ranklet.cluster.ingress.scoring import SCORING_PATHS
-from ranklet.cluster.message import AdapterText
+from ranklet.cluster.message import MAX_MESSAGE_BYTES, AdapterText
 from ranklet.cluster.replica.ranklet_file import read_ranklet_file
 from ranklet.cluster.reranking import Reranking
 from ranklet.replicas.engine.params import HeadParams
 from ranklet.replicas.errors import InvalidRequest
-from ranklet.replicas.model.classifier import Classifier, Problem
+from ranklet.replicas.model.classifier import MAX_LABELS, Classifier, Problem
 from ranklet.replicas.model.embedding_settings import EmbeddingSettings
 from tests.cluster.ingress.parts import BASE, MAX_MODEL_LEN, Parts
 
@@ -82,6 +82,14 @@ async def test_probabilities_are_those_of_the_problem(parts: Parts, problem: Pro
     (found,) = (await ask(parts, "/classify", input="a"))["data"]
     assert found["probs"] == pytest.approx(expected)
     assert found["label"] == "LABEL_1"
+
+
+@pytest.mark.parametrize("labels", [tuple(map(str, range(MAX_LABELS))), None])
+async def test_replies_with_many_labels_fit_into_messages(parts: Parts, labels: tuple[str, ...] | None) -> None:
+    describe(parts, Classifier(labels), [0.0] * MAX_LABELS)
+    answer = await ask(parts, "/classify", input=[[1]] * 300)
+    assert [len(each["probs"]) for each in answer["data"]] == [MAX_LABELS] * 300
+    assert all(4 * MAX_LABELS * len(call.prompts()) <= MAX_MESSAGE_BYTES for call in parts.handle.calls)
 
 
 async def test_padding_at_the_end_of_a_prompt_is_left_out(parts: Parts) -> None:

@@ -17,7 +17,7 @@ from ranklet.replicas.adapters.revision import Revisions
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.params import HeadParams
-from ranklet.replicas.errors import InvalidAdapter
+from ranklet.replicas.errors import InvalidAdapter, InvalidRequest
 from ranklet.replicas.model.classifier import Classifier
 from ranklet.replicas.model.modules import ALL_MODULES
 from tests.assets.adapters import load_base, quiet, save_adapter
@@ -119,6 +119,13 @@ def test_heads_that_do_not_fit_are_refused(
         engine.load(Revisions().reference("topics", str(folder)))
 
 
+def test_logits_that_are_not_finite_are_refused(engine: Engine, folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS_FILE)
+    save_file(tensors | {WEIGHT: torch.full((3, 128), 3e38)}, folder / WEIGHTS_FILE)
+    with pytest.raises(InvalidAdapter, match="the output of the head for these prompts is not finite"):
+        logits(engine, folder)
+
+
 def test_a_head_without_its_task_is_refused(engine: Engine, folder: Path) -> None:
     change(folder, task_type="TOKEN_CLS")
     with pytest.raises(InvalidAdapter, match="task_type: TOKEN_CLS: labels of tokens are not computed"):
@@ -171,6 +178,9 @@ def test_the_logits_of_two_tokens_are_compared(tmp_path: Path) -> None:
                     causal.eval()(input_ids=torch.tensor(ids[None].astype(np.int64))).logits[0, -1] for ids in prompts
                 ]
             np.testing.assert_allclose(found, [float(row[11] - row[3]) for row in rows], rtol=0, atol=1e-5)
+        head = HeadParams(ref.revision, (3, engine.limits.vocab))
+        with pytest.raises(InvalidRequest, match="expected token ids from 0 to"):
+            ask(engine, PROMPTS, ref, pooling="last", normalize=False, head=head)
         ref = Revisions().reference("headed", str(headed))
         with pytest.raises(InvalidAdapter, match="lm_head: expected the base's head"):
             ask(engine, PROMPTS, ref, pooling="last", normalize=False, head=HeadParams(ref.revision, (3, 11)))
