@@ -30,6 +30,8 @@ class OnCpu(TorchFunctionMode):
             return CUDA
         if func == torch.Tensor.cuda:
             return args[0]
+        if func is torch.device:
+            return func(*args, **kwargs or {})
         args, kwargs = [_on_cpu(each) for each in args], {key: _on_cpu(each) for key, each in (kwargs or {}).items()}
         kwargs.pop("pin_memory", None)
         if (dtype := kwargs.pop("out_dtype", None)) is not None:  # the CPU has no such product
