@@ -90,6 +90,10 @@ class GenerateTask:
         self._cached_tokens = 0
 
     @property
+    def is_slow(self) -> bool:
+        return False
+
+    @property
     def has_grammar(self) -> bool:
         return self._params.grammar is not None
 

@@ -10,6 +10,7 @@ from typing import Any
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.launched import LaunchedStep
 from ranklet.replicas.engine.plan import StepPlan
+from ranklet.replicas.engine.result_thread import ResultThread
 from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.engine.stats import BatchRecord, CacheRoom
 from ranklet.replicas.errors import InternalError, InvalidAdapter, RankletError
@@ -29,7 +30,8 @@ class InFlightStep:
     launched: LaunchedStep
     bound: list[Sequence] = field(default_factory=list)
     _pieces: list[tuple[Sequence, Any]] = field(default_factory=list)  # of texts, one token each
-    _ends: list[Callable[[], None]] = field(default_factory=list)
+    _complete: list[Sequence] = field(default_factory=list)  # one of each request whose sequences are all done
+    _failures: list[Callable[[], None]] = field(default_factory=list)
 
     def deliver(self, began_s: float, compute_s: float) -> list[Sequence]:
         """Give each sequence its output. An invalid output fails only its own request. Valid after the step's `wait`.
@@ -52,7 +54,7 @@ class InFlightStep:
                         raise _not_finite(sequence.adapter)
                     piece, is_done = sequence.request.on_output(sequence, output, began_s, compute_s)
                 except Exception as error:
-                    self._ends.append(partial(sequence.request.fail, _told(error)))
+                    self._failures.append(partial(sequence.request.fail, _told(error)))
                     done.append(sequence)
                     continue
                 if piece is not None:
@@ -62,15 +64,25 @@ class InFlightStep:
                 if is_done:
                     done.append(sequence)
                     if sequence.request.is_complete:
-                        self._ends.append(partial(sequence.request.end, self.launched.backend))
+                        self._complete.append(sequence)
         return done
 
-    def send(self) -> None:
-        """Pass what was delivered to the sinks. Called without the engine's lock."""
+    def send(self, results: ResultThread) -> None:
+        """Pass what was delivered to the sinks. Called without the engine's lock.
+
+        Args:
+            results: ends the requests that are slow.
+        """
         for sequence, piece in self._pieces:
             sequence.request.send(sequence.index, piece)
-        for end in self._ends:
-            end()
+        for fail in self._failures:
+            fail()
+        for sequence in self._complete:
+            end = partial(sequence.request.end, self.launched.backend)
+            if sequence.request.is_slow:
+                results.add(sequence.flow, end)
+            else:
+                end()
 
     def record(self, began_s: float, compute_s: float, room: CacheRoom | None) -> BatchRecord:
         """Describe the step. Called after `deliver`; only sequences without earlier outputs waited in the queue."""

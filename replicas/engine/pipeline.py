@@ -18,6 +18,7 @@ from ranklet.replicas.engine.forecast import Forecast
 from ranklet.replicas.engine.in_flight import InFlightStep
 from ranklet.replicas.engine.masks import Masks
 from ranklet.replicas.engine.plan import StepPlan
+from ranklet.replicas.engine.result_thread import ResultThread
 from ranklet.replicas.engine.scheduler import Scheduler
 from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.engine.stats import Listener
@@ -54,7 +55,6 @@ class Pipeline:
         self._scheduler = scheduler
         self._adapters = adapters
         self._steps = steps
-        self._runner = steps.runner
         self._listener = listener
         self._probe = DeviceProbe(steps.runner, probe_head)
         self.masks = Masks(lock, self._drop)
@@ -68,10 +68,9 @@ class Pipeline:
         self._launch_lock = Lock()
         self._must_probe = False  # a sequence failed alone: either it cannot be computed, or the device is broken
         self._launches_more = True  # until the step thread has launched its last step
-        self._threads = [
-            Thread(target=self._step_loop, name="ranklet-step", daemon=True),
-            Thread(target=self._answer_loop, name="ranklet-answer", daemon=True),
-        ]
+        self._results = ResultThread()
+        loops = {"step": self._step_loop, "answer": self._answer_loop}
+        self._threads = [Thread(target=loop, name=f"ranklet-{name}", daemon=True) for name, loop in loops.items()]
 
     def start(self) -> None:
         self.masks.start()
@@ -87,6 +86,7 @@ class Pipeline:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
+        self._results.stop()
         self._refuse_waiting()  # sequences of steps that failed, or that needed another pass, while the threads ended
 
     def _refuse_waiting(self) -> None:
@@ -222,7 +222,7 @@ class Pipeline:
             return None
         # A large step, or one of decodes, is launched behind the running one at once. A small step is launched just
         # before the device is free, because sequences that arrive until then can join it.
-        is_large = plan.tokens * 2 >= self._runner.max_tokens or len(plan.parts) * 2 >= self._max_sequences
+        is_large = plan.tokens * 2 >= self._steps.runner.max_tokens or len(plan.parts) * 2 >= self._max_sequences
         return plan if is_large or plan.decodes or self._due_in_s() <= 0 else None
 
     def _due_in_s(self) -> float:
@@ -240,7 +240,7 @@ class Pipeline:
                 launched = self._steps.launch(plan, slots)
         except Exception as error:  # only this step fails
             if isinstance(error, torch.OutOfMemoryError):
-                self._runner.free_caches()
+                self._steps.runner.free_caches()
             self._on_failed_step(plan, error)
             return
         with self._lock:
@@ -284,7 +284,7 @@ class Pipeline:
                 self._lock.notify_all()
             if not uses_pages:
                 step.deliver(began_s, compute_s)
-            step.send()
+            step.send(self._results)
             self._listener.batch(step.record(began_s, compute_s, room))
 
     def _on_failed_step(self, plan: StepPlan, error: Exception, launched: InFlightStep | None = None) -> None:
@@ -311,9 +311,9 @@ class Pipeline:
             self._lock.notify_all()
         if not again:
             logger.error("a sequence failed", exc_info=error)
+            why = f"the engine failed on this prompt: {type(error).__name__}: {error}"
             for sequence in sequences:
-                message = f"the engine failed on this prompt: {type(error).__name__}: {error}"
-                sequence.request.fail(InternalError(message))
+                sequence.request.fail(InternalError(why))
 
 
 def shutting_down() -> Unavailable:

@@ -167,6 +167,11 @@ class Request:
         """Whether all sequences are done."""
         return not self._unfinished
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether `end` takes a while."""
+        return self._task.is_slow
+
     def send(self, index: int, piece: Any) -> None:
         """Send a piece of the output of sequence `index`. Called without the engine's lock, like `end` and `fail`."""
         with self._lock:

@@ -52,6 +52,10 @@ class Task(Protocol):
             the sequence is done, even if outputs are left.
         """
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether `result` takes a while, so that the answers of other requests should not wait for it."""
+
     def result(self) -> Any:
         """Return the content of the answer. Called once, after all sequences are done."""
 
@@ -108,6 +112,10 @@ class EmbedTask:
         self._vectors[sequence.index] = output
         return None, True
 
+    @property
+    def is_slow(self) -> bool:
+        return self._uses_head or bool(self._dense())
+
     def result(self) -> NDArray[np.float32]:
         vectors = np.stack(self._vectors)
         if self._uses_head:
@@ -119,12 +127,15 @@ class EmbedTask:
         return vectors
 
     def _after_dense(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        own = None if self._adapter is None else self._adapter.dense
-        dense = self._base_dense if own is None else own
+        dense = self._dense()
         if not dense:
             return vectors
         assert not self._is_normalized, "replicas say which adapters have Dense layers"
         return self._finite(dense.apply(vectors), "Dense layers")
+
+    def _dense(self) -> "DenseLayers | None":
+        own = None if self._adapter is None else self._adapter.dense
+        return self._base_dense if own is None else own
 
     def _finite(self, outputs: NDArray[np.float32], source: str) -> NDArray[np.float32]:
         if not np.isfinite(outputs).all():

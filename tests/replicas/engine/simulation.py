@@ -17,6 +17,7 @@ from ranklet.replicas.engine.limits import RequestLimits, check_wait
 from ranklet.replicas.engine.params import EmbedParams, GenerateParams
 from ranklet.replicas.engine.plan import StepPlan
 from ranklet.replicas.engine.request import Answer, Request
+from ranklet.replicas.engine.result_thread import ResultThread
 from ranklet.replicas.engine.scheduler import Scheduler
 from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.engine.step_cost import StepCost
@@ -111,6 +112,7 @@ class Simulation:
         self.device = SimulatedDevice(self.space, slots)
         self.in_flight: deque[tuple[InFlightStep, bool]] = deque()
         self.limits = RequestLimits(max_model_len, 1, VOCAB, max_model_len)
+        self.results = ResultThread()  # which never starts: no result is slow here
         self.masks: deque[Sequence] = deque()  # sequences whose masks are computed
         self.asked: list[Asked] = []
         self._shares_prefixes = shares_prefixes
@@ -190,7 +192,7 @@ class Simulation:
         for sequence in step.bound:
             sequence.awaits_mask = True
             self.masks.append(sequence)
-        step.send()
+        step.send(self.results)
 
     def end_mask(self) -> None:
         """Complete the oldest mask."""
