@@ -9,7 +9,7 @@ import torch
 from ranklet.replicas.adapters.pinned_memory import PinnedMemory
 
 
-class Driver:
+class CudaDriver:
     """Records the two calls of CUDA's runtime."""
 
     def __init__(self) -> None:
@@ -33,14 +33,14 @@ def mapped(address: int) -> bool:
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    made = Driver()
+def driver(monkeypatch: pytest.MonkeyPatch) -> CudaDriver:
+    made = CudaDriver()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
     monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
     return made
 
 
-def test_a_block_has_the_requested_size_and_is_used_again(driver: Driver) -> None:
+def test_a_block_has_the_requested_size_and_is_used_again(driver: CudaDriver) -> None:
     memory = PinnedMemory(2)
     first = memory.allocate(300_000, torch.bfloat16).fill_(2)
     assert driver.pinned == {first.data_ptr(): 600_000}
@@ -56,7 +56,7 @@ def test_a_block_has_the_requested_size_and_is_used_again(driver: Driver) -> Non
     assert memory.allocate(0, torch.float32).shape == (0,)
 
 
-def test_the_number_of_idle_blocks_is_limited(driver: Driver) -> None:
+def test_the_number_of_idle_blocks_is_limited(driver: CudaDriver) -> None:
     memory = PinnedMemory(1)
     kept = [memory.allocate(1000 * (i + 1), torch.float32) for i in range(3)]
     assert sorted(driver.pinned.values()) == [4000, 8000, 12_000]
@@ -67,7 +67,7 @@ def test_the_number_of_idle_blocks_is_limited(driver: Driver) -> None:
     assert driver.pinned == {}
 
 
-def test_a_block_larger_than_memory_is_a_memory_error(driver: Driver) -> None:
+def test_a_block_larger_than_memory_is_a_memory_error(driver: CudaDriver) -> None:
     with pytest.raises(MemoryError, match="expected 4611686018427387904 bytes"):
         PinnedMemory(1).allocate(1 << 60, torch.float32)
     assert driver.pinned == {}
