@@ -50,7 +50,8 @@ def of_megatron(
     """Return the config and the tensors by PEFT's names.
 
     Raises:
-        ConversionError: a tensor is none of a linear layer's LoRA, or has not the size that it has in this base.
+        ConversionError: a tensor is none of a linear layer's LoRA, has not the size that it has in this base, or comes
+            twice.
     """
     for name in ("rank_pattern", "alpha_pattern"):
         if fields.get(name):
@@ -60,7 +61,12 @@ def of_megatron(
     for name, tensor in tensors.items():
         for layer, module, kind, own in _parts(name, tensor, shape):
             key = f"base_model.model.model.layers.{layer}.{module_path(module)}.{kind}"
-            made[key if kind == _MAGNITUDE else f"{key}.weight"] = own
+            key = key if kind == _MAGNITUDE else f"{key}.weight"
+            if key in made:
+                raise ConversionError(
+                    f"{shorten(name)}: a second tensor for {kind} of {module} in layer {layer}; expected one"
+                )
+            made[key] = own
             targets.setdefault(module, set()).add(layer)
     kept = {name: value for name, value in fields.items() if name not in _OF_MODULES}
     return {**kept, "target_modules": list(_targets(targets, shape))}, made

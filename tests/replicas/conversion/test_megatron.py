@@ -160,9 +160,15 @@ def _halved(tensors: dict[str, Tensor]) -> None:
             tensors[name] = tensors[name][: len(tensors[name]) // 2].clone()
 
 
+def _doubled(tensors: dict[str, Tensor]) -> None:
+    (name,) = [name for name in tensors if "layers.0.mlp.linear_fc2" in name and "linear_in" in name]
+    tensors[name.replace("linear_in", "lora_a")] = tensors[name] + 1
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        (_doubled, "a second tensor for lora_A of down_proj in layer 0; expected one"),
         (_renamed("mlp.linear_fc1", "mlp.experts.linear_fc1"), r"mlp.experts.*dense layers; export it with Megatron-B"),
         (_renamed("layers.1.", "layers.2."), "in 2 dense layers"),
         (_renamed("linear_fc1.adapter", "linear_fc1.adapter.adapter_q"), "expected an adapter of gate_proj or up_proj"),
