@@ -23,8 +23,10 @@ HEALTH_CHECKS = {
 }
 # The address of the client, in requests that HAProxy passes on. cluster/command/front_door.py sets it.
 CLIENT_HEADER = "x-ranklet-client"
-# Names a file. While it exists, gateways refuse new requests and let those in flight end.
+# Names a file. While it exists, gateways refuse new requests and let those in flight end. Once DRAIN_IS_OVER is written
+# into it, those in flight end with an error.
 DRAIN_VARIABLE = "RANKLET_DRAIN_FILE"
+DRAIN_IS_OVER = "over"
 # Defaults of graceful_shutdown_timeout_s by deployment. Texts that take longer are lost with their gateway, and go on
 # elsewhere after their replica.
 SHUTDOWN_TIMEOUTS_S = {"Gateway": 600.0, "Replica": 20.0}

@@ -16,11 +16,14 @@ _FLUSH_S = 0.5  # for HAProxy to pass on the last bytes
 
 def wait_for_requests(
     base_url: str, timeout_s: float, report: Callable[[str], None], is_running: Callable[[], bool]
-) -> None:
+) -> bool:
     """Return when no gateway works on a request, or after `timeout_s`.
 
     Args:
         is_running: whether the cluster still exists.
+
+    Returns:
+        False if requests are left after `timeout_s`.
     """
     begin_s = answered_s = time.monotonic()
     reported = False
@@ -28,19 +31,20 @@ def wait_for_requests(
         in_flight, now_s = _requests_in_flight(base_url), time.monotonic()
         if in_flight == 0:
             time.sleep(_FLUSH_S)
-            return
+            return True
         if in_flight is not None:
             answered_s = now_s
         elif now_s - answered_s > _SILENT_S:
-            return
+            return True
         if now_s - begin_s > timeout_s:
             if in_flight:
                 report(f"{in_flight} requests did not end within {timeout_s:g} s (graceful_shutdown_timeout_s)")
-            return
+            return False
         if in_flight and not reported:
             report(f"waiting up to {timeout_s:g} s for {in_flight} requests in flight; a signal ends them at once")
             reported = True
         time.sleep(_POLL_S)
+    return True
 
 
 def _requests_in_flight(base_url: str) -> int | None:

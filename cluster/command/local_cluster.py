@@ -25,8 +25,9 @@ from ranklet.cluster.command.ray_head import (
 from ranklet.cluster.command.requirements import port_problem
 from ranklet.cluster.command.running_cluster import CONFIG_FILE, POLL_S, RAY_LOG_FILE, ClusterError, RunningCluster
 from ranklet.cluster.command.supervisor_state import find_supervisor
-from ranklet.cluster.datapath import is_loopback
+from ranklet.cluster.datapath import DRAIN_IS_OVER, is_loopback
 
+_ERRORS_S = 5.0  # for gateways to end their requests with an error
 _STARTED_FILE = "started.yaml"  # the last configuration with which a start succeeded
 
 
@@ -124,11 +125,13 @@ class LocalCluster(RunningCluster):
         self._report(f"ready at {self.state.base_url}")
         return self.state
 
-    def stop(self, *, keep_logs: bool = False, drain: bool = False) -> None:
+    def stop(self, *, keep_logs: bool = False, drain: bool = False, now: bool = False) -> None:
         """Stop the cluster of this temp_dir, whichever process started it. Does nothing if none is running.
 
         Args:
-            drain: first refuse new requests, and let those in flight end, for up to `graceful_shutdown_timeout_s`.
+            drain: first refuse new requests, and let those in flight end, for up to `graceful_shutdown_timeout_s`. Then
+                those that are left end with an error.
+            now: with `drain`, all requests in flight end with an error.
         """
         state = find_cluster(self.temp_dir) or self._state  # another process may have deployed since
         supervisor = find_supervisor(self.temp_dir)
@@ -136,7 +139,7 @@ class LocalCluster(RunningCluster):
             try:
                 self._folder.write(STOPPING_FILE, "")  # from now on, the supervisor does not start Ray
                 if drain and state is not None:
-                    wait_for_requests(state.base_url, state.drain_s, self._report, lambda: state.is_running)
+                    self._drain(state, now=now)
             finally:
                 self._report("stopping Ray")
                 self._end(state)
@@ -145,6 +148,16 @@ class LocalCluster(RunningCluster):
             self._end(find_cluster(self.temp_dir))  # it may have been starting Ray
         if self._own_dir and not keep_logs:
             shutil.rmtree(self.temp_dir, ignore_errors=True)
+
+    def _drain(self, state: ClusterState, *, now: bool) -> None:
+        have_ended = False
+        try:
+            if not now:
+                have_ended = wait_for_requests(state.base_url, state.drain_s, self._report, lambda: state.is_running)
+        finally:  # also after a signal
+            if not have_ended:
+                self._folder.write(STOPPING_FILE, DRAIN_IS_OVER)
+                wait_for_requests(state.base_url, _ERRORS_S, lambda line: None, lambda: state.is_running)
 
     def _end(self, state: ClusterState | None, grace_s: float = 20.0) -> None:
         """End all processes of a head, which may have ended itself."""

@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
     status.add_argument("--json", action="store_true", help="print Serve's whole status as JSON")
     status.set_defaults(run=_status)
     down = commands.add_parser("down", help="stop what `ranklet up` started")
-    down.add_argument("--now", action="store_true", help="do not wait for the requests in flight")
+    down.add_argument("--now", action="store_true", help="end the requests in flight with an error")
     down.set_defaults(run=_down)
     for command in (up, deploy):
         command.add_argument("--timeout-s", type=float, default=180.0, help="longest wait (default: %(default)s)")
@@ -138,6 +138,6 @@ def _supervision(temp_dir: Path) -> str:
 def _down(options: argparse.Namespace) -> int:
     cluster = LocalCluster(options.temp_dir, report=_print)
     running = cluster.state.base_url if find_supervisor(options.temp_dir) is None else str(options.temp_dir)
-    cluster.stop(drain=not options.now)
+    cluster.stop(drain=True, now=options.now)
     _print(f"stopped {running}")
     return 0

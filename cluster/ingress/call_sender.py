@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
-from ranklet.cluster.ingress.watchdog import Watchdog
+from ranklet.cluster.ingress.watchdog import Watchdog, stopping
 from ranklet.cluster.message import InferenceCall, InferenceReply, Refusal
 from ranklet.cluster.text_prefix import text_hint
 from ranklet.replicas.errors import InternalError, RankletError, Saturated, Unavailable
@@ -146,6 +146,8 @@ class CallSender:
         task = asyncio.current_task()
         assert task is not None
         task.uncancel()
+        if abandoned.is_stopping:
+            raise stopping() from None
         if abandoned.replica is not None:
             raise RepeatableError(_lost("hangs"), abandoned.replica) from None
         raise Unavailable(

@@ -1,11 +1,12 @@
 """Lets the requests in flight end when the cluster stops, while new ones are refused."""
 
+import contextlib
 import os
 from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ranklet.cluster.datapath import DRAIN_VARIABLE
+from ranklet.cluster.datapath import DRAIN_IS_OVER, DRAIN_VARIABLE
 from ranklet.cluster.ingress.refusals import refuse
 from ranklet.replicas.errors import Unavailable
 
@@ -27,6 +28,13 @@ class Drain:
     @property
     def is_on(self) -> bool:
         return self._file is not None and self._file.exists()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time for the requests in flight is over."""
+        with contextlib.suppress(OSError):
+            return self._file is not None and self._file.read_text(encoding="utf-8") == DRAIN_IS_OVER
+        return False
 
 
 class DrainMiddleware:

@@ -5,7 +5,7 @@ import contextlib
 import contextvars
 import logging
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -32,15 +32,18 @@ class TextFeeds:
         handle: of the replicas.
         gateway: id of this gateway.
         hint_ids: unique in this process.
+        on_begun: called with the number of each attempt that a replica works on.
     """
 
     def __init__(
-        self, handle: "DeploymentHandle[Any]", affinity: Affinity, gateway: str, hint_ids: Iterator[int]
-    ) -> None:
+        self, handle: "DeploymentHandle[Any]", affinity: Affinity, gateway: str, hint_ids: Iterator[int],
+        on_begun: Callable[[int], object],
+    ) -> None:  # fmt: skip
         self._handle = handle
         self._affinity = affinity
         self._gateway = gateway
         self._hint_ids = hint_ids
+        self._on_begun = on_begun
         self._calls: dict[int, TextCall] = {}
         self._waiting: set[int] = set()  # numbers of attempts without a token
         self._is_wanted = self._has_stopped = False
@@ -142,6 +145,7 @@ class TextFeeds:
         if isinstance(message, Begun):
             try:
                 if message.number in calls:
+                    self._on_begun(message.number)
                     calls[message.number].begin(message)
             except Exception:
                 logger.exception("the receiver of a text failed")

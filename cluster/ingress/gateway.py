@@ -240,6 +240,9 @@ class Gateway(ReportReceiver):
         return GatewayDescription(self._id, os.getpid(), self._metrics_target, refused)
 
     async def requests_in_flight(self) -> int:
+        """Count the requests of this gateway. `ranklet down` polls it, so requests end here once a drain is over."""
+        if self._drain.is_over:
+            self._replicas.watchdog.end_calls()
         return self._drain.in_flight
 
     async def _broadcast(self, method: str, *arguments: Any, missing: Sequence[Any] = ()) -> list[Any]:

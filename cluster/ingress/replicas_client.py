@@ -63,7 +63,7 @@ class ReplicasClient:
         self._hint_ids = itertools.count(1)  # 0 is no number of a text call
         self._limits: RequestLimits | None = None
         self.watchdog = Watchdog(affinity, self._prefetch, limits.no_replica_timeout_s)
-        self.feeds = TextFeeds(handle, affinity, sender, self._hint_ids)
+        self.feeds = TextFeeds(handle, affinity, sender, self._hint_ids, self.watchdog.begin)
         self._calls = CallSender(
             handle, affinity, self.watchdog, self._hint_ids, limits.no_replica_timeout_s, on_repeat
         )

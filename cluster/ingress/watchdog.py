@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ranklet.cluster.catalog.location import AdapterLocation
+from ranklet.replicas.errors import Unavailable
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.hint import PrefetchOrder
 
@@ -23,9 +24,11 @@ class Abandoned:
 
     Attributes:
         replica: the id of the replica that hangs; None if no replica was up in time.
+        is_stopping: whether all calls were cancelled, because the service stops.
     """
 
     replica: str | None
+    is_stopping: bool = False
 
 
 class Watchdog:
@@ -48,10 +51,18 @@ class Watchdog:
             int, tuple[asyncio.Task[Any], float]
         ] = {}  # by hint id, with the start, in the event loop's time
         self._abandoned: dict[int, Abandoned] = {}
+        self._begun: set[int] = set()
+        self._has_ended = False
         self._prefetches: set[asyncio.Task[None]] = set()
 
     def watch(self, hint_id: int) -> None:
-        """Watch a call of the current task, until `unwatch`."""
+        """Watch a call of the current task, until `unwatch`.
+
+        Raises:
+            Unavailable: the service stops.
+        """
+        if self._has_ended:
+            raise stopping()
         task = asyncio.current_task()
         assert task is not None, "called outside of a task"
         self._calls[hint_id] = task, task.get_loop().time()
@@ -59,10 +70,22 @@ class Watchdog:
     def unwatch(self, hint_id: int) -> None:
         del self._calls[hint_id]
         self._abandoned.pop(hint_id, None)
+        self._begun.discard(hint_id)
+
+    def begin(self, hint_id: int) -> None:
+        """Note that a replica works on a call. It goes on where the replica drains and no other is up."""
+        if hint_id in self._calls:
+            self._begun.add(hint_id)
 
     def abandoned(self, hint_id: int) -> Abandoned | None:
         """Return why the watchdog cancelled a call, or None if it did not."""
         return self._abandoned.get(hint_id)
+
+    def end_calls(self) -> None:
+        """Cancel all calls, because the service stops. Later ones are refused."""
+        self._has_ended = True
+        for id in self._calls.keys() - self._abandoned.keys():
+            self._abandon(id, Abandoned(None, is_stopping=True))
 
     async def run(self) -> None:
         """Watch calls and send prefetch orders until cancelled."""
@@ -78,11 +101,15 @@ class Watchdog:
     def _cancel_hopeless_calls(self) -> None:
         now_s = asyncio.get_running_loop().time()
         for id, replica in self._affinity.stranded(self._calls).items():
-            task, started_s = self._calls[id]
-            hopeless = replica is not None or now_s - started_s > self._no_replica_timeout_s
+            _, started_s = self._calls[id]
+            is_late = id not in self._begun and now_s - started_s > self._no_replica_timeout_s
+            hopeless = replica is not None or is_late
             if hopeless and id not in self._abandoned:
-                self._abandoned[id] = Abandoned(replica)
-                task.cancel()
+                self._abandon(id, Abandoned(replica))
+
+    def _abandon(self, id: int, abandoned: Abandoned) -> None:
+        self._abandoned[id] = abandoned
+        self._calls[id][0].cancel()
 
     def _start_prefetch(self, order: PrefetchOrder) -> None:
         if not isinstance(order.location, AdapterLocation) or len(self._prefetches) >= _MAX_PREFETCHES:
@@ -91,3 +118,7 @@ class Watchdog:
         task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
         self._prefetches.add(task)
         task.add_done_callback(self._prefetches.discard)
+
+
+def stopping() -> Unavailable:
+    return Unavailable("the service stops, and the time for requests in flight is over. Send the request again")

@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,8 +91,14 @@ class ReceivedStream:
         return "right" if all(self.usage[name] == expected.usage[name] for name in counts) else "wrong usage"
 
 
-async def receive(http: aiohttp.ClientSession, fields: dict[str, Any]) -> ReceivedStream:
-    """Send one request and read its stream."""
+async def receive(
+    http: aiohttp.ClientSession, fields: dict[str, Any], on_open: Callable[[str], object] = lambda replica: None
+) -> ReceivedStream:
+    """Send one request and read its stream.
+
+    Args:
+        on_open: called with the id of the stream's first replica, once there is a token.
+    """
     seen, last_s = ReceivedStream(), 0.0
     body = {**fields, "stream": True, "stream_options": {"include_usage": True}}
     try:
@@ -100,6 +106,7 @@ async def receive(http: aiohttp.ClientSession, fields: dict[str, Any]) -> Receiv
             if answer.status != 200:
                 seen.error = f"{answer.status}: {await answer.text()}"
                 return seen
+            on_open(answer.headers["x-ranklet-replica"])
             async for line in answer.content:
                 if not line.startswith(b"data: "):
                     continue
@@ -124,6 +131,7 @@ class StreamLoad:
     Attributes:
         verdicts: how many streams were right, wrong or failed.
         errors: of failed streams.
+        opened: how many streams began on each replica.
         pause_s: longest pause of any stream.
     """
 
@@ -136,6 +144,7 @@ class StreamLoad:
     def clear(self) -> None:
         self.verdicts: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
+        self.opened: Counter[str] = Counter()
         self.pause_s = 0.0
 
     def _whole(self, fields: dict[str, Any]) -> ReceivedStream:
@@ -169,7 +178,7 @@ class StreamLoad:
                 if stop.is_set():
                     return
                 at = turn % len(self._requests)
-                seen = await receive(http, self._requests[at])
+                seen = await receive(http, self._requests[at], lambda replica: self.opened.update([replica]))
                 self.verdicts[seen.verdict(self._expected[at])] += 1
                 self.pause_s = max(self.pause_s, seen.pause_s)
                 if seen.error:

@@ -28,6 +28,7 @@ from ranklet.cluster.command.running_cluster import ClusterError
 from ranklet.cluster.command.supervisor_state import find_supervisor
 from tests.cluster.nodes import process_tree
 from tests.cluster.service import Service, eventually, local_configuration
+from tests.cluster.text_client import events_of
 
 TOKENS = 1000  # of a text that takes some seconds
 RESTART_S = 120.0  # some 20 s, but more where both cores are busy
@@ -220,10 +221,14 @@ def test_the_rest_of_a_session_is_killed() -> None:
 
 
 def _end_in_flight(http: httpx.Client, process: subprocess.Popen[bytes]) -> None:
-    """Send SIGTERM when half of a request has arrived and a text is streamed. Both are answered all the same."""
+    """Send SIGTERM when half of a request has arrived and texts are streamed. They are answered all the same.
+
+    A second SIGTERM ends the longest text with an error.
+    """
     go_on = threading.Event()
     text = {"model": "kept", "prompt": [5, 6], "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
     text["stream_options"] = {"include_usage": True}
+    endless = {**text, "max_tokens": 4000}
 
     def body() -> Iterator[bytes]:
         content = json.dumps({"model": "kept", "input": "text"}).encode()
@@ -236,10 +241,11 @@ def _end_in_flight(http: httpx.Client, process: subprocess.Popen[bytes]) -> None
         try:
             eventually("it is in flight", lambda: http.get("/v1/status").json()["in_flight"] == 1)
             stream = pool.submit(http.post, "/v1/completions", json=text)
-            eventually("both are", lambda: http.get("/v1/status").json()["in_flight"] == 2, poll_s=0.05)
+            cut_off = pool.submit(http.post, "/v1/completions", json=endless, timeout=100)
+            eventually("all are", lambda: http.get("/v1/status").json()["in_flight"] == 3, poll_s=0.05)
             process.send_signal(signal.SIGTERM)
             eventually("probes see the stop", lambda: http.get("/ready").status_code == 503, poll_s=0.05)
-            assert http.get("/ready").json()["in_flight"] == 2
+            assert http.get("/ready").json()["in_flight"] == 3
             assert http.post("/v1/embeddings", json={"input": "text"}).status_code == 503
             assert http.post("/v1/completions", json=text).status_code == 503
         finally:
@@ -248,6 +254,8 @@ def _end_in_flight(http: httpx.Client, process: subprocess.Popen[bytes]) -> None
         *_, usage, end = filter(None, stream.result().text.split("\n"))
         assert json.loads(usage.removeprefix("data: "))["usage"]["completion_tokens"] == TOKENS
         assert end == "data: [DONE]"
+        process.send_signal(signal.SIGTERM)
+        assert events_of(cut_off.result().content)[-1]["error"]["code"] == "unavailable"
 
 
 def test_a_second_start_in_the_same_folder_is_refused(service: Service, tmp_path: Path) -> None:

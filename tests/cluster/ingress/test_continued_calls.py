@@ -84,6 +84,25 @@ def generate(
     return run_in_virtual_time(run())
 
 
+def test_a_text_goes_on_in_a_replica_that_drains_while_no_other_is_up() -> None:
+    """It takes six seconds; a call that no replica works on is given up after three."""
+
+    async def run() -> None:
+        affinity, handle = Affinity(), TextReplica(generating())
+        affinity.set_members([Member("r0", 0)])
+        given: Any = handle
+        limits = LimitsConfig(no_replica_timeout_s=3.0)
+        client = ReplicasClient(given, affinity, limits, lambda continues: None, "gateway")
+        watching = asyncio.ensure_future(client.watchdog.run())
+        asyncio.get_running_loop().call_later(1.5, affinity.set_members, [])
+        await client.generate(ADAPTER, PROMPTS, PARAMS, kept)
+        watching.cancel()
+
+    kept = KeptText()
+    run_in_virtual_time(run())
+    assert kept.tokens == dict(enumerate(map(list, TEXTS)))
+
+
 def test_a_text_goes_on_elsewhere_from_its_tokens() -> None:
     replica, kept, repeats = TextReplica(generating(2), generating()), KeptText(), list[bool]()
     generate(replica, kept, repeats=repeats)

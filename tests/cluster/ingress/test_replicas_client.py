@@ -174,3 +174,20 @@ def test_a_call_waits_for_a_replica_for_a_limited_time_while_there_is_none() -> 
         watching.cancel()
 
     run_in_virtual_time(run())
+
+
+async def test_calls_end_with_an_error_when_the_time_to_stop_has_come() -> None:
+    began = asyncio.Event()
+
+    class SilentHandle(FakeHandle):
+        def remote(self, call: InferenceCall[EmbedParams], **kwargs: Any) -> Any:
+            began.set()
+            return asyncio.get_running_loop().create_future()
+
+    replicas = client_of(SilentHandle())
+    call = asyncio.ensure_future(embed(replicas))
+    await began.wait()
+    replicas.watchdog.end_calls()
+    for each in (call, embed(replicas)):
+        with pytest.raises(Unavailable, match="the service stops"):
+            await each

@@ -17,7 +17,7 @@ def service(runs_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     make_chat_models(folder)
     content = local_configuration(folder / "model", folder / "adapters")
     application = content["applications"][0]
-    application["deployments"][1]["num_replicas"] = 1
+    application["deployments"][1] |= {"num_replicas": 1, "graceful_shutdown_timeout_s": 120}
     application["args"]["limits"] = {"max_waiting_stream_bytes": 1 << 16}
     with serving(content, folder) as service:
         yield service
