@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -34,13 +34,15 @@ class LoadResult:
         return self.counts[outcome]
 
 
-def run_under_load(service: Service, fault: Callable[[], object], seconds: float = LOAD_S) -> LoadResult:
-    """Request embeddings of all models, and call `fault` after a third of the time.
+def run_under_load(
+    service: Service, fault: Callable[[], object], seconds: float = LOAD_S, models: Sequence[str] = MODELS
+) -> LoadResult:
+    """Request embeddings of the models, and call `fault` after a third of the time.
 
     Raises:
         httpx.TransportError: a connection was lost, and its request with it.
     """
-    expected = {model: service.embed(model, TEXTS) for model in MODELS}
+    expected = {model: service.embed(model, TEXTS) for model in models}
     stop, lock = threading.Event(), threading.Lock()
     result = LoadResult()
     client = httpx.Client(base_url=service.url, headers=service.http.headers, timeout=60, trust_env=False)
@@ -49,7 +51,7 @@ def run_under_load(service: Service, fault: Callable[[], object], seconds: float
     def send_requests(worker: int) -> None:
         turn = worker
         while not stop.is_set():
-            model, text = MODELS[turn % len(MODELS)], turn % len(TEXTS)
+            model, text = models[turn % len(models)], turn % len(TEXTS)
             body = {"model": model, "input": TEXTS[text], "encoding_format": "base64"}
             start_s = time.monotonic()
             answer = client.post("/v1/embeddings", json=body)

@@ -18,7 +18,7 @@ from tests.cluster import load
 from tests.cluster.gcs import Gcs, redis_server
 from tests.cluster.load import LoadResult
 from tests.cluster.nodes import SEVERAL_NODES, Node, child_processes, command_line, kill_tree, process_tree
-from tests.cluster.service import BASE, Service, eventually, own_configuration, serving, vectors_of
+from tests.cluster.service import BASE, Service, eventually, own_configuration, serving, summed_samples, vectors_of
 from tests.cluster.stream_load import StreamLoad, stream_requests
 from tests.needs import is_installed, needs, require
 
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.timeout(300)  # the first test starts the nodes
 
 Nodes = tuple[Service, list[Node], Path]
 ENDS_S = 10.0  # longest time of a request after a fault
+LOST_STREAMS = 18
 BACK_S = 90.0  # longest time until a lost replica is replaced: some seconds, but a minute where both cores are busy
 
 
@@ -120,31 +121,73 @@ def test_a_replica_that_hangs_is_avoided_and_replaced(nodes: Nodes, streams: Str
     load.wait_for_two(service)
 
 
-def test_the_replicas_of_a_lost_node_start_on_the_other_node(nodes: Nodes, streams: StreamLoad) -> None:
+def test_streams_on_two_replicas_of_a_lost_node_go_on_elsewhere(nodes: Nodes) -> None:
+    """Those on the other node stay where they are. The lost replicas start there too."""
     service, started, folder = nodes
-    on_first = set(process_tree(started[0].process.pid)) & set(service.processes("Replica").values())
-    if len(on_first) == 1:
-        run_beside_streams(service, streams, started[0].kill)
-    else:  # no replica is left to continue streams
-        judge(load.run_under_load(service, started[0].kill))
-    began_s = time.monotonic()
-    load.wait_for_two(service)
-    assert time.monotonic() - began_s < BACK_S
-    started[0] = Node(service.cluster, folder / "node2.log", 2)
+    scale(service, 3)
+    eventually("all three answer", lambda: len(prompts_by_replica(service)) == 3)
+    replicas = service.processes("Replica")
+    number, lost = next(
+        (number, ids)
+        for number, node in enumerate(started)
+        if len(ids := {id for id, pid in replicas.items() if pid in set(process_tree(node.process.pid))}) == 2
+    )
+    (kept,) = replicas.keys() - lost
+    one_text = [fields | {"max_tokens": 400} for fields in stream_requests((BASE,), 4, 400) if "n" not in fields]
+    streams = StreamLoad(service.url, one_text)
+    before, continued = prompts_by_replica(service)[kept], continuations(service)
+
+    def computed() -> float:
+        return sum(prompts for id, prompts in prompts_by_replica(service).items() if id not in lost) - before
+
+    with contextlib.ExitStack() as ended:
+
+        def lose_node() -> None:
+            ended.enter_context(streams.running(LOST_STREAMS, most=LOST_STREAMS))
+            eventually("all streams have begun", lambda: streams.opened.total() == LOST_STREAMS, poll_s=0.02)
+            started[number].kill()
+
+        judge(load.run_under_load(service, lose_node, models=load.MODELS[1:]))
+    assert streams.verdicts == {"right": LOST_STREAMS}, (streams.verdicts, streams.errors)
+    assert streams.pause_s < ENDS_S
+    moved = sum(streams.opened[id] for id in lost)
+    assert 0 < moved < LOST_STREAMS, streams.opened
+    assert continuations(service) - continued >= moved
+    # The prompt of each stream once: no stream that began on the other node was sent a second time.
+    eventually("all prompts are counted", lambda: computed() >= LOST_STREAMS)
+    assert computed() == LOST_STREAMS
+    eventually("two replicas answer", lambda: len(prompts_by_replica(service)) == 2, BACK_S)
+    scale(service, 2)
+    started[number] = Node(service.cluster, folder / "node2.log", 2)
+
+
+def scale(service: Service, count: int) -> None:
+    service.content["applications"][0]["deployments"][1]["num_replicas"] = count
+    service.deploy(None)
+    eventually(f"{count} replicas", lambda: len(service.processes("Replica")) == count)
+
+
+def continuations(service: Service) -> float:
+    return service.samples("gateway").get("ranklet_continuations_total", 0.0)
+
+
+def prompts_by_replica(service: Service) -> dict[str, float]:
+    """Return how many prompts of the base model each replica has computed, by its id."""
+    return {
+        group["labels"]["replica"]: summed_samples(group["targets"], {"adapter": "base"}).get(
+            "ranklet_prompts_total", 0.0
+        )
+        for group in service.targets()
+        if group["labels"]["role"] == "replica"
+    }
 
 
 def test_streams_of_a_replica_that_is_removed_go_on(nodes: Nodes, streams: StreamLoad) -> None:
     service, _, _ = nodes
-
-    def scale(count: int) -> None:
-        service.content["applications"][0]["deployments"][1]["num_replicas"] = count
-        service.deploy(None)
-        eventually(f"{count} replicas", lambda: len(service.processes("Replica")) == count)
-
-    before = service.samples("gateway").get("ranklet_continuations_total", 0)
-    run_beside_streams(service, streams, lambda: scale(1))
-    assert service.samples("gateway")["ranklet_continuations_total"] > before
-    scale(2)
+    before = continuations(service)
+    run_beside_streams(service, streams, lambda: scale(service, 1))
+    assert continuations(service) > before
+    scale(service, 2)
     load.wait_for_two(service)
 
 
