@@ -56,6 +56,18 @@ class FakeHandle:
         return self.results.pop(0)
 
 
+class SilentHandle(FakeHandle):
+    """Never answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_call = asyncio.Event()
+
+    def remote(self, call: InferenceCall[EmbedParams], **kwargs: Any) -> Any:
+        self.has_call.set()
+        return asyncio.get_running_loop().create_future()
+
+
 def client_of(handle: Any, affinity: Affinity | None = None, **limits: float) -> ReplicasClient:
     return ReplicasClient(
         handle, affinity or Affinity(), LimitsConfig.model_validate(limits), lambda continues: None, "gateway"
@@ -153,10 +165,6 @@ async def test_ray_keeps_no_answered_call() -> None:
 
 
 def test_a_call_waits_for_a_replica_for_a_limited_time_while_there_is_none() -> None:
-    class SilentHandle(FakeHandle):
-        def remote(self, call: InferenceCall[EmbedParams], **kwargs: Any) -> Any:
-            return asyncio.get_running_loop().create_future()
-
     async def run() -> None:
         affinity = Affinity()
         replicas = client_of(SilentHandle(), affinity, no_replica_timeout_s=6.0, request_timeout_s=60.0)
@@ -177,16 +185,10 @@ def test_a_call_waits_for_a_replica_for_a_limited_time_while_there_is_none() -> 
 
 
 async def test_calls_end_with_an_error_when_the_time_to_stop_has_come() -> None:
-    began = asyncio.Event()
-
-    class SilentHandle(FakeHandle):
-        def remote(self, call: InferenceCall[EmbedParams], **kwargs: Any) -> Any:
-            began.set()
-            return asyncio.get_running_loop().create_future()
-
-    replicas = client_of(SilentHandle())
+    handle = SilentHandle()
+    replicas = client_of(handle)
     call = asyncio.ensure_future(embed(replicas))
-    await began.wait()
+    await handle.has_call.wait()
     replicas.watchdog.end_calls()
     for each in (call, embed(replicas)):
         with pytest.raises(Unavailable, match="the service stops"):
