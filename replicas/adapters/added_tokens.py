@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ranklet.replicas.adapters.findings import Checked, join
+from ranklet.replicas.adapters.tokenizer_content import BaseContent
 from ranklet.replicas.model.added_tokens import MAX_ADDED_TOKENS, AddedToken
 from ranklet.replicas.model.tokenizer_files import (
     TOKENIZER_CONFIG_FILE,
@@ -20,7 +21,6 @@ from ranklet.replicas.model.tokenizer_files import (
     content_of,
     is_id,
     is_number,
-    model_tokens,
     read_tokenizer_file,
     show,
 )
@@ -37,19 +37,17 @@ class BaseTokens:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.content = BaseContent(folder)
 
     @cached_property
     def plain(self) -> Mapping[str, int]:
         """Return the ids of the tokens that the tokenizer's model makes of a text, by token."""
-        return model_tokens(self._content) or Vocabulary(self._folder).plain_tokens
+        return self.content.plain_tokens or Vocabulary(self._folder).plain_tokens
 
     @cached_property
     def added(self) -> Mapping[str, AddedToken]:
-        return listed_tokens(self._content, read_tokenizer_file(self._folder / TOKENIZER_CONFIG_FILE), self.plain)
-
-    @cached_property
-    def _content(self) -> dict[str, Any]:
-        return read_tokenizer_file(self._folder / TOKENIZER_FILE)
+        config = read_tokenizer_file(self._folder / TOKENIZER_CONFIG_FILE)
+        return listed_tokens(self.content.fields, config, self.plain)
 
 
 def read_added_tokens(folder: Path, base: BaseTokens) -> tuple[AddedToken, ...]:
@@ -61,11 +59,14 @@ def read_added_tokens(folder: Path, base: BaseTokens) -> tuple[AddedToken, ...]:
         UnusableTokenError: a file cannot be read, the tokens are too many or too long, or their ids are not those that
             the library gives them.
     """
-    content = read_tokenizer_file(folder / TOKENIZER_FILE)
-    config = read_tokenizer_file(folder / TOKENIZER_CONFIG_FILE)
+    return added_to(base, base.content.read(folder), read_tokenizer_file(folder / TOKENIZER_CONFIG_FILE))
+
+
+def added_to(base: BaseTokens, content: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[AddedToken, ...]:
+    """Return the tokens that the contents of tokenizer.json and tokenizer_config.json add; see `read_added_tokens`."""
     if not content and not config:
         return ()
-    own = model_tokens(content)
+    own = base.content.plain_tokens_of(content)
     found = [
         token
         for token in listed_tokens(content, config, base.plain).values()

@@ -64,8 +64,8 @@ class BaseTokenizer:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._vocabulary = BaseVocabulary(folder)
         self._tokens = BaseTokens(folder)
+        self._vocabulary = BaseVocabulary(folder, self._tokens.content)
 
     def compare(self, folder: Path) -> ComparedTokenizer:
         """Return why an adapter's tokenizer files cannot be used, or the tokens that they add."""
@@ -129,13 +129,14 @@ class BaseTokenizer:
 
     def _content_differences(self, folder: Path, added: frozenset[str], *, plain: bool) -> Iterator[str]:
         same_class = not plain or _is_plain(self._config)
-        if same_class and self._vocabulary.has_file_of(folder):
+        content = self._tokens.content.read(folder)
+        if same_class and (self._tokens.content.is_with(content, added) or self._vocabulary.has_file_of(folder)):
             return
         found = list(self._vocabulary.differences(folder, added))
         yield from found
         if found:
             return
-        own = _spec(read_tokenizer_file(folder / TOKENIZER_FILE))
+        own = _spec(content)
         own["added_tokens"] = {token: flags for token, flags in own["added_tokens"].items() if token not in added}
         if (same_class and own == self._stored_spec) or own == self._loaded_spec:
             return
@@ -159,7 +160,7 @@ class BaseTokenizer:
 
     @cached_property
     def _stored_spec(self) -> Spec:
-        return _spec(read_tokenizer_file(self._folder / TOKENIZER_FILE))
+        return _spec(self._tokens.content.fields)
 
     @cached_property
     def _loaded_spec(self) -> Spec:

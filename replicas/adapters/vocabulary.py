@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 
+from ranklet.replicas.adapters.tokenizer_content import BaseContent
 from ranklet.replicas.model.tokenizer_files import (
     ADDED_TOKENS_FILE,
     TOKENIZER_CONFIG_FILE,
@@ -12,6 +13,7 @@ from ranklet.replicas.model.tokenizer_files import (
     VOCABULARY_FILE,
     UnusableTokenError,
     Vocabulary,
+    added_ids,
     read_within_bounds,
     show,
 )
@@ -20,10 +22,15 @@ _MAX_NAMED = 5
 
 
 class BaseVocabulary:
-    """The vocabulary of the base model. Reads its files at the first comparison that needs them."""
+    """The vocabulary of the base model. Reads its files at the first comparison that needs them.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        content: of the same folder.
+    """
+
+    def __init__(self, folder: Path, content: BaseContent | None = None) -> None:
         self._folder = folder
+        self._content = content or BaseContent(folder)
         self._vocabulary = Vocabulary(folder)
 
     def differences(self, folder: Path, added: Collection[str] = ()) -> tuple[str, ...]:
@@ -73,7 +80,7 @@ class BaseVocabulary:
         Raises:
             UnusableTokenError: it has no JSON file of them.
         """
-        found = self._vocabulary.every_token or self._vocabulary.plain_tokens
+        found = self._content.plain_tokens | added_ids(self._content.fields) or self._vocabulary.plain_tokens
         if not found:
             raise UnusableTokenError(
                 f"{TOKENIZER_FILE}: cannot be compared, since the base model has neither {TOKENIZER_FILE} nor "

@@ -68,10 +68,14 @@ class Vocabulary:
     def every_token(self) -> dict[str, int]:
         """Return the ids of tokenizer.json, added tokens included."""
         content = read_tokenizer_file(self._folder / TOKENIZER_FILE)
-        added = content.get("added_tokens")
-        tokens = added if isinstance(added, list) else []
-        ids = _ids((content_of(token), token.get("id")) for token in tokens if isinstance(token, dict))
-        return model_tokens(content) | ids
+        return model_tokens(content) | added_ids(content)
+
+
+def added_ids(content: Mapping[str, Any]) -> dict[str, int]:
+    """Return the ids of the added tokens of a tokenizer.json."""
+    added = content.get("added_tokens")
+    tokens = added if isinstance(added, list) else []
+    return _ids((content_of(token), token.get("id")) for token in tokens if isinstance(token, dict))
 
 
 def model_tokens(content: Mapping[str, Any]) -> dict[str, int]:
