@@ -14,8 +14,8 @@ from typing import Any
 from ranklet.replicas.adapters.added_tokens import (
     NAMED_TOKENS,
     BaseTokens,
+    added_to,
     extra_tokens,
-    read_added_tokens,
 )
 from ranklet.replicas.adapters.findings import show
 from ranklet.replicas.adapters.vocabulary import BaseVocabulary
@@ -70,20 +70,32 @@ class BaseTokenizer:
     def compare(self, folder: Path) -> ComparedTokenizer:
         """Return why an adapter's tokenizer files cannot be used, or the tokens that they add."""
         try:
-            added = read_added_tokens(folder, self._tokens)
+            return self._compare(folder, self._tokens.content.read(folder))
         except UnusableTokenError as error:
-            others = self._findings(folder, ())
-            return ComparedTokenizer(others if str(error) in others else (str(error),))
-        findings = self._findings(folder, added)
+            findings = self._findings(folder, None, ())
+            return ComparedTokenizer(findings if str(error) in findings else (str(error),))
+
+    def compare_similar(self, folder: Path) -> ComparedTokenizer | None:
+        """Return `compare(folder)`; None if the adapter has no tokenizer.json, or one that must be parsed."""
+        content = self._tokens.content.read_similar(folder)
+        return None if content is None else self._compare(folder, content)
+
+    def _compare(self, folder: Path, content: Spec) -> ComparedTokenizer:
+        try:
+            added = added_to(self._tokens, content, read_tokenizer_file(folder / TOKENIZER_CONFIG_FILE))
+        except UnusableTokenError as error:
+            findings = self._findings(folder, content, ())
+            return ComparedTokenizer(findings if str(error) in findings else (str(error),))
+        findings = self._findings(folder, content, added)
         return ComparedTokenizer(findings) if findings else ComparedTokenizer(added=added)
 
-    def _findings(self, folder: Path, added: tuple[AddedToken, ...]) -> tuple[str, ...]:
+    def _findings(self, folder: Path, content: Spec | None, added: tuple[AddedToken, ...]) -> tuple[str, ...]:
         try:
-            return tuple(self._differences(folder, frozenset(token.content for token in added)))
+            return tuple(self._differences(folder, content, frozenset(token.content for token in added)))
         except UnusableTokenError as error:
             return (str(error),)
 
-    def _differences(self, folder: Path, added: frozenset[str]) -> Iterator[str]:
+    def _differences(self, folder: Path, content: Spec | None, added: frozenset[str]) -> Iterator[str]:
         problems = [
             pointer_problem(folder / name) for name in (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, SENTENCEPIECE_FILE)
         ]
@@ -98,7 +110,7 @@ class BaseTokenizer:
         if config:
             yield from self._config_differences(config, added)
         if read_within_bounds(folder / TOKENIZER_FILE) is not None:
-            yield from self._content_differences(folder, added, plain=_is_plain(config))
+            yield from self._content_differences(folder, content, added, plain=_is_plain(config))
             return
         yield from self._vocabulary.differences(folder, added)
         yield from self._old_file_differences(folder)
@@ -127,9 +139,11 @@ class BaseTokenizer:
                 name = f"{TOKENIZER_CONFIG_FILE}: {field}"
                 yield f"{name}: expected a token of the base model or of {TOKENIZER_FILE}, got {show(text)}; {_REMEDY}"
 
-    def _content_differences(self, folder: Path, added: frozenset[str], *, plain: bool) -> Iterator[str]:
+    def _content_differences(
+        self, folder: Path, content: Spec | None, added: frozenset[str], *, plain: bool
+    ) -> Iterator[str]:
         same_class = not plain or _is_plain(self._config)
-        content = self._tokens.content.read(folder)
+        content = self._tokens.content.read(folder) if content is None else content
         if same_class and (self._tokens.content.is_with(content, added) or self._vocabulary.has_file_of(folder)):
             return
         found = list(self._vocabulary.differences(folder, added))

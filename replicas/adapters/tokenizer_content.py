@@ -13,12 +13,14 @@ from typing import Any
 
 from ranklet.replicas.model.tokenizer_files import (
     TOKENIZER_FILE,
+    UnusableTokenError,
     model_tokens,
     read_tokenizer_file,
     read_within_bounds,
 )
 
 _ADDED = "added_tokens"
+_MAX_ENTRY_BYTES = 4 << 20  # more than `MAX_ADDED_TOKENS` and `MAX_ADDED_CHARS` allow
 _ARRAY = re.compile(rb'"added_tokens"\s*:\s*\[')
 
 
@@ -43,8 +45,13 @@ class BaseContent:
         Raises:
             UnusableTokenError: the file cannot be read, is too large, or is something else.
         """
+        found = self.read_similar(folder)
+        return read_tokenizer_file(folder / TOKENIZER_FILE) if found is None else found
+
+    def read_similar(self, folder: Path) -> dict[str, Any] | None:
+        """Return the content of an adapter's tokenizer.json; None if it must be parsed, or there is none."""
         entries = self._other_entries(folder / TOKENIZER_FILE)
-        return read_tokenizer_file(folder / TOKENIZER_FILE) if entries is None else {**self.fields, _ADDED: entries}
+        return None if entries is None else {**self.fields, _ADDED: entries}
 
     def plain_tokens_of(self, content: Mapping[str, Any]) -> Mapping[str, int]:
         """Return the ids of the model of an adapter's content."""
@@ -66,14 +73,15 @@ class BaseContent:
         """Return the added tokens of a file that differs from the base's in nothing else; None if that is not sure."""
         try:
             content = read_within_bounds(path)
-        except OSError:
+        except (OSError, UnusableTokenError):
             return None  # `read` says why
         if content is None or self._ends is None:
             return None
         head, tail = self._ends
         if len(content) < len(head) + len(tail) or not (content.startswith(head) and content.endswith(tail)):
             return None
-        return _array(content[len(head) : len(content) - len(tail)])
+        entries = content[len(head) : len(content) - len(tail)]
+        return _array(entries) if len(entries) <= _MAX_ENTRY_BYTES else None
 
     @cached_property
     def _ends(self) -> tuple[bytes, bytes] | None:

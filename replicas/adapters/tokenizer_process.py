@@ -1,7 +1,8 @@
 """Compares tokenizers: `python -m ranklet.replicas.adapters.tokenizer_process BASE ADAPTER MEMORY_BYTES`.
 
 Parsing the files of a large tokenizer holds the interpreter for half a second, in which a replica would answer nothing
-and an engine would launch nothing. The files come with an adapter, so this process of its own has limits.
+and an engine would launch nothing. The files come with an adapter, so this process of its own has limits. Files that
+need no parsing are compared by a process that keeps the base model's tokenizer (`tokenizer_worker`).
 """
 
 import contextlib
@@ -12,15 +13,18 @@ import sys
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ranklet.replicas.adapters.tokenizer_check import BaseTokenizer, ComparedTokenizer
-from ranklet.replicas.bounded_process import child_environment, limit_this_process
-from ranklet.replicas.errors import Unavailable
+from ranklet.replicas.bounded_process import BoundedProcess, child_environment, limit_this_process
+from ranklet.replicas.errors import InternalError, Unavailable
 from ranklet.replicas.model.added_tokens import AddedToken
 from ranklet.replicas.model.tokenizer_files import TOKENIZER_FILES, UnusableTokenError, read_within_bounds
 
 _PROGRAM = "ranklet.replicas.adapters.tokenizer_process"
 _MEMORY_BYTES = 16 << 30  # of address space; libraries that are never used take some of it
+_SIMILAR_S = 10.0
+_MAX_REPLY_BYTES = 4 << 20
 _MAX_KEPT = 256
 
 
@@ -35,6 +39,10 @@ class TokenizerComparison:
 
     def __init__(self, base: Path) -> None:
         self._base = base
+        self._process = BoundedProcess(
+            "ranklet.replicas.adapters.tokenizer_worker", "compares tokenizers", time_s=_SIMILAR_S, grace_s=0.0,
+            memory_bytes=_MEMORY_BYTES, max_reply_bytes=_MAX_REPLY_BYTES,
+        )  # fmt: skip
         self._kept: dict[bytes, ComparedTokenizer] = {}
 
     def compare(self, adapter: Path) -> ComparedTokenizer:
@@ -51,11 +59,20 @@ class TokenizerComparison:
             return ComparedTokenizer()
         found = self._kept.get(content)
         if found is None:
-            found = compare_within(self._base, adapter)
+            found = self._compare_similar(adapter, content) or compare_within(self._base, adapter)
             if len(self._kept) >= _MAX_KEPT:
                 self._kept.clear()
             self._kept[content] = found
         return found
+
+    def _compare_similar(self, adapter: Path, content: bytes) -> ComparedTokenizer | None:
+        """Return the result for files that need no parsing; None for others."""
+        question = {"base": str(self._base), "adapter": str(adapter)}
+        try:
+            compared = self._process.ask(content.hex(), json.dumps(question).encode()).get("compared")
+        except InternalError:  # the process does not start
+            return None
+        return None if compared is None else _restored(compared)
 
     @cached_property
     def _own(self) -> bytes | None:
@@ -82,14 +99,17 @@ def compare_within(
     command = [sys.executable, "-m", _PROGRAM, str(base), str(adapter), str(memory_bytes)]
     try:
         done = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, check=True, timeout=time_s)
-        answer = json.loads(done.stdout)
-        return ComparedTokenizer(tuple(answer["findings"]), tuple(AddedToken(**each) for each in answer["added"]))
+        return _restored(json.loads(done.stdout))
     except subprocess.TimeoutExpired as error:
         raise Unavailable(f"comparing the adapter's tokenizer with the base model's takes {time_s:g} s") from error
     except (subprocess.CalledProcessError, ValueError):
         return ComparedTokenizer(
             ("the tokenizer's files: expected files that can be compared with the base model's, got others",)
         )
+
+
+def _restored(answer: dict[str, Any]) -> ComparedTokenizer:
+    return ComparedTokenizer(tuple(answer["findings"]), tuple(AddedToken(**each) for each in answer["added"]))
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """A tokenizer.json that is the base's but for added tokens is not parsed, and is compared as if it were."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 
 from ranklet.replicas.adapters.tokenizer_check import BaseTokenizer
 from ranklet.replicas.adapters.tokenizer_content import BaseContent
+from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison
 
 Fields = dict[str, Any]
 OTHER_ADDED: dict[str, Callable[[Fields], Any]] = {
@@ -67,6 +69,16 @@ def test_a_file_is_compared_as_one_that_is_parsed(change: str, base_dir: Path, f
     write(path, content, as_library=True)
     assert base.compare(folder) == expected
     assert is_parsed(BaseContent(base_dir), folder) == (change in OTHERS)
+
+
+def test_other_processes_find_the_same(base_dir: Path, folder: Path, tmp_path: Path) -> None:
+    compared, base = TokenizerComparison(base_dir), BaseTokenizer(base_dir)
+    for name in ("as the library", "another id", "a flag of the base's", "model"):
+        made = shutil.copytree(folder, tmp_path / name)
+        content = json.loads((made / "tokenizer.json").read_text())
+        {**OTHER_ADDED, **OTHERS}[name](content)
+        write(made / "tokenizer.json", content, as_library=True)
+        assert compared.compare(made) == base.compare(made), name
 
 
 def with_entries(path: Path, entries: bytes) -> None:
