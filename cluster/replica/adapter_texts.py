@@ -11,7 +11,7 @@ from ranklet.cluster.reranking import Reranking
 from ranklet.cluster.text.render_process import RenderProcess
 from ranklet.cluster.text.template import folder_special_tokens, folder_template
 from ranklet.replicas.adapters.adapter_settings import AdapterSettings
-from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.reference import RANKLET_FILE, AdapterRef
 from ranklet.replicas.adapters.revision import check_unchanged
 from ranklet.replicas.errors import InvalidRequest
 from ranklet.replicas.model.added_tokens import AddedTokens
@@ -19,6 +19,10 @@ from ranklet.replicas.model.logit_score import LogitScore
 from ranklet.replicas.model.tokenizer_files import UnusableTokenError
 
 _MAX_KEPT = 256
+_TWO_SCORES = (
+    f"rerank in {RANKLET_FILE}: expected no false_token_id and true_token_id for a classifier, whose scores are those "
+    "of its head"
+)
 
 
 class AdapterTexts:
@@ -68,6 +72,8 @@ class AdapterTexts:
         except InvalidRequest as error:
             findings.append(error.message)
         embedding, reranking = self._settings.read(adapter), settings.reranking
+        if embedding.classifier is not None and reranking is not None and reranking.tokens is not None:
+            findings.append(_TWO_SCORES)
         if embedding.logit_score is not None and not findings:
             try:
                 reranking = self._by_logits(embedding.logit_score, reranking or Reranking(), template, tokens)

@@ -42,6 +42,13 @@ def test_the_invocation_is_described(model_dir: Path, folder: Path) -> None:
     assert describer(model_dir).describe(reference(folder)).invocation == (5, 6)
 
 
+def test_a_classifier_has_no_tokens_to_compare(model_dir: Path, folder: Path) -> None:
+    edit_config(folder, task_type="SEQ_CLS")
+    (folder / "ranklet.json").write_text(json.dumps({"rerank": {"false_token_id": 3, "true_token_id": 4}}))
+    (finding,) = describer(model_dir).describe(reference(folder)).findings
+    assert "expected no false_token_id and true_token_id for a classifier" in finding
+
+
 def test_the_template_and_special_tokens_are_read_once_a_revision(model_dir: Path, folder: Path) -> None:
     shutil.copy(model_dir / "tokenizer.json", folder)
     config = {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<|endoftext|>", "bos_token": None}
