@@ -118,7 +118,8 @@ def _pair_inputs(
         raise without_head(f"{name!r}, which has no head")
     if classifier is not None and classifier.labels is not None:
         check_one_label(name, len(classifier.labels))
-    folder_limit = None if adapter.embedding.logit_score is None else adapter.embedding.max_tokens
+    own = adapter.embedding
+    folder_limit = own.max_tokens if own.cross_encoder or own.logit_score is not None else None
     longest = limits.longest_embedding(reads_last=True, folder_limit=folder_limit)
     pad_id = None if classifier is None else classifier.pad_id
     truncation = truncation_of(truncate_prompt_tokens, None, longest, "right")

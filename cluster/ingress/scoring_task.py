@@ -168,10 +168,18 @@ def softmax(logits: Scores) -> Scores:
 
 
 def only_score(answered: ScoredAnswer, *, use_activation: bool | None) -> Sequence[float]:
-    """Return the relevance of each prompt, from 0 to 1, or its logit. Raises InvalidRequest for several labels."""
+    """Return the relevance of each prompt: the sigmoid of its logit, or the logit.
+
+    Args:
+        use_activation: false for logits; else the adapter's folder says which.
+
+    Raises:
+        InvalidRequest: the adapter has several labels.
+    """
     check_one_label(answered.model, answered.logits.shape[1])
     logits = answered.logits[:, 0]
-    scores: list[float] = (logits if use_activation is False else sigmoid(logits)).tolist()
+    are_logits = use_activation is False or answered.adapter.embedding.scores_are_logits
+    scores: list[float] = (logits if are_logits else sigmoid(logits)).tolist()
     return scores
 
 

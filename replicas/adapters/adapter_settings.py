@@ -4,14 +4,13 @@ from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
-from ranklet.replicas.adapters.findings import collect
-from ranklet.replicas.adapters.peft_config import read_fields
-from ranklet.replicas.adapters.reference import CONFIG_FILE, AdapterRef
+from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import check_unchanged
+from ranklet.replicas.adapters.saved_head import has_head
 from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.added_tokens import AddedTokens
-from ranklet.replicas.model.classifier import is_classifier, read_classifier
+from ranklet.replicas.model.classifier import read_classifier
 from ranklet.replicas.model.embedding_settings import EmbeddingSettings, read_base_settings, read_embedding_settings
 
 _MAX_KEPT = 4096
@@ -54,8 +53,9 @@ class AdapterSettings:
 
     def _read(self, folder: Path) -> EmbeddingSettings:
         try:
-            found = read_embedding_settings(folder, self.base)
-            if is_classifier(collect(read_fields(folder / CONFIG_FILE))[0] or {}):
+            classifies = has_head(folder)
+            found = read_embedding_settings(folder, self.base, classifies=classifies)
+            if classifies:
                 found = replace(found, classifier=read_classifier(folder, self._model_dir))
         except ModelError:  # the load of the adapter refuses it
             return self.base

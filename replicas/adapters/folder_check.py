@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ranklet.replicas.adapters.dense_files import read_dense
 from ranklet.replicas.adapters.findings import Checked, show
+from ranklet.replicas.adapters.saved_head import has_head
 from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.added_tokens import AddedToken
@@ -63,7 +64,7 @@ class BaseFolder:
         """Yield what an adapter's folder asks for and cannot get. Returns what differs from the base model."""
         base, notes, dense = self._settings, tuple[str, ...](), None
         try:
-            own = read_embedding_settings(folder, base)
+            own = read_embedding_settings(folder, base, classifies=has_head(folder))
         except ModelError as error:
             yield error.message
         else:

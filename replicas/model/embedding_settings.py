@@ -15,6 +15,7 @@ from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.classifier import Classifier
 from ranklet.replicas.model.dense_settings import DenseSettings
 from ranklet.replicas.model.logit_score import LogitScore, read_logit_score
+from ranklet.replicas.model.score_activation import scores_are_logits
 from ranklet.replicas.model.sentence_files import (
     MODULES_FILE,
     POOLING_FILE,
@@ -24,7 +25,7 @@ from ranklet.replicas.model.sentence_files import (
     is_file,
     read_optional,
 )
-from ranklet.replicas.model.sentence_modules import is_logit_score, read_modules
+from ranklet.replicas.model.sentence_modules import is_cross_encoder, is_logit_score, read_modules
 from ranklet.replicas.model.sentence_tokenization import read_tokenization
 from ranklet.replicas.model.tokenizer_files import show
 
@@ -66,6 +67,8 @@ class EmbeddingSettings:
         dense: layers between pooling and normalization.
         classifier: an adapter that computes scores instead of vectors.
         logit_score: a causal reranker.
+        cross_encoder: whether sentence-transformers has saved the folder as a reranker with a head.
+        scores_are_logits: whether a reranker's scores are its logits instead of their sigmoid.
         added_tokens: digest of the tokens that an adapter's tokenizer has besides the base model's.
     """
 
@@ -80,6 +83,8 @@ class EmbeddingSettings:
     dense: tuple[DenseSettings, ...] = ()
     classifier: Classifier | None = None
     logit_score: LogitScore | None = None
+    cross_encoder: bool = False
+    scores_are_logits: bool = False
     added_tokens: str = ""
 
     def prompting(self, name: str | None = None) -> Prompting | None:
@@ -102,7 +107,9 @@ def read_base_settings(model_dir: Path) -> EmbeddingSettings:
         raise ModelError(f"{model_dir}: {error.message}") from error
 
 
-def read_embedding_settings(folder: Path, base: EmbeddingSettings | None = None) -> EmbeddingSettings:
+def read_embedding_settings(
+    folder: Path, base: EmbeddingSettings | None = None, *, classifies: bool = False
+) -> EmbeddingSettings:
     """Read the settings of a folder.
 
     A base model's folder without `modules.json` is pooled as Qwen3-Embedding: last token and L2 norm. What an adapter's
@@ -110,6 +117,7 @@ def read_embedding_settings(folder: Path, base: EmbeddingSettings | None = None)
 
     Args:
         base: settings of the base model, for an adapter's folder.
+        classifies: whether the adapter has the head of a classifier.
 
     Raises:
         ModelError: a file cannot be read, or a setting is not supported. The message names the file within the folder.
@@ -118,24 +126,36 @@ def read_embedding_settings(folder: Path, base: EmbeddingSettings | None = None)
     settings = base or EmbeddingSettings()
     if described and is_logit_score(folder):
         prompt = _prompts(folder, _MAX_PROMPT_CHARACTERS, "CrossEncoder")["prompt"]
-        tokenization = read_tokenization(folder, described=True, may_pad=True, scores=True)
-        return replace(settings, **tokenization, logit_score=read_logit_score(folder, prompt))
+        tokenization = read_tokenization(folder, described=True, may_pad=True, task="text-generation")
+        return replace(
+            settings, **tokenization, dense=(), logit_score=read_logit_score(folder, prompt),
+            scores_are_logits=scores_are_logits(folder),
+        )  # fmt: skip
+    if described and classifies and is_cross_encoder(folder):
+        if _prompts(folder, _MAX_PROMPT_CHARACTERS, "CrossEncoder")["prompt"]:
+            raise ModelError(f"{PROMPTS_FILE}: default_prompt_name: expected none for a classifier")
+        tokenization = read_tokenization(folder, described=True, may_pad=True, task="sequence-classification")
+        return replace(
+            settings, **tokenization, dense=(), cross_encoder=True, scores_are_logits=scores_are_logits(folder)
+        )
     if described:
         settings = EmbeddingSettings(**read_modules(folder, any_path=base is None))
     elif is_file(folder / POOLING_FILE):
         raise ModelError(f"{POOLING_FILE}: expected {MODULES_FILE} beside it, which says how it is used; it is missing")
     if described or is_file(folder / PROMPTS_FILE):
-        settings = replace(settings, **_prompts(folder, sys.maxsize if base is None else _MAX_PROMPT_CHARACTERS))
+        types = ("SentenceTransformer", "CrossEncoder") if classifies else ("SentenceTransformer",)
+        most = sys.maxsize if base is None else _MAX_PROMPT_CHARACTERS
+        settings = replace(settings, **_prompts(folder, most, *types))
     if described or is_file(folder / TRANSFORMER_FILE):
         has_whole_prompts = settings.pools_prompt or not (settings.prompt or any(settings.prompts.values()))
         settings = replace(settings, **read_tokenization(folder, described=described, may_pad=has_whole_prompts))
-    return settings
+    return replace(settings, scores_are_logits=True) if classifies and scores_are_logits(folder) else settings
 
 
-def _prompts(folder: Path, most_characters: int, model_type: str = "SentenceTransformer") -> dict[str, Any]:
+def _prompts(folder: Path, most_characters: int, *model_types: str) -> dict[str, Any]:
     """Return the texts that sentence-transformers prepends to inputs: to every one, and by name."""
     config = read_optional(folder, PROMPTS_FILE)
-    expect(PROMPTS_FILE, config, "model_type", (None, model_type))
+    expect(PROMPTS_FILE, config, "model_type", (None, *model_types))
     name, found = config.get("default_prompt_name"), config.get("prompts") or {}
     if not isinstance(found, dict) or not all(isinstance(text, str | None) for text in found.values()):
         raise ModelError(f"{PROMPTS_FILE}: prompts: expected texts by name, got {show(found)}")

@@ -59,6 +59,11 @@ def is_logit_score(folder: Path) -> bool:
     return list(_modules(folder)) == [("Transformer", "."), ("LogitScore", str(PurePosixPath(LOGIT_SCORE_FILE).parent))]
 
 
+def is_cross_encoder(folder: Path) -> bool:
+    """Return whether a folder's modules are those of a reranker with a head. Raises ModelError."""
+    return list(_modules(folder)) == [("Transformer", ".")]
+
+
 def _check_order(kinds: list[str]) -> None:
     unknown = sorted(set(kinds).difference(_KINDS))
     if unknown:

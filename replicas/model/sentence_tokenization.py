@@ -1,7 +1,7 @@
 """Reads how a folder's Transformer module of sentence-transformers makes tokens of texts."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.sentence_files import TRANSFORMER_FILE, expect, read_optional, refuse_others
@@ -13,7 +13,12 @@ from ranklet.replicas.model.tokenizer_files import (
     show,
 )
 
-_TEXT_ONLY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+Task = Literal["feature-extraction", "text-generation", "sequence-classification"]
+# What the module and the model call their output.
+_OUTPUTS: dict[Task, tuple[str, str]] = {
+    "feature-extraction": ("token_embeddings", "last_hidden_state"), "text-generation": ("causal_logits", "logits"),
+    "sequence-classification": ("scores", "logits"),
+}  # fmt: skip
 _OLD_NAMES = {"model_args": "model_kwargs", "tokenizer_args": "processor_kwargs", "config_args": "config_kwargs"}
 # Fields of TRANSFORMER_FILE that are followed or checked below. The last ones shape queries and documents of
 # `encode_query` and `encode_document`, or speed alone.
@@ -35,37 +40,40 @@ _HARMLESS_SECTIONS, _TRUNCATIONS = {"audio", "image", "video"}, (True, "longest_
 _UNBOUNDED = 1 << 31  # transformers writes 1e30 for a tokenizer without a limit
 
 
-def read_tokenization(folder: Path, *, described: bool, may_pad: bool, scores: bool = False) -> dict[str, Any]:
+def read_tokenization(
+    folder: Path, *, described: bool, may_pad: bool, task: Task = "feature-extraction"
+) -> dict[str, Any]:
     """Return the settings of a folder's Transformer module, which are fields of `EmbeddingSettings`.
 
     Args:
         described: whether the folder lists its modules.
         may_pad: whether the tokenizer may pad prompts.
-        scores: whether its logits are scores, and a chat template makes its prompts.
+        task: of the module. For text-generation, a chat template makes the prompts.
 
     Raises:
         ModelError: a file cannot be read, or a setting is not supported.
     """
     config = read_optional(folder, TRANSFORMER_FILE)
     refuse_others(TRANSFORMER_FILE, config, _TRANSFORMER_FIELDS)
-    expect(
-        TRANSFORMER_FILE, config, "transformer_task", ("text-generation",) if scores else (None, "feature-extraction")
-    )
-    output = "causal_logits" if scores else "token_embeddings"
-    expect(TRANSFORMER_FILE, config, "module_output_name", (None, output))
+    uses_chats = task == "text-generation"
+    default = (None,) if task == "feature-extraction" else ()
+    expect(TRANSFORMER_FILE, config, "transformer_task", (*default, task))
+    module_output, model_output = _OUTPUTS[task]
+    expect(TRANSFORMER_FILE, config, "module_output_name", (None, module_output))
     modalities = config.get("modality_config")
-    if not scores and isinstance(modalities, dict) and "message" in modalities:
+    if not uses_chats and isinstance(modalities, dict) and "message" in modalities:
         raise ModelError(
             f"{TRANSFORMER_FILE}: modality_config: expected text alone, got also message; texts in a chat template are "
             "not supported"
         )
-    if not scores:
-        expect(TRANSFORMER_FILE, config, "modality_config", (None, _TEXT_ONLY))
+    if not uses_chats:
+        text_only = {"text": {"method": "forward", "method_output_name": model_output}}
+        expect(TRANSFORMER_FILE, config, "modality_config", (None, text_only))
     loading = {name: _loading(config, name) for name in ("model_kwargs", "processor_kwargs", "config_kwargs")}
     for name, values in loading.items():
         followed = {"model_max_length"} if name == "processor_kwargs" else set[str]()
         refuse_others(f"{TRANSFORMER_FILE}: {name}", values, _HARMLESS_LOADING | followed)
-    calling = _calling(config, {"chat_template"} if scores else set())
+    calling = _calling(config, {"chat_template"} if uses_chats else set())
     if not may_pad:  # sentence-transformers would leave out the prompt with its padding
         field = f"{TRANSFORMER_FILE}: processing_kwargs, beside include_prompt: false"
         expect(field, calling, "padding", (None, True, False, "longest", "do_not_pad"))

@@ -30,9 +30,11 @@ def _parts(tmp_path: Path) -> Parts:
 
 def describe(
     parts: Parts, classifier: Classifier | None, logits: list[float], revision: str = "v1",
-    reranking: Reranking | None = None,
+    reranking: Reranking | None = None, *, scores_are_logits: bool = False,
 ) -> None:  # fmt: skip
-    settings = EmbeddingSettings(prompt="never used: ", max_tokens=3, classifier=classifier)
+    settings = EmbeddingSettings(
+        prompt="never used: ", max_tokens=3, classifier=classifier, scores_are_logits=scores_are_logits
+    )
     parts.handle.description_of_adapters = AdapterText(revision, None, {}, embedding=settings, reranking=reranking)
     parts.handle.logits[revision] = logits
 
@@ -123,6 +125,14 @@ async def test_pairs_are_scored(parts: Parts) -> None:
         ]  # fmt: skip
     await ask(parts, "/score", text_1=["a", "b"], text_2=["c", "d"])
     assert parts.tokenizer.encoded[-1] == ["a c", "b d"]
+
+
+async def test_logits_are_scores_where_the_folder_says_so(parts: Parts) -> None:
+    describe(parts, Classifier(None), [-3.0], scores_are_logits=True)
+    for fields in ({}, {"use_activation": True}):
+        answer = await ask(parts, "/score", text_1="a", text_2="b", **fields)
+        assert [each["score"] for each in answer["data"]] == [-1.0]
+    assert (await ask(parts, "/rerank", query="a", documents=["b"]))["results"][0]["relevance_score"] == -1.0
 
 
 async def test_the_template_of_the_folder_makes_the_prompts(parts: Parts) -> None:
