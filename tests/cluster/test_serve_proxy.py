@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx
@@ -215,14 +216,19 @@ def test_texts_of_a_gateway_that_died_end(plain: Service) -> None:
     def sample(name: str, **labels: str) -> float:
         return summed_samples(targets, labels)[name]
 
+    begun = {model: Event() for model in (BASE, "legal-v2")}
+
     def stream(model: str) -> None:
         long = {"model": model, "prompt": [5] * 100, "max_tokens": 3900, "ignore_eos": True, "stream": True}
-        assert plain.http.post("/v1/completions", json=long).status_code == 200
+        with plain.http.stream("POST", "/v1/completions", json=long) as answer:
+            for _ in answer.iter_lines():
+                begun[model].set()
 
     (gateway,) = plain.processes("Gateway").values()
+    plain.embed("legal-v2", "so that it is loaded")
     with ThreadPoolExecutor(2) as pool:
-        streams = [pool.submit(stream, model) for model in (BASE, "legal-v2")]
-        eventually("texts are generated", lambda: sample("ranklet_running_sequences") == 2, poll_s=0.05)
+        streams = [pool.submit(stream, model) for model in begun]
+        assert all(each.wait(60) for each in begun.values())
         os.kill(gateway, signal.SIGKILL)
         for each in streams:
             assert isinstance(each.exception(), httpx.TransportError)

@@ -20,7 +20,7 @@ TESTS = {
         "test_prefill_attention.py::test_a_token_does_not_depend_on_the_cut[30-prefill_triton]",
     ),
     "tokens": (
-        "test_token_rows.py::test_embeddings_and_logits_of_tokens_with_own_rows",
+        "test_token_rows.py::test_embeddings_and_logits_of_tokens_with_own_rows[ranklet.kernels.csgmv-True-20-dtype2]",
         "test_truncate.py::test_few_finite_logits",
     ),
 }
