@@ -19,7 +19,12 @@ from ranklet.replicas.adapters.tokenizer_check import BaseTokenizer, ComparedTok
 from ranklet.replicas.bounded_process import BoundedProcess, child_environment, limit_this_process
 from ranklet.replicas.errors import InternalError, Unavailable
 from ranklet.replicas.model.added_tokens import AddedToken
-from ranklet.replicas.model.tokenizer_files import TOKENIZER_FILES, UnusableTokenError, read_within_bounds
+from ranklet.replicas.model.tokenizer_files import (
+    TOKENIZER_FILE,
+    TOKENIZER_FILES,
+    UnusableTokenError,
+    read_within_bounds,
+)
 
 _PROGRAM = "ranklet.replicas.adapters.tokenizer_process"
 _MEMORY_BYTES = 16 << 30  # of address space; libraries that are never used take some of it
@@ -67,6 +72,8 @@ class TokenizerComparison:
 
     def _compare_similar(self, adapter: Path, content: bytes) -> ComparedTokenizer | None:
         """Return the result for files that need no parsing; None for others."""
+        if not (adapter / TOKENIZER_FILE).is_file():
+            return None
         question = {"base": str(self._base), "adapter": str(adapter)}
         try:
             compared = self._process.ask(content.hex(), json.dumps(question).encode()).get("compared")
