@@ -4,13 +4,14 @@ from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
-from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.findings import collect
+from ranklet.replicas.adapters.peft_config import read_fields
+from ranklet.replicas.adapters.reference import CONFIG_FILE, AdapterRef
 from ranklet.replicas.adapters.revision import check_unchanged
-from ranklet.replicas.adapters.saved_head import has_head
 from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.added_tokens import AddedTokens
-from ranklet.replicas.model.classifier import read_classifier
+from ranklet.replicas.model.classifier import is_classifier, read_classifier
 from ranklet.replicas.model.embedding_settings import EmbeddingSettings, read_base_settings, read_embedding_settings
 
 _MAX_KEPT = 4096
@@ -63,3 +64,8 @@ class AdapterSettings:
         if added.tokens:
             found = replace(found, added_tokens=added.digest)
         return self.base if found == self.base else found
+
+
+def has_head(folder: Path) -> bool:
+    """Return whether the config of an adapter's folder is that of a classifier. False if it cannot be read."""
+    return is_classifier(collect(read_fields(folder / CONFIG_FILE))[0] or {})

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ranklet.replicas.adapters.adapter_settings import has_head
 from ranklet.replicas.adapters.dense_files import read_dense
 from ranklet.replicas.adapters.findings import Checked, show
-from ranklet.replicas.adapters.saved_head import has_head
 from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.added_tokens import AddedToken

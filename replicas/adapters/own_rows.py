@@ -11,6 +11,7 @@ PEFT's rules:
 Of whole matrices, the rows that differ from the base's are kept. Each row is completed with what LoRA adds to it.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -204,8 +205,8 @@ def _read_trained(
             f"got {outside[0]}"
         )
     elif len(set(ids)) != len(ids):
-        twice = next(each for at, each in enumerate(ids) if each in ids[:at])
-        yield f"trainable_token_indices: expected each id once, got {twice} twice"
+        ((twice, _),) = Counter(ids).most_common(1)
+        yield f"trainable_token_indices: expected each id once, got {twice} more than once"
     elif stored.shape != (len(ids), width):
         yield f"{key}: expected shape {[len(ids), width]}, got {show(list(stored.shape))}"
     elif stored.dtype not in DTYPES:

@@ -8,21 +8,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.replicas.adapters.findings import Checked, collect, shorten
-from ranklet.replicas.adapters.peft_config import read_fields
-from ranklet.replicas.adapters.reference import CONFIG_FILE
+from ranklet.replicas.adapters.findings import Checked, shorten
 from ranklet.replicas.adapters.safetensors_file import DTYPES, FLOATS, read_tensor
 from ranklet.replicas.adapters.safetensors_header import StoredTensor
 from ranklet.replicas.adapters.vector_head import VectorHead
 from ranklet.replicas.errors import ModelError
-from ranklet.replicas.model.classifier import (
-    HEAD_NAMES,
-    MAX_LABELS,
-    MODEL_CONFIG_FILE,
-    Classifier,
-    is_classifier,
-    read_classifier,
-)
+from ranklet.replicas.model.classifier import HEAD_NAMES, MAX_LABELS, MODEL_CONFIG_FILE, Classifier, read_classifier
 
 _MAX_BYTES: Final = 64 << 20  # in float32
 _MAX_KEY_CHARS: Final = 512
@@ -30,11 +21,6 @@ _KEY: Final = re.compile(
     rf"(?:(?:base_model|model|auto_model)\.)*(?P<name>{'|'.join(HEAD_NAMES)})(?:\.modules_to_save(?:\.default)?)?"
     r"\.(?P<part>weight|bias)"
 )
-
-
-def has_head(folder: Path) -> bool:
-    """Return whether the config of an adapter's folder is that of a classifier. False if it cannot be read."""
-    return is_classifier(collect(read_fields(folder / CONFIG_FILE))[0] or {})
 
 
 def read_head(

@@ -214,7 +214,12 @@ REFUSED: dict[str, tuple[str, Change, dict[str, Any], str]] = {
         "256 more (engine.added_tokens), got 1280",
     ),
     "negative": ("tokens", _nothing, {"trainable_token_indices": [1, 2, 3, 4, 5, -1]}, "ids from 0 to 1023, and 256"),
-    "twice": ("tokens", _nothing, {"trainable_token_indices": [1, 2, 3, 4, 2, 5]}, "each id once, got 2 twice"),
+    "twice": (
+        "tokens",
+        _nothing,
+        {"trainable_token_indices": [1, 2, 3, 4, 2, 5]},
+        "each id once, got 2 more than once",
+    ),
     "no-list": ("tokens", _nothing, {"trainable_token_indices": [1.5]}, "expected a list of token ids"),
     "module": ("tokens", _nothing, {"trainable_token_indices": {"norm": [1]}}, "got some for norm"),
     "of-a-matrix-with-lora": (
