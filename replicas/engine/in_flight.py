@@ -101,7 +101,7 @@ class InFlightStep:
 
 
 def _told(error: Exception) -> RankletError:
-    """Return what the client is told. A defect of a task must not end the thread that answers every request."""
+    """Return the error for the client. Any error of a task is caught: this thread answers all requests."""
     if isinstance(error, RankletError):
         return error
     logger.error("a task failed", exc_info=error)

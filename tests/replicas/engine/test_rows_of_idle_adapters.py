@@ -101,7 +101,7 @@ def test_pinned_adapters_keep_their_rows(engine: Engine, load: Callable[..., Non
     load("first", "second")
     with pytest.raises(Unavailable, match=r"this adapter has 32, 16 of the 32 .* are free beside those of adapters"):
         load("both")
-    assert resident(engine) == {"first", "second"}, "evicted in vain"
+    assert resident(engine) == {"first", "second"}, "no adapter was evicted"
     load("third")
     assert resident(engine) == {"first", "third"}
 
