@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -139,6 +140,21 @@ def limit_this_process(memory_bytes: int) -> None:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def answer_questions(answer: Callable[[Any], dict[str, Any]]) -> None:
+    """Run the program of a `BoundedProcess`: limit its memory, and answer until the other process is gone."""
+    descriptor, memory_bytes = int(sys.argv[1]), int(sys.argv[3])
+    limit_this_process(memory_bytes)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process ends this one
+    connection = Connection(descriptor)
+    connection.send_bytes(b"ready")
+    while True:
+        try:
+            question = json.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            return
+        connection.send_bytes(json.dumps(answer(question)).encode())
 
 
 def _end_process(process: "subprocess.Popen[bytes]", connection: Connection) -> None:
