@@ -88,15 +88,13 @@ class AdapterPool:
         self._ranks = torch.zeros(slices, dtype=torch.int32, device=self.device)
         self._scalings = torch.zeros(slices, dtype=torch.float32, device=self.device)
         self._stacks: dict[tuple[int, str], LinearStack] = {}
+        self._parts: dict[tuple[int, str], LinearStack | EmbeddingStack] = {}  # in the order of columns of `_ranks`
         self._make_stacks()
         self.head = self._stacks.get((HEAD, LM_HEAD))
         self.layers = [
             Stacks(**{pack: self._stacks[layer, pack] for pack in self._packs})
             for layer in range(self.architecture.layers)
         ]
-        self._parts: dict[tuple[int, str], LinearStack | EmbeddingStack] = {**self._stacks}
-        if self.embedding is not None:
-            self._parts[EMBEDDING, EMBED_TOKENS] = self.embedding
         self.rows = RowPool(self.slots, self.most_rows, self.architecture.hidden, self.device, self.dtype)
         self._terms_lock = Lock()
         self._terms: Tensor | None = None  # float32 [S, all gains and shifts], made for the first adapter with terms
@@ -121,10 +119,10 @@ class AdapterPool:
             a, b = self._matrices(layer, part, "a"), self._matrices(layer, part, "b")
             ranks, scalings = self._ranks[:, start:end], self._scalings[:, start:end]
             if layer == EMBEDDING:
-                self.embedding = EmbeddingStack(a, b, ranks, scalings)
+                self.embedding = self._parts[layer, part] = EmbeddingStack(a, b, ranks, scalings)
             else:
                 widths = tuple(self.architecture.dims(name)[1] for name in PARTS[part])
-                self._stacks[layer, part] = LinearStack(a, b, widths, ranks, scalings)
+                self._stacks[layer, part] = self._parts[layer, part] = LinearStack(a, b, widths, ranks, scalings)
 
     def _matrices(self, layer: int, part: str, side: str) -> Tensor:
         """View one side of a part in every slot as a matrix: [S, rows, columns]."""
