@@ -74,7 +74,7 @@ def works(url: str, names: list[str], replicas: int, options: argparse.Namespace
     if len(every) > ADAPTERS and replicas > 1:
         more = dataclasses.replace(texts, adapters=every)
         found.append(TextsBeside(f"{len(every)} adapters", more, None, "texts"))
-    return found
+    return [work for work in found if not options.works or work.name in options.works]
 
 
 def run(work: TextsBeside, seed: int) -> tuple[BenchResult, BenchResult | None]:
@@ -153,7 +153,8 @@ def rows_of(cluster: Served, options: argparse.Namespace) -> Iterator[dict[str, 
             row["settled of one replica"] = (
                 settled_rates[options.replicas, work.name] / settled if replicas == 1 else ""
             )
-            row["of texts"] = rate / rates[replicas, work.against] if work.against else ""
+            against = rates.get((replicas, work.against))
+            row["of texts"] = rate / against if against else ""
             print(row, flush=True)
             yield row
 
@@ -161,6 +162,7 @@ def rows_of(cluster: Served, options: argparse.Namespace) -> Iterator[dict[str, 
 def main() -> None:
     parser = report.parser(__doc__, "text-cluster-2xh200")
     parser.add_argument("--shapes", choices=tuple(SHAPES), default="0.6B", help="model")
+    parser.add_argument("--works", nargs="+", metavar="WORK", help="works to measure, by name; all by default")
     parser.add_argument("--replicas", type=int, default=max(torch.cuda.device_count(), 2), help="number of replicas")
     parser.add_argument("--gateways", type=int, default=8, help="number of gateways")
     parser.add_argument("--adapters", type=int, default=128, help="number of adapters")
