@@ -174,20 +174,24 @@ class RepeatableError(Exception):
     Args:
         replica: None if it is not known, or is no member of the deployment any more.
         has_begun: whether its engine may have worked on the call. False if that is not known.
+        is_process_gone: whether the process around the engine has ended, or its connection.
     """
 
-    def __init__(self, error: RankletError, replica: str | None, *, has_begun: bool = False) -> None:
+    def __init__(
+        self, error: RankletError, replica: str | None, *, has_begun: bool = False, is_process_gone: bool = False
+    ) -> None:
         super().__init__(error.message)
         self.error = error
         self.replica = replica
         self.has_begun = has_begun
+        self.is_process_gone = is_process_gone
 
 
 def _translate(error: Exception, replica: str | None) -> Exception:
     if isinstance(error, BackPressureError):
         return Saturated("expected space in the queue of the replicas (max_queued_requests), got none. Try again")
     if isinstance(error, _LOST) or (isinstance(error, grpc.aio.AioRpcError) and error.code() in _LOST_CODES):
-        return RepeatableError(_lost("died"), replica)
+        return RepeatableError(_lost("died"), replica, is_process_gone=True)
     if isinstance(error, DeploymentUnavailableError):
         return Unavailable("expected a replica, but none is up (deployment unhealthy). See `serve status`")
     return InternalError(f"the replica failed unexpectedly: {summary(error)}")

@@ -14,7 +14,7 @@ from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.errors import Saturated, Unavailable
 
 _MOST_CONTINUATIONS: Final = 3
-# A call under which so many replicas fail in a row, with no token between, may be the cause.
+# A call under which so many engines fail in a row, with no token between, may be the cause.
 _MOST_FAILURES: Final = 2
 _PATIENCE_S: Final = 10.0  # after a failure, for other replicas to accept a text that the client has a part of
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.0  # between two questions whether one accepts it
@@ -148,7 +148,9 @@ class TextCall:
         if (self._has_begun or failure.has_begun) and not isinstance(failure.error, Saturated):
             # Replicas that left before they ended were drained: the call is not the cause.
             counted = failure.replica is not None
-            self._failures = (0 if self._has_progress else self._failures) + counted
+            # A text may end an engine, but not the process around it. Processes end together, as with their node.
+            may_be_cause = counted and not failure.is_process_gone
+            self._failures = (0 if self._has_progress else self._failures) + may_be_cause
             self._continuations += counted
             self._patience_ends_s, self._pause_s = now_s + _PATIENCE_S, _FIRST_PAUSE_S
             if self._failures < _MOST_FAILURES and self._continuations <= _MOST_CONTINUATIONS:

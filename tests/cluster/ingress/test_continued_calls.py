@@ -34,19 +34,19 @@ def given_tokens(call: Call) -> list[list[int]]:
     return [[], []] if call.continuation is None else [text.tolist() for text in call.continuation.texts()]
 
 
-def generating(dies_after: int | None = None, *, drained: bool = False) -> Script:
+def generating(dies_after: int | None = None, *, ends: bool = False) -> Script:
     """Return a replica that makes a token of each of two texts a second.
 
     Args:
         dies_after: number of tokens that it makes of each before it fails; None makes all.
-        drained: whether it fails because Serve stops it.
+        ends: whether its process fails, not only its engine.
     """
 
     async def run(replica: TextReplica, call: Call) -> Any:
         replica.begin(call.number)
         made = [len(tokens) for tokens in given_tokens(call)]
         for turn in range(len(TEXTS[0])):
-            if turn == dies_after and drained:
+            if turn == dies_after and ends:
                 raise RayActorError
             if turn == dies_after:
                 return failure()
@@ -68,13 +68,19 @@ def refusing(error: RankletError) -> Script:
 
 
 def generate(
-    replica: TextReplica, kept: KeptText, params: GenerateParams = PARAMS, repeats: list[bool] | None = None
-) -> tuple[list[InferenceReply[GenerateResult]], float]:
-    """Run one request in virtual time. Returns the replies, and how many seconds it took."""
+    replica: TextReplica, kept: KeptText, params: GenerateParams = PARAMS, repeats: list[bool] | None = None,
+    *, is_member: bool = False,
+) -> tuple[list[InferenceReply[GenerateResult]], float]:  # fmt: skip
+    """Run one request in virtual time. Returns the replies, and how many seconds it took.
+
+    Args:
+        is_member: whether the replica was a member of the deployment when it failed. Else it was drained.
+    """
 
     async def run() -> tuple[list[InferenceReply[GenerateResult]], float]:
         affinity, loop = Affinity(), asyncio.get_running_loop()
         affinity.set_members([Member("r0", 0)])
+        replica.affinity = affinity if is_member else None
         handle: Any = replica
         counted = [] if repeats is None else repeats
         client = ReplicasClient(handle, affinity, LimitsConfig(), counted.append, "gateway")
@@ -212,10 +218,21 @@ def test_a_call_under_which_two_engines_die_is_not_given_to_a_third(before: int)
 
 
 def test_replicas_that_are_drained_do_not_count() -> None:
-    replica, kept = TextReplica(generating(1), *(generating(turn % 2, drained=True) for turn in range(6))), KeptText()
+    replica, kept = TextReplica(generating(1), *(generating(turn % 2, ends=True) for turn in range(6))), KeptText()
     replica.scripts.append(generating())
     generate(replica, kept)
     assert kept.tokens == dict(enumerate(map(list, TEXTS)))
+
+
+def test_replicas_whose_process_dies_do_not_make_a_text_suspect() -> None:
+    """A text may end engines. Processes around them end together, as with their node: here three, without a token."""
+    replica, kept = TextReplica(generating(2), *[generating(0, ends=True)] * 2, generating()), KeptText()
+    generate(replica, kept, is_member=True)
+    assert kept.tokens == dict(enumerate(map(list, TEXTS)))
+    again = TextReplica(generating(2), *[generating(0, ends=True)] * 3, generating())
+    with pytest.raises(Unavailable, match="each other that got the rest failed too"):
+        generate(again, KeptText(), is_member=True)
+    assert len(again.calls) == 4
 
 
 def test_a_call_is_continued_three_times_at_most() -> None:

@@ -14,6 +14,7 @@ from ranklet.cluster.text_result import ChoiceResult, GenerateResult, PackedLogp
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.errors import Unavailable
 from ranklet.replicas.process.messages import PieceTuple, pack_pieces
+from ranklet.routing.affinity import Affinity
 from ranklet.routing.hint import HINT
 from ranklet.routing.report import QueueLoad
 
@@ -44,7 +45,13 @@ class KeptText:
 
 
 class TextReplica:
-    """Stands in for Ray's handle of one replica, r0. `scripts` answer the calls of `generate` one by one."""
+    """Stands in for Ray's handle of one replica, r0. `scripts` answer the calls of `generate` one by one.
+
+    Attributes:
+        affinity: routes each call, as in Ray's router. None routes none.
+    """
+
+    affinity: Affinity | None = None
 
     def __init__(self, *scripts: Script) -> None:
         self.scripts = list(scripts)
@@ -83,6 +90,8 @@ class _TextMethod:
             return asyncio.sleep(0)
         self.replica.calls.append(arguments[0])
         self.replica.hints.append(kwargs[HINT])
+        if self.replica.affinity is not None:
+            self.replica.affinity.route(kwargs[HINT])
         return asyncio.ensure_future(self.replica.scripts.pop(0)(self.replica, arguments[0]))
 
 

@@ -1,0 +1,90 @@
+"""Two replicas die one right after the other, under texts that the second was to continue. Each is right."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.assets.families import make_family
+from tests.cluster.nodes import child_processes
+from tests.cluster.service import BASE, Service, eventually, local_configuration, serving, summed_samples
+from tests.cluster.stream_load import StreamLoad
+from tests.needs import require
+
+pytestmark = pytest.mark.timeout(300)
+
+STREAMS = 6
+TOKENS = 700
+HANDS_OVER_S = 0.5  # in which the second replica gets the texts. A slower one makes the test easier
+STARTS_S = 120.0  # longest time until replicas have replaced both
+
+
+@pytest.fixture(scope="module")
+def service(runs_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    require("haproxy")
+    folder = tmp_path_factory.mktemp("deaths")
+    make_family(folder, "llama")
+    content = local_configuration(folder / "model", folder / "adapters")
+    content["applications"][0]["args"]["limits"] = {"no_replica_timeout_s": STARTS_S, "request_timeout_s": STARTS_S}
+    with serving(content, folder) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def streams(service: Service) -> StreamLoad:
+    models = [BASE, *sorted(path.name for path in service.adapters.iterdir())]
+    sampled = {"temperature": 0.9, "seed": 3, "n": 2, "logprobs": 0}
+    return StreamLoad(
+        service.url,
+        [
+            {
+                "model": models[i % 3], "prompt": [5 + i, 6, 7], "max_tokens": TOKENS, "ignore_eos": True,
+                "return_token_ids": True, **(sampled if i == STREAMS - 1 else {"temperature": 0.0}),
+            }
+            for i in range(STREAMS)
+        ],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dies", ["before a token", "after a few tokens"])
+def test_texts_go_on_when_the_replica_that_continues_them_dies_too(
+    service: Service, streams: StreamLoad, dies: str
+) -> None:
+    eventually("two replicas", lambda: len(service.processes("Replica")) == 2)
+    replicas = service.processes("Replica")
+    first, second = replicas
+    gateway, of_second = target(service, role="gateway"), target(service, replica=second)
+    streams.clear()
+    continued = count(gateway, "ranklet_continuations_total")
+    with streams.running(STREAMS, most=STREAMS):
+        eventually("all streams have begun", lambda: streams.opened.total() == STREAMS, poll_s=0.02)
+        moved, computed = streams.opened[first], count(of_second, "ranklet_prompts_total")
+        if dies == "before a token":
+            os.kill(child_processes(replicas[second])[0], signal.SIGSTOP)
+        os.kill(replicas[first], signal.SIGKILL)
+        eventually(
+            "texts are sent to the second",
+            lambda: count(gateway, "ranklet_continuations_total") >= continued + moved, poll_s=0.01,
+        )  # fmt: skip
+        if dies == "before a token":
+            time.sleep(HANDS_OVER_S)
+        else:
+            eventually(
+                "the second computes them", lambda: count(of_second, "ranklet_prompts_total") >= computed + moved,
+                poll_s=0.01,
+            )  # fmt: skip
+        os.kill(replicas[second], signal.SIGKILL)
+    assert 0 < moved < STREAMS, streams.opened
+    assert streams.verdicts == {"right": STREAMS}, (streams.verdicts, streams.errors)
+    assert count(gateway, "ranklet_continuations_total") == continued + moved + STREAMS
+
+
+def target(service: Service, **labels: str) -> str:
+    (found,) = (each["targets"][0] for each in service.targets() if labels.items() <= each["labels"].items())
+    return str(found)
+
+
+def count(target: str, name: str) -> float:
+    return summed_samples([target], {}).get(name, 0.0)
