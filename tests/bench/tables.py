@@ -20,6 +20,7 @@ from tests.bench.columns import (
     HTTP,
     LOGPROBS,
     MS,
+    NATS,
     PERCENT,
     RATIO,
     RULES,
@@ -39,6 +40,7 @@ from tests.bench.notes import (
     ATTENTION_NOTE,
     CLIENTS_NOTE,
     CONVERSATIONS_NOTE,
+    DORA_NOTE,
     ENGINE_NOTE,
     FAIR_TEXTS_NOTE,
     FIDELITY_SMOLLM_NOTE,
@@ -48,10 +50,12 @@ from tests.bench.notes import (
     GENERATE_NOTE,
     GRAMMAR_NOTE,
     GRAMMAR_SCHEMAS_NOTE,
+    RERANK_NOTE,
     STREAM_FAULTS_NOTE,
     TEXT_CLUSTER_NOTE,
     TEXT_HTTP_NOTE,
     TEXT_SOAK_NOTE,
+    TOKEN_ROWS_NOTE,
 )
 
 
@@ -147,6 +151,28 @@ TABLES = (
         "The same of a model with trained weights", "fidelity-text-smollm-h200", LOGPROBS, note=FIDELITY_SMOLLM_NOTE
     ),
     ResultTable("Texts with grammars among others on one engine", "grammar-h200", GRAMMAR, note=GRAMMAR_NOTE),
+    ResultTable(
+        "DoRA beside plain LoRA", "dora-h200",
+        {"adapters": ("adapters", TEXT), "tokens": ("tokens of a prompt", COUNT), "tokens_per_s": ("tokens/s", COUNT),
+         "share": ("of the rate of plain LoRA", RATIO)},
+        note=DORA_NOTE,
+    ),
+    ResultTable(
+        "Reranking with one adapter", "rerank-h200",
+        {"documents": ("requests x documents x tokens", TEXT), "embeddings_tokens_per_s": ("embeddings tokens/s", COUNT),
+         "rerank_tokens_per_s": ("reranking tokens/s", COUNT),
+         "rerank/embeddings": ("of the rate of embeddings", RATIO),
+         "most score difference": ("largest difference of a score", NATS),
+         "of transformers in this dtype": ("that of transformers", NATS)},
+        note=RERANK_NOTE,
+    ),
+    ResultTable(
+        "Slots and loads of adapters with trained tokens", "token-rows-h200",
+        {"adapters": ("adapters", TEXT), "slot_mb": ("memory of a slot MB", MS), "slot_share": ("of plain", RATIO),
+         "disk_ms": ("load from disk ms", MS), "disk_share": ("of plain from disk", RATIO),
+         "host_ms": ("load from the host ms", FINE_MS), "host_share": ("of plain from the host", RATIO)},
+        note=TOKEN_ROWS_NOTE,
+    ),
     ResultTable("Over HTTP: HAProxy, 8 gateways and one replica", "http-h200", HTTP),
     ResultTable("Over HTTP with 16 gateways", "http-h200-512", HTTP),
     ResultTable("Over HTTP with 8 processes of the load client", "http-h200-p8", HTTP),

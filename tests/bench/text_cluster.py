@@ -184,7 +184,11 @@ def main() -> None:
         engine = {"slots": SLOTS, "max_rank": RANK, "max_batch_requests": options.running}
         content = configuration(model.folder.parent, options.replicas, options.gateways, engine)
         cluster = stack.enter_context(running(model.folder.parent, content))
-        report.save(options.name, list(rows_of(cluster, options)), options.out)
+        rows = list[dict[str, Any]]()
+        for row in rows_of(cluster, options):
+            rows.append(row)
+            report.write(options.name, rows, options.out)  # a run that is cut off leaves some
+        report.save(options.name, rows, options.out)
 
 
 if __name__ == "__main__":
