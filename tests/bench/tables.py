@@ -159,7 +159,8 @@ TABLES = (
     ),
     ResultTable(
         "Reranking with one adapter", "rerank-h200",
-        {"documents": ("requests x documents x tokens", TEXT), "embeddings_tokens_per_s": ("embeddings tokens/s", COUNT),
+        {"documents": ("requests x documents x tokens", TEXT),
+         "embeddings_tokens_per_s": ("embeddings tokens/s", COUNT),
          "rerank_tokens_per_s": ("reranking tokens/s", COUNT),
          "rerank/embeddings": ("of the rate of embeddings", RATIO),
          "most score difference": ("largest difference of a score", NATS),
