@@ -59,8 +59,8 @@ class InFlightStep:
                     continue
                 if piece is not None:
                     pieces.append((sequence, piece))
-                if sequence.grammar is not None and not is_done:
-                    self.bound.append(sequence)
+                    if sequence.grammar is not None and not is_done:
+                        self.bound.append(sequence)
                 if is_done:
                     done.append(sequence)
                     if sequence.request.is_complete:

@@ -166,6 +166,16 @@ def test_logprobs_are_those_without_the_grammar(scene: GrammarScene) -> None:
     assert choice.logprobs[0].logprob < free.logprobs[0].logprob
 
 
+def test_logprobs_of_the_prompt_leave_a_text_as_it_is(scene: GrammarScene) -> None:
+    for adapter in scene.adapters:
+        plain, scored = TextSink(), TextSink()
+        for sink, prompt_logprobs in ((scored, 1), (plain, None)):
+            params = GenerateParams(max_tokens=MOST, seed=1, grammar=DIGITS, prompt_logprobs=prompt_logprobs)
+            scene.roomy.submit(PROMPTS, adapter, params, sink)
+        assert scored.generation().choices[0].tokens.tolist() == plain.generation().choices[0].tokens.tolist()
+        assert scored.generation().prompt_logprobs is not None
+
+
 def test_a_grammar_that_cannot_be_enforced_fails_its_request(scene: GrammarScene) -> None:
     for grammar in (Grammar("lark", "strt: x"), Grammar("lark", 'start: a\na: a "x"'), Grammar("regex", "(?=a)b")):
         with pytest.raises(InvalidRequest, match="cannot be enforced"):
