@@ -13,10 +13,12 @@ from ranklet.replicas.grammar.refusal import problem_of
 class TextGrammar:
     """The state of one text in its grammar. One thread at a time uses it.
 
+    Ids beyond the base model's, which adapters may have, are never allowed, and those in arguments have no effect.
+
     Args:
         kept: the matcher of no text, with which texts of the grammar begin.
         given: tokens of the text. Its matcher has not consumed them.
-        vocab: number of token ids.
+        vocab: number of token ids of the base model.
         end_ids: end the text. They are allowed only where the text is complete.
         allowed_ids: the only other tokens; None allows all.
         min_tokens: ids that end the text are banned until it has this many tokens, unless nothing else is possible.
@@ -46,8 +48,8 @@ class TextGrammar:
         self._mask = self.allowed
 
     def add_ends(self, end_ids: Collection[int]) -> None:
-        """Let more ids end the text: those of its adapter. Ids beyond the base model's stay excluded."""
-        more = _bits([each for each in end_ids if each < self._vocab], self._vocab)
+        """Let more ids end the text: those of its adapter."""
+        more = _bits(end_ids, self._vocab)
         self._ends, self._stops = self._ends | more, self._stops | more
         self._others = ~self._ends
         self._restrict()
@@ -82,6 +84,7 @@ class TextGrammar:
 
 def _bits(ids: Collection[int], vocab: int) -> NDArray[np.int32]:
     tokens = np.fromiter(ids, dtype=np.int64)
+    tokens = tokens[tokens < vocab]
     words = np.zeros(-(-vocab // 32), dtype=np.uint32)
     np.bitwise_or.at(words, tokens // 32, np.uint32(1) << (tokens % 32).astype(np.uint32))
     return words.view(np.int32)

@@ -16,6 +16,7 @@ from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.request import Answer
 from ranklet.replicas.errors import InvalidAdapter, InvalidRequest
+from ranklet.replicas.grammar.grammar import Grammar
 from ranklet.replicas.model.modules import ALL_MODULES
 from tests.assets.broken import edit_config, edit_weights
 from tests.assets.make import make_model
@@ -125,6 +126,16 @@ def test_sampling_knows_the_new_tokens(engine: Engine, resized: dict[str, Path])
     assert once.result(PATIENCE_S).result.choices[0].tokens.tolist()[:2] == [1028, 1027]
     ended = _asked(engine, folder, NEW_PROMPT, logit_bias=((1030, 90.0),), stop_token_ids=(1030,), min_tokens=0)
     assert ended.result(PATIENCE_S).result.choices[0].stop_token == 1030
+
+
+def test_new_tokens_beside_a_grammar_change_no_text(engine: Engine, resized: dict[str, Path]) -> None:
+    """A grammar allows only tokens of the base model."""
+    grammar = Grammar("regex", "[0-9]{2}")
+    folder, found = resized["resized"], []
+    for params in ({}, {"stop_token_ids": (1030, 1279)}, {"allowed_token_ids": (*range(1024), 1030, 1279)}):
+        answer = _asked(engine, folder, NEW_PROMPT, grammar=grammar, ignore_eos=False, **params)
+        found.append(answer.result(PATIENCE_S).result.choices[0].tokens.tolist())
+    assert found[0] == found[1] == found[2]
 
 
 def test_tokens_that_the_adapter_does_not_have_are_refused(
