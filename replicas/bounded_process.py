@@ -27,7 +27,7 @@ class BoundedProcess:
     A question that takes too much time or memory is refused for a minute, so that it delays the others only once.
 
     Questions and replies are JSON, and this process unpickles nothing: what runs there may come from anyone. A reply is
-    an object. It may have `error`, and `ends` if the process must end or has ended.
+    an object; any other ends the process. It may have `error`, and `ends` if the process must end or has ended.
 
     Args:
         program: module that is run with a file descriptor, `time_s` and `memory_bytes`. It sends one message when it is
@@ -51,7 +51,7 @@ class BoundedProcess:
         self._max_reply_bytes = max_reply_bytes
         self._clock = clock
         self._lock = threading.Lock()
-        self._running: tuple[subprocess.Popen[bytes], Connection] | None = None
+        self._running: tuple[Connection, subprocess.Popen[bytes]] | None = None
         self._refused: dict[str, tuple[float, str]] = {}  # until when and why, by subject
 
     def ask(self, subject: str, question: bytes) -> dict[str, Any]:
@@ -67,10 +67,7 @@ class BoundedProcess:
             until_s, why = self._refused.get(subject, (0.0, ""))
             if self._clock() < until_s:
                 return {"error": f"{why}. It is refused for {until_s - self._clock():.0f} s", "ends": True}
-            try:
-                reply = self._reply(question)
-            except (OSError, EOFError, ValueError):
-                reply = {"error": f"it ended the process that {self._purpose}", "ends": True}
+            reply = self._reply(question)
             if reply.get("ends"):
                 self._end()
                 self._refuse(subject, str(reply.get("error")))
@@ -87,38 +84,48 @@ class BoundedProcess:
             self._end()
 
     def _reply(self, question: bytes) -> dict[str, Any]:
-        """Return the reply of the process.
+        """Return the reply of the process, which is killed once it is late, whatever it waits for."""
+        connection, process = self._connect()
+        is_late = threading.Event()
 
-        Raises:
-            OSError, EOFError, ValueError: the process has ended, or its reply is no JSON.
-        """
-        connection = self._connect()
-        connection.send_bytes(question)
-        if not connection.poll(self._time_s + self._grace_s):
-            return {"error": f"it takes more than {self._time_s:g} s", "ends": True}
-        reply: dict[str, Any] = json.loads(connection.recv_bytes(self._max_reply_bytes))
-        return reply
+        def kill() -> None:
+            is_late.set()
+            process.kill()
+
+        limit = threading.Timer(self._time_s + self._grace_s, kill)
+        limit.start()
+        try:
+            connection.send_bytes(question)
+            reply = json.loads(connection.recv_bytes(self._max_reply_bytes))
+        except (OSError, EOFError, ValueError, RecursionError):
+            reply = None
+        finally:
+            limit.cancel()
+        if isinstance(reply, dict):
+            return reply
+        late, ended = f"it takes more than {self._time_s:g} s", f"it ended the process that {self._purpose}"
+        return {"error": late if is_late.is_set() else ended, "ends": True}
 
     def _refuse(self, subject: str, why: str) -> None:
         now_s = self._clock()
         self._refused = {each: kept for each, kept in self._refused.items() if now_s < kept[0]}
         self._refused[subject] = now_s + _REFUSED_S, why
 
-    def _connect(self) -> Connection:
-        if self._running and self._running[0].poll() is None:
-            return self._running[1]
+    def _connect(self) -> tuple[Connection, "subprocess.Popen[bytes]"]:
+        if self._running and self._running[1].poll() is None:
+            return self._running
         self._end()
-        connection, theirs = Pipe()
-        with theirs:
-            limits = (str(self._time_s), str(self._memory_bytes))
-            command = [sys.executable, "-m", self._program, str(theirs.fileno()), *limits]
-            process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=child_environment())
-        self._running = process, connection
-        self._end_running = weakref.finalize(self, _end_process, process, connection)
         try:
+            connection, theirs = Pipe()
+            with theirs:
+                limits = (str(self._time_s), str(self._memory_bytes))
+                command = [sys.executable, "-m", self._program, str(theirs.fileno()), *limits]
+                process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=child_environment())
+            self._running = connection, process
+            self._end_running = weakref.finalize(self, _end_process, process, connection)
             if connection.poll(_START_S):
                 connection.recv_bytes()
-                return connection
+                return self._running
         except (OSError, EOFError):
             pass
         self._end()
@@ -143,18 +150,20 @@ def limit_this_process(memory_bytes: int) -> None:
 
 
 def answer_questions(answer: Callable[[Any], dict[str, Any]]) -> None:
-    """Run the program of a `BoundedProcess`: limit its memory, and answer until the other process is gone."""
+    """Run the program of a `BoundedProcess`: limit its memory, and answer until a reply has `ends`, or nobody asks."""
     descriptor, memory_bytes = int(sys.argv[1]), int(sys.argv[3])
     limit_this_process(memory_bytes)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process ends this one
     connection = Connection(descriptor)
     connection.send_bytes(b"ready")
-    while True:
+    reply: dict[str, Any] = {}
+    while not reply.get("ends"):
         try:
             question = json.loads(connection.recv_bytes())
         except (EOFError, OSError):
             return
-        connection.send_bytes(json.dumps(answer(question)).encode())
+        reply = answer(question)
+        connection.send_bytes(json.dumps(reply, ensure_ascii=False).encode(errors="surrogatepass"))
 
 
 def _end_process(process: "subprocess.Popen[bytes]", connection: Connection) -> None:

@@ -1,4 +1,4 @@
-"""The program that renders chat templates: `python -m ranklet.cluster.text.render_worker FD`.
+"""The program that renders chat templates: `python -m ranklet.cluster.text.render_worker FD TIME_S MEMORY_BYTES`.
 
 FD is the file descriptor of a socket to the gateway. Requests and replies are JSON: this process may run a template
 that breaks out of the sandbox, so the gateway unpickles nothing of it.
@@ -8,18 +8,17 @@ operation in C, such as printing nested lists, may take hours or all memory whil
 of its own renders, with limited memory, and the gateway ends it if it is late.
 """
 
-import json
 import math
 import resource
 import signal
 import sys
 import time
-from multiprocessing.connection import Connection
+from functools import partial
 from types import FrameType
 from typing import Any
 
 from ranklet.cluster.text.template_language import reason_of, render
-from ranklet.replicas.bounded_process import limit_this_process
+from ranklet.replicas.bounded_process import answer_questions
 
 _REPEAT_S = 0.1  # in case a template's code has caught the first alarm
 _SPARE_CPU_S = 2
@@ -68,22 +67,5 @@ def answer(request: dict[str, Any], alarm: Alarm) -> dict[str, Any]:
         return {"error": reason_of(error), "ends": isinstance(error, MemoryError | RecursionError | SystemError)}
 
 
-def main() -> None:
-    descriptor, time_s, memory_bytes = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
-    limit_this_process(memory_bytes)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the gateway ends this process
-    alarm = Alarm(time_s)
-    connection = Connection(descriptor)
-    connection.send_bytes(b"ready")
-    reply: dict[str, Any] = {}
-    while not reply.get("ends"):
-        try:
-            request = json.loads(connection.recv_bytes())
-        except (EOFError, OSError):
-            return
-        reply = answer(request, alarm)
-        connection.send_bytes(json.dumps(reply, ensure_ascii=False).encode(errors="surrogatepass"))
-
-
 if __name__ == "__main__":
-    main()
+    answer_questions(partial(answer, alarm=Alarm(float(sys.argv[2]))))
