@@ -27,8 +27,8 @@ CLIENT_HEADER = "x-ranklet-client"
 # into it, those in flight end with an error.
 DRAIN_VARIABLE = "RANKLET_DRAIN_FILE"
 DRAIN_IS_OVER = "over"
-# Defaults of graceful_shutdown_timeout_s by deployment. Texts that take longer are lost with their gateway, and go on
-# elsewhere after their replica.
+# Defaults of graceful_shutdown_timeout_s by deployment. Texts that take longer than their gateway's end with an error;
+# those that take longer than their replica's go on elsewhere.
 SHUTDOWN_TIMEOUTS_S = {"Gateway": 600.0, "Replica": 20.0}
 _EVERYWHERE = "0.0.0.0"
 _PACKAGES = ("ranklet", "ray", "torch", "triton", "transformers")
@@ -102,12 +102,22 @@ def refuse_missing_token(*, open_ray: bool) -> None:
     logger.error("%s", fault)
 
 
+def serve_controller() -> Any:
+    """Return the handle of Serve's controller. Call it in a process of Serve.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import ray
+
+    return ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+
+
 def http_host() -> str:
     """Return the address on which Serve listens. Call it in a process of Serve."""
     import ray
 
-    controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-    options: Any = ray.get(controller.get_http_config.remote())
+    options: Any = ray.get(serve_controller().get_http_config.remote())
     return str(options.host or _EVERYWHERE)
 
 

@@ -43,6 +43,7 @@ from ranklet.cluster.ingress.probes import ProbesApi
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.ingress.routes import Handler, build_app
 from ranklet.cluster.ingress.scoring import SCORING_PATHS
+from ranklet.cluster.ingress.shutdown import GatewayShutdown, ask_controller
 from ranklet.cluster.ingress.status import RecentRequests
 from ranklet.cluster.ingress.task import ParseTask
 from ranklet.cluster.ingress.text_task import CompletionsTask
@@ -108,6 +109,10 @@ class Gateway(ReportReceiver):
         self._watching: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
+        self._shutdown = GatewayShutdown(
+            partial(ask_controller, context.app_name, context.deployment, self._id), self._replicas.watchdog.end_calls
+        )
+        self._ending: asyncio.Task[None] | None = None
         self._metrics_target = start_exporter(self._metrics.registry, args.metrics)
         logger.info("gateway %s: %s; metrics on %s", self._id, DataPath.current().summary(), self._metrics_target)
         if problem := self._registry.root_problem():
@@ -207,6 +212,9 @@ class Gateway(ReportReceiver):
             self._looking = asyncio.ensure_future(self._intake.on_thread(self._settings.look))
         if self._connecting is None:
             self._connecting = asyncio.ensure_future(self._quotas.connect())
+        self._shutdown.on_health_check()
+        if self._ending is None or self._ending.done():
+            self._ending = asyncio.ensure_future(self._shutdown.run())
 
     def __del__(self) -> None:
         """Close the feeds. Serve calls this once the requests have been answered."""

@@ -24,7 +24,7 @@ class Abandoned:
 
     Attributes:
         replica: the id of the replica that hangs; None if no replica was up in time.
-        is_stopping: whether all calls were cancelled, because the service stops.
+        is_stopping: whether all calls were cancelled, because the gateway stops.
     """
 
     replica: str | None
@@ -59,7 +59,7 @@ class Watchdog:
         """Watch a call of the current task, until `unwatch`.
 
         Raises:
-            Unavailable: the service stops.
+            Unavailable: the gateway stops.
         """
         if self._has_ended:
             raise stopping()
@@ -82,7 +82,7 @@ class Watchdog:
         return self._abandoned.get(hint_id)
 
     def end_calls(self) -> None:
-        """Cancel all calls, because the service stops. Later ones are refused."""
+        """Cancel all calls, because the gateway stops. Later ones are refused."""
         self._has_ended = True
         for id in self._calls.keys() - self._abandoned.keys():
             self._abandon(id, Abandoned(None, is_stopping=True))
@@ -121,4 +121,4 @@ class Watchdog:
 
 
 def stopping() -> Unavailable:
-    return Unavailable("the service stops, and the time for requests in flight is over. Send the request again")
+    return Unavailable("the gateway stops, and the time for requests in flight is over. Send the request again")

@@ -191,5 +191,5 @@ async def test_calls_end_with_an_error_when_the_time_to_stop_has_come() -> None:
     await handle.has_call.wait()
     replicas.watchdog.end_calls()
     for each in (call, embed(replicas)):
-        with pytest.raises(Unavailable, match="the service stops"):
+        with pytest.raises(Unavailable, match="the gateway stops"):
             await each

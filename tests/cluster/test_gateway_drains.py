@@ -1,0 +1,91 @@
+"""Texts that take longer than a gateway's drain end with an error, shortly before Serve kills the gateway."""
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.assets.families import make_family
+from tests.cluster.service import BASE, Service, local_configuration, serving, summed_samples
+from tests.cluster.stream_load import ReceivedStream, receive
+from tests.needs import require
+
+pytestmark = pytest.mark.timeout(300)
+
+LIMIT_S = 15.0
+STREAMS = 8
+OVER = "the time for requests in flight is over"
+# A minute or more of work with all its streams.
+LONG = {"model": BASE, "prompt": [5, 6, 7], "max_tokens": 4000, "n": 2, "ignore_eos": True, "return_token_ids": True}
+
+
+@pytest.fixture(scope="module")
+def service(runs_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    require("haproxy")
+    folder = tmp_path_factory.mktemp("drains")
+    make_family(folder, "llama")
+    content = local_configuration(folder / "model", folder / "adapters")
+    gateway, replica = content["applications"][0]["deployments"]
+    gateway |= {"num_replicas": 2, "graceful_shutdown_timeout_s": LIMIT_S}
+    replica["num_replicas"] = 1
+    with serving(content, folder) as service:
+        yield service
+
+
+def test_texts_of_a_gateway_that_is_removed_end_with_an_error_at_its_limit(service: Service) -> None:
+    """Those of the other gateway go on."""
+    asyncio.run(_remove_gateway(service))
+
+
+async def _remove_gateway(service: Service) -> None:
+    begun = asyncio.Queue[str]()
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=60)
+    connector = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(service.url, timeout=timeout, connector=connector) as http, asyncio.timeout(200):
+        streams = [asyncio.create_task(receive(http, LONG, begun.put_nowait)) for _ in range(STREAMS)]
+        whole = [asyncio.create_task(_answer(http)) for _ in range(STREAMS)]
+        for _ in streams:
+            await begun.get()
+        before = await asyncio.to_thread(_in_flight, service)
+        assert sum(before.values()) == 2 * STREAMS
+        began_s = time.monotonic()
+        service.content["applications"][0]["deployments"][0]["num_replicas"] = 1
+        await asyncio.to_thread(service.deploy, None)
+        ended: set[asyncio.Task[Any]] = set()
+        expected = 2 * STREAMS
+        while len(ended) < expected:
+            ended |= (await asyncio.wait({*streams, *whole} - ended, return_when=asyncio.FIRST_COMPLETED))[0]
+            (kept,) = await asyncio.to_thread(service.processes, "Gateway")
+            expected = sum(count for gateway, count in before.items() if gateway != kept)
+        assert time.monotonic() - began_s > LIMIT_S / 2
+        assert 0 < len(ended) == expected < 2 * STREAMS
+        for stream in ended.intersection(streams):
+            seen: ReceivedStream = stream.result()
+            assert OVER in seen.error, seen.error
+            assert seen.texts
+            assert all(text.tokens and text.reason is None for text in seen.texts.values())
+        for one in ended.intersection(whole):
+            status, headers, content = one.result()
+            assert (status, content["error"]["code"]) == (503, "unavailable")
+            assert int(headers["retry-after"]) >= 1
+            assert OVER in content["error"]["message"]
+        assert _in_flight(service) == {kept: 2 * STREAMS - expected}
+        for task in (*streams, *whole):
+            task.cancel()
+
+
+async def _answer(http: aiohttp.ClientSession) -> tuple[int, Mapping[str, str], Any]:
+    async with http.post("/v1/completions", json=LONG) as answer:
+        return answer.status, answer.headers, await answer.json()
+
+
+def _in_flight(service: Service) -> dict[str, int]:
+    """Return how many requests each gateway works on, by its id."""
+    return {
+        each["labels"]["replica"]: round(summed_samples(each["targets"], {})["ranklet_requests_in_flight"])
+        for each in service.targets()
+        if each["labels"]["role"] == "gateway"
+    }
