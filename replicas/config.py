@@ -73,6 +73,9 @@ class EngineConfig:
     merged_bytes: int = 0
     # LoRA backend; "fastest" may give up a little accuracy for speed (see kernels/dispatch.py).
     backend: str = "auto"
+    # Whether steps are padded without CUDA graphs too. A CPU then computes the steps of a GPU, which helps to find the
+    # cause of a wrong answer.
+    padded_steps: bool = False
     # fnmatch patterns of the names that adapters may give as their base model.
     base_aliases: tuple[str, ...] = ()
     # Folders that links in an adapter's folder may lead to, besides that folder.

@@ -108,7 +108,7 @@ class Engine:
             config.slots, loader, self._lock, self._scheduler.take_waiting, on_load=self._listener.load,
             on_loading=self._listener.loading, on_evicted=self._listener.evicted,
         )  # fmt: skip
-        self.runner = Runner(model, self._pool, config.backend, config.merged_bytes, config.max_batch_tokens)
+        self.runner = Runner(model, self._pool, config)
         self.steps = StepRunner(self.runner)
         self._text: Text | None = None
         self._lost_pages: str | None = None

@@ -171,7 +171,7 @@ class LayoutPacker:
     """Packs steps of one engine.
 
     Args:
-        pads: whether sizes are rounded up, for CUDA graphs. May be changed later.
+        pads: whether sizes are rounded up, for CUDA graphs.
         adapts_head: whether the language-model head has LoRA slots.
     """
 

@@ -55,7 +55,7 @@ class PagedRunner:
         self._pages = [kv.layer(i) for i in range(model.architecture.layers)]
         self._cuda = model.device.type == "cuda"
         self.packer = LayoutPacker(
-            table, max_tokens=runner.max_tokens, pads=runner.graphs is not None, pinned=self._cuda,
+            table, max_tokens=runner.max_tokens, pads=runner.pads_pages, pinned=self._cuda,
             adapts_head=runner.pool.head is not None,
         )  # fmt: skip
         self._rows = RowDecoder(model) if row_decoder.supports(model) else None

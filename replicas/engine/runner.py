@@ -19,6 +19,7 @@ from ranklet.kernels.dispatch import Backends
 from ranklet.kernels.row_subset import one_each
 from ranklet.kernels.segments import runs_of
 from ranklet.replicas.adapters.pool import AdapterPool
+from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.bucket import Bucket, is_full
 from ranklet.replicas.engine.cuda_graphs import GraphCache
 from ranklet.replicas.engine.launched import SKIPPED, LaunchedStep, OutputGroup, record_event, to_host
@@ -34,29 +35,30 @@ _REPLAYED_TOKENS = 16_384  # launching a larger step takes Python less time than
 class Runner:
     """Launches the steps of one model on one device.
 
-    Args:
-        backend: LoRA backend: "auto", "fastest" or a backend's name.
-        merged_bytes: device memory for merged weights.
-        max_tokens: tokens of the largest step.
-
     Attributes:
+        max_tokens: tokens of the largest step.
+        backend: LoRA backend: "auto", "fastest" or a backend's name.
         graphs: CUDA graphs of steps; None launches every kernel from Python, as on the CPU.
         pads: whether steps are padded to buckets, so that steps of different lengths share a graph.
+        pads_pages: the same, for steps with pages.
     """
 
-    def __init__(self, model: Decoder, pool: AdapterPool, backend: str, merged_bytes: int, max_tokens: int) -> None:
+    def __init__(self, model: Decoder, pool: AdapterPool, config: EngineConfig) -> None:
         self.model = model
         self.pool = pool
-        self.max_tokens = max_tokens
-        self.backend = backend
+        self.max_tokens = config.max_batch_tokens
+        self.backend = config.backend
         self._cuda = model.device.type == "cuda"
         self.graphs = GraphCache(model.device) if self._cuda else None
-        self.pads = reads_lengths_on_device(model.device, model.dtype, model.architecture.windows)
+        self.pads, self.pads_pages = config.padded_steps, config.padded_steps
+        if self.graphs is not None:
+            self.pads = reads_lengths_on_device(model.device, model.dtype, model.architecture.windows)
+            self.pads_pages = True
         self.uses_cudnn = cudnn_attention.is_available(model.device) and model.dtype in (torch.bfloat16, torch.float16)
         known = crossovers(model.embedding.device.index)
         measured = surface(known, scope_of(pool.projections), pool.architecture.hidden)
         layer = LoraLayer(pool.projections, pool.rank, self._cuda, measured)
-        self.backends = Backends(layer, merged_bytes)
+        self.backends = Backends(layer, config.merged_bytes)
 
     @torch.inference_mode()
     def launch(
@@ -75,10 +77,10 @@ class Runner:
         heads = distinct_heads(span.head for span in spans)
         pads = self.pads and lora.backend in ("csgmv", "none")
         replays = lora.rows <= _REPLAYED_TOKENS or (pads and is_full(lora.rows, self.max_tokens))
-        graphs = self.graphs if replays and on_stage is None else None
-        layout = self.lay_out([spans[i] for i in order], lora, heads, padded=pads and graphs is not None)
+        replays = replays and on_stage is None
+        layout = self.lay_out([spans[i] for i in order], lora, heads, padded=pads and replays)
         began = record_event(self.model.device)
-        outputs = self._run(layout, heads, graphs, on_stage or ignore_stage)
+        outputs = self._run(layout, heads, self.graphs if replays else None, on_stage or ignore_stage)
         groups = []
         for head, output in zip(heads, outputs, strict=True):
             members = [i if spans[i].head is head else SKIPPED for i in order]

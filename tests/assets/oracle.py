@@ -28,12 +28,14 @@ def reference_embedding(
     prompts: Sequence[Prompt],
     *,
     dimensions: int | None = None,
+    pooling: str | None = None,
 ) -> np.ndarray:
     """Compute embeddings with transformers and PEFT: float32 [prompts, dimensions or hidden].
 
     Args:
         prompts: texts, to which the tokenizer adds its special tokens, or token ids, which are used unchanged.
         dimensions: truncate to this many dimensions and normalise again.
+        pooling: last, mean or cls; None for that of the model's folder.
 
     Raises:
         ValueError: PEFT ignored keys of the adapter or left weights of it unset.
@@ -48,7 +50,7 @@ def reference_embedding(
         for prompt in prompts:
             ids = encode(model_dir, prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
             states = decoder(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]  # [tokens, hidden]
-            vector = _pool(states, mode)[: dimensions or states.shape[-1]]
+            vector = _pool(states, pooling or mode)[: dimensions or states.shape[-1]]
             rows.append(torch.nn.functional.normalize(vector, dim=0) if normalize or dimensions else vector)
     return np.asarray(torch.stack(rows).numpy(), dtype=np.float32)
 

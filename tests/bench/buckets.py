@@ -50,7 +50,7 @@ def fixed(engine: Engine, batch: str, slots: list[int | None]) -> dict[str, Any]
 def traffic(engine: Engine, slots: list[int | None], turns: int, max_prompts: int, *, graphs: bool) -> dict[str, Any]:
     """Time random batches one at a time, and measure the device memory reserved while they run."""
     runner = engine.runner
-    rng, cache = np.random.default_rng(max_prompts), runner.graphs
+    rng, cache, pads = np.random.default_rng(max_prompts), runner.graphs, runner.pads
     assert cache is not None
     cache.clear()
     torch.cuda.empty_cache()
@@ -61,13 +61,14 @@ def traffic(engine: Engine, slots: list[int | None], turns: int, max_prompts: in
         lengths = lengths[: max(1, int((lengths.cumsum() <= 8192).sum()))]
         prompts = [rng.integers(0, 1000, length, dtype=np.int32) for length in lengths]
         used = [slots[int(rng.integers(len(slots)))] for _ in prompts]
-        runner.graphs, before, start_s = cache if graphs else None, len(cache), perf_counter()
+        runner.graphs, runner.pads = cache if graphs else None, pads and graphs
+        before, start_s = len(cache), perf_counter()
         step = runner.launch(whole_prompts(prompts, engine.heads.base), used)
         step.wait()
         took_s.append(perf_counter() - start_s)
         if len(cache) > before:
             capture_s.append(step.launch_s)
-    runner.graphs, late_s = cache, sorted(took_s[turns // 2 :])
+    runner.graphs, runner.pads, late_s = cache, pads, sorted(took_s[turns // 2 :])
     return {
         "batch": f"up to {max_prompts} prompts", "graphs": len(cache) if graphs else 0,
         "ms": round(sum(took_s) / turns * 1e3, 3), "later_ms": round(sum(late_s) / len(late_s) * 1e3, 3),

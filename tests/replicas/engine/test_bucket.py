@@ -148,8 +148,7 @@ def plain_and_padded(
 @pytest.fixture
 def runner(tmp_path: Path) -> Iterator[Runner]:
     """A runner that pads steps as on a GPU."""
-    engine = Engine(EngineConfig(make_model(tmp_path / "model"), slots=8))
-    engine.runner.pads = True
+    engine = Engine(EngineConfig(make_model(tmp_path / "model"), slots=8, padded_steps=True))
     yield engine.runner
     engine.stop()
 

@@ -87,7 +87,7 @@ def test_one_graph_serves_a_bucket(folder: Path, dtype: str) -> None:
         Engine(EngineConfig(folder / "model", slots=2, backend="csgmv", dtype=dtype, kv_cache_bytes=0))
         for _ in range(2)
     )
-    plain.runner.graphs = None
+    plain.runner.graphs, plain.runner.pads = None, False
     for one in (running, plain):
         one.start()
         for adapter in some:

@@ -18,10 +18,10 @@ GREEDY = GenerateParams(max_tokens=20, temperature=0.0, ignore_eos=True, logprob
 
 
 def text_engine(make_engine: MakeEngine, *, pads: bool) -> Engine:
-    engine = make_engine(slots=4, kv_cache_bytes=8 << 20, max_model_len=512, decode_slowdown=1.0)
+    engine = make_engine(
+        slots=4, kv_cache_bytes=8 << 20, max_model_len=512, decode_slowdown=1.0, padded_steps=pads
+    )  # fmt: skip
     engine.start()
-    assert engine.steps.paged is not None
-    engine.steps.paged.packer.pads = pads
     return engine
 
 
@@ -51,10 +51,10 @@ def test_padding_changes_no_text(make_engine: MakeEngine, adapter_specs: list[Ad
 
 @pytest.fixture
 def padded(make_engine: MakeEngine) -> Engine:
-    engine = make_engine(slots=4, kv_cache_bytes=64 << 20, max_model_len=4096, max_batch_requests=256)
+    engine = make_engine(
+        slots=4, kv_cache_bytes=64 << 20, max_model_len=4096, max_batch_requests=256, padded_steps=True
+    )  # fmt: skip
     engine.start()
-    assert engine.steps.paged is not None
-    engine.steps.paged.packer.pads = True
     return engine
 
 

@@ -27,13 +27,12 @@ def paged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PagedRunner]:
     folder = make_model(tmp_path_factory.mktemp("keys") / "model", pooling=None)
     config = EngineConfig(
         folder, slots=SLOTS, max_rank=16, max_batch_requests=ROWS, max_batch_tokens=MOST_TOKENS, max_model_len=LONGEST,
-        kv_cache_bytes=64 << 20,
+        kv_cache_bytes=64 << 20, padded_steps=True,
     )  # fmt: skip
     engine = Engine(config)
     engine.start()
     steps = engine.steps.paged
     assert steps is not None
-    steps.packer.pads = True
     with engine.runner.pool.placeholder_adapters(in_layers=True):
         yield steps
     engine.stop()
@@ -167,11 +166,11 @@ def test_full_steps_share_graphs(paged: PagedRunner, draw: Draw) -> None:
 
 
 def test_fillers_fit_into_a_step_of_the_largest_size(tmp_path: Path) -> None:
-    engine = Engine(EngineConfig(make_model(tmp_path / "model", pooling=None), max_batch_tokens=100, max_model_len=90))
+    folder = make_model(tmp_path / "model", pooling=None)
+    engine = Engine(EngineConfig(folder, max_batch_tokens=100, max_model_len=90, padded_steps=True))
     engine.start()
     paged = engine.steps.paged
     assert paged is not None
-    paged.packer.pads = True
     items = StepItems(np.zeros(0, dtype=np.int32), [TokenSpan(np.zeros(80, dtype=np.int32), 0, paged.text, 0)], [None])
     order, lora = items.lora(paged.table)
     assert paged.packer.pack(items, order, lora).sizes.tokens == 100
