@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,6 +35,8 @@ from ranklet.replicas.model.architecture import read_architecture, read_config
 
 T = TypeVar("T")
 _MAX_COPIED_BYTES = 64 << 20  # of a file that is no part of the adapter's revision
+# Fields with which the initial matrices count, and PEFT's defaults.
+_SCALES: Final[dict[str, Any]] = {"r": 8, "lora_alpha": 8, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".distcp")
 
 
@@ -123,9 +125,11 @@ class Conversion:
             )
         settings = _settings(fields, tensors)
         if self.initial is not None:
-            if (before := _read_fields(self.initial)).get("r", 8) != fields.get("r", 8):
-                expected, got = show(fields.get("r", 8)), show(before.get("r", 8))
-                raise ConversionError(f"{self.initial}: expected r {expected}, got {got}")
+            before = _read_fields(self.initial)
+            for name, default in _SCALES.items():
+                expected, got = (each.get(name) or default for each in (fields, before))
+                if got != expected:
+                    raise ConversionError(f"{self.initial}: expected {name} {show(expected)}, got {show(got)}")
             initial, _ = _named_tensors(self.initial)
         elif self.model is not None and has_known_factors(init):
             with BaseWeights(self.model) as base:

@@ -124,6 +124,9 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
         content = {name: value for name, value in content.items() if not str(name).endswith("._extra_state")}
     if not isinstance(content, dict) or not all(isinstance(each, Tensor) for each in content.values()):
         raise ConversionError(f"{path.name}: expected tensors by name, got {type(content).__name__} of other values")
+    size = sum(tensor.nbytes for tensor in content.values())  # a view may be larger than what the file stores
+    if size > MAX_ADAPTER_BYTES:
+        raise ConversionError(f"{path.name}: expected tensors of at most {MAX_ADAPTER_BYTES} bytes, got {size}")
     return {str(name): tensor.contiguous() for name, tensor in content.items()}
 
 

@@ -158,6 +158,17 @@ def test_an_initialisation_that_is_not_known_is_refused(plain: Path, tmp_path: P
     assert [each.name for each in tmp_path.iterdir()] == ["source"]
 
 
+def test_the_initial_adapter_has_the_scale_of_the_trained_one(model_dir: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    source, initial = tmp_path / "source", tmp_path / "source-initial"
+    trained(model_dir, source, LoraConfig(r=4, lora_alpha=6, target_modules=["v_proj"], init_lora_weights="olora"))
+    for name, other in {"rank_pattern": {"v_proj": 2}, "use_rslora": True, "lora_alpha": 7, "r": 5}.items():
+        edit_config(initial, **{name: other})
+        with pytest.raises(ConversionError, match=f"expected {name} .*, got"):
+            Conversion(source, tmp_path / "target", initial=initial).run()
+
+
 @pytest.mark.parametrize("method", ["loha", "lokr", "lokr-factors"])
 def test_products_become_lora_within_the_stated_error(model_dir: Path, tmp_path: Path, method: str) -> None:
     from peft import LoHaConfig, LoKrConfig
@@ -245,6 +256,7 @@ def _changed(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callab
             "those of one, two",
         ),
         (_changed(lambda given: given | {f"module.{name}": each for name, each in given.items()}), "of one name"),
+        (_changed(lambda given: given | {"wide": torch.zeros(1).expand(1 << 30, 1 << 20)}), "of at most .* bytes, got"),
     ],
 )  # fmt: skip
 def test_what_is_no_whole_adapter_is_refused(
