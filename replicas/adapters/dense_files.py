@@ -14,10 +14,9 @@ from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.dense import DenseLayer, DenseLayers
 from ranklet.replicas.model.dense_settings import DenseSettings
 from ranklet.replicas.model.embedding_settings import read_base_settings
-from ranklet.replicas.model.sentence_files import DENSE_WEIGHTS_FILE, is_file
+from ranklet.replicas.model.sentence_files import DENSE_PICKLE_FILE, DENSE_WEIGHTS_FILE, is_file
 
 _MAX_BYTES: Final = 64 << 20  # of all layers, in float32: each vector is multiplied by them
-_PICKLE: Final = "pytorch_model.bin"
 _WEIGHT, _BIAS, _PROJECTION = "linear.weight", "linear.bias", "residual.weight"
 
 
@@ -90,9 +89,9 @@ def _read_layer(path: Path, settings: DenseSettings) -> Checked[DenseLayer | Non
 
 
 def _missing(path: Path) -> str:
-    if is_file(path.parent / _PICKLE):
+    if is_file(path.parent / DENSE_PICKLE_FILE):
         return (
-            f"{_PICKLE}: pickle is never read; expected {path.name}, which sentence-transformers writes: load the "
-            "folder with SentenceTransformer, and save it again"
+            f"{DENSE_PICKLE_FILE}: pickle is never read; expected {path.name}, which `ranklet adapters convert` makes "
+            "of an adapter's folder, and SentenceTransformer of any that it loads and saves again"
         )
     return f"{path.name}: expected the weights of the Dense layer; the file is missing"

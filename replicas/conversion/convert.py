@@ -29,9 +29,10 @@ from ranklet.replicas.conversion.initial_weights import (
 )
 from ranklet.replicas.conversion.low_rank import METHODS, approximate
 from ranklet.replicas.conversion.megatron import is_megatron, of_megatron
-from ranklet.replicas.conversion.stored_weights import ConversionError, read_weights
+from ranklet.replicas.conversion.stored_weights import ConversionError, read_pickled, read_weights
 from ranklet.replicas.conversion.tensor_keys import peft_names
 from ranklet.replicas.model.architecture import read_architecture, read_config
+from ranklet.replicas.model.sentence_files import DENSE_PICKLE_FILE, DENSE_WEIGHTS_FILE, MODULE_FILES, is_file
 
 T = TypeVar("T")
 _MAX_COPIED_BYTES = 64 << 20  # of a file that is no part of the adapter's revision
@@ -82,7 +83,9 @@ class Conversion:
             fields, tensors = self._low_rank(fields, tensors, notes)
         elif changes_base(fields.get("init_lora_weights", True)):
             fields, tensors = self._without_initial(fields, tensors, notes)
-        self._write(fields, tensors)
+        weights = self._dense_weights()
+        notes += [f"the weights of a Dense layer are in {name} now" for name in weights]
+        self._write(fields, weights | {WEIGHTS_FILE: tensors})
         return notes or ["nothing had to be converted; the weights are copied"]
 
     def _of_megatron(
@@ -143,6 +146,15 @@ class Conversion:
         notes.append(f"the initial weights of {show(init)} are subtracted; the rank is twice as large")
         return doubled_ranks(fields), plain_lora(tensors, initial)
 
+    def _dense_weights(self) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors of pickled Dense layers, by the name of the file that gets them."""
+        found = {}
+        for name in (each for each in MODULE_FILES if each.endswith(DENSE_WEIGHTS_FILE)):
+            pickled = (self.source / name).with_name(DENSE_PICKLE_FILE)
+            if is_file(pickled) and not is_file(self.source / name):
+                found[name] = read_pickled(pickled)
+        return found
+
     def _copied_files(self) -> list[str]:
         """Return the names of the source's files that the target gets too.
 
@@ -156,8 +168,12 @@ class Conversion:
             raise ConversionError("; ".join(outside))
         return names
 
-    def _write(self, fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Write the target beside its place, then move it there."""
+    def _write(self, fields: dict[str, Any], weights: dict[str, dict[str, Tensor]]) -> None:
+        """Write the target beside its place, then move it there.
+
+        Args:
+            weights: tensors by the name of their file.
+        """
         self.target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=self.target.parent, prefix=f".{self.target.name}-") as scratch:
             folder = Path(scratch) / "made"
@@ -166,7 +182,9 @@ class Conversion:
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(self.source / name, folder / name)
             (folder / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+            for file, tensors in weights.items():
+                (folder / file).parent.mkdir(exist_ok=True)
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file)
             folder.rename(self.target)
 
 

@@ -39,7 +39,7 @@ class ConversionError(ValueError):
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors. Pickled files are read as tensors only: nothing in them is executed.
+    """Read all tensors.
 
     Raises:
         ConversionError: there are no weights, or not all of them.
@@ -47,7 +47,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for path in _files(folder):
-        for name, tensor in (_read_pickled if path.suffix == ".bin" else _read_safetensors)(path).items():
+        for name, tensor in (read_pickled if path.suffix == ".bin" else _read_safetensors)(path).items():
             if name in tensors:
                 raise ConversionError(f"{path.name}: {shorten(name)} is in another file too")
             tensors[name] = tensor
@@ -106,7 +106,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ConversionError(f"{path.name}: expected a safetensors file, got: {shorten(str(error))}") from None
 
 
-def _read_pickled(path: Path) -> dict[str, Tensor]:
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """Read a pickled file as tensors only: nothing in it is executed. Raises ConversionError."""
     _check_size(path)
     try:
         with warnings.catch_warnings():

@@ -14,6 +14,7 @@ TRANSFORMER_FILE: Final = "sentence_bert_config.json"
 POOLING_FILE: Final = "1_Pooling/config.json"
 NORMALIZE_FILE: Final = "2_Normalize/config.json"
 DENSE_WEIGHTS_FILE: Final = "model.safetensors"  # in the folder of a Dense layer
+DENSE_PICKLE_FILE: Final = "pytorch_model.bin"  # of older versions, which is never read but by `adapters convert`
 MAX_DENSE: Final = 4
 SETTINGS_FILES: Final = (MODULES_FILE, PROMPTS_FILE, TRANSFORMER_FILE, POOLING_FILE, NORMALIZE_FILE)
 LOGIT_SCORE_FILE: Final = "1_LogitScore/config.json"
