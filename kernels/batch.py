@@ -86,7 +86,7 @@ class LoraBatch:
         """Return whether LoRA of a projection is computed."""
         return self.everywhere or stack.holds_any(segment.slot for segment in self.segments)
 
-    def terms_of(self, stack: LinearStack) -> Tensor | None:
+    def terms_of(self, stack: LinearStack | EmbeddingStack) -> Tensor | None:
         """Return the column terms of a projection; None if no row of the batch needs them."""
         return stack.terms if self.terms else None
 

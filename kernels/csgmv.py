@@ -179,10 +179,11 @@ def _tile(kind: type[AnyTile], op: Op, x: Tensor, stack: LinearStack, tiles: Row
     return find_tile(x.device, kind, key)
 
 
-@triton.jit(do_not_specialize_on_alignment=["tiles", "ids"])
+@triton.jit(do_not_specialize_on_alignment=["tiles", "ids", "terms"])
 def embedding_kernel(
-    ids, a, b, y, tiles, ranks, scalings, meta_stride, a_slot_stride, b_slot_stride, y_stride, N,
+    ids, a, b, y, tiles, ranks, scalings, terms, meta_stride, a_slot_stride, b_slot_stride, terms_stride, y_stride, N,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    TERMS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     start = tl.load(tiles + tile * 3)
@@ -205,6 +206,10 @@ def embedding_kernel(
     mask = in_rows[:, None] & in_columns
     delta = tl.dot(hidden, weight, input_precision=PRECISION) * tl.load(scalings + slot * meta_stride)
     after = tl.load(y_at, mask=mask, other=0.0).to(tl.float32) + delta
+    if TERMS:
+        terms_at = terms + slot.to(tl.int64) * terms_stride + columns[None, :]
+        after = after * tl.load(terms_at, mask=in_columns, other=0.0)
+        after += tl.load(terms_at + N, mask=in_columns, other=0.0)
     tl.store(y_at, after.to(y.dtype.element_ty), mask=mask)
 
 
@@ -216,18 +221,21 @@ def embedding(
 ) -> Tensor:
     """Look up token embeddings and add LoRA in place, one row of A per token. Returns a new tensor [T, N].
 
-    Semantics: `y[t] = table[ids[t]] + s B A[ids[t]]`, with A, B, s of row t's adapter.
+    Semantics: `y[t] = gain * (table[ids[t]] + s B A[ids[t]]) + shift`, with A, B, s and column terms of row t's
+    adapter, where it has LoRA.
     """
     y = functional.embedding(ids, table)
     if not stack.holds_any(segment.slot for segment in batch.segments):
         return y
-    width = y.shape[1]
+    width, terms = y.shape[1], batch.terms_of(stack)
     block_n = min(_EMBEDDING_BLOCK_N, triton.next_power_of_2(width))
     for tiles in batch.tiles:
         assert tiles.on_device is not None
         embedding_kernel[(len(tiles.table), triton.cdiv(width, block_n))](
-            ids, stack.a, stack.b, y, tiles.on_device[0], stack.ranks, stack.scalings, stack.ranks.stride(0),
-            stack.a.stride(0), stack.b.stride(0), y.stride(0), width, R=stack.rank, BLOCK_M=tiles.height,
-            BLOCK_R=triton.next_power_of_2(stack.rank), BLOCK_N=block_n, PRECISION=precision_of(y), num_warps=4,
+            ids, stack.a, stack.b, y, tiles.on_device[0], stack.ranks, stack.scalings,
+            stack.scalings if terms is None else terms, stack.ranks.stride(0), stack.a.stride(0), stack.b.stride(0),
+            0 if terms is None else terms.stride(0), y.stride(0), width, R=stack.rank, BLOCK_M=tiles.height,
+            BLOCK_R=triton.next_power_of_2(stack.rank), BLOCK_N=block_n, PRECISION=precision_of(y),
+            TERMS=terms is not None, num_warps=4,
         )  # fmt: skip
     return y

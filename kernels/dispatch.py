@@ -137,8 +137,8 @@ def embedding(
 ) -> Tensor:
     """Look up token embeddings with the batch's LoRA. Returns a new tensor [T, N].
 
-    Semantics: `y[t] = table[ids[t]] + s B A[ids[t]]`, with A, B, s of row t's adapter, or the adapter's own row for the
-    token.
+    Semantics: `y[t] = gain * (table[ids[t]] + s B A[ids[t]]) + shift`, with A, B, s and column terms of row t's
+    adapter, or the adapter's own row for the token.
     """
     known = ids.clamp(max=len(table) - 1) if batch.more_ids else ids
     if stack is None or batch.implementation is None:

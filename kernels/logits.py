@@ -8,7 +8,7 @@ Letters: T rows, K hidden width, N vocabulary.
 import torch
 from torch import Tensor
 
-from ranklet.kernels import csgmv
+from ranklet.kernels import csgmv, native
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.row_subset import check_rows
 from ranklet.kernels.stack import LinearStack
@@ -25,8 +25,8 @@ def logits(
 ) -> Tensor:
     """Compute logits with the batch's LoRA. Returns a new tensor, float32 [T, N].
 
-    Semantics: `y[t] = W x[t] + s B A x[t]`, with A, B, s of row t's adapter. Where the adapter has its own row
-    for a token, that row gives the logit.
+    Semantics: `y[t] = gain * (W x[t] + s B A x[t]) + shift`, with A, B, s and column terms of row t's adapter. Where
+    the adapter has its own row for a token, that row gives the logit.
 
     Args:
         columns: leading rows of the weight that are tokens; None for all. The result has no other columns, but those of
@@ -62,6 +62,7 @@ def _add(x: Tensor, y: Tensor, stack: LinearStack, batch: LoraBatch) -> None:
         if rank:
             hidden = _product(x[rows], stack.a[segment.slot, :rank])
             y[rows].add_(_product(hidden, stack.b[segment.slot, :, :rank]), alpha=meta.scalings[0])
+    native.apply_terms(y, stack, batch)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

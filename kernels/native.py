@@ -46,13 +46,14 @@ def linear(
     if bias is not None:
         y[:end] += bias
     y[:end].addmm_(x[:end], weight.t())
-    _apply_terms(y, stack, batch)
+    apply_terms(y, stack, batch)
     if end < batch.rows:
         y[end:] = functional.linear(x[end:], weight, bias)
     return y
 
 
-def _apply_terms(y: Tensor, stack: LinearStack, batch: LoraBatch) -> None:
+def apply_terms(y: Tensor, stack: LinearStack | EmbeddingStack, batch: LoraBatch) -> None:
+    """Apply the column terms of a batch's adapters to their rows of `y` [T, N], in place."""
     terms = batch.terms_of(stack)
     if terms is None:
         return
@@ -112,7 +113,8 @@ def embedding(
 ) -> Tensor:
     """Look up token embeddings with LoRA. Returns a new tensor [T, N].
 
-    Semantics: `y[t] = table[ids[t]] + s B A[ids[t]]`, with A, B, s of row t's adapter.
+    Semantics: `y[t] = gain * (table[ids[t]] + s B A[ids[t]]) + shift`, with A, B, s and column terms of row t's
+    adapter.
     """
     y = functional.embedding(ids, table)
     for segment in batch.segments:
@@ -122,4 +124,5 @@ def embedding(
             rows = slice(segment.start, segment.stop)
             hidden = functional.embedding(ids[rows], stack.a[segment.slot])[:, :rank]
             y[rows].addmm_(hidden, stack.b[segment.slot, :, :rank].t(), alpha=meta.scalings[0])
+    apply_terms(y, stack, batch)
     return y

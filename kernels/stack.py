@@ -39,6 +39,12 @@ class _Stack:
     ranks: Tensor
     scalings: Tensor
     meta: list[SlotMeta]
+    terms: Tensor | None
+
+    @property
+    def width(self) -> int:
+        """Return the number of output columns."""
+        return self.b.shape[1]
 
     @property
     def rank(self) -> int:
@@ -82,6 +88,7 @@ class EmbeddingStack(_Stack):
     b: Tensor  # [S, N, R]
     ranks: Tensor = field(default=None)  # type: ignore[assignment]  # int32 [S, 1]
     scalings: Tensor = field(default=None)  # type: ignore[assignment]  # float32 [S, 1]
+    terms: Tensor | None = None  # as in `LinearStack`
     meta: list[SlotMeta] = field(init=False)
 
     def __post_init__(self) -> None:

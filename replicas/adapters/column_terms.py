@@ -2,7 +2,8 @@
 
 PEFT's definitions, with W and b of the base, A, B and s of the adapter:
 
-- DoRA: `y = m / |W + s B A| * (W x + s B A x) + b`, with the norm of each row, which does not depend on x.
+- DoRA: `y = m / |W + s B A| * (W x + s B A x) + b`, with the norm of each row, which does not depend on x. For the
+  token embedding, whose rows are tokens, it is the norm of each column.
 - `bias`: the adapter's own b takes the place of the base's.
 - `lora_bias`: `y = W x + b + s (B A x + c)`, with c in the file.
 
@@ -24,9 +25,10 @@ from ranklet.replicas.adapters.peft_config import LoraSettings
 from ranklet.replicas.adapters.pinned_memory import pageable
 from ranklet.replicas.adapters.safetensors_file import DTYPES, read_tensors
 from ranklet.replicas.adapters.safetensors_header import StoredTensor
+from ranklet.replicas.adapters.tensor_names import EMBEDDING_MODULE
 from ranklet.replicas.model.architecture import Architecture
 from ranklet.replicas.model.base_linears import BaseLinears
-from ranklet.replicas.model.modules import Module
+from ranklet.replicas.model.modules import EMBEDDING, Module
 
 _AT_ONCE = 1 << 24  # numbers of a weight in float32, of which two copies exist for a moment
 _computing = Lock()  # loads run on several threads, and memory of the device is scarce
@@ -44,10 +46,10 @@ def check_terms(
 
     Args:
         targeted: modules with LoRA.
-        widths: output columns of each linear module, by name.
+        widths: output columns of each module, by name.
         served: names of the modules that have slots.
     """
-    linear = {module for module in names if module[1] in widths}
+    linear = {module for module in names if module != EMBEDDING_MODULE}
     biased = {module for module in linear if not base.with_bias.isdisjoint(parts_of([module[1]]))}
     trained = {"lora_only": biased & set(targeted), "all": biased}.get(settings.bias, set())
     wanted: dict[str, Collection[Module]] = {
@@ -57,12 +59,13 @@ def check_terms(
     }
     sound = True
     for kind, modules in wanted.items():
-        outside = [names[module] for module in modules if module not in linear]
+        may = names.keys() if kind == "magnitude" else linear
+        outside = [names[module] for module in modules if module not in may]
         have = {module for module, kinds in stored.items() if kind in kinds}
-        missing = [names[module] for module in modules if module in linear and module not in have]
+        missing = [names[module] for module in modules if module in may and module not in have]
         extra = [names[module] for module in have - set(modules)]
         if outside:
-            yield f"{_FIELDS[kind]}: not supported on {join(outside)}; train it on the layers only"
+            yield f"{_FIELDS[kind]}: not supported on {join(outside)}; leave them out of target_modules"
         if missing:
             yield f"{_FIELDS[kind]}: expected {_KEYS[kind]} of each module, {len(missing)} have none: {join(missing)}"
         if extra:
@@ -74,8 +77,8 @@ def check_terms(
         yield f"{join(unserved)}: this server keeps no slots for them; add them to engine.lora_modules"
     for module, kinds in stored.items():
         for kind, tensor in kinds.items():
-            shape = (widths.get(module[1], 0),)
-            if module in linear and tensor.shape != shape:
+            shape = (widths[module[1]],)
+            if tensor.shape != shape:
                 yield f"{names[module]}: {_KEYS[kind]}: expected shape {list(shape)}, got {list(tensor.shape)}"
             elif tensor.dtype not in DTYPES:
                 yield f"{names[module]}: {_KEYS[kind]}: expected {', '.join(DTYPES)}, got {shorten(tensor.dtype)}"
@@ -118,9 +121,11 @@ def read_terms(
     }
     for (layer, name), own in divide_vectors(vectors, shape).items():
         weight, bias = base.read(layer, name)
-        terms = _terms(weight, bias, adapter.weights.get((layer, name)), own)
+        lora = adapter.weights.get((layer, name))
+        terms = _terms(weight, bias, lora, own, looked_up=layer == EMBEDDING)
         if not bool(torch.isfinite(terms.gain).all()):
-            yield f"layer {layer} {name}: the norm of a row of W + s B A, by which DoRA divides, is 0 or not finite"
+            at = name if layer < 0 else f"layer {layer} {name}"
+            yield f"{at}: the norm of a row of W + s B A, by which DoRA divides, is 0 or not finite"
         found[layer, name] = terms
     return found
 
@@ -130,12 +135,16 @@ def _vector(flat: Tensor, offsets: Mapping[str, int], tensor: StoredTensor) -> T
 
 
 @torch.no_grad()
-def _terms(weight: Tensor, bias: Tensor | None, lora: LoraWeight | None, vectors: Mapping[str, Tensor]) -> ColumnTerms:
+def _terms(
+    weight: Tensor, bias: Tensor | None, lora: LoraWeight | None, vectors: Mapping[str, Tensor], *, looked_up: bool
+) -> ColumnTerms:
+    width = weight.shape[1] if looked_up else len(weight)
     with _computing, own_stream(weight.device):
-        own = torch.zeros(len(weight)) if bias is None else bias.float().cpu()
-        gain = torch.ones(len(weight))
+        own = torch.zeros(width) if bias is None else bias.float().cpu()
+        gain = torch.ones(width)
         if "magnitude" in vectors and lora is not None:
-            gain = vectors["magnitude"] / _row_norms(weight, lora).cpu()
+            norms = _embedding_norms(weight, lora) if looked_up else _row_norms(weight, lora)
+            gain = vectors["magnitude"] / norms.cpu()
     shift = vectors.get("bias", own) - gain * own
     if "lora_bias" in vectors and lora is not None:
         shift = shift + lora.scaling * vectors["lora_bias"]
@@ -151,3 +160,14 @@ def _row_norms(weight: Tensor, lora: LoraWeight) -> Tensor:
         for rows, some_b in zip(weight.split(at_once), b.split(at_once), strict=True)
     ]
     return torch.cat(norms)
+
+
+def _embedding_norms(weight: Tensor, lora: LoraWeight) -> Tensor:
+    """Return the norms of the columns of the token embedding, [V, H], with LoRA."""
+    a, b = (side.to(weight.device).float() for side in (lora.a, lora.b))
+    at_once = max(1, _AT_ONCE // weight.shape[1])
+    squares = [
+        torch.addmm(rows.float(), some_a.t(), b.t(), alpha=lora.scaling).square_().sum(0)
+        for rows, some_a in zip(weight.split(at_once), a.split(at_once, dim=1), strict=True)
+    ]
+    return torch.stack(squares).sum(0).sqrt()

@@ -14,7 +14,7 @@ from ranklet.replicas.model.architecture import Architecture
 from ranklet.replicas.model.base_linears import BaseLinears
 from ranklet.replicas.model.end_of_text import EndOfText
 from ranklet.replicas.model.lm_head import LmHead
-from ranklet.replicas.model.modules import LM_HEAD, Module
+from ranklet.replicas.model.modules import EMBED_TOKENS, LM_HEAD, Module
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ class ExpectedModules:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Return the output columns of each linear module in a layer."""
-        return {name: self.architecture.dims(name)[1] for name in self.architecture.stored_modules()}
+        """Return the output columns of each module."""
+        names = (*self.architecture.stored_modules(), EMBED_TOKENS, LM_HEAD)
+        return {name: self.architecture.dims(name)[1] for name in names}
 
     def every_module(self) -> list[Module]:
         """Return every module of the decoder that LoRA may target."""

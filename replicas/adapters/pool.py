@@ -165,7 +165,7 @@ class AdapterPool:
         if terms:
             self._allocated_terms()
         sizes = {where: len(PARTS[where[1]]) for where in self._where if where[0] >= 0 or not in_layers}
-        metas = {at: SlotMeta((self.rank,) * size, (1.0,) * size, terms and at[0] >= 0) for at, size in sizes.items()}
+        metas = {at: SlotMeta((self.rank,) * size, (1.0,) * size, terms) for at, size in sizes.items()}
         modules = frozenset(module for module, _ in self._destinations if module[0] >= 0 or not in_layers)
         for slot in range(self.slots):
             self._describe(slot, metas, SlotContents(modules, terms, terms, terms))
@@ -219,12 +219,13 @@ class AdapterPool:
             return
         kept = self._allocated_terms()
         row, begin = torch.empty(kept.shape[1]), 0
-        for (layer, part), stack in self._layer_stacks():
-            own = row[begin : begin + 2 * sum(stack.widths)].view(2, -1)
+        for (layer, part), stack in self._parts.items():
+            own = row[begin : begin + 2 * stack.width].view(2, -1)
             own[0], own[1] = 1.0, 0.0
             begin += own.numel()
             first = 0
-            for name, width in zip(PARTS[part], stack.widths, strict=True):
+            for name in PARTS[part]:
+                width = self.architecture.dims(name)[1]
                 if (layer, name) in terms:
                     own[0, first : first + width] = terms[layer, name].gain
                     own[1, first : first + width] = terms[layer, name].shift
@@ -234,23 +235,20 @@ class AdapterPool:
     def _allocated_terms(self) -> Tensor:
         with self._terms_lock:  # loads run on several threads
             if self._terms is None:
-                stacks = [stack for _, stack in self._layer_stacks()]
-                sizes = [2 * sum(stack.widths) for stack in stacks]
+                stacks = self._parts.values()
+                sizes = [2 * stack.width for stack in stacks]
                 with torch.inference_mode(False):
                     terms = torch.zeros((self.slots, sum(sizes)), device=self.device)
                 for stack, part in zip(stacks, terms.split(sizes, dim=1), strict=True):
-                    part[:, : sum(stack.widths)] = 1.0
+                    part[:, : stack.width] = 1.0
                     stack.terms = part.view(self.slots, 2, -1)
                 self._terms = terms
             return self._terms
 
     def _drop_terms(self) -> None:
         self._terms = None
-        for _, stack in self._layer_stacks():
+        for stack in self._parts.values():
             stack.terms = None
-
-    def _layer_stacks(self) -> list[tuple[tuple[int, str], LinearStack]]:
-        return [(where, stack) for where, stack in self._stacks.items() if where[0] >= 0]
 
     def _filled_destinations(self, layout: PackedLayout) -> list[Destination]:
         """Return all matrices of a slot, each with the adapter's matrix that is copied into it."""

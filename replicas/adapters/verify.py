@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ranklet.replicas.adapters.adapter import AdapterWeights, LoraWeight
+from ranklet.replicas.adapters.adapter import AdapterRows, AdapterWeights, LoraWeight
 from ranklet.replicas.adapters.added_tokens import check_rows
 from ranklet.replicas.adapters.column_terms import StoredTerms, check_terms, read_terms
 from ranklet.replicas.adapters.expected_modules import ExpectedModules
@@ -109,12 +109,15 @@ def _verify(
             stored_terms, pairs.keys(), names, settings, expected.linears, expected.widths, expected.modules
         )
         notes += yield from check_magnitudes(adapter, names, alone=not (stored_terms or stored_rows))
+        if ties and settings.uses_dora:
+            yield "use_dora: not supported beside ensure_weight_tying; train the adapter with one of them"
         if ties:
             adapter = yield from tied(adapter, settings.scaling(names[HEAD_MODULE]))
         has_head = HEAD_MODULE in names
         rows = yield from read_rows(path, stored_rows, adapter.weights, settings.tokens, expected, has_head=has_head)
         if rows and settings.invocation is not None:  # rows count for all tokens, LoRA only for the last ones
             yield "alora_invocation_tokens: not supported beside trained rows of tokens; train the adapter without them"
+        yield from _check_rows_beside_dora(rows, adapter, settings)
         yield from check_rows(differences.added, rows.vocab(expected.architecture.vocab))
         adapter = divide(
             within_vocabulary(replace(adapter, rows=rows), expected.architecture.vocab), expected.architecture
@@ -129,6 +132,12 @@ def _verify(
     return replace(
         adapter, end_ids=end_ids, notes=notes, head=head, dense=differences.dense, invocation=settings.invocation
     )
+
+
+def _check_rows_beside_dora(rows: AdapterRows, adapter: AdapterWeights, settings: LoraSettings) -> Checked[None]:
+    for module, own in ((EMBEDDING_MODULE, rows.embedding), (HEAD_MODULE, rows.head)):
+        if settings.uses_dora and own is not None and module in adapter.weights:
+            yield f"use_dora: not supported on {module[1]} beside trained rows of it; leave one of them out"
 
 
 def _head_notes(pairs: Pairs, expected: ExpectedModules, *, ties: bool) -> tuple[str, ...]:

@@ -27,8 +27,8 @@ from ranklet.replicas.model.architecture import Architecture, layer_tables
 from ranklet.replicas.model.attention import AttentionBatch, Spans, attend, last_rows
 from ranklet.replicas.model.base_linears import BaseLinears
 from ranklet.replicas.model.checkpoint import Checkpoint
-from ranklet.replicas.model.lm_head import read_lm_head
-from ranklet.replicas.model.modules import EMBED_TOKENS, module_path
+from ranklet.replicas.model.lm_head import LmHead, read_lm_head
+from ranklet.replicas.model.modules import EMBED_TOKENS, EMBEDDING, HEAD, module_path
 
 StageCallback = Callable[[str], None]
 
@@ -186,7 +186,12 @@ class Decoder:
         raise AssertionError("a decoder has at least one layer")
 
     def _linear(self, layer: int, name: str) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias of a linear module, as views."""
+        """Return weight and bias of a module, as views."""
+        if layer == EMBEDDING:
+            return self.embedding, None
+        if layer == HEAD:
+            assert isinstance(self.lm_head, LmHead), "only heads that are served have LoRA"
+            return self.lm_head.weight, None
         pack = next(pack for pack, names in PACKS.items() if name in names)
         projection: Projection = getattr(self.layers[layer], pack)
         outs = [self.architecture.dims(each)[1] for each in PACKS[pack]]

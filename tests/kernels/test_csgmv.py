@@ -183,16 +183,24 @@ def test_the_fused_product_supports_only_many_rows_of_16_bits_and_whole_blocks()
         assert fused_gemm.can_fuse(x, stack, padded, tile) == supported
 
 
+@pytest.mark.parametrize("terms", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_embedding(dtype: torch.dtype) -> None:
+def test_embedding(dtype: torch.dtype, terms: bool) -> None:
     adapters = oracle.random_adapters({0: (8,), 1: (64,), 2: (3,), 3: (0,)}, 500, (136,), dtype=dtype)
     lengths, slots = [5, 60, 1, 4, 9], [0, 1, 2, 3, None]
     _, batch = plan(lengths, slots)
     ids, table = torch.randint(500, (batch.rows,), dtype=torch.int32), torch.randn(500, 136).to(dtype)
     stack = oracle.embedding_stack(adapters, 4, 64, 500, 136, stale=NAN, device=DEVICE)
-    placed = batch.with_tiles(torch.device(DEVICE))
-    y = csgmv.embedding(ids.to(DEVICE), table.to(DEVICE), stack, placed).cpu()
+    placed = replace(batch, terms=terms).with_tiles(torch.device(DEVICE))
     wanted = oracle.embedding(ids, table, by_row(lengths, slots), adapters)
+    if terms:  # only adapters with LoRA have them
+        own = torch.randn(4, 2, 136)
+        own[3, 0], own[3, 1] = 1.0, 0.0
+        stack.terms = own.to(DEVICE)
+        for row, slot in enumerate(by_row(lengths, slots)):
+            if slot is not None:
+                wanted[row] = own[slot, 0].double() * wanted[row] + own[slot, 1].double()
+    y = csgmv.embedding(ids.to(DEVICE), table.to(DEVICE), stack, placed).cpu()
     assert_close(y.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 

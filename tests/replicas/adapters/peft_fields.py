@@ -42,7 +42,6 @@ class Refused:
 _TARGETS = Followed("test_targets_equal_those_of_peft")
 _SCALINGS = Followed("test_ranks_and_scalings_equal_those_of_peft")
 _TERMS = Followed("test_vectors_of_mixed_batches_equal_those_of_peft")
-_LAYER_TERMS = Followed(_TERMS.test, ", refused by name on `embed_tokens` and `lm_head`")
 _ROWS = Followed("test_logprobs_of_mixed_texts_with_token_rows_equal_those_of_peft")
 _DESCRIBES = "describes the file or the library"
 _TRAINING = "used in training only"
@@ -75,7 +74,7 @@ FIELDS: dict[str, Followed | Unused | Refused] = {
     "eva_config": Unused({"rho": 2.0}, "its initialisation leaves the base as it is"),
     "corda_config": Unused({"corda_method": "kpm"}, "init_lora_weights says whether it was used"),
     "lora_ga_config": Unused({"direction": "ArB2r"}, "init_lora_weights says whether it was used"),
-    "use_dora": _LAYER_TERMS,
+    "use_dora": Followed(_TERMS.test, ", refused by name beside `ensure_weight_tying` and on matrices with own rows"),
     "velora_config": Unused({"num_groups": 4}, "changes the gradients only"),
     "alora_invocation_tokens": Followed(
         "test_texts_of_mixed_batches_equal_those_of_peft",
@@ -87,7 +86,7 @@ FIELDS: dict[str, Followed | Unused | Refused] = {
     "monteclora_config": Refused({"samples": 4}),
     "layer_replication": Refused([[0, 2], [1, 3]]),
     "runtime_config": Unused({"ephemeral_gpu_offload": True}, "says where PEFT computes"),
-    "lora_bias": _LAYER_TERMS,
+    "lora_bias": Followed(_TERMS.test, ", refused by name on `embed_tokens`, as in PEFT"),
     "target_parameters": Refused(["mlp.experts.gate_up_proj"]),
     "use_bdlora": Refused({"nblocks": 2}),
     "arrow_config": Refused({"top_k": 2}),

@@ -151,12 +151,6 @@ def test_vectors_that_do_not_fit_are_refused_by_name(name: str, engine: Engine, 
     assert says in refused.value.message
 
 
-def test_dora_on_the_embedding_is_refused_by_name(engine: Engine, model: Path, tmp_path: Path) -> None:
-    folder = save_adapter(model, tmp_path / "a", r=6, target_modules=["q_proj", "embed_tokens"], use_dora=True)
-    with pytest.raises(InvalidAdapter, match=r"use_dora: not supported on .*embed_tokens"):
-        engine.load(ref(folder))
-
-
 def test_terms_of_a_base_without_biases(tmp_path: Path) -> None:
     """PEFT only warns of `lora_bias` there. `bias` trains nothing."""
     model = make_model(tmp_path / "model", **{**FIELDS, "architecture": "qwen3", "config": {}})
