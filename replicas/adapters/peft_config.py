@@ -8,10 +8,10 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from ranklet.replicas.adapters.base_name import check_base_name
 from ranklet.replicas.adapters.findings import Checked, shorten, show
 from ranklet.replicas.adapters.invocation import FIELD as INVOCATION
 from ranklet.replicas.adapters.invocation import Invocation, check_invocation, invocation_of
@@ -69,7 +69,7 @@ class PeftConfig:
     def _patterns(self) -> Iterator[Pattern]:
         for name in ("target_modules", "exclude_modules"):
             value = self.fields.get(name)
-            if isinstance(value, str) and (name, value) != ("target_modules", _ALL_LINEAR):
+            if isinstance(value, str) and (name, value.lower()) != ("target_modules", _ALL_LINEAR):
                 yield Pattern(name, value)
         for name in ("rank_pattern", "alpha_pattern"):
             yield from (Pattern(name, text) for text in self.fields.get(name) or {})
@@ -103,7 +103,7 @@ class LoraSettings:
         if self._selects("exclude_modules", module):
             return False
         if "target_modules" not in self._names:
-            if self._fields["target_modules"] == _ALL_LINEAR:  # every linear layer except the output head
+            if self._fields["target_modules"].lower() == _ALL_LINEAR:  # every linear layer except the output head
                 return not module.endswith(_TIED)
             return self._selects("target_modules", module)
         # layers_to_transform does not apply to a module that is named in full
@@ -230,7 +230,7 @@ def check_fields(fields: dict[str, Any], bases: Sequence[str]) -> Checked[PeftCo
     if unusable:
         return None
     yield from _unsupported(fields)
-    yield from _wrong_base(fields.get("base_model_name_or_path"), bases)
+    yield from check_base_name(fields.get("base_model_name_or_path"), bases)
     return PeftConfig(fields)
 
 
@@ -291,26 +291,18 @@ def _unsupported(fields: dict[str, Any]) -> Iterator[str]:
             "convert the adapter with `ranklet adapters convert`"
         )
     yield from unsupported_token_fields(fields)
+    yield from _unsupported_layers(fields)
     for name, value in fields.items():
         if name not in _HARMLESS and name not in _APPLIED and value not in (None, False, [], {}, ""):
             yield f"{shorten(name)}: not supported; train the adapter without it"
 
 
-def _wrong_base(named: Any, bases: Sequence[str]) -> Iterator[str]:
-    if named is None or named == "":
-        return  # PEFT leaves it empty for models built in memory; shapes are checked all the same
-    short = _short_name(str(named))
-    if any(fnmatch(short.lower(), _short_name(base).lower()) for base in bases):
-        return
-    served = ", ".join(bases)
-    yield (
-        f"base_model_name_or_path: expected the served base ({served}), got {show(named)}; if it is the same model, "
-        "add that name to the base's aliases (`--base-name` of `ranklet adapters verify`)"
-    )
-
-
-def _short_name(name: str) -> str:
-    """Return the last part of a hub id or path; for a snapshot in the hub's cache, the model's name."""
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    cached = [part for part in parts if part.startswith("models--")]
-    return cached[-1].rsplit("--", 1)[-1] if cached else parts[-1] if parts else name
+def _unsupported_layers(fields: dict[str, Any]) -> Iterator[str]:
+    """Yield findings on fields of layers that PEFT refuses, where it would ignore them."""
+    layers, pattern = fields.get("layers_to_transform"), fields.get("layers_pattern")
+    if isinstance(fields["target_modules"], str):
+        for name, value in (("layers_to_transform", layers), ("layers_pattern", pattern)):
+            if value not in (None, []):
+                yield f"{name}: PEFT does not combine it with a pattern in target_modules; expected one of them"
+    elif pattern and layers is None:
+        yield "layers_pattern: expected layers_to_transform beside it, which names the layers, got none"

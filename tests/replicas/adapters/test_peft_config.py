@@ -79,6 +79,14 @@ def test_targets_equal_those_of_peft(module: str, wanted: Any, excluded: Any, la
     assert ours.targets(module) == bool(check_target_module_exists(theirs, module))
 
 
+@pytest.mark.parametrize("shorthand", ["all-linear", "All-Linear"])
+def test_all_linear_layers_are_targeted_however_they_are_spelled(shorthand: str) -> None:
+    settings = applied({"target_modules": shorthand})
+    assert [module for module in MODULES if not settings.targets(module)] == [
+        module for module in MODULES if module.endswith(("embed_tokens", "lm_head"))
+    ]
+
+
 @given(
     st.sampled_from(MODULES), st.integers(1, 64), st.integers(1, 128), number_patterns, number_patterns, st.booleans()
 )
@@ -164,6 +172,9 @@ def test_another_base_is_refused_by_name(tmp_path: Path, named: Any) -> None:
         ({"target_modules": None}, "target_modules"),
         ({"target_modules": [1]}, "target_modules"),
         ({"layers_to_transform": "1"}, "layers_to_transform"),
+        ({"layers_to_transform": 0, "target_modules": ".*q_proj"}, "layers_to_transform: PEFT does not combine"),
+        ({"layers_pattern": "h", "target_modules": "all-linear"}, "layers_pattern: PEFT does not combine"),
+        ({"layers_pattern": ["h"]}, "layers_pattern: expected layers_to_transform"),
         ({"init_lora_weights": "olora"}, "olora"),
         ({"init_lora_weights": {"a": 1}}, "init_lora_weights"),
     ],
