@@ -5,13 +5,16 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ranklet.cluster.command.local_cluster import LocalCluster
 from ranklet.cluster.command.ports import free_ports
 from ranklet.cluster.command.ray_head import SEVERAL_NODES_VARIABLE, script_path
+from tests.cluster.service import Service, serving
 
 # For the environment of a cluster to which further nodes are added.
 SEVERAL_NODES = {SEVERAL_NODES_VARIABLE: "1"}
@@ -20,7 +23,9 @@ _STARTED = "Ray runtime started"
 
 
 class Node:
-    """A node for replicas that need the resource `engine`. The constructor returns when the node has joined.
+    """A node for replicas that need the resource `engine`, and for one gateway that needs `gateway`.
+
+    The constructor returns when the node has joined.
 
     Ray may give up before the node has joined a busy machine's cluster, so there are several attempts.
     """
@@ -44,11 +49,47 @@ class Node:
         self.process.wait()
 
 
+@contextlib.contextmanager
+def serving_on_nodes(
+    content: dict[str, Any], folder: Path, environment: Mapping[str, str]
+) -> Iterator[tuple[Service, list[Node]]]:
+    """Serve a configuration with HAProxy on the head, and two nodes with space for two replicas each.
+
+    Args:
+        environment: of the head, in addition to this process's.
+    """
+    started: list[Node] = []
+    over = threading.Event()
+    cluster = LocalCluster(http_port=0, report=print, environment={**environment, **SEVERAL_NODES})
+
+    def join() -> None:
+        """Serve waits for the nodes, and the nodes wait for Ray."""
+        while not (cluster.is_alive and cluster.applications() is not None):
+            if over.wait(0.1):
+                return
+        for number in range(2):
+            started.append(Node(cluster, folder / f"node{number}.log", 2))
+
+    joining = threading.Thread(target=join)
+    joining.start()
+    try:
+        with serving(content, folder, cluster) as service:
+            joining.join()
+            assert len(started) == 2, "a node did not join: its error is above"
+            yield service, started
+    finally:
+        over.set()
+        joining.join()
+        for node in started:
+            if node.process.poll() is None:
+                node.kill()
+
+
 def _node_command(address: str, engines: int) -> list[str]:
     agent, agent_grpc, metrics, runtime_env = free_ports(4)
     return [
         script_path("ray"), "start", f"--address={address}", "--block", "--disable-usage-stats",
-        "--node-ip-address=127.0.0.1", "--num-cpus=4", f"--resources={json.dumps({'engine': engines})}",
+        "--node-ip-address=127.0.0.1", "--num-cpus=4", f"--resources={json.dumps({'engine': engines, 'gateway': 1})}",
         f"--object-store-memory={100 << 20}",
         f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
         f"--metrics-export-port={metrics}", f"--runtime-env-agent-port={runtime_env}",

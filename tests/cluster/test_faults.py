@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from ranklet.cluster.command.local_cluster import LocalCluster
 from tests.assets.hanging import hanging
 from tests.cluster import load
 from tests.cluster.gcs import Gcs, redis_server
 from tests.cluster.load import LoadResult
-from tests.cluster.nodes import SEVERAL_NODES, Node, child_processes, command_line, kill_tree, process_tree
-from tests.cluster.service import BASE, Service, eventually, own_configuration, serving, summed_samples, vectors_of
+from tests.cluster.nodes import Node, child_processes, command_line, kill_tree, process_tree, serving_on_nodes
+from tests.cluster.service import BASE, Service, eventually, own_configuration, summed_samples, vectors_of
 from tests.cluster.stream_load import StreamLoad, stream_requests
 from tests.needs import is_installed, needs, require
 
@@ -45,7 +43,7 @@ def nodes(
     runs_ray: None, model_dir: Path, adapters_dir: Path, tmp_path_factory: pytest.TempPathFactory,
     gcs_storage: dict[str, str],
 ) -> Iterator[Nodes]:  # fmt: skip
-    """HAProxy and two gateways on the head, and two nodes with space for two replicas each."""
+    """The gateways are on the head."""
     require("haproxy")
     folder = tmp_path_factory.mktemp("nodes")
     content = own_configuration(model_dir, adapters_dir, folder)
@@ -55,32 +53,9 @@ def nodes(
     replica["ray_actor_options"] = {"num_cpus": 0.5, "resources": {"engine": 1}}
     replica["graceful_shutdown_timeout_s"] = 1  # so that texts outlast it
     content["applications"][0]["args"]["engine"] |= {"load_timeout_s": 3.0, "kv_cache_bytes": 64 << 20}
-    started: list[Node] = []
-    over = threading.Event()
-    cluster = LocalCluster(http_port=0, report=print, environment=gcs_storage | SEVERAL_NODES)
-
-    def join() -> None:
-        """Serve waits for the nodes, and the nodes wait for Ray."""
-        while not (cluster.is_alive and cluster.applications() is not None):
-            if over.wait(0.1):
-                return
-        for number in range(2):
-            started.append(Node(cluster, folder / f"node{number}.log", 2))
-
-    joining = threading.Thread(target=join)
-    joining.start()
-    try:
-        with serving(content, folder, cluster) as service:
-            joining.join()
-            assert len(started) == 2, "a node did not join: its error is above"
-            load.wait_for_two(service)
-            yield service, started, folder
-    finally:
-        over.set()
-        joining.join()
-        for node in started:
-            if node.process.poll() is None:
-                node.kill()
+    with serving_on_nodes(content, folder, gcs_storage) as (service, started):
+        load.wait_for_two(service)
+        yield service, started, folder
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,115 @@
+"""A node with a gateway and a replica is lost: only what its gateway worked on ends early, and that at once."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.assets.families import make_family
+from tests.cluster.nodes import Node, process_tree, serving_on_nodes
+from tests.cluster.service import BASE, Service, eventually, local_configuration, summed_samples
+from tests.cluster.stream_load import StreamLoad, stream_requests
+from tests.needs import require
+
+pytestmark = pytest.mark.timeout(300)
+
+Nodes = tuple[Service, list[Node]]
+STREAMS = 16
+ENDS_S = 20.0  # longest time until nothing comes from the lost node: 4 s with idle cores
+QUIET_S = 3.0  # in which all requests must be answered afterwards
+BACK_S = 90.0
+
+
+@pytest.fixture(scope="module")
+def nodes(runs_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """HAProxy on the head, a gateway and a replica on each of the two other nodes."""
+    require("haproxy")
+    folder = tmp_path_factory.mktemp("lost")
+    make_family(folder, "llama")
+    content = local_configuration(folder / "model", folder / "adapters")
+    gateway, replica = content["applications"][0]["deployments"]
+    gateway |= {"num_replicas": 2, "ray_actor_options": {"num_cpus": 0.1, "resources": {"gateway": 1}}}
+    replica |= {"max_replicas_per_node": 1, "ray_actor_options": {"num_cpus": 0.5, "resources": {"engine": 1}}}
+    with serving_on_nodes(content, folder, {}) as (service, started):
+        wait_for_all(service)
+        yield service, started
+
+
+@pytest.fixture(scope="module")
+def streams(nodes: Nodes) -> StreamLoad:
+    requests = stream_requests([BASE], 4, 800)
+    return StreamLoad(nodes[0].url, [fields | {"max_tokens": max(fields["max_tokens"], 600)} for fields in requests])
+
+
+def wait_for_all(service: Service) -> None:
+    """Wait until two replicas run, and two gateways get requests."""
+
+    def are_all_up() -> bool:
+        roles = Counter(each["labels"]["role"] for each in service.targets())
+        return roles == {"gateway": 2, "replica": 2}
+
+    eventually("two gateways and two replicas", are_all_up, BACK_S)
+    before = of_gateways(service, "ranklet_requests_total")
+
+    def get_requests() -> bool:
+        for _ in range(4):
+            service.embed(BASE, "text")
+        now = of_gateways(service, "ranklet_requests_total")
+        return len(now) == 2 and all(now[pid] > before.get(pid, 0) for pid in now)
+
+    eventually("both gateways get requests", get_requests, BACK_S)
+
+
+def of_gateways(service: Service, metric: str) -> dict[int, int]:
+    """Return a metric of each gateway, by its process id."""
+    found = {}
+    pids = service.processes("Gateway")
+    for each in service.targets():
+        if each["labels"]["role"] == "gateway":
+            found[pids[each["labels"]["replica"]]] = round(summed_samples(each["targets"], {}).get(metric, 0))
+    return found
+
+
+def test_only_what_a_lost_gateway_worked_on_ends_early(nodes: Nodes, streams: StreamLoad) -> None:
+    service, started = nodes
+    lost = set(process_tree(started[0].process.pid))
+    with streams.running(STREAMS, most=STREAMS):
+        eventually("all streams have begun", lambda: streams.opened.total() == STREAMS, poll_s=0.02)
+        in_flight = of_gateways(service, "ranklet_requests_in_flight")
+        assert sum(in_flight.values()) == STREAMS, "the texts are too short for this test"
+        (cut,) = (count for pid, count in in_flight.items() if pid in lost)
+        assert 0 < cut < STREAMS
+        started[0].kill()
+        lost_s = time.monotonic()
+        ask_until_quiet(service)
+        eventually("streams of the lost gateway have ended", lambda: streams.verdicts["failed"] == cut, poll_s=0.05)
+        assert time.monotonic() - lost_s < ENDS_S + QUIET_S
+    assert streams.verdicts == {"failed": cut, "right": STREAMS - cut}, (streams.verdicts, streams.errors)
+    assert all(error.startswith("ClientPayloadError") for error in streams.errors), streams.errors
+    assert streams.pause_s < ENDS_S
+
+
+def ask_until_quiet(service: Service) -> None:
+    """Send requests to the front door until it has sent none to the lost node for a while."""
+    began_s = failed_s = time.monotonic()
+    while time.monotonic() - failed_s < QUIET_S:
+        assert time.monotonic() - began_s < ENDS_S + QUIET_S, "the front door still sends requests to the lost node"
+        if not is_answered(service):
+            failed_s = time.monotonic()
+        time.sleep(0.05)
+
+
+def is_answered(service: Service) -> bool:
+    """Return whether a request is answered. Else the connection was closed, or a status says to send it again."""
+    body = {"model": BASE, "prompt": "text"}
+    try:
+        answer = httpx.post(f"{service.url}/tokenize", json=body, timeout=ENDS_S, trust_env=False)
+    except httpx.RemoteProtocolError:
+        return False
+    if answer.status_code != 200:
+        assert answer.status_code in (502, 503), answer.text
+        assert answer.json()["error"]["code"] == "unavailable"
+        assert int(answer.headers["retry-after"]) >= 1
+    return answer.status_code == 200
