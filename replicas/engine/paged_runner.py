@@ -23,7 +23,7 @@ from ranklet.replicas.model import cudnn_attention, row_decoder
 from ranklet.replicas.model.attention import AttentionBatch, Spans
 from ranklet.replicas.model.decoder import DeviceBatch
 from ranklet.replicas.model.heads import PoolingHead, PoolingHeads, ScoringHead, TextHead
-from ranklet.replicas.model.modules import Module
+from ranklet.replicas.model.modules import EMBEDDING, Module
 from ranklet.replicas.model.prompt_logprobs import prompt_logprobs
 from ranklet.replicas.model.row_decoder import RowBatch, RowDecoder
 
@@ -129,13 +129,16 @@ class PagedRunner:
 
     def graph_key(self, layout: PagedLayout) -> Hashable:
         """Return all facts that kernel launches depend on, apart from device memory."""
-        contents = self.runner.pool.contents
+        pool, drawn = self.runner.pool, layout.drawn_lora
         # Equal adapters share their set of modules, and a set's hash is computed once.
-        distinct = {contents[slot].modules for slot in runs_of(layout.lora.segments)[:, 2].tolist()}
+        distinct = {pool.contents[slot].modules for slot in _slots(layout.lora)}
         modules = _modules(frozenset(distinct), in_layers=not layout.lora.everywhere)
+        # Tokens may be drawn for some of the adapters only.
+        adapts_head = pool.head is not None and drawn is not None and pool.head.holds_any(_slots(drawn))
         heads = self._pooling_heads(layout)
-        lora = (layout.lora.backend, layout.lora.variant, modules)
-        return "pages", layout.sizes, heads, layout.tile_shapes, layout.features, lora
+        on_host = None if self.runner.pads else layout.fresh_lengths  # what attention reads there
+        lora = (layout.lora.backend, layout.lora.variant, modules, adapts_head)
+        return "pages", layout.sizes, on_host, heads, layout.tile_shapes, layout.features, lora
 
     def _states(self, layout: PagedLayout, moved: Tensor) -> tuple[PagedArrays, Tensor]:
         """Compute the hidden states of a step from its buffer on the device."""
@@ -199,7 +202,14 @@ class PagedRunner:
         return AttentionBatch(fresh, arrays.chunks, arrays.decodes, arrays.kv_slots)
 
 
+def _slots(lora: LoraBatch) -> list[int]:
+    slots: list[int] = runs_of(lora.segments)[:, 2].tolist()
+    return slots
+
+
 @lru_cache(256)
 def _modules(distinct: frozenset[frozenset[Module]], *, in_layers: bool) -> frozenset[Module]:
-    """Return the modules of all adapters, without those in the layers unless `in_layers`."""
-    return frozenset(module for modules in distinct for module in modules if in_layers or module[0] < 0)
+    """Return the modules of all adapters but the head, without those in the layers unless `in_layers`."""
+    return frozenset(
+        module for modules in distinct for module in modules if module[0] == EMBEDDING or (in_layers and module[0] >= 0)
+    )

@@ -39,7 +39,8 @@ class Runner:
         max_tokens: tokens of the largest step.
         backend: LoRA backend: "auto", "fastest" or a backend's name.
         graphs: CUDA graphs of steps; None launches every kernel from Python, as on the CPU.
-        pads: whether steps are padded to buckets, so that steps of different lengths share a graph.
+        pads: whether steps are padded to buckets, so that steps of different lengths share a graph. On CUDA, whether
+            attention reads lengths on the device.
         pads_pages: the same, for steps with pages.
     """
 

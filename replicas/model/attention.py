@@ -134,8 +134,8 @@ def _attend_scattered(
     cudnn = spans.cudnn if window is None else None
     if cudnn and cudnn_attention.attend(qkv, cudnn, spans.longest, heads, head_dim, out) is not None:
         return
-    rows = torch.arange(sum(spans.lengths), device=qkv.device)
-    rows = torch.where(rows < spans.offsets[-1], rows, 0)  # the host's lengths may include padding
+    rows = torch.arange(len(qkv), device=qkv.device)  # of any lengths, since a CUDA graph serves others too
+    rows = torch.where(rows < spans.offsets[-1], rows, 0)
     index = rows
     if spans.starts is not None:
         owner = torch.searchsorted(spans.offsets[1:], rows, right=True)
