@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from ranklet.kernels import paged_attention
+from ranklet.kernels.dispatch import NAMES
+from ranklet.kernels.prefill_attention import prefill_triton
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine import paged_layout
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.generate import Generation
 from ranklet.replicas.engine.paged_layout import LayoutPacker, PagedLayout
 from ranklet.replicas.engine.request import Answer
-from ranklet.replicas.model import row_decoder
+from ranklet.replicas.model import attention, row_decoder, sampler
 from ranklet.replicas.model.modules import ALL_MODULES
 from tests.assets.adapters import LINEAR, save_adapter
 from tests.assets.make import make_model
-from tests.assets.oracle import reference_embedding
+from tests.assets.oracle import cosine, reference_embedding
 from tests.assets.text_oracle import chosen_logprobs
 from tests.assets.token_rows import save_resized_adapter, save_token_adapter
 from tests.replicas.asking import PATIENCE_S, assert_same, ref, submit
@@ -39,7 +42,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 WITH_TOKEN_ROWS = ("tokens-of-both", "embedding-and-tokens-of-head")
 PAGE_BYTES = 2 * 2 * 2 * 64 * 16 * 4  # layers, keys and values, heads, tokens, width, bytes
-LENGTHS = (70, 9, 20)  # of prompts; pages have 64 tokens
+LENGTHS = (70, 9, 20, 12)  # of prompts; pages have 64 tokens
 
 
 class AskedLogprobs(NamedTuple):
@@ -104,14 +107,14 @@ def ask_text(
     )
 
 
-def check_text(model: Path, asked: AskedLogprobs) -> Generation:
+def check_text(model: Path, asked: AskedLogprobs, rounding: float = LOGPROB_ROUNDING) -> Generation:
     """Compare all logprobs with those of PEFT."""
     made: Generation = asked.answer.result(PATIENCE_S).result
     (choice,) = made.choices
     tokens = np.concatenate([asked.prompt, choice.tokens])
     wanted = chosen_logprobs(model, asked.folder, tokens, prompt=len(asked.prompt))
     ours = [each.logprob for each in (*(made.prompt_logprobs or [[]])[0], *(choice.logprobs or ()))]
-    assert np.abs(ours - wanted[-len(ours) :]).max() < LOGPROB_ROUNDING, (asked.folder, len(asked.prompt))
+    assert np.abs(ours - wanted[-len(ours) :]).max() < rounding, (asked.folder, len(asked.prompt))
     return made
 
 
@@ -145,21 +148,38 @@ def layouts(monkeypatch: pytest.MonkeyPatch) -> list[PagedLayout]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("backend", "by_rows"), [("csgmv", False), ("csgmv", True), ("native", False), ("merged", False)]
-)
+@pytest.fixture
+def kernels_of_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let kernels compute attention over pages and draw tokens, and `RowDecoder` the steps of decodes."""
+    monkeypatch.setattr(row_decoder, "supports", lambda _: True)
+    monkeypatch.setattr(attention, "prefill", prefill_triton)
+    monkeypatch.setattr(attention, "decode", paged_attention.decode_triton)
+    monkeypatch.setattr(paged_attention, "decode", paged_attention.decode_triton)
+    monkeypatch.setattr(sampler, "sample_by_torch", sampler.sample_by_kernels)
+
+
+@pytest.mark.parametrize("backend", NAMES)
 def test_mixed_batches_answer_as_peft_does(
-    backend: str, by_rows: bool, model: Path, owners: list[Path | None], started: Callable[..., Engine],
-    layouts: list[PagedLayout], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """With `by_rows`, `RowDecoder` computes the steps of decodes, as on a Hopper GPU."""
-    if by_rows:
-        monkeypatch.setattr(row_decoder, "supports", lambda _: True)
+    backend: str, model: Path, owners: list[Path | None], started: Callable[..., Engine], layouts: list[PagedLayout]
+) -> None:
     engine = started(backend)
-    loaded(engine, owners)
+    check_mixed(model, engine, loaded(engine, owners), layouts)
+
+
+@pytest.mark.usefixtures("kernels_of_hopper")
+def test_kernels_of_hopper_answer_as_peft_does(
+    model: Path, owners: list[Path | None], started: Callable[..., Engine], layouts: list[PagedLayout]
+) -> None:
+    engine = started("csgmv", max_batch_requests=16)
+    some = loaded(engine, owners, "dora", "head", "activated", "resized")
+    check_mixed(model, engine, some, layouts)
+
+
+def check_mixed(model: Path, engine: Engine, owners: list[Path | None], layouts: list[PagedLayout]) -> None:
+    """Ask for a text and vectors of each adapter at once, and compare them."""
     with engine.paused():
         texts = [
-            ask_text(engine, folder, prompt_of(LENGTHS[i % 3], i), 3, logprobs=2) for i, folder in enumerate(owners)
+            ask_text(engine, folder, prompt_of(LENGTHS[i % 4], i), 3, logprobs=2) for i, folder in enumerate(owners)
         ]
         pooled = [folder for folder in owners if folder is None or folder.name != "activated"]
         asked = [prompt_of(12, 20), prompt_of(5, 21)]
@@ -236,3 +256,30 @@ def test_padding_changes_no_drawn_token(owners: list[Path | None], started: Call
         choices = [text.answer.result(PATIENCE_S).result.choices for text in texts]
         drawn.append([each.tokens.tolist() for made in choices for each in made])
     assert drawn[0] == drawn[1]
+
+
+@pytest.mark.gpu
+def test_replayed_steps_answer_as_peft_does(
+    model: Path, owners: list[Path | None], started: Callable[..., Engine]
+) -> None:
+    """Each turn has other lengths and another order of adapters, and finds graphs of the turns before."""
+    engine = started("csgmv", dtype="float32", prefix_cache=False)
+    rng, some = np.random.default_rng(0), loaded(engine, owners)
+    for turn in range(6):
+        order = [some[i] for i in rng.permutation(len(some))]
+        asked = [prompt_of(int(length), 20 + turn) for length in rng.integers(5, 16, 2)]
+        pooled = [folder for folder in order if folder is None or folder.name != "activated"]
+        with engine.paused():
+            vectors = [submit(engine, asked, ref(folder) if folder else None) for folder in pooled]
+            texts = [
+                ask_text(engine, folder, prompt_of(int(rng.integers(6, 80)), 10 * turn + i), 3, prompt_logprobs=None)
+                for i, folder in enumerate(order)
+            ]
+        for text in texts:
+            check_text(model, text, 1e-3)
+        for folder, vector in zip(pooled, vectors, strict=True):
+            for ours, wanted in zip(
+                vector.result(PATIENCE_S).result, reference_embedding(model, folder, asked), strict=True
+            ):
+                assert cosine(ours, wanted) > 0.99999, (folder, turn)
+    assert engine.runner.graphs
