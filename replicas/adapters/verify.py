@@ -117,7 +117,7 @@ def _verify(
         rows = yield from read_rows(path, stored_rows, adapter.weights, settings.tokens, expected, has_head=has_head)
         if rows and settings.invocation is not None:  # rows count for all tokens, LoRA only for the last ones
             yield "alora_invocation_tokens: not supported beside trained rows of tokens; train the adapter without them"
-        yield from _check_rows_beside_dora(rows, adapter, settings)
+        yield from _check_rows_beside_terms(rows, adapter, settings)
         yield from check_rows(differences.added, rows.vocab(expected.architecture.vocab))
         adapter = divide(
             within_vocabulary(replace(adapter, rows=rows), expected.architecture.vocab), expected.architecture
@@ -134,10 +134,12 @@ def _verify(
     )
 
 
-def _check_rows_beside_dora(rows: AdapterRows, adapter: AdapterWeights, settings: LoraSettings) -> Checked[None]:
-    for module, own in ((EMBEDDING_MODULE, rows.embedding), (HEAD_MODULE, rows.head)):
-        if settings.uses_dora and own is not None and module in adapter.weights:
-            yield f"use_dora: not supported on {module[1]} beside trained rows of it; leave one of them out"
+def _check_rows_beside_terms(rows: AdapterRows, adapter: AdapterWeights, settings: LoraSettings) -> Checked[None]:
+    """Yield fields whose column terms an adapter's own rows would not have."""
+    for field, is_used in (("use_dora", settings.uses_dora), ("lora_bias", settings.has_lora_bias)):
+        for module, own in ((EMBEDDING_MODULE, rows.embedding), (HEAD_MODULE, rows.head)):
+            if is_used and own is not None and module in adapter.weights:
+                yield f"{field}: not supported on {module[1]} beside trained rows of it; leave one of them out"
 
 
 def _head_notes(pairs: Pairs, expected: ExpectedModules, *, ties: bool) -> tuple[str, ...]:

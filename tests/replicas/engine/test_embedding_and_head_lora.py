@@ -12,10 +12,11 @@ from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.errors import InvalidAdapter
 from ranklet.replicas.model.modules import ALL_MODULES
 from tests.assets.adapters import save_adapter
+from tests.assets.broken import edit_weights
 from tests.assets.make import make_model
 from tests.assets.oracle import reference_embedding
 from tests.assets.text_oracle import reference_logprobs
-from tests.assets.token_rows import save_resized_adapter
+from tests.assets.token_rows import changed_rows, save_resized_adapter
 from tests.replicas.asking import PATIENCE_S, assert_same, ref, submit
 from tests.replicas.text_scene import LOGPROB_ROUNDING, generate
 
@@ -97,6 +98,14 @@ def test_dora_beside_rows_of_the_same_matrix_is_refused_by_name(tmp_path: Path) 
     model = make_model(tmp_path / "model", tied=False, text=True, layers=2, hidden_size=64, head_dim=16)
     folder = save_resized_adapter(model, tmp_path / "resized-and-lora", use_dora=True)
     refuses(model, folder, "use_dora: not supported on embed_tokens beside trained rows of it")
+
+
+def test_a_bias_of_the_head_beside_rows_of_it_is_refused_by_name(tmp_path: Path) -> None:
+    """PEFT saves the whole head of the model that was trained, which here differs from the base's."""
+    model = make_model(tmp_path / "model", tied=False, text=True, layers=2, hidden_size=64, head_dim=16)
+    folder = save_adapter(model, tmp_path / "a", r=4, target_modules=["q_proj", "lm_head"], lora_bias=True)
+    edit_weights(folder, changed_rows([45, 46], 1))
+    refuses(model, folder, "lora_bias: not supported on lm_head beside trained rows of it")
 
 
 def refuses(model: Path, folder: Path, says: str) -> None:
