@@ -55,6 +55,11 @@ def logits(
     return y
 
 
+def widened_bytes(rows: int, columns: int, more_ids: int) -> int:
+    """Return the memory of the copy of logits that has columns for the token ids beyond the base model's."""
+    return rows * (columns + more_ids) * torch.float32.itemsize if more_ids else 0
+
+
 def _add(x: Tensor, y: Tensor, stack: LinearStack, batch: LoraBatch) -> None:
     for segment in batch.segments:
         meta, rows = stack.meta[segment.slot], slice(segment.start, segment.stop)

@@ -12,6 +12,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
+from ranklet.kernels.logits import widened_bytes
 from ranklet.kernels.sampling_row import TOP_LOGPROBS
 from ranklet.replicas.cache.pages import pages_of
 from ranklet.replicas.cache.tensors import KvPages
@@ -45,9 +46,10 @@ def text_reserve(
 ) -> int:
     """Compile kernels, allocate the sampler's tables, and return the device memory that pages must leave free.
 
-    This is the memory of the largest step twice: for steps that Python launches, and for the pool that all graphs
-    share. Then that of each graph outside the pool, for as many graphs as are kept, and that of merged weights. Loads
-    of adapters, kernels that are loaded later and fragmentation are left to `kv_cache_fraction`.
+    This is the memory of the largest step, and of the copy of its logits that has adapters' added tokens, twice: for
+    steps that Python launches, and for the pool that all graphs share. Then that of each graph outside the pool, for as
+    many graphs as are kept, and that of merged weights. Loads of adapters, kernels that are loaded later and
+    fragmentation are left to `kv_cache_fraction`.
 
     On the CPU and with `kv_cache_bytes` nothing is measured.
 
@@ -74,7 +76,9 @@ def text_reserve(
             _run_largest_steps(paged, rows, longest)
         graph_bytes = _bytes_of_a_graph(paged, rows)
         runner.free_caches()
-    step_bytes = max(largest.bytes, workspace_bytes)
+    more_ids = config.added_tokens if config.token_rows else 0  # the steps above have none
+    copy_bytes = widened_bytes(rows, model.architecture.vocab, more_ids)
+    step_bytes = max(largest.bytes + copy_bytes, workspace_bytes)
     logger.info("the largest step takes %d MB of device memory, a graph %.1f MB", step_bytes >> 20, graph_bytes / 2**20)
     return 2 * step_bytes + graphs.max_graphs * graph_bytes + config.merged_bytes
 

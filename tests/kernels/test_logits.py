@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from ranklet.kernels import csgmv, native
 from ranklet.kernels.batch import Backend, plan
-from ranklet.kernels.logits import logits
+from ranklet.kernels.logits import logits, widened_bytes
 from ranklet.kernels.merged import Merged
 from ranklet.kernels.row_subset import subset
 from tests.kernels import oracle
@@ -56,3 +56,12 @@ def test_a_batch_of_other_rows_is_refused() -> None:
         logits(torch.zeros(5, WIDE), torch.zeros(VOCAB, WIDE), stack, batch)
     with pytest.raises(ValueError, match="tiles"):
         logits(torch.zeros(51, WIDE), torch.zeros(VOCAB, WIDE), stack, batch)
+
+
+@pytest.mark.parametrize("more", [0, 7, 256])
+def test_the_copy_for_more_tokens_takes_the_memory_that_is_reserved(more: int) -> None:
+    batch = replace(plan([3, 2], [0, 1])[1], implementation=native, more_ids=more)
+    x, weight = torch.randn(5, WIDE), torch.randn(VOCAB, WIDE)
+    with_copy, without = logits(x, weight, None, batch), logits(x, weight, None, replace(batch, more_ids=0))
+    copy_bytes = with_copy.untyped_storage().nbytes() if with_copy.shape != without.shape else 0
+    assert copy_bytes == widened_bytes(5, VOCAB, more)
