@@ -66,6 +66,11 @@ CHOICES: dict[str, tuple[str, Column]] = {
     "replicas": ("replicas", COUNT), "adapters": ("adapters", COUNT), "choose_us": ("mean us", COUNT),
     "choose_p50_us": ("p50 us", COUNT), "choose_p99_us": ("p99 us", COUNT),
 }  # fmt: skip
+TOKEN_ROWS: dict[str, tuple[str, Column]] = {
+    "adapters": ("adapters", TEXT), "slot_mb": ("memory of a slot MB", MS), "slot_share": ("of plain", RATIO),
+    "disk_ms": ("load from disk ms", MS), "disk_share": ("of plain from disk", RATIO),
+    "host_ms": ("load from the host ms", FINE_MS), "host_share": ("of plain from the host", RATIO),
+}  # fmt: skip
 TEXT_CHOICES = CHOICES | {
     "embedding_us": ("for an embedding: mean us", COUNT), "embedding_p50_us": ("for an embedding: p50 us", COUNT),
     "p50 by embedding": ("p50 by that of embeddings", RATIO),

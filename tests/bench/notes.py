@@ -92,3 +92,7 @@ machine. With 128 tokens, plain LoRA was slower than DoRA, of which the cause wa
 TOKEN_ROWS_NOTE = """\
 LoRA of rank 16, 100 trained tokens each, medians. Loads from disk read and verify the adapter; those from the host copy
 one that is in the host cache."""
+TOKEN_ROWS_CPU_NOTE = """\
+LoRA of rank 16, 100 trained or added tokens each, on a busy machine. Medians of times, and of ratios to the plain
+adapter that was loaded in the same turn. Tokenizer files have 10.5 MB; those with added tokens differ from adapter to
+adapter, and each engine compares them with the base's."""

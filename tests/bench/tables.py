@@ -33,6 +33,7 @@ from tests.bench.columns import (
     TEXT_RULES,
     TEXT_RULES_BY_CASE,
     TEXT_SOAK,
+    TOKEN_ROWS,
     Column,
     number,
 )
@@ -55,6 +56,7 @@ from tests.bench.notes import (
     TEXT_CLUSTER_NOTE,
     TEXT_HTTP_NOTE,
     TEXT_SOAK_NOTE,
+    TOKEN_ROWS_CPU_NOTE,
     TOKEN_ROWS_NOTE,
 )
 
@@ -168,11 +170,7 @@ TABLES = (
         note=RERANK_NOTE,
     ),
     ResultTable(
-        "Slots and loads of adapters with trained tokens", "token-rows-h200",
-        {"adapters": ("adapters", TEXT), "slot_mb": ("memory of a slot MB", MS), "slot_share": ("of plain", RATIO),
-         "disk_ms": ("load from disk ms", MS), "disk_share": ("of plain from disk", RATIO),
-         "host_ms": ("load from the host ms", FINE_MS), "host_share": ("of plain from the host", RATIO)},
-        note=TOKEN_ROWS_NOTE,
+        "Slots and loads of adapters with trained tokens", "token-rows-h200", TOKEN_ROWS, note=TOKEN_ROWS_NOTE
     ),
     ResultTable("Over HTTP: HAProxy, 8 gateways and one replica", "http-h200", HTTP),
     ResultTable("Over HTTP with 16 gateways", "http-h200-512", HTTP),
@@ -209,6 +207,10 @@ TABLES = (
         TEXT_SOAK, _is_sample, TEXT_SOAK_NOTE,
     ),
     ResultTable("Four minutes at saturation on a CPU, 6 adapters on 4 slots", "soak-cpu", SOAK, _is_sample),
+    ResultTable(
+        "Slots and loads of adapters with trained or added tokens, on a CPU", "token-rows-cpu",
+        TOKEN_ROWS | {"first_ms": ("first load ms", MS)}, note=TOKEN_ROWS_CPU_NOTE,
+    ),
     ResultTable(
         "Adapters loaded, replaced and unloaded while clients send requests, on a CPU", "churn-cpu",
         {"what": ("what", TEXT), "count": ("count", COUNT)}, lambda row: "count" not in row,

@@ -1,7 +1,8 @@
 """A tokenizer with as many tokens as a real model's, so that every token that random weights make has a text."""
 
 import json
-from itertools import count, islice, product
+from collections.abc import Iterator
+from itertools import chain, count, islice, product
 from pathlib import Path
 from string import ascii_lowercase
 
@@ -11,13 +12,23 @@ _SPACE = "Ġ"  # in byte-level names of tokens
 _WORD_LETTERS = 4  # about the length of a token of English text, with its space
 
 
-def save_full_tokenizer(folder: Path, size: int) -> None:
-    """Save a tokenizer of `size` tokens: a small trained one, and made-up words."""
+def save_full_tokenizer(folder: Path, size: int, *, merges: bool = False) -> None:
+    """Save a tokenizer of `size` tokens: a small trained one, and made-up words.
+
+    Args:
+        merges: make the words of merges, so that tokenizer.json is as large as a real model's; texts then have them.
+    """
     known = save_tokenizer(folder, vocab_size=min(1024, size), max_length=32_768)
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
     vocab = content["model"]["vocab"]
-    words = (_SPACE + "".join(letters) for letters in product(ascii_lowercase, repeat=_WORD_LETTERS))
-    new = (word for word in words if word not in vocab)
-    vocab |= dict(zip(islice(new, size - known), count(known)))
+    words = chain.from_iterable(map(_words, range(1, _WORD_LETTERS + 1))) if merges else _words(_WORD_LETTERS)
+    new = list(islice((word for word in words if word not in vocab), size - known))
+    vocab |= dict(zip(new, count(known)))
+    if merges:
+        content["model"]["merges"] += [[word[:-1], word[-1]] for word in new]
     path.write_text(json.dumps(content, ensure_ascii=False))
+
+
+def _words(letters: int) -> Iterator[str]:
+    return (_SPACE + "".join(each) for each in product(ascii_lowercase, repeat=letters))
