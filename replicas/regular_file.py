@@ -46,7 +46,10 @@ def read_regular(path: Path, most_bytes: int) -> bytes:
         OSError: see `open_regular`.
     """
     with io.BufferedReader(open_regular(path)) as file:
-        content = file.read(most_bytes + 1)
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(min(size, most_bytes) + 1)  # a buffer of `most_bytes` would take time
+        if size < len(content) <= most_bytes:  # it has grown
+            content += file.read(most_bytes + 1 - len(content))
     if len(content) > most_bytes:
         raise TooLargeError(errno.EFBIG, f"expected at most {most_bytes} bytes, got {path.stat().st_size}")
     return content

@@ -64,7 +64,7 @@ class AdapterTexts:
             tokens = folder_special_tokens(folder)
         except UnusableTokenError as error:
             findings.append(str(error))
-        compared = self._settings.tokenizers.compare(folder)
+        compared = self._settings.tokenizers.compare(adapter)
         findings += (finding for finding in compared.findings if finding not in findings)
         settings = RankletFile()
         try:

@@ -80,6 +80,8 @@ class Replica:
         )  # fmt: skip
         self._resolver = AdapterResolver(cache, config.load_timeout_s, roots=args.adapter_roots)
         settings = AdapterSettings(config.model_dir)
+        if config.added_tokens or self._engine.limits.no_text is None:
+            settings.tokenizers.prepare()
         self._calls = ReplicaCalls(self._id, self._engine, self._resolver, self._state, self._feeds, settings)
         self._texts = AdapterTexts(config.model_dir, settings)
         self._metrics_target = start_exporter(metrics.registry, args.metrics)

@@ -45,14 +45,15 @@ class AdapterSettings:
             AdapterChanged: the folder no longer has this revision.
             Unavailable: the tokenizers were not compared in time.
         """
-        found = self._read(Path(adapter.path))
+        found = self._read(adapter)
         check_unchanged(adapter)
         self._kept[adapter] = found
         if len(self._kept) > _MAX_KEPT:
             self._kept.popitem(last=False)
         return found
 
-    def _read(self, folder: Path) -> EmbeddingSettings:
+    def _read(self, adapter: AdapterRef) -> EmbeddingSettings:
+        folder = Path(adapter.path)
         try:
             classifies = has_head(folder)
             found = read_embedding_settings(folder, self.base, classifies=classifies)
@@ -60,7 +61,7 @@ class AdapterSettings:
                 found = replace(found, classifier=read_classifier(folder, self._model_dir))
         except ModelError:  # the load of the adapter refuses it
             return self.base
-        added = AddedTokens.of(self.tokenizers.compare(folder).added)
+        added = AddedTokens.of(self.tokenizers.compare(adapter).added)
         if added.tokens:
             found = replace(found, added_tokens=added.digest)
         return self.base if found == self.base else found

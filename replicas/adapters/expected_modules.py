@@ -53,6 +53,11 @@ class ExpectedModules:
             return None
         return BaseFolder(self.end_of_text.model_dir, self.architecture.max_position, self.architecture.hidden)
 
+    def prepare(self) -> None:
+        """Get ready to compare tokenizers, on a thread of its own, if adapters' texts or added tokens may need that."""
+        if self.base_folder is not None and (self.head is not None or self.added_tokens):
+            self.base_folder.prepare()
+
     @property
     def head_bytes(self) -> int:
         """Return the device memory that slots for `lm_head` take."""

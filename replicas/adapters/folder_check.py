@@ -5,6 +5,7 @@ tokenizer adds. An adapter that was trained with another tokenizer would get vec
 compute.
 """
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 from ranklet.replicas.adapters.adapter_settings import has_head
 from ranklet.replicas.adapters.dense_files import read_dense
 from ranklet.replicas.adapters.findings import Checked, show
+from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.tokenizer_check import ComparedTokenizer
 from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.added_tokens import AddedToken
@@ -37,12 +40,10 @@ class FolderDifferences:
 
     Attributes:
         notes: on what is followed.
-        added: tokens that its tokenizer has besides the base model's, in the order of their ids.
         dense: its Dense layers, perhaps none; None where its folder lists no modules, for those of the base model.
     """
 
     notes: tuple[str, ...] = ()
-    added: tuple[AddedToken, ...] = ()
     dense: DenseLayers | None = None
 
 
@@ -60,6 +61,14 @@ class BaseFolder:
         self._hidden = hidden
         self._tokenizer = TokenizerComparison(folder)
 
+    def compare_tokenizer(self, adapter: AdapterRef) -> "Future[ComparedTokenizer]":
+        """Begin to compare an adapter's tokenizer files, beside what else its load reads."""
+        return self._tokenizer.begin(adapter)
+
+    def prepare(self) -> None:
+        """Get ready to compare tokenizers, on a thread of its own."""
+        self._tokenizer.prepare()
+
     def check(self, folder: Path) -> Checked[FolderDifferences]:
         """Yield what an adapter's folder asks for and cannot get. Returns what differs from the base model."""
         base, notes, dense = self._settings, tuple[str, ...](), None
@@ -71,11 +80,7 @@ class BaseFolder:
             notes = yield from self._check_settings(base, own)
             if is_file(folder / MODULES_FILE):
                 dense = yield from read_dense(folder, own.dense, self._hidden)
-        compared = self._tokenizer.compare(folder)
-        yield from compared.findings
-        if compared.added:
-            notes += (_note_on(compared.added),)
-        return FolderDifferences(notes, compared.added, dense)
+        return FolderDifferences(notes, dense)
 
     def _check_settings(self, base: EmbeddingSettings, own: EmbeddingSettings) -> Checked[tuple[str, ...]]:
         for field, name in _SHARED.items():
@@ -101,10 +106,13 @@ class BaseFolder:
         return read_base_settings(self._folder)
 
 
-def _note_on(added: tuple[AddedToken, ...]) -> str:
+def notes_on(added: tuple[AddedToken, ...]) -> tuple[str, ...]:
+    """Return the note on the tokens that an adapter's tokenizer adds."""
+    if not added:
+        return ()
     named = ", ".join(f"{show(token.content)} ({token.id})" for token in added[:_MAX_NAMED])
     more = f" and {len(added) - _MAX_NAMED} more" if len(added) > _MAX_NAMED else ""
-    return f"added tokens: {named}{more}; its prompts and texts have them"
+    return (f"added tokens: {named}{more}; its prompts and texts have them",)
 
 
 def _listed(settings: EmbeddingSettings) -> str:

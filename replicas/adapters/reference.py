@@ -33,6 +33,7 @@ class AdapterRef:
         revision: hash of the files' content.
         marks: sizes and times of the files (see `marks_of`); "" where the files never change.
         invocation: the adapter changes a prompt's tokens from these on; None if it changes all.
+        tokenizer: hash of its tokenizer files, "" without any; None if it is not known.
     """
 
     name: str
@@ -40,6 +41,7 @@ class AdapterRef:
     revision: str
     marks: str = field(default="", compare=False)
     invocation: Invocation | None = field(default=None, compare=False)
+    tokenizer: str | None = field(default=None, compare=False)
 
     def __hash__(self) -> int:
         return hash(self.name)  # each step looks up each of its adapters several times

@@ -5,10 +5,10 @@ import os
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from ranklet.replicas.adapters.content_hash import file_entry, piece_digests, tokenizer_hash
 from ranklet.replicas.adapters.findings import collect
 from ranklet.replicas.adapters.invocation import Invocation, invocation_of
 from ranklet.replicas.adapters.limits import MAX_ADAPTER_BYTES
@@ -17,11 +17,9 @@ from ranklet.replicas.adapters.peft_config import read_fields
 from ranklet.replicas.adapters.reference import CONFIG_FILE, FILES, OPTIONAL_FILES, AdapterRef
 from ranklet.replicas.adapters.safetensors_header import UnreadableWeightsError, read_header
 from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
-from ranklet.replicas.regular_file import open_regular
+from ranklet.replicas.model.tokenizer_files import TOKENIZER_FILES
 
 _CHARACTERS = 16
-_PIECE_BYTES = 1 << 20  # each piece has its own digest, so that threads can share a file
-_THREADS = 8  # of one file; not shared between files, because a disk that hangs blocks them
 _MAX_TRIES = 3
 _LARGE_BYTES = 64 << 20  # hashed in a fifth of a second; only weights are larger
 SETTLED_S = 0.1  # within this time of a change, a second one may leave the file's times as they are
@@ -51,24 +49,40 @@ def age_of(path: str | Path) -> float:
     return time.time() - _stat(path).changed_s
 
 
-def revision_of(path: str | Path) -> str:
-    """Read an adapter's files and return their revision, 16 hexadecimal digits.
+class FolderHash(NamedTuple):
+    """Hashes of an adapter's files: of all, and of the tokenizer's (see `AdapterRef.tokenizer`)."""
 
-    It is the SHA-256 of the name, the size and the SHA-256 digest of each MiB of `adapter_config.json`, then of the
-    weights, then of the chat template, the tokenizer's files and those of sentence-transformers, as far as it has them.
+    revision: str
+    tokenizer: str | None
+
+
+def revision_of(path: str | Path) -> str:
+    """Read an adapter's files and return their revision; see `hash_of`."""
+    return hash_of(path).revision
+
+
+def hash_of(path: str | Path) -> FolderHash:
+    """Read an adapter's files and return their revision, 16 hexadecimal digits, and the hash of the tokenizer's files.
+
+    The revision is the SHA-256 of the name, the size and the SHA-256 digest of each MiB of `adapter_config.json`, then
+    of the weights, then of the chat template, the tokenizer's files and those of sentence-transformers, as far as it
+    has them.
 
     Raises:
         AdapterNotFound: the folder does not exist.
     """
     _stat(path)
-    whole = hashlib.sha256()
-    for name in files_in(Path(path)):
+    folder, whole = Path(path), hashlib.sha256()
+    entries: dict[str, bytes] = {}
+    for name in files_in(folder):
         try:
-            size, digests = piece_digests(Path(path) / name)
-            whole.update(f"{name}:{size};".encode() + digests)
+            entries[name] = file_entry(name, *piece_digests(folder / name))
+            whole.update(entries[name])
         except OSError as error:  # verification reports it
             whole.update(f"{name}:{error.errno};".encode())
-    return whole.hexdigest()[:_CHARACTERS]
+    others = (name for name in TOKENIZER_FILES if name not in entries)
+    is_known = not any(os.path.lexists(folder / name) for name in others)
+    return FolderHash(whole.hexdigest()[:_CHARACTERS], tokenizer_hash(entries) if is_known else None)
 
 
 def read_invocation(folder: Path) -> Invocation | None:
@@ -92,7 +106,7 @@ class Revisions:
         self._settled_s = settled_s
         self._roots = tuple(roots)
         self._max_bytes = max_bytes
-        self._known: dict[str, tuple[str, str, Invocation | None]] = {}  # marks, and what an `AdapterRef` has
+        self._known: dict[str, tuple[str, FolderHash, Invocation | None]] = {}  # marks, and what an `AdapterRef` has
 
     def reference(self, name: str, path: str) -> AdapterRef:
         """Return the current revision of a folder under a name; reads the files if they have changed.
@@ -103,16 +117,16 @@ class Revisions:
         """
         for _ in range(_MAX_TRIES):
             marks, changed_s, size = _stat(path)
-            known, revision, invocation = self._known.get(path, ("", "", None))
+            known, found, invocation = self._known.get(path, ("", FolderHash("", None), None))
             if known == marks:
                 break
             self._check(name, Path(path), size)
-            revision, invocation = revision_of(path), read_invocation(Path(path))
+            found, invocation = hash_of(path), read_invocation(Path(path))
             if marks_of(path) == marks:
                 if time.time() - changed_s > self._settled_s:
-                    self._known[path] = marks, revision, invocation
+                    self._known[path] = marks, found, invocation
                 break
-        return AdapterRef(name, path, revision, marks, invocation)
+        return AdapterRef(name, path, found.revision, marks, invocation, found.tokenizer)
 
     def _check(self, name: str, folder: Path, size: int) -> None:
         findings = list(check_links(folder, files_in(folder), self._roots))
@@ -177,19 +191,3 @@ def files_in(folder: Path) -> tuple[str, ...]:
         entries = {name.partition("/")[0] for name in OPTIONAL_FILES}
     found = [name for name in OPTIONAL_FILES if name.partition("/")[0] in entries]
     return (*FILES, *(name for name in found if os.path.isfile(folder / name)))  # noqa: PTH113 - never raises
-
-
-def piece_digests(path: Path) -> tuple[int, bytes]:
-    """Return a file's size and the SHA-256 of each piece. Reads and hashes without the GIL."""
-    with open_regular(path) as file:
-        descriptor = file.fileno()
-        size = os.fstat(descriptor).st_size
-
-        def digest(start: int) -> bytes:
-            return hashlib.sha256(os.pread(descriptor, _PIECE_BYTES, start)).digest()
-
-        starts = range(0, size, _PIECE_BYTES)
-        if len(starts) <= 1:
-            return size, b"".join(map(digest, starts))
-        with ThreadPoolExecutor(min(_THREADS, len(starts)), thread_name_prefix="hash") as threads:
-            return size, b"".join(threads.map(digest, starts))

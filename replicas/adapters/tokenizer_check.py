@@ -109,7 +109,7 @@ class BaseTokenizer:
             yield str(error)
         if config:
             yield from self._config_differences(config, added)
-        if read_within_bounds(folder / TOKENIZER_FILE) is not None:
+        if content or read_within_bounds(folder / TOKENIZER_FILE) is not None:
             yield from self._content_differences(folder, content, added, plain=_is_plain(config))
             return
         yield from self._vocabulary.differences(folder, added)

@@ -4,7 +4,9 @@ Parsing a large file takes a few tenths of a second. If all bytes but those of t
 adapter's content is the base's with these tokens.
 """
 
+import io
 import json
+import os
 import re
 from collections.abc import Collection, Mapping
 from functools import cached_property
@@ -13,14 +15,15 @@ from typing import Any
 
 from ranklet.replicas.model.tokenizer_files import (
     TOKENIZER_FILE,
-    UnusableTokenError,
     model_tokens,
     read_tokenizer_file,
     read_within_bounds,
 )
+from ranklet.replicas.regular_file import open_regular
 
 _ADDED = "added_tokens"
 _MAX_ENTRY_BYTES = 4 << 20  # more than `MAX_ADDED_TOKENS` and `MAX_ADDED_CHARS` allow
+_PIECE_BYTES = 1 << 18
 _ARRAY = re.compile(rb'"added_tokens"\s*:\s*\[')
 
 
@@ -71,17 +74,20 @@ class BaseContent:
 
     def _other_entries(self, path: Path) -> list[Any] | None:
         """Return the added tokens of a file that differs from the base's in nothing else; None if that is not sure."""
-        try:
-            content = read_within_bounds(path)
-        except (OSError, UnusableTokenError):
-            return None  # `read` says why
-        if content is None or self._ends is None:
+        if self._ends is None:
             return None
         head, tail = self._ends
-        if len(content) < len(head) + len(tail) or not (content.startswith(head) and content.endswith(tail)):
-            return None
-        entries = content[len(head) : len(content) - len(tail)]
-        return _array(entries) if len(entries) <= _MAX_ENTRY_BYTES else None
+        try:
+            with open_regular(path) as file:
+                length = os.fstat(file.fileno()).st_size - len(head) - len(tail)
+                if not 0 <= length <= _MAX_ENTRY_BYTES or not _continues(file, head):
+                    return None
+                entries = file.read(length)
+                if len(entries) < length or not _continues(file, tail) or file.read(1):
+                    return None
+        except OSError:
+            return None  # `read` says why
+        return _array(entries)
 
     @cached_property
     def _ends(self) -> tuple[bytes, bytes] | None:
@@ -99,6 +105,17 @@ class BaseContent:
         except (ValueError, LookupError, TypeError, RecursionError):
             return None
         return (head, rest[stop - 1 :].encode()) if entries == self.fields.get(_ADDED) else None
+
+
+def _continues(file: io.FileIO, expected: bytes) -> bool:
+    """Return whether the next bytes of a file are these. Reads it in pieces, which stay in the CPU's cache."""
+    piece, start = memoryview(bytearray(_PIECE_BYTES)), 0
+    while start < len(expected):
+        count = file.readinto(piece[: len(expected) - start])
+        if not count or not expected.startswith(piece[:count], start):
+            return False
+        start += count
+    return True
 
 
 def _array(entries: bytes) -> list[Any] | None:

@@ -6,24 +6,27 @@ need no parsing are compared by a process that keeps the base model's tokenizer 
 """
 
 import contextlib
-import hashlib
 import json
 import subprocess
 import sys
+from collections import OrderedDict
+from concurrent.futures import Future
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from threading import Event, Lock, Thread
 from typing import Any
 
+from ranklet.replicas.adapters.content_hash import read_tokenizer_hash
+from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.revision import check_unchanged
 from ranklet.replicas.adapters.tokenizer_check import BaseTokenizer, ComparedTokenizer
 from ranklet.replicas.bounded_process import BoundedProcess, child_environment, limit_this_process
 from ranklet.replicas.errors import InternalError, Unavailable
 from ranklet.replicas.model.added_tokens import AddedToken
 from ranklet.replicas.model.tokenizer_files import (
     TOKENIZER_FILE,
-    TOKENIZER_FILES,
     UnusableTokenError,
-    read_within_bounds,
 )
 
 _PROGRAM = "ranklet.replicas.adapters.tokenizer_process"
@@ -36,7 +39,8 @@ _MAX_KEPT = 256
 class TokenizerComparison:
     """Compares adapters' tokenizer files with those of the base model. Thread-safe.
 
-    Adapters of one training tool often have the same files, so results are kept by the files' content.
+    Adapters of one training tool often have the same files, so results are kept by the files' content, and equal files
+    are compared once.
 
     Args:
         base: folder of the base model.
@@ -48,51 +52,105 @@ class TokenizerComparison:
             "ranklet.replicas.adapters.tokenizer_worker", "compares tokenizers", time_s=_SIMILAR_S, grace_s=0.0,
             memory_bytes=_MEMORY_BYTES, max_reply_bytes=_MAX_REPLY_BYTES,
         )  # fmt: skip
-        self._kept: dict[bytes, ComparedTokenizer] = {}
+        self._lock = Lock()
+        self._kept: OrderedDict[str, ComparedTokenizer] = OrderedDict()
+        self._running: dict[str, Event] = {}  # set when the comparison has ended, perhaps with an error
 
-    def compare(self, adapter: Path) -> ComparedTokenizer:
-        """Return `BaseTokenizer(base).compare(adapter)`. Blocks.
+    def prepare(self) -> None:
+        """Start the process, which then reads the base model's files, on a thread of its own.
+
+        The first comparison does not wait for it then.
+        """
+        if (self._base / TOKENIZER_FILE).is_file():
+            Thread(target=self._prepare, name="ranklet-tokenizers", daemon=True).start()
+
+    def _prepare(self) -> None:
+        if self._own is not None:
+            self._ask(self._base, self._own)
+
+    def begin(self, adapter: AdapterRef) -> "Future[ComparedTokenizer]":
+        """Return a future of `compare`, which another thread completes if files must be read."""
+        future: Future[ComparedTokenizer] = Future()
+        found = None if adapter.tokenizer is None else self._known(adapter.tokenizer)
+        if found is not None:
+            future.set_result(found)
+            return future
+
+        def run() -> None:
+            try:
+                future.set_result(self.compare(adapter))
+            except BaseException as error:
+                future.set_exception(error)
+
+        # A thread of its own: files of a disk that hangs must not hold those of others.
+        Thread(target=run, name="ranklet-compare", daemon=True).start()
+        return future
+
+    def compare(self, adapter: AdapterRef) -> ComparedTokenizer:
+        """Return `BaseTokenizer(base).compare(folder)` for an adapter's folder. Blocks.
 
         Raises:
+            AdapterChanged: the folder no longer has the files of the reference.
             Unavailable: it takes too much time.
         """
-        try:
-            content = _digest(adapter)
-        except (OSError, UnusableTokenError) as error:
-            return ComparedTokenizer((str(error),))
-        if content is None or content == self._own:
-            return ComparedTokenizer()
-        found = self._kept.get(content)
-        if found is None:
-            found = self._compare_similar(adapter, content) or compare_within(self._base, adapter)
-            if len(self._kept) >= _MAX_KEPT:
-                self._kept.clear()
-            self._kept[content] = found
+        content = adapter.tokenizer
+        if content is None:
+            try:
+                content = read_tokenizer_hash(Path(adapter.path))
+            except (OSError, UnusableTokenError) as error:
+                return ComparedTokenizer((str(error),))
+        while (found := self._known(content)) is None:
+            with self._lock:
+                running = self._running.get(content)
+                if running is None:
+                    own = self._running[content] = Event()
+            if running is None:
+                try:
+                    self._keep(content, self._compared(adapter, content))
+                finally:
+                    with self._lock:
+                        del self._running[content]
+                    own.set()
+            else:
+                running.wait()
         return found
 
-    def _compare_similar(self, adapter: Path, content: bytes) -> ComparedTokenizer | None:
-        """Return the result for files that need no parsing; None for others."""
-        if not (adapter / TOKENIZER_FILE).is_file():
-            return None
+    def _known(self, content: str) -> ComparedTokenizer | None:
+        """Return the result for files that need no comparison, or were compared."""
+        if content in ("", self._own):
+            return ComparedTokenizer()
+        with self._lock:
+            if content in self._kept:
+                self._kept.move_to_end(content)
+            return self._kept.get(content)
+
+    def _keep(self, content: str, found: ComparedTokenizer) -> None:
+        with self._lock:
+            self._kept[content] = found
+            if len(self._kept) > _MAX_KEPT:
+                self._kept.popitem(last=False)
+
+    def _compared(self, adapter: AdapterRef, content: str) -> ComparedTokenizer:
+        folder, found = Path(adapter.path), None
+        if (folder / TOKENIZER_FILE).is_file():
+            found = self._ask(folder, content)  # None if they must be parsed
+        found = found or compare_within(self._base, folder)
+        check_unchanged(adapter)  # the result of other files must not be kept as that of `content`
+        return found
+
+    def _ask(self, adapter: Path, content: str) -> ComparedTokenizer | None:
         question = {"base": str(self._base), "adapter": str(adapter)}
         try:
-            compared = self._process.ask(content.hex(), json.dumps(question).encode()).get("compared")
+            compared = self._process.ask(content, json.dumps(question).encode()).get("compared")
         except InternalError:  # the process does not start
             return None
         return None if compared is None else _restored(compared)
 
     @cached_property
-    def _own(self) -> bytes | None:
+    def _own(self) -> str | None:
         with contextlib.suppress(OSError, UnusableTokenError):
-            return _digest(self._base)
+            return read_tokenizer_hash(self._base)
         return None
-
-
-def _digest(folder: Path) -> bytes | None:
-    """Return a hash of a folder's tokenizer files; None if there are none."""
-    contents = {name: read_within_bounds(folder / name) for name in TOKENIZER_FILES}
-    parts = [name.encode() + hashlib.sha256(each).digest() for name, each in contents.items() if each is not None]
-    return hashlib.sha256(b"".join(parts)).digest() if parts else None
 
 
 def compare_within(

@@ -16,7 +16,7 @@ from ranklet.replicas.adapters.added_tokens import check_rows
 from ranklet.replicas.adapters.column_terms import StoredTerms, check_terms, read_terms
 from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.findings import Checked, collect, join, shorten
-from ranklet.replicas.adapters.folder_check import FolderDifferences
+from ranklet.replicas.adapters.folder_check import FolderDifferences, notes_on
 from ranklet.replicas.adapters.fused import divide, parts_of
 from ranklet.replicas.adapters.invocation import check_activated
 from ranklet.replicas.adapters.links import check_links
@@ -37,6 +37,7 @@ from ranklet.replicas.adapters.tensor_names import (
     parse_term,
 )
 from ranklet.replicas.adapters.tied_head import tied
+from ranklet.replicas.adapters.tokenizer_check import ComparedTokenizer
 from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
 from ranklet.replicas.model.added_tokens import AddedToken
 from ranklet.replicas.model.modules import ALL_MODULES, LM_HEAD, Module
@@ -71,18 +72,31 @@ def read_adapter(ref: AdapterRef, expected: ExpectedModules, allocate: Allocate 
 def _verify(
     ref: AdapterRef, folder: Path, expected: ExpectedModules, allocate: Allocate
 ) -> Checked[AdapterWeights | None]:
-    path = folder / WEIGHTS_FILE
     outside = list(check_links(folder, files_in(folder), expected.roots))
     if outside:
         yield from outside
         return None
+    base = expected.base_folder
+    comparison = None if base is None else base.compare_tokenizer(ref)  # while the weights are read
+    differences = FolderDifferences() if base is None else (yield from base.check(folder))
+    adapter = yield from _read_all(ref, folder, expected, allocate)
+    compared = ComparedTokenizer() if comparison is None else comparison.result()
+    yield from compared.findings
+    end_ids = yield from _end_ids(folder, compared.added, expected)
+    if adapter is None:
+        return None
+    yield from check_rows(compared.added, adapter.rows.vocab(expected.architecture.vocab))
+    notes = differences.notes + notes_on(compared.added) + adapter.notes
+    return replace(adapter, end_ids=end_ids, notes=notes, dense=differences.dense)
+
+
+def _read_all(
+    ref: AdapterRef, folder: Path, expected: ExpectedModules, allocate: Allocate
+) -> Checked[AdapterWeights | None]:
+    """Read and check the config and the weights; returns the adapter without what other files say."""
+    path, notes = folder / WEIGHTS_FILE, tuple[str, ...]()
     config = yield from read_peft_config(folder / CONFIG_FILE, expected.bases)
     stored = yield from _read_header(path)
-    differences = FolderDifferences()
-    if expected.base_folder is not None:
-        differences = yield from expected.base_folder.check(folder)
-    notes = differences.notes
-    end_ids = yield from _end_ids(folder, differences.added, expected)
     names = full_names([tensor.key for tensor in stored or ()], expected.every_module())
     settings = (yield from config.apply(names.values())) if config is not None else None
     if settings is None or stored is None:
@@ -118,7 +132,6 @@ def _verify(
         if rows and settings.invocation is not None:  # rows count for all tokens, LoRA only for the last ones
             yield "alora_invocation_tokens: not supported beside trained rows of tokens; train the adapter without them"
         yield from _check_rows_beside_terms(rows, adapter, settings)
-        yield from check_rows(differences.added, rows.vocab(expected.architecture.vocab))
         adapter = divide(
             within_vocabulary(replace(adapter, rows=rows), expected.architecture.vocab), expected.architecture
         )
@@ -129,9 +142,7 @@ def _verify(
     except UnreadableWeightsError as error:
         yield str(error)
         return None
-    return replace(
-        adapter, end_ids=end_ids, notes=notes, head=head, dense=differences.dense, invocation=settings.invocation
-    )
+    return replace(adapter, notes=notes, head=head, invocation=settings.invocation)
 
 
 def _check_rows_beside_terms(rows: AdapterRows, adapter: AdapterWeights, settings: LoraSettings) -> Checked[None]:

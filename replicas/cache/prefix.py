@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ranklet.replicas.adapters.revision import piece_digests
+from ranklet.replicas.adapters.content_hash import piece_digests
 from ranklet.replicas.cache.pages import PAGE_TOKENS
 from ranklet.replicas.errors import ModelError
 from ranklet.replicas.model.folder import read_settings

@@ -91,13 +91,12 @@ class Engine:
         if self._no_text is None:
             with self._times.part("revision"):
                 self.limits = self.limits.with_text(self.end_of_text.base_ids, base_revision(config.model_dir))
-        expected = ExpectedModules(
+        self._expected = ExpectedModules(
             architecture, config.max_rank, config.lora_modules, bases, model.embedding,
             model.lm_head if self._no_text is None and isinstance(model.lm_head, LmHead) else None,  # used by texts
-            self.end_of_text, config.slots, config.adapter_roots, model.linears, config.token_rows,
-            config.added_tokens,
+            self.end_of_text, config.slots, config.adapter_roots, model.linears, config.token_rows, config.added_tokens,
         )  # fmt: skip
-        loader = Loader(self._pool, expected, config.host_cache_bytes)
+        loader = Loader(self._pool, self._expected, config.host_cache_bytes)
         self._lock = Condition()
         self._scheduler = Scheduler(
             max_tokens=config.max_batch_tokens, max_sequences=config.max_batch_requests,
@@ -128,6 +127,7 @@ class Engine:
         lm_head = self.runner.model.lm_head
         if self._no_text is None and isinstance(lm_head, LmHead):
             self._start_text(lm_head, workspace.bytes)
+        self._expected.prepare()
         self._pipeline.start()
         logger.info("the engine started in %s", self._times.summary())
 

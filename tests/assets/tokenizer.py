@@ -1,7 +1,7 @@
 """Trains a small byte-level BPE tokenizer like Qwen3-Embedding's, whose post-processor appends EOS."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tests.assets.corpus import TEXTS
 
@@ -56,6 +56,17 @@ def save_tokenizer(
         model_max_length=max_length,
     ).save_pretrained(folder)
     return int(tokenizer.get_vocab_size())
+
+
+def save_with_added(base_dir: Path, folder: Path, *tokens: Any, **special: Any) -> Any:
+    """Save the base's tokenizer with added tokens, as training tools do. Returns it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.add_special_tokens(special)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def _post_processor(tokenizer: "Tokenizer", *, append_eos: bool, bos: bool) -> "PostProcessor":

@@ -13,17 +13,9 @@ from ranklet.replicas.adapters.added_tokens import BaseTokens, read_added_tokens
 from ranklet.replicas.adapters.tokenizer_check import BaseTokenizer, ComparedTokenizer
 from ranklet.replicas.model.added_tokens import MAX_ADDED_TOKENS, AddedToken
 from ranklet.replicas.model.tokenizer_files import UnusableTokenError
+from tests.assets.tokenizer import save_with_added
 
 Fields = dict[str, Any]
-
-
-def save(base_dir: Path, folder: Path, *tokens: Any, **special: Any) -> Any:
-    """Save the base's tokenizer with added tokens, as training tools do. Returns it."""
-    tokenizer = AutoTokenizer.from_pretrained(base_dir)
-    tokenizer.add_tokens(list(tokens))
-    tokenizer.add_special_tokens(special)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
 
 
 def as_transformers_has_them(base_dir: Path, folder: Path) -> list[AddedToken]:
@@ -39,7 +31,7 @@ def as_transformers_has_them(base_dir: Path, folder: Path) -> list[AddedToken]:
 
 
 def test_saved_tokens_are_those_of_the_library(base_dir: Path, folder: Path) -> None:
-    save(
+    save_with_added(
         base_dir, folder, "<tool>", "Ġthe", tokenizers.AddedToken("naïve", lstrip=True, normalized=False),
         tokenizers.AddedToken("two words", rstrip=True, single_word=True),
         pad_token="[PAD]", extra_special_tokens=["<|user|>", "<|end|>"], eos_token="<|end|>",
@@ -65,7 +57,7 @@ def test_older_files_list_the_tokens_in_the_config(base_dir: Path, folder: Path)
 
 
 def test_the_config_decides_about_flags(base_dir: Path, folder: Path) -> None:
-    save(base_dir, folder, "<tool>")
+    save_with_added(base_dir, folder, "<tool>")
     entry = {"content": "<tool>", "lstrip": True, "rstrip": False, "single_word": False, "normalized": False}
     decoder = {"600": entry | {"special": True}}
     edit(folder / "tokenizer_config.json", lambda content: content.update(added_tokens_decoder=decoder))
@@ -84,7 +76,7 @@ def test_a_special_token_of_the_vocabulary_becomes_an_added_one(base_dir: Path, 
 def test_copies_and_other_folders_add_nothing(base_dir: Path, folder: Path, tmp_path: Path) -> None:
     base = BaseTokens(base_dir)
     assert read_added_tokens(folder, base) == ()
-    save(base_dir, folder)
+    save_with_added(base_dir, folder)
     assert read_added_tokens(folder, base) == ()
     assert read_added_tokens(tmp_path, base) == ()
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ranklet.replicas.adapters import revision
+from ranklet.replicas.adapters.content_hash import read_tokenizer_hash
 from ranklet.replicas.adapters.reference import CONFIG_FILE, OPTIONAL_FILES, WEIGHTS_FILE
-from ranklet.replicas.adapters.revision import Revisions, marks_of, revision_of
+from ranklet.replicas.adapters.revision import FolderHash, Revisions, hash_of, marks_of, revision_of
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter
 
 MIB = 1 << 20
@@ -129,11 +130,11 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Folders whose files were read, in order."""
     read: list[str] = []
 
-    def counted(path: str) -> str:
+    def counted(path: str) -> FolderHash:
         read.append(path)
-        return revision_of(path)
+        return hash_of(path)
 
-    monkeypatch.setattr(revision, "revision_of", counted)
+    monkeypatch.setattr(revision, "hash_of", counted)
     return read
 
 
@@ -141,7 +142,7 @@ def test_files_are_read_once_until_they_change(folder: Path, reads: list[str]) -
     revisions, path = Revisions(settled_s=-1.0), str(folder)
     first = revisions.reference("one", path)
     second = revisions.reference("two", path)
-    assert (first.revision, first.name, second.name, len(reads)) == (revision_of(path), "one", "two", 1)
+    assert (first.revision, first.name, second.name, len(reads)) == (hash_of(path).revision, "one", "two", 1)
     os.utime(folder / WEIGHTS_FILE)
     touched = revisions.reference("one", path)
     assert (touched == first, touched.marks == first.marks, len(reads)) == (True, False, 2)
@@ -171,7 +172,7 @@ def test_a_large_file_of_weights_has_a_revision(folder: Path, reads: list[str]) 
     with (folder / WEIGHTS_FILE).open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + (64 << 20))
-    assert Revisions().reference("x", str(folder)).revision == revision_of(folder)
+    assert Revisions().reference("x", str(folder)).revision == hash_of(folder).revision
     assert reads == [str(folder)]
 
 
@@ -216,3 +217,23 @@ def test_a_reference_names_one_state_of_files_that_keep_changing(folder: Path) -
     changing.join()
     last = revisions.reference("x", path)
     assert (seen[last.revision], last.marks) == (b"b", marks_of(path))
+
+
+def test_equal_tokenizer_files_have_one_hash(model_dir: Path, folder: Path, tmp_path: Path) -> None:
+    def tokenizer(path: Path) -> str | None:
+        return Revisions().reference("x", str(path)).tokenizer
+
+    assert tokenizer(folder) == ""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_dir / name, folder)
+    found = tokenizer(folder)
+    assert found == read_tokenizer_hash(model_dir) == read_tokenizer_hash(folder) != ""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / CONFIG_FILE).write_text("{}")
+    assert tokenizer(copy) == found
+    with (copy / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    assert tokenizer(copy) not in ("", None, found)
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer.json").mkdir()
+    assert tokenizer(copy) is None, "the load says that it is no file"
