@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import httpx
 import numpy as np
 
-from tests.cluster.service import BASE, Service, Vectors, eventually, vectors_of
+from tests.cluster.service import BASE, Service, Vectors, eventually, summed_samples, vectors_of
 
 LOAD_S = 6.0
 WORKERS = 8
@@ -113,6 +113,29 @@ def wait_for_recovery(service: Service) -> None:
 def wait_for_two(service: Service) -> None:
     """Wait until two replicas run, with any ranks: while a lost replica drains, its successor gets another rank."""
     eventually("two replicas", lambda: len(_ranks(service)) == 2)
+
+
+def of_gateways(service: Service, metric: str) -> dict[str, int]:
+    """Return a metric of each gateway, by its id."""
+    return {
+        each["labels"]["replica"]: round(summed_samples(each["targets"], {}).get(metric, 0))
+        for each in service.targets()
+        if each["labels"]["role"] == "gateway"
+    }
+
+
+def wait_for_gateways(service: Service, count: int, timeout_s: float) -> None:
+    """Wait until `count` gateways get requests: HAProxy learns of each a moment after it is up."""
+    eventually("the gateways", lambda: len(of_gateways(service, "ranklet_requests_total")) == count, timeout_s)
+    before = of_gateways(service, "ranklet_requests_total")
+
+    def get_requests() -> bool:
+        for _ in range(2 * count):
+            service.embed(BASE, "text")
+        now = of_gateways(service, "ranklet_requests_total")
+        return now.keys() == before.keys() and all(now[id] > before[id] for id in now)
+
+    eventually("all gateways get requests", get_requests, timeout_s)
 
 
 def _ranks(service: Service) -> list[str]:

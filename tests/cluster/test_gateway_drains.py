@@ -9,7 +9,8 @@ import aiohttp
 import pytest
 
 from tests.assets.families import make_family
-from tests.cluster.service import BASE, Service, local_configuration, serving, summed_samples
+from tests.cluster import load
+from tests.cluster.service import BASE, Service, local_configuration, serving
 from tests.cluster.stream_load import ReceivedStream, receive
 from tests.needs import require
 
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.timeout(300)
 
 LIMIT_S = 15.0
 STREAMS = 8
+IN_FLIGHT = "ranklet_requests_in_flight"
 OVER = "the time for requests in flight is over"
 # A minute or more of work with all its streams.
 LONG = {"model": BASE, "prompt": [5, 6, 7], "max_tokens": 4000, "n": 2, "ignore_eos": True, "return_token_ids": True}
@@ -32,6 +34,7 @@ def service(runs_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     gateway |= {"num_replicas": 2, "graceful_shutdown_timeout_s": LIMIT_S}
     replica["num_replicas"] = 1
     with serving(content, folder) as service:
+        load.wait_for_gateways(service, 2, 60)
         yield service
 
 
@@ -42,15 +45,16 @@ def test_texts_of_a_gateway_that_is_removed_end_with_an_error_at_its_limit(servi
 
 async def _remove_gateway(service: Service) -> None:
     begun = asyncio.Queue[str]()
-    timeout = aiohttp.ClientTimeout(total=None, sock_read=60)
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=180)
     connector = aiohttp.TCPConnector(force_close=True)
     async with aiohttp.ClientSession(service.url, timeout=timeout, connector=connector) as http, asyncio.timeout(200):
         streams = [asyncio.create_task(receive(http, LONG, begun.put_nowait)) for _ in range(STREAMS)]
         whole = [asyncio.create_task(_answer(http)) for _ in range(STREAMS)]
         for _ in streams:
             await begun.get()
-        before = await asyncio.to_thread(_in_flight, service)
+        before = await asyncio.to_thread(load.of_gateways, service, IN_FLIGHT)
         assert sum(before.values()) == 2 * STREAMS
+        assert all(before.values())
         began_s = time.monotonic()
         service.content["applications"][0]["deployments"][0]["num_replicas"] = 1
         await asyncio.to_thread(service.deploy, None)
@@ -72,7 +76,7 @@ async def _remove_gateway(service: Service) -> None:
             assert (status, content["error"]["code"]) == (503, "unavailable")
             assert int(headers["retry-after"]) >= 1
             assert OVER in content["error"]["message"]
-        assert _in_flight(service) == {kept: 2 * STREAMS - expected}
+        assert load.of_gateways(service, IN_FLIGHT) == {kept: 2 * STREAMS - expected}
         for task in (*streams, *whole):
             task.cancel()
 
@@ -80,12 +84,3 @@ async def _remove_gateway(service: Service) -> None:
 async def _answer(http: aiohttp.ClientSession) -> tuple[int, Mapping[str, str], Any]:
     async with http.post("/v1/completions", json=LONG) as answer:
         return answer.status, answer.headers, await answer.json()
-
-
-def _in_flight(service: Service) -> dict[str, int]:
-    """Return how many requests each gateway works on, by its id."""
-    return {
-        each["labels"]["replica"]: round(summed_samples(each["targets"], {})["ranklet_requests_in_flight"])
-        for each in service.targets()
-        if each["labels"]["role"] == "gateway"
-    }

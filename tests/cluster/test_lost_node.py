@@ -1,15 +1,15 @@
 """A node with a gateway and a replica is lost: only what its gateway worked on ends early, and that at once."""
 
 import time
-from collections import Counter
 from collections.abc import Iterator
 
 import httpx
 import pytest
 
 from tests.assets.families import make_family
+from tests.cluster import load
 from tests.cluster.nodes import Node, process_tree, serving_on_nodes
-from tests.cluster.service import BASE, Service, eventually, local_configuration, summed_samples
+from tests.cluster.service import BASE, Service, eventually, local_configuration
 from tests.cluster.stream_load import StreamLoad, stream_requests
 from tests.needs import require
 
@@ -33,7 +33,8 @@ def nodes(runs_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     gateway |= {"num_replicas": 2, "ray_actor_options": {"num_cpus": 0.1, "resources": {"gateway": 1}}}
     replica |= {"max_replicas_per_node": 1, "ray_actor_options": {"num_cpus": 0.5, "resources": {"engine": 1}}}
     with serving_on_nodes(content, folder, {}) as (service, started):
-        wait_for_all(service)
+        load.wait_for_two(service)
+        load.wait_for_gateways(service, 2, BACK_S)
         yield service, started
 
 
@@ -43,43 +44,14 @@ def streams(nodes: Nodes) -> StreamLoad:
     return StreamLoad(nodes[0].url, [fields | {"max_tokens": max(fields["max_tokens"], 600)} for fields in requests])
 
 
-def wait_for_all(service: Service) -> None:
-    """Wait until two replicas run, and two gateways get requests."""
-
-    def are_all_up() -> bool:
-        roles = Counter(each["labels"]["role"] for each in service.targets())
-        return roles == {"gateway": 2, "replica": 2}
-
-    eventually("two gateways and two replicas", are_all_up, BACK_S)
-    before = of_gateways(service, "ranklet_requests_total")
-
-    def get_requests() -> bool:
-        for _ in range(4):
-            service.embed(BASE, "text")
-        now = of_gateways(service, "ranklet_requests_total")
-        return len(now) == 2 and all(now[pid] > before.get(pid, 0) for pid in now)
-
-    eventually("both gateways get requests", get_requests, BACK_S)
-
-
-def of_gateways(service: Service, metric: str) -> dict[int, int]:
-    """Return a metric of each gateway, by its process id."""
-    found = {}
-    pids = service.processes("Gateway")
-    for each in service.targets():
-        if each["labels"]["role"] == "gateway":
-            found[pids[each["labels"]["replica"]]] = round(summed_samples(each["targets"], {}).get(metric, 0))
-    return found
-
-
 def test_only_what_a_lost_gateway_worked_on_ends_early(nodes: Nodes, streams: StreamLoad) -> None:
     service, started = nodes
     lost = set(process_tree(started[0].process.pid))
     with streams.running(STREAMS, most=STREAMS):
         eventually("all streams have begun", lambda: streams.opened.total() == STREAMS, poll_s=0.02)
-        in_flight = of_gateways(service, "ranklet_requests_in_flight")
+        pids, in_flight = service.processes("Gateway"), load.of_gateways(service, "ranklet_requests_in_flight")
         assert sum(in_flight.values()) == STREAMS, "the texts are too short for this test"
-        (cut,) = (count for pid, count in in_flight.items() if pid in lost)
+        (cut,) = (count for id, count in in_flight.items() if pids[id] in lost)
         assert 0 < cut < STREAMS
         started[0].kill()
         lost_s = time.monotonic()
