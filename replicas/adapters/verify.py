@@ -40,7 +40,7 @@ from ranklet.replicas.adapters.tied_head import tied
 from ranklet.replicas.adapters.tokenizer_check import ComparedTokenizer
 from ranklet.replicas.errors import AdapterChanged, AdapterNotFound, InvalidAdapter
 from ranklet.replicas.model.added_tokens import AddedToken
-from ranklet.replicas.model.modules import ALL_MODULES, LM_HEAD, Module
+from ranklet.replicas.model.modules import ALL_MODULES, EMBED_TOKENS, LM_HEAD, Module
 from ranklet.replicas.model.tokenizer_files import UnusableTokenError
 
 Pairs = dict[Module, dict[str, StoredTensor]]  # the tensors of each module, by side: A or B
@@ -106,6 +106,7 @@ def _read_all(
         head, lora = yield from read_head(path, others, expected.architecture.hidden, expects=settings.classifies)
         pairs, stored_terms = yield from _match(lora, names.keys())
         ties = settings.ties_head and expected.head is not None and expected.head.ties and HEAD_MODULE in names
+        ties = ties and EMBED_TOKENS not in settings.tokens.saved  # the copy has no LoRA
         yield from _check_targets(pairs, names, settings, expected, ties=ties)
         yield from check_activated(settings.invocation, pairs.keys(), expected.architecture.vocab)
         notes += _head_notes(pairs, expected, ties=ties)

@@ -45,6 +45,14 @@ ADAPTERS: dict[str, tuple[dict[str, Any], Iterable[int] | None]] = {
         {"target_modules": _Q, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
         IDS,
     ),
+    "embedding-ensured-and-targeted": (
+        {
+            "target_modules": ["q_proj", "embed_tokens"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+        OTHER_IDS,
+    ),
     "embedding-and-tokens-of-head": (
         {"target_modules": _Q, "modules_to_save": ["embed_tokens"], "trainable_token_indices": {"lm_head": IDS}},
         OTHER_IDS,
