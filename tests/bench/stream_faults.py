@@ -17,7 +17,7 @@ from typing import Any
 from ranklet.cluster.command.local_cluster import LocalCluster
 from tests.assets.families import make_family
 from tests.bench import report
-from tests.cluster.nodes import child_processes
+from tests.cluster.nodes import engine_process
 from tests.cluster.service import BASE, Service, eventually, local_configuration, serving
 from tests.cluster.stream_load import StreamLoad, stream_requests
 
@@ -79,7 +79,7 @@ class Faults:
 
     def _signal(self, kind: signal.Signals, *, of_engine: bool) -> None:
         id, actor = next(iter(self._replicas().items()))
-        pid = child_processes(actor)[0] if of_engine else actor
+        pid = engine_process(actor) if of_engine else actor
         os.kill(pid, kind)
         try:
             eventually("another replica", lambda: id not in self._replicas(), _REPLACED_S)

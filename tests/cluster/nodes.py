@@ -118,6 +118,12 @@ def child_processes(pid: int) -> list[int]:
     return found
 
 
+def engine_process(replica: int) -> int:
+    """Return the id of the engine's process, which is a child of its replica's."""
+    (found,) = (pid for pid in child_processes(replica) if "ranklet.replicas.process.worker" in command_line(pid))
+    return found
+
+
 def command_line(pid: int) -> str:
     """Return the command line or title of a process; empty if there is no such process."""
     try:

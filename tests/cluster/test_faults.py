@@ -15,7 +15,7 @@ from tests.assets.hanging import hanging
 from tests.cluster import load
 from tests.cluster.gcs import Gcs, redis_server
 from tests.cluster.load import LoadResult
-from tests.cluster.nodes import Node, child_processes, command_line, kill_tree, process_tree, serving_on_nodes
+from tests.cluster.nodes import Node, command_line, engine_process, kill_tree, process_tree, serving_on_nodes
 from tests.cluster.service import BASE, Service, eventually, own_configuration, summed_samples, vectors_of
 from tests.cluster.stream_load import StreamLoad, stream_requests
 from tests.needs import is_installed, needs, require
@@ -86,7 +86,7 @@ def test_a_replica_that_hangs_is_avoided_and_replaced(nodes: Nodes, streams: Str
     """After SIGSTOP it accepts requests and never answers."""
     service, _, _ = nodes
     actor = next(iter(service.processes("Replica").values()))
-    stopped = child_processes(actor)[0] if hung == "engine" else actor
+    stopped = engine_process(actor) if hung == "engine" else actor
     try:
         run_beside_streams(service, streams, lambda: os.kill(stopped, signal.SIGSTOP), 18)
         eventually("another replica in its place", lambda: actor not in service.processes("Replica").values(), BACK_S)

@@ -12,7 +12,7 @@ import pytest
 
 from ranklet.cluster.command.local_cluster import LocalCluster
 from tests.assets.families import make_family
-from tests.cluster.nodes import child_processes
+from tests.cluster.nodes import engine_process
 from tests.cluster.service import ROOT, Service, eventually, local_configuration, serving
 from tests.needs import require
 
@@ -146,7 +146,7 @@ def test_a_request_that_is_cancelled_frees_its_pages(text: TextClient) -> None:
 
 def test_a_text_is_repeated_before_its_first_token_and_continued_after_it(text: TextClient) -> None:
     replicas = text.service.processes("Replica")
-    engines = {id: child_processes(pid)[0] for id, pid in replicas.items()}
+    engines = {id: engine_process(pid) for id, pid in replicas.items()}
     retries = text.state()["retries"]
     for engine in engines.values():
         os.kill(engine, signal.SIGSTOP)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.assets.families import make_family
-from tests.cluster.nodes import child_processes
+from tests.cluster.nodes import engine_process
 from tests.cluster.service import BASE, Service, eventually, local_configuration, serving, summed_samples
 from tests.cluster.stream_load import StreamLoad
 from tests.needs import require
@@ -62,7 +62,7 @@ def test_texts_go_on_when_the_replica_that_continues_them_dies_too(
         eventually("all streams have begun", lambda: streams.opened.total() == STREAMS, poll_s=0.02)
         moved, computed = streams.opened[first], count(of_second, "ranklet_prompts_total")
         if dies == "before a token":
-            os.kill(child_processes(replicas[second])[0], signal.SIGSTOP)
+            os.kill(engine_process(replicas[second]), signal.SIGSTOP)
         os.kill(replicas[first], signal.SIGKILL)
         eventually(
             "texts are sent to the second",

@@ -72,9 +72,9 @@ def test_no_call_ends_while_serve_keeps_the_gateway_or_does_not_answer() -> None
 
 
 def test_calls_end_at_once_where_the_controller_answers_again_after_the_limit() -> None:
-    silent: list[Answer] = [ValueError("there is no controller")] * 10000
+    silent: list[Answer] = [ValueError("there is no controller")] * 1000
     assert ends_after([*silent[:20], STOPS]) == pytest.approx(595, abs=0.1)
-    late = ends_after([*silent[:4000], STOPS])
+    late = ends_after([*silent, STOPS])
     assert late is not None
     assert late > 600
 

@@ -15,7 +15,7 @@ import httpx
 import orjson
 import pytest
 
-from tests.cluster.nodes import child_processes
+from tests.cluster.nodes import engine_process
 from tests.cluster.service import BASE, Service, eventually
 from tests.cluster.text_client import CHAT, COMPLETIONS, PROMPT, TextService, events_of
 
@@ -63,7 +63,7 @@ def generated(service: Service) -> float:
 
 def engine_pid(service: Service) -> int:
     (replica,) = service.processes("Replica").values()
-    return child_processes(replica)[0]
+    return engine_process(replica)
 
 
 @pytest.mark.parametrize("stream", [False, True])
