@@ -48,8 +48,10 @@ def test_every_stream_is_counted_and_failures_are_named(
         assert text["finish_reasons"] == {"length": 4}
         assert FIRST_TEXT_S * 1e3 <= text["ttft_p50_ms"] <= text["ttft_p99_ms"]  # a role chunk is no text
         assert text["ttft_p50_ms"] <= entry["p50_ms"]
-        assert 0 < text["gap_p50_ms"] <= text["gap_p99_ms"] <= text["gap_max_ms"]
-        assert text["tokens_per_gap"] >= (2 if name in ("packed", "joined", "counted-on") else 1)
+        if text["gaps"]:  # a client that gets no CPU may read all frames of a text at once
+            assert 0 < text["gap_p50_ms"] <= text["gap_p99_ms"] <= text["gap_max_ms"]
+            assert text["tokens_per_gap"] >= (2 if name in ("packed", "joined", "counted-on") else 1)
+    assert any(by_adapter[name]["text"]["gaps"] for name in WELL)
     assert by_adapter["packed"]["text"]["gaps"] <= 4 * (TOKENS // 3 - 1)
     assert by_adapter["plain"]["text"]["gaps"] <= 4 * (TOKENS - 1)
     for name, code in FAILURES.items():
