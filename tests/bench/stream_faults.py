@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ranklet.cluster.command.local_cluster import LocalCluster
-from tests.assets.families import make_family
 from tests.bench import report
 from tests.cluster.nodes import engine_process
-from tests.cluster.service import BASE, Service, eventually, local_configuration, serving
+from tests.cluster.service import BASE, Service, eventually, serving, text_configuration
 from tests.cluster.stream_load import StreamLoad, stream_requests
 
 _REPLACED_S = 180.0  # longest time until two replicas serve again
@@ -90,8 +89,7 @@ class Faults:
 
 
 def configuration(folder: Path) -> dict[str, Any]:
-    make_family(folder, "llama")
-    content = local_configuration(folder / "model", folder / "adapters")
+    content = text_configuration(folder)
     application = content["applications"][0]
     gateway, replica = application["deployments"]
     gateway["num_replicas"] = 2

@@ -17,6 +17,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from ranklet.cluster.command.local_cluster import LocalCluster
+from tests.assets.families import make_family
 from tests.assets.oracle import Prompt, reference_embedding
 
 ROOT = Path(__file__).parents[2]
@@ -126,6 +127,12 @@ def own_configuration(model_dir: Path, adapters_dir: Path, folder: Path) -> dict
     """Return deploy/local.yaml with a copy of the adapters in `folder`/adapters, which a test may write to."""
     shutil.copytree(adapters_dir, folder / "adapters")
     return local_configuration(model_dir, folder / "adapters")
+
+
+def text_configuration(folder: Path) -> dict[str, Any]:
+    """Make a small Llama model and adapters in a folder. Returns deploy/local.yaml with them."""
+    make_family(folder, "llama")
+    return local_configuration(folder / "model", folder / "adapters")
 
 
 def vectors_of(answer: httpx.Response) -> Vectors:

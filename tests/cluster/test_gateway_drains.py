@@ -8,9 +8,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.assets.families import make_family
 from tests.cluster import load
-from tests.cluster.service import BASE, Service, local_configuration, serving
+from tests.cluster.service import BASE, Service, serving, text_configuration
 from tests.cluster.stream_load import ReceivedStream, receive
 from tests.needs import require
 
@@ -28,8 +27,7 @@ LONG = {"model": BASE, "prompt": [5, 6, 7], "max_tokens": 4000, "n": 2, "ignore_
 def service(runs_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     require("haproxy")
     folder = tmp_path_factory.mktemp("drains")
-    make_family(folder, "llama")
-    content = local_configuration(folder / "model", folder / "adapters")
+    content = text_configuration(folder)
     gateway, replica = content["applications"][0]["deployments"]
     gateway |= {"num_replicas": 2, "graceful_shutdown_timeout_s": LIMIT_S}
     replica["num_replicas"] = 1

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.assets.families import make_family
 from tests.cluster import load
 from tests.cluster.nodes import Node, process_tree, serving_on_nodes
-from tests.cluster.service import BASE, Service, eventually, local_configuration
+from tests.cluster.service import BASE, Service, eventually, text_configuration
 from tests.cluster.stream_load import StreamLoad, stream_requests
 from tests.needs import require
 
@@ -27,8 +26,7 @@ def nodes(runs_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """HAProxy on the head, a gateway and a replica on each of the two other nodes."""
     require("haproxy")
     folder = tmp_path_factory.mktemp("lost")
-    make_family(folder, "llama")
-    content = local_configuration(folder / "model", folder / "adapters")
+    content = text_configuration(folder)
     gateway, replica = content["applications"][0]["deployments"]
     gateway |= {"num_replicas": 2, "ray_actor_options": {"num_cpus": 0.1, "resources": {"gateway": 1}}}
     replica |= {"max_replicas_per_node": 1, "ray_actor_options": {"num_cpus": 0.5, "resources": {"engine": 1}}}

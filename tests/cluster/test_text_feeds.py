@@ -11,9 +11,8 @@ import httpx
 import pytest
 
 from ranklet.cluster.command.local_cluster import LocalCluster
-from tests.assets.families import make_family
 from tests.cluster.nodes import engine_process
-from tests.cluster.service import ROOT, Service, eventually, local_configuration, serving
+from tests.cluster.service import ROOT, Service, eventually, serving, text_configuration
 from tests.needs import require
 
 LONG = {"max_tokens": 3000, "temperature": 0.0, "ignore_eos": True}
@@ -63,8 +62,7 @@ class TextClient:
 def text(runs_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TextClient]:
     require("haproxy")
     folder = tmp_path_factory.mktemp("feeds")
-    make_family(folder, "llama")
-    content = local_configuration(folder / "model", folder / "adapters")
+    content = text_configuration(folder)
     application = content["applications"][0]
     application["import_path"] = "tests.cluster.text_app:build"
     paths = [path for path in (os.environ.get("PYTHONPATH"), str(ROOT)) if path]

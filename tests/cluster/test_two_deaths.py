@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.assets.families import make_family
 from tests.cluster.nodes import engine_process
-from tests.cluster.service import BASE, Service, eventually, local_configuration, serving, summed_samples
+from tests.cluster.service import BASE, Service, eventually, serving, summed_samples, text_configuration
 from tests.cluster.stream_load import StreamLoad
 from tests.needs import require
 
@@ -25,8 +24,7 @@ STARTS_S = 120.0  # longest time until replicas have replaced both
 def service(runs_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     require("haproxy")
     folder = tmp_path_factory.mktemp("deaths")
-    make_family(folder, "llama")
-    content = local_configuration(folder / "model", folder / "adapters")
+    content = text_configuration(folder)
     content["applications"][0]["args"]["limits"] = {"no_replica_timeout_s": STARTS_S, "request_timeout_s": STARTS_S}
     with serving(content, folder) as service:
         yield service
