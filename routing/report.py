@@ -47,8 +47,10 @@ class QueueLoad:
         at_s: wall clock of the replica's machine.
         texts: number of texts that have begun.
         text_work: of the tokens of one text; 0 if no text has ended yet.
-        free_tokens: of the key-value cache, free or cached.
+        free_tokens: of the key-value cache, free or cached, less what waiting texts take; negative if they wait for it.
         freed_per_s: tokens of the key-value cache that ended texts give back.
+        free_texts: further texts that could run, less those that wait; negative if more wait.
+        ended_per_s: texts that end while as many run as can; 0 if not measured yet.
     """
 
     number: int
@@ -61,12 +63,18 @@ class QueueLoad:
     text_work: float = 0.0
     free_tokens: float = math.inf
     freed_per_s: float = 0.0
+    free_texts: float = math.inf
+    ended_per_s: float = 0.0
 
     def is_possible(self) -> bool:
-        amounts = (self.queued_work, self.done_work, self.received_work, self.texts, self.text_work, self.freed_per_s)
+        amounts = (
+            self.queued_work, self.done_work, self.received_work, self.texts, self.text_work, self.freed_per_s,
+            self.ended_per_s,
+        )  # fmt: skip
         rate = self.work_per_s
         is_rate = rate == 0 or _MIN_WORK_PER_S <= rate <= _MAX_WORK
-        return is_rate and self.free_tokens >= 0 and all(0 <= n <= _MAX_WORK for n in amounts)
+        are_rooms = all(n >= -_MAX_WORK for n in (self.free_tokens, self.free_texts))
+        return is_rate and are_rooms and all(0 <= n <= _MAX_WORK for n in amounts)
 
 
 @dataclass(frozen=True, slots=True)

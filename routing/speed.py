@@ -75,6 +75,10 @@ class SpeedMeter:
         """Return the work of the tokens of one text; 0 if not measured yet."""
         return self._output.value * self._decode_s.value * self._prompts.value
 
+    def ended_per_s(self, texts: int) -> float:
+        """Return how many of this many running texts end per second; 0 if not measured yet."""
+        return texts / self._lifetime_s.value if self._lifetime_s.value else 0.0
+
     def freed_per_s(self, texts: int) -> float:
         """Return the tokens of the key-value cache that this many running texts give back per second."""
-        return texts * self._kept.value / self._lifetime_s.value if self._lifetime_s.value else 0.0
+        return self._kept.value * self.ended_per_s(texts)

@@ -12,8 +12,6 @@ from ranklet.routing.prefix import PAGE_TOKENS, PrefixTable
 from ranklet.routing.rendezvous import mix
 from ranklet.routing.report import StateReport, limited_age_s
 
-_LEAST_FREED_PER_S = 1000.0
-_LONGEST_ROOM_WAIT_S = 10.0
 _WRONG_SHARE = 0.5  # an entry is dropped if less than this part of the expected tokens was cached
 
 
@@ -60,8 +58,9 @@ class TextCosts:
         if found is None and hint.pages:  # all routers choose the same home
             cost *= 1.0 + mix(fleet.salts ^ np.uint64(hint.pages[0])) / 2.0**64
         if hint.room > fleet.texts.least_free_tokens:
-            missing = np.maximum(hint.room - tokens + uncached - fleet.texts.free_tokens, 0.0)
-            cost += np.minimum(missing / np.maximum(fleet.texts.freed_per_s, _LEAST_FREED_PER_S), _LONGEST_ROOM_WAIT_S)
+            cost += fleet.texts.room_s(hint.room - tokens + uncached)
+        if hint.texts > fleet.texts.least_free_texts:
+            cost += fleet.texts.places_s(hint.texts)
         longest = () if found is None else found.longest
         next_page = hint.pages[known] if known < len(hint.pages) else None
         return TextCost(cost, least + hint.texts * fleet.texts.work, uncached, longest, next_page)
@@ -74,6 +73,7 @@ class TextCosts:
         """Note that replica `i` is sent a call, and should find this much of its prompt in its cache."""
         self._expected[request] = hint, i, cached_tokens
         self._table.add(hint.pages, i, now_s)
+        self._fleet.texts.add(i, hint.texts)
 
     def complete(self, request: int, replica: str | None, cached_tokens: int | None) -> None:
         """Note the end of a call. Drop what turned out to be wrong."""

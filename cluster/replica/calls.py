@@ -78,7 +78,7 @@ class ReplicaCalls:
         resolved: ResolvedAdapter | None = None
         has_begun = False
         progress = TextProgress(call, self._state) if isinstance(call.params, GenerateParams) else None
-        self._state.call_arrived(call.sender, call.work, is_text=progress is not None)
+        self._state.call_arrived(call.sender, call.work, call.texts)
         try:
             self._check_engine(call.continuation)
             has_begun = True

@@ -35,13 +35,15 @@ class ReplicaState(Listener):
         self, replica: str, slots: int, pool_rank: int, clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time, most_texts: int = 512,
     ) -> None:  # fmt: skip
+        self._most_texts = most_texts
         self._full_texts = max(1.0, _FULL_TEXTS * most_texts)
         self._first_token = RunningMean(math.inf)
         self._replica = replica
         self._clock = clock
         self._wall_clock = wall_clock
         self._queued_work = self._done_work = 0
-        self._text_tokens = self._texts = 0  # of prompts of texts that have not begun; texts that have
+        self._text_tokens = self._open_texts = 0  # of prompts of texts that have not begun; texts that have not ended
+        self._texts = 0  # texts that have begun
         self._room: CacheRoom | None = None
         self._prefixes = PrefixLog()
         self._received_work: OrderedDict[str, int] = OrderedDict()
@@ -59,11 +61,12 @@ class ReplicaState(Listener):
         """Call `on_change`, on any thread, whenever the held adapters or the level of the wait change."""
         self._on_change = on_change
 
-    def call_arrived(self, sender: str, work: int, *, is_text: bool = False) -> None:
-        """Count a call. Of a text, `text_begun` and `text_finished` count the rest."""
+    def call_arrived(self, sender: str, work: int, texts: int = 0) -> None:
+        """Count a call. `text_begun`, `text_finished` and `texts_dropped` count what becomes of its texts."""
         with self._lock:
-            if is_text:
+            if texts:
                 self._text_tokens += work
+                self._open_texts += texts
             else:
                 self._queued_work += work
             self._received_work[sender] = self._received_work.pop(sender, 0) + work
@@ -97,13 +100,15 @@ class ReplicaState(Listener):
         """Count the end of a text that has begun; see `SpeedMeter.add_text`. Without output, it was cut short."""
         with self._lock:
             self._texts -= 1
+            self._open_texts -= 1
             if output_tokens:
                 self._speed.add_text(output_tokens, kept_tokens, seconds)
             self._prefixes.add(pages)
 
-    def prompts_dropped(self, tokens: int) -> None:
-        """Count prompts of texts that will not begin."""
+    def texts_dropped(self, texts: int, tokens: int) -> None:
+        """Count texts that will not begin, and the tokens of their prompts."""
         with self._lock:
+            self._open_texts -= texts
             self._text_tokens -= tokens
             self._done_work += tokens
         self._notice_level()
@@ -147,12 +152,12 @@ class ReplicaState(Listener):
         return self._loads_sent
 
     def wait_s(self) -> float:
-        """Return the time that the waiting prompts take; 0 until a batch has been measured.
+        """Return the time until waiting prompts are computed, and waiting texts run; 0 until a batch has been measured.
 
-        Texts that run have begun, and prompts are computed beside them: they are no wait, however many they are.
+        Prompts are computed beside texts that run. These are a wait only for texts that may not run beside them.
         """
         with self._lock:
-            return self._seconds(self._waiting_work())
+            return self._seconds(self._waiting_work()) + self._places_s()
 
     def level(self) -> int:
         """Return the level of the time that the waiting prompts and the running texts take."""
@@ -196,7 +201,13 @@ class ReplicaState(Listener):
         return work / self._speed.work_per_s if self._speed.work_per_s else 0.0
 
     def _work_level(self) -> int:
-        return wait_level(self._seconds(self._waiting_work() + self._texts * self._speed.text_work))
+        work = self._waiting_work() + self._texts * self._speed.text_work
+        return wait_level(self._seconds(work) + self._places_s())
+
+    def _places_s(self) -> float:
+        """Return the time until the texts beyond those that may run at once have a place."""
+        ended_per_s = self._speed.ended_per_s(self._most_texts)
+        return max(self._open_texts - self._most_texts, 0) / ended_per_s if ended_per_s else 0.0
 
     def _notice_level(self) -> None:
         with self._lock:
@@ -208,8 +219,9 @@ class ReplicaState(Listener):
     def _next_load(self, received_work: int) -> QueueLoad:
         self._loads_sent += 1
         speed, room = self._speed, self._room
+        free_tokens = math.inf if room is None else room.free_tokens - self._text_tokens * speed.uncached_share
         return QueueLoad(
             self._loads_sent, self._waiting_work(), speed.work_per_s, self._done_work, received_work,
-            self._wall_clock(), self._texts, speed.text_work, math.inf if room is None else room.free_tokens,
-            speed.freed_per_s(self._texts),
+            self._wall_clock(), self._texts, speed.text_work, free_tokens, speed.freed_per_s(self._texts),
+            self._most_texts - self._open_texts, speed.ended_per_s(self._most_texts),
         )  # fmt: skip

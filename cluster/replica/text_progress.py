@@ -36,6 +36,7 @@ class TextProgress:
         self._state = state
         self._prompts = call.prompts()
         self._waiting = call.work  # tokens of prompts whose texts have not begun
+        self._texts = call.texts  # texts that have not begun
         self._begun: dict[int, tuple[float, int]] = {}  # by text: when, and its tokens that were in the cache
         self._has_ended = False
 
@@ -44,6 +45,7 @@ class TextProgress:
         if self._has_ended or index in self._begun:
             return
         self._begun[index] = time.monotonic(), cached_tokens
+        self._texts -= 1
         prompt, choice = divmod(index, self._call.params.n)
         tokens = min(len(self._prompts[prompt]), self._waiting) if choice == 0 else 0
         self._waiting -= tokens
@@ -74,6 +76,6 @@ class TextProgress:
         for _ in self._begun:
             self._state.text_finished(0, 0, 0.0, ())
         self._begun.clear()
-        if self._waiting:
-            self._state.prompts_dropped(self._waiting)
-            self._waiting = 0
+        if self._texts:
+            self._state.texts_dropped(self._texts, self._waiting)
+            self._texts = self._waiting = 0

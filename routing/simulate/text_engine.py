@@ -70,10 +70,10 @@ class SimulatedTextEngine(SimulatedEngine):
     _step: tuple[int, int, float] | None = None  # prompt tokens and decodes of the running step, and its time
 
     def __post_init__(self) -> None:
-        self.pages = SimulatedPages(self._text_speed.kv_tokens // PAGE_TOKENS)
+        self.pages = SimulatedPages(self.text_speed.kv_tokens // PAGE_TOKENS)
 
     @property
-    def _text_speed(self) -> TextSpeed:
+    def text_speed(self) -> TextSpeed:
         return cast(TextSpeed, self.speed)
 
     @property
@@ -100,7 +100,7 @@ class SimulatedTextEngine(SimulatedEngine):
     def start_batch(self, now_s: float) -> float | None:
         if self._step is not None:
             return None
-        speed, decodes = self._text_speed, self.decodes
+        speed, decodes = self.text_speed, self.decodes
         alone_s = own_s = 0.0
         if decodes:
             own_s = decodes * speed.decode_s + self._context * speed.read_s
@@ -117,7 +117,7 @@ class SimulatedTextEngine(SimulatedEngine):
 
     def _budget_s(self, alone_s: float) -> float:
         """Return how long the prompts of the next step may take."""
-        speed = self._text_speed
+        speed = self.text_speed
         if not self.decodes:
             return 2 * _BURST_TOKENS / speed.tokens_per_s
         can_start = min(len(self.queue), speed.rows - len(self.running))
@@ -135,7 +135,7 @@ class SimulatedTextEngine(SimulatedEngine):
                 break
         skipped: list[SimulatedRequest] = []
         computing = {text.pages[n] for text in self._prompts if (n := len(text.held)) < len(text.prompt_pages)}
-        while self.queue and left_s > 0 and len(self.running) < self._text_speed.rows:
+        while self.queue and left_s > 0 and len(self.running) < self.text_speed.rows:
             text = cast(SimulatedText, self.queue.popleft())
             is_ready = text.adapter is None or text.adapter in self.resident
             if not is_ready or not computing.isdisjoint(text.prompt_pages):  # it can share pages that are computed now
@@ -154,7 +154,7 @@ class SimulatedTextEngine(SimulatedEngine):
 
     def _piece(self, text: SimulatedText, left_s: float) -> tuple[int, float]:
         """Return the tokens of a prompt that fit into the time that is left, and the time that is left then."""
-        speed, start = self._text_speed, text.known - text.missing
+        speed, start = self.text_speed, text.known - text.missing
         fit = int(left_s * speed.tokens_per_s / (1 + speed.attend * (start + text.missing / 2)))
         piece = min(text.missing, max(fit, PAGE_TOKENS))
         text.missing -= piece

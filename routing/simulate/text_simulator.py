@@ -78,11 +78,12 @@ class TextSimulator(Simulator):
 
     def _load(self, engine: SimulatedEngine, gateway: int) -> QueueLoad:
         assert isinstance(engine, SimulatedTextEngine)
-        measured = engine.measured
+        measured, rows = engine.measured, engine.text_speed.rows
         return QueueLoad(
             next(self._numbers), engine.waiting_work, engine.work_per_s, engine.done_tokens,
             engine.received_tokens[gateway], 0.0, engine.decodes, measured.text_work,
-            max(engine.pages.available, 0.0) * PAGE_TOKENS, measured.freed_per_s(engine.decodes),
+            engine.pages.available * PAGE_TOKENS - engine.waiting_work, measured.freed_per_s(engine.decodes),
+            rows - engine.open_requests, measured.ended_per_s(rows),
         )  # fmt: skip
 
     def _wait_level(self, engine: SimulatedEngine) -> int:

@@ -116,6 +116,38 @@ def test_a_text_avoids_a_replica_without_room() -> None:
     assert best(affinity) == 0, "waiting for room is shorter than the queue"
 
 
+def full(free_texts: float, number: int = 2) -> QueueLoad:
+    """Return the load of a replica where 10 texts end per second."""
+    return replace(load(number), texts=256, text_work=1.0, free_texts=free_texts, ended_per_s=10.0)
+
+
+@pytest.mark.parametrize("adapter", ["a", None])
+def test_a_text_goes_where_fewer_texts_wait_for_others_to_end(adapter: str | None) -> None:
+    for less in range(2):
+        affinity = everywhere(2)
+        for i in range(2):
+            tell(affinity, i, full(-20 if i == less else -60))
+        assert best(affinity, adapter=adapter) == less
+
+
+def test_own_texts_take_places_before_the_replicas_tell_of_them() -> None:
+    affinity = everywhere(2)
+    for i in range(2):
+        tell(affinity, i, full(4 if i == 0 else 0))
+    chosen = [affinity.route(RoutingHint(id, "a", 64, text=TextHint((id * 7919,)))).order[0] for id in range(1, 21)]
+    assert chosen[:3] == [0, 0, 0]
+    assert 7 <= chosen.count(1) <= 10, "the others are shared"
+    tell(affinity, 1, full(50, number=3))
+    assert best(affinity, TextHint((1,))) == 1
+
+
+def test_late_news_of_places_counts_less() -> None:
+    affinity = everywhere(2)
+    for i in range(2):
+        affinity.on_report(StateReport(f"r{i}", full(-20 * i), holdings(["a"]), (), {}), GATEWAY, age_s=2.0)
+    assert len({best(affinity, TextHint((first * 7919,))) for first in range(20)}) == 2
+
+
 def test_a_text_that_has_begun_delays_no_others_but_is_missed_when_its_replica_hangs() -> None:
     affinity = everywhere(1)
     affinity.route(RoutingHint(1, "a", 50_000, text=TEXT))
@@ -143,7 +175,11 @@ def test_texts_that_have_ended_leave_no_rest_of_work() -> None:
 
 
 def test_impossible_text_loads_are_ignored() -> None:
-    for wrong in ({"texts": -1}, {"text_work": float("nan")}, {"free_tokens": -1.0}, {"freed_per_s": float("inf")}):
+    nan, infinite = float("nan"), float("inf")
+    for wrong in (
+        {"texts": -1}, {"text_work": nan}, {"free_tokens": nan}, {"freed_per_s": infinite}, {"free_texts": nan},
+        {"free_texts": -infinite}, {"ended_per_s": -1.0},
+    ):  # fmt: skip
         assert not replace(load(), **wrong).is_possible()
     assert load().is_possible()
 

@@ -105,7 +105,7 @@ def test_texts_that_run_are_no_wait() -> None:
     state.batch(BatchRecord({}, {"": 1000}, "none", [], 0.01, {}, CacheRoom(6400, 12.0)))
     state.batch(BatchRecord({}, {}, "none", [], 0.01, {"": 100}, CacheRoom(640, 12.0)))
     for _ in range(201):
-        state.call_arrived("g", 1000, is_text=True)
+        state.call_arrived("g", 1000, texts=1)
     assert state.wait_s() == pytest.approx(2.01)
     for _ in range(201):
         state.text_begun(1000, 0, [])
@@ -124,23 +124,47 @@ def test_texts_count_by_their_prompts_until_they_begin_and_by_their_number_then(
     state = ReplicaState("r", 4, 64)
     state.batch(BatchRecord({}, {"": 1000}, "none", [], 0.01, {}, CacheRoom(6400, 12.0)))
     state.batch(BatchRecord({}, {}, "none", [], 0.01, {"": 100}, CacheRoom(640, 12.0)))
-    state.call_arrived("g", 1000, is_text=True)
+    state.call_arrived("g", 1000, texts=1)
     assert (state.load_for("g").queued_work, state.load_for("g").received_work) == (1000, 1000)
     state.text_begun(1000, 750, [5, 6])
     load = state.load_for("g")
     assert (load.queued_work, load.texts, load.text_work, load.free_tokens) == (0, 1, 0, 640)
     assert state.has_news
     state.text_finished(200, 450, 2.0, [7])
-    state.call_arrived("g", 100, is_text=True)
+    state.call_arrived("g", 100, texts=1)
     load = state.load_for("g")
     assert load.queued_work == pytest.approx(25), "as much of the next prompt is not cached"
     assert load.texts == 0
     assert load.text_work == pytest.approx(200 * 10)
-    state.prompts_dropped(100)
+    state.texts_dropped(1, 100)
     news = state.report(()).prefixes
     assert news is not None
     assert (news.pages, news.kept_s) == ((5, 6, 7), 12.0)
     assert not state.has_news
+
+
+def test_texts_beyond_those_that_may_run_at_once_are_a_wait_and_leave_no_place() -> None:
+    state = ReplicaState("r", 4, 64, most_texts=4)
+    state.batch(BatchRecord({}, {"": 1000}, "none", [], 0.01, {}, CacheRoom(6400, 12.0)))
+    state.call_arrived("g", 10, texts=4)
+    assert state.load_for("g").free_texts == 0
+    for _ in range(4):
+        state.text_begun(0, 0, ())
+    state.text_finished(200, 450, 2.0, ())
+    assert (state.load_for("g").free_texts, state.load_for("g").ended_per_s) == (1, 2)
+    state.call_arrived("g", 0, texts=6)
+    assert state.load_for("g").free_texts == -5
+    assert state.wait_s() == pytest.approx(2.5, abs=0.001)
+    state.texts_dropped(6, 0)
+    assert state.load_for("g").free_texts == 1
+    assert state.wait_s() == pytest.approx(0, abs=0.001)
+
+
+def test_waiting_prompts_take_room_of_the_cache() -> None:
+    state = ReplicaState("r", 4, 64)
+    state.batch(BatchRecord({}, {"": 1000}, "none", [], 0.01, {}, CacheRoom(6400, 12.0)))
+    state.call_arrived("g", 7000, texts=1)
+    assert state.load_for("g").free_tokens == -600
 
 
 def test_a_replica_without_texts_tells_nothing_of_them() -> None:
@@ -152,7 +176,7 @@ def test_a_replica_without_texts_tells_nothing_of_them() -> None:
 
 def test_texts_that_are_cut_short_do_not_count_for_the_length_of_texts() -> None:
     state = ReplicaState("r", 4, 64)
-    state.call_arrived("g", 10, is_text=True)
+    state.call_arrived("g", 10, texts=1)
     state.text_begun(10, 0, ())
     state.text_finished(0, 0, 0.0, ())
     load = state.load_for("g")
