@@ -1,6 +1,5 @@
 """Throughput of the engine without a server on one GPU, and latency of one prompt at a time."""
 
-import sys
 import tempfile
 import threading
 from functools import partial
@@ -18,7 +17,6 @@ from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.engine.request import Answer, AnswerSink
 from ranklet.replicas.errors import RankletError
-from ranklet.replicas.process.worker import SWITCH_INTERVAL_S
 from tests.bench import report
 from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model
 
@@ -87,7 +85,6 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=24, help="full batches of each measurement")
     parser.add_argument("--backend", default="auto", help="LoRA backend")
     options = parser.parse_args()
-    sys.setswitchinterval(SWITCH_INTERVAL_S)  # requests are submitted by another thread, as in the engine's process
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = write_model(folder / "model", layers=options.layers)

@@ -11,7 +11,6 @@ The tokens of a prompt are random, so the texts mean nothing.
 """
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -23,7 +22,6 @@ import numpy as np
 
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.engine import Engine
-from ranklet.replicas.process.worker import SWITCH_INTERVAL_S
 from tests.bench import gaps, report
 from tests.bench.texts import SHAPES, TextModel, TextRun, make_text_model, random_prompts, run_texts, text_engine
 
@@ -135,7 +133,6 @@ def main() -> None:
     parser.add_argument("--kv-cache-fraction", type=float)
     parser.add_argument("--backend")
     options = parser.parse_args()
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     rows: dict[str, list[dict[str, Any]]] = {part: [] for part in options.only}
     with ExitStack() as stack:
         folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -7,7 +7,6 @@ First masks are timed alone: compilation of a schema that is new, and the mask o
 """
 
 import json
-import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.grammar.compiler import GrammarCompiler
 from ranklet.replicas.grammar.grammar import Grammar
-from ranklet.replicas.process.worker import SWITCH_INTERVAL_S
 from tests.bench import report
 from tests.bench.texts import SHAPES, TextRun, TokenTimes, greedy, make_text_model, random_prompts, text_engine
 from tests.bench.vocabulary import save_full_tokenizer
@@ -100,7 +98,6 @@ def main() -> None:
     parser.add_argument("--shapes", choices=tuple(SHAPES), default="0.6B")
     parser.add_argument("--repeats", type=int, default=3, help="runs, in turn, of which the best counts")
     options = parser.parse_args()
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     work = TINY if options.shapes == "tiny" else FULL
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
