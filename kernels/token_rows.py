@@ -36,15 +36,19 @@ class TokenRows:
 
     rows: Tensor  # [P * PAGE, H]
     ids: Tensor  # int32 [P * PAGE]: the token of each row
-    pages: Tensor  # int32 [2, S, P]: pages of each slot by use
-    counts: Tensor  # int32 [2, S]: number of rows
+    slots: Tensor  # int32 [S, 2, 1 + P]: number of rows of each slot by use, and their pages
     held: list[list[int]]
 
     def places(self, use: int, slot: int) -> Tensor:
         """Return the places of a slot's rows in the table, int64 [count], in the order of their tokens."""
         count = self.held[use][slot]
-        pages = self.pages[use, slot, : -(-count // PAGE)].long()
+        pages = self.slots[slot, use, 1 : 1 + pages_for(count)].long()
         return (pages[:, None] * PAGE + torch.arange(PAGE, device=pages.device)).view(-1)[:count]
+
+
+def pages_for(rows: int) -> int:
+    """Return the number of pages that hold these rows."""
+    return -(-rows // PAGE)
 
 
 @triton.jit
@@ -55,17 +59,17 @@ def _place(pages, index, inside, PAGE: tl.constexpr):
 
 @triton.jit(do_not_specialize_on_alignment=["tiles", "tokens"])
 def replace_embeddings_kernel(
-    tokens, y, rows, ids, pages, counts, tiles, y_stride, P, H,
+    tokens, y, rows, ids, slots, tiles, y_stride, slot_stride, H,
     PAGE: tl.constexpr, STEPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     start = tl.load(tiles + tile * 3)
     stop = tl.load(tiles + tile * 3 + 1)
     slot = tl.load(tiles + tile * 3 + 2)
-    count = tl.load(counts + slot)
+    pages = slots + slot.to(tl.int64) * slot_stride + 1
+    count = tl.load(pages - 1)
     if (start >= stop) | (count == 0):
         return
-    pages += slot.to(tl.int64) * P
     t = start + tl.arange(0, BLOCK_M)
     token = tl.load(tokens + t, mask=t < stop, other=-1)
     low = tl.zeros([BLOCK_M], tl.int32)
@@ -87,7 +91,7 @@ def replace_embeddings_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["tiles"])
 def replace_logits_kernel(
-    x, y, rows, ids, pages, counts, tiles, x_stride, y_stride, P, H,
+    x, y, rows, ids, slots, tiles, x_stride, y_stride, slot_stride, H,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
@@ -96,8 +100,8 @@ def replace_logits_kernel(
     slot = tl.load(tiles + tile * 3 + 2)
     if start >= stop:
         return
-    count = tl.load(counts + slot)
-    pages += slot.to(tl.int64) * P
+    pages = slots + slot.to(tl.int64) * slot_stride + 1
+    count = tl.load(pages - 1)
     t = start + tl.arange(0, BLOCK_M)
     in_rows = (t < stop)[:, None]
     x_at = x + t.to(tl.int64)[:, None] * x_stride
@@ -140,8 +144,8 @@ def replace_embeddings(
     for each in tiles:
         assert each.on_device is not None
         replace_embeddings_kernel[(len(each.table), triton.cdiv(width, block_n))](
-            tokens, y, own.rows, own.ids, own.pages[EMBEDDING_ROWS], own.counts[EMBEDDING_ROWS], each.on_device[0],
-            y.stride(0), own.pages.shape[2], width, PAGE=PAGE, STEPS=len(own.ids).bit_length(), BLOCK_M=each.height,
+            tokens, y, own.rows, own.ids, own.slots[:, EMBEDDING_ROWS], each.on_device[0], y.stride(0),
+            own.slots.stride(0), width, PAGE=PAGE, STEPS=len(own.ids).bit_length(), BLOCK_M=each.height,
             BLOCK_N=block_n, num_warps=4,
         )  # fmt: skip
 
@@ -175,7 +179,7 @@ def replace_logits(
     for each in tiles:
         assert each.on_device is not None
         replace_logits_kernel[(len(each.table), programs)](
-            x, y, own.rows, own.ids, own.pages[HEAD_ROWS], own.counts[HEAD_ROWS], each.on_device[0], x.stride(0),
-            y.stride(0), own.pages.shape[2], x.shape[1], PAGE=PAGE, BLOCK_M=each.height, BLOCK_N=_BLOCK_N, BLOCK_K=64,
+            x, y, own.rows, own.ids, own.slots[:, HEAD_ROWS], each.on_device[0], x.stride(0), y.stride(0),
+            own.slots.stride(0), x.shape[1], PAGE=PAGE, BLOCK_M=each.height, BLOCK_N=_BLOCK_N, BLOCK_K=64,
             PRECISION=precision_of(own.rows), num_warps=4,
         )  # fmt: skip

@@ -177,8 +177,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _verify_folder(folder: Path, expected: "ExpectedModules") -> bool:
+    from ranklet.replicas.adapters.packed_rows import rows_taken_by
     from ranklet.replicas.adapters.revision import Revisions
-    from ranklet.replicas.adapters.row_pool import rows_taken_by
     from ranklet.replicas.adapters.verify import read_adapter
     from ranklet.replicas.errors import RankletError
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from threading import Lock
 from time import perf_counter
 
-from ranklet.replicas.adapters.adapter import AdapterRows
 from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.host_cache import HostCache
 from ranklet.replicas.adapters.mounts import mount_of
@@ -25,7 +24,7 @@ logger = logging.getLogger(__name__)
 READERS = 8  # concurrent loads from one mounted file system, which may hang
 MAX_READERS = 64  # of all file systems
 _FEW_SLOTS = 2
-ClaimSlot = Callable[[AdapterRef, AdapterRows], int | None]
+ClaimSlot = Callable[[AdapterRef, int], int | None]
 COPIERS = 2  # concurrent loads from the host cache, which never wait for a disk
 
 
@@ -79,8 +78,8 @@ class Loader:
         """Load an adapter into the slot that `claim` returns. `done` is always called, on a loader thread.
 
         Args:
-            claim: called on a loader thread once the files are read, with the adapter's rows of tokens. Without a
-                slot, the load fails with LostSlot.
+            claim: called on a loader thread once the files are read, with the number of rows of tokens that the
+                adapter needs. Without a slot, the load fails with LostSlot.
         """
         mount = None if ref in self.host else mount_of(ref.path)
         self._count(mount, 1)
@@ -107,7 +106,7 @@ class Loader:
         try:
             if packed is None:
                 packed = self._read(ref)
-            slot = claim(ref, packed.rows)
+            slot = claim(ref, packed.rows.taken)
             if slot is None:
                 raise LostSlot(f"adapter {ref.name!r}: its files are read, but no slot is free")
             self._pool.load(slot, packed)

@@ -5,7 +5,6 @@ from concurrent.futures import Future
 from threading import Condition
 from time import monotonic
 
-from ranklet.replicas.adapters.adapter import AdapterRows
 from ranklet.replicas.adapters.load_times import LoadTimes
 from ranklet.replicas.adapters.loader import Loader, LoadOutcome, LostSlot
 from ranklet.replicas.adapters.reference import (
@@ -205,7 +204,7 @@ class AdapterManager:
         del self._info[ref]
         self._used.pop(ref, None)
 
-    def _claim_slot(self, ref: AdapterRef, rows: AdapterRows) -> int | None:
+    def _claim_slot(self, ref: AdapterRef, rows: int) -> int | None:
         """Return the slot of a load that has read its files; None if it gave the slot back and none is free.
 
         Returns None too if nothing waits for the adapter and its rows of tokens do not fit.

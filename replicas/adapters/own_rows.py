@@ -24,7 +24,7 @@ from ranklet.replicas.adapters.adapter import AdapterRows, AdapterWeights, LoraW
 from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.findings import Checked, shorten, show
 from ranklet.replicas.adapters.own_stream import own_stream
-from ranklet.replicas.adapters.row_pool import rows_taken_by
+from ranklet.replicas.adapters.packed_rows import rows_taken_by
 from ranklet.replicas.adapters.safetensors_file import DTYPES, FLOATS, read_tensor
 from ranklet.replicas.adapters.safetensors_header import StoredTensor
 from ranklet.replicas.adapters.tensor_names import (

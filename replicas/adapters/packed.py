@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ranklet.kernels.packs import PACKS
 from ranklet.kernels.stack import SlotMeta
-from ranklet.replicas.adapters.adapter import AdapterRows, AdapterWeights, ColumnTerms
+from ranklet.replicas.adapters.adapter import AdapterWeights, ColumnTerms
+from ranklet.replicas.adapters.packed_rows import PackedRows, pack_rows
 from ranklet.replicas.adapters.pinned_memory import Allocate, pageable
 from ranklet.replicas.adapters.vector_head import VectorHead
 from ranklet.replicas.model.dense import DenseLayers
@@ -66,7 +67,8 @@ class PackedAdapter:
     Attributes:
         metas: ranks and scalings by layer and part (a key of `PARTS`).
         modules: names of the modules that differ from the base model's, over all layers.
-        terms, rows: see `AdapterWeights`.
+        terms: see `AdapterWeights`.
+        rows: of tokens.
         end_ids: ids that end the adapter's texts, besides those of the base model.
         notes: see `AdapterWeights`.
         head: of a classifier, which stays on the host, like the next.
@@ -79,7 +81,7 @@ class PackedAdapter:
     metas: dict[tuple[int, str], SlotMeta]
     modules: tuple[str, ...]
     terms: Mapping[Module, ColumnTerms] = field(default_factory=dict)
-    rows: AdapterRows = field(default_factory=AdapterRows)
+    rows: PackedRows = field(default_factory=PackedRows)
     end_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     head: VectorHead | None = None
@@ -109,8 +111,8 @@ def pack(adapter: AdapterWeights, dtype: torch.dtype, allocate: Allocate = pagea
     modules = tuple(sorted(names))
     layout, metas = layout_of(tuple(pieces)), _metas(adapter)
     return PackedAdapter(
-        adapter.rank, flat, layout, metas, modules, adapter.terms, adapter.rows, adapter.end_ids, adapter.notes,
-        adapter.head, adapter.dense,
+        adapter.rank, flat, layout, metas, modules, adapter.terms, pack_rows(adapter.rows, dtype, allocate),
+        adapter.end_ids, adapter.notes, adapter.head, adapter.dense,
     )  # fmt: skip
 
 

@@ -9,10 +9,12 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 from weakref import finalize
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Allocate = Callable[[int, torch.dtype], Tensor]  # makes an uninitialised tensor [count]
@@ -20,6 +22,15 @@ Allocate = Callable[[int, torch.dtype], Tensor]  # makes an uninitialised tensor
 
 def pageable(count: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(count, dtype=dtype)
+
+
+def staged(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Return an array as a tensor on the host from which a copy to `device` does not wait.
+
+    On a GPU it is a pinned copy, whose memory torch uses again only after the copies from it.
+    """
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 class PinnedMemory:

@@ -13,6 +13,7 @@ from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from ranklet.kernels.stack import EmbeddingStack, LinearStack, SlotMeta, padded_
 from ranklet.kernels.unpack import MOST_ELEMENTS, Destination, table, unpack
 from ranklet.replicas.adapters.adapter import ColumnTerms
 from ranklet.replicas.adapters.packed import PARTS, PackedAdapter, PackedLayout, layout_of
+from ranklet.replicas.adapters.pinned_memory import staged
 from ranklet.replicas.adapters.row_pool import RowPool
 from ranklet.replicas.config import DEFAULT_TOKEN_ROWS
 from ranklet.replicas.model.architecture import Architecture
@@ -183,10 +185,10 @@ class AdapterPool:
         The copy runs on its own stream, so that batches on other slots go on.
         """
         if self._stream is None:
-            self._write(slot, packed, packed.flat)
+            self._write(slot, packed)
             return
         with torch.cuda.stream(self._stream):
-            self._write(slot, packed, packed.flat.to(self.device, non_blocking=True))
+            self._write(slot, packed)
             done = self._stream.record_event()
         done.synchronize()
 
@@ -194,8 +196,9 @@ class AdapterPool:
         """Compile the kernel that `load` launches, by loading an empty adapter; call it before the first `load`."""
         self.load(0, PackedAdapter(0, torch.zeros(1, dtype=self.dtype), layout_of(()), {}, ()))
 
-    def _write(self, slot: int, packed: PackedAdapter, flat: Tensor) -> None:
-        data, layout = self._data[slot], packed.layout
+    def _write(self, slot: int, packed: PackedAdapter) -> None:
+        """Launch all copies of a load. None waits: the device copies `flat` while Python launches the others."""
+        flat, data, layout = packed.flat.to(self.device, non_blocking=True), self._data[slot], packed.layout
         if data.is_cuda and len(data) < MOST_ELEMENTS:
             if layout not in self._tables:
                 self._tables[layout] = table(self._filled_destinations(layout), self.device)
@@ -218,7 +221,7 @@ class AdapterPool:
         if not terms and not self.contents[slot].terms:
             return
         kept = self._allocated_terms()
-        row, begin = torch.empty(kept.shape[1]), 0
+        row, begin = torch.empty(kept.shape[1], pin_memory=kept.is_cuda), 0
         for (layer, part), stack in self._parts.items():
             own = row[begin : begin + 2 * stack.width].view(2, -1)
             own[0], own[1] = 1.0, 0.0
@@ -230,7 +233,7 @@ class AdapterPool:
                     own[0, first : first + width] = terms[layer, name].gain
                     own[1, first : first + width] = terms[layer, name].shift
                 first += width
-        kept[slot].copy_(row)
+        kept[slot].copy_(row, non_blocking=True)
 
     def _allocated_terms(self) -> Tensor:
         with self._terms_lock:  # loads run on several threads
@@ -264,8 +267,10 @@ class AdapterPool:
             stack.meta[slot] = metas.get(where) or _empty_meta(len(stack.meta[slot].ranks))
         written = [stack.meta[slot] for stack in self._parts.values()]
         # One copy for all projections: the metadata of each stack is a view of some columns.
-        self._ranks[slot] = torch.tensor([*chain(*(meta.ranks for meta in written))], dtype=torch.int32)
-        self._scalings[slot] = torch.tensor([*chain(*(meta.scalings for meta in written))])
+        ranks = np.array([*chain(*(meta.ranks for meta in written))], dtype=np.int32)
+        scalings = np.array([*chain(*(meta.scalings for meta in written))], dtype=np.float32)
+        self._ranks[slot].copy_(staged(ranks, self.device), non_blocking=True)
+        self._scalings[slot].copy_(staged(scalings, self.device), non_blocking=True)
         self.contents[slot] = contents
 
 

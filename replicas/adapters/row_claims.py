@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Collection, Sequence
 
-from ranklet.replicas.adapters.adapter import AdapterRows
 from ranklet.replicas.adapters.reference import AdapterRef
-from ranklet.replicas.adapters.row_pool import RowPool, RowsTaken, rows_taken_by
+from ranklet.replicas.adapters.row_pool import RowPool, RowsTaken
 from ranklet.replicas.adapters.slots import SlotTable
 
 
@@ -21,15 +20,14 @@ class RowClaims:
         self._pool = pool
         self._on_evicted = on_evicted
 
-    def claim(
-        self, ref: AdapterRef, rows: AdapterRows, wanted: Sequence[AdapterRef], recent: Collection[AdapterRef]
-    ) -> bool:
+    def claim(self, ref: AdapterRef, needed: int, wanted: Sequence[AdapterRef], recent: Collection[AdapterRef]) -> bool:
         """Give an adapter's slot the rows that it needs, if need be those of idle adapters, which lose their slots.
 
         Evicts no adapter that is wanted earlier. For an adapter that nothing waits for, evicts none that is wanted or
         was used recently. Evicts no adapter without rows, and none if all together have too few.
 
         Args:
+            needed: number of rows.
             wanted: adapters that requests wait for, the first to be served first.
             recent: adapters that were used recently.
 
@@ -41,7 +39,7 @@ class RowClaims:
         """
         is_wanted = ref in wanted
         keep = wanted[: wanted.index(ref)] if is_wanted else {*wanted, *recent}
-        needed, available = rows_taken_by(rows), self._pool.free_rows + self._rows_of(ref)
+        available = self._pool.free_rows + self._rows_of(ref)
         evicted = []
         for each in self._slots.idle(keep) if needed > available else ():
             own = self._rows_of(each)
@@ -55,7 +53,7 @@ class RowClaims:
         for each in evicted:
             self._slots.free(each)
             self._on_evicted(each)
-        self._pool.claim(self._slot_of(ref), rows)
+        self._pool.claim(self._slot_of(ref), needed)
         return True
 
     def _rows_of(self, ref: AdapterRef) -> int:

@@ -1,13 +1,15 @@
 """Device memory for the rows of tokens that adapters have of their own, shared by all slots."""
 
-import math
+from collections.abc import Sequence
 from threading import Lock
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ranklet.kernels.token_rows import EMBEDDING_ROWS, HEAD_ROWS, PAGE, TokenRows
-from ranklet.replicas.adapters.adapter import AdapterRows, OwnRows
+from ranklet.kernels.token_rows import PAGE, TokenRows, pages_for
+from ranklet.replicas.adapters.packed_rows import PackedRows
+from ranklet.replicas.adapters.pinned_memory import staged
 from ranklet.replicas.errors import Unavailable
 
 
@@ -33,7 +35,7 @@ class RowPool:
 
     def __init__(self, slots: int, capacity: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
         self._slots = slots
-        self._pages = -(-capacity // PAGE)
+        self._pages = pages_for(capacity)
         self._width = width
         self._device = device
         self._dtype = dtype
@@ -54,7 +56,7 @@ class RowPool:
     def nbytes(self) -> int:
         """Return the memory that is allocated."""
         table = self._table
-        return 0 if table is None else sum(each.nbytes for each in (table.rows, table.ids, table.pages, table.counts))
+        return 0 if table is None else sum(each.nbytes for each in (table.rows, table.ids, table.slots))
 
     @property
     def capacity(self) -> int:
@@ -71,8 +73,8 @@ class RowPool:
         with torch.inference_mode(False):
             return TokenRows(
                 torch.zeros((self.capacity, self._width), dtype=self._dtype, device=self._device),
-                self._integers(self.capacity), self._integers(2, self._slots, self._pages),
-                self._integers(2, self._slots), [[0] * self._slots for _ in range(2)],
+                self._integers(self.capacity), self._integers(self._slots, 2, 1 + self._pages),
+                [[0] * self._slots for _ in range(2)],
             )  # fmt: skip
 
     def _integers(self, *shape: int) -> Tensor:
@@ -95,54 +97,47 @@ class RowPool:
         with self._lock:
             self._free += self._held.pop(slot, [])
 
-    def claim(self, slot: int, rows: AdapterRows) -> None:
-        """Give a slot that no batch uses pages for these rows, in place of those that it has.
+    def claim(self, slot: int, rows: int) -> None:
+        """Give a slot that no batch uses pages for this number of rows, in place of those that it has.
 
         Raises:
             RowsTaken: too few pages are free. The slot has none then.
         """
-        needed = rows_taken_by(rows)
-        with self._lock:
-            self._free += self._held.pop(slot, [])
-            if needed > self.free_rows:
-                raise RowsTaken(needed, self.free_rows, self.capacity)
-            self._held[slot] = [self._free.pop() for _ in range(needed // PAGE)]
+        self._claim(slot, pages_for(rows))
 
-    def write(self, slot: int, rows: AdapterRows) -> None:
-        """Replace the rows of a slot that no batch uses, on the current stream.
+    def _claim(self, slot: int, pages: int) -> list[int]:
+        """Return the pages of a slot, which are as many as `pages` then."""
+        with self._lock:
+            held = self._held.get(slot, [])
+            if len(held) != pages:
+                self._free += self._held.pop(slot, [])
+                if pages > len(self._free):
+                    raise RowsTaken(pages * PAGE, self.free_rows, self.capacity)
+                held = self._held[slot] = [self._free.pop() for _ in range(pages)]
+            return held
+
+    def write(self, slot: int, rows: PackedRows) -> None:
+        """Launch copies that replace the rows of a slot that no batch uses, on the current stream.
 
         Raises:
             RowsTaken: as `claim`, unless it gave the slot pages for these rows.
         """
-        self.claim(slot, rows)
+        pages = self._claim(slot, rows.pages)
         if not rows and (self._table is None or not any(held[slot] for held in self._table.held)):
             return
-        table, given = self.table, self._places(slot, rows)
-        for use, own in ((EMBEDDING_ROWS, rows.embedding), (HEAD_ROWS, rows.head)):
-            count = 0 if own is None else len(own.ids)
-            if own is not None:
-                pages = given[id(own)]
-                table.pages[use, slot, : len(pages)] = pages.to(self._device)
+        table = self.table
+        self._describe(table, slot, rows, pages)
+        if rows:
+            moved = rows.split(rows.block.to(self._device, non_blocking=True))
+            index = staged(np.array(pages, dtype=np.int64), self._device).to(self._device, non_blocking=True)
+            for kept, own in zip((table.rows, table.ids), moved, strict=True):
+                kept.view(self._pages, -1).index_copy_(0, index, own)
+
+    def _describe(self, table: TokenRows, slot: int, rows: PackedRows, pages: Sequence[int]) -> None:
+        """Set the number of a slot's rows by use, and their pages."""
+        numbers = np.zeros((2, 1 + self._pages), dtype=np.int32)
+        for use, (first, count) in enumerate(rows.uses):
+            own = pages[first : first + pages_for(count)]
+            numbers[use, 0], numbers[use, 1 : 1 + len(own)] = count, own
             table.held[use][slot] = count
-            table.counts[use, slot] = count
-        for own in rows.distinct:
-            pages = given[id(own)]
-            places = (pages[:, None] * PAGE + torch.arange(PAGE)).view(-1)[: len(own.ids)].to(self._device)
-            table.rows.index_copy_(0, places, own.rows.to(self._device, self._dtype))
-            table.ids.index_copy_(0, places, own.ids.to(self._device))
-
-    def _places(self, slot: int, rows: AdapterRows) -> dict[int, Tensor]:
-        """Return the pages of a slot's rows by the identity of `OwnRows`."""
-        with self._lock:
-            held = torch.tensor(self._held[slot], dtype=torch.int64)
-        parts = held.split([_pages_of(own) for own in rows.distinct])
-        return {id(own): part for own, part in zip(rows.distinct, parts, strict=True)}
-
-
-def rows_taken_by(rows: AdapterRows) -> int:
-    """Return the number of rows in the pages that an adapter needs."""
-    return PAGE * sum(map(_pages_of, rows.distinct))
-
-
-def _pages_of(own: OwnRows) -> int:
-    return math.ceil(len(own.ids) / PAGE)
+        table.slots[slot].copy_(staged(numbers, self._device), non_blocking=True)

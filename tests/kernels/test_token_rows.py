@@ -10,7 +10,7 @@ from ranklet.kernels import csgmv, native
 from ranklet.kernels.batch import Backend, LoraBatch, cut, plan
 from ranklet.kernels.dispatch import embedding
 from ranklet.kernels.logits import logits
-from ranklet.kernels.token_rows import PAGE, TokenRows
+from ranklet.kernels.token_rows import PAGE, TokenRows, pages_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
@@ -23,14 +23,14 @@ Own = dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]]  # ids and rows b
 def drawn(dtype: torch.dtype, more: int = 0) -> tuple[TokenRows, Own]:
     """Return rows in pages of any order, and the same by use and slot. `more` tokens are beyond the base's."""
     counts = {(use, slot): count for slot, both in COUNTS.items() for use, count in enumerate(both) if count}
-    needed = {key: -(-count // PAGE) for key, count in counts.items()}
+    needed = {key: pages_for(count) for key, count in counts.items()}
     pages = torch.randperm(sum(needed.values()) + 3)
     size = len(pages) * PAGE
     table = TokenRows(
         torch.full((size, WIDE), float("nan"), dtype=dtype), torch.full((size,), -7, dtype=torch.int32),
-        torch.full((2, SLOTS, len(pages)), 1 << 20, dtype=torch.int32), torch.zeros((2, SLOTS), dtype=torch.int32),
-        [[0] * SLOTS for _ in range(2)],
+        torch.full((SLOTS, 2, 1 + len(pages)), 1 << 20, dtype=torch.int32), [[0] * SLOTS for _ in range(2)],
     )  # fmt: skip
+    table.slots[:, :, 0] = 0
     own: Own = {}
     for (use, slot), count in counts.items():
         ids, rows = (
@@ -40,11 +40,10 @@ def drawn(dtype: torch.dtype, more: int = 0) -> tuple[TokenRows, Own]:
         mine, pages = pages[: needed[use, slot]], pages[needed[use, slot] :]
         places = (mine[:, None] * PAGE + torch.arange(PAGE)).view(-1)[:count]
         table.rows[places], table.ids[places] = rows, ids.int()
-        table.pages[use, slot, : len(mine)] = mine.int()
-        table.counts[use, slot] = table.held[use][slot] = count
+        table.slots[slot, use, 1 : 1 + len(mine)] = mine.int()
+        table.slots[slot, use, 0] = table.held[use][slot] = count
         own[use, slot] = ids, rows
-    moved = (each.to(DEVICE) for each in (table.rows, table.ids, table.pages, table.counts))
-    return TokenRows(next(moved), next(moved), next(moved), next(moved), table.held), own
+    return TokenRows(table.rows.to(DEVICE), table.ids.to(DEVICE), table.slots.to(DEVICE), table.held), own
 
 
 def batch_with(
@@ -107,7 +106,8 @@ def test_one_graph_serves_rows_that_change() -> None:
     with torch.cuda.graph(graph):
         replayed = run()
     for kept in (1.0, 0.5, 0.0):
-        table.counts.copy_((table.counts * kept).int())
+        counts = table.slots[:, :, 0]
+        counts.copy_((counts * kept).int())
         table.rows.neg_()
         graph.replay()
         for ours, theirs in zip(replayed, run(), strict=True):
