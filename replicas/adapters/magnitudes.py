@@ -24,9 +24,8 @@ def check_magnitudes(
         names: full names of the modules.
         alone: whether the adapter has nothing but these weights.
     """
-    least, most = torch.aminmax(adapter.flat) if len(adapter.flat) else (torch.zeros(()), torch.zeros(()))
-    largest = max(-float(least), float(most))
-    if not (math.isfinite(float(least)) and math.isfinite(float(most))):  # ten times faster than isfinite().all()
+    largest = _largest(adapter.flat) if len(adapter.flat) else 0.0
+    if not math.isfinite(largest):
         yield from _not_finite(adapter, names)
         return ()
     yield from _overflowing(adapter, names, largest)
@@ -76,6 +75,12 @@ def _vanishes(weight: LoraWeight) -> bool:
     return abs(weight.scaling) * weight.rank * _largest(weight.a) * _largest(weight.b) < _LEAST_EFFECT
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no number is NaN or infinite. Takes a tenth of the time of `isfinite().all()`."""
+    return math.isfinite(_largest(tensor))
+
+
 def _largest(tensor: Tensor) -> float:
+    """Return the largest absolute value; NaN if a number is NaN."""
     least, most = torch.aminmax(tensor)
     return max(-float(least), float(most))

@@ -23,6 +23,7 @@ from ranklet.kernels.token_rows import PAGE
 from ranklet.replicas.adapters.adapter import AdapterRows, AdapterWeights, LoraWeight, OwnRows
 from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.findings import Checked, shorten, show
+from ranklet.replicas.adapters.magnitudes import is_finite
 from ranklet.replicas.adapters.own_stream import own_stream
 from ranklet.replicas.adapters.packed_rows import rows_taken_by
 from ranklet.replicas.adapters.safetensors_file import DTYPES, FLOATS, read_tensor
@@ -212,14 +213,16 @@ def _read_trained(
     elif stored.dtype not in DTYPES:
         yield f"{key}: expected {FLOATS}, got {shorten(stored.dtype)}"
     else:
-        order = torch.tensor(ids).argsort()
-        rows = read_tensor(path, stored)[order].to(base.dtype)
-        return (yield from _finite(key, OwnRows(torch.tensor(ids, dtype=torch.int32)[order], rows)))
+        rows, increasing = read_tensor(path, stored), sorted(ids)
+        if list(ids) != increasing:
+            rows = rows[torch.tensor(ids).argsort()]
+        own = OwnRows(torch.tensor(increasing, dtype=torch.int32), rows.to(base.dtype))
+        return (yield from _finite(key, own))
     return None
 
 
 def _finite(key: str, own: OwnRows) -> Checked[OwnRows | None]:
-    if bool(torch.isfinite(own.rows).all()):
+    if is_finite(own.rows):
         return own
     served = str(own.rows.dtype).removeprefix("torch.")
     yield f"{key}: expected numbers finite in {served}, got NaN or infinity"
@@ -262,7 +265,7 @@ def _with_lora(own: OwnRows, lora: LoraWeight, *, looked_up: bool) -> OwnRows:
 def _check_new(rows: AdapterRows, base: int) -> Checked[None]:
     """Check the rows of tokens beyond those of the base model."""
     vocab = rows.vocab(base)
-    if rows.embedding is not None and int((rows.embedding.ids >= base).sum()) != vocab - base:
+    if vocab > base and rows.embedding is not None and int((rows.embedding.ids >= base).sum()) != vocab - base:
         yield f"{EMBED_TOKENS}: expected rows of all tokens from {base} to {vocab - 1}, since the base has none of them"
     if rows.head is not None and int(rows.head.ids[-1]) >= vocab:
         yield f"{LM_HEAD}: expected rows of tokens up to {vocab - 1}, as {EMBED_TOKENS} has, got {rows.head.ids[-1]}"
