@@ -10,12 +10,10 @@ import json
 import subprocess
 import sys
 from collections import OrderedDict
-from concurrent.futures import Future
-from dataclasses import asdict
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from threading import Event, Lock, Thread
-from typing import Any
 
 from ranklet.replicas.adapters.content_hash import read_tokenizer_hash
 from ranklet.replicas.adapters.reference import AdapterRef
@@ -23,7 +21,6 @@ from ranklet.replicas.adapters.revision import check_unchanged
 from ranklet.replicas.adapters.tokenizer_check import BaseTokenizer, ComparedTokenizer
 from ranklet.replicas.bounded_process import BoundedProcess, child_environment, limit_this_process
 from ranklet.replicas.errors import InternalError, Unavailable
-from ranklet.replicas.model.added_tokens import AddedToken
 from ranklet.replicas.model.tokenizer_files import (
     TOKENIZER_FILE,
     UnusableTokenError,
@@ -34,6 +31,7 @@ _MEMORY_BYTES = 16 << 30  # of address space; libraries that are never used take
 _SIMILAR_S = 10.0
 _MAX_REPLY_BYTES = 4 << 20
 _MAX_KEPT = 256
+_THREADS = 64  # as many as loads: files of a disk that hangs must not hold those of others
 
 
 class TokenizerComparison:
@@ -52,6 +50,7 @@ class TokenizerComparison:
             "ranklet.replicas.adapters.tokenizer_worker", "compares tokenizers", time_s=_SIMILAR_S, grace_s=0.0,
             memory_bytes=_MEMORY_BYTES, max_reply_bytes=_MAX_REPLY_BYTES,
         )  # fmt: skip
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="ranklet-compare")
         self._lock = Lock()
         self._kept: OrderedDict[str, ComparedTokenizer] = OrderedDict()
         self._running: dict[str, Event] = {}  # set when the comparison has ended, perhaps with an error
@@ -70,20 +69,11 @@ class TokenizerComparison:
 
     def begin(self, adapter: AdapterRef) -> "Future[ComparedTokenizer]":
         """Return a future of `compare`, which another thread completes if files must be read."""
-        future: Future[ComparedTokenizer] = Future()
         found = None if adapter.tokenizer is None else self._known(adapter.tokenizer)
-        if found is not None:
-            future.set_result(found)
-            return future
-
-        def run() -> None:
-            try:
-                future.set_result(self.compare(adapter))
-            except BaseException as error:
-                future.set_exception(error)
-
-        # A thread of its own: files of a disk that hangs must not hold those of others.
-        Thread(target=run, name="ranklet-compare", daemon=True).start()
+        if found is None:
+            return self._threads.submit(self.compare, adapter)
+        future: Future[ComparedTokenizer] = Future()
+        future.set_result(found)
         return future
 
     def compare(self, adapter: AdapterRef) -> ComparedTokenizer:
@@ -144,7 +134,7 @@ class TokenizerComparison:
             compared = self._process.ask(content, json.dumps(question).encode()).get("compared")
         except InternalError:  # the process does not start
             return None
-        return None if compared is None else _restored(compared)
+        return None if compared is None else ComparedTokenizer.from_json(compared)
 
     @cached_property
     def _own(self) -> str | None:
@@ -164,7 +154,7 @@ def compare_within(
     command = [sys.executable, "-m", _PROGRAM, str(base), str(adapter), str(memory_bytes)]
     try:
         done = subprocess.run(command, env=child_environment(), stdout=subprocess.PIPE, check=True, timeout=time_s)
-        return _restored(json.loads(done.stdout))
+        return ComparedTokenizer.from_json(json.loads(done.stdout))
     except subprocess.TimeoutExpired as error:
         raise Unavailable(f"comparing the adapter's tokenizer with the base model's takes {time_s:g} s") from error
     except (subprocess.CalledProcessError, ValueError):
@@ -173,14 +163,10 @@ def compare_within(
         )
 
 
-def _restored(answer: dict[str, Any]) -> ComparedTokenizer:
-    return ComparedTokenizer(tuple(answer["findings"]), tuple(AddedToken(**each) for each in answer["added"]))
-
-
 def main() -> None:
     base, adapter, memory_bytes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     limit_this_process(memory_bytes)
-    json.dump(asdict(BaseTokenizer(base).compare(adapter)), sys.stdout)
+    json.dump(BaseTokenizer(base).compare(adapter).as_json(), sys.stdout)
 
 
 if __name__ == "__main__":

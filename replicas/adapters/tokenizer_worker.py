@@ -4,7 +4,6 @@ Usage: `python -m ranklet.replicas.adapters.tokenizer_worker FD TIME_S MEMORY_BY
 socket to the replica or the engine, which ends this process if it is late.
 """
 
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ _base = lru_cache(1)(BaseTokenizer)
 
 def answer(question: dict[str, str]) -> dict[str, Any]:
     found = _base(Path(question["base"])).compare_similar(Path(question["adapter"]))
-    return {"compared": None if found is None else asdict(found)}
+    return {"compared": None if found is None else found.as_json()}
 
 
 if __name__ == "__main__":
