@@ -13,6 +13,7 @@ from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.model.modules import LINEAR_MODULES
 from tests.bench import report
 from tests.bench.engine import LENGTHS, refs, throughput
+from tests.bench.own_engine import own_engine
 from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model
 
 _RUNS = 3  # of each case in turn, since a GPU at its power limit drifts
@@ -66,17 +67,15 @@ def main() -> None:
             model_dir=model, slots=2 * options.adapters, max_batch_tokens=30_720, max_rank=options.rank,
             host_cache_bytes=16 << 30,
         )  # fmt: skip
-        engine = Engine(config)
-        engine.start()
-        for ref in track([*made["plain"], *renamed], description="loading adapters"):
-            engine.load(ref)
-        owners = cases(made["plain"], renamed)
-        rows = [
-            row
-            for length in track(LENGTHS, description="measuring")
-            for row in measure(engine, owners, length, options.batches)
-        ]
-        engine.stop()
+        with own_engine(config) as engine:
+            for ref in track([*made["plain"], *renamed], description="loading adapters"):
+                engine.load(ref)
+            owners = cases(made["plain"], renamed)
+            rows = [
+                row
+                for length in track(LENGTHS, description="measuring")
+                for row in measure(engine, owners, length, options.batches)
+            ]
     report.save(options.name, rows, options.out)
 
 

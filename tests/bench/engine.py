@@ -18,6 +18,7 @@ from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.engine.request import Answer, AnswerSink
 from ranklet.replicas.errors import RankletError
 from tests.bench import report
+from tests.bench.own_engine import own_engine
 from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model
 
 _WARM, _ALONE = 8, 200
@@ -93,16 +94,14 @@ def main() -> None:
             model_dir=model, slots=len(made), max_batch_tokens=30_720, max_rank=64, backend=options.backend,
             lora_modules=("q_proj", "k_proj", "v_proj", "o_proj"), host_cache_bytes=16 << 30,
         )  # fmt: skip
-        engine = Engine(config)
-        engine.start()
-        for ref in track(made, description="loading adapters"):
-            engine.load(ref)
-        rows = []
-        for length in track(LENGTHS, description="measuring"):
-            rows.append(throughput(engine, [None], length, options.batches))
-            rows += [throughput(engine, list(made[:count]), length, options.batches) for count in options.adapters]
-        single = [alone(engine, list(made[: options.adapters[0]]), tokens) for tokens in (1, 16, 128, 512, 2048)]
-        engine.stop()
+        with own_engine(config) as engine:
+            for ref in track(made, description="loading adapters"):
+                engine.load(ref)
+            rows = []
+            for length in track(LENGTHS, description="measuring"):
+                rows.append(throughput(engine, [None], length, options.batches))
+                rows += [throughput(engine, list(made[:count]), length, options.batches) for count in options.adapters]
+            single = [alone(engine, list(made[: options.adapters[0]]), tokens) for tokens in (1, 16, 128, 512, 2048)]
     report.save(options.name, rows, options.out)
     report.save(f"{options.name}-alone", single, options.out)
 

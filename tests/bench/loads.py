@@ -22,6 +22,7 @@ from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
 from tests.bench import report
 from tests.bench.engine import embed, refs
+from tests.bench.own_engine import own_engine
 from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model
 
 _MODULES = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
@@ -79,16 +80,13 @@ def main() -> None:
         os.sync()  # the disk would still write them during the first loads
         size = (made[0] / WEIGHTS_FILE).stat().st_size / 1e6
         *some, busy = refs(made)
-        engine = Engine(EngineConfig(folder / "model", slots=_SLOTS, lora_modules=_MODULES, host_cache_bytes=16 << 30))
+        config = EngineConfig(folder / "model", slots=_SLOTS, lora_modules=_MODULES, host_cache_bytes=16 << 30)
         began_s = perf_counter()
-        engine.start()
-        started_s = perf_counter() - began_s
-        try:
+        with own_engine(config) as engine:
+            started_s = perf_counter() - began_s
             found = rows(engine, some[: options.turns], size, "nothing")
             found += beside_traffic(engine, some[options.turns :], busy, size)
             found = [{**row, "start_s": started_s} for row in found]
-        finally:
-            engine.stop()
     report.save(options.name, found, options.out)
 
 

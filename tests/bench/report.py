@@ -16,8 +16,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ranklet.replicas.process.worker import SWITCH_INTERVAL_S
-
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "triton", "transformers", "peft", "ray", "nvidia-cudnn-frontend")
 
@@ -27,12 +25,11 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefa
 
 
 def parser(description: str | None, name: str | None = None) -> argparse.ArgumentParser:
-    """Return the parser of one benchmark's options. Threads take turns from then on as in an engine's process.
+    """Return the parser of one benchmark's options.
 
     Args:
         name: default of --name; None for a benchmark that names its result files itself.
     """
-    sys.setswitchinterval(SWITCH_INTERVAL_S)  # beside other threads, the one that launches steps would come too late
     made = argparse.ArgumentParser(
         f"python -m tests.bench.{Path(sys.argv[0]).stem}", description=description, formatter_class=_HelpFormatter
     )

@@ -27,6 +27,7 @@ from ranklet.replicas.engine.request import Answer, AnswerSink
 from ranklet.replicas.errors import RankletError
 from tests.bench import report
 from tests.bench.engine import refs
+from tests.bench.own_engine import own_engine
 from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model
 
 _CHECKED = 20  # documents that are compared
@@ -103,25 +104,25 @@ def main() -> None:
         prompts = [
             rng.integers(0, QWEN3_EMBEDDING_06B.vocab, options.tokens, np.int32) for _ in range(options.documents)
         ]
-        engine = Engine(EngineConfig(model_dir=model, slots=2, dtype=options.dtype, max_batch_tokens=30_720))
-        engine.start()
         (ref,) = refs([adapter])
-        engine.load(ref)
         kinds = {
             "embeddings": EmbedParams(),
             "rerank": EmbedParams(pooling="last", normalize=False, head=HeadParams(ref.revision)),
         }
         seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         answers: list[Answer] = []
-        for _ in range(options.rounds + 1):
-            for kind, params in kinds.items():
-                began = perf_counter()
-                answers = ask(engine, prompts, ref, params, options.requests)
-                seconds[kind].append(perf_counter() - began)
-        engine.stop()
+        config = EngineConfig(model_dir=model, slots=2, dtype=options.dtype, max_batch_tokens=30_720)
+        with own_engine(config) as engine:
+            engine.load(ref)
+            dtype = engine.dtype
+            for _ in range(options.rounds + 1):
+                for kind, params in kinds.items():
+                    began = perf_counter()
+                    answers = ask(engine, prompts, ref, params, options.requests)
+                    seconds[kind].append(perf_counter() - began)
         logits = answers[0].result[:_CHECKED, 0]
         expected = reference(model, adapter, prompts[:_CHECKED], device)
-        theirs = reference(model, adapter, prompts[:_CHECKED], device, engine.dtype)
+        theirs = reference(model, adapter, prompts[:_CHECKED], device, dtype)
     tokens = options.requests * options.documents * options.tokens
     rates = {kind: tokens / min(times[1:]) for kind, times in seconds.items()}
     ratio, difference, rounding = (
@@ -130,7 +131,7 @@ def main() -> None:
         worst(theirs, expected),
     )
     report.save(options.name, [{
-        "documents": f"{options.requests} x {options.documents} x {options.tokens}", "dtype": str(engine.dtype),
+        "documents": f"{options.requests} x {options.documents} x {options.tokens}", "dtype": str(dtype),
         **{f"{kind}_tokens_per_s": round(rate) for kind, rate in rates.items()}, "rerank/embeddings": round(ratio, 3),
         "most score difference": difference, "of transformers in this dtype": rounding,
         "most logit difference": float(np.abs(logits - expected).max()),

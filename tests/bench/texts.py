@@ -1,6 +1,5 @@
 """Engines that generate text with the shapes of real models, and requests whose tokens are timed as they arrive."""
 
-import gc
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,19 +9,18 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
-from ranklet.replicas.engine.garbage import freeze_garbage_collector
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.engine.request import Answer
 from ranklet.replicas.errors import RankletError
 from ranklet.replicas.model.architecture import Architecture
 from ranklet.replicas.model.modules import LINEAR_MODULES
 from tests.bench.engine import refs
+from tests.bench.own_engine import own_engine
 from tests.bench.shapes import LLAMA_31_8B, QWEN3_06B, decoder, write_adapters, write_model
 
 RANK = 16
@@ -58,22 +56,12 @@ def make_text_model(folder: Path, name: str, adapters: int) -> TextModel:
 
 @contextmanager
 def text_engine(model: TextModel, **fields: Any) -> Iterator[Engine]:
-    """Start an engine that has a slot for each adapter, and load them. Frees the device's memory at the end."""
+    """Start an engine that has a slot for each adapter, and load them."""
     defaults = {"slots": max(1, len(model.adapters)), "max_rank": RANK, "host_cache_bytes": 16 << 30}
-    engine = Engine(EngineConfig(model.folder, **{**defaults, **fields}))
-    engine.start()
-    freeze_garbage_collector()  # as in an engine's own process
-    try:
+    with own_engine(EngineConfig(model.folder, **{**defaults, **fields})) as engine:
         for ref in model.adapters:
             engine.load(ref)
         yield engine
-    finally:
-        engine.stop()
-        del engine
-        gc.unfreeze()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 @dataclass

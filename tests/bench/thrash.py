@@ -25,6 +25,7 @@ from ranklet.replicas.engine.stats import BatchRecord, Listener
 from ranklet.replicas.errors import RankletError
 from tests.bench import report
 from tests.bench.engine import refs
+from tests.bench.own_engine import own_engine
 from tests.bench.shapes import ATTENTION, QWEN3_EMBEDDING_06B, write_adapters, write_model
 
 
@@ -122,9 +123,7 @@ def main() -> None:
             model_dir=model, slots=options.slots, max_batch_tokens=30_720, max_rank=64, lora_modules=ATTENTION,
             host_cache_bytes=16 << 30,
         )  # fmt: skip
-        engine = Engine(config, watch)
-        engine.start()
-        try:
+        with own_engine(config, watch) as engine:
             for ref in track(reversed(made), description="loading adapters", total=len(made)):
                 engine.load(ref)
             rows = list[dict[str, Any]]()
@@ -133,8 +132,6 @@ def main() -> None:
                 resident = [row["tokens_per_s"] for row in rows if row["adapters"] <= options.slots]
                 rows[-1]["of all resident"] = rows[-1]["tokens_per_s"] / resident[-1] if resident else ""
                 report.write(options.name, rows, options.out)  # a run that is cut off leaves some
-        finally:
-            engine.stop()
     report.save(options.name, rows, options.out)
 
 

@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import Revisions
 from ranklet.replicas.config import EngineConfig
-from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.model.modules import LINEAR_MODULES
 from ranklet.replicas.model.tokenizer_files import TOKENIZER_FILES
 from tests.assets.tokenizer import save_with_added
 from tests.bench import report
+from tests.bench.own_engine import own_engine
 from tests.bench.shapes import QWEN3_EMBEDDING_06B, write_adapters, write_model
 from tests.bench.vocabulary import save_full_tokenizer
 
@@ -95,20 +95,18 @@ def measure(
     memory: dict[str, float] = {}
     first_s: dict[str, float] = {}
     for number in range(engines):
-        engine = Engine(config)
-        engine.start()
         order = list(kinds)
-        for turn in range(rounds):
-            for i in track(range(config.slots), description=f"engine {number + 1}, round {turn + 1}"):
-                for name in order:
-                    began_s = perf_counter()
-                    engine.load(kinds[name][i])
-                    took_s = perf_counter() - began_s
-                    seconds[name]["host" if turn else "disk"].append(took_s)
-                    first_s.setdefault(name, took_s)
-                    memory.setdefault(name, engine.runner.pool.nbytes / config.slots)
-                order = order[1:] + order[:1]
-        engine.stop()
+        with own_engine(config) as engine:
+            for turn in range(rounds):
+                for i in track(range(config.slots), description=f"engine {number + 1}, round {turn + 1}"):
+                    for name in order:
+                        began_s = perf_counter()
+                        engine.load(kinds[name][i])
+                        took_s = perf_counter() - began_s
+                        seconds[name]["host" if turn else "disk"].append(took_s)
+                        first_s.setdefault(name, took_s)
+                        memory.setdefault(name, engine.runner.pool.nbytes / config.slots)
+                    order = order[1:] + order[:1]
     plain = seconds[next(iter(kinds))]
     base_memory = next(iter(memory.values()))
     return [
