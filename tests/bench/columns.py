@@ -100,6 +100,23 @@ TEXT_CLUSTER: dict[str, tuple[str, Column]] = {
     "gap_p50_ms": ("gap p50 ms", MS), "failed": ("failed", TEXT), "least busy": ("least busy", PERCENT),
     "of one cache": ("from caches, of one cache", RATIO), "of texts": ("of `texts`", RATIO),
 }  # fmt: skip
+TEXT_CLUSTER_SETTLED: dict[str, tuple[str, Column]] = {
+    "replicas": ("GPUs", COUNT), "work": ("work", TEXT), "settled tokens_per_s": ("generated tokens/s", COUNT),
+    "settled of one replica": ("of one GPU", RATIO), "tokens_per_s": ("in the whole run", COUNT),
+    "of one replica": ("of one GPU in the whole run", RATIO), "embedding tokens_per_s": ("embeddings tokens/s", COUNT),
+    "gap_p50_ms": ("gap p50 ms", MS), "failed": ("failed", TEXT), "least busy": ("least busy", PERCENT),
+}  # fmt: skip
+THRASH: dict[str, tuple[str, Column]] = {
+    "adapters": ("adapters", TEXT), "slots": ("slots", TEXT), "tokens_per_s": ("tokens/s", COUNT),
+    "of all resident": ("of the rate with 64 adapters", RATIO), "loads_per_s": ("loads/s", COUNT),
+}  # fmt: skip
+RERANK: dict[str, tuple[str, Column]] = {
+    "documents": ("requests x documents x tokens", TEXT), "dtype": ("dtype", TEXT),
+    "embeddings_tokens_per_s": ("embeddings tokens/s", COUNT), "rerank_tokens_per_s": ("reranking tokens/s", COUNT),
+    "rerank/embeddings": ("of the rate of embeddings", RATIO),
+    "most score difference": ("largest difference of a score", NATS),
+    "of transformers in this dtype": ("that of transformers", NATS),
+}  # fmt: skip
 TEXT_HTTP: dict[str, tuple[str, Column]] = {
     "work": ("requests x prompt/output", TEXT), "gateways": ("gateways", COUNT),
     "tokens_per_s": ("generated tokens/s", COUNT), "engine tokens_per_s": ("the engine alone", COUNT),
