@@ -82,9 +82,9 @@ requests were refused as saturated because the rate of the queue was taken from 
 for 10 s."""
 
 TEXT_CLUSTER_SETTLED_NOTE = """The last wave of 2,048 texts fills the 256 places of one GPU. Those of two GPUs are not
-divided so evenly. Another run on the same day, with 1,280 texts, had 1.99 and, beside embeddings, 1.95. Two engines
-without a server ran as fast as one. Beside embeddings, a step launches its kernels one by one; it takes 2 to 3 % longer
-beside another replica, its gateways and clients, probably because the CPU is slower then."""
+divided so evenly. Another run on the same day, with 1,280 texts, had 1.99 and, beside embeddings, 1.95, with steps as
+long as on one GPU; beside embeddings, rates of equal runs differ by 2 to 4 %. Two engines without a server ran as fast
+as one."""
 THRASH_NOTE = """Relative to the first row. The device idled for up to 7 % of a measurement, in another run with 64
 adapters too. The likely cause is the garbage collector of the benchmark's process, which stops all threads for tenths
 of a second. An engine's own process exempts what is there at its start, and so does the benchmark now; it has not been
