@@ -5,13 +5,12 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any
 
@@ -19,6 +18,7 @@ from ranklet.replicas.errors import InternalError
 
 _START_S = 30.0
 _REFUSED_S = 60.0
+_PIECE_BYTES = 1 << 16
 
 
 class BoundedProcess:
@@ -26,11 +26,12 @@ class BoundedProcess:
 
     A question that takes too much time or memory is refused for a minute, so that it delays the others only once.
 
-    Questions and replies are JSON, and this process unpickles nothing: what runs there may come from anyone. A reply is
-    an object; any other ends the process. It may have `error`, and `ends` if the process must end or has ended.
+    Questions and replies are lines of JSON, and this process unpickles nothing: what runs there may come from anyone.
+    A reply is an object; any other ends the process. It may have `error`, and `ends` if the process must end or has
+    ended.
 
     Args:
-        program: module that is run with a file descriptor, `time_s` and `memory_bytes`. It sends one message when it is
+        program: module that is run with a file descriptor, `time_s` and `memory_bytes`. It sends one line when it is
             ready, and then one for each question.
         purpose: what the program does, for messages.
         time_s: limit of one question.
@@ -51,7 +52,7 @@ class BoundedProcess:
         self._max_reply_bytes = max_reply_bytes
         self._clock = clock
         self._lock = threading.Lock()
-        self._running: tuple[Connection, subprocess.Popen[bytes]] | None = None
+        self._running: tuple[socket.socket, subprocess.Popen[bytes]] | None = None
         self._refused: dict[str, tuple[float, str]] = {}  # until when and why, by subject
 
     def ask(self, subject: str, question: bytes) -> dict[str, Any]:
@@ -84,57 +85,73 @@ class BoundedProcess:
             self._end()
 
     def _reply(self, question: bytes) -> dict[str, Any]:
-        """Return the reply of the process, which is killed once it is late, whatever it waits for."""
-        connection, process = self._connect()
-        is_late = threading.Event()
-
-        def kill() -> None:
-            is_late.set()
-            process.kill()
-
-        limit = threading.Timer(self._time_s + self._grace_s, kill)
-        limit.start()
+        channel = self._connect()
+        until_s = monotonic() + self._time_s + self._grace_s
+        reply: Any = None
         try:
-            connection.send_bytes(question)
-            reply = json.loads(connection.recv_bytes(self._max_reply_bytes))
+            channel.settimeout(self._time_s + self._grace_s)
+            channel.sendall(question + b"\n")
+            reply = json.loads(_read_line(channel, self._max_reply_bytes, until_s))
+        except TimeoutError:
+            return {"error": f"it takes more than {self._time_s:g} s", "ends": True}
         except (OSError, EOFError, ValueError, RecursionError):
-            reply = None
-        finally:
-            limit.cancel()
+            pass
         if isinstance(reply, dict):
             return reply
-        late, ended = f"it takes more than {self._time_s:g} s", f"it ended the process that {self._purpose}"
-        return {"error": late if is_late.is_set() else ended, "ends": True}
+        return {"error": f"it ended the process that {self._purpose}", "ends": True}
 
     def _refuse(self, subject: str, why: str) -> None:
         now_s = self._clock()
         self._refused = {each: kept for each, kept in self._refused.items() if now_s < kept[0]}
         self._refused[subject] = now_s + _REFUSED_S, why
 
-    def _connect(self) -> tuple[Connection, "subprocess.Popen[bytes]"]:
+    def _connect(self) -> socket.socket:
         if self._running and self._running[1].poll() is None:
-            return self._running
+            return self._running[0]
         self._end()
         try:
-            connection, theirs = Pipe()
-            with theirs:
+            channel, theirs = socket.socketpair()
+            with theirs, contextlib.ExitStack() as undo:
+                undo.enter_context(channel)
                 limits = (str(self._time_s), str(self._memory_bytes))
                 command = [sys.executable, "-m", self._program, str(theirs.fileno()), *limits]
                 process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), env=child_environment())
-            self._running = connection, process
-            self._end_running = weakref.finalize(self, _end_process, process, connection)
-            if connection.poll(_START_S):
-                connection.recv_bytes()
-                return self._running
-        except (OSError, EOFError):
-            pass
-        self._end()
-        raise InternalError(f"the process that {self._purpose} does not start")
+                undo.pop_all()
+            self._running = channel, process
+            self._end_running = weakref.finalize(self, _end_process, process, channel)
+            _read_line(channel, _PIECE_BYTES, monotonic() + _START_S)
+        except (OSError, EOFError, ValueError) as error:
+            self._end()
+            raise InternalError(f"the process that {self._purpose} does not start") from error
+        return channel
 
     def _end(self) -> None:
         if self._running is not None:
             self._running = None
             self._end_running()
+
+
+def _read_line(channel: socket.socket, most_bytes: int, until_s: float) -> bytes:
+    """Return the next line, behind which nothing may come.
+
+    Raises:
+        TimeoutError: it is not complete by `until_s`.
+        EOFError: the other side has closed the channel.
+        ValueError: it is too long.
+    """
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        left_s = until_s - monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        channel.settimeout(left_s)
+        piece = channel.recv(_PIECE_BYTES)
+        if not piece:
+            raise EOFError
+        line += piece
+        if len(line) > most_bytes:
+            raise ValueError("the line is too long")
+    return bytes(line)
 
 
 def child_environment() -> dict[str, str]:
@@ -154,19 +171,22 @@ def answer_questions(answer: Callable[[Any], dict[str, Any]]) -> None:
     descriptor, memory_bytes = int(sys.argv[1]), int(sys.argv[3])
     limit_this_process(memory_bytes)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process ends this one
-    connection = Connection(descriptor)
-    connection.send_bytes(b"ready")
-    reply: dict[str, Any] = {}
-    while not reply.get("ends"):
-        try:
-            question = json.loads(connection.recv_bytes())
-        except (EOFError, OSError):
-            return
-        reply = answer(question)
-        connection.send_bytes(json.dumps(reply, ensure_ascii=False).encode(errors="surrogatepass"))
+    with socket.socket(fileno=descriptor) as channel:
+        channel.sendall(b"ready\n")
+        for question in _lines(channel):
+            reply = answer(json.loads(question))
+            channel.sendall(json.dumps(reply, ensure_ascii=False).encode(errors="surrogatepass") + b"\n")
+            if reply.get("ends"):
+                return
 
 
-def _end_process(process: "subprocess.Popen[bytes]", connection: Connection) -> None:
+def _lines(channel: socket.socket) -> Iterator[bytes]:
+    """Yield lines until the other side has ended."""
+    with contextlib.suppress(OSError), channel.makefile("rb") as lines:
+        yield from lines
+
+
+def _end_process(process: "subprocess.Popen[bytes]", channel: socket.socket) -> None:
     process.kill()
     process.wait()
-    connection.close()
+    channel.close()

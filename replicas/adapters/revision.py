@@ -34,9 +34,13 @@ def marks_of(path: str | Path) -> str:
     return _stat(path).marks
 
 
-def check_unchanged(adapter: AdapterRef) -> None:
-    """Raise AdapterChanged if an adapter's folder no longer has the files of its revision."""
-    if adapter.marks and marks_of(adapter.path) != adapter.marks:
+def check_unchanged(adapter: AdapterRef, marks: str = "") -> None:
+    """Raise AdapterChanged if an adapter's folder no longer has the files of its revision.
+
+    Args:
+        marks: those that the folder has now, if another process has read them.
+    """
+    if adapter.marks and (marks or marks_of(adapter.path)) != adapter.marks:
         raise AdapterChanged(f"adapter {adapter.name!r}: its files have changed. Send the request again")
 
 

@@ -121,20 +121,22 @@ class TokenizerComparison:
                 self._kept.popitem(last=False)
 
     def _compared(self, adapter: AdapterRef, content: str) -> ComparedTokenizer:
-        folder, found = Path(adapter.path), None
-        if (folder / TOKENIZER_FILE).is_file():
-            found = self._ask(folder, content)  # None if they must be parsed
-        found = found or compare_within(self._base, folder)
-        check_unchanged(adapter)  # the result of other files must not be kept as that of `content`
+        folder = Path(adapter.path)
+        found, marks = self._ask(folder, content) if (folder / TOKENIZER_FILE).is_file() else (None, "")
+        if found is None:
+            found, marks = compare_within(self._base, folder), ""
+        check_unchanged(adapter, marks)  # the result of other files must not be kept as that of `content`
         return found
 
-    def _ask(self, adapter: Path, content: str) -> ComparedTokenizer | None:
+    def _ask(self, adapter: Path, content: str) -> tuple[ComparedTokenizer | None, str]:
+        """Return the result, None if the files must be parsed, and the marks of the adapter's folder."""
         question = {"base": str(self._base), "adapter": str(adapter)}
         try:
-            compared = self._process.ask(content, json.dumps(question).encode()).get("compared")
+            reply = self._process.ask(content, json.dumps(question).encode())
         except InternalError:  # the process does not start
-            return None
-        return None if compared is None else ComparedTokenizer.from_json(compared)
+            return None, ""
+        compared = reply.get("compared")
+        return None if compared is None else ComparedTokenizer.from_json(compared), str(reply.get("marks"))
 
     @cached_property
     def _own(self) -> str | None:

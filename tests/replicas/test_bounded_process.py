@@ -7,19 +7,20 @@ import pytest
 from ranklet.replicas.bounded_process import BoundedProcess
 
 PROGRAM = """
-import sys, time
-from multiprocessing.connection import Connection
-connection = Connection(int(sys.argv[1]))
-connection.send_bytes(b"ready")
-while question := connection.recv_bytes()[:1]:
+import os, sys, time
+channel = int(sys.argv[1])
+os.write(channel, b"ready\\n")
+while question := os.read(channel, 1 << 16)[:1]:
     if question == b"s":  # the next question is longer than what the socket keeps
-        connection.send_bytes(b"{}")
+        os.write(channel, b"{}\\n")
     if question in b"ls":
         time.sleep(600)
-    if question == b"h":
-        connection._send(b"\\0\\0\\1\\0{")
-        time.sleep(600)
-    connection.send_bytes({b"a": b'{"answer": 1}', b"n": b"[7]", b"d": b"[" * 60000}[question])
+    while question == b"h":  # each piece comes in time
+        os.write(channel, b"{")
+        time.sleep(0.1)
+    reply = {b"a": b'{"answer": 1}', b"n": b"[7]", b"d": b"[" * 60000, b"m": b"[" * (2 << 20)}[question] + b"\\n"
+    while reply:
+        reply = reply[os.write(channel, reply):]
 """
 ENDED, LATE = "it ended the process that misbehaves", "it takes more than 2 s"
 
@@ -29,6 +30,7 @@ ENDED, LATE = "it ended the process that misbehaves", "it takes more than 2 s"
     [
         pytest.param([b"n"], ENDED, id="no object"),
         pytest.param([b"d"], ENDED, id="deeply nested"),
+        pytest.param([b"m"], ENDED, id="too long"),
         pytest.param([b"l"], LATE, id="no reply"),
         pytest.param([b"h"], LATE, id="half a reply"),
         pytest.param([b"s", b"a" * (8 << 20)], LATE, id="reads no question"),
