@@ -10,7 +10,7 @@ from typing import Any
 
 # Keys of `Replica.record_autoscaling_stats`, and the means over all replicas that the policy keeps them at.
 BUSY = "busy"  # share of the time in which a device computes, less where it runs few texts
-WAIT_S = "wait_s"  # that the prompts in the queue take; not of texts that have begun
+WAIT_S = "wait_s"  # until waiting prompts are computed and waiting texts run; not of texts that have begun
 KV_USED = "kv_used"  # share of the pages of keys and values that sequences use
 FIRST_TOKEN_S = "first_token_s"  # of the texts that have ended since the last report; missing if none have
 TARGETS = {BUSY: 0.75, WAIT_S: 0.5, KV_USED: 0.8, FIRST_TOKEN_S: 1.0}

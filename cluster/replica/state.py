@@ -157,7 +157,7 @@ class ReplicaState(Listener):
         Prompts are computed beside texts that run. These are a wait only for texts that may not run beside them.
         """
         with self._lock:
-            return self._seconds(self._waiting_work()) + self._places_s()
+            return self._seconds(self._waiting_work()) + self._room_s()
 
     def level(self) -> int:
         """Return the level of the time that the waiting prompts and the running texts take."""
@@ -202,12 +202,19 @@ class ReplicaState(Listener):
 
     def _work_level(self) -> int:
         work = self._waiting_work() + self._texts * self._speed.text_work
-        return wait_level(self._seconds(work) + self._places_s())
+        return wait_level(self._seconds(work) + self._room_s())
 
-    def _places_s(self) -> float:
-        """Return the time until the texts beyond those that may run at once have a place."""
+    def _room_s(self) -> float:
+        """Return the time until the waiting texts may run beside the others, and have room in the key-value cache."""
         ended_per_s = self._speed.ended_per_s(self._most_texts)
-        return max(self._open_texts - self._most_texts, 0) / ended_per_s if ended_per_s else 0.0
+        freed_per_s = self._speed.freed_per_s(self._texts)
+        places_s = max(self._open_texts - self._most_texts, 0) / ended_per_s if ended_per_s else 0.0
+        return max(places_s, -self._free_tokens() / freed_per_s if freed_per_s else 0.0)
+
+    def _free_tokens(self) -> float:
+        """Return the tokens that fit into the key-value cache, less those of waiting prompts."""
+        waiting = self._text_tokens * self._speed.uncached_share
+        return math.inf if self._room is None else self._room.free_tokens - waiting
 
     def _notice_level(self) -> None:
         with self._lock:
@@ -218,10 +225,9 @@ class ReplicaState(Listener):
 
     def _next_load(self, received_work: int) -> QueueLoad:
         self._loads_sent += 1
-        speed, room = self._speed, self._room
-        free_tokens = math.inf if room is None else room.free_tokens - self._text_tokens * speed.uncached_share
+        speed = self._speed
         return QueueLoad(
             self._loads_sent, self._waiting_work(), speed.work_per_s, self._done_work, received_work,
-            self._wall_clock(), self._texts, speed.text_work, free_tokens, speed.freed_per_s(self._texts),
+            self._wall_clock(), self._texts, speed.text_work, self._free_tokens(), speed.freed_per_s(self._texts),
             self._most_texts - self._open_texts, speed.ended_per_s(self._most_texts),
         )  # fmt: skip

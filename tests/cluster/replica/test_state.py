@@ -163,8 +163,16 @@ def test_texts_beyond_those_that_may_run_at_once_are_a_wait_and_leave_no_place()
 def test_waiting_prompts_take_room_of_the_cache() -> None:
     state = ReplicaState("r", 4, 64)
     state.batch(BatchRecord({}, {"": 1000}, "none", [], 0.01, {}, CacheRoom(6400, 12.0)))
+    state.call_arrived("g", 500, texts=1)
+    state.text_begun(500, 0, ())
     state.call_arrived("g", 7000, texts=1)
     assert state.load_for("g").free_tokens == -600
+    prompt_s = state.wait_s()
+    state.call_arrived("g", 0, texts=1)
+    state.text_begun(0, 0, ())
+    state.text_finished(10, 300, 1.0, ())
+    assert state.load_for("g").freed_per_s == 300
+    assert state.wait_s() - prompt_s == pytest.approx(2.0), "until the texts that run have freed as much"
 
 
 def test_a_replica_without_texts_tells_nothing_of_them() -> None:
