@@ -11,12 +11,13 @@ from typing import Any
 ROUTER = "ranklet.routing.router:AdapterRouter"  # chooses the replica of each call
 # Environment of `ray start`, on every node, for the recommended data path.
 FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-# With these, Serve notices within a second that HAProxy died and within 4 s that it hangs, and HAProxy within 5 s that
-# a gateway hangs. Ray's own values take half a minute and 10 s. Serve kills an unhealthy process at once, for which it
-# would otherwise wait as long as for one that drains.
+# With these, Serve notices within a second that HAProxy died and within some 16 s that it hangs, and HAProxy within 5 s
+# that a gateway hangs. Ray's own values take half a minute and 10 s. If the actor beside a HAProxy hangs, Serve ends
+# that HAProxy and with it all streams, so a pause of a busy machine must be shorter than three timeouts. Serve kills an
+# unhealthy process at once, for which it would otherwise wait as long as for one that drains.
 HEALTH_CHECKS = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.25",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "5",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "3",
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",

@@ -35,7 +35,7 @@ def test_wheel_holds_every_source_and_data_file(wheel: set[str]) -> None:
         f"ranklet/{path.relative_to(ROOT).as_posix()}"
         for room in ROOMS
         for path in (ROOT / room).rglob("*")
-        if path.suffix in {".py", ".json", ".html"}
+        if path.suffix in {".py", ".json", ".html", ".lua"}
     }
     assert {name for name in wheel if name.startswith("ranklet/")} == here
 

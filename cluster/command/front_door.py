@@ -20,6 +20,8 @@ _HEADER_VARIABLE = "RANKLET_HEADER_TIMEOUT_S"
 _CLIENT_VARIABLE = "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"
 _SERVER_VARIABLE = "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S"
 _REPLACED_VARIABLE = "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"
+_SILENT_VARIABLE = "RANKLET_SILENT_GATEWAY_S"
+_SILENT_GATEWAYS = Path(__file__).resolve().with_name("silent_gateways.lua")
 _CLIENT_HEADER = "x-ranklet-client"
 _OTHER_FILES = 1000  # open files of HAProxy that are no connections of clients
 
@@ -48,6 +50,7 @@ class Limits:
         replaced_s: for the requests of a HAProxy that a new one has replaced, which happens when any gateway comes or
             goes. It ends earlier with the last of them; idle connections end after 90 s. Ray's own 120 s would cut off
             streams, also of gateways that stay.
+        silent_s: until the requests of a gateway end that answers no health check. It gets no new ones after 4 s.
     """
 
     connections: int
@@ -56,6 +59,7 @@ class Limits:
     client_s: int = 90  # above the gateway's own limits, so that its errors and metrics say what happened
     server_s: int = 3600
     replaced_s: int = 3600
+    silent_s: int = 10
 
     @classmethod
     def of(cls, environment: Mapping[str, str], open_files: int) -> "Limits":
@@ -71,6 +75,7 @@ class Limits:
             "client_s": environment.get(_CLIENT_VARIABLE),
             "server_s": environment.get(_SERVER_VARIABLE),
             "replaced_s": environment.get(_REPLACED_VARIABLE),
+            "silent_s": environment.get(_SILENT_VARIABLE),
         }
         return cls(
             connections,
@@ -126,8 +131,12 @@ def _sections(configuration: str) -> dict[str, list[str]]:
 
 def _global(lines: Sequence[str], limits: Limits) -> list[str]:
     private = [re.sub(r"^(\s*stats socket .*) mode \d+", r"\1 mode 600", line) for line in lines]
-    own = f"maxconn {limits.connections}", f"hard-stop-after {limits.replaced_s}s"
-    return [*_without(private, "maxconn ", "hard-stop-after "), *(f"    {line}" for line in own)]
+    own = (
+        f"maxconn {limits.connections}",
+        f"hard-stop-after {limits.replaced_s}s",
+        f"lua-load '{_SILENT_GATEWAYS}' {limits.silent_s}",
+    )
+    return [*_without(private, "maxconn ", "hard-stop-after ", "lua-load "), *(f"    {line}" for line in own)]
 
 
 def _defaults(lines: Sequence[str], limits: Limits) -> list[str]:
@@ -164,12 +173,8 @@ def _frontend(lines: Sequence[str], limits: Limits) -> list[str]:
 
 
 def _application(lines: Sequence[str]) -> list[str]:
-    """Requests in a gateway that hangs end once HAProxy knows it. Clients send them again, to another gateway.
-
-    A gateway that drains refuses health checks. It gets no new requests, and those that it has taken go on.
-    """
-    own = "default-server on-marked-down shutdown-sessions", "http-check expect status 200 error-status L7OKC"
-    return [*(f"    {line}" for line in own), *_without(lines, own[0], "http-check expect status ")]
+    """A gateway that drains refuses health checks. It gets no new requests, and those that it has taken go on."""
+    return [*_without(lines, "http-check expect status "), "    http-check expect status 200 error-status L7OKC"]
 
 
 def _unknown_path(lines: Sequence[str], has_application: bool) -> list[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import httpx
 import numpy as np
 
-from tests.cluster.service import BASE, Service, Vectors, eventually, summed_samples, vectors_of
+from tests.cluster.service import BASE, TIMEOUT_S, Service, Vectors, eventually, summed_samples, vectors_of
 
 LOAD_S = 6.0
 WORKERS = 8
@@ -110,9 +110,9 @@ def wait_for_recovery(service: Service) -> None:
     eventually("two replicas with their ranks", lambda: sorted(_ranks(service)) == ["0", "1"])
 
 
-def wait_for_two(service: Service) -> None:
+def wait_for_two(service: Service, timeout_s: float = TIMEOUT_S) -> None:
     """Wait until two replicas run, with any ranks: while a lost replica drains, its successor gets another rank."""
-    eventually("two replicas", lambda: len(_ranks(service)) == 2)
+    eventually("two replicas", lambda: len(_ranks(service)) == 2, timeout_s)
 
 
 def of_gateways(service: Service, metric: str) -> dict[str, int]:
@@ -136,6 +136,11 @@ def wait_for_gateways(service: Service, count: int, timeout_s: float) -> None:
         return now.keys() == before.keys() and all(now[id] > before[id] for id in now)
 
     eventually("all gateways get requests", get_requests, timeout_s)
+
+
+def gateways_down(metrics_port: int) -> int:
+    """Return how many gateways HAProxy passes over, by its own metrics."""
+    return round(summed_samples([f"127.0.0.1:{metrics_port}"], {"state": "DOWN"})["haproxy_server_status"])
 
 
 def _ranks(service: Service) -> list[str]:

@@ -48,6 +48,26 @@ class Node:
         kill_tree(self.process.pid)
         self.process.wait()
 
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """Stop all processes of the node during the body, as on a machine that hangs. SIGKILL ends them after it."""
+        try:
+            for pid in list(process_tree(self.process.pid)):
+                os.kill(pid, signal.SIGSTOP)
+            yield
+        finally:
+            self.kill()
+
+
+@contextlib.contextmanager
+def paused(pid: int) -> Iterator[None]:
+    """Stop a process during the body."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
 
 @contextlib.contextmanager
 def serving_on_nodes(

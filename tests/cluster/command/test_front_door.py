@@ -4,7 +4,6 @@ import contextlib
 import http.server
 import os
 import resource
-import signal
 import socket
 import stat
 import subprocess
@@ -12,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +39,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.rfile.read(int(self.headers.get("content-length", 0)))
         if self.path == "/held":
-            print("taken", flush=True)
+            os.write(1, b"taken\\n")
             os.read(0, 1)
         said = str(os.getpid()).encode()
         self.send_response(200)
@@ -50,6 +48,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(said)
     do_POST = do_GET
 
+http.server.ThreadingHTTPServer.request_queue_size = 100  # connections that a stopped process still gets
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 SHORT = {"RANKLET_HEADER_TIMEOUT_S": "1", "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "1"}
@@ -211,38 +210,6 @@ def test_a_gateway_that_gives_no_answer_in_time_is_504(gateway: int, tmp_path: P
     with front_door(tmp_path / "short", {"/": [gateway]}, {"RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "1"}) as short:
         answer = httpx.post(f"{short.url}/v1/completions", json={}, timeout=30)
     assert error_of(answer) == (504, "unavailable", "1")
-
-
-def test_a_gateway_that_hangs_is_passed_over(tmp_path: Path) -> None:
-    """The requests that it has taken end with an error that clients repeat, and others do not notice."""
-    with named_gateway() as (victim, port), named_gateway() as (other, other_port), ThreadPoolExecutor(8) as pool:
-        processes = {str(victim.pid), str(other.pid)}
-        with front_door(tmp_path / "two", {"/": [port, other_port]}) as door:
-
-            def ask(path: str) -> str | None:
-                """Return the id of the process that answered; None for an error or a connection that was closed."""
-                try:
-                    answer = httpx.post(door.url + path, json={"input": "a text"}, timeout=60)
-                except httpx.RemoteProtocolError:
-                    return None
-                assert answer.status_code == 200 or error_of(answer) == (502, "unavailable", "1")
-                return answer.text if answer.status_code == 200 else None
-
-            def answers(count: int) -> set[str | None]:
-                return set(pool.map(ask, ["/v1/embeddings"] * count))
-
-            eventually("both are up", lambda: answers(4) == processes)
-            held = [pool.submit(ask, "/held") for _ in range(4)]
-            assert victim.stdout
-            assert other.stdin
-            assert victim.stdout.readline() == b"taken\n"
-            victim.send_signal(signal.SIGSTOP)
-            eventually("it is passed over", lambda: answers(4) == {str(other.pid)})
-            other.stdin.write(b"\n" * len(held))
-            other.stdin.flush()
-            assert {each.result() for each in held} == {str(other.pid), None}
-            victim.send_signal(signal.SIGCONT)
-            eventually("it is asked again", lambda: answers(4) == processes)
 
 
 def test_one_address_cannot_hold_all_connections(gateway: int, tmp_path: Path) -> None:

@@ -1,0 +1,45 @@
+-- Ends the requests in gateways that are silent: `lua-load silent_gateways.lua SECONDS` in HAProxy's configuration.
+--
+-- HAProxy's own checks decide which gateways get new requests. A gateway that gets no CPU time for some seconds fails
+-- them, but its requests must go on. HAProxy also stops them in a process that a new one has replaced. The checks here
+-- run in such a process too, while a gateway has requests. Clients send the requests that they end to another gateway.
+
+local CHECKS = 3 -- without an answer, one after the other. A pause of HAProxy itself fails one of them only
+local REQUEST = "GET /-/healthz HTTP/1.0\r\n\r\n"
+local timeout_s = math.max(1, tonumber((...)) // CHECKS)
+
+-- Any answer will do: that of a gateway that drains is 503.
+local function answers(server)
+    local socket = core.tcp() -- waits for a connection for up to 5 s
+    socket:settimeout(timeout_s)
+    local answer = socket:connect(server:get_addr()) and socket:send(REQUEST) and socket:receive("*l")
+    socket:close()
+    return answer ~= nil
+end
+
+local function watch(name, server)
+    local failed = 0
+    while true do
+        core.sleep(1)
+        if server:get_stats().scur == 0 or answers(server) then
+            failed = 0
+        else
+            failed = failed + 1
+        end
+        if failed == CHECKS then
+            core.Warning(name .. " is silent: its requests end")
+            server:shut_sess()
+            failed = 0
+        end
+    end
+end
+
+core.register_init(function()
+    for backend_name, backend in pairs(core.backends) do
+        if backend_name:find("^http%-") then
+            for name, server in pairs(backend.servers) do
+                core.register_task(watch, name, server)
+            end
+        end
+    end
+end)
