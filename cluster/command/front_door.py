@@ -59,7 +59,7 @@ class Limits:
     client_s: int = 90  # above the gateway's own limits, so that its errors and metrics say what happened
     server_s: int = 3600
     replaced_s: int = 3600
-    silent_s: int = 10
+    silent_s: int = 9
 
     @classmethod
     def of(cls, environment: Mapping[str, str], open_files: int) -> "Limits":

@@ -6,7 +6,8 @@
 
 local CHECKS = 3 -- without an answer, one after the other. A pause of HAProxy itself fails one of them only
 local REQUEST = "GET /-/healthz HTTP/1.0\r\n\r\n"
-local timeout_s = math.max(1, tonumber((...)) // CHECKS)
+local PAUSE_S = 1 -- between two checks
+local timeout_s = math.max(1, tonumber((...)) // CHECKS - PAUSE_S)
 
 -- Any answer will do: that of a gateway that drains is 503.
 local function answers(server)
@@ -20,7 +21,7 @@ end
 local function watch(name, server)
     local failed = 0
     while true do
-        core.sleep(1)
+        core.sleep(PAUSE_S)
         if server:get_stats().scur == 0 or answers(server) then
             failed = 0
         else
