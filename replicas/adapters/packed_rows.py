@@ -10,6 +10,7 @@ from ranklet.replicas.adapters.adapter import AdapterRows, OwnRows
 from ranklet.replicas.adapters.pinned_memory import Allocate, pageable
 
 _ID_BYTES = torch.int32.itemsize
+_FEW_BYTES = 1 << 20  # pinning them takes a GPU's driver longer than all that rows add to a load otherwise
 _NO_BLOCK = torch.empty(0, dtype=torch.uint8)
 
 
@@ -18,7 +19,8 @@ class PackedRows:
     """Whole pages of rows and, behind them, the token of each row, in one block.
 
     Attributes:
-        block: uint8 [bytes], in pinned memory if the pool is on a GPU.
+        block: uint8 [bytes]. If it is large and the pool on a GPU, it is in pinned memory; a small one is copied into
+            pinned memory at each load.
         dtype: of the rows.
         pages: number of pages.
         uses: the first page and the number of rows of each use (`EMBEDDING_ROWS`, `HEAD_ROWS`).
@@ -63,7 +65,8 @@ def pack_rows(rows: AdapterRows, dtype: torch.dtype, allocate: Allocate = pageab
         first_pages[id(own)] = pages
         pages += pages_for(len(own.ids))
     hidden = rows.distinct[0].rows.shape[1]
-    block = allocate(pages * PAGE * (hidden * dtype.itemsize + _ID_BYTES), torch.uint8)
+    size = pages * PAGE * (hidden * dtype.itemsize + _ID_BYTES)
+    block = (pageable if size < _FEW_BYTES else allocate)(size, torch.uint8)
     uses = tuple((0, 0) if own is None else (first_pages[id(own)], len(own.ids)) for own in (rows.embedding, rows.head))
     packed = PackedRows(block, dtype, pages, uses, rows.vocab(0))
     for own in rows.distinct:

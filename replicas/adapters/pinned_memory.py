@@ -9,12 +9,10 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 from weakref import finalize
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 Allocate = Callable[[int, torch.dtype], Tensor]  # makes an uninitialised tensor [count]
@@ -24,13 +22,17 @@ def pageable(count: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(count, dtype=dtype)
 
 
-def staged(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Return an array as a tensor on the host from which a copy to `device` does not wait.
+def staged(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on the host from which a copy to `device` does not wait.
 
-    On a GPU it is a pinned copy, whose memory torch uses again only after the copies from it.
+    For a GPU it is a pinned copy, whose memory torch uses again only after the copies from it, unless the tensor is
+    pinned already.
     """
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+    if device.type != "cuda" or tensor.is_pinned():
+        return tensor
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    np.copyto(pinned.numpy(), tensor.numpy())  # torch would wake other threads for it
+    return pinned
 
 
 class PinnedMemory:

@@ -13,7 +13,6 @@ from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -267,8 +266,8 @@ class AdapterPool:
             stack.meta[slot] = metas.get(where) or _empty_meta(len(stack.meta[slot].ranks))
         written = [stack.meta[slot] for stack in self._parts.values()]
         # One copy for all projections: the metadata of each stack is a view of some columns.
-        ranks = np.array([*chain(*(meta.ranks for meta in written))], dtype=np.int32)
-        scalings = np.array([*chain(*(meta.scalings for meta in written))], dtype=np.float32)
+        ranks = torch.tensor([*chain(*(meta.ranks for meta in written))], dtype=torch.int32)
+        scalings = torch.tensor([*chain(*(meta.scalings for meta in written))], dtype=torch.float32)
         self._ranks[slot].copy_(staged(ranks, self.device), non_blocking=True)
         self._scalings[slot].copy_(staged(scalings, self.device), non_blocking=True)
         self.contents[slot] = contents

@@ -128,9 +128,8 @@ class RowPool:
         table = self.table
         self._describe(table, slot, rows, pages)
         if rows:
-            moved = rows.split(rows.block.to(self._device, non_blocking=True))
-            index = staged(np.array(pages, dtype=np.int64), self._device).to(self._device, non_blocking=True)
-            for kept, own in zip((table.rows, table.ids), moved, strict=True):
+            moved, index = self._moved(rows.block), self._moved(torch.tensor(pages))
+            for kept, own in zip((table.rows, table.ids), rows.split(moved), strict=True):
                 kept.view(self._pages, -1).index_copy_(0, index, own)
 
     def _describe(self, table: TokenRows, slot: int, rows: PackedRows, pages: Sequence[int]) -> None:
@@ -140,4 +139,7 @@ class RowPool:
             own = pages[first : first + pages_for(count)]
             numbers[use, 0], numbers[use, 1 : 1 + len(own)] = count, own
             table.held[use][slot] = count
-        table.slots[slot].copy_(staged(numbers, self._device), non_blocking=True)
+        table.slots[slot].copy_(staged(torch.from_numpy(numbers), self._device), non_blocking=True)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return staged(tensor, self._device).to(self._device, non_blocking=True)
