@@ -9,9 +9,10 @@ import os
 import re
 import resource
 import stat
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 PER_SOURCE_VARIABLE = "RANKLET_CONNECTIONS_PER_SOURCE"
@@ -22,6 +23,7 @@ _SERVER_VARIABLE = "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S"
 _REPLACED_VARIABLE = "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"
 _SILENT_VARIABLE = "RANKLET_SILENT_GATEWAY_S"
 _SILENT_GATEWAYS = Path(__file__).resolve().with_name("silent_gateways.lua")
+_END_AT_ONCE = "default-server on-marked-down shutdown-sessions"
 _CLIENT_HEADER = "x-ranklet-client"
 _OTHER_FILES = 1000  # open files of HAProxy that are no connections of clients
 
@@ -50,7 +52,8 @@ class Limits:
         replaced_s: for the requests of a HAProxy that a new one has replaced, which happens when any gateway comes or
             goes. It ends earlier with the last of them; idle connections end after 90 s. Ray's own 120 s would cut off
             streams, also of gateways that stay.
-        silent_s: until the requests of a gateway end that answers no health check. It gets no new ones after 4 s.
+        silent_s: until the requests of a gateway end that answers no health check. It gets no new ones after 4 s. With
+            0, or without Lua in HAProxy, requests end then too.
     """
 
     connections: int
@@ -111,7 +114,7 @@ def limited(configuration: str, limits: Limits) -> str:
         )
     for name in sections:
         if name.startswith("backend http-"):
-            edits[name] = _application
+            edits[name] = lambda lines: _application(lines, limits)
     changed = {name: edits[name](lines) if name in edits else lines for name, lines in sections.items()}
     return "".join(f"{name}\n" + "".join(f"{line}\n" for line in lines) for name, lines in changed.items())
 
@@ -131,11 +134,9 @@ def _sections(configuration: str) -> dict[str, list[str]]:
 
 def _global(lines: Sequence[str], limits: Limits) -> list[str]:
     private = [re.sub(r"^(\s*stats socket .*) mode \d+", r"\1 mode 600", line) for line in lines]
-    own = (
-        f"maxconn {limits.connections}",
-        f"hard-stop-after {limits.replaced_s}s",
-        f"lua-load '{_SILENT_GATEWAYS}' {limits.silent_s}",
-    )
+    own = [f"maxconn {limits.connections}", f"hard-stop-after {limits.replaced_s}s"]
+    if limits.silent_s:
+        own.append(f"lua-load '{_SILENT_GATEWAYS}' {limits.silent_s}")
     return [*_without(private, "maxconn ", "hard-stop-after ", "lua-load "), *(f"    {line}" for line in own)]
 
 
@@ -172,9 +173,12 @@ def _frontend(lines: Sequence[str], limits: Limits) -> list[str]:
     return [*(f"    {line}" for line in own if limits.connections_per_source), f"    {client}", *kept]
 
 
-def _application(lines: Sequence[str]) -> list[str]:
+def _application(lines: Sequence[str], limits: Limits) -> list[str]:
     """A gateway that drains refuses health checks. It gets no new requests, and those that it has taken go on."""
-    return [*_without(lines, "http-check expect status "), "    http-check expect status 200 error-status L7OKC"]
+    own = ["http-check expect status 200 error-status L7OKC"]
+    if not limits.silent_s:
+        own.append(_END_AT_ONCE)
+    return [*_without(lines, "http-check expect status ", _END_AT_ONCE), *(f"    {line}" for line in own)]
 
 
 def _unknown_path(lines: Sequence[str], has_application: bool) -> list[str]:
@@ -218,14 +222,16 @@ def main(arguments: Sequence[str]) -> None:
     program, *others = arguments
     try:
         if "-f" in others:
-            _prepare(Path(others[others.index("-f") + 1]))
+            _prepare(program, Path(others[others.index("-f") + 1]))
         os.execv(program, [program, *others])
     except (OSError, ValueError) as error:
         sys.exit(str(error))
 
 
-def _prepare(configuration: Path) -> None:
+def _prepare(program: str, configuration: Path) -> None:
     limits = Limits.of(os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    if "+LUA" not in subprocess.run([program, "-vv"], capture_output=True, text=True, check=False).stdout:
+        limits = replace(limits, silent_s=0)
     make_private(configuration.parent)
     configuration.write_text(limited(configuration.read_text(), limits))
 

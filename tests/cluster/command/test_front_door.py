@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from ranklet.cluster.command.front_door import PER_SOURCE_VARIABLE, Limits, limited, make_private
-from ranklet.cluster.command.haproxy import write_haproxy
+from ranklet.cluster.command.haproxy import PROGRAM_VARIABLE, write_haproxy
 from ranklet.cluster.command.ports import free_ports
 from ranklet.cluster.datapath import CLIENT_HEADER
 from tests.cluster.service import eventually
@@ -274,6 +274,19 @@ def test_limits_are_applied_once(tmp_path: Path) -> None:
     assert limited(once, limits) == once != ray
     assert "splice" not in once
     assert "    hard-stop-after 3600s\n" in once
+
+
+def test_a_haproxy_without_lua_starts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = tmp_path / "without-lua"
+    without.write_text('#!/bin/sh\n[ "$1" = -vv ] && echo "Feature list : +EPOLL -LUA" || cat "$2"\n')
+    without.chmod(0o755)
+    monkeypatch.setenv(PROGRAM_VARIABLE, str(without))
+    configuration = write_haproxy_configuration(tmp_path, (1, 2, 3), {"/": [4]})
+    assert write_haproxy(tmp_path / "program")
+    command = [str(tmp_path / "program"), "-f", str(configuration)]
+    started_with = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "lua-load" not in started_with
+    assert "    default-server on-marked-down shutdown-sessions\n" in started_with
 
 
 def test_an_unknown_configuration_does_not_start(tmp_path: Path) -> None:
