@@ -2,7 +2,7 @@
 
 It is the CPU time of the thread: of other processes on the machine, it only has what they take from the caches. With
 texts, each adapter has a system prompt of 23 pages, which half of its holders have cached; each text continues a
-conversation with 12 more pages that one replica has.
+conversation with 12 more pages that one replica has. At every replica, a text waits for others to end.
 """
 
 from statistics import median
@@ -32,7 +32,7 @@ def row(replicas: int, adapters: int, *, text: bool = False) -> dict[str, Any]:
     for i in range(replicas):
         held = frozenset(names[(i * _SLOTS + k) % adapters] for k in range(_SLOTS))
         holdings = Holdings(0, held, frozenset(), frozenset(), _SLOTS, len(held), 64)
-        load = QueueLoad(0, 0, _RATE, 0, 0, 0.0, 20 * text, 1000.0 * text)
+        load = QueueLoad(0, 0, _RATE, 0, 0, 0.0, 20 * text, 1000.0 * text, free_texts=-text, ended_per_s=100.0)
         affinity.on_report(StateReport(f"r{i}", load, holdings, ("me", "you")), "me")
         if text:
             known = tuple(page for name in held if (hash(name) + i) % 2 for page in _pages(name)[22:23])

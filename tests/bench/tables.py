@@ -268,9 +268,9 @@ TABLES = (
          "registered_s": ("first listing ms", number(0, 1000.0))},
     ),
     ResultTable("CPU time of one routing decision", "policy", CHOICES),
-    ResultTable("CPU time of one routing decision for a text, on a busy machine", "policy-text", TEXT_CHOICES),
+    ResultTable("CPU time of one routing decision for a text, if all replicas are full", "policy-text", TEXT_CHOICES),
     ResultTable(
-        "CPU time of the hashes of a prompt's pages, on a busy machine", "policy-prefix",
+        "CPU time of the hashes of a prompt's pages", "policy-prefix",
         {"pages": ("pages", COUNT), "hash_us": ("mean us", COUNT), "hash_p50_us": ("p50 us", COUNT)},
     ),
     ResultTable("Routing rules, 1,000 replicas and 10,000 adapters, simulated", "simulate-steady", RULES),
