@@ -5,7 +5,6 @@ which the library adds tokens, so those of the files are compared with them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -107,7 +106,7 @@ def listed_tokens(
         numbered = ((int(key), each) for key, each in decoder.items() if is_number(key))
         for token in _tokens((each, number) for number, each in sorted(numbered, key=lambda pair: pair[0])):
             known = found.get(token.content)
-            found[token.content] = token if known is None else replace(token, id=known.id)
+            found[token.content] = token if known is None else token._replace(id=known.id)
     for text in named_texts(config):
         if text not in found and text in plain:
             found[text] = AddedToken(text, plain[text], special=True)

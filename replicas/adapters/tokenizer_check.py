@@ -59,12 +59,12 @@ class ComparedTokenizer:
     added: tuple[AddedToken, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Return what `from_json` restores. Tokens are lists of their fields, which take less time than objects."""
-        return {"findings": self.findings, "added": [list(vars(token).values()) for token in self.added]}
+        """Return what `from_json` restores. JSON has tokens as lists of their fields."""
+        return {"findings": self.findings, "added": self.added}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Self:
-        return cls(tuple(fields["findings"]), tuple(AddedToken(*each) for each in fields["added"]))
+        return cls(tuple(fields["findings"]), tuple(map(AddedToken._make, fields["added"])))
 
 
 class BaseTokenizer:

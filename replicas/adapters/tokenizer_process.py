@@ -60,7 +60,7 @@ class TokenizerComparison:
 
         The first comparison does not wait for it then.
         """
-        if (self._base / TOKENIZER_FILE).is_file():
+        if self._has_file:
             Thread(target=self._prepare, name="ranklet-tokenizers", daemon=True).start()
 
     def _prepare(self) -> None:
@@ -122,7 +122,7 @@ class TokenizerComparison:
 
     def _compared(self, adapter: AdapterRef, content: str) -> ComparedTokenizer:
         folder = Path(adapter.path)
-        found, marks = self._ask(folder, content) if (folder / TOKENIZER_FILE).is_file() else (None, "")
+        found, marks = self._ask(folder, content) if self._has_file else (None, "")
         if found is None:
             found, marks = compare_within(self._base, folder), ""
         check_unchanged(adapter, marks)  # the result of other files must not be kept as that of `content`
@@ -137,6 +137,10 @@ class TokenizerComparison:
             return None, ""
         compared = reply.get("compared")
         return None if compared is None else ComparedTokenizer.from_json(compared), str(reply.get("marks"))
+
+    @cached_property
+    def _has_file(self) -> bool:
+        return (self._base / TOKENIZER_FILE).is_file()
 
     @cached_property
     def _own(self) -> str | None:

@@ -3,14 +3,13 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
 
 MAX_ADDED_TOKENS: Final = 4096  # of an adapter
 
 
-@dataclass(frozen=True)
-class AddedToken:
+class AddedToken(NamedTuple):
     """A token that is looked for in a text before the rest of the text is tokenised.
 
     Attributes:
@@ -45,7 +44,7 @@ class AddedTokens:
     def of(cls, tokens: Sequence[AddedToken]) -> "AddedTokens":
         if not tokens:
             return cls()
-        content = json.dumps([astuple(token) for token in tokens])
+        content = json.dumps(list(tokens))
         return cls(tuple(tokens), hashlib.sha256(content.encode()).hexdigest())
 
     @property
