@@ -129,7 +129,7 @@ class Conversations:
         pages = self.traffic.system_tokens // PAGE_TOKENS
         plain = self._plain.setdefault(text, [hash((text, page)) >> 4 for page in range(pages)])
         own = self._system.setdefault(
-            (adapter, text), [hash((adapter, text, page)) & (1 << 60) - 1 for page in range(pages)]
+            (adapter, text), [hash((which, text, page)) & (1 << 60) - 1 for page in range(pages)]
         )
         ideal = pages * PAGE_TOKENS if (adapter, text) in self._seen else 0
         self._seen.add((adapter, text))

@@ -1,6 +1,11 @@
 """The simulated texts are consistent, and with them the policy beats rules that see every queue."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,6 +124,17 @@ def test_ranklet_beats_rules_that_know_less() -> None:
     assert ours["of one cache"] >= 0.9
     assert ours["first_p99_ms"] <= 0.5 * least["first_p99_ms"]
     assert ours["prefix hits"] > adapters["prefix hits"] > least["prefix hits"]
+
+
+def test_the_same_seed_gives_the_same_numbers_in_every_process(tmp_path: Path) -> None:
+    words = ["simulate", "--text", "--replicas", "3", "--adapters", "12", "--seconds", "3", "--rules", "ranklet"]
+    found = []
+    for hash_seed in ("1", "2"):
+        out = tmp_path / hash_seed
+        command = [sys.executable, "-m", "ranklet.cluster.command.cli", *words, "--workers", "1", "--out", str(out)]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONHASHSEED": hash_seed})
+        found.append(json.loads(out.read_text())["rows"])
+    assert found[0] == found[1]
 
 
 def test_the_command_simulates_texts(capsys: pytest.CaptureFixture[str]) -> None:
