@@ -127,7 +127,7 @@ def test_ranklet_beats_rules_that_know_less() -> None:
 
 
 def test_the_same_seed_gives_the_same_numbers_in_every_process(tmp_path: Path) -> None:
-    words = ["simulate", "--text", "--replicas", "3", "--adapters", "12", "--seconds", "3", "--rules", "ranklet"]
+    words = ["simulate", "--text", "--replicas", "16", "--adapters", "160", "--seconds", "4", "--rules", "ranklet"]
     found = []
     for hash_seed in ("1", "2"):
         out = tmp_path / hash_seed
