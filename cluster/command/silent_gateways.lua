@@ -9,13 +9,22 @@ local REQUEST = "GET /-/healthz HTTP/1.0\r\n\r\n"
 local PAUSE_S = 1 -- between two checks
 local timeout_s = math.max(1, tonumber((...)) // CHECKS - PAUSE_S)
 
--- Any answer will do: that of a gateway that drains is 503.
+-- Any answer will do: a gateway that drains answers 503, and later refuses connections. HAProxy tries a refused connection
+-- again for 3 s, and waits up to 5 s for one that nobody answers.
+local REFUSED_S = 4
+
 local function answers(server)
-    local socket = core.tcp() -- waits for a connection for up to 5 s
+    local began_s = core.now().sec
+    local socket = core.tcp()
     socket:settimeout(timeout_s)
-    local answer = socket:connect(server:get_addr()) and socket:send(REQUEST) and socket:receive("*l")
+    local answered
+    if socket:connect(server:get_addr()) then
+        answered = socket:send(REQUEST) and socket:receive("*l") ~= nil
+    else
+        answered = core.now().sec - began_s <= REFUSED_S
+    end
     socket:close()
-    return answer ~= nil
+    return answered
 end
 
 local function watch(name, server)

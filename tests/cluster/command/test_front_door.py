@@ -32,13 +32,16 @@ PER_SOURCE = 20
 QUIET_S = 2.5
 HALF_REQUEST = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n"
 NAMED_GATEWAY = """
-import http.server, os, sys
+import http.server, os, sys, threading
 
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def do_GET(self):
         self.rfile.read(int(self.headers.get("content-length", 0)))
-        if self.path == "/held":
+        if self.path.endswith("/last"):
+            self.server.shutdown()
+            self.server.server_close()
+        if self.path.endswith(("/held", "/last")):
             os.write(1, b"taken\\n")
             os.read(0, 1)
         said = str(os.getpid()).encode()
@@ -50,6 +53,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 http.server.ThreadingHTTPServer.request_queue_size = 100  # connections that a stopped process still gets
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+threading.Event().wait()
 """
 SHORT = {"RANKLET_HEADER_TIMEOUT_S": "1", "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "1"}
 
@@ -137,7 +141,8 @@ def _answers(door: FrontDoor, log: Path) -> bool:
 def named_gateway() -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
     """A gateway in its own process, which answers with the id of this process.
 
-    For each request of `/held` it writes a line, and answers once it reads a byte.
+    For each request of `/held` it writes a line, and answers once it reads a byte. After `/last`, which is answered so
+    too, it refuses connections.
     """
     (port,) = free_ports(1)
     command = [sys.executable, "-c", NAMED_GATEWAY, str(port)]

@@ -16,7 +16,8 @@ from tests.needs import needs
 
 pytestmark = needs("haproxy")
 LIMIT = "RANKLET_SILENT_GATEWAY_S"
-SHORT, LONG = {LIMIT: "6"}, {LIMIT: "300"}  # more than HAProxy's own checks take to notice it
+# More than HAProxy's own checks take to notice it, and more than three refused connections take.
+SHORT, REFUSED, LONG = {LIMIT: "6"}, {LIMIT: "15"}, {LIMIT: "300"}
 
 NamedGateway = tuple["subprocess.Popen[bytes]", int]
 
@@ -89,6 +90,26 @@ def test_requests_of_a_gateway_that_goes_on_in_time_are_answered(
         process.send_signal(signal.SIGCONT)
         answer_held(process, 1)
         assert held.result() == str(process.pid)
+
+
+def test_requests_of_a_gateway_that_refuses_connections_are_answered(
+    gateway: NamedGateway, pool: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    """A gateway that drains takes no connections, and answers the requests that it has."""
+    draining, port = gateway
+    with named_gateway() as (silent, silent_port):
+        both = {"/": [port], "/silent": [silent_port]}
+        with front_door(tmp_path / "door", both, REFUSED) as door:
+            eventually("one is up", lambda: ask(door, "/") == str(draining.pid))
+            eventually("both are up", lambda: ask(door, "/silent/") == str(silent.pid))
+            last = pool.submit(ask, door, "/last")
+            wait_until_taken(draining)
+            held = pool.submit(ask, door, "/silent/held")
+            wait_until_taken(silent)
+            silent.send_signal(signal.SIGSTOP)
+            assert held.result() is None
+            answer_held(draining, 1)
+            assert last.result() == str(draining.pid)
 
 
 def test_requests_of_a_silent_gateway_end_in_a_haproxy_that_was_replaced_too(
