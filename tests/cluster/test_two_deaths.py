@@ -76,7 +76,8 @@ def test_texts_go_on_when_the_replica_that_continues_them_dies_too(
         os.kill(replicas[second], signal.SIGKILL)
     assert 0 < moved < STREAMS, streams.opened
     assert streams.verdicts == {"right": STREAMS}, (streams.verdicts, streams.errors)
-    assert count(gateway, "ranklet_continuations_total") == continued + moved + STREAMS
+    again = count(gateway, "ranklet_continuations_total") - continued - moved
+    assert STREAMS - moved <= again <= STREAMS, "a call that had not arrived at the second is sent again as it was"
 
 
 def target(service: Service, **labels: str) -> str:
