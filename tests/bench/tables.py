@@ -189,9 +189,11 @@ TABLES = (
         "The same works on two GPUs and on one, the middle of longer runs", "text-cluster-2xh200-settled",
         TEXT_CLUSTER_SETTLED, note=TEXT_CLUSTER_SETTLED_NOTE,
     ),
+    ResultTable("The same with 1,280 texts, some commits before", "text-cluster-2xh200-1280", TEXT_CLUSTER_SETTLED),
     ResultTable("Four GPUs behind one app, an earlier commit, 256 adapters, 64 slots each", "cluster-4xh200", CLUSTER),
     ResultTable("More adapters than slots on one engine", "thrash-h200", THRASH),
     ResultTable("64 and 128 adapters on 64 slots in turn", "thrash-h200-five", THRASH, note=THRASH_NOTE),
+    ResultTable("The same in a run that was cut off, relative to the row before", "thrash-h200-cut", THRASH),
     ResultTable(
         "One batch launched kernel by kernel, from a graph of its lengths, and from its bucket's graph",
         "buckets-h200-fixed",
