@@ -14,7 +14,7 @@ _LONGEST_ROOM_WAIT_S = 10.0
 
 # Arrays with one value per replica, kept for replicas that stay when the membership changes.
 _PER_REPLICA = (
-    "running_s", "_told_s", "_work", "_still_true", "_free_tokens", "_freed_per_s", "_free_texts", "_ended_per_s",
+    "running_s", "_told_s", "_work", "_told_share", "_free_tokens", "_freed_per_s", "_free_texts", "_ended_per_s",
 )  # fmt: skip
 
 Vector = NDArray[np.float64]
@@ -24,7 +24,7 @@ class TextLoads:
     """The texts of all replicas.
 
     Attributes:
-        least_free_tokens, least_free_texts: no more than the least that a replica has told. `QueueLoad` says of what.
+        least_free_tokens, least_free_texts: no replica has told less `free_tokens` or `free_texts` (see `QueueLoad`).
         work: of the tokens of one text: the mean of the replicas that have reported texts. A replica with few texts
             measures more work for each. With its own number, it would seem as busy as one with many texts.
         running_s: float64 [replicas], time that the running texts take. With the age of a report, it approaches the
@@ -34,7 +34,7 @@ class TextLoads:
 
     def __init__(self, replicas: int) -> None:
         self.running_s, self._told_s, self._work, self._freed_per_s, self._ended_per_s = np.zeros((5, replicas))
-        self._still_true = np.zeros(replicas)  # share of what was told that counts; the rest is the mean of all
+        self._told_share = np.zeros(replicas)  # weight of a replica's own report; the mean of all has the rest
         self._free_tokens, self._free_texts = np.full((2, replicas), np.inf)
         self.least_free_tokens = self.least_free_texts = math.inf
         self.known = False
@@ -74,7 +74,7 @@ class TextLoads:
             self.least_free_texts = float(self._free_texts.min())
 
     def add(self, i: int, texts: int) -> None:
-        """Count texts that this router sends to replica `i`, until the replica tells how many more could run."""
+        """Subtract texts that this router sends to replica `i` from its `free_texts`, until its next report."""
         self._free_texts[i] -= texts
         self.least_free_texts = min(self.least_free_texts, float(self._free_texts[i]))
 
@@ -89,11 +89,14 @@ class TextLoads:
         return self._faded(missing / np.maximum(self._freed_per_s, _LEAST_FREED_PER_S))
 
     def _fade(self, which: int | slice, age_s: float | Vector) -> None:
-        self._still_true[which] = left = np.maximum(1.0 - age_s / _LIFETIME_S, 0.0)
-        self.running_s[which] = self._mean_s + (self._told_s[which] - self._mean_s) * left
+        self._told_share[which] = share = np.maximum(1.0 - age_s / _LIFETIME_S, 0.0)
+        self.running_s[which] = _weighted(self._told_s[which], self._mean_s, share)
 
     def _faded(self, wait_s: Vector) -> Vector:
         wait_s = np.minimum(wait_s, _LONGEST_ROOM_WAIT_S)
-        mean_s = float(wait_s.mean())
-        faded: Vector = mean_s + (wait_s - mean_s) * self._still_true
-        return faded
+        return _weighted(wait_s, float(wait_s.mean()), self._told_share)
+
+
+def _weighted(told: Vector, mean: float, share: float | Vector) -> Vector:
+    weighted: Vector = mean + (told - mean) * share
+    return weighted

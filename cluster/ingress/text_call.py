@@ -14,7 +14,7 @@ from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.errors import Saturated, Unavailable
 
 _MOST_CONTINUATIONS: Final = 3
-# Engines that may fail in a row without a token. After so many, the call itself may be the cause.
+# A call is not sent again once this many engines in a row have failed under it: it may be the cause.
 _MOST_FAILURES: Final = 2
 _PATIENCE_S: Final = 10.0  # after a failure, for other replicas to accept a text that the client has a part of
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.0  # between two questions whether one accepts it

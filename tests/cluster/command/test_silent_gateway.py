@@ -3,7 +3,7 @@
 import signal
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -49,6 +49,15 @@ def wait_until_taken(gateway: "subprocess.Popen[bytes]") -> None:
     assert gateway.stdout.readline() == b"taken\n"
 
 
+def held_by(
+    gateway: "subprocess.Popen[bytes]", pool: ThreadPoolExecutor, door: FrontDoor, path: str = "/held"
+) -> "Future[str | None]":
+    """Send a request, and return its future answer once the gateway has it."""
+    held = pool.submit(ask, door, path)
+    wait_until_taken(gateway)
+    return held
+
+
 def answer_held(gateway: "subprocess.Popen[bytes]", count: int) -> None:
     assert gateway.stdin
     gateway.stdin.write(b"\n" * count)
@@ -82,8 +91,7 @@ def test_requests_of_a_gateway_that_goes_on_in_time_are_answered(
     process, port = gateway
     with front_door(tmp_path / "door", {"/": [port]}, LONG) as door:
         eventually("it is up", lambda: door.status("/health") == 200)
-        held = pool.submit(ask, door, "/held")
-        wait_until_taken(process)
+        held = held_by(process, pool, door)
         process.send_signal(signal.SIGSTOP)
         eventually("it gets no new requests", lambda: gateways_down(door.metrics) == 1)
         assert not held.done()
@@ -102,10 +110,8 @@ def test_requests_of_a_gateway_that_refuses_connections_are_answered(
         with front_door(tmp_path / "door", both, REFUSED) as door:
             eventually("one is up", lambda: ask(door, "/") == str(draining.pid))
             eventually("both are up", lambda: ask(door, "/silent/") == str(silent.pid))
-            last = pool.submit(ask, door, "/last")
-            wait_until_taken(draining)
-            held = pool.submit(ask, door, "/silent/held")
-            wait_until_taken(silent)
+            last = held_by(draining, pool, door, "/last")
+            held = held_by(silent, pool, door, "/silent/held")
             silent.send_signal(signal.SIGSTOP)
             assert held.result() is None
             answer_held(draining, 1)
@@ -119,8 +125,7 @@ def test_requests_of_a_silent_gateway_end_in_a_haproxy_that_was_replaced_too(
     process, port = gateway
     with front_door(tmp_path / "door", {"/": [port]}, SHORT) as door:
         eventually("it is up", lambda: door.status("/health") == 200)
-        held = pool.submit(ask, door, "/held")
-        wait_until_taken(process)
+        held = held_by(process, pool, door)
         door.process.send_signal(signal.SIGUSR1)
         eventually("it takes no connections", lambda: door.status("/health") is None, poll_s=0.05)
         process.send_signal(signal.SIGSTOP)
