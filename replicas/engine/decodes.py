@@ -109,4 +109,4 @@ def _is_burst(queue: FairQueue, decodes: int, can_start: int, costs: StepCost, m
     """
     if can_start < max(_BURST * decodes, _BURST_TEXTS):
         return False
-    return max_tokens >= _BURST_TEXTS * costs.piece(queue.text_tokens / queue.texts, 0)
+    return max_tokens >= _BURST_TEXTS * costs.piece(queue.text_work / queue.texts, 0)

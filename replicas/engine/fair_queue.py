@@ -6,13 +6,14 @@ allowance are ordered by when their last sequence would start if the flows were 
 queueing with the virtual time of WF2Q+ (Bennett and Zhang, 1997). So requests stay whole, and short ones need not wait
 for long ones of other flows.
 
-The cost of a sequence is the number of tokens that it has to compute. Tokens of decodes, which do not wait here, count
-towards their flow's turn and allowance too (`charge_flow`).
+The cost of a sequence is its work: the tokens that it has to compute, without those that it is expected to find in the
+prefix cache. Tokens of decodes, which do not wait here, count towards their flow's turn and allowance too
+(`charge_flow`).
 """
 
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from heapq import merge
@@ -22,6 +23,7 @@ from operator import attrgetter
 
 from ranklet.replicas.engine.backlog import Backlog
 from ranklet.replicas.engine.plan import Part
+from ranklet.replicas.engine.queued_pages import QueuedPages
 from ranklet.replicas.engine.sequence import Flow, Sequence
 
 _ACTIVE_ALLOWANCES = 16  # a flow without requests stays active until this many allowances have been served
@@ -36,20 +38,25 @@ class _Queued:
 
     sequences: int = 0
     tokens: int = 0
+    work: int = 0
     last: float = -inf  # turn of the newest sequence
 
 
 class FairQueue:
     """Waiting sequences in the order in which they are served.
 
+    Args:
+        cached: see `QueuedPages`.
+
     Attributes:
-        allowance: tokens that a flow may have waiting before its further requests are ordered by virtual time.
+        allowance: work that a flow may have waiting before its further requests are ordered by virtual time.
         tokens: all waiting tokens.
+        work: those of them that are not expected in the prefix cache.
         texts: number of waiting sequences that keep keys and values.
-        text_tokens: waiting tokens of these sequences.
+        text_work: work of these sequences.
     """
 
-    def __init__(self, allowance: int) -> None:
+    def __init__(self, allowance: int, cached: Callable[[list[bytes]], int] = lambda hashes: 0) -> None:
         self.allowance = allowance
         self._ordered: list[Sequence] = []
         self._lanes: defaultdict[_Lane, list[Sequence]] = defaultdict(list)  # parts of `_ordered`
@@ -61,7 +68,8 @@ class FairQueue:
         self._served = 0  # tokens of all steps
         self._active: OrderedDict[Flow, int] = OrderedDict()  # flows: `_served` at their last request
         self._decoded: dict[Flow, float] = {}  # flows: virtual time that their decodes have used up
-        self.tokens = self.texts = self.text_tokens = 0
+        self._pages = QueuedPages(cached)
+        self.tokens = self.work = self.texts = self.text_work = 0
 
     def __len__(self) -> int:
         return len(self._ordered)
@@ -91,10 +99,14 @@ class FairQueue:
         return self._flows
 
     def flooding(self) -> set[Flow]:
-        """Return the flows that have more than their allowance waiting, or decoded, ahead of the others."""
+        """Return the flows that have more than their allowance waiting, or were served that much ahead of others.
+
+        The second ones flood only while others wait: until then, they use what others leave.
+        """
         allowed = self.allowance
-        found = {name for name, flow in self._flows.items() if flow.tokens > allowed}
-        return found.union(name for name, until in self._decoded.items() if until - self._now > allowed)
+        found = {name for name, flow in self._flows.items() if flow.work > allowed}
+        ahead = {name for name, until in self._decoded.items() if until - self._now > allowed}
+        return found if ahead.issuperset(self._flows) else found | ahead
 
     def tokens_of(self, flow: Flow) -> int:
         return self._flows[flow].tokens if flow in self._flows else 0
@@ -103,39 +115,43 @@ class FairQueue:
         """Return how many new texts of a flow wait."""
         return len(self._lanes.get((flow, True), ()))
 
-    def tokens_within(self) -> int:
-        """Return the waiting tokens of flows that are within their allowance."""
-        return sum(flow.tokens for flow in self._flows.values() if flow.tokens <= self.allowance)
+    def work_of(self, flow: Flow) -> int:
+        return self._flows[flow].work if flow in self._flows else 0
+
+    def work_within(self) -> int:
+        """Return the waiting work of flows that are within their allowance."""
+        return sum(flow.work for flow in self._flows.values() if flow.work <= self.allowance)
 
     def floods(self, sequence: Sequence) -> bool:
         """Return whether a sequence's flow has more than its allowance waiting, or had when it arrived.
 
         The last sequences of a large request flood too: steps that are cut for them would gain nothing.
         """
-        return sequence.beyond or self.tokens_of(sequence.flow) > self.allowance
+        return sequence.beyond or self.work_of(sequence.flow) > self.allowance
 
     def add(self, sequences: Many[Sequence]) -> None:
         """Insert the sequences of a request."""
         name = sequences[0].flow
         flow = self._flows.setdefault(name, _Queued())
-        debt, tokens = self._debt(name), self._tokens_with(sequences)
-        ahead = 0 if tokens <= self.allowance else tokens - sequences[-1].need.tokens
+        for each in sequences:
+            self._pages.enter(each)
+        debt, work = self._debt(name), self._work_with(name, sum(each.work for each in sequences))
+        ahead = 0 if work <= self.allowance else work - sequences[-1].work
         turn = max(flow.last, self._now + ahead)
-        rest = ahead - flow.tokens - debt if ahead else 0
+        rest = ahead - flow.work - debt if ahead else 0
         for each in sequences:
             self._insert(each, flow, turn)
             each.beyond, each.lead = bool(ahead), max(0.0, rest)
-            rest -= each.need.tokens
+            rest -= each.work
         self._mark_active(name)
 
     def _debt(self, flow: Flow) -> float:
         """Return the tokens that a flow's decodes were served ahead of the others."""
         return max(0.0, self._decoded.get(flow, self._now) - self._now)
 
-    def _tokens_with(self, sequences: Many[Sequence]) -> float:
-        """Return the tokens of a flow that count towards its allowance once a request is added."""
-        flow = sequences[0].flow
-        return self.tokens_of(flow) + self._debt(flow) + sum(each.need.tokens for each in sequences)
+    def _work_with(self, flow: Flow, work: int) -> float:
+        """Return the work of a flow that counts towards its allowance once a request is added."""
+        return self.work_of(flow) + self._debt(flow) + work
 
     def wait_s(self, sequences: Many[Sequence], now_s: float, measured_s: float) -> float:
         """Return how long a new request will wait for what waits now; 0 if the rates are not known.
@@ -147,7 +163,8 @@ class FairQueue:
             measured_s: time for which a rate must have been measured.
         """
         own = _lane(sequences[0])
-        if self._tokens_with(sequences) > self.allowance:
+        work = sum(each.need.tokens - self._pages.expected_tokens(each) for each in sequences)
+        if self._work_with(own[0], work) > self.allowance:
             return self._backlogs[own].wait_s(now_s, measured_s) if own in self._backlogs else 0.0
         backlog, flooding = self._all_backlogs[own[1]], self.flooding()
         wait_s = backlog.wait_s(now_s, measured_s)
@@ -159,11 +176,11 @@ class FairQueue:
     def put_back(self, sequences: Iterable[Sequence]) -> None:
         """Insert sequences of a failed step at the front, in this order."""
         for sequence in sequences:
-            self._insert(sequence, self._flows.setdefault(sequence.flow, _Queued()), -inf)
+            self._put(sequence, -inf)
 
     def restore(self, sequence: Sequence) -> None:
         """Insert a sequence at the place that it had before it was removed."""
-        self._insert(sequence, self._flows.setdefault(sequence.flow, _Queued()), *sequence.turn)
+        self._put(sequence, *sequence.turn)
 
     def requeue(self, sequence: Sequence, cost: float) -> None:
         """Insert the rest of a sequence, whose turn goes on from the one that it had.
@@ -173,26 +190,33 @@ class FairQueue:
         """
         turn = max(sequence.turn[0], self._now - self.allowance) + cost
         sequence.lead = 0.0
-        self._insert(sequence, self._flows.setdefault(sequence.flow, _Queued()), turn)
+        self._put(sequence, turn)
+
+    def _put(self, sequence: Sequence, turn: float, arrival: int | None = None) -> None:
+        self._pages.enter(sequence)
+        self._insert(sequence, self._flows.setdefault(sequence.flow, _Queued()), turn, arrival)
 
     def _insert(self, sequence: Sequence, flow: _Queued, turn: float, arrival: int | None = None) -> None:
-        tokens = sequence.need.tokens
         sequence.turn = turn, next(self._arrivals) if arrival is None else arrival
         flow.last = max(flow.last, turn)
-        flow.sequences += 1
-        flow.tokens += tokens
-        self.tokens += tokens
-        if sequence.need.keeps_cache:
-            self.texts += 1
-            self.text_tokens += tokens
+        self._count(sequence, flow, 1)
         insort(self._ordered, sequence, key=_TURN)
-        lane = _lane(sequence)
-        insort(self._lanes[lane], sequence, key=_TURN)
-        self._count(lane, 1 if lane[1] else tokens)
+        insort(self._lanes[_lane(sequence)], sequence, key=_TURN)
 
-    def _count(self, lane: _Lane, work: int) -> None:
-        self._backlogs[lane].work += work
-        self._all_backlogs[lane[1]].work += work
+    def _count(self, sequence: Sequence, flow: _Queued, sign: int) -> None:
+        """Add a sequence to the sums, or take it from them."""
+        tokens, work = sign * sequence.need.tokens, sign * sequence.work
+        flow.sequences += sign
+        flow.tokens += tokens
+        flow.work += work
+        self.tokens += tokens
+        self.work += work
+        if sequence.need.keeps_cache:
+            self.texts += sign
+            self.text_work += work
+        lane = _lane(sequence)
+        for backlog in (self._backlogs[lane], self._all_backlogs[lane[1]]):
+            backlog.work += sign if lane[1] else work
 
     def serve(self, parts: Many[Part], now_s: float) -> None:
         """Remove the sequences of a step, and measure how fast steps serve them."""
@@ -215,22 +239,16 @@ class FairQueue:
                 at = bisect_left(ordered, sequence.turn, key=_TURN)
                 assert ordered[at] is sequence
                 del ordered[at]
-            tokens = sequence.need.tokens
-            self._count(lane, -1 if lane[1] else -tokens)
+            flow = self._flows[sequence.flow]
+            self._count(sequence, flow, -1)
+            self._pages.leave(sequence)
             if not self._lanes[lane]:
                 del self._lanes[lane], self._backlogs[lane]
-            self.tokens -= tokens
-            if sequence.need.keeps_cache:
-                self.texts -= 1
-                self.text_tokens -= tokens
-            flow = self._flows[sequence.flow]
-            flow.sequences -= 1
-            flow.tokens -= tokens
             if not flow.sequences:
                 del self._flows[sequence.flow]
 
     def charge_flow(self, flow: Flow, tokens: int) -> None:
-        """Count tokens of a flow's decodes towards its turn."""
+        """Count tokens towards a flow's turn that it did not have in the queue: those of its decodes, for example."""
         self._decoded[flow] = max(self._decoded.get(flow, self._now), self._now) + tokens
         self._mark_active(flow)
 

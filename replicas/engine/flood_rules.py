@@ -90,9 +90,9 @@ class FloodRules:
 
     def _target_tokens(self) -> int:
         enough = self._sizes.enough
-        backlog = self._queue.tokens > self._max_tokens
+        backlog = self._queue.work > self._max_tokens
         if backlog and self._beside_others:
-            backlog = self._queue.tokens_within() > self._max_tokens
+            backlog = self._queue.work_within() > self._max_tokens
         return self._max_tokens if backlog or enough is None else min(enough, self._max_tokens)
 
     def commit(self, plan: StepPlan) -> None:

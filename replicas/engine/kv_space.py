@@ -51,15 +51,15 @@ class KvSpace:
 
     def to_start(self, sequence: Sequence) -> Start:
         """Look up the pages of a sequence that is about to start. Changes nothing."""
-        sharable = _sharable(sequence)
-        match = self.pool.match(sharable)
+        hashes = sharable(sequence)
+        match = self.pool.match(hashes)
         pages = pages_of(sequence.length) - match.pages + match.cached
-        missing = sharable[match.pages] if match.pages < len(sharable) else None
+        missing = hashes[match.pages] if match.pages < len(hashes) else None
         return Start(match.pages * PAGE_TOKENS, pages, missing)
 
     def share(self, sequence: Sequence) -> None:
         """Give a sequence the cached pages of its tokens, so that they are not evicted for others."""
-        sequence.pages = self.pool.share(_sharable(sequence))
+        sequence.pages = self.pool.share(sharable(sequence))
 
     def start(self, sequence: Sequence) -> None:
         """Give a sequence a row and, after `share`, the other pages of its known tokens."""
@@ -144,7 +144,8 @@ def next_page(sequence: Sequence) -> bytes | None:
     return sequence.hashes[page] if sequence.hashes is not None and page < len(sequence.hashes) else None
 
 
-def _sharable(sequence: Sequence) -> list[bytes]:
+def sharable(sequence: Sequence) -> list[bytes]:
+    """Return the content hashes of the pages that a sequence may start with."""
     if sequence.hashes is None or not sequence.reads_cache:
         return []
     return sequence.hashes[: sharable_pages(sequence.length)]

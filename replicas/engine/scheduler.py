@@ -65,11 +65,12 @@ class Scheduler:
         self.space: KvSpace | None = None
         self._decodes_waited = False  # whether the last step left out the decodes
         self.holders = Holders()
-        self.queue = FairQueue(max_tokens)
+        self.queue = FairQueue(max_tokens, self._cached_pages)
         self._flood_rules = FloodRules(self.queue, max_tokens)
         self.preemptions = 0
 
-    # Planning
+    def _cached_pages(self, hashes: list[bytes]) -> int:
+        return 0 if self.space is None else self.space.pool.match(hashes).pages
 
     def set_sizes(self, sizes: StepSizes) -> None:
         """Set how large the next steps may be."""
@@ -201,8 +202,6 @@ class Scheduler:
         alone = not plan.parts and (not plan.decodes or sequence.passed_over >= PATIENCE)
         return left if left <= budget.tokens or alone else 0
 
-    # Changes
-
     def commit(self, plan: StepPlan, now_s: float = 0.0) -> None:
         """Make the plan take effect at time `now_s`: its sequences have their slots."""
         self._flood_rules.commit(plan)
@@ -251,6 +250,8 @@ class Scheduler:
         assert self.space is not None
         self.space.start(sequence)
         self.holders.add(sequence)
+        if sequence.computed < sequence.expected_cached:  # pages were evicted, or who computes them comes later
+            self.queue.charge_flow(sequence.flow, sequence.expected_cached - sequence.computed)
 
     def _take_output(self, sequence: Sequence, plan: StepPlan) -> None:
         sequence.left -= 1
@@ -306,8 +307,6 @@ class Scheduler:
         lost = [sequence for sequence in self.queue if sequence.adapter == adapter and not sequence.holds_slot]
         self.drop(lost)
         return list(dict.fromkeys(sequence.request for sequence in lost))
-
-    # State
 
     def kv_state(self) -> KvCacheState | None:
         return None if self.space is None else self.space.state(len(self.holders), self.preemptions)

@@ -72,6 +72,7 @@ class Sequence:
         published: number of leading pages that others may share.
         reads_cache: whether it may start with pages that others have computed.
         cached_tokens: number of prompt tokens that were found in the prefix cache when it first started.
+        expected_cached: number of tokens of `need` that it is expected to find in the prefix cache when it starts.
         turn: sort key in the queue.
         lead: virtual time from this sequence's own turn to its request's, which the key has.
         beyond: whether its request exceeded its flow's allowance when it arrived.
@@ -113,6 +114,7 @@ class Sequence:
     published: int = 0
     reads_cache: bool = True
     cached_tokens: int | None = None
+    expected_cached: int = 0
     turn: tuple[float, int] = field(default=(0.0, 0), init=False)
     lead: float = field(default=0.0, init=False)
     beyond: bool = field(default=False, init=False)
@@ -125,6 +127,11 @@ class Sequence:
     def ids(self) -> NDArray[np.int32]:
         """Return the prompt, and the output tokens that have reached the host: int32 [length]."""
         return self.buffer[: self.length]
+
+    @property
+    def work(self) -> int:
+        """Return the number of tokens that it is expected to compute before its first output."""
+        return self.need.tokens - self.expected_cached
 
     @property
     def runs_alone(self) -> bool:

@@ -48,8 +48,15 @@ FAIR_TEXTS: dict[str, tuple[str, Column]] = {
     "gap_p99_ms": ("gap p99 ms", MS), "gap p99 ratio": ("gap p99, times without flood", RATIO),
 }  # fmt: skip
 HOT_TEXTS: dict[str, tuple[str, Column]] = {
-    "requests from one adapter": ("requests from one adapter", PERCENT), "running": ("texts at once", COUNT),
+    "work": ("requested", TEXT), "requests from one adapter": ("requests from one adapter", PERCENT),
+    "running": ("texts at once", COUNT),
     "tokens_per_s": ("generated tokens/s", COUNT), "rate ratio": ("times evenly requested", RATIO),
+    "gap_p50_ms": ("gap p50 ms", MS), "first_p50_ms": ("first token p50 ms", COUNT),
+    "first_p99_ms": ("p99 ms", COUNT),
+}  # fmt: skip
+SYSTEM_PROMPTS: dict[str, tuple[str, Column]] = {
+    "run": ("run", COUNT), "half": ("half of the requests", TEXT), "tokens_per_s": ("generated tokens/s", COUNT),
+    "cached share": ("of the prompts from the cache", EXACT_PERCENT), "first_p50_ms": ("first token p50 ms", COUNT),
     "gap_p50_ms": ("gap p50 ms", MS),
 }  # fmt: skip
 COMPARED: dict[str, tuple[str, Column]] = {
@@ -95,8 +102,9 @@ LOGPROBS: dict[str, tuple[str, Column]] = {
     "transformers": ("transformers + PEFT in bf16", NATS),
 }  # fmt: skip
 TEXT_CLUSTER: dict[str, tuple[str, Column]] = {
-    "replicas": ("GPUs", COUNT), "work": ("work", TEXT), "tokens_per_s": ("generated tokens/s", COUNT),
-    "of one replica": ("of one GPU", RATIO), "embedding tokens_per_s": ("embeddings tokens/s", COUNT),
+    "replicas": ("GPUs", COUNT), "work": ("work", TEXT), "settled tokens_per_s": ("generated tokens/s", COUNT),
+    "settled of one replica": ("of one GPU", RATIO), "tokens_per_s": ("in the whole run", COUNT),
+    "of one replica": ("of one GPU in the whole run", RATIO), "embedding tokens_per_s": ("embeddings tokens/s", COUNT),
     "gap_p50_ms": ("gap p50 ms", MS), "failed": ("failed", TEXT), "least busy": ("least busy", PERCENT),
     "of one cache": ("from caches, of one cache", RATIO), "of texts": ("of `texts`", RATIO),
 }  # fmt: skip
@@ -105,6 +113,16 @@ TEXT_CLUSTER_SETTLED: dict[str, tuple[str, Column]] = {
     "settled of one replica": ("of one GPU", RATIO), "tokens_per_s": ("in the whole run", COUNT),
     "of one replica": ("of one GPU in the whole run", RATIO), "embedding tokens_per_s": ("embeddings tokens/s", COUNT),
     "gap_p50_ms": ("gap p50 ms", MS), "failed": ("failed", TEXT), "least busy": ("least busy", PERCENT),
+}  # fmt: skip
+BUCKETS: dict[str, tuple[str, Column]] = {
+    "batch": ("prompts x tokens", TEXT), "adapters": ("adapters", COUNT), "launched_ms": ("launched ms", MS),
+    "exact_ms": ("own graph ms", MS), "bucket_ms": ("bucket's graph ms", MS),
+    "bucket_device_ms": ("of it on the device ms", MS),
+}  # fmt: skip
+BUCKETS_TRAFFIC: dict[str, tuple[str, Column]] = {
+    "batch": ("batch", TEXT), "graphs": ("graphs", COUNT), "ms": ("mean ms", MS),
+    "later_p50_ms": ("p50 of the second half ms", MS), "later_p99_ms": ("p99 ms", MS),
+    "capture_ms": ("capture of a graph ms", MS), "reserved_mib": ("memory reserved MiB", COUNT),
 }  # fmt: skip
 THRASH: dict[str, tuple[str, Column]] = {
     "adapters": ("adapters", TEXT), "slots": ("slots", TEXT), "tokens_per_s": ("tokens/s", COUNT),

@@ -29,13 +29,14 @@ from ranklet.replicas.engine.step_sizes import gpu_sizes
 from ranklet.replicas.model.heads import Head
 from tests.bench import report
 from tests.bench.shapes import QWEN3_06B
-from tests.replicas.engine.simulated_device import LAST, TEXT
+from tests.replicas.engine.simulated_device import LAST, TEXT, VOCAB
 from tests.replicas.engine.simulation import Simulation
 
 _OTHERS = 16
 _SHARES = ("adapters", "keys")
 _FLOOD_DEPTH = 4  # requests of the flood, for each text that the engine runs at once
 _PAGES = 12_000
+_TOKENS = range(2, VOCAB)
 _STEP_S, _STEP_TEXTS, _STEP_CONTEXT = 4.3e-3, 256, 288  # a step of an H200 in decode-step-h200.json
 
 
@@ -45,10 +46,12 @@ class Kind:
 
     Attributes:
         outputs: tokens of its text; 0 of embeddings.
+        system: tokens before the prompt that all requests for an adapter begin with.
     """
 
     prompt: int
     outputs: int = 0
+    system: int = 0
 
 
 STEADY = {"texts": Kind(512, 128), "embeddings": Kind(512)}
@@ -93,17 +96,19 @@ class Run:
         unit_s: seconds of a unit of `costs`.
         share: whether flows differ by their adapter or by their key.
         adapters: number of adapters.
+        has_prefix_cache: whether prompts that begin alike share their pages.
     """
 
     def __init__(
-        self, costs: StepCost, rows: int, unit_s: float, share: str = "adapters", adapters: int = _OTHERS + 1
-    ) -> None:
+        self, costs: StepCost, rows: int, unit_s: float, share: str = "adapters", adapters: int = _OTHERS + 1, *,
+        has_prefix_cache: bool = False,
+    ) -> None:  # fmt: skip
         self.costs, self.rows, self._unit_s = costs, rows, unit_s
         self._by_key = share == "keys"
         self.refs = [AdapterRef(f"a{index}", f"/{index}", f"a{index}-1") for index in range(adapters)]
         self.engine = Simulation(
             pages=_PAGES, rows=rows, slots=len(self.refs), max_tokens=8192, max_adapters=len(self.refs),
-            max_model_len=4096, costs=self.costs, slowdown=1.8, depth=2, shares_prefixes=False,
+            max_model_len=4096, costs=self.costs, slowdown=1.8, depth=2, shares_prefixes=has_prefix_cache,
         )  # fmt: skip
         self.engine.device = cast(Any, TimedDevice(len(self.refs)))
         for ref in self.refs:
@@ -122,7 +127,9 @@ class Run:
     def send(self, kind: Kind, flow: int, done: Callable[[Timed], None], due_s: float | None = None) -> None:
         ref, key_name = (self.refs[0], f"key{flow}") if self._by_key else (self.refs[flow], "")
         timed = Timed(self.now_s if due_s is None else due_s)
-        prompt = [1] * kind.prompt
+        prompt = (
+            [1] * kind.prompt if not kind.system else [1] * kind.system + self._draw.choices(_TOKENS, k=kind.prompt)
+        )
         if kind.outputs:
             outputs = self._draw.randint(kind.outputs // 2, kind.outputs * 3 // 2)
             asked = self.engine.generate([prompt], ref, max_tokens=outputs, key_name=key_name)

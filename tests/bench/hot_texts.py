@@ -1,11 +1,12 @@
-"""Texts of 64 adapters that saturate an engine, requested evenly or mostly from one of them, on a simulated device.
+"""Texts of 64 adapters that saturate an engine, on a simulated device.
 
-256 requests are in flight, each followed by another. With Zipf's exponent of 2, one adapter gets 61 % of the requests,
-as in `text_cluster`. The device is that of `fair_texts`, whose times are of steps only.
+They are requested evenly, mostly from one adapter, or with a long system prompt of each adapter. 256 requests are in
+flight, each followed by another. With Zipf's exponent of 2, one adapter gets 61 % of the requests, as in
+`text_cluster`. The device is that of `fair_texts`, whose times are of steps only.
 """
 
 import random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,13 +15,31 @@ from tests.bench.fair_texts import Kind, Run, Timed, h200_costs
 
 _ADAPTERS = 64
 _IN_FLIGHT = 256
-_KIND = Kind(512, 256)
 
 
-def measure(exponent: float, requests: int) -> dict[str, Any]:
+class Requested(NamedTuple):
+    """Requests of one kind.
+
+    Attributes:
+        exponent: of Zipf's law, by which adapters are drawn.
+    """
+
+    name: str
+    exponent: float
+    kind: Kind
+
+
+WORKS = (
+    Requested("evenly", 0.0, Kind(512, 256)),
+    Requested("mostly from one", 2.0, Kind(512, 256)),
+    Requested("with system prompts", 1.0, Kind(32, 64, system=2000)),
+)
+
+
+def measure(work: Requested, requests: int) -> dict[str, Any]:
     costs, unit_s = h200_costs()
-    run = Run(costs, _IN_FLIGHT, unit_s, adapters=_ADAPTERS)
-    weights = [1 / rank**exponent for rank in range(1, _ADAPTERS + 1)]
+    run = Run(costs, _IN_FLIGHT, unit_s, adapters=_ADAPTERS, has_prefix_cache=work.kind.system > 0)
+    weights = [1 / rank**work.exponent for rank in range(1, _ADAPTERS + 1)]
     left = random.Random(2).choices(range(_ADAPTERS), weights, k=requests)
     ended: list[Timed] = []
     running: list[int] = []
@@ -29,7 +48,7 @@ def measure(exponent: float, requests: int) -> dict[str, Any]:
         if timed is not None:
             ended.append(timed)
         if left:
-            run.send(_KIND, left.pop(), again)
+            run.send(work.kind, left.pop(), again)
 
     for _ in range(_IN_FLIGHT):
         again()
@@ -37,9 +56,11 @@ def measure(exponent: float, requests: int) -> dict[str, Any]:
         run.until(run.now_s + 0.5)
         if left:
             running.append(len(run.engine.scheduler.holders))
+    waits_ms = [1e3 * (each.first_s - each.due_s) for each in ended]
     return {
-        "requests from one adapter": weights[0] / sum(weights), "requests": requests,
+        "work": work.name, "requests from one adapter": weights[0] / sum(weights), "requests": requests,
         "tokens_per_s": sum(each.tokens for each in ended) / max(each.end_s for each in ended),
+        "first_p50_ms": float(np.percentile(waits_ms, 50)), "first_p99_ms": float(np.percentile(waits_ms, 99)),
         "gap_p50_ms": 1e3 * float(np.percentile([gap for each in ended for gap in each.gaps], 50)),
         "running": float(np.mean(running)),
     }  # fmt: skip
@@ -49,9 +70,9 @@ def main() -> None:
     parser = report.parser(__doc__, "hot-texts-simulated")
     parser.add_argument("--requests", type=int, default=2048)
     options = parser.parse_args()
-    rows = [measure(exponent, options.requests) for exponent in (0.0, 2.0)]
-    for row in rows:
-        row["rate ratio"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
+    rows = [measure(work, options.requests) for work in WORKS]
+    for row, work in zip(rows, WORKS, strict=True):
+        row["rate ratio"] = row["tokens_per_s"] / rows[0]["tokens_per_s"] if work.kind == WORKS[0].kind else ""
     report.save(options.name, rows, options.out)
 
 

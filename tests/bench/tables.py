@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.bench.columns import (
+    BUCKETS,
+    BUCKETS_TRAFFIC,
     CHOICES,
     CLUSTER,
     COMPARED,
@@ -26,6 +28,7 @@ from tests.bench.columns import (
     RULES,
     RUN,
     SOAK,
+    SYSTEM_PROMPTS,
     TEXT,
     TEXT_CHOICES,
     TEXT_CLUSTER,
@@ -53,8 +56,10 @@ from tests.bench.notes import (
     GENERATE_NOTE,
     GRAMMAR_NOTE,
     GRAMMAR_SCHEMAS_NOTE,
+    HOT_TEXTS_NOTE,
     RERANK_NOTE,
     STREAM_FAULTS_NOTE,
+    SYSTEM_PROMPTS_NOTE,
     TEXT_CLUSTER_NOTE,
     TEXT_CLUSTER_SETTLED_NOTE,
     TEXT_HTTP_NOTE,
@@ -186,27 +191,24 @@ TABLES = (
         "text-cluster-2xh200", TEXT_CLUSTER, note=TEXT_CLUSTER_NOTE,
     ),
     ResultTable(
-        "The same works on two GPUs and on one, the middle of longer runs", "text-cluster-2xh200-settled",
+        "The same works on two GPUs and on one, longer runs of an earlier commit", "text-cluster-2xh200-settled",
         TEXT_CLUSTER_SETTLED, note=TEXT_CLUSTER_SETTLED_NOTE,
     ),
     ResultTable("The same with 1,280 texts, some commits before", "text-cluster-2xh200-1280", TEXT_CLUSTER_SETTLED),
+    ResultTable(
+        "Texts with system prompts of 64 adapters on one engine", "system-prompts-h200-before", SYSTEM_PROMPTS,
+        note=SYSTEM_PROMPTS_NOTE,
+    ),
     ResultTable("Four GPUs behind one app, an earlier commit, 256 adapters, 64 slots each", "cluster-4xh200", CLUSTER),
     ResultTable("More adapters than slots on one engine", "thrash-h200", THRASH),
     ResultTable("64 and 128 adapters on 64 slots in turn", "thrash-h200-five", THRASH, note=THRASH_NOTE),
-    ResultTable("The same in a run that was cut off, relative to the row before", "thrash-h200-cut", THRASH),
     ResultTable(
         "One batch launched kernel by kernel, from a graph of its lengths, and from its bucket's graph",
-        "buckets-h200-fixed",
-        {"batch": ("prompts x tokens", TEXT), "adapters": ("adapters", COUNT), "launched_ms": ("launched ms", MS),
-         "exact_ms": ("own graph ms", MS), "bucket_ms": ("bucket's graph ms", MS),
-         "bucket_device_ms": ("of it on the device ms", MS)},
+        "buckets-h200-fixed", BUCKETS,
     ),
     ResultTable(
         "Random batches of up to 2,000 tokens each prompt, without graphs and with those of buckets",
-        "buckets-h200-traffic",
-        {"batch": ("batch", TEXT), "graphs": ("graphs", COUNT), "ms": ("mean ms", MS),
-         "later_p50_ms": ("p50 of the second half ms", MS), "later_p99_ms": ("p99 ms", MS),
-         "capture_ms": ("capture of a graph ms", MS), "reserved_mib": ("memory reserved MiB", COUNT)},
+        "buckets-h200-traffic", BUCKETS_TRAFFIC,
     ),
     ResultTable(
         "First answer for an adapter on all seven projections", "loads-h200",
@@ -255,7 +257,10 @@ TABLES = (
         "A flood beside texts or embeddings of 16 others at 80 % of the capacity, simulated", "fair-texts-simulated",
         FAIR_TEXTS, note=FAIR_TEXTS_NOTE,
     ),
-    ResultTable("Texts of 64 adapters, evenly or mostly of one, simulated", "hot-texts-simulated", HOT_TEXTS),
+    ResultTable(
+        "Texts of 64 adapters, evenly, mostly of one or with system prompts, simulated",
+        "hot-texts-simulated", HOT_TEXTS, note=HOT_TEXTS_NOTE,
+    ),
     ResultTable(
         "Clients written for OpenAI's API", "clients-cpu",
         {"client": ("client", TEXT), "version": ("version", TEXT), "passed": ("checks passed", COUNT),

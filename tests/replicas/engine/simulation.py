@@ -266,6 +266,8 @@ class Simulation:
         assert len({each.row for each in holders}) == len(holders) == self.space.table.filler - self.space.table.free
         queue = self.scheduler.queue
         assert queue.tokens == sum(each.need.tokens for each in queue)
+        assert queue.work == sum(each.work for each in queue)
+        assert all(each.work > 0 for each in queue)
         for sequence in self.sequences():
             if sequence.holds_slot and sequence.adapter is not None:
                 assert self.slots.holds(sequence.adapter)

@@ -150,6 +150,21 @@ def test_an_adapter_that_used_idle_capacity_is_not_penalized_later(owners: list[
 
 
 @by_owners
+def test_an_adapter_whose_texts_use_what_others_leave_floods_once_others_wait(owners: list[Owner]) -> None:
+    popular, other = owners[1], owners[2]
+    queue = queue_of([])
+    queue.charge_flow(flow_of(*popular), 2 * ALLOWANCE)
+    queue.add([sequence_of(1, popular)])
+    assert not queue.flooding()
+    waits = sequence_of(1, other)
+    queue.add([waits])
+    assert queue.flooding() == {flow_of(*popular)}
+    assert next(iter(queue)) is waits, "it comes first, though it came later"
+    queue.remove([waits])
+    assert not queue.flooding()
+
+
+@by_owners
 def test_a_past_flood_has_no_effect(owners: list[Owner]) -> None:
     queue = queue_of([sequence_of(10, owners[1]) for _ in range(50)])
     while len(queue):

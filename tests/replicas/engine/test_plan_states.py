@@ -143,6 +143,11 @@ class PlanStates(RuleBasedStateMachine):
         assert simulation.space.pool.used == 0
         assert simulation.space.table.free == simulation.space.table.filler
         assert not any(sequence.holds_slot for sequence in simulation.sequences())
+        simulation.space.forget()
+        for asked in simulation.asked[:20]:
+            again = simulation.generate(asked.prompts[:1], asked.adapter, max_tokens=1).request.sequences[0]
+            assert again.expected_cached == 0, "nothing is cached, and no other text waits"
+            simulation.scheduler.drop([again])
         for name in NAMES:
             for revision in range(1, self.revisions[name] + 1):
                 ref = revision_of(name, revision)
