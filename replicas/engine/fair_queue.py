@@ -140,7 +140,7 @@ class FairQueue:
         turn = max(flow.last, self._now + ahead)
         rest = ahead - flow.work - debt if ahead else 0
         for each in sequences:
-            self._insert(each, flow, turn)
+            self._insert(each, turn)
             each.beyond, each.lead = bool(ahead), max(0.0, rest)
             rest -= each.work
         self._mark_active(name)
@@ -194,10 +194,11 @@ class FairQueue:
 
     def _put(self, sequence: Sequence, turn: float, arrival: int | None = None) -> None:
         self._pages.enter(sequence)
-        self._insert(sequence, self._flows.setdefault(sequence.flow, _Queued()), turn, arrival)
+        self._insert(sequence, turn, arrival)
 
-    def _insert(self, sequence: Sequence, flow: _Queued, turn: float, arrival: int | None = None) -> None:
+    def _insert(self, sequence: Sequence, turn: float, arrival: int | None = None) -> None:
         sequence.turn = turn, next(self._arrivals) if arrival is None else arrival
+        flow = self._flows.setdefault(sequence.flow, _Queued())
         flow.last = max(flow.last, turn)
         self._count(sequence, flow, 1)
         insort(self._ordered, sequence, key=_TURN)
