@@ -59,6 +59,7 @@ SYSTEM_PROMPTS: dict[str, tuple[str, Column]] = {
     "cached share": ("of the prompts from the cache", EXACT_PERCENT), "first_p50_ms": ("first token p50 ms", COUNT),
     "gap_p50_ms": ("gap p50 ms", MS),
 }  # fmt: skip
+SYSTEM_PROMPTS_P99 = SYSTEM_PROMPTS | {"first_p99_ms": ("first token p99 ms", COUNT)}
 COMPARED: dict[str, tuple[str, Column]] = {
     "benchmark": ("benchmark", TEXT), "work": ("work", TEXT), "measured": ("measured", TEXT),
     "runs before": ("runs before", TEXT), "runs after": ("runs after", TEXT),
@@ -123,6 +124,15 @@ BUCKETS_TRAFFIC: dict[str, tuple[str, Column]] = {
     "batch": ("batch", TEXT), "graphs": ("graphs", COUNT), "ms": ("mean ms", MS),
     "later_p50_ms": ("p50 of the second half ms", MS), "later_p99_ms": ("p99 ms", MS),
     "capture_ms": ("capture of a graph ms", MS), "reserved_mib": ("memory reserved MiB", COUNT),
+}  # fmt: skip
+LOADS: dict[str, tuple[str, Column]] = {
+    "beside": ("other traffic", TEXT), "tier": ("adapter in", TEXT), "adapter_MB": ("adapter MB", COUNT),
+    "p50_ms": ("p50 ms", MS), "p99_ms": ("p99 ms", MS), "start_s": ("start of the engine s", MS),
+}  # fmt: skip
+STREAM_FAULTS: dict[str, tuple[str, Column]] = {
+    "fault": ("fault", TEXT), "streams": ("streams", COUNT), "right": ("right", COUNT), "wrong": ("wrong", COUNT),
+    "failed": ("failed", COUNT), "continued": ("calls continued", COUNT),
+    "longest_pause_s": ("longest pause s", number(2)), "took_s": ("until all is replaced s", COUNT),
 }  # fmt: skip
 THRASH: dict[str, tuple[str, Column]] = {
     "adapters": ("adapters", TEXT), "slots": ("slots", TEXT), "tokens_per_s": ("tokens/s", COUNT),

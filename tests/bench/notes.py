@@ -104,7 +104,7 @@ What rows of tokens add to these is time of Python, which launches further copie
 SYSTEM_PROMPTS_NOTE = """\
 320 texts in flight, 256 of which may run, of 64 adapters by Zipf's law with exponent 1. A prompt has 2,000 tokens of
 its adapter and 32 of its own; 64 are generated. Prompts in the prefix cache counted towards a flood in this run. They
-do not count since, which has not been measured on a GPU; `hot-texts-simulated.json` has the simulated rates."""
+do not count since, which has been measured on a CPU and simulated (`hot-texts-simulated.json`), but not on a GPU."""
 HOT_TEXTS_NOTE = """\
 Two commits before, the rate with system prompts was 8,056 tokens/s, of 54 texts at once: prompts in the prefix cache
 counted towards a flood, and so did tokens that nobody else had wanted. The gap had a p50 of 7 ms, the first token a p99

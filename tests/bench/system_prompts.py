@@ -67,11 +67,12 @@ def measured(engine: Engine, model: TextModel, options: argparse.Namespace, seed
         # A half lasts until as many texts have ended. The last texts, which run beside ever fewer, count in none.
         end_s = np.sort(ends_s)[min(half[-1], len(ends_s) - options.in_flight)]
         texts = [flight.texts[i] for i in half]
+        firsts_ms = [1e3 * (flight.texts[i].times_s[0] - flight.submitted_s[i]) for i in half]
         prompts = len(half) * (options.system + options.own)
         rows.append({
             "half": name, "adapters": len(model.adapters), "in flight": options.in_flight,
             "tokens_per_s": round(((begin_s < times_s) & (times_s <= end_s)).sum() / (end_s - begin_s)),
-            "first_p50_ms": 1e3 * float(np.median([flight.texts[i].times_s[0] - flight.submitted_s[i] for i in half])),
+            "first_p50_ms": float(np.percentile(firsts_ms, 50)), "first_p99_ms": float(np.percentile(firsts_ms, 99)),
             "gap_p50_ms": 1e3 * float(np.median(np.concatenate([np.diff(text.times_s) for text in texts]))),
             "cached share": sum(text.answer().result.cached_tokens for text in texts) / prompts,
         })  # fmt: skip
