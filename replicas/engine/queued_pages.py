@@ -1,11 +1,14 @@
-"""The pages that waiting texts are going to compute, so that texts with a common beginning count it once."""
+"""The pages that waiting texts are going to compute, so that a flow's texts with a common beginning count it once.
 
-from collections import Counter
+What another flow is going to compute is not expected: its texts may come far later, and then this flow computes it.
+"""
+
+from collections import Counter, defaultdict
 from collections.abc import Callable
 
 from ranklet.replicas.cache.pages import PAGE_TOKENS
 from ranklet.replicas.engine.kv_space import sharable
-from ranklet.replicas.engine.sequence import Sequence
+from ranklet.replicas.engine.sequence import Flow, Sequence
 
 
 class QueuedPages:
@@ -17,30 +20,35 @@ class QueuedPages:
 
     def __init__(self, cached: Callable[[list[bytes]], int]) -> None:
         self._cached = cached
-        self._coming = Counter[bytes]()  # content hashes of pages that waiting sequences compute
+        # Content hashes of the pages that each flow's waiting sequences compute.
+        self._coming: defaultdict[Flow, Counter[bytes]] = defaultdict(Counter)
 
     def expected_tokens(self, sequence: Sequence) -> int:
-        """Return how many leading tokens of a sequence are cached, or will be computed by others before it."""
+        """Return how many leading tokens of a sequence are cached, or will be computed by its flow before it."""
         if sequence.row is not None:
             return 0
         hashes = sharable(sequence)
-        found = self._cached(hashes)
-        while found < len(hashes) and hashes[found] in self._coming:
+        found, coming = self._cached(hashes), self._coming.get(sequence.flow, ())
+        while found < len(hashes) and hashes[found] in coming:
             found += 1
         return found * PAGE_TOKENS
 
     def enter(self, sequence: Sequence) -> None:
         """Set `Sequence.expected_cached`, and let later sequences expect the pages that this one computes."""
         sequence.expected_cached = self.expected_tokens(sequence)
-        self._coming.update(_own_pages(sequence))
+        if own := _own_pages(sequence):
+            self._coming[sequence.flow].update(own)
 
     def leave(self, sequence: Sequence) -> None:
         """Undo `enter`. The pages that a step computes are in the cache once the step is launched."""
+        coming = self._coming[sequence.flow]
         for each in _own_pages(sequence):
-            if self._coming[each] > 1:
-                self._coming[each] -= 1
+            if coming[each] > 1:
+                coming[each] -= 1
             else:
-                del self._coming[each]
+                del coming[each]
+        if not coming:
+            del self._coming[sequence.flow]
 
 
 def _own_pages(sequence: Sequence) -> list[bytes]:

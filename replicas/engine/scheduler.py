@@ -273,12 +273,12 @@ class Scheduler:
     def retry(self, sequences: Iterable[Sequence]) -> None:
         """Put the sequences of a failed step, which were dropped, at the front of the queue.
 
-        The failed step may have written wrong keys and values into pages, which others share. Therefore all sequences
-        with pages are preempted, and no page is shared any more.
+        The failed step may have written wrong keys and values into pages, which others share. Therefore no page is
+        shared any more, and then all sequences with pages are preempted: they expect none in the cache.
         """
-        self._preempt(self.holders.undelivered())
         if self.space is not None:
             self.space.forget()
+        self._preempt(self.holders.undelivered())
         again = list(sequences)
         for sequence in again:
             sequence.request.restart(sequence)

@@ -63,6 +63,45 @@ def test_what_texts_do_not_share_counts(adapter: AdapterRef, salt: str) -> None:
     assert works(ask(running, 2, adapter, salt=salt)) == [COMMON + 2]
 
 
+def test_what_another_keys_text_is_to_compute_counts() -> None:
+    """That text may come far later: it may be of a flood."""
+    running = simulation(has_slots=False)
+    asked = [ask(running, number, key_name=f"key{number % 2}") for number in range(4)]
+    assert works(*asked) == [COMMON + 2, COMMON + 2, 2, 2]
+    running.check()
+
+
+def test_a_key_that_sends_a_floods_prompts_once_more_floods_too() -> None:
+    running = simulation()
+    for key_name in ("flood", "again"):
+        for number in range(5, 30):
+            ask(running, 0, system=[number, *SYSTEM[1:]], max_tokens=1, key_name=key_name)
+    other = ask(running, 0, TWO)
+    steps = 0
+    while not other.pieces:
+        running.step()
+        running.deliver()
+        steps += 1
+    assert steps <= 6
+
+
+def test_texts_that_start_again_on_other_pages_count_what_they_compute_again() -> None:
+    """A step has failed. No page is shared any more."""
+    running = simulation()
+    texts = [ask(running, number) for number in range(4)]
+    while not all(each.pieces for each in texts):
+        running.step()
+        running.deliver()
+    running.preempt_all()
+    again = [len(each.request.sequences[0].ids) for each in texts]
+    assert works(*texts) == [again[0], *(length - COMMON for length in again[1:])]
+    for _ in range(6):
+        running.step()
+        running.deliver()
+    ask(running, 0, TWO)
+    assert not running.scheduler.queue.flooding()
+
+
 def test_a_part_of_a_beginning_counts_until_it_is_shared() -> None:
     running = simulation(has_slots=False)
     short = SYSTEM[:PAGE_TOKENS]
