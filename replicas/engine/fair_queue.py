@@ -98,15 +98,19 @@ class FairQueue:
         """The flows with waiting sequences."""
         return self._flows
 
-    def flooding(self) -> set[Flow]:
+    def flooding(self, comes: Flow | None = None) -> set[Flow]:
         """Return the flows that have more than their allowance waiting, or were served that much ahead of others.
 
         The second ones flood only while others wait: until then, they use what others leave.
+
+        Args:
+            comes: a flow that is about to wait too.
         """
         allowed = self.allowance
         found = {name for name, flow in self._flows.items() if flow.work > allowed}
         ahead = {name for name, until in self._decoded.items() if until - self._now > allowed}
-        return found if ahead.issuperset(self._flows) else found | ahead
+        others_wait = not ahead.issuperset(self._flows if comes is None else (*self._flows, comes))
+        return found | ahead if others_wait else found
 
     def tokens_of(self, flow: Flow) -> int:
         return self._flows[flow].tokens if flow in self._flows else 0
@@ -156,17 +160,16 @@ class FairQueue:
     def wait_s(self, sequences: Many[Sequence], now_s: float, measured_s: float) -> float:
         """Return how long a new request will wait for what waits now; 0 if the rates are not known.
 
-        Beyond its flow's allowance, it waits for its flow's earlier requests. Within the allowance, it waits for
-        those of all flows within theirs, but not for a flood.
+        Beyond its flow's allowance, it waits for its flow's earlier requests. Within the allowance, or without such
+        requests, it waits for those of all flows within theirs, but not for a flood.
 
         Args:
             measured_s: time for which a rate must have been measured.
         """
         own = _lane(sequences[0])
-        work = sum(each.need.tokens - self._pages.expected_tokens(each) for each in sequences)
-        if self._work_with(own[0], work) > self.allowance:
-            return self._backlogs[own].wait_s(now_s, measured_s) if own in self._backlogs else 0.0
-        backlog, flooding = self._all_backlogs[own[1]], self.flooding()
+        if own in self._backlogs and self._work_with(own[0], self._pages.work_of(sequences)) > self.allowance:
+            return self._backlogs[own].wait_s(now_s, measured_s)
+        backlog, flooding = self._all_backlogs[own[1]], self.flooding(own[0])
         wait_s = backlog.wait_s(now_s, measured_s)
         if not wait_s or not flooding:
             return wait_s

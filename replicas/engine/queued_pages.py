@@ -5,6 +5,7 @@ What another flow is going to compute is not expected: its texts may come far la
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from collections.abc import Sequence as Many
 
 from ranklet.replicas.cache.pages import PAGE_TOKENS
 from ranklet.replicas.engine.kv_space import sharable
@@ -32,6 +33,14 @@ class QueuedPages:
         while found < len(hashes) and hashes[found] in coming:
             found += 1
         return found * PAGE_TOKENS
+
+    def work_of(self, sequences: Many[Sequence]) -> int:
+        """Return the work of sequences once they wait."""
+        for each in sequences:
+            self.enter(each)
+        for each in sequences:
+            self.leave(each)
+        return sum(each.work for each in sequences)
 
     def enter(self, sequence: Sequence) -> None:
         """Set `Sequence.expected_cached`, and let later sequences expect the pages that this one computes."""

@@ -10,6 +10,7 @@ from ranklet.replicas.engine.fair_queue import FairQueue
 from ranklet.replicas.engine.limits import check_wait
 from ranklet.replicas.engine.plan import Part
 from ranklet.replicas.engine.sequence import Sequence, flow_of
+from ranklet.replicas.engine.step_cost import StepCost
 from ranklet.replicas.errors import Saturated
 from tests.bench.fair_texts import TimedDevice
 from tests.replicas.asking import PATIENCE_S, ask, submit, until
@@ -114,6 +115,52 @@ def test_texts_that_wait_for_rows_are_refused_by_how_fast_rows_become_free() -> 
             if asked_s > 2 * limit_s:  # the rate was known
                 waits.append(running.now_s - asked_s)
     assert 0.7 * limit_s <= max(waits) <= 1.4 * limit_s
+
+
+def test_texts_that_use_what_others_leave_are_no_reason_to_refuse_another_adapter() -> None:
+    """The waiting ones are within their adapter's allowance, but those that run have served it ahead of the other."""
+    running = Simulation(
+        pages=400, rows=4, slots=2, max_tokens=200, max_adapters=2, max_model_len=320, costs=StepCost(step=100.0),
+        depth=1, shares_prefixes=False,
+    )  # fmt: skip
+    for ref in (FLOOD, LIGHT):
+        running.embed([[1]], ref)
+    running.run(100)
+    running.device = cast(Any, TimedDevice(2))
+    popular, waiting, waits = list[Asked](), dict[Asked, int](), list[int]()
+    for step in range(1200):
+        popular = [each for each in popular if each.result is None]
+        popular += [running.generate([[1, 2, 3]], FLOOD, max_tokens=50) for _ in range(34 - len(popular))]
+        if step % 20 == 0:
+            limit_s = 20.0 if step > 400 else None  # before, the popular one is hardly ahead
+            waiting[running.generate([[1, 2, 4]], LIGHT, max_tokens=5, max_wait_s=limit_s)] = step
+        running.step()
+        running.now_s += 0.25
+        running.deliver()
+        waits += [step - waiting.pop(each) for each in [each for each in waiting if each.pieces]]
+    assert max(waits[-40:]) <= 20
+    with pytest.raises(Saturated):
+        running.generate([[1, 2, 3]], FLOOD, max_tokens=50, max_wait_s=20.0)
+
+
+@pytest.mark.parametrize("shares_prefixes", [True, False])
+def test_a_large_request_is_refused_if_what_waits_of_others_takes_too_long(shares_prefixes: bool) -> None:
+    """All others are within their keys' allowances. The large one comes after them, and nothing of its key waits."""
+    running = Simulation(
+        pages=400, rows=4, slots=1, max_tokens=200, max_adapters=1, max_model_len=320, depth=1,
+        shares_prefixes=shares_prefixes,
+    )  # fmt: skip
+    running.device = cast(Any, TimedDevice(1))
+    for number in range(200):
+        running.generate([[1, 2, 3]], max_tokens=10, key_name=f"key{number}")
+    for _ in range(60):
+        running.step()
+        running.now_s += 1.0
+        running.deliver()
+    for large in ([[3] * 250], [[3] * 70] * 4):
+        with pytest.raises(Saturated):
+            running.generate(large, max_tokens=10, key_name="large", max_wait_s=60.0)
+    running.generate([[3] * 250], max_tokens=10, key_name="large", max_wait_s=2000.0)
 
 
 def test_an_engine_refuses_what_would_wait_for_too_long_and_serves_the_rest(
