@@ -7,6 +7,7 @@ need no parsing are compared by a process that keeps the base model's tokenizer 
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 from collections import OrderedDict
@@ -23,7 +24,9 @@ from ranklet.replicas.bounded_process import BoundedProcess, child_environment, 
 from ranklet.replicas.errors import InternalError, Unavailable
 from ranklet.replicas.model.tokenizer_files import (
     TOKENIZER_FILE,
+    TOKENIZER_FILES,
     UnusableTokenError,
+    read_within_bounds,
 )
 
 _PROGRAM = "ranklet.replicas.adapters.tokenizer_process"
@@ -32,6 +35,7 @@ _SIMILAR_S = 10.0
 _MAX_REPLY_BYTES = 4 << 20
 _MAX_KEPT = 256
 _THREADS = 64  # as many as loads: files of a disk that hangs must not hold those of others
+_ENDED_BY_OTHERS = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)  # no files have this effect
 
 
 class TokenizerComparison:
@@ -122,6 +126,7 @@ class TokenizerComparison:
 
     def _compared(self, adapter: AdapterRef, content: str) -> ComparedTokenizer:
         folder = Path(adapter.path)
+        _wait_for_disk(folder)
         found, marks = self._ask(folder, content) if self._has_file else (None, "")
         if found is None:
             found, marks = compare_within(self._base, folder), ""
@@ -149,13 +154,20 @@ class TokenizerComparison:
         return None
 
 
+def _wait_for_disk(folder: Path) -> None:
+    """Read the tokenizer's files once. The process, which answers one question at a time, then waits for no disk."""
+    for name in TOKENIZER_FILES:
+        with contextlib.suppress(OSError, UnusableTokenError):  # the comparison reports it
+            read_within_bounds(folder / name)
+
+
 def compare_within(
     base: Path, adapter: Path, time_s: float = 30.0, memory_bytes: int = _MEMORY_BYTES
 ) -> ComparedTokenizer:
     """Return `BaseTokenizer(base).compare(adapter)`, or that the process ended early.
 
     Raises:
-        Unavailable: it takes too much time, perhaps since the machine is busy.
+        Unavailable: it takes too much time, perhaps since the machine is busy, or another process ended it.
     """
     command = [sys.executable, "-m", _PROGRAM, str(base), str(adapter), str(memory_bytes)]
     try:
@@ -163,7 +175,9 @@ def compare_within(
         return ComparedTokenizer.from_json(json.loads(done.stdout))
     except subprocess.TimeoutExpired as error:
         raise Unavailable(f"comparing the adapter's tokenizer with the base model's takes {time_s:g} s") from error
-    except (subprocess.CalledProcessError, ValueError):
+    except (subprocess.CalledProcessError, ValueError) as error:
+        if isinstance(error, subprocess.CalledProcessError) and error.returncode in _ENDED_BY_OTHERS:
+            raise Unavailable("comparing the adapter's tokenizer with the base model's was interrupted") from error
         return ComparedTokenizer(
             ("the tokenizer's files: expected files that can be compared with the base model's, got others",)
         )

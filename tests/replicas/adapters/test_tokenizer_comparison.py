@@ -1,6 +1,7 @@
 """Results of comparisons are kept by the content of the tokenizer's files, as far as these were compared."""
 
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.adapters.revision import Revisions
 from ranklet.replicas.adapters.tokenizer_check import ComparedTokenizer
-from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison
-from ranklet.replicas.errors import AdapterChanged
+from ranklet.replicas.adapters.tokenizer_process import TokenizerComparison, compare_within
+from ranklet.replicas.errors import AdapterChanged, Unavailable
+from tests.assets.hanging import hanging
 from tests.assets.tokenizer import save_with_added
 from tests.replicas.asking import PATIENCE_S
 
@@ -78,6 +80,46 @@ def test_a_result_of_changed_files_is_not_kept(
 
 def test_a_prepared_comparison_finds_the_same(comparison: TokenizerComparison, adapter: AdapterRef) -> None:
     comparison.prepare()
+    assert texts(comparison.compare(adapter)) == ["<new>"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
+def test_files_of_a_disk_that_hangs_do_not_hold_the_process(
+    comparison: TokenizerComparison, adapter: AdapterRef, model_dir: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / name for name in ("stuck", "other")]
+    for folder in folders:
+        folder.mkdir()
+        save_with_added(model_dir, folder, f"<{folder.name}>")
+    stuck, other = map(reference, folders)
+    comparison.compare(adapter)
+    process = worker_pids()
+    with hanging(folders[0] / "tokenizer.json"):
+        waiting = comparison.begin(stuck)
+        assert texts(comparison.compare(other)) == ["<other>"]
+        assert worker_pids() == process, "the process was not ended as one that waits for the disk"
+    assert texts(waiting.result(PATIENCE_S)) == ["<stuck>"]
+
+
+def worker_pids() -> set[str]:
+    children = {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+    return {pid for pid in children if "tokenizer_worker" in Path(f"/proc/{pid}/cmdline").read_text()}
+
+
+def test_a_comparison_that_others_end_says_nothing_of_the_files(
+    comparison: TokenizerComparison, adapter: AdapterRef, model_dir: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Such as the kernel, which ends a process where memory runs out."""
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nkill -KILL $$\n")
+    program.chmod(0o755)
+    with monkeypatch.context() as ended:
+        ended.setattr(sys, "executable", str(program))
+        with pytest.raises(Unavailable, match="was interrupted"):
+            compare_within(model_dir, Path(adapter.path))
+        with pytest.raises(Unavailable, match="was interrupted"):
+            comparison.compare(adapter)
     assert texts(comparison.compare(adapter)) == ["<new>"]
 
 
