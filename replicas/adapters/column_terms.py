@@ -20,6 +20,7 @@ from torch import Tensor
 from ranklet.replicas.adapters.adapter import AdapterWeights, ColumnTerms, LoraWeight
 from ranklet.replicas.adapters.findings import Checked, join, shorten
 from ranklet.replicas.adapters.fused import divide_vectors, parts_of
+from ranklet.replicas.adapters.magnitudes import overflow, overflows
 from ranklet.replicas.adapters.own_stream import own_stream
 from ranklet.replicas.adapters.peft_config import LoraSettings
 from ranklet.replicas.adapters.pinned_memory import pageable
@@ -119,14 +120,18 @@ def read_terms(
         module: {kind: _vector(flat, offsets, tensor) for kind, tensor in kinds.items()}
         for module, kinds in stored.items()
     }
+    too_large, dtype = [], adapter.flat.dtype
     for (layer, name), own in divide_vectors(vectors, shape).items():
         weight, bias = base.read(layer, name)
         lora = adapter.weights.get((layer, name))
         terms = _terms(weight, bias, lora, own, looked_up=layer == EMBEDDING)
+        at = name if layer < 0 else f"layer {layer} {name}"
+        if overflows(terms, own.get("magnitude"), dtype):
+            too_large.append(at)
         if not bool(torch.isfinite(terms.gain).all()):
-            at = name if layer < 0 else f"layer {layer} {name}"
             yield f"{at}: the norm of a row of W + s B A, by which DoRA divides, is 0 or not finite"
         found[layer, name] = terms
+    yield from overflow(too_large, dtype)
     return found
 
 

@@ -1,11 +1,12 @@
 """Checks the sizes of an adapter's numbers: they must be finite and not overflow, and should change an answer."""
 
 import math
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
 
-from ranklet.replicas.adapters.adapter import AdapterWeights, LoraWeight
+from ranklet.replicas.adapters.adapter import AdapterWeights, ColumnTerms, LoraWeight
 from ranklet.replicas.adapters.findings import Checked, join
 from ranklet.replicas.model.modules import Module
 
@@ -49,15 +50,30 @@ def _not_finite(adapter: AdapterWeights, names: dict[Module, str]) -> Checked[No
 
 def _overflowing(adapter: AdapterWeights, names: dict[Module, str], largest: float) -> Checked[None]:
     """Probe modules whose output may be so large that a later layer cannot square it."""
-    limit = _LARGEST_HALF if adapter.flat.dtype == torch.float16 else _LARGEST
+    limit = _limit(adapter.flat.dtype)
     found = [
         names[module]
         for module, weight in adapter.weights.items()
         if _bound(weight, largest) > limit and not _typical_output(weight) < limit
     ]
-    if found:
-        served = str(adapter.flat.dtype).removeprefix("torch.")
-        yield f"{len(found)} modules give outputs beyond {limit:g}, which overflow in {served}: {join(found)}"
+    yield from overflow(found, adapter.flat.dtype)
+
+
+def overflows(terms: ColumnTerms, magnitude: Tensor | None, dtype: torch.dtype) -> bool:
+    """Return whether shifts, or a magnitude of DoRA, which is the output's size, are too large for later layers."""
+    vectors = [terms.shift] if magnitude is None else [terms.shift, magnitude]
+    return not all(_largest(vector) <= _limit(dtype) for vector in vectors)
+
+
+def overflow(modules: Collection[str], dtype: torch.dtype) -> Iterator[str]:
+    """Yield the finding about modules whose outputs overflow in the dtype that is served."""
+    if modules:
+        limit, served = _limit(dtype), str(dtype).removeprefix("torch.")
+        yield f"{len(modules)} modules give outputs beyond {limit:g}, which overflow in {served}: {join(modules)}"
+
+
+def _limit(dtype: torch.dtype) -> float:
+    return _LARGEST_HALF if dtype == torch.float16 else _LARGEST
 
 
 def _bound(weight: LoraWeight, largest: float) -> float:

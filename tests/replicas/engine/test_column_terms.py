@@ -123,6 +123,7 @@ def _with(part: str, tensor: torch.Tensor) -> Any:
     return change
 
 
+OVERFLOWS = "1 modules give outputs beyond 1e+15, which overflow in float32: layer 0 o_proj"
 REFUSED: dict[str, tuple[str, Any, dict[str, Any], str]] = {
     "missing": ("dora", _without("magnitude"), {}, "use_dora: expected lora_magnitude_vector of each module, 1 have"),
     "missing-bias": ("bias-all", _without("k_proj.bias"), {}, "bias: expected bias of each module, 1 have none"),
@@ -134,6 +135,14 @@ REFUSED: dict[str, tuple[str, Any, dict[str, Any], str]] = {
         _with("k_proj.lora_B.b", torch.full((32,), float("inf"))),
         {},
         "lora_B.bias: expected finite",
+    ),
+    "large-magnitude": ("dora", _with("0.self_attn.o_proj.lora_mag", torch.full((64,), 1e16)), {}, OVERFLOWS),
+    "large-bias": ("bias-all", _with("0.self_attn.o_proj.bias", torch.full((64,), -1e16)), {}, OVERFLOWS),
+    "scaled-bias": (
+        "lora-bias",
+        _with("0.mlp.down_proj.lora_B.b", torch.full((64,), 1e10)),
+        {"lora_alpha": 6e8},
+        "1 modules give outputs beyond 1e+15, which overflow in float32: layer 0 down_proj",
     ),
     "unnamed": ("dora", lambda weights: None, {"use_dora": False}, "14 modules have lora_magnitude_vector, which it"),
     "unnamed-bias": ("bias-all", lambda weights: None, {"bias": "none"}, "14 modules have bias, which it leaves out"),
