@@ -6,6 +6,7 @@ Each is several times what the largest known adapters need. Within all of them, 
 MAX_ADAPTER_BYTES = 4 << 30  # all files that make the revision, unless `sources.max_adapter_bytes` says otherwise
 MAX_CONFIG_BYTES = 1 << 20
 MAX_PATTERN_CHARS = 8192
+MAX_RANK = (1 << 31) - 1  # of the config; `engine.max_rank` limits ranks of modules
 MAX_ENTRIES = {  # of the config's fields that contain names or patterns of modules
     "target_modules": 4096, "exclude_modules": 4096, "rank_pattern": 4096, "alpha_pattern": 4096, "layers_pattern": 64,
 }  # fmt: skip

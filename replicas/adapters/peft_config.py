@@ -15,7 +15,7 @@ from ranklet.replicas.adapters.base_name import check_base_name
 from ranklet.replicas.adapters.findings import Checked, shorten, show
 from ranklet.replicas.adapters.invocation import FIELD as INVOCATION
 from ranklet.replicas.adapters.invocation import Invocation, check_invocation, invocation_of
-from ranklet.replicas.adapters.limits import MAX_CONFIG_BYTES, MAX_ENTRIES, MAX_PATTERN_CHARS
+from ranklet.replicas.adapters.limits import MAX_CONFIG_BYTES, MAX_ENTRIES, MAX_PATTERN_CHARS, MAX_RANK
 from ranklet.replicas.adapters.nested import missing_config
 from ranklet.replicas.adapters.pattern_process import NO_LAYER
 from ranklet.replicas.adapters.patterns import Pattern, PatternMatch, match_patterns
@@ -236,11 +236,14 @@ def check_fields(fields: dict[str, Any], bases: Sequence[str]) -> Checked[PeftCo
 
 def _wrong_types(fields: dict[str, Any]) -> Iterator[str]:
     if not _is_count(fields.get("r", 8)):
-        yield f"r: expected a whole number of at least 1, got {show(fields.get('r'))}"
-    for name, good in (("rank_pattern", _is_count), ("alpha_pattern", _is_number)):
+        yield f"r: expected a whole number from 1 to {MAX_RANK}, got {show(fields.get('r'))}"
+    for name, good, kind in (
+        ("rank_pattern", _is_count, f"ranks up to {MAX_RANK}"),
+        ("alpha_pattern", _is_number, "numbers"),
+    ):
         value = fields.get(name) or {}
         if not isinstance(value, dict) or not all(good(item) for item in value.values()):
-            yield f"{name}: expected an object of numbers by module pattern, got {show(value)}"
+            yield f"{name}: expected an object of {kind} by module pattern, got {show(value)}"
     if not _is_number(fields.get("lora_alpha", 8)):
         yield f"lora_alpha: expected a number, got {show(fields.get('lora_alpha'))}"
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
@@ -268,7 +271,7 @@ def _beyond_limits(fields: dict[str, Any]) -> Iterator[str]:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_RANK
 
 
 def _is_number(value: Any) -> bool:

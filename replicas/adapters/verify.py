@@ -123,11 +123,11 @@ def _read_all(
         usable = yield from check_terms(
             stored_terms, pairs.keys(), names, settings, expected.linears, expected.widths, expected.modules
         )
-        notes += yield from check_magnitudes(adapter, names, alone=not (stored_terms or stored_rows))
         if ties and settings.uses_dora:
             yield "use_dora: not supported beside ensure_weight_tying; train the adapter with one of them"
         if ties:
             adapter = yield from tied(adapter, settings.scaling(names[HEAD_MODULE]))
+        notes += yield from check_magnitudes(adapter, names, alone=not (stored_terms or stored_rows))
         has_head = HEAD_MODULE in names
         rows = yield from read_rows(path, stored_rows, adapter.weights, settings.tokens, expected, has_head=has_head)
         if rows and settings.invocation is not None:  # rows count for all tokens, LoRA only for the last ones

@@ -163,6 +163,12 @@ def test_a_tied_head_with_other_tensors_is_refused(tied: Base, tmp_path: Path) -
     assert "ensure_weight_tying ties them" in refusal(tied, edit_weights(folder, change))
 
 
+def test_an_alpha_with_which_a_tied_head_overflows_is_refused(tied: Base, tmp_path: Path) -> None:
+    folder = adapter(tied, tmp_path / "a", **TARGETS["embedding"], ensure_weight_tying=True)
+    edit_config(edit_weights(folder, _without_head), alpha_pattern={"lm_head": 3e38})
+    assert "1 modules give outputs beyond 1e+15, which overflow in float32: lm_head" in refusal(tied, folder)
+
+
 @pytest.mark.parametrize("name", ["head", "only-head"])
 def test_a_server_without_slots_for_the_head_says_what_they_cost(name: str, base: Base, tmp_path: Path) -> None:
     message = refusal(base, adapter(base, tmp_path / name, **TARGETS[name]), base.expected(LORA_MODULES))

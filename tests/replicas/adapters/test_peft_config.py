@@ -161,6 +161,7 @@ def test_another_base_is_refused_by_name(tmp_path: Path, named: Any) -> None:
         ({"layers_to_transform": [0], "layers_pattern": "(?i)layers"}, "(?i)layers"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
+        ({"rank_pattern": {"lm_head": 10**400}}, "rank_pattern: expected an object of ranks up to 2147483647"),
         ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern"),
         ({"r": True}, "r:"),
         ({"r": 8.0}, "r:"),
