@@ -101,16 +101,21 @@ def listed_tokens(
     """
     added = content.get("added_tokens")
     found = {token.content: token for token in _tokens((each, each.get("id")) for each in _objects(added))}
-    decoder = config.get("added_tokens_decoder")
-    if isinstance(decoder, dict):
-        numbered = ((int(key), each) for key, each in decoder.items() if is_number(key))
-        for token in _tokens((each, number) for number, each in sorted(numbered, key=lambda pair: pair[0])):
-            known = found.get(token.content)
-            found[token.content] = token if known is None else token._replace(id=known.id)
+    for token in decoder_tokens(config):
+        known = found.get(token.content)
+        found[token.content] = token if known is None else token._replace(id=known.id)
     for text in named_texts(config):
         if text not in found and text in plain:
             found[text] = AddedToken(text, plain[text], special=True)
     return found
+
+
+def decoder_tokens(config: Mapping[str, Any]) -> Iterator[AddedToken]:
+    """Yield the tokens of the `added_tokens_decoder` of a tokenizer_config.json, in the order of their ids."""
+    decoder = config.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        numbered = ((int(key), each) for key, each in decoder.items() if is_number(key))
+        yield from _tokens((each, number) for number, each in sorted(numbered, key=lambda pair: pair[0]))
 
 
 def named_texts(config: Mapping[str, Any]) -> list[str]:

@@ -1,11 +1,12 @@
-"""Compares how an adapter's tokenizer files encode texts with how the base model's do.
+"""Compares how an adapter's tokenizer files encode and decode texts with how the base model's do.
 
-Prompts are encoded with the base model's tokenizer and the tokens that the adapter's adds to it. So an adapter's files
-may be copies of the base's, as other versions of the libraries save them, with added tokens, but nothing else.
+Prompts are encoded, and texts decoded, with the base model's tokenizer and the tokens that the adapter's adds to it. So
+an adapter's files may be copies of the base's, as other versions of the libraries save them, with added tokens, but
+nothing else.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from ranklet.replicas.adapters.added_tokens import (
     NAMED_TOKENS,
     BaseTokens,
     added_to,
+    decoder_tokens,
     extra_tokens,
 )
 from ranklet.replicas.adapters.findings import show
@@ -43,7 +45,7 @@ _PLAIN_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")  # they encode as 
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
 _REMEDY = "remove the adapter's tokenizer files if the base model's are meant"
 
-Spec = dict[str, Any]  # what decides the ids of a tokenizer.json, by its sections
+Spec = dict[str, Any]  # what decides the ids, and the text of ids, of a tokenizer.json, by its sections
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,10 @@ class BaseTokenizer:
             yield str(error)
         if config:
             yield from self._config_differences(config, added)
+            yield from self._flag_differences(config)
         if content or read_within_bounds(folder / TOKENIZER_FILE) is not None:
+            if "added_tokens_decoder" not in config:  # it takes the place of the file
+                yield from self._vocabulary.added_differences(folder, added)
             yield from self._content_differences(folder, content, added, plain=_is_plain(config))
             return
         yield from self._vocabulary.differences(folder, added)
@@ -146,6 +151,14 @@ class BaseTokenizer:
             if isinstance(text, str) and text and text not in added and text not in self._vocabulary.tokens:
                 name = f"{TOKENIZER_CONFIG_FILE}: {field}"
                 yield f"{name}: expected a token of the base model or of {TOKENIZER_FILE}, got {show(text)}; {_REMEDY}"
+
+    def _flag_differences(self, config: dict[str, Any]) -> Iterator[str]:
+        """Yield tokens of the base model to which `added_tokens_decoder` gives other flags."""
+        for token, own in ((each.content, _flags(each._asdict())) for each in decoder_tokens(config)):
+            known = self._tokens.added.get(token)
+            expected = own if known is None else _flags(known._asdict())
+            if own != expected and own != self._loaded_spec["added_tokens"].get(token, []):
+                yield _other(f"{TOKENIZER_CONFIG_FILE}: added_tokens_decoder", {token: expected}, {token: own})
 
     def _content_differences(
         self, folder: Path, content: Spec | None, added: frozenset[str], *, plain: bool
@@ -211,11 +224,11 @@ def _is_plain(config: dict[str, Any]) -> bool:
 
 
 def _spec(content: dict[str, Any]) -> Spec:
-    """Return what decides the ids that a tokenizer.json gives a text, apart from the vocabulary."""
+    """Return what decides the ids that a tokenizer.json gives a text, and their text, apart from the vocabulary."""
     model, added = content.get("model"), content.get("added_tokens")
     fields: dict[str, Any] = model if isinstance(model, dict) else {}
     tokens = [each for each in added if isinstance(each, dict)] if isinstance(added, list) else []
-    flags = {str(each.get("content")): [flag for flag in _FLAGS if each.get(flag)] for each in tokens}
+    flags = {str(each.get("content")): _flags(each) for each in tokens}
     return {
         "normalizer": _steps(content.get("normalizer"), "normalizers"),
         "pre_tokenizer": _steps(content.get("pre_tokenizer"), "pretokenizers"),
@@ -226,8 +239,16 @@ def _spec(content: dict[str, Any]) -> Spec:
             if step.get("type") != "ByteLevel"
         ],
         "model": _without_defaults(fields | {"vocab": None, "merges": _merges(fields.get("merges"))}),
+        "decoder": [
+            {"type": "ByteLevel"} if step.get("type") == "ByteLevel" else step  # its fields change nothing
+            for step in _steps(content.get("decoder"), "decoders")
+        ],
         "added_tokens": {token: value for token, value in flags.items() if value},
     }
+
+
+def _flags(token: Mapping[str, Any]) -> list[str]:
+    return [flag for flag in _FLAGS if token.get(flag)]
 
 
 def _steps(step: Any, field: str) -> list[dict[str, Any]]:

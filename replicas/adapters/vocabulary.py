@@ -47,6 +47,18 @@ class BaseVocabulary:
         except UnusableTokenError as error:
             return (str(error),)
 
+    def added_differences(self, folder: Path, added: Collection[str] = ()) -> tuple[str, ...]:
+        """Return why the added_tokens.json beside an adapter's `tokenizer.json` does not fit.
+
+        The library adds its tokens to those of `tokenizer.json`.
+        """
+        try:
+            listed = _without(Vocabulary(folder).added_tokens, frozenset(added))
+            found = _difference(ADDED_TOKENS_FILE, listed, self.tokens, complete=False) if listed else None
+        except UnusableTokenError as error:
+            return (str(error),)
+        return (found,) if found else ()
+
     def has_file_of(self, folder: Path) -> bool:
         """Return whether an adapter's `tokenizer.json` has the bytes of the base model's."""
         own = _hash(folder / TOKENIZER_FILE)

@@ -43,6 +43,7 @@ CHANGES: dict[str, Callable[[Fields], Any]] = {
     "post_processor": lambda content: content.update(post_processor=None),
     "model: expected {'merges'": lambda content: content["model"]["merges"].reverse(),
     "added_tokens": lambda content: content["added_tokens"][0].update(lstrip=True),
+    "tokenizer.json: decoder": lambda content: content.update(decoder={"type": "Fuse"}),
     "expected the id 600 for '<pad>'": lambda content: content["added_tokens"].append(
         content["added_tokens"][0] | {"id": 601, "content": "<pad>"}
     ),
@@ -67,6 +68,11 @@ def test_another_tokenizer_is_refused_with_what_differs(says: str, base_dir: Pat
         ({"tokenizer_class": "LlamaTokenizer"}, "tokenizer_class"),
         ({"pad_token": "[PAD]"}, "pad_token: expected a token of the base model or of tokenizer.json, got '[PAD]'"),
         ({"extra_special_tokens": ["<tool>"]}, "extra_special_tokens: expected a token of the base model"),
+        (
+            {"added_tokens_decoder": {"1": {"content": "<|im_end|>", "special": True, "lstrip": True}}},
+            "added_tokens_decoder: expected {'<|im_end|>': []} as the base model has, got {'<|im_end|>': ['lstrip']}",
+        ),
+        ({"added_tokens_decoder": {"1": {"content": "<|im_end|>", "special": True, "normalized": False}}}, None),
         ({"add_bos_token": False, "model_max_length": 3, "padding_side": "right", "chat_template": "x"}, None),
         ({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": {"content": "<|im_end|>"}}, None),
     ],
@@ -90,6 +96,22 @@ def test_other_files(name: str, content: str, says: str, base_dir: Path, tmp_pat
     (tmp_path / name).write_text(content)
     (finding,) = BaseTokenizer(base_dir).compare(tmp_path).findings
     assert says in finding
+
+
+def test_added_tokens_json_beside_tokenizer_json(base_dir: Path, folder: Path) -> None:
+    """The library reads it unless tokenizer_config.json lists the added tokens."""
+    base, path = BaseTokenizer(base_dir), folder / "added_tokens.json"
+    path.write_text(json.dumps({"<|im_end|>": 1}))
+    assert base.compare(folder) == SAME
+    path.write_text(json.dumps({"<|im_end|>": 1, "<other>": 600}))
+    expected = AutoTokenizer.from_pretrained(base_dir)("a <other> b")["input_ids"]
+    assert AutoTokenizer.from_pretrained(folder)("a <other> b")["input_ids"] != expected
+    (finding,) = base.compare(folder).findings
+    assert finding.startswith("added_tokens.json: expected the ids of the base model's")
+    assert "'<other>' is 600 (not in the base model)" in finding
+    edit(folder / "tokenizer_config.json", lambda content: content.update(added_tokens_decoder={}))
+    assert AutoTokenizer.from_pretrained(folder)("a <other> b")["input_ids"] == expected
+    assert base.compare(folder) == SAME
 
 
 def test_merges_of_the_base_are_accepted_as_a_file(base_dir: Path, tmp_path: Path) -> None:
