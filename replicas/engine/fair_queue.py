@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from heapq import merge
-from itertools import count
+from itertools import count, islice
 from math import inf
 from operator import attrgetter
 
@@ -28,6 +28,7 @@ from ranklet.replicas.engine.sequence import Flow, Sequence
 
 _ACTIVE_ALLOWANCES = 16  # a flow without requests stays active until this many allowances have been served
 _MOST_ACTIVE = 4096  # flows, beyond which the oldest without requests are not active any more
+_LOOKAHEAD = 512  # new texts of a flow examined at once
 _TURN = attrgetter("turn")
 _Lane = tuple[Flow, bool]  # flow, and whether the sequences are new texts
 
@@ -83,6 +84,11 @@ class FairQueue:
             return self._ordered
         lanes = (lane for (flow, is_new), lane in self._lanes.items() if not is_new or flow not in flows)
         return merge(*lanes, key=_TURN)
+
+    def cancelled_texts(self, flows: Iterable[Flow]) -> list[Sequence]:
+        """Return cancelled ones of the first new texts of these flows."""
+        lanes = (self._lanes.get((flow, True), ()) for flow in flows)
+        return [each for lane in lanes for each in islice(lane, _LOOKAHEAD) if each.cancelled]
 
     def of_others(self, flows: Collection[Flow]) -> Iterable[Sequence]:
         """Return the sequences of all but these flows, in order."""

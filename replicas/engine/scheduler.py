@@ -99,6 +99,7 @@ class Scheduler:
         ready: dict[AdapterRef, bool] = {}
         beyond, blocked = 0, False
         full = len(plan.decodes) >= self._max_sequences or plan.tokens >= limits.most
+        plan.cancelled += self.queue.cancelled_texts(share.held_back)
         for sequence in self.queue.without_new_texts(share.held_back):
             if sequence.cancelled:
                 plan.cancelled.append(sequence)

@@ -92,6 +92,19 @@ def test_a_flood_starts_no_text_beyond_its_part_while_another_adapter_has_some()
     assert running.scheduler.holders.flows[flow_of(FLOOD)] >= 1, "it goes on"
 
 
+def test_cancelled_texts_of_a_flood_leave_the_queue_while_its_others_are_held_back() -> None:
+    running = flooded(requests=100)
+    running.generate([PROMPT], OTHER, max_tokens=200)
+    flood = [each for each in running.scheduler.queue if each.flow == flow_of(FLOOD)]
+    for sequence in flood[:60]:
+        sequence.request.cancel()
+    for _ in range(3):
+        go_on(running)
+    assert running.scheduler.holders.flows[flow_of(FLOOD)] > BRIEF, "no text of it may start"
+    assert not any(sequence in running.scheduler.queue for sequence in flood[:60])
+    assert all(sequence in running.scheduler.queue for sequence in flood[60:])
+
+
 def test_decodes_of_a_flood_wait_for_embeddings_of_others_but_go_on() -> None:
     running = flooded()
     decodes = []
