@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ranklet.kernels.token_rows import PAGE
+from ranklet.kernels.token_rows import PAGE, pages_for
 from ranklet.replicas.adapters.adapter import AdapterRows, AdapterWeights, LoraWeight, OwnRows
 from ranklet.replicas.adapters.expected_modules import ExpectedModules
 from ranklet.replicas.adapters.findings import Checked, shorten, show
@@ -38,7 +38,7 @@ from ranklet.replicas.adapters.tensor_names import (
 from ranklet.replicas.adapters.token_settings import TokenSettings
 from ranklet.replicas.model.modules import EMBED_TOKENS, LM_HEAD, Module
 
-_AT_ONCE = 1 << 24  # numbers of a matrix that are compared at once
+_AT_ONCE = 1 << 22  # numbers of a matrix that are read and compared at once
 _MODULES = {EMBED_TOKENS: EMBEDDING_MODULE, LM_HEAD: HEAD_MODULE}
 _Rows = dict[str, OwnRows]  # by name of the matrix
 
@@ -96,10 +96,10 @@ def read_rows(
     whole: _Rows = {}
     for name, tensor in stored.whole.items():
         if name in bases:
-            own = yield from _differing(path, tensor, bases[name], expected.added_tokens)
+            own = yield from _differing(path, tensor, bases[name], expected)
             if own is not None:
                 whole[name] = own
-    some = yield from _trained(path, stored.some, settings, bases, expected.added_tokens, ties=ties)
+    some = yield from _trained(path, stored.some, settings, bases, expected, ties=ties)
     if ties and bases[LM_HEAD].data_ptr() == expected.embedding.data_ptr():
         yield from _tie_whole(whole, stored, settings)
     if not (ties and settings.ensures_tying and stored.whole):
@@ -133,13 +133,12 @@ def within_vocabulary(adapter: AdapterWeights, vocab: int) -> AdapterWeights:
     return replace(adapter, weights=weights)
 
 
-def _differing(path: Path, stored: StoredTensor, base: Tensor, added: int) -> Checked[OwnRows | None]:
+def _differing(path: Path, stored: StoredTensor, base: Tensor, expected: ExpectedModules) -> Checked[OwnRows | None]:
     """Return the rows that differ from the base's, up to the rounding of either's dtype; None if none does.
 
-    Args:
-        added: largest number of rows beyond the base's.
+    Reads and keeps little of the matrix at once, since several loads may read one.
     """
-    key, (vocab, width) = shorten(stored.key), base.shape
+    key, (vocab, width), added = shorten(stored.key), base.shape, expected.added_tokens
     if len(stored.shape) != 2 or stored.shape[0] < vocab or stored.shape[1] != width:
         yield f"{key}: expected the base's {[vocab, width]}, got {show(list(stored.shape))}; its vocabulary differs"
         return None
@@ -152,22 +151,28 @@ def _differing(path: Path, stored: StoredTensor, base: Tensor, added: int) -> Ch
     if stored.dtype not in DTYPES:
         yield f"{key}: expected {FLOATS}, got {shorten(stored.dtype)}"
         return None
-    copy = read_tensor(path, stored)
-    at_once = max(1, _AT_ONCE // base.shape[1])
+    at_once, count = max(1, _AT_ONCE // width), 0
+    ids, rows = list[Tensor](), list[Tensor]()
     with own_stream(base.device):
-        differs = [
-            (own.to(base.device).to(base.dtype) != ours.to(copy.dtype).to(base.dtype)).any(1).cpu()
-            for own, ours in zip(copy[:vocab].split(at_once), base.split(at_once), strict=True)
-        ]
-    ids = torch.cat([*differs, torch.ones(len(copy) - vocab, dtype=torch.bool)]).nonzero()[:, 0]
-    if not len(ids):
+        for first in range(0, stored.shape[0], at_once):
+            own, ours = read_tensor(path, stored.rows(first, first + at_once)), base[first : first + at_once]
+            differs = torch.ones(len(own), dtype=torch.bool)  # the base has no rows beyond its own
+            same_dtype = own[: len(ours)].to(base.device).to(base.dtype)
+            differs[: len(ours)] = (same_dtype != ours.to(own.dtype).to(base.dtype)).any(1).cpu()
+            found = differs.nonzero()[:, 0]
+            count += len(found)
+            if count <= _room(expected):
+                ids.append(found + first)
+                rows.append(own[found].to(base.dtype))
+    if count > _room(expected):
+        yield _too_many(key, count, expected)
         return None
-    return (yield from _finite(key, OwnRows(ids.int(), copy[ids].to(base.dtype))))
+    return (yield from _finite(key, OwnRows(torch.cat(ids).int(), torch.cat(rows)))) if count else None
 
 
 def _trained(
-    path: Path, stored: Mapping[str, StoredTensor], settings: TokenSettings, bases: Mapping[str, Tensor], added: int, *,
-    ties: bool,
+    path: Path, stored: Mapping[str, StoredTensor], settings: TokenSettings, bases: Mapping[str, Tensor],
+    expected: ExpectedModules, *, ties: bool,
 ) -> Checked[_Rows]:  # fmt: skip
     """Read the rows that `trainable_token_indices` names."""
     indices = dict(settings.indices)
@@ -183,7 +188,7 @@ def _trained(
         if name in stored and name not in indices:
             yield f"{shorten(stored[name].key)}: expected none, since trainable_token_indices leaves out {name}"
         elif name in stored:
-            own = yield from _read_trained(path, stored[name], indices[name], bases[name], added)
+            own = yield from _read_trained(path, stored[name], indices[name], bases[name], expected)
             if own is not None:
                 found[name] = own
         elif name in indices and not (shares and name == LM_HEAD):
@@ -196,9 +201,9 @@ def _trained(
 
 
 def _read_trained(
-    path: Path, stored: StoredTensor, ids: tuple[int, ...], base: Tensor, added: int
+    path: Path, stored: StoredTensor, ids: tuple[int, ...], base: Tensor, expected: ExpectedModules
 ) -> Checked[OwnRows | None]:
-    key, (vocab, width) = shorten(stored.key), base.shape
+    key, (vocab, width), added = shorten(stored.key), base.shape, expected.added_tokens
     outside = [each for each in ids if not 0 <= each < vocab + added]
     if outside:
         yield (
@@ -212,6 +217,8 @@ def _read_trained(
         yield f"{key}: expected shape {[len(ids), width]}, got {show(list(stored.shape))}"
     elif stored.dtype not in DTYPES:
         yield f"{key}: expected {FLOATS}, got {shorten(stored.dtype)}"
+    elif len(ids) > _room(expected):
+        yield _too_many(key, len(ids), expected)
     else:
         rows, increasing = read_tensor(path, stored), sorted(ids)
         if list(ids) != increasing:
@@ -272,14 +279,23 @@ def _check_new(rows: AdapterRows, base: int) -> Checked[None]:
 
 
 def _check_room(rows: AdapterRows, expected: ExpectedModules) -> Checked[None]:
-    row_bytes = expected.embedding.shape[1] * expected.embedding.element_size()
     needed = rows_taken_by(rows)
-    if needed > -(-expected.token_rows // PAGE) * PAGE:
-        yield (
-            f"{EMBED_TOKENS} and {LM_HEAD}: {needed} rows differ from the base's, {_megabytes(needed * row_bytes)}; "
-            f"this server keeps {expected.token_rows} (engine.token_rows), "
-            f"{_megabytes(expected.token_rows * row_bytes)}. Raise it, or train single tokens"
-        )
+    if needed > _room(expected):
+        yield _too_many(f"{EMBED_TOKENS} and {LM_HEAD}", needed, expected)
+
+
+def _room(expected: ExpectedModules) -> int:
+    return pages_for(expected.token_rows) * PAGE
+
+
+def _too_many(name: str, rows: int, expected: ExpectedModules) -> str:
+    rows = pages_for(rows) * PAGE
+    row_bytes = expected.embedding.shape[1] * expected.embedding.element_size()
+    return (
+        f"{name}: {rows} rows differ from the base's, {_megabytes(rows * row_bytes)}; this server keeps "
+        f"{expected.token_rows} (engine.token_rows), {_megabytes(expected.token_rows * row_bytes)}. Raise it, or train "
+        "single tokens"
+    )
 
 
 def _megabytes(size: int) -> str:

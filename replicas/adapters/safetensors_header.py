@@ -4,7 +4,7 @@ import io
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,13 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+
+    def rows(self, first: int, stop: int) -> "StoredTensor":
+        """Return some rows of a matrix, as a tensor of the file."""
+        row_bytes = self.nbytes // self.shape[0]
+        count = min(stop, self.shape[0]) - first
+        shape, start = (count, *self.shape[1:]), self.start + first * row_bytes
+        return replace(self, shape=shape, start=start, nbytes=count * row_bytes)
 
 
 def read_header(path: Path) -> list[StoredTensor]:

@@ -6,9 +6,11 @@ import resource
 import shutil
 import struct
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
@@ -204,6 +206,37 @@ def test_an_alpha_that_overflows_is_refused_at_load(folder: Path, expectation: E
     edit_config(folder, lora_alpha=3e38)
     edit_weights(folder, lambda weights: [each.fill_(0.1) for each in weights.values()])
     assert "overflow in float32" in refusal(folder, expectation)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("key", "rows"),
+    [("embed_tokens.weight", 1 << 18), ("embed_tokens.token_adapter.trainable_tokens_delta", 1 << 16)],
+)
+def test_rows_beyond_those_of_the_server_are_not_kept(
+    key: str, rows: int, folder: Path, expectation: ExpectedModules
+) -> None:
+    """Several loads may read such files at a time."""
+    width = expectation.embedding.shape[1]
+    shape, size = [rows, width], 4 * rows * width
+    header = {f"base_model.model.model.{key}": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}
+    content = json.dumps(header).encode()
+    with (folder / WEIGHTS_FILE).open("wb") as file:
+        file.write(struct.pack("<Q", len(content)) + content)
+        file.truncate(file.tell() + size)
+    some = {"trainable_token_indices": [*range(rows)]}
+    edit_config(folder, **(some if key.endswith("delta") else {"modules_to_save": ["embed_tokens"]}))
+    base = torch.ones(1).expand(rows, width)
+    expected = replace(expectation, architecture=replace(expectation.architecture, vocab=rows), embedding=base)
+    Path("/proc/self/clear_refs").write_text("5")  # the largest size is the present one
+    before_kb = size_kb("VmRSS")
+    assert f"{rows} rows differ from the base's" in refusal(folder, expected)
+    assert size_kb("VmHWM") - before_kb < size >> 11, "half the file's size"
+
+
+def size_kb(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 numbers = st.sampled_from([0, 1, 8, 16, 17, 64, -8, 1 << 40, 1 << 63, 1 << 64, True, 1.5, None, "8"])
