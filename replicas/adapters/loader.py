@@ -81,11 +81,12 @@ class Loader:
             claim: called on a loader thread once the files are read, with the number of rows of tokens that the
                 adapter needs. Without a slot, the load fails with LostSlot.
         """
-        mount = None if ref in self.host else mount_of(ref.path)
+        packed = self.host.get(ref)  # here, since the cache may drop it before a thread runs
+        mount = mount_of(ref.path) if packed is None else None
         self._count(mount, 1)
 
         def run() -> None:
-            outcome = self._load(ref, claim)
+            outcome = self._load(ref, packed, claim)
             self._count(mount, -1)
             done(outcome)
 
@@ -98,9 +99,8 @@ class Loader:
             else:
                 self._reading[mount] += change
 
-    def _load(self, ref: AdapterRef, claim: ClaimSlot) -> LoadOutcome:
+    def _load(self, ref: AdapterRef, packed: PackedAdapter | None, claim: ClaimSlot) -> LoadOutcome:
         began_s = perf_counter()
-        packed = self.host.get(ref)
         tier = "host" if packed is not None else "disk"
         result: AdapterInfo | RankletError
         try:

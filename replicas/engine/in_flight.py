@@ -111,4 +111,5 @@ def _told(error: Exception) -> RankletError:
 def _not_finite(adapter: AdapterRef | None) -> RankletError:
     if adapter is None:
         return InternalError("the output for this prompt is not finite, without an adapter")
-    return InvalidAdapter(adapter.name, ["the output for this prompt is not finite: the adapter's weights overflow"])
+    reason = "the adapter's weights overflow, or its head has no row of a token"
+    return InvalidAdapter(adapter.name, [f"the output for this prompt is not finite: {reason}"])

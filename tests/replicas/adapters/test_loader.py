@@ -3,12 +3,13 @@
 import queue
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
 
 from ranklet.replicas.adapters.expected_modules import ExpectedModules
-from ranklet.replicas.adapters.loader import Loader, LoadOutcome
+from ranklet.replicas.adapters.loader import COPIERS, Loader, LoadOutcome
 from ranklet.replicas.adapters.pool import AdapterPool
 from ranklet.replicas.adapters.reference import AdapterInfo, AdapterRef
 from ranklet.replicas.errors import AdapterNotFound, InternalError, InvalidAdapter
@@ -50,6 +51,27 @@ def test_a_second_load_copies_the_same_adapter_from_the_host_cache(
         assert stacks.qkv is not None
         assert torch.equal(stacks.qkv.a[0], stacks.qkv.a[1])
         assert stacks.qkv.a[0].any()
+    loader.stop()
+
+
+def test_a_load_from_the_host_cache_never_reads_the_disk(
+    make_loader: MakeLoader, adapter_specs: list[AdapterSpec]
+) -> None:
+    """The cache drops the adapter while the load waits for a thread."""
+    (loader, _), wanted = make_loader(1 << 30), ref(adapter_specs[0].path)
+    load(loader, wanted)
+    done: queue.Queue[LoadOutcome] = queue.Queue()
+    go_on = Event()
+
+    def claim(ref: AdapterRef, rows: int) -> None:
+        go_on.wait(PATIENCE_S)
+
+    for _ in range(COPIERS):
+        loader.start(wanted, claim, lambda outcome: None)
+    loader.start(wanted, lambda ref, rows: 0, done.put)
+    loader.host.drop(wanted)
+    go_on.set()
+    assert done.get(timeout=PATIENCE_S).tier == "host"
     loader.stop()
 
 

@@ -154,6 +154,19 @@ def test_tokens_that_the_adapter_does_not_have_are_refused(
         assert_same(found, reference_embedding(model, folder, [PROMPT]))
 
 
+def test_logprobs_of_tokens_of_which_the_head_has_no_row(engine: Engine, model: Path, tmp_path: Path) -> None:
+    """Such as of an adapter that was trained without a head, or whose file leaves it out."""
+    folder = save_resized_adapter(model, tmp_path / "resized", modules_to_save=["embed_tokens"])
+    edit_weights(folder, _without("lm_head"))
+    vectors = submit(engine, [NEW_PROMPT], ref(folder)).result(PATIENCE_S).result
+    assert_same(vectors, reference_embedding(model, folder, [NEW_PROMPT]))
+    text = _asked(engine, folder, NEW_PROMPT, prompt_logprobs=None).result(PATIENCE_S).result.choices[0]
+    assert len(text.tokens) == 6
+    assert max(text.tokens) < 1024
+    with pytest.raises(InvalidAdapter, match="its head has no row of a token"):
+        _asked(engine, folder, NEW_PROMPT).result(PATIENCE_S)
+
+
 def _asked(engine: Engine, folder: Path | None, prompt: NDArray[np.int32], **params: Any) -> Future[Answer]:
     settings = {"logprobs": 5, "prompt_logprobs": 0, **params}
     return generate(engine, [prompt], ref(folder) if folder else None, 6, **settings)
