@@ -45,6 +45,7 @@ class FloodShare:
         by_flow: the same, by flow.
         decodes: cost of the step's decodes; 0 without any.
         waited: cost of the steps since the last one with decodes.
+        too_large: work of the smallest of their sequences that did not fit into their part, by whether it is a text.
     """
 
     flows: frozenset[Flow] = frozenset()
@@ -57,6 +58,7 @@ class FloodShare:
     by_flow: Counter[Flow] = field(default_factory=Counter)
     decodes: float = 0.0
     waited: float = 0.0
+    too_large: dict[bool, int] = field(default_factory=dict)
 
     def lets_start(self, sequence: Sequence) -> bool:
         """Return whether a text that waits may start."""
@@ -90,6 +92,18 @@ class FloodShare:
             return None
         cost = self.text_cost if sequence.need.outputs > 1 else self.cost
         return max(cost - self.decodes, self.each * len(self.flows) * self.decodes)
+
+    def leave_out(self, sequence: Sequence) -> None:
+        """Take note of a sequence of a flooding flow that did not fit."""
+        if sequence.row is None:
+            kind = sequence.need.outputs > 1
+            self.too_large[kind] = min(self.too_large.get(kind, sequence.work), sequence.work)
+
+    def leaves_out(self, sequence: Sequence) -> bool:
+        """Return whether a sequence fits no better than one that did not."""
+        if not self.too_large or sequence.row is not None or sequence.flow not in self.flows:
+            return False
+        return sequence.work >= self.too_large.get(sequence.need.outputs > 1, inf)
 
     def cost_of(self, plan: StepPlan, budget: PromptBudget) -> float | None:
         """Return the cost of a plan; None without flooding flows."""

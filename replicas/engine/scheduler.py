@@ -32,7 +32,7 @@ from ranklet.replicas.engine.plan import Part, StepPlan
 from ranklet.replicas.engine.request import Request
 from ranklet.replicas.engine.sequence import PATIENCE, Sequence
 from ranklet.replicas.engine.stats import KvCacheState
-from ranklet.replicas.engine.step_cost import PromptBudget, StepCost
+from ranklet.replicas.engine.step_cost import LEAST_PIECE, PromptBudget, StepCost
 from ranklet.replicas.engine.step_sizes import StepSizes
 
 _LOOKAHEAD = 512  # sequences examined after a step is full, so that their adapters are loaded early
@@ -77,11 +77,7 @@ class Scheduler:
         self._flood_rules.set_sizes(sizes)
 
     def propose(self, is_ready: IsReady) -> StepPlan:
-        """Return the next step. Changes nothing.
-
-        Args:
-            is_ready: whether an adapter is in a slot.
-        """
+        """Return the next step, given whether an adapter is in a slot. Changes nothing."""
         plan = StepPlan()
         room = self.space.room() if self.space is not None else FreeSpace(0, 0)
         room.computing |= self.holders.pages_in_work()
@@ -109,8 +105,9 @@ class Scheduler:
             adapter = sequence.adapter
             if adapter is not None and adapter not in ready:
                 ready[adapter] = is_ready(adapter)
-            if not room.rows and sequence.row is None and sequence.need.keeps_cache:
-                continue  # a long queue of texts costs little
+            has_no_row = not room.rows and sequence.row is None and sequence.need.keeps_cache
+            if has_no_row or share.leaves_out(sequence):
+                continue  # a long queue of texts, or of a flood, costs little
             full = full or limits.closes(sequence, plan.tokens - len(plan.decodes))
             waits = sequence.is_new_text and not share.lets_start(sequence)
             if full or waits or (blocked and sequence.row is None) or limits.leaves_out(sequence, plan):
@@ -120,11 +117,14 @@ class Scheduler:
             elif adapter is None or ready[adapter] or sequence.holds_slot:
                 budget.limit(limits.most_text(sequence), share.prompts(sequence))
                 part = self._part(sequence, plan, adapters, room, budget)
+                if part is None and budget.is_limited:  # its flow floods, and the rest of the step is of others
+                    share.leave_out(sequence)
+                    continue
                 if part is None:
-                    if not budget.is_limited:  # else its flow floods, and the rest of the step is of others
-                        plan.passed.append(sequence)
-                        blocked = blocked or (sequence.passed_over >= PATIENCE and not sequence.need.keeps_cache)
-                        full = budget.is_spent
+                    plan.passed.append(sequence)
+                    blocked = blocked or (sequence.passed_over >= PATIENCE and not sequence.need.keeps_cache)
+                    beyond += budget.tokens < LEAST_PIECE
+                    full = budget.is_spent or beyond > _LOOKAHEAD
                     continue
                 plan.add(part)
                 budget.take(part.tokens, part.start, is_text=sequence.need.keeps_cache)
