@@ -67,7 +67,10 @@ class OwnRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterRows:
-    """The rows of an adapter; None where it has the base model's. A tied head shares the object of the embedding."""
+    """The rows of an adapter; None where it has the base model's.
+
+    A tied head shares the object of the embedding, unless LoRA completes either.
+    """
 
     embedding: OwnRows | None = None
     head: OwnRows | None = None

@@ -75,7 +75,9 @@ class Loader:
         return self._reading[mount_of(ref.path)] < self._readers_of_mount and self._reading.total() < MAX_READERS
 
     def start(self, ref: AdapterRef, claim: ClaimSlot, done: Callable[[LoadOutcome], None]) -> None:
-        """Load an adapter into the slot that `claim` returns. `done` is always called, on a loader thread.
+        """Load an adapter into the slot that `claim` returns.
+
+        `done` is called on a loader thread, unless the loader stops before one is free.
 
         Args:
             claim: called on a loader thread once the files are read, with the number of rows of tokens that the

@@ -69,8 +69,8 @@ def hash_of(path: str | Path) -> FolderHash:
     """Read an adapter's files and return their revision, 16 hexadecimal digits, and the hash of the tokenizer's files.
 
     The revision is the SHA-256 of the name, the size and the SHA-256 digest of each MiB of `adapter_config.json`, then
-    of the weights, then of the chat template, the tokenizer's files and those of sentence-transformers, as far as it
-    has them.
+    of the weights, then of the chat template, the tokenizer's files, those of sentence-transformers, `config.json` and
+    `ranklet.json`, as far as it has them.
 
     Raises:
         AdapterNotFound: the folder does not exist.

@@ -56,6 +56,7 @@ def read_adapter(ref: AdapterRef, expected: ExpectedModules, allocate: Allocate 
         AdapterNotFound: the folder does not exist.
         AdapterChanged: its files are no longer those of the reference.
         InvalidAdapter: it cannot be served; the error lists every reason.
+        Unavailable: comparing its tokenizer with the base model's takes too much time.
     """
     folder = Path(ref.path)
     if not folder.is_dir():
