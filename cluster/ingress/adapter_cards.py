@@ -11,6 +11,7 @@ from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.catalog.source import is_remote, pinned_revision
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.cluster.names import MAX_NAME_CHARACTERS, normal_name
+from ranklet.replicas.adapters.limits import MAX_ADAPTER_BYTES
 from ranklet.replicas.adapters.reference import AdapterReport
 from ranklet.replicas.adapters.revision import Revisions, marks_of
 from ranklet.replicas.errors import RankletError, UnknownModel
@@ -23,12 +24,16 @@ class AdapterCards:
 
     Args:
         roots: folders that links in an adapter's folder may lead to.
+        max_bytes: limit on the size of one adapter.
     """
 
-    def __init__(self, registry: Registry, replicas: ReplicasClient, roots: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, registry: Registry, replicas: ReplicasClient, roots: Sequence[Path] = (),
+        max_bytes: int = MAX_ADAPTER_BYTES,
+    ) -> None:  # fmt: skip
         self._registry = registry
         self._replicas = replicas
-        self._revisions = Revisions(roots=roots)
+        self._revisions = Revisions(roots=roots, max_bytes=max_bytes)
 
     async def cards(self) -> list[dict[str, Any]]:
         """Return the cards of all adapters.

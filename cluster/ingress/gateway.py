@@ -120,7 +120,7 @@ class Gateway(ReportReceiver):
 
     def __serve_build_asgi_app__(self) -> Starlette:
         args, keys, registry, intake, replicas = self._args, self._keys, self._registry, self._intake, self._replicas
-        cards = AdapterCards(registry, replicas, args.adapter_roots)
+        cards = AdapterCards(registry, replicas, args.adapter_roots, args.sources.max_adapter_bytes)
         return build_app(
             inference={
                 "/v1/embeddings": self._inference_handler(partial(EmbeddingsTask.parse, self._embeddings)),

@@ -7,13 +7,15 @@ from unittest.mock import AsyncMock, create_autospec
 
 import pytest
 
+from ranklet.cluster.catalog.location import AdapterLocation
 from ranklet.cluster.catalog.registry import Registry
 from ranklet.cluster.ingress.adapter_cards import AdapterCards
 from ranklet.cluster.ingress.lifecycle import AdapterExists, Lifecycle, LoadRequest
 from ranklet.cluster.ingress.naming import ModelNames
 from ranklet.cluster.ingress.replicas_client import ReplicasClient
 from ranklet.replicas.adapters.reference import CONFIG_FILE, AdapterInfo
-from ranklet.replicas.errors import AdapterNotFound, InvalidRequest, UnknownModel
+from ranklet.replicas.adapters.revision import revision_of
+from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, UnknownModel
 
 
 @pytest.fixture
@@ -58,6 +60,15 @@ async def test_folders_that_are_no_adapters_are_listed_as_failed_with_the_reason
     for name, reason in (("base", "name of the base model"), ("a*b", "without"), ("empty", CONFIG_FILE)):
         assert reason in listed[name]["error"]
         assert await cards.card(name) == listed[name]
+
+
+async def test_revisions_are_read_of_adapters_up_to_the_services_limit(
+    registry: Registry, replicas: Any, tmp_path: Path
+) -> None:
+    named = AdapterLocation("legal", str(tmp_path / "legal"), revision_of(tmp_path / "legal"))
+    await AdapterCards(registry, replicas, max_bytes=2).check_revision(named)
+    with pytest.raises(InvalidAdapter, match=r"at most 1 bytes \(sources.max_adapter_bytes\), got 2"):
+        await AdapterCards(registry, replicas, max_bytes=1).check_revision(named)
 
 
 @pytest.mark.parametrize("name", ["org/legal", "org/legal@v1", "legal:v1", "legal[v2]", "cafe\u0301", "v1@2"])
