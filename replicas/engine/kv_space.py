@@ -11,19 +11,6 @@ from ranklet.replicas.engine.sequence import Sequence
 from ranklet.replicas.engine.stats import CacheRoom, KvCacheState
 
 
-@dataclass(slots=True)
-class FreeSpace:
-    """What is left while a step is planned.
-
-    Attributes:
-        computing: content hashes of the next pages of prompts that started sequences are computing.
-    """
-
-    pages: int
-    rows: int
-    computing: set[bytes] = field(default_factory=set)
-
-
 @dataclass(frozen=True, slots=True)
 class Start:
     """Pages that a sequence finds and takes when it starts.
@@ -37,6 +24,33 @@ class Start:
     tokens: int
     pages: int
     next_page: bytes | None
+
+
+@dataclass(slots=True)
+class FreeSpace:
+    """What is left while a step is planned.
+
+    Attributes:
+        computing: content hashes of the next pages of prompts that started sequences are computing.
+        missed: those of them that sequences wait for which have not started, by the number of pages before.
+    """
+
+    pages: int
+    rows: int
+    computing: set[bytes] = field(default_factory=set)
+    missed: dict[int, set[bytes]] = field(default_factory=dict)
+
+    def miss(self, start: Start) -> None:
+        """Take note of a page that a sequence waits for, so that others are known to wait for it too."""
+        assert start.next_page is not None
+        self.missed.setdefault(start.tokens // PAGE_TOKENS, set()).add(start.next_page)
+
+    def lacks_page(self, sequence: Sequence) -> bool:
+        """Return whether a sequence waits for a page that another was found to wait for."""
+        if not self.missed or sequence.row is not None:
+            return False
+        hashes = sharable(sequence)
+        return any(page < len(hashes) and hashes[page] in found for page, found in self.missed.items())
 
 
 class KvSpace:

@@ -105,9 +105,10 @@ class Scheduler:
             adapter = sequence.adapter
             if adapter is not None and adapter not in ready:
                 ready[adapter] = is_ready(adapter)
-            has_no_row = not room.rows and sequence.row is None and sequence.need.keeps_cache
-            if has_no_row or share.leaves_out(sequence):
-                continue  # a long queue of texts, or of a flood, costs little
+            if not room.rows and sequence.row is None and sequence.need.keeps_cache:
+                continue  # a long queue of texts costs little
+            if not full and (share.leaves_out(sequence) or room.lacks_page(sequence)):
+                continue  # as do prompts that are known not to fit
             full = full or limits.closes(sequence, plan.tokens - len(plan.decodes))
             waits = sequence.is_new_text and not share.lets_start(sequence)
             if full or waits or (blocked and sequence.row is None) or limits.leaves_out(sequence, plan):
@@ -189,11 +190,12 @@ class Scheduler:
             return None
         found = self.space.to_start(sequence)
         if found.next_page in room.computing:
-            return None  # it can share that page in the next step
-        if found.pages + len(self.holders) > room.pages:  # each holder may soon need one page more
+            room.miss(found)  # it can share that page in the next step
+        elif found.pages + len(self.holders) > room.pages:  # each holder may soon need one page more
             room.rows = 0  # no later sequence takes the pages that this one waits for
-            return None
-        return found
+        else:
+            return found
+        return None
 
     def _piece(self, sequence: Sequence, left: int, start: int, plan: StepPlan, budget: PromptBudget) -> int:
         """Return how many of the `left` tokens fit into the step; 0 if it has no space for a useful number."""
@@ -280,17 +282,15 @@ class Scheduler:
         if self.space is not None:
             self.space.forget()
         self._preempt(self.holders.undelivered())
-        again = list(sequences)
-        for sequence in again:
+        for sequence in (again := list(sequences)):
             sequence.request.restart(sequence)
         self.queue.put_back(again)
 
     def publish(self, plan: StepPlan) -> None:
         """Let later sequences share the pages that the delivered tokens of a step have filled."""
-        filled = [each for each in plan.decodes if each.length % PAGE_TOKENS == 1 and each.row is not None]
-        for sequence in filled:
-            assert self.space is not None
-            self.space.publish(sequence)
+        for sequence in plan.decodes:
+            if self.space is not None and sequence.length % PAGE_TOKENS == 1 and sequence.row is not None:
+                self.space.publish(sequence)
 
     def drop(self, sequences: Iterable[Sequence]) -> None:
         """Remove sequences and free their pages. Outputs of launched steps are void."""

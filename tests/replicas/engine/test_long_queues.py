@@ -5,6 +5,7 @@ from typing import Any, cast
 import pytest
 
 from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.cache.pages import PAGE_TOKENS, PagePool, PrefixMatch
 from ranklet.replicas.engine.step_cost import PromptBudget, StepCost
 from tests.bench.fair_texts import TimedDevice
 from tests.replicas.engine.simulation import Simulation
@@ -40,6 +41,20 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return left
 
 
+@pytest.fixture
+def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the numbers of pages that were looked up in the prefix cache."""
+    pages: list[int] = []
+    match = PagePool.match
+
+    def counting(pool: PagePool, hashes: list[bytes]) -> PrefixMatch:
+        pages.append(len(hashes))
+        return match(pool, hashes)
+
+    monkeypatch.setattr(PagePool, "match", counting)
+    return pages
+
+
 def check_steps(running: Simulation, tried: list[int]) -> None:
     served = 0
     for _ in range(40):
@@ -70,3 +85,15 @@ def test_prompts_of_a_flood_that_has_its_part_of_a_step_are_not_all_tried(
         prompt = [number % 39 + 1, *[1] * 99]
         running.generate([prompt], FLOOD, max_tokens=1) if outputs else running.embed([prompt], FLOOD)
     check_steps(running, tried)
+
+
+def test_texts_that_wait_for_one_page_are_not_all_looked_up(running: Simulation, looked_up: list[int]) -> None:
+    system = [1, 2, 3] * PAGE_TOKENS
+    texts = [running.generate([[*system, number % 39 + 1]], OTHER, max_tokens=2) for number in range(WAITING)]
+    for _ in range(3):
+        looked_up.clear()
+        running.step()
+        assert len(looked_up) <= 64
+        running.deliver()
+    running.run(10_000)
+    assert {each.cached[0] for each in texts} == {0, len(system)}, "all others found it"
