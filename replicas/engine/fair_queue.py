@@ -13,7 +13,7 @@ prefix cache. Tokens of decodes, which do not wait here, count towards their flo
 
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from heapq import merge
@@ -104,19 +104,23 @@ class FairQueue:
         """The flows with waiting sequences."""
         return self._flows
 
-    def flooding(self, comes: Flow | None = None) -> set[Flow]:
+    def flooding(self, comes: Flow | None = None, running: Mapping[Flow, int] | None = None) -> set[Flow]:
         """Return the flows that have more than their allowance waiting, or were served that much ahead of others.
 
-        The second ones flood only while others wait: until then, they use what others leave.
+        The second ones flood only while others wait, or if most texts are their own: else they use what others leave.
 
         Args:
             comes: a flow that is about to wait too.
+            running: number of running texts by flow.
         """
         allowed = self.allowance
         found = {name for name, flow in self._flows.items() if flow.work > allowed}
         ahead = {name for name, until in self._decoded.items() if until - self._now > allowed}
-        others_wait = not ahead.issuperset(self._flows if comes is None else (*self._flows, comes))
-        return found | ahead if others_wait else found
+        if not ahead.issuperset(self._flows if comes is None else (*self._flows, comes)):
+            return found | ahead
+        texts = running or {}
+        most = (sum(texts.values()) + self.texts) / 2
+        return found.union(flow for flow in ahead if texts.get(flow, 0) + self.new_texts_of(flow) > most)
 
     def tokens_of(self, flow: Flow) -> int:
         return self._flows[flow].tokens if flow in self._flows else 0

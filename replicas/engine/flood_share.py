@@ -157,7 +157,7 @@ def flood_share(
     queue: FairQueue, holders: Holders, space: KvSpace | None, costs: StepCost, rules: FloodRules
 ) -> FloodShare:
     """Return the share of flooding flows in the next step. Without pages, `FloodRules` alone limits them."""
-    flooding = queue.flooding() if space is not None else set[Flow]()
+    flooding = queue.flooding(running=holders.flows) if space is not None else set[Flow]()
     flows = {*holders.flows, *queue.flows} if flooding else flooding
     flooding &= flows  # those that had requests may have none any more
     if space is None or not flooding or (flooding.issuperset(flows) and not rules.expects_others):

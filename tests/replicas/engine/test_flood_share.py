@@ -105,6 +105,21 @@ def test_cancelled_texts_of_a_flood_leave_the_queue_while_its_others_are_held_ba
     assert all(sequence in running.scheduler.queue for sequence in flood[60:])
 
 
+def test_a_flow_ahead_of_others_floods_while_none_waits_if_most_texts_are_its_own() -> None:
+    running = flooded(requests=0)
+    flows = {FLOOD: 12, OTHER: 4}
+    asked: dict[AdapterRef, list[Asked]] = {ref: [] for ref in REFS}
+    counts = []
+    for step in range(600):
+        for ref, count in flows.items():
+            asked[ref] = [each for each in asked[ref] if each.result is None]
+            missing = count - len(asked[ref])
+            asked[ref] += [running.generate([[step % 30 + 1]], ref, max_tokens=50) for _ in range(missing)]
+        go_on(running)
+        counts.append(len(running.scheduler.holders))
+    assert max(counts[-100:]) == BRIEF
+
+
 def test_decodes_of_a_flood_wait_for_embeddings_of_others_but_go_on() -> None:
     running = flooded()
     decodes = []
