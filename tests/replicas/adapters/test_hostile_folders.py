@@ -209,15 +209,10 @@ def test_an_alpha_that_overflows_is_refused_at_load(folder: Path, expectation: E
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="reads /proc")
-@pytest.mark.parametrize(
-    ("key", "rows"),
-    [("embed_tokens.weight", 1 << 18), ("embed_tokens.token_adapter.trainable_tokens_delta", 1 << 16)],
-)
-def test_rows_beyond_those_of_the_server_are_not_kept(
-    key: str, rows: int, folder: Path, expectation: ExpectedModules
-) -> None:
-    """Several loads may read such files at a time."""
-    width = expectation.embedding.shape[1]
+@pytest.mark.parametrize("key", ["embed_tokens.weight", "embed_tokens.token_adapter.trainable_tokens_delta"])
+def test_rows_beyond_those_of_the_server_are_not_kept(key: str, folder: Path, expectation: ExpectedModules) -> None:
+    """Several loads may read such files at a time. The file is much larger than what other threads may take."""
+    rows, width = 1 << 16, 2048
     shape, size = [rows, width], 4 * rows * width
     header = {f"base_model.model.model.{key}": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}
     content = json.dumps(header).encode()
