@@ -24,7 +24,7 @@ class TextLoads:
     """The texts of all replicas.
 
     Attributes:
-        least_free_tokens, least_free_texts: no replica has told less `free_tokens` or `free_texts` (see `QueueLoad`).
+        least_free_tokens, least_free_texts: lower bounds of what the replicas have told; see `QueueLoad`.
         work: of the tokens of one text: the mean of the replicas that have reported texts. A replica with few texts
             measures more work for each. With its own number, it would seem as busy as one with many texts.
         running_s: float64 [replicas], time that the running texts take. With the age of a report, it approaches the
@@ -90,13 +90,14 @@ class TextLoads:
 
     def _fade(self, which: int | slice, age_s: float | Vector) -> None:
         self._told_share[which] = share = np.maximum(1.0 - age_s / _LIFETIME_S, 0.0)
-        self.running_s[which] = _weighted(self._told_s[which], self._mean_s, share)
+        self.running_s[which] = _weighted_mean(self._told_s[which], self._mean_s, share)
 
     def _faded(self, wait_s: Vector) -> Vector:
         wait_s = np.minimum(wait_s, _LONGEST_ROOM_WAIT_S)
-        return _weighted(wait_s, float(wait_s.mean()), self._told_share)
+        return _weighted_mean(wait_s, float(wait_s.mean()), self._told_share)
 
 
-def _weighted(told: Vector, mean: float, share: float | Vector) -> Vector:
-    weighted: Vector = mean + (told - mean) * share
-    return weighted
+def _weighted_mean(own: Vector, mean: float, weight: float | Vector) -> Vector:
+    """Return the weighted mean of a replica's own value and the mean of all."""
+    result: Vector = mean + (own - mean) * weight
+    return result

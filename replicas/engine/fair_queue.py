@@ -28,7 +28,7 @@ from ranklet.replicas.engine.sequence import Flow, Sequence
 
 _ACTIVE_ALLOWANCES = 16  # a flow without requests stays active until this many allowances have been served
 _MOST_ACTIVE = 4096  # flows, beyond which the oldest without requests are not active any more
-_LOOKAHEAD = 512  # new texts of a flow examined at once
+LOOKAHEAD = 512  # waiting sequences examined that are in no plan
 _TURN = attrgetter("turn")
 _Lane = tuple[Flow, bool]  # flow, and whether the sequences are new texts
 
@@ -68,7 +68,7 @@ class FairQueue:
         self._now = 0.0  # virtual time: tokens that each active flow should have been served by now
         self._served = 0  # tokens of all steps
         self._active: OrderedDict[Flow, int] = OrderedDict()  # flows: `_served` at their last request
-        self._decoded: dict[Flow, float] = {}  # flows: virtual time that their decodes have used up
+        self._charged: dict[Flow, float] = {}  # flows: virtual time that `charge_flow` has used up
         self._pages = QueuedPages(cached)
         self.tokens = self.work = self.texts = self.text_work = 0
 
@@ -88,7 +88,7 @@ class FairQueue:
     def cancelled_texts(self, flows: Iterable[Flow]) -> list[Sequence]:
         """Return cancelled ones of the first new texts of these flows."""
         lanes = (self._lanes.get((flow, True), ()) for flow in flows)
-        return [each for lane in lanes for each in islice(lane, _LOOKAHEAD) if each.cancelled]
+        return [each for lane in lanes for each in islice(lane, LOOKAHEAD) if each.cancelled]
 
     def of_others(self, flows: Collection[Flow]) -> Iterable[Sequence]:
         """Return the sequences of all but these flows, in order."""
@@ -115,7 +115,7 @@ class FairQueue:
         """
         allowed = self.allowance
         found = {name for name, flow in self._flows.items() if flow.work > allowed}
-        ahead = {name for name, until in self._decoded.items() if until - self._now > allowed}
+        ahead = {name for name, until in self._charged.items() if until - self._now > allowed}
         if not ahead.issuperset(self._flows if comes is None else (*self._flows, comes)):
             return found | ahead
         texts = running or {}
@@ -160,8 +160,8 @@ class FairQueue:
         self._mark_active(name)
 
     def _debt(self, flow: Flow) -> float:
-        """Return the tokens that a flow's decodes were served ahead of the others."""
-        return max(0.0, self._decoded.get(flow, self._now) - self._now)
+        """Return the tokens charged to a flow ahead of the others."""
+        return max(0.0, self._charged.get(flow, self._now) - self._now)
 
     def _work_with(self, flow: Flow, work: int) -> float:
         """Return the work of a flow that counts towards its allowance once a request is added."""
@@ -263,7 +263,7 @@ class FairQueue:
 
     def charge_flow(self, flow: Flow, tokens: int) -> None:
         """Count tokens towards a flow's turn that it did not have in the queue: those of its decodes, for example."""
-        self._decoded[flow] = max(self._decoded.get(flow, self._now), self._now) + tokens
+        self._charged[flow] = max(self._charged.get(flow, self._now), self._now) + tokens
         self._mark_active(flow)
 
     def _mark_active(self, flow: Flow) -> None:
@@ -299,7 +299,7 @@ class FairQueue:
             self._mark_active(flow)
         else:
             del self._active[flow]
-            self._decoded.pop(flow, None)
+            self._charged.pop(flow, None)
 
 
 def _lane(sequence: Sequence) -> _Lane:

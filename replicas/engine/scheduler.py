@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.cache.pages import PAGE_TOKENS
 from ranklet.replicas.engine.decodes import commit_decodes, plan_decodes, prompt_budget
-from ranklet.replicas.engine.fair_queue import FairQueue
+from ranklet.replicas.engine.fair_queue import LOOKAHEAD, FairQueue
 from ranklet.replicas.engine.flood_rules import FloodRules
 from ranklet.replicas.engine.flood_share import FloodShare, IsReady, can_run, flood_share
 from ranklet.replicas.engine.holders import Holders
@@ -34,8 +34,6 @@ from ranklet.replicas.engine.sequence import PATIENCE, Sequence
 from ranklet.replicas.engine.stats import KvCacheState
 from ranklet.replicas.engine.step_cost import LEAST_PIECE, PromptBudget, StepCost
 from ranklet.replicas.engine.step_sizes import StepSizes
-
-_LOOKAHEAD = 512  # sequences examined after a step is full, so that their adapters are loaded early
 
 
 class Scheduler:
@@ -113,7 +111,7 @@ class Scheduler:
             waits = sequence.is_new_text and not share.lets_start(sequence)
             if full or waits or (blocked and sequence.row is None) or limits.leaves_out(sequence, plan):
                 beyond += 1
-                if beyond > _LOOKAHEAD:
+                if beyond > LOOKAHEAD:
                     break
             elif adapter is None or ready[adapter] or sequence.holds_slot:
                 budget.limit(limits.most_text(sequence), share.prompts(sequence))
@@ -125,7 +123,7 @@ class Scheduler:
                     plan.passed.append(sequence)
                     blocked = blocked or (sequence.passed_over >= PATIENCE and not sequence.need.keeps_cache)
                     beyond += budget.tokens < LEAST_PIECE
-                    full = budget.is_spent or beyond > _LOOKAHEAD
+                    full = budget.is_spent or beyond > LOOKAHEAD
                     continue
                 plan.add(part)
                 budget.take(part.tokens, part.start, is_text=sequence.need.keeps_cache)
@@ -282,7 +280,8 @@ class Scheduler:
         if self.space is not None:
             self.space.forget()
         self._preempt(self.holders.undelivered())
-        for sequence in (again := list(sequences)):
+        again = list(sequences)
+        for sequence in again:
             sequence.request.restart(sequence)
         self.queue.put_back(again)
 

@@ -111,9 +111,7 @@ class Run:
             max_model_len=4096, costs=self.costs, slowdown=1.8, depth=2, shares_prefixes=has_prefix_cache,
         )  # fmt: skip
         self.engine.device = cast(Any, TimedDevice(len(self.refs)))
-        for ref in self.refs:
-            self.engine.embed([[1]], ref)
-        self.engine.run(1000)
+        self.engine.load(self.refs)
         self.now_s = self._free_s = 0.0
         self._forecast = Forecast()
         self._ends: deque[tuple[float, float]] = deque()

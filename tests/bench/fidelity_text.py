@@ -11,7 +11,6 @@ whose texts mean nothing: there the measure is that the engine is no further fro
 
 import argparse
 import gc
-import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -34,7 +33,7 @@ from tests.assets.smollm import make_smollm
 from tests.bench import report
 from tests.bench.engine import refs
 from tests.bench.shapes import write_adapters
-from tests.bench.texts import RANK, SHAPES, TextModel, make_text_model, text_engine, wait_for
+from tests.bench.texts import RANK, SHAPES, TextModel, add_keep, make_text_model, model_folder, text_engine, wait_for
 
 MODELS = ("smollm", *SHAPES)
 BOUNDS = {"prefill": 1.6e-2, "decode": 3.1e-2}
@@ -160,12 +159,11 @@ def main() -> None:
     parser.add_argument("--smollm", type=Path, metavar="FOLDER", help="SmolLM2 as `tests.assets.smollm` writes it")
     parser.add_argument("--output", type=int, default=64, help="tokens of each text")
     parser.add_argument("--dtype", default="auto", help="dtype of the engine")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep models here, for further runs")
+    add_keep(parser)
     parser.add_argument("--backend", help="LoRA backend")
     options = parser.parse_args()
     found: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = options.keep or Path(scratch)
+    with model_folder(options) as folder:
         for name in options.models:
             model = smollm(folder, options.smollm) if name == "smollm" else make_text_model(folder, name, 2)
             found += rows(model, name, options)

@@ -11,10 +11,8 @@ The tokens of a prompt are random, so the texts mean nothing.
 """
 
 import argparse
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -23,7 +21,17 @@ import numpy as np
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.engine import Engine
 from tests.bench import gaps, report
-from tests.bench.texts import SHAPES, TextModel, TextRun, make_text_model, random_prompts, run_texts, text_engine
+from tests.bench.texts import (
+    SHAPES,
+    TextModel,
+    TextRun,
+    add_keep,
+    make_text_model,
+    model_folder,
+    random_prompts,
+    run_texts,
+    text_engine,
+)
 
 PARTS = ("table", "shared", "gaps")
 
@@ -127,7 +135,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, nargs="+", help="of the table, numbers of adapters")
     parser.add_argument("--repeats", type=int, default=2, help="runs, of which the best counts")
     parser.add_argument("--shared-output", type=int, default=32, help="tokens of each text of the part `shared`")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep models here, for further runs")
+    add_keep(parser)
     parser.add_argument("--max-batch-tokens", type=int, help="as the engine's setting, here and below")
     parser.add_argument("--decode-slowdown", type=float)
     parser.add_argument("--kv-cache-fraction", type=float)
@@ -135,7 +143,7 @@ def main() -> None:
     options = parser.parse_args()
     rows: dict[str, list[dict[str, Any]]] = {part: [] for part in options.only}
     with ExitStack() as stack:
-        folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = stack.enter_context(model_folder(options))
         for name in options.shapes:
             model = make_text_model(folder, name, 8 if name == "tiny" else 32)
             if "table" in rows:

@@ -100,15 +100,15 @@ machine. With 128 tokens, plain LoRA was slower than DoRA, of which the cause wa
 TOKEN_ROWS_NOTE = """\
 LoRA of rank 16, 100 trained or added tokens each. Medians of times, and of ratios to the plain adapter that was loaded
 in the same turn. Loads from disk read and verify the adapter; those from the host copy one that is in the host cache.
-What rows of tokens add to these is time of Python, which launches further copies: 0.18 ms in a profile."""
+No copy waits for the device; what rows of tokens add is mostly time of Python, which launches further copies."""
 SYSTEM_PROMPTS_NOTE = """\
 320 texts in flight, 256 of which may run, of 64 adapters by Zipf's law with exponent 1. A prompt has 2,000 tokens of
 its adapter and 32 of its own; 64 are generated. Prompts in the prefix cache counted towards a flood in this run. They
 do not count since, which has been measured on a CPU and simulated (`hot-texts-simulated.json`), but not on a GPU."""
 HOT_TEXTS_NOTE = """\
-Two commits before, the rate with system prompts was 8,056 tokens/s, of 54 texts at once: prompts in the prefix cache
-counted towards a flood, and so did tokens that nobody else had wanted. The gap had a p50 of 7 ms, the first token a p99
-of 6.9 s."""
+At an earlier commit, prompts in the prefix cache counted towards a flood, and so did tokens that nobody else wanted.
+The rate with system prompts was 8,056 tokens/s then, of 54 texts at once; the gap had a p50 of 7 ms, the first token a
+p99 of 6.9 s."""
 TOKEN_ROWS_CPU_NOTE = """\
 LoRA of rank 16, 100 trained or added tokens each, on a busy machine. Medians of times, and of ratios to the plain
 adapter that was loaded in the same turn. Tokenizer files have 10.5 MB; those with added tokens differ from adapter to

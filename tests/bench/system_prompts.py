@@ -5,20 +5,28 @@ and some tokens of its own. In the first half of the requests, the system prompt
 """
 
 import argparse
-import random
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from ranklet.kernels.mixes import assign
 from ranklet.replicas.engine.engine import Engine
 from tests.bench import report
-from tests.bench.texts import SHAPES, TextModel, TokenTimes, greedy, make_text_model, random_prompts, text_engine
+from tests.bench.texts import (
+    SHAPES,
+    TextModel,
+    TokenTimes,
+    add_keep,
+    greedy,
+    make_text_model,
+    model_folder,
+    random_prompts,
+    text_engine,
+)
 
 
 class TextsInFlight:
@@ -36,14 +44,11 @@ class TextsInFlight:
     def _requests(self, engine: Engine, model: TextModel, options: argparse.Namespace, seed: int) -> Iterator[Any]:
         system = random_prompts(engine, len(model.adapters), options.system, seed)
         own = random_prompts(engine, options.requests, options.own, seed)
-        weights = [1 / rank for rank in range(1, 1 + len(model.adapters))]
-        drawn = random.Random(seed).choices(range(len(model.adapters)), weights, k=options.requests)
+        drawn = assign("zipf:1", options.requests, len(model.adapters), seed=seed)
         for index, end in zip(drawn, own, strict=True):
             yield np.concatenate([system[index], end]), model.adapters[index]
 
-    def run(self) -> float:
-        """Return the seconds that it took."""
-        began_s = perf_counter()
+    def run(self) -> None:
         for prompt, adapter in self._asked:
             self._finished.acquire()
             text = TokenTimes(self._finished)
@@ -52,7 +57,6 @@ class TextsInFlight:
             self._engine.submit([prompt], adapter, greedy(self._output), text)
         for _ in range(self._in_flight):  # until the last ones have ended
             self._finished.acquire()
-        return perf_counter() - began_s
 
 
 def measured(engine: Engine, model: TextModel, options: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
@@ -91,10 +95,10 @@ def main() -> None:
     parser.add_argument("--own", type=int, default=32, help="further tokens of each prompt")
     parser.add_argument("--output", type=int, default=64, help="tokens of a text")
     parser.add_argument("--repeats", type=int, default=2, help="runs, after one that is not counted")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep models here, for further runs")
+    add_keep(parser)
     options = parser.parse_args()
     with ExitStack() as stack:
-        folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = stack.enter_context(model_folder(options))
         model = make_text_model(folder, options.shapes, options.adapters)
         engine = stack.enter_context(text_engine(model, max_batch_requests=options.running))
         measured(engine, model, options, options.repeats)  # captures graphs

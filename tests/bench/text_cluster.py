@@ -11,12 +11,10 @@ Weights and adapters are those of `tests.bench.generate`. Each work is measured 
 
 import argparse
 import dataclasses
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -31,7 +29,7 @@ from ranklet.cluster.command.bench.text_result import TextNumbers
 from ranklet.replicas.cache.pages import PAGE_TOKENS
 from tests.bench import report
 from tests.bench.cluster import Served, configuration, growth, running, samples, scaled, slot_hit_rate
-from tests.bench.texts import RANK, SHAPES, make_text_model
+from tests.bench.texts import RANK, SHAPES, add_keep, make_text_model, model_folder
 from tests.bench.vocabulary import save_full_tokenizer
 
 ADAPTERS, SLOTS = 64, 64
@@ -174,11 +172,11 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--output", type=int, default=256, help="tokens of a text")
     parser.add_argument("--common", type=int, default=2000, help="tokens of the common beginning")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep models here, for further runs")
+    add_keep(parser)
     options = parser.parse_args()
     options.vocab = SHAPES[options.shapes].vocab
     with ExitStack() as stack:
-        folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = stack.enter_context(model_folder(options))
         model = make_text_model(folder, options.shapes, options.adapters)
         save_full_tokenizer(model.folder, options.vocab)
         engine = {"slots": SLOTS, "max_rank": RANK, "max_batch_requests": options.running}

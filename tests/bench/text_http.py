@@ -11,7 +11,6 @@ Weights, adapters and works are those of `tests.bench.generate`. Every answer is
 
 import argparse
 import dataclasses
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -38,7 +37,17 @@ from tests.bench.first_tokens import FirstToken, first_tokens
 from tests.bench.generate import TextWork, best
 from tests.bench.haproxy import servers_up
 from tests.bench.http import device_busy_s
-from tests.bench.texts import RANK, SHAPES, TextModel, make_text_model, random_prompts, run_texts, text_engine
+from tests.bench.texts import (
+    RANK,
+    SHAPES,
+    TextModel,
+    add_keep,
+    make_text_model,
+    model_folder,
+    random_prompts,
+    run_texts,
+    text_engine,
+)
 from tests.bench.vocabulary import save_full_tokenizer
 
 PARTS = ("rates", "first", "gaps")
@@ -209,12 +218,12 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=100, help="requests sent one at a time")
     parser.add_argument("--texts", type=int, default=4, help="texts of the part `gaps`")
     parser.add_argument("--seconds", type=float, default=15.0, help="time of the part `first` under load")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep models here, for further runs")
+    add_keep(parser)
     options = parser.parse_args()
     works, one = (TINY_WORKS, TINY_ONE) if options.shapes == "tiny" else (WORKS, ONE)
     rows: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
     with ExitStack() as stack:
-        folder = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = stack.enter_context(model_folder(options))
         model = make_text_model(folder, options.shapes, ADAPTERS)
         save_full_tokenizer(model.folder, model.shape.vocab)
         with ProcessPoolExecutor(1, get_context("spawn")) as own_process:  # its end frees all memory of the device

@@ -31,7 +31,7 @@ from tests.bench import report
 from tests.bench.cluster import Served, configuration, growth, running, samples
 from tests.bench.shapes import write_adapters
 from tests.bench.soak import used
-from tests.bench.texts import RANK, SHAPES, make_text_model
+from tests.bench.texts import RANK, SHAPES, add_keep, make_text_model
 from tests.bench.vocabulary import save_full_tokenizer
 
 _REPLACED = 4  # adapters that are replaced again and again
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--sampled", type=float, default=0.05, help="part of the texts that may be compared")
     parser.add_argument("--compared", type=int, default=300, help="texts that are compared")
     parser.add_argument("--replace-s", type=float, default=10.0, help="seconds between replacements of adapters")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep models here, for further runs")
+    add_keep(parser)
     options = parser.parse_args()
     shape = SHAPES[options.shapes]
     with ExitStack() as stack:

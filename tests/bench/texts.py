@@ -1,5 +1,7 @@
 """Engines that generate text with the shapes of real models, and requests whose tokens are timed as they arrive."""
 
+import argparse
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +54,20 @@ def make_text_model(folder: Path, name: str, adapters: int) -> TextModel:
     elif int((where / "written").read_text()) < adapters:
         raise ValueError(f"{where}: expected at least {adapters} adapters; remove the folder")
     return TextModel(shape, where / "model", refs(sorted((where / "adapters").iterdir())[:adapters]))
+
+
+def add_keep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep models here, for further runs")
+
+
+@contextmanager
+def model_folder(options: argparse.Namespace) -> Iterator[Path]:
+    """Return the folder of `--keep`, or one that is removed at the end."""
+    if options.keep is not None:
+        yield options.keep
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch)
 
 
 @contextmanager

@@ -253,6 +253,13 @@ class Simulation:
         assert slot is not None
         self.device.contents[slot] = ref
 
+    def load(self, refs: Iterable[AdapterRef]) -> None:
+        """Load adapters into slots, by requests that are not among `asked` then."""
+        for ref in refs:
+            self.embed([[1]], ref)
+        self.run(1000)
+        self.asked.clear()
+
     # State
 
     def sequences(self) -> list[Sequence]:

@@ -123,9 +123,7 @@ def test_texts_that_use_what_others_leave_are_no_reason_to_refuse_another_adapte
         pages=400, rows=4, slots=2, max_tokens=200, max_adapters=2, max_model_len=320, costs=StepCost(step=100.0),
         depth=1, shares_prefixes=False,
     )  # fmt: skip
-    for ref in (FLOOD, LIGHT):
-        running.embed([[1]], ref)
-    running.run(100)
+    running.load((FLOOD, LIGHT))
     running.device = cast(Any, TimedDevice(2))
     popular, waiting, waits = list[Asked](), dict[Asked, int](), list[int]()
     for step in range(1200):

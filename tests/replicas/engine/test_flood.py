@@ -23,10 +23,7 @@ def simulation() -> Simulation:
     made = Simulation(
         pages=600, rows=64, slots=len(REFS), max_tokens=MOST, max_adapters=len(REFS), max_model_len=4096, depth=1
     )
-    for ref in REFS:
-        made.embed([[1]], ref)
-    made.run(100)
-    made.asked.clear()
+    made.load(REFS)
     made.scheduler.set_sizes(SIZES)
     return made
 

@@ -24,10 +24,7 @@ def flooded(*, pages: int = 400, requests: int = 40) -> Simulation:
         pages=pages, rows=ROWS, slots=2, max_tokens=200, max_adapters=2, max_model_len=320, costs=COSTS, slowdown=2.0,
         depth=2, shares_prefixes=False,
     )  # fmt: skip
-    for ref in REFS:
-        running.embed([[1]], ref)
-    running.run(100)
-    running.asked.clear()
+    running.load(REFS)
     running.device = cast(Any, TimedDevice(2))  # ends no text early
     for number in range(requests):
         running.generate([[*PROMPT, number % 30 + 1]], FLOOD, max_tokens=200)

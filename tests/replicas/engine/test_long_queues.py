@@ -20,9 +20,7 @@ def running() -> Simulation:
         pages=400, rows=16, slots=2, max_tokens=200, max_adapters=2, max_model_len=320,
         costs=StepCost(step=100.0, mixed=10.0, decode=10.0), slowdown=2.0,
     )  # fmt: skip
-    for ref in REFS:
-        made.embed([[1]], ref)
-    made.run(100)
+    made.load(REFS)
     made.device = cast(Any, TimedDevice(2))  # ends no text early
     return made
 

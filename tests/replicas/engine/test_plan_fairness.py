@@ -38,10 +38,7 @@ def simulation(
         pages=pages, rows=rows, slots=len(REFS), max_tokens=tokens, max_adapters=len(REFS),
         max_model_len=max_model_len, costs=costs, slowdown=slowdown, depth=1,
     )  # fmt: skip
-    for ref in REFS:
-        made.embed([[1]], ref)
-    made.run(100)
-    made.asked.clear()
+    made.load(REFS)
     made.scheduler.set_sizes(StepSizes(allowance=allowance))
     return made
 

@@ -23,10 +23,7 @@ def simulation(*, has_slots: bool = True) -> Simulation:
         pages=400, rows=ROWS, slots=2, max_tokens=ALLOWANCE, max_adapters=2, max_model_len=600, costs=COSTS,
         slowdown=2.0,
     )  # fmt: skip
-    for ref in REFS if has_slots else ():
-        running.embed([[1]], ref)
-    running.run(100)
-    running.asked.clear()
+    running.load(REFS if has_slots else ())
     running.device = cast(Any, TimedDevice(2))  # ends no text early
     return running
 
