@@ -1,7 +1,5 @@
 """Every route is in the API's description, and no answer contradicts it."""
 
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import create_autospec
 
@@ -16,6 +14,7 @@ from ranklet.cluster.ingress.probes import ProbesApi
 from ranklet.cluster.ingress.routes import build_app
 from ranklet.cluster.ingress.scoring import SCORING_PATHS
 from ranklet.cluster.ingress.tokenize import TokenizeApi
+from tests.cluster.described_answers import assert_answers_as_described
 from tests.cluster.service import Service, assert_close
 
 INFERENCE = (
@@ -46,17 +45,7 @@ def test_every_route_is_described() -> None:
 
 @pytest.mark.timeout(300)  # thousands of requests, of which a busy machine answers few at once
 def test_no_answer_contradicts_the_description(service: Service, tmp_path: Path) -> None:
-    """Thousands of valid and invalid requests by schemathesis get no 500 and no answer of another form."""
-    before = service.processes("Gateway"), service.processes("Replica")
-    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-    command = [
-        str(Path(sys.executable).parent / "schemathesis"), "run", f"{service.url}/openapi.json", "--checks", checks,
-        "--max-examples", "25", "--seed", "1", "--request-timeout", "20", "--workers", "2", "--no-color",
-        "--generation-database", "none",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=280)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert (service.processes("Gateway"), service.processes("Replica")) == before
+    assert_answers_as_described(service, tmp_path, "--request-timeout", "20", timeout_s=280)
     for folder in service.adapters.iterdir():  # schemathesis may have unloaded some of them
         if not folder.name.startswith("."):
             loaded = service.http.post("/v1/load_lora_adapter", json={"lora_name": folder.name, "load_inplace": True})
