@@ -1,6 +1,5 @@
 """Fixtures of all tests: the demo model, its adapters, NaN in uninitialised memory. Skips GPU tests without a GPU."""
 
-import dataclasses
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -18,11 +17,9 @@ if TYPE_CHECKING:
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported, and for each kernel's file
-    from triton.runtime.interpreter import interpreter_builder
+    from tests import interpreter
 
-    # The interpreter computes sums and products of integers in int64 too, a third of its time, and compares both only
-    # in its debug mode, which no test uses.
-    interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+    interpreter.speed_up()
 
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("local"), derandomize=True, print_blob=True)
