@@ -91,7 +91,7 @@ def smollm_dir(pytestconfig: pytest.Config) -> Path:
 @pytest.fixture(autouse=True)
 def _uninitialised_memory_is_nan() -> Iterator[None]:
     """Fill memory of torch.empty with NaN (integers: the largest one), so that reading it too early shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fill_uninitialized_memory needs it
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # fill_uninitialized_memory needs it
     yield
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.set_deterministic_debug_mode(before)

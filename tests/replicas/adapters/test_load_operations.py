@@ -94,7 +94,7 @@ def test_rows_add_few_operations_to_a_load_and_none_waits(
 
 @contextmanager
 def no_waits() -> Iterator[None]:
-    torch.use_deterministic_algorithms(False)  # as in an engine
+    torch.set_deterministic_debug_mode("default")  # as in an engine
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
