@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from threading import Event, Thread
 
 import pytest
@@ -18,6 +18,7 @@ from ranklet.cluster.replica.metrics import ReplicaMetrics
 from ranklet.replicas.engine.stats import BatchRecord, KvCacheState, Snapshot
 from ranklet.routing.counters import Counters
 from tests.deploy.prometheus import Prometheus, finite, scraping
+from tests.http_server import http_server
 from tests.needs import needs
 
 ADAPTERS = ("legal-v2", "medical")
@@ -90,19 +91,17 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
             events.turn()
             time.sleep(0.05)
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Targets) as server:
-        threads = [Thread(target=server.serve_forever), Thread(target=run)]
-        for thread in threads:
-            thread.start()
-        try:
-            url = f"http://127.0.0.1:{server.server_port}"
-            with scraping(url, tmp_path_factory.mktemp("text-boards")) as found:
-                yield found
-        finally:
-            stop.set()
-            server.shutdown()
-            for thread in threads:
-                thread.join()
+    thread = Thread(target=run)
+    thread.start()
+    try:
+        with (
+            http_server(Targets) as port,
+            scraping(f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("text-boards")) as found,
+        ):
+            yield found
+    finally:
+        stop.set()
+        thread.join()
 
 
 def shown(prometheus: Prometheus, title: str) -> dict[str, float]:

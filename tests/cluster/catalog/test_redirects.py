@@ -1,9 +1,8 @@
 """A redirect of a remote source is checked like the first address."""
 
-import threading
 from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ from ranklet.cluster.catalog.remote import RemoteCache
 from ranklet.cluster.catalog.remote_folder import RemoteFolder
 from ranklet.replicas.adapters.revision import revision_of
 from ranklet.replicas.errors import InvalidRequest
+from tests.http_server import http_server
 
 
 class Redirecting(SimpleHTTPRequestHandler):
@@ -35,12 +35,8 @@ class Redirecting(SimpleHTTPRequestHandler):
 @pytest.fixture
 def url(adapters_dir: Path) -> Iterator[str]:
     Redirecting.asked = []
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Redirecting, directory=str(adapters_dir))) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with http_server(partial(Redirecting, directory=str(adapters_dir))) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def cache(folder: Path, url: str) -> RemoteCache:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ranklet.cluster.catalog.source import check_url_allowed, missing_folder
 from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, StillLoading, Unavailable
 from tests.cluster.catalog.bucket import S3Bucket, bucket
+from tests.http_server import http_server
 
 
 @pytest.fixture(scope="module")
@@ -181,25 +182,17 @@ def test_an_entry_is_not_evicted_by_the_request_that_finds_it(s3: S3Bucket, adap
 
 
 def test_adapters_are_downloaded_over_http(adapters_dir: Path, tmp_path: Path) -> None:
-    handler = partial(SimpleHTTPRequestHandler, directory=str(adapters_dir))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            url = f"http://127.0.0.1:{server.server_port}"
-            cache = Cache(tmp_path / "cache")
-            first = cache.fetch(f"{url}/medical")
-            assert same(first.folder, adapters_dir / "medical")
-            assert cache.fetch(f"{url}/medical#{first.revision}").folder == first.folder
-            assert len(cache.downloads) == 1
-            with pytest.raises(AdapterNotFound, match=CONFIG_FILE):
-                cache.fetch(f"{url}/nobody")
-        finally:
-            server.shutdown()
-            thread.join()
-        server.server_close()
-        with pytest.raises(Unavailable):
-            cache.fetch(f"{url}/medical")
+    cache = Cache(tmp_path / "cache")
+    with http_server(partial(SimpleHTTPRequestHandler, directory=str(adapters_dir))) as port:
+        url = f"http://127.0.0.1:{port}"
+        first = cache.fetch(f"{url}/medical")
+        assert same(first.folder, adapters_dir / "medical")
+        assert cache.fetch(f"{url}/medical#{first.revision}").folder == first.folder
+        assert len(cache.downloads) == 1
+        with pytest.raises(AdapterNotFound, match=CONFIG_FILE):
+            cache.fetch(f"{url}/nobody")
+    with pytest.raises(Unavailable):
+        cache.fetch(f"{url}/medical")
 
 
 def test_each_error_contains_its_reason(s3: S3Bucket, adapters_dir: Path, tmp_path: Path) -> None:

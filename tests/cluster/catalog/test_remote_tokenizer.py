@@ -1,11 +1,10 @@
 """The files beside an adapter's weights come with a remote adapter and are part of its revision."""
 
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from ranklet.cluster.catalog.remote import RemoteCache
 from ranklet.replicas.adapters.revision import revision_of
 from ranklet.replicas.errors import RankletError
 from tests.cluster.catalog.bucket import bucket
+from tests.http_server import http_server
 
 
 @pytest.mark.parametrize("names", [(), ("tokenizer.json",), ("modules.json", "1_Pooling/config.json")])
@@ -49,14 +49,8 @@ class RefusingHandler(SimpleHTTPRequestHandler):
 
 @contextmanager
 def served(folder: Path, status: int) -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(RefusingHandler, status, directory=str(folder))) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with http_server(partial(RefusingHandler, status, directory=str(folder))) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.mark.parametrize("status", [403, 404])

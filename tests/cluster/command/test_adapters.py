@@ -3,14 +3,15 @@
 import json
 import shlex
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 import pytest
 
 from ranklet.cluster.command import cli
+from tests.http_server import http_server
 
 LONG = "contracts-de-2026-final-v3-" + "x" * 120
 REASON = "adapter 'broken' cannot be served:\n- adapter_model.safetensors: it is missing"
@@ -36,6 +37,8 @@ CARDS = [
 
 class FixedService:
     """Answers GET /v1/adapters and POST /v1/adapters, and keeps what it is sent."""
+
+    url: str
 
     def __init__(self) -> None:
         sent = self.sent = list[tuple[str, str | None, Any]]()
@@ -68,17 +71,15 @@ class FixedService:
             def log_message(self, format: str, *args: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), FixedAnswer)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.handler = FixedAnswer
 
 
 @pytest.fixture
 def fixed() -> Iterator[FixedService]:
     service = FixedService()
-    with service.server:
-        Thread(target=service.server.serve_forever, daemon=True).start()
+    with http_server(service.handler) as port:
+        service.url = f"http://127.0.0.1:{port}"
         yield service
-        service.server.shutdown()
 
 
 @pytest.mark.parametrize("columns", ["20", "80", "300"])

@@ -3,14 +3,14 @@
 import io
 import json
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 from rich.console import Console
 
 from ranklet.cluster.command.cli import main
 from ranklet.cluster.command.console import plain
+from tests.http_server import http_server
 
 SENT, SHOWN = "\x1b[0m\x9b2J\u202e", r"\x1b[0m\x9b2J\u202e"
 
@@ -39,12 +39,8 @@ class _Evil(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Evil) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with http_server(_Evil) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def test_names_and_messages_of_a_service_are_escaped(url: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,10 +4,10 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from http.server import BaseHTTPRequestHandler
 
 from ranklet.cluster.command.drain import wait_for_requests
+from tests.http_server import http_server
 
 
 @contextmanager
@@ -26,10 +26,8 @@ def gateway(counts: list[int | None]) -> Iterator[str]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with http_server(Ready) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def waited(counts: list[int | None], timeout_s: float, *, runs: bool = True) -> tuple[float, list[str]]:

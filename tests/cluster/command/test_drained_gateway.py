@@ -13,6 +13,7 @@ import pytest
 
 from tests.cluster.command.test_front_door import FrontDoor, front_door
 from tests.cluster.service import eventually
+from tests.http_server import http_server
 from tests.needs import needs
 
 pytestmark = needs("haproxy")
@@ -48,14 +49,9 @@ def gateway() -> Iterator[int]:
     """Yield the port of a gateway that does not drain yet."""
     DRAINS.clear()
     GO_ON.clear()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DrainedGateway)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server.server_port
-    GO_ON.set()
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with http_server(DrainedGateway) as port:
+        yield port
+        GO_ON.set()
 
 
 @contextmanager

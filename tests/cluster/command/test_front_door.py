@@ -8,7 +8,6 @@ import socket
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from ranklet.cluster.command.haproxy import PROGRAM_VARIABLE, write_haproxy
 from ranklet.cluster.command.ports import free_ports
 from ranklet.cluster.datapath import CLIENT_HEADER
 from tests.cluster.service import eventually
+from tests.http_server import http_server
 from tests.needs import needs
 from tests.ray_internals import write_haproxy_configuration
 
@@ -156,13 +156,8 @@ def named_gateway() -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
 
 @pytest.fixture(scope="module")
 def gateway() -> Iterator[int]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), QuietGateway)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server.server_port
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with http_server(QuietGateway) as port:
+        yield port
 
 
 @pytest.fixture(scope="module")
