@@ -8,14 +8,14 @@ Letters: T tokens, Q query heads, G key heads, D head width, B sequences.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 
 from ranklet.kernels.paged_attention import LayerPages, PagedSpans, decode
 from ranklet.kernels.prefill_attention import prefill
@@ -60,7 +60,11 @@ class AttentionBatch:
 def reads_lengths_on_device(device: torch.device, dtype: torch.dtype, windows: Sequence[int | None]) -> bool:
     """Whether attention kernels read the lengths from device memory, so that one CUDA graph serves other lengths."""
     slides = any(window is not None for window in windows)
-    return device.type == "cuda" and dtype in _VARLEN_DTYPES and (not slides or "window_size" in _CAUSAL)
+    return (
+        device.type == "cuda"
+        and dtype in _VARLEN_DTYPES
+        and (not slides or "window_size" in _varlen_options(causal=True))
+    )
 
 
 def last_rows(batch: Spans | AttentionBatch) -> Tensor:
@@ -150,7 +154,7 @@ def _attend_all(qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int
         if out is not None:
             return out
     q, k, v = _split(qkv, heads, head_dim)
-    if _takes_varlen(qkv) and (window is None or "window_size" in _CAUSAL):
+    if _takes_varlen(qkv) and (window is None or "window_size" in _varlen_options(causal=True)):
         attended = _varlen(q, k, v, spans, window)
     else:
         attended = _by_sequence(q, k, v, spans.lengths, window)
@@ -162,7 +166,8 @@ def _attend_last(qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: in
     q = q[spans.offsets[1:] - 1]
     if _takes_varlen(qkv):
         query_offsets = torch.arange(len(q) + 1, dtype=torch.int32, device=qkv.device)
-        out = varlen_attn(q, k, v, query_offsets, spans.offsets, 1, spans.longest, **_NOT_CAUSAL)
+        options = _varlen_options(causal=False)
+        out = _varlen_attn()(q, k, v, query_offsets, spans.offsets, 1, spans.longest, **options)
         assert isinstance(out, Tensor)
     else:
         own_keys, own_values = (part.transpose(0, 1).split(spans.lengths, 1) for part in (k, v))
@@ -185,17 +190,26 @@ def _takes_varlen(qkv: Tensor) -> bool:
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: int | None) -> Tensor:
-    options = dict(_CAUSAL)
+    options = dict(_varlen_options(causal=True))
     if "window_size" in options:
         options["window_size"] = (-1 if window is None else window - 1, 0)
-    out = varlen_attn(q, k, v, spans.offsets, spans.offsets, spans.longest, spans.longest, **options)
+    out = _varlen_attn()(q, k, v, spans.offsets, spans.offsets, spans.longest, spans.longest, **options)
     assert isinstance(out, Tensor)  # it returns a tuple only if auxiliary outputs are requested
     return out
 
 
+@cache
+def _varlen_attn() -> Callable[..., Any]:
+    # The import takes a second, since it imports torch's compiler: an engine on the CPU does without.
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
+
+
+@cache
 def _varlen_options(*, causal: bool) -> dict[str, Any]:
     # torch 2.11 and later releases name the options of a grouped-query call differently.
-    known = inspect.signature(varlen_attn).parameters
+    known = inspect.signature(_varlen_attn()).parameters
     options: dict[str, Any] = (
         {"window_size": (-1, 0 if causal else -1)} if "window_size" in known else {"is_causal": causal}
     )
@@ -203,7 +217,6 @@ def _varlen_options(*, causal: bool) -> dict[str, Any]:
 
 
 _VARLEN_DTYPES = (torch.bfloat16, torch.float16)
-_CAUSAL, _NOT_CAUSAL = _varlen_options(causal=True), _varlen_options(causal=False)
 
 
 def _by_sequence(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:

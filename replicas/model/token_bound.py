@@ -9,9 +9,9 @@ import json
 import math
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Final
 
 import numpy as np
@@ -215,13 +215,12 @@ def _by_byte(tokens: Iterable[bytes]) -> Weights:
 
 
 def _by_code_point(by_byte: Weights) -> Weights:
-    codes = np.arange(sys.maxunicode + 1)
-    tails = [by_byte[0x80 | ((codes >> shift) & 0x3F)] for shift in (0, 6, 12)]
-    weights: Weights = by_byte[0xF0 | (codes >> 18)] + tails[2] + tails[1] + tails[0]
-    weights[:0x10000] = (by_byte[0xE0 | ((codes >> 12) & 0x0F)] + tails[1] + tails[0])[:0x10000]
-    weights[:0x800] = (by_byte[0xC0 | ((codes >> 6) & 0x1F)] + tails[0])[:0x800]
-    weights[:0x80] = by_byte[:0x80]
-    return weights
+    tails = by_byte[0x80:0xC0]
+    two = by_byte[0xC0:0xE0, None] + tails
+    three = by_byte[0xE0:0xF0, None, None] + tails[:, None] + tails
+    four = by_byte[0xF0:0xF5, None, None, None] + tails[:, None, None] + tails[:, None] + tails
+    parts = (by_byte[:0x80], two.ravel()[0x80:], three.ravel()[0x800:], four.ravel()[0x10000 : sys.maxunicode + 1])
+    return np.concatenate(parts)
 
 
 def _longest(weights: Weights) -> int:
@@ -272,30 +271,48 @@ def _capped(weights: Weights, added: Iterable[str]) -> Weights:
 def _before_composition(weights: Weights, form: str) -> Weights:
     """Divide a composed character's weight among its parts, so that parts weigh no more apart than composed."""
     parts_weights = weights.copy()
-    for code, parts in _decompositions("NFD"):
-        parts_weights[parts] = np.minimum(parts_weights[parts], weights[code] / len(parts))
-    out = parts_weights.copy()
-    for code, parts in _decompositions(form):
-        out[code] = min(weights[code], parts_weights[parts].sum())
-    return out
+    composed = _decompositions("NFD")
+    np.minimum.at(
+        parts_weights, composed.parts, np.repeat(weights[composed.codes] / composed.lengths, composed.lengths)
+    )
+    return _before_replacement(_decompositions(form), weights, parts_weights)
 
 
 def _before_lower(weights: Weights) -> Weights:
     lowered = weights.copy()
     lowered[_SIGMAS] = weights[_SIGMAS].min()
-    out = lowered.copy()
-    for code, parts in _lowercases():
-        out[code] = min(lowered[code], lowered[parts].sum())
+    return _before_replacement(_lowercases(), lowered, lowered)
+
+
+@dataclass(frozen=True)
+class _Replacements:
+    """The code points that a normalizer replaces, and all parts that it puts in their places, one after the other."""
+
+    codes: NDArray[np.int64]
+    parts: NDArray[np.int64]
+    lengths: NDArray[np.int64]  # number of parts of each code point
+
+    @classmethod
+    def by(cls, replace: Callable[[str], str]) -> "_Replacements":
+        found = ((code, list(map(ord, replace(chr(code))))) for code in range(sys.maxunicode + 1))
+        codes, parts = zip(*(pair for pair in found if pair[1] != [pair[0]]), strict=True)
+        return cls(np.array(codes), np.concatenate(parts), np.array(list(map(len, parts))))
+
+
+def _before_replacement(replacements: _Replacements, weights: Weights, parts_weights: Weights) -> Weights:
+    """Return `parts_weights`, in which a replaced character weighs no more than its parts or than in `weights`."""
+    ends = replacements.lengths.cumsum()
+    sums = np.add.reduceat(parts_weights[replacements.parts], ends - replacements.lengths)
+    out = parts_weights.copy()
+    out[replacements.codes] = np.minimum(weights[replacements.codes], sums)
     return out
 
 
 @cache
-def _decompositions(form: Any) -> list[tuple[int, list[int]]]:
-    found = ((code, unicodedata.normalize(form, chr(code))) for code in range(sys.maxunicode + 1))
-    return [(code, list(map(ord, parts))) for code, parts in found if parts != chr(code)]
+def _decompositions(form: Any) -> _Replacements:
+    return _Replacements.by(partial(unicodedata.normalize, form))
 
 
 @cache
-def _lowercases() -> list[tuple[int, list[int]]]:
-    found = ((code, chr(code).lower()) for code in range(sys.maxunicode + 1))
-    return [(code, list(map(ord, lower))) for code, lower in found if lower != chr(code)]
+def _lowercases() -> _Replacements:
+    return _Replacements.by(str.lower)
