@@ -78,6 +78,14 @@ def adapter_specs(adapters_dir: Path) -> "list[AdapterSpec]":
 
 
 @pytest.fixture(scope="session")
+def families_dir(pytestconfig: pytest.Config) -> Path:
+    """Return the folder of `family_texts`. It is kept between runs, so tests must not write into it."""
+    from tests.assets.cache import digest
+
+    return pytestconfig.cache.mkdir(f"families-{digest()}")
+
+
+@pytest.fixture(scope="session")
 def smollm_dir(pytestconfig: pytest.Config) -> Path:
     """Return the folder of SmolLM2-135M-Instruct. The first test that needs it downloads 93 MB; see `smollm`."""
     from tests.assets import smollm

@@ -6,37 +6,36 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.assets.families import FAMILIES, MAX_TOKENS, family_prompts, make_family
+from tests.assets.families import FAMILIES, MAX_TOKENS, family_prompts, family_texts
 from tests.assets.smollm import DownloadError, make_smollm
 from tests.assets.text_oracle import chosen_logprobs, reference_logprobs, reference_text
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_texts_of_base_and_adapters_vary_and_differ(family: str, tmp_path: Path) -> None:
-    adapters = [None, *(spec.path for spec in make_family(tmp_path, family))]
-    prompts = family_prompts(family)
-    texts = [reference_text(tmp_path / "model", adapter, prompts, MAX_TOKENS) for adapter in adapters]
-    for prompt in range(len(prompts)):
-        assert len({tuple(each[prompt].tokens) for each in texts}) == len(adapters)
+def test_texts_of_base_and_adapters_vary_and_differ(family: str, families_dir: Path) -> None:
+    made = family_texts(families_dir, family)
+    texts = made.texts
+    for prompt in range(len(family_prompts(family))):
+        assert len({tuple(each[prompt].tokens) for each in texts}) == 1 + len(made.adapters)
     assert np.mean([len(set(text.tokens.tolist())) for each in texts for text in each]) > MAX_TOKENS / 2
 
 
-def test_a_padded_batch_with_a_cache_agrees_with_one_pass_over_each_text(tmp_path: Path) -> None:
-    adapter = make_family(tmp_path, "mistral")[-1].path
-    prompts = family_prompts("mistral")
-    for prompt, text in zip(prompts, reference_text(tmp_path / "model", adapter, prompts, 16), strict=True):
+def test_a_padded_batch_with_a_cache_agrees_with_one_pass_over_each_text(families_dir: Path) -> None:
+    made = family_texts(families_dir, "mistral")
+    adapter = made.adapters[-1].path
+    for prompt, text in zip(family_prompts("mistral"), made.texts[-1], strict=True):
         whole = np.concatenate([prompt, text.tokens])
-        table = reference_logprobs(tmp_path / "model", adapter, whole)[len(prompt) - 1 : -1]
+        table = reference_logprobs(made.model, adapter, whole)[len(prompt) - 1 : -1]
         np.testing.assert_array_equal(table.argmax(1), text.tokens)
         np.testing.assert_allclose(
-            chosen_logprobs(tmp_path / "model", adapter, whole)[len(prompt) - 1 :], text.logprobs, atol=2e-5
+            chosen_logprobs(made.model, adapter, whole)[len(prompt) - 1 :], text.logprobs, atol=2e-5
         )
 
 
-def test_close_tokens_are_refused(tmp_path: Path) -> None:
-    make_family(tmp_path, "qwen3")
+def test_close_tokens_are_refused(families_dir: Path) -> None:
+    model = family_texts(families_dir, "qwen3").model
     with pytest.raises(ValueError, match="differ by only"):
-        reference_text(tmp_path / "model", None, family_prompts("qwen3"), 8, smallest_margin=5.0)
+        reference_text(model, None, family_prompts("qwen3"), 8, smallest_margin=5.0)
 
 
 def test_smollm_answers_a_question_and_stops(smollm_dir: Path) -> None:

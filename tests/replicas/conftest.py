@@ -50,12 +50,12 @@ def engine(model_dir: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="session")
-def text_family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[AdapterSpec]]:
+def text_family(families_dir: Path) -> tuple[Path, list[AdapterSpec]]:
     """Return a small Llama whose texts do not repeat one token, as those of `model_dir` do, and its adapters."""
-    from tests.assets.families import make_family
+    from tests.assets.families import family_texts
 
-    folder = tmp_path_factory.mktemp("text")
-    return folder / "model", make_family(folder, "llama")
+    made = family_texts(families_dir, "llama")
+    return made.model, made.adapters
 
 
 @pytest.fixture

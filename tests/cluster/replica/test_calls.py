@@ -29,7 +29,7 @@ from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.errors import RankletError
 from ranklet.replicas.process.process import EngineProcess
 from tests.assets.adapters import save_adapter
-from tests.assets.families import make_family
+from tests.assets.families import family_texts
 from tests.replicas.asking import until
 
 PROMPT = np.arange(5, 30, dtype=np.int32)
@@ -39,9 +39,7 @@ PARAMS = GenerateParams(max_tokens=20, temperature=0.9, seed=4, ignore_eos=True)
 class ReplicaScene:
     """The calls of one replica with an engine, and an adapter whose files may change."""
 
-    def __init__(self, folder: Path) -> None:
-        make_family(folder, "llama")
-        model = folder / "model"
+    def __init__(self, model: Path, folder: Path) -> None:
         self.state = ReplicaState("r0", 2, 64)
         config = EngineConfig(model, slots=2, max_model_len=192, kv_cache_bytes=4 << 20)
         self.engine = EngineProcess(config, self.state)
@@ -72,8 +70,9 @@ class ReplicaScene:
 
 
 @pytest.fixture
-async def scene(tmp_path: Path) -> AsyncIterator[ReplicaScene]:
-    made = await asyncio.to_thread(ReplicaScene, tmp_path)
+async def scene(families_dir: Path, tmp_path: Path) -> AsyncIterator[ReplicaScene]:
+    model = await asyncio.to_thread(lambda: family_texts(families_dir, "llama").model)
+    made = await asyncio.to_thread(ReplicaScene, model, tmp_path)
     yield made
     await asyncio.to_thread(made.engine.stop)
 

@@ -20,9 +20,8 @@ from ranklet.replicas.engine.params import HeadParams
 from ranklet.replicas.errors import InvalidAdapter, InvalidRequest
 from ranklet.replicas.model.classifier import Classifier
 from ranklet.replicas.model.modules import ALL_MODULES
-from tests.assets.adapters import load_base, quiet, save_adapter
+from tests.assets.adapters import AdapterSpec, load_base, quiet, save_adapter
 from tests.assets.classifiers import reference_logits, save_classifier
-from tests.assets.families import make_family
 from tests.assets.oracle import attach
 from tests.replicas.asking import ask
 
@@ -156,9 +155,8 @@ def test_labels_and_padding_are_those_of_the_folder_or_the_base_model(folder: Pa
     assert classifier() is None
 
 
-def test_the_logits_of_two_tokens_are_compared(tmp_path: Path) -> None:
-    make_family(tmp_path, "llama")
-    model = tmp_path / "model"
+def test_the_logits_of_two_tokens_are_compared(text_family: tuple[Path, list[AdapterSpec]], tmp_path: Path) -> None:
+    model, _ = text_family
     plain, headed = (
         save_adapter(model, tmp_path / name, r=8, target_modules=["q_proj", "up_proj", *more])
         for name, more in (("plain", ()), ("headed", ("lm_head",)))

@@ -19,7 +19,7 @@ from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.layout import TokenSpan, whole_prompts
 from ranklet.replicas.engine.runner import Runner
 from ranklet.replicas.model.decoder import ignore_stage
-from tests.assets.adapters import AdapterSpec
+from tests.assets.adapters import ATTENTION, LINEAR, save_adapter
 from tests.assets.make import make_model
 from tests.replicas.asking import ref
 from tests.replicas.engine.given import HEAD
@@ -154,25 +154,29 @@ def runner(tmp_path: Path) -> Iterator[Runner]:
 
 
 @pytest.fixture(scope="module")
-def padded_engines(
-    tmp_path_factory: pytest.TempPathFactory, adapter_specs: list[AdapterSpec]
-) -> Callable[[str], tuple[Engine, list[int]]]:
+def padded_engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Engine, list[int]]]:
     """An engine by pooling, two adapters in its slots; its threads do not run."""
+    folder = tmp_path_factory.mktemp("padded")
     made: dict[str, tuple[Engine, list[int]]] = {}
+    adapters: list[Path] = []
 
     def engine(pooling: str) -> tuple[Engine, list[int]]:
         if pooling not in made:
-            made[pooling] = _engine(
-                tmp_path_factory.mktemp(pooling), pooling, [spec.path for spec in adapter_specs[:2]]
-            )
+            said: dict[str, Any] = {"pooling": pooling}
+            model = make_model(folder / pooling, layers=2, hidden_size=64, intermediate_size=96, **said)
+            if not adapters:
+                adapters.extend(
+                    save_adapter(model, folder / f"r{rank}", r=rank, target_modules=list(targets))
+                    for rank, targets in ((64, ATTENTION), (16, LINEAR))
+                )
+            made[pooling] = _engine(model, adapters)
         return made[pooling]
 
     return engine
 
 
-def _engine(folder: Path, pooling: str, adapters: list[Path]) -> tuple[Engine, list[int]]:
-    said: dict[str, Any] = {"pooling": pooling}
-    engine = Engine(EngineConfig(make_model(folder / "model", **said), slots=2, base_aliases=("*",)))
+def _engine(model: Path, adapters: list[Path]) -> tuple[Engine, list[int]]:
+    engine = Engine(EngineConfig(model, slots=2, base_aliases=("*",)))
     engine.start()
     slots = []
     for path in adapters:

@@ -8,6 +8,7 @@ import pytest
 
 from ranklet.replicas.adapters.reference import WEIGHTS_FILE, AdapterRef
 from ranklet.replicas.cache.pages import PAGE_TOKENS
+from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.model.architecture import read_architecture, read_config
@@ -42,17 +43,19 @@ def texts_of(sinks: list[TextSink]) -> list[list[int]]:
     return texts
 
 
-@pytest.fixture
-def revisions(make_engine: MakeEngine, text_family: tuple[Path, list[AdapterSpec]], tmp_path: Path) -> TwoRevisions:
+@pytest.fixture(scope="module")
+def revisions(text_family: tuple[Path, list[AdapterSpec]], tmp_path_factory: pytest.TempPathFactory) -> TwoRevisions:
     """The texts come from an engine without a prefix cache, which serves each folder under a name of its own."""
     model, _ = text_family
-    engine = make_engine(model, slots=2, kv_cache_bytes=8 << 20, max_model_len=512, prefix_cache=False)
-    engine.start()
+    folder = tmp_path_factory.mktemp("revisions")
     one, two = (
-        save_adapter(model, tmp_path / f"weights-{seed}", r=8, target_modules=["q_proj", "up_proj"], seed=seed)
+        save_adapter(model, folder / f"weights-{seed}", r=8, target_modules=["q_proj", "up_proj"], seed=seed)
         for seed in (1, 2)
     )
+    engine = Engine(EngineConfig(model, slots=2, kv_cache_bytes=8 << 20, max_model_len=512, prefix_cache=False))
+    engine.start()
     texts = texts_of(stream(engine, ref(one))), texts_of(stream(engine, ref(two)))
+    engine.stop()
     assert all(old != new for old, new in zip(*texts, strict=True))
     return TwoRevisions((one, two), texts)
 
