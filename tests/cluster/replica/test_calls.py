@@ -110,6 +110,7 @@ async def test_a_text_is_continued_by_the_revision_that_has_begun_it(scene: Repl
 
 
 async def test_calls_tell_the_state_of_their_texts_and_pages(scene: ReplicaScene) -> None:
+    """A call that is cancelled leaves nothing behind."""
     prompt = np.arange(5, 75, dtype=np.int32)
     params = GenerateParams(max_tokens=58, temperature=0.0, ignore_eos=True, n=2)
     call: Any = pack(None, [prompt], params, "g")
@@ -131,9 +132,7 @@ async def test_calls_tell_the_state_of_their_texts_and_pages(scene: ReplicaScene
     assert news is not None
     assert set(news.pages) == {page, call_pages(longer, text)[1]}, "the page that was found, and the deepest one"
 
-
-async def test_a_call_that_is_cancelled_leaves_nothing_behind(scene: ReplicaScene) -> None:
-    call: Any = pack(None, [PROMPT], GenerateParams(max_tokens=100, ignore_eos=True), "g")
+    call = pack(None, [PROMPT], GenerateParams(max_tokens=100, ignore_eos=True), "g")
     task = asyncio.create_task(scene.calls.answer(call, GenerateResult.of))
     await asyncio.to_thread(until, lambda: scene.state.load_for("g").texts == 1)
     task.cancel()

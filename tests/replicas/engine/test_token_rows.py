@@ -43,14 +43,16 @@ PROMPT: NDArray[np.int32] = np.array([*range(40, 50), *IDS, *OTHER_IDS, 12, 45],
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param) / "model"
+    folder = tmp_path_factory.getbasetemp() / f"token-rows-{request.param}" / "model"
     is_tied = request.param == "tied"
-    return make_model(folder, **FIELDS, architecture="qwen3" if is_tied else "llama", tied=is_tied)
+    fields = {**FIELDS, "architecture": "qwen3" if is_tied else "llama", "tied": is_tied}
+    return folder if folder.exists() else make_model(folder, **fields)
 
 
 @pytest.fixture(scope="module")
 def folders(model: Path) -> dict[str, Path]:
-    return {name: save_token_adapter(model, model.parent / name) for name in ADAPTERS}
+    made = {name: model.parent / name for name in ADAPTERS}  # may exist: pytest visits a model several times
+    return {name: folder if folder.exists() else save_token_adapter(model, folder) for name, folder in made.items()}
 
 
 def owners(folders: dict[str, Path]) -> list[Path | None]:
@@ -95,7 +97,8 @@ def test_logprobs_of_mixed_texts_with_token_rows_equal_those_of_peft(
 
 @pytest.fixture(scope="module")
 def resized(model: Path) -> dict[str, Path]:
-    return {name: save_resized_adapter(model, model.parent / name) for name in RESIZED}
+    made = {name: model.parent / name for name in RESIZED}
+    return {name: folder if folder.exists() else save_resized_adapter(model, folder) for name, folder in made.items()}
 
 
 def test_tokens_beyond_the_vocabulary_of_the_base(

@@ -148,14 +148,25 @@ def test_a_cancelled_text_frees_its_pages_and_has_no_further_pieces(process: Eng
     assert not sink.ended.done()
 
 
-def test_the_end_of_the_process_ends_texts_with_feeds(text_family: tuple[Path, list[AdapterSpec]]) -> None:
-    fed, sink = FedTokens(), TextSink()
-    engine = EngineProcess(EngineConfig(text_family[0], kv_cache_bytes=8 << 20, max_model_len=512), fed)
+def test_texts_end_once_when_the_process_dies(text_family: tuple[Path, list[AdapterSpec]]) -> None:
+    model, adapters = text_family
+    fed, sinks, sink = FedTokens(), [TextSink() for _ in range(6)], TextSink()
+    engine = EngineProcess(EngineConfig(model, slots=2, kv_cache_bytes=8 << 20, max_model_len=512), fed)
     engine.start()
+    for i, each in enumerate(sinks):
+        engine.submit(draw(10 + i), ref(adapters[0].path) if i % 2 else None, LONG, each)
     ticket = engine.submit(draw(20), None, LONG, sink, FeedKey("g1", 1))
-    until(lambda: fed.count("g1", 1) > 2)
+    until(lambda: fed.count("g1", 1) > 2 and all(len(each.tokens.get(0, ())) > 2 for each in sinks))
+    assert not any(each.ended.done() for each in (*sinks, sink))
     os.kill(engine.pid, signal.SIGKILL)
-    with pytest.raises(Unavailable, match="has ended"):
-        sink.ended.result(PATIENCE_S)
+    for each in (*sinks, sink):
+        with pytest.raises(Unavailable, match="has ended"):
+            each.ended.result(PATIENCE_S)
     ticket.finish(0)
+    assert engine.problem() == "the engine's process has ended"
+    late = TextSink()
+    engine.submit(draw(9), None, LONG, late).cancel()
+    with pytest.raises(Unavailable, match="has ended"):
+        late.ended.result(PATIENCE_S)
     engine.stop()
+    assert [each.late for each in (*sinks, sink, late)] == [0] * 8

@@ -1,26 +1,20 @@
 """An engine in a process of its own: the same answers and errors, and an end for every call when it dies."""
 
-import os
 import pickle
-import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ranklet.replicas.adapters.reference import WEIGHTS_FILE
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.params import EmbedParams
 from ranklet.replicas.engine.request import AnswerSink
 from ranklet.replicas.engine.stats import BatchRecord, Listener
 from ranklet.replicas.errors import (
-    AdapterLoadCrashed,
     InvalidAdapter,
     InvalidRequest,
     ModelError,
@@ -30,7 +24,6 @@ from ranklet.replicas.errors import (
 )
 from ranklet.replicas.process.process import EngineProcess
 from tests.assets.adapters import AdapterSpec
-from tests.assets.hanging import hanging
 from tests.replicas.asking import PATIENCE_S, ask, ref, submit, until
 
 PROMPTS = [np.arange(1, length, dtype=np.int32) for length in (5, 40, 9)]
@@ -113,45 +106,6 @@ def test_a_cancelled_request_leaves_no_open_call(remote: EngineProcess) -> None:
     first.result(PATIENCE_S)
     submit(remote, PROMPTS).result(PATIENCE_S)
     assert remote.open_calls == 0
-
-
-def test_open_calls_fail_when_the_process_dies(model_dir: Path) -> None:
-    engine = EngineProcess(EngineConfig(model_dir))
-    engine.start()
-    submit(engine, PROMPTS).result(PATIENCE_S)
-    until(engine.healthy)
-    os.kill(engine.pid, signal.SIGSTOP)
-    waiting = submit(engine, PROMPTS)
-    os.kill(engine.pid, signal.SIGKILL)
-    with pytest.raises(Unavailable, match="has ended"):
-        waiting.result(PATIENCE_S)
-    assert not engine.healthy()
-    with pytest.raises(Unavailable):
-        submit(engine, PROMPTS).result(PATIENCE_S)
-    engine.stop()
-
-
-def test_a_process_that_dies_while_it_loads_an_adapter_blames_the_adapter(
-    model_dir: Path, adapters_dir: Path, tmp_path: Path
-) -> None:
-    """The error differs from other errors of a dead process, so that no other replica is tried with the adapter."""
-    folder = tmp_path / "suspect"
-    shutil.copytree(adapters_dir / "legal-v2", folder)
-    suspect = ref(folder)
-    engine = EngineProcess(EngineConfig(model_dir, slots=2))
-    engine.start()
-    with hanging(folder / WEIGHTS_FILE):
-        waiting, loading = submit(engine, PROMPTS, suspect), ThreadPoolExecutor(1).submit(engine.load, suspect)
-        until(lambda: engine.held().loading == ("suspect",) and engine.open_calls == 2)
-        os.kill(engine.pid, signal.SIGSTOP)
-        beside = submit(engine, PROMPTS)
-        os.kill(engine.pid, signal.SIGKILL)
-        for ended in (waiting, loading):
-            with pytest.raises(AdapterLoadCrashed, match="suspect"):
-                ended.result(PATIENCE_S)
-        with pytest.raises(Unavailable):
-            beside.result(PATIENCE_S)
-    engine.stop()
 
 
 def test_the_process_ends_with_its_parent(model_dir: Path) -> None:

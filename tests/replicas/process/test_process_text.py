@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from pathlib import Path
 from threading import Thread
@@ -163,44 +164,34 @@ def test_a_cancelled_stream_ends_without_a_result(
     assert len(beside.generation().choices) == 1
 
 
-def test_streams_end_once_when_the_process_dies(model_dir: Path, adapter_specs: list[AdapterSpec]) -> None:
-    engine = EngineProcess(text_config(model_dir))
-    engine.start()
-    sinks = [TextSink() for _ in range(6)]
-    for i, sink in enumerate(sinks):
-        engine.submit(draw(10 + i), ref(adapter_specs[0].path) if i % 2 else None, LONG, sink)
-    until(lambda: all(len(sink.tokens.get(0, ())) > 2 for sink in sinks))
-    assert not any(sink.ended.done() for sink in sinks)
-    os.kill(engine.pid, signal.SIGKILL)
-    for sink in sinks:
-        with pytest.raises(Unavailable, match="has ended"):
-            sink.ended.result(PATIENCE_S)
-    assert engine.problem() == "the engine's process has ended"
-    late = TextSink()
-    engine.submit(draw(9), None, LONG, late).cancel()
-    with pytest.raises(Unavailable, match="has ended"):
-        late.ended.result(PATIENCE_S)
-    engine.stop()
-    assert [sink.late for sink in (*sinks, late)] == [0] * 7
-
-
-def test_an_adapter_that_ends_the_process_is_named_to_its_own_streams_only(
+def test_a_process_that_dies_while_it_loads_an_adapter_blames_the_adapter(
     model_dir: Path, adapter_specs: list[AdapterSpec], tmp_path: Path
 ) -> None:
+    """The error of its calls differs from that of others, so that no other replica is tried with the adapter."""
     folder = tmp_path / "suspect"
     shutil.copytree(adapter_specs[0].path, folder)
     suspect, engine = ref(folder), EngineProcess(text_config(model_dir))
     engine.start()
-    running, waiting = TextSink(), TextSink()
+    submit(engine, draw(9)).result(PATIENCE_S)
+    until(engine.healthy)
+    running, writing = TextSink(), TextSink()
     with hanging(folder / WEIGHTS_FILE):
         engine.submit(draw(20), None, LONG, running)
-        engine.submit(draw(20), suspect, LONG, waiting)
-        until(lambda: engine.held().loading == ("suspect",) and bool(running.tokens))
+        engine.submit(draw(20), suspect, LONG, writing)
+        waiting, loading = submit(engine, draw(9), suspect), ThreadPoolExecutor(1).submit(engine.load, suspect)
+        until(lambda: engine.held().loading == ("suspect",) and engine.open_calls == 4 and bool(running.tokens))
+        os.kill(engine.pid, signal.SIGSTOP)
+        beside = submit(engine, draw(9))
         os.kill(engine.pid, signal.SIGKILL)
-        with pytest.raises(AdapterLoadCrashed, match="suspect"):
-            waiting.ended.result(PATIENCE_S)
-        with pytest.raises(Unavailable):
-            running.ended.result(PATIENCE_S)
+        for blamed in (writing.ended, waiting, loading):
+            with pytest.raises(AdapterLoadCrashed, match="suspect"):
+                blamed.result(PATIENCE_S)
+        for other in (running.ended, beside):
+            with pytest.raises(Unavailable, match="has ended"):
+                other.result(PATIENCE_S)
+    assert not engine.healthy()
+    with pytest.raises(Unavailable):
+        submit(engine, draw(9)).result(PATIENCE_S)
     engine.stop()
 
 
