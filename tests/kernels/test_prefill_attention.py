@@ -57,15 +57,13 @@ def test_torch_equals_float64(spans: list[tuple[int, int]], heads: tuple[int, in
 
 
 @needs_interpreter
-@pytest.mark.parametrize(
-    ("heads", "width", "dtype"), [((2, 1), 16, torch.float32), ((3, 1), 24, torch.float16), ((4, 1), 16, torch.float32)]
-)
+@pytest.mark.parametrize(("heads", "width", "dtype"), [((3, 1), 24, torch.float16), ((4, 1), 16, torch.float32)])
 @pytest.mark.parametrize("window", [None, 1, 40, 130])
 def test_the_interpreted_kernel(
     monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int], width: int, dtype: torch.dtype, window: int | None
 ) -> None:
-    shrink(monkeypatch, 32, 16, 64)
-    case = make_case([40, 0, 64, 1], [40, 0, 128, 190], heads, width, dtype)
+    shrink(monkeypatch, 32, 12, 48)
+    case = make_case([40, 0, 26, 1], [100, 0, 26, 190], heads, width, dtype)
     check(case, window, prefill_triton, 1e-5 if dtype == torch.float32 else 3e-3)
 
 
@@ -84,13 +82,13 @@ def test_interpreted_kernel_of_any_length(
 
 
 @needs_interpreter
-@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("window", [None, 100])
 def test_splits_give_the_same_bits_in_one_program_and_in_several(
     monkeypatch: pytest.MonkeyPatch, window: int | None
 ) -> None:
-    case = make_case([20, 0, 9, 70], [230, 0, 300, 270], (2, 1), 16)
+    case = make_case([20, 0, 9, 36], [150, 0, 200, 180], (2, 1), 16)
     results = []
-    for kept in (0, 8, 100):  # no span, one span, and all spans keep partial sums
+    for kept in (0, 6, 100):  # no span, one span, and all spans keep partial sums
         shrink(monkeypatch, 32, 12, kept)
         results.append(attended(case, window, prefill_triton).nan_to_num(nan=12345.0))
     assert torch.equal(results[0], results[1])

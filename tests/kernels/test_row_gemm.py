@@ -30,6 +30,7 @@ RANKS: dict[int, tuple[int, ...]] = {
     4: (16, 16, 16),
     5: (0, 0, 0),
 }
+MIXED: list[int | None] = [4, 3, 1, 0, None]  # five adapters are padded to 16: see "a row each" in MIXES
 EPS = 1e-6
 
 
@@ -118,7 +119,7 @@ def test_plain(slots: list[int | None], tile: ThinTile | SplitTile) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tile", TILES, ids=IDS)
-@pytest.mark.parametrize("slots", [[3], [4, 3, 2, 1, 0, None]], ids=["one", "mixed"])
+@pytest.mark.parametrize("slots", [[3], MIXED], ids=["one", "mixed"])
 def test_dtypes_bias_and_odd_widths(dtype: torch.dtype, slots: list[int | None], tile: ThinTile | SplitTile) -> None:
     check_products(RowCase(slots, wide=40, dtype=dtype, bias=True), dtype, tile)
     check_products(RowCase(slots, wide=72, widths=(48,), dtype=dtype, bias=True), dtype, tile)
@@ -126,7 +127,7 @@ def test_dtypes_bias_and_odd_widths(dtype: torch.dtype, slots: list[int | None],
 
 @pytest.mark.parametrize("tile", TILES, ids=IDS)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("slots", [[3], [None, None], [4, 3, 2, 1, 0, None]], ids=["one", "base", "mixed"])
+@pytest.mark.parametrize("slots", [[3], [None, None], MIXED], ids=["one", "base", "mixed"])
 def test_gated(slots: list[int | None], bias: bool, tile: ThinTile | SplitTile) -> None:
     case = RowCase(slots, widths=(32, 32), bias=bias)
     y = row_gemm.gated(case.rows(normed=True), *case.weights, case.lora, case.workspace, tile=tile)
@@ -135,7 +136,7 @@ def test_gated(slots: list[int | None], bias: bool, tile: ThinTile | SplitTile) 
 
 
 @pytest.mark.parametrize("tile", TILES, ids=IDS)
-@pytest.mark.parametrize("slots", [[3], [None, None], [4, 3, 2, 1, 0, None]], ids=["one", "base", "mixed"])
+@pytest.mark.parametrize("slots", [[3], [None, None], MIXED], ids=["one", "base", "mixed"])
 def test_added(slots: list[int | None], tile: ThinTile | SplitTile) -> None:
     case = RowCase(slots, widths=(48,))
     before, norm = torch.randn(case.batch.rows, 48), torch.rand(48) + 0.5
@@ -175,7 +176,7 @@ def test_many_adapters(tile: ThinTile | SplitTile) -> None:
 
 @pytest.mark.parametrize("tile", TILES, ids=IDS)
 def test_a_row_does_not_depend_on_its_neighbours(tile: ThinTile | SplitTile) -> None:
-    case = RowCase([4] * 3 + [2] * 2 + [None] * 2, dtype=torch.float16)
+    case = RowCase([4, 4, 2, None], dtype=torch.float16)
     whole = row_gemm.plain(case.rows(normed=True), *case.weights, case.lora, case.workspace, tile=tile)
     slots = slots_by_row(case.batch)
     for row in range(len(slots)):
@@ -191,7 +192,7 @@ def test_a_row_does_not_depend_on_its_neighbours(tile: ThinTile | SplitTile) -> 
 
 
 @pytest.mark.parametrize("split", [1, 2])
-@pytest.mark.parametrize("slots", [[None, None], [4, 3, 2, 1, 0, None]], ids=["base", "mixed"])
+@pytest.mark.parametrize("slots", [[None, None], MIXED], ids=["base", "mixed"])
 def test_wide_tiles(slots: list[int | None], split: int) -> None:
     tile = SplitTile(16, 64, 16, split, 4, 2, run_ranks=32)
     check_products(RowCase(slots, widths=(128,)), torch.float32, tile)
