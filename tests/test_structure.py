@@ -2,7 +2,7 @@
 
 import ast
 from collections import defaultdict
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,8 +20,11 @@ def sources(*folders: str) -> dict[str, str]:
     return {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
 
 
-def classes(source: str) -> Iterator[ast.ClassDef]:
-    return (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef))
+@cache
+def classes(source: str) -> list[tuple[str, set[str]]]:
+    """Return the name and the public methods of each class."""
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef))
+    return [(node.name, public_methods(node)) for node in nodes]
 
 
 def public_methods(node: ast.ClassDef) -> set[str]:
@@ -54,9 +57,9 @@ def test_no_file_is_longer_than_320_lines() -> None:
 
 def test_no_class_has_more_than_20_public_methods() -> None:
     counts = {
-        f"{file}: {node.name}": len(public_methods(node))
+        f"{file}: {name}": len(methods)
         for file, source in sources(*PRODUCT, "tests").items()
-        for node in classes(source)
+        for name, methods in classes(source)
     }
     assert {name: count for name, count in counts.items() if count > MAX_PUBLIC_METHODS} == {}
 
@@ -64,8 +67,8 @@ def test_no_class_has_more_than_20_public_methods() -> None:
 def test_class_names_are_unique() -> None:
     homes = defaultdict(list)
     for file, source in sources(*PRODUCT, "tests", "deploy").items():
-        for node in classes(source):
-            homes[node.name].append(file)
+        for name, _ in classes(source):
+            homes[name].append(file)
     assert {name: files for name, files in homes.items() if len(files) > 1} == {}
 
 
@@ -92,7 +95,7 @@ def test_public_imports_pass() -> None:
 
 
 def test_private_and_nested_functions_do_not_count_as_public_methods() -> None:
-    (node,) = classes(
+    ((_, methods),) = classes(
         "class C:\n    def a(self):\n        def b(): ...\n    def _c(self): ...\n    async def d(self): ..."
     )
-    assert public_methods(node) == {"a", "d"}
+    assert methods == {"a", "d"}

@@ -1,7 +1,6 @@
 """The reference texts vary, agree with one pass over them, and have no tokens that rounding could swap."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -36,16 +35,6 @@ def test_close_tokens_are_refused(families_dir: Path) -> None:
     model = family_texts(families_dir, "qwen3").model
     with pytest.raises(ValueError, match="differ by only"):
         reference_text(model, None, family_prompts("qwen3"), 8, smallest_margin=5.0)
-
-
-def test_smollm_answers_a_question_and_stops(smollm_dir: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(smollm_dir)
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"]
-    (text,) = reference_text(smollm_dir, None, [prompt], 40, ignore_eos=False)
-    assert tokenizer.decode(text.tokens) == "The capital of France is Paris.<|im_end|>"
 
 
 def test_another_file_is_not_taken_for_smollm(tmp_path: Path) -> None:

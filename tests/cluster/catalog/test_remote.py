@@ -10,7 +10,6 @@ from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 
 from ranklet.cluster.catalog.remote import FetchedAdapter, RemoteCache
@@ -19,20 +18,8 @@ from ranklet.cluster.catalog.resolver import AdapterResolver
 from ranklet.cluster.catalog.source import check_url_allowed, missing_folder
 from ranklet.replicas.adapters.reference import CONFIG_FILE, WEIGHTS_FILE
 from ranklet.replicas.errors import AdapterNotFound, InvalidAdapter, InvalidRequest, StillLoading, Unavailable
-from tests.cluster.catalog.bucket import S3Bucket, bucket
+from tests.cluster.catalog.bucket import S3Bucket
 from tests.http_server import http_server
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[S3Bucket]:
-    with bucket() as made:
-        yield made
-
-
-@pytest.fixture
-def s3(served: S3Bucket, monkeypatch: pytest.MonkeyPatch) -> S3Bucket:
-    monkeypatch.setitem(fsspec.config.conf, "s3", served.settings)
-    return served
 
 
 class Cache(RemoteCache):

@@ -8,27 +8,24 @@ from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 
 from ranklet.cluster.catalog.remote import RemoteCache
 from ranklet.replicas.adapters.revision import revision_of
 from ranklet.replicas.errors import RankletError
-from tests.cluster.catalog.bucket import bucket
+from tests.cluster.catalog.bucket import S3Bucket
 from tests.http_server import http_server
 
 
 @pytest.mark.parametrize("names", [(), ("tokenizer.json",), ("modules.json", "1_Pooling/config.json")])
 def test_a_remote_adapter_has_the_revision_of_its_folder(
-    names: tuple[str, ...], adapters_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    names: tuple[str, ...], s3: S3Bucket, adapters_dir: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(adapters_dir / "legal-v2", tmp_path / "folder"))
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
-    with bucket() as s3:
-        monkeypatch.setitem(fsspec.config.conf, "s3", s3.settings)
-        found = RemoteCache(tmp_path / "cache", 1 << 30, 1 << 30).fetch(s3.put(folder, f"with-{len(names)}"))
+    found = RemoteCache(tmp_path / "cache", 1 << 30, 1 << 30).fetch(s3.put(folder, f"with-{len(names)}"))
     assert found.revision == revision_of(folder)
     assert all((found.folder / name).is_file() for name in names)
 

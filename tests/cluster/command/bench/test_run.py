@@ -52,7 +52,8 @@ def test_each_process_checks_the_values_of_its_first_answer() -> None:
 
 def test_the_warm_up_sends_other_prompts_to_each_adapter_and_is_not_counted() -> None:
     with peer.running() as server:
-        fields = {"adapters": ("good-*",), "warmup": 4, "batch_size": 3, "adapter_distribution": "identical"}
+        fields = {"adapters": ("good-*",), "warmup": 4, "batch_size": 3, "processes": 1}
+        fields["adapter_distribution"] = "identical"
         found = run_bench(plan(server.url, **fields))
         assert run_bench(plan(server.url, **fields)).overall.answered == 20
     first, measured = server.requests[:4], server.requests[4:24]
@@ -76,12 +77,11 @@ def test_a_server_that_cannot_be_reached_stops_the_run() -> None:
 def test_adapter_patterns_the_api_key_and_the_default_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # not used: no proxy may be measured
     with peer.running() as server:
-        run_bench(plan(server.url, api_key="secret", num_prompts=4))
+        run_bench(plan(server.url, api_key="secret", num_prompts=4, processes=1))
         assert {body["model"] for body in server.requests} == {BASE}
         assert server.keys == {"Bearer secret"}
-        run_bench(
-            plan(server.url, adapters=("good-*", "good-1"), adapter_as="lora_path", adapter_distribution="distinct")
-        )
+        fields = {"adapters": ("good-*", "good-1"), "adapter_as": "lora_path", "adapter_distribution": "distinct"}
+        run_bench(plan(server.url, **fields, processes=1))
         assert {body.get("lora_path") for body in server.requests[4:]} == set(GOOD)
         with pytest.raises(ValueError, match=r"--adapters: 'x\*' matches none of the server's 7"):
             run_bench(plan(server.url, adapters=("x*",)))
