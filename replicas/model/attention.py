@@ -59,12 +59,10 @@ class AttentionBatch:
 
 def reads_lengths_on_device(device: torch.device, dtype: torch.dtype, windows: Sequence[int | None]) -> bool:
     """Whether attention kernels read the lengths from device memory, so that one CUDA graph serves other lengths."""
-    slides = any(window is not None for window in windows)
-    return (
-        device.type == "cuda"
-        and dtype in _VARLEN_DTYPES
-        and (not slides or "window_size" in _varlen_options(causal=True))
-    )
+    if device.type != "cuda" or dtype not in _VARLEN_DTYPES:
+        return False
+    takes_windows = "window_size" in _varlen_options(causal=True)  # imports the kernel before the first step
+    return takes_windows or all(window is None for window in windows)
 
 
 def last_rows(batch: Spans | AttentionBatch) -> Tensor:
