@@ -166,13 +166,13 @@ def test_an_adapter_is_in_use_at_every_moment_of_its_streams(
     engine.start()
     adapters = [ref(spec.path) for spec in adapter_specs[:2]]
     streams = [(adapters[i % 2], TextSink()) for i in range(6)]
-    params = GenerateParams(max_tokens=150, temperature=0.0, ignore_eos=True)
+    params = GenerateParams(max_tokens=80, temperature=0.0, ignore_eos=True)
     with engine.paused():
         for i, (adapter, sink) in enumerate(streams):
             engine.submit(draw(50 + i), adapter, params, sink)
-    with Releases(engine, streams, 150) as releases:
+    with Releases(engine, streams, 80) as releases:
         for _, sink in streams:
-            assert len(sink.generation().choices[0].tokens) == 150
+            assert len(sink.generation().choices[0].tokens) == 80
     assert releases.rounds > 20
     assert releases.wrong == []
     assert (cache_of(engine).preemptions > 0) == (pages == 8)
