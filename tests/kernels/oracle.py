@@ -69,7 +69,7 @@ def random_adapters(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Adapters:
-    """Draw adapters whose output is about as large as a base output of size 1.
+    """Draw adapters whose output is about as large as a base output of size 1. Each slice has a scaling of its own.
 
     Args:
         ranks: by slot, one per slice.
@@ -79,13 +79,14 @@ def random_adapters(
     def draw(rows: int, columns: int, std: float) -> Tensor:
         return (std * torch.randn(rows, columns, generator=generator)).to(dtype)
 
-    return {
-        slot: [
-            Lora(draw(rank, wide, wide**-0.5), draw(width, rank, max(rank, 1) ** -0.5), 0.5 + 0.25 * slot)
-            for rank, width in zip(by_slice, widths, strict=True)
+    def slices(slot: int, by_slice: Sequence[int]) -> list[Lora]:
+        scalings = [(0.5 + 0.25 * slot) * (1 - 0.25 * index) for index in range(len(by_slice))]
+        return [
+            Lora(draw(rank, wide, wide**-0.5), draw(width, rank, max(rank, 1) ** -0.5), scaling)
+            for rank, width, scaling in zip(by_slice, widths, scalings, strict=True)
         ]
-        for slot, by_slice in ranks.items()
-    }
+
+    return {slot: slices(slot, by_slice) for slot, by_slice in ranks.items()}
 
 
 def linear_stack(
