@@ -24,7 +24,7 @@ class TextLoads:
     """The texts of all replicas.
 
     Attributes:
-        least_free_tokens, least_free_texts: lower bounds of what the replicas have told; see `QueueLoad`.
+        least_free_tokens, least_free_texts: no replica has reported fewer free tokens or texts; see `QueueLoad`.
         work: of the tokens of one text: the mean of the replicas that have reported texts. A replica with few texts
             measures more work for each. With its own number, it would seem as busy as one with many texts.
         running_s: float64 [replicas], time that the running texts take. With the age of a report, it approaches the

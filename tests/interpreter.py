@@ -13,9 +13,10 @@ def speed_up() -> None:
     """Leave out work whose result the interpreter does not use.
 
     The interpreter computes sums and products of integers in int64 too, a third of its time, and compares both only in
-    its debug mode, which no test uses. At each call of a function by a kernel, it replaces the names of
-    `triton.language` by its own, which takes 2 ms. The launch has replaced those that kernels use, and the first call
-    of a function replaces the others for good.
+    its debug mode, which no test uses.
+
+    It replaces the names of `triton.language` by its own, which takes 2 ms: at each launch, and at each call of a
+    function by a kernel. After a function's first call, its names stay replaced, so that later calls need not do it.
     """
     interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
     InterpretedFunction.__call__ = _call

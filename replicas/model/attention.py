@@ -61,7 +61,7 @@ def reads_lengths_on_device(device: torch.device, dtype: torch.dtype, windows: S
     """Whether attention kernels read the lengths from device memory, so that one CUDA graph serves other lengths."""
     if device.type != "cuda" or dtype not in _VARLEN_DTYPES:
         return False
-    takes_windows = "window_size" in _varlen_options(causal=True)  # imports the kernel before the first step
+    takes_windows = _varlen_takes_windows()  # imports the kernel before the first step
     return takes_windows or all(window is None for window in windows)
 
 
@@ -152,7 +152,7 @@ def _attend_all(qkv: Tensor, spans: Spans, heads: tuple[int, int], head_dim: int
         if out is not None:
             return out
     q, k, v = _split(qkv, heads, head_dim)
-    if _takes_varlen(qkv) and (window is None or "window_size" in _varlen_options(causal=True)):
+    if _takes_varlen(qkv) and (window is None or _varlen_takes_windows()):
         attended = _varlen(q, k, v, spans, window)
     else:
         attended = _by_sequence(q, k, v, spans.lengths, window)
@@ -194,6 +194,10 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: int | None) -
     out = _varlen_attn()(q, k, v, spans.offsets, spans.offsets, spans.longest, spans.longest, **options)
     assert isinstance(out, Tensor)  # it returns a tuple only if auxiliary outputs are requested
     return out
+
+
+def _varlen_takes_windows() -> bool:
+    return "window_size" in _varlen_options(causal=True)
 
 
 @cache

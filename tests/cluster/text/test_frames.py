@@ -1,9 +1,8 @@
 """Frames of streams, read by the official client's own parser and types."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import orjson
@@ -21,6 +20,7 @@ from ranklet.cluster.text.frames import (
     role_choice,
     usage_of,
 )
+from tests.http_server import http_server
 
 USAGE = usage_of(5, 2, 4)
 
@@ -54,12 +54,11 @@ def client_of(body: bytes) -> Iterator[OpenAI]:
 
         def log_message(self, *args: object) -> None: ...
 
-    with HTTPServer(("127.0.0.1", 0), StreamHandler) as server:
-        thread = threading.Thread(target=server.handle_request)
-        thread.start()
-        with OpenAI(api_key="x", base_url=f"http://127.0.0.1:{server.server_port}/v1", max_retries=0) as client:
-            yield client
-        thread.join()
+    with (
+        http_server(StreamHandler) as port,
+        OpenAI(api_key="x", base_url=f"http://127.0.0.1:{port}/v1", max_retries=0) as client,
+    ):
+        yield client
 
 
 @pytest.fixture(name="chat_body")

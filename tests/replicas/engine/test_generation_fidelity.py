@@ -22,9 +22,9 @@ from tests.replicas.text_scene import LOGPROB_ERROR, TextScene, check, generate,
 
 MakeEngine = Callable[..., Engine]
 MAX_MODEL_LEN = 256
+LONGEST_PAGES = MAX_MODEL_LEN // PAGE_TOKENS
 # Attention differs between these two only: the other families differ from them in what each token computes alone.
 of_each_attention = pytest.mark.parametrize("scene", ["qwen3", "mistral"], indirect=True)
-LONGEST_PAGES = MAX_MODEL_LEN // PAGE_TOKENS
 
 
 class TokenCounter(Listener):
