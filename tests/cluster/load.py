@@ -18,6 +18,7 @@ from tests.cluster.service import BASE, TIMEOUT_S, Service, Vectors, eventually,
 
 LOAD_S = 6.0
 WORKERS = 8
+PAUSE_S = 0.05  # between two requests of a worker: leaves the cores time for what the test waits for
 MODELS = (BASE, "legal-v2", "medical", "support-rs", "finance-mlp")
 LONG_TEXT = "a long text about nothing in particular " * 25
 TEXTS = [f"text number {number}" for number in range(8)]
@@ -45,7 +46,7 @@ def run_under_load(
     expected = {model: service.embed(model, TEXTS) for model in models}
     stop, lock = threading.Event(), threading.Lock()
     result = LoadResult()
-    client = httpx.Client(base_url=service.url, headers=service.http.headers, timeout=60, trust_env=False)
+    client = httpx.Client(base_url=service.url, headers=service.http.headers, timeout=TIMEOUT_S, trust_env=False)
     fault_s = time.monotonic() + seconds / 3
 
     def send_requests(worker: int) -> None:
@@ -61,6 +62,7 @@ def run_under_load(
                 result.slowest_s = max(result.slowest_s, passed_s)
                 result.counts[outcome] += 1
             turn += WORKERS
+            stop.wait(PAUSE_S)
 
     with client, ThreadPoolExecutor(WORKERS) as pool:
         workers = [pool.submit(send_requests, worker) for worker in range(WORKERS)]
@@ -71,7 +73,7 @@ def run_under_load(
         finally:
             stop.set()
         for worker in workers:
-            worker.result(timeout=90)
+            worker.result()
     return result
 
 
@@ -110,9 +112,9 @@ def wait_for_recovery(service: Service) -> None:
     eventually("two replicas with their ranks", lambda: sorted(_ranks(service)) == ["0", "1"])
 
 
-def wait_for_two(service: Service, timeout_s: float = TIMEOUT_S) -> None:
+def wait_for_two(service: Service) -> None:
     """Wait until two replicas run, with any ranks: while a lost replica drains, its successor gets another rank."""
-    eventually("two replicas", lambda: len(_ranks(service)) == 2, timeout_s)
+    eventually("two replicas", lambda: len(_ranks(service)) == 2)
 
 
 def of_gateways(service: Service, metric: str) -> dict[str, int]:
@@ -124,9 +126,9 @@ def of_gateways(service: Service, metric: str) -> dict[str, int]:
     }
 
 
-def wait_for_gateways(service: Service, count: int, timeout_s: float) -> None:
+def wait_for_gateways(service: Service, count: int) -> None:
     """Wait until `count` gateways get requests: HAProxy learns of each a moment after it is up."""
-    eventually("the gateways", lambda: len(of_gateways(service, "ranklet_requests_total")) == count, timeout_s)
+    eventually("the gateways", lambda: len(of_gateways(service, "ranklet_requests_total")) == count)
     before = of_gateways(service, "ranklet_requests_total")
 
     def get_requests() -> bool:
@@ -135,7 +137,7 @@ def wait_for_gateways(service: Service, count: int, timeout_s: float) -> None:
         now = of_gateways(service, "ranklet_requests_total")
         return now.keys() == before.keys() and all(now[id] > before[id] for id in now)
 
-    eventually("all gateways get requests", get_requests, timeout_s)
+    eventually("all gateways get requests", get_requests)
 
 
 def gateways_down(metrics_port: int) -> int:
@@ -153,7 +155,7 @@ def disconnect_early(service: Service) -> None:
     gone = service.samples("gateway")["ranklet_client_gone_total"]
     before = service.samples("replica")
     url = httpx.URL(service.url)
-    connection = http.client.HTTPConnection(url.host, url.port or 80, timeout=60)
+    connection = http.client.HTTPConnection(url.host, url.port or 80, timeout=TIMEOUT_S)
     body = json.dumps({"model": "legal-v2", "input": texts})
     connection.request(
         "POST", "/v1/embeddings", body, dict(service.http.headers) | {"content-type": "application/json"}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.cluster.service import BASE, Service
+from tests.cluster.service import BASE, TIMEOUT_S, Service
 
 
 def memory(service: Service) -> int:
@@ -36,7 +36,7 @@ class Others:
 
     def _run(self) -> None:
         pids = self._service.processes("Gateway").values()
-        with httpx.Client(base_url=self._service.url, timeout=60, trust_env=False) as http:
+        with httpx.Client(base_url=self._service.url, timeout=TIMEOUT_S, trust_env=False) as http:
             while not self._end.wait(0.02):
                 began_s = time.monotonic()
                 self.statuses.add(http.post("/v1/embeddings", json={"model": BASE, "input": "others"}).status_code)

@@ -22,7 +22,7 @@ from tests.assets.oracle import Prompt, reference_embedding
 
 ROOT = Path(__file__).parents[2]
 BASE = "demo-base"
-TIMEOUT_S = 60.0
+TIMEOUT_S = 240.0  # many times as long as with idle cores: it only ends what hangs
 _ALIVE = ("RUNNING", "UPDATING")
 
 Vectors = npt.NDArray[np.float32]
@@ -39,14 +39,14 @@ class Service:
     http: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:
-        self.http = httpx.Client(base_url=self.cluster.state.base_url, timeout=100, trust_env=False)
+        self.http = httpx.Client(base_url=self.cluster.state.base_url, timeout=TIMEOUT_S, trust_env=False)
 
     @property
     def url(self) -> str:
         return self.cluster.state.base_url
 
     def openai(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=100)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=TIMEOUT_S)
 
     def post(self, model: str | None, given: Any, **fields: Any) -> httpx.Response:
         named = {} if model is None else {"model": model}
@@ -93,7 +93,7 @@ def summed_samples(targets: Iterable[str], labels: Mapping[str, str]) -> Mapping
     """Return the samples that these targets export and whose labels include `labels`, summed by name."""
     summed: dict[str, float] = {}
     for target in targets:
-        text = httpx.get(f"http://{target}/metrics", timeout=30, trust_env=False).text
+        text = httpx.get(f"http://{target}/metrics", timeout=TIMEOUT_S, trust_env=False).text
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if labels.items() <= sample.labels.items():
@@ -145,9 +145,9 @@ def assert_close(vectors: npt.ArrayLike, expected: npt.ArrayLike) -> None:
     np.testing.assert_allclose(np.asarray(vectors), np.asarray(expected), rtol=0.0, atol=1e-5)  # order of float32 sums
 
 
-def eventually(event: str, check: Callable[[], bool], timeout_s: float = TIMEOUT_S, *, poll_s: float = 0.2) -> None:
-    """Wait until `check` returns True. Fails the test after `timeout_s`."""
-    deadline_s = time.monotonic() + timeout_s
+def eventually(event: str, check: Callable[[], bool], *, poll_s: float = 0.2) -> None:
+    """Wait until `check` returns True. Fails the test after `TIMEOUT_S`."""
+    deadline_s = time.monotonic() + TIMEOUT_S
     while not check():
-        assert time.monotonic() < deadline_s, f"did not happen within {timeout_s:g} s: {event}"
+        assert time.monotonic() < deadline_s, f"did not happen within {TIMEOUT_S:g} s: {event}"
         time.sleep(poll_s)

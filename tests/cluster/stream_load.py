@@ -14,9 +14,9 @@ import httpx
 import numpy as np
 import orjson
 
+from tests.cluster.service import TIMEOUT_S
 from tests.cluster.text_client import COMPLETIONS
 
-_TIMEOUT_S = 120.0
 _SAMPLING: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0, "repetition_penalty": 1.3},
     {"temperature": 0.9},
@@ -148,7 +148,7 @@ class StreamLoad:
         self.pause_s = 0.0
 
     def _whole(self, fields: dict[str, Any]) -> ReceivedStream:
-        answer = httpx.post(self._url + COMPLETIONS, json=fields, timeout=_TIMEOUT_S, trust_env=False)
+        answer = httpx.post(self._url + COMPLETIONS, json=fields, timeout=TIMEOUT_S, trust_env=False)
         assert answer.status_code == 200, answer.text
         seen = ReceivedStream(error="")
         seen.add(answer.json())
@@ -184,7 +184,7 @@ class StreamLoad:
                 if seen.error:
                     self.errors[seen.error] += 1
 
-        timeout = aiohttp.ClientTimeout(total=None, sock_read=_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=None, sock_read=TIMEOUT_S)
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(self._url, connector=connector, timeout=timeout) as http:
             await asyncio.gather(*(keep(http) for _ in range(streams)))

@@ -20,12 +20,9 @@ from tests.cluster.service import BASE, Service, eventually, own_configuration, 
 from tests.cluster.stream_load import StreamLoad, stream_requests
 from tests.needs import is_installed, needs, require
 
-pytestmark = pytest.mark.timeout(300)  # the first test starts the nodes
-
 Nodes = tuple[Service, list[Node], Path]
-ENDS_S = 20.0  # longest time of a request after a fault; `tests.bench.stream_faults` measures it with idle cores
+ENDS_S = 40.0  # longest time of a request after a fault: at most 10 s with idle cores (`tests.bench.stream_faults`)
 LOST_STREAMS = 18
-BACK_S = 90.0  # longest time until a lost replica is replaced: some seconds, but a minute where both cores are busy
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +86,7 @@ def test_a_replica_that_hangs_is_avoided_and_replaced(nodes: Nodes, streams: Str
     stopped = engine_process(actor) if hung == "engine" else actor
     try:
         run_beside_streams(service, streams, lambda: os.kill(stopped, signal.SIGSTOP), 18)
-        eventually("another replica in its place", lambda: actor not in service.processes("Replica").values(), BACK_S)
+        eventually("another replica in its place", lambda: actor not in service.processes("Replica").values())
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(stopped, signal.SIGKILL)
@@ -131,7 +128,7 @@ def test_streams_on_two_replicas_of_a_lost_node_go_on_elsewhere(nodes: Nodes) ->
     # The prompt of each stream once: no stream that began on the other node was sent a second time.
     eventually("all prompts are counted", lambda: computed() >= LOST_STREAMS)
     assert computed() == LOST_STREAMS
-    eventually("two replicas answer", lambda: len(prompts_by_replica(service)) == 2, BACK_S)
+    eventually("two replicas answer", lambda: len(prompts_by_replica(service)) == 2)
     scale(service, 2)
     started[number] = Node(service.cluster, folder / "node2.log", 2)
 
@@ -171,7 +168,7 @@ def test_requests_are_answered_while_the_controller_is_replaced(nodes: Nodes, st
     service, _, _ = nodes
     before = service.processes("Replica")
     run_beside_streams(service, streams, lambda: os.kill(_actor(service, "ServeController"), signal.SIGKILL))
-    eventually("the controller answers again", lambda: service.processes("Replica") == before, BACK_S)
+    eventually("the controller answers again", lambda: service.processes("Replica") == before)
 
 
 def _actor(service: Service, kind: str) -> int:
@@ -190,7 +187,7 @@ def test_a_disk_that_hangs_delays_only_the_adapters_on_it(nodes: Nodes) -> None:
         asked = [pool.submit(service.post, "stuck", "text") for _ in range(4)]
         judge(load.run_under_load(service, lambda: None))
         for one in asked:
-            answer = one.result(timeout=30)
+            answer = one.result()
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "adapter_loading"), answer.text
         assert time.monotonic() - began_s < ENDS_S
     assert (service.embed("stuck", "text") == service.embed("legal-v2", "text")).all()
@@ -235,7 +232,7 @@ def test_a_new_configuration_replaces_every_process_without_failed_requests(node
     faulty = {"tokens_per_minute": {"earlier": 0}}
     # Two cores also start four processes in this time.
     run_beside_streams(service, streams, lambda: service.deploy(faulty, of_replicas={"adaptors": {}}), 30, count=16)
-    eventually("all replicas are new", lambda: not before & set(service.processes("Replica").values()), 60)
+    eventually("all replicas are new", lambda: not before & set(service.processes("Replica").values()))
     load.wait_for_two(service)
     eventually("the new replicas serve the adapter", lambda: service.post("kept", "text").status_code == 200)
     assert abs(service.embed("kept", "text") - service.embed("medical", "text")).max() < 1e-5
@@ -279,17 +276,17 @@ def test_requests_are_answered_without_the_gcs(nodes: Nodes, streams: StreamLoad
         """The replicas; empty while Serve's REST API waits for the GCS."""
         return service.processes("Replica") if service.cluster.applications() else {}
 
-    eventually("both replicas run", lambda: len(replicas()) == 2, BACK_S)
+    eventually("both replicas run", lambda: len(replicas()) == 2)
     before = replicas()
     gcs = Gcs(service.cluster.state.pid, folder / "gcs.log")
     try:
         run_beside_streams(service, streams, lambda: gcs.kill_and_restart(3), 12)
-        eventually("Serve has the same replicas", lambda: replicas() == before, BACK_S)
+        eventually("Serve has the same replicas", lambda: replicas() == before)
         os.kill(next(iter(before.values())), signal.SIGKILL)
-        eventually("the killed replica is gone", lambda: len(set(before) & set(replicas())) == 1, BACK_S)
-        eventually("another replica in its place", lambda: len(replicas()) == 2, BACK_S)
+        eventually("the killed replica is gone", lambda: len(set(before) & set(replicas())) == 1)
+        eventually("another replica in its place", lambda: len(replicas()) == 2)
         service.deploy({"adapters": {"late": str(service.adapters / "medical")}})
-        eventually("the deployed adapter is served", lambda: service.post("late", "text").status_code == 200, BACK_S)
+        eventually("the deployed adapter is served", lambda: service.post("late", "text").status_code == 200)
     finally:
         gcs.close()
         kill_tree(service.cluster.state.pid)  # it does not end by SIGTERM with a GCS that it has not started

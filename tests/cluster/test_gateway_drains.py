@@ -9,11 +9,9 @@ import aiohttp
 import pytest
 
 from tests.cluster import load
-from tests.cluster.service import BASE, Service, serving, text_configuration
+from tests.cluster.service import BASE, TIMEOUT_S, Service, serving, text_configuration
 from tests.cluster.stream_load import ReceivedStream, receive
 from tests.needs import require
-
-pytestmark = pytest.mark.timeout(300)
 
 LIMIT_S = 15.0
 STREAMS = 8
@@ -32,7 +30,7 @@ def service(runs_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     gateway |= {"num_replicas": 2, "graceful_shutdown_timeout_s": LIMIT_S}
     replica["num_replicas"] = 1
     with serving(content, folder) as service:
-        load.wait_for_gateways(service, 2, 60)
+        load.wait_for_gateways(service, 2)
         yield service
 
 
@@ -43,9 +41,9 @@ def test_texts_of_a_gateway_that_is_removed_end_with_an_error_at_its_limit(servi
 
 async def _remove_gateway(service: Service) -> None:
     begun = asyncio.Queue[str]()
-    timeout = aiohttp.ClientTimeout(total=None, sock_read=180)
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=TIMEOUT_S)
     connector = aiohttp.TCPConnector(force_close=True)
-    async with aiohttp.ClientSession(service.url, timeout=timeout, connector=connector) as http, asyncio.timeout(200):
+    async with aiohttp.ClientSession(service.url, timeout=timeout, connector=connector) as http:
         streams = [asyncio.create_task(receive(http, LONG, begun.put_nowait)) for _ in range(STREAMS)]
         whole = [asyncio.create_task(_answer(http)) for _ in range(STREAMS)]
         for _ in streams:

@@ -45,7 +45,7 @@ def test_choices_of_the_router_are_counted(service: Service) -> None:
         return choices
 
     names = ("affinity_hits", "affinity_misses", "spills")
-    eventually("a replica has reported the adapter", lambda: growth(1)["affinity_hits"] == 1, 30)
+    eventually("a replica has reported the adapter", lambda: growth(1)["affinity_hits"] == 1)
     assert growth(5) == {"affinity_hits": 5, "affinity_misses": 0, "spills": 0}
 
 

@@ -33,11 +33,11 @@ def test_a_faulty_user_config_changes_nothing_until_a_good_one_is_deployed(
     before = {name: service.processes(name) for name in ("Gateway", "Replica")}
     earlier = {role: counts(service, role, "user_config") for role in ("gateway", "replica")}
     service.deploy({"adapters": {"kept": str(adapters_dir / "medical")}})
-    eventually("the adapter is served", lambda: service.post("kept", TEXT).status_code == 200, 20)
+    eventually("the adapter is served", lambda: service.post("kept", TEXT).status_code == 200)
     assert refused(service) == {}
 
     service.deploy({"adaptors": {}}, of_replicas={"adapter": {}})
-    eventually("all processes refused it", lambda: sum(count for count, _ in refused(service).values()) == 3, 20)
+    eventually("all processes refused it", lambda: sum(count for count, _ in refused(service).values()) == 3)
     shown = refused(service)
     listed = service.http.get("/v1/adapters").json()["refused_settings"]
     assert {(each["role"], each["setting"]) for each in listed} == set(shown)
@@ -52,18 +52,18 @@ def test_a_faulty_user_config_changes_nothing_until_a_good_one_is_deployed(
     assert counts(service, "gateway", "user_config") == (1, earlier["gateway"][1] + 1)
     assert counts(service, "replica", "user_config") == (2, earlier["replica"][1] + 2)
     for deployment, words in (("Gateway", "'adaptors'"), ("Replica", "'adapter'")):
-        eventually("the log has it", lambda: logged(service, deployment, f"unknown key {words}") > 0, 10)  # noqa: B023
+        eventually("the log has it", lambda: logged(service, deployment, f"unknown key {words}") > 0)  # noqa: B023
     assert main(["adapters", "list", "--url", service.url]) == 0
     output = capsys.readouterr()
     assert "did you mean 'adapters'" in output.out + output.err
 
     service.deploy({"tokens_per_minute": {"kept": 0}})
-    eventually("the gateway refuses a quota", lambda: "got 0" in str(refused(service)), 20)
-    eventually("the replicas are healed", lambda: set(refused(service)) == {("gateway", "user_config")}, 20)
+    eventually("the gateway refuses a quota", lambda: "got 0" in str(refused(service)))
+    eventually("the replicas are healed", lambda: set(refused(service)) == {("gateway", "user_config")})
     assert service.post("kept", TEXT).status_code == 200
 
     service.deploy(None)  # the file has no `user_config` any more
-    eventually("nothing is refused", lambda: refused(service) == {}, 20)
+    eventually("nothing is refused", lambda: refused(service) == {})
     assert service.post("kept", TEXT).status_code == 404
     assert counts(service, "gateway", "user_config") == (0, earlier["gateway"][1] + 2)
     assert {name: service.processes(name) for name in before} == before
@@ -77,9 +77,7 @@ def test_a_faulty_file_of_loaded_adapters_changes_nothing_until_it_is_repaired(s
     good = book.read_text()
     try:
         book.write_text(good[: len(good) // 2])  # as an editor that runs out of space
-        eventually(
-            "it is refused, without a request for it", lambda: ("gateway", "adapters_file") in refused(service), 10
-        )
+        eventually("it is refused, without a request for it", lambda: ("gateway", "adapters_file") in refused(service))
         count, reason = refused(service)["gateway", "adapters_file"]
         assert (count, str(book) in reason, "Repair it" in reason) == (1, True, True)
         assert counts(service, "gateway", "adapters_file")[0] == 1
@@ -89,6 +87,6 @@ def test_a_faulty_file_of_loaded_adapters_changes_nothing_until_it_is_repaired(s
         assert service.post("other", TEXT).status_code == 404
     finally:
         book.write_text(good)
-    eventually("nothing is refused", lambda: refused(service) == {}, 10)
+    eventually("nothing is refused", lambda: refused(service) == {})
     assert service.http.delete("/v1/adapters/booked").status_code == 200
     assert counts(service, "gateway", "adapters_file")[0] == 0

@@ -107,14 +107,14 @@ def test_a_faulty_keys_file_changes_nothing_until_it_is_corrected(plain: Service
 
     try:
         keys.write_text(f"{good}- name: third\n")
-        eventually("it is refused", lambda: refused() == [("keys_file", "gateway", 1)], 10)
+        eventually("it is refused", lambda: refused() == [("keys_file", "gateway", 1)])
         assert plain.post("legal-v2", "a text").status_code == 200
         reason = plain.http.get("/v1/adapters").json()["refused_settings"][0]["reason"]
         assert (str(keys) in reason, "entry 3: expected sha256, got none" in reason) == (True, True)
         assert plain.samples("gateway", setting="keys_file")["ranklet_setting_refused"] == 1
     finally:
         keys.write_text(good)
-    eventually("it is in force", lambda: refused() == [], 10)
+    eventually("it is in force", lambda: refused() == [])
 
 
 def test_a_request_is_in_the_log_and_in_its_clients_trace(plain: Service, collector: Collector) -> None:
@@ -134,7 +134,7 @@ def test_a_request_is_in_the_log_and_in_its_clients_trace(plain: Service, collec
         found: list[dict[str, Any]] = [json.loads(line) for line in written if line.startswith("{")]
         return [line for line in found if "total_ms" in line]
 
-    eventually("both requests are in the log", lambda: {200, 404} <= {line["status"] for line in lines()}, 20)
+    eventually("both requests are in the log", lambda: {200, 404} <= {line["status"] for line in lines()})
     (line,) = [line for line in lines() if line["request_id"] == "request-of-mine"]
     assert (line["model"], line["prompts"], line["tokens"]) == ("medical", 1, answer.json()["usage"]["prompt_tokens"])
     for name in ("revision", "tier", "backend"):
@@ -142,7 +142,7 @@ def test_a_request_is_in_the_log_and_in_its_clients_trace(plain: Service, collec
     assert line["answered_by"] == headers_received["x-ranklet-replica"]
     assert 0 < line["compute_ms"] <= line["compute_ms"] + line["queue_ms"] <= line["total_ms"]
 
-    eventually("the collector has its spans", lambda: len(collector.spans_of(trace)) == 3, 20)
+    eventually("the collector has its spans", lambda: len(collector.spans_of(trace)) == 3)
     spans = {span.name: span for span in collector.spans_of(trace)}
     whole = spans.pop("POST /v1/embeddings")
     assert whole.parent_span_id.hex() == "b7ad6b7169203331"

@@ -15,7 +15,7 @@ from ranklet.replicas.model.tokenizer import PromptTokenizer, load_backend
 from tests.assets.adapters import AdapterSpec
 from tests.assets.classifiers import reference_logits, save_classifier
 from tests.assets.oracle import Prompt, cosine, encode
-from tests.cluster.service import BASE, Service, assert_close
+from tests.cluster.service import BASE, TIMEOUT_S, Service, assert_close
 
 TEXTS: list[Prompt] = [
     "The tenant shall give notice three months before the end of the lease.",
@@ -104,7 +104,7 @@ async def test_concurrent_requests_for_different_adapters_get_their_own_answers(
 ) -> None:
     expected = {name: service.expected(name, TEXTS) for name in names} | {BASE: service.expected(None, TEXTS)}
     jobs = [(list(expected)[number % 7], number % 4) for number in range(140)]
-    async with httpx.AsyncClient(base_url=service.url, timeout=60, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=service.url, timeout=TIMEOUT_S, trust_env=False) as client:
         answers = await asyncio.gather(
             *(client.post("/v1/embeddings", json={"model": model, "input": TEXTS[text]}) for model, text in jobs)
         )

@@ -12,7 +12,7 @@ import pytest
 
 from ranklet.cluster.command.local_cluster import LocalCluster
 from tests.cluster.nodes import engine_process
-from tests.cluster.service import ROOT, Service, eventually, serving, text_configuration
+from tests.cluster.service import ROOT, TIMEOUT_S, Service, eventually, serving, text_configuration
 from tests.needs import require
 
 LONG = {"max_tokens": 3000, "temperature": 0.0, "ignore_eos": True}
@@ -38,7 +38,8 @@ class TextClient:
         return self.start(params, adapter, **fields)[1].result()
 
     def _post(self, path: str, body: Any) -> Any:
-        return httpx.post(self.service.url + path, json=body, timeout=100, trust_env=False).raise_for_status().json()
+        answer = httpx.post(self.service.url + path, json=body, timeout=TIMEOUT_S, trust_env=False)
+        return answer.raise_for_status().json()
 
     def seen(self, id: str) -> Any:
         answer = self.service.http.get(f"/seen/{id}")
@@ -134,7 +135,7 @@ def test_a_request_that_is_cancelled_frees_its_pages(text: TextClient) -> None:
     generated = text.generated()
     text.service.http.post(f"/cancel/{id}")
     assert stream.result()["error"] == "cancelled"
-    eventually("no pages again", lambda: text.used_pages() == 0, 5.0)
+    eventually("no pages again", lambda: text.used_pages() == 0)
     count = text.tokens(id)
     assert 5 < count < 3000
     assert text.generated() - generated < 1000

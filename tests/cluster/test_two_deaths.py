@@ -12,8 +12,6 @@ from tests.cluster.service import BASE, Service, eventually, serving, summed_sam
 from tests.cluster.stream_load import StreamLoad
 from tests.needs import require
 
-pytestmark = pytest.mark.timeout(300)
-
 STREAMS = 6
 TOKENS = 700
 HANDS_OVER_S = 0.5  # in which the second replica gets the texts. A slower one makes the test easier

@@ -14,7 +14,7 @@ import yaml
 from deploy.grafana import board
 from tests.assets.broken import BROKEN
 from tests.cluster.service import BASE, Service, eventually, own_configuration, serving
-from tests.deploy.prometheus import DEPLOY, WAIT_S, Prometheus, finite, scraping
+from tests.deploy.prometheus import DEPLOY, Prometheus, finite, scraping
 from tests.needs import needs
 
 MODELS = (BASE, "legal-v2", "medical", "support-rs", "finance-mlp", "code-mixed", "catalog-embed", "broken", "nobody")
@@ -54,7 +54,7 @@ def watched(
 
 def _send_requests(service: Service, stop: Event, turn: int) -> None:
     for number in itertools.count(turn):
-        if stop.is_set():
+        if stop.wait(0.1):
             return
         model, text = MODELS[number % len(MODELS)], f"text {number}"
         if number // len(MODELS) % 3:
@@ -123,13 +123,13 @@ def test_prometheus_counts_texts_and_clients_that_leave(watched: tuple[Service, 
 
 def test_rules_and_alerts_evaluate(watched: tuple[Service, Prometheus]) -> None:
     _, prometheus = watched
-    eventually("all rules are evaluated", lambda: {rule["health"] for rule in prometheus.rules()} == {"ok"}, WAIT_S)
+    eventually("all rules are evaluated", lambda: {rule["health"] for rule in prometheus.rules()} == {"ok"})
     rules = prometheus.rules()
     for rule in rules:
         if rule["type"] == "recording":
             prometheus.panel_data(rule["name"])
     # Clients request an adapter whose folder is broken.
-    eventually("an alert", lambda: bool(_rule(prometheus, "RankletAdapterFailed")["alerts"]), WAIT_S)
+    eventually("an alert", lambda: bool(_rule(prometheus, "RankletAdapterFailed")["alerts"]))
     assert not _rule(prometheus, "RankletNoReplica")["alerts"]
 
 

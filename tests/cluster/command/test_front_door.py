@@ -125,7 +125,7 @@ def front_door(
         process = subprocess.Popen(command, env={**os.environ, **(environment or {})}, stdout=log, stderr=log)
     door = FrontDoor(http_port, metrics, folder, process)
     try:
-        eventually("HAProxy answers", lambda: _answers(door, folder / "log"), 30, poll_s=0.05)
+        eventually("HAProxy answers", lambda: _answers(door, folder / "log"), poll_s=0.05)
         yield door
     finally:
         process.kill()

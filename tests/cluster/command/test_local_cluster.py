@@ -27,11 +27,10 @@ from ranklet.cluster.command.processes import child_processes, kill_session, pro
 from ranklet.cluster.command.running_cluster import ClusterError
 from ranklet.cluster.command.supervisor_state import find_supervisor
 from tests.cluster.nodes import process_tree
-from tests.cluster.service import Service, eventually, local_configuration
+from tests.cluster.service import TIMEOUT_S, Service, eventually, local_configuration
 from tests.cluster.text_client import events_of
 
 TOKENS = 1000  # of a text that takes some seconds
-RESTART_S = 120.0  # some 20 s, but more where both cores are busy
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
 STUBBORN = [
     sys.executable,
@@ -109,7 +108,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("runs_ray")
-@pytest.mark.timeout(300)  # two starts
 def test_in_the_foreground_a_lost_gcs_is_started_again_and_sigterm_stops_the_cluster(
     model_dir: Path, adapters_dir: Path, tmp_path: Path
 ) -> None:
@@ -124,14 +122,14 @@ def test_in_the_foreground_a_lost_gcs_is_started_again_and_sigterm_stops_the_clu
         config.write_text(yaml.safe_dump(content))
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifications:
             notifications.bind(f"{folder}/notify")
-            notifications.settimeout(200)
+            notifications.settimeout(TIMEOUT_S)
             environment = {**os.environ, "NOTIFY_SOCKET": f"{folder}/notify"}
             command = _command("up", folder, str(config), "--foreground", "--port", "0")
             with subprocess.Popen(command, env=environment, start_new_session=True) as process:
                 assert notifications.recv(1000) == b"READY=1"
                 first = find_cluster(folder)
                 assert first is not None
-                with httpx.Client(base_url=first.base_url, trust_env=False, timeout=30) as http:
+                with httpx.Client(base_url=first.base_url, trust_env=False, timeout=TIMEOUT_S) as http:
                     kept = {"lora_name": "kept", "lora_path": ".sources/kept"}
                     assert http.post("/v1/load_lora_adapter", json=kept).status_code == 200
                     assert _asks(http, "kept") == 200
@@ -140,7 +138,7 @@ def test_in_the_foreground_a_lost_gcs_is_started_again_and_sigterm_stops_the_clu
                     assert second is not None
                     assert (second.base_url, second.pid == first.pid) == (first.base_url, False)
                     _end_in_flight(http, process)
-                assert process.wait(60) == 0
+                assert process.wait(TIMEOUT_S) == 0
             said = [notifications.recv(1000).decode() for _ in range(4)]
             seen = said[0].removeprefix("STATUS=").removesuffix(" ended unexpectedly")
             assert seen in ("Ray's GCS", "Ray"), "Ray ends a second after its GCS"
@@ -173,15 +171,14 @@ def _lose_gcs(folder: Path, ray: int, is_back: Callable[[], bool]) -> None:
     (gcs,) = (pid for pid, line in child_processes(ray).items() if line.partition(" ")[0].endswith("/gcs_server"))
     os.kill(gcs, signal.SIGKILL)
     killed_s = time.monotonic()
-    eventually("the head has ended", lambda: process_start_time(ray) is None, 10)
-    eventually("requests are answered again", is_back, RESTART_S)
+    eventually("the head has ended", lambda: process_start_time(ray) is None)
+    eventually("requests are answered again", is_back)
     taken_s = time.monotonic() - killed_s
     sys.stdout.write(f"answered again {taken_s:.1f} s after the GCS was killed\n")
     eventually("the start is complete", lambda: (now := find_supervisor(folder)) is not None and now.restarts == 1)
 
 
 @pytest.mark.usefixtures("runs_ray")
-@pytest.mark.timeout(240)
 def test_down_ends_the_supervisor_also_while_it_starts_ray(
     model_dir: Path, adapters_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,7 +239,7 @@ def _end_in_flight(http: httpx.Client, process: subprocess.Popen[bytes]) -> None
         try:
             eventually("it is in flight", lambda: http.get("/v1/status").json()["in_flight"] == 1)
             stream = pool.submit(http.post, "/v1/completions", json=text)
-            cut_off = pool.submit(http.post, "/v1/completions", json=endless, timeout=100)
+            cut_off = pool.submit(http.post, "/v1/completions", json=endless)
             eventually("all are", lambda: http.get("/v1/status").json()["in_flight"] == 3, poll_s=0.05)
             process.send_signal(signal.SIGTERM)
             eventually("probes see the stop", lambda: http.get("/ready").status_code == 503, poll_s=0.05)

@@ -239,7 +239,7 @@ def test_a_repaired_adapter_is_served(service: Service) -> None:
     _with_nan(folder)
     refused(service.post(folder.name, "a"), 400, "invalid_adapter", "model")
     shutil.copy(service.adapters / "legal-v2" / "adapter_model.safetensors", folder)
-    eventually("the repaired folder is served", lambda: service.post(folder.name, "a").status_code == 200, 10)
+    eventually("the repaired folder is served", lambda: service.post(folder.name, "a").status_code == 200)
     assert_array_equal(service.embed(folder.name, "a"), service.embed("legal-v2", "a"))
     shutil.rmtree(folder)
 

@@ -79,7 +79,7 @@ def test_the_rest_calls_show_where_an_adapter_is(service: Service, source: str) 
         tiers = [each["tier"] for each in service.http.get("/v1/adapters/rest").json()["replicas"]]
         return tiers == ["gpu", "gpu"]
 
-    eventually("a pinned adapter is in a slot of each replica", everywhere, 10)
+    eventually("a pinned adapter is in a slot of each replica", everywhere)
     pinned = service.samples("replica", adapter_name="rest", pinned="true", level="gpu")
     assert pinned["vllm:lora_adapter_loaded"] == 2, "one on each replica"
     names = {card["name"] for card in service.http.get("/v1/adapters").json()["data"]}
@@ -207,9 +207,9 @@ def test_unloading_waits_for_requests_and_frees_the_memory(service: Service, sou
     answers: list[int] = []
     asked = Thread(target=lambda: answers.append(service.post("leaving", texts).status_code))
     asked.start()
-    eventually("requests use it", lambda: service.http.get("/v1/adapters/leaving").json()["references"] > 0, 10)
+    eventually("requests use it", lambda: service.http.get("/v1/adapters/leaving").json()["references"] > 0)
     assert unload(service, "leaving").status_code == 200
-    asked.join(timeout=60)
+    asked.join()
     assert answers == [200], "the request that was sent before is answered"
     assert service.samples("replica")["ranklet_pool_bytes"] == before
     assert "leaving" not in service.http.get("/v1/adapters").text

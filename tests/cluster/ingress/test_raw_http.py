@@ -144,7 +144,7 @@ def _others_are_served(service: Service) -> Iterator[None]:
     assert others.statuses == {200}
     assert max(others.waits_s) < SLOWEST_S
     assert (service.processes("Gateway"), service.processes("Replica")) == processes
-    eventually("the memory is given back", lambda: memory(service) < 1.1 * before, 30)
+    eventually("the memory is given back", lambda: memory(service) < 1.1 * before)
 
 
 def test_what_is_malformed_is_refused_and_smuggles_nothing(service: Service) -> None:

@@ -18,7 +18,7 @@ def test_the_page_shows_replicas_adapters_and_refusals(service: Service, tmp_pat
     service.post("legal-v2", [secret, 7])
     home = service.post("legal-v2", "where").headers["x-ranklet-replica"]
     service.deploy({"adaptors": {}})
-    eventually("the fault is known", lambda: bool(service.http.get("/v1/status").json()["refused_settings"]), 20)
+    eventually("the fault is known", lambda: bool(service.http.get("/v1/status").json()["refused_settings"]))
     with browser(service.url + "/", tmp_path) as opened:
         opened.wait_for("/\\d/.test(document.getElementById('rate').textContent)")  # the page has refreshed once
         page = opened.run("document.documentElement.outerHTML")
@@ -27,7 +27,7 @@ def test_the_page_shows_replicas_adapters_and_refusals(service: Service, tmp_pat
     for replica in service.processes("Replica"):
         assert f"<td>{replica}</td>" in page
     assert "did you mean 'adapters'" in page.partition('id="refused"')[2].partition("</table>")[0]
-    eventually("the fault is gone", lambda: not service.http.get("/v1/status").json()["refused_settings"], 20)
+    eventually("the fault is gone", lambda: not service.http.get("/v1/status").json()["refused_settings"])
     row = re.search(r"<tr><td>legal-v2</td>(.*?)</tr>", page)
     assert row, page[-3000:]
     heads = re.findall(r"<th>([^<]+)</th>", page.partition('id="adapters"')[2].partition("</tr>")[0])
