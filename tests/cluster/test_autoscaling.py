@@ -83,7 +83,7 @@ def test_replicas_start_under_load_and_stop_without_it(model_dir: Path, adapters
 
 def _more(service: Service) -> None:
     """Send long requests too, until there is a second replica."""
-    texts = [f"{number} {load.LONG_TEXT}" for number in range(200)]
+    texts = [f"{number} {load.LONG_TEXT}" for number in range(60)]
     enough = threading.Event()
 
     def ask() -> None:
