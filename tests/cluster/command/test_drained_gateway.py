@@ -83,7 +83,7 @@ def test_a_haproxy_that_was_replaced_ends_with_its_last_stream(gateway: int, tmp
             eventually("it takes no connections", lambda: door.status("/health") is None, poll_s=0.05)
             GO_ON.set()
             assert b"".join(rest) == b"second"
-        assert door.process.wait(10) == 0
+        assert door.process.wait(60) == 0
 
 
 def test_a_haproxy_that_was_replaced_cuts_its_streams_at_the_limit(gateway: int, tmp_path: Path) -> None:
@@ -92,4 +92,4 @@ def test_a_haproxy_that_was_replaced_cuts_its_streams_at_the_limit(gateway: int,
         began_s = time.monotonic()
         with pytest.raises(httpx.RemoteProtocolError):
             b"".join(rest)
-        assert 0.5 < time.monotonic() - began_s < 10
+        assert 0.5 < time.monotonic() - began_s < 30

@@ -100,11 +100,11 @@ class FrontDoor:
         return f"http://127.0.0.1:{self.port}"
 
     def connect(self, source: str = "127.0.0.1") -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10, source_address=(source, 0))
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60, source_address=(source, 0))
 
     def status(self, path: str, source: str = "127.0.0.1") -> int | None:
         """Ask on a new connection. Returns None if HAProxy closes it without an answer."""
-        with httpx.Client(transport=httpx.HTTPTransport(local_address=source), timeout=5) as client:
+        with httpx.Client(transport=httpx.HTTPTransport(local_address=source), timeout=60) as client:
             try:
                 return client.get(self.url + path).status_code
             except (httpx.NetworkError, httpx.RemoteProtocolError):
@@ -203,12 +203,12 @@ def test_a_header_that_does_not_end_is_refused(strict: FrontDoor) -> None:
 
 def test_a_stream_may_be_quiet_for_longer_than_the_clients_timeout(strict: FrontDoor) -> None:
     assert float(SHORT["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"]) < QUIET_S
-    assert httpx.post(f"{strict.url}/v1/completions", json={}, timeout=30).text == "firstsecond"
+    assert httpx.post(f"{strict.url}/v1/completions", json={}, timeout=60).text == "firstsecond"
 
 
 def test_a_gateway_that_gives_no_answer_in_time_is_504(gateway: int, tmp_path: Path) -> None:
     with front_door(tmp_path / "short", {"/": [gateway]}, {"RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "1"}) as short:
-        answer = httpx.post(f"{short.url}/v1/completions", json={}, timeout=30)
+        answer = httpx.post(f"{short.url}/v1/completions", json={}, timeout=60)
     assert error_of(answer) == (504, "unavailable", "1")
 
 
@@ -253,7 +253,7 @@ def test_other_users_reach_neither_the_socket_nor_the_files(door: FrontDoor) -> 
 def test_metrics_listen_where_http_does(door: FrontDoor) -> None:
     assert "haproxy_process" in httpx.get(f"http://127.0.0.1:{door.metrics}/metrics").text
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.2", door.metrics), timeout=10)
+        socket.create_connection(("127.0.0.2", door.metrics), timeout=60)
 
 
 def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:

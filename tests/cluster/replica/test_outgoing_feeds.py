@@ -9,7 +9,7 @@ import pytest
 from ranklet.cluster.message import Begun
 from ranklet.cluster.replica.feeds import OutgoingFeeds
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 async def next_of(stream: object) -> list[bytes]:

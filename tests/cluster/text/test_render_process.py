@@ -23,7 +23,7 @@ from tests.cluster.text.templates import TEMPLATES
 
 MESSAGES = [{"role": "user", "content": "héllo \ud800"}]
 LIMIT_S = 0.5
-SLACK_S = 3.0  # a loaded machine starts a process late
+SLACK_S = 20.0  # a loaded machine starts a process late
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 CALLS = "{% macro f() %}{% for i in range(99999) %}{% endfor %}{% endmacro %}"
 LIST = "{% set ns = namespace(x=[]) %}"
