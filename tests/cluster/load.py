@@ -16,7 +16,7 @@ import numpy as np
 
 from tests.cluster.service import BASE, TIMEOUT_S, Service, Vectors, eventually, summed_samples, vectors_of
 
-LOAD_S = 6.0
+BEFORE_S, AFTER_S = 1.0, 3.0  # of load before and after a fault
 WORKERS = 8
 PAUSE_S = 0.05  # between two requests of a worker: leaves the cores time for what the test waits for
 MODELS = (BASE, "legal-v2", "medical", "support-rs", "finance-mlp")
@@ -35,10 +35,8 @@ class LoadResult:
         return self.counts[outcome]
 
 
-def run_under_load(
-    service: Service, fault: Callable[[], object], seconds: float = LOAD_S, models: Sequence[str] = MODELS
-) -> LoadResult:
-    """Request embeddings of the models, and call `fault` after a third of the time.
+def run_under_load(service: Service, fault: Callable[[], object], models: Sequence[str] = MODELS) -> LoadResult:
+    """Request embeddings of the models before, during and after the call of `fault`. All of them must be answered.
 
     Raises:
         httpx.TransportError: a connection was lost, and its request with it.
@@ -47,7 +45,7 @@ def run_under_load(
     stop, lock = threading.Event(), threading.Lock()
     result = LoadResult()
     client = httpx.Client(base_url=service.url, headers=service.http.headers, timeout=TIMEOUT_S, trust_env=False)
-    fault_s = time.monotonic() + seconds / 3
+    fault_s = time.monotonic() + BEFORE_S
 
     def send_requests(worker: int) -> None:
         turn = worker
@@ -69,7 +67,7 @@ def run_under_load(
         try:
             time.sleep(max(0.0, fault_s - time.monotonic()))
             fault()
-            time.sleep(seconds * 2 / 3)
+            time.sleep(AFTER_S)
         finally:
             stop.set()
         for worker in workers:

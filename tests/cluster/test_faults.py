@@ -60,13 +60,11 @@ def streams(nodes: Nodes) -> StreamLoad:
     return StreamLoad(nodes[0].url, stream_requests((BASE, "legal-v2", "medical"), 8, 64))
 
 
-def run_beside_streams(
-    service: Service, streams: StreamLoad, fault: Callable[[], object], seconds: float = load.LOAD_S, count: int = 64
-) -> None:
+def run_beside_streams(service: Service, streams: StreamLoad, fault: Callable[[], object], count: int = 64) -> None:
     """Request embeddings and keep streams open. All must end right, with no long pause."""
     streams.clear()
     with streams.running(count):
-        judge(load.run_under_load(service, fault, seconds))
+        judge(load.run_under_load(service, fault))
     assert set(streams.verdicts) == {"right"}, (streams.verdicts, streams.errors)
     assert streams.ended >= count
     assert streams.pause_s < ENDS_S
@@ -85,7 +83,7 @@ def test_a_replica_that_hangs_is_avoided_and_replaced(nodes: Nodes, streams: Str
     actor = next(iter(service.processes("Replica").values()))
     stopped = engine_process(actor) if hung == "engine" else actor
     try:
-        run_beside_streams(service, streams, lambda: os.kill(stopped, signal.SIGSTOP), 18)
+        run_beside_streams(service, streams, lambda: os.kill(stopped, signal.SIGSTOP))
         eventually("another replica in its place", lambda: actor not in service.processes("Replica").values())
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -230,9 +228,12 @@ def test_a_new_configuration_replaces_every_process_without_failed_requests(node
     arguments = service.content["applications"][0]["args"]
     arguments["engine"]["slots"] = 6
     faulty = {"tokens_per_minute": {"earlier": 0}}
-    # Two cores also start four processes in this time.
-    run_beside_streams(service, streams, lambda: service.deploy(faulty, of_replicas={"adaptors": {}}), 30, count=16)
-    eventually("all replicas are new", lambda: not before & set(service.processes("Replica").values()))
+
+    def replace_all() -> None:
+        service.deploy(faulty, of_replicas={"adaptors": {}})
+        eventually("all replicas are new", lambda: not before & set(service.processes("Replica").values()))
+
+    run_beside_streams(service, streams, replace_all, count=16)
     load.wait_for_two(service)
     eventually("the new replicas serve the adapter", lambda: service.post("kept", "text").status_code == 200)
     assert abs(service.embed("kept", "text") - service.embed("medical", "text")).max() < 1e-5
@@ -280,7 +281,7 @@ def test_requests_are_answered_without_the_gcs(nodes: Nodes, streams: StreamLoad
     before = replicas()
     gcs = Gcs(service.cluster.state.pid, folder / "gcs.log")
     try:
-        run_beside_streams(service, streams, lambda: gcs.kill_and_restart(3), 12)
+        run_beside_streams(service, streams, lambda: gcs.kill_and_restart(3))
         eventually("Serve has the same replicas", lambda: replicas() == before)
         os.kill(next(iter(before.values())), signal.SIGKILL)
         eventually("the killed replica is gone", lambda: len(set(before) & set(replicas())) == 1)
