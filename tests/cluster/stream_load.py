@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,7 +139,8 @@ class StreamLoad:
     def __init__(self, url: str, requests: Sequence[dict[str, Any]]) -> None:
         self._url = url
         self._requests = requests
-        self._expected = [self._whole(fields) for fields in requests]
+        with ThreadPoolExecutor() as pool:
+            self._expected = list(pool.map(self._whole, requests))
         self.clear()
 
     def clear(self) -> None:

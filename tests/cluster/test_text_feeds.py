@@ -169,7 +169,7 @@ def test_a_text_is_repeated_before_its_first_token_and_continued_after_it(text: 
         return len(live) == 2 and not live.intersection(gone) and set(text.state()["feeds"]) == live
 
     eventually("feeds of two replicas", lambda: has_new_feeds(first))
-    sampled = {"max_tokens": 1500, "temperature": 0.9, "seed": 3, "ignore_eos": True, "n": 2, "logprobs": 0}
+    sampled = {"max_tokens": 500, "temperature": 0.9, "seed": 3, "ignore_eos": True, "n": 2, "logprobs": 0}
     prompts = [[5, 6, 7], [8, 9]]
     expected = text.generate(sampled, prompts=prompts)
     id, stream = text.start(sampled, prompts=prompts)
@@ -179,7 +179,7 @@ def test_a_text_is_repeated_before_its_first_token_and_continued_after_it(text: 
     answer = stream.result()
     assert is_whole(answer)
     assert answer["answer"] == expected["answer"]
-    assert len(answer["logprobs"]) == len(expected["logprobs"]) == 4 * 1500
+    assert len(answer["logprobs"]) == len(expected["logprobs"]) == 4 * 500
     assert [each["replica"] == second for each in answer["begun"]] == [True, False]
     assert text.state()["continuations"] == 1
     eventually("feeds of two new replicas", lambda: has_new_feeds(first, second))
