@@ -91,8 +91,8 @@ def test_no_request_is_lost_when_replicas_die_and_start() -> None:
 
 def test_routers_with_old_reports_do_not_all_choose_the_same_replica() -> None:
     fresh, stale = (study(32, 320, gateways=32, late_s=late_s).run("ranklet").row() for late_s in (0.0, 5.0))
-    assert stale["p99_ms"] < 3 * fresh["p99_ms"]
-    assert stale["busiest / mean"] < 1.6
+    assert stale["p99_ms"] < 2.3 * fresh["p99_ms"]
+    assert stale["busiest / mean"] < 1.4
 
 
 def test_the_command_prints_and_saves_a_row_per_rule(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
