@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import math
 import os
 import signal
 import threading
@@ -16,7 +17,7 @@ import numpy as np
 
 from tests.cluster.service import BASE, TIMEOUT_S, Service, Vectors, eventually, summed_samples, vectors_of
 
-BEFORE_S, AFTER_S = 1.0, 3.0  # of load before and after a fault
+BEFORE, AFTER = 50, 150  # answers before and after a fault
 WORKERS = 8
 PAUSE_S = 0.05  # between two requests of a worker: leaves the cores time for what the test waits for
 MODELS = (BASE, "legal-v2", "medical", "support-rs", "finance-mlp")
@@ -45,7 +46,7 @@ def run_under_load(service: Service, fault: Callable[[], object], models: Sequen
     stop, lock = threading.Event(), threading.Lock()
     result = LoadResult()
     client = httpx.Client(base_url=service.url, headers=service.http.headers, timeout=TIMEOUT_S, trust_env=False)
-    fault_s = time.monotonic() + BEFORE_S
+    fault_s = math.inf
 
     def send_requests(worker: int) -> None:
         turn = worker
@@ -62,12 +63,21 @@ def run_under_load(service: Service, fault: Callable[[], object], models: Sequen
             turn += WORKERS
             stop.wait(PAUSE_S)
 
+    def wait_for_answers(count: int) -> None:
+        end = result.counts.total() + count
+        eventually(
+            f"{count} answers",
+            lambda: result.counts.total() >= end or any(each.done() for each in workers),
+            poll_s=0.05,
+        )
+
     with client, ThreadPoolExecutor(WORKERS) as pool:
         workers = [pool.submit(send_requests, worker) for worker in range(WORKERS)]
         try:
-            time.sleep(max(0.0, fault_s - time.monotonic()))
+            wait_for_answers(BEFORE)
+            fault_s = time.monotonic()
             fault()
-            time.sleep(AFTER_S)
+            wait_for_answers(AFTER)
         finally:
             stop.set()
         for worker in workers:

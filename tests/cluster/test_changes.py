@@ -59,7 +59,7 @@ def half_copied(source: Path, target: Path) -> Iterator[Callable[[], float]]:
         target.write_bytes(content)
 
 
-def answers(service: Service, name: str, expected: Vectors) -> bool:
+def serves(service: Service, name: str, expected: Vectors) -> bool:
     answer = service.post(name, TEXT, encoding_format="base64")
     return answer.status_code == 200 and bool((vectors_of(answer) == expected).all())
 
@@ -80,7 +80,7 @@ def test_a_changed_folder_is_served_after_the_last_write(service: Service, file:
 
         def old_is_served() -> bool:
             """Return whether the old adapter answers, or the writer paused for so long that it seemed to be done."""
-            return answers(service, folder.name, old) or pause_s() >= SETTLES_S
+            return serves(service, folder.name, old) or pause_s() >= SETTLES_S
 
         def earlier_change_is_served() -> bool:
             """By then, the service has checked the files of both folders since the changes began."""
@@ -89,7 +89,7 @@ def test_a_changed_folder_is_served_after_the_last_write(service: Service, file:
 
         eventually("the change of the other folder is served", earlier_change_is_served, poll_s=0.01)
         assert old_is_served()
-    eventually("the new revision is served", lambda: answers(service, folder.name, new))
+    eventually("the new revision is served", lambda: serves(service, folder.name, new))
     for copy in (folder, earlier):
         shutil.rmtree(copy)
 

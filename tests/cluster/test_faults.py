@@ -6,7 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -183,7 +183,7 @@ def test_a_disk_that_hangs_delays_only_the_adapters_on_it(nodes: Nodes) -> None:
     with hanging(stuck / "adapter_model.safetensors"), ThreadPoolExecutor(4) as pool:
         began_s = time.monotonic()
         asked = [pool.submit(service.post, "stuck", "text") for _ in range(4)]
-        judge(load.run_under_load(service, lambda: None))
+        judge(load.run_under_load(service, lambda: wait(asked)))
         for one in asked:
             answer = one.result()
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "adapter_loading"), answer.text
