@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ranklet.kernels.paged_attention import LayerPages
+from ranklet.kernels.paged_spans import LayerPages
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,68 +2,74 @@
 
 A program computes a part of a sequence's keys, a split, for one key head. The program that finishes a sequence's last
 split combines them, in their order. The size of a split depends on the sequence's length and on whether the batch has
-one sequence, few or many (`_SPLITS`), but not on the other sequences. Programs compute their splits from the lengths in
-device memory, so one CUDA graph serves all lengths.
+one sequence, few or many (`_SPLITS`). Programs compute their splits from the lengths in device memory, so one CUDA
+graph serves all lengths.
+
+Sequences that begin with the same pages form groups (`prefix_groups.py`). The keys that a group shares are split apart
+from the rest, and a program computes such a split for all sequences of the group.
 
 Letters: T tokens of the batch, Q query heads, G key heads, D head width, B spans, P pages of a span. After
-Flash-Decoding.
+Flash-Decoding and, for groups, Hydragen.
 """
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ranklet.kernels.launch import is_hopper, precision_of, processors_of
+from ranklet.kernels.paged_spans import PAGE_TOKENS, LayerPages, PagedSpans
+from ranklet.kernels.paged_torch import decode_torch
 
-PAGE_TOKENS = 64
 NO_WINDOW = 1 << 30
 # Rows: a number of spans up to which the row counts, the most splits of a span, and the fewest tokens of a split. An
 # H200 runs 528 programs at once, and a model has about 8 key heads. Longer spans have more splits of the largest size.
 _SPLITS = ((1, 32, 64), (4, 16, 128), (16, 4, 128))
 _WHOLE = (1, PAGE_TOKENS)  # for more spans, which fill the GPU unsplit
+_SHARED_SPLITS = ((4, 16, 128), (16, 16, 256))  # the same for keys that a group shares
+_SHARED_OTHERWISE = (8, 512)
 _LARGEST_SPLIT = 2048  # tokens
 _MOST_SPLITS = 32  # of a span; with more tokens, its splits are larger
 _SIDE = 8  # splits that are combined side by side
+_SIDE_OF_GROUP = 2
+_ROWS = 16  # query heads that a program computes: those of one span, or of all spans of a group
 _BLOCK_KEYS = 64
 _PROGRAMS = 12  # per processor, which holds 4: later programs even out sequences of different lengths
 _WARPS = 2  # fewer warps let more programs share a processor, which hides the start of each
 _STAGES = 3
 
 
-class LayerPages(NamedTuple):
-    """The keys and values of one layer."""
-
-    keys: Tensor  # [pages, G, 64, D], after normalization and rotation; contiguous
-    values: Tensor  # [pages, G, 64, D], contiguous
-
-
-@dataclass(frozen=True, slots=True)
-class PagedSpans:
-    """Spans of packed tokens that attend to keys in pages."""
-
-    rows: Tensor  # int32 [B]: first packed token of each span
-    counts: Tensor  # int32 [B]: query tokens of each span; 1 for decode, 0 for a filler
-    lengths: Tensor  # int32 [B]: keys of each span, this step's tokens included; 0 for a filler
-    table: Tensor  # int32 [B, P]: pages; entries past the length are any number
-    longest_query: int  # upper bound on the counts
+def group_limit(heads: tuple[int, int]) -> int:
+    """Return the most spans of a group, for (Q, G) heads."""
+    return max(1, _ROWS * heads[1] // heads[0])
 
 
 @triton.jit
-def _splits(length, window, most, least, BLOCK_N: tl.constexpr, LARGEST: tl.constexpr, CAP: tl.constexpr):
-    # Returns the first key that is read, the tokens of a split, and the number of splits.
-    begin = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
+def _splits(first, length, window, most, least, BLOCK_N: tl.constexpr, LARGEST: tl.constexpr, CAP: tl.constexpr):
+    # Returns the first key that is read, from `first` on, the tokens of a split, and the number of splits.
+    begin = tl.maximum(tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N, first)
     keys = length - begin
     count = tl.minimum((keys + least - 1) // least, most)
     count = tl.minimum(tl.maximum(count, (keys + LARGEST - 1) // LARGEST), CAP)
     size = tl.maximum((keys + count * BLOCK_N - 1) // tl.maximum(count * BLOCK_N, 1), 1) * BLOCK_N
     return begin, size, (keys + size - 1) // size
+
+
+@triton.jit
+def _split_count(first, length, window, most, least, BLOCK_N: tl.constexpr, LARGEST: tl.constexpr, CAP: tl.constexpr):
+    _begin, _size, count = _splits(first, length, window, most, least, BLOCK_N, LARGEST, CAP)
+    return count
+
+
+@triton.jit
+def _shared_splits(shared, MOST: tl.constexpr, LEAST: tl.constexpr, BLOCK_N: tl.constexpr):
+    # Returns the tokens of a split of the keys that a group shares, and the number of splits.
+    size = tl.maximum((shared + MOST * BLOCK_N - 1) // (MOST * BLOCK_N) * BLOCK_N, LEAST)
+    return size, (shared + size - 1) // size
 
 
 @triton.jit
@@ -78,20 +84,28 @@ def _add_block(q, k, v, seen, top, total, acc, scale, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _combined(
-    sums, stats, first_split, head, count, d,
-    G: tl.constexpr, GROUP: tl.constexpr, BLOCK_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    SIDE: tl.constexpr,
+def _combine(
+    out, sums, stats, rows, lengths, group_first, group_size, head, common, window, most, least, kept, out_stride, d,
+    G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, LARGEST: tl.constexpr, CAP: tl.constexpr, MOST_SHARED: tl.constexpr,
+    LEAST_SHARED: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    # Returns a span's output for the query heads of one key head, SIDE splits at a time.
-    inner = tl.arange(0, BLOCK_HEADS)
+    # Writes the outputs of a group's query heads, which it combines from SIDE splits at a time.
+    r = tl.arange(0, BLOCK_ROWS)
     split = tl.arange(0, SIDE)
-    top = tl.full((BLOCK_HEADS,), -1e38, tl.float32)  # finite, so that heads past GROUP give no NaN
-    total = (inner >= GROUP).to(tl.float32)
-    mixed = tl.zeros((BLOCK_HEADS, BLOCK_D), tl.float32)
-    for first in tl.range(0, count, SIDE, num_stages=1):
-        live = ((first + split) < count)[:, None] & (inner < GROUP)[None, :]
-        index = (first_split + first + split)[:, None] * (G * GROUP) + (head * GROUP + inner)[None, :]
+    is_row = r < group_size * GROUP
+    span = group_first + r // GROUP
+    heads = head * GROUP + r % GROUP
+    length = tl.load(lengths + span, mask=is_row, other=common)
+    counts = _split_count(common, length, window, most, least, BLOCK_N, LARGEST, CAP)
+    _size, shared_count = _shared_splits(common, MOST_SHARED, LEAST_SHARED, BLOCK_N)
+    counts = tl.where(is_row, counts + shared_count, 0)
+    top = tl.full((BLOCK_ROWS,), -1e38, tl.float32)  # finite, so that rows past the group give no NaN
+    total = 1.0 - is_row.to(tl.float32)
+    mixed = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+    for first in tl.range(0, tl.max(counts, 0), SIDE, num_stages=1):
+        live = (first + split)[:, None] < counts[None, :]
+        index = (span.to(tl.int64)[None, :] * kept + (first + split)[:, None]) * (G * GROUP) + heads[None, :]
         tops = tl.load(stats + index * 2, mask=live, other=float("-inf"), cache_modifier=".cg")
         totals = tl.load(stats + index * 2 + 1, mask=live, other=0.0, cache_modifier=".cg")
         mask = live[:, :, None] & (d < D)[None, None, :]
@@ -102,31 +116,42 @@ def _combined(
         total = total * fade + tl.sum(totals * fades, 0)
         mixed = mixed * fade[:, None] + tl.sum(parts * fades[:, :, None], 0)
         top = higher
-    return mixed / total[:, None]
+    row = tl.load(rows + span, mask=is_row, other=0).to(tl.int64)
+    at = out + row[:, None] * out_stride + heads[:, None] * D + d[None, :]
+    mask = is_row[:, None] & (d < D)[None, :]
+    tl.store(at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
     do_not_specialize=["window", "spans", "table_stride", "most", "least", "kept"],
-    do_not_specialize_on_alignment=["rows", "lengths", "table"],
+    do_not_specialize_on_alignment=["rows", "lengths", "table", "shared", "firsts", "members"],
 )
 def split_kernel(
-    qkv, keys_tma, values_tma, keys, values, out, sums, stats, arrivals, rows, lengths, table, spans, table_stride,
-    window, most, least, kept, scale, qkv_stride, out_stride,
+    qkv, keys_tma, values_tma, keys, values, out, sums, stats, arrivals, rows, lengths, table, shared, firsts, members,
+    spans, table_stride, window, most, least, kept, scale, qkv_stride, out_stride,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_B: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, LARGEST: tl.constexpr,
-    CAP: tl.constexpr, SIDE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
+    CAP: tl.constexpr, SIDE: tl.constexpr, SIDE_OF_GROUP: tl.constexpr, MOST_SHARED: tl.constexpr,
+    LEAST_SHARED: tl.constexpr, SHARES: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     if CHAINED:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     every = tl.arange(0, BLOCK_B)
-    own = tl.load(lengths + every, mask=every < spans, other=0)
-    _, _, counts = _splits(own, window, most, least, BLOCK_N, LARGEST, CAP)
+    all_lengths = tl.load(lengths + every, mask=every < spans, other=0)
+    begins = tl.zeros((BLOCK_B,), tl.int32)
+    if SHARES:
+        begins = tl.load(shared + every, mask=every < spans, other=0)
+    counts = _split_count(begins, all_lengths, window, most, least, BLOCK_N, LARGEST, CAP)
+    if SHARES:  # the splits of the shared keys come behind those of the group's first span
+        leads = tl.load(firsts + every, mask=every < spans, other=-1) == every
+        _size, in_prefix = _shared_splits(begins, MOST_SHARED, LEAST_SHARED, BLOCK_N)
+        counts += tl.where(leads, in_prefix, 0)
     ends = tl.cumsum(counts, 0)
-    group = tl.arange(0, BLOCK_G)
+    r = tl.arange(0, BLOCK_G)
     d = tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
-    in_group = (group < GROUP)[:, None] & (d < D)[None, :]
     for item in tl.range(tl.program_id(0), tl.sum(counts, 0) * G, tl.num_programs(0), num_stages=1):
         # Consecutive items are the key heads of one split.
         head = item % G
@@ -134,12 +159,34 @@ def split_kernel(
         span = tl.sum(before.to(tl.int32), 0)
         split = item // G - tl.max(tl.where(before, ends, 0), 0)
         length = tl.load(lengths + span)
-        row = tl.load(rows + span).to(tl.int64)
-        begin, size, count = _splits(length, window, most, least, BLOCK_N, LARGEST, CAP)
+        common = 0
+        group_first = span
+        group_size = 1
+        if SHARES:
+            common = tl.load(shared + span)
+            group_first = tl.load(firsts + span)
+            group_size = tl.load(members + span)
+        begin, size, count = _splits(common, length, window, most, least, BLOCK_N, LARGEST, CAP)
         low = begin + split * size
         high = tl.minimum(low + size, length)
-        heads = head * GROUP + group
-        q = tl.load(qkv + row * qkv_stride + heads[:, None] * D + d[None, :], mask=in_group, other=0.0)
+        own_members = 1  # whose queries this item computes
+        if SHARES:
+            shared_size, shared_count = _shared_splits(common, MOST_SHARED, LEAST_SHARED, BLOCK_N)
+            if split >= count:
+                low = (split - count) * shared_size
+                high = tl.minimum(low + shared_size, common)
+                own_members = group_size
+                split -= count
+            else:
+                split += shared_count
+            count += shared_count
+        # Row r is query head r % GROUP of the span's key head, for member r // GROUP.
+        live = r < own_members * GROUP
+        own_span = span + r // GROUP
+        heads = head * GROUP + r % GROUP
+        row = tl.load(rows + own_span, mask=live, other=0).to(tl.int64)
+        in_rows = live[:, None] & (d < D)[None, :]
+        q = tl.load(qkv + row[:, None] * qkv_stride + heads[:, None] * D + d[None, :], mask=in_rows, other=0.0)
         top = tl.full((BLOCK_G,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_G,), tl.float32)
         acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
@@ -161,22 +208,34 @@ def split_kernel(
             seen = held & (last + n >= length - window)
             top, total, acc = _add_block(q, k, v, seen, top, total, acc, scale, PRECISION)
         if count == 1:
-            at_out = out + row * out_stride + heads[:, None] * D + d[None, :]
-            tl.store(at_out, (acc / total[:, None]).to(out.dtype.element_ty), mask=in_group)
+            at_out = out + row[:, None] * out_stride + heads[:, None] * D + d[None, :]
+            tl.store(at_out, (acc / total[:, None]).to(out.dtype.element_ty), mask=in_rows)
         else:
-            first_split = span.to(tl.int64) * kept
-            index = (first_split + split) * (G * GROUP) + heads
-            tl.store(sums + index[:, None] * D + d[None, :], acc, mask=in_group)
-            tl.store(stats + index * 2, top, mask=group < GROUP)
-            tl.store(stats + index * 2 + 1, total, mask=group < GROUP)
+            index = (own_span.to(tl.int64) * kept + split) * (G * GROUP) + heads
+            tl.store(sums + index[:, None] * D + d[None, :], acc, mask=in_rows)
+            tl.store(stats + index * 2, top, mask=live)
+            tl.store(stats + index * 2 + 1, total, mask=live)
+            expected = count
+            if SHARES:  # the splits of all spans of a group are counted together
+                member = tl.arange(0, BLOCK_G)
+                its_length = tl.load(lengths + group_first + member, mask=member < group_size, other=common)
+                its_count = _split_count(common, its_length, window, most, least, BLOCK_N, LARGEST, CAP)
+                expected = tl.sum(its_count, 0) + shared_count
             tl.debug_barrier()  # every thread's part is written before the arrival is counted
-            arrived = arrivals + span * G + head
-            if tl.atomic_add(arrived, 1, sem="acq_rel") == count - 1:
-                inner = tl.arange(0, BLOCK_HEADS)
-                mixed = _combined(sums, stats, first_split, head, count, d, G, GROUP, BLOCK_HEADS, D, BLOCK_D, SIDE)
-                at_out = out + row * out_stride + (head * GROUP + inner)[:, None] * D + d[None, :]
-                mask = (inner < GROUP)[:, None] & (d < D)[None, :]
-                tl.store(at_out, mixed.to(out.dtype.element_ty), mask=mask)
+            arrived = arrivals + group_first * G + head
+            if tl.atomic_add(arrived, 1, sem="acq_rel") == expected - 1:
+                if group_size == 1:
+                    _combine(
+                        out, sums, stats, rows, lengths, group_first, group_size, head, common, window, most, least,
+                        kept, out_stride, d, G, GROUP, D, BLOCK_HEADS, BLOCK_D, BLOCK_N, LARGEST, CAP, MOST_SHARED,
+                        LEAST_SHARED, SIDE,
+                    )  # fmt: skip
+                elif SHARES:
+                    _combine(
+                        out, sums, stats, rows, lengths, group_first, group_size, head, common, window, most, least,
+                        kept, out_stride, d, G, GROUP, D, BLOCK_G, BLOCK_D, BLOCK_N, LARGEST, CAP, MOST_SHARED,
+                        LEAST_SHARED, SIDE_OF_GROUP,
+                    )  # fmt: skip
                 tl.store(arrived, 0)
 
 
@@ -217,8 +276,12 @@ def decode_triton(
     block_d, group = max(16, triton.next_power_of_2(width)), queries // key_heads
     reach = NO_WINDOW if window is None else window
     most_keys = min(held * page, reach + _BLOCK_KEYS)
-    most, least = next((rule for spans_up_to, *rule in _SPLITS if batch <= spans_up_to), _WHOLE)
+    most, least = _rule(_SPLITS, batch, _WHOLE)
     kept = min(max(min(triton.cdiv(most_keys, least), most), triton.cdiv(most_keys, _LARGEST_SPLIT)), _MOST_SPLITS)
+    most_shared, least_shared = _rule(_SHARED_SPLITS, batch, _SHARED_OTHERWISE)
+    groups = spans.groups if window is None else None
+    if groups is not None:
+        kept += min(triton.cdiv(held * page, least_shared), most_shared)
     shape = (batch, kept, queries) if kept > 1 else (1,)
     sums = torch.empty((*shape, width), dtype=torch.float32, device=qkv.device)
     stats = torch.empty((*shape, 2), dtype=torch.float32, device=qkv.device)
@@ -229,14 +292,19 @@ def decode_triton(
     programs = min(_PROGRAMS * processors_of(qkv.device), batch * key_heads * kept)
     split_kernel[(programs,)](
         qkv, *descriptors_of(pages, block_d, _BLOCK_KEYS), *pages, out, sums, stats, arrivals, spans.rows,
-        spans.lengths, spans.table, batch, spans.table.stride(0), reach, most, least, kept, log2_scale(width),
-        qkv.stride(0), out.stride(0),
-        G=key_heads, GROUP=group, D=width, BLOCK_D=block_d, BLOCK_G=max(16, triton.next_power_of_2(group)),
+        spans.lengths, spans.table, *(groups or [spans.lengths] * 3), batch, spans.table.stride(0), reach, most, least,
+        kept, log2_scale(width), qkv.stride(0), out.stride(0),
+        G=key_heads, GROUP=group, D=width, BLOCK_D=block_d, BLOCK_G=max(_ROWS, triton.next_power_of_2(group)),
         BLOCK_HEADS=triton.next_power_of_2(group), BLOCK_B=max(16, triton.next_power_of_2(batch)), PAGE=page,
-        BLOCK_N=_BLOCK_KEYS, LARGEST=_LARGEST_SPLIT, CAP=_MOST_SPLITS, SIDE=_SIDE,
+        BLOCK_N=_BLOCK_KEYS, LARGEST=_LARGEST_SPLIT, CAP=_MOST_SPLITS, SIDE=_SIDE, SIDE_OF_GROUP=_SIDE_OF_GROUP,
+        MOST_SHARED=most_shared, LEAST_SHARED=least_shared, SHARES=groups is not None,
         STAGES=_STAGES if qkv.element_size() == 2 else 2, PRECISION=precision_of(qkv), CHAINED=chained,
         num_warps=_WARPS, launch_pdl=chained,
     )  # fmt: skip
+
+
+def _rule(rules: Sequence[tuple[int, int, int]], spans: int, otherwise: tuple[int, int]) -> tuple[int, int]:
+    return next(((most, least) for spans_up_to, most, least in rules if spans <= spans_up_to), otherwise)
 
 
 def descriptors_of(pages: LayerPages, block_d: int, block_keys: int) -> tuple[TensorDescriptor, TensorDescriptor]:
@@ -249,28 +317,3 @@ def descriptors_of(pages: LayerPages, block_d: int, block_keys: int) -> tuple[Te
 def log2_scale(width: int) -> float:
     """Return the factor of scores whose softmax is computed with powers of two."""
     return math.log2(math.e) / math.sqrt(width)
-
-
-def decode_torch(
-    qkv: Tensor, spans: PagedSpans, pages: LayerPages, heads: tuple[int, int], window: int | None, out: Tensor
-) -> None:
-    """Compute `decode` with torch, one span after the other."""
-    for row, length, table in zip(spans.rows.tolist(), spans.lengths.tolist(), spans.table, strict=True):
-        if length:
-            attend_torch(qkv, slice(row, row + 1), length, table, pages, heads, window, out)
-
-
-def attend_torch(
-    qkv: Tensor, rows: slice, length: int, table: Tensor, pages: LayerPages, heads: tuple[int, int],
-    window: int | None, out: Tensor,
-) -> None:  # fmt: skip
-    """Compute causal attention of one span in float32: packed rows `rows` are its last positions. Overwrites `out`."""
-    queries, width = heads[0], pages.keys.shape[3]
-    own = table[: -(-length // pages.keys.shape[2])].long()
-    k, v = (part[own].transpose(0, 1).flatten(1, 2)[None, :, :length].float() for part in pages)
-    q = qkv[rows, : queries * width].float().view(-1, queries, width).transpose(0, 1)[None]
-    position = torch.arange(length, device=qkv.device)
-    distance = position[length - q.shape[2] :, None] - position[None, :]
-    mask = (distance >= 0) & (distance < (window or length))
-    attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=heads[0] != heads[1])
-    out[rows] = attended[0].transpose(0, 1).flatten(1).to(out.dtype)

@@ -17,7 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ranklet.kernels.launch import is_hopper, precision_of, processors_of
-from ranklet.kernels.paged_attention import NO_WINDOW, LayerPages, PagedSpans, attend_torch, descriptors_of, log2_scale
+from ranklet.kernels.paged_attention import NO_WINDOW, descriptors_of, log2_scale
+from ranklet.kernels.paged_spans import LayerPages, PagedSpans
+from ranklet.kernels.paged_torch import attend_torch
 from ranklet.kernels.prefill_splits import add_split, combine_splits_kernel, find, keys_of, pick, work_of
 
 _ROWS = 64  # of a tile: queries times the heads that share it

@@ -12,7 +12,7 @@ from math import inf
 from time import monotonic
 from typing import NamedTuple
 
-PAGE_TOKENS = 64  # equal to the constant of kernels/paged_attention.py, which imports torch
+PAGE_TOKENS = 64  # equal to the constant of kernels/paged_spans.py, which imports torch
 
 
 def pages_of(tokens: int) -> int:

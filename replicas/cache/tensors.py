@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ranklet.kernels.paged_attention import LayerPages
+from ranklet.kernels.paged_spans import LayerPages
 from ranklet.replicas.cache.pages import PAGE_TOKENS, pages_of
 from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.errors import ModelError

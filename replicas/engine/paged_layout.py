@@ -10,7 +10,6 @@ sequence, S outputs that are drawn tokens, E outputs that are pooled, fillers in
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ranklet.kernels.batch import LoraBatch, plan_arrays
-from ranklet.kernels.paged_attention import PagedSpans
+from ranklet.kernels.paged_spans import PagedSpans, PrefixGroups
 from ranklet.kernels.powers import power_of_four, power_of_two
 from ranklet.kernels.row_gemm_tiles import MOST_ROWS
 from ranklet.kernels.row_subset import subset
@@ -26,7 +25,9 @@ from ranklet.kernels.sampling_row import ROW_WIDTH, Column, Feature, features_of
 from ranklet.replicas.cache.pages import pages_of
 from ranklet.replicas.engine.bucket import rounded_pages, rounded_rows, rounded_step
 from ranklet.replicas.engine.layout import TokenSpan
+from ranklet.replicas.engine.prefix_groups import group_by_prefix
 from ranklet.replicas.engine.row_table import RowTable
+from ranklet.replicas.engine.scored_span import ScoredSpan
 from ranklet.replicas.engine.tile_tables import TileShapes, all_tiles, placed, shapes_of, tiled
 from ranklet.replicas.model.heads import Head, TextHead
 
@@ -60,24 +61,6 @@ class StepItems:
         lengths = np.ones(len(self.decodes) + len(self.spans), dtype=np.int64)
         lengths[len(self.decodes) :] = [len(span.ids) for span in self.spans]
         return lengths
-
-
-class ScoredSpan(NamedTuple):
-    """Tokens whose logprobs are computed from consecutive hidden states.
-
-    Attributes:
-        item: the item of the step that the tokens belong to.
-        first: packed token whose state gives the first logprob.
-        start: index of the first scored token in its sequence.
-        tokens: int32 [scored].
-        top: number of best alternatives to each token.
-    """
-
-    item: int
-    first: int
-    start: int
-    tokens: NDArray[np.int32]
-    top: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,14 +137,14 @@ class PagedLayout:
         parts = iter(moved.split([int(np.prod(shape)) for shape in self._shapes]))
         arrays = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
         ids, positions, kv_slots, *arrays = arrays
-        d_rows, d_lengths, d_counts, d_table, *arrays = arrays
+        d_counts, d_rows, d_lengths, d_table, d_shared, d_firsts, d_members, *arrays = arrays
         c_rows, c_counts, c_lengths, c_table, *arrays = arrays
         starts, offsets, drawn, columns, pooled, *tables = arrays
-        size = self.sizes
+        size, groups = self.sizes, PrefixGroups(d_shared, d_firsts, d_members)
         lora, drawn_lora = placed(self.lora, self.drawn_lora, tables)
         return PagedArrays(
             ids, positions, kv_slots,
-            PagedSpans(d_rows, d_counts, d_lengths, d_table, 1) if size.decodes else None,
+            PagedSpans(d_rows, d_counts, d_lengths, d_table, 1, groups) if size.decodes else None,
             PagedSpans(c_rows, c_counts, c_lengths, c_table, size.tokens) if size.chunks else None,
             starts, offsets, drawn, columns, pooled, lora, drawn_lora,
         )  # fmt: skip
@@ -173,14 +156,18 @@ class LayoutPacker:
     Args:
         pads: whether sizes are rounded up, for CUDA graphs.
         adapts_head: whether the language-model head has LoRA slots.
+        group_limit: the most decodes of which attention reads common pages at once.
     """
 
-    def __init__(self, table: RowTable, *, max_tokens: int, pads: bool, pinned: bool, adapts_head: bool) -> None:
+    def __init__(
+        self, table: RowTable, *, max_tokens: int, pads: bool, pinned: bool, adapts_head: bool, group_limit: int
+    ) -> None:
         self._table = table
         self._max_tokens = max_tokens
         self.pads = pads
         self._pinned = pinned
         self._adapts_head = adapts_head
+        self._group_limit = group_limit
 
     def pack(self, items: StepItems, order: NDArray[np.int64], lora: LoraBatch) -> PagedLayout:
         """Pack a step. `order` and `lora` are those of `items.lora`, with the backend chosen."""
@@ -217,6 +204,7 @@ class LayoutPacker:
         place = table.lengths[decodes] - 1
         positions[at] = place
         kv_slots[at] = table.page_slots(decodes, place)
+        decoding = group_by_prefix(at, place + 1, table.pages[decodes, : sizes.pages], self._group_limit)
         for i, span in enumerate(spans, count):
             rows = slice(starts[i], starts[i] + lengths[i])
             ids[rows] = span.ids
@@ -241,8 +229,7 @@ class LayoutPacker:
             drawn_lora = lora if draws_all else tiled(subset(lora, drawn_at), sizes.drawn, padded=self.pads)
         arrays = [
             ids, positions, kv_slots,
-            _filled(at, sizes.decodes), _filled(place + 1, sizes.decodes), _filled(np.ones(count), sizes.decodes),
-            _filled(table.pages[decodes, : sizes.pages], sizes.decodes),
+            *(_filled(array, sizes.decodes) for array in (np.ones(count), *decoding)),
             _filled(starts[chunks], sizes.chunks), _filled(counts, sizes.chunks), _filled(behind, sizes.chunks),
             _filled(table.pages[chunk_rows, : sizes.pages], sizes.chunks),
             _filled(starts[fresh], sizes.fresh), offsets,

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from ranklet.kernels.batch import LoraBatch
+from ranklet.kernels.paged_attention import group_limit
 from ranklet.kernels.row_subset import subset
 from ranklet.kernels.segments import runs_of
 from ranklet.replicas.cache.tensors import KvPages
 from ranklet.replicas.engine.launched import SKIPPED, LaunchedStep, OutputGroup, record_event, to_host
-from ranklet.replicas.engine.paged_layout import LayoutPacker, PagedArrays, PagedLayout, ScoredSpan, StepItems
+from ranklet.replicas.engine.paged_layout import LayoutPacker, PagedArrays, PagedLayout, StepItems
 from ranklet.replicas.engine.plan import StepPlan
 from ranklet.replicas.engine.planned_spans import PlannedSpans
 from ranklet.replicas.engine.repeated_layout import RepeatedLayout
 from ranklet.replicas.engine.row_table import RowTable
 from ranklet.replicas.engine.runner import Runner, distinct_heads
+from ranklet.replicas.engine.scored_span import ScoredSpan
 from ranklet.replicas.model import cudnn_attention, row_decoder
 from ranklet.replicas.model.attention import AttentionBatch, Spans
 from ranklet.replicas.model.decoder import DeviceBatch
@@ -57,6 +59,7 @@ class PagedRunner:
         self.packer = LayoutPacker(
             table, max_tokens=runner.max_tokens, pads=runner.pads_pages, pinned=self._cuda,
             adapts_head=runner.pool.head is not None,
+            group_limit=group_limit((model.architecture.heads, model.architecture.kv_heads)),
         )  # fmt: skip
         self._rows = RowDecoder(model) if row_decoder.supports(model) else None
         self._repeated: RepeatedLayout | None = None  # of the last step that had decodes only

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ranklet.kernels.sampling_row import Column
 from ranklet.replicas.cache.pages import PAGE_TOKENS
@@ -38,7 +37,7 @@ class RepeatedLayout:
             return None
         if self._arrays is None:  # many steps are not repeated
             self._arrays = _HostArrays(self._layout, len(self._rows))
-        self._arrays.update(self._table, self._rows, lengths)
+        self._arrays.update(self._table)
         buffer = torch.empty_like(self._layout.buffer, pin_memory=self._layout.buffer.is_pinned())
         buffer.copy_(self._arrays.buffer)
         return replace(self._layout, buffer=buffer)
@@ -52,14 +51,16 @@ class _HostArrays:
         arrays = layout.unpack(self.buffer)
         assert arrays.decodes is not None
         self._at = arrays.decodes.rows[:count].numpy()
+        self._rows = -1 - arrays.ids.numpy()[self._at]
         self._lengths = arrays.decodes.lengths[:count].numpy()
         self._pages = arrays.decodes.table[:count].numpy()
         self._positions, self._kv_slots = arrays.positions.numpy(), arrays.kv_slots.numpy()
         self._next_positions = arrays.columns.numpy()[:, Column.POSITION]
         self._spaces = np.zeros(count, dtype=np.int32)
 
-    def update(self, table: RowTable, rows: NDArray[np.int32], lengths: NDArray[np.int32]) -> None:
-        spaces = table.spaces[rows]
+    def update(self, table: RowTable) -> None:
+        rows = self._rows
+        lengths, spaces = table.lengths[rows], table.spaces[rows]
         grown = (spaces != self._spaces).nonzero()[0]
         if len(grown):
             self._pages[grown] = table.pages[rows[grown], : self._pages.shape[1]]

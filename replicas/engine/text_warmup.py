@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ranklet.kernels.paged_attention import PAGE_TOKENS
+from ranklet.kernels.paged_spans import PAGE_TOKENS
 from ranklet.kernels.row_tiles import padded_runs
 from ranklet.kernels.sampling_row import CHANGING, ROW_WIDTH, Feature
 from ranklet.replicas.engine.bucket import rounded_pages, rounded_rows, rounded_step

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ranklet.kernels.paged_attention import LayerPages, PagedSpans, decode
+from ranklet.kernels.paged_attention import decode
+from ranklet.kernels.paged_spans import LayerPages, PagedSpans
 from ranklet.kernels.prefill_attention import prefill
 from ranklet.replicas.model import cudnn_attention
 from ranklet.replicas.model.cudnn_attention import CudnnSpans

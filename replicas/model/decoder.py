@@ -19,7 +19,7 @@ from ranklet.kernels import dispatch, pointwise
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.kv_write import KvWrite
 from ranklet.kernels.packs import PACKS
-from ranklet.kernels.paged_attention import LayerPages
+from ranklet.kernels.paged_spans import LayerPages
 from ranklet.kernels.rotary import Rotary
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
 from ranklet.replicas.errors import ModelError

@@ -15,7 +15,7 @@ from torch import Tensor
 from ranklet.kernels import dispatch, paged_attention, row_gemm, row_norm
 from ranklet.kernels.batch import LoraBatch
 from ranklet.kernels.kv_write import KvWrite
-from ranklet.kernels.paged_attention import LayerPages, PagedSpans
+from ranklet.kernels.paged_spans import LayerPages, PagedSpans
 from ranklet.kernels.row_gemm import NextNorm, NormedRows, RowLora, Workspace
 from ranklet.kernels.row_gemm_tiles import MOST_ROWS
 from ranklet.kernels.stack import EmbeddingStack, LinearStack

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ranklet.kernels.paged_attention import PAGE_TOKENS, LayerPages, PagedSpans, decode
+from ranklet.kernels.paged_attention import decode
+from ranklet.kernels.paged_spans import PAGE_TOKENS, LayerPages, PagedSpans
 from ranklet.kernels.prefill_attention import prefill
 from ranklet.kernels.tuning.random_lora import gpu_ms, graphed
 from tests.bench import report

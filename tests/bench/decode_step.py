@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ranklet.kernels.batch import LoraBatch, cut, plan
 from ranklet.kernels.packs import PACKS
-from ranklet.kernels.paged_attention import PAGE_TOKENS, LayerPages, PagedSpans
+from ranklet.kernels.paged_spans import PAGE_TOKENS, LayerPages, PagedSpans
 from ranklet.kernels.stack import LinearStack, SlotMeta
 from ranklet.kernels.tuning.compile import compile_all
 from ranklet.replicas.model.architecture import Architecture

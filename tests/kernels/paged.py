@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ranklet.kernels.kv_write import KvWrite
-from ranklet.kernels.paged_attention import PAGE_TOKENS, LayerPages, PagedSpans
+from ranklet.kernels.paged_spans import PAGE_TOKENS, LayerPages, PagedSpans, PrefixGroups
 
 FREE_PAGES = 3
 
@@ -29,9 +29,11 @@ class PagedCase:
     values: list[Tensor]
 
     def to(self, device: torch.device) -> "PagedCase":
+        groups = self.spans.groups
         spans = PagedSpans(
             self.spans.rows.to(device), self.spans.counts.to(device), self.spans.lengths.to(device),
             self.spans.table.to(device), self.spans.longest_query,
+            groups and PrefixGroups(*(array.to(device) for array in groups)),
         )  # fmt: skip
         pages = LayerPages(self.pages.keys.to(device), self.pages.values.to(device))
         return PagedCase(self.qkv.to(device), spans, pages, self.heads, self.keys, self.values)
@@ -43,12 +45,15 @@ class PagedCase:
 
 def make_case(
     counts: Sequence[int], lengths: Sequence[int], heads: tuple[int, int], width: int,
-    dtype: torch.dtype = torch.float32, *, spare_pages: int = 1, gap: int = 1,
+    dtype: torch.dtype = torch.float32, *, spare_pages: int = 1, gap: int = 1, shared: Sequence[tuple[int, int]] = (),
 ) -> PagedCase:  # fmt: skip
     """Make a case whose spans are packed in reverse order, with `gap` unrelated tokens before each.
 
     Each table is `spare_pages` wider than the longest span needs. Its entries behind a span point to other pages, as
     those of an earlier sequence would.
+
+    Args:
+        shared: spans and common pages of each group, from the first span on. Spans behind them are alone.
     """
     (queries, key_heads), spans = heads, len(counts)
     needed = [-(-length // PAGE_TOKENS) for length in lengths]
@@ -58,12 +63,16 @@ def make_case(
     keys = torch.full((total, key_heads, PAGE_TOKENS, width), float("nan"), dtype=dtype)
     pages = LayerPages(keys, keys.clone())
     contents: tuple[list[Tensor], list[Tensor]] = ([], [])
+    groups = make_groups(spans, shared)
     for span, length in enumerate(lengths):
-        own = [shuffled.pop() for _ in range(needed[span])]
+        first, common = int(groups.firsts[span]), int(groups.shared[span]) if groups.firsts[span] < span else 0
+        taken = table[first, : common // PAGE_TOKENS].tolist()
+        own = taken + [shuffled.pop() for _ in range(needed[span] - len(taken))]
         table[span, : len(own)] = torch.tensor(own, dtype=torch.int32)
         for side, parts in zip(pages, contents, strict=True):
             part = torch.randn(length, key_heads, width).to(dtype)
-            for position in range(length):
+            part[:common] = parts[first][:common] if common else 0
+            for position in range(common, length):
                 side[own[position // PAGE_TOKENS], :, position % PAGE_TOKENS] = part[position]
             parts.append(part)
     rows, row = [0] * spans, 0
@@ -75,7 +84,19 @@ def make_case(
     for start, count in zip(rows, counts, strict=True):
         qkv[start : start + count, : queries * width] = torch.randn(count, queries * width).to(dtype)
     starts, sizes, ends = (torch.tensor(part, dtype=torch.int32) for part in (rows, list(counts), list(lengths)))
-    return PagedCase(qkv, PagedSpans(starts, sizes, ends, table, max(counts)), pages, heads, *contents)
+    placed = PagedSpans(starts, sizes, ends, table, max(counts), groups if shared else None)
+    return PagedCase(qkv, placed, pages, heads, *contents)
+
+
+def make_groups(spans: int, shared: Sequence[tuple[int, int]]) -> PrefixGroups:
+    """Return groups of consecutive spans; see `make_case`."""
+    groups = PrefixGroups(torch.zeros(spans), torch.arange(spans), torch.ones(spans))
+    first = 0
+    for members, common in shared:
+        own = slice(first, first + members)
+        groups.shared[own], groups.firsts[own], groups.members[own] = common * PAGE_TOKENS, first, members
+        first += members
+    return PrefixGroups(*(array.int() for array in groups))
 
 
 def attend64(case: PagedCase, window: int | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ranklet.kernels import prefill_attention
-from ranklet.kernels.paged_attention import PagedSpans
+from ranklet.kernels.paged_spans import PagedSpans
 from ranklet.kernels.prefill_attention import prefill, prefill_triton
 from tests.kernels.paged import PagedCase, attend64, make_case
 

@@ -13,7 +13,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEm
 from ranklet.kernels import csgmv, fused_gemm
 from ranklet.kernels.batch import plan
 from ranklet.kernels.kv_write import KvWrite
-from ranklet.kernels.paged_attention import PAGE_TOKENS, LayerPages
+from ranklet.kernels.paged_spans import PAGE_TOKENS, LayerPages
 from ranklet.kernels.rotary import Rotary, rotary_kernel
 from ranklet.kernels.tiles import FusedTile
 from tests.kernels import oracle

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ranklet.kernels import paged_attention
+from ranklet.kernels import paged_spans
 from ranklet.replicas.cache.pages import PAGE_TOKENS
 from ranklet.replicas.cache.tensors import KvPages, page_bytes, pages_that_fit
 from ranklet.replicas.config import EngineConfig
@@ -38,7 +38,7 @@ def free_bytes(monkeypatch: pytest.MonkeyPatch, page: int) -> int:
 
 
 def test_kernels_and_pool_agree_on_the_size_of_a_page() -> None:
-    assert paged_attention.PAGE_TOKENS == PAGE_TOKENS
+    assert paged_spans.PAGE_TOKENS == PAGE_TOKENS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from ranklet.kernels.paged_attention import PAGE_TOKENS
+from ranklet.kernels.paged_spans import PAGE_TOKENS
 from ranklet.replicas.engine import step_cost
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.stats import BatchRecord, Listener

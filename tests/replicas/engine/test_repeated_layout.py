@@ -16,13 +16,17 @@ ROWS, STEPS = 12, 150
 
 
 def filled_table() -> RowTable:
-    """Return rows of different lengths and adapters, each with pages for its tokens."""
+    """Return rows of different lengths and adapters, each with pages for its tokens. Some begin with the same pages."""
     rng = np.random.default_rng(0)
     table = RowTable(ROWS, 64)
     for row in range(ROWS):
         table.lengths[row] = rng.integers(1, 900)
         pages = -(-int(table.lengths[row]) // PAGE_TOKENS)
         table.set_pages(row, 0, rng.integers(0, 1000, pages).tolist())
+    for row in (0, 2, 9):
+        table.lengths[row] += 6 * PAGE_TOKENS
+        pages = -(-int(table.lengths[row]) // PAGE_TOKENS)
+        table.set_pages(row, 0, [*range(2000, 2006), *rng.integers(0, 1000, pages - 6).tolist()])
     table.slots[:ROWS] = rng.integers(-1, 3, ROWS)
     table.sampling[:ROWS, 1] = np.arange(ROWS)
     return table
@@ -39,7 +43,7 @@ def advance(table: RowTable, rows: NDArray[np.int32]) -> None:
 @pytest.mark.parametrize("skipped", [1, 7])  # steps between two of decodes only, which have the same decodes too
 def test_repeated_steps_equal_packed_ones(pads: bool, skipped: int) -> None:
     table = filled_table()
-    packer = LayoutPacker(table, max_tokens=4096, pads=pads, pinned=False, adapts_head=True)
+    packer = LayoutPacker(table, max_tokens=4096, pads=pads, pinned=False, adapts_head=True, group_limit=3)
     items = StepItems(np.array([7, 2, 9, 0, 4], dtype=np.int32), [], [])
     repeated: RepeatedLayout | None = None
     sizes, count = None, 0
@@ -57,12 +61,16 @@ def test_repeated_steps_equal_packed_ones(pads: bool, skipped: int) -> None:
         assert torch.equal(found.buffer, wanted.buffer)
         assert found.sizes == wanted.sizes
         assert found.drawn_items == wanted.drawn_items
+        decodes = found.unpack(found.buffer).decodes
+        assert decodes is not None
+        assert decodes.groups is not None
+        assert sorted(decodes.groups.shared[:5].tolist()) == [0, 0, *3 * [6 * PAGE_TOKENS]]
     assert count
 
 
 def test_other_steps_are_not_repeated() -> None:
     table = filled_table()
-    packer = LayoutPacker(table, max_tokens=4096, pads=True, pinned=False, adapts_head=False)
+    packer = LayoutPacker(table, max_tokens=4096, pads=True, pinned=False, adapts_head=False, group_limit=3)
     rows = np.array([1, 2], dtype=np.int32)
     items = StepItems(rows, [], [])
     repeated = RepeatedLayout(table, items, packer.pack(items, *items.lora(table)))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from ranklet.kernels.paged_attention import PAGE_TOKENS
+from ranklet.kernels.paged_spans import PAGE_TOKENS
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.generate import Generation

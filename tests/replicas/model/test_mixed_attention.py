@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ranklet.kernels.kv_write import write_kv
-from ranklet.kernels.paged_attention import PAGE_TOKENS, LayerPages, PagedSpans
+from ranklet.kernels.paged_spans import PAGE_TOKENS, LayerPages, PagedSpans
 from ranklet.replicas.model import cudnn_attention
 from ranklet.replicas.model.attention import AttentionBatch, Spans, attend
 from tests.replicas.model.test_attention import attend64

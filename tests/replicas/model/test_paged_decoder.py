@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ranklet.kernels.batch import plan
-from ranklet.kernels.paged_attention import PAGE_TOKENS, LayerPages, PagedSpans
+from ranklet.kernels.paged_spans import PAGE_TOKENS, LayerPages, PagedSpans
 from ranklet.replicas.model.architecture import read_architecture, read_config
 from ranklet.replicas.model.attention import AttentionBatch, Spans
 from ranklet.replicas.model.decoder import Decoder, DeviceBatch, Stacks

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from ranklet.kernels.batch import LoraBatch, cut, plan
 from ranklet.kernels.packs import PACKS
-from ranklet.kernels.paged_attention import PAGE_TOKENS, LayerPages, PagedSpans
+from ranklet.kernels.paged_spans import PAGE_TOKENS, LayerPages, PagedSpans
 from ranklet.kernels.stack import LinearStack
 from ranklet.replicas.model import row_decoder
 from ranklet.replicas.model.decoder import Decoder, Stacks
