@@ -1,24 +1,33 @@
 """Time of attention over keys and values in pages, in CUDA graphs.
 
 `decode`: one token of each sequence, as a share of the rate at which the GPU copies memory. Launches use different
-pages, so that the keys and values come from memory and not from the L2 cache. `prefill`: pieces of prompts behind
-tokens in pages, in TFLOP/s.
+pages, so that the keys and values come from memory and not from the L2 cache. `shared`: the same for sequences that
+begin with one of some system prompts, each sequence read alone (`alone_us`) and in groups; the rate is that of reading
+each page once. `prefill`: pieces of prompts behind tokens in pages, in TFLOP/s.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from ranklet.kernels.paged_attention import decode
-from ranklet.kernels.paged_spans import PAGE_TOKENS, LayerPages, PagedSpans
+from ranklet.kernels.paged_attention import decode, group_limit
+from ranklet.kernels.paged_spans import PAGE_TOKENS, LayerPages, PagedSpans, PrefixGroups
 from ranklet.kernels.prefill_attention import prefill
 from ranklet.kernels.tuning.random_lora import gpu_ms, graphed
+from ranklet.replicas.engine.prefix_groups import group_by_prefix
 from tests.bench import report
 
 SHAPES = {"Qwen3-0.6B": (16, 8), "Llama-3.1-8B": (32, 8)}
 WIDTH = 128
 BATCHES, LENGTHS = (1, 16, 64, 256), (128, 300, 640, 1000, 8192)
+SHARED = (  # sequences, tokens of each, different system prompts, tokens of each system prompt
+    (256, 1000, 256, 0), (256, 300, 256, 0), (256, 2096, 64, 2048), (256, 2096, 8, 2048), (256, 2096, 1, 2048),
+    (256, 600, 64, 512), (256, 600, 1, 512), (64, 2096, 16, 2048), (64, 2096, 1, 2048), (16, 2096, 4, 2048),
+    (16, 2096, 1, 2048), (4, 2096, 1, 2048), (4, 8240, 1, 8192), (64, 8240, 4, 8192), (256, 600, 64, 256),
+)  # fmt: skip
 PIECES = (  # pieces, tokens of each, tokens in pages before each
     (1, 2048, 0), (1, 1024, 2000), (1, 2048, 8192), (1, 2048, 30_000), (1, 1024, 30_000), (1, 512, 30_000),
     (1, 256, 30_000), (1, 64, 30_000), (1, 100, 8000), (1, 64, 8000), (64, 32, 0), (32, 512, 0), (64, 128, 8000),
@@ -63,6 +72,36 @@ def decoded(
     return {"part": "decode", "model": name, "what": f"{batch} x {length}", "us": us, "rate": size / us * 1e6 / copied}
 
 
+def shared(
+    name: str, case: tuple[int, int, int, int], copied: float, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    heads, (batch, length, prompts, common) = SHAPES[name], case
+    held, whole = -(-length // PAGE_TOKENS), common // PAGE_TOKENS
+    size = 2 * (prompts * common + batch * (length - common)) * heads[1] * WIDTH * dtype.itemsize
+    layers = max(1, min(MOST_LAYERS, int(LAUNCH_BYTES // size) + 1)) if device.type == "cuda" else 1
+    pages = make_pages(layers, batch * held, heads[1], device, dtype)
+    table = torch.randperm(batch * held).view(batch, held)
+    table[:, :whole] = table[:prompts, :whole].repeat_interleave(batch // prompts, 0)
+    each = torch.ones(batch, dtype=torch.int32)
+    grouped = group_by_prefix(np.arange(batch), (each * length).numpy(), table.int().numpy(), group_limit(heads))
+    rows, lengths, own, *groups = (torch.from_numpy(array).to(device) for array in grouped)
+    alone = PagedSpans(rows.int(), each.to(device), lengths, own, 1)
+    qkv = torch.randn(batch, (heads[0] + 2 * heads[1]) * WIDTH, device=device).to(dtype)
+    out = torch.empty(batch, heads[0] * WIDTH, device=device, dtype=dtype)
+
+    def us(spans: PagedSpans) -> float:
+        def run() -> None:
+            for layer in pages:
+                decode(qkv, spans, layer, heads, None, out)
+
+        return gpu_ms(graphed(run)) * 1e3 / layers
+
+    taken_us, alone_us = us(replace(alone, groups=PrefixGroups(*groups))), us(alone)
+    what = f"{batch} x {length}, {prompts} prompts of {common}"
+    rate = size / taken_us * 1e6 / copied
+    return {"part": "shared", "model": name, "what": what, "us": taken_us, "rate": rate, "alone_us": alone_us}
+
+
 def prefilled(
     name: str, pieces: int, count: int, past: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -90,6 +129,8 @@ def measure(*, tiny: bool) -> Iterator[dict[str, Any]]:
         for batch in BATCHES[:1] if tiny else BATCHES:
             for length in LENGTHS[:2] if tiny else LENGTHS:
                 yield decoded(name, batch, length, copied, device, dtype)
+        for case in ((4, 200, 2, 128),) if tiny else SHARED:
+            yield shared(name, case, copied, device, dtype)
         for pieces, count, past in ((2, 20, 70),) if tiny else PIECES:
             yield prefilled(name, pieces, count, past, device, dtype)
 
