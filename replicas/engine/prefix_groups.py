@@ -48,7 +48,7 @@ def group_by_prefix(
         rows, lengths, pages, np.zeros(count, np.int32), np.arange(count, dtype=np.int32), np.ones(count, np.int32)
     )
     whole = (lengths - 1) // PAGE_TOKENS
-    if limit == 1 or not _any_equal(pages[whole >= _LEAST_PAGES, 0]):
+    if limit == 1 or count < 2 or not _any_equal(pages[whole >= _LEAST_PAGES, 0]):
         return spans
     read = pages[:, : whole.max() + 1]  # with the page of the last token, so that no order depends on older entries
     order = sorted(range(count), key=[row.tobytes() for row in read].__getitem__)

@@ -69,6 +69,12 @@ def test_pages_behind_a_sequences_last_are_not_shared() -> None:
     assert groups_of(grouped([[*one, 1], [*one[:4], 2]])) == {(0, 1): 4}
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_few_spans(count: int) -> None:
+    given = np.arange(count), np.full(count, 500, np.int32), np.zeros((count, 9 * count), np.int32)
+    assert group_by_prefix(*given, 8).members.tolist() == [1] * count
+
+
 @given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9), st.integers(1, 9)), max_size=40), st.integers(1, 8))
 def test_any_sequences(branches: list[tuple[int, int, int]], limit: int) -> None:
     sequences, fresh = [[0, 1]], iter(range(2, 10_000))
