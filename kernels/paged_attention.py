@@ -35,7 +35,7 @@ _SHARED_OTHERWISE = (8, 512)
 _LARGEST_SPLIT = 2048  # tokens
 _MOST_SPLITS = 32  # of a span; with more tokens, its splits are larger
 _SIDE = 8  # splits that are combined side by side
-_SIDE_OF_GROUP = 2
+_SIDE_OF_GROUP = 2  # the same for a group, which has more rows
 _ROWS = 16  # query heads that a program computes: those of one span, or of all spans of a group
 _BLOCK_KEYS = 64
 _PROGRAMS = 12  # per processor, which holds 4: later programs even out sequences of different lengths
@@ -85,7 +85,7 @@ def _add_block(q, k, v, seen, top, total, acc, scale, PRECISION: tl.constexpr):
 
 @triton.jit
 def _combine(
-    out, sums, stats, rows, lengths, group_first, group_size, head, common, window, most, least, kept, out_stride, d,
+    out, sums, stats, rows, lengths, first_span, group_spans, head, common, window, most, least, kept, out_stride, d,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, LARGEST: tl.constexpr, CAP: tl.constexpr, MOST_SHARED: tl.constexpr,
     LEAST_SHARED: tl.constexpr, SIDE: tl.constexpr,
@@ -93,8 +93,8 @@ def _combine(
     # Writes the outputs of a group's query heads, which it combines from SIDE splits at a time.
     r = tl.arange(0, BLOCK_ROWS)
     split = tl.arange(0, SIDE)
-    is_row = r < group_size * GROUP
-    span = group_first + r // GROUP
+    is_row = r < group_spans * GROUP
+    span = first_span + r // GROUP
     heads = head * GROUP + r % GROUP
     length = tl.load(lengths + span, mask=is_row, other=common)
     counts = _split_count(common, length, window, most, least, BLOCK_N, LARGEST, CAP)
@@ -160,12 +160,12 @@ def split_kernel(
         split = item // G - tl.max(tl.where(before, ends, 0), 0)
         length = tl.load(lengths + span)
         common = 0
-        group_first = span
-        group_size = 1
+        first_span = span
+        group_spans = 1
         if SHARES:
             common = tl.load(shared + span)
-            group_first = tl.load(firsts + span)
-            group_size = tl.load(members + span)
+            first_span = tl.load(firsts + span)
+            group_spans = tl.load(members + span)
         begin, size, count = _splits(common, length, window, most, least, BLOCK_N, LARGEST, CAP)
         low = begin + split * size
         high = tl.minimum(low + size, length)
@@ -175,7 +175,7 @@ def split_kernel(
             if split >= count:
                 low = (split - count) * shared_size
                 high = tl.minimum(low + shared_size, common)
-                own_members = group_size
+                own_members = group_spans
                 split -= count
             else:
                 split += shared_count
@@ -218,21 +218,21 @@ def split_kernel(
             expected = count
             if SHARES:  # the splits of all spans of a group are counted together
                 member = tl.arange(0, BLOCK_G)
-                its_length = tl.load(lengths + group_first + member, mask=member < group_size, other=common)
+                its_length = tl.load(lengths + first_span + member, mask=member < group_spans, other=common)
                 its_count = _split_count(common, its_length, window, most, least, BLOCK_N, LARGEST, CAP)
                 expected = tl.sum(its_count, 0) + shared_count
             tl.debug_barrier()  # every thread's part is written before the arrival is counted
-            arrived = arrivals + group_first * G + head
+            arrived = arrivals + first_span * G + head
             if tl.atomic_add(arrived, 1, sem="acq_rel") == expected - 1:
-                if group_size == 1:
+                if group_spans == 1:
                     _combine(
-                        out, sums, stats, rows, lengths, group_first, group_size, head, common, window, most, least,
+                        out, sums, stats, rows, lengths, first_span, group_spans, head, common, window, most, least,
                         kept, out_stride, d, G, GROUP, D, BLOCK_HEADS, BLOCK_D, BLOCK_N, LARGEST, CAP, MOST_SHARED,
                         LEAST_SHARED, SIDE,
                     )  # fmt: skip
                 elif SHARES:
                     _combine(
-                        out, sums, stats, rows, lengths, group_first, group_size, head, common, window, most, least,
+                        out, sums, stats, rows, lengths, first_span, group_spans, head, common, window, most, least,
                         kept, out_stride, d, G, GROUP, D, BLOCK_G, BLOCK_D, BLOCK_N, LARGEST, CAP, MOST_SHARED,
                         LEAST_SHARED, SIDE_OF_GROUP,
                     )  # fmt: skip
