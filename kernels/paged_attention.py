@@ -34,8 +34,7 @@ _SHARED_SPLITS = ((4, 16, 128), (16, 16, 256))  # the same for keys that a group
 _SHARED_OTHERWISE = (8, 512)
 _LARGEST_SPLIT = 2048  # tokens
 _MOST_SPLITS = 32  # of a span; with more tokens, its splits are larger
-_SIDE = 8  # splits that are combined side by side
-_SIDE_OF_GROUP = 2  # the same for a group, which has more rows
+_SIDE = 8  # splits of a span that are combined side by side; those of a group, which has more rows, one by one
 _ROWS = 16  # query heads that a program computes: those of one span, or of all spans of a group
 _BLOCK_KEYS = 64
 _PROGRAMS = 12  # per processor, which holds 4: later programs even out sequences of different lengths
@@ -131,9 +130,8 @@ def split_kernel(
     spans, table_stride, window, most, least, kept, scale, qkv_stride, out_stride,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_B: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, LARGEST: tl.constexpr,
-    CAP: tl.constexpr, SIDE: tl.constexpr, SIDE_OF_GROUP: tl.constexpr, MOST_SHARED: tl.constexpr,
-    LEAST_SHARED: tl.constexpr, SHARES: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-    CHAINED: tl.constexpr,
+    CAP: tl.constexpr, SIDE: tl.constexpr, MOST_SHARED: tl.constexpr, LEAST_SHARED: tl.constexpr, SHARES: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     if CHAINED:
         tl.extra.cuda.gdc_wait()
@@ -234,7 +232,7 @@ def split_kernel(
                     _combine(
                         out, sums, stats, rows, lengths, first_span, group_spans, head, common, window, most, least,
                         kept, out_stride, d, G, GROUP, D, BLOCK_G, BLOCK_D, BLOCK_N, LARGEST, CAP, MOST_SHARED,
-                        LEAST_SHARED, SIDE_OF_GROUP,
+                        LEAST_SHARED, 1,
                     )  # fmt: skip
                 tl.store(arrived, 0)
 
@@ -296,8 +294,8 @@ def decode_triton(
         kept, log2_scale(width), qkv.stride(0), out.stride(0),
         G=key_heads, GROUP=group, D=width, BLOCK_D=block_d, BLOCK_G=max(_ROWS, triton.next_power_of_2(group)),
         BLOCK_HEADS=triton.next_power_of_2(group), BLOCK_B=max(16, triton.next_power_of_2(batch)), PAGE=page,
-        BLOCK_N=_BLOCK_KEYS, LARGEST=_LARGEST_SPLIT, CAP=_MOST_SPLITS, SIDE=_SIDE, SIDE_OF_GROUP=_SIDE_OF_GROUP,
-        MOST_SHARED=most_shared, LEAST_SHARED=least_shared, SHARES=groups is not None,
+        BLOCK_N=_BLOCK_KEYS, LARGEST=_LARGEST_SPLIT, CAP=_MOST_SPLITS, SIDE=_SIDE, MOST_SHARED=most_shared,
+        LEAST_SHARED=least_shared, SHARES=groups is not None,
         STAGES=_STAGES if qkv.element_size() == 2 else 2, PRECISION=precision_of(qkv), CHAINED=chained,
         num_warps=_WARPS, launch_pdl=chained,
     )  # fmt: skip

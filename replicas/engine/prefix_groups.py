@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ranklet.replicas.cache.pages import PAGE_TOKENS
 
+_LEAST_SPANS = 8  # fewer spans are split so much that reading each alone takes less time
 _LEAST_PAGES = 4  # with fewer, a further split takes longer than it saves
 
 
@@ -48,7 +49,7 @@ def group_by_prefix(
         rows, lengths, pages, np.zeros(count, np.int32), np.arange(count, dtype=np.int32), np.ones(count, np.int32)
     )
     whole = (lengths - 1) // PAGE_TOKENS
-    if limit == 1 or count < 2 or not _any_equal(pages[whole >= _LEAST_PAGES, 0]):
+    if limit == 1 or count < _LEAST_SPANS or not _any_equal(pages[whole >= _LEAST_PAGES, 0]):
         return spans
     read = pages[:, : whole.max() + 1]  # with the page of the last token, so that no order depends on older entries
     order = sorted(range(count), key=[row.tobytes() for row in read].__getitem__)

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from ranklet.replicas.cache.pages import PAGE_TOKENS
 from ranklet.replicas.engine.prefix_groups import GroupedSpans, group_by_prefix
 
+OTHERS = [[-1 - i] for i in range(8)]  # sequences that share nothing; fewer than these are not grouped
+
 
 def grouped(sequences: list[list[int]], limit: int = 8, spare: int = 3) -> GroupedSpans:
     """Group sequences of which the last page has one token. Entries behind it are those of the first sequence."""
@@ -35,43 +37,43 @@ def beginnings(*counts: int) -> list[list[int]]:
 
 def test_sequences_with_one_system_prompt_are_a_group() -> None:
     one, two = beginnings(5, 9)
-    spans = grouped([[*one, 1], [*two, 2], [7], [*one, 3, 4], [*two, 5], [*one, 6]])
+    spans = grouped([[*one, 1], [*two, 2], [7], [*one, 3, 4], [*two, 5], [*one, 6], *OTHERS])
     assert groups_of(spans) == {(0, 3, 5): 5, (1, 4): 9}
     assert spans.members.tolist() == [members for _, members in sorted(zip(spans.firsts, spans.members, strict=True))]
 
 
 def test_a_group_has_at_most_as_many_members_as_a_program_computes() -> None:
     (one,) = beginnings(5)
-    found = groups_of(grouped([[*one, i] for i in range(7)], limit=3))
+    found = groups_of(grouped([*([*one, i] for i in range(7)), *OTHERS], limit=3))
     assert sorted(map(len, found)) == [3, 3]  # the last is alone
-    assert not groups_of(grouped([[*one, i] for i in range(7)], limit=1))
+    assert not groups_of(grouped([*([*one, i] for i in range(7)), *OTHERS], limit=1))
 
 
 def test_long_common_beginnings_come_before_short_ones() -> None:
     """Turns of one conversation share more than the system prompt of all."""
     (one,) = beginnings(4)
     talk = [*one, *range(50, 80)]
-    assert groups_of(grouped([[*one, 900], [*talk, 1], [*talk, 2], [*talk, 3]])) == {(1, 2, 3): 34}
-    assert groups_of(grouped([[*one, 0], [*talk, 1], [*talk, 2], [*talk, 3]])) == {(1, 2, 3): 34}
+    assert groups_of(grouped([[*one, 900], [*talk, 1], [*talk, 2], [*talk, 3], *OTHERS])) == {(1, 2, 3): 34}
+    assert groups_of(grouped([[*one, 0], [*talk, 1], [*talk, 2], [*talk, 3], *OTHERS])) == {(1, 2, 3): 34}
 
 
 def test_short_beginnings_are_read_by_each_alone() -> None:
     (one,) = beginnings(3)
-    spans = grouped([[*one, 1], [*one, 2]])
+    spans = grouped([[*one, 1], [*one, 2], *OTHERS])
     assert not groups_of(spans)
-    assert spans.rows.tolist() == [100, 101]
-    assert spans.members.tolist() == [1, 1]
+    assert spans.rows.tolist() == list(range(100, 110))
+    assert spans.members.tolist() == [1] * 10
 
 
 def test_pages_behind_a_sequences_last_are_not_shared() -> None:
     (one,) = beginnings(9)
-    assert groups_of(grouped([[*one, 1], one[:4]])) == {}
-    assert groups_of(grouped([[*one, 1], [*one[:4], 2]])) == {(0, 1): 4}
+    assert groups_of(grouped([[*one, 1], one[:4], *OTHERS])) == {}
+    assert groups_of(grouped([[*one, 1], [*one[:4], 2], *OTHERS])) == {(0, 1): 4}
 
 
-@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("count", [0, 1, 7])
 def test_few_spans(count: int) -> None:
-    given = np.arange(count), np.full(count, 500, np.int32), np.zeros((count, 9 * count), np.int32)
+    given = np.arange(count), np.full(count, 500, np.int32), np.zeros((count, 9), np.int32)
     assert group_by_prefix(*given, 8).members.tolist() == [1] * count
 
 
