@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from ranklet.replicas.cache.pages import PAGE_TOKENS
 
-_LEAST_SPANS = 8  # fewer spans are split so much that reading each alone takes less time
-_LEAST_PAGES = 4  # with fewer, a further split takes longer than it saves
+# The fewest pages that a group shares. With fewer, the further splits take longer than reading each span alone, which
+# a step of few spans does in small splits.
+_LEAST_PAGES = 4
+_LEAST_PAGES_OF_ONE = 512  # divided by the number of spans
 
 
 class GroupedSpans(NamedTuple):
@@ -48,8 +50,11 @@ def group_by_prefix(
     spans = GroupedSpans(
         rows, lengths, pages, np.zeros(count, np.int32), np.arange(count, dtype=np.int32), np.ones(count, np.int32)
     )
+    if limit == 1 or count < 2:
+        return spans
+    least = max(_LEAST_PAGES, _LEAST_PAGES_OF_ONE // count)
     whole = (lengths - 1) // PAGE_TOKENS
-    if limit == 1 or count < _LEAST_SPANS or not _any_equal(pages[whole >= _LEAST_PAGES, 0]):
+    if not _any_equal(pages[whole >= least, 0]):
         return spans
     read = pages[:, : whole.max() + 1]  # with the page of the last token, so that no order depends on older entries
     order = sorted(range(count), key=[row.tobytes() for row in read].__getitem__)
@@ -57,7 +62,7 @@ def group_by_prefix(
     differs = np.ones((count - 1, read.shape[1] + 1), dtype=np.bool_)
     np.not_equal(read[1:], read[:-1], out=differs[:, :-1])
     common = np.minimum(differs.argmax(1), np.minimum(whole[1:], whole[:-1]))
-    groups = np.array(_groups(common.tolist(), limit), dtype=np.int32)
+    groups = np.array(_groups(common.tolist(), limit, least), dtype=np.int32)
     if len(groups) == count:
         return spans
     sizes = groups[:, 0]
@@ -70,18 +75,19 @@ def _any_equal(pages: NDArray[np.int32]) -> bool:
     return bool((ordered[1:] == ordered[:-1]).any())
 
 
-def _groups(common: list[int], limit: int) -> list[tuple[int, int]]:
+def _groups(common: list[int], limit: int, least: int) -> list[tuple[int, int]]:
     """Return the size of each group, and how many pages all of it share.
 
     Args:
         common: pages that each span shares with the next one.
+        least: the fewest pages that a group shares.
     """
     groups = []
     members, shared = 1, 0
     for pages, following in zip(common, (*common[1:], 0), strict=True):
         with_next = pages if members == 1 else min(shared, pages)
         # A group takes the next span if that saves reading, unless the next shares much more with those behind it.
-        saves = with_next >= _LEAST_PAGES and members * with_next >= (members - 1) * shared
+        saves = with_next >= least and members * with_next >= (members - 1) * shared
         if saves and members < limit and 2 * with_next >= following:
             members, shared = members + 1, with_next
         else:

@@ -44,7 +44,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     write_model(folder / "model", SHAPE)
     write_adapters(folder / "adapters", 2, shape=SHAPE, rank=16, modules=LINEAR_MODULES)
     config = EngineConfig(
-        folder / "model", slots=2, max_batch_tokens=2048, max_model_len=1024, max_batch_requests=64,
+        folder / "model", slots=2, max_batch_tokens=2048, max_model_len=4096, max_batch_requests=64,
         kv_cache_bytes=256 << 20, decode_slowdown=1.0,
     )  # fmt: skip
     running = Engine(config)
@@ -97,7 +97,7 @@ def check(engine: Engine, prompt: NDArray[np.int32], adapter: AdapterRef | None,
 def test_texts_with_the_system_prompts_of_their_adapters(engine: Engine, groups: list[GroupedSpans]) -> None:
     used, own = adapters(engine), draw(*OWN)
     asked = []
-    for adapter, system in zip(used, draw(300, 555, 270), strict=True):
+    for adapter, system in zip(used, draw(1200, 1355, 1170), strict=True):
         submit(engine, system, adapter, replace(GREEDY, max_tokens=1)).generation()  # fills the prefix cache
         asked += [(np.concatenate([system, end]), adapter) for end in own]
     for _ in range(3):  # graphs are captured at the second time
@@ -114,7 +114,7 @@ def test_texts_with_the_system_prompts_of_their_adapters(engine: Engine, groups:
 
 
 def test_choices_of_one_prompt(engine: Engine, groups: list[GroupedSpans]) -> None:
-    (prompt,) = draw(400)
+    (prompt,) = draw(3400)
     text = submit(engine, prompt, None, replace(GREEDY, n=10, temperature=1.0, seed=1))
     check(engine, prompt, None, text)
     assert max(spans.members.max() for spans in groups) == group_limit(HEADS)

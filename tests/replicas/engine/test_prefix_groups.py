@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ranklet.replicas.cache.pages import PAGE_TOKENS
 from ranklet.replicas.engine.prefix_groups import GroupedSpans, group_by_prefix
 
-OTHERS = [[-1 - i] for i in range(8)]  # sequences that share nothing; fewer than these are not grouped
+OTHERS = [[-1 - i] for i in range(128)]  # sequences that share nothing; beside so many, few pages make a group
 
 
 def grouped(sequences: list[list[int]], limit: int = 8, spare: int = 3) -> GroupedSpans:
@@ -61,14 +61,21 @@ def test_short_beginnings_are_read_by_each_alone() -> None:
     (one,) = beginnings(3)
     spans = grouped([[*one, 1], [*one, 2], *OTHERS])
     assert not groups_of(spans)
-    assert spans.rows.tolist() == list(range(100, 110))
-    assert spans.members.tolist() == [1] * 10
+    assert spans.rows.tolist() == list(range(100, 100 + len(spans.rows)))
+    assert spans.members.tolist() == [1] * len(spans.rows)
 
 
 def test_pages_behind_a_sequences_last_are_not_shared() -> None:
     (one,) = beginnings(9)
     assert groups_of(grouped([[*one, 1], one[:4], *OTHERS])) == {}
     assert groups_of(grouped([[*one, 1], [*one[:4], 2], *OTHERS])) == {(0, 1): 4}
+
+
+@pytest.mark.parametrize(("count", "pages"), [(2, 256), (8, 64), (32, 16)])
+def test_fewer_spans_need_more_common_pages(count: int, pages: int) -> None:
+    (one, other) = beginnings(pages, pages - 1)
+    assert set(grouped([[*one, i] for i in range(count)], count).members.tolist()) == {count}
+    assert set(grouped([[*other, i] for i in range(count)], count).members.tolist()) == {1}
 
 
 @pytest.mark.parametrize("count", [0, 1, 7])
@@ -83,6 +90,7 @@ def test_any_sequences(branches: list[tuple[int, int, int]], limit: int) -> None
     for parent, kept, added in branches:
         own = sequences[parent % len(sequences)]
         sequences.append([*own[: min(kept, len(own) - 1)], *(next(fresh) for _ in range(added))])
+    sequences += OTHERS
     spans = grouped(sequences, limit)
     assert sorted(spans.rows.tolist()) == list(range(100, 100 + len(sequences)))
     for index, (row, first) in enumerate(zip(spans.rows.tolist(), spans.firsts.tolist(), strict=True)):
@@ -99,7 +107,7 @@ def test_any_sequences(branches: list[tuple[int, int, int]], limit: int) -> None
 @pytest.mark.parametrize("limit", [2, 8])
 def test_no_page_of_full_groups_is_read_twice(limit: int) -> None:
     fresh = iter(range(100_000))
-    sequences = [[*begin, next(fresh)] for begin in beginnings(*range(4, 20)) for _ in range(limit)]
+    sequences = [[*begin, next(fresh)] for begin in beginnings(*range(16, 32)) for _ in range(limit)]
     spans = grouped(sequences, limit)
     leads = spans.firsts == np.arange(len(sequences))
     read = spans.lengths // PAGE_TOKENS + 1 - spans.shared // PAGE_TOKENS + leads * spans.shared // PAGE_TOKENS
