@@ -13,20 +13,21 @@ from ranklet.replicas.engine.row_table import RowTable
 from tests.replicas.engine.given import HEAD
 
 ROWS, STEPS = 12, 150
+COMMON = 110  # pages, so many that few rows are grouped
 
 
 def filled_table() -> RowTable:
     """Return rows of different lengths and adapters, each with pages for its tokens. Some begin with the same pages."""
     rng = np.random.default_rng(0)
-    table = RowTable(ROWS, 64)
+    table = RowTable(ROWS, 160)
     for row in range(ROWS):
         table.lengths[row] = rng.integers(1, 900)
         pages = -(-int(table.lengths[row]) // PAGE_TOKENS)
         table.set_pages(row, 0, rng.integers(0, 1000, pages).tolist())
     for row in (0, 2, 9):
-        table.lengths[row] += 6 * PAGE_TOKENS
+        table.lengths[row] += COMMON * PAGE_TOKENS
         pages = -(-int(table.lengths[row]) // PAGE_TOKENS)
-        table.set_pages(row, 0, [*range(2000, 2006), *rng.integers(0, 1000, pages - 6).tolist()])
+        table.set_pages(row, 0, [*range(2000, 2000 + COMMON), *rng.integers(0, 1000, pages - COMMON).tolist()])
     table.slots[:ROWS] = rng.integers(-1, 3, ROWS)
     table.sampling[:ROWS, 1] = np.arange(ROWS)
     return table
@@ -64,7 +65,7 @@ def test_repeated_steps_equal_packed_ones(pads: bool, skipped: int) -> None:
         decodes = found.unpack(found.buffer).decodes
         assert decodes is not None
         assert decodes.groups is not None
-        assert sorted(decodes.groups.shared[:5].tolist()) == [0, 0, *3 * [6 * PAGE_TOKENS]]
+        assert sorted(decodes.groups.shared[:5].tolist()) == [0, 0, *3 * [COMMON * PAGE_TOKENS]]
     assert count
 
 
