@@ -25,7 +25,7 @@ from ranklet.kernels.sampling_row import ROW_WIDTH, Column, Feature, features_of
 from ranklet.replicas.cache.pages import pages_of
 from ranklet.replicas.engine.bucket import rounded_pages, rounded_rows, rounded_step
 from ranklet.replicas.engine.layout import TokenSpan
-from ranklet.replicas.engine.prefix_groups import group_by_prefix
+from ranklet.replicas.engine.prefix_groups import LEAST_SPANS, group_by_prefix
 from ranklet.replicas.engine.row_table import RowTable
 from ranklet.replicas.engine.scored_span import ScoredSpan
 from ranklet.replicas.engine.tile_tables import TileShapes, all_tiles, placed, shapes_of, tiled
@@ -140,7 +140,8 @@ class PagedLayout:
         d_counts, d_rows, d_lengths, d_table, d_shared, d_firsts, d_members, *arrays = arrays
         c_rows, c_counts, c_lengths, c_table, *arrays = arrays
         starts, offsets, drawn, columns, pooled, *tables = arrays
-        size, groups = self.sizes, PrefixGroups(d_shared, d_firsts, d_members)
+        size = self.sizes
+        groups = PrefixGroups(d_shared, d_firsts, d_members) if size.decodes >= LEAST_SPANS else None
         lora, drawn_lora = placed(self.lora, self.drawn_lora, tables)
         return PagedArrays(
             ids, positions, kv_slots,
@@ -204,7 +205,8 @@ class LayoutPacker:
         place = table.lengths[decodes] - 1
         positions[at] = place
         kv_slots[at] = table.page_slots(decodes, place)
-        decoding = group_by_prefix(at, place + 1, table.pages[decodes, : sizes.pages], self._group_limit)
+        limit = self._group_limit if sizes.decodes >= LEAST_SPANS else 1
+        decoding = group_by_prefix(at, place + 1, table.pages[decodes, : sizes.pages], limit)
         for i, span in enumerate(spans, count):
             rows = slice(starts[i], starts[i] + lengths[i])
             ids[rows] = span.ids

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ranklet.replicas.cache.pages import PAGE_TOKENS
 
+LEAST_SPANS = 8  # of a step that has groups; with them attention takes 2 us longer, which fewer spans do not save
 # The fewest pages that a group shares. With fewer, the further splits take longer than reading each span alone, which
 # a step of few spans does in small splits.
 _LEAST_PAGES = 4

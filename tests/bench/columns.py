@@ -162,3 +162,33 @@ GRAMMAR: dict[str, tuple[str, Column]] = {
     "of none": ("of the rate without grammars", RATIO), "must": ("target", TEXT),
     "gap of none": ("gap of the others, of that without", RATIO), "p50_ms": ("p50 ms", MS), "p99_ms": ("p99 ms", MS),
 }  # fmt: skip
+DECODE_STEP: dict[str, tuple[str, Column]] = {
+    "shapes": ("shapes", TEXT), "batch": ("requests", COUNT), "context": ("context", COUNT),
+    "adapters": ("adapters", COUNT), "ms": ("ms", FINE_MS),
+    "floor_ms": ("time to read each byte once ms", FINE_MS), "of base": ("of the step without LoRA", RATIO),
+    "tokens_per_s": ("tokens/s", COUNT),
+}  # fmt: skip
+DECODE_ATTENTION: dict[str, tuple[str, Column]] = {
+    "model": ("heads of", TEXT), "what": ("sequences x tokens", TEXT), "us": ("us", COUNT),
+    "rate": ("of the rate of a copy", RATIO),
+}  # fmt: skip
+SHARED_ATTENTION: dict[str, tuple[str, Column]] = {
+    "model": ("heads of", TEXT), "what": ("sequences x tokens, system prompts", TEXT),
+    "us": ("in groups us", COUNT), "alone_us": ("each alone us", COUNT),
+    "rate": ("of the rate of a copy of each page once", RATIO),
+}  # fmt: skip
+PREFILL_ATTENTION: dict[str, tuple[str, Column]] = {
+    "model": ("heads of", TEXT), "what": ("pieces x tokens behind tokens in pages", TEXT), "us": ("us", COUNT),
+    "rate": ("TFLOP/s", COUNT),
+}  # fmt: skip
+COMMON_BEGINNING: dict[str, tuple[str, Column]] = {
+    "work": ("requests x prompt/output", TEXT), "adapters": ("adapters", COUNT),
+    "prefix_cache": ("prefix cache", TEXT), "cached share": ("prompt tokens from the cache", PERCENT),
+    "tokens_per_s": ("generated tokens/s", COUNT), "ratio": ("of the rate without", RATIO),
+}  # fmt: skip
+GAPS: dict[str, tuple[str, Column]] = {
+    "beside": ("other work", TEXT), "p50_ms": ("p50 ms", MS), "p99_ms": ("p99 ms", MS),
+    "max_ms": ("longest ms", COUNT), "p99 ratio": ("p99, times the median without", RATIO),
+    "tokens_per_s": ("generated tokens/s", COUNT), "long prompt tokens_per_s": ("long prompts tokens/s", COUNT),
+    "embedding tokens_per_s": ("embeddings tokens/s", COUNT),
+}  # fmt: skip

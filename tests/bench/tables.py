@@ -4,18 +4,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tests.bench import notes
 from tests.bench.columns import (
     BUCKETS,
     BUCKETS_TRAFFIC,
     CHOICES,
     CLUSTER,
+    COMMON_BEGINNING,
     COMPARED,
     COUNT,
+    DECODE_ATTENTION,
+    DECODE_STEP,
     EXACT_PERCENT,
     FAIR,
     FAIR_TEXTS,
     FIDELITY,
     FINE_MS,
+    GAPS,
     GENERATED,
     GRAMMAR,
     HOT_TEXTS,
@@ -24,10 +29,12 @@ from tests.bench.columns import (
     LOGPROBS,
     MS,
     PERCENT,
+    PREFILL_ATTENTION,
     RATIO,
     RERANK,
     RULES,
     RUN,
+    SHARED_ATTENTION,
     SOAK,
     STREAM_FAULTS,
     SYSTEM_PROMPTS,
@@ -44,32 +51,6 @@ from tests.bench.columns import (
     TOKEN_ROWS,
     Column,
     number,
-)
-from tests.bench.notes import (
-    ATTENTION_NOTE,
-    CLIENTS_NOTE,
-    CONVERSATIONS_NOTE,
-    DORA_NOTE,
-    ENGINE_NOTE,
-    FAIR_TEXTS_NOTE,
-    FIDELITY_SMOLLM_NOTE,
-    FIDELITY_TEXT_NOTE,
-    GAPS_NOTE,
-    GENERATE_8B_NOTE,
-    GENERATE_NOTE,
-    GRAMMAR_NOTE,
-    GRAMMAR_SCHEMAS_NOTE,
-    HOT_TEXTS_NOTE,
-    RERANK_NOTE,
-    STREAM_FAULTS_NOTE,
-    SYSTEM_PROMPTS_NOTE,
-    TEXT_CLUSTER_NOTE,
-    TEXT_CLUSTER_SETTLED_NOTE,
-    TEXT_HTTP_NOTE,
-    TEXT_SOAK_NOTE,
-    THRASH_NOTE,
-    TOKEN_ROWS_CPU_NOTE,
-    TOKEN_ROWS_NOTE,
 )
 
 
@@ -89,7 +70,7 @@ def _is_sample(row: dict[str, Any]) -> bool:
 
 
 TABLES = (
-    ResultTable("Throughput of the engine", "engine-h200", RUN, note=ENGINE_NOTE),
+    ResultTable("Throughput of the engine", "engine-h200", RUN, note=notes.ENGINE_NOTE),
     ResultTable("Throughput of the engine, an earlier commit with `backend: fastest`", "engine-h200-fastest", RUN),
     ResultTable("Throughput of the engine, an earlier commit with `backend: native`", "engine-h200-native", RUN),
     ResultTable(
@@ -99,44 +80,39 @@ TABLES = (
     ),
     ResultTable(
         "One step that makes one token a request, rank-16 adapters on all seven projections", "decode-step-h200",
-        {"shapes": ("shapes", TEXT), "batch": ("requests", COUNT), "context": ("context", COUNT),
-         "adapters": ("adapters", COUNT), "ms": ("ms", FINE_MS),
-         "floor_ms": ("time to read each byte once ms", FINE_MS), "of base": ("of the step without LoRA", RATIO),
-         "tokens_per_s": ("tokens/s", COUNT)},
+        DECODE_STEP,
     ),
     ResultTable(
         "Attention of one new token of each sequence over pages, 128-wide heads", "attention-h200",
-        {"model": ("heads of", TEXT), "what": ("sequences x tokens", TEXT), "us": ("us", COUNT),
-         "rate": ("of the rate of a copy", RATIO)},
+        DECODE_ATTENTION,
         lambda row: row["part"] != "decode",
     ),
     ResultTable(
+        "The same for sequences that begin with one of some system prompts", "attention-h200",
+        SHARED_ATTENTION,
+        lambda row: row["part"] != "shared", notes.SHARED_ATTENTION_NOTE,
+    ),
+    ResultTable(
         "Attention of pieces of prompts over pages, 128-wide heads", "attention-h200",
-        {"model": ("heads of", TEXT), "what": ("pieces x tokens behind tokens in pages", TEXT), "us": ("us", COUNT),
-         "rate": ("TFLOP/s", COUNT)},
-        lambda row: row["part"] != "prefill", ATTENTION_NOTE,
+        PREFILL_ATTENTION,
+        lambda row: row["part"] != "prefill", notes.ATTENTION_NOTE,
     ),
     ResultTable(
         "Generated text, requests x tokens of prompt/output, rank-16 adapters on all seven projections",
-        "generate-h200", GENERATED, note=GENERATE_NOTE,
+        "generate-h200", GENERATED, note=notes.GENERATE_NOTE,
     ),
-    ResultTable("Generated text, Llama-3.1-8B", "generate-8b-h200", GENERATED, note=GENERATE_8B_NOTE),
+    ResultTable("Generated text, Llama-3.1-8B", "generate-8b-h200", GENERATED, note=notes.GENERATE_8B_NOTE),
     ResultTable(
         "Prompts with a common beginning", "generate-h200-shared",
-        {"work": ("requests x prompt/output", TEXT), "adapters": ("adapters", COUNT),
-         "prefix_cache": ("prefix cache", TEXT), "cached share": ("prompt tokens from the cache", PERCENT),
-         "tokens_per_s": ("generated tokens/s", COUNT), "ratio": ("of the rate without", RATIO)},
+        COMMON_BEGINNING,
     ),
     ResultTable(
         "Gaps between the tokens of 64 texts beside other work", "generate-h200-gaps",
-        {"beside": ("other work", TEXT), "p50_ms": ("p50 ms", MS), "p99_ms": ("p99 ms", MS),
-         "max_ms": ("longest ms", COUNT), "p99 ratio": ("p99, times the median without", RATIO),
-         "tokens_per_s": ("generated tokens/s", COUNT), "long prompt tokens_per_s": ("long prompts tokens/s", COUNT),
-         "embedding tokens_per_s": ("embeddings tokens/s", COUNT)},
-        note=GAPS_NOTE,
+        GAPS,
+        note=notes.GAPS_NOTE,
     ),
     ResultTable(
-        "Generated text over HTTP", "text-http-h200", TEXT_HTTP, note=TEXT_HTTP_NOTE,
+        "Generated text over HTTP", "text-http-h200", TEXT_HTTP, note=notes.TEXT_HTTP_NOTE,
     ),
     ResultTable(
         "The same with fewer gateways, an hour before on another host", "text-http-h200-gateways", TEXT_HTTP
@@ -159,24 +135,25 @@ TABLES = (
     ),
     ResultTable(
         "Largest differences of logprobs of generated text to transformers + PEFT in float32", "fidelity-text-h200",
-        LOGPROBS, note=FIDELITY_TEXT_NOTE,
+        LOGPROBS, note=notes.FIDELITY_TEXT_NOTE,
     ),
     ResultTable(
-        "The same of a model with trained weights", "fidelity-text-smollm-h200", LOGPROBS, note=FIDELITY_SMOLLM_NOTE
+        "The same of a model with trained weights", "fidelity-text-smollm-h200", LOGPROBS,
+        note=notes.FIDELITY_SMOLLM_NOTE,
     ),
-    ResultTable("Texts with grammars among others on one engine", "grammar-h200", GRAMMAR, note=GRAMMAR_NOTE),
+    ResultTable("Texts with grammars among others on one engine", "grammar-h200", GRAMMAR, note=notes.GRAMMAR_NOTE),
     ResultTable(
         "DoRA beside plain LoRA", "dora-h200",
         {"adapters": ("adapters", TEXT), "tokens": ("tokens of a prompt", COUNT), "tokens_per_s": ("tokens/s", COUNT),
          "share": ("of the rate of plain LoRA", RATIO)},
-        note=DORA_NOTE,
+        note=notes.DORA_NOTE,
     ),
     ResultTable(
-        "Reranking with one adapter", "rerank-h200", RERANK, note=RERANK_NOTE,
+        "Reranking with one adapter", "rerank-h200", RERANK, note=notes.RERANK_NOTE,
     ),
     ResultTable("The same in float32", "rerank-h200-float32", RERANK),
     ResultTable(
-        "Slots and loads of adapters with trained tokens", "token-rows-h200", TOKEN_ROWS, note=TOKEN_ROWS_NOTE
+        "Slots and loads of adapters with trained tokens", "token-rows-h200", TOKEN_ROWS, note=notes.TOKEN_ROWS_NOTE
     ),
     ResultTable("Over HTTP: HAProxy, 8 gateways and one replica", "http-h200", HTTP),
     ResultTable("Over HTTP with 16 gateways", "http-h200-512", HTTP),
@@ -191,22 +168,33 @@ TABLES = (
     ResultTable("Two GPUs behind one app, 128 adapters on 64 slots of each GPU", "cluster-2xh200", CLUSTER),
     ResultTable(
         "Texts on two GPUs behind one app and on one of them, prompts of 512 tokens, 256 generated",
-        "text-cluster-2xh200", TEXT_CLUSTER, note=TEXT_CLUSTER_NOTE,
+        "text-cluster-2xh200", TEXT_CLUSTER, note=notes.TEXT_CLUSTER_NOTE,
+    ),
+    ResultTable(
+        "Common beginnings alone, on another machine the same day", "text-cluster-2xh200-beginnings", TEXT_CLUSTER,
+    ),
+    ResultTable(
+        "All works, before attention read common pages once", "text-cluster-2xh200-before", TEXT_CLUSTER,
+        note=notes.TEXT_CLUSTER_BEFORE_NOTE,
     ),
     ResultTable(
         "The same works on two GPUs and on one, longer runs of an earlier commit", "text-cluster-2xh200-settled",
-        TEXT_CLUSTER_SETTLED, note=TEXT_CLUSTER_SETTLED_NOTE,
+        TEXT_CLUSTER_SETTLED, note=notes.TEXT_CLUSTER_SETTLED_NOTE,
     ),
     ResultTable("The same with 1,280 texts, some commits before", "text-cluster-2xh200-1280", TEXT_CLUSTER_SETTLED),
     ResultTable(
-        "Texts with system prompts of 64 adapters on one engine, an earlier commit", "system-prompts-h200-before",
-        SYSTEM_PROMPTS, note=SYSTEM_PROMPTS_NOTE,
+        "Texts with system prompts of 64 adapters on one engine", "system-prompts-h200", SYSTEM_PROMPTS_P99,
+        note=notes.SYSTEM_PROMPTS_NOTE,
+    ),
+    ResultTable(
+        "The same at an earlier commit", "system-prompts-h200-before", SYSTEM_PROMPTS,
+        note=notes.SYSTEM_PROMPTS_BEFORE_NOTE,
     ),
     ResultTable("The same of 32 adapters on a CPU, the same commit", "system-prompts-cpu-before", SYSTEM_PROMPTS_P99),
     ResultTable("The same on a CPU after it, in the same hour", "system-prompts-cpu", SYSTEM_PROMPTS_P99),
     ResultTable("Four GPUs behind one app, an earlier commit, 256 adapters, 64 slots each", "cluster-4xh200", CLUSTER),
     ResultTable("More adapters than slots on one engine", "thrash-h200", THRASH),
-    ResultTable("64 and 128 adapters on 64 slots in turn", "thrash-h200-five", THRASH, note=THRASH_NOTE),
+    ResultTable("64 and 128 adapters on 64 slots in turn", "thrash-h200-five", THRASH, note=notes.THRASH_NOTE),
     ResultTable(
         "One batch launched kernel by kernel, from a graph of its lengths, and from its bucket's graph",
         "buckets-h200-fixed", BUCKETS,
@@ -224,12 +212,12 @@ TABLES = (
     ResultTable("Three and a half minutes at saturation", "soak-h200-memory", SOAK, _is_sample),
     ResultTable(
         "Eight minutes at saturation: texts and embeddings, 80 adapters on 64 slots", "text-soak-h200",
-        TEXT_SOAK, _is_sample, TEXT_SOAK_NOTE,
+        TEXT_SOAK, _is_sample, notes.TEXT_SOAK_NOTE,
     ),
     ResultTable("Four minutes at saturation on a CPU, 6 adapters on 4 slots", "soak-cpu", SOAK, _is_sample),
     ResultTable(
         "Slots and loads of adapters with trained or added tokens, on a CPU", "token-rows-cpu",
-        TOKEN_ROWS | {"first_ms": ("first load ms", MS)}, note=TOKEN_ROWS_CPU_NOTE,
+        TOKEN_ROWS | {"first_ms": ("first load ms", MS)}, note=notes.TOKEN_ROWS_CPU_NOTE,
     ),
     ResultTable(
         "Adapters loaded, replaced and unloaded while clients send requests, on a CPU", "churn-cpu",
@@ -242,24 +230,24 @@ TABLES = (
     ),
     ResultTable(
         "Streams while replicas die, hang, drain and change, on a CPU", "stream-faults-cpu",
-        STREAM_FAULTS, note=STREAM_FAULTS_NOTE,
+        STREAM_FAULTS, note=notes.STREAM_FAULTS_NOTE,
     ),
     ResultTable(
         "Random texts that must follow 500 JSON schemas, on a CPU", "grammar-schemas-cpu",
         {"model": ("model", TEXT), "texts": ("texts", COUNT), "valid": ("valid", COUNT),
          "cut": ("cut at the limit", COUNT), "invalid": ("invalid", COUNT)},
-        note=GRAMMAR_SCHEMAS_NOTE,
+        note=notes.GRAMMAR_SCHEMAS_NOTE,
     ),
     ResultTable("A flood on one of 17 adapters, the others at 80 % of the capacity, 6144 tokens", "fair-h200", FAIR),
     ResultTable("A flood on one of 17 adapters, 512 tokens", "fair-h200-512", FAIR),
     ResultTable("A flood on one of 17 adapters, on two CPU cores", "fair-cpu", FAIR),
     ResultTable(
         "A flood beside texts or embeddings of 16 others at 80 % of the capacity, simulated", "fair-texts-simulated",
-        FAIR_TEXTS, note=FAIR_TEXTS_NOTE,
+        FAIR_TEXTS, note=notes.FAIR_TEXTS_NOTE,
     ),
     ResultTable(
         "Texts of 64 adapters, evenly, mostly of one or with system prompts, simulated",
-        "hot-texts-simulated", HOT_TEXTS, note=HOT_TEXTS_NOTE,
+        "hot-texts-simulated", HOT_TEXTS, note=notes.HOT_TEXTS_NOTE,
     ),
     ResultTable(
         "Clients written for OpenAI's API", "clients-cpu",
@@ -267,7 +255,7 @@ TABLES = (
          "failed": ("failed", COUNT), "not applicable": ("not applicable", COUNT),
          "refused by name": ("refused by name, as expected", TEXT), "measured": ("measured", TEXT),
          "seconds": ("s", COUNT)},
-        note=CLIENTS_NOTE,
+        note=notes.CLIENTS_NOTE,
     ),
     ResultTable(
         "1,000 adapter folders, on a CPU", "listing-cpu",
@@ -287,7 +275,7 @@ TABLES = (
     ResultTable("Late state reports, 100 replicas and 1,000 adapters, simulated", "simulate-stale", RULES),
     ResultTable(
         "Conversations, 200 replicas and 2,000 adapters, simulated", "simulate-text", TEXT_RULES,
-        note=CONVERSATIONS_NOTE,
+        note=notes.CONVERSATIONS_NOTE,
     ),
     ResultTable(
         "The same conversations, 24 replicas and 240 adapters, simulated", "simulate-text-stress", TEXT_RULES_BY_CASE

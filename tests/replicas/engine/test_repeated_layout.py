@@ -45,7 +45,7 @@ def advance(table: RowTable, rows: NDArray[np.int32]) -> None:
 def test_repeated_steps_equal_packed_ones(pads: bool, skipped: int) -> None:
     table = filled_table()
     packer = LayoutPacker(table, max_tokens=4096, pads=pads, pinned=False, adapts_head=True, group_limit=3)
-    items = StepItems(np.array([7, 2, 9, 0, 4], dtype=np.int32), [], [])
+    items = StepItems(np.array([7, 2, 9, 0, 4, 1, 3, 11, 5], dtype=np.int32), [], [])
     repeated: RepeatedLayout | None = None
     sizes, count = None, 0
     for step in range(STEPS):
@@ -65,8 +65,19 @@ def test_repeated_steps_equal_packed_ones(pads: bool, skipped: int) -> None:
         decodes = found.unpack(found.buffer).decodes
         assert decodes is not None
         assert decodes.groups is not None
-        assert sorted(decodes.groups.shared[:5].tolist()) == [0, 0, *3 * [COMMON * PAGE_TOKENS]]
+        assert sorted(decodes.groups.shared[:9].tolist()) == [*6 * [0], *3 * [COMMON * PAGE_TOKENS]]
     assert count
+
+
+@pytest.mark.parametrize("count", [7, 8])
+def test_steps_of_few_decodes_have_no_groups(count: int) -> None:
+    table = filled_table()
+    packer = LayoutPacker(table, max_tokens=4096, pads=False, pinned=False, adapts_head=False, group_limit=8)
+    items = StepItems(np.arange(count, dtype=np.int32), [], [])
+    layout = packer.pack(items, *items.lora(table))
+    decodes = layout.unpack(layout.buffer).decodes
+    assert decodes is not None
+    assert (decodes.groups is not None) == (count == 8)
 
 
 def test_other_steps_are_not_repeated() -> None:
