@@ -9,13 +9,15 @@ from pathlib import Path
 from ranklet.cluster.catalog.lanes import Lanes
 from ranklet.cluster.catalog.remote import RemoteCache
 from ranklet.cluster.catalog.source import is_remote
-from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.adapters.reference import WEIGHTS_FILE, AdapterRef
 from ranklet.replicas.adapters.revision import Revisions, age_of, marks_of, read_invocation
+from ranklet.replicas.adapters.safetensors_header import is_cut_short
 from ranklet.replicas.errors import StillLoading
 
 _CHECK_INTERVAL_S = 1.0  # between two checks of an adapter's files
 _CHECK_WAIT_S = 0.2  # a request for a known adapter waits this long for a check, then uses the known revision
 SETTLE_S = 1.0  # files written more recently may be incomplete: the known revision is used until then, or none
+STALLED_S = 60.0  # a copy that stops within the weights for longer is not expected to go on
 _Key = tuple[str, str]  # name and source
 
 
@@ -100,14 +102,14 @@ class AdapterResolver:
         raise StillLoading(f"adapter {name!r}: its files are still being written. Try again")
 
     def _look(self, name: str, folder: str, settled: str) -> "ResolvedAdapter | str":
-        """Return the revision. If the files have just been written, return the known one, or else their marks.
+        """Return the revision. If the files are being written, return the known one, or else their marks.
 
         Args:
             settled: marks that were there a second ago.
         """
         _, known = self._known.get((name, folder), (0.0, None))
         age_s = age_of(folder)
-        if known is not None and 0 <= age_s < SETTLE_S:
+        if known is not None and (0 <= age_s < SETTLE_S or (age_s < STALLED_S and _weights_are_cut_short(folder))):
             return ResolvedAdapter(known)
         if known is None and age_s < SETTLE_S and (marks := marks_of(folder)) != settled:
             return marks
@@ -127,3 +129,7 @@ class AdapterResolver:
         del self._checks[key]
         if not check.cancelled() and check.exception() is None:
             self._known[key] = self._clock(), check.result().adapter
+
+
+def _weights_are_cut_short(folder: str) -> bool:
+    return is_cut_short(Path(folder) / WEIGHTS_FILE)

@@ -76,6 +76,21 @@ def read_header(path: Path) -> list[StoredTensor]:
     return stored
 
 
+def is_cut_short(path: Path) -> bool:
+    """Return whether a file ends before its header says, like one that is being copied. False if that is not known."""
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 8 or 8 + int.from_bytes(_read_exactly(file, 8), "little") > size:
+                return True
+            file.seek(0)
+            start, fields = _read_fields(path, file)
+        stored = (_stored(path, key, value, start) for key, value in fields.items() if key != _METADATA)
+        return any(tensor.start + tensor.nbytes > size for tensor in stored)
+    except (OSError, ValueError, RecursionError, UnreadableWeightsError):
+        return False
+
+
 def _read_fields(path: Path, file: io.FileIO) -> tuple[int, dict[str, Any]]:
     """Return the offset of the data, and the header."""
     size = int.from_bytes(_read_exactly(file, 8), "little")

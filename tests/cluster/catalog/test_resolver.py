@@ -1,6 +1,7 @@
 """Half of an adapter is not served, and files that hang hold up no other adapter."""
 
 import asyncio
+import itertools
 import os
 import shutil
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ranklet.cluster.catalog import resolver as resolver_module
 from ranklet.cluster.catalog.lanes import Lanes, place_of
 from ranklet.cluster.catalog.remote import FetchedAdapter, RemoteCache
 from ranklet.cluster.catalog.resolver import SETTLE_S, AdapterResolver
@@ -53,6 +55,37 @@ async def test_a_folder_that_is_being_written_is_served_once_it_is_whole(adapter
             await asyncio.sleep(SETTLE_S / 3)
             assert not asked.done()
     assert (await asked).adapter.revision == revision_of(folder)
+
+
+@pytest.mark.parametrize("part", ["half", "within the header", "empty"])
+async def test_a_copy_over_an_adapter_that_stalls_leaves_the_revision(
+    adapters_dir: Path, tmp_path: Path, part: str
+) -> None:
+    folder, now_s = shutil.copytree(adapters_dir / "legal-v2", tmp_path / "legal"), itertools.count(step=10)
+    resolver = AdapterResolver(RemoteCache(tmp_path / "cache", 1, 1 << 30), timeout_s=60, clock=lambda: next(now_s))
+    before = (await resolver.resolve("legal", str(folder))).adapter.revision
+    content = (adapters_dir / "medical" / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(
+        content[: {"half": len(content) // 2, "within the header": 100, "empty": 0}[part]]
+    )
+    await asyncio.sleep(SETTLE_S * 1.1)
+    assert (await resolver.resolve("legal", str(folder))).adapter.revision == before
+    (folder / WEIGHTS_FILE).write_bytes(content)
+    await asyncio.sleep(SETTLE_S * 1.1)
+    assert (await resolver.resolve("legal", str(folder))).adapter.revision == revision_of(folder) != before
+
+
+async def test_a_copy_that_stopped_long_ago_is_a_fault(
+    adapters_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolver_module, "STALLED_S", SETTLE_S)
+    folder, now_s = shutil.copytree(adapters_dir / "legal-v2", tmp_path / "legal"), itertools.count(step=10)
+    resolver = AdapterResolver(RemoteCache(tmp_path / "cache", 1, 1 << 30), timeout_s=60, clock=lambda: next(now_s))
+    before = (await resolver.resolve("legal", str(folder))).adapter.revision
+    content = (folder / WEIGHTS_FILE).read_bytes()
+    (folder / WEIGHTS_FILE).write_bytes(content[: len(content) // 2])
+    await asyncio.sleep(SETTLE_S * 1.1)
+    assert (await resolver.resolve("legal", str(folder))).adapter.revision == revision_of(folder) != before
 
 
 async def test_files_whose_times_lie_in_the_future_are_served_after_a_second(
