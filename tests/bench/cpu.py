@@ -26,6 +26,18 @@ class PartCpu(NamedTuple):
     busiest_s: float
 
 
+class MachineCpu(NamedTuple):
+    """CPU time of the machine.
+
+    Attributes:
+        busy_s: of all processes.
+        stolen_s: that a virtual machine's host gave to others.
+    """
+
+    busy_s: float
+    stolen_s: float
+
+
 CpuTimes = dict[int, tuple[str, float]]  # part and seconds by process id
 
 
@@ -41,6 +53,13 @@ def cpu_times(root: int) -> CpuTimes:
             parents[int(folder.name)] = int(fields[1])
             seconds[int(folder.name)] = (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
     return {pid: (_part(pid), used_s) for pid, used_s in seconds.items() if _is_below(pid, root, parents)}
+
+
+def machine_cpu() -> MachineCpu:
+    user, nice, system, _idle, _waiting, interrupts, soft_interrupts, stolen = (
+        int(ticks) / _TICKS_PER_S for ticks in Path("/proc/stat").read_text().split()[1:9]
+    )
+    return MachineCpu(user + nice + system + interrupts + soft_interrupts, stolen)
 
 
 def used(before: CpuTimes, after: CpuTimes) -> dict[str, PartCpu]:

@@ -7,6 +7,9 @@ Weights and adapters are those of `tests.bench.generate`. Each work is measured 
 - more adapters than the slots of a replica
 - prompts with a common beginning: the share of it that came from the caches, relative to one cache of any size, which
   computes it once for each adapter
+
+Beside each rate are the busy and stolen cores of the machine, and how much of a core the busiest engine used. GPUs that
+wait for a busy or slow host are less busy.
 """
 
 import argparse
@@ -16,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from statistics import median
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +33,7 @@ from ranklet.cluster.command.bench.text_result import TextNumbers
 from ranklet.replicas.cache.pages import PAGE_TOKENS
 from tests.bench import report
 from tests.bench.cluster import Served, configuration, growth, running, samples, scaled, slot_hit_rate
+from tests.bench.cpu import cpu_times, machine_cpu, used
 from tests.bench.texts import RANK, SHAPES, add_keep, make_text_model, model_folder
 from tests.bench.vocabulary import save_full_tokenizer
 
@@ -88,7 +93,11 @@ def measured(cluster: Served, work: TextsBeside, replicas: int, repeats: int) ->
     first_seed = replicas * (repeats + 1)  # prompts are new, also those of the caches
     run(work, first_seed + repeats)
     before = samples(cluster.state.base_url, "replica")
+    began_s, machine, processes = perf_counter(), machine_cpu(), cpu_times(cluster.state.pid)
     found = [run(work, first_seed + i) for i in range(repeats)]
+    engines = used(processes, cpu_times(cluster.state.pid))["engine"]
+    taken_s = perf_counter() - began_s
+    busy_s, stolen_s = np.subtract(machine_cpu(), machine).tolist()
     grown = growth(before, samples(cluster.state.base_url, "replica"))
     texts = [text for text, _ in found]
     numbers = [text.overall.text for text in texts if text.overall.text]
@@ -105,6 +114,8 @@ def measured(cluster: Served, work: TextsBeside, replicas: int, repeats: int) ->
         "gap_p50_ms": median(each.gap_p50_ms for each in numbers),
         "failed": failures(one for pair in found for one in pair if one),
         "least busy": min(busy), "busiest": max(busy), "found on the device": slot_hit_rate(grown),
+        "busiest engine": engines.busiest_s / taken_s, "busy cores": busy_s / taken_s,
+        "stolen cores": stolen_s / taken_s,
     }  # fmt: skip
     common = work.texts.text.common_prompt_tokens if work.texts.text else 0
     row["of one cache"] = cached_share(numbers, texts, common) if common else ""
