@@ -133,7 +133,7 @@ class ReplicasClient:
             except TimeoutError:
                 raise self._timed_out("a token") from None
         for each, reply in zip(calls, replies, strict=True):
-            each.text.fill(reply.result)
+            each.text.complete(reply)
         return replies
 
     @contextlib.asynccontextmanager

@@ -8,7 +8,7 @@ from typing import Final, Protocol
 import numpy as np
 
 from ranklet.cluster.ingress.call_sender import RepeatableError
-from ranklet.cluster.message import Begun, Continuation, InferenceCall, pack_tokens
+from ranklet.cluster.message import Begun, Continuation, InferenceCall, InferenceReply, pack_tokens
 from ranklet.cluster.text_result import GenerateResult
 from ranklet.replicas.engine.params import GenerateParams
 from ranklet.replicas.errors import Saturated, Unavailable
@@ -67,6 +67,7 @@ class TextCall:
         self._told = set[int]()  # texts that the replica of the attempt was told to end
         self._begun: Begun | None = None  # the attempt that brought the first token
         self._has_begun = self._has_progress = False  # the attempt
+        self._number = 0  # of the attempt
         self._failures = self._continuations = 0
         self._patience_ends_s = self._pause_s = 0.0
 
@@ -78,6 +79,7 @@ class TextCall:
     def begin_attempt(self, number: int) -> InferenceCall[GenerateParams]:
         """Return the call to send. From now on, `on_piece` must get no pieces of earlier attempts."""
         self._has_begun = self._has_progress = False
+        self._number = number
         self._told.clear()
         if not self.continues:
             return replace(self._call, number=number)
@@ -103,7 +105,7 @@ class TextCall:
     def on_piece(self, index: int, start: int, tokens: Sequence[int], logprobs: Logprobs | None) -> bool:
         """Pass on a piece. Returns False if the replica should end the text.
 
-        Pieces behind a gap are dropped: `fill` passes their tokens on.
+        Pieces behind a gap are dropped: `complete` passes their tokens on.
         """
         self.signs += 1
         self._has_progress = True
@@ -124,9 +126,11 @@ class TextCall:
         self._ended[index] = True
         return self._was_told(index)
 
-    def fill(self, result: GenerateResult) -> None:
-        """Pass on the tokens of the whole answer that no piece has brought."""
-        for index, choice in enumerate(result.choices):
+    def complete(self, reply: InferenceReply[GenerateResult]) -> None:
+        """Pass on what no message has brought: where the call ran, and tokens of the whole answer."""
+        if not self._has_begun:  # the feed was not open yet
+            self._receiver.begin(Begun(self._number, reply.replica, reply.revision, reply.tier, ""))
+        for index, choice in enumerate(reply.result.choices):
             start = len(self._tokens[index])
             tokens: list[int] = choice.ids()[start:].tolist()
             if tokens and not self._ended[index]:

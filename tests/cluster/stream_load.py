@@ -107,6 +107,9 @@ async def receive(
             if answer.status != 200:
                 seen.error = f"{answer.status}: {await answer.text()}"
                 return seen
+            if "x-ranklet-replica" not in answer.headers:
+                seen.error = "the answer has no x-ranklet-replica"
+                return seen
             on_open(answer.headers["x-ranklet-replica"])
             async for line in answer.content:
                 if not line.startswith(b"data: "):

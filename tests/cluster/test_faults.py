@@ -60,6 +60,13 @@ def streams(nodes: Nodes) -> StreamLoad:
     return StreamLoad(nodes[0].url, stream_requests((BASE, "legal-v2", "medical"), 8, 64))
 
 
+@pytest.fixture(scope="module")
+def long_streams(nodes: Nodes) -> StreamLoad:
+    """One text a stream, which takes longer than a replica has to end it."""
+    long = [fields | {"max_tokens": 400} for fields in stream_requests((BASE,), 4, 400) if "n" not in fields]
+    return StreamLoad(nodes[0].url, long)
+
+
 def run_beside_streams(service: Service, streams: StreamLoad, fault: Callable[[], object], count: int = 64) -> None:
     """Request embeddings and keep streams open. All must end right, with no long pause."""
     streams.clear()
@@ -91,7 +98,7 @@ def test_a_replica_that_hangs_is_avoided_and_replaced(nodes: Nodes, streams: Str
     load.wait_for_two(service)
 
 
-def test_streams_on_two_replicas_of_a_lost_node_go_on_elsewhere(nodes: Nodes) -> None:
+def test_streams_on_two_replicas_of_a_lost_node_go_on_elsewhere(nodes: Nodes, long_streams: StreamLoad) -> None:
     """Those on the other node stay where they are. The lost replicas start there too."""
     service, started, folder = nodes
     scale(service, 3)
@@ -103,8 +110,8 @@ def test_streams_on_two_replicas_of_a_lost_node_go_on_elsewhere(nodes: Nodes) ->
         if len(ids := {id for id, pid in replicas.items() if pid in set(process_tree(node.process.pid))}) == 2
     )
     (kept,) = replicas.keys() - lost
-    one_text = [fields | {"max_tokens": 400} for fields in stream_requests((BASE,), 4, 400) if "n" not in fields]
-    streams = StreamLoad(service.url, one_text)
+    streams = long_streams
+    streams.clear()
     before, continued = prompts_by_replica(service)[kept], continuations(service)
 
     def computed() -> float:
@@ -152,13 +159,15 @@ def prompts_by_replica(service: Service) -> dict[str, float]:
     }
 
 
-def test_streams_of_a_replica_that_is_removed_go_on(nodes: Nodes, streams: StreamLoad) -> None:
+def test_streams_of_a_replica_that_is_removed_go_on(nodes: Nodes, long_streams: StreamLoad) -> None:
     service, _, _ = nodes
     before = continuations(service)
-    run_beside_streams(service, streams, lambda: scale(service, 1))
-    assert continuations(service) > before
-    scale(service, 2)
-    load.wait_for_two(service)
+    try:
+        run_beside_streams(service, long_streams, lambda: scale(service, 1))
+        assert continuations(service) > before
+    finally:
+        scale(service, 2)
+        load.wait_for_two(service)
 
 
 def test_requests_are_answered_while_the_controller_is_replaced(nodes: Nodes, streams: StreamLoad) -> None:

@@ -228,9 +228,12 @@ def test_feeds_that_were_stopped_are_closed_and_stay_closed() -> None:
         client.feeds.stop()
         await asyncio.sleep(5)
         assert client.feeds.replicas == set()
+        begun = kept.begun.copy()
         kept.tokens.clear()
-        await client.generate(None, PROMPTS, PARAMS, kept)
+        (reply,) = await client.generate(None, PROMPTS, PARAMS, kept)
         assert kept.tokens == {0: list(TEXT)}, "the whole answer has them"
+        (last,) = kept.begun[len(begun) :]
+        assert (last.replica, last.revision, last.tier) == (reply.replica, reply.revision, reply.tier)
         assert (client.feeds.replicas, replica.opened) == (set(), 1)
 
     run_in_virtual_time(run())
