@@ -11,7 +11,7 @@ from ranklet.cluster.catalog.remote import RemoteCache
 from ranklet.cluster.catalog.source import is_remote
 from ranklet.replicas.adapters.reference import WEIGHTS_FILE, AdapterRef
 from ranklet.replicas.adapters.revision import Revisions, age_of, marks_of, read_invocation
-from ranklet.replicas.adapters.safetensors_header import is_cut_short
+from ranklet.replicas.adapters.safetensors_header import CutShortError, UnreadableWeightsError, read_header
 from ranklet.replicas.errors import StillLoading
 
 _CHECK_INTERVAL_S = 1.0  # between two checks of an adapter's files
@@ -132,4 +132,10 @@ class AdapterResolver:
 
 
 def _weights_are_cut_short(folder: str) -> bool:
-    return is_cut_short(Path(folder) / WEIGHTS_FILE)
+    try:
+        read_header(Path(folder) / WEIGHTS_FILE)
+    except CutShortError:
+        return True
+    except UnreadableWeightsError:  # which a load reports
+        pass
+    return False

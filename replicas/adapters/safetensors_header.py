@@ -29,6 +29,10 @@ class UnreadableWeightsError(Exception):
     """The file cannot be read; the message is the finding."""
 
 
+class CutShortError(UnreadableWeightsError):
+    """The file ends before its header says, like one that is being copied."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """One tensor of the file. `start` is its offset in the file, in bytes."""
@@ -51,7 +55,8 @@ def read_header(path: Path) -> list[StoredTensor]:
     """Return the tensors of a file, in the file's order.
 
     Raises:
-        UnreadableWeightsError: not a whole safetensors file, or one beyond the limits of this module.
+        CutShortError: the file ends too early.
+        UnreadableWeightsError: otherwise not a whole safetensors file, or one beyond the limits of this module.
     """
     problem = pointer_problem(path)
     if problem is not None:
@@ -60,6 +65,8 @@ def read_header(path: Path) -> list[StoredTensor]:
         with open_regular(path) as file:
             start, fields = _read_fields(path, file)
             data_bytes = os.fstat(file.fileno()).st_size - start
+    except EOFError as error:
+        raise CutShortError(not_whole(path, error)) from error
     except (OSError, ValueError, RecursionError) as error:
         raise UnreadableWeightsError(not_whole(path, error)) from error
     if len(fields) > MAX_TENSORS:
@@ -72,30 +79,16 @@ def read_header(path: Path) -> list[StoredTensor]:
             raise UnreadableWeightsError(not_whole(path, f"{tensor.key}: its data does not begin where others end"))
         end += tensor.nbytes
     if end != start + data_bytes:
-        raise UnreadableWeightsError(not_whole(path, f"{data_bytes} bytes of data for {end - start}"))
+        kind = CutShortError if end > start + data_bytes else UnreadableWeightsError
+        raise kind(not_whole(path, f"{data_bytes} bytes of data for {end - start}"))
     return stored
-
-
-def is_cut_short(path: Path) -> bool:
-    """Return whether a file ends before its header says, like one that is being copied. False if that is not known."""
-    try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < 8 or 8 + int.from_bytes(_read_exactly(file, 8), "little") > size:
-                return True
-            file.seek(0)
-            start, fields = _read_fields(path, file)
-        stored = (_stored(path, key, value, start) for key, value in fields.items() if key != _METADATA)
-        return any(tensor.start + tensor.nbytes > size for tensor in stored)
-    except (OSError, ValueError, RecursionError, UnreadableWeightsError):
-        return False
 
 
 def _read_fields(path: Path, file: io.FileIO) -> tuple[int, dict[str, Any]]:
     """Return the offset of the data, and the header."""
     size = int.from_bytes(_read_exactly(file, 8), "little")
     if size > os.fstat(file.fileno()).st_size - 8:
-        raise ValueError("its header ends after the file")
+        raise EOFError("its header ends after the file")
     if size > MAX_HEADER_BYTES:
         raise UnreadableWeightsError(f"{path.name}: expected a header of at most {MAX_HEADER_BYTES} bytes, got {size}")
     content = _read_exactly(file, size)
@@ -118,7 +111,7 @@ def _read_exactly(file: io.FileIO, count: int) -> bytes:
     while len(content) < count:
         chunk = file.read(count - len(content))
         if not chunk:
-            raise ValueError("it ends within its header")
+            raise EOFError("it ends within its header")
         content += chunk
     return bytes(content)
 

@@ -76,6 +76,11 @@ class LayoutSizes:
     drawn: int
     pooled: int
 
+    @property
+    def has_groups(self) -> bool:
+        """Whether attention reads pages that decodes share once a group."""
+        return self.decodes >= LEAST_SPANS
+
 
 @dataclass(slots=True)
 class PagedArrays:
@@ -141,7 +146,7 @@ class PagedLayout:
         c_rows, c_counts, c_lengths, c_table, *arrays = arrays
         starts, offsets, drawn, columns, pooled, *tables = arrays
         size = self.sizes
-        groups = PrefixGroups(d_shared, d_firsts, d_members) if size.decodes >= LEAST_SPANS else None
+        groups = PrefixGroups(d_shared, d_firsts, d_members) if size.has_groups else None
         lora, drawn_lora = placed(self.lora, self.drawn_lora, tables)
         return PagedArrays(
             ids, positions, kv_slots,
@@ -205,7 +210,7 @@ class LayoutPacker:
         place = table.lengths[decodes] - 1
         positions[at] = place
         kv_slots[at] = table.page_slots(decodes, place)
-        limit = self._group_limit if sizes.decodes >= LEAST_SPANS else 1
+        limit = self._group_limit if sizes.has_groups else 1
         decoding = group_by_prefix(at, place + 1, table.pages[decodes, : sizes.pages], limit)
         for i, span in enumerate(spans, count):
             rows = slice(starts[i], starts[i] + lengths[i])

@@ -107,10 +107,10 @@ async def receive(
             if answer.status != 200:
                 seen.error = f"{answer.status}: {await answer.text()}"
                 return seen
-            if "x-ranklet-replica" not in answer.headers:
+            if (replica := answer.headers.get("x-ranklet-replica")) is None:
                 seen.error = "the answer has no x-ranklet-replica"
                 return seen
-            on_open(answer.headers["x-ranklet-replica"])
+            on_open(replica)
             async for line in answer.content:
                 if not line.startswith(b"data: "):
                     continue

@@ -1,7 +1,8 @@
 """Small models of four families with the texts that transformers + PEFT generate, and requests for texts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ranklet.replicas.adapters.reference import AdapterRef
+from ranklet.replicas.config import EngineConfig
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.generate import Generation
 from ranklet.replicas.engine.params import GenerateParams
@@ -23,6 +25,16 @@ LOGPROB_ERROR = 1e-4  # largest difference to transformers + PEFT in float32
 # The same for two or three layers: 1e-5 for logits with a standard deviation of 1. Those of made models have 3, and
 # rounding grows with them: transformers itself is up to 1.2e-5 from float64, depending on the processor.
 LOGPROB_ROUNDING = 3e-5
+
+
+@contextmanager
+def checked_engine(config: EngineConfig) -> Iterator[Engine]:
+    """Run an engine whose rows and pages are sound at the end."""
+    engine = Engine(config)
+    engine.start()
+    yield engine
+    engine.check_integrity()
+    engine.stop()
 
 
 @dataclass(frozen=True)

@@ -57,12 +57,17 @@ async def test_a_folder_that_is_being_written_is_served_once_it_is_whole(adapter
     assert (await asked).adapter.revision == revision_of(folder)
 
 
+def always_checking(tmp_path: Path) -> AdapterResolver:
+    """Return a resolver for which each call comes 10 s after the one before."""
+    now_s = itertools.count(step=10)
+    return AdapterResolver(RemoteCache(tmp_path / "cache", 1, 1 << 30), timeout_s=60, clock=lambda: next(now_s))
+
+
 @pytest.mark.parametrize("part", ["half", "within the header", "empty"])
 async def test_a_copy_over_an_adapter_that_stalls_leaves_the_revision(
     adapters_dir: Path, tmp_path: Path, part: str
 ) -> None:
-    folder, now_s = shutil.copytree(adapters_dir / "legal-v2", tmp_path / "legal"), itertools.count(step=10)
-    resolver = AdapterResolver(RemoteCache(tmp_path / "cache", 1, 1 << 30), timeout_s=60, clock=lambda: next(now_s))
+    folder, resolver = shutil.copytree(adapters_dir / "legal-v2", tmp_path / "legal"), always_checking(tmp_path)
     before = (await resolver.resolve("legal", str(folder))).adapter.revision
     content = (adapters_dir / "medical" / WEIGHTS_FILE).read_bytes()
     (folder / WEIGHTS_FILE).write_bytes(
@@ -79,8 +84,7 @@ async def test_a_copy_that_stopped_long_ago_is_a_fault(
     adapters_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resolver_module, "STALLED_S", SETTLE_S)
-    folder, now_s = shutil.copytree(adapters_dir / "legal-v2", tmp_path / "legal"), itertools.count(step=10)
-    resolver = AdapterResolver(RemoteCache(tmp_path / "cache", 1, 1 << 30), timeout_s=60, clock=lambda: next(now_s))
+    folder, resolver = shutil.copytree(adapters_dir / "legal-v2", tmp_path / "legal"), always_checking(tmp_path)
     before = (await resolver.resolve("legal", str(folder))).adapter.revision
     content = (folder / WEIGHTS_FILE).read_bytes()
     (folder / WEIGHTS_FILE).write_bytes(content[: len(content) // 2])

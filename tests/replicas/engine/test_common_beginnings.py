@@ -20,7 +20,7 @@ from ranklet.replicas.model.modules import LINEAR_MODULES
 from tests.bench.shapes import decoder, write_adapters, write_model
 from tests.replicas.asking import ref
 from tests.replicas.streaming import TextSink, draw
-from tests.replicas.text_scene import LOGPROB_ROUNDING
+from tests.replicas.text_scene import LOGPROB_ROUNDING, checked_engine
 
 TOLERANCE = 6e-2 if torch.cuda.is_available() else LOGPROB_ROUNDING  # bfloat16 on a GPU
 HEADS = (4, 2)
@@ -47,11 +47,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         folder / "model", slots=2, max_batch_tokens=2048, max_model_len=4096, max_batch_requests=64,
         kv_cache_bytes=256 << 20, decode_slowdown=1.0,
     )  # fmt: skip
-    running = Engine(config)
-    running.start()
-    yield running
-    running.check_integrity()
-    running.stop()
+    with checked_engine(config) as running:
+        yield running
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ranklet.replicas.cache.pages import PAGE_TOKENS
 from ranklet.replicas.engine.prefix_groups import GroupedSpans, group_by_prefix
 
-OTHERS = [[-1 - i] for i in range(128)]  # sequences that share nothing; beside so many, few pages make a group
+OTHERS = [[-1 - i] for i in range(128)]  # share nothing. A step of 128 sequences groups others by 4 common pages
 
 
 def grouped(sequences: list[list[int]], limit: int = 8, spare: int = 3) -> GroupedSpans:

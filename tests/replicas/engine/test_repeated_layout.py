@@ -13,7 +13,7 @@ from ranklet.replicas.engine.row_table import RowTable
 from tests.replicas.engine.given import HEAD
 
 ROWS, STEPS = 12, 150
-COMMON = 110  # pages, so many that few rows are grouped
+COMMON = 110  # common pages: more than a step of 9 decodes needs for a group
 
 
 def filled_table() -> RowTable:

@@ -17,6 +17,7 @@ from ranklet.replicas.model.modules import LINEAR_MODULES
 from tests.bench.shapes import decoder, write_adapters, write_model
 from tests.replicas.asking import PATIENCE_S, ref, submit
 from tests.replicas.streaming import TextSink, draw
+from tests.replicas.text_scene import checked_engine
 
 pytestmark = pytest.mark.gpu
 SHAPE = decoder(
@@ -41,11 +42,8 @@ def engine(folder: Path) -> Iterator[Engine]:
         folder / "model", slots=5, max_batch_tokens=2048, max_model_len=1024, max_batch_requests=64,
         kv_cache_bytes=256 << 20, decode_slowdown=1.0, prefix_cache=False,
     )  # fmt: skip
-    running = Engine(config)
-    running.start()
-    yield running
-    running.check_integrity()
-    running.stop()
+    with checked_engine(config) as running:
+        yield running
 
 
 def adapters(folder: Path) -> list[AdapterRef | None]:
