@@ -84,27 +84,20 @@ def _add_block(q, k, v, seen, top, total, acc, scale, PRECISION: tl.constexpr):
 
 @triton.jit
 def _combine(
-    out, sums, stats, rows, lengths, first_span, group_spans, head, common, window, most, least, kept, out_stride, d,
+    out, sums, stats, row, span, counts, heads, is_row, kept, out_stride, d,
     G: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, LARGEST: tl.constexpr, CAP: tl.constexpr, MOST_SHARED: tl.constexpr,
-    LEAST_SHARED: tl.constexpr, SIDE: tl.constexpr,
+    SIDE: tl.constexpr,
 ):  # fmt: skip
-    # Writes the outputs of a group's query heads, which it combines from SIDE splits at a time.
-    r = tl.arange(0, BLOCK_ROWS)
+    # Writes the outputs of query heads of one key head, which it combines from SIDE splits at a time.
     split = tl.arange(0, SIDE)
-    is_row = r < group_spans * GROUP
-    span = first_span + r // GROUP
-    heads = head * GROUP + r % GROUP
-    length = tl.load(lengths + span, mask=is_row, other=common)
-    counts = _split_count(common, length, window, most, least, BLOCK_N, LARGEST, CAP)
-    _size, shared_count = _shared_splits(common, MOST_SHARED, LEAST_SHARED, BLOCK_N)
-    counts = tl.where(is_row, counts + shared_count, 0)
+    counts = tl.where(is_row, counts, 0)
     top = tl.full((BLOCK_ROWS,), -1e38, tl.float32)  # finite, so that rows past the group give no NaN
     total = 1.0 - is_row.to(tl.float32)
     mixed = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
     for first in tl.range(0, tl.max(counts, 0), SIDE, num_stages=1):
         live = (first + split)[:, None] < counts[None, :]
-        index = (span.to(tl.int64)[None, :] * kept + (first + split)[:, None]) * (G * GROUP) + heads[None, :]
+        index = (span.to(tl.int64) * kept)[None, :] + (first + split)[:, None]
+        index = index * (G * GROUP) + heads[None, :]
         tops = tl.load(stats + index * 2, mask=live, other=float("-inf"), cache_modifier=".cg")
         totals = tl.load(stats + index * 2 + 1, mask=live, other=0.0, cache_modifier=".cg")
         mask = live[:, :, None] & (d < D)[None, None, :]
@@ -115,10 +108,8 @@ def _combine(
         total = total * fade + tl.sum(totals * fades, 0)
         mixed = mixed * fade[:, None] + tl.sum(parts * fades[:, :, None], 0)
         top = higher
-    row = tl.load(rows + span, mask=is_row, other=0).to(tl.int64)
     at = out + row[:, None] * out_stride + heads[:, None] * D + d[None, :]
-    mask = is_row[:, None] & (d < D)[None, :]
-    tl.store(at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=mask)
+    tl.store(at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=is_row[:, None] & (d < D)[None, :])
 
 
 @triton.jit(
@@ -182,7 +173,10 @@ def split_kernel(
         live = r < own_members * GROUP
         own_span = span + r // GROUP
         heads = head * GROUP + r % GROUP
-        row = tl.load(rows + own_span, mask=live, other=0).to(tl.int64)
+        span_row = tl.load(rows + span).to(tl.int64)
+        row = tl.zeros((BLOCK_G,), tl.int64) + span_row
+        if SHARES:
+            row = tl.load(rows + own_span, mask=live, other=0).to(tl.int64)
         in_rows = live[:, None] & (d < D)[None, :]
         q = tl.load(qkv + row[:, None] * qkv_stride + heads[:, None] * D + d[None, :], mask=in_rows, other=0.0)
         top = tl.full((BLOCK_G,), float("-inf"), tl.float32)
@@ -215,24 +209,31 @@ def split_kernel(
             tl.store(stats + index * 2 + 1, total, mask=live)
             expected = count
             if SHARES:  # the splits of all spans of a group are counted together
-                member = tl.arange(0, BLOCK_G)
-                its_length = tl.load(lengths + first_span + member, mask=member < group_spans, other=common)
-                its_count = _split_count(common, its_length, window, most, least, BLOCK_N, LARGEST, CAP)
-                expected = tl.sum(its_count, 0) + shared_count
+                members_at = tl.arange(0, BLOCK_G)
+                lengths_of_all = tl.load(lengths + first_span + members_at, mask=members_at < group_spans, other=common)
+                counts_of_all = _split_count(common, lengths_of_all, window, most, least, BLOCK_N, LARGEST, CAP)
+                expected = tl.sum(counts_of_all, 0) + shared_count
             tl.debug_barrier()  # every thread's part is written before the arrival is counted
             arrived = arrivals + first_span * G + head
             if tl.atomic_add(arrived, 1, sem="acq_rel") == expected - 1:
                 if group_spans == 1:
+                    if SHARES:  # once more, for which no register is held
+                        span_row = tl.load(rows + span).to(tl.int64)
+                    inner = tl.arange(0, BLOCK_HEADS)
+                    zeros = tl.zeros((BLOCK_HEADS,), tl.int32)
                     _combine(
-                        out, sums, stats, rows, lengths, first_span, group_spans, head, common, window, most, least,
-                        kept, out_stride, d, G, GROUP, D, BLOCK_HEADS, BLOCK_D, BLOCK_N, LARGEST, CAP, MOST_SHARED,
-                        LEAST_SHARED, SIDE,
+                        out, sums, stats, zeros + span_row, zeros + span, zeros + count, head * GROUP + inner,
+                        inner < GROUP, kept, out_stride, d, G, GROUP, D, BLOCK_HEADS, BLOCK_D, SIDE,
                     )  # fmt: skip
                 elif SHARES:
+                    is_row = r < group_spans * GROUP
+                    each = first_span + r // GROUP
+                    its_row = tl.load(rows + each, mask=is_row, other=0).to(tl.int64)
+                    its_length = tl.load(lengths + each, mask=is_row, other=common)
+                    its_count = _split_count(common, its_length, window, most, least, BLOCK_N, LARGEST, CAP)
                     _combine(
-                        out, sums, stats, rows, lengths, first_span, group_spans, head, common, window, most, least,
-                        kept, out_stride, d, G, GROUP, D, BLOCK_G, BLOCK_D, BLOCK_N, LARGEST, CAP, MOST_SHARED,
-                        LEAST_SHARED, 1,
+                        out, sums, stats, its_row, each, its_count + shared_count, heads, is_row, kept, out_stride, d,
+                        G, GROUP, D, BLOCK_G, BLOCK_D, 1,
                     )  # fmt: skip
                 tl.store(arrived, 0)
 
