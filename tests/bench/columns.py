@@ -107,13 +107,12 @@ TEXT_CLUSTER: dict[str, tuple[str, Column]] = {
     "settled of one replica": ("of one GPU", RATIO), "tokens_per_s": ("in the whole run", COUNT),
     "of one replica": ("of one GPU in the whole run", RATIO), "embedding tokens_per_s": ("embeddings tokens/s", COUNT),
     "gap_p50_ms": ("gap p50 ms", MS), "failed": ("failed", TEXT), "least busy": ("least busy", PERCENT),
+}  # fmt: skip
+TEXT_CLUSTER_CACHED: dict[str, tuple[str, Column]] = TEXT_CLUSTER | {
     "of one cache": ("from caches, of one cache", RATIO), "of texts": ("of `texts`", RATIO),
 }  # fmt: skip
-TEXT_CLUSTER_SETTLED: dict[str, tuple[str, Column]] = {
-    "replicas": ("GPUs", COUNT), "work": ("work", TEXT), "settled tokens_per_s": ("generated tokens/s", COUNT),
-    "settled of one replica": ("of one GPU", RATIO), "tokens_per_s": ("in the whole run", COUNT),
-    "of one replica": ("of one GPU in the whole run", RATIO), "embedding tokens_per_s": ("embeddings tokens/s", COUNT),
-    "gap_p50_ms": ("gap p50 ms", MS), "failed": ("failed", TEXT), "least busy": ("least busy", PERCENT),
+TEXT_CLUSTER_CORES: dict[str, tuple[str, Column]] = TEXT_CLUSTER_CACHED | {
+    "busy cores": ("busy cores", RATIO), "stolen cores": ("stolen cores", RATIO),
 }  # fmt: skip
 BUCKETS: dict[str, tuple[str, Column]] = {
     "batch": ("prompts x tokens", TEXT), "adapters": ("adapters", COUNT), "launched_ms": ("launched ms", MS),

@@ -42,7 +42,8 @@ from tests.bench.columns import (
     TEXT,
     TEXT_CHOICES,
     TEXT_CLUSTER,
-    TEXT_CLUSTER_SETTLED,
+    TEXT_CLUSTER_CACHED,
+    TEXT_CLUSTER_CORES,
     TEXT_HTTP,
     TEXT_RULES,
     TEXT_RULES_BY_CASE,
@@ -168,20 +169,20 @@ TABLES = (
     ResultTable("Two GPUs behind one app, 128 adapters on 64 slots of each GPU", "cluster-2xh200", CLUSTER),
     ResultTable(
         "Texts on two GPUs behind one app and on one of them, prompts of 512 tokens, 256 generated",
-        "text-cluster-2xh200", TEXT_CLUSTER, note=notes.TEXT_CLUSTER_NOTE,
+        "text-cluster-2xh200", TEXT_CLUSTER_CORES, note=notes.TEXT_CLUSTER_NOTE,
     ),
     ResultTable(
-        "Common beginnings alone, on another machine the same day", "text-cluster-2xh200-beginnings", TEXT_CLUSTER,
+        "The same on another machine, the lowest ratios of all runs", "text-cluster-2xh200-lowest", TEXT_CLUSTER_CACHED,
+        note=notes.TEXT_CLUSTER_LOWEST_NOTE,
     ),
     ResultTable(
-        "All works, before attention read common pages once", "text-cluster-2xh200-before", TEXT_CLUSTER,
+        "All works, before attention read common pages once", "text-cluster-2xh200-before", TEXT_CLUSTER_CACHED,
         note=notes.TEXT_CLUSTER_BEFORE_NOTE,
     ),
     ResultTable(
-        "The same works on two GPUs and on one, longer runs of an earlier commit", "text-cluster-2xh200-settled",
-        TEXT_CLUSTER_SETTLED, note=notes.TEXT_CLUSTER_SETTLED_NOTE,
+        "Longer runs of two works at an earlier commit", "text-cluster-2xh200-settled", TEXT_CLUSTER,
+        note=notes.TEXT_CLUSTER_SETTLED_NOTE,
     ),
-    ResultTable("The same with 1,280 texts, some commits before", "text-cluster-2xh200-1280", TEXT_CLUSTER_SETTLED),
     ResultTable(
         "Texts with system prompts of 64 adapters on one engine", "system-prompts-h200", SYSTEM_PROMPTS_P99,
         note=notes.SYSTEM_PROMPTS_NOTE,
