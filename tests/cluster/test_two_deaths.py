@@ -13,7 +13,7 @@ from tests.cluster.stream_load import StreamLoad
 from tests.needs import require
 
 STREAMS = 6
-TOKENS = 700
+TOKENS = 1000
 HANDS_OVER_S = 0.5  # in which the second replica gets the texts. A slower one makes the test easier
 STARTS_S = 120.0  # longest time until replicas have replaced both
 
@@ -54,16 +54,21 @@ def test_texts_go_on_when_the_replica_that_continues_them_dies_too(
     gateway, of_second = target(service, role="gateway"), target(service, replica=second)
     streams.clear()
     continued = count(gateway, "ranklet_continuations_total")
+    engine_of_first, engine_of_second = (engine_process(replicas[id]) for id in (first, second))
     with streams.running(STREAMS, most=STREAMS):
         eventually("all streams have begun", lambda: streams.opened.total() == STREAMS, poll_s=0.02)
+        os.kill(engine_of_first, signal.SIGSTOP)  # so that no text ends while numbers are read
+        assert not streams.ended, "too fast for this test: make the texts longer"
         moved, computed = streams.opened[first], count(of_second, "ranklet_prompts_total")
         if dies == "before a token":
-            os.kill(engine_process(replicas[second]), signal.SIGSTOP)
+            os.kill(engine_of_second, signal.SIGSTOP)
         os.kill(replicas[first], signal.SIGKILL)
         eventually(
-            "texts are sent to the second",
-            lambda: count(gateway, "ranklet_continuations_total") >= continued + moved, poll_s=0.01,
+            "texts are sent to the second, or end",
+            lambda: count(gateway, "ranklet_continuations_total") >= continued + moved or streams.ended > 0,
+            poll_s=0.01,
         )  # fmt: skip
+        assert not streams.ended, (moved, streams.opened, streams.verdicts, streams.errors)
         if dies == "before a token":
             time.sleep(HANDS_OVER_S)
         else:

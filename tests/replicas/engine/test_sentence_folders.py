@@ -29,7 +29,7 @@ from tests.assets.make import make_model
 from tests.assets.sentence_folders import HIDDEN, SMALL_MODEL, SentenceFolder
 from tests.replicas.asking import ask, ref
 
-TEXTS = ["Notice must be given in WRITING.", "a", "word " * 30]
+TEXTS = ["Notice must be given in WRITING.", "a", "a b c", "word " * 30]
 LIMIT = 16
 # What a refusal may name: a file, or a setting by the name that users know.
 NAMED = re.compile(
@@ -169,6 +169,11 @@ PROFILE = settings(max_examples=30, deadline=None, suppress_health_check=[Health
 @given(made=folders())
 @example(made=SentenceFolder(mode="mean", include_prompt=False, prompt="Represent this: "))
 @example(made=SentenceFolder(mode="cls", include_prompt=False, prompt="Represent this: "))
+@example(
+    made=SentenceFolder(
+        include_prompt=False, prompt="Represent this: ", tokenizer={"model_max_length": LIMIT}, appends=False
+    )
+)
 @example(made=SentenceFolder(transformer={"processing_kwargs": {"text": {"add_special_tokens": False}}}))
 @example(made=SentenceFolder(tokenizer={"model_max_length": LIMIT}))
 @example(made=SentenceFolder(dense=LAYERS))
