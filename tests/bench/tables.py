@@ -172,6 +172,10 @@ TABLES = (
         "text-cluster-2xh200", TEXT_CLUSTER_CORES, note=notes.TEXT_CLUSTER_NOTE,
     ),
     ResultTable(
+        "Again on another machine, cut off before its last row", "text-cluster-2xh200-again", TEXT_CLUSTER_CORES,
+    ),
+    ResultTable("Texts beside embeddings on a third machine", "text-cluster-2xh200-beside", TEXT_CLUSTER_CORES),
+    ResultTable(
         "The same on another machine, the lowest ratios of all runs", "text-cluster-2xh200-lowest", TEXT_CLUSTER_CACHED,
         note=notes.TEXT_CLUSTER_LOWEST_NOTE,
     ),
