@@ -109,7 +109,8 @@ class EngineProcess(EngineApi):
         self._has_ended = False
         self._state = EngineState("the engine has not started", HeldAdapters())
         self._last_message_s = monotonic()
-        threading.Thread(target=self._receive, name="ranklet-replies", daemon=True).start()
+        self._receiver = threading.Thread(target=self._receive, name="ranklet-replies", daemon=True)
+        self._receiver.start()
         try:
             self.limits: RequestLimits = self.call("make", config).result()
         except RankletError:
@@ -129,12 +130,13 @@ class EngineProcess(EngineApi):
         self.call("start").result()
 
     def stop(self) -> None:
-        """Stop the engine and end the process."""
+        """Stop the engine and end the process. Calls after this one fail at once."""
         try:
             self.call("stop").result(_STOP_TIMEOUT_S)
         except (RankletError, TimeoutError):
             self._process.kill()
         self._process.wait()
+        self._receiver.join(_STOP_TIMEOUT_S)  # it notices the end of the process
 
     def submit(
         self, prompts: Sequence[NDArray[np.int32]], adapter: AdapterRef | None, params: Params, sink: Sink,

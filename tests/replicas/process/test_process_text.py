@@ -204,6 +204,7 @@ def test_stopping_ends_streams(model_dir: Path) -> None:
     with pytest.raises(Unavailable, match="shutting down"):
         sink.ended.result(0)
     assert not sink.late
+    assert engine.problem() == "the engine's process has ended", "a call after the stop is not sent"
 
 
 def test_a_lost_page_is_reported_to_the_parent(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
