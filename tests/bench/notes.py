@@ -87,9 +87,7 @@ TEXT_CLUSTER_BEFORE_NOTE = """While one adapter floods, the engine runs fewer of
 the others stay short. In this run it did so with common beginnings too, since prompts in the prefix cache counted
 towards a flood; they do not count since (`hot-texts-simulated.json`)."""
 TEXT_CLUSTER_SETTLED_NOTE = """The last wave of 2,048 texts fills the 256 places of one GPU. Those of two GPUs are not
-divided so evenly. Another run on the same day, with 1,280 texts, had 1.99 and, beside embeddings, 1.95, with steps as
-long as on one GPU; beside embeddings, rates of equal runs differ by 2 to 4 %. Two engines without a server ran as fast
-as one."""
+divided so evenly. Two engines without a server ran as fast as one."""
 THRASH_NOTE = """Relative to the row before. An engine's own process exempts what is there at its start from garbage
 collection, and so does the benchmark. Before it did, the device idled for up to 7 % of a measurement, and two of five
 pairs had 0.93 and 0.94."""
