@@ -118,7 +118,9 @@ def _serve_settings(folder: Path, ports: Sequence[int], first_gateway_port: int)
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_grpc_port - 1),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first_grpc_port),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first_grpc_port + _GATEWAY_PORTS - 1),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # no load balancer in front of HAProxy has to notice
+        # HAProxy passes over a gateway that drains after its next health check, within some 1 s. A request would be
+        # lost that it sends while the gateway closes its port and idle connections.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     }
 
 

@@ -151,7 +151,11 @@ def wait_for_gateways(service: Service, count: int) -> None:
 
 def gateways_down(metrics_port: int) -> int:
     """Return how many gateways HAProxy passes over, by its own metrics."""
-    return round(summed_samples([f"127.0.0.1:{metrics_port}"], {"state": "DOWN"})["haproxy_server_status"])
+    states = ("DOWN", "NOLB")  # NOLB: it drains
+    return sum(
+        round(summed_samples([f"127.0.0.1:{metrics_port}"], {"state": state})["haproxy_server_status"])
+        for state in states
+    )
 
 
 def _ranks(service: Service) -> list[str]:

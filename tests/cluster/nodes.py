@@ -144,6 +144,13 @@ def engine_process(replica: int) -> int:
     return found
 
 
+def actor_process(service: Service, kind: str) -> int:
+    """Return the process id of the only actor of a class on the head's node."""
+    named = [pid for pid in process_tree(service.cluster.state.pid) if command_line(pid).startswith(f"ray::{kind}")]
+    assert len(named) == 1
+    return named[0]
+
+
 def command_line(pid: int) -> str:
     """Return the command line or title of a process; empty if there is no such process."""
     try:

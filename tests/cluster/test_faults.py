@@ -15,7 +15,7 @@ from tests.assets.hanging import hanging
 from tests.cluster import load
 from tests.cluster.gcs import Gcs, redis_server
 from tests.cluster.load import LoadResult
-from tests.cluster.nodes import Node, command_line, engine_process, kill_tree, process_tree, serving_on_nodes
+from tests.cluster.nodes import Node, actor_process, engine_process, kill_tree, process_tree, serving_on_nodes
 from tests.cluster.service import BASE, Service, eventually, own_configuration, summed_samples, vectors_of
 from tests.cluster.stream_load import StreamLoad, stream_requests
 from tests.needs import is_installed, needs, require
@@ -174,15 +174,8 @@ def test_requests_are_answered_while_the_controller_is_replaced(nodes: Nodes, st
     """The new controller finds the same replicas."""
     service, _, _ = nodes
     before = service.processes("Replica")
-    run_beside_streams(service, streams, lambda: os.kill(_actor(service, "ServeController"), signal.SIGKILL))
+    run_beside_streams(service, streams, lambda: os.kill(actor_process(service, "ServeController"), signal.SIGKILL))
     eventually("the controller answers again", lambda: service.processes("Replica") == before)
-
-
-def _actor(service: Service, kind: str) -> int:
-    """Process id of the only actor of a class on the head's node."""
-    named = [pid for pid in process_tree(service.cluster.state.pid) if command_line(pid).startswith(f"ray::{kind}")]
-    assert len(named) == 1
-    return named[0]
 
 
 def test_a_disk_that_hangs_delays_only_the_adapters_on_it(nodes: Nodes) -> None:
@@ -233,7 +226,7 @@ def test_a_new_configuration_replaces_every_process_without_failed_requests(node
     before = set(service.processes("Replica").values())
     service.deploy({"adapters": {"earlier": str(service.adapters / "medical")}})
     eventually("the gateways serve it", lambda: service.post("earlier", "text").status_code == 200)
-    os.kill(_actor(service, "KeptContents"), signal.SIGKILL)
+    os.kill(actor_process(service, "KeptContents"), signal.SIGKILL)
     arguments = service.content["applications"][0]["args"]
     arguments["engine"]["slots"] = 6
     faulty = {"tokens_per_minute": {"earlier": 0}}

@@ -1,6 +1,7 @@
-"""Texts that take longer than a gateway's drain end with an error, shortly before Serve kills the gateway."""
+"""A gateway that drains gets no request that it loses. Texts that take longer than its drain end with an error."""
 
 import asyncio
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,7 +10,8 @@ import aiohttp
 import pytest
 
 from tests.cluster import load
-from tests.cluster.service import BASE, TIMEOUT_S, Service, serving, text_configuration
+from tests.cluster.nodes import actor_process, paused
+from tests.cluster.service import BASE, TIMEOUT_S, Service, eventually, serving, text_configuration
 from tests.cluster.stream_load import ReceivedStream, receive
 from tests.needs import require
 
@@ -30,8 +32,39 @@ def service(runs_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     gateway |= {"num_replicas": 2, "graceful_shutdown_timeout_s": LIMIT_S}
     replica["num_replicas"] = 1
     with serving(content, folder) as service:
-        load.wait_for_gateways(service, 2)
         yield service
+
+
+@pytest.fixture(autouse=True)
+def two_gateways(service: Service) -> None:
+    scale(service, 2)
+    load.wait_for_gateways(service, 2)
+
+
+def scale(service: Service, gateways: int) -> None:
+    deployment = service.content["applications"][0]["deployments"][0]
+    if deployment["num_replicas"] != gateways:
+        deployment["num_replicas"] = gateways
+        service.deploy(None)
+
+
+def test_a_gateway_accepts_connections_until_haproxy_passes_over_it(service: Service) -> None:
+    """Also if Serve does not tell HAProxy that the gateway leaves: HAProxy notices by its health checks."""
+    first, last, haproxy = (
+        int(service.cluster.ray_environment[f"RAY_SERVE_{name}_PORT"])
+        for name in ("DIRECT_INGRESS_MIN_HTTP", "DIRECT_INGRESS_MAX_HTTP", "HAPROXY_METRICS")
+    )
+    ports = [port for port in range(first, last + 1) if accepts(port)]
+    assert len(ports) == 2
+    with paused(actor_process(service, "HAProxyManager")):
+        scale(service, 1)
+        eventually("the gateway closes its port", lambda: not all(map(accepts, ports)), poll_s=0.05)
+        assert load.gateways_down(haproxy) == 1
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_texts_of_a_gateway_that_is_removed_end_with_an_error_at_its_limit(service: Service) -> None:
@@ -52,8 +85,7 @@ async def _remove_gateway(service: Service) -> None:
         assert sum(before.values()) == 2 * STREAMS
         assert all(before.values())
         began_s = time.monotonic()
-        service.content["applications"][0]["deployments"][0]["num_replicas"] = 1
-        await asyncio.to_thread(service.deploy, None)
+        await asyncio.to_thread(scale, service, 1)
         ended: set[asyncio.Task[Any]] = set()
         expected = 2 * STREAMS
         while len(ended) < expected:
