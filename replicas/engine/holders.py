@@ -47,9 +47,12 @@ class Holders:
         return [each for each in self.all if not each.cancelled]
 
     def pages_in_work(self) -> set[bytes]:
-        """Return the content hashes of the next pages of sequences of which a part of the prompt is computed."""
-        others = self.all.keys() - self.decoding.keys()
-        return {page for each in others if each.left and (page := next_page(each)) is not None}
+        """Return the content hashes of the pages that prompts with computed pieces compute next."""
+        return {page for each in self.prompts() if (page := next_page(each)) is not None}
+
+    def prompts(self) -> list[Sequence]:
+        """Return the sequences of whose prompts some pieces are computed, but not the last."""
+        return [each for each in self.all.keys() - self.decoding.keys() if each.left]
 
     def decode_set(self) -> DecodeSet:
         """Return the decoding sequences that are not paused, in the order in which they started."""

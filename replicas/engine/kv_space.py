@@ -63,8 +63,24 @@ class KvSpace:
     def room(self) -> FreeSpace:
         return FreeSpace(self.pool.available, self.table.free)
 
-    def to_start(self, sequence: Sequence) -> Start:
-        """Look up the pages of a sequence that is about to start. Changes nothing."""
+    def find_start(self, sequence: Sequence, room: FreeSpace, reserved: int) -> Start | None:
+        """Return what a sequence needs to start; None if there is no room for it.
+
+        Args:
+            reserved: number of pages that are left to others.
+        """
+        if not room.rows:
+            return None
+        found = self._to_start(sequence)
+        if found.next_page in room.computing:
+            room.miss(found)  # it can share that page in the next step
+        elif found.pages + reserved > room.pages:
+            room.rows = 0  # no later sequence takes the pages that this one waits for
+        else:
+            return found
+        return None
+
+    def _to_start(self, sequence: Sequence) -> Start:
         hashes = sharable(sequence)
         match = self.pool.match(hashes)
         pages = pages_of(sequence.length) - match.pages + match.cached

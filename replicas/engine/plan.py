@@ -68,6 +68,8 @@ class StepPlan:
         has_whole: whether it has prompts that cannot be divided. They run in steps without pages.
         cost: of the step; None if no flow floods while others have requests.
         leaves_flood: whether flooding flows were left out, so that the others' step is short.
+        empty_rows_cost: part of the step's cost that falls on rows that stay empty, because prompts that could start
+            wait for others (`gathering.py`). 0 if none wait.
     """
 
     decode_set: DecodeSet = _NO_DECODES
@@ -84,12 +86,19 @@ class StepPlan:
     has_whole: bool = False
     cost: float | None = None
     leaves_flood: bool = False
+    empty_rows_cost: float = 0.0
 
     def add(self, part: Part) -> None:
         self.parts.append(part)
         self.uses_pages = self.uses_pages or part.uses_pages
         self.has_whole = self.has_whole or not part.sequence.need.divisible
         self.tokens += part.tokens
+
+    def leave_prompts(self, empty_rows_cost: float) -> None:
+        """Take all prompts out."""
+        self.parts = []
+        self.tokens, self.uses_pages, self.has_whole = len(self.decodes), bool(self.decodes), False
+        self.empty_rows_cost = empty_rows_cost
 
     def decode(self, decode_set: DecodeSet) -> None:
         self.decode_set = decode_set

@@ -9,7 +9,8 @@ computed again.
 A sequence is passed over while its adapter is in no slot. A sequence whose adapter is in a slot, but that does not fit
 into a step, is passed over at most `PATIENCE` times; then no later sequence starts before it. Unless flows flood:
 
-- the first ready sequence of the queue is in the next step that has space for it;
+- the first ready sequence of the queue is in the next step that has space for it, or waits for others to start with it
+  while texts wait for rows (`gathering.py`);
 - a ready sequence that needs no pages is overtaken in at most `PATIENCE` steps;
 - decodes wait for at most one step in turn, apart from those with a grammar (`masks.py`) or of a flood;
 - a sequence that needs pages is not overtaken by one that needs pages;
@@ -26,6 +27,7 @@ from ranklet.replicas.engine.decodes import commit_decodes, plan_decodes, prompt
 from ranklet.replicas.engine.fair_queue import LOOKAHEAD, FairQueue
 from ranklet.replicas.engine.flood_rules import FloodRules
 from ranklet.replicas.engine.flood_share import FloodShare, IsReady, can_run, flood_share
+from ranklet.replicas.engine.gathering import Gathering
 from ranklet.replicas.engine.holders import Holders
 from ranklet.replicas.engine.kv_space import FreeSpace, KvSpace, Start
 from ranklet.replicas.engine.plan import Part, StepPlan
@@ -65,6 +67,7 @@ class Scheduler:
         self.holders = Holders()
         self.queue = FairQueue(max_tokens, self._cached_pages)
         self._flood_rules = FloodRules(self.queue, max_tokens)
+        self._gathering = Gathering()
         self.preemptions = 0
 
     def _cached_pages(self, hashes: list[bytes]) -> int:
@@ -73,6 +76,7 @@ class Scheduler:
     def set_sizes(self, sizes: StepSizes) -> None:
         """Set how large the next steps may be."""
         self._flood_rules.set_sizes(sizes)
+        self._gathering.is_on = sizes.gathers
 
     def propose(self, is_ready: IsReady) -> StepPlan:
         """Return the next step, given whether an adapter is in a slot. Changes nothing."""
@@ -133,6 +137,8 @@ class Scheduler:
                 share.take(sequence)
                 full = len(plan.decodes) + len(plan.parts) == self._max_sequences or plan.tokens >= limits.most
                 full = full or bool(sequence.solo) or part.head is None
+        texts = 0 if share.flows or room.rows else self.queue.texts
+        self._gathering.leave_prompts(plan, budget, self.holders, texts)
         plan.cost = share.cost_of(plan, budget)
         plan.demand = list(ready)[: self._max_demand]
         if alone and not plan.parts:  # it waits for pages that others hold
@@ -183,17 +189,8 @@ class Scheduler:
         return Part(sequence, sequence.epoch, start, tokens, head, first is not None or sequence.row is not None)
 
     def _first_pages(self, sequence: Sequence, room: FreeSpace) -> Start | None:
-        """Return what a sequence needs to start; None if there is no room for it."""
-        if self.space is None or not room.rows:
-            return None
-        found = self.space.to_start(sequence)
-        if found.next_page in room.computing:
-            room.miss(found)  # it can share that page in the next step
-        elif found.pages + len(self.holders) > room.pages:  # each holder may soon need one page more
-            room.rows = 0  # no later sequence takes the pages that this one waits for
-        else:
-            return found
-        return None
+        # Each holder may soon need one page more.
+        return None if self.space is None else self.space.find_start(sequence, room, len(self.holders))
 
     def _piece(self, sequence: Sequence, left: int, start: int, plan: StepPlan, budget: PromptBudget) -> int:
         """Return how many of the `left` tokens fit into the step; 0 if it has no space for a useful number."""
@@ -206,6 +203,7 @@ class Scheduler:
     def commit(self, plan: StepPlan, now_s: float = 0.0) -> None:
         """Make the plan take effect at time `now_s`: its sequences have their slots."""
         self._flood_rules.commit(plan)
+        self._gathering.commit(plan)
         self._decodes_waited = plan.computes and not plan.decodes and bool(self.holders.decoding)
         self.drop(plan.cancelled)
         self._preempt(plan.preempted)

@@ -130,6 +130,10 @@ class PromptBudget:
         self.is_spent = is_cut or (cost < inf and not self.is_limited)
         return 0
 
+    def has_space_for_more(self, prompts: int) -> bool:
+        """Return whether another prompt would fit that is as long as the step's `prompts` are on average."""
+        return self.spent <= prompts * self.cost and self.taken <= prompts * self.tokens
+
     def _rounded(self, tokens: int) -> int:
         """Make a piece smaller, so that steps have few sizes: each size needs a CUDA graph."""
         total = self.decodes + self.taken + tokens

@@ -10,7 +10,7 @@ _FIRST = 2048  # tokens of the first step on the CPU
 
 
 class StepSizes(NamedTuple):
-    """Numbers of prompt tokens at which a step is closed; None for no limit.
+    """Numbers of prompt tokens at which a step is closed, None for no limit, and what else depends on the device.
 
     Attributes:
         enough: size above which steps are not faster per token. A step without decodes is closed there, unless more
@@ -19,6 +19,7 @@ class StepSizes(NamedTuple):
         longest: size at which every step is closed.
         apart: whether flooding flows stay out of the steps of others, though not out of two steps in turn.
         allowance: tokens that a flow may have waiting before it floods; None for those of the largest step.
+        gathers: whether prompts beside decodes may wait for others (`gathering.py`). On the CPU, they cost no launches.
     """
 
     enough: int | None = None
@@ -26,6 +27,7 @@ class StepSizes(NamedTuple):
     longest: int | None = None
     apart: bool = False
     allowance: int | None = None
+    gathers: bool = True
 
 
 def gpu_sizes(forecast: Forecast) -> StepSizes:
@@ -40,7 +42,7 @@ def cpu_sizes(forecast: Forecast) -> StepSizes:
     """
     brief, long = forecast.brief_tokens(_BRIEF_S), forecast.brief_tokens(_LONG_S)
     if brief is None or long is None:
-        return StepSizes(None, _FIRST, _FIRST, True, _FIRST)
+        return StepSizes(None, _FIRST, _FIRST, True, _FIRST, gathers=False)
     beside = max(brief, forecast.small_tokens(long) or 0)
     longest = max(long, _MOST_BESIDE * beside)
-    return StepSizes(None, beside, longest, True, beside)
+    return StepSizes(None, beside, longest, True, beside, gathers=False)

@@ -97,12 +97,14 @@ class Run:
         share: whether flows differ by their adapter or by their key.
         adapters: number of adapters.
         has_prefix_cache: whether prompts that begin alike share their pages.
+        gathers: whether prompts wait for others while texts wait for rows.
     """
 
     def __init__(
         self, costs: StepCost, rows: int, unit_s: float, share: str = "adapters", adapters: int = _OTHERS + 1, *,
-        has_prefix_cache: bool = False,
+        has_prefix_cache: bool = False, gathers: bool = True,
     ) -> None:  # fmt: skip
+        self._gathers = gathers
         self.costs, self.rows, self._unit_s = costs, rows, unit_s
         self._by_key = share == "keys"
         self.refs = [AdapterRef(f"a{index}", f"/{index}", f"a{index}-1") for index in range(adapters)]
@@ -155,14 +157,14 @@ class Run:
         while self.now_s < end_s:
             while self._due and self._due[0][0] <= self.now_s:
                 heapq.heappop(self._due)[2]()
-            self.engine.scheduler.set_sizes(gpu_sizes(self._forecast))
+            self._set_sizes()
             while (plan := self.engine.step()) is not None:
                 if plan.computes:
                     device_s = self._cost(plan) * self._unit_s
                     self._free_s = max(self._free_s, self.now_s) + device_s
                     self._ends.append((self._free_s, device_s))
                     self._forecast.on_launch(None if plan.uses_pages else plan.tokens, self.now_s)
-                    self.engine.scheduler.set_sizes(gpu_sizes(self._forecast))
+                    self._set_sizes()
             if self._ends:
                 self.now_s, device_s = self._ends.popleft()
                 self._forecast.on_finish(device_s, self.now_s)
@@ -171,6 +173,9 @@ class Run:
                 self.now_s = max(self.now_s, self._due[0][0])
             else:
                 return
+
+    def _set_sizes(self) -> None:
+        self.engine.scheduler.set_sizes(gpu_sizes(self._forecast)._replace(gathers=self._gathers))
 
     def _cost(self, plan: StepPlan) -> float:
         costs, decodes = self.costs, plan.decodes

@@ -251,7 +251,7 @@ TABLES = (
         FAIR_TEXTS, note=notes.FAIR_TEXTS_NOTE,
     ),
     ResultTable(
-        "Texts of 64 adapters, evenly, mostly of one or with system prompts, simulated",
+        "Texts of 64 adapters, evenly, mostly of one, with system prompts or more than run at once, simulated",
         "hot-texts-simulated", HOT_TEXTS, note=notes.HOT_TEXTS_NOTE,
     ),
     ResultTable(

@@ -16,7 +16,7 @@ from ranklet.replicas.model.heads import PoolingHead
 from ranklet.replicas.model.pooling import Pooling
 
 given_costs = st.builds(
-    StepCost, step=st.sampled_from((0.0, 50.0, 300.0)), mixed=st.sampled_from((0.0, 30.0)),
+    StepCost, step=st.sampled_from((0.0, 50.0, 300.0)), mixed=st.sampled_from((0.0, 30.0, 300.0)),
     read=st.sampled_from((0.0, 0.2)), attend=st.sampled_from((0.0, 0.01, 1.0)),
     windows=st.sampled_from((((1.0, inf),), ((0.5, 30), (0.5, inf)))),
 )  # fmt: skip

@@ -99,12 +99,13 @@ class Simulation:
     def __init__(
         self, *, pages: int, rows: int, slots: int, max_tokens: int, max_adapters: int, max_model_len: int,
         costs: StepCost = StepCost(), slowdown: float = 1.0, depth: int = 2, shares_prefixes: bool = True,
+        max_sequences: int | None = None,
     ) -> None:  # fmt: skip
         self.depth = depth
         self.now_s = 0.0
         self.scheduler = Scheduler(
-            max_tokens=max_tokens, max_sequences=rows, max_adapters=max_adapters, max_demand=slots,
-            costs=costs, decode_slowdown=slowdown,
+            max_tokens=max_tokens, max_sequences=max_sequences or rows, max_adapters=max_adapters,
+            max_demand=slots, costs=costs, decode_slowdown=slowdown,
         )  # fmt: skip
         self.space = self.scheduler.space = KvSpace(pages, rows, max_model_len)
         self.slots = SlotTable(slots)
