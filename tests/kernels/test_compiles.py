@@ -26,7 +26,7 @@ KERNELS = {
 def test_kernels_compile_for_an_h200(tmp_path: Path) -> None:
     folder = Path(__file__).parent
     command = [
-        sys.executable, "-O", "-m", "pytest", "-p", "tests.kernels.sm90", "-p", "no:schemathesis", "-p", "no:xdist",
+        sys.executable, "-O", "-m", "pytest", "-p", "tests.kernels.sm90", "-p", "no:xdist",
         "-p", "no:cacheprovider", "--assert=plain", "-W", "ignore::pytest.PytestConfigWarning",
         *(str(folder / each) for each in TESTS),
     ]  # fmt: skip
