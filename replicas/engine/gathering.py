@@ -1,23 +1,23 @@
-"""Lets prompts wait for a few steps of decodes, so that one step computes several of them together. No clock.
+"""Lets texts wait for a few steps of decodes, so that one step computes several of their prompts together. No clock.
 
 A step with decodes takes longer once it has a prompt, however short (`StepCost.mixed`). While texts wait for rows, rows
-become free one by one, and each step would have a prompt. So prompts wait as long as the rows that stay empty cost less
-than one such step costs more. That is the cheapest number of prompts at any rate at which rows become free. A prompt
-of which a piece is computed goes on in every step, and others with it.
+become free one by one, and each step would have a prompt. So texts wait as long as the rows that stay empty cost less
+than one such step costs more. That is the cheapest number of prompts at any rate at which rows become free. Prompts of
+embeddings and prompts of which a piece is computed wait for nothing, and texts start beside them.
 """
 
 from ranklet.replicas.engine.holders import Holders
 from ranklet.replicas.engine.plan import StepPlan
 from ranklet.replicas.engine.step_cost import PromptBudget
 
-MOST_STEPS = 4  # for which prompts wait
+MOST_STEPS = 4  # for which a text waits
 
 
 class Gathering:
-    """Counts the steps without the prompts that wait.
+    """Counts the steps without the texts that wait.
 
     Attributes:
-        is_on: whether prompts may wait.
+        is_on: whether texts may wait.
     """
 
     def __init__(self) -> None:
@@ -29,10 +29,11 @@ class Gathering:
         """Take the prompts out of a plan if they wait for others.
 
         Args:
-            texts: number of texts that wait, those of the plan included; 0 if rows are left.
+            texts: number of texts that wait for a row, those that the plan starts included; 0 if rows are left.
         """
-        starting = sum(part.sequence.need.keeps_cache for part in plan.parts)
-        if not (self.is_on and plan.decodes and plan.parts and texts > starting) or plan.passed:
+        if not (self.is_on and plan.decodes and plan.parts and texts > len(plan.parts)) or plan.passed:
+            return
+        if any(not part.sequence.is_new_text for part in plan.parts):
             return
         alone = budget.costs.decodes(len(plan.decodes), sum(each.computed for each in plan.decodes))
         cost = alone * len(plan.parts) / len(plan.decodes)

@@ -68,8 +68,8 @@ class StepPlan:
         has_whole: whether it has prompts that cannot be divided. They run in steps without pages.
         cost: of the step; None if no flow floods while others have requests.
         leaves_flood: whether flooding flows were left out, so that the others' step is short.
-        empty_rows_cost: part of the step's cost that falls on rows that stay empty, because prompts that could start
-            wait for others (`gathering.py`). 0 if none wait.
+        empty_rows_cost: part of the step's cost that falls on rows that stay empty, because texts that could start wait
+            for others (`gathering.py`). 0 if none wait.
     """
 
     decode_set: DecodeSet = _NO_DECODES

@@ -19,7 +19,7 @@ class StepSizes(NamedTuple):
         longest: size at which every step is closed.
         apart: whether flooding flows stay out of the steps of others, though not out of two steps in turn.
         allowance: tokens that a flow may have waiting before it floods; None for those of the largest step.
-        gathers: whether prompts beside decodes may wait for others (`gathering.py`). On the CPU, they cost no launches.
+        gathers: whether texts may wait for others to start with (`gathering.py`). On the CPU, prompts cost no launches.
     """
 
     enough: int | None = None

@@ -48,7 +48,7 @@ FAIR_TEXTS: dict[str, tuple[str, Column]] = {
     "gap_p99_ms": ("gap p99 ms", MS), "gap p99 ratio": ("gap p99, times without flood", RATIO),
 }  # fmt: skip
 HOT_TEXTS: dict[str, tuple[str, Column]] = {
-    "work": ("requested", TEXT), "in flight": ("in flight", COUNT), "prompts wait": ("prompts wait for others", TEXT),
+    "work": ("requested", TEXT), "in flight": ("in flight", COUNT), "start together": ("start together", TEXT),
     "requests from one adapter": ("requests from one adapter", PERCENT), "running": ("texts at once", COUNT),
     "tokens_per_s": ("generated tokens/s", COUNT), "rate ratio": ("times evenly requested", RATIO),
     "gap_p50_ms": ("gap p50 ms", MS), "first_p50_ms": ("first token p50 ms", COUNT),

@@ -97,7 +97,7 @@ class Run:
         share: whether flows differ by their adapter or by their key.
         adapters: number of adapters.
         has_prefix_cache: whether prompts that begin alike share their pages.
-        gathers: whether prompts wait for others while texts wait for rows.
+        gathers: whether texts that wait for rows start together.
     """
 
     def __init__(

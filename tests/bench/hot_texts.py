@@ -23,7 +23,7 @@ class Requested(NamedTuple):
     Attributes:
         exponent: of Zipf's law, by which adapters are drawn.
         in_flight: number of requests.
-        gathers: whether prompts wait for others while texts wait for rows.
+        gathers: whether texts that wait for rows start together.
     """
 
     name: str
@@ -67,7 +67,7 @@ def measure(work: Requested, requests: int) -> dict[str, Any]:
             running.append(len(run.engine.scheduler.holders))
     waits_ms = [1e3 * (each.first_s - each.due_s) for each in ended]
     return {
-        "work": work.name, "in flight": work.in_flight, "prompts wait": "yes" if work.gathers else "no",
+        "work": work.name, "in flight": work.in_flight, "start together": "yes" if work.gathers else "no",
         "requests from one adapter": weights[0] / sum(weights), "requests": requests,
         "tokens_per_s": sum(each.tokens for each in ended) / max(each.end_s for each in ended),
         "first_p50_ms": float(np.percentile(waits_ms, 50)), "first_p99_ms": float(np.percentile(waits_ms, 99)),

@@ -114,7 +114,7 @@ Prompts in the prefix cache counted towards a flood in this run, and attention r
 HOT_TEXTS_NOTE = """\
 At an earlier commit, prompts in the prefix cache counted towards a flood, and so did tokens that nobody else wanted.
 The rate with system prompts was 8,056 tokens/s then, of 54 texts at once; the gap had a p50 of 7 ms, the first token a
-p99 of 6.9 s. If prompts may wait, they do so only while texts wait for rows, as with 320 requests in flight."""
+p99 of 6.9 s. Texts start together only while some wait for rows, as with 320 requests in flight."""
 TOKEN_ROWS_CPU_NOTE = """\
 LoRA of rank 16, 100 trained or added tokens each, on a busy machine. Medians of times, and of ratios to the plain
 adapter that was loaded in the same turn. Tokenizer files have 10.5 MB; those with added tokens differ from adapter to

@@ -1,4 +1,4 @@
-"""Prompts beside decodes wait for others while texts wait for rows, and only then."""
+"""Texts start beside decodes together while texts wait for rows, and only then."""
 
 from typing import Any, cast
 
@@ -67,19 +67,13 @@ def test_the_last_text_that_waits_starts_at_once() -> None:
         plan = go_on(running)
 
 
-def test_embeddings_wait_as_long_as_texts_do() -> None:
+def test_embeddings_wait_for_nothing_and_texts_start_beside_them() -> None:
     running = simulation(ROWS)
     while not go_on(running).parts:
         pass
+    assert not go_on(running).parts
     running.embed([PROMPT], REF)
-    steps = [len(go_on(running).parts) for _ in range(MOST_STEPS + 1)]
-    assert steps == [0] * MOST_STEPS + [MOST_STEPS + 2]
-
-
-def test_embeddings_are_computed_at_once_if_no_text_waits_for_a_row() -> None:
-    running = simulation(ROWS, waiting=0)
-    running.embed([PROMPT], REF)
-    assert len(go_on(running).parts) == 1
+    assert len(go_on(running).parts) == 3
 
 
 @pytest.mark.parametrize("prompt", [[*PROMPT] * 40, [*PROMPT] * 200])
@@ -103,7 +97,7 @@ def test_a_text_starts_at_once_where_its_row_costs_more_than_prompts_do() -> Non
     assert all(plan.parts for plan in plans if len(plan.decodes) < 2)
 
 
-def test_prompts_do_not_wait_on_the_cpu() -> None:
+def test_texts_do_not_wait_on_the_cpu() -> None:
     running = simulation(ROWS)
     running.scheduler.set_sizes(StepSizes(gathers=False))
     started = [len(go_on(running).parts) for _ in range(40)]
