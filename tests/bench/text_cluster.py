@@ -57,8 +57,9 @@ class TextsBeside(NamedTuple):
 def works(url: str, names: list[str], replicas: int, options: argparse.Namespace) -> list[TextsBeside]:
     scale = replicas * options.texts
     few, every = tuple(names[:ADAPTERS]), tuple(names)
+    lengths = {"output_len": options.output, "output_range_ratio": options.output_range_ratio}
     texts = BenchPlan(
-        base_url=url, text=TextPlan(output_len=options.output, ignore_eos=True), adapters=few, vocab=options.vocab,
+        base_url=url, text=TextPlan(**lengths, ignore_eos=True), adapters=few, vocab=options.vocab,
         adapter_distribution="distinct", input_len=options.prompt, num_prompts=scale, warmup=0,
         max_concurrency=options.at_once * replicas, processes=options.processes,
     )  # fmt: skip
@@ -181,7 +182,11 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=320, help="texts in flight for each replica")
     parser.add_argument("--running", type=int, default=256, help="texts that a replica runs at once; others wait")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
-    parser.add_argument("--output", type=int, default=256, help="tokens of a text")
+    parser.add_argument("--output", type=int, default=256, help="tokens of the longest text")
+    parser.add_argument(
+        "--output-range-ratio", type=float, default=1.0,
+        help="length of the shortest text / --output. With 1, texts of one replica end in waves",
+    )  # fmt: skip
     parser.add_argument("--common", type=int, default=2000, help="tokens of the common beginning")
     add_keep(parser)
     options = parser.parse_args()
