@@ -18,7 +18,7 @@ DOCUMENTS = (
 )  # fmt: skip
 ELSEWHERE = {  # names in backticks that belong to other programs
     "FSSPEC_S3", "KillMode", "RAY_REDIS_ADDRESS", "TimeoutStopSec", "_foreach_copy_", "endpoint_url",
-    "gcsFaultToleranceOptions",
+    "RAY_worker_niceness", "gcsFaultToleranceOptions",
 }  # fmt: skip
 
 

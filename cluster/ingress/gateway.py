@@ -55,7 +55,8 @@ from ranklet.cluster.settings.keeper import KeeperActor
 from ranklet.cluster.settings.setting import Setting
 from ranklet.cluster.settings.settings import Settings
 from ranklet.cluster.settings.user_config import read_user_config
-from ranklet.replicas.model.tokenizer import PromptTokenizer
+from ranklet.replicas.model.tokenizer import FolderTokenizer, PromptTokenizer
+from ranklet.replicas.model.tokenizer_reader import read_backend
 from ranklet.routing.affinity import Affinity
 from ranklet.routing.binding import bind
 from ranklet.routing.counters import Counters
@@ -91,7 +92,8 @@ class Gateway(ReportReceiver):
             AllowedSources(args.adapter_roots, args.sources.allowed),
         )  # fmt: skip
         self._names = ModelNames(args.base_names, self._registry)
-        tokenizer = PromptTokenizer(args.base.model_dir)
+        model_dir = args.base.model_dir
+        tokenizer = PromptTokenizer(model_dir, FolderTokenizer.read(model_dir, read_backend))
         self._intake = Intake(tokenizer, args.limits)
         open_admin = args.security.open_admin or False
         self._keys = ApiKeys(args.security.keys_file, open_admin=open_admin, settings=self._settings)
@@ -104,7 +106,7 @@ class Gateway(ReportReceiver):
             replica, self._affinity, args.limits, self._metrics.on_repeat, self._id,
             lambda name, source: self._broadcast("on_load_crashed", name, source),
         )  # fmt: skip
-        self._texts = TextModels(tokenizer, args.base.model_dir, self._replicas, args.text)
+        self._texts = TextModels(tokenizer, model_dir, self._replicas, args.text)
         self._embeddings = EmbeddingModels(tokenizer.settings, self._texts.descriptions)
         self._watching: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None

@@ -1,6 +1,6 @@
 """Tokenizes texts with the tokenizer and the settings of the model folder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,8 +81,9 @@ class FolderTokenizer:
     embedding: BoundedTokenizer
 
     @classmethod
-    def read(cls, model_dir: Path) -> "FolderTokenizer":
-        backend, settings = load_backend(model_dir), read_base_settings(model_dir)
+    def read(cls, model_dir: Path, load: Callable[[Path], Any]) -> "FolderTokenizer":
+        """Read a folder, whose `tokenizers.Tokenizer` `load` returns."""
+        backend, settings = load(model_dir), read_base_settings(model_dir)
         plain = BoundedTokenizer(backend, TokenBound(backend))
         if not settings.lower:
             return cls(settings, plain, plain)
@@ -107,7 +108,7 @@ class PromptTokenizer:
 
     def __init__(self, model_dir: Path, parts: FolderTokenizer | None = None) -> None:
         self._model_dir = model_dir
-        self._parts = parts or FolderTokenizer.read(model_dir)
+        self._parts = parts or FolderTokenizer.read(model_dir, load_backend)
         self._plain, self._embedding = self._parts.plain, self._parts.embedding
         self.settings = self._parts.settings
 
@@ -192,7 +193,7 @@ def load_backend(folder: Path) -> Any:
     Raises:
         ModelError: the folder has no fast tokenizer.
     """
-    from transformers import AutoTokenizer  # slow to import, and only gateways tokenize
+    from transformers import AutoTokenizer  # slow to import, and imports torch
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)

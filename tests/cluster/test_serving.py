@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -160,6 +161,11 @@ def test_health_readiness_and_versions(service: Service) -> None:
     versions = service.http.get("/version").json()
     assert versions["ray"].startswith("2.60.")
     assert (versions["data_path"], versions["throughput_optimized"]) == ("haproxy", True)
+
+
+def test_gateways_do_without_torch(service: Service) -> None:
+    for pid in service.processes("Gateway").values():
+        assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
 
 
 def test_sixteen_clients_are_served_at_once(service: Service) -> None:
