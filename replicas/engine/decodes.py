@@ -91,8 +91,8 @@ def prompt_budget(
     if count:
         max_tokens = min(max_tokens, MOST_TEXT_TOKENS)
     budget = PromptBudget(costs, max_tokens - plan.tokens, decodes=count)
-    if count and len(queue):
-        alone = costs.decodes(count, sum(each.computed for each in plan.decodes))
+    if count and (len(queue) or share.flows):
+        alone = budget.decodes_cost = costs.decodes(count, sum(each.computed for each in plan.decodes))
         budget.cost = max((slowdown - 1) * alone - costs.mixed, (slowdown - 1) * _LEAST_TOKENS)
         texts = queue.texts - sum(map(queue.new_texts_of, share.held_back))
         if _is_burst(queue, count, min(texts, rows), costs, max_tokens):

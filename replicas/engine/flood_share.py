@@ -80,10 +80,9 @@ class FloodShare:
 
     def plan_prompts(self, plan: StepPlan, budget: PromptBudget) -> None:
         """Take note of the decodes. If all are of flooding flows, they do not limit the prompts of others."""
-        decodes = plan.decodes
-        if self.flows and decodes:
-            self.decodes = budget.costs.decodes(len(decodes), sum(each.computed for each in decodes))
-            if self._floods_all({each.flow for each in decodes}):
+        if self.flows and plan.decodes:
+            self.decodes = budget.decodes_cost
+            if self._floods_all({each.flow for each in plan.decodes}):
                 budget.cost = inf
 
     def prompts(self, sequence: Sequence) -> float | None:

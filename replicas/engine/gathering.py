@@ -35,8 +35,7 @@ class Gathering:
             return
         if any(not part.sequence.is_new_text for part in plan.parts):
             return
-        alone = budget.costs.decodes(len(plan.decodes), sum(each.computed for each in plan.decodes))
-        cost = alone * len(plan.parts) / len(plan.decodes)
+        cost = budget.decodes_cost * len(plan.parts) / len(plan.decodes)
         is_cheap = self._steps < MOST_STEPS and self._cost + cost <= budget.costs.mixed
         if is_cheap and budget.has_space_for_more(len(plan.parts)) and not holders.prompts():
             plan.leave_prompts(cost)

@@ -87,6 +87,7 @@ class PromptBudget:
         spent: cost of the prompts in the step.
         most_text: tokens of prompts at which a text's piece ends; None for no such limit.
         decodes: number of decodes in the step.
+        decodes_cost: cost of the step without prompts; 0 without decodes, or if nothing waits.
         taken: tokens of prompts in the step.
         is_spent: whether no useful piece fits any more.
         is_limited: whether the last prompt did not fit because of `most_cost` only.
@@ -99,6 +100,7 @@ class PromptBudget:
     spent: float = 0.0
     most_text: int | None = None
     decodes: int = 0
+    decodes_cost: float = 0.0
     taken: int = 0
     is_spent: bool = False
     is_limited: bool = False
