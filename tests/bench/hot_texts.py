@@ -82,7 +82,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = [measure(work, options.requests) for work in WORKS]
     for row, work in zip(rows, WORKS, strict=True):
-        is_alike = work._replace(name="", exponent=0.0) == WORKS[0]._replace(name="")
+        is_alike = (work.kind, work.in_flight) == (WORKS[0].kind, WORKS[0].in_flight)
         row["rate ratio"] = row["tokens_per_s"] / rows[0]["tokens_per_s"] if is_alike else ""
     report.save(options.name, rows, options.out)
 

@@ -51,11 +51,9 @@ class Faults:
 
     def drained(self) -> None:
         """Take one replica away, whose streams outlast its graceful shutdown, and bring one back."""
-        replicas = self._service.content["applications"][0]["deployments"][1]
         before = self._replicas()
         for count in (1, 2):
-            replicas["num_replicas"] = count
-            self._service.deploy(None)
+            self._service.scale("Replica", count)
             eventually(f"{count} replicas", lambda count=count: len(self._replicas()) == count)  # type: ignore[misc]
         eventually("another replica", lambda: len(set(self._replicas()) - set(before)) == 1)
 

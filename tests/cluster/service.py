@@ -88,6 +88,12 @@ class Service:
         application = {**self.content["applications"][0], "deployments": [gateway, replica]}
         self.cluster.deploy({**self.content, "applications": [application]})
 
+    def scale(self, deployment: str, count: int) -> None:
+        """Deploy the file with another number of gateways or replicas."""
+        (found,) = (each for each in self.content["applications"][0]["deployments"] if each["name"] == deployment)
+        found["num_replicas"] = count
+        self.deploy(None)
+
 
 def summed_samples(targets: Iterable[str], labels: Mapping[str, str]) -> Mapping[str, float]:
     """Return the samples that these targets export and whose labels include `labels`, summed by name."""

@@ -139,8 +139,7 @@ def test_streams_on_two_replicas_of_a_lost_node_go_on_elsewhere(nodes: Nodes, lo
 
 
 def scale(service: Service, count: int) -> None:
-    service.content["applications"][0]["deployments"][1]["num_replicas"] = count
-    service.deploy(None)
+    service.scale("Replica", count)
     eventually(f"{count} replicas", lambda: len(service.processes("Replica")) == count)
 
 

@@ -37,15 +37,8 @@ def service(runs_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(autouse=True)
 def two_gateways(service: Service) -> None:
-    scale(service, 2)
+    service.scale("Gateway", 2)
     load.wait_for_gateways(service, 2)
-
-
-def scale(service: Service, gateways: int) -> None:
-    deployment = service.content["applications"][0]["deployments"][0]
-    if deployment["num_replicas"] != gateways:
-        deployment["num_replicas"] = gateways
-        service.deploy(None)
 
 
 def test_a_gateway_accepts_connections_until_haproxy_passes_over_it(service: Service) -> None:
@@ -57,7 +50,7 @@ def test_a_gateway_accepts_connections_until_haproxy_passes_over_it(service: Ser
     ports = [port for port in range(first, last + 1) if accepts(port)]
     assert len(ports) == 2
     with paused(actor_process(service, "HAProxyManager")):
-        scale(service, 1)
+        service.scale("Gateway", 1)
         eventually("the gateway closes its port", lambda: not all(map(accepts, ports)), poll_s=0.05)
         assert load.gateways_down(haproxy) == 1
 
@@ -85,7 +78,7 @@ async def _remove_gateway(service: Service) -> None:
         assert sum(before.values()) == 2 * STREAMS
         assert all(before.values())
         began_s = time.monotonic()
-        await asyncio.to_thread(scale, service, 1)
+        await asyncio.to_thread(service.scale, "Gateway", 1)
         ended: set[asyncio.Task[Any]] = set()
         expected = 2 * STREAMS
         while len(ended) < expected:

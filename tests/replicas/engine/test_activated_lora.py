@@ -25,6 +25,7 @@ from tests.replicas.streaming import TextSink
 from tests.replicas.text_scene import LOGPROB_ROUNDING, AskedText, check, generate, request
 
 TOKENS = 6
+MERGED_ROUNDING = 5e-5  # on one processor, merged weights are 2.6e-5 from float64, and PEFT is 0.7e-5
 ONE, TWO = (7, 8, 9), (11, 12)
 ADAPTERS: dict[str, dict[str, Any]] = {
     "plain": {"target_modules": list(LINEAR)},
@@ -100,13 +101,14 @@ def asked(model: Path, folders: dict[str, Path]) -> list[AskedText]:
 
 def test_texts_of_mixed_batches_equal_those_of_peft(engine: Engine, asked: list[AskedText]) -> None:
     """Prompts are computed in pieces, because a step has 512 tokens; the second time most pages are cached."""
+    rounding = MERGED_ROUNDING if engine.config.backend == "merged" else LOGPROB_ROUNDING
     for _ in range(2):
         with engine.paused():
             found = [(each, request(engine, each)) for each in asked]
         for each, answer in found:
             (choice,) = check(each, answer).choices
             ours = np.array([token.logprob for token in choice.logprobs or ()])
-            np.testing.assert_allclose(ours, each.expected.logprobs, rtol=0, atol=LOGPROB_ROUNDING)
+            np.testing.assert_allclose(ours, each.expected.logprobs, rtol=0, atol=rounding)
 
 
 def test_only_prompts_with_the_invocation_have_texts_of_the_adapter(asked: list[AskedText]) -> None:
