@@ -15,7 +15,8 @@ into a step, is passed over at most `PATIENCE` times; then no later sequence sta
 - decodes wait for at most one step in turn, apart from those with a grammar (`masks.py`) or of a flood;
 - a sequence that needs pages is not overtaken by one that needs pages;
 - the sequence that started first is never preempted, so that it ends;
-- on the CPU, a request within its flow's allowance that comes while one other flow floods is in the next step;
+- on the CPU, a request within its flow's allowance that comes while one other flow floods is in the next step, or in
+  the one after, if its head reads all tokens of a prompt, which cannot join a step of the flood's texts;
 - with S slots, the first S distinct adapters of the queue are loaded and kept.
 """
 
