@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ranklet.kernels.launch import is_hopper, launch_fitted, precision_of
-from ranklet.kernels.row_gemm_tiles import LEAST_WIDTH, MOST_ROWS, ThinTile, Tile, find
+from ranklet.kernels.row_gemm_tiles import LEAST_WIDTH, MOST_SPLIT_ROWS, ThinTile, Tile, find
 from ranklet.kernels.row_shrink import row_shrink
 from ranklet.kernels.row_steps import ADDED, GATED, PLAIN
 from ranklet.kernels.row_tiles import RowTiles
@@ -62,8 +62,8 @@ class Workspace:
     """
 
     def __init__(self, device: torch.device, width: int) -> None:
-        self.arrivals = torch.zeros(MOST_ROWS * width // 256, dtype=torch.int32, device=device)
-        self.parts = torch.empty(_MOST_SPLIT * MOST_ROWS * width, dtype=torch.float32, device=device)
+        self.arrivals = torch.zeros(MOST_SPLIT_ROWS * width // 256, dtype=torch.int32, device=device)
+        self.parts = torch.empty(_MOST_SPLIT * MOST_SPLIT_ROWS * width, dtype=torch.float32, device=device)
 
 
 def supports(weight: Tensor, widths: Iterable[int]) -> bool:
@@ -201,7 +201,7 @@ def _launch(call: _Call, tile: Tile | None) -> None:
     def launch_split(stages: int) -> None:
         split_kernel[(width // split.block_n * row_blocks * split.split,)](
             x_tma, w_tma, squares, bias, h, b, runs, terms, *after, workspace.parts, workspace.arrivals, count,
-            rows.eps, *strides, ROW_BLOCKS=row_blocks, SPLIT=split.split, STAGES=stages, num_stages=stages, **common,
+            row_blocks, rows.eps, *strides, SPLIT=split.split, STAGES=stages, num_stages=stages, **common,
         )  # fmt: skip
 
     launch_fitted(launch_split, tile.stages, variant)

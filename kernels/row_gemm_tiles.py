@@ -1,7 +1,7 @@
 """Tile shapes of the products of short batches, as measured on an H200.
 
-Each tile is the fastest of 20 to 40 in a CUDA graph of chained products with the weights of all layers, at 16, 64 and
-256 rows. The second best tile is about 5 % slower. The tables list Qwen3-0.6B's projections first, then Llama-8B's.
+Each tile is the fastest of 20 to 40 in a CUDA graph of chained products with the weights of all layers, at 16 to
+1,024 rows. The second best tile is about 5 % slower. The tables list Qwen3-0.6B's projections first, then Llama-8B's.
 `_LORA` was measured with adapters of rank 16.
 """
 
@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from ranklet.kernels.row_steps import ADDED, GATED, PLAIN
 
-BUCKETS = (16, 64, 256)  # rows; a row's result is the same at all numbers of rows that round up to the same bucket
+BUCKETS = (16, 64, 256, 512, 1024)  # rows; those of one bucket have the same results
 MOST_ROWS = BUCKETS[-1]
+MOST_SPLIT_ROWS = 256  # tiles of more rows have no splits
 LEAST_WIDTH = 16  # widths of a projection's slices are multiples of this
 _OWN_ELEMENTS, _OWN_RANK = 64 << 20, 32  # above these, a launch for `s A x` is faster than all programs reading A
 
@@ -67,6 +68,14 @@ _BASE: dict[_Product, Tile] = {
     _Product(ADDED, 256, 2048, 1024): SplitTile(64, 64, 128, 2, 4, 4),
     _Product(GATED, 256, 1024, 3072): SplitTile(64, 64, 64, 1, 4, 4),
     _Product(ADDED, 256, 3072, 1024): SplitTile(64, 64, 128, 2, 4, 4),
+    _Product(PLAIN, 512, 1024, 4096): SplitTile(128, 128, 64, 1, 4, 4),
+    _Product(ADDED, 512, 2048, 1024): SplitTile(64, 64, 128, 1, 4, 4),
+    _Product(GATED, 512, 1024, 3072): SplitTile(64, 128, 64, 1, 8, 4),
+    _Product(ADDED, 512, 3072, 1024): SplitTile(64, 64, 128, 1, 4, 4),
+    _Product(PLAIN, 1024, 1024, 4096): SplitTile(128, 256, 64, 1, 8, 3),
+    _Product(ADDED, 1024, 2048, 1024): SplitTile(64, 128, 128, 1, 4, 4),
+    _Product(GATED, 1024, 1024, 3072): SplitTile(64, 128, 64, 1, 8, 4),
+    _Product(ADDED, 1024, 3072, 1024): SplitTile(64, 128, 128, 1, 4, 4),
     _Product(PLAIN, 16, 4096, 6144): ThinTile(16, 128, 4, 3, early=False),
     _Product(ADDED, 16, 4096, 4096): ThinTile(32, 64, 4, 6, early=False),
     _Product(GATED, 16, 4096, 14336): ThinTile(16, 128, 4, 3, early=False),
@@ -91,6 +100,14 @@ _LORA: dict[_Product, Tile] = _BASE | {
     _Product(ADDED, 256, 2048, 1024): SplitTile(64, 64, 128, 2, 4, 4, run_ranks=64),
     _Product(GATED, 256, 1024, 3072): SplitTile(64, 64, 64, 1, 4, 4, run_ranks=64),
     _Product(ADDED, 256, 3072, 1024): SplitTile(64, 64, 128, 1, 4, 4, run_ranks=64),
+    _Product(PLAIN, 512, 1024, 4096): SplitTile(128, 128, 64, 1, 8, 5),
+    _Product(ADDED, 512, 2048, 1024): SplitTile(64, 64, 128, 1, 4, 4, run_ranks=64),
+    _Product(GATED, 512, 1024, 3072): SplitTile(64, 64, 64, 1, 4, 4, run_ranks=64),
+    _Product(ADDED, 512, 3072, 1024): SplitTile(64, 64, 128, 1, 4, 4, run_ranks=64),
+    _Product(PLAIN, 1024, 1024, 4096): SplitTile(128, 256, 64, 1, 8, 3, run_ranks=64),
+    _Product(ADDED, 1024, 2048, 1024): SplitTile(64, 128, 64, 1, 4, 5, run_ranks=64),
+    _Product(GATED, 1024, 1024, 3072): SplitTile(64, 64, 64, 1, 4, 4, run_ranks=64),
+    _Product(ADDED, 1024, 3072, 1024): SplitTile(64, 128, 64, 1, 4, 5, run_ranks=64),
     _Product(PLAIN, 16, 4096, 6144): ThinTile(32, 64, 4, 4, early=False),
     _Product(PLAIN, 64, 4096, 6144): SplitTile(64, 32, 128, 1, 4, 4),
     _Product(ADDED, 64, 4096, 4096): SplitTile(64, 32, 128, 2, 4, 4),

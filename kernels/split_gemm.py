@@ -1,4 +1,4 @@
-"""The product of up to 256 rows. If there are few tiles, several programs share a tile, each with a part of K.
+"""The product of a short batch. If there are few tiles, several programs share a tile, each with a part of K.
 
 The program that finishes last sums the parts in the order of K, so the result does not depend on the order of arrival.
 
@@ -11,20 +11,20 @@ import triton.language as tl
 from ranklet.kernels.row_steps import add_lora, finish, row_scale, run_group, runs_in
 
 
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["runs", "terms"])
+@triton.jit(do_not_specialize=["count", "row_blocks"], do_not_specialize_on_alignment=["runs", "terms"])
 def split_kernel(
-    x_tma, w_tma, squares, bias, h, b, runs, terms, out, residual, norm, out_squares, parts, arrivals, count, eps,
-    h_stride, b_slot_stride, terms_stride,
+    x_tma, w_tma, squares, bias, h, b, runs, terms, out, residual, norm, out_squares, parts, arrivals, count,
+    row_blocks, eps, h_stride, b_slot_stride, terms_stride,
     K: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
-    IN_PARTS: tl.constexpr, IN_BLOCK: tl.constexpr, OUT_PARTS: tl.constexpr, ROW_BLOCKS: tl.constexpr,
+    IN_PARTS: tl.constexpr, IN_BLOCK: tl.constexpr, OUT_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
     KIND: tl.constexpr, NEXT: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr, RUNS: tl.constexpr,
     ADAPTERS: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)  # programs that share columns of W are neighbours
-    row_block = program % ROW_BLOCKS
-    part = program // ROW_BLOCKS % SPLIT
-    tile = program // (ROW_BLOCKS * SPLIT)
+    row_block = program % row_blocks
+    part = program // row_blocks % SPLIT
+    tile = program // (row_blocks * SPLIT)
     first = tile * BLOCK_N
     low_row = row_block * BLOCK_M
     SPAN: tl.constexpr = ((K + SPLIT - 1) // SPLIT + BLOCK_K - 1) // BLOCK_K * BLOCK_K
@@ -84,7 +84,7 @@ def split_kernel(
         tl.extra.cuda.gdc_wait()
     last = True
     if SPLIT > 1:
-        place = tile * ROW_BLOCKS + row_block
+        place = tile * row_blocks + row_block
         SIZE: tl.constexpr = BLOCK_M * BLOCK_N * (2 if KIND == 1 else 1)
         inner = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         parts_at = parts + place * SPLIT * SIZE + inner

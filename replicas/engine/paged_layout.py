@@ -19,7 +19,6 @@ from torch import Tensor
 from ranklet.kernels.batch import LoraBatch, plan_arrays
 from ranklet.kernels.paged_spans import PagedSpans, PrefixGroups
 from ranklet.kernels.powers import power_of_four, power_of_two
-from ranklet.kernels.row_gemm_tiles import MOST_ROWS
 from ranklet.kernels.row_subset import subset
 from ranklet.kernels.sampling_row import ROW_WIDTH, Column, Feature, features_of, rounded
 from ranklet.replicas.cache.pages import pages_of
@@ -127,12 +126,6 @@ class PagedLayout:
     fresh_lengths: tuple[int, ...]
     scored: list[ScoredSpan]
     _shapes: list[tuple[int, ...]] = field(default_factory=list)
-
-    @property
-    def suits_rows(self) -> bool:
-        """Whether `RowDecoder` serves the step: it consists of decodes, and its LoRA is that of padded tiles."""
-        only_decodes = not self.sizes.chunks and not self.sizes.fresh
-        return only_decodes and self.sizes.tokens <= MOST_ROWS and (self.lora.backend == "none" or self.lora.padded)
 
     @property
     def tile_shapes(self) -> TileShapes:

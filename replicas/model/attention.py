@@ -78,7 +78,7 @@ def last_rows(batch: Spans | AttentionBatch) -> Tensor:
 
 def attend(
     qkv: Tensor, batch: Spans | AttentionBatch, pages: LayerPages | None, heads: tuple[int, int], head_dim: int,
-    window: int | None, *, last: bool = False,
+    window: int | None, *, last: bool = False, arrivals: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Compute grouped-query causal attention within each sequence.
 
@@ -89,6 +89,7 @@ def attend(
         head_dim: D.
         window: number of tokens that each token attends to, itself included; None for no limit.
         last: compute only the last token of each sequence.
+        arrivals: as in `paged_attention.decode`.
 
     Returns:
         [T, Q * D], or [B, Q * D] if `last`. Rows of tokens that belong to no span are undefined.
@@ -102,7 +103,7 @@ def attend(
     else:
         out = torch.empty(len(qkv), heads[0] * head_dim, dtype=qkv.dtype, device=qkv.device)
         mixed = batch if isinstance(batch, AttentionBatch) else AttentionBatch(batch)
-        _attend_mixed(qkv, mixed, pages, heads, head_dim, window, out)
+        _attend_mixed(qkv, mixed, pages, heads, head_dim, window, out, arrivals)
     return out[last_rows(batch)] if last else out
 
 
@@ -118,7 +119,7 @@ def _needed(window: int | None, spans: Spans) -> int | None:
 
 def _attend_mixed(
     qkv: Tensor, batch: AttentionBatch, pages: LayerPages | None, heads: tuple[int, int], head_dim: int,
-    window: int | None, out: Tensor,
+    window: int | None, out: Tensor, arrivals: Tensor | None,
 ) -> None:  # fmt: skip
     if batch.fresh is not None:
         _attend_scattered(qkv, batch.fresh, heads, head_dim, _needed(window, batch.fresh), out)
@@ -127,7 +128,7 @@ def _attend_mixed(
         prefill(qkv, batch.chunks, pages, heads, window, out)
     if batch.decodes is not None:
         assert pages is not None
-        decode(qkv, batch.decodes, pages, heads, window, out)
+        decode(qkv, batch.decodes, pages, heads, window, out, arrivals)
 
 
 def _attend_scattered(

@@ -159,7 +159,7 @@ class Decoder:
         for i, layer in enumerate(self.layers):
             narrow = batch.last if i + 1 == len(self.layers) else None
             own = None if pages is None else pages[i]
-            rotary = replace(self.rotary(layer, batch.positions), kv=_kv_write(batch.spans, own))
+            rotary = replace(self.rotary(layer, batch.positions), kv=kv_write(batch.spans, own))
             qkv = layer.qkv.rotated(normed, stacks[i].qkv, batch.lora, rotary)
             on_stage("qkv")
             attended = attend(qkv, batch.spans, own, heads, shape.head_dim, layer.window, last=narrow is not None)
@@ -214,7 +214,8 @@ class Decoder:
         return pointwise.rms_norm(rows, self.norm, self.architecture.eps)
 
 
-def _kv_write(spans: Spans | AttentionBatch, pages: LayerPages | None) -> KvWrite | None:
+def kv_write(spans: Spans | AttentionBatch, pages: LayerPages | None) -> KvWrite | None:
+    """Return where the keys and values of a layer are stored; None if they are not."""
     if pages is None or isinstance(spans, Spans) or spans.kv_slots is None:
         return None
     return KvWrite(spans.kv_slots, pages)

@@ -1,36 +1,31 @@
-"""A decoder's forward pass for a step that makes one token a sequence, with few launches.
+"""A decoder's forward pass for short batches, with few launches.
 
 `Decoder.forward` serves every batch. `RowDecoder` serves short batches on a Hopper GPU: the products of `row_gemm.py`
-include norms, adapters, activation and residual stream. Keys and values are in pages.
+include norms, adapters, activation and residual stream.
 
-Letters as in `decoder.py`; B sequences, one token each.
+Letters as in `decoder.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ranklet.kernels import dispatch, paged_attention, row_gemm, row_norm
+from ranklet.kernels import dispatch, row_gemm, row_norm
 from ranklet.kernels.batch import LoraBatch
-from ranklet.kernels.kv_write import KvWrite
-from ranklet.kernels.paged_spans import LayerPages, PagedSpans
+from ranklet.kernels.paged_spans import LayerPages
 from ranklet.kernels.row_gemm import NextNorm, NormedRows, RowLora, Workspace
 from ranklet.kernels.row_gemm_tiles import MOST_ROWS
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
-from ranklet.replicas.model.decoder import Decoder, Projection, Stacks
+from ranklet.replicas.model.attention import AttentionBatch, attend, last_rows
+from ranklet.replicas.model.decoder import Decoder, DeviceBatch, Projection, Stacks, kv_write
 
-
-@dataclass(frozen=True, slots=True)
-class RowBatch:
-    """The tensors of a step that makes one token a sequence."""
-
-    ids: Tensor  # int32 [B]
-    positions: Tensor  # int32 [B]
-    spans: PagedSpans  # of one token each
-    kv_slots: Tensor  # int32 [B], as in `KvWrite`
-    lora: LoraBatch  # its tiles are padded and on the device
+_MOST_DECODES = 256
+# Of batches with prompts. A block of rows adds the output of its adapters one group after the other, and cuBLAS takes
+# less time for larger products.
+_MOST_ADAPTERS = 16
+_MOST_VALUES = 1 << 20  # tokens times hidden width
 
 
 class RowDecoder:
@@ -49,41 +44,37 @@ class RowDecoder:
         self._arrivals = torch.zeros(MOST_ROWS * shape.kv_heads, dtype=torch.int32, device=decoder.device)
 
     def forward(
-        self, batch: RowBatch, pages: Sequence[LayerPages], stacks: Sequence[Stacks], embedding: EmbeddingStack | None
-    ) -> Tensor:
-        """Compute the hidden states before the final norm, and store the tokens' keys and values.
+        self, batch: DeviceBatch, stacks: Sequence[Stacks], embedding: EmbeddingStack | None,
+        pages: Sequence[LayerPages] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Compute the hidden states before the final norm. Arguments and result are those of `Decoder.forward`.
 
         Args:
-            batch: of at most `MOST_ROWS` rows.
-            pages: the keys and values of each layer.
-            stacks: the LoRA slots of each layer.
-            embedding: the LoRA slots of the token embedding.
-
-        Returns:
-            float32 [B, H].
+            batch: of at most `MOST_ROWS` tokens. The tiles of its LoRA are padded.
         """
         decoder, shape = self._decoder, self._decoder.architecture
         layers, eps, heads = decoder.layers, shape.eps, (shape.heads, shape.kv_heads)
         embedded = dispatch.embedding(batch.ids, decoder.embedding, embedding, batch.lora)
         residual, scaled, squares = row_norm.start(embedded, layers[0].input_norm)
         rows = NormedRows(scaled, squares, eps)
-        attended = torch.empty((len(scaled), heads[0] * shape.head_dim), dtype=scaled.dtype, device=scaled.device)
         for i, layer in enumerate(layers):
+            own = None if pages is None else pages[i]
             product, lora = layer.qkv, _lora(stacks[i].qkv, batch.lora)
             qkv = row_gemm.plain(
                 rows, product.weight, product.bias, lora, self._workspace, dtype=torch.float32
             )  # rounded after the rotation
             rotated = torch.empty(qkv.shape, dtype=scaled.dtype, device=scaled.device)
-            rotary = replace(decoder.rotary(layer, batch.positions), kv=KvWrite(batch.kv_slots, pages[i]))
-            rotary.write(qkv, rotated)
-            paged_attention.decode(rotated, batch.spans, pages[i], heads, layer.window, attended, self._arrivals)
+            replace(decoder.rotary(layer, batch.positions), kv=kv_write(batch.spans, own)).write(qkv, rotated)
+            attended = attend(
+                rotated, batch.spans, own, heads, shape.head_dim, layer.window, arrivals=self._arrivals
+            )  # fmt: skip
             post = NextNorm(layer.post_norm, eps)
             rows = self._added(NormedRows(attended), layer.o, stacks[i].o, batch.lora, residual, post)
             lora = _lora(stacks[i].gate_up, batch.lora)
             gated = row_gemm.gated(rows, layer.gate_up.weight, layer.gate_up.bias, lora, self._workspace)
             following = NextNorm(layers[i + 1].input_norm, eps) if i + 1 < len(layers) else None
             rows = self._added(NormedRows(gated), layer.down, stacks[i].down, batch.lora, residual, following)
-        return residual
+        return residual if batch.last is None else residual[last_rows(batch.spans)]
 
     def _added(
         self, rows: NormedRows, projection: Projection, stack: LinearStack | None, lora: LoraBatch, residual: Tensor,
@@ -100,5 +91,22 @@ def supports(decoder: Decoder) -> bool:
     return shape.gemma is None and row_gemm.supports(decoder.embedding, widths)
 
 
+def suits(batch: DeviceBatch, hidden: int) -> bool:
+    """Return whether `RowDecoder` takes less time than `Decoder`, by measurements on an H200 (`kernels/NOTES.md`).
+
+    Args:
+        hidden: width of the decoder.
+    """
+    tokens, spans, lora = len(batch.ids), batch.spans, batch.lora
+    if lora.backend != "none" and not lora.padded:
+        return False
+    if isinstance(spans, AttentionBatch) and spans.chunks is None and spans.fresh is None and tokens <= _MOST_DECODES:
+        return True
+    is_short = tokens <= min(MOST_ROWS, _MOST_VALUES // hidden)
+    return is_short and lora.padded and len(lora.tiles[0].runs) <= _MOST_ADAPTERS
+
+
 def _lora(stack: LinearStack | None, batch: LoraBatch) -> RowLora | None:
-    return RowLora(stack, batch.tiles[0], batch.terms_of(stack)) if stack is not None and batch.tiles else None
+    if stack is None or not batch.tiles or not batch.reaches(stack):
+        return None
+    return RowLora(stack, batch.tiles[0], batch.terms_of(stack))

@@ -20,8 +20,9 @@ from ranklet.kernels.paged_spans import PAGE_TOKENS, LayerPages, PagedSpans
 from ranklet.kernels.stack import LinearStack, SlotMeta
 from ranklet.kernels.tuning.compile import compile_all
 from ranklet.replicas.model.architecture import Architecture
-from ranklet.replicas.model.decoder import Decoder, Layer, Projection, Stacks
-from ranklet.replicas.model.row_decoder import RowBatch, RowDecoder
+from ranklet.replicas.model.attention import AttentionBatch
+from ranklet.replicas.model.decoder import Decoder, DeviceBatch, Layer, Projection, Stacks
+from ranklet.replicas.model.row_decoder import RowDecoder
 from tests.bench import report
 from tests.bench.shapes import LLAMA_31_8B, QWEN3_EMBEDDING_06B
 
@@ -102,7 +103,8 @@ class DecodeStep:
         slots = table[:, last // PAGE_TOKENS] * PAGE_TOKENS + last % PAGE_TOKENS
         ids = torch.randint(shape.vocab, (work.rows,), device=device, dtype=torch.int32)
         for adapters in work.adapters:
-            batch = RowBatch(ids, lengths - 1, spans, slots, _lora(work.rows, adapters, device))
+            attention = AttentionBatch(decodes=spans, kv_slots=slots)
+            batch = DeviceBatch(ids, lengths - 1, attention, _lora(work.rows, adapters, device))
             yield adapters, partial(self._step, batch, pages)
 
     def floor_ms(self, work: Work, adapters: int, rank: int) -> float:
@@ -114,8 +116,8 @@ class DecodeStep:
         values += work.rows * work.context * shape.layers * 2 * shape.kv_heads * shape.head_dim
         return values * 2 / COPY_BYTES_PER_S * 1e3
 
-    def _step(self, batch: RowBatch, pages: list[LayerPages]) -> Tensor:
-        states = self._rows.forward(batch, pages, self._stacks, None)
+    def _step(self, batch: DeviceBatch, pages: list[LayerPages]) -> Tensor:
+        states = self._rows.forward(batch, self._stacks, None, pages)
         normed = self._decoder.final_norm(states)
         return torch.mm(normed, self._decoder.embedding.t(), out_dtype=torch.float32).argmax(1)
 

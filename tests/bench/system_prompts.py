@@ -34,7 +34,6 @@ class TextsInFlight:
 
     def __init__(self, engine: Engine, model: TextModel, options: argparse.Namespace, seed: int) -> None:
         self._engine = engine
-        self._output = options.output
         self._in_flight = options.in_flight
         self._finished = threading.Semaphore(self._in_flight)
         self._asked = self._requests(engine, model, options, seed)
@@ -45,16 +44,18 @@ class TextsInFlight:
         system = random_prompts(engine, len(model.adapters), options.system, seed)
         own = random_prompts(engine, options.requests, options.own, seed)
         drawn = assign("zipf:1", options.requests, len(model.adapters), seed=seed)
-        for index, end in zip(drawn, own, strict=True):
-            yield np.concatenate([system[index], end]), model.adapters[index]
+        shortest = round(options.output * options.output_range_ratio)
+        lengths = np.random.default_rng(seed).integers(shortest, options.output, options.requests, endpoint=True)
+        for index, end, length in zip(drawn, own, lengths.tolist(), strict=True):
+            yield np.concatenate([system[index], end]), model.adapters[index], greedy(length)
 
     def run(self) -> None:
-        for prompt, adapter in self._asked:
+        for prompt, adapter, params in self._asked:
             self._finished.acquire()
             text = TokenTimes(self._finished)
             self.texts.append(text)
             self.submitted_s.append(perf_counter())
-            self._engine.submit([prompt], adapter, greedy(self._output), text)
+            self._engine.submit([prompt], adapter, params, text)
         for _ in range(self._in_flight):  # until the last ones have ended
             self._finished.acquire()
 
@@ -93,7 +94,10 @@ def main() -> None:
     parser.add_argument("--running", type=int, default=256, help="texts that the engine runs at once; others wait")
     parser.add_argument("--system", type=int, default=2000, help="tokens of a system prompt")
     parser.add_argument("--own", type=int, default=32, help="further tokens of each prompt")
-    parser.add_argument("--output", type=int, default=64, help="tokens of a text")
+    parser.add_argument("--output", type=int, default=64, help="tokens of the longest text")
+    parser.add_argument(
+        "--output-range-ratio", type=float, default=1.0, help="length of the shortest text / --output"
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=2, help="runs, after one that is not counted")
     add_keep(parser)
     options = parser.parse_args()

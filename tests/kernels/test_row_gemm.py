@@ -214,7 +214,7 @@ def test_wide_tiles(slots: list[int | None], split: int) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("rows", [1, 7, 16, 40, 200])
+@pytest.mark.parametrize("rows", [1, 7, 16, 40, 200, 330, 1000])
 @pytest.mark.parametrize("rank", [16, 48])
 @pytest.mark.gpu
 def test_real_widths(rows: int, rank: int, wide: int, widths: tuple[int, ...]) -> None:
@@ -239,7 +239,7 @@ def test_real_widths(rows: int, rank: int, wide: int, widths: tuple[int, ...]) -
             check_products(case, torch.bfloat16, None)
 
 
-@pytest.mark.parametrize("rows", [1, 16, 64, 256])
+@pytest.mark.parametrize("rows", [1, 16, 64, 256, 512, 1024])
 @pytest.mark.gpu
 def test_a_thousand_replays_give_the_same_bits(rows: int) -> None:
     """A chain of products as in a layer, so that each launch overlaps with the next one."""

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.layout import TokenSpan
-from ranklet.replicas.engine.paged_layout import LayoutSizes, PagedLayout, StepItems
+from ranklet.replicas.engine.paged_layout import LayoutSizes, StepItems
 from ranklet.replicas.engine.params import GenerateParams
 from tests.assets.adapters import AdapterSpec
 from tests.replicas.asking import ask, assert_same, ref
@@ -58,15 +58,11 @@ def padded(make_engine: MakeEngine) -> Engine:
     return engine
 
 
-def packed(engine: Engine, decodes: int, spans: list[TokenSpan]) -> PagedLayout:
+def sizes_of(engine: Engine, decodes: int, spans: list[TokenSpan]) -> LayoutSizes:
     paged = engine.steps.paged
     assert paged is not None
     items = StepItems(np.arange(decodes, dtype=np.int32), spans, [None] * len(spans))
-    return paged.packer.pack(items, *items.lora(paged.table))
-
-
-def sizes_of(engine: Engine, decodes: int, spans: list[TokenSpan]) -> LayoutSizes:
-    return packed(engine, decodes, spans).sizes
+    return paged.packer.pack(items, *items.lora(paged.table)).sizes
 
 
 def test_steps_of_decodes_and_prompts_have_few_sizes(padded: Engine) -> None:
@@ -88,19 +84,3 @@ def test_steps_of_decodes_and_prompts_have_few_sizes(padded: Engine) -> None:
         mixed.add(sizes_of(padded, decodes, spans))
     assert len(alone) <= 2 * 22
     assert len(mixed) <= 80
-
-
-@pytest.mark.parametrize("row", [0, None])  # a text's prompt; an embedding
-def test_row_products_serve_no_step_with_prompts(padded: Engine, row: int | None) -> None:
-    """They compute no attention of prompts. With short prompts, a step may be padded to as many tokens as decodes."""
-    paged = padded.steps.paged
-    assert paged is not None
-    paged.table.lengths[:256] = 40
-    as_many = 0
-    for decodes in range(1, 257):
-        assert packed(padded, decodes, []).suits_rows
-        for length in (1, 7, 32):
-            layout = packed(padded, decodes, [TokenSpan(np.zeros(length, np.int32), 0, paged.text, row)])
-            as_many += layout.sizes.tokens == layout.sizes.decodes
-            assert not layout.suits_rows
-    assert as_many > 50

@@ -1,17 +1,25 @@
 """Steps of one token a sequence against the whole sequences in float64, with adapters merged into the weights."""
 
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ranklet.kernels import csgmv, native
 from ranklet.kernels.batch import LoraBatch, cut, plan
 from ranklet.kernels.packs import PACKS
 from ranklet.kernels.paged_spans import PAGE_TOKENS, LayerPages, PagedSpans
 from ranklet.kernels.stack import LinearStack
+from ranklet.replicas.engine.tile_tables import tiled
 from ranklet.replicas.model import row_decoder
-from ranklet.replicas.model.decoder import Decoder, Stacks
-from ranklet.replicas.model.row_decoder import RowBatch, RowDecoder
+from ranklet.replicas.model.attention import AttentionBatch
+from ranklet.replicas.model.decoder import Decoder, DeviceBatch, Stacks
+from ranklet.replicas.model.row_decoder import RowDecoder
 from tests.bench.decode_step import RandomDecoder
 from tests.bench.shapes import decoder
 from tests.kernels import oracle
@@ -102,8 +110,40 @@ class Steps:
         ones = torch.ones(SEQUENCES, dtype=torch.int32, device=DEVICE)
         spans = PagedSpans(torch.arange(SEQUENCES, device=DEVICE).int(), ones, ones * (position + 1), self.table, 1)
         kv_slots = self.table[:, 0] * PAGE_TOKENS + position
-        batch = RowBatch(self.ids[:, position].to(DEVICE), ones * position, spans, kv_slots, self.lora)
-        return self.rows.forward(batch, self.pages, self.stacks, None)
+        attention = AttentionBatch(decodes=spans, kv_slots=kv_slots)
+        batch = DeviceBatch(self.ids[:, position].to(DEVICE), ones * position, attention, self.lora)
+        return self.rows.forward(batch, self.stacks, None, self.pages)
+
+    def pieces(self, begins: list[int], ends: list[int]) -> list[Tensor]:
+        """Compute these tokens of the sequences in one step: a decode for one token, else a piece of a prompt."""
+        counts = [end - begin for begin, end in zip(begins, ends, strict=True)]
+        used = [each for each in range(SEQUENCES) if counts[each]]
+        order, lora = plan([counts[each] for each in used], [self.slots[each] for each in used])
+        used = [used[i] for i in order]
+        starts = dict(zip(used, np.cumsum([0, *(counts[each] for each in used)]).tolist(), strict=False))
+        positions = np.concatenate([np.arange(begins[each], ends[each]) for each in used])
+        owners = np.repeat(used, [counts[each] for each in used])
+
+        def on_device(values: Any) -> Tensor:
+            return torch.tensor(np.asarray(values), dtype=torch.int32, device=DEVICE)
+
+        def spans(some: list[int]) -> PagedSpans:
+            rows, lengths = on_device([starts[each] for each in some]), on_device([ends[each] for each in some])
+            return PagedSpans(rows, on_device([counts[each] for each in some]), lengths, self.table[some], TOKENS)
+
+        attention = AttentionBatch(
+            chunks=spans(pieces) if (pieces := [each for each in used if counts[each] > 1]) else None,
+            decodes=spans(decodes) if (decodes := [each for each in used if counts[each] == 1]) else None,
+            kv_slots=on_device(self.table.cpu().numpy()[owners, 0] * PAGE_TOKENS + positions),
+        )
+        tiles = tuple(tiles.to(DEVICE) for tiles in cut(lora, padded=True))
+        batch = DeviceBatch(
+            self.ids[owners, positions].to(DEVICE), on_device(positions), attention,
+            LoraBatch(lora.segments, lora.rows, tiles=tiles, padded=True),
+        )  # fmt: skip
+        states = self.rows.forward(batch, self.stacks, None, self.pages).cpu().double()
+        rows = [slice(starts.get(each, 0), starts.get(each, 0) + counts[each]) for each in range(SEQUENCES)]
+        return [states[each] for each in rows]
 
 
 def test_steps_give_the_states_of_whole_sequences(model: RandomDecoder) -> None:
@@ -112,6 +152,16 @@ def test_steps_give_the_states_of_whole_sequences(model: RandomDecoder) -> None:
     for row, slot in enumerate(steps.slots):
         wanted = states_of(model, steps.ids[row].long(), slot)
         assert (found[row] - wanted).norm() <= TOLERANCE * wanted.norm()
+
+
+def test_steps_with_pieces_of_prompts_give_the_states_of_whole_sequences(model: RandomDecoder) -> None:
+    steps = Steps(model)
+    bounds = [[0, 0, 0, 0], [0, 2, 3, 1], [4, 3, 4, 2], [4, 4, 4, 4]]
+    found = [steps.pieces(begins, ends) for begins, ends in pairwise(bounds)]
+    for row, slot in enumerate(steps.slots):
+        wanted = states_of(model, steps.ids[row].long(), slot)
+        states = torch.cat([each[row] for each in found])
+        assert (states - wanted).norm() <= TOLERANCE * wanted.norm()
 
 
 @pytest.mark.gpu
@@ -130,3 +180,27 @@ def test_a_replayed_step_gives_the_bits_of_a_launched_one(model: RandomDecoder) 
 def test_unsupported_decoders_are_refused() -> None:
     with pytest.raises(ValueError, match="Hopper"):
         RowDecoder(RandomDecoder(SHAPE, torch.device("cpu"), torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("decodes", "prompt", "adapters", "suits"),
+    [
+        (256, 0, 0, True), (257, 0, 0, False), (256, 0, 64, True), (255, 64, 0, False), (0, 64, 0, False),
+        (0, 64, 1, True), (200, 56, 4, True), (200, 56, 5, False), (200, 64, 16, True), (200, 64, 17, False),
+        (0, 1024, 1, True), (0, 1025, 1, False),
+    ],
+)  # fmt: skip
+def test_batches_that_take_less_time(decodes: int, prompt: int, adapters: int, suits: bool) -> None:
+    lengths = [1] * decodes + [prompt] * (prompt > 0)
+    slots = [i % adapters if adapters else None for i in range(len(lengths))]
+    lora = plan(lengths, slots)[1]
+    empty = torch.zeros(0, dtype=torch.int32)
+    spans = PagedSpans(empty, empty, empty, empty, 1)
+    attention = AttentionBatch(chunks=spans if prompt else None, decodes=spans if decodes else None)
+    zeros = torch.zeros(lora.rows, dtype=torch.int32)
+    for backend in (csgmv, native):
+        used = tiled(replace(lora, implementation=backend if adapters else None), lora.rows, padded=True)
+        batch = DeviceBatch(zeros, zeros, attention, used)
+        assert row_decoder.suits(batch, 1024) == (suits and (backend is csgmv or not adapters))
+        if prompt and decodes + prompt > 256:
+            assert not row_decoder.suits(batch, 4096)
