@@ -143,10 +143,10 @@ class Runner:
         self, batch: DeviceBatch, on_stage: StageCallback = ignore_stage, pages: Sequence[LayerPages] | None = None
     ) -> Tensor:
         """Compute hidden states as `Decoder.forward` does. Only `Decoder` calls `on_stage`."""
-        layers, embedding = self.pool.layers, self.pool.embedding
-        if self._rows is not None and row_decoder.suits(batch, self.model.architecture.hidden):
-            return self._rows.forward(batch, layers, embedding, pages)
-        return self.model.forward(batch, layers, embedding, on_stage, pages)
+        pool = self.pool
+        if self._rows is not None and row_decoder.suits(batch, self.model.architecture.hidden, pool.rank):
+            return self._rows.forward(batch, pool.layers, pool.embedding, pages)
+        return self.model.forward(batch, pool.layers, pool.embedding, on_stage, pages)
 
     def _finish(self, head: PromptHead, states: Tensor, spans: Spans, *, only_last: bool) -> Tensor:
         return head.finish(self.model.final_norm(states if only_last else head.rows(states, spans)), spans)

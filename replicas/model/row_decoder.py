@@ -25,6 +25,7 @@ _MOST_DECODES = 256
 # Of batches with prompts. A block of rows adds the output of its adapters one group after the other, and cuBLAS takes
 # less time for larger products.
 _MOST_ADAPTERS = 16
+_MOST_RANK = 64  # of those that were measured
 _MOST_VALUES = 1 << 20  # tokens times hidden width
 
 
@@ -91,11 +92,12 @@ def supports(decoder: Decoder) -> bool:
     return shape.gemma is None and row_gemm.supports(decoder.embedding, widths)
 
 
-def suits(batch: DeviceBatch, hidden: int) -> bool:
+def suits(batch: DeviceBatch, hidden: int, rank: int) -> bool:
     """Return whether `RowDecoder` takes less time than `Decoder`, by measurements on an H200 (`kernels/NOTES.md`).
 
     Args:
         hidden: width of the decoder.
+        rank: of the slots.
     """
     tokens, spans, lora = len(batch.ids), batch.spans, batch.lora
     if lora.backend != "none" and not lora.padded:
@@ -103,7 +105,7 @@ def suits(batch: DeviceBatch, hidden: int) -> bool:
     if isinstance(spans, AttentionBatch) and spans.chunks is None and spans.fresh is None and tokens <= _MOST_DECODES:
         return True
     is_short = tokens <= min(MOST_ROWS, _MOST_VALUES // hidden)
-    return is_short and lora.padded and len(lora.tiles[0].runs) <= _MOST_ADAPTERS
+    return is_short and lora.padded and len(lora.tiles[0].runs) <= _MOST_ADAPTERS and rank <= _MOST_RANK
 
 
 def _lora(stack: LinearStack | None, batch: LoraBatch) -> RowLora | None:

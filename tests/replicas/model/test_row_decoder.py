@@ -201,6 +201,7 @@ def test_batches_that_take_less_time(decodes: int, prompt: int, adapters: int, s
     for backend in (csgmv, native):
         used = tiled(replace(lora, implementation=backend if adapters else None), lora.rows, padded=True)
         batch = DeviceBatch(zeros, zeros, attention, used)
-        assert row_decoder.suits(batch, 1024) == (suits and (backend is csgmv or not adapters))
+        assert row_decoder.suits(batch, 1024, 64) == (suits and (backend is csgmv or not adapters))
+        assert row_decoder.suits(batch, 1024, 128) == row_decoder.suits(batch, 1024, 64) * (not prompt)
         if prompt and decodes + prompt > 256:
-            assert not row_decoder.suits(batch, 4096)
+            assert not row_decoder.suits(batch, 4096, 64)
