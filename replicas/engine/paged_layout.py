@@ -128,6 +128,10 @@ class PagedLayout:
     _shapes: list[tuple[int, ...]] = field(default_factory=list)
 
     @property
+    def only_decodes(self) -> bool:
+        return not self.sizes.chunks and not self.sizes.fresh
+
+    @property
     def tile_shapes(self) -> TileShapes:
         return shapes_of(self.lora, self.drawn_lora)
 

@@ -21,12 +21,13 @@ from ranklet.replicas.engine.repeated_layout import RepeatedLayout
 from ranklet.replicas.engine.row_table import RowTable
 from ranklet.replicas.engine.runner import Runner, distinct_heads
 from ranklet.replicas.engine.scored_span import ScoredSpan
-from ranklet.replicas.model import cudnn_attention
+from ranklet.replicas.model import cudnn_attention, row_decoder
 from ranklet.replicas.model.attention import AttentionBatch, Spans
 from ranklet.replicas.model.decoder import DeviceBatch
 from ranklet.replicas.model.heads import PoolingHead, PoolingHeads, ScoringHead, TextHead
 from ranklet.replicas.model.modules import EMBEDDING, Module
 from ranklet.replicas.model.prompt_logprobs import prompt_logprobs
+from ranklet.replicas.model.row_decoder import RowDecoder, suits
 
 _REPLAYED_TOKENS = 8192  # sizes of larger steps vary too much to recur, except the largest
 
@@ -60,6 +61,7 @@ class PagedRunner:
             adapts_head=runner.pool.head is not None,
             group_limit=group_limit((model.architecture.heads, model.architecture.kv_heads)),
         )  # fmt: skip
+        self._rows = RowDecoder(model) if row_decoder.supports(model) else None
         self._repeated: RepeatedLayout | None = None  # of the last step that had decodes only
         self.last_token = torch.zeros(table.filler + 1, dtype=torch.int32, device=model.device)
 
@@ -139,16 +141,25 @@ class PagedRunner:
         heads = self._pooling_heads(layout)
         on_host = None if self.runner.pads else layout.fresh_lengths  # what attention reads there
         lora = (layout.lora.backend, layout.lora.variant, modules, adapts_head)
-        return "pages", layout.sizes, on_host, heads, layout.tile_shapes, layout.features, lora
+        rows = self._suits_rows(layout)
+        return "pages", layout.sizes, on_host, heads, layout.tile_shapes, layout.features, lora, rows
 
     def _states(self, layout: PagedLayout, moved: Tensor) -> tuple[PagedArrays, Tensor]:
         """Compute the hidden states of a step from its buffer on the device."""
+        model, pool = self.runner.model, self.runner.pool
         arrays = layout.unpack(moved)
         ids = arrays.ids
         if layout.sizes.decodes:
             ids = torch.where(ids < 0, self.last_token[(-1 - ids).clamp(min=0)], ids)
         batch = DeviceBatch(ids, arrays.positions, self._attention(layout, arrays), arrays.lora)
-        return arrays, self.runner.states(batch, pages=self._pages)
+        if self._rows is not None and self._suits_rows(layout):
+            return arrays, self._rows.forward(batch, pool.layers, pool.embedding, self._pages)
+        return arrays, model.forward(batch, pool.layers, pool.embedding, pages=self._pages)
+
+    def _suits_rows(self, layout: PagedLayout) -> bool:
+        # Vectors of any steps are nearer to each other if all are computed by `Decoder`.
+        hidden, rank = self.runner.model.architecture.hidden, self.runner.pool.rank
+        return not layout.pooled_items and suits(layout.lora, hidden, rank, only_decodes=layout.only_decodes)
 
     def _outputs(self, layout: PagedLayout, arrays: PagedArrays, states: Tensor) -> tuple[Tensor, ...]:
         """Compute the outputs of drawn tokens, then the pooled vectors."""

@@ -16,7 +16,6 @@ from ranklet.kernels.batch import LoraBatch, plan
 from ranklet.kernels.cost_model import LoraLayer
 from ranklet.kernels.crossover import crossovers, scope_of, surface
 from ranklet.kernels.dispatch import Backends
-from ranklet.kernels.paged_spans import LayerPages
 from ranklet.kernels.row_subset import one_each
 from ranklet.kernels.segments import runs_of
 from ranklet.replicas.adapters.pool import AdapterPool
@@ -25,11 +24,10 @@ from ranklet.replicas.engine.bucket import Bucket, is_full
 from ranklet.replicas.engine.cuda_graphs import GraphCache
 from ranklet.replicas.engine.launched import SKIPPED, LaunchedStep, OutputGroup, record_event, to_host
 from ranklet.replicas.engine.layout import Layout, TokenSpan
-from ranklet.replicas.model import cudnn_attention, row_decoder
+from ranklet.replicas.model import cudnn_attention
 from ranklet.replicas.model.attention import Spans, reads_lengths_on_device
 from ranklet.replicas.model.decoder import Decoder, DeviceBatch, StageCallback, ignore_stage
 from ranklet.replicas.model.heads import Head, PoolingHead, PromptHead
-from ranklet.replicas.model.row_decoder import RowDecoder
 
 _REPLAYED_TOKENS = 16_384  # launching a larger step takes Python less time than running it takes the device
 
@@ -48,7 +46,6 @@ class Runner:
 
     def __init__(self, model: Decoder, pool: AdapterPool, config: EngineConfig) -> None:
         self.model = model
-        self._rows = RowDecoder(model) if row_decoder.supports(model) else None
         self.pool = pool
         self.max_tokens = config.max_batch_tokens
         self.backend = config.backend
@@ -134,19 +131,10 @@ class Runner:
         spans = Spans(layout.lengths, arrays.offsets, layout.longest, cudnn, skipped=arrays.skipped)
         batch = DeviceBatch(arrays.ids, arrays.positions, spans, arrays.lora, arrays.last)
         on_stage("begin")
-        states = self.states(batch, on_stage)
+        states = self.model.forward(batch, self.pool.layers, self.pool.embedding, on_stage)
         outputs = tuple(self._finish(head, states, spans, only_last=arrays.last is not None) for head in heads)
         on_stage("pool")
         return outputs
-
-    def states(
-        self, batch: DeviceBatch, on_stage: StageCallback = ignore_stage, pages: Sequence[LayerPages] | None = None
-    ) -> Tensor:
-        """Compute hidden states as `Decoder.forward` does. Only `Decoder` calls `on_stage`."""
-        pool = self.pool
-        if self._rows is not None and row_decoder.suits(batch, self.model.architecture.hidden, pool.rank):
-            return self._rows.forward(batch, pool.layers, pool.embedding, pages)
-        return self.model.forward(batch, pool.layers, pool.embedding, on_stage, pages)
 
     def _finish(self, head: PromptHead, states: Tensor, spans: Spans, *, only_last: bool) -> Tensor:
         return head.finish(self.model.final_norm(states if only_last else head.rows(states, spans)), spans)

@@ -19,7 +19,7 @@ from ranklet.replicas.model.heads import Head
 
 logger = logging.getLogger(__name__)
 
-_TOKENS = (16, 50, 200, 300, 700, 1100, 5000)
+_TOKENS = (16, 300, 1100, 5000)
 _ADAPTERS = (1, 2, 8, 64)
 _LAYERS = 4  # metadata of slots has the same alignment in every fourth layer
 

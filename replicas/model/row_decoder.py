@@ -1,4 +1,4 @@
-"""A decoder's forward pass for short batches, with few launches.
+"""A decoder's forward pass for short batches with keys and values in pages, with few launches.
 
 `Decoder.forward` serves every batch. `RowDecoder` serves short batches on a Hopper GPU: the products of `row_gemm.py`
 include norms, adapters, activation and residual stream.
@@ -18,7 +18,7 @@ from ranklet.kernels.paged_spans import LayerPages
 from ranklet.kernels.row_gemm import NextNorm, NormedRows, RowLora, Workspace
 from ranklet.kernels.row_gemm_tiles import MOST_ROWS
 from ranklet.kernels.stack import EmbeddingStack, LinearStack
-from ranklet.replicas.model.attention import AttentionBatch, attend, last_rows
+from ranklet.replicas.model.attention import attend
 from ranklet.replicas.model.decoder import Decoder, DeviceBatch, Projection, Stacks, kv_write
 
 _MOST_DECODES = 256
@@ -46,7 +46,7 @@ class RowDecoder:
 
     def forward(
         self, batch: DeviceBatch, stacks: Sequence[Stacks], embedding: EmbeddingStack | None,
-        pages: Sequence[LayerPages] | None = None,
+        pages: Sequence[LayerPages],
     ) -> Tensor:  # fmt: skip
         """Compute the hidden states before the final norm. Arguments and result are those of `Decoder.forward`.
 
@@ -59,15 +59,14 @@ class RowDecoder:
         residual, scaled, squares = row_norm.start(embedded, layers[0].input_norm)
         rows = NormedRows(scaled, squares, eps)
         for i, layer in enumerate(layers):
-            own = None if pages is None else pages[i]
             product, lora = layer.qkv, _lora(stacks[i].qkv, batch.lora)
             qkv = row_gemm.plain(
                 rows, product.weight, product.bias, lora, self._workspace, dtype=torch.float32
             )  # rounded after the rotation
             rotated = torch.empty(qkv.shape, dtype=scaled.dtype, device=scaled.device)
-            replace(decoder.rotary(layer, batch.positions), kv=kv_write(batch.spans, own)).write(qkv, rotated)
+            replace(decoder.rotary(layer, batch.positions), kv=kv_write(batch.spans, pages[i])).write(qkv, rotated)
             attended = attend(
-                rotated, batch.spans, own, heads, shape.head_dim, layer.window, arrivals=self._arrivals
+                rotated, batch.spans, pages[i], heads, shape.head_dim, layer.window, arrivals=self._arrivals
             )  # fmt: skip
             post = NextNorm(layer.post_norm, eps)
             rows = self._added(NormedRows(attended), layer.o, stacks[i].o, batch.lora, residual, post)
@@ -75,7 +74,7 @@ class RowDecoder:
             gated = row_gemm.gated(rows, layer.gate_up.weight, layer.gate_up.bias, lora, self._workspace)
             following = NextNorm(layers[i + 1].input_norm, eps) if i + 1 < len(layers) else None
             rows = self._added(NormedRows(gated), layer.down, stacks[i].down, batch.lora, residual, following)
-        return residual if batch.last is None else residual[last_rows(batch.spans)]
+        return residual
 
     def _added(
         self, rows: NormedRows, projection: Projection, stack: LinearStack | None, lora: LoraBatch, residual: Tensor,
@@ -92,19 +91,19 @@ def supports(decoder: Decoder) -> bool:
     return shape.gemma is None and row_gemm.supports(decoder.embedding, widths)
 
 
-def suits(batch: DeviceBatch, hidden: int, rank: int) -> bool:
+def suits(lora: LoraBatch, hidden: int, rank: int, *, only_decodes: bool) -> bool:
     """Return whether `RowDecoder` takes less time than `Decoder`, by measurements on an H200 (`kernels/NOTES.md`).
 
     Args:
+        lora: of the batch.
         hidden: width of the decoder.
         rank: of the slots.
     """
-    tokens, spans, lora = len(batch.ids), batch.spans, batch.lora
     if lora.backend != "none" and not lora.padded:
         return False
-    if isinstance(spans, AttentionBatch) and spans.chunks is None and spans.fresh is None and tokens <= _MOST_DECODES:
+    if only_decodes and lora.rows <= _MOST_DECODES:
         return True
-    is_short = tokens <= min(MOST_ROWS, _MOST_VALUES // hidden)
+    is_short = lora.rows <= min(MOST_ROWS, _MOST_VALUES // hidden)
     return is_short and lora.padded and len(lora.tiles[0].runs) <= _MOST_ADAPTERS and rank <= _MOST_RANK
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ranklet.kernels import paged_attention
 from ranklet.kernels.dispatch import NAMES
@@ -19,6 +20,7 @@ from ranklet.replicas.engine.generate import Generation
 from ranklet.replicas.engine.paged_layout import LayoutPacker, PagedLayout
 from ranklet.replicas.engine.request import Answer
 from ranklet.replicas.model import attention, row_decoder, sampler
+from ranklet.replicas.model.decoder import DeviceBatch
 from ranklet.replicas.model.modules import ALL_MODULES
 from tests.assets.adapters import LINEAR, save_adapter
 from tests.assets.make import make_model
@@ -150,7 +152,7 @@ def layouts(monkeypatch: pytest.MonkeyPatch) -> list[PagedLayout]:
 
 @pytest.fixture
 def kernels_of_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let kernels compute attention over pages and draw tokens, and `RowDecoder` the steps of decodes."""
+    """Let kernels compute attention over pages and draw tokens, and `RowDecoder` short steps of texts."""
     monkeypatch.setattr(row_decoder, "supports", lambda _: True)
     monkeypatch.setattr(attention, "prefill", prefill_triton)
     monkeypatch.setattr(attention, "decode", paged_attention.decode_triton)
@@ -173,6 +175,33 @@ def test_kernels_of_hopper_answer_as_peft_does(
     engine = started("csgmv", max_batch_requests=16)
     some = loaded(engine, owners, "dora", "head", "activated", "resized")
     check_mixed(model, engine, some, layouts)
+
+
+@pytest.mark.usefixtures("kernels_of_hopper")
+def test_row_products_serve_short_steps_of_texts_only(
+    owners: list[Path | None], started: Callable[..., Engine], layouts: list[PagedLayout],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Vectors are those of `Decoder` in steps of any size, so that they are nearer to each other."""
+    engine = started("csgmv")
+    folder = next(each for each in loaded(engine, owners, "linear") if each is not None)
+    tokens, forward = list[int](), row_decoder.RowDecoder.forward
+
+    def counted(self: row_decoder.RowDecoder, batch: DeviceBatch, *others: Any) -> Tensor:
+        tokens.append(len(batch.ids))
+        return forward(self, batch, *others)
+
+    monkeypatch.setattr(row_decoder.RowDecoder, "forward", counted)
+    ask_text(engine, folder, prompt_of(70, 0), 3, prompt_logprobs=None).answer.result(PATIENCE_S)
+    with engine.paused():
+        text = ask_text(engine, folder, prompt_of(71, 1), 3, prompt_logprobs=None)
+        vector = submit(engine, [prompt_of(12, 2)], ref(folder))
+    text.answer.result(PATIENCE_S)
+    vector.result(PATIENCE_S)
+    with_prompts = [each for each in layouts if each.sizes.chunks]
+    assert any(each.pooled_items for each in with_prompts)
+    wanted = [each.sizes.tokens for each in with_prompts if not each.pooled_items]
+    assert [each for each in tokens if each > 1] == wanted != []
 
 
 def check_mixed(model: Path, engine: Engine, owners: list[Path | None], layouts: list[PagedLayout]) -> None:

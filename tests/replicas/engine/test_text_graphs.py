@@ -120,7 +120,7 @@ def test_texts_do_not_depend_on_the_prefix_cache(engine: Engine, folder: Path) -
 
 
 def test_short_prompts_that_join_many_texts_are_computed_as_alone(engine: Engine, folder: Path) -> None:
-    """Their steps are padded to as many tokens as decodes, see `PagedLayout.suits_rows`."""
+    """Their steps are padded to as many tokens as decodes."""
     used = adapters(folder)
     for ref_ in used:
         if ref_ is not None:

@@ -183,25 +183,22 @@ def test_unsupported_decoders_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("decodes", "prompt", "adapters", "suits"),
+    ("decodes", "prompt", "adapters", "wanted"),
     [
         (256, 0, 0, True), (257, 0, 0, False), (256, 0, 64, True), (255, 64, 0, False), (0, 64, 0, False),
         (0, 64, 1, True), (200, 56, 4, True), (200, 56, 5, False), (200, 64, 16, True), (200, 64, 17, False),
         (0, 1024, 1, True), (0, 1025, 1, False),
     ],
 )  # fmt: skip
-def test_batches_that_take_less_time(decodes: int, prompt: int, adapters: int, suits: bool) -> None:
+def test_batches_that_take_less_time(decodes: int, prompt: int, adapters: int, wanted: bool) -> None:
     lengths = [1] * decodes + [prompt] * (prompt > 0)
-    slots = [i % adapters if adapters else None for i in range(len(lengths))]
-    lora = plan(lengths, slots)[1]
-    empty = torch.zeros(0, dtype=torch.int32)
-    spans = PagedSpans(empty, empty, empty, empty, 1)
-    attention = AttentionBatch(chunks=spans if prompt else None, decodes=spans if decodes else None)
-    zeros = torch.zeros(lora.rows, dtype=torch.int32)
+    lora = plan(lengths, [i % adapters if adapters else None for i in range(len(lengths))])[1]
     for backend in (csgmv, native):
-        used = tiled(replace(lora, implementation=backend if adapters else None), lora.rows, padded=True)
-        batch = DeviceBatch(zeros, zeros, attention, used)
-        assert row_decoder.suits(batch, 1024, 64) == (suits and (backend is csgmv or not adapters))
-        assert row_decoder.suits(batch, 1024, 128) == row_decoder.suits(batch, 1024, 64) * (not prompt)
-        if prompt and decodes + prompt > 256:
-            assert not row_decoder.suits(batch, 4096, 64)
+        batch = tiled(replace(lora, implementation=backend if adapters else None), lora.rows, padded=True)
+
+        def suits(hidden: int, rank: int, of: LoraBatch = batch) -> bool:
+            return row_decoder.suits(of, hidden, rank, only_decodes=not prompt)
+
+        assert suits(1024, 64) == (wanted and (backend is csgmv or not adapters))
+        assert suits(1024, 128) == (suits(1024, 64) and not prompt)
+        assert suits(4096, 64) == (suits(1024, 64) and lora.rows <= 256)
