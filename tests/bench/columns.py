@@ -97,6 +97,7 @@ GENERATED: dict[str, tuple[str, Column]] = {
     "peer": ("vLLM 0.26.0 tokens/s", COUNT), "step_ms": ("median step ms", FINE_MS),
     "first_p50_ms": ("median first token ms", COUNT),
 }  # fmt: skip
+GENERATED_FEW = GENERATED | {"first_p50_ms": ("median first token ms", MS)}
 LOGPROBS: dict[str, tuple[str, Column]] = {
     "model": ("model", TEXT), "adapter": ("adapter", TEXT), "prefill": ("as a prompt", NATS),
     "decode": ("as generated", NATS), "self": ("between these two", NATS),

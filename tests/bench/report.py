@@ -53,10 +53,10 @@ def environment() -> dict[str, Any]:
 
 
 def _command() -> str:
-    """Return the command line without --out, which differs between machines."""
+    """Return the command line without folders, which differ between machines."""
     words = sys.argv[1:]
-    if "--out" in words:
-        at = words.index("--out")
+    for option in {"--out", "--keep"}.intersection(words):
+        at = words.index(option)
         del words[at : at + 2]
     running = sys.modules["__main__"].__spec__  # None unless the program was started with -m
     module = running.name.removesuffix(".__main__") if running else f"tests.bench.{Path(sys.argv[0]).stem}"

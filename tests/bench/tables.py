@@ -22,6 +22,7 @@ from tests.bench.columns import (
     FINE_MS,
     GAPS,
     GENERATED,
+    GENERATED_FEW,
     GRAMMAR,
     HOT_TEXTS,
     HTTP,
@@ -102,6 +103,8 @@ TABLES = (
         "Generated text, requests x tokens of prompt/output, rank-16 adapters on all seven projections",
         "generate-h200", GENERATED, note=notes.GENERATE_NOTE,
     ),
+    ResultTable("The same with few texts, which wait for their prompts", "generate-h200-short", GENERATED_FEW),
+    ResultTable("The same, before `RowDecoder` served prompts", "generate-h200-short-before", GENERATED_FEW),
     ResultTable("Generated text, Llama-3.1-8B", "generate-8b-h200", GENERATED, note=notes.GENERATE_8B_NOTE),
     ResultTable(
         "Prompts with a common beginning", "generate-h200-shared",
@@ -172,7 +175,12 @@ TABLES = (
         "text-cluster-2xh200", TEXT_CLUSTER_CORES, note=notes.TEXT_CLUSTER_NOTE,
     ),
     ResultTable(
-        "Again on another machine, cut off before its last row", "text-cluster-2xh200-again", TEXT_CLUSTER_CORES,
+        "Texts of 127 to 384 tokens, two works", "text-cluster-2xh200-lengths", TEXT_CLUSTER_CORES,
+        note=notes.TEXT_CLUSTER_LENGTHS_NOTE,
+    ),
+    ResultTable(
+        "Equal texts again on another machine, cut off before its last row", "text-cluster-2xh200-again",
+        TEXT_CLUSTER_CORES,
     ),
     ResultTable("Texts beside embeddings on a third machine", "text-cluster-2xh200-beside", TEXT_CLUSTER_CORES),
     ResultTable(
