@@ -55,7 +55,7 @@ class RowLora(NamedTuple):
 
 
 class Workspace:
-    """Device memory that the programs of one product share. Only one stream may use it.
+    """Device memory that the programs of one product with splits share. Only one stream may use it.
 
     Args:
         width: the largest number of columns of a product that is added to the residual stream.
@@ -195,6 +195,7 @@ def _launch(call: _Call, tile: Tile | None) -> None:
         launch_fitted(launch_thin, tile.stages, variant)
         return
     split = tile
+    assert split.split == 1 or count <= MOST_SPLIT_ROWS, "the workspace has no space for more parts"
     x_tma = TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k])
     w_tma = TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k])
 

@@ -2,7 +2,8 @@
 
 Afterwards a step of decodes that are greedy or sample without penalties, biases and logprobs never runs eagerly, if
 adapters have modules in the layers only. Nor does a step of up to 2,048 tokens with up to 16 pieces of prompts. Steps
-with column terms (DoRA, biases) run eagerly once, with kernels that are compiled here.
+with column terms (DoRA, biases) run eagerly once, with kernels that are compiled here, as do vectors in steps that
+`RowDecoder` would compute without them.
 """
 
 import logging
