@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ranklet.kernels.row_steps import ADDED, GATED, PLAIN
 
-BUCKETS = (16, 64, 256, 512, 1024)  # rows; those of one bucket have the same results
+BUCKETS = (16, 64, 256, 512, 1024)  # rows; a row has the same result at all numbers of rows of a bucket
 MOST_ROWS = BUCKETS[-1]
 MOST_SPLIT_ROWS = 256  # tiles of more rows have no splits
 LEAST_WIDTH = 16  # widths of a projection's slices are multiples of this
