@@ -82,7 +82,8 @@ TEXT_CLUSTER_NOTE = """The first rates are of the middle half of each run. All t
 in waves, and the last wave does not fill both GPUs: whole runs have a lower ratio. Rates of equal runs differ by up to
 10 %. The machine has 32 cores for two engines, eight gateways, the load client and Ray. While one GPU ran texts beside
 embeddings, other guests of the host took two cores, so that this rate is low and its ratio of 2.14 does not count."""
-TEXT_CLUSTER_LENGTHS_NOTE = """Texts of different lengths do not end in waves, on one GPU as on two."""
+TEXT_CLUSTER_LENGTHS_NOTE = """Texts of different lengths do not end in waves, on one GPU as on two. At commit cccc6b1,
+`RowDecoder` also computed vectors in short steps of few adapters, which it does not since."""
 TEXT_CLUSTER_LOWEST_NOTE = """Both engines waited more than in other runs. Taken time of cores was not recorded yet."""
 TEXT_CLUSTER_BEFORE_NOTE = """While one adapter floods, the engine runs fewer of its texts at once, so that the gaps of
 the others stay short. In this run it did so with common beginnings too, since prompts in the prefix cache counted
