@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ranklet.cluster.command.bench.prompts import uniform_lengths
 from ranklet.kernels.mixes import assign
 from ranklet.replicas.engine.engine import Engine
 from tests.bench import report
@@ -44,9 +45,9 @@ class TextsInFlight:
         system = random_prompts(engine, len(model.adapters), options.system, seed)
         own = random_prompts(engine, options.requests, options.own, seed)
         drawn = assign("zipf:1", options.requests, len(model.adapters), seed=seed)
-        shortest = round(options.output * options.output_range_ratio)
-        lengths = np.random.default_rng(seed).integers(shortest, options.output, options.requests, endpoint=True)
-        for index, end, length in zip(drawn, own, lengths.tolist(), strict=True):
+        rng = np.random.default_rng(seed)
+        lengths = uniform_lengths(rng, options.output, options.output_range_ratio, options.requests)
+        for index, end, length in zip(drawn, own, lengths, strict=True):
             yield np.concatenate([system[index], end]), model.adapters[index], greedy(length)
 
     def run(self) -> None:

@@ -103,8 +103,8 @@ TABLES = (
         "Generated text, requests x tokens of prompt/output, rank-16 adapters on all seven projections",
         "generate-h200", GENERATED, note=notes.GENERATE_NOTE,
     ),
-    ResultTable("The same with few texts, which wait for their prompts", "generate-h200-short", GENERATED_FEW),
-    ResultTable("The same, before `RowDecoder` served prompts", "generate-h200-short-before", GENERATED_FEW),
+    ResultTable("One text and 16 texts at once", "generate-h200-short", GENERATED_FEW),
+    ResultTable("The same, before `RowDecoder` computed prompts", "generate-h200-short-before", GENERATED_FEW),
     ResultTable("Generated text, Llama-3.1-8B", "generate-8b-h200", GENERATED, note=notes.GENERATE_8B_NOTE),
     ResultTable(
         "Prompts with a common beginning", "generate-h200-shared",
@@ -175,7 +175,7 @@ TABLES = (
         "text-cluster-2xh200", TEXT_CLUSTER_CORES, note=notes.TEXT_CLUSTER_NOTE,
     ),
     ResultTable(
-        "Texts of 127 to 384 tokens, two works", "text-cluster-2xh200-lengths", TEXT_CLUSTER_CORES,
+        "Texts of 126 to 384 tokens, two works", "text-cluster-2xh200-lengths", TEXT_CLUSTER_CORES,
         note=notes.TEXT_CLUSTER_LENGTHS_NOTE,
     ),
     ResultTable(

@@ -89,10 +89,11 @@ class Service:
         self.cluster.deploy({**self.content, "applications": [application]})
 
     def scale(self, deployment: str, count: int) -> None:
-        """Deploy the file with another number of gateways or replicas."""
+        """Deploy the file with another number of gateways or replicas, if it has not this number yet."""
         (found,) = (each for each in self.content["applications"][0]["deployments"] if each["name"] == deployment)
-        found["num_replicas"] = count
-        self.deploy(None)
+        if found.get("num_replicas") != count:
+            found["num_replicas"] = count
+            self.deploy(None)
 
 
 def summed_samples(targets: Iterable[str], labels: Mapping[str, str]) -> Mapping[str, float]:

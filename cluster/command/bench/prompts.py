@@ -41,13 +41,20 @@ def draw_lengths(plan: BenchPlan, rng: np.random.Generator, length: int, ratio: 
 
     The median of a lognormal distribution is `length`.
     """
-    shortest = max(1, int(length * ratio))
     if plan.length_distribution == "uniform":
-        lengths = rng.integers(shortest, length, count, endpoint=True)
-    else:
-        drawn = length * rng.lognormal(0.0, lognormal_sigma(plan.length_distribution), count)
-        lengths = drawn.round().astype(np.int64).clip(shortest, int(length / ratio))
-    return [int(one) for one in lengths]
+        return uniform_lengths(rng, length, ratio, count)
+    drawn = length * rng.lognormal(0.0, lognormal_sigma(plan.length_distribution), count)
+    lengths: list[int] = drawn.round().astype(np.int64).clip(_shortest(length, ratio), int(length / ratio)).tolist()
+    return lengths
+
+
+def uniform_lengths(rng: np.random.Generator, length: int, ratio: float, count: int) -> list[int]:
+    lengths: list[int] = rng.integers(_shortest(length, ratio), length, count, endpoint=True).tolist()
+    return lengths
+
+
+def _shortest(length: int, ratio: float) -> int:
+    return max(1, int(length * ratio))
 
 
 def _joined(ids: NDArray[np.int32], text: str, content: str | list[int] | NDArray[np.int32]) -> Any:

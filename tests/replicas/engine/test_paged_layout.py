@@ -7,8 +7,9 @@ from numpy.typing import NDArray
 from ranklet.replicas.adapters.reference import AdapterRef
 from ranklet.replicas.engine.engine import Engine
 from ranklet.replicas.engine.layout import TokenSpan
-from ranklet.replicas.engine.paged_layout import LayoutSizes, StepItems
+from ranklet.replicas.engine.paged_layout import LayoutSizes, PagedLayout, StepItems
 from ranklet.replicas.engine.params import GenerateParams
+from ranklet.replicas.model.row_decoder import suits
 from tests.assets.adapters import AdapterSpec
 from tests.replicas.asking import ask, assert_same, ref
 from tests.replicas.engine.recording import MakeEngine
@@ -58,11 +59,15 @@ def padded(make_engine: MakeEngine) -> Engine:
     return engine
 
 
-def sizes_of(engine: Engine, decodes: int, spans: list[TokenSpan]) -> LayoutSizes:
+def packed(engine: Engine, decodes: int, spans: list[TokenSpan]) -> PagedLayout:
     paged = engine.steps.paged
     assert paged is not None
     items = StepItems(np.arange(decodes, dtype=np.int32), spans, [None] * len(spans))
-    return paged.packer.pack(items, *items.lora(paged.table)).sizes
+    return paged.packer.pack(items, *items.lora(paged.table))
+
+
+def sizes_of(engine: Engine, decodes: int, spans: list[TokenSpan]) -> LayoutSizes:
+    return packed(engine, decodes, spans).sizes
 
 
 def test_steps_of_decodes_and_prompts_have_few_sizes(padded: Engine) -> None:
@@ -84,3 +89,24 @@ def test_steps_of_decodes_and_prompts_have_few_sizes(padded: Engine) -> None:
         mixed.add(sizes_of(padded, decodes, spans))
     assert len(alone) <= 2 * 22
     assert len(mixed) <= 80
+
+
+@pytest.mark.parametrize("row", [0, None])  # a text's prompt; an embedding
+def test_row_products_serve_no_step_of_the_base_model_with_prompts(padded: Engine, row: int | None) -> None:
+    """With short prompts, a step may be padded to as many tokens as decodes."""
+    paged = padded.steps.paged
+    assert paged is not None
+    paged.table.lengths[:256] = 40
+    hidden, rank = padded.runner.model.architecture.hidden, padded.runner.pool.rank
+
+    def suits_rows(layout: PagedLayout) -> bool:
+        return suits(layout.lora, hidden, rank, only_decodes=layout.only_decodes)
+
+    as_many = 0
+    for decodes in range(1, 257):
+        assert suits_rows(packed(padded, decodes, []))
+        for length in (1, 7, 32):
+            layout = packed(padded, decodes, [TokenSpan(np.zeros(length, np.int32), 0, paged.text, row)])
+            as_many += layout.sizes.tokens == layout.sizes.decodes
+            assert not suits_rows(layout)
+    assert as_many > 50

@@ -1,4 +1,4 @@
-"""Steps of one token a sequence against the whole sequences in float64, with adapters merged into the weights."""
+"""Steps against the whole sequences in float64, with adapters merged into the weights."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -96,82 +97,77 @@ class Steps:
     def __init__(self, model: RandomDecoder) -> None:
         self.rows = RowDecoder(model)
         self.ids = torch.randint(SHAPE.vocab, (SEQUENCES, TOKENS), dtype=torch.int32)
-        order, lora = plan([1] * SEQUENCES, SLOTS)
-        self.slots = [SLOTS[i] for i in order]
-        tiles = tuple(tiles.to(DEVICE) for tiles in cut(lora, padded=True))
-        self.lora = LoraBatch(lora.segments, SEQUENCES, tiles=tiles, padded=True)
         found = [{pack: stack_of(pack, of) for pack, of in adapters_of(i).items()} for i in range(SHAPE.layers)]
         self.stacks = [Stacks(**stacks) for stacks in found]
         size = (SHAPE.layers, 2, SEQUENCES, SHAPE.kv_heads, PAGE_TOKENS, SHAPE.head_dim)
         self.pages = [LayerPages(kv[0], kv[1]) for kv in torch.zeros(size, dtype=DTYPE, device=DEVICE)]
-        self.table = torch.tensor([[2], [0], [3], [1]], dtype=torch.int32, device=DEVICE)
+        self.table = np.array([[2], [0], [3], [1]])
 
-    def step(self, position: int) -> Tensor:
-        ones = torch.ones(SEQUENCES, dtype=torch.int32, device=DEVICE)
-        spans = PagedSpans(torch.arange(SEQUENCES, device=DEVICE).int(), ones, ones * (position + 1), self.table, 1)
-        kv_slots = self.table[:, 0] * PAGE_TOKENS + position
-        attention = AttentionBatch(decodes=spans, kv_slots=kv_slots)
-        batch = DeviceBatch(self.ids[:, position].to(DEVICE), ones * position, attention, self.lora)
-        return self.rows.forward(batch, self.stacks, None, self.pages)
+    def batch(self, begins: list[int], ends: list[int]) -> tuple[DeviceBatch, dict[int, slice]]:
+        """Return a step of these tokens of the sequences, and the rows of each sequence that has some.
 
-    def pieces(self, begins: list[int], ends: list[int]) -> list[Tensor]:
-        """Compute these tokens of the sequences in one step: a decode for one token, else a piece of a prompt."""
-        counts = [end - begin for begin, end in zip(begins, ends, strict=True)]
-        used = [each for each in range(SEQUENCES) if counts[each]]
-        order, lora = plan([counts[each] for each in used], [self.slots[each] for each in used])
-        used = [used[i] for i in order]
-        starts = dict(zip(used, np.cumsum([0, *(counts[each] for each in used)]).tolist(), strict=False))
+        One token is a decode, more are a piece of a prompt.
+        """
+        counts = np.subtract(ends, begins)
+        some = counts.nonzero()[0]
+        order, lora = plan(counts[some].tolist(), [SLOTS[each] for each in some])
+        used = some[order]
+        starts = np.cumsum(counts[used]) - counts[used]
         positions = np.concatenate([np.arange(begins[each], ends[each]) for each in used])
-        owners = np.repeat(used, [counts[each] for each in used])
+        owners = used.repeat(counts[used])
 
-        def on_device(values: Any) -> Tensor:
-            return torch.tensor(np.asarray(values), dtype=torch.int32, device=DEVICE)
-
-        def spans(some: list[int]) -> PagedSpans:
-            rows, lengths = on_device([starts[each] for each in some]), on_device([ends[each] for each in some])
-            return PagedSpans(rows, on_device([counts[each] for each in some]), lengths, self.table[some], TOKENS)
+        def spans(chosen: NDArray[np.bool_]) -> PagedSpans | None:
+            if not chosen.any():
+                return None
+            of, rows = used[chosen], on_device(starts[chosen])
+            lengths = on_device(np.take(ends, of))
+            return PagedSpans(rows, on_device(counts[of]), lengths, on_device(self.table[of]), TOKENS)
 
         attention = AttentionBatch(
-            chunks=spans(pieces) if (pieces := [each for each in used if counts[each] > 1]) else None,
-            decodes=spans(decodes) if (decodes := [each for each in used if counts[each] == 1]) else None,
-            kv_slots=on_device(self.table.cpu().numpy()[owners, 0] * PAGE_TOKENS + positions),
-        )
+            chunks=spans(counts[used] > 1), decodes=spans(counts[used] == 1),
+            kv_slots=on_device(self.table[owners, 0] * PAGE_TOKENS + positions),
+        )  # fmt: skip
         tiles = tuple(tiles.to(DEVICE) for tiles in cut(lora, padded=True))
         batch = DeviceBatch(
-            self.ids[owners, positions].to(DEVICE), on_device(positions), attention,
+            on_device(self.ids[owners, positions]), on_device(positions), attention,
             LoraBatch(lora.segments, lora.rows, tiles=tiles, padded=True),
         )  # fmt: skip
-        states = self.rows.forward(batch, self.stacks, None, self.pages).cpu().double()
-        rows = [slice(starts.get(each, 0), starts.get(each, 0) + counts[each]) for each in range(SEQUENCES)]
-        return [states[each] for each in rows]
+        ranges = zip(used.tolist(), starts.tolist(), counts[used].tolist(), strict=True)
+        return batch, {each: slice(start, start + count) for each, start, count in ranges}
+
+    def forward(self, batch: DeviceBatch) -> Tensor:
+        return self.rows.forward(batch, self.stacks, None, self.pages)
 
 
-def test_steps_give_the_states_of_whole_sequences(model: RandomDecoder) -> None:
+def on_device(values: Any) -> Tensor:
+    return torch.tensor(np.asarray(values), dtype=torch.int32, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    "ends", [[[i] * SEQUENCES for i in range(TOKENS + 1)], [[0, 0, 0, 0], [0, 2, 3, 1], [4, 3, 4, 2], [4, 4, 4, 4]]],
+    ids=["token by token", "with pieces of prompts"],
+)  # fmt: skip
+def test_steps_give_the_states_of_whole_sequences(model: RandomDecoder, ends: list[list[int]]) -> None:
     steps = Steps(model)
-    found = torch.stack([steps.step(position).cpu().double() for position in range(TOKENS)], 1)
-    for row, slot in enumerate(steps.slots):
-        wanted = states_of(model, steps.ids[row].long(), slot)
-        assert (found[row] - wanted).norm() <= TOLERANCE * wanted.norm()
-
-
-def test_steps_with_pieces_of_prompts_give_the_states_of_whole_sequences(model: RandomDecoder) -> None:
-    steps = Steps(model)
-    bounds = [[0, 0, 0, 0], [0, 2, 3, 1], [4, 3, 4, 2], [4, 4, 4, 4]]
-    found = [steps.pieces(begins, ends) for begins, ends in pairwise(bounds)]
-    for row, slot in enumerate(steps.slots):
-        wanted = states_of(model, steps.ids[row].long(), slot)
-        states = torch.cat([each[row] for each in found])
-        assert (states - wanted).norm() <= TOLERANCE * wanted.norm()
+    found: list[list[Tensor]] = [[] for _ in range(SEQUENCES)]
+    for before, after in pairwise(ends):
+        batch, rows = steps.batch(before, after)
+        states = steps.forward(batch).cpu().double()
+        for each, own in rows.items():
+            found[each].append(states[own])
+    for each, slot in enumerate(SLOTS):
+        wanted = states_of(model, steps.ids[each].long(), slot)
+        assert (torch.cat(found[each]) - wanted).norm() <= TOLERANCE * wanted.norm()
 
 
 @pytest.mark.gpu
 def test_a_replayed_step_gives_the_bits_of_a_launched_one(model: RandomDecoder) -> None:
     steps = Steps(model)
-    launched = steps.step(0).clone()
-    steps.ids = steps.ids.to(DEVICE)  # a graph cannot copy from the host
+    batch, _ = steps.batch([0] * SEQUENCES, [1] * SEQUENCES)
+    launched = steps.forward(batch).clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        replayed = steps.step(0)
+        replayed = steps.forward(batch)
     for _ in range(100):
         graph.replay()
         assert torch.equal(replayed, launched)
